@@ -1,0 +1,1 @@
+"""Prune large language models to high sparsity and make the sparsity pay."""

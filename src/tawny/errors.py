@@ -1,0 +1,91 @@
+"""Every error Tawny raises on purpose.
+
+    TawnyError                exit code 1
+    ├── NumericalError        a weight, an activation or a factorisation is not usable; names the linear
+    ├── Interrupted           the user pressed Ctrl-C
+    └── UserError             exit code 2: something that was asked for cannot be done
+        ├── RecipeError       an unknown key, a value out of range
+        ├── PatternError      a mask that does not fit a weight
+        ├── ModelError        not a decoder, no blocks, nothing to prune
+        ├── CheckpointError   a missing, truncated or foreign file
+        ├── TextError         no text, too little text, no way to fetch it
+        ├── OutputError       the place to write to is taken, read-only or full
+        └── MissingFeature    a package or a feature of the machine is missing
+
+A message is one line: what was given, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "Interrupted",
+    "MissingFeature",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "PatternError",
+    "RecipeError",
+    "TawnyError",
+    "TextError",
+    "UserError",
+    "nearest",
+]
+
+from collections.abc import Iterable
+
+
+class TawnyError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class NumericalError(TawnyError):
+    """A non-finite weight or activation, or a Hessian that cannot be factorised."""
+
+
+class Interrupted(TawnyError):
+    """The user stopped the run."""
+
+
+class UserError(TawnyError):
+    """What was asked for cannot be done; the message says what can."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """An unknown recipe key or a value out of range."""
+
+
+class PatternError(UserError):
+    """A pattern that cannot be parsed or does not fit a linear."""
+
+
+class ModelError(UserError):
+    """The model is not a stack of decoder blocks, or holds nothing to prune."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint file is missing, truncated, or not what its index says."""
+
+
+class TextError(UserError):
+    """The text is empty, too short, or cannot be fetched."""
+
+
+class OutputError(UserError):
+    """The output cannot be written where it was asked for."""
+
+
+class MissingFeature(UserError):
+    """An optional package or a feature of the machine is missing."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'sparsegpt'?)` for the closest known word, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
