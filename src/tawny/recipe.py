@@ -1,0 +1,487 @@
+"""A recipe: everything that decides the result of a pruning run, and nothing else.
+
+A recipe is made of frozen dataclasses and is the same thing as a YAML file:
+
+    sparsity: 0.7
+    allocator: {name: owl, M: 5, lambda: 0.08}     # or just `allocator: owl`
+    solver: sparsegpt
+    pattern: unstructured                          # 2:4 stays the text "2:4"
+    calibration: {text: c4, samples: 128, seqlen: 2048}
+
+What this file promises:
+
+- A recipe that exists is valid: names are in the registries, options are fields of the class they are for,
+  numbers are in range. Whatever is wrong is one `RecipeError` line with the key, the value, the nearest name.
+- `Recipe.from_mapping(recipe.to_mapping()) == recipe`, with every default spelled out, so that a recipe kept
+  in `run.json` means the same to a later version whose defaults moved.
+- `fingerprint()` is the same on every machine for the same recipe and differs for any other.
+
+Keys may be written dotted (`allocator.M=7`), or bare (`M=7`) where only one section knows them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Calibration",
+    "Choice",
+    "Recipe",
+    "dump_recipe",
+    "load_recipe",
+    "parse_override",
+    "resolve_recipe",
+]
+
+import copy
+import dataclasses
+import hashlib
+import json
+import keyword
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from tawny.errors import RecipeError, TawnyError, nearest
+
+Storage = Literal["float32", "bfloat16", "float16"]
+_DTYPE_ALIASES = {
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+}
+_CONFIG = ConfigDict(extra="forbid")
+
+
+def _long_dtype(value: Any) -> Any:
+    text = str(value).removeprefix("torch.")  # a torch.dtype is as good as its name
+    return None if value is None else _DTYPE_ALIASES.get(text, text)
+
+
+def _as_list(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+Dtype = Annotated[Storage | None, BeforeValidator(_long_dtype)]
+Compute = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_long_dtype)]
+Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Choice:
+    """One name of a registry and the options of its class, all of them, defaults included."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Calibration:
+    """Which tokens the model is shown: `samples` seeded random windows of `seqlen` tokens of `text`."""
+
+    text: Annotated[str, Field(min_length=1)] = "c4"
+    samples: Annotated[int, Field(ge=1)] = 128
+    seqlen: Annotated[int, Field(ge=2)] = 2048
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Recipe:
+    """Everything that decides the result. Make one with `Recipe.from_mapping` or `load_recipe`."""
+
+    sparsity: Annotated[float, Field(ge=0, lt=1)]
+    allocator: Choice
+    solver: Choice
+    pattern: str = "unstructured"
+    calibration: Calibration = Field(default_factory=Calibration)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    include: Globs = ()
+    exclude: Globs = ()
+    dtype: Dtype = None  # storage of the pruned weights; None is the checkpoint's own
+    compute: Compute = "auto"  # of the forwards; auto is bfloat16 where the machine has it
+    order: Literal["block", "data"] = "block"
+    compat: Literal["official"] | None = None
+    profile_samples: Annotated[int, Field(ge=1)] | None = None
+    device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
+    version: Literal[1] = 1
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Recipe:
+        """The only door: validates everything, raises a `RecipeError` of one line."""
+        return _validate(mapping)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain JSON and YAML types, every default spelled out."""
+        plain: dict[str, Any] = _recipe_adapter().dump_python(self, mode="json")
+        for section in _REGISTRIES:
+            options = dict(plain[section]["options"])
+            if options.get("compat", self.compat) == self.compat:
+                options.pop("compat", None)  # handed down again on the way in
+            plain[section] = {"name": plain[section]["name"], **{_key(k): v for k, v in options.items()}}
+        return plain
+
+    def with_overrides(self, overrides: Iterable[str | tuple[str, Any]]) -> Recipe:
+        """A new recipe with `KEY=VALUE` texts (or pairs) applied, as `tawny prune -o` does."""
+        return _validate(_merge(self.to_mapping(), map(_pair, overrides)))
+
+    def fingerprint(self) -> str:
+        """64 hex digits that name this recipe: the SHA-256 of its canonical JSON."""
+        canonical = json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def make_allocator(self) -> Any:
+        return _registry("allocator")[self.allocator.name](**self.allocator.options)
+
+    def make_solver(self) -> Any:
+        return _registry("solver")[self.solver.name](**self.solver.options)
+
+    def make_pattern(self) -> Any:
+        from tawny.patterns import parse_pattern
+
+        return parse_pattern(self.pattern)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe of a YAML file (or of the `run.json` of a finished run)."""
+    return Recipe.from_mapping(_read(path))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.to_mapping(), sort_keys=False, default_flow_style=None, width=100)
+
+
+def resolve_recipe(
+    base: Recipe | Mapping[str, Any] | str | Path | None = None,
+    overrides: Iterable[str | tuple[str, Any]] = (),
+    **keys: Any,
+) -> Recipe:
+    """Put a recipe together: a base (a recipe, mapping or file), then keyword keys, then overrides.
+
+    A key that is None is unset. The whole is validated once, at the end, so that a base file may leave out what the keys supply.
+    """
+    if base is None:
+        mapping: Mapping[str, Any] = {}
+    elif isinstance(base, Recipe):
+        mapping = base.to_mapping()
+    elif isinstance(base, Mapping):
+        mapping = base
+    else:
+        mapping = _read(base)
+    given = [(name, value) for name, value in keys.items() if value is not None]
+    return _validate(_merge(mapping, [*given, *map(_pair, overrides)]))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`allocator.M=7` → `("allocator.M", 7)`; a value that is not valid YAML is plain text (`*.mlp.*`)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"-o {text!r} is not KEY=VALUE: write for example -o allocator.M=7")
+    try:
+        parsed = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        parsed = value.strip()
+    return key.strip(), parsed
+
+
+# --- validation ------------------------------------------------------------------------------------------
+
+_REGISTRIES = ("allocator", "solver")
+_DEFAULT_NAMES = {"allocator": "owl", "solver": "sparsegpt"}
+
+
+def _registry(section: str) -> Mapping[str, Any]:
+    # Imported here: the numerics bring torch along, which the command line's help must not wait for.
+    from tawny.allocation import ALLOCATORS
+    from tawny.solvers import SOLVERS
+
+    registries: dict[str, Mapping[str, Any]] = {"allocator": ALLOCATORS, "solver": SOLVERS}
+    return registries[section]
+
+
+@cache
+def _recipe_adapter() -> TypeAdapter[Recipe]:
+    return TypeAdapter(Recipe)
+
+
+def _validate(mapping: Mapping[str, Any]) -> Recipe:
+    if not isinstance(mapping, Mapping):
+        raise RecipeError(f"a recipe is a mapping of keys to values, not {_show(mapping)}")
+    values = dict(mapping)
+    for key in values:
+        if key in _calibration_keys() and key not in _top_level_keys():
+            raise RecipeError(f"{key} belongs under calibration: in a recipe (calibration: {{{key}: ...}})")
+    _refuse_unknown(values, _top_level_keys(), "recipe key")
+    if values.get("version", 1) != 1:
+        raise RecipeError(
+            f"version {_show(values['version'])} of recipes is unknown to this Tawny, which reads version 1"
+        )
+    values["calibration"] = _section(values.get("calibration"), "calibration", shorthand="text")
+    _refuse_unknown(values["calibration"], _calibration_keys(), "recipe key", "calibration.")
+    compat = values.get("compat")
+    if compat not in (None, "official"):  # before it is handed down, so that the error names the right key
+        raise RecipeError(f"compat: {_show(compat)} given, expected official or nothing")
+    for section in _REGISTRIES:
+        values[section] = _choice(section, values.get(section), compat)
+    values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
+    try:
+        return _recipe_adapter().validate_python(values)
+    except ValidationError as error:
+        raise RecipeError(_one_line(error)) from None
+
+
+def _section(value: Any, name: str, shorthand: str) -> dict[str, Any]:
+    """`solver: wanda` is short for `solver: {name: wanda}`; a section left empty is its defaults."""
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return {str(k): v for k, v in value.items()}
+    if isinstance(value, Path):
+        return {shorthand: str(value)}
+    if isinstance(value, str):
+        return {shorthand: value}
+    raise RecipeError(f"{name}: {_show(value)} given, expected a {shorthand} or a mapping")
+
+
+def _choice(section: str, value: Any, compat: Any) -> dict[str, Any]:
+    registry = _registry(section)
+    given = _section(value, section, shorthand="name")
+    name = given.pop("name", None) or _DEFAULT_NAMES[section]
+    if not isinstance(name, str) or name not in registry:
+        raise RecipeError(f"{section} {_show(name)} is unknown{_suggest(str(name), registry)}")
+    kind = registry[name]
+    known = _option_keys(kind)
+    _refuse_unknown(
+        {_key(k): v for k, v in given.items()}, known, f"option of {section} {name!r}", f"{section}."
+    )
+    options = {known[_key(k)]: v for k, v in given.items()}
+    if "compat" in known and options.get("compat") is None:
+        options["compat"] = compat
+    try:
+        built = TypeAdapter(kind).validate_python(options)
+    except ValidationError as error:
+        raise RecipeError(_one_line(error, section)) from None
+    except TawnyError as error:
+        raise RecipeError(f"{section} {name!r}: {error}") from None
+    return {"name": name, "options": {field: getattr(built, field) for field in known.values()}}
+
+
+def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
+    from tawny.patterns import NM, parse_pattern
+
+    pattern = values.get("pattern") or "unstructured"
+    if not isinstance(pattern, str):
+        raise RecipeError(f"pattern: {_show(pattern)} given, expected a text such as unstructured or 2:4")
+    parsed = parse_pattern(pattern)
+    sparsity = _number(values.get("sparsity"))
+    if isinstance(parsed, NM):
+        implied = 1 - parsed.n / parsed.m
+        if sparsity is not None and abs(sparsity - implied) > 1e-3:  # 0.333 is meant to be 2:3
+            raise RecipeError(
+                f"pattern {pattern} keeps {parsed.n} of every {parsed.m} and so implies sparsity "
+                f"{implied:g}, but sparsity {sparsity:g} was given: leave it out or choose another pattern"
+            )
+        return pattern, implied
+    if sparsity is None:
+        raise RecipeError(
+            "sparsity is missing: give the share of weights to remove, such as sparsity=0.6 (-s 0.6)"
+        )
+    return pattern, sparsity
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if 1 <= number <= 100:
+        raise RecipeError(
+            f"sparsity {value} is outside [0, 1): it is a share of the weights{_share_hint(number)}"
+        )
+    if not 0 <= number < 1:
+        raise RecipeError(f"sparsity {_show(value)} is not a number in [0, 1): give a share such as 0.6")
+    return number
+
+
+def _share_hint(number: float) -> str:
+    return f", did you mean {number / 100:g}?" if 1 < number < 100 else ", and something must be left"
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], what: str, prefix: str = "") -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise RecipeError(f"{prefix}{key} is not a known {what}{_suggest(str(key), known)}")
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    folded = {name.lower(): name for name in names}  # `m` and `Lambda` are as near as it gets
+    if word.lower() in folded:
+        return f" (did you mean {folded[word.lower()]!r}?)"
+    return nearest(word, names) or (f" (known: {', '.join(names)})" if names else " (it has no options)")
+
+
+def _one_line(error: ValidationError, prefix: str = "") -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    # The branch of a union leaves parts in the location that are no key.
+    parts = [str(p) for p in first["loc"] if isinstance(p, int) or re.fullmatch(r"[A-Za-z_]\w*", str(p))]
+    place = ".".join(filter(None, [prefix, *map(_key, parts)]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {_show(first['input'])} given, {message[:1].lower()}{message[1:]}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- keys ------------------------------------------------------------------------------------------------
+
+
+def _key(field: str) -> str:
+    """The recipe key of a field: `lambda_` is only called so because Python owns the word."""
+    return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field
+
+
+def _top_level_keys() -> list[str]:
+    return [field.name for field in dataclasses.fields(Recipe)]
+
+
+def _calibration_keys() -> list[str]:
+    return [field.name for field in dataclasses.fields(Calibration)]
+
+
+def _option_keys(kind: Any) -> dict[str, str]:
+    """Recipe key → field name of a solver or allocator class; its fields are its options."""
+    return {_key(field.name): field.name for field in dataclasses.fields(kind) if field.init}
+
+
+def _pair(override: str | tuple[str, Any]) -> tuple[str, Any]:
+    return parse_override(override) if isinstance(override, str) else override
+
+
+def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Apply dotted, bare and whole-section keys; names first, since they decide which options there are."""
+    merged: dict[str, Any] = copy.deepcopy(dict(base))
+    for section, shorthand in (("allocator", "name"), ("solver", "name"), ("calibration", "text")):
+        merged[section] = _section(merged.get(section), section, shorthand)
+    pairs = [(key.removesuffix(".name"), value) for key, value in changes]
+    seen: set[str] = set()
+    for key, value in sorted(pairs, key=lambda pair: pair[0] not in _REGISTRIES):
+        if key in _REGISTRIES:
+            new = _section(value, key, "name")
+            known_name = merged[key].get("name") or _DEFAULT_NAMES[key]
+            same = new.get("name", known_name) == known_name
+            merged[key] = {**merged[key], **new} if same else new  # another class has other options
+        elif key == "calibration":
+            merged[key].update(_section(value, key, "text"))
+        else:
+            path = _locate(key, merged)
+            target = merged if len(path) == 1 else merged[path[0]]
+            again = path[-1] in ("include", "exclude") and path[-1] in seen  # -o include=A -o include=B
+            target[path[-1]] = [*_as_list(target[path[-1]]), *_as_list(value)] if again else value
+            seen.add(path[-1])
+    if (
+        "pattern" in seen
+        and "sparsity" not in seen
+        and ":" in str(base.get("pattern"))
+        and ":" in str(merged["pattern"])
+    ):
+        merged["sparsity"] = None  # the base's was implied by its n:m, the new pattern implies another
+    return merged
+
+
+def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where a key lives: `("seed",)` or `("allocator", "M")`."""
+    sections: dict[str, list[str]] = {"calibration": _calibration_keys()}
+    for section in _REGISTRIES:
+        name = merged[section].get("name") or _DEFAULT_NAMES[section]
+        kind = _registry(section).get(name)
+        sections[section] = (
+            list(_option_keys(kind)) if kind else []
+        )  # an unknown name is reported by _validate
+    head, dot, rest = key.partition(".")
+    if dot:
+        if head not in sections:
+            raise RecipeError(f"{key} is not a known recipe key{_suggest(head, sections)}")
+        if _key(rest) not in sections[head]:
+            raise RecipeError(f"{key} is not a known recipe key{_suggest(_key(rest), sections[head])}")
+        return head, _key(rest)
+    if key in _top_level_keys():
+        return (key,)
+    homes = [section for section, names in sections.items() if _key(key) in names]
+    if len(homes) > 1:
+        choices = " or ".join(f"{home}.{_key(key)}" for home in homes)
+        raise RecipeError(f"{key} is ambiguous: write {choices}")
+    if not homes:
+        everything = [*_top_level_keys(), *(name for names in sections.values() for name in names)]
+        raise RecipeError(f"{key} is not a known recipe key{_suggest(_key(key), everything)}")
+    return homes[0], _key(key)
+
+
+# --- YAML ------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: PyYAML's own rules read 2:4 as the number 124, 1e-3 as text and `no` as false."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key!r} is given twice", problem_mark=node.value[index][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf))$|^\.(?:nan|NaN)$",
+        list("-+0123456789."),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"recipe {str(path)!r} is not text: give a YAML file") from None
+    try:
+        loaded = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
+        raise RecipeError(f"{where}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("recipe"), Mapping):
+        loaded = loaded["recipe"]  # a run.json holds its recipe under this key
+    if not isinstance(loaded, Mapping):
+        raise RecipeError(
+            f"recipe {str(path)!r} holds {_show(loaded)}: a recipe is a mapping of keys to values"
+        )
+    return loaded
