@@ -169,7 +169,8 @@ def resolve_recipe(
 ) -> Recipe:
     """Put a recipe together: a base (a recipe, mapping or file), then keyword keys, then overrides.
 
-    A key that is None is unset. The whole is validated once, at the end, so that a base file may leave out what the keys supply.
+    A key that is None is unset. The whole is validated once, at the end, so that a base file may leave out
+    what the keys supply.
     """
     if base is None:
         mapping: Mapping[str, Any] = {}

