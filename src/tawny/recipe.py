@@ -164,7 +164,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def resolve_recipe(
     base: Recipe | Mapping[str, Any] | str | Path | None = None,
-    overrides: Iterable[str | tuple[str, Any]] = (),
+    overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
     **keys: Any,
 ) -> Recipe:
     """Put a recipe together: a base (a recipe, mapping or file), then keyword keys, then overrides.
@@ -180,8 +180,8 @@ def resolve_recipe(
         mapping = base
     else:
         mapping = _read(base)
-    given = [(name, value) for name, value in keys.items() if value is not None]
-    return _validate(_merge(mapping, [*given, *map(_pair, overrides)]))
+    later = overrides.items() if isinstance(overrides, Mapping) else map(_pair, overrides)
+    return _validate(_merge(mapping, [*((k, v) for k, v in keys.items() if v is not None), *later]))
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -274,7 +274,7 @@ def _choice(section: str, value: Any, compat: Any) -> dict[str, Any]:
     except ValidationError as error:
         raise RecipeError(_one_line(error, section)) from None
     except TawnyError as error:
-        raise RecipeError(f"{section} {name!r}: {error}") from None
+        raise RecipeError(str(error)) from None  # a class names its own fields, as `allocator.M`
     return {"name": name, "options": {field: getattr(built, field) for field in known.values()}}
 
 
