@@ -1,0 +1,126 @@
+"""Make any wish exact: the budget is a number of weights, and it is met to the weight.
+
+An allocator says what it would like; this file shifts all wishes by one common amount so that, with every
+linear held between its bounds, the whole model loses exactly ⌊target · parameters⌉ weights. Nobody's share
+differs by more than one weight from the shifted wish, and equal wishes on equal linears stay equal up to that
+one weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from tawny.allocation.profile import Allocation, Profile
+from tawny.errors import NumericalError, RecipeError
+from tawny.patterns import removed_count
+
+__all__ = ["Allocation", "exact", "mixed_nm"]
+
+
+def exact(
+    raw: Mapping[str, float],
+    sizes: Mapping[str, int],
+    target: float,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Allocation:
+    """Shift `raw` sparsities, clamped to [low, high], until they remove exactly `target` of all weights.
+
+    The sum over linears of `removed_count(size, sparsity)` equals `removed_count(total, target)`.
+    """
+    _check(raw, target, low, high)
+    shifted = _shift(raw, sizes, target, low, high)
+    return _whole(shifted, sizes, removed_count(sum(sizes[name] for name in raw), target))
+
+
+def mixed_nm(allocation: Mapping[str, float], profile: Profile, m: int, target_n: int) -> Allocation:
+    """Turn a per-block wish into n:m: block l keeps n_l of every m, 1 ≤ n_l ≤ m, as sparsities 1 − n_l/m.
+
+    The total kept differs from `target_n`:m everywhere by at most one step of n in one block (by nothing at
+    all where blocks are equally large).
+    """
+    if not 1 <= target_n <= m:
+        raise RecipeError(f"pattern {target_n}:{m} keeps {target_n} of every {m}; expected 1 ≤ n ≤ m")
+    blocks = [block for block in range(profile.blocks) if profile.parameters(block)]
+    sizes = {str(block): profile.parameters(block) for block in blocks}
+    wish = {
+        str(block): math.fsum(allocation[linear.name] * linear.numel for linear in profile.linears_of(block))
+        / profile.parameters(block)
+        for block in blocks
+    }
+    target = 1 - target_n / m
+    _check(wish, target, 0.0, 1 - 1 / m)
+    kept = {name: m * (1 - s) for name, s in _shift(wish, sizes, target, 0.0, 1 - 1 / m).items()}
+    n = {name: math.floor(_snap(value)) for name, value in kept.items()}
+    missing = target_n * sum(sizes.values()) - sum(n[name] * sizes[name] for name in n)
+    for name in sorted(n, key=lambda name: n[name] - kept[name]):  # the largest remainder first
+        if n[name] < m and 2 * missing >= sizes[name] and kept[name] > n[name]:
+            n[name] += 1
+            missing -= sizes[name]
+    return {linear.name: 1 - n[str(linear.block)] / m for linear in profile.linears}
+
+
+def _check(raw: Mapping[str, float], target: float, low: float, high: float) -> None:
+    for name, value in raw.items():
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"the allocator wants a sparsity of {value} for {name}; expected a finite number"
+            )
+    if not (low - 1e-12 <= target <= high + 1e-12):
+        raise RecipeError(
+            f"a mean sparsity of {target:g} is out of reach when each must be within [{low:g}, {high:g}]"
+        )
+
+
+def _shift(
+    raw: Mapping[str, float], sizes: Mapping[str, int], target: float, low: float, high: float
+) -> dict[str, float]:
+    """clamp(raw + t) with the one t whose weighted mean is the target."""
+    if not raw:
+        return {}
+    total = sum(sizes[name] for name in raw)
+
+    def shifted(t: float) -> dict[str, float]:
+        return {name: min(high, max(low, value + t)) for name, value in raw.items()}
+
+    def mean(values: Mapping[str, float]) -> float:
+        return math.fsum(values[name] * sizes[name] for name in raw) / total
+
+    if len(set(raw.values())) == 1:  # equal wishes: the target itself, free of rounding
+        return dict.fromkeys(raw, target)
+    t = target - mean(raw)
+    if abs(mean(shifted(t)) - target) < 1e-12:  # nothing was clamped
+        return shifted(t)
+    # Water-filling: the mean rises with t, from `low` for all to `high` for all.
+    return shifted(
+        _bisect(lambda t: mean(shifted(t)) - target, low - max(raw.values()), high - min(raw.values()))
+    )
+
+
+def _bisect(rising: Callable[[float], float], below: float, above: float) -> float:
+    for _ in range(200):
+        middle = (below + above) / 2
+        if rising(middle) < 0:
+            below = middle
+        else:
+            above = middle
+    return above
+
+
+def _whole(shares: Mapping[str, float], sizes: Mapping[str, int], total: int) -> Allocation:
+    """Round shares to whole weights that add up to `total`, by the largest remainder."""
+    ideal = {name: _snap(share * sizes[name]) for name, share in shares.items()}
+    count = {name: min(sizes[name], math.floor(value)) for name, value in ideal.items()}
+    missing = total - sum(count.values())
+    for name in sorted(count, key=lambda name: count[name] - ideal[name])[:missing]:
+        count[name] += 1
+    return {
+        name: share if removed_count(sizes[name], share) == count[name] else count[name] / sizes[name]
+        for name, share in shares.items()
+    }
+
+
+def _snap(value: float) -> float:
+    """A value that float rounding keeps a hair away from a whole number, as that number."""
+    return float(round(value)) if abs(value - round(value)) < 1e-6 else value

@@ -1,0 +1,159 @@
+"""OWL: blocks that hold more outliers lose fewer weights.
+
+Yin et al., "Outlier weighed layerwise sparsity (OWL)", ICML 2024, 2310.05175. With A = |W|·‖X‖₂ over all
+linears of block l together, in the dense model, the outlier share (layerwise outlier distribution, LOD) is
+
+    D_l = 100 · #{A > M·mean(A)} / n_l                                            in %,
+    density_l = 2λ·(D_l − min D)/(max D − min D) + shift,   sparsity_l = 1 − density_l,
+
+one ratio a block: the authors confirm that finer ones hurt. The shift is what makes the parameter-weighted
+mean the target, whatever clamping is needed (`budget.exact`). Equal D, or λ = 0, is uniform.
+
+`compat="official"` gives the numbers of the authors' code: float32 scores laid end to end, the mean over
+blocks unweighted, no repair where a ratio leaves [0, 1] (one that is not positive becomes 0.01 there).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tawny.allocation import budget
+from tawny.allocation.profile import Allocation, Profile
+from tawny.calibration.statistics import Needs, Statistics
+from tawny.errors import NumericalError, RecipeError
+
+__all__ = ["Owl", "measure_outliers"]
+
+
+@dataclass(frozen=True)
+class Owl:
+    """More outliers in a block, less pruning; one ratio a block from the dense model's profile.
+
+    D_l = % of |W|·‖X‖ above M times its mean; density spread over 2λ. Yin et al. 2024 (2310.05175).
+    `reverse` turns it round (more outliers, more pruning), for studies.
+    """
+
+    M: float = 5.0
+    lambda_: float = 0.08
+    reverse: bool = False
+    compat: Literal["official"] | None = None
+
+    needs: ClassVar[Needs] = "norms"
+    measures_weights: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.M < math.inf:
+            raise RecipeError(f"allocator.M is {self.M}; expected a positive number, such as 5")
+        if not 0 <= self.lambda_ <= 1:
+            raise RecipeError(
+                f"allocator.lambda is {self.lambda_}; expected a number in [0, 1], such as 0.08"
+            )
+
+    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+        return measure_outliers(linears, (self.M,), official=self.compat == "official")
+
+    def allocate(self, profile: Profile, target: float) -> Allocation:
+        share = {
+            block: self._share(profile.measures[block], block)
+            for block in range(len(profile.measures))
+            if profile.parameters(block)
+        }
+        if self.compat == "official":
+            ratio = self._official(share, target)
+            return {linear.name: ratio[linear.block] for linear in profile.linears}
+        raw = {linear.name: -self._density(share, linear.block) for linear in profile.linears}
+        return budget.exact(raw, profile.sizes, target)
+
+    def _share(self, measure: Mapping[str, Any], block: int) -> float:
+        """D_l of one block, or −D_l when reversed."""
+        shares = measure.get("outlier_share", {})
+        if _key(self.M) not in shares:
+            raise RecipeError(
+                f"the profile of block {block} has M = {', '.join(shares)}; expected {_key(self.M)}"
+            )
+        value = float(shares[_key(self.M)])
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"the outlier share of block {block} is {value}; expected a number in [0, 100]"
+            )
+        return -value if self.reverse else value
+
+    def _density(self, share: Mapping[int, float], block: int) -> float:
+        """2λ·(D − min)/(max − min), before the shift."""
+        low, high = min(share.values()), max(share.values())
+        return 2 * self.lambda_ * (share[block] - low) / (high - low) if high > low else 0.0
+
+    def _official(self, share: Mapping[int, float], target: float) -> dict[int, float]:
+        if len(set(share.values())) == 1:  # the authors' code divides by zero here
+            return dict.fromkeys(share, target)
+        # numpy's own mean, and its order of operations, so that not even the last bit differs.
+        D = torch.tensor(list(share.values()), dtype=torch.float64).numpy()
+        ratio = (D - D.min()) * (1 / (D.max() - D.min()) * self.lambda_ * 2)
+        ratio = ratio - ratio.mean() + (1 - target)
+        sparsity = [float(1 - value) for value in ratio]
+        return {block: 0.01 if s <= 0 else min(s, 1.0) for block, s in zip(share, sparsity, strict=True)}
+
+
+def measure_outliers(
+    linears: Mapping[str, tuple[Tensor, Statistics | None]],
+    Ms: Iterable[float],
+    official: bool = False,
+) -> dict[str, Any]:
+    """Outlier share of one block for several M, in %, and the mean and maximum of its scores.
+
+    Scores are reported a token (divided by √tokens), so that they do not grow with the calibration set; the
+    shares do not depend on that constant.
+    """
+    Ms = tuple(Ms)
+    scores = {name: (W_OI, _norms(name, W_OI, statistics)) for name, (W_OI, statistics) in linears.items()}
+    parameters = sum(W_OI.numel() for W_OI, _ in scores.values())
+    tokens = max((s.tokens for _, s in linears.values() if s is not None), default=1)
+    if not parameters:
+        return {
+            "outlier_share": {_key(M): 0.0 for M in Ms},
+            "mean_score": 0.0,
+            "max_score": 0.0,
+            "parameters": 0,
+        }
+    if official:
+        mean = float(
+            torch.cat([(W_OI.abs() * norms_I).flatten() for W_OI, norms_I in scores.values()]).mean()
+        )
+    else:
+        # Σ_ij |W_ij|·‖X_j‖ needs only the column sums.
+        total = sum(float(W_OI.abs().sum(0) @ norms_I) for W_OI, norms_I in scores.values())
+        mean = total / parameters
+    above = dict.fromkeys(Ms, 0)
+    highest = 0.0
+    for name, (W_OI, norms_I) in scores.items():
+        A_OI = W_OI.abs().mul_(norms_I)
+        top = float(A_OI.max())
+        if not math.isfinite(top):
+            raise NumericalError(f"{name} {list(W_OI.shape)}: a weight or an input is NaN or infinite")
+        highest = max(highest, top)
+        for M in Ms:
+            outlier = torch.tensor(mean) * M
+            above[M] += int(torch.count_nonzero(A_OI.gt(outlier)))
+    per_token = math.sqrt(max(tokens, 1))
+    return {
+        "outlier_share": {_key(M): float(count) / parameters * 100 for M, count in above.items()},
+        "mean_score": mean / per_token,
+        "max_score": highest / per_token,
+        "parameters": parameters,
+    }
+
+
+def _norms(name: str, W_OI: Tensor, statistics: Statistics | None) -> Tensor:
+    if statistics is None:
+        raise ValueError(f"{name} {list(W_OI.shape)}: OWL needs column norms, but no statistics were given")
+    return statistics.squared_norms.float().sqrt()
+
+
+def _key(M: float) -> str:
+    return f"{M:g}"

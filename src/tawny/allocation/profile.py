@@ -1,0 +1,72 @@
+"""What an allocator reads, and what it gives.
+
+A profile is a few numbers a block, taken from the dense model in one walk, beside the shapes of all prunable
+linears. Both are plain data: a profile can be journalled, printed and allocated from again without the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from tawny.calibration.statistics import Needs, Statistics
+
+__all__ = ["Allocation", "Allocator", "LinearInfo", "Profile"]
+
+Allocation = dict[str, float]
+"""{linear name: sparsity}"""
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One prunable linear: its name, its [out, in] shape, and where in the model it sits."""
+
+    name: str
+    shape: tuple[int, int]
+    block: int
+    group: str = ""  # the stage of the block, "0" for the first linears that run, and so on
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All prunable linears in model order, and what `Allocator.measure` said of every block."""
+
+    linears: tuple[LinearInfo, ...]
+    measures: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        return max([len(self.measures), *(linear.block + 1 for linear in self.linears)])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {linear.name: linear.numel for linear in self.linears}
+
+    def linears_of(self, block: int) -> tuple[LinearInfo, ...]:
+        return tuple(linear for linear in self.linears if linear.block == block)
+
+    def parameters(self, block: int) -> int:
+        """How many prunable weights the block holds; 0 where everything was excluded."""
+        return sum(linear.numel for linear in self.linears_of(block))
+
+
+class Allocator(Protocol):
+    """The interface; a new allocator is one file and one entry of ALLOCATORS, its fields are its options."""
+
+    needs: ClassVar[Needs]
+    measures_weights: ClassVar[bool]
+
+    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+        """Numbers of one dense block, fit for JSON."""
+        ...
+
+    def allocate(self, profile: Profile, target: float) -> Allocation:
+        """A sparsity for every linear of the profile, its parameter-weighted mean being the target."""
+        ...

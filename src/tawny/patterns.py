@@ -1,0 +1,217 @@
+"""Which masks are legal, and how a mask is chosen from scores.
+
+A pattern is unstructured (the lowest scores of each row, or of the whole matrix, go) or n:m (the n highest of
+every m neighbours along `in` stay). Promises:
+
+- A mask removes an exact count. It is chosen by selection, never by comparing with a threshold alone, so
+  equal scores cannot make it remove one too many or one too few.
+- Ties are broken the same way everywhere: among equal scores the one that comes first in memory goes first.
+  This is what a stable ascending sort would do.
+- Weights that are already zero go first: `zeros_first` gives them the score −∞, below every other.
+
+Shapes: O = out, I = in, M = the m of n:m, G = number of groups of m.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tawny.errors import PatternError
+
+__all__ = [
+    "NM",
+    "Pattern",
+    "Scope",
+    "Unstructured",
+    "check_pattern",
+    "keep_mask",
+    "keep_mask_rows",
+    "matches",
+    "parse_pattern",
+    "removed_count",
+    "rows_removed",
+    "zeros_first",
+]
+
+Scope = Literal["row", "matrix"]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go; scores compete within a `row` or within the whole `matrix`.
+
+    A scope of None is the default of the solver's paper.
+    """
+
+    scope: Scope | None = None
+
+    def with_default(self, scope: Scope) -> Unstructured:
+        """This pattern, its scope filled in where the recipe left it open."""
+        return self if self.scope is not None else Unstructured(scope)
+
+    def __str__(self) -> str:
+        return "unstructured" if self.scope is None else self.scope
+
+
+@dataclass(frozen=True)
+class NM:
+    """n weights kept of every m neighbours along `in`; implies the sparsity 1 − n/m."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m or self.m < 2:
+            raise PatternError(
+                f"pattern {self.n}:{self.m} is not n kept of every m; expected 1 ≤ n ≤ m and m ≥ 2, as in 2:4"
+            )
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Pattern = Unstructured | NM
+
+_UNSTRUCTURED: dict[str, Scope | None] = {
+    "unstructured": None,
+    "unstructured-row": "row",
+    "row": "row",
+    "unstructured-matrix": "matrix",
+    "matrix": "matrix",
+}
+
+
+def parse_pattern(text: str) -> Pattern:
+    """`unstructured`, `row`, `matrix` or `n:m` (n kept of every m) as a pattern."""
+    word = str(text).strip().lower()
+    if word in _UNSTRUCTURED:
+        return Unstructured(_UNSTRUCTURED[word])
+    if found := re.fullmatch(r"(\d+)\s*:\s*(\d+)", word):
+        return NM(int(found[1]), int(found[2]))
+    raise PatternError(
+        f"pattern {text!r} is not known; expected 'unstructured', 'row', 'matrix' or n:m such as '2:4' "
+        "(n kept of every m; quote it in YAML)"
+    )
+
+
+def check_pattern(pattern: Pattern, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse an n:m whose m does not divide the width of some linear."""
+    if not isinstance(pattern, NM):
+        return
+    bad = [f"{name} {list(shape)}" for name, shape in shapes.items() if shape[1] % pattern.m]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise PatternError(
+            f"pattern {pattern} needs widths that {pattern.m} divides, but these linears [out, in] are not: "
+            f"{', '.join(bad[:5])}{more}; choose another m or leave them out with -o exclude=GLOB"
+        )
+
+
+def removed_count(numel: int, sparsity: float) -> int:
+    """How many of `numel` weights a sparsity removes: rounded half to even, within [0, numel]."""
+    return min(numel, max(0, round(sparsity * numel)))
+
+
+def rows_removed(rows: int, removed: int) -> Tensor:
+    """[rows] int64: `removed` spread over rows that differ by at most one, the extra ones evenly spaced."""
+    edges = torch.arange(rows + 1, dtype=torch.int64) * removed // max(rows, 1)
+    return edges.diff()
+
+
+def zeros_first(scores_OI: Tensor, W_OI: Tensor) -> Tensor:
+    """The scores, in place, with −∞ where the weight is already zero."""
+    return scores_OI.masked_fill_(W_OI == 0, -torch.inf)
+
+
+def keep_mask(scores_OI: Tensor, pattern: Pattern, removed: int) -> Tensor:
+    """[out, in] bool, True where a weight stays: exactly `removed` of the lowest scores go.
+
+    An unstructured pattern whose scope is open competes over the matrix. n:m ignores `removed`. Scores must
+    not be NaN.
+    """
+    if isinstance(pattern, NM):
+        return _keep_nm(scores_OI, pattern)
+    if not 0 <= removed <= scores_OI.numel():
+        raise ValueError(f"cannot remove {removed} of {scores_OI.numel()} weights")
+    if pattern.scope == "row":
+        return keep_mask_rows(scores_OI, rows_removed(scores_OI.shape[0], removed))
+    flat = scores_OI.reshape(1, -1)
+    return keep_mask_rows(flat, torch.tensor([removed])).view(scores_OI.shape)
+
+
+def keep_mask_rows(scores_OI: Tensor, removed_O: Tensor) -> Tensor:
+    """As `keep_mask`, with a count of its own for every row."""
+    keep_OI = torch.empty(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
+    for count in torch.unique(removed_O).tolist():
+        rows = (removed_O == count).nonzero().squeeze(1).to(scores_OI.device)
+        every = len(rows) == len(scores_OI)
+        part = scores_OI if every else scores_OI[rows]
+        kept = _keep_highest(part, int(count))
+        if every:
+            return kept
+        keep_OI[rows] = kept
+    return keep_OI
+
+
+def _keep_highest(scores_OI: Tensor, removed: int) -> Tensor:
+    """Remove the same number of lowest scores from every row."""
+    if removed <= 0:
+        return torch.ones(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
+    if removed >= scores_OI.shape[1]:
+        return torch.zeros(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
+    threshold_O1 = _kth_smallest(scores_OI, removed)
+    keep_OI = scores_OI > threshold_O1
+    # Rows in which several scores equal the threshold would lose too many: keep the last of the equals.
+    excess_O = removed - (scores_OI.shape[1] - keep_OI.sum(1))
+    for row in excess_O.nonzero().squeeze(1).tolist():
+        equals = (scores_OI[row] == threshold_O1[row]).nonzero().squeeze(1)
+        keep_OI[row, equals[len(equals) + int(excess_O[row]) :]] = True
+    return keep_OI
+
+
+def _kth_smallest(scores_OI: Tensor, k: int) -> Tensor:
+    """[out, 1]: the k-th smallest score of every row, k from 1."""
+    if scores_OI.device.type != "cpu":
+        return scores_OI.kthvalue(k, dim=1, keepdim=True).values
+    rows, width = scores_OI.shape
+    chunk = max(1, 2**18 // width)
+    threshold_O1 = scores_OI.new_empty(rows, 1)
+
+    def select(start: int) -> None:
+        part = scores_OI[start : start + chunk].clone()
+        part.numpy().partition(k - 1, axis=1)
+        threshold_O1[start : start + chunk] = part[:, k - 1 : k]
+
+    starts = range(0, rows, chunk)
+    if len(starts) == 1:
+        select(0)
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(select, starts))
+    return threshold_O1
+
+
+def _keep_nm(scores_OI: Tensor, pattern: NM) -> Tensor:
+    """Keep the n highest of every m."""
+    if scores_OI.shape[1] % pattern.m:
+        raise PatternError(f"pattern {pattern} does not fit a weight of shape {list(scores_OI.shape)}")
+    grouped_GM = scores_OI.reshape(-1, pattern.m)
+    return _keep_highest(grouped_GM, pattern.m - pattern.n).view(scores_OI.shape)
+
+
+def matches(W_OI: Tensor, n: int, m: int) -> bool:
+    """Whether every m neighbours along `in` hold at most n weights that are not zero."""
+    if W_OI.shape[1] % m:
+        return False
+    return bool(((W_OI != 0).view(torch.uint8).reshape(-1, m).sum(1, dtype=torch.int32) <= n).all())

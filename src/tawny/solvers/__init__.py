@@ -1,0 +1,22 @@
+"""One file a solver; each is a pure function of tensors, readable beside its paper."""
+
+from __future__ import annotations
+
+from tawny.solvers.base import Needs, Solution, Solver, energy, reconstruction_error
+from tawny.solvers.magnitude import Magnitude
+from tawny.solvers.sparsegpt import SparseGPT
+from tawny.solvers.wanda import Wanda
+
+__all__ = [
+    "SOLVERS",
+    "Magnitude",
+    "Needs",
+    "Solution",
+    "Solver",
+    "SparseGPT",
+    "Wanda",
+    "energy",
+    "reconstruction_error",
+]
+
+SOLVERS: dict[str, type[Solver]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}

@@ -1,0 +1,46 @@
+"""Magnitude pruning: the smallest |W| of a matrix go.
+
+The oldest baseline; it looks at no data. Han et al., "Learning both weights and connections", NeurIPS 2015.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tawny.calibration.statistics import Statistics
+from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, removed_count
+from tawny.solvers.base import Needs, Solution, require_finite
+
+__all__ = ["Magnitude"]
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """The smallest weights of each matrix go; no data needed.
+
+    Score |W_ij|, Han et al. 2015.
+    """
+
+    needs: ClassVar[Needs] = "none"
+    default_scope: ClassVar[Scope] = "matrix"
+
+    def prepare(self, statistics: Statistics | None) -> Any:
+        return None
+
+    def solve(
+        self,
+        W_OI: Tensor,
+        statistics: Statistics | None,
+        pattern: Pattern,
+        sparsity: float,
+        prepared: Any = None,
+    ) -> Solution:
+        require_finite(W_OI, "weight")
+        if isinstance(pattern, Unstructured):
+            pattern = pattern.with_default(self.default_scope)
+        # Zeros need no special care here: |0| is the lowest score there is.
+        keep_OI = keep_mask(W_OI.abs(), pattern, removed_count(W_OI.numel(), sparsity))
+        return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)

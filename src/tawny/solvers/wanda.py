@@ -1,0 +1,57 @@
+"""Wanda: weights whose product with their input's norm is small go, row by row, and nothing is updated.
+
+Sun et al., "A simple and effective pruning approach for large language models", 2306.11695.
+Score `|W_ij| · ‖X_j‖₂`. Rows differ by at most one weight, so that the linear's budget is exact;
+`compat="official"` removes ⌊in·s⌋ of every row by a stable sort, as the authors' code does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tawny.calibration.statistics import Statistics
+from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, keep_mask_rows, removed_count, zeros_first
+from tawny.solvers.base import Needs, Solution, input_norms, require_finite
+
+__all__ = ["Wanda"]
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Small weights on quiet inputs go, row by row; fast, no update.
+
+    Score |W_ij|·‖X_j‖₂, Sun et al. 2023 (2306.11695).
+    """
+
+    compat: Literal["official"] | None = None
+
+    needs: ClassVar[Needs] = "norms"
+    default_scope: ClassVar[Scope] = "row"
+
+    def prepare(self, statistics: Statistics | None) -> Any:
+        return input_norms(statistics)
+
+    def solve(
+        self,
+        W_OI: Tensor,
+        statistics: Statistics | None,
+        pattern: Pattern,
+        sparsity: float,
+        prepared: Any = None,
+    ) -> Solution:
+        require_finite(W_OI, "weight")
+        norms_I = input_norms(statistics) if prepared is None else prepared
+        if isinstance(pattern, Unstructured):
+            pattern = pattern.with_default(self.default_scope)
+        scores_OI = W_OI.abs().mul_(norms_I)
+        if self.compat == "official" and isinstance(pattern, Unstructured) and pattern.scope == "row":
+            rows, width = W_OI.shape
+            keep_OI = keep_mask_rows(scores_OI, torch.full((rows,), min(width, int(width * sparsity))))
+        else:
+            zeros_first(scores_OI, W_OI)
+            keep_OI = keep_mask(scores_OI, pattern, removed_count(W_OI.numel(), sparsity))
+        return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)
