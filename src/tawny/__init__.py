@@ -1,1 +1,75 @@
-"""Prune large language models to high sparsity and make the sparsity pay."""
+"""Prune large language models to high sparsity with OWL, keep their quality, and make the sparsity pay.
+
+    import tawny
+
+    record = tawny.prune("smollm2", "out", sparsity=0.5, allocator="owl", solver="sparsegpt")
+    print(tawny.evaluate("out", "wiki", windows=8).perplexity)
+
+Importing this package costs nothing: torch and transformers come with the first call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Inspection",
+    "Perplexity",
+    "Plan",
+    "Profile",
+    "Recipe",
+    "Record",
+    "TawnyError",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "inspect",
+    "load_recipe",
+    "plan",
+    "profile",
+    "prune",
+]
+
+_HOMES = {
+    "Inspection": "tawny.evaluation.inspection",
+    "Perplexity": "tawny.evaluation.perplexity",
+    "Plan": "tawny.pruning.plan",
+    "Profile": "tawny.allocation.profile",
+    "Recipe": "tawny.recipe",
+    "Record": "tawny.record",
+    "TawnyError": "tawny.errors",
+    "UserError": "tawny.errors",
+    "evaluate": "tawny.evaluation.perplexity",
+    "inspect": "tawny.evaluation.inspection",
+    "load_recipe": "tawny.recipe",
+    "plan": "tawny.pruning.plan",
+    "profile": "tawny.pruning.profiling",
+    "prune": "tawny.pruning.run",
+}
+
+if TYPE_CHECKING:
+    from tawny.allocation.profile import Profile
+    from tawny.errors import TawnyError, UserError
+    from tawny.evaluation.inspection import Inspection, inspect
+    from tawny.evaluation.perplexity import Perplexity, evaluate
+    from tawny.pruning.plan import Plan, plan
+    from tawny.pruning.profiling import profile
+    from tawny.pruning.run import prune
+    from tawny.recipe import Recipe, load_recipe
+    from tawny.record import Record
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tawny' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Text to token samples, and what linears saw of them."""

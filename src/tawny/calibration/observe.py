@@ -1,0 +1,275 @@
+"""See what the linears of one block receive: statistics of their inputs, and the stages they form.
+
+Linears that receive the very same tensor (q/k/v, gate/up) form a stage and share one set of statistics. That is
+found by watching a forward, never by name: a hook on each linear compares the tensor it gets with those seen before
+in the same forward. Fused experts are not modules; the slices of their parameter are followed instead, so each
+expert gets statistics of exactly the tokens that were routed to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tawny.calibration.statistics import Accumulator, Needs, Statistics
+from tawny.errors import ModelError, NumericalError
+from tawny.model.linears import Linear
+from tawny.model.streams import Stream
+
+
+@dataclass
+class Stage:
+    """Linears of a block that are ready to be solved together: one shared input, or the experts of one parameter."""
+
+    linears: list[Linear] = field(default_factory=list)
+
+
+@dataclass
+class Observation:
+    """What one walk of all samples through a block showed.
+
+    Attributes:
+        statistics: by linear name; linears of a shared input share the object. Empty when nothing was needed.
+        stages: in call order.
+    """
+
+    statistics: dict[str, Statistics]
+    stages: list[Stage]
+
+
+class _Enough(Exception):
+    """Everything asked for has been seen; the rest of this forward is not needed."""
+
+
+@dataclass
+class _Input:
+    """One distinct input tensor of a block, and who receives it."""
+
+    stage: int
+    linears: list[Linear]
+    accumulator: Accumulator | None = None
+
+
+class _ExpertSlices(TorchFunctionMode):
+    """Reports `F.linear(x, fused[e])` for the fused parameters it is given."""
+
+    def __init__(
+        self, fused: Mapping[int, tuple[Tensor, str]], seen: Callable[[str, int, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._fused = fused  # by id of the parameter
+        self._seen = seen
+        self._slices: dict[int, tuple[str, int, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__ and id(args[0]) in self._fused:
+            index = args[1]
+            if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
+                # The slice is kept alive so that its id stays its own until the forward ends.
+                self._slices[id(made)] = (self._fused[id(args[0])][1], int(index), made)
+        elif func is nn.functional.linear and len(args) > 1 and id(args[1]) in self._slices:
+            key, expert, _ = self._slices[id(args[1])]
+            self._seen(key, expert, args[0])
+        return made
+
+
+class _Watcher:
+    def __init__(self, linears: Sequence[Linear], needs: Needs, device: torch.device) -> None:
+        self.linears = linears
+        self.needs = needs
+        self.device = device
+        self.inputs: list[_Input] = []
+        self.by_module = {id(linear.module): linear for linear in linears if linear.expert is None}
+        self.experts = {
+            (linear.key, linear.expert): linear for linear in linears if linear.expert is not None
+        }
+        self.input_of: dict[str, _Input] = {}
+        self.valid: Tensor | None = None
+        self.learning = True  # the first chunk teaches who shares an input; later ones only count it once
+        self._stage_of_key: dict[str, int] = {}
+        self._stages = 0
+        self._this_forward: list[tuple[Tensor, int, _Input]] = []
+        self.last: Linear | None = None
+
+    def begin(self, valid: Tensor | None) -> None:
+        self.valid = valid
+        self._this_forward = []
+
+    def module_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        linear = self.by_module[id(module)]
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.learning and linear.name not in self.input_of:
+            shared = next(
+                (known for t, version, known in self._this_forward if _same_tensor(t, version, x)), None
+            )
+            if shared is not None:
+                shared.linears.append(linear)
+                self.input_of[linear.name] = shared
+            else:
+                made = self._new(linear, self._next_stage(), x)
+                self._this_forward.append((x, x._version, made))
+        source = self.input_of.get(linear.name)
+        if source is None:
+            raise ModelError(
+                f"{linear.name} is called for some samples and not for others; exclude it to go on"
+            )
+        if source.linears[0] is linear:
+            self._count(source, x)
+        if not self.learning and linear is self.last:
+            raise _Enough
+
+    def expert_called(self, key: str, expert: int, x: Tensor) -> None:
+        linear = self.experts.get((key, expert))
+        if linear is None:
+            return
+        if linear.name not in self.input_of:
+            if key not in self._stage_of_key:
+                self._stage_of_key[key] = self._next_stage()
+            self._new(linear, self._stage_of_key[key], x)
+        self._count(self.input_of[linear.name], x)
+
+    def _next_stage(self) -> int:
+        self._stages += 1
+        return self._stages - 1
+
+    def _new(self, linear: Linear, stage: int, x: Tensor) -> _Input:
+        if x.shape[-1] != linear.shape[1]:
+            raise ModelError(
+                f"{linear.name} {list(linear.shape)} received inputs of width {x.shape[-1]}; expected {linear.shape[1]}"
+            )
+        made = _Input(stage, [linear])
+        if self.needs != "none":
+            made.accumulator = Accumulator(linear.shape[1], self.needs, self.device)
+        self.inputs.append(made)
+        self.input_of[linear.name] = made
+        return made
+
+    def _count(self, source: _Input, x: Tensor) -> None:
+        if source.accumulator is None:
+            return
+        rows = x.reshape(-1, x.shape[-1])
+        if self.valid is not None and rows.shape[0] == self.valid.numel():
+            rows = rows[self.valid.reshape(-1)]
+        source.accumulator.add(rows)
+
+    def learnt(self) -> None:
+        """After the first chunk: everything must have been seen, and the last plain linear ends a forward."""
+        self.learning = False
+        called = {linear.name for source in self.inputs for linear in source.linears}
+        for linear in self.linears:
+            seen = linear.name in called if linear.expert is None else linear.key in self._stage_of_key
+            if not seen:
+                raise ModelError(
+                    f"{linear.name} {list(linear.shape)} takes no part in the forward of its block in a way that can be "
+                    "observed; exclude it (-o exclude=GLOB) to prune the rest"
+                )
+        if self.inputs and not self.experts:
+            self.last = self.inputs[-1].linears[0]
+
+    def observation(self) -> Observation:
+        stages = [Stage() for _ in range(self._stages)]
+        for source in self.inputs:
+            stages[source.stage].linears += source.linears
+        for linear in (
+            self.linears
+        ):  # experts that no token reached belong to the stage of their parameter all the same
+            if linear.expert is not None and linear.name not in self.input_of:
+                stages[self._stage_of_key[linear.key]].linears.append(linear)
+        order = {linear.name: i for i, linear in enumerate(self.linears)}
+        for stage in stages:
+            stage.linears.sort(key=lambda linear: order[linear.name])
+        statistics: dict[str, Statistics] = {}
+        for source in self.inputs:
+            if source.accumulator is not None:
+                made = source.accumulator.finish()
+                if not bool(torch.isfinite(made.squared_norms).all()):
+                    raise NumericalError(
+                        f"{source.linears[0].name} receives NaN or infinite activations; try -o compute=float32, or check the checkpoint"
+                    )
+                statistics.update({linear.name: made for linear in source.linears})
+        if self.needs != "none":
+            for linear in self.linears:
+                if linear.name not in statistics:
+                    statistics[linear.name] = Accumulator(linear.shape[1], self.needs, self.device).finish()
+        return Observation(statistics, [stage for stage in stages if stage.linears])
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        handles = [
+            linear.module.register_forward_pre_hook(self.module_called, with_kwargs=True)
+            for linear in self.linears
+            if linear.expert is None
+        ]
+        fused = {}
+        for linear in self.linears:
+            if linear.expert is not None:
+                parameter = getattr(linear.module, linear.parameter)
+                fused[id(parameter)] = (parameter, linear.key)
+        try:
+            with _ExpertSlices(fused, self.expert_called) if fused else contextlib.nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _same_tensor(a: Tensor, version: int, b: Tensor) -> bool:
+    """Whether `b` is the memory of `a`, unchanged since its `version`, seen with the same last dimension."""
+    return a is b or (
+        a.data_ptr() == b.data_ptr()
+        and a.numel() == b.numel()
+        and a.shape[-1] == b.shape[-1]
+        and a.is_contiguous() == b.is_contiguous()
+        and version == b._version
+    )
+
+
+def observe(
+    stream: Stream,
+    index: int,
+    linears: Sequence[Linear],
+    needs: Needs,
+    *,
+    advance: bool = False,
+    step: Callable[[], None] = lambda: None,
+) -> Observation:
+    """Walk all samples through block `index` (which must be loaded) and collect what `linears` receive.
+
+    Args:
+        stream: hidden states in front of the block.
+        index: the block.
+        linears: those to watch; experts of one fused parameter count one by one.
+        needs: "none" finds only the stages, from one chunk.
+        advance: keep the outputs as the new hidden states. Without it a forward ends as soon as the last watched
+            linear has received its input.
+        step: called after each chunk.
+
+    Raises:
+        ModelError: a linear takes no observable part in the forward.
+        NumericalError: an activation is not finite.
+    """
+    watcher = _Watcher(linears, needs, stream.stack.device)
+    if not linears and not advance:
+        return Observation({}, [])
+    with watcher.attached():
+        for chunk, hidden in enumerate(stream.hidden):
+            watcher.begin(stream.valid(chunk))
+            if advance and watcher.last is not None:
+                watcher.last = None
+            with contextlib.suppress(_Enough):
+                made = stream.stack.forward(index, hidden, stream.call(index, chunk))
+                if advance:
+                    stream.replace(index, chunk, made)
+            if chunk == 0:
+                watcher.learnt()
+            step()
+            if needs == "none" and not advance:
+                break
+    return watcher.observation()

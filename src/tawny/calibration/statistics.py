@@ -1,0 +1,63 @@
+"""What calibration yields for one linear: column norms or a Hessian, in float32, added up chunk by chunk.
+
+Written `X` for the inputs of a linear, `[tokens, in]`: `squared_norms = Σ_t x_tj²` is what Wanda's score needs
+(2306.11695, eq. 1) and `hessian = XᵀX` what the layerwise least-squares solvers need (2301.00774, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Needs = Literal["none", "norms", "hessian"]
+# Below this width the Hessian is one product; above, only its upper panels are computed and mirrored at the end.
+_PANEL = 512
+
+
+@dataclass
+class Statistics:
+    """Of the inputs of ONE linear.
+
+    Attributes:
+        tokens: how many tokens were seen.
+        squared_norms: `[in]` float32, `Σ_t x_tj²`.
+        hessian: `[in, in]` float32, `XᵀX`, or None when only norms were asked for.
+    """
+
+    tokens: int
+    squared_norms: Tensor
+    hessian: Tensor | None = None
+
+
+class Accumulator:
+    """Adds up the statistics of one input over many chunks of tokens."""
+
+    def __init__(self, width: int, needs: Needs, device: torch.device | str = "cpu") -> None:
+        self.needs = needs
+        self.tokens = 0
+        self._norms_I = torch.zeros(width, device=device)
+        self._hessian_II = torch.zeros(width, width, device=device) if needs == "hessian" else None
+
+    def add(self, x_TI: Tensor) -> None:
+        """Tokens `[tokens, in]` of any float dtype; squares and products are taken and summed in float32."""
+        x = x_TI.to(torch.float32)
+        self.tokens += x.shape[0]
+        if self._hessian_II is None:
+            self._norms_I += x.square().sum(0)
+            return
+        width = x.shape[1]
+        step = _PANEL if width >= 2 * _PANEL else width
+        for start in range(0, width, step):
+            rows = slice(start, min(start + step, width))
+            self._hessian_II[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+
+    def finish(self) -> Statistics:
+        if self._hessian_II is None:
+            return Statistics(self.tokens, self._norms_I)
+        H_II = self._hessian_II.triu_()
+        diagonal = H_II.diagonal().clone()
+        H_II += H_II.triu(1).T
+        return Statistics(self.tokens, diagonal, H_II)

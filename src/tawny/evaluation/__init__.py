@@ -1,0 +1,1 @@
+"""Measuring models: perplexity over streamed blocks, and what a checkpoint really holds."""

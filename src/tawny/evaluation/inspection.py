@@ -1,0 +1,110 @@
+"""What a checkpoint really holds: zeros and n:m validity of every prunable linear, read one block at a time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.model.blocks import Stack, open_stack
+from tawny.model.source import resolve
+from tawny.patterns import matches
+from tawny.watch import Watch, silent
+
+# Tried from the strictest; the first that holds is reported.
+_N_OF_M = [(n, m) for m in (4, 8, 16) for n in range(1, m)]
+
+
+@dataclass(frozen=True)
+class LinearInspection:
+    """One linear: its shape `[out, in]`, exact zeros, and the n:m pattern it satisfies, if any.
+
+    `ties` counts weights whose magnitude equals another's in the linear beyond the first: where they are many, a
+    threshold on magnitudes cannot prune an exact count.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    zeros: int
+    sparsity: float
+    pattern: str
+    ties: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All prunable linears of a checkpoint, and its parameters as a whole."""
+
+    source: str
+    sparsity: float
+    zeros: int
+    prunable: int
+    parameters: int
+    bytes: int
+    blocks: int
+    tied_head: bool
+    linears: list[LinearInspection] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def pattern_of(weight_OI: Tensor, zeros: int) -> str:
+    """`"n:m"` for the sparsest n of m that holds in every group along `in`, "dense" without zeros, else "unstructured"."""
+    if zeros == 0:
+        return "dense"
+    density = 1.0 - zeros / weight_OI.numel()
+    for n, m in sorted(_N_OF_M, key=lambda nm: (nm[0] / nm[1], nm[1])):
+        # A group may hold fewer than n, so density bounds n/m only from one side, and by little when it is n:m at all.
+        if weight_OI.shape[1] % m == 0 and density <= n / m < density + 0.05 and matches(weight_OI, n, m):
+            return f"{n}:{m}"
+    return "unstructured"
+
+
+@torch.no_grad()
+def inspect(source: str | Path, *, watch: Watch = silent) -> Inspection:
+    """Read every prunable linear of a checkpoint and count.
+
+    Raises:
+        ModelError: not a decoder.
+        CheckpointError: files are missing, truncated or do not fit the configuration.
+    """
+    folder = resolve(source, watch.say)
+    stack: Stack = open_stack(folder, torch.float32)
+    found: list[LinearInspection] = []
+    watch.phase("inspecting", len(stack))
+    for index in range(len(stack)):
+        with stack.block(index):
+            for linear in stack.linears(index):
+                weight = stack.weight(linear)
+                zeros = int((weight == 0).sum())
+                # Sorting a view of magnitudes costs less memory than unique() and gives the same count.
+                ordered = weight.abs().flatten().sort().values
+                ties = int((ordered[1:] == ordered[:-1]).sum())
+                found.append(
+                    LinearInspection(
+                        linear.name,
+                        linear.shape,
+                        zeros,
+                        zeros / linear.numel,
+                        pattern_of(weight, zeros),
+                        ties,
+                    )
+                )
+        watch.step(stack.name(index))
+    prunable = sum(x.shape[0] * x.shape[1] for x in found)
+    zeros = sum(x.zeros for x in found)
+    return Inspection(
+        source=str(source),
+        sparsity=zeros / max(1, prunable),
+        zeros=zeros,
+        prunable=prunable,
+        parameters=sum(p.numel() for p in stack.model.parameters()),
+        bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        blocks=len(stack),
+        tied_head=bool(getattr(stack.config.get_text_config(), "tie_word_embeddings", False)),
+        linears=found,
+    )

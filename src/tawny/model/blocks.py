@@ -1,0 +1,332 @@
+"""A decoder as a stack of blocks that are loaded, run and dropped one at a time.
+
+The stack is the `nn.ModuleList` of same-class modules that holds most linear weights; nothing is known by name.
+What each block is called with is learnt from the model itself: its own forward runs with every block replaced by a
+stand-in that records all arguments and passes the hidden states on. So masks, rotary embeddings or anything else a
+model hands to some of its blocks and not to others are replayed exactly, block by block.
+The same trick gives the tail: the last stand-in returns streamed hidden states and the model's own norm, head and
+whatever it does to logits run on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tawny.errors import CheckpointError, ModelError
+from tawny.model.checkpoint import Checkpoint
+from tawny.model.linears import Linear, linears_of, prunable_numel
+
+
+class _Stop(Exception):
+    """Ends a forward whose remaining result nobody uses."""
+
+
+@dataclass
+class Call:
+    """What a model hands to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def native_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it in hardware, else float32."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast and supported is not None and supported() else torch.float32
+
+
+def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Module path and list of the blocks of `model`.
+
+    Raises:
+        ModelError: no list of same-class modules with linear weights exists.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1:
+            size = sum(prunable_numel(block) for block in module)
+            if size and (best is None or size > best[0]):
+                best = (size, path, module)
+    if best is None:
+        raise ModelError(
+            f"{type(model).__name__} holds no list of blocks with linear weights; expected a decoder"
+        )
+    return best[1], best[2]
+
+
+class Stack:
+    """A model, its blocks, and where their weights come from.
+
+    Args:
+        model: a transformers causal language model; with a `checkpoint` its parameters are on meta.
+        checkpoint: source of the weights, or None for a live model that is used as it is.
+        compute: dtype of forwards; a live model keeps its own.
+    """
+
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint | None, compute: torch.dtype, device: str = "cpu"
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.compute = compute
+        self.device = torch.device(device)
+        self.path, self.blocks = find_stack(model)
+        self.stored: dict[str, Tensor] = {}
+        self._tuple_output = False
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._calls_depend_on_data: bool | None = None
+        if checkpoint is not None:
+            checkpoint.map_to(model)
+            self._load_outside()
+        model.requires_grad_(False)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}.{index}"
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return int(self.config.get_text_config().hidden_size) * self.compute.itemsize
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    def _assign(self, parameters: dict[str, Tensor]) -> None:
+        for key, value in parameters.items():
+            path, _, leaf = key.rpartition(".")
+            owner = self.model.get_submodule(path)
+            if leaf in owner._parameters:
+                dtype = self.compute if value.is_floating_point() else value.dtype
+                made = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
+                owner._parameters[leaf] = made
+            else:
+                owner._buffers[leaf] = value.to(self.device)
+
+    def _load_outside(self) -> None:
+        """Embeddings, norm and head: everything that is in no block, and stays in memory."""
+        assert self.checkpoint is not None
+        inside = {id(unit) for i in range(len(self)) for unit in self.checkpoint.units_of(self.name(i))}
+        for unit in self.checkpoint.units:
+            if id(unit) not in inside:
+                self._assign(self.checkpoint.load(unit, self.model))
+        self.model.tie_weights()
+        left = [
+            n for n, p in self.model.named_parameters() if p.is_meta and not n.startswith(self.path + ".")
+        ]
+        if left:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} lacks weights outside the blocks, first {left[0]!r}"
+            )
+
+    def load(self, index: int) -> nn.Module:
+        """Block `index` with its weights; the stored tensors stay at hand in `self.stored` until `release`."""
+        if self.checkpoint is not None:
+            self.stored = {}
+            for unit in self.checkpoint.units_of(self.name(index)):
+                self.stored.update(self.checkpoint.load(unit, self.model))
+            self._assign(self.stored)
+        return self.blocks[index]
+
+    def release(self, index: int) -> None:
+        if self.checkpoint is None:
+            return
+        self.stored = {}
+        for module in self.blocks[index].modules():
+            for leaf, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+
+    @contextlib.contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """`load`, and `release` at the end."""
+        try:
+            yield self.load(index)
+        finally:
+            self.release(index)
+
+    def linears(self, index: int) -> list[Linear]:
+        """All prunable linears of block `index` (loaded or not)."""
+        return linears_of(self.blocks[index], self.name(index))
+
+    def weight(self, linear: Linear) -> Tensor:
+        """A float32 copy `[out, in]` of the weight, as stored. The block must be loaded."""
+        source = self.stored[linear.key] if self.checkpoint else getattr(linear.module, linear.parameter)
+        return linear.view(source.detach()).to(torch.float32, copy=True).contiguous()
+
+    def set_weight(self, linear: Linear, weight_OI: Tensor) -> Tensor:
+        """Give a linear its new weight, in the stored dtype and for forwards; returns the stored `[out, in]` view."""
+        parameter = getattr(linear.module, linear.parameter)
+        linear.view(parameter.data).copy_(weight_OI)
+        if not self.checkpoint:
+            return linear.view(parameter.data)
+        stored = linear.view(self.stored[linear.key])
+        stored.copy_(weight_OI)
+        return stored
+
+    # --- forwards ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _stand_ins(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        for index, block in enumerate(self.blocks):
+            block.forward = make(index)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def _output(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._tuple_output else hidden
+
+    @torch.no_grad()
+    def _capture(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, list[Call]]:
+        for style in (self._tuple_output, not self._tuple_output):
+            self._tuple_output = style
+            calls: list[Call] = []
+            seen: list[Tensor] = []
+
+            def make(index: int, calls: list[Call] = calls, seen: list[Tensor] = seen) -> Callable[..., Any]:
+                def record(*args: Any, **kwargs: Any) -> Any:
+                    rest = dict(kwargs)
+                    hidden = args[0] if args else rest.pop("hidden_states")
+                    calls.append(Call(tuple(args[1:]), rest))
+                    seen.append(hidden)
+                    if index == len(self) - 1 or hidden.shape != seen[0].shape:
+                        raise _Stop
+                    return self._output(hidden)
+
+                return record
+
+            with self._stand_ins(make), contextlib.suppress(_Stop):
+                self.model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+            if len(calls) == len(self) and all(h.shape == seen[0].shape for h in seen):
+                return seen[0], calls
+        raise ModelError(
+            f"{type(self.model).__name__} does not pass hidden states straight from block to block; "
+            "expected a decoder whose blocks run one after another"
+        )
+
+    def enter(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """Hidden states `[batch, tokens, hidden]` the first block receives."""
+        hidden, calls = self._capture(tokens_BT.to(self.device), mask_BT)
+        if mask_BT is None and not self._depends_on_data(tokens_BT, calls):
+            self._calls.setdefault(tuple(tokens_BT.shape), calls)
+        return hidden.clone()
+
+    def calls(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> list[Call]:
+        """What each block is called with for these tokens."""
+        key = tuple(tokens_BT.shape)
+        if mask_BT is None and key in self._calls:
+            return self._calls[key]
+        _, calls = self._capture(tokens_BT.to(self.device), mask_BT)
+        if mask_BT is None and not self._depends_on_data(tokens_BT, calls):
+            self._calls[key] = calls
+        return calls
+
+    def _depends_on_data(self, tokens_BT: Tensor, calls: list[Call]) -> bool:
+        """Whether other tokens of the same shape give a block other arguments (then nothing is shared)."""
+        if self._calls_depend_on_data is None:
+            vocabulary = int(self.config.get_text_config().vocab_size)
+            other = (tokens_BT.to(self.device) + 1) % vocabulary
+            _, again = self._capture(other, None)
+            self._calls_depend_on_data = not all(
+                _same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(calls, again, strict=True)
+            )
+        return self._calls_depend_on_data
+
+    @torch.no_grad()
+    def forward(self, index: int, hidden_BTH: Tensor, call: Call) -> Tensor:
+        """Output of block `index`, which must be loaded."""
+        made = self.blocks[index](hidden_BTH, *call.args, **call.kwargs)
+        self._tuple_output = not isinstance(made, Tensor)
+        output: Tensor = made[0] if self._tuple_output else made
+        return output
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+        """Logits `[batch, tokens, vocabulary]` from the last block's output: the model's own norm and head.
+
+        What follows the blocks acts on each token alone, so a caller may pass any slice of tokens.
+        """
+
+        def make(index: int) -> Callable[..., Any]:
+            def pass_on(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                return self._output(hidden_BTH if index == len(self) - 1 else hidden)
+
+            return pass_on
+
+        with self._stand_ins(make):
+            made: Tensor = self.model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+        return made
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return (
+            isinstance(b, (list, tuple))
+            and len(a) == len(b)
+            and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        )
+    return True  # flags, caches that are None, objects that carry no numbers of these tokens
+
+
+def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "cpu") -> Stack:
+    """The checkpoint in `folder` as a stack; only what is outside the blocks is read.
+
+    Raises:
+        ModelError: not a decoder-only model.
+        CheckpointError: files are missing, truncated or do not fit the configuration.
+    """
+    from transformers import AutoConfig
+
+    from tawny.model.skeleton import build_skeleton
+
+    checkpoint = Checkpoint(folder)
+    dtype = compute or native_dtype()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    if getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method", "an unknown method")
+        raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")
+    return Stack(build_skeleton(config, dtype), checkpoint, dtype, device)
+
+
+def live_stack(model: Any) -> Stack:
+    """A live model as a stack; its weights are used and changed in place.
+
+    Raises:
+        ModelError: some of its parameters are on the meta device, or it has no blocks.
+    """
+    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise ModelError(
+            f"parameter {meta!r} of the live model is on the meta device; load its weights first"
+        )
+    parameter = next(model.parameters())
+    return Stack(model, None, parameter.dtype, str(parameter.device))
+
+
+def chunks_of(count: int, size: int) -> Sequence[slice]:
+    """Slices of at most `size` that cover `range(count)`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,0 +1,137 @@
+"""Which weights of a block can be pruned, and how each is read and written as `[out, in]`.
+
+Prunable are the weights of `nn.Linear` and of transformers' transposed `Conv1D`, and fused experts
+(`[experts, out, in]` parameters), expert by expert. Routers and gates are not: they are recognised by what they
+produce, one number an expert (or a single one), beside the experts themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tawny.errors import ModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One prunable weight matrix.
+
+    Attributes:
+        name: module path in the whole model, without `.weight`; experts end in `.PARAMETER.INDEX`.
+        key: name of the parameter that holds it.
+        module: its owner.
+        parameter: attribute of `module` that holds it.
+        expert: index into the first dimension of a fused parameter, or None.
+        transposed: the module stores `[in, out]`.
+    """
+
+    name: str
+    key: str
+    module: nn.Module
+    parameter: str
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        shape = getattr(self.module, self.parameter).shape[-2:]
+        return (int(shape[1]), int(shape[0])) if self.transposed else (int(shape[0]), int(shape[1]))
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The `[out, in]` view of this linear inside a tensor shaped like its parameter."""
+        part = parameter if self.expert is None else parameter[self.expert]
+        return part.T if self.transposed else part
+
+
+def _is_gate(module: nn.Module, parents: Sequence[nn.Module]) -> bool:
+    """A linear that scores experts: its outputs are as many as the experts beside it, or just one."""
+    if not isinstance(module, nn.Linear) or not parents:
+        return False
+    counts = {
+        len(sub) for parent in parents[-2:] for sub in parent.children() if isinstance(sub, nn.ModuleList)
+    } | {
+        int(p.shape[0])
+        for parent in parents[-2:]
+        for sub in parent.children()
+        for p in sub.parameters(recurse=False)
+        if p.dim() == 3
+    }
+    return bool(counts) and module.out_features in counts | {1}
+
+
+def _walk(
+    module: nn.Module, name: str, parents: tuple[nn.Module, ...]
+) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    yield name, module, parents
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}", (*parents, module))
+
+
+def linears_of(block: nn.Module, prefix: str) -> list[Linear]:
+    """All prunable linears of `block`, in module order; `prefix` is the block's own module path."""
+    found: list[Linear] = []
+    for name, module, parents in _walk(block, prefix, ()):
+        if isinstance(module, (nn.Linear, Conv1D)):
+            if not _is_gate(module, parents):
+                transposed = isinstance(module, Conv1D)
+                found.append(Linear(name, f"{name}.weight", module, "weight", None, transposed))
+            continue
+        for parameter, value in module.named_parameters(recurse=False):
+            if value.dim() == 3 and min(value.shape) > 1:
+                found += [
+                    Linear(f"{name}.{parameter}.{e}", f"{name}.{parameter}", module, parameter, e)
+                    for e in range(value.shape[0])
+                ]
+    return found
+
+
+def prunable_numel(block: nn.Module) -> int:
+    return sum(linear.numel for linear in linears_of(block, ""))
+
+
+def select(linears: Sequence[Linear], include: Sequence[str], exclude: Sequence[str]) -> list[Linear]:
+    """Those whose name matches any glob of `include` (all, if empty) and none of `exclude`.
+
+    A glob matches the whole name or any dotted tail of it: `*.mlp.*`, `down_proj`, `layers.0.*`.
+    """
+
+    def matches(name: str, globs: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, g) or fnmatchcase(name, f"*.{g}") for g in globs)
+
+    return [
+        linear
+        for linear in linears
+        if (not include or matches(linear.name, include)) and not matches(linear.name, exclude)
+    ]
+
+
+def check_selection(
+    chosen: Sequence[Linear], every: Sequence[Linear], include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """Refuse globs that match nothing, or leave nothing to prune.
+
+    Raises:
+        ModelError: names the glob and one linear that exists.
+    """
+    example = every[0].name if every else "none"
+    for kind, globs in (("include", include), ("exclude", exclude)):
+        for glob in globs:
+            if not select(every, [glob], []):
+                raise ModelError(
+                    f"{kind} pattern {glob!r} matches none of {len(every)} linears (such as {example!r})"
+                )
+    if not chosen:
+        raise ModelError(
+            f"nothing to prune: include={list(include)} exclude={list(exclude)} leaves none of {len(every)} linears"
+        )

@@ -1,0 +1,70 @@
+"""A transformers model whose parameters weigh nothing and whose buffers are real.
+
+Building on the meta device loses non-persistent buffers (rotary frequencies, causal masks), which no checkpoint
+can bring back. So only parameters go to meta, each as it is registered, before anything initialises or touches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tawny.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:
+            self._parameters[name] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model `config` describes, in eval mode, parameters on meta, buffers real.
+
+    Raises:
+        ModelError: the configuration is not one of a decoder-only causal language model.
+    """
+    from transformers import AutoModelForCausalLM, initialization
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    what = f"model type {config.model_type!r}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{what} is an encoder-decoder; expected a decoder-only causal language model")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{what} has no causal language model in transformers; expected a decoder-only model"
+        )
+    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    known = {cls.__name__ for cls in (made if isinstance(made, tuple) else (made,))}
+    named = list(getattr(config, "architectures", None) or [])
+    # An encoder such as BERT has a causal class too, but its checkpoints name a masked one.
+    if (
+        named
+        and not known & set(named)
+        and not any("CausalLM" in n or "LMHead" in n or n.endswith("Model") for n in named)
+    ):
+        raise ModelError(
+            f"{what} with architecture {named[0]!r} is not a causal decoder; expected one of {sorted(known)}"
+        )
+    # The fused expert kernels hide which tokens an expert saw; the plain loop calls one linear an expert.
+    config._experts_implementation = "eager"
+    with _parameters_on_meta(), initialization.no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()

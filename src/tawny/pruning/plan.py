@@ -1,0 +1,193 @@
+"""The same walk without the work: what would be pruned, and what it would take.
+
+Memory is added up from shapes; time is multiplied out from the matrix products of the walk and the speed this
+machine shows on such products just now. Both are estimates and say so; sizes on disk are exact.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tawny.allocation.profile import LinearInfo, Profile
+from tawny.model.blocks import Stack, open_stack
+from tawny.model.linears import check_selection, select
+from tawny.model.source import resolve
+from tawny.model.streams import CHUNK_TOKENS
+from tawny.patterns import check_pattern
+from tawny.pruning.profiling import PROFILE_TOKENS, allocate
+from tawny.pruning.run import compute_dtype
+from tawny.recipe import Recipe, resolve_recipe
+from tawny.watch import Watch, silent
+
+# What the interpreter with torch and transformers holds before any model is opened.
+_INTERPRETER = 450_000_000
+# Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.
+_OVERHEAD = 1.7
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do to a model, without doing it.
+
+    Attributes:
+        blocks: `[{index, linears, parameters}]`.
+        allocation: by linear name, or None where the allocator has to see data first.
+        memory: estimated peak bytes of the whole process, and its parts.
+        disk: bytes written at the peak, and bytes of the finished checkpoint.
+        seconds: estimated, by phase.
+    """
+
+    source: str
+    recipe: dict[str, Any]
+    parameters: int
+    prunable: int
+    removed: int
+    blocks: list[dict[str, Any]]
+    linears: list[dict[str, Any]]
+    allocation: dict[str, float] | None
+    memory: dict[str, int]
+    disk: dict[str, int]
+    seconds: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measured_speed(dtype: torch.dtype) -> float:
+    """FLOP a second of a large matrix product on this machine, in `dtype`."""
+    a = torch.randn(1024, 1024).to(dtype)
+    a @ a
+    best = min(_time(lambda: a @ a) for _ in range(5))
+    return 2 * 1024**3 / best
+
+
+def _time(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def plan(source: str | Path, *, recipe: Recipe | None = None, watch: Watch = silent, **keys: Any) -> Plan:
+    """What `prune` would do with the same arguments.
+
+    Raises:
+        UserError: as `prune` would, for everything that can be known without work.
+    """
+    recipe = resolve_recipe(recipe, **keys)
+    folder = resolve(source, watch.say)
+    stack = open_stack(folder, compute_dtype(recipe), recipe.device)
+    every = [stack.linears(index) for index in range(len(stack))]
+    chosen = [select(linears, recipe.include, recipe.exclude) for linears in every]
+    flat = [linear for linears in chosen for linear in linears]
+    check_selection(flat, [linear for linears in every for linear in linears], recipe.include, recipe.exclude)
+    pattern = recipe.make_pattern()
+    check_pattern(pattern, {linear.name: linear.shape for linear in flat})
+    allocator, solver = recipe.make_allocator(), recipe.make_solver()
+    infos = tuple(LinearInfo(x.name, x.shape, i) for i, linears in enumerate(chosen) for x in linears)
+    allocation = None
+    if not allocator.measures_weights:
+        allocation = allocate(allocator, Profile(infos), pattern, recipe.sparsity)
+    prunable = sum(info.numel for info in infos)
+    memory = _memory(stack, recipe, solver.needs, allocator.needs)
+    checkpoint = stack.checkpoint
+    assert checkpoint is not None
+    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(
+        recipe.dtype or "", checkpoint.storage_dtype.itemsize
+    )
+    written = sum(int(torch.Size(shape).numel()) for shape in checkpoint.shapes.values()) * itemsize
+    return Plan(
+        source=str(source),
+        recipe=recipe.to_mapping(),
+        parameters=sum(p.numel() for p in stack.model.parameters()),
+        prunable=prunable,
+        removed=round(recipe.sparsity * prunable),
+        blocks=[
+            {"index": i, "linears": len(linears), "parameters": sum(x.numel for x in linears)}
+            for i, linears in enumerate(chosen)
+        ],
+        linears=[{"name": x.name, "shape": list(x.shape), "block": x.block} for x in infos],
+        allocation=allocation,
+        memory=memory,
+        disk={"peak": 2 * written, "checkpoint": written},
+        seconds=_seconds(stack, recipe, infos, solver.needs, allocator.needs),
+        notes=[]
+        if allocation is not None
+        else [f"{recipe.allocator.name} decides after seeing data; `tawny profile` shows what it would see"],
+    )
+
+
+def _memory(stack: Stack, recipe: Recipe, solver_needs: str, allocator_needs: str) -> dict[str, int]:
+    checkpoint = stack.checkpoint
+    assert checkpoint is not None
+    outside = sum(p.numel() for p in stack.model.parameters() if not p.is_meta) * stack.compute.itemsize
+    block = max(sum(p.numel() for p in b.parameters()) for b in stack.blocks)
+    stored = checkpoint.storage_dtype.itemsize
+    block_bytes = block * (stored if stored == stack.compute.itemsize else stored + stack.compute.itemsize)
+    linears = [x for i in range(len(stack)) for x in stack.linears(i)]
+    widest = max(x.shape[1] for x in linears)
+    largest = max(x.numel for x in linears)
+    needs_data = solver_needs != "none" or allocator_needs != "none"
+    tokens = recipe.calibration.samples * recipe.calibration.seqlen if needs_data else 0
+    hidden = tokens * stack.hidden_bytes
+    chunk = (
+        max(CHUNK_TOKENS, recipe.calibration.seqlen) * widest * (4 + 3 * stack.compute.itemsize)
+        if tokens
+        else 0
+    )
+    widths = _distinct_inputs(stack)
+    hessians = sum(w * w for w in widths) * 4 if solver_needs == "hessian" else 0
+    solve = largest * 4 * 5 + (3 * widest * widest * 4 if solver_needs == "hessian" else 0)
+    parts = {
+        "interpreter": _INTERPRETER,
+        "embeddings_and_head": outside,
+        "block": block_bytes,
+        "hidden_states": hidden,
+        "forward": chunk,
+        "statistics": hessians,
+        "solver": solve,
+    }
+    # Forward and solve do not happen at the same time.
+    peak = sum(parts.values()) - min(chunk, solve)
+    return {"peak": peak, **parts}
+
+
+def _distinct_inputs(stack: Stack) -> list[int]:
+    """Input widths of one block, shared inputs counted once; linears of one module and width are taken as sharing."""
+    seen: dict[tuple[str, int], int] = {}
+    for linear in stack.linears(0):
+        parent = linear.name.rpartition(".")[0]
+        key = (linear.name if linear.expert is not None else parent, linear.shape[1])
+        seen[key] = linear.shape[1]
+    return list(seen.values())
+
+
+def _seconds(
+    stack: Stack, recipe: Recipe, infos: tuple[LinearInfo, ...], solver_needs: str, allocator_needs: str
+) -> dict[str, float]:
+    tokens = recipe.calibration.samples * recipe.calibration.seqlen
+    forward_flops = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
+    fast, exact = measured_speed(stack.compute), measured_speed(torch.float32)
+    profiled = recipe.profile_samples or -(-PROFILE_TOKENS // recipe.calibration.seqlen)
+    profile_tokens = min(tokens, profiled * recipe.calibration.seqlen)
+    seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
+    if allocator_needs != "none":
+        seconds["profile"] = profile_tokens * forward_flops / fast * _OVERHEAD
+    if solver_needs != "none":
+        seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
+    if solver_needs == "hessian":
+        per_block = sum(w * w for w in _distinct_inputs(stack))
+        seconds["statistics"] = tokens * 1.3 * per_block * len(stack) / exact
+        # Per linear: the column loop (2·out·in²) and a factorisation and inverse of the Hessian (about 2·in³).
+        seconds["solve"] = (
+            sum(2.0 * x.shape[0] * x.shape[1] ** 2 + 2.0 * x.shape[1] ** 3 for x in infos) / exact * 3
+        )
+    else:
+        seconds["solve"] = sum(x.numel for x in infos) * 2e-8
+    seconds = {phase: round(value, 1) for phase, value in seconds.items()}
+    return {"total": round(sum(seconds.values()), 1), **seconds}

@@ -1,0 +1,222 @@
+"""The profile walk: what an allocator wants to know of the dense model, one forward a block.
+
+Statistics of a dense block and its outputs come from the same forward, so the walk costs one pass. Column norms
+settle long before the weights' solution does; so a subset of the samples is enough unless a recipe says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tawny.allocation.budget import mixed_nm
+from tawny.allocation.owl import Owl, measure_outliers
+from tawny.allocation.profile import Allocation, LinearInfo, Profile
+from tawny.calibration.observe import observe
+from tawny.calibration.statistics import Needs, Statistics
+from tawny.errors import NumericalError, TawnyError
+from tawny.model.blocks import Stack
+from tawny.model.linears import Linear
+from tawny.model.streams import Samples, Stream
+from tawny.patterns import NM, Pattern
+from tawny.recipe import Recipe, resolve_recipe
+from tawny.watch import Watch, silent
+
+# Tokens after which the outlier shares of a model no longer move its sparsities by more than 0.005.
+PROFILE_TOKENS = 8192
+
+
+def profile_samples(samples: Samples, recipe: Recipe) -> Samples:
+    """The subset the profile is taken on: the recipe's count, or enough for `PROFILE_TOKENS` tokens."""
+    if recipe.profile_samples is not None:
+        return samples.first(recipe.profile_samples)
+    if recipe.compat == "official":
+        return samples
+    return samples.first(math.ceil(PROFILE_TOKENS / samples.seqlen))
+
+
+def profile_walk(
+    stack: Stack,
+    by_block: Sequence[Sequence[Linear]],
+    allocator: Any,
+    samples: Samples | None,
+    recipe: Recipe,
+    watch: Watch,
+) -> Profile:
+    """Shapes of all linears and, if the allocator measures anything, its measures of every block.
+
+    Args:
+        stack: the dense model.
+        by_block: the linears that will be pruned.
+        allocator: says what it `needs` and has `measure`.
+        samples: calibration tokens; needed if the allocator needs statistics.
+
+    Raises:
+        NumericalError: a weight is NaN or infinite; names the linear.
+    """
+    stages: dict[str, str] = {}
+    measures: list[dict[str, Any]] = []
+    if allocator.measures_weights:
+        stream = None
+        if allocator.needs != "none":
+            assert samples is not None
+            stream = Stream(stack, profile_samples(samples, recipe))
+        watch.phase("profiling", len(stack))
+        for index in range(len(stack)):
+            with torch.no_grad(), stack.block(index):
+                statistics: dict[str, Any] = {}
+                if stream is not None:
+                    last = index == len(stack) - 1
+                    seen = observe(stream, index, by_block[index], allocator.needs, advance=not last)
+                    statistics = seen.statistics
+                    stages.update(
+                        {x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears}
+                    )
+                inputs = {x.name: (stack.weight(x), statistics.get(x.name)) for x in by_block[index]}
+                for name, (weight, _) in inputs.items():
+                    if not bool(torch.isfinite(weight).all()):
+                        raise NumericalError(
+                            f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
+                        )
+                try:
+                    measures.append(allocator.measure(inputs))
+                except TawnyError as error:
+                    raise type(error)(f"block {stack.name(index)}: {error}") from error
+                del inputs
+            watch.step(stack.name(index))
+    infos = tuple(
+        LinearInfo(linear.name, linear.shape, index, stages.get(linear.name, ""))
+        for index, linears in enumerate(by_block)
+        for linear in linears
+    )
+    return Profile(infos, tuple(measures))
+
+
+def allocate(allocator: Any, profile: Profile, pattern: Pattern, sparsity: float) -> Allocation:
+    """The allocator's decision, rounded to whole steps of n where the pattern is n:m."""
+    if isinstance(pattern, NM):
+        allocation: Allocation = allocator.allocate(profile, 1.0 - pattern.n / pattern.m)
+        return mixed_nm(allocation, profile, pattern.m, pattern.n)
+    made: Allocation = allocator.allocate(profile, sparsity)
+    return made
+
+
+@dataclass(frozen=True)
+class ProfileReport:
+    """The layerwise outlier distribution of a model, block by block.
+
+    Attributes:
+        profile: what allocators read.
+        Ms: the multiples of the mean score that were counted.
+        shares: `{"5": [share of block 0 in %, …], …}`.
+        mean_score, max_score: of each block, a token.
+        zeros: share of exact zeros of each block's prunable weights.
+        allocations: block sparsities that allocators would give, by allocator name.
+    """
+
+    source: str
+    profile: Profile
+    Ms: tuple[float, ...]
+    shares: dict[str, list[float]]
+    mean_score: list[float]
+    max_score: list[float]
+    zeros: list[float]
+    allocations: dict[str, list[float]]
+    sparsity: float
+    text: dict[str, Any]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = asdict(self)
+        del plain["profile"]
+        return plain
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Measures for several allocators, and outlier shares for several M, in one walk."""
+
+    Ms: tuple[float, ...]
+    needs: ClassVar[Needs] = "norms"
+    measures_weights: ClassVar[bool] = True
+
+    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+        zeros = sum(int((weight == 0).sum()) for weight, _ in linears.values())
+        return {**measure_outliers(linears, self.Ms), "zeros": zeros}
+
+
+def profile(
+    source: str | Path | nn.Module,
+    *,
+    recipe: Recipe | None = None,
+    Ms: Sequence[float] = (3, 5, 7, 10),
+    watch: Watch = silent,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    **keys: Any,
+) -> ProfileReport:
+    """Measure the layerwise outlier distribution (LOD) of a model, dense or pruned.
+
+    Args:
+        source: a folder, hub id, `.gguf` file, `smollm2`, or a live module.
+        recipe: calibration, include and exclude are used; `keys` override single entries.
+        Ms: an outlier is a score above M times the block's mean (OWL, 2310.05175, section 3).
+        calibration: tokens `[samples, tokens]`, or the name or path of a text.
+
+    Raises:
+        UserError: something asked for cannot be done.
+        NumericalError: a weight or an activation is not finite.
+    """
+    from tawny.pruning.run import open_run
+
+    start = time.perf_counter()
+    named = {"calibration.text": calibration} if isinstance(calibration, str) else {}
+    given = None if isinstance(calibration, str) else calibration
+    recipe = resolve_recipe(recipe, **{"sparsity": None if recipe else 0.5, **named, **keys})
+    several = _Several(tuple(dict.fromkeys(float(M) for M in Ms)))
+    with open_run(
+        recipe,
+        source,
+        None,
+        watch,
+        overwrite=False,
+        tokenizer=tokenizer,
+        calibration=given,
+        measuring=several,
+    ) as run:
+        walked = profile_walk(run.stack, run.by_block, several, run.samples, recipe, watch)
+    sizes = [walked.parameters(block) for block in range(walked.blocks)]
+    return ProfileReport(
+        source=run.source,
+        profile=walked,
+        Ms=several.Ms,
+        shares={f"{M:g}": [m["outlier_share"][f"{M:g}"] for m in walked.measures] for M in several.Ms},
+        mean_score=[m["mean_score"] for m in walked.measures],
+        max_score=[m["max_score"] for m in walked.measures],
+        zeros=[m["zeros"] / max(1, n) for m, n in zip(walked.measures, sizes, strict=True)],
+        allocations=_block_allocations(walked, recipe, several.Ms),
+        sparsity=recipe.sparsity,
+        text=run.record.text,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _block_allocations(walked: Profile, recipe: Recipe, Ms: Sequence[float]) -> dict[str, list[float]]:
+    """Sparsity of each block as OWL would set it for every M, with the recipe's λ where it has one."""
+    made: dict[str, list[float]] = {}
+    strength = recipe.allocator.options.get("lambda_", recipe.allocator.options.get("lambda", 0.08))
+    for M in Ms:
+        allocation = Owl(M=M, lambda_=float(strength)).allocate(walked, recipe.sparsity)
+        made[f"owl M={M:g}"] = [
+            sum(allocation[x.name] * x.numel for x in walked.linears_of(block))
+            / max(1, walked.parameters(block))
+            for block in range(walked.blocks)
+        ]
+    return made

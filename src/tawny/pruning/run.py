@@ -1,0 +1,454 @@
+"""Prune a model block by block. This file is the job; read it from `prune` down.
+
+Only one block's weights are in memory at a time, beside embeddings and head. The calibration samples walk through
+the stack with the pruning: each block is observed on the outputs of the already pruned blocks before it, solved,
+and run again to give the next one its inputs. A forward is never run whose result nobody uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tawny.allocation.profile import Allocation, Profile
+from tawny.calibration.observe import Observation, Stage, observe
+from tawny.calibration.statistics import Statistics
+from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
+from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
+from tawny.model.checkpoint import OutputFolder
+from tawny.model.linears import Linear, check_selection, select
+from tawny.model.source import load_tokenizer, resolve
+from tawny.model.streams import Samples, Stream
+from tawny.patterns import NM, Pattern, check_pattern
+from tawny.pruning.profiling import allocate, profile_walk
+from tawny.recipe import Recipe, dump_recipe, resolve_recipe
+from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions
+from tawny.solvers.base import Solution, reconstruction_error
+from tawny.watch import Watch, silent
+
+if TYPE_CHECKING:
+    from tawny.calibration.text import Text
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OUTSIDE = "outside"
+
+
+def prune(
+    source: str | Path | nn.Module,
+    out: str | Path | None = None,
+    *,
+    recipe: Recipe | None = None,
+    watch: Watch = silent,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    calibration: Tensor | tuple[Tensor, Tensor] | Samples | str | None = None,
+    **keys: Any,
+) -> Record:
+    """Prune a model to a target sparsity.
+
+    Args:
+        source: a folder, hub id, `.gguf` file or `smollm2`; or a live module, which is pruned in place.
+        out: folder to write; needed for a path, optional for a live module (then nothing is written).
+        recipe: everything that decides the result; `keys` override single entries of it
+            (`sparsity=0.6, allocator="owl", solver="wanda", pattern="2:4"`, or dotted: `**{"solver.damp": 0.1}`).
+        watch: told about progress.
+        overwrite: replace an existing `out` once the new one is complete.
+        tokenizer: for a live module calibrated on text.
+        calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or the name or path of a text.
+
+    Returns:
+        The record that `run.json` holds.
+
+    Raises:
+        UserError: something asked for cannot be done; one line says what can.
+        NumericalError: a weight, activation or factorisation is not usable; names the linear.
+        Interrupted: the user pressed Ctrl-C; nothing unfinished is left looking finished.
+    """
+    named = {"calibration.text": calibration} if isinstance(calibration, str) else {}
+    given = None if isinstance(calibration, str) else calibration
+    recipe = resolve_recipe(recipe, **named, **keys)
+    with open_run(
+        recipe, source, out, watch, overwrite=overwrite, tokenizer=tokenizer, calibration=given
+    ) as run:
+        allocation = run.allocate()
+        for block in run.blocks(allocation):
+            for stage, statistics in block.stages(recipe.order):
+                run.spread(stage, lambda linear, s=statistics, b=block: b.solve(linear, s.get(linear.name)))
+            block.advance()
+            block.write()
+        return run.finish()
+
+
+@contextmanager
+def open_run(
+    recipe: Recipe,
+    source: str | Path | nn.Module,
+    out: str | Path | None,
+    watch: Watch,
+    *,
+    overwrite: bool,
+    tokenizer: Any,
+    calibration: Any,
+    measuring: Any = None,
+) -> Iterator[Run]:
+    """Check everything that can be checked before work, and clean up whatever happens after.
+
+    `measuring` is something with `needs` that only measures the dense model: then nothing is written.
+    """
+    before = peak_memory()
+    output: OutputFolder | None = None
+    try:
+        if isinstance(source, nn.Module):
+            folder, stack = None, live_stack(source)
+        elif out is None and measuring is None:
+            raise RecipeError(f"pruning {source} needs a folder to write to: give out=… (or --out DIR)")
+        else:
+            folder = resolve(source, watch.say)
+            stack = open_stack(folder, compute_dtype(recipe), recipe.device)
+        if out is not None:
+            output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
+        run = Run(recipe, str(source) if folder else type(source).__name__, folder, stack, output, watch)
+        run.record.memory_before = before
+        run.find_linears(check=measuring is None)
+        wanted = run.needs_samples if measuring is None else measuring.needs != "none"
+        run.samples = run.load_samples(tokenizer, calibration) if wanted else None
+        with torch.no_grad():
+            yield run
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "stopped by Ctrl-C; the source is untouched and nothing unfinished was kept"
+        ) from error
+    finally:
+        if output is not None:
+            output.discard()
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """dtype of forwards: the recipe's, or what the machine multiplies natively."""
+    return native_dtype() if recipe.compute == "auto" else _DTYPES[recipe.compute]
+
+
+@dataclass
+class Run:
+    """One pruning run: what it works on, and what it has recorded so far."""
+
+    recipe: Recipe
+    source: str
+    folder: Path | None
+    stack: Stack
+    output: OutputFolder | None
+    watch: Watch
+
+    def __post_init__(self) -> None:
+        self.solver = self.recipe.make_solver()
+        self.allocator = self.recipe.make_allocator()
+        self.pattern: Pattern = self.recipe.make_pattern()
+        self.samples: Samples | None = None
+        self.text: Text | None = None
+        self.by_block: list[list[Linear]] = []
+        self.profile: Profile | None = None
+        self.clock = Clock()
+        self.watch_clock = self.clock("total")
+        self.watch_clock.__enter__()
+        self.record = Record(
+            recipe=self.recipe.to_mapping(),
+            source=self.source,
+            out=str(self.output.out) if self.output else None,
+            versions=versions(),
+            machine=machine(),
+            compute=str(self.stack.compute).removeprefix("torch."),
+        )
+
+    @property
+    def needs_samples(self) -> bool:
+        return bool(self.solver.needs != "none" or self.allocator.needs != "none")
+
+    def find_linears(self, *, check: bool = True) -> None:
+        """Choose what is pruned, and refuse a pattern that does not fit it.
+
+        Raises:
+            ModelError: a glob matches nothing, or there is nothing to prune.
+            PatternError: m does not divide a width.
+        """
+        recipe = self.recipe
+        every = [self.stack.linears(index) for index in range(len(self.stack))]
+        self.by_block = [select(linears, recipe.include, recipe.exclude) for linears in every]
+        chosen = [linear for linears in self.by_block for linear in linears]
+        check_selection(
+            chosen, [linear for linears in every for linear in linears], recipe.include, recipe.exclude
+        )
+        if check:
+            check_pattern(self.pattern, {linear.name: linear.shape for linear in chosen})
+        self.record.prunable = sum(linear.numel for linear in chosen)
+        self.record.parameters = sum(p.numel() for p in self.stack.model.parameters())
+
+    def load_samples(self, tokenizer: Any, given: Any) -> Samples:
+        """Calibration tokens: those given, or seeded windows of the recipe's text."""
+        recipe = self.recipe
+        if given is not None:
+            samples = (
+                given
+                if isinstance(given, Samples)
+                else Samples(*given)
+                if isinstance(given, tuple)
+                else Samples(given)
+            )
+            self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
+            return samples
+        from tawny.calibration.text import load_text, sample_windows, tokenise
+
+        if tokenizer is None:
+            if self.folder is None:
+                raise ModelError(
+                    "a live model needs tokens to be calibrated on: give calibration=tokens or tokenizer=…"
+                )
+            tokenizer = load_tokenizer(self.folder)
+        self.watch.say(f"reading calibration text {recipe.calibration.text}")
+        with self.clock("text"):
+            text = load_text(recipe.calibration.text, "calibration")
+            ids = tokenise(text, tokenizer)
+            windows = sample_windows(ids, recipe.calibration.samples, recipe.calibration.seqlen, recipe.seed)
+        self.record.text = {
+            "name": text.name,
+            "sha256": text.sha256,
+            "tokens": int(ids.numel()),
+            "samples": len(windows),
+            "seqlen": recipe.calibration.seqlen,
+        }
+        return Samples(windows)
+
+    def allocate(self) -> Allocation:
+        """Sparsity of every linear: the profile walk, where the allocator wants one, and its decision."""
+        with self.clock("profile"):
+            self.profile = profile_walk(
+                self.stack, self.by_block, self.allocator, self.samples, self.recipe, self.watch
+            )
+        allocation = allocate(self.allocator, self.profile, self.pattern, self.recipe.sparsity)
+        self.record.allocation = allocation
+        if self.profile.measures:
+            self.record.profile = {"blocks": list(self.profile.measures)}
+        return allocation
+
+    def blocks(self, allocation: Mapping[str, float]) -> Iterator[BlockRun]:
+        """Load, hand out and drop each block in turn."""
+        stream: Stream | None = None
+        if self.samples is not None and self.solver.needs != "none":
+            with self.clock("forward"):
+                stream = Stream(self.stack, self.samples)
+        self.watch.phase("pruning", len(self.stack))
+        for index in range(len(self.stack)):
+            with self.clock("read"):
+                self.stack.load(index)
+            yield BlockRun(self, index, stream, allocation)
+            self.stack.release(index)
+            self.watch.step(self.stack.name(index))
+
+    def spread(self, stage: Stage, solve: Any) -> None:
+        """Every linear of a stage, one after another (the place where several processes would share them)."""
+        for linear in stage.linears:
+            solve(linear)
+
+    def finish(self) -> Record:
+        record = self.record
+        done = {entry.name for entry in record.linears}
+        record.zeros = sum(entry.zeros for entry in record.linears)
+        record.sparsity = record.zeros / max(1, record.prunable)
+        assert len(done) == sum(map(len, self.by_block))
+        if self.output is not None:
+            with self.clock("write"):
+                self._write_outside()
+        record.peak_memory = peak_memory()
+        self.watch_clock.__exit__(None, None, None)
+        record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
+        if self.output is not None:
+            self.output.write_text("run.json", record.to_json())
+            self.output.finish()
+        return record
+
+    def _write_outside(self) -> None:
+        assert self.output is not None
+        names = [f"{index:05d}" for index in range(len(self.stack))]
+        if self.folder is not None and self.stack.checkpoint is not None:
+            checkpoint = self.stack.checkpoint
+            inside = {
+                key
+                for index in range(len(self.stack))
+                for unit in checkpoint.units_of(self.stack.name(index))
+                for key in unit.sources
+            }
+            # Tensors no parameter uses travel too: what Tawny does not prune, it does not judge.
+            outside = checkpoint.read(key for key in checkpoint.files if key not in inside)
+            self.output.write_block(_OUTSIDE, {key: self._stored(value) for key, value in outside.items()})
+            del outside
+            self.output.carry(self.folder)
+            self.record.bytes = self.output.assemble([_OUTSIDE, *names])
+            self._storage_in_config()
+        else:
+            self.stack.model.save_pretrained(self.output.partial)
+            self.record.bytes = sum(p.stat().st_size for p in self.output.partial.glob("*.safetensors"))
+        from tawny.report.card import model_card
+
+        self.output.write_text("README.md", model_card(self.record))
+        self.output.write_text("recipe.yaml", dump_recipe(self.recipe))
+
+    def _stored(self, value: Tensor) -> Tensor:
+        wanted = self.recipe.dtype
+        return value.to(_DTYPES[wanted]) if wanted and value.is_floating_point() else value
+
+    def _storage_in_config(self) -> None:
+        checkpoint = self.stack.checkpoint
+        assert self.output is not None and checkpoint is not None
+        self.record.storage = self.recipe.dtype or str(checkpoint.storage_dtype).removeprefix("torch.")
+        if self.recipe.dtype is None:
+            return
+        import json
+
+        path = self.output.partial / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        config["dtype"] = self.recipe.dtype
+        self.output.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+@dataclass
+class BlockRun:
+    """One loaded block while it is pruned."""
+
+    run: Run
+    index: int
+    stream: Stream | None
+    allocation: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        self.linears = self.run.by_block[self.index]
+        self._prepared: tuple[Statistics, Any] | None = None
+        self._stage = 0
+
+    def stages(self, order: str) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
+        """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
+        if self.stream is None:
+            yield Stage(list(self.linears)), {}
+            return
+        seen = self._observe(self.linears, "none" if order == "data" else self.run.solver.needs)
+        for self._stage, stage in enumerate(seen.stages):
+            if order == "data":
+                yield stage, self._observe(stage.linears, self.run.solver.needs).statistics
+            else:
+                yield stage, seen.statistics
+
+    def _observe(self, linears: Sequence[Linear], needs: Any) -> Observation:
+        assert self.stream is not None
+        total = len(self.stream)
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.run.watch.detail("observing", done, total)
+
+        with self.run.clock("observe"):
+            return observe(self.stream, self.index, linears, needs, step=step)
+
+    def solve(self, linear: Linear, statistics: Statistics | None) -> None:
+        """Prune one linear and record what became of it."""
+        import time
+
+        run, start = self.run, time.perf_counter()
+        target = self.allocation[linear.name]
+        pattern = pattern_at(run.pattern, target)
+        W_OI = run.stack.weight(linear)
+        notes: dict[str, Any] = {}
+        if statistics is not None and statistics.tokens == 0:
+            # An expert no token was routed to: nothing is known of its inputs, so weights alone decide.
+            statistics = blind_statistics(linear.shape[1], run.solver.needs, W_OI.device)
+            notes["tokens"] = 0
+            run.record.warnings.append(f"{linear.name} saw no calibration token; its weights alone decided")
+        run.watch.detail(f"solving {linear.name.removeprefix(run.stack.name(self.index) + '.')}", 0, 0)
+        try:
+            with run.clock("solve"):
+                solution: Solution = run.solver.solve(
+                    W_OI, statistics, pattern, target, prepared=self._prepare(statistics)
+                )
+        except NumericalError as error:
+            raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
+        stored = run.stack.set_weight(linear, solution.weight)
+        with run.clock("error"):
+            lost, kind = relative_error(W_OI, solution.weight, statistics)
+        zeros = int((stored == 0).sum())
+        run.record.linears.append(
+            LinearRecord(
+                name=linear.name,
+                shape=linear.shape,
+                block=self.index,
+                stage=self._stage,
+                target=target,
+                zeros=zeros,
+                sparsity=zeros / linear.numel,
+                pattern=f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "unstructured",
+                error=lost,
+                error_kind=kind,
+                seconds=round(time.perf_counter() - start, 4),
+                notes={**solution.notes, **notes},
+            )
+        )
+
+    def _prepare(self, statistics: Statistics | None) -> Any:
+        """What the solver can compute once for linears that share an input; dropped with the stage."""
+        if statistics is None:
+            return None
+        if self._prepared is None or self._prepared[0] is not statistics:
+            self._prepared = None
+            self._prepared = (statistics, self.run.solver.prepare(statistics))
+        return self._prepared[1]
+
+    def advance(self) -> None:
+        """Give the next block its inputs; nobody needs the last block's outputs."""
+        self._prepared = None
+        if self.stream is None or self.index == len(self.run.stack) - 1:
+            return
+        with self.run.clock("forward"):
+            self.stream.advance(self.index, lambda: self.run.watch.detail("advancing", 0, 0))
+
+    def write(self) -> None:
+        """Hand the block's tensors, under the names they came with, to the output."""
+        run = self.run
+        if run.output is None or run.stack.checkpoint is None:
+            return
+        with run.clock("write"):
+            tensors: dict[str, Tensor] = {}
+            for unit in run.stack.checkpoint.units_of(run.stack.name(self.index)):
+                parameters = {name: run.stack.stored[name] for name in unit.targets}
+                tensors.update(run.stack.checkpoint.store(unit, parameters, run.stack.model))
+            run.output.write_block(f"{self.index:05d}", {k: run._stored(v) for k, v in tensors.items()})
+
+
+def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:
+    """The n:m that one linear gets from its own share of a mixed budget; other patterns stay as they are."""
+    if isinstance(pattern, NM):
+        return NM(round((1.0 - sparsity) * pattern.m), pattern.m)
+    return pattern
+
+
+def blind_statistics(width: int, needs: Any, device: torch.device) -> Statistics:
+    """Statistics that prefer no input over another."""
+    hessian = torch.eye(width, device=device) if needs == "hessian" else None
+    return Statistics(0, torch.ones(width, device=device), hessian)
+
+
+def relative_error(W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None) -> tuple[float, str]:
+    """The share of the output's energy that pruning destroyed, as exactly as the statistics allow, and how exactly."""
+    if statistics is not None and statistics.hessian is not None:
+        return float(reconstruction_error(W_OI, pruned_OI, statistics.hessian)), "hessian"
+    if statistics is not None:
+        weights, kind = statistics.squared_norms, "norms"
+    else:
+        weights, kind = torch.ones(W_OI.shape[1], device=W_OI.device), "weights"
+    total = float((W_OI.square() @ weights).sum())
+    lost = float(((W_OI - pruned_OI).square() @ weights).sum())
+    return (lost / total if total > 0 else 0.0), kind

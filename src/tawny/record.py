@@ -1,0 +1,128 @@
+"""`run.json`: everything a number can be traced to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+RECORD_VERSION = 1
+
+
+@dataclass
+class LinearRecord:
+    """What became of one linear.
+
+    `error` is `tr(ΔHΔᵀ)/tr(WHWᵀ)` when a Hessian was known (`error_kind` "hessian"), the same with only H's diagonal
+    ("norms"), or with the identity ("weights").
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block: int
+    stage: int
+    target: float
+    zeros: int
+    sparsity: float
+    pattern: str
+    error: float
+    error_kind: str
+    seconds: float
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """The result of one run; `to_dict` is what `run.json` holds."""
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    source_sha256: str = ""
+    out: str | None = None
+    text: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    compute: str = ""
+    storage: str = ""
+    sparsity: float = 0.0
+    zeros: int = 0
+    prunable: int = 0
+    parameters: int = 0
+    linears: list[LinearRecord] = field(default_factory=list)
+    allocation: dict[str, float] = field(default_factory=dict)
+    profile: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+    memory_before: int = 0
+    bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"record_version": RECORD_VERSION, **asdict(self)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+
+class Clock:
+    """Adds up wall time by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("tawny", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads and memory of this machine."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "cpu": cpu_name(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory": memory,
+    }

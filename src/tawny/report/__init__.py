@@ -1,0 +1,1 @@
+"""What a person reads: the model card of a pruned checkpoint."""

@@ -1,0 +1,40 @@
+"""How long work reports its progress, without knowing whether a terminal, a log or nobody listens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Watch(Protocol):
+    """A listener. All calls are cheap and may come often."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A new walk of `total` steps begins; it ends the one before."""
+
+    def step(self, text: str) -> None:
+        """One step of the phase is done."""
+
+    def detail(self, text: str, done: int, total: int) -> None:
+        """What happens inside the current step; `total` 0 when it cannot be counted."""
+
+    def say(self, text: str) -> None:
+        """One line a person should read."""
+
+
+class Silent:
+    """Nobody listens."""
+
+    def phase(self, name: str, total: int) -> None:
+        pass
+
+    def step(self, text: str) -> None:
+        pass
+
+    def detail(self, text: str, done: int, total: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+silent: Watch = Silent()

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tawny.errors import CheckpointError, ModelError
+from tawny.model.blocks import live_stack, open_stack
+from tawny.model.streams import Samples, Stream
+from tests.tiny import FAMILIES, tiny_model, tokens
+
+
+def recorded_outputs(model, ids, mask=None):
+    """Every block's output in the model's own forward, and the logits."""
+    from tawny.model.blocks import find_stack
+
+    _, blocks = find_stack(model)
+    seen: list[torch.Tensor] = []
+    handles = [
+        b.register_forward_hook(lambda m, a, out: seen.append(out if torch.is_tensor(out) else out[0]))
+        for b in blocks
+    ]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return seen, logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_blocks_equal_the_models_own_forward(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    ids = tokens()
+    expected, logits = recorded_outputs(model, ids)
+    stack = open_stack(tmp_path, torch.float32)
+    stream = Stream(stack, Samples(ids), chunk_tokens=2 * ids.shape[1])
+    assert len(stack) == len(expected) and len(stream) == 2
+    for index, want in enumerate(expected):
+        assert all(p.is_meta for p in stack.blocks[index].parameters())
+        with stack.block(index):
+            stream.advance(index)
+        torch.testing.assert_close(torch.cat(stream.hidden), want, rtol=1e-4, atol=1e-5)
+        assert all(p.is_meta for p in stack.blocks[index].parameters())
+    made = torch.cat(
+        [stack.logits(ids[part], h) for part, h in zip(stream.slices, stream.hidden, strict=True)]
+    )
+    torch.testing.assert_close(made, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "opt", "gpt2"])
+def test_streamed_blocks_honour_a_padding_mask(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    mask[3, :11] = 0
+    expected, _ = recorded_outputs(model, ids, mask)
+    stack = open_stack(tmp_path, torch.float32)
+    stream = Stream(stack, Samples(ids, mask), chunk_tokens=2 * ids.shape[1])
+    for index, want in enumerate(expected):
+        with stack.block(index):
+            stream.advance(index)
+        real = mask.bool()
+        torch.testing.assert_close(torch.cat(stream.hidden)[real], want[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tail_slice_gives_the_same_logits(family, tmp_path):
+    model = tiny_model(family)
+    ids = tokens(1, 20)
+    stack = live_stack(model)
+    stream = Stream(stack, Samples(ids))
+    for index in range(len(stack)):
+        stream.advance(index)
+    whole = stack.logits(ids, stream.hidden[0])
+    parts = torch.cat(
+        [stack.logits(ids[:, s], stream.hidden[0][:, s]) for s in (slice(0, 7), slice(7, 20))], dim=1
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        open_stack(tmp_path)
+
+
+def test_an_encoder_is_refused(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not a causal decoder"):
+        open_stack(tmp_path)
+
+
+def test_a_truncated_shard_is_one_clear_error(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_stack(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path):
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=shards[1].name):
+        open_stack(tmp_path)
