@@ -27,6 +27,7 @@ __all__ = [
     "Recipe",
     "dump_recipe",
     "load_recipe",
+    "option_keys",
     "parse_override",
     "resolve_recipe",
 ]
@@ -262,7 +263,7 @@ def _choice(section: str, value: Any, compat: Any) -> dict[str, Any]:
     if not isinstance(name, str) or name not in registry:
         raise RecipeError(f"{section} {_show(name)} is unknown{_suggest(str(name), registry)}")
     kind = registry[name]
-    known = _option_keys(kind)
+    known = option_keys(kind)
     _refuse_unknown(
         {_key(k): v for k, v in given.items()}, known, f"option of {section} {name!r}", f"{section}."
     )
@@ -366,7 +367,7 @@ def _calibration_keys() -> list[str]:
     return [field.name for field in dataclasses.fields(Calibration)]
 
 
-def _option_keys(kind: Any) -> dict[str, str]:
+def option_keys(kind: Any) -> dict[str, str]:
     """Recipe key → field name of a solver or allocator class; its fields are its options."""
     return {_key(field.name): field.name for field in dataclasses.fields(kind) if field.init}
 
@@ -413,7 +414,7 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
         name = merged[section].get("name") or _DEFAULT_NAMES[section]
         kind = _registry(section).get(name)
         sections[section] = (
-            list(_option_keys(kind)) if kind else []
+            list(option_keys(kind)) if kind else []
         )  # an unknown name is reported by _validate
     head, dot, rest = key.partition(".")
     if dot:

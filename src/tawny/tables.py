@@ -1,0 +1,296 @@
+"""What the verbs show: pure functions from a result's dictionary to a table, and the words for numbers.
+
+Nothing here prints; `console.py` does. Tables read the dictionaries that `--json` prints, so that what a person
+sees and what a program reads are the same numbers.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "allocation_table",
+    "bar",
+    "comparison_table",
+    "doctor_tables",
+    "duration",
+    "inspection_tables",
+    "listing_tables",
+    "percent",
+    "perplexity_table",
+    "perplexity_text",
+    "plan_tables",
+    "profile_tables",
+    "record_tables",
+    "size",
+]
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+# --- words for numbers -----------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """`0.8 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: GB = 10⁹."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.0f} {units[0]}" if count >= 99.5 or units[0] == "B" else f"{count:.3g} {units[0]}"
+
+
+def percent(share: float, digits: int = 2) -> str:
+    return f"{share * 100:.{digits}f} %"
+
+
+def bar(share: float, width: int = 20) -> str:
+    """A horizontal bar of `width` cells for a share in [0, 1], in eighths of a cell."""
+    share = min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
+    if "utf" not in (sys.stdout.encoding or "").lower():
+        return "#" * round(share * width)
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def perplexity_text(result: Mapping[str, Any]) -> str:
+    """`21.03 ± 0.84`; a standard error of 0 is that of a single window, which has none."""
+    value, error = float(result["perplexity"]), float(result["stderr"])
+    digits = 2 if value < 1000 else 0
+    return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error else "")
+
+
+# --- frames ----------------------------------------------------------------------------------------------
+
+
+def _table(*columns: str, title: str | None = None, left: Sequence[int] = (0,)) -> Table:
+    """Numbers to the right, the columns in `left` to the left."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index in left else "right", overflow="fold")
+    return made
+
+
+def _facts(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
+    """Names and values, without a heading."""
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+    )
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, Text(value))
+    return made
+
+
+# --- one function a result -------------------------------------------------------------------------------
+
+
+def record_tables(record: Mapping[str, Any]) -> list[Table]:
+    """What `tawny prune` did: the sparsity of every block, and the sums."""
+    seconds = record["seconds"]
+    total = seconds.get("total", sum(seconds.values()))
+    rows = [
+        ("recipe", _recipe_words(record["recipe"])),
+        ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
+        ("time", f"{duration(total)} ({_parts(seconds, 'total', duration)})"),
+        ("peak memory", size(record["peak_memory"])),
+    ]
+    if record["out"]:
+        rows.append(("written", f"{record['out']} ({size(record['bytes'])})"))
+    rows += [("warning", warning) for warning in record["warnings"][:5]]
+    if len(record["warnings"]) > 5:
+        rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
+    return [allocation_table(record["linears"]), _facts(rows)]
+
+
+def allocation_table(linears: Sequence[Mapping[str, Any]]) -> Table:
+    """Sparsity block by block, with the reconstruction error where it is known.
+
+    Args:
+        linears: with `block`, `shape`, `sparsity`, and maybe `error` and `pattern`.
+    """
+    blocks: dict[int, list[Mapping[str, Any]]] = {}
+    for linear in linears:
+        blocks.setdefault(linear["block"], []).append(linear)
+    errors = any("error" in linear for linear in linears)
+    made = _table("block", "linears", "sparsity", "", *(["error"] if errors else []), left=(3,))
+    for block, members in sorted(blocks.items()):
+        weights = [linear["shape"][0] * linear["shape"][1] for linear in members]
+        share = _mean([linear["sparsity"] for linear in members], weights)
+        # The pattern is worth its place only where blocks may differ in it.
+        patterns = {linear.get("pattern", "") for linear in members}
+        pattern = f"  {patterns.pop()}" if len(patterns) == 1 and ":" in next(iter(patterns)) else ""
+        error = [f"{_mean([linear['error'] for linear in members], weights):.4f}"] if errors else []
+        made.add_row(str(block), str(len(members)), percent(share) + pattern, bar(share), *error)
+    return made
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / max(sum(weights), 1)
+
+
+def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Table:
+    """Dense beside pruned; each has the keys of a perplexity, and `sparsity` and `bytes` where known."""
+    title = f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens"
+    made = _table("", "dense", "pruned", "change", title=title)
+    ratio = pruned["perplexity"] / dense["perplexity"]
+    made.add_row("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")
+    for key, show in (("sparsity", percent), ("bytes", size), ("seconds", duration)):
+        if dense.get(key) is not None and pruned.get(key) is not None:
+            made.add_row(
+                {"bytes": "files", "seconds": "time to evaluate"}.get(key, key),
+                show(dense[key]),
+                show(pruned[key]),
+                "",
+            )
+    return made
+
+
+def perplexity_table(result: Mapping[str, Any]) -> Table:
+    speed = result["tokens"] / max(result["seconds"], 1e-9)
+    return _facts(
+        [
+            ("perplexity", perplexity_text(result)),
+            ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
+            ("windows", f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)"),
+            ("computed in", result["compute"]),
+            ("time", f"{duration(result['seconds'])} ({speed:,.0f} tokens/s)"),
+            ("peak memory", size(result["peak_memory"])),
+        ]
+    )
+
+
+def profile_tables(report: Mapping[str, Any]) -> list[Table]:
+    """The layerwise outlier distribution, each block's share of outliers for each M, with bars for one M."""
+    shares: Mapping[str, Sequence[float]] = report["shares"]
+    Ms = list(shares)
+    drawn = "5" if "5" in Ms else Ms[len(Ms) // 2]  # the paper's choice at high sparsity
+    # One allocation, that of the M whose bars are drawn, keeps the table narrow; --json has them all.
+    allocations = {k: v for k, v in report["allocations"].items() if "=" not in k or k.endswith(f"={drawn}")}
+    zeros = any(share > 0.01 for share in report["zeros"])  # a pruned model; a few zeros are in any dense one
+    columns = ["block", *(f"M={M}" for M in Ms), "mean score", "max score", f"outliers above M={drawn}"]
+    made = _table(
+        *columns,
+        *(["zeros"] if zeros else []),
+        *(f"{name} at {percent(report['sparsity'], 0)}" for name in allocations),
+        title="weights whose |W|·‖X‖ is above M times the block's mean, in %",
+        left=(len(columns) - 1,),
+    )
+    most = max(shares[drawn], default=0.0) or 1.0
+    for block, share in enumerate(shares[drawn]):
+        made.add_row(
+            str(block),
+            *(f"{shares[M][block]:.3f}" for M in Ms),
+            f"{report['mean_score'][block]:.4g}",
+            f"{report['max_score'][block]:.4g}",
+            bar(share / most),
+            *([percent(report["zeros"][block])] if zeros else []),
+            *(percent(ratios[block]) for ratios in allocations.values()),
+        )
+    text = report["text"]
+    seen = f", {text['name']}" if text.get("name") else ""
+    return [made, _facts([("measured", f"{report['source']}{seen}, in {duration(report['seconds'])}")])]
+
+
+def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
+    """What would be pruned, and what it would take."""
+    recipe, memory, disk, seconds = (plan[key] for key in ("recipe", "memory", "disk", "seconds"))
+    share = plan["prunable"] / max(plan["parameters"], 1)
+    rows = [
+        ("model", f"{plan['source']}: {plan['parameters']:,} parameters in {len(plan['blocks'])} blocks"),
+        ("recipe", _recipe_words(recipe)),
+        ("prunable", f"{plan['prunable']:,} weights in {len(plan['linears'])} linears ({percent(share, 0)})"),
+        ("removed", f"{plan['removed']:,} weights ({percent(recipe['sparsity'])})"),
+        ("peak memory", f"about {size(memory['peak'])} ({_parts(memory, 'peak', size)})"),
+        ("disk", f"{size(disk['checkpoint'])} written, {size(disk['peak'])} while it is being written"),
+        ("time", f"about {duration(seconds['total'])} ({_parts(seconds, 'total', duration)})"),
+    ]
+    rows += [("note", note) for note in plan["notes"]]
+    tables = [_facts(rows)]
+    if plan["allocation"] is not None:
+        linears = [{**linear, "sparsity": plan["allocation"][linear["name"]]} for linear in plan["linears"]]
+        tables.insert(0, allocation_table(linears))
+    return tables
+
+
+def _recipe_words(recipe: Mapping[str, Any]) -> str:
+    text = recipe["calibration"]
+    return (
+        f"{recipe['allocator']['name']} + {recipe['solver']['name']}, {recipe['pattern']}, "
+        f"calibrated on {text['samples']} × {text['seqlen']} tokens of {text['text']}"
+    )
+
+
+def _parts(sums: Mapping[str, Any], total: str, show: Any) -> str:
+    """The largest parts of a sum, by name."""
+    parts = sorted(((v, k) for k, v in sums.items() if k != total and v > 0), reverse=True)
+    return ", ".join(f"{key.replace('_', ' ')} {show(value)}" for value, key in parts[:4])
+
+
+def inspection_tables(inspection: Mapping[str, Any]) -> list[Table]:
+    made = _table("linear", "shape", "zeros", "sparsity", "pattern", "ties", left=(0, 4))
+    for linear in inspection["linears"]:
+        made.add_row(
+            linear["name"],
+            "×".join(map(str, linear["shape"])),
+            f"{linear['zeros']:,}",
+            percent(linear["sparsity"]),
+            linear["pattern"],
+            f"{linear['ties']:,}",
+        )
+    rows = [
+        ("sparsity", f"{percent(inspection['sparsity'])} of {inspection['prunable']:,} prunable weights"),
+        ("linears", f"{len(inspection['linears'])} in {inspection['blocks']} blocks"),
+        (
+            "parameters",
+            f"{inspection['parameters']:,}{', head tied to the embedding' * inspection['tied_head']}",
+        ),
+        ("files", size(inspection["bytes"])),
+    ]
+    return [made, _facts(rows)]
+
+
+def listing_tables(listing: Mapping[str, Any]) -> list[Table]:
+    """One table a kind of choice."""
+    tables = []
+    for kind, entries in listing.items():
+        made = _table("name", "options", "what it is", title=kind, left=(0, 1, 2))
+        for entry in entries:
+            options = " ".join(
+                f"{k}={'none' if v is None else v}" for k, v in entry.get("options", {}).items()
+            )
+            made.add_row(entry["name"], options, entry["summary"])
+        if not any(entry.get("options") for entry in entries):
+            made.columns.pop(1)
+        tables.append(made)
+    return tables
+
+
+def _default(value: Any) -> str:
+    """As it would be written in a recipe; an empty list is as good as nothing."""
+    return "none" if value in (None, ()) else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def doctor_tables(report: Mapping[str, Any]) -> list[Table]:
+    rows = [(check["name"], ("" if check["ok"] else "✗ ") + check["found"]) for check in report["checks"]]
+    missing = [(check["name"], check["remedy"]) for check in report["checks"] if check.get("remedy")]
+    tables = [_facts(rows)]
+    if missing:
+        tables.append(_facts(missing, title="to get what is missing"))
+    return tables
