@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tawny.errors import OutputError, TawnyError, UserError
+from tawny.errors import MissingFeature, OutputError, TawnyError, UserError
 
 if TYPE_CHECKING:
     from tawny.console import Console
@@ -172,16 +172,26 @@ def _fail(console: Console, message: str, exit_code: int) -> None:
     raise typer.Exit(exit_code)
 
 
-def _recipe(
-    recipe: Path | None,
-    option: list[str] | None,
-    **keys: Any,
-) -> Recipe:
+def _recipe(recipe: Path | None, option: list[str] | None, **keys: Any) -> Recipe:
     """A file, then the named options, then `-o`."""
     from tawny.recipe import resolve_recipe
 
     named = {key.replace("calibration_", "calibration."): value for key, value in keys.items()}
-    return resolve_recipe(recipe, option or (), **named)
+    chosen = resolve_recipe(recipe, option or (), **named)
+    _check_device(chosen.device)
+    return chosen
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise MissingFeature(
+            f"device {device!r} cannot be used ({reason}): `tawny doctor` lists those that can"
+        ) from None
 
 
 @app.command(
@@ -253,6 +263,7 @@ def prune(
         tables = record_tables(record.to_dict())
         if evaluate is not None:
             record.evaluation = _compare(console, model, out, evaluate, chosen)
+            record.evaluation["pruned"]["sparsity"] = record.sparsity
             _rewrite(out / "run.json", record.to_json())
             tables.append(comparison_table(record.evaluation["dense"], record.evaluation["pruned"]))
         console.result(record.to_dict(), *tables)
@@ -452,6 +463,7 @@ def eval_(
             from tawny.errors import RecipeError
 
             raise RecipeError(f"--compute {compute!r} is unknown: give auto, float32, bfloat16 or float16")
+        _check_device(device or "cpu")
         import tawny
 
         with console.watching() as watch:

@@ -82,7 +82,9 @@ def _table(*columns: str, title: str | None = None, left: Sequence[int] = (0,)) 
     """Numbers to the right, the columns in `left` to the left."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index in left else "right", overflow="fold")
+        # Names may go on a second line in a narrow window; a bar or a number in two pieces says nothing.
+        whole = index not in left or not column
+        made.add_column(column, justify="left" if index in left else "right", no_wrap=whole, overflow="fold")
     return made
 
 
@@ -146,19 +148,16 @@ def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
 
 
 def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Table:
-    """Dense beside pruned; each has the keys of a perplexity, and `sparsity` and `bytes` where known."""
+    """Dense beside pruned; each has the keys of a perplexity, and `sparsity` where it is known."""
     title = f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens"
     made = _table("", "dense", "pruned", "change", title=title)
     ratio = pruned["perplexity"] / dense["perplexity"]
     made.add_row("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")
-    for key, show in (("sparsity", percent), ("bytes", size), ("seconds", duration)):
-        if dense.get(key) is not None and pruned.get(key) is not None:
-            made.add_row(
-                {"bytes": "files", "seconds": "time to evaluate"}.get(key, key),
-                show(dense[key]),
-                show(pruned[key]),
-                "",
-            )
+    rows = (("sparsity", "sparsity", percent), ("seconds", "time to evaluate", duration))
+    for key, name, show in rows:
+        values = [result.get(key) for result in (dense, pruned)]
+        if any(value is not None for value in values):
+            made.add_row(name, *("–" if value is None else show(value) for value in values), "")
     return made
 
 
@@ -184,12 +183,12 @@ def profile_tables(report: Mapping[str, Any]) -> list[Table]:
     # One allocation, that of the M whose bars are drawn, keeps the table narrow; --json has them all.
     allocations = {k: v for k, v in report["allocations"].items() if "=" not in k or k.endswith(f"={drawn}")}
     zeros = any(share > 0.01 for share in report["zeros"])  # a pruned model; a few zeros are in any dense one
-    columns = ["block", *(f"M={M}" for M in Ms), "mean score", "max score", f"outliers above M={drawn}"]
+    columns = ["block", *(f"M={M}" for M in Ms), "mean score", "max score", ""]
     made = _table(
         *columns,
         *(["zeros"] if zeros else []),
         *(f"{name} at {percent(report['sparsity'], 0)}" for name in allocations),
-        title="weights whose |W|·‖X‖ is above M times the block's mean, in %",
+        title=f"weights whose |W|·‖X‖ is above M times the block's mean, in % (bars: M={drawn})",
         left=(len(columns) - 1,),
     )
     most = max(shares[drawn], default=0.0) or 1.0
@@ -199,7 +198,7 @@ def profile_tables(report: Mapping[str, Any]) -> list[Table]:
             *(f"{shares[M][block]:.3f}" for M in Ms),
             f"{report['mean_score'][block]:.4g}",
             f"{report['max_score'][block]:.4g}",
-            bar(share / most),
+            bar(share / most, 16),
             *([percent(report["zeros"][block])] if zeros else []),
             *(percent(ratios[block]) for ratios in allocations.values()),
         )

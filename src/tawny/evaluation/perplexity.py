@@ -126,7 +126,7 @@ def evaluate(
                 )
             tokenizer = load_tokenizer(folder)
         loaded = load_text(text, "evaluation")
-        ids = evaluation_windows(tokenise(loaded, tokenizer), seqlen, windows)
+        ids = evaluation_windows(tokenise(loaded, tokenizer), seqlen, windows, f"text {loaded.name!r}")
         name, sha = loaded.name, loaded.sha256
         size = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in ids.tolist())
     losses = window_losses(stack, ids, watch)

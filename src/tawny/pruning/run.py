@@ -213,7 +213,8 @@ class Run:
         with self.clock("text"):
             text = load_text(recipe.calibration.text, "calibration")
             ids = tokenise(text, tokenizer)
-            windows = sample_windows(ids, recipe.calibration.samples, recipe.calibration.seqlen, recipe.seed)
+            wanted = recipe.calibration
+            windows = sample_windows(ids, wanted.samples, wanted.seqlen, recipe.seed, f"text {text.name!r}")
         self.record.text = {
             "name": text.name,
             "sha256": text.sha256,
