@@ -1,0 +1,82 @@
+// AVX2, FMA and F16C: there is no expand instruction, so 8 survivors at a time go through a byte shuffle whose control
+// comes from a table with one entry for each of the 256 masks. Absent columns are zeroed by the shuffle itself.
+#include "generic.h"
+
+#include <immintrin.h>
+
+namespace {
+
+// entry m: for each set bit of m, in order, where its survivor lies; 0x80 elsewhere (the shuffle writes zero there)
+struct Tables {
+    alignas(64) uint8_t bytes[256][8];
+    alignas(64) uint8_t words[256][16];
+    constexpr Tables() : bytes(), words() {
+        for (int m = 0; m < 256; m++)
+            for (int j = 0, n = 0; j < 8; j++) {
+                bool set = (m >> j) & 1;
+                bytes[m][j] = (uint8_t)(set ? n : 0x80);
+                words[m][2 * j] = (uint8_t)(set ? 2 * n : 0x80);
+                words[m][2 * j + 1] = (uint8_t)(set ? 2 * n + 1 : 0x80);
+                n += set;
+            }
+    }
+};
+constexpr Tables tables;
+
+struct Avx2 {
+    using V = __m256;
+    static constexpr int W = 8, registers = 16, streams = 2;
+
+    static V zero() { return _mm256_setzero_ps(); }
+    static V broadcast(float value) { return _mm256_set1_ps(value); }
+    static V load(const float* p) { return _mm256_loadu_ps(p); }
+    static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+    static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    static float reduce(V v) {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+    }
+    static V widen_bf16(__m128i half) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+    static V load_kind(const void* data, int32_t kind, int64_t i) {
+        if (kind == F32) return _mm256_loadu_ps((const float*)data + i);
+        __m128i half = _mm_loadu_si128((const __m128i*)((const uint16_t*)data + i));
+        return kind == BF16 ? widen_bf16(half) : _mm256_cvtph_ps(half);
+    }
+    static void store_kind(void* place, int32_t kind, V v) {
+        if (kind == F32) return _mm256_storeu_ps((float*)place, v);
+        if (kind == F16) {
+            _mm_storeu_si128((__m128i*)place, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+            return;
+        }
+        float buffer[8];
+        _mm256_storeu_ps(buffer, v);
+        for (int j = 0; j < 8; j++) ((uint16_t*)place)[j] = float_to_bf16(buffer[j]);
+    }
+    template <int KIND>
+    static inline __attribute__((always_inline)) V expand(const uint8_t* values, uint32_t bits) {
+        if (KIND == F32) {
+            __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)tables.bytes[bits]));
+            __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float*)values), place);
+            return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(place, 31)), moved);
+        }
+        if (KIND == INT8) {
+            __m128i moved = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)values),
+                                             _mm_loadl_epi64((const __m128i*)tables.bytes[bits]));
+            return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(moved));
+        }
+        __m128i moved = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values),
+                                         _mm_load_si128((const __m128i*)tables.words[bits]));
+        return KIND == BF16 ? widen_bf16(moved) : _mm256_cvtph_ps(moved);
+    }
+};
+
+using G = Generic<Avx2>;
+const Kernels table = {"avx2", G::form, G::prepare, G::packed, G::expand, G::dense};
+
+}  // namespace
+
+extern "C" const Kernels* tawny_avx2() { return &table; }

@@ -1,0 +1,56 @@
+// What `Generic` needs, for AVX-512F alone. Included by both AVX-512 files; compiled separately in each.
+#pragma once
+#include "generic.h"
+
+#include <immintrin.h>
+
+namespace {
+
+struct Avx512 {
+    using V = __m512;
+    static constexpr int W = 16, registers = 32, streams = 2;
+
+    static V zero() { return _mm512_setzero_ps(); }
+    static V broadcast(float value) { return _mm512_set1_ps(value); }
+    static V load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+    static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+    static float reduce(V v) { return _mm512_reduce_add_ps(v); }
+
+    template <int KIND>
+    static inline __attribute__((always_inline)) V widen(const void* p) {
+        if (KIND == F32) return _mm512_loadu_ps(p);
+        if (KIND == INT8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+        __m256i half = _mm256_loadu_si256((const __m256i*)p);
+        if (KIND == F16) return _mm512_cvtph_ps(half);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    static V load_kind(const void* data, int32_t kind, int64_t i) {
+        if (kind == F32) return widen<F32>((const float*)data + i);
+        const uint16_t* p = (const uint16_t*)data + i;
+        return kind == BF16 ? widen<BF16>(p) : widen<F16>(p);
+    }
+    static __m256i to_bf16(V v) {  // round to nearest even; NaN keeps its upper half and becomes quiet
+        __m512i bits = _mm512_castps_si512(v);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    }
+    static void store_kind(void* place, int32_t kind, V v) {
+        if (kind == F32) return _mm512_storeu_ps(place, v);
+        __m256i half = kind == BF16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+        _mm256_storeu_si256((__m256i*)place, half);
+    }
+    // Clear, then expand by merging: on Zen 4 the zero-masking form waits for the old value of its destination.
+    template <int KIND>
+    static inline __attribute__((always_inline)) V expand(const uint8_t* values, uint32_t bits) {
+        __m512 clear = _mm512_setzero_ps();
+        asm("" : "+v"(clear));
+        return _mm512_mask_expand_ps(clear, (__mmask16)bits, widen<KIND>(values));
+    }
+};
+
+}  // namespace

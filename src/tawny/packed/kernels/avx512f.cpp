@@ -1,0 +1,11 @@
+// AVX-512F and no more: survivors are widened to float32, 16 at a time, and expanded with vpexpandd.
+#include "avx512.h"
+
+namespace {
+
+using G = Generic<Avx512>;
+const Kernels table = {"avx512f", G::form, G::prepare, G::packed, G::expand, G::dense};
+
+}  // namespace
+
+extern "C" const Kernels* tawny_avx512f() { return &table; }

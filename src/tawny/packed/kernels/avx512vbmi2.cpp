@@ -1,0 +1,433 @@
+// AVX-512 with VBMI2, BF16 and VNNI (Zen 4, Sapphire Rapids): the fast path.
+//
+// bfloat16 values: 32 survivors at a time through vpexpandw into vdpbf16ps, activations in bfloat16.
+// int8 values: 64 at a time through vpexpandb into vpdpbusd. Activations are 16-bit integers split into two unsigned
+// bytes, hi + 128 and lo, because vpdpbusd multiplies unsigned by signed; the 128 is taken back with the row's sum of
+// integers, which the format stores. Everything is exact integer arithmetic until the last step.
+// Everything else (float32 and float16 values, float32 activations) is the AVX-512F code.
+#include "avx512.h"
+
+namespace {
+
+using F = Generic<Avx512>;
+
+// Clear first and expand by merging: on Zen 4 the zero-masking form waits for the old value of its destination.
+inline __attribute__((always_inline)) __m512i expand16(uint32_t mask, const void* values) {
+    __m512i clear = _mm512_setzero_si512();
+    asm("" : "+v"(clear));
+    return _mm512_mask_expand_epi16(clear, (__mmask32)mask, _mm512_loadu_si512(values));
+}
+
+inline __attribute__((always_inline)) __m512i expand8(uint64_t mask, const void* values) {
+    __m512i clear = _mm512_setzero_si512();
+    asm("" : "+v"(clear));
+    return _mm512_mask_expand_epi8(clear, (__mmask64)mask, _mm512_loadu_si512(values));
+}
+
+int32_t form(int32_t kind, int32_t input, int64_t tokens) {
+    if (kind == INT8 && tokens <= 4) return FORM_I16;
+    return input == BF16 && (kind == BF16 || kind == INT8) ? FORM_BF16 : FORM_F32;
+}
+
+// ---------------------------------------------------------------------------------------------- activations
+
+void prepare_bf16(const void* x, int64_t tokens, int64_t cols, void* data) {
+    int64_t stride = (cols + 63) / 64 * 64;
+    for (int64_t t = 0; t < tokens; t++) {
+        uint16_t* row = (uint16_t*)data + t * stride;
+        memcpy(row, (const uint16_t*)x + t * cols, cols * 2);
+        memset(row + cols, 0, (stride - cols) * 2);
+    }
+}
+
+void prepare_i16(const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
+    int64_t blocks = (cols + 63) / 64;
+    for (int64_t t = 0; t < tokens; t++) {
+        __m512 most = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+        auto load = [&](int64_t i) __attribute__((always_inline)) {  // 16 from column i, zero past the end
+            if (i + 16 <= cols) return Avx512::load_kind(x, kind, t * cols + i);
+            alignas(64) float tail[16] = {};
+            for (int64_t j = i; j < cols; j++) tail[j - i] = load_float(x, kind, t * cols + j);
+            return _mm512_load_ps(tail);
+        };
+        for (int64_t i = 0; i < cols; i += 16) {
+            __m512 v = load(i);
+            most = _mm512_max_ps(most, _mm512_abs_ps(v));
+            poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);  // NaN once any activation is not finite
+        }
+        float largest = _mm512_reduce_max_ps(most), bad = _mm512_reduce_add_ps(poison);
+        scales[t] = largest / 32767.0f + bad;  // a NaN here makes the whole token NaN, as a matrix product would
+        __m512 inverse = _mm512_set1_ps(largest > 0 ? 32767.0f / largest : 0.0f);
+        uint8_t* row = (uint8_t*)data + t * blocks * 128;
+        for (int64_t b = 0; b < blocks; b++)
+            for (int j = 0; j < 64; j += 16) {
+                __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(b * 64 + j), inverse));
+                __m512i high = _mm512_add_epi32(_mm512_srai_epi32(q, 8), _mm512_set1_epi32(128));
+                _mm_store_si128((__m128i*)(row + b * 128 + j), _mm512_cvtepi32_epi8(high));
+                _mm_store_si128((__m128i*)(row + b * 128 + 64 + j), _mm512_cvtepi32_epi8(q));
+            }
+    }
+}
+
+void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
+    if (form == FORM_BF16) return prepare_bf16(x, tokens, cols, data);
+    if (form == FORM_I16) return prepare_i16(x, kind, tokens, cols, data, scales);
+    F::prepare(form, x, kind, tokens, cols, data, scales);
+}
+
+// ---------------------------------------------------------------------------------------------- bfloat16, direct
+
+// How far ahead of the values to prefetch; 0 where the hardware does as well alone.
+inline int64_t prefetch_distance(const Packed& p) {
+    int64_t survivors = p.offsets[p.groups] - p.offsets[0];
+    return survivors * 100 <= p.groups * 4 * p.blocks * 64 * 36 ? 2048 : 0;
+}
+
+template <int S, int T, bool AHEAD>
+void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second, int64_t ahead) {
+    __m512 sum[S][4][T];
+    const uint8_t* values[S];
+    const uint64_t* masks[S];
+    const int64_t groups[2] = {first, second};
+#pragma GCC unroll 2
+    for (int s = 0; s < S; s++) {
+        values[s] = values_of(p, groups[s]);
+        masks[s] = p.masks + groups[s] * p.blocks * 4;
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) sum[s][r][t] = _mm512_setzero_ps();
+    }
+    const uint16_t* x0 = (const uint16_t*)x.data;
+    for (int64_t b = 0; b < p.blocks; b++) {
+        __m512i xs[T][2];
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            xs[t][0] = _mm512_load_si512(x0 + t * x.stride + b * 64);
+            xs[t][1] = _mm512_load_si512(x0 + t * x.stride + b * 64 + 32);
+        }
+#pragma GCC unroll 2
+        for (int s = 0; s < S; s++) {
+            if (AHEAD) {
+                _mm_prefetch((const char*)values[s] + ahead, _MM_HINT_T0);
+                _mm_prefetch((const char*)values[s] + ahead + 64, _MM_HINT_T0);
+                _mm_prefetch((const char*)values[s] + ahead + 128, _MM_HINT_T0);
+            }
+            const uint8_t* v = values[s];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                uint64_t mask = masks[s][b * 4 + r];
+                uint32_t low = (uint32_t)mask, high = (uint32_t)(mask >> 32);
+                __m512i w = expand16(low, v);
+                const uint8_t* middle = v + 2 * __builtin_popcount(low);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++)
+                    sum[s][r][t] = _mm512_dpbf16_ps(sum[s][r][t], (__m512bh)w, (__m512bh)xs[t][0]);
+                w = expand16(high, middle);
+                v += 2 * __builtin_popcountll(mask);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++)
+                    sum[s][r][t] = _mm512_dpbf16_ps(sum[s][r][t], (__m512bh)w, (__m512bh)xs[t][1]);
+            }
+            values[s] = v;
+        }
+    }
+    for (int s = 0; s < S; s++)
+        for (int r = 0; r < 4; r++)
+            for (int t = 0; t < T; t++) store(out, t, groups[s] * 4 + r, _mm512_reduce_add_ps(sum[s][r][t]));
+}
+
+template <int T, bool AHEAD>
+void direct_bf16_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, int64_t ahead) {
+    if constexpr (T <= 2) {
+        int64_t half = (to - from) / 2;
+        for (int64_t g = from; g < from + half; g++) direct_bf16<2, T, AHEAD>(p, x, out, g, g + half, ahead);
+        if ((to - from) & 1) direct_bf16<1, T, AHEAD>(p, x, out, to - 1, to - 1, ahead);
+    } else {
+        for (int64_t g = from; g < to; g++) direct_bf16<1, T, AHEAD>(p, x, out, g, g, ahead);
+    }
+}
+
+template <int T>
+void direct_bf16_any(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
+    int64_t ahead = prefetch_distance(p);
+    if (ahead) return direct_bf16_range<T, true>(p, x, out, from, to, ahead);
+    direct_bf16_range<T, false>(p, x, out, from, to, 0);
+}
+
+// ---------------------------------------------------------------------------------------------- bfloat16, tile
+
+inline __m512i widen_bytes_to_bf16(__m256i bytes) {  // exact: |q| <= 128 has 8 significant bits
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+inline __m512i scale_bytes_to_bf16(__m256i bytes, __m512 scale) {
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
+}
+
+// One group as 16-bit words [4, stride]. INT8 becomes bfloat16: times its scale when `scaled`, else the integer itself
+// for a scale a row (exact, the caller multiplies at the end).
+template <int KIND>
+void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t stride, int rows, bool scaled) {
+    const uint8_t* values = values_of(p, group);
+    const uint64_t* masks = p.masks + group * p.blocks * 4;
+    for (int64_t b = 0; b < p.blocks; b++) {
+        int64_t left = p.cols - b * 64;
+        bool whole = left >= 64 || stride >= p.blocks * 64;
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            uint64_t mask = masks[b * 4 + r];
+            __m512i low, high;
+            if (KIND == INT8) {
+                __m512i q = expand8(mask, values);
+                __m256i q0 = _mm512_castsi512_si256(q), q1 = _mm512_extracti64x4_epi64(q, 1);
+                if (p.span || scaled) {
+                    __m512 scale = _mm512_set1_ps(p.span ? span_scale(p, group, b, r) : row_scale(p, group * 4 + r));
+                    low = scale_bytes_to_bf16(q0, scale), high = scale_bytes_to_bf16(q1, scale);
+                } else {
+                    low = widen_bytes_to_bf16(q0), high = widen_bytes_to_bf16(q1);
+                }
+                values += __builtin_popcountll(mask);
+            } else {
+                low = expand16((uint32_t)mask, values);
+                high = expand16((uint32_t)(mask >> 32), values + 2 * __builtin_popcount((uint32_t)mask));
+                values += 2 * __builtin_popcountll(mask);
+            }
+            if (r >= rows) continue;
+            uint16_t* place = out + r * stride + b * 64;
+            if (whole) {
+                _mm512_storeu_si512(place, low);
+                _mm512_storeu_si512(place + 32, high);
+            } else {
+                uint64_t keep = (1ull << left) - 1;
+                _mm512_mask_storeu_epi16(place, (__mmask32)keep, low);
+                _mm512_mask_storeu_epi16(place + 32, (__mmask32)(keep >> 32), high);
+            }
+        }
+    }
+}
+
+template <int T>
+void multiply_bf16(const Packed& p, const uint16_t* tile, const Input& x, const Output& out, int64_t group, int64_t t0) {
+    __m512 sum[4][T];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+#pragma GCC unroll 6
+        for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
+    const uint16_t* x0 = (const uint16_t*)x.data + t0 * x.stride;
+    int64_t width = p.blocks * 64;
+    for (int64_t k = 0; k < width; k += 32) {
+        __m512i w[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) w[r] = _mm512_load_si512(tile + r * width + k);
+#pragma GCC unroll 6
+        for (int t = 0; t < T; t++) {
+            __m512i v = _mm512_load_si512(x0 + t * x.stride + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)w[r], (__m512bh)v);
+        }
+    }
+    for (int r = 0; r < 4; r++)
+        for (int t = 0; t < T; t++) {
+            int64_t row = group * 4 + r;
+            store(out, t0 + t, row, _mm512_reduce_add_ps(sum[r][t]) * row_scale(p, row));
+        }
+}
+
+template <int KIND>
+void tile_bf16(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, uint16_t* tile) {
+    for (int64_t g = from; g < to; g++) {
+        expand_group16<KIND>(p, g, tile, p.blocks * 64, 4, false);
+        int64_t t = 0;
+        for (; t + 6 <= x.tokens; t += 6) multiply_bf16<6>(p, tile, x, out, g, t);
+        if (t + 4 <= x.tokens) multiply_bf16<4>(p, tile, x, out, g, t), t += 4;
+        if (t + 2 <= x.tokens) multiply_bf16<2>(p, tile, x, out, g, t), t += 2;
+        if (t < x.tokens) multiply_bf16<1>(p, tile, x, out, g, t);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- int8, direct
+
+template <int S, int T, bool SPAN>
+void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
+    __m512i high[S][4][T], low[S][4][T];
+    __m512 sum[S][4][T];
+    const uint8_t* values[S];
+    const uint64_t* masks[S];
+    const int64_t groups[2] = {first, second};
+#pragma GCC unroll 2
+    for (int s = 0; s < S; s++) {
+        values[s] = values_of(p, groups[s]);
+        masks[s] = p.masks + groups[s] * p.blocks * 4;
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                high[s][r][t] = low[s][r][t] = _mm512_setzero_si512();
+                sum[s][r][t] = _mm512_setzero_ps();
+            }
+    }
+    const uint8_t* x0 = (const uint8_t*)x.data;
+    for (int64_t b = 0; b < p.blocks; b++) {
+#pragma GCC unroll 2
+        for (int s = 0; s < S; s++) {
+            const uint8_t* v = values[s];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                uint64_t mask = masks[s][b * 4 + r];
+                __m512i w = expand8(mask, v);
+                v += __builtin_popcountll(mask);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) {
+                    const uint8_t* xb = x0 + t * x.stride + b * 128;
+                    high[s][r][t] = _mm512_dpbusd_epi32(high[s][r][t], _mm512_load_si512(xb), w);
+                    low[s][r][t] = _mm512_dpbusd_epi32(low[s][r][t], _mm512_load_si512(xb + 64), w);
+                }
+                if (SPAN && ((b & 1) || b + 1 == p.blocks)) {
+                    __m512 scale = _mm512_set1_ps(span_scale(p, groups[s], b, r));
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; t++) {
+                        __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[s][r][t], 8), low[s][r][t]);
+                        sum[s][r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), scale, sum[s][r][t]);
+                        high[s][r][t] = low[s][r][t] = _mm512_setzero_si512();
+                    }
+                }
+            }
+            values[s] = v;
+        }
+    }
+    for (int s = 0; s < S; s++)
+        for (int r = 0; r < 4; r++)
+            for (int t = 0; t < T; t++) {
+                int64_t row = groups[s] * 4 + r;
+                double total;
+                if (SPAN) {
+                    total = (double)_mm512_reduce_add_ps(sum[s][r][t]) - 32768.0 * p.sums[row];
+                } else {
+                    // The sums of the bytes may wrap around 2^32; what is left after taking 128 back may not
+                    // (up to 66,000 columns), so wrapping arithmetic is exact.
+                    int32_t h = (int32_t)((uint32_t)_mm512_reduce_add_epi32(high[s][r][t]) -
+                                          128u * (uint32_t)(int32_t)p.sums[row]);
+                    int32_t l = _mm512_reduce_add_epi32(low[s][r][t]);
+                    total = (256.0 * h + l) * row_scale(p, row);
+                }
+                store(out, t, row, (float)(total * x.scales[t]));
+            }
+}
+
+template <int T, bool SPAN>
+void direct_int8_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
+    if constexpr (T == 1) {
+        int64_t half = (to - from) / 2;
+        for (int64_t g = from; g < from + half; g++) direct_int8<2, T, SPAN>(p, x, out, g, g + half);
+        if ((to - from) & 1) direct_int8<1, T, SPAN>(p, x, out, to - 1, to - 1);
+    } else {
+        for (int64_t g = from; g < to; g++) direct_int8<1, T, SPAN>(p, x, out, g, g);
+    }
+}
+
+template <bool SPAN>
+void direct_int8_any(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
+    switch (x.tokens) {
+        case 1: return direct_int8_range<1, SPAN>(p, x, out, from, to);
+        case 2: return direct_int8_range<2, SPAN>(p, x, out, from, to);
+        case 3: return direct_int8_range<3, SPAN>(p, x, out, from, to);
+        default: return direct_int8_range<4, SPAN>(p, x, out, from, to);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- the table
+
+void packed(const Packed* p, const Input* x, const Output* out, int64_t from, int64_t to, void* scratch) {
+    if (x->form == FORM_I16)
+        return p->span ? direct_int8_any<true>(*p, *x, *out, from, to) : direct_int8_any<false>(*p, *x, *out, from, to);
+    if (x->form == FORM_F32) return F::packed(p, x, out, from, to, scratch);
+    if (p->kind == INT8) return tile_bf16<INT8>(*p, *x, *out, from, to, (uint16_t*)scratch);
+    switch (x->tokens) {
+        case 1: return direct_bf16_any<1>(*p, *x, *out, from, to);
+        case 2: return direct_bf16_any<2>(*p, *x, *out, from, to);
+        case 3: return direct_bf16_any<3>(*p, *x, *out, from, to);
+        case 4: return direct_bf16_any<4>(*p, *x, *out, from, to);
+        default: return tile_bf16<BF16>(*p, *x, *out, from, to, (uint16_t*)scratch);
+    }
+}
+
+void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
+    bool words = (p->kind == kind && kind != F32) || (p->kind == INT8 && kind == BF16);
+    if (!words) return F::expand(p, from, to, out, kind, stride);
+    for (int64_t g = from; g < to; g++) {
+        uint16_t* place = (uint16_t*)out + (g - from) * 4 * stride;
+        int rows = p->rows - g * 4 < 4 ? (int)(p->rows - g * 4) : 4;
+        if (p->kind == INT8) expand_group16<INT8>(*p, g, place, stride, rows, true);
+        else expand_group16<BF16>(*p, g, place, stride, rows, true);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- dense bfloat16
+
+template <int S, int T>
+void dense_rows(const Dense& d, const Input& x, const Output& out, int64_t first, int64_t second) {
+    constexpr int U = T <= 2 ? 4 : 2;
+    __m512 sum[S][T][U];
+    const int64_t rows[2] = {first, second};
+    const uint16_t* w[2] = {(const uint16_t*)d.weight + first * d.cols, (const uint16_t*)d.weight + second * d.cols};
+    for (int s = 0; s < S; s++)
+        for (int t = 0; t < T; t++)
+            for (int u = 0; u < U; u++) sum[s][t][u] = _mm512_setzero_ps();
+    const uint16_t* x0 = (const uint16_t*)x.data;
+    int64_t k = 0;
+    for (; k + 32 * U <= d.cols; k += 32 * U)
+#pragma GCC unroll 2
+        for (int s = 0; s < S; s++)
+#pragma GCC unroll 4
+            for (int u = 0; u < U; u++) {
+                __m512bh v = (__m512bh)_mm512_loadu_si512(w[s] + k + 32 * u);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++)
+                    sum[s][t][u] = _mm512_dpbf16_ps(
+                        sum[s][t][u], v, (__m512bh)_mm512_load_si512(x0 + t * x.stride + k + 32 * u));
+            }
+    for (; k < d.cols; k += 32) {
+        __mmask32 keep = d.cols - k >= 32 ? 0xffffffffu : (1u << (d.cols - k)) - 1;
+        for (int s = 0; s < S; s++) {
+            __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(keep, w[s] + k);
+            for (int t = 0; t < T; t++)
+                sum[s][t][0] =
+                    _mm512_dpbf16_ps(sum[s][t][0], v, (__m512bh)_mm512_load_si512(x0 + t * x.stride + k));
+        }
+    }
+    for (int s = 0; s < S; s++)
+        for (int t = 0; t < T; t++) {
+            __m512 total = sum[s][t][0];
+            for (int u = 1; u < U; u++) total = _mm512_add_ps(total, sum[s][t][u]);
+            store(out, t, rows[s], _mm512_reduce_add_ps(total));
+        }
+}
+
+template <int T>
+void dense_range(const Dense& d, const Input& x, const Output& out, int64_t from, int64_t to, int64_t t0) {
+    Input part = {(const uint16_t*)x.data + t0 * x.stride, nullptr, T, x.stride, x.form};
+    Output place = out;
+    place.data = (uint8_t*)out.data + t0 * out.rows * value_size(out.kind);
+    int64_t half = (to - from) / 2;
+    for (int64_t r = from; r < from + half; r++) dense_rows<2, T>(d, part, place, r, r + half);
+    if ((to - from) & 1) dense_rows<1, T>(d, part, place, to - 1, to - 1);
+}
+
+void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int64_t to) {
+    if (x->form != FORM_BF16) return F::dense(d, x, out, from, to);
+    int64_t t = 0;
+    for (; t + 4 <= x->tokens; t += 4) dense_range<4>(*d, *x, *out, from, to, t);
+    for (; t + 2 <= x->tokens; t += 2) dense_range<2>(*d, *x, *out, from, to, t);
+    for (; t < x->tokens; t++) dense_range<1>(*d, *x, *out, from, to, t);
+}
+
+const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense};
+
+}  // namespace
+
+extern "C" const Kernels* tawny_avx512vbmi2() { return &table; }

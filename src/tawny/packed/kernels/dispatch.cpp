@@ -1,0 +1,295 @@
+// The C ABI that Python calls: choose a kernel table, prepare activations, split the work over threads.
+//
+// Threads are torch's. This library links no OpenMP runtime; Python hands over GOMP_parallel of the one torch loaded
+// (a second runtime means a second pool of spinning threads, and two-thread timings fall apart). Without it, or for
+// work too small to share, everything runs in the calling thread.
+#include "generic.h"
+
+#include <stdlib.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------- CPU features
+
+#if defined(__x86_64__)
+uint64_t enabled_state() {  // XCR0: which registers the operating system saves
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return 0;
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return ((uint64_t)high << 32) | low;
+}
+#endif
+
+// bit i: table i of `choose` can run here
+int32_t supported() {
+    int32_t found = 1;
+#if defined(__x86_64__)
+    uint32_t a, b, c, d, a7, b7, c7, d7;
+    uint64_t state = enabled_state();
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a7, &b7, &c7, &d7)) return found;
+    bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
+    bool fma = c & (1u << 12), f16c = c & (1u << 29), avx = c & (1u << 28), avx2 = b7 & (1u << 5);
+    if (!(ymm && avx && avx2 && fma && f16c && (c & (1u << 23)))) return found;
+    found |= 2;
+    if (!(zmm && (b7 & (1u << 16)))) return found;  // F
+    found |= 4;
+    bool dq = b7 & (1u << 17), bw = b7 & (1u << 30), vl = b7 & (1u << 31);
+    bool vbmi2 = c7 & (1u << 6), vnni = c7 & (1u << 11);
+    uint32_t a71 = 0, b71, c71, d71;
+    bool bf16 = a7 >= 1 && __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && (a71 & (1u << 5));
+    if (dq && bw && vl && vbmi2 && vnni && bf16) found |= 8;
+#endif
+    return found;
+}
+
+const Kernels* choose(int32_t level) {
+    switch (level) {
+        case 0: return tawny_portable();
+#if defined(__x86_64__)
+        case 1: return tawny_avx2();
+        case 2: return tawny_avx512f();
+        case 3: return tawny_avx512vbmi2();
+#endif
+        default: return nullptr;
+    }
+}
+
+const Kernels* chosen = nullptr;
+
+// ---------------------------------------------------------------------------------------------- threads and scratch
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using Count = int (*)();
+Parallel gomp_parallel = nullptr;
+Count thread_number = nullptr, thread_count = nullptr;
+
+struct Scratch {  // one a thread, grows and stays
+    void* data = nullptr;
+    size_t size = 0;
+    void* get(size_t wanted) {
+        if (wanted > size) {
+            free(data);
+            size = (wanted + 4095) / 4096 * 4096;
+            data = aligned_alloc(64, size);
+            if (!data) size = 0;
+        }
+        return data;
+    }
+    ~Scratch() { free(data); }
+};
+thread_local Scratch activations, tiles;
+
+struct Job {
+    const Packed* packed;
+    const Dense* dense;
+    const Input* input;
+    const Output* output;
+    void* place;  // expand
+    int32_t kind;
+    int64_t stride, from, to;
+    size_t tile;
+    int32_t failed;
+};
+
+// Bytes of groups [0, g): what the split balances, because bytes are what decoding costs.
+int64_t cost(const Packed& p, int64_t g) { return g * p.blocks * 32 + p.offsets[g] * value_size(p.kind); }
+
+int64_t boundary(const Job& job, int part, int parts) {
+    if (part <= 0) return job.from;
+    if (part >= parts) return job.to;
+    if (job.dense) return job.from + (job.to - job.from) * part / parts;
+    int64_t start = cost(*job.packed, job.from), end = cost(*job.packed, job.to);
+    int64_t wanted = start + (end - start) / parts * part, low = job.from, high = job.to;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (cost(*job.packed, middle) < wanted) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+void work(Job& job, int part, int parts) {
+    int64_t from = boundary(job, part, parts), to = boundary(job, part + 1, parts);
+    if (from >= to) return;
+    if (job.dense) return chosen->dense(job.dense, job.input, job.output, from, to);
+    if (job.place) {
+        uint8_t* place = (uint8_t*)job.place + (from - job.from) * 4 * job.stride * value_size(job.kind);
+        return chosen->expand(job.packed, from, to, place, job.kind, job.stride);
+    }
+    void* tile = job.tile ? tiles.get(job.tile) : nullptr;
+    if (job.tile && !tile) {
+        job.failed = 1;
+        return;
+    }
+    chosen->packed(job.packed, job.input, job.output, from, to, tile);
+}
+
+void worker(void* job) { work(*(Job*)job, thread_number(), thread_count()); }
+
+int32_t run(Job& job, int64_t bytes, int32_t threads) {
+    if (threads > 1 && gomp_parallel && bytes >= 32768) gomp_parallel(worker, &job, (unsigned)threads, 0);
+    else work(job, 0, 1);
+    return job.failed ? 3 : 0;
+}
+
+// Activations as the kernel wants them: as they are when they already fit, else converted into scratch memory.
+int32_t prepare(Input& input, int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols) {
+    int64_t padded = (cols + 63) / 64 * 64;
+    input = {x, nullptr, tokens, form == FORM_I16 ? 2 * padded : padded, form};
+    bool same = (form == FORM_F32 && kind == F32) || (form == FORM_BF16 && kind == BF16);
+    if (same && padded == cols && (uintptr_t)x % 64 == 0) return 0;
+    size_t scales = (tokens * 4 + 63) / 64 * 64;
+    uint8_t* data = (uint8_t*)activations.get(scales + tokens * padded * (form == FORM_F32 ? 4 : 2));
+    if (!data) return 3;
+    chosen->prepare(form, x, kind, tokens, cols, data + scales, (float*)data);
+    input.data = data + scales;
+    input.scales = (const float*)data;
+    return 0;
+}
+
+bool valid(const Packed& p) {
+    return p.rows > 0 && p.cols > 0 && p.kind >= F32 && p.kind <= INT8 && (p.span == 0 || p.span == 128) &&
+           p.masks && p.values && p.offsets && (p.kind != INT8 || (p.scales && p.sums));
+}
+
+Packed describe(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
+                int64_t rows, int64_t cols, int32_t kind, int32_t span) {
+    return {(const uint64_t*)masks, values, (const int64_t*)offsets, scales, (const float*)sums, rows, cols,
+            (rows + 3) / 4, (cols + 63) / 64, kind, span};
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+
+// Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
+extern "C" {
+
+int32_t tawny_abi() { return 1; }
+
+int32_t tawny_supported() { return supported(); }
+
+int32_t tawny_choose(int32_t level) {
+    if (level < 0 || level > 3 || !(supported() >> level & 1)) return 1;
+    chosen = choose(level);
+    return chosen ? 0 : 1;
+}
+
+void tawny_set_openmp(void* parallel, void* number, void* count) {
+    gomp_parallel = parallel && number && count ? (Parallel)parallel : nullptr;
+    thread_number = (Count)number;
+    thread_count = (Count)count;
+}
+
+// y [tokens, rows] = x [tokens, cols] Wᵀ + bias; x, y and bias are contiguous and of one kind.
+int32_t tawny_packed(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
+                     int64_t rows, int64_t cols, int32_t kind, int32_t span, const void* x, const void* bias, void* y,
+                     int32_t xkind, int64_t tokens, int32_t threads) {
+    if (!chosen) return 1;
+    Packed p = describe(masks, values, offsets, scales, sums, rows, cols, kind, span);
+    if (!valid(p) || xkind < F32 || xkind > F16 || tokens < 0) return 2;
+    if (tokens == 0) return 0;
+    Input input;
+    if (int32_t error = prepare(input, chosen->form(kind, xkind, tokens), x, xkind, tokens, cols)) return error;
+    Output output = {y, bias, rows, xkind};
+    Job job = {&p, nullptr, &input, &output, nullptr, 0, 0, 0, p.groups, 0, 0};
+    if (tokens > 2) job.tile = (size_t)p.blocks * 64 * 4 * 4;
+    return run(job, cost(p, p.groups), threads);
+}
+
+// Rows [4 * from, min(4 * to, rows)) written out densely, in float32, bfloat16 or float16.
+int32_t tawny_expand(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
+                     int64_t rows, int64_t cols, int32_t kind, int32_t span, int64_t from, int64_t to, void* out,
+                     int32_t okind, int64_t stride, int32_t threads) {
+    if (!chosen) return 1;
+    Packed p = describe(masks, values, offsets, scales, sums, rows, cols, kind, span);
+    if (!valid(p) || okind < F32 || okind > F16 || from < 0 || to > p.groups || stride < cols) return 2;
+    Job job = {&p, nullptr, nullptr, nullptr, out, okind, stride, from, to, 0, 0};
+    if (from >= to) return 0;
+    return run(job, cost(p, to) - cost(p, from), threads);
+}
+
+// The same product with a dense weight [rows, cols]: float32, bfloat16 or float16.
+int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind, const void* x, const void* bias,
+                    void* y, int32_t xkind, int64_t tokens, int32_t threads) {
+    if (!chosen) return 1;
+    if (rows <= 0 || cols <= 0 || kind < F32 || kind > F16 || xkind < F32 || xkind > F16 || tokens < 0) return 2;
+    if (tokens == 0) return 0;
+    Dense d = {weight, rows, cols, kind};
+    int32_t form = chosen->form(kind, xkind, tokens);
+    Input input;
+    if (int32_t error = prepare(input, form, x, xkind, tokens, cols)) return error;
+    Output output = {y, bias, rows, xkind};
+    Job job = {nullptr, &d, &input, &output, nullptr, 0, 0, 0, rows, 0, 0};
+    return run(job, rows * cols * value_size(kind), threads);
+}
+
+// First fault of a packed weight, so that a file cannot make a kernel read outside its arrays.
+// 0 sound, 1 offsets do not start at 0 or end at `count`, 2 masks and offsets disagree, 3 a bit set in the padding.
+int32_t tawny_check(const void* masks, const void* offsets, int64_t rows, int64_t cols, int64_t count) {
+    const uint64_t* m = (const uint64_t*)masks;
+    const int64_t* o = (const int64_t*)offsets;
+    int64_t groups = (rows + 3) / 4, blocks = (cols + 63) / 64;
+    uint64_t tail = cols % 64 ? ~((1ull << (cols % 64)) - 1) : 0;
+    if (o[0] != 0 || o[groups] != count) return 1;
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t population = 0;
+        for (int64_t b = 0; b < blocks; b++)
+            for (int r = 0; r < 4; r++) {
+                uint64_t mask = m[(g * blocks + b) * 4 + r];
+                if ((b + 1 == blocks && (mask & tail)) || (g * 4 + r >= rows && mask)) return 3;
+                population += __builtin_popcountll(mask);
+            }
+        if (o[g + 1] - o[g] != population) return 2;
+    }
+    return 0;
+}
+
+// Read every byte once and add it up: what the memory can stream, for benchmarks.
+uint64_t tawny_stream(const void* data, int64_t bytes, int32_t threads);
+
+}  // extern "C"
+
+namespace {
+
+struct Stream {
+    const uint64_t* data;
+    int64_t words;
+    uint64_t total;
+};
+
+void stream_part(Stream& s, int part, int parts) {
+    int64_t from = s.words / parts * part / 64 * 64, to = part + 1 == parts ? s.words : s.words / parts * (part + 1) / 64 * 64;
+    int64_t half = (to - from) / 2 / 64 * 64;  // two distant streams, as the kernels read
+    typedef uint64_t V8 __attribute__((vector_size(64), aligned(8)));
+    const V8 *a = (const V8*)(s.data + from), *b = (const V8*)(s.data + from + half);
+    V8 t0 = {}, t1 = {}, t2 = {}, t3 = {};
+    for (int64_t i = 0; i + 2 <= half / 8; i += 2) {
+        t0 += a[i];
+        t1 += a[i + 1];
+        t2 += b[i];
+        t3 += b[i + 1];
+    }
+    t0 = (t0 + t1) + (t2 + t3);
+    uint64_t total = 0;
+    for (int j = 0; j < 8; j++) total += t0[j];
+    __atomic_fetch_add(&s.total, total, __ATOMIC_RELAXED);
+}
+
+void stream_worker(void* s) { stream_part(*(Stream*)s, thread_number(), thread_count()); }
+
+}  // namespace
+
+extern "C" uint64_t tawny_stream(const void* data, int64_t bytes, int32_t threads) {
+    Stream s = {(const uint64_t*)data, bytes / 8, 0};
+    if (threads > 1 && gomp_parallel) gomp_parallel(stream_worker, &s, (unsigned)threads, 0);
+    else stream_part(s, 0, 1);
+    return s.total;
+}
+
+#pragma GCC visibility pop

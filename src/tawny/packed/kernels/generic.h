@@ -1,0 +1,329 @@
+// The algorithms, written once over a vector type: what an instruction set must supply is loading, expanding by a mask,
+// and one multiply-add (see `Portable` in portable.cpp for the list). Activations are float32 here.
+//
+// Three ways to multiply, by the number of tokens:
+//   direct   1-4 tokens: survivors are expanded into registers and used at once. Two groups of rows that lie far apart
+//            are walked together: two distant memory streams a core are faster than one, two adjacent ones slower.
+//   tile     more: one group is expanded to [4, cols] in scratch memory that stays in L2, then multiplied 4 rows by a
+//            few tokens at a time.
+//   expand   for prefill: rows are written out densely and the caller runs its matrix product.
+#pragma once
+#include "tawny.h"
+
+#include <stddef.h>
+#include <string.h>
+
+namespace {
+
+inline float bf16_to_float(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline uint16_t float_to_bf16(float value) {  // round to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40);
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float f16_to_float(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000u) << 16, rest = half & 0x7fffu, bits;
+    if (rest >= 0x7c00u) {
+        bits = sign | 0x7f800000u | ((rest & 0x3ffu) << 13);
+    } else if (rest >= 0x400u) {
+        bits = sign | ((rest << 13) + (112u << 23));
+    } else {  // subnormal or zero: exact as a product of two float32
+        float value = (float)rest * 5.9604644775390625e-8f;
+        memcpy(&bits, &value, 4);
+        bits |= sign;
+    }
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t float_to_f16(float value) {  // round to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+    if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);
+    if (rest < 0x38800000u) {  // subnormal: let float32 addition round
+        float shifted;
+        memcpy(&shifted, &rest, 4);
+        shifted += 0.5f;
+        memcpy(&rest, &shifted, 4);
+        return (uint16_t)(sign | (rest - 0x3f000000u));
+    }
+    rest += 0xfffu + ((rest >> 13) & 1);
+    return (uint16_t)(sign | ((rest - (112u << 23)) >> 13));
+}
+
+inline float load_float(const void* data, int32_t kind, int64_t i) {
+    if (kind == F32) return ((const float*)data)[i];
+    uint16_t bits = ((const uint16_t*)data)[i];
+    return kind == BF16 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+inline void store(const Output& out, int64_t token, int64_t row, float value) {
+    if (row >= out.rows) return;
+    if (out.bias) value += load_float(out.bias, out.kind, row);
+    int64_t i = token * out.rows + row;
+    if (out.kind == F32) {
+        ((float*)out.data)[i] = value;
+    } else {
+        ((uint16_t*)out.data)[i] = out.kind == BF16 ? float_to_bf16(value) : float_to_f16(value);
+    }
+}
+
+constexpr int value_size(int kind) { return kind == F32 ? 4 : kind == INT8 ? 1 : 2; }
+
+inline const uint8_t* values_of(const Packed& p, int64_t group) {
+    return (const uint8_t*)p.values + p.offsets[group] * value_size(p.kind);
+}
+
+// The factor a row's accumulated products still need once its last column is done.
+inline float row_scale(const Packed& p, int64_t row) {
+    return p.kind == INT8 && p.span == 0 ? ((const float*)p.scales)[row] : 1.0f;
+}
+
+inline float span_scale(const Packed& p, int64_t group, int64_t block, int row) {
+    int64_t spans = (p.cols + 127) / 128;
+    return bf16_to_float(((const uint16_t*)p.scales)[(group * spans + block / 2) * 4 + row]);
+}
+
+template <class I>
+struct Generic {
+    using V = typename I::V;
+    static constexpr int W = I::W;
+
+    static int32_t form(int32_t, int32_t, int64_t) { return FORM_F32; }
+
+    static void prepare(int32_t, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float*) {
+        int64_t stride = (cols + 63) / 64 * 64;
+        for (int64_t t = 0; t < tokens; t++) {
+            float* row = (float*)data + t * stride;
+            int64_t i = 0;
+            for (; i + W <= cols; i += W) I::store(row + i, I::load_kind(x, kind, t * cols + i));
+            for (; i < cols; i++) row[i] = load_float(x, kind, t * cols + i);
+            for (; i < stride; i++) row[i] = 0.0f;
+        }
+    }
+
+    // Survivors of one row's 64 columns, W at a time, handed to `use(column, vector)`.
+    template <int KIND, class F>
+    static inline __attribute__((always_inline)) const uint8_t* walk(uint64_t mask, const uint8_t* values, F use) {
+#pragma GCC unroll 64
+        for (int j = 0; j < 64; j += W) {
+            uint64_t bits = (mask >> j) & ((1ull << W) - 1);
+            use(j, I::template expand<KIND>(values, (uint32_t)bits));
+            values += __builtin_popcountll(bits) * value_size(KIND);
+        }
+        return values;
+    }
+
+    template <int KIND, bool SPAN, int S, int T>
+    static void direct(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
+        V sum[S][4][T];
+        const uint8_t* values[S];
+        const uint64_t* masks[S];
+        const int64_t groups[2] = {first, second};
+#pragma GCC unroll 2
+        for (int s = 0; s < S; s++) {
+            values[s] = values_of(p, groups[s]);
+            masks[s] = p.masks + groups[s] * p.blocks * 4;
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) sum[s][r][t] = I::zero();
+        }
+        const float* x0 = (const float*)x.data;
+        for (int64_t b = 0; b < p.blocks; b++) {
+#pragma GCC unroll 2
+            for (int s = 0; s < S; s++)
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++) {
+                    V scale = I::zero();
+                    if (SPAN) scale = I::broadcast(span_scale(p, groups[s], b, r));
+                    values[s] = walk<KIND>(masks[s][b * 4 + r], values[s], [&](int j, V w) __attribute__((always_inline)) {
+                        if (SPAN) w = I::mul(w, scale);
+#pragma GCC unroll 4
+                        for (int t = 0; t < T; t++)
+                            sum[s][r][t] = I::fma(w, I::load(x0 + t * x.stride + b * 64 + j), sum[s][r][t]);
+                    });
+                }
+        }
+        for (int s = 0; s < S; s++)
+            for (int r = 0; r < 4; r++)
+                for (int t = 0; t < T; t++) {
+                    int64_t row = groups[s] * 4 + r;
+                    store(out, t, row, I::reduce(sum[s][r][t]) * row_scale(p, row));
+                }
+    }
+
+    template <int KIND, bool SPAN, int T>
+    static void direct_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
+        int64_t half = (to - from) / 2, g = from;
+        if (I::streams == 2 && T <= 2)
+            for (; g < from + half; g++) direct<KIND, SPAN, 2, T>(p, x, out, g, g + half);
+        if (g == from + half && half) g = from + 2 * half;
+        for (; g < to; g++) direct<KIND, SPAN, 1, T>(p, x, out, g, g);
+    }
+
+    // One group as float32 [4, blocks * 64]; a row's own scale is left to the end.
+    template <int KIND, bool SPAN>
+    static void expand_group(const Packed& p, int64_t group, float* tile) {
+        const uint8_t* values = values_of(p, group);
+        const uint64_t* masks = p.masks + group * p.blocks * 4;
+        for (int64_t b = 0; b < p.blocks; b++)
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                V scale = I::zero();
+                if (SPAN) scale = I::broadcast(span_scale(p, group, b, r));
+                values = walk<KIND>(masks[b * 4 + r], values, [&](int j, V w) __attribute__((always_inline)) {
+                    I::store(tile + (r * p.blocks + b) * 64 + j, SPAN ? I::mul(w, scale) : w);
+                });
+            }
+    }
+
+    template <int T>
+    static void multiply(const Packed& p, const float* tile, const Input& x, const Output& out, int64_t group, int64_t t0) {
+        V sum[4][T];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++)
+#pragma GCC unroll 6
+            for (int t = 0; t < T; t++) sum[r][t] = I::zero();
+        const float* x0 = (const float*)x.data + t0 * x.stride;
+        for (int64_t k = 0; k < p.blocks * 64; k += W) {
+            V w[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) w[r] = I::load(tile + r * p.blocks * 64 + k);
+#pragma GCC unroll 6
+            for (int t = 0; t < T; t++) {
+                V v = I::load(x0 + t * x.stride + k);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++) sum[r][t] = I::fma(w[r], v, sum[r][t]);
+            }
+        }
+        for (int r = 0; r < 4; r++)
+            for (int t = 0; t < T; t++) {
+                int64_t row = group * 4 + r;
+                store(out, t0 + t, row, I::reduce(sum[r][t]) * row_scale(p, row));
+            }
+    }
+
+    template <int KIND, bool SPAN>
+    static void run(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, float* tile) {
+        if (x.tokens == 1) return direct_range<KIND, SPAN, 1>(p, x, out, from, to);
+        if (x.tokens == 2) return direct_range<KIND, SPAN, 2>(p, x, out, from, to);
+        if constexpr (I::registers >= 32) {
+            if (x.tokens == 3) return direct_range<KIND, SPAN, 3>(p, x, out, from, to);
+            if (x.tokens == 4) return direct_range<KIND, SPAN, 4>(p, x, out, from, to);
+        }
+        for (int64_t g = from; g < to; g++) {
+            expand_group<KIND, SPAN>(p, g, tile);
+            int64_t t = 0;
+            if constexpr (I::registers >= 32)
+                for (; t + 6 <= x.tokens; t += 6) multiply<6>(p, tile, x, out, g, t);
+            for (; t + 2 <= x.tokens; t += 2) multiply<2>(p, tile, x, out, g, t);
+            for (; t < x.tokens; t++) multiply<1>(p, tile, x, out, g, t);
+        }
+    }
+
+    static void packed(const Packed* p, const Input* x, const Output* out, int64_t from, int64_t to, void* tile) {
+        switch (p->kind) {
+            case F32: return run<F32, false>(*p, *x, *out, from, to, (float*)tile);
+            case BF16: return run<BF16, false>(*p, *x, *out, from, to, (float*)tile);
+            case F16: return run<F16, false>(*p, *x, *out, from, to, (float*)tile);
+            default:
+                if (p->span) return run<INT8, true>(*p, *x, *out, from, to, (float*)tile);
+                return run<INT8, false>(*p, *x, *out, from, to, (float*)tile);
+        }
+    }
+
+    template <int KIND>
+    static void expand_rows(const Packed& p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
+        int64_t size = value_size(kind);
+        for (int64_t g = from; g < to; g++) {
+            const uint8_t* values = values_of(p, g);
+            const uint64_t* masks = p.masks + g * p.blocks * 4;
+            for (int64_t b = 0; b < p.blocks; b++)
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++) {
+                    int64_t row = g * 4 + r, left = p.cols - b * 64;
+                    bool inside = row < p.rows;
+                    V scale = I::broadcast(KIND != INT8 ? 1.0f : p.span ? span_scale(p, g, b, r) : row_scale(p, row));
+                    uint8_t* place = (uint8_t*)out + ((row - from * 4) * stride + b * 64) * size;
+                    alignas(64) float buffer[64];
+                    values = walk<KIND>(masks[b * 4 + r], values, [&](int j, V w) __attribute__((always_inline)) {
+                        if (KIND == INT8) w = I::mul(w, scale);
+                        if (inside && left >= 64) I::store_kind(place + j * size, kind, w);
+                        else I::store(buffer + j, w);
+                    });
+                    if (inside && left < 64) {
+                        Output tail = {place, nullptr, left, kind};
+                        for (int64_t j = 0; j < left; j++) store(tail, 0, j, buffer[j]);
+                    }
+                }
+        }
+    }
+
+    static void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
+        switch (p->kind) {
+            case F32: return expand_rows<F32>(*p, from, to, out, kind, stride);
+            case BF16: return expand_rows<BF16>(*p, from, to, out, kind, stride);
+            case F16: return expand_rows<F16>(*p, from, to, out, kind, stride);
+            default: return expand_rows<INT8>(*p, from, to, out, kind, stride);
+        }
+    }
+
+    // Dense rows, two distant streams at a time; columns past the last whole vector are done one by one.
+    template <int S, int T>
+    static void dense_rows(const Dense& d, const Input& x, const Output& out, int64_t first, int64_t second) {
+        V sum[S][T][2];
+        const int64_t rows[2] = {first, second};
+        for (int s = 0; s < S; s++)
+            for (int t = 0; t < T; t++) sum[s][t][0] = sum[s][t][1] = I::zero();
+        const float* x0 = (const float*)x.data;
+        int64_t k = 0;
+        for (; k + 2 * W <= d.cols; k += 2 * W)
+#pragma GCC unroll 2
+            for (int s = 0; s < S; s++)
+#pragma GCC unroll 2
+                for (int h = 0; h < 2; h++) {
+                    V w = I::load_kind(d.weight, d.kind, rows[s] * d.cols + k + h * W);
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; t++)
+                        sum[s][t][h] = I::fma(w, I::load(x0 + t * x.stride + k + h * W), sum[s][t][h]);
+                }
+        for (int s = 0; s < S; s++)
+            for (int t = 0; t < T; t++) {
+                float total = I::reduce(sum[s][t][0]) + I::reduce(sum[s][t][1]);
+                for (int64_t i = k; i < d.cols; i++)
+                    total += load_float(d.weight, d.kind, rows[s] * d.cols + i) * x0[t * x.stride + i];
+                store(out, t, rows[s], total);
+            }
+    }
+
+    template <int T>
+    static void dense_range(const Dense& d, const Input& x, const Output& out, int64_t from, int64_t to, int64_t t0) {
+        Input part = {(const float*)x.data + t0 * x.stride, nullptr, T, x.stride, x.form};
+        Output place = out;
+        place.data = (uint8_t*)out.data + t0 * out.rows * value_size(out.kind);
+        int64_t half = (to - from) / 2;
+        for (int64_t r = from; r < from + half; r++) dense_rows<2, T>(d, part, place, r, r + half);
+        if ((to - from) & 1) dense_rows<1, T>(d, part, place, to - 1, to - 1);
+    }
+
+    static void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int64_t to) {
+        int64_t t = 0;
+        for (; t + 4 <= x->tokens; t += 4) dense_range<4>(*d, *x, *out, from, to, t);
+        for (; t + 2 <= x->tokens; t += 2) dense_range<2>(*d, *x, *out, from, to, t);
+        for (; t < x->tokens; t++) dense_range<1>(*d, *x, *out, from, to, t);
+    }
+};
+
+}  // namespace

@@ -1,0 +1,256 @@
+"""The calls: `packed_linear`, `expand` and `dense_linear` on tensors, and the same three as `torch.ops.tawny.*`.
+
+The operators have fake implementations and a gradient for the activations, so `torch.compile`, `torch.export` and
+backward through a packed layer work. Eager decoding calls the plain functions and skips torch's dispatcher.
+
+By the number of tokens T (rows of x): up to `DIRECT` the compiled kernel multiplies packed weights as they are; above,
+a few hundred rows at a time are expanded into a small buffer that stays in cache and torch's own matrix product runs.
+Results do not depend on the number of threads; they do depend, in the last bits, on T and on the kernel.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DIRECT", "dense_linear", "expand", "packed_linear"]
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+from ..format import PackedTensor
+from . import native, reference
+
+DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
+DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faster
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "int8"}
+
+
+def _weight(
+    masks: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    rows: int,
+    cols: int,
+) -> tuple[int | None, ...]:
+    """The first nine arguments of the C functions."""
+    return (
+        masks.data_ptr(),
+        values.data_ptr(),
+        offsets.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+        None if sums is None else sums.data_ptr(),
+        rows,
+        cols,
+        KINDS[values.dtype],
+        128 if scales is not None and scales.dim() == 3 else 0,
+    )
+
+
+def _as_packed(
+    masks: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    rows: int,
+    cols: int,
+) -> PackedTensor:
+    tensors = {"masks": masks, "values": values, "offsets": offsets}
+    if scales is not None and sums is not None:
+        tensors |= {"scales": scales, "sums": sums}
+    group = 128 if scales is not None and scales.dim() == 3 else None
+    return PackedTensor(tensors, (rows, cols), _NAMES[values.dtype], group)  # type: ignore[arg-type]
+
+
+def expand(
+    masks: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The dense weight [rows, cols]."""
+    if not (native.chosen() and masks.device.type == "cpu" and dtype in KINDS and dtype is not torch.int8):
+        return reference.expand(_as_packed(masks, values, offsets, scales, sums, rows, cols), dtype)
+    out = torch.empty(rows, cols, dtype=dtype)
+    code = native.library().tawny_expand(
+        *_weight(masks, values, offsets, scales, sums, rows, cols),
+        0,
+        masks.shape[0],
+        out.data_ptr(),
+        KINDS[dtype],
+        cols,
+        torch.get_num_threads(),
+    )
+    native.raise_for(code, f"expanding a packed weight of shape ({rows}, {cols})")
+    return out
+
+
+def packed_linear(
+    x: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    sums: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
+) -> Tensor:
+    """x Wᵀ + bias: x [..., cols] → [..., rows] in x's dtype."""
+    if x.shape[-1] != cols:
+        raise UserError(
+            f"activations of width {x.shape[-1]} do not fit a packed weight of shape ({rows}, {cols})"
+        )
+    if not (native.chosen() and x.device.type == "cpu" and x.dtype in KINDS and masks.device.type == "cpu"):
+        packed = _as_packed(masks, values, offsets, scales, sums, rows, cols)
+        return reference.packed_linear(x, packed, None if bias is None else bias.to(x.dtype))
+    x = x.contiguous()
+    tokens = x.numel() // cols
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
+    weight = _weight(masks, values, offsets, scales, sums, rows, cols)
+    if tokens > DIRECT:
+        y = _expand_then_multiply(x.view(tokens, cols), weight, masks.shape[0], bias)
+        return y.view(*x.shape[:-1], rows)
+    y = x.new_empty((*x.shape[:-1], rows))
+    code = native.library().tawny_packed(
+        *weight,
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        KINDS[x.dtype],
+        tokens,
+        torch.get_num_threads(),
+    )
+    native.raise_for(code, f"a packed linear of shape ({rows}, {cols})")
+    return y
+
+
+CHUNK_ROWS = 512
+
+
+def _expand_then_multiply(
+    x_TI: Tensor, weight: tuple[int | None, ...], groups: int, bias: Tensor | None
+) -> Tensor:
+    """Prefill: expand some rows, multiply, and so on; the dense weight never exists as a whole."""
+    rows, cols = int(weight[5] or 0), x_TI.shape[1]
+    y_TO = x_TI.new_empty(x_TI.shape[0], rows)
+    buffer = x_TI.new_empty(min(CHUNK_ROWS, rows), cols)
+    run, threads = native.library().tawny_expand, torch.get_num_threads()
+    for first in range(0, rows, CHUNK_ROWS):
+        last = min(first + CHUNK_ROWS, rows)
+        code = run(
+            *weight,
+            first // 4,
+            min(-(-last // 4), groups),
+            buffer.data_ptr(),
+            KINDS[x_TI.dtype],
+            cols,
+            threads,
+        )
+        native.raise_for(code, f"expanding a packed weight of shape ({rows}, {cols})")
+        part = buffer[: last - first]
+        y_TO[:, first:last] = torch.nn.functional.linear(
+            x_TI, part, None if bias is None else bias[first:last]
+        )
+    return y_TO
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias with a dense weight: our matrix-vector kernel for a few tokens, torch's product for more."""
+    rows, cols = weight.shape
+    tokens = x.numel() // cols
+    fits = x.dtype is weight.dtype and x.dtype in KINDS and weight.is_contiguous() and x.shape[-1] == cols
+    if not (
+        fits
+        and 0 < tokens <= DENSE_DIRECT
+        and native.chosen()
+        and x.device.type == weight.device.type == "cpu"
+    ):
+        return torch.nn.functional.linear(x, weight, bias)
+    x = x.contiguous()
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
+    y = x.new_empty((*x.shape[:-1], rows))
+    code = native.library().tawny_dense(
+        weight.data_ptr(),
+        rows,
+        cols,
+        KINDS[weight.dtype],
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        KINDS[x.dtype],
+        tokens,
+        torch.get_num_threads(),
+    )
+    native.raise_for(code, f"a dense linear of shape ({rows}, {cols})")
+    return y
+
+
+# ------------------------------------------------------------------------------------------ registration with torch
+
+_PACKED = "Tensor masks, Tensor values, Tensor offsets, Tensor? scales, Tensor? sums"
+torch.library.define(
+    "tawny::packed_linear", f"(Tensor x, {_PACKED}, Tensor? bias, int rows, int cols) -> Tensor"
+)
+torch.library.define("tawny::expand", f"({_PACKED}, int rows, int cols, ScalarType dtype) -> Tensor")
+torch.library.define("tawny::dense_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("tawny::packed_linear", "default", packed_linear)
+torch.library.impl("tawny::expand", "default", expand)
+torch.library.impl("tawny::dense_linear", "default", dense_linear)
+
+
+def _packed_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[-2]))
+
+
+def _expand_fake(masks: Tensor, *rest: Any) -> Tensor:
+    rows, cols, dtype = rest[-3:]
+    empty: Tensor = masks.new_empty((rows, cols), dtype=dtype)
+    return empty
+
+
+def _dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+torch.library.register_fake("tawny::packed_linear", _packed_fake)
+torch.library.register_fake("tawny::expand", _expand_fake)
+torch.library.register_fake("tawny::dense_linear", _dense_fake)
+
+
+def _packed_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, *weight, bias, rows, cols = inputs
+    ctx.save_for_backward(*weight)
+    ctx.shape, ctx.dtype, ctx.has_bias = (rows, cols), x.dtype, bias is not None
+
+
+def _packed_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """Packed weights are frozen: the gradient goes to the activations and the bias."""
+    W_OI = torch.ops.tawny.expand(*ctx.saved_tensors, *ctx.shape, ctx.dtype)
+    grad_bias = grad.reshape(-1, ctx.shape[0]).sum(0) if ctx.has_bias else None
+    return grad @ W_OI, None, None, None, None, None, grad_bias, None, None
+
+
+def _dense_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.has_bias = inputs[2] is not None
+
+
+def _dense_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, weight = ctx.saved_tensors
+    flat = grad.reshape(-1, weight.shape[0])
+    return grad @ weight, flat.T @ x.reshape(-1, weight.shape[1]), flat.sum(0) if ctx.has_bias else None
+
+
+torch.library.register_autograd("tawny::packed_linear", _packed_backward, setup_context=_packed_context)
+torch.library.register_autograd("tawny::dense_linear", _dense_backward, setup_context=_dense_context)

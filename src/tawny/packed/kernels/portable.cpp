@@ -1,0 +1,56 @@
+// The kernel of last resort in C++: no instruction set beyond what the compiler assumes. Slow, and correct anywhere.
+#include "generic.h"
+
+namespace {
+
+struct Portable {
+    struct V { float f[8]; };
+    static constexpr int W = 8, registers = 16, streams = 1;
+
+    static V zero() { return V{}; }
+    static V broadcast(float value) {
+        V v;
+        for (float& f : v.f) f = value;
+        return v;
+    }
+    static V load(const float* p) {
+        V v;
+        memcpy(v.f, p, sizeof v.f);
+        return v;
+    }
+    static void store(float* p, V v) { memcpy(p, v.f, sizeof v.f); }
+    static V load_kind(const void* data, int32_t kind, int64_t i) {
+        V v;
+        for (int j = 0; j < 8; j++) v.f[j] = load_float(data, kind, i + j);
+        return v;
+    }
+    static void store_kind(void* place, int32_t kind, V v) {
+        Output out = {place, nullptr, 8, kind};
+        for (int j = 0; j < 8; j++) ::store(out, 0, j, v.f[j]);
+    }
+    static V fma(V a, V b, V c) {
+        for (int j = 0; j < 8; j++) c.f[j] += a.f[j] * b.f[j];
+        return c;
+    }
+    static V mul(V a, V b) {
+        for (int j = 0; j < 8; j++) a.f[j] *= b.f[j];
+        return a;
+    }
+    static float reduce(V v) {
+        return ((v.f[0] + v.f[4]) + (v.f[2] + v.f[6])) + ((v.f[1] + v.f[5]) + (v.f[3] + v.f[7]));
+    }
+    template <int KIND>
+    static V expand(const uint8_t* values, uint32_t bits) {
+        V v{};
+        for (int64_t i = 0; bits; bits &= bits - 1, i++)
+            v.f[__builtin_ctz(bits)] = KIND == INT8 ? (float)((const int8_t*)values)[i] : load_float(values, KIND, i);
+        return v;
+    }
+};
+
+using G = Generic<Portable>;
+const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense};
+
+}  // namespace
+
+extern "C" const Kernels* tawny_portable() { return &table; }

@@ -1,0 +1,60 @@
+// The shapes of everything that crosses a file boundary in the kernels, and the C ABI that Python calls.
+//
+// A weight W [out, in] is stored in groups of 4 rows. For each 64 columns a group holds 4 masks of 64 bits, then the
+// survivors of those 4 rows one after another; docs/packed-format.md is the specification. One source file an
+// instruction set is compiled with its own flags and fills one `Kernels` table; dispatch.cpp chooses a table when the
+// library is loaded, splits the groups over threads and converts activations. Everything that is not in this header
+// lives in anonymous namespaces: a function compiled for AVX-512 must never be the copy the linker keeps for others.
+#pragma once
+#include <stdint.h>
+
+enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3 };
+
+// How a kernel wants the activations: float32, bfloat16, or 16-bit integers split into two bytes
+// (for each 64 columns: 64 high bytes plus 128, then 64 low bytes, all unsigned).
+enum Form : int32_t { FORM_F32 = 0, FORM_BF16 = 1, FORM_I16 = 2 };
+
+struct Packed {
+    const uint64_t* masks;   // [groups, blocks, 4]
+    const void* values;      // survivors, then 64 bytes of padding
+    const int64_t* offsets;  // [groups + 1], in values
+    const void* scales;      // INT8 only: float32 [groups * 4], or bfloat16 [groups, spans, 4] when span != 0
+    const float* sums;       // INT8 only: [groups * 4]; sum of a row's integers, or of scale * integer when span != 0
+    int64_t rows, cols;      // of the weight, before padding
+    int64_t groups, blocks;  // ceil(rows / 4), ceil(cols / 64)
+    int32_t kind, span;      // columns a scale covers: 0 (the row) or 128
+};
+
+struct Dense {
+    const void* weight;  // [rows, cols], row after row
+    int64_t rows, cols;
+    int32_t kind;
+};
+
+struct Input {
+    const void* data;     // [tokens, stride] in `form`, 64-byte aligned, zero in the padding columns
+    const float* scales;  // FORM_I16 only: [tokens]
+    int64_t tokens, stride;
+    int32_t form;
+};
+
+struct Output {
+    void* data;        // [tokens, rows]
+    const void* bias;  // [rows] of the same kind, or null
+    int64_t rows;
+    int32_t kind;
+};
+
+struct Kernels {
+    const char* name;
+    int32_t (*form)(int32_t kind, int32_t input, int64_t tokens);  // the Form wanted for these values and activations
+    void (*prepare)(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales);
+    void (*packed)(const Packed*, const Input*, const Output*, int64_t from, int64_t to, void* scratch);  // groups
+    void (*expand)(const Packed*, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride);     // groups
+    void (*dense)(const Dense*, const Input*, const Output*, int64_t from, int64_t to);                   // rows
+};
+
+extern "C" const Kernels* tawny_portable();
+extern "C" const Kernels* tawny_avx2();
+extern "C" const Kernels* tawny_avx512f();
+extern "C" const Kernels* tawny_avx512vbmi2();

@@ -1,0 +1,188 @@
+"""`PackedLinear`: a linear whose weight is packed, and `DenseLinear`: one that stays dense but decodes faster.
+
+A `PackedLinear` holds the tensors of one packed weight as buffers, so `state_dict`, `to(device="meta")` and loaders
+work as usual. A loader makes it with `PackedLinear.empty(...)` under `torch.device("meta")` or not, and fills the
+buffers later (`load_state_dict(..., assign=True)` or `fill(packed)`); nothing is derived from them, so what was read is
+what runs. Buffers keep their own types: `module.to(torch.float16)` changes the bias and never the packed tensors.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BREAK_EVEN", "DenseLinear", "PackedLinear", "pack_linear", "worth_packing"]
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import format
+from .format import PackedTensor, Values
+from .kernels import ops
+
+# Sparsity from which a packed matrix-vector product beats our best dense one (benchmarks/kernels.py, batch 1).
+BREAK_EVEN: dict[str, float] = {"bf16": 0.10, "f16": 0.10, "f32": 0.10, "int8": 0.0}
+
+_TENSORS = ("masks", "values", "offsets", "scales", "sums")
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + bias with W packed."""
+
+    masks: Tensor
+    values: Tensor
+    offsets: Tensor
+    scales: Tensor | None
+    sums: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedTensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.kind: Values = packed.values
+        self.group = packed.group
+        for name in _TENSORS:
+            self.register_buffer(name, packed.tensors.get(name))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, values: Values = "bf16", group: int | None = None
+    ) -> PackedLinear:
+        """Pack an `nn.Linear`, or a transformers `Conv1D` (which stores its weight transposed)."""
+        W_OI = getattr(linear, "weight", None)
+        if not isinstance(W_OI, Tensor) or W_OI.dim() != 2:
+            raise UserError(f"{type(linear).__name__} has no weight matrix to pack; expected a linear")
+        if not isinstance(linear, nn.Linear):
+            W_OI = W_OI.T
+        bias = getattr(linear, "bias", None)
+        module = cls(format.pack(W_OI, values, group), None if bias is None else bias.detach().clone())
+        return module.train(linear.training)
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int],
+        nnz: int,
+        values: Values = "bf16",
+        group: int | None = None,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> PackedLinear:
+        """Uninitialised buffers of the right types and shapes, on `device` ("meta" costs nothing), to be filled."""
+        wanted = format.shapes(shape, values, group, nnz)
+        tensors = {key: torch.empty(size, dtype=kind, device=device) for key, (kind, size) in wanted.items()}
+        return cls(
+            PackedTensor(tensors, shape, values, group),
+            torch.empty(shape[0], dtype=dtype, device=device) if bias else None,
+        )
+
+    def fill(self, packed: PackedTensor) -> None:
+        """Take the tensors of a packed weight of the same shape and kind; no copy is made."""
+        mine, theirs = (self.shape, self.kind, self.group), (packed.shape, packed.values, packed.group)
+        if mine != theirs:
+            raise UserError(f"a packed weight {theirs} does not fit a PackedLinear for {mine}")
+        for name in _TENSORS:
+            setattr(self, name, packed.tensors.get(name))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The packed weight; its tensors are the buffers themselves."""
+        tensors = {name: t for name in _TENSORS if (t := getattr(self, name)) is not None}
+        return PackedTensor(tensors, self.shape, self.kind, self.group)
+
+    def check(self, name: str = "weight") -> None:
+        """Refuse tensors that do not fit together; see `format.check`."""
+        format.check(self.packed, name)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [out, in]: bit for bit what was packed, for float kinds and dtype None."""
+        return format.unpack(self.packed, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        arguments = (
+            x,
+            self.masks,
+            self.values,
+            self.offsets,
+            self.scales,
+            self.sums,
+            self.bias,
+            self.out_features,
+            self.in_features,
+        )
+        if _plain(x):
+            return ops.packed_linear(*arguments)
+        result: Tensor = torch.ops.tawny.packed_linear(*arguments)
+        return result
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
+        """Move buffers between devices but never change their types: the format fixes those."""
+
+        def keep_type(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+        bias, self.bias = self.bias, None
+        super()._apply(keep_type, recurse)  # type: ignore[no-untyped-call]
+        self.bias = None if bias is None else nn.Parameter(fn(bias.data), requires_grad=False)
+        return self
+
+    def extra_repr(self) -> str:
+        out, columns = self.shape
+        group = f", group={self.group}" if self.group else ""
+        return f"in_features={columns}, out_features={out}, values={self.kind}{group}, bias={self.bias is not None}"
+
+
+def _plain(x: Tensor) -> bool:
+    """An ordinary eager call: nothing traces, fakes or differentiates, so torch's dispatcher adds only time."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+class DenseLinear(nn.Module):
+    """y = x Wᵀ + bias with W dense and our matrix-vector kernel: for linears that stay dense, and as a baseline."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> DenseLinear:
+        """Share the linear's own tensors; nothing is copied."""
+        return cls(linear.weight.data, None if linear.bias is None else linear.bias.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _plain(x):
+            return ops.dense_linear(x, self.weight, self.bias)
+        result: Tensor = torch.ops.tawny.dense_linear(x, self.weight, self.bias)
+        return result
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+def worth_packing(sparsity: float, values: Values = "bf16") -> bool:
+    """True when a linear of this sparsity decodes faster packed than dense in bfloat16, by measurement."""
+    return sparsity >= BREAK_EVEN[values]
+
+
+def pack_linear(linear: nn.Module, values: Values = "bf16", group: int | None = None) -> PackedLinear:
+    """`PackedLinear.from_linear`, as a function."""
+    return PackedLinear.from_linear(linear, values, group)

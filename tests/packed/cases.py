@@ -1,0 +1,33 @@
+"""Weights that have broken kernels before, or could."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHAPES = [(1, 1), (1, 64), (64, 1), (3, 5), (4, 64), (5, 65), (17, 130), (7, 200), (66, 576), (33, 1537)]
+SPARSITIES = [0.0, 0.5, 0.7, 0.9, 1.0]
+KINDS: list[tuple[str, int | None]] = [
+    ("bf16", None),
+    ("f16", None),
+    ("f32", None),
+    ("int8", None),
+    ("int8", 128),
+]
+
+
+def weight(shape: tuple[int, int], sparsity: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(shape, generator=generator)
+    W[torch.rand(shape, generator=generator) < sparsity] = 0
+    return W
+
+
+def uneven(shape: tuple[int, int]) -> Tensor:
+    """Empty and full rows, an empty and a full run of columns: groups of very different sizes."""
+    W = weight(shape, 0.6, 1)
+    W[::3] = 0
+    W[1::5] = weight(shape, 0.0, 2)[1::5]
+    W[:, 64:140] = 0
+    W[2:, 140:150] = 1.5
+    return W

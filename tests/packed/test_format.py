@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tawny.errors import CheckpointError, NumericalError, UserError
+from tawny.packed import PackedTensor, check, pack, packed_bytes, unpack
+from tawny.packed.format import shapes
+from tests.packed.cases import KINDS, SHAPES, SPARSITIES, uneven, weight
+from tests.reference.packed import read
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype is b.dtype and torch.equal(a.view(BITS[a.dtype]), b.view(BITS[b.dtype]))
+
+
+@pytest.mark.parametrize("values", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpack_gives_back_every_bit_of_a_float_weight(shape, values):
+    for sparsity in SPARSITIES:
+        W = weight(shape, sparsity).to(DTYPES[values])
+        packed = pack(W, values)
+        check(packed)
+        assert same_bits(unpack(packed), W)
+        assert packed.nnz == int((W != 0).sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 11), st.integers(1, 140), st.sampled_from(sorted(DTYPES)))
+def test_any_bit_pattern_survives_packing(data, rows, columns, values):
+    dtype = DTYPES[values]
+    width = 8 * dtype.itemsize
+    patterns = [0, 0, 0, 1, -1, -(2 ** (width - 1)), 2 ** (width - 1) - 1, 0x7C00, 0x7F80, 12345]
+    bits = data.draw(st.lists(st.sampled_from(patterns), min_size=1, max_size=40))
+    flat = torch.tensor(bits * (rows * columns // len(bits) + 1), dtype=BITS[dtype])[: rows * columns]
+    W = flat.view(rows, columns).view(dtype)
+    assert same_bits(unpack(pack(W, values)), W)
+
+
+def test_negative_zero_is_a_survivor_and_positive_zero_is_not():
+    packed = pack(torch.tensor([[0.0, -0.0, 1.0]]), "bf16")
+    assert packed.nnz == 2
+    assert torch.signbit(unpack(packed)).tolist() == [[False, True, False]]
+    assert pack(torch.tensor([[0.0, -0.0, 1.0]]), "int8").nnz == 2
+
+
+def test_what_underflows_in_the_stored_kind_is_dropped():
+    packed = pack(torch.tensor([[1e-30, 1.0]]), "f16")
+    assert packed.nnz == 1
+    assert unpack(packed).tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("values,group", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 65), (9, 200)])
+def test_a_reader_written_from_the_specification_agrees(shape, values, group):
+    W = uneven(shape)
+    packed = pack(W, values, group)
+    assert torch.equal(torch.tensor(read(packed)), unpack(packed).float())
+
+
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_within_half_a_step_and_keeps_the_mask(shape, group):
+    W = uneven(shape) * 0.02
+    packed = pack(W, "int8", group)
+    check(packed)
+    assert packed.nnz == int((W != 0).sum())
+    for first in range(0, shape[1], group or shape[1]):
+        part = slice(first, first + (group or shape[1]))
+        step = W[:, part].abs().amax(1, keepdim=True) / 127
+        error = (unpack(packed)[:, part] - W[:, part]).abs()
+        assert bool((error <= step * (0.5001 if group is None else 0.506)).all())
+
+
+@pytest.mark.parametrize("group", [None, 128])
+def test_sums_are_the_sums_of_the_integers(group):
+    W = weight((9, 300), 0.5)
+    packed = pack(W, "int8", group)
+    dense = unpack(packed).double()
+    expected = dense.sum(1) if group else (dense / packed.tensors["scales"][:9, None].double()).sum(1)
+    assert torch.allclose(packed.tensors["sums"][:9].double(), expected, atol=1e-3)
+
+
+def test_int8_of_extreme_rows_stays_finite():
+    W = torch.zeros(6, 200)
+    W[0, 3] = 1e-42
+    W[1, 3] = 3e38
+    W[2, :] = -0.0
+    W[3, 100] = torch.finfo(torch.float32).tiny
+    for group in (None, 128):
+        packed = pack(W, "int8", group)
+        check(packed)
+        assert bool(torch.isfinite(unpack(packed)).all())
+        assert bool(((unpack(packed) - W).abs() <= W.abs().amax(1, keepdim=True) / 127 + 1e-38).all())
+
+
+def test_n_of_m_needs_nothing_special():
+    W = weight((8, 256), 0.0).view(8, -1, 4)
+    W[..., :2] = 0
+    packed = pack(W.view(8, 256), "bf16")
+    assert packed.density == 0.5
+    assert same_bits(unpack(packed), W.view(8, 256).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("values,group", KINDS)
+def test_bytes_are_what_the_formula_says(values, group):
+    W = weight((128, 2048), 0.7)
+    packed = pack(W, values, group)
+    assert packed.nbytes == packed_bytes((128, 2048), values, group, packed.nnz)
+    size = {"bf16": 2, "f16": 2, "f32": 4, "int8": 1}[values]
+    scales = 2 / 128 + 4 / 2048 if group else 8 / 2048 if values == "int8" else 0
+    ideal = (size * packed.density + 1 / 8 + scales) * W.numel()
+    assert packed.nbytes == pytest.approx(ideal, rel=0.005)
+
+
+def test_metadata_is_json_and_rebuilds_the_weight():
+    packed = pack(weight((9, 70), 0.5), "int8", 128)
+    again = PackedTensor.from_parts(packed.tensors, json.loads(json.dumps(packed.metadata())))
+    assert torch.equal(unpack(again), unpack(packed))
+
+
+def test_a_version_from_the_future_is_refused():
+    packed = pack(weight((4, 64), 0.5))
+    with pytest.raises(CheckpointError, match="version 2"):
+        PackedTensor.from_parts(packed.tensors, packed.metadata() | {"version": 2}, "model.layers.0.mlp")
+
+
+def break_mask(tensors):
+    tensors["masks"][0, 0, 1] ^= 4
+
+
+def break_padding_column(tensors):
+    tensors["masks"][0, 1, 0] |= 1 << 40
+
+
+def break_padding_row(tensors):
+    tensors["masks"][1, 0, 3] |= 1
+
+
+def break_offsets(tensors):
+    tensors["offsets"][1] += 1
+
+
+def break_first_offset(tensors):
+    tensors["offsets"][0] = 1
+
+
+def break_count(tensors):
+    tensors["offsets"][-1] += 4
+
+
+def break_negative(tensors):
+    tensors["offsets"][-1] = -1
+
+
+def break_length(tensors):
+    tensors["values"] = tensors["values"][:-1]
+
+
+def break_dtype(tensors):
+    tensors["values"] = tensors["values"].view(torch.uint8)
+
+
+def break_missing(tensors):
+    del tensors["sums"]
+
+
+def break_scale(tensors):
+    tensors["scales"][2] = float("nan")
+
+
+BREAKS = [value for name, value in sorted(globals().items()) if name.startswith("break_")]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("damage", BREAKS, ids=lambda f: f.__name__)
+def test_damage_is_refused_with_the_name_of_the_weight(damage, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("tawny.packed.kernels.native._load", lambda: (None, "test"))
+    packed = pack(weight((6, 70), 0.5), "int8")
+    check(packed)
+    damage(packed.tensors)
+    with pytest.raises(CheckpointError, match=r"mlp\.up"):
+        check(packed, "mlp.up")
+
+
+def test_what_cannot_be_packed_is_refused_in_words():
+    W = weight((4, 64), 0.5)
+    with pytest.raises(UserError, match="int4"):
+        pack(W, "int4")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="group 64"):
+        pack(W, "int8", 64)
+    with pytest.raises(UserError, match="goes with int8"):
+        pack(W, "bf16", 128)
+    with pytest.raises(UserError, match="matrix"):
+        pack(W[0])
+    with pytest.raises(UserError, match="float"):
+        pack(W.long())
+    W[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="NaN"):
+        pack(W, "int8")
+
+
+def test_shapes_describe_what_pack_makes():
+    for values, group in KINDS:
+        packed = pack(weight((9, 70), 0.5), values, group)
+        wanted = shapes(packed.shape, packed.values, group, packed.nnz)
+        assert {k: (t.dtype, tuple(t.shape)) for k, t in packed.tensors.items()} == wanted

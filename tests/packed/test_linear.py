@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tawny.errors import UserError
+from tawny.packed import DenseLinear, PackedLinear, pack, pack_linear, unpack
+from tests.packed.cases import KINDS, weight
+
+
+def linear(out: int = 24, columns: int = 96, bias: bool = True) -> nn.Linear:
+    module = nn.Linear(columns, out, bias=bias)
+    with torch.no_grad():
+        module.weight.copy_(weight((out, columns), 0.6))
+    return module
+
+
+@pytest.mark.parametrize("values,group", KINDS)
+def test_a_packed_linear_computes_what_its_dense_twin_computes(values, group):
+    module = linear()
+    packed = PackedLinear.from_linear(module, values, group)
+    twin = nn.functional.linear
+    for tokens in (1, 4, 9, 50):
+        x = torch.randn(2, tokens, 96)
+        expected = twin(x, packed.dense(torch.float32), packed.bias)
+        assert torch.allclose(packed(x), expected, atol=2e-3 if values == "int8" else 1e-5)
+
+
+def test_dense_gives_back_the_bits():
+    module = linear()
+    assert torch.equal(pack_linear(module, "f32").dense(), module.weight.data)
+
+
+def test_a_transposed_conv1d_is_packed_as_out_by_in():
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight((96, 24), 0.5))
+            self.bias = nn.Parameter(torch.randn(24))
+
+    module = Conv1D()
+    packed = PackedLinear.from_linear(module, "f32")
+    x = torch.randn(3, 96)
+    assert packed.shape == (24, 96)
+    assert torch.allclose(packed(x), x @ module.weight + module.bias, atol=1e-5)
+
+
+def test_what_is_no_linear_is_refused():
+    with pytest.raises(UserError, match="LayerNorm"):
+        pack_linear(nn.LayerNorm(4))
+
+
+@pytest.mark.parametrize("values,group", KINDS)
+def test_an_empty_one_on_meta_is_filled_by_a_state_dict(values, group):
+    module = linear()
+    packed = PackedLinear.from_linear(module, values, group)
+    empty = PackedLinear.empty((24, 96), packed.packed.nnz, values, group, bias=True, device="meta")
+    assert all(t.is_meta for t in empty.state_dict().values())
+    empty.load_state_dict(packed.state_dict(), assign=True)
+    x = torch.randn(1, 96)
+    assert torch.equal(empty(x), packed(x))
+
+
+def test_an_empty_one_is_filled_by_a_packed_tensor_without_a_copy():
+    source = pack(weight((24, 96), 0.5))
+    empty = PackedLinear.empty((24, 96), source.nnz, device="meta")
+    empty.fill(source)
+    assert empty.values.data_ptr() == source.tensors["values"].data_ptr()
+    with pytest.raises(UserError, match="does not fit"):
+        empty.fill(pack(weight((24, 96), 0.5), "int8"))
+
+
+def test_casting_a_model_changes_the_bias_and_never_the_packed_tensors():
+    packed = PackedLinear.from_linear(linear(), "int8", 128)
+    before = {name: t.clone() for name, t in packed.named_buffers()}
+    packed.to(torch.float16).bfloat16().double().half()
+    assert packed.bias is not None and packed.bias.dtype is torch.float16
+    for name, tensor in packed.named_buffers():
+        assert tensor.dtype is before[name].dtype and torch.equal(tensor, before[name])
+    packed.to("meta")
+    assert packed.masks.is_meta and packed.bias.is_meta
+
+
+def test_gradients_reach_the_activations_and_match_the_dense_layer():
+    module = linear()
+    packed = PackedLinear.from_linear(module, "f32")
+    for tokens in (1, 40):
+        x = torch.randn(tokens, 96, requires_grad=True)
+        y = torch.randn(tokens, 24)
+        (got,) = torch.autograd.grad((packed(x) * y).sum(), x)
+        (expected,) = torch.autograd.grad((module(x) * y).sum(), x)
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_a_model_with_packed_linears_compiles_and_exports():
+    model = nn.Sequential(
+        PackedLinear.from_linear(linear()), nn.ReLU(), DenseLinear.from_linear(linear(24, 24))
+    )
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), expected)
+        exported = torch.export.export(model, (x,))
+        assert any("tawny.packed_linear" in str(node.target) for node in exported.graph.nodes)
+        assert torch.equal(exported.module()(x), expected)
+
+
+def test_the_operators_pass_torch_own_checks():
+    packed = pack(weight((24, 96), 0.5), "int8").tensors
+    arguments = (
+        *(packed[k] for k in ("masks", "values", "offsets", "scales", "sums")),
+        torch.randn(24),
+        24,
+        96,
+    )
+    torch.library.opcheck(torch.ops.tawny.packed_linear, (torch.randn(2, 96, requires_grad=True), *arguments))
+    torch.library.opcheck(torch.ops.tawny.expand, (*arguments[:5], 24, 96, torch.float32))
+    dense = (torch.randn(2, 96, requires_grad=True), torch.randn(24, 96, requires_grad=True), None)
+    torch.library.opcheck(torch.ops.tawny.dense_linear, dense)
+
+
+def test_activations_of_the_wrong_width_are_refused():
+    with pytest.raises(UserError, match="width 95"):
+        PackedLinear.from_linear(linear())(torch.randn(1, 95))
+
+
+def test_a_dense_linear_shares_its_weight_and_computes_the_same():
+    module = linear().to(torch.bfloat16)
+    dense = DenseLinear.from_linear(module)
+    assert dense.weight.data_ptr() == module.weight.data_ptr()
+    for tokens in (1, 3, 40):
+        x = torch.randn(tokens, 96).bfloat16()
+        assert torch.allclose(dense(x).float(), module(x).float(), atol=0.05)
+
+
+def test_a_packed_linear_says_what_it_is():
+    assert "values=int8, group=128" in repr(PackedLinear.from_linear(linear(), "int8", 128))
+    assert torch.equal(unpack(pack(torch.eye(3), "f32")), torch.eye(3))
