@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from tawny.solvers.alps import Alps
 from tawny.solvers.base import Needs, Solution, Solver, energy, reconstruction_error
 from tawny.solvers.magnitude import Magnitude
+from tawny.solvers.ria import RIA
 from tawny.solvers.sparsegpt import SparseGPT
 from tawny.solvers.wanda import Wanda
 
 __all__ = [
+    "RIA",
     "SOLVERS",
+    "Alps",
     "Magnitude",
     "Needs",
     "Solution",
@@ -19,4 +23,10 @@ __all__ = [
     "reconstruction_error",
 ]
 
-SOLVERS: dict[str, type[Solver]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+SOLVERS: dict[str, type[Solver]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "ria": RIA,
+    "sparsegpt": SparseGPT,
+    "alps": Alps,
+}

@@ -1,0 +1,106 @@
+"""Refit: given a mask, the best values of the weights that survive it.
+
+    min over Ŵ supported on the mask of  ‖X(W − Ŵ)ᵀ‖² + λ‖W − Ŵ‖² = tr((W − Ŵ)(H + λI)(W − Ŵ)ᵀ),   λ = damp·mean(diag H)
+
+Any mask can be refitted, whoever chose it (ALPS, Meng 2024, 2406.07831 ends with this step).
+Every row is a least-squares problem of its own, with its own support, so an exact solution costs a Cholesky
+factorisation per row. Conjugate gradients need only products with H, shared by all rows: here each row runs
+its own CG (own step lengths, where the paper takes one for the matrix), preconditioned by diag(H), in chunks
+of rows that bound the scratch memory.
+
+Promises: what the mask removes is zero; a weight that was zero in W stays zero, so refitting never makes a
+sparse weight denser; more steps never raise the objective beyond rounding; the arguments are not changed.
+
+Shapes: O = out, I = in, R = rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tawny.solvers.base import require_finite
+
+__all__ = ["refit"]
+
+_CHUNK = 1 << 22  # weights whose five scratch copies live at once: 80 MB
+
+
+def refit(
+    W_OI: Tensor,
+    mask_OI: Tensor,
+    H_II: Tensor,
+    *,
+    steps: int = 10,
+    start: Tensor | None = None,
+    damp: float = 0.01,
+    tolerance: float = 1e-6,
+) -> Tensor:
+    """The survivors of `mask_OI`, moved to where the pruned linear's output is nearest to the dense one's.
+
+    Args:
+        W_OI: the dense weight, float32.
+        mask_OI: True where a weight survives.
+        H_II: `XᵀX` of the linear's inputs, float32, undamped.
+        steps: conjugate gradient steps; each costs one product of a weight with H. 10 get most of what there
+        is. start: where to begin, such as the solver's own result; the masked W when left out. damp: λ as a
+        share of the mean of diag(H); keeps few or collinear inputs from being fitted too literally.
+        tolerance: a row stops when its preconditioned residual has shrunk to this share of the first.
+
+    Returns:
+        A new weight `[out, in]` float32.
+    """
+    require_finite(H_II, "input's Hessian")
+    diagonal_I = H_II.diagonal().to(torch.float32)
+    ridge = damp * float(diagonal_I.mean())
+    damped_I = diagonal_I + ridge
+    inverse_I = torch.where(damped_I > 0, 1 / damped_I, 0.0)
+    result_OI = torch.empty_like(W_OI, dtype=torch.float32)
+    rows = max(1, _CHUNK // max(W_OI.shape[1], 1))
+    for top in range(0, W_OI.shape[0], rows):
+        part = slice(top, top + rows)
+        W_RI = W_OI[part].to(torch.float32)
+        free_RI = mask_OI[part] & (W_RI != 0)
+        X_RI = torch.where(free_RI, W_RI if start is None else start[part].to(torch.float32), 0.0)
+        _descend(X_RI, W_RI, free_RI, H_II, ridge, inverse_I, steps, tolerance)
+        result_OI[part] = X_RI
+    require_finite(result_OI, "refitted weight")
+    return result_OI
+
+
+def _descend(
+    X_RI: Tensor,
+    W_RI: Tensor,
+    free_RI: Tensor,
+    H_II: Tensor,
+    ridge: float,
+    inverse_I: Tensor,
+    steps: int,
+    tolerance: float,
+) -> None:
+    """Conjugate gradients on all rows at once, `X_RI` updated in place."""
+
+    def times_H(D_RI: Tensor) -> Tensor:
+        return torch.addmm(D_RI, D_RI, H_II, beta=ridge).mul_(free_RI)
+
+    residual_RI = times_H(W_RI - X_RI)  # minus half the gradient, on the free entries
+    step_RI = residual_RI * inverse_I
+    size_R = _dot(residual_RI, step_RI)
+    enough_R = size_R * tolerance**2
+    for _ in range(steps):
+        if bool((size_R <= enough_R).all()):
+            break
+        curved_RI = times_H(step_RI)
+        curvature_R = _dot(step_RI, curved_RI)
+        # A row that has arrived, or whose direction H cannot see, stands still while the others go on.
+        length_R = torch.where((curvature_R > 0) & (size_R > enough_R), size_R / curvature_R, 0.0)
+        X_RI.addcmul_(step_RI, length_R)
+        residual_RI.addcmul_(curved_RI, length_R, value=-1)
+        scaled_RI = torch.mul(residual_RI, inverse_I, out=curved_RI)
+        before_R, size_R = size_R, _dot(residual_RI, scaled_RI)
+        step_RI.mul_(torch.where(before_R > 0, size_R / before_R, 0.0)).add_(scaled_RI)
+
+
+def _dot(A_RI: Tensor, B_RI: Tensor) -> Tensor:
+    dots_R: Tensor = torch.linalg.vecdot(A_RI, B_RI)
+    return dots_R[:, None]

@@ -1,0 +1,69 @@
+"""RIA: relative importance and activations; a weight counts by its share of its row and of its column.
+
+Zhang et al., "Plug-and-play: an efficient post-training pruning method for large language models", ICLR 2024,
+the score:
+
+    score_ij = (|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|) · ‖X_j‖₂^a,   a = 0.5
+
+so that no input and no output loses all of its weights, as can happen to columns with small weights under
+Wanda. The scores of a whole matrix compete, as in the paper. The paper's channel permutation, which only
+serves n:m, is not part of this.
+
+Shapes: O = out, I = in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tawny.calibration.statistics import Statistics
+from tawny.errors import RecipeError
+from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
+from tawny.solvers.base import Needs, Solution, input_norms, require_finite
+
+__all__ = ["RIA"]
+
+
+@dataclass(frozen=True)
+class RIA:
+    """Weights with a small share of their row and column, on quiet inputs, go; fast, no update.
+
+    Score (|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|)·‖X_j‖₂^a, Zhang et al. 2024 (ICLR).
+    """
+
+    a: float = 0.5
+
+    needs: ClassVar[Needs] = "norms"
+    default_scope: ClassVar[Scope] = "matrix"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.a <= 4:
+            raise RecipeError(
+                f"solver.a is {self.a}; expected a power of the input's norm in [0, 4], such as 0.5"
+            )
+
+    def prepare(self, statistics: Statistics | None) -> Any:
+        return input_norms(statistics).pow_(self.a)
+
+    def solve(
+        self,
+        W_OI: Tensor,
+        statistics: Statistics | None,
+        pattern: Pattern,
+        sparsity: float,
+        prepared: Any = None,
+    ) -> Solution:
+        require_finite(W_OI, "weight")
+        powers_I = self.prepare(statistics) if prepared is None else prepared
+        if isinstance(pattern, Unstructured):
+            pattern = pattern.with_default(self.default_scope)
+        size_OI = W_OI.abs()
+        # Only rows and columns of zeros have no sum, and their weights' scores are set below.
+        shares_I, shares_O = 1 / size_OI.sum(0).clamp_(min=1e-38), 1 / size_OI.sum(1).clamp_(min=1e-38)
+        scores_OI = size_OI.mul_(shares_I + shares_O[:, None]).mul_(powers_I)
+        zeros_first(scores_OI, W_OI)
+        keep_OI = keep_mask(scores_OI, pattern, removed_count(W_OI.numel(), sparsity))
+        return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)

@@ -1,0 +1,50 @@
+"""The slow twin of `solvers/alps.py`: the paper's iteration as it is written, in float64, by dense solves.
+
+Unstructured over the matrix only. B, D and V are kept apart, the inverse is never formed, selection is a sort.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def admm_mask(
+    W_OI: Tensor, H_II: Tensor, removed: int, damp: float = 0.01, rho: float = 0.1, most: int = 300
+) -> Tensor:
+    H = H_II.double()
+    H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    scale = H.diagonal().sqrt()
+    H = H / scale[:, None] / scale[None, :]
+    W = (W_OI.double() * scale).T.contiguous()  # [in, out], as in the paper
+    eye = torch.eye(len(H), dtype=torch.float64)
+
+    def project(A: Tensor) -> Tensor:
+        kept = A.abs().flatten().argsort(descending=True, stable=True)[: A.numel() - removed]
+        D = torch.zeros_like(A).flatten()
+        D[kept] = A.flatten()[kept]
+        return D.view(A.shape)
+
+    survivors = W.numel() - removed
+    first = project(W)
+    D, V, support, grown = first, torch.zeros_like(W), first != 0, False
+    for iteration in range(1, most + 1):
+        B = torch.linalg.solve(H + rho * eye, H @ W - V + rho * D)
+        D = project(B + V / rho)
+        V = V + rho * (B - D)
+        if iteration % 3:
+            continue
+        moved = int(((D != 0) != support).sum()) / survivors
+        support = D != 0
+        if not grown and moved <= 0.005:
+            if rho / 5 < 1e-4:
+                break
+            rho /= 5
+            if moved:
+                D, V, support = first, torch.zeros_like(W), first != 0
+            continue
+        if moved == 0 or (iteration >= 30 and moved < 3e-4):
+            break
+        grown = True
+        rho *= 1.3 if moved > 0.1 else 1.2 if moved > 0.005 else 1.1
+    return support.T

@@ -1,0 +1,57 @@
+"""RIA's scores and masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tawny.errors import NumericalError, RecipeError
+from tawny.patterns import NM, Unstructured, matches
+from tawny.solvers import Wanda
+from tawny.solvers.ria import RIA
+from tests.reference.problems import lifelike
+from tests.reference.ria import ria_scores
+
+
+@pytest.mark.parametrize("a", [0.5, 0.0, 1.0])
+def test_the_weights_with_the_lowest_scores_of_the_matrix_go(a: float) -> None:
+    W, statistics = lifelike(9, 16)
+    solution = RIA(a=a).solve(W, statistics, Unstructured(), 0.5)
+    scores = torch.tensor(ria_scores(W, statistics.squared_norms, a))
+    assert int(solution.mask.sum()) == 72
+    assert scores[solution.mask].min() >= scores[~solution.mask].max()
+    assert torch.equal(solution.weight, W * solution.mask)
+
+
+def test_every_scope_and_pattern_meets_its_budget() -> None:
+    W, statistics = lifelike(10, 16)
+    rows = RIA().solve(W, statistics, Unstructured("row"), 0.7)
+    per_row = (~rows.mask).sum(1)
+    assert int(per_row.sum()) == 112 and int(per_row.max() - per_row.min()) <= 1
+    assert matches(RIA().solve(W, statistics, NM(2, 4), 0.5).weight, 2, 4)
+
+
+def test_no_output_loses_all_its_weights_because_they_are_small() -> None:
+    W, statistics = lifelike(8, 32)
+    W[5] *= 1e-4
+    assert not Wanda().solve(W, statistics, Unstructured("matrix"), 0.5).mask[5].any()
+    assert RIA().solve(W, statistics, Unstructured(), 0.5).mask[5].any()
+
+
+def test_zeros_go_first_and_rows_and_columns_of_zeros_are_no_trouble() -> None:
+    W, statistics = lifelike(8, 16)
+    W[2], W[:, 3] = 0, 0
+    solution = RIA().solve(W, statistics, Unstructured(), 0.5)
+    assert int((~solution.mask).sum()) == 64
+    assert not solution.mask[2].any() and not solution.mask[:, 3].any()
+    assert torch.isfinite(solution.weight).all()
+    assert not RIA().solve(torch.zeros(4, 8), lifelike(4, 8)[1], Unstructured(), 0.5).weight.any()
+
+
+def test_what_cannot_be_used_is_refused() -> None:
+    W, statistics = lifelike(4, 8)
+    W[1, 1] = torch.inf
+    with pytest.raises(NumericalError, match="weight"):
+        RIA().solve(W, statistics, Unstructured(), 0.5)
+    with pytest.raises(RecipeError, match=r"solver\.a"):
+        RIA(a=-1)
