@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from tawny.allocation.alpha import Alpha
+from tawny.allocation.atp import Atp
+from tawny.allocation.dlp import Dlp
+from tawny.allocation.er import Er, ErPlus
+from tawny.allocation.file import File
+from tawny.allocation.global_ import Global
+from tawny.allocation.lsa import Lsa
 from tawny.allocation.owl import Owl, measure_outliers
 from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Profile
 from tawny.allocation.uniform import Uniform
@@ -10,11 +17,30 @@ __all__ = [
     "ALLOCATORS",
     "Allocation",
     "Allocator",
+    "Alpha",
+    "Atp",
+    "Dlp",
+    "Er",
+    "ErPlus",
+    "File",
+    "Global",
     "LinearInfo",
+    "Lsa",
     "Owl",
     "Profile",
     "Uniform",
     "measure_outliers",
 ]
 
-ALLOCATORS: dict[str, type[Allocator]] = {"uniform": Uniform, "owl": Owl}
+ALLOCATORS: dict[str, type[Allocator]] = {
+    "uniform": Uniform,
+    "er": Er,
+    "er-plus": ErPlus,
+    "global": Global,
+    "owl": Owl,
+    "dlp": Dlp,
+    "alpha": Alpha,
+    "atp": Atp,
+    "lsa": Lsa,
+    "file": File,
+}

@@ -1,0 +1,203 @@
+"""`file`: an allocation written by a person or another program, taken as it is.
+
+YAML or JSON that maps linears to sparsities; names may be globs. A name written out beats a glob, a later
+glob beats an earlier one:
+
+    "*": 0.7                            # everything, then the exceptions
+    "model.layers.0.*": 0.5
+    model.layers.29.mlp.down_proj: 0.62
+
+A file whose values stand under `allocation:` (such as a `run.json`) is read too, and so are the
+configurations that EvoPress writes (Sieberling 2025, ICML, 2410.14649): lines `linear: level` with whole
+numbers, level k meaning that the linear loses `S·n + k·step` of its n weights. EvoPress keeps the step in its
+database: give it as `step`; unset it is EvoPress's default for 8 levels, `⌊0.5·min(S, 1−S)/8·width²⌋`.
+
+The numbers are not altered. What is checked: every linear has a value, every line has a linear, values are
+sparsities, and the parameter-weighted mean is the asked-for sparsity to within `tolerance`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Entry", "File", "read_entries", "resolve"]
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from torch import Tensor
+
+from tawny.allocation.profile import Allocation, Profile
+from tawny.calibration.statistics import Needs, Statistics
+from tawny.errors import RecipeError, nearest
+from tawny.patterns import removed_count
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line: a name or a glob, the number as it was written, and where."""
+
+    pattern: str
+    text: str
+    where: str
+
+
+def read_entries(text: str, name: str = "the allocation") -> list[Entry]:
+    """The lines of a YAML, JSON or EvoPress text, in order; a key that is given twice is refused."""
+    entries = _from_json(text, name) if text.lstrip().startswith("{") else None
+    if entries is None:
+        entries = _from_yaml(text, name)
+    if not entries:
+        raise RecipeError(f"{name} is empty, expected lines such as '\"*\": 0.7'")
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.pattern in first:
+            raise RecipeError(
+                f"{entry.where}: {entry.pattern} is given twice, first as {first[entry.pattern].text}"
+            )
+        first[entry.pattern] = entry
+    return entries
+
+
+def _from_json(text: str, name: str) -> list[Entry] | None:
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except ValueError:
+        return None  # a YAML flow mapping also starts with a brace
+    inner = [value for key, value in pairs if key == "allocation" and isinstance(value, list)]
+    return [Entry(str(key), str(value), name) for key, value in (inner[0] if inner else pairs)]
+
+
+def _from_yaml(text: str, name: str) -> list[Entry]:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{name}{line}: not valid YAML: {error.problem}") from None
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == "allocation" and isinstance(value, yaml.MappingNode):
+                node = value
+                break
+    elif node is not None:
+        raise RecipeError(
+            f"{name} is not a mapping of linears to sparsities, expected lines such as '\"*\": 0.7'"
+        )
+    # Scalars are read as they were written: YAML would make 1:30 a number and 70% a text.
+    return [
+        Entry(str(key.value), str(value.value), f"{name}:{key.start_mark.line + 1}")
+        for key, value in (node.value if node else [])
+    ]
+
+
+def resolve(entries: Sequence[Entry], profile: Profile) -> dict[str, Entry]:
+    """Which line speaks for which linear."""
+    names = [linear.name for linear in profile.linears]
+    chosen: dict[str, Entry] = {}
+    for exact in (False, True):
+        for entry in entries:
+            hits = [n for n in names if (entry.pattern == n if exact else fnmatchcase(n, entry.pattern))]
+            chosen.update(dict.fromkeys(hits, entry))
+            if exact and not hits and not any(fnmatchcase(n, entry.pattern) for n in names):
+                raise RecipeError(
+                    f"{entry.where}: no prunable linear is called {entry.pattern}{nearest(entry.pattern, names)}"
+                )
+    missing = [name for name in names if name not in chosen]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise RecipeError(
+            f"the allocation says nothing of {', '.join(missing[:3])}{more}: "
+            "add lines for them, or a first line '\"*\": SPARSITY'"
+        )
+    return chosen
+
+
+def _number(entry: Entry) -> float:
+    try:
+        return float(entry.text)
+    except ValueError:
+        raise RecipeError(
+            f"{entry.where}: {entry.pattern} has {entry.text!r}, expected a sparsity such as 0.7"
+        ) from None
+
+
+def _are_levels(entries: Sequence[Entry], path: str) -> bool:
+    """EvoPress writes whole numbers that add up to 0 into a .txt; a sparsity is never negative."""
+    values = [_number(entry) for entry in entries]
+    whole = all(
+        value.is_integer() and "." not in entry.text for value, entry in zip(values, entries, strict=True)
+    )
+    return whole and (path.endswith(".txt") or min(values) < 0)
+
+
+@dataclass(frozen=True)
+class File:
+    """The sparsities of a YAML, JSON or EvoPress file (`path`); taken as they are, the mean is checked.
+
+    `{linear or glob: sparsity}`, or EvoPress's `linear: level` (2410.14649). Needs no data.
+    """
+
+    path: str
+    step: int | None = None
+    tolerance: float = 1e-3
+    needs: ClassVar[Needs] = "none"
+    measures_weights: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise RecipeError(
+                "path is empty, expected the name of a YAML or JSON file: -o allocator.path=FILE"
+            )
+
+    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+        return {}
+
+    def allocate(self, profile: Profile, target: float) -> Allocation:
+        entries = read_entries(self._text(), self.path)
+        chosen = resolve(entries, profile)
+        step = self._step(profile, target) if _are_levels(entries, self.path) else None
+        allocation: Allocation = {}
+        for linear in profile.linears:
+            entry = chosen[linear.name]
+            value = _number(entry)
+            if step is not None:
+                value = (removed_count(linear.numel, target) + value * step) / linear.numel
+            if not 0 <= value <= 1:  # also refuses nan
+                hint = f", did you mean {value / 100:g}?" if step is None and 1 < value <= 100 else ""
+                says = (
+                    f"level {entry.text}, which is sparsity {value:.4g}" if step is not None else entry.text
+                )
+                raise RecipeError(
+                    f"{entry.where}: {linear.name} has {says}, expected a share of the weights in [0, 1]{hint}"
+                )
+            allocation[linear.name] = value
+        self._check_mean(allocation, profile, target)
+        return allocation
+
+    def _text(self) -> str:
+        try:
+            return Path(self.path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise RecipeError(f"the allocation {self.path!r} cannot be read: {reason}") from None
+
+    def _step(self, profile: Profile, target: float) -> int:
+        if self.step is not None:
+            return self.step
+        width = Counter(linear.shape[1] for linear in profile.linears).most_common(1)[0][0]
+        return int(0.5 * min(target, 1 - target) / 8 * width**2)
+
+    def _check_mean(self, allocation: Allocation, profile: Profile, target: float) -> None:
+        total = sum(profile.sizes.values())
+        removed = math.fsum(allocation[name] * size for name, size in profile.sizes.items())
+        mean = removed / total if total else target
+        if abs(mean - target) > self.tolerance:
+            raise RecipeError(
+                f"the allocation {self.path!r} removes {mean:.4f} of the weights, not the {target:.4f} asked for: "
+                f"use -s {mean:.4f}, or change the file"
+            )

@@ -1,0 +1,71 @@
+"""One threshold of a score for the whole model (`global`), the oldest baseline of the OWL paper (2310.05175).
+
+Every weight of the model is ranked in one list and the lowest `S` of them mark how much each linear loses;
+the solver then chooses which. Scores of different linears are not comparable, so it can empty a linear: at 70
+% the paper measures perplexities in the thousands. It is here to be compared with.
+
+How exact: `measure` keeps, per linear, the number of scores with each pattern of upper 16 float32 bits: bins
+of 1/128 octave, each one bfloat16 value, so magnitudes of a bfloat16 checkpoint are ranked without error. In
+general only the one bin that holds the threshold is interpolated, by the same share in every linear: a
+linear's sparsity is off by at most its mass in that bin (typically 0.2 %, and much less after interpolation);
+the total is exact.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Global"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tawny.allocation.budget import Allocation, exact
+from tawny.allocation.profile import Profile
+from tawny.allocation.scores import BINS, Score, histogram, magnitude_scores, score_sets, wanda_scores
+from tawny.calibration.statistics import Needs, Statistics
+
+_SCORES: dict[str, Score] = {"wanda": wanda_scores, "magnitude": magnitude_scores}
+
+
+@dataclass(frozen=True)
+class Global:
+    """One threshold of a score (wanda or magnitude) over all weights of the model.
+
+    `s_l = #{A_l ≤ t}/n_l` with `t` such that `Σ #{A_l ≤ t} = S·Σ n_l`; `A = |W|·‖X‖₂` or `|W|`.
+    """
+
+    score: Literal["wanda", "magnitude"] = "wanda"
+    needs: ClassVar[Needs] = "norms"
+    measures_weights: ClassVar[bool] = True
+
+    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+        counted = {}
+        for name, scores_OI in score_sets(linears, _SCORES[self.score]):
+            counts = histogram(scores_OI).cpu()
+            bins = counts.nonzero().flatten()
+            counted[name] = {"bins": bins.tolist(), "counts": counts[bins].tolist()}
+        return {"histograms": counted}
+
+    def allocate(self, profile: Profile, target: float) -> Allocation:
+        measured = {name: h for block in profile.measures for name, h in block["histograms"].items()}
+        sizes = profile.sizes
+        cumulative = torch.zeros(
+            len(sizes), BINS + 1, dtype=torch.int64
+        )  # column b: how many lie below bin b
+        for row, name in zip(cumulative, sizes, strict=True):
+            row[1:].index_add_(
+                0, torch.tensor(measured[name]["bins"]), torch.tensor(measured[name]["counts"])
+            )
+        cumulative = cumulative.cumsum_(1)
+        total, goal = cumulative.sum(0), target * sum(sizes.values())
+        # The last bin edge with no more than `goal` scores below it, and the way on into the bin above it.
+        edge = min(int(torch.searchsorted(total.double(), goal, right=True)) - 1, BINS - 1)
+        step = float(total[edge + 1] - total[edge])
+        share = (goal - float(total[edge])) / step if step else 0.0
+        below, above = cumulative[:, edge].double(), cumulative[:, edge + 1].double()
+        removed = (below + share * (above - below)).tolist()
+        raw = {name: count / size for (name, size), count in zip(sizes.items(), removed, strict=True)}
+        return exact(raw, sizes, target)

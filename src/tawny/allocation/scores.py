@@ -1,0 +1,95 @@
+"""Weight scores of a whole block, read without ever holding a second copy of the block.
+
+A block of a 7B model is 200 million scores: too many to concatenate, sort or ship in JSON. A non-negative
+float32 orders like its bit pattern, so counting the upper 16 bits gives a histogram with 128 bins an octave,
+whose bins are exactly the values bfloat16 can hold; counting the lower 16 bits inside one bin then gives any
+order statistic exactly. Both passes see one linear at a time.
+
+Shapes: O = out, I = in.
+"""
+
+from __future__ import annotations
+
+__all__ = ["band", "exact_quantile", "histogram", "magnitude_scores", "score_sets", "wanda_scores"]
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tawny.calibration.statistics import Statistics
+from tawny.errors import NumericalError
+
+Linears = Mapping[str, tuple[Tensor, Statistics | None]]
+Score = Callable[[Tensor, Statistics | None], Tensor]
+BINS = 1 << 16  # sign bit always 0, so half of them stay empty
+_LOW = BINS - 1
+
+
+def magnitude_scores(W_OI: Tensor, statistics: Statistics | None = None) -> Tensor:
+    """`|W_ij|`."""
+    return W_OI.to(torch.float32).abs()
+
+
+def wanda_scores(W_OI: Tensor, statistics: Statistics | None) -> Tensor:
+    """`|W_ij|·‖X_j‖₂` (2306.11695, eq. 1)."""
+    if statistics is None:
+        raise NumericalError("wanda scores need the norms of the inputs, and no statistics were given")
+    return W_OI.to(torch.float32).abs() * statistics.squared_norms.to(torch.float32).sqrt()
+
+
+def score_sets(linears: Linears, score: Score) -> Iterable[tuple[str, Tensor]]:
+    """One linear's scores after the other, checked to be finite."""
+    for name, (W_OI, statistics) in linears.items():
+        scores_OI = score(W_OI, statistics)
+        if not bool(torch.isfinite(scores_OI).all()):
+            raise NumericalError(
+                f"{name} {tuple(W_OI.shape)} has weights or inputs that are not finite: "
+                "its checkpoint or the calibration is broken"
+            )
+        yield name, scores_OI
+
+
+def _bits(scores: Tensor) -> Tensor:
+    # +0.0 turns -0.0 into 0.0, whose bits would otherwise be a negative integer
+    return (scores.to(torch.float32) + 0.0).contiguous().view(torch.int32).flatten()
+
+
+def histogram(scores: Tensor) -> Tensor:
+    """How many scores have each pattern of upper 16 bits: int64 `[65536]`, bin b holds the bit patterns b·2¹⁶ …"""
+    return torch.bincount(_bits(scores) >> 16, minlength=BINS)
+
+
+def bin_edges(index: Sequence[int] | Tensor) -> Tensor:
+    """The smallest value of each bin (float64)."""
+    bits = torch.as_tensor(index, dtype=torch.int64).clamp(max=0x7F80) << 16
+    return bits.to(torch.int32).view(torch.float32).to(torch.float64)
+
+
+def exact_quantile(linears: Linears, score: Score, share: float = 0.5) -> float:
+    """The order statistic of rank `⌊share·(n−1)⌋` of all scores together; 0.5 is the (lower) median, as torch's."""
+    counts = sum((histogram(scores) for _, scores in score_sets(linears, score)), torch.zeros(BINS).long())
+    total = int(counts.sum())
+    if total == 0:
+        raise NumericalError("a block without prunable weights has no median score")
+    rank = int(share * (total - 1))
+    ends = counts.cumsum(0)
+    upper = int(torch.searchsorted(ends, rank, right=True))
+    rank -= int(ends[upper] - counts[upper])
+    low_counts = torch.zeros(BINS, dtype=torch.int64)
+    for _, scores in score_sets(linears, score):
+        bits = _bits(scores)
+        low_counts += torch.bincount(bits[bits >> 16 == upper].cpu() & _LOW, minlength=BINS)
+    lower = int(torch.searchsorted(low_counts.cumsum(0), rank, right=True))
+    return float(torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32))
+
+
+def band(importance: Sequence[float], width: float) -> list[float]:
+    """Map importance linearly onto `[0, width]`: the extra density of each unit; equal importances get 0 each.
+
+    The mapping of OWL, DLP and LSA. Differences of rounding noise count as equal.
+    """
+    low, high = min(importance), max(importance)
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
+        return [0.0] * len(importance)
+    return [width * (value - low) / (high - low) for value in importance]

@@ -1,0 +1,104 @@
+"""Allocations that people and EvoPress write."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tawny.allocation import File, LinearInfo, Profile
+from tawny.errors import RecipeError
+from tests.reference import allocators as reference
+
+NAMES = [f"model.layers.{block}.{part}" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]
+PROFILE = Profile(tuple(LinearInfo(name, (8, 8), i // 2) for i, name in enumerate(NAMES)))
+
+
+@pytest.fixture
+def allocate(tmp_path):
+    def allocate(text: str, target: float = 0.5, name: str = "a.yaml", **options):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return File(path=str(path), **options).allocate(PROFILE, target)
+
+    return allocate
+
+
+def test_a_name_beats_a_glob_and_a_later_glob_an_earlier_one(allocate) -> None:
+    text = """
+    model.layers.1.mlp.up_proj: 0.75   # the name is above the globs and still wins
+    "*": 0.9
+    "model.layers.0.*": 0.25
+    "model.layers.1.*": 0.75
+    """
+    assert list(allocate(text).values()) == [0.25, 0.25, 0.75, 0.75]
+
+
+def test_json_and_yaml_and_a_run_record_say_the_same(allocate) -> None:
+    table = dict(zip(NAMES, (0.25, 0.5, 0.5, 0.75), strict=True))
+    lines = "\n".join(f"{name}: {value}" for name, value in table.items())
+    nested = json.dumps({"recipe": {"sparsity": 0.5}, "allocation": table}, indent="\t")
+    for text in (
+        lines,
+        json.dumps(table),
+        nested,
+        "allocation:\n" + "\n".join(f"  {n}: {v}" for n, v in table.items()),
+    ):
+        assert allocate(text) == table
+
+
+def test_numbers_are_taken_as_they_are_and_a_wrong_mean_is_refused_with_the_right_one(allocate) -> None:
+    assert set(allocate('"*": 0.5004').values()) == {0.5004}
+    with pytest.raises(
+        RecipeError, match=r"removes 0\.6000 of the weights, not the 0\.5000 asked for: use -s 0\.6000"
+    ):
+        allocate('"*": 0.6')
+    assert set(allocate('"*": 0.6', tolerance=0.2).values()) == {0.6}
+
+
+def test_evopress_levels_become_weights_more_or_less(allocate) -> None:
+    text = "\n".join(f"{name}: {level}" for name, level in zip(NAMES, (-2, 1, 0, 1), strict=True))
+    found = allocate(text, name="final_configuration.txt", step=4)
+    assert list(found.values()) == [(32 - 8) / 64, 36 / 64, 0.5, 36 / 64]
+    assert reference.removed_in_all(found, PROFILE) == 128
+    # its own step for 8 levels: ⌊0.5·0.5/8·8²⌋ = 2
+    assert list(allocate(text, name="x.txt").values()) == [28 / 64, 34 / 64, 0.5, 34 / 64]
+    # whole numbers of which one is negative are levels wherever they stand
+    assert allocate(text, step=4) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ('"*": 0.5\n"*": 0.6', r"a\.yaml:2: \* is given twice, first as 0\.5"),
+        ('"*": 70', r"q_proj has 70, expected a share .* did you mean 0\.7\?"),
+        ('"*": 70%', r"a\.yaml:1: \* has '70%', expected a sparsity"),
+        ('"*": 0.5\nmodel.layers.1.self_attn.k_proj: 0.5', r":2: no prunable linear .*did you mean 'model"),
+        ('"*": 0.5\n"*.experts.*": 0.5', r":2: no prunable linear"),
+        ("model.layers.0.mlp.up_proj: 0.5", r"says nothing of .*q_proj, .*q_proj, .*up_proj: add lines"),
+        ("- 0.5", "not a mapping"),
+        ("a: [", r"a\.yaml:\d+: not valid YAML"),
+        ('"*": .nan', r"has '?\.nan"),
+        ('"*": -0.1', r"q_proj has -0\.1, expected a share"),
+        ('"*": {a: 1}', "expected a sparsity"),
+        ('{"*": true}', "expected a sparsity"),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_and_line(allocate, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as error:
+        allocate(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml' cannot be read: No such file"):
+        File(path=str(tmp_path / "nowhere.yaml")).allocate(PROFILE, 0.5)
+    (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="it is not text"):
+        File(path=str(tmp_path / "b")).allocate(PROFILE, 0.5)
+
+
+def test_levels_beyond_a_linear_are_refused(allocate) -> None:
+    with pytest.raises(RecipeError, match=r"level 9, which is sparsity 1\.06"):
+        allocate('"*": 9', name="a.txt", step=4)
