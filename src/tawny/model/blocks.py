@@ -189,6 +189,17 @@ class Stack:
             for block in self.blocks:
                 del block.forward
 
+    @contextlib.contextmanager
+    def _plain_experts(self) -> Iterator[None]:
+        """Fused expert kernels hide which tokens an expert saw; the plain loop calls one linear an expert."""
+        config = self.config.get_text_config()
+        before = getattr(config, "_experts_implementation", None)
+        config._experts_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._experts_implementation = before
+
     def _output(self, hidden: Tensor) -> Any:
         return (hidden,) if self._tuple_output else hidden
 
@@ -251,7 +262,8 @@ class Stack:
     @torch.no_grad()
     def forward(self, index: int, hidden_BTH: Tensor, call: Call) -> Tensor:
         """Output of block `index`, which must be loaded."""
-        made = self.blocks[index](hidden_BTH, *call.args, **call.kwargs)
+        with self._plain_experts():
+            made = self.blocks[index](hidden_BTH, *call.args, **call.kwargs)
         self._tuple_output = not isinstance(made, Tensor)
         output: Tensor = made[0] if self._tuple_output else made
         return output

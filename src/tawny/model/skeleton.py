@@ -63,8 +63,6 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         raise ModelError(
             f"{what} with architecture {named[0]!r} is not a causal decoder; expected one of {sorted(known)}"
         )
-    # The fused expert kernels hide which tokens an expert saw; the plain loop calls one linear an expert.
-    config._experts_implementation = "eager"
     with _parameters_on_meta(), initialization.no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()

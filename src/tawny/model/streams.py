@@ -11,8 +11,9 @@ from torch import Tensor
 from tawny.errors import NumericalError, TextError
 from tawny.model.blocks import Call, Stack, chunks_of
 
-# Tokens a forward takes at once: enough rows for full-speed matrix products, few enough to stay near the cache.
-CHUNK_TOKENS = 4096
+# Tokens a forward takes at once: enough rows for full-speed matrix products, few enough that the activations
+# between them stay in the last-level cache of a small machine (measured: 4096 is 15 % slower than 2048).
+CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)

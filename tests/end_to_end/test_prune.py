@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from tests.reference import official_flow
+from tests.tiny import FAMILIES, tiny_model, tokens
+from transformers import AutoModelForCausalLM
+
+import tawny
+from tawny.allocation import ALLOCATORS
+from tawny.errors import ModelError, NumericalError, OutputError, PatternError, RecipeError
+from tawny.model.blocks import find_stack, open_stack
+from tawny.model.checkpoint import Checkpoint
+from tawny.solvers import SOLVERS
+
+
+def prunable(model):
+    """Every prunable weight by the name of its linear, `[out, in]`."""
+    from tawny.model.linears import linears_of
+
+    path, blocks = find_stack(model)
+    return {
+        linear.name: linear.view(getattr(linear.module, linear.parameter).detach())
+        for index, block in enumerate(blocks)
+        for linear in linears_of(block, f"{path}.{index}")
+    }
+
+
+def allocators_of_shapes_and_norms():
+    return [name for name in ALLOCATORS if name != "file"]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "row", "matrix", "2:4", "3:8"])
+@pytest.mark.parametrize(
+    ("allocator", "solver"), list(itertools.product(allocators_of_shapes_and_norms(), SOLVERS))
+)
+def test_every_allocator_solver_and_pattern_meets_its_budget(allocator, solver, pattern):
+    model = tiny_model("llama")
+    sparsity = {"2:4": 0.5, "3:8": 0.625}.get(pattern, 0.55)
+    record = tawny.prune(
+        model,
+        sparsity=sparsity,
+        allocator=allocator,
+        solver=solver,
+        pattern=pattern,
+        compute="float32",
+        calibration=tokens(),
+    )
+    weights = prunable(model)
+    total = sum(w.numel() for w in weights.values())
+    zeros = sum(int((w == 0).sum()) for w in weights.values())
+    assert record.prunable == total and record.zeros == zeros
+    if ":" in pattern:
+        n, m = map(int, pattern.split(":"))
+        largest_step = max(
+            sum(x.shape[0] * x.shape[1] for x in record.linears if x.block == b) for b in range(3)
+        ) / m
+        assert abs(zeros - sparsity * total) <= largest_step
+        for entry in record.linears:
+            kept, m = map(int, entry.pattern.split(":"))
+            groups = weights[entry.name].reshape(entry.shape[0], -1, m)
+            assert int((groups != 0).sum(-1).max()) <= kept
+    else:
+        assert abs(zeros - sparsity * total) <= len(weights)
+        for entry in record.linears:
+            assert abs(entry.zeros - entry.target * entry.shape[0] * entry.shape[1]) <= 1
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert all(entry.error >= 0 for entry in record.linears)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_folder_opens_in_plain_transformers_and_only_pruned_linears_changed(family, tmp_path):
+    dense = tiny_model(family, dtype=torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    record = tawny.prune(
+        tmp_path / "dense", tmp_path / "out", sparsity=0.5, solver="sparsegpt", calibration=tokens(), compute="float32"
+    )
+    before, after = Checkpoint(tmp_path / "dense"), Checkpoint(tmp_path / "out")
+    assert before.shapes == after.shapes and before.dtypes == after.dtypes
+    opened, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, dtype="auto")
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert opened.dtype == torch.bfloat16
+    tied = opened.get_output_embeddings().weight is opened.get_input_embeddings().weight
+    assert tied == (dense.get_output_embeddings().weight is dense.get_input_embeddings().weight)
+    weights = prunable(opened)
+    assert sum(int((w == 0).sum()) for w in weights.values()) == record.zeros
+    assert abs(record.sparsity - 0.5) < 0.01
+    parameters = {linear for linear in weights}
+    for name, value in dense.named_parameters():
+        owner = name.removesuffix(".weight")
+        if owner not in parameters and not any(p.startswith(name + ".") for p in parameters):
+            assert torch.equal(opened.get_parameter(name), value), name
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["sparsity"] == record.sparsity and len(run["linears"]) == len(weights)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("order", ["block", "data"])
+def test_a_live_model_and_its_folder_are_pruned_alike(order, tmp_path):
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path / "dense")
+    options = {"sparsity": 0.6, "solver": "sparsegpt", "compute": "float32", "order": order, "calibration": tokens()}
+    tawny.prune(tmp_path / "dense", tmp_path / "out", **options)
+    tawny.prune(model, **options)
+    written = prunable(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    for name, weight in prunable(model).items():
+        assert torch.equal(weight, written[name]), name
+
+
+def test_data_order_lets_later_stages_see_the_pruned_earlier_ones():
+    masks = []
+    for order in ("block", "data"):
+        model = tiny_model("llama")
+        tawny.prune(model, sparsity=0.7, solver="sparsegpt", compute="float32", order=order, calibration=tokens())
+        masks.append(prunable(model))
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+    assert torch.equal(masks[0][first], masks[1][first])
+    assert not torch.equal(masks[0][last], masks[1][last])
+
+
+def test_the_same_recipe_writes_the_same_bytes(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    for out in ("a", "b"):
+        tawny.prune(tmp_path / "dense", tmp_path / out, sparsity=0.6, calibration=tokens())
+    a, b = (tmp_path / out / "model.safetensors" for out in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+    assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
+
+
+def test_official_compat_gives_the_ratios_and_masks_of_the_slow_restatement():
+    ids = tokens(6, 32)
+    dense = tiny_model("llama", num_hidden_layers=4)
+    expected = copy.deepcopy(dense)
+    _, blocks = find_stack(expected)
+    shares = official_flow.outlier_shares(expected, blocks, ids, 5)
+    ratios = official_flow.owl_ratios(shares, 0.08, 0.7)
+    official_flow.prune_wanda(expected, blocks, ids, ratios)
+    record = tawny.prune(
+        dense,
+        sparsity=0.7,
+        allocator="owl",
+        solver="wanda",
+        compat="official",
+        compute="float32",
+        calibration=ids,
+        **{"allocator.M": 5, "allocator.lambda": 0.08},
+    )
+    assert len(set(ratios)) >= 3
+    for entry in record.linears:
+        assert entry.target == pytest.approx(ratios[entry.block], abs=1e-9)
+    wanted = prunable(expected)
+    for name, weight in prunable(dense).items():
+        assert torch.equal(weight == 0, wanted[name] == 0), name
+        assert torch.equal(weight, wanted[name]), name
+
+
+def test_lambda_zero_is_uniform():
+    made = []
+    for options in ({"allocator": "owl", "allocator.lambda": 0}, {"allocator": "uniform"}):
+        model = tiny_model("llama")
+        tawny.prune(model, sparsity=0.6, solver="wanda", compute="float32", calibration=tokens(), **options)
+        made.append(prunable(model))
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_pruned_one_by_one_and_routers_never(family):
+    model = tiny_model(family)
+    routers = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("gate.weight")}
+    assert routers
+    record = tawny.prune(model, sparsity=0.5, solver="sparsegpt", compute="float32", calibration=tokens())
+    experts = [entry for entry in record.linears if ".experts." in entry.name]
+    assert experts and all(abs(entry.sparsity - entry.target) < 0.01 for entry in experts)
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in routers.items())
+    # Each expert saw other tokens, so the errors differ.
+    assert len({entry.error for entry in experts}) == len(experts)
+
+
+def test_an_expert_without_tokens_is_pruned_by_its_weights_and_said():
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.zero_()  # equal logits: top-2 always picks the same two experts
+    record = tawny.prune(model, sparsity=0.5, solver="sparsegpt", compute="float32", calibration=tokens())
+    unseen = [entry for entry in record.linears if entry.notes.get("tokens") == 0]
+    assert unseen and all(abs(entry.sparsity - entry.target) < 0.01 for entry in unseen)
+    assert len(record.warnings) == len(unseen)
+
+
+def test_include_and_exclude_restrict_what_is_pruned():
+    model = tiny_model("llama")
+    record = tawny.prune(
+        model, sparsity=0.5, solver="magnitude", allocator="uniform", include=["*.mlp.*"], exclude=["layers.1.*"]
+    )
+    assert {entry.name for entry in record.linears} == {
+        f"model.layers.{i}.mlp.{p}_proj" for i in (0, 2) for p in ("gate", "up", "down")
+    }
+    assert record.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert int((model.model.layers[1].mlp.up_proj.weight == 0).sum()) == 0
+
+
+def test_an_include_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(ModelError, match=r"'\*\.nothing' matches none of 21 linears"):
+        tawny.prune(tiny_model("llama"), sparsity=0.5, allocator="uniform", solver="magnitude", include=["*.nothing"])
+
+
+def test_an_m_that_does_not_divide_a_width_names_the_linears():
+    with pytest.raises(PatternError, match=r"q_proj.*32"):
+        tawny.prune(tiny_model("llama"), pattern="3:5", sparsity=0.4, allocator="uniform", solver="magnitude")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_nan_weight_names_its_linear(solver, tmp_path):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(NumericalError, match=r"layers\.1"):
+        tawny.prune(tmp_path / "dense", tmp_path / "out", sparsity=0.5, solver=solver, calibration=tokens())
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_finished_folder_is_refused_and_replaced_only_when_asked(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    options = {"allocator": "uniform", "solver": "magnitude"}
+    tawny.prune(tmp_path / "dense", tmp_path / "out", sparsity=0.5, **options)
+    with pytest.raises(OutputError, match="exists"):
+        tawny.prune(tmp_path / "dense", tmp_path / "out", sparsity=0.6, **options)
+    record = tawny.prune(tmp_path / "dense", tmp_path / "out", sparsity=0.6, overwrite=True, **options)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["zeros"] == record.zeros
+    with pytest.raises(OutputError, match="source is never overwritten"):
+        tawny.prune(tmp_path / "out", tmp_path / "out", sparsity=0.6, overwrite=True, **options)
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="not a checkpoint folder"):
+        tawny.prune(
+            tmp_path / "dense", tmp_path / "precious", sparsity=0.5, overwrite=True, allocator="uniform", solver="magnitude"
+        )
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_path_without_out_is_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(RecipeError, match="needs a folder"):
+        tawny.prune(tmp_path / "dense", sparsity=0.5, allocator="uniform", solver="magnitude")
+
+
+def test_ctrl_c_leaves_nothing_that_looks_finished(tmp_path):
+    from tawny.errors import Interrupted
+    from tawny.watch import Silent
+
+    class PressesCtrlC(Silent):
+        def step(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(Interrupted, match="source is untouched"):
+        tawny.prune(
+            tmp_path / "dense", tmp_path / "out", sparsity=0.5, allocator="uniform", solver="magnitude", watch=PressesCtrlC()
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
+    import errno
+
+    from tawny.model import checkpoint
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        tawny.prune(tmp_path / "dense", tmp_path / "out", sparsity=0.5, allocator="uniform", solver="magnitude")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sharded_checkpoints_keep_every_tensor(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
+    tawny.prune(tmp_path / "dense", tmp_path / "out", sparsity=0.5, allocator="uniform", solver="magnitude")
+    assert Checkpoint(tmp_path / "dense").shapes == Checkpoint(tmp_path / "out").shapes
+
+
+def test_storage_dtype_can_be_asked_for(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tawny.prune(
+        tmp_path / "dense", tmp_path / "out", sparsity=0.5, allocator="uniform", solver="magnitude", dtype="bfloat16"
+    )
+    assert set(Checkpoint(tmp_path / "out").dtypes.values()) == {"BF16"}
+    assert open_stack(tmp_path / "out").config.dtype == torch.bfloat16
+
+
+def test_padding_does_not_count_in_statistics():
+    ids = tokens(4, 24)
+    mask = torch.ones_like(ids)
+    mask[:, :6] = 0
+    other = ids.clone()
+    other[:, :6] = 7  # other padding, same text
+    made = []
+    for padded in (ids, other):
+        model = tiny_model("llama")
+        tawny.prune(model, sparsity=0.6, solver="wanda", compute="float32", calibration=(padded, mask))
+        made.append(prunable(model))
+    assert all(torch.equal(made[0][name] == 0, made[1][name] == 0) for name in made[0])

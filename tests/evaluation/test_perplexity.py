@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.tiny import FAMILIES, tiny_model, tokens
+
+import tawny
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_perplexity_is_that_of_the_models_own_loss(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    ids = tokens(5, 30)
+    with torch.no_grad():
+        losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in ids]
+    made = tawny.evaluate(tmp_path, ids, compute="float32")
+    mean = sum(losses) / len(losses)
+    assert made.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
+    assert made.stderr == pytest.approx(math.exp(mean) * torch.tensor(losses).std().item() / math.sqrt(5), rel=1e-3)
+    assert made.windows == 5 and made.tokens == 5 * 29
+    live = tawny.evaluate(model, ids)
+    assert live.perplexity == pytest.approx(made.perplexity, rel=1e-4)
+
+
+def test_the_json_holds_the_promised_keys():
+    made = tawny.evaluate(tiny_model("llama"), tokens(2, 16)).to_dict()
+    assert {"perplexity", "stderr", "windows", "tokens", "seconds", "text_sha256"} <= made.keys()
+
+
+def test_inspection_counts_zeros_and_recognises_patterns(tmp_path):
+    model = tiny_model("llama")
+    tawny.prune(model, allocator="uniform", solver="magnitude", pattern="2:4", sparsity=0.5, exclude=["down_proj"])
+    model.save_pretrained(tmp_path)
+    made = tawny.inspect(tmp_path)
+    by_kind = {x.name.rsplit(".", 1)[1]: x for x in made.linears}
+    assert by_kind["q_proj"].pattern == "2:4" and by_kind["q_proj"].sparsity == 0.5
+    assert by_kind["down_proj"].pattern == "dense" and by_kind["down_proj"].zeros == 0
+    assert made.zeros == sum(x.zeros for x in made.linears)
+    assert made.sparsity == made.zeros / made.prunable
+    assert {"name", "shape", "zeros", "sparsity", "pattern"} <= made.to_dict()["linears"][0].keys()
+
+
+def test_a_plan_knows_the_model_without_touching_a_weight(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    made = tawny.plan(tmp_path, sparsity=0.5, allocator="uniform", solver="magnitude")
+    assert len(made.blocks) == 3 and len(made.linears) == 21
+    assert made.allocation is not None and set(made.allocation.values()) == {0.5}
+    assert made.memory["peak"] > made.memory["interpreter"]
+    assert tawny.plan(tmp_path, sparsity=0.5, allocator="owl").allocation is None
+
+
+def test_a_profile_reports_every_m_and_sees_zeros():
+    model = tiny_model("llama")
+    before = tawny.profile(model, calibration=tokens(), compute="float32")
+    assert list(before.shares) == ["3", "5", "7", "10"]
+    assert all(a >= b for a, b in zip(before.shares["3"], before.shares["10"], strict=True))
+    assert before.zeros == [0.0] * 3
+    tawny.prune(model, sparsity=0.5, allocator="uniform", solver="magnitude")
+    after = tawny.profile(model, calibration=tokens(), compute="float32")
+    assert after.zeros == pytest.approx([0.5] * 3, abs=1e-3)
+    assert all(abs(sum(v) / 3 - 0.5) < 0.01 for v in after.allocations.values())
