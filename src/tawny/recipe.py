@@ -160,7 +160,10 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.to_mapping(), sort_keys=False, default_flow_style=None, width=100)
+    dumped: str = yaml.dump(
+        recipe.to_mapping(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100
+    )
+    return dumped
 
 
 def resolve_recipe(
@@ -342,6 +345,8 @@ def _one_line(error: ValidationError, prefix: str = "") -> str:
     # The branch of a union leaves parts in the location that are no key.
     parts = [str(p) for p in first["loc"] if isinstance(p, int) or re.fullmatch(r"[A-Za-z_]\w*", str(p))]
     place = ".".join(filter(None, [prefix, *map(_key, parts)]))
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{place} is missing: give it a value (-o {place}=…)"
     message = first["msg"].removeprefix("Value error, ")
     return f"{place}: {_show(first['input'])} given, {message[:1].lower()}{message[1:]}"
 
@@ -451,6 +456,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either set of rules would not read back as text, so that other YAML readers agree."""
+
+
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -462,7 +471,8 @@ for _tag, _pattern, _first in (
         list("-+0123456789."),
     ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def _read(path: str | Path) -> Mapping[str, Any]:
