@@ -14,6 +14,7 @@ Shapes: O = out, I = in, M = the m of n:m, G = number of groups of m.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -172,12 +173,20 @@ def _keep_highest(scores_OI: Tensor, removed: int) -> Tensor:
         return torch.zeros(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
     threshold_O1 = _kth_smallest(scores_OI, removed)
     keep_OI = scores_OI > threshold_O1
-    # Rows in which several scores equal the threshold would lose too many: keep the last of the equals.
-    excess_O = removed - (scores_OI.shape[1] - keep_OI.sum(1))
-    for row in excess_O.nonzero().squeeze(1).tolist():
-        equals = (scores_OI[row] == threshold_O1[row]).nonzero().squeeze(1)
-        keep_OI[row, equals[len(equals) + int(excess_O[row]) :]] = True
+    # At most width − removed scores of a row exceed its threshold, so the total tells whether all rows are right.
+    if int(torch.count_nonzero(keep_OI)) < len(keep_OI) * (scores_OI.shape[1] - removed):
+        _keep_last_equals(keep_OI, scores_OI == threshold_O1, scores_OI.shape[1] - removed)
     return keep_OI
+
+
+def _keep_last_equals(keep_OI: Tensor, equal_OI: Tensor, kept: int) -> None:
+    """Where scores equal the threshold, keep as many of the last ones as `kept` still lacks in their row."""
+    lacking_O = kept - keep_OI.sum(1)
+    row_E, column_E = (equal_OI & (lacking_O > 0)[:, None]).nonzero().unbind(1)
+    count_O = torch.bincount(row_E, minlength=len(keep_OI))
+    from_the_end_E = count_O.cumsum(0)[row_E] - torch.arange(len(row_E), device=row_E.device)
+    last_E = from_the_end_E <= lacking_O[row_E]
+    keep_OI[row_E[last_E], column_E[last_E]] = True
 
 
 def _kth_smallest(scores_OI: Tensor, k: int) -> Tensor:
@@ -185,7 +194,10 @@ def _kth_smallest(scores_OI: Tensor, k: int) -> Tensor:
     if scores_OI.device.type != "cpu":
         return scores_OI.kthvalue(k, dim=1, keepdim=True).values
     rows, width = scores_OI.shape
-    chunk = max(1, 2**18 // width)
+    if rows == 1 and width >= 2**17:
+        return _kth_smallest_of_many(scores_OI.reshape(-1), k).view(1, 1)
+    # numpy's partition is twice as fast as kthvalue here and needs no order; a chunk fits a core's cache.
+    chunk = max(1, 2**17 // width)
     threshold_O1 = scores_OI.new_empty(rows, 1)
 
     def select(start: int) -> None:
@@ -202,12 +214,53 @@ def _kth_smallest(scores_OI: Tensor, k: int) -> Tensor:
     return threshold_O1
 
 
+def _kth_smallest_of_many(scores_N: Tensor, k: int) -> Tensor:
+    """The k-th smallest of a long vector: a sample brackets it, and only what lies in the bracket is partitioned.
+
+    The bracket is five standard deviations of the sample's rank on each side. Should it miss, because the scores are
+    periodic, the answer is the same and only slower.
+    """
+    total = len(scores_N)
+    sample = (
+        scores_N[:: (total // 4096) | 1].sort().values
+    )  # an odd stride does not fall in step with a matrix
+    share = k / total
+    middle, spread = share * len(sample), 5 * math.sqrt(share * (1 - share) * len(sample)) + 1
+    low, high = math.floor(middle - spread), math.ceil(middle + spread)
+    inside = torch.ones_like(scores_N, dtype=torch.bool)
+    below = 0
+    if low >= 0:
+        inside &= scores_N >= float(sample[low])
+        below = total - int(torch.count_nonzero(inside))
+    if high < len(sample):
+        inside &= scores_N <= float(sample[high])
+    candidates = scores_N.numpy()[inside.numpy()]
+    if not below < k <= below + len(candidates):
+        candidates, below = scores_N.numpy().copy(), 0
+    candidates.partition(k - below - 1)
+    return torch.as_tensor(candidates[k - below - 1])
+
+
 def _keep_nm(scores_OI: Tensor, pattern: NM) -> Tensor:
     """Keep the n highest of every m."""
-    if scores_OI.shape[1] % pattern.m:
+    n, m = pattern.n, pattern.m
+    if scores_OI.shape[1] % m:
         raise PatternError(f"pattern {pattern} does not fit a weight of shape {list(scores_OI.shape)}")
-    grouped_GM = scores_OI.reshape(-1, pattern.m)
-    return _keep_highest(grouped_GM, pattern.m - pattern.n).view(scores_OI.shape)
+    scores_GM = scores_OI.reshape(-1, m)
+    if m > 16 or len(scores_GM) < 2048:
+        return _keep_highest(scores_GM, m - n).view(scores_OI.shape)
+    # Many small groups: every group's ranks at once, by comparing each pair of neighbours in long vectors.
+    keep_GM = torch.empty(scores_GM.shape, dtype=torch.bool, device=scores_OI.device)
+    for part_GM, kept_GM in zip(torch.split(scores_GM, 2**15), torch.split(keep_GM, 2**15), strict=True):
+        scores_MG = part_GM.t().contiguous()
+        losses_MG = torch.zeros(scores_MG.shape, dtype=torch.uint8, device=scores_OI.device)
+        for j in range(m):
+            for k in range(j):
+                earlier_loses = scores_MG[k] <= scores_MG[j]
+                losses_MG[j] += earlier_loses
+                losses_MG[k] += ~earlier_loses
+        kept_GM.copy_((losses_MG >= m - n).t())
+    return keep_GM.view(scores_OI.shape)
 
 
 def matches(W_OI: Tensor, n: int, m: int) -> bool:

@@ -41,6 +41,7 @@ from tawny.patterns import (
     keep_mask_rows,
     removed_count,
     rows_removed,
+    zeros_first,
 )
 from tawny.solvers.base import Needs, Solution, require_finite
 
@@ -57,6 +58,7 @@ class Factor:
     ratios_II: Tensor  # strictly lower part: [j, i] = R_ij / R_jj
     diagonal_I: Tensor  # R_jj
     dead_I: Tensor  # bool, inputs that were zero for every token
+    any_dead: bool
     damp: float  # the damping that was needed
 
 
@@ -103,7 +105,7 @@ class SparseGPT:
             scale_I = ratios_II.diagonal().clone()
             ratios_II /= scale_I[:, None]
             if int(info) == 0 and torch.isfinite(ratios_II.sum()):
-                return Factor(ratios_II, scale_I, dead_I, damp)
+                return Factor(ratios_II, scale_I, dead_I, bool(dead_I.any()), damp)
             damp = max(damp * 10, 1e-4)
         shape = list(statistics.hessian.shape)
         raise NumericalError(
@@ -138,54 +140,102 @@ class SparseGPT:
         self, W_OI: Tensor, factor: Factor, pattern: Pattern, quota: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Walk the columns once; `quota` [groups, rows or 1] is what each group removes, None for n:m."""
-        out, width = W_OI.shape
+        width = W_OI.shape[1]
         group, step = self.group, _STEP
         if isinstance(pattern, NM):
             group, step = max(group // pattern.m, 1) * pattern.m, pattern.m
-        ratios_II = factor.ratios_II
-        W_IO = W_OI.t().contiguous()  # becomes the pruned weight
-        lost_IO = torch.empty_like(W_IO)  # w − ŵ
-        V_JO = W_OI.new_empty(min(group, width), out)
+        has_zeros = int(torch.count_nonzero(W_OI)) < W_OI.numel()
+        weight_OI = torch.empty_like(W_OI)
         keep_OI = torch.empty(W_OI.shape, dtype=torch.bool, device=W_OI.device)
+        lost_IO = W_OI.new_empty(width, len(W_OI))  # w − ŵ
+        bench = _Bench(min(group, width), step, W_OI)
         for start in range(0, width, group):
             stop = min(start + group, width)
-            V = V_JO[: stop - start]
-            torch.addmm(W_IO[start:stop], ratios_II[start:stop, :start], lost_IO[:start], out=V)
+            if stop - start < bench.size:
+                bench = _Bench(stop - start, step, W_OI)
+            ratios_JI = factor.ratios_II[start:stop]
+            bench.load(W_OI[:, start:stop], ratios_JI[:, start:stop])
+            torch.addmm(bench.W_JO, ratios_JI[:, :start], lost_IO[:start], out=bench.V_JO)
             if quota is not None:
-                scores_OJ = _scores(V, W_IO, factor, start, stop)
-                keep_OI[:, start:stop] = _choose(scores_OJ, quota[start // group])
-            for left in range(start, stop, step):
-                right = min(left + step, stop)
-                V = V_JO[left - start : right - start]
-                if left > start:
-                    V.addmm_(ratios_II[left:right, start:left], lost_IO[start:left])
+                scores_JO = _scores(bench.V_JO, bench.W_JO if has_zeros else None, factor, start)
+                bench.keep(slice(None), _choose(scores_JO, quota[start // group]))
+            for left, part in bench.steps:
+                if left:
+                    part.V_JO.addmm_(part.ratios_JI, part.lost_IO)
                 if quota is None:
-                    keep_OI[:, left:right] = keep_mask(_scores(V, W_IO, factor, left, right), pattern, 0)
-                keep_JO = keep_OI[:, left:right].t().to(W_OI.dtype).contiguous()
-                for j in range(left, right):
-                    v_O = V[j - left]
-                    if j > left:
-                        v_O.addmv_(lost_IO[left:j].t(), ratios_II[j, left:j])
-                    torch.addcmul(W_IO[j], v_O, keep_JO[j - left], value=-1, out=lost_IO[j])
-            W_IO[start:stop] = V_JO[: stop - start]
-        return W_IO.t().contiguous().masked_fill_(~keep_OI, 0.0), keep_OI
+                    scores_JO = _scores(part.V_JO, part.W_JO if has_zeros else None, factor, start + left)
+                    keep_OJ = keep_mask(scores_JO.t().contiguous(), pattern, 0)
+                    bench.keep(slice(left, left + step), keep_OJ.t())
+                part.walk()
+            lost_IO[start:stop] = bench.lost_JO
+            bench.store(weight_OI[:, start:stop], keep_OI[:, start:stop])
+        return weight_OI, keep_OI
 
 
-def _scores(V_JO: Tensor, W_IO: Tensor, factor: Factor, start: int, stop: int) -> Tensor:
-    """|v|/U_jj; below every live score the weights of dead inputs by magnitude, and below these the zeros."""
-    scores_JO = V_JO.abs().mul_(factor.diagonal_I[start:stop, None])
-    dead_J = factor.dead_I[start:stop]
-    if dead_J.any():
+class _Bench:
+    """The buffers of one group of columns, and every view its loops need, made once.
+
+    Making a view costs as much as the arithmetic on one column of a small model, and there are six a column.
+    Columns of W are transposed through a contiguous copy, which torch does several times faster than directly.
+    """
+
+    def __init__(self, size: int, step: int, like: Tensor) -> None:
+        self.size = size
+        self.W_JO, self.V_JO, self.keep_JO, self.lost_JO = (like.new_empty(size, len(like)) for _ in range(4))
+        self.ratios_JJ = like.new_empty(size, size)
+        self._kept_JO = torch.empty(self.W_JO.shape, dtype=torch.bool, device=like.device)
+        self.steps = [(left, _Step(self, left, min(left + step, size))) for left in range(0, size, step)]
+
+    def load(self, W_OJ: Tensor, ratios_JJ: Tensor) -> None:
+        self.W_JO.copy_(W_OJ.contiguous().t())
+        self.ratios_JJ.copy_(ratios_JJ)
+
+    def keep(self, columns: slice, keep_JO: Tensor) -> None:
+        self._kept_JO[columns] = keep_JO
+        self.keep_JO[columns] = self._kept_JO[columns]
+
+    def store(self, weight_OJ: Tensor, keep_OJ: Tensor) -> None:
+        # Adding 0 makes +0 of −0; a product is vectorised where a masked fill is not.
+        pruned_JO = self.V_JO.mul_(self.keep_JO).add_(0.0)
+        weight_OJ.copy_(pruned_JO.t().contiguous())
+        keep_OJ.copy_(self._kept_JO.t().contiguous())
+
+
+class _Step:
+    """A few columns of a group: corrected together for what is left of them, then one by one for each other."""
+
+    def __init__(self, bench: _Bench, left: int, right: int) -> None:
+        here, before = slice(left, right), slice(0, left)
+        self.W_JO, self.V_JO = bench.W_JO[here], bench.V_JO[here]
+        self.ratios_JI, self.lost_IO = bench.ratios_JJ[here, before], bench.lost_JO[before]
+        rows = (t[here].unbind(0) for t in (bench.W_JO, bench.V_JO, bench.keep_JO, bench.lost_JO))
+        lost = [bench.lost_JO[left:j].t() for j in range(left, right)]
+        ratios = [bench.ratios_JJ[j, left:j] for j in range(left, right)]
+        self._columns = list(zip(*rows, lost, ratios, strict=True))
+
+    def walk(self) -> None:
+        """v_j += Σ lost_i·R_ij/R_jj over the step's earlier columns; lost_j = w_j − v_j where kept, else w_j."""
+        for j, (w_O, v_O, keep_O, lost_O, lost_OI, ratios_I) in enumerate(self._columns):
+            if j:
+                v_O.addmv_(lost_OI, ratios_I)
+            torch.addcmul(w_O, v_O, keep_O, value=-1, out=lost_O)
+
+
+def _scores(V_JO: Tensor, W_JO: Tensor | None, factor: Factor, start: int) -> Tensor:
+    """|v|/U_jj; below every live score the weights of dead inputs by magnitude, and below these the zeros of W."""
+    here = slice(start, start + len(V_JO))
+    scores_JO = V_JO.abs().mul_(factor.diagonal_I[here, None])
+    if factor.any_dead:
+        dead_J = factor.dead_I[here]
         scores_JO[dead_J] = -1 / V_JO[dead_J].abs()
-    scores_JO.masked_fill_(W_IO[start:stop] == 0, -torch.inf)
-    return scores_JO.t().contiguous()
+    return scores_JO if W_JO is None else zeros_first(scores_JO, W_JO)
 
 
-def _choose(scores_OJ: Tensor, quota: Tensor) -> Tensor:
-    """The group's mask, its quota being one number or one a row."""
+def _choose(scores_JO: Tensor, quota: Tensor) -> Tensor:
+    """The group's mask [J, O], its quota being one number (ties: column by column) or one a row."""
     if len(quota) == 1:
-        return keep_mask(scores_OJ, Unstructured("matrix"), int(quota))
-    return keep_mask_rows(scores_OJ, quota)
+        return keep_mask(scores_JO, Unstructured("matrix"), int(quota))
+    return keep_mask_rows(scores_JO.t().contiguous(), quota).t()
 
 
 def _quotas(W_OI: Tensor, dead_I: Tensor, pattern: Unstructured, removed: int, group: int) -> Tensor:
@@ -194,19 +244,22 @@ def _quotas(W_OI: Tensor, dead_I: Tensor, pattern: Unstructured, removed: int, g
     Zeros go first, then weights of dead inputs, then the live ones in equal shares; what rounding leaves is
     carried on to the next group.
     """
-    zero_OI = W_OI == 0
-    dead_OI = ~zero_OI & dead_I
     by_row = pattern.scope == "row"
+
+    def count(part_OJ: Tensor) -> Tensor:
+        return torch.count_nonzero(part_OJ, dim=1) if by_row else torch.count_nonzero(part_OJ).reshape(1)
+
+    parts = list(zip(torch.split(W_OI, group, dim=1), torch.split(dead_I, group), strict=True))
+    sizes = [part_OJ.shape[1] if by_row else part_OJ.numel() for part_OJ, _ in parts]
+    nonzero_GR = torch.stack([count(part_OJ) for part_OJ, _ in parts]).cpu()
+    dead_GR = torch.stack([count(part_OJ[:, dead_J]) for part_OJ, dead_J in parts]).cpu()
+    zero_GR = torch.tensor(sizes)[:, None] - nonzero_GR
     remaining_R = rows_removed(len(W_OI), removed) if by_row else torch.tensor([removed])
-    quota_GR = torch.zeros((), dtype=torch.int64)
-    for tier_OI in (zero_OI, dead_OI, ~zero_OI & ~dead_I):
-        counts = [
-            part.sum(1) if by_row else part.sum().reshape(1) for part in torch.split(tier_OI, group, dim=1)
-        ]
-        counts_GR = torch.stack(counts).cpu()
-        total_R = counts_GR.sum(0)
+    quota_GR = torch.zeros_like(zero_GR)
+    for tier_GR in (zero_GR, dead_GR, nonzero_GR - dead_GR):
+        total_R = tier_GR.sum(0)
         taken_R = torch.minimum(remaining_R, total_R)
         remaining_R = remaining_R - taken_R
-        edges_GR = (counts_GR.cumsum(0) * taken_R + total_R // 2) // total_R.clamp(min=1)
-        quota_GR = quota_GR + edges_GR.diff(dim=0, prepend=torch.zeros_like(edges_GR[:1]))
+        edges_GR = (tier_GR.cumsum(0) * taken_R + total_R // 2) // total_R.clamp(min=1)
+        quota_GR += edges_GR.diff(dim=0, prepend=torch.zeros_like(edges_GR[:1]))
     return quota_GR
