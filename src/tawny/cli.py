@@ -258,15 +258,13 @@ def prune(
 
         with console.watching() as watch:
             record = tawny.prune(model, out, recipe=chosen, watch=watch, overwrite=overwrite)
-        from tawny.tables import comparison_table, record_tables
-
-        tables = record_tables(record.to_dict())
         if evaluate is not None:
             record.evaluation = _compare(console, model, out, evaluate, chosen)
             record.evaluation["pruned"]["sparsity"] = record.sparsity
             _rewrite(out / "run.json", record.to_json())
-            tables.append(comparison_table(record.evaluation["dense"], record.evaluation["pruned"]))
-        console.result(record.to_dict(), *tables)
+        from tawny.tables import record_tables
+
+        console.result(record.to_dict(), record_tables)
 
 
 def _compare(console: Console, model: str, out: Path, text: str, recipe: Recipe) -> dict[str, Any]:
@@ -337,7 +335,7 @@ def plan(
             made = tawny.plan(model, recipe=chosen, watch=watch).to_dict()
         from tawny.tables import plan_tables
 
-        console.result(made, *plan_tables(made))
+        console.result(made, plan_tables)
 
 
 @app.command(
@@ -407,7 +405,7 @@ def profile(
             console.note(f"drawn to {plot}")
         from tawny.tables import profile_tables
 
-        console.result(report, *profile_tables(report))
+        console.result(report, profile_tables)
 
 
 def _check_plot(path: Path) -> None:
@@ -476,9 +474,9 @@ def eval_(
                 device=device or "cpu",
                 watch=watch,
             ).to_dict()
-        from tawny.tables import perplexity_table
+        from tawny.tables import perplexity_tables
 
-        console.result(measured, perplexity_table(measured))
+        console.result(measured, perplexity_tables)
 
 
 @app.command(
@@ -496,7 +494,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
             found = tawny.inspect(model, watch=watch).to_dict()
         from tawny.tables import inspection_tables
 
-        console.result(found, *inspection_tables(found))
+        console.result(found, inspection_tables)
 
 
 @app.command(
@@ -522,7 +520,7 @@ def list_(
                     f"nothing of the kind {kind!r} to list{nearest(kind, listing)}: {', '.join(listing)}"
                 )
             listing = {kind: listing[kind]}
-        console.result(listing, *listing_tables(listing))
+        console.result(listing, listing_tables)
 
 
 @app.command(
@@ -535,7 +533,7 @@ def doctor(as_json: AsJson = False) -> None:
         from tawny.tables import doctor_tables
 
         report = examine()
-        console.result(report, *doctor_tables(report))
+        console.result(report, doctor_tables)
 
 
 @app.callback(invoke_without_command=True)

@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -50,13 +50,15 @@ class Console:
 
     # --- results -----------------------------------------------------------------------------------
 
-    def result(self, result: Mapping[str, Any], *tables: RenderableType) -> None:
-        """Print the JSON document, or else the tables."""
+    def result(
+        self, result: Mapping[str, Any], draw: Callable[[Mapping[str, Any]], Sequence[RenderableType]]
+    ) -> None:
+        """Print the JSON document, or else the tables that `draw` makes of it."""
         if self.as_json:
             print(json.dumps(_finite(result), indent=2, ensure_ascii=False, default=str))
             return
         with self._out.capture() as captured:
-            for table in tables:
+            for table in draw(result):
                 self._out.print(table)
                 self._out.print()
         # Tables are padded to their width, which a window does not show and a file should not hold.

@@ -114,13 +114,17 @@ def _disk() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    """The compiled kernels of packed models, and the plain torch ones that are always there."""
+    """The compiled kernels of packed models; without them they run in plain torch, slowly."""
     try:
-        from tawny.packed import kernels
+        from tawny.packed.kernels import native
+
+        return {
+            "available": list(native.available()),
+            "chosen": native.kernel_name(),
+            "missing_because": native.why_not_native(),
+        }
     except Exception as error:
-        return {"available": [], "error": f"{type(error).__name__}: {error}"}
-    known = getattr(kernels, "available", None)
-    return {"available": [str(name) for name in known()] if callable(known) else [], "error": None}
+        return {"available": [], "chosen": None, "missing_because": f"{type(error).__name__}: {error}"}
 
 
 def _packaged() -> dict[str, str | None]:
@@ -152,11 +156,12 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     check("accelerators", ", ".join(report["devices"]) or "none")
     check("memory", f"{size(memory['total'])}, {size(memory['available'])} available")
     check("disk", f"{size(report['disk']['free'])} free in {report['disk']['folder']}")
-    names = report["kernels"]["available"]
+    kernels = report["kernels"]
+    compiled = f"{', '.join(kernels['available'])}; {kernels['chosen']} is used"
     check(
         "kernels",
-        ", ".join(names) or None,
-        "packed models need compiled kernels: pip install --force-reinstall tawny (with a C++ compiler)",
+        None if kernels["missing_because"] else compiled,
+        f"packed models run slowly in plain torch ({kernels['missing_because']}): reinstall tawny with a C++ compiler",
     )
     for name, found in report["optional"].items():
         check(name, found, _OPTIONAL[name])

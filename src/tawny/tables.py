@@ -15,7 +15,7 @@ __all__ = [
     "inspection_tables",
     "listing_tables",
     "percent",
-    "perplexity_table",
+    "perplexity_tables",
     "perplexity_text",
     "plan_tables",
     "profile_tables",
@@ -104,7 +104,7 @@ def _facts(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
 
 
 def record_tables(record: Mapping[str, Any]) -> list[Table]:
-    """What `tawny prune` did: the sparsity of every block, and the sums."""
+    """What `tawny prune` did: the sparsity of every block, the sums, and dense beside pruned if measured."""
     seconds = record["seconds"]
     total = seconds.get("total", sum(seconds.values()))
     rows = [
@@ -118,7 +118,10 @@ def record_tables(record: Mapping[str, Any]) -> list[Table]:
     rows += [("warning", warning) for warning in record["warnings"][:5]]
     if len(record["warnings"]) > 5:
         rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
-    return [allocation_table(record["linears"]), _facts(rows)]
+    tables = [allocation_table(record["linears"]), _facts(rows)]
+    if {"dense", "pruned"} <= set(record["evaluation"]):
+        tables.append(comparison_table(record["evaluation"]["dense"], record["evaluation"]["pruned"]))
+    return tables
 
 
 def allocation_table(linears: Sequence[Mapping[str, Any]]) -> Table:
@@ -161,18 +164,23 @@ def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Tab
     return made
 
 
-def perplexity_table(result: Mapping[str, Any]) -> Table:
+def perplexity_tables(result: Mapping[str, Any]) -> list[Table]:
     speed = result["tokens"] / max(result["seconds"], 1e-9)
-    return _facts(
-        [
-            ("perplexity", perplexity_text(result)),
-            ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
-            ("windows", f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)"),
-            ("computed in", result["compute"]),
-            ("time", f"{duration(result['seconds'])} ({speed:,.0f} tokens/s)"),
-            ("peak memory", size(result["peak_memory"])),
-        ]
-    )
+    return [
+        _facts(
+            [
+                ("perplexity", perplexity_text(result)),
+                ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
+                (
+                    "windows",
+                    f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)",
+                ),
+                ("computed in", result["compute"]),
+                ("time", f"{duration(result['seconds'])} ({speed:,.0f} tokens/s)"),
+                ("peak memory", size(result["peak_memory"])),
+            ]
+        )
+    ]
 
 
 def profile_tables(report: Mapping[str, Any]) -> list[Table]:

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tawny
+from tawny.cli import main
+from tawny.errors import ModelError, NumericalError, OutputError
+from tawny.evaluation.perplexity import Perplexity
+from tawny.record import Record
+
+VERBS = ["prune", "plan", "profile", "eval", "inspect", "list", "doctor"]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line as a user does; returns exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def measured(value: float = 20.0) -> Perplexity:
+    return Perplexity(value, 0.5, 3.0, 4, 64, 252, 1.0, "wiki", "ab" * 32, "float32", 10**9)
+
+
+def answering(monkeypatch, name, result):
+    """Replace a library call; the arguments it was given are kept."""
+    calls = []
+
+    def call(*args, **keys):
+        calls.append((args, keys))
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    monkeypatch.setattr(tawny, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_three_examples_and_has_at_most_sixteen_options(run, verb):
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    options, _, examples = out.partition("Examples:")
+    lines = [line.strip() for line in examples.strip().splitlines()]
+    assert len(lines) == 3 and all(line.startswith("tawny ") for line in lines)
+    listed = [line for line in options.splitlines() if line.startswith("  -")]
+    assert "--json" in options and len(listed) <= 17  # --help itself is not one of ours
+
+
+def test_the_help_of_all_lists_the_verbs(run):
+    code, out, _ = run("--help")
+    assert code == 0 and all(f"  {verb} " in out for verb in VERBS)
+
+
+def test_help_imports_no_heavy_library():
+    script = (
+        "import sys; from tawny.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    for arguments in (["--help"], ["prune", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "[]", done
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "tawny", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"tawny {tawny.__version__}"
+
+
+def test_the_page_of_the_docs_is_what_the_command_line_says():
+    script = runpy.run_path(str(ROOT / "scripts" / "cli_docs.py"))
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page == script["render"](), "stale: run `make docs`"
+
+
+def test_every_example_of_the_help_is_a_valid_command_line():
+    script = runpy.run_path(str(ROOT / "scripts" / "cli_docs.py"))
+    root = script["typer"].main.get_command(script["app"])
+    for name, command in root.commands.items():
+        for line in script["_examples"](command.epilog).splitlines()[1:-1]:
+            arguments = line.partition(" | ")[0].replace("'", "").split()[2:]
+            context = command.make_context(name, arguments)
+            for key in ("recipe",):
+                if context.params.get(key):
+                    assert (ROOT / context.params[key]).is_file(), line
+
+
+def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
+    record = Record(recipe={}, out=str(tmp_path / "out"))
+    calls = answering(monkeypatch, "prune", record)
+    code, out, err = run(
+        *("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "-a", "uniform", "-m", "wanda"),
+        *("--calibration", "wiki", "--samples", 3, "--seqlen", 64, "--seed", 5, "--dtype", "bfloat16"),
+        *("-o", "include=*.mlp.*", "-o", "order=data", "--overwrite", "--json"),
+    )
+    assert code == 0, err
+    (args, keys) = calls[0]
+    recipe = keys["recipe"]
+    assert args == ("model", tmp_path / "out") and keys["overwrite"] is True
+    assert (recipe.sparsity, recipe.allocator.name, recipe.solver.name) == (0.6, "uniform", "wanda")
+    assert recipe.calibration.text == "wiki" and recipe.calibration.samples == 3
+    assert recipe.calibration.seqlen == 64 and recipe.seed == 5 and recipe.dtype == "bfloat16"
+    assert recipe.include == ("*.mlp.*",) and recipe.order == "data"
+    assert json.loads(out) == json.loads(record.to_json())
+
+
+def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_path):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    path = tmp_path / "r.yaml"
+    path.write_text("sparsity: 0.7\nseed: 4\nsolver: wanda\n")
+    code, _, err = run("prune", "m", "--out", "o", "-c", path, "-s", 0.5, "-o", "seed=9", "--json")
+    recipe = calls[0][1]["recipe"]
+    assert code == 0, err
+    assert (recipe.sparsity, recipe.seed, recipe.solver.name) == (0.5, 9, "wanda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prune", "m", "--out", "o"], "sparsity is missing"),
+        (["prune", "m", "--out", "o", "-s", "60"], "0.6?"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-m", "sparsgpt"], "'sparsegpt'"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-o", "lamda=1"], "'lambda'"),
+        (["prune", "m", "--out", "o", "-s", "0.6", "-p", "2:4"], "implies"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-c", "none.yaml"], "cannot be read"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "--eval", "wikitext"], "'wikitext2'"),
+        (["prune", "m", "--out", "o", "-s", "much"], "tawny prune --help"),
+        (["prune", "m"], "--out"),
+        (["prune", "m", "--out", "o", "--sparsty", "0.5"], "--sparsity"),
+        (["prun"], "prune"),
+        (["eval", "m", "--compute", "int8"], "bfloat16"),
+        (["eval", "m", "--windows", "0"], "--windows"),
+        (["profile", "m", "--plot", "x.pdf"], ".svg"),
+        (["profile", "m", "--plot", "/no/such/folder/x.png"], "does not exist"),
+        (["list", "solver"], "'solvers'"),
+        (["inspect", "/no/such/folder"], "no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(run, arguments, words):
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and words in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ModelError("not a decoder"), 2, "not a decoder"),
+        (OutputError("taken"), 2, "taken"),
+        (NumericalError("model.layers.0.q: NaN"), 1, "model.layers.0.q: NaN"),
+        (KeyboardInterrupt(), 1, "Ctrl-C"),
+        (OSError(28, "No space left on device", "shard"), 1, "No space left on device: shard"),
+        (MemoryError(), 1, "out of memory"),
+        (ValueError("two\nlines"), 1, "unexpected ValueError: two lines"),
+    ],
+)
+def test_a_failure_is_one_line_and_its_exit_code(run, monkeypatch, error, code, words):
+    answering(monkeypatch, "inspect", error)
+    got, out, err = run("inspect", "m")
+    assert (got, out, err.count("\n")) == (code, "", 1) and words in err
+    got, out, err = run("inspect", "m", "--json")
+    assert got == code and words in json.loads(out)["error"]
+
+
+def test_a_bug_can_be_seen_in_full(run, monkeypatch):
+    answering(monkeypatch, "inspect", ValueError("deep"))
+    monkeypatch.setenv("TAWNY_DEBUG", "1")
+    with pytest.raises(ValueError, match="deep"):
+        run("inspect", "m")
+
+
+def test_a_device_this_machine_lacks_is_the_users_mistake(run, monkeypatch):
+    answering(monkeypatch, "evaluate", measured())
+
+    def refuse(*args, **keys):
+        raise RuntimeError("no such device\nat all")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    code, _, err = run("eval", "m", "--device", "xpu")
+    assert code == 2 and "'xpu'" in err and "tawny doctor" in err and err.count("\n") == 1
+
+
+def test_eval_prints_the_keys_that_programs_read(run, monkeypatch):
+    calls = answering(monkeypatch, "evaluate", measured())
+    code, out, _ = run("eval", "m", "--text", "wiki", "--seqlen", 64, "--windows", 4, "--json")
+    assert code == 0
+    assert {"perplexity", "stderr", "windows", "tokens", "seconds", "text_sha256"} <= set(json.loads(out))
+    assert calls[0][0] == ("m", "wiki") and calls[0][1]["windows"] == 4
+    assert "20.00 ± 0.50" in run("eval", "m")[1]
+
+
+def test_every_list_and_the_doctor_answer_in_both_forms(run):
+    for verb in ("list", "doctor"):
+        code, out, _ = run(verb, "--json")
+        assert code == 0 and json.loads(out)
+        code, out, _ = run(verb)
+        assert code == 0 and out.strip() and "\x1b" not in out
+    assert "sparsegpt" in run("list", "solvers")[1] and "owl" not in run("list", "solvers")[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny llama with a tokenizer of bytes, as a folder."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.tiny import VOCABULARY, tiny_model
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    letters = Tokenizer(WordLevel({chr(i + 32): i for i in range(VOCABULARY)}, unk_token="?"))
+    letters.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics.values())[:40_000], encoding="utf-8")
+    return path
+
+
+def test_the_verbs_work_on_a_real_folder_from_plan_to_inspection(run, model, text, tmp_path):
+    out = tmp_path / "pruned"
+    data = ("--calibration", text, "--samples", 4, "--seqlen", 32, "-o", "compute=float32")
+    code, shown, err = run("plan", model, "-s", 0.5, *data)
+    assert code == 0 and "prunable" in shown, err
+    code, shown, err = run("profile", model, *data, "--plot", tmp_path / "p.svg")
+    assert code == 0 and "M=5" in shown and (tmp_path / "p.svg").stat().st_size > 1000, err
+    code, shown, err = run("prune", model, "--out", out, "-s", 0.5, *data, "--eval", text)
+    assert code == 0 and "dense" in shown and "± " in shown, err
+    record = json.loads((out / "run.json").read_text())
+    assert record["evaluation"]["pruned"]["perplexity"] > 0 and record["recipe"]["sparsity"] == 0.5
+    assert not list(out.glob("*.new")) and not list(tmp_path.glob("*.partial"))
+    code, shown, err = run("inspect", out, "--json")
+    found = json.loads(shown)
+    assert code == 0 and found["sparsity"] == pytest.approx(0.5, abs=1e-3), err
+    assert {"name", "shape", "zeros", "sparsity", "pattern"} <= set(found["linears"][0])
+    code, _, err = run("prune", model, "--out", out, "-s", 0.5, *data)
+    assert code == 2 and "--overwrite" in err
+    code, shown, err = run(
+        "prune", model, "--out", out, "-c", out / "run.json", "-s", 0.25, "--overwrite", "--json"
+    )
+    assert code == 0 and json.loads(shown)["sparsity"] == pytest.approx(0.25, abs=1e-3), err
+
+
+def test_too_little_text_says_how_short(run, model, text, tmp_path):
+    code, _, err = run("eval", model, "--text", text, "--seqlen", 4096, "--windows", 50)
+    assert code == 2 and "short" in err
+    (tmp_path / "tiny.txt").write_text("a few words")
+    code, _, err = run(
+        "prune", model, "--out", tmp_path / "o", "-s", 0.5, "--calibration", tmp_path / "tiny.txt"
+    )
+    assert code == 2 and "short" in err and not (tmp_path / "o").exists()
