@@ -2,20 +2,21 @@
 
 Frantar & Alistarh, "SparseGPT: massive language models can be accurately pruned in one shot", 2301.00774.
 
-The paper walks the upper Cholesky factor U of H⁻¹. We walk the same path with half of the factor's work:
-write H = R Rᵀ with R *upper* triangular (the Cholesky factor of H read from its last corner). Then U = R⁻¹,
-so that U_jj = 1/R_jj, and the squared output error ‖X(W − Ŵ)ᵀ‖² = ‖(W − Ŵ) R‖² splits into one term a column.
-With the columns left of j fixed, the value of column j that makes its term vanish is
+The paper inverts H and walks the upper Cholesky factor U of H⁻¹ = UᵀU. We walk the same path for half of the
+factor's work: write H = R Rᵀ with R *upper* triangular (the Cholesky factor of H read from its last corner).
+Then U = R⁻¹, and the squared output error ‖X(W − Ŵ)ᵀ‖² = ‖(W − Ŵ)R‖² falls apart into one term a column. When
+the turn of a group J of columns comes, the groups before it (P) have lost δ = w − ŵ, and the values of the group
+that make all its terms vanish are
 
-    v_j = w_j + Σ_{i<j} (w_i − ŵ_i) R_ij / R_jj ,
+    V_J = W_J + δ_P R_PJ R_JJ⁻¹ = W_J + δ_P R_PJ U_JJ ,
 
-and setting it to zero instead costs (v_j R_jj)² = v_j²/U_jj², the paper's score. H is never inverted, and the
-sweep looks left only: a group of columns gathers all earlier corrections in one matrix product when its turn
-comes.
+one product with all that lies left, and one with a small triangle. Inside the group it is the paper's sweep:
+a removed v_j costs v_j²/U_jj², its score, and moves the columns to its right by −(v_j/U_jj)·U_j,j+1: . So of H⁻¹
+only the triangles U_JJ are ever computed, and a column of W is read and written once.
 
 Promises: the budget is exact (the rounding remainder is carried from group to group); the mask of n:m is
 chosen from weights that are already updated; inputs that never fire lose their weights first, smallest
-magnitude first, and are never allowed to influence others; a Hessian that cannot be factorised gets ten times
+magnitude first, and are never allowed to influence others; a weight that was zero stays zero; a Hessian that cannot be factorised gets ten times
 the damping, three times, and then is an error, never an identity.
 
 Shapes: O = out, I = in, J = the columns of one group; tensors `_IO` hold a column of W in each row,
@@ -55,8 +56,8 @@ _STEP = 16  # columns that are corrected by matrix-vector products before the ne
 class Factor:
     """What a sweep needs of a Hessian; shared by the linears that share their input."""
 
-    ratios_II: Tensor  # strictly lower part: [j, i] = R_ij / R_jj
-    diagonal_I: Tensor  # R_jj
+    RT_II: Tensor  # Rᵀ, lower triangular
+    diagonal_I: Tensor  # R_jj = 1/U_jj
     dead_I: Tensor  # bool, inputs that were zero for every token
     any_dead: bool
     damp: float  # the damping that was needed
@@ -90,22 +91,20 @@ class SparseGPT:
         if statistics is None or statistics.hessian is None:
             raise ValueError("sparsegpt needs a Hessian, but no statistics with one were given")
         require_finite(statistics.hessian, "input's Hessian")
-        diagonal_I = statistics.hessian.diagonal().float()
-        dead_I = diagonal_I <= 0
+        energy_I = statistics.hessian.diagonal().float()
+        dead_I = energy_I <= 0
         # A matrix of zeros (an expert that saw no token) still needs a diagonal; any value serves.
-        mean = float(diagonal_I.mean()) or 1.0
+        mean = float(energy_I.mean()) or 1.0
         damp = self.damp
         for _ in range(1 + _RETRIES):
             # Read from the last corner, so that the lower factor, turned back, is the upper R of H = R Rᵀ.
             H_II = statistics.hessian.float().flip(0, 1)
             H_II.diagonal().add_(damp * mean).add_(dead_I.flip(0), alpha=mean)
             lower_II, info = torch.linalg.cholesky_ex(H_II)
-            # [j, i] of the turned lower factor, transposed, is R_ij.
-            ratios_II = lower_II.t().flip(0, 1)
-            scale_I = ratios_II.diagonal().clone()
-            ratios_II /= scale_I[:, None]
-            if int(info) == 0 and torch.isfinite(ratios_II.sum()):
-                return Factor(ratios_II, scale_I, dead_I, bool(dead_I.any()), damp)
+            RT_II = lower_II.t().flip(0, 1)
+            diagonal_I = RT_II.diagonal().clone()
+            if int(info) == 0 and torch.isfinite(RT_II.sum()) and bool((diagonal_I > 0).all()):
+                return Factor(RT_II, diagonal_I, dead_I, bool(dead_I.any()), damp)
             damp = max(damp * 10, 1e-4)
         shape = list(statistics.hessian.shape)
         raise NumericalError(
@@ -153,50 +152,64 @@ class SparseGPT:
             stop = min(start + group, width)
             if stop - start < bench.size:
                 bench = _Bench(stop - start, step, W_OI)
-            ratios_JI = factor.ratios_II[start:stop]
-            bench.load(W_OI[:, start:stop], ratios_JI[:, start:stop])
-            torch.addmm(bench.W_JO, ratios_JI[:, :start], lost_IO[:start], out=bench.V_JO)
+            RT_JI = factor.RT_II[start:stop]
+            bench.load(W_OI[:, start:stop], RT_JI[:, start:stop])
+            bench.update(RT_JI[:, :start], lost_IO[:start])
             if quota is not None:
                 scores_JO = _scores(bench.V_JO, bench.W_JO if has_zeros else None, factor, start)
                 bench.keep(slice(None), _choose(scores_JO, quota[start // group]))
             for left, part in bench.steps:
                 if left:
-                    part.V_JO.addmm_(part.ratios_JI, part.lost_IO)
+                    part.V_JO.addmm_(part.ratios_JI, part.gone_IO)
                 if quota is None:
                     scores_JO = _scores(part.V_JO, part.W_JO if has_zeros else None, factor, start + left)
                     keep_OJ = keep_mask(scores_JO.t().contiguous(), pattern, 0)
                     bench.keep(slice(left, left + step), keep_OJ.t())
+                    if has_zeros:  # where a group of m has zeros to spare, those that stay must not grow back
+                        part.removed_JO.masked_fill_(part.W_JO == 0, 1.0)
                 part.walk()
-            lost_IO[start:stop] = bench.lost_JO
-            bench.store(weight_OI[:, start:stop], keep_OI[:, start:stop])
+            bench.store(weight_OI[:, start:stop], keep_OI[:, start:stop], lost_IO[start:stop])
         return weight_OI, keep_OI
 
 
 class _Bench:
     """The buffers of one group of columns, and every view its loops need, made once.
 
-    Making a view costs as much as the arithmetic on one column of a small model, and there are six a column.
+    Making a view costs as much as the arithmetic on one column of a small model, and there are five a column.
     Columns of W are transposed through a contiguous copy, which torch does several times faster than directly.
     """
 
     def __init__(self, size: int, step: int, like: Tensor) -> None:
         self.size = size
-        self.W_JO, self.V_JO, self.keep_JO, self.lost_JO = (like.new_empty(size, len(like)) for _ in range(4))
-        self.ratios_JJ = like.new_empty(size, size)
+        self.W_JO, self.V_JO, self.gone_JO, self.removed_JO = (
+            like.new_empty(size, len(like)) for _ in range(4)
+        )
+        self.ratios_JJ = like.new_empty(size, size)  # [j, i] = −U_ij/U_ii
         self._kept_JO = torch.empty(self.W_JO.shape, dtype=torch.bool, device=like.device)
+        self._identity_JJ = torch.eye(size, dtype=like.dtype, device=like.device)
         self.steps = [(left, _Step(self, left, min(left + step, size))) for left in range(0, size, step)]
 
-    def load(self, W_OJ: Tensor, ratios_JJ: Tensor) -> None:
+    def load(self, W_OJ: Tensor, RT_JJ: Tensor) -> None:
         self.W_JO.copy_(W_OJ.contiguous().t())
-        self.ratios_JJ.copy_(ratios_JJ)
+        self._UT_JJ = torch.linalg.solve_triangular(RT_JJ, self._identity_JJ, upper=False)
+        torch.div(self._UT_JJ, self._UT_JJ.diagonal().neg(), out=self.ratios_JJ)
+
+    def update(self, RT_JP: Tensor, lost_PO: Tensor) -> None:
+        """V_J = W_J + δ_P R_PJ U_JJ, transposed."""
+        if len(lost_PO):
+            debt_JO = torch.mm(RT_JP, lost_PO, out=self.gone_JO)
+            torch.addmm(self.W_JO, self._UT_JJ, debt_JO, out=self.V_JO)
+        else:
+            self.V_JO.copy_(self.W_JO)
 
     def keep(self, columns: slice, keep_JO: Tensor) -> None:
         self._kept_JO[columns] = keep_JO
-        self.keep_JO[columns] = self._kept_JO[columns]
+        torch.logical_not(self._kept_JO[columns], out=self.removed_JO[columns])
 
-    def store(self, weight_OJ: Tensor, keep_OJ: Tensor) -> None:
-        # Adding 0 makes +0 of −0; a product is vectorised where a masked fill is not.
-        pruned_JO = self.V_JO.mul_(self.keep_JO).add_(0.0)
+    def store(self, weight_OJ: Tensor, keep_OJ: Tensor, lost_JO: Tensor) -> None:
+        # v − v is +0, where v·0 could be −0; and a difference is vectorised, where a masked fill is not.
+        pruned_JO = self.V_JO.sub_(self.gone_JO)
+        torch.sub(self.W_JO, pruned_JO, out=lost_JO)
         weight_OJ.copy_(pruned_JO.t().contiguous())
         keep_OJ.copy_(self._kept_JO.t().contiguous())
 
@@ -206,19 +219,19 @@ class _Step:
 
     def __init__(self, bench: _Bench, left: int, right: int) -> None:
         here, before = slice(left, right), slice(0, left)
-        self.W_JO, self.V_JO = bench.W_JO[here], bench.V_JO[here]
-        self.ratios_JI, self.lost_IO = bench.ratios_JJ[here, before], bench.lost_JO[before]
-        rows = (t[here].unbind(0) for t in (bench.W_JO, bench.V_JO, bench.keep_JO, bench.lost_JO))
-        lost = [bench.lost_JO[left:j].t() for j in range(left, right)]
+        self.W_JO, self.V_JO, self.removed_JO = bench.W_JO[here], bench.V_JO[here], bench.removed_JO[here]
+        self.ratios_JI, self.gone_IO = bench.ratios_JJ[here, before], bench.gone_JO[before]
+        rows = (t.unbind(0) for t in (self.V_JO, self.removed_JO, bench.gone_JO[here]))
+        gone = [bench.gone_JO[left:j].t() for j in range(left, right)]
         ratios = [bench.ratios_JJ[j, left:j] for j in range(left, right)]
-        self._columns = list(zip(*rows, lost, ratios, strict=True))
+        self._columns = list(zip(*rows, gone, ratios, strict=True))
 
     def walk(self) -> None:
-        """v_j += Σ lost_i·R_ij/R_jj over the step's earlier columns; lost_j = w_j − v_j where kept, else w_j."""
-        for j, (w_O, v_O, keep_O, lost_O, lost_OI, ratios_I) in enumerate(self._columns):
+        """v_j −= Σ gone_i·U_ij/U_ii over the step's earlier columns; gone_j is v_j where removed, else 0."""
+        for j, (v_O, removed_O, gone_O, gone_OI, ratios_I) in enumerate(self._columns):
             if j:
-                v_O.addmv_(lost_OI, ratios_I)
-            torch.addcmul(w_O, v_O, keep_O, value=-1, out=lost_O)
+                v_O.addmv_(gone_OI, ratios_I)
+            torch.mul(v_O, removed_O, out=gone_O)
 
 
 def _scores(V_JO: Tensor, W_JO: Tensor | None, factor: Factor, start: int) -> Tensor:

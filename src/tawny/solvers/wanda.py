@@ -1,8 +1,9 @@
 """Wanda: weights whose product with their input's norm is small go, row by row, and nothing is updated.
 
 Sun et al., "A simple and effective pruning approach for large language models", 2306.11695.
-Score `|W_ij| · ‖X_j‖₂`. Rows differ by at most one weight, so that the linear's budget is exact;
-`compat="official"` removes ⌊in·s⌋ of every row by a stable sort, as the authors' code does.
+Score `|W_ij| · ‖X_j‖₂`. Rows differ by at most one weight, so that the linear's budget is exact. Weights of an
+input that never fired go first, the smallest before the larger, so an expert that saw no token is pruned by
+magnitude. `compat="official"` removes ⌊in·s⌋ of every row by a stable sort, as the authors' code does.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ class Wanda:
             rows, width = W_OI.shape
             keep_OI = keep_mask_rows(scores_OI, torch.full((rows,), min(width, int(width * sparsity))))
         else:
+            silent_I = norms_I == 0
+            if silent_I.any():  # inputs that never fire: first of all, and by magnitude among themselves
+                scores_OI[:, silent_I] = -1 / W_OI[:, silent_I].abs()
             zeros_first(scores_OI, W_OI)
             keep_OI = keep_mask(scores_OI, pattern, removed_count(W_OI.numel(), sparsity))
         return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)
