@@ -38,12 +38,12 @@ _TILE = 2048  # rows whose scores, weights and scratch (1 MB each) share a core'
 _GONE = 1e38  # a finite "infinity": an inf would turn into NaN when an update touches it
 
 
-def half_removal_error(W_OI: Tensor, H_II: Tensor, group: int = 128) -> float:
-    """`Σ_rows w_P H w_Pᵀ` after greedily removing half of every group of columns from every row."""
+def half_removal_error(W_OI: Tensor, H_II: Tensor, group: int = 128) -> Tensor:
+    """`w_P H w_Pᵀ` of each row (float64 `[out]`) after greedily removing half of every group of its columns."""
     rows, width = W_OI.shape
     W = W_OI.to(torch.float32)
     removed = torch.zeros_like(W)  # the weights in P, zero elsewhere
-    error = torch.zeros((), dtype=torch.float64, device=W.device)
+    error_O = torch.zeros(rows, dtype=torch.float64, device=W.device)
     for start in range(0, width, group):
         columns = slice(start, min(start + group, width))
         carried = removed[:, :start] @ H_II[:start, columns]
@@ -51,13 +51,13 @@ def half_removal_error(W_OI: Tensor, H_II: Tensor, group: int = 128) -> float:
         for top in range(0, rows, _TILE):
             tile = slice(top, top + _TILE)
             w_RK = W[tile, columns].contiguous()
-            removed[tile, columns], cost = _remove_half(w_RK, H_KK, carried[tile])
-            error += cost
-    return float(error)
+            removed[tile, columns], cost_R = _remove_half(w_RK, H_KK, carried[tile])
+            error_O[tile] += cost_R
+    return error_O
 
 
 def _remove_half(w_RK: Tensor, H_KK: Tensor, carried_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of each row, greedily: the removed weights (zero elsewhere), and what their removal costs in all."""
+    """Half of each row, greedily: the removed weights (zero elsewhere), and what each row paid for it."""
     rows, width = w_RK.shape
     # A row-wise argmin is by far the slowest operation here and a minimum eight times faster. So the column
     # takes the place of the lowest bits of its cost: who is nearer than 2⁻¹⁶ to the minimum may go early.
@@ -81,7 +81,7 @@ def _remove_half(w_RK: Tensor, H_KK: Tensor, carried_RK: Tensor) -> tuple[Tensor
         cost_RK.addcmul_(H_RK, out_RK)
         cost_RK.view(-1).index_fill_(0, place_R, _GONE)
     gone_RK = torch.zeros_like(w_RK).scatter_(1, chosen_SR.T, w_RK.gather(1, chosen_SR.T))
-    return gone_RK, paid_SR.sum(dtype=torch.float64)
+    return gone_RK, paid_SR.sum(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -102,19 +102,27 @@ class Lsa:
             raise RecipeError(f"alpha {self.alpha} given, expected half the band of sparsities, in [0, 1]")
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        errors = {}
+        sharing: dict[int, list[str]] = {}
         for name, (W_OI, statistics) in linears.items():
             if statistics is None or statistics.hessian is None:
                 raise NumericalError(f"{name} came without the Hessian of its inputs, which lsa needs")
-            H_II = statistics.hessian
             # Above every cost there can be, and not finite if anything is not.
-            bound = W_OI.double().abs().max() ** 2 * H_II.double().abs().sum()
+            bound = W_OI.abs().max().double() ** 2 * statistics.hessian.abs().sum(dtype=torch.float64)
             if not bool(bound < _GONE):
                 raise NumericalError(
                     f"{name} {tuple(W_OI.shape)} has weights or inputs that are not finite: "
                     "its checkpoint or the calibration is broken"
                 )
-            errors[name] = half_removal_error(W_OI, H_II)
+            sharing.setdefault(id(statistics.hessian), []).append(name)
+        errors = dict.fromkeys(linears, 0.0)
+        for names in sharing.values():  # linears with one input are rows of one weight: fewer, longer steps
+            statistics = linears[names[0]][1]
+            assert statistics is not None and statistics.hessian is not None
+            W_OI = torch.cat([linears[name][0] for name in names])
+            rows_O = half_removal_error(W_OI, statistics.hessian)
+            heights = [len(linears[name][0]) for name in names]
+            for name, part_O in zip(names, torch.split(rows_O, heights), strict=True):
+                errors[name] = float(part_O.sum())
         return {"half_removal_error": errors}
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
