@@ -153,13 +153,13 @@ _SHIFTS = torch.arange(8, dtype=torch.uint8)
 
 def _bits_to_masks(kept_GBRC: Tensor) -> Tensor:
     """bool [G, B, 4, 64] → int64 [G, B, 4]; bit k of a word is column k, bytes little-endian."""
-    octets = kept_GBRC.view(*kept_GBRC.shape[:-1], 8, 8).to(torch.uint8) << _SHIFTS
+    octets = kept_GBRC.view(*kept_GBRC.shape[:-1], 8, 8).to(torch.uint8) << _SHIFTS.to(kept_GBRC.device)
     return octets.sum(-1, dtype=torch.uint8).view(torch.int64).squeeze(-1)
 
 
 def _masks_to_bits(masks_GBR: Tensor) -> Tensor:
     octets = masks_GBR.contiguous().unsqueeze(-1).view(torch.uint8)
-    return ((octets.unsqueeze(-1) >> _SHIFTS) & 1).to(torch.bool).flatten(-2)
+    return ((octets.unsqueeze(-1) >> _SHIFTS.to(octets.device)) & 1).to(torch.bool).flatten(-2)
 
 
 def pack(W_OI: Tensor, values: Values = "bf16", group: int | None = None) -> PackedTensor:
@@ -173,17 +173,18 @@ def pack(W_OI: Tensor, values: Values = "bf16", group: int | None = None) -> Pac
     shape = (W_OI.shape[0], W_OI.shape[1])
     if values == "int8":
         return _pack_int8(W_OI, shape, group)
-    W_GBRC = _interleave(W_OI.to(DTYPES[values]))
-    kept = W_GBRC.view(_INTEGER[W_GBRC.dtype]) != 0
-    tensors = _assemble(kept, W_GBRC)
+    # Moved as integers: torch sends a lone float through a scalar and loses the payload of a NaN.
+    bits_GBRC = _interleave(W_OI.to(DTYPES[values]).view(_INTEGER[DTYPES[values]]))
+    tensors = _assemble(bits_GBRC != 0, bits_GBRC)
+    tensors["values"] = tensors["values"].view(DTYPES[values])
     return PackedTensor(tensors, shape, values)
 
 
 def _assemble(kept_GBRC: Tensor, W_GBRC: Tensor) -> dict[str, Tensor]:
     counts = kept_GBRC.flatten(1).sum(1)
-    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64)
+    offsets = counts.new_zeros(counts.numel() + 1)
     torch.cumsum(counts, 0, out=offsets[1:])
-    padding = torch.zeros(PADDING // W_GBRC.element_size(), dtype=W_GBRC.dtype)
+    padding = W_GBRC.new_zeros(PADDING // W_GBRC.element_size())
     survivors = torch.cat([W_GBRC[kept_GBRC], padding])
     return {"masks": _bits_to_masks(kept_GBRC), "values": survivors, "offsets": offsets}
 
@@ -228,13 +229,14 @@ def _sums(q_GBRC: Tensor, scales: Tensor, group: int | None) -> Tensor:
     return (per_block_GBR * scale_GBR).sum(1).flatten().float()
 
 
-def _integers(packed: PackedTensor) -> Tensor:
+def _in_place(packed: PackedTensor) -> Tensor:
     """The stored values in their places, [G, B, 4, 64], zero elsewhere."""
     kept = _masks_to_bits(packed.tensors["masks"])
     values = packed.tensors["values"]
-    found = torch.zeros(kept.shape, dtype=values.dtype)
-    found[kept] = values[: packed.nnz]
-    return found
+    bits = values.view(_INTEGER.get(values.dtype, values.dtype))
+    found = bits.new_zeros(kept.shape)
+    found[kept] = bits[: packed.nnz]
+    return found.view(values.dtype)
 
 
 def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -242,7 +244,7 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
 
     dtype None gives the stored float kind, and float32 for int8.
     """
-    W_GBRC = _integers(packed)
+    W_GBRC = _in_place(packed)
     if packed.values == "int8":
         scales = packed.tensors["scales"]
         groups, blocks = W_GBRC.shape[:2]

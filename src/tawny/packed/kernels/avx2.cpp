@@ -75,7 +75,7 @@ struct Avx2 {
 };
 
 using G = Generic<Avx2>;
-const Kernels table = {"avx2", G::form, G::prepare, G::packed, G::expand, G::dense};
+const Kernels table = {"avx2", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream};
 
 }  // namespace
 

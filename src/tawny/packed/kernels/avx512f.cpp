@@ -4,7 +4,7 @@
 namespace {
 
 using G = Generic<Avx512>;
-const Kernels table = {"avx512f", G::form, G::prepare, G::packed, G::expand, G::dense};
+const Kernels table = {"avx512f", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream};
 
 }  // namespace
 

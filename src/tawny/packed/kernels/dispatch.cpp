@@ -152,6 +152,19 @@ int32_t prepare(Input& input, int32_t form, const void* x, int32_t kind, int64_t
     return 0;
 }
 
+struct StreamJob {
+    const float* data;
+    int64_t count;
+    float total[64];
+};
+
+void stream_part(StreamJob& job, int part, int parts) {
+    int64_t share = job.count / parts;
+    job.total[part % 64] = chosen->stream(job.data + part * share, share);
+}
+
+void stream_worker(void* job) { stream_part(*(StreamJob*)job, thread_number(), thread_count()); }
+
 bool valid(const Packed& p) {
     return p.rows > 0 && p.cols > 0 && p.kind >= F32 && p.kind <= INT8 && (p.span == 0 || p.span == 128) &&
            p.masks && p.values && p.offsets && (p.kind != INT8 || (p.scales && p.sums));
@@ -170,7 +183,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 1; }
+int32_t tawny_abi() { return 2; }
 
 int32_t tawny_supported() { return supported(); }
 
@@ -250,46 +263,15 @@ int32_t tawny_check(const void* masks, const void* offsets, int64_t rows, int64_
     return 0;
 }
 
-// Read every byte once and add it up: what the memory can stream, for benchmarks.
-uint64_t tawny_stream(const void* data, int64_t bytes, int32_t threads);
+// Read `count` floats once: what the memory can stream, for benchmarks.
+float tawny_stream(const void* data, int64_t count, int32_t threads) {
+    if (!chosen) return 0.0f;
+    StreamJob job = {(const float*)data, count, {}};
+    if (threads > 1 && gomp_parallel) gomp_parallel(stream_worker, &job, (unsigned)threads, 0);
+    else stream_part(job, 0, 1);
+    return job.total[0];
+}
 
 }  // extern "C"
-
-namespace {
-
-struct Stream {
-    const uint64_t* data;
-    int64_t words;
-    uint64_t total;
-};
-
-void stream_part(Stream& s, int part, int parts) {
-    int64_t from = s.words / parts * part / 64 * 64, to = part + 1 == parts ? s.words : s.words / parts * (part + 1) / 64 * 64;
-    int64_t half = (to - from) / 2 / 64 * 64;  // two distant streams, as the kernels read
-    typedef uint64_t V8 __attribute__((vector_size(64), aligned(8)));
-    const V8 *a = (const V8*)(s.data + from), *b = (const V8*)(s.data + from + half);
-    V8 t0 = {}, t1 = {}, t2 = {}, t3 = {};
-    for (int64_t i = 0; i + 2 <= half / 8; i += 2) {
-        t0 += a[i];
-        t1 += a[i + 1];
-        t2 += b[i];
-        t3 += b[i + 1];
-    }
-    t0 = (t0 + t1) + (t2 + t3);
-    uint64_t total = 0;
-    for (int j = 0; j < 8; j++) total += t0[j];
-    __atomic_fetch_add(&s.total, total, __ATOMIC_RELAXED);
-}
-
-void stream_worker(void* s) { stream_part(*(Stream*)s, thread_number(), thread_count()); }
-
-}  // namespace
-
-extern "C" uint64_t tawny_stream(const void* data, int64_t bytes, int32_t threads) {
-    Stream s = {(const uint64_t*)data, bytes / 8, 0};
-    if (threads > 1 && gomp_parallel) gomp_parallel(stream_worker, &s, (unsigned)threads, 0);
-    else stream_part(s, 0, 1);
-    return s.total;
-}
 
 #pragma GCC visibility pop

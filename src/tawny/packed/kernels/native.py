@@ -38,7 +38,7 @@ from torch import Tensor
 from ...errors import MissingFeature, TawnyError, UserError, nearest
 
 LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2")  # index = level in the library
-ABI = 1
+ABI = 2
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 
@@ -65,7 +65,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.tawny_dense.argtypes = [pointer, i64, i64, i32, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]
     found.tawny_stream.argtypes = [pointer, i64, i32]
-    found.tawny_stream.restype = ctypes.c_uint64
+    found.tawny_stream.restype = ctypes.c_float
     found.tawny_set_openmp.argtypes = [pointer] * 3
     found.tawny_set_openmp.restype = None
     _share_threads(found)
@@ -188,4 +188,4 @@ def check(masks: Tensor, offsets: Tensor, shape: tuple[int, int], nnz: int) -> s
 
 def stream(data: Tensor, threads: int) -> None:
     """Read every byte of a tensor once: the streaming limit, for benchmarks."""
-    library().tawny_stream(data.data_ptr(), data.numel() * data.element_size(), threads)
+    library().tawny_stream(data.data_ptr(), data.numel() * data.element_size() // 4, threads)

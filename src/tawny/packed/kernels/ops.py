@@ -79,7 +79,7 @@ def expand(
     """The dense weight [rows, cols]."""
     if not (native.chosen() and masks.device.type == "cpu" and dtype in KINDS and dtype is not torch.int8):
         return reference.expand(_as_packed(masks, values, offsets, scales, sums, rows, cols), dtype)
-    out = torch.empty(rows, cols, dtype=dtype)
+    out = masks.new_empty((rows, cols), dtype=dtype)
     code = native.library().tawny_expand(
         *_weight(masks, values, offsets, scales, sums, rows, cols),
         0,

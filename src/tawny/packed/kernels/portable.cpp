@@ -49,7 +49,7 @@ struct Portable {
 };
 
 using G = Generic<Portable>;
-const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense};
+const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream};
 
 }  // namespace
 

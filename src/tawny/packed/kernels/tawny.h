@@ -52,6 +52,7 @@ struct Kernels {
     void (*packed)(const Packed*, const Input*, const Output*, int64_t from, int64_t to, void* scratch);  // groups
     void (*expand)(const Packed*, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride);     // groups
     void (*dense)(const Dense*, const Input*, const Output*, int64_t from, int64_t to);                   // rows
+    float (*stream)(const float* data, int64_t count);  // the sum: reads everything once and does nothing else
 };
 
 extern "C" const Kernels* tawny_portable();
