@@ -273,3 +273,9 @@ def test_too_little_text_says_how_short(run, model, text, tmp_path):
         "prune", model, "--out", tmp_path / "o", "-s", 0.5, "--calibration", tmp_path / "tiny.txt"
     )
     assert code == 2 and "short" in err and not (tmp_path / "o").exists()
+    # Said before the work, not after it.
+    data = ("--calibration", text, "--samples", 2, "--seqlen", 32)
+    code, _, err = run(
+        "prune", model, "--out", tmp_path / "o", "-s", 0.5, *data, "--eval", tmp_path / "tiny.txt"
+    )
+    assert code == 2 and "short" in err and not (tmp_path / "o").exists()

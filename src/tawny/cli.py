@@ -228,7 +228,7 @@ def prune(
         typer.Option(
             "--eval",
             metavar="TEXT",
-            help=f"Then compare dense and pruned: perplexity on {EVAL_WINDOWS} windows.",
+            help=f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
@@ -250,16 +250,13 @@ def prune(
             dtype=dtype,
             device=device,
         )
-        if evaluate is not None:
-            from tawny.calibration.text import load_text
-
-            load_text(evaluate, "evaluation")  # a typing error should not cost the whole run
+        windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
         import tawny
 
         with console.watching() as watch:
             record = tawny.prune(model, out, recipe=chosen, watch=watch, overwrite=overwrite)
         if evaluate is not None:
-            record.evaluation = _compare(console, model, out, evaluate, chosen)
+            record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
             record.evaluation["pruned"]["sparsity"] = record.sparsity
             _rewrite(out / "run.json", record.to_json())
         from tawny.tables import record_tables
@@ -267,7 +264,20 @@ def prune(
         console.result(record.to_dict(), record_tables)
 
 
-def _compare(console: Console, model: str, out: Path, text: str, recipe: Recipe) -> dict[str, Any]:
+def _windows(model: str, text: str, recipe: Recipe) -> int:
+    """How many windows to compare on; asked before the work, since too short a text should not cost a whole run."""
+    from tawny.calibration.text import evaluation_windows, load_text, tokenise
+    from tawny.model.source import load_tokenizer, resolve
+
+    loaded = load_text(text, "evaluation")
+    ids = tokenise(loaded, load_tokenizer(resolve(model)))
+    available = evaluation_windows(ids, recipe.calibration.seqlen, name=f"text {loaded.name!r}")
+    return min(EVAL_WINDOWS, len(available))
+
+
+def _compare(
+    console: Console, model: str, out: Path, text: str, windows: int, recipe: Recipe
+) -> dict[str, Any]:
     """Perplexity of both models on the same windows."""
     import tawny
 
@@ -279,7 +289,7 @@ def _compare(console: Console, model: str, out: Path, text: str, recipe: Recipe)
                 source,
                 text,
                 seqlen=recipe.calibration.seqlen,
-                windows=EVAL_WINDOWS,
+                windows=windows,
                 device=recipe.device,
                 watch=watch,
             )
