@@ -31,6 +31,12 @@ def test_a_linear_that_would_be_more_than_dense_is_dense_and_the_others_pay() ->
     assert found["large"] == pytest.approx(5002 / 10000)
 
 
+def test_hardly_any_sparsity_is_no_obstacle() -> None:
+    profile = reference.model(2)
+    for target in (0.0, 1e-300, 1e-15, 1e-9):
+        assert all(value <= 1e-6 for value in Er().allocate(profile, target).values())
+
+
 def test_equal_shapes_are_pruned_alike_at_every_depth() -> None:
     found = Er().allocate(reference.model(4, [(100, 100)]), 0.7)
     assert set(found.values()) == {0.7}

@@ -26,11 +26,15 @@ def _raw(profile: Profile, target: float, dense: set[str]) -> dict[str, float]:
     """Sparsities before rounding; `dense` grows by every linear whose density would exceed 1."""
     linears = {info.name: info for info in profile.linears}
     kept = (1 - target) * sum(info.numel for info in linears.values())
+    if dense and kept <= sum(linears[name].numel for name in dense):
+        names = ", ".join(sorted(dense))
+        raise RecipeError(
+            f"er-plus keeps {names} dense, which alone is more than the {1 - target:.4g} of the weights that "
+            f"sparsity {target:.4g} leaves: choose a lower sparsity or the allocator er"
+        )
     while True:
-        left = kept - sum(linears[name].numel for name in dense)
-        if left <= 0 and target > 0:
-            break
         # density·numel = factor·(in + out), so the factor follows from the sum of the sides
+        left = max(0.0, kept - sum(linears[name].numel for name in dense))
         sides = sum(sum(info.shape) for info in linears.values() if info.name not in dense)
         factor = left / sides if sides else 0.0
         full = {
@@ -44,11 +48,6 @@ def _raw(profile: Profile, target: float, dense: set[str]) -> dict[str, float]:
                 for name, info in linears.items()
             }
         dense |= full
-    names = ", ".join(sorted(dense))
-    raise RecipeError(
-        f"er-plus keeps {names} dense, which alone is more than the {1 - target:.4g} of the weights that sparsity "
-        f"{target:.4g} leaves: choose a lower sparsity or the allocator er"
-    )
 
 
 @dataclass(frozen=True)
