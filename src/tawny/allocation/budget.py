@@ -27,7 +27,8 @@ def exact(
 ) -> Allocation:
     """Shift `raw` sparsities, clamped to [low, high], until they remove exactly `target` of all weights.
 
-    The sum over linears of `removed_count(size, sparsity)` equals `removed_count(total, target)`.
+    Every sparsity is a whole number of weights, `removed_count(size, sparsity) / size`, and these numbers add up to
+    `removed_count(total, target)`.
     """
     _check(raw, target, low, high)
     shifted = _shift(raw, sizes, target, low, high)
@@ -115,10 +116,7 @@ def _whole(shares: Mapping[str, float], sizes: Mapping[str, int], total: int) ->
     missing = total - sum(count.values())
     for name in sorted(count, key=lambda name: count[name] - ideal[name])[:missing]:
         count[name] += 1
-    return {
-        name: share if removed_count(sizes[name], share) == count[name] else count[name] / sizes[name]
-        for name, share in shares.items()
-    }
+    return {name: count[name] / sizes[name] if sizes[name] else share for name, share in shares.items()}
 
 
 def _snap(value: float) -> float:

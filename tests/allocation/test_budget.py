@@ -1,0 +1,170 @@
+"""The budget is met to the weight, whatever was wished for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tawny.allocation import LinearInfo, Profile
+from tawny.allocation.budget import exact, mixed_nm
+from tawny.errors import NumericalError, RecipeError
+from tawny.patterns import removed_count
+from tests.reference.allocators import model
+
+quick = settings(deadline=None, max_examples=60)
+wishes = st.lists(st.tuples(st.floats(-3, 3), st.integers(1, 10**7)), min_size=1, max_size=30)
+
+
+def named(pairs: list[tuple[float, int]]) -> tuple[dict[str, float], dict[str, int]]:
+    return (
+        {str(i): wish for i, (wish, _) in enumerate(pairs)},
+        {str(i): size for i, (_, size) in enumerate(pairs)},
+    )
+
+
+def counts(allocation: dict[str, float], sizes: dict[str, int]) -> dict[str, int]:
+    return {name: removed_count(sizes[name], value) for name, value in allocation.items()}
+
+
+@quick
+@given(wishes, st.floats(0, 1))
+def test_the_total_is_exact_and_every_share_is_legal(pairs: list[tuple[float, int]], target: float) -> None:
+    raw, sizes = named(pairs)
+    allocation = exact(raw, sizes, target)
+    assert list(allocation) == list(raw)
+    assert all(0 <= value <= 1 for value in allocation.values())
+    gone = counts(allocation, sizes)
+    assert sum(gone.values()) == removed_count(sum(sizes.values()), target)
+    assert allocation == {name: count / sizes[name] for name, count in gone.items()}
+
+
+@quick
+@given(wishes, st.floats(0, 1))
+def test_every_count_is_within_one_weight_of_one_common_shift(
+    pairs: list[tuple[float, int]], target: float
+) -> None:
+    raw, sizes = named(pairs)
+    gone = counts(exact(raw, sizes, target), sizes)
+    # The shift that explains a linear strictly inside its bounds explains all of them.
+    lowest, highest = -math.inf, math.inf
+    for name, count in gone.items():
+        if count - 1 > 0:
+            lowest = max(lowest, (count - 1) / sizes[name] - raw[name])
+        if count + 1 < sizes[name]:
+            highest = min(highest, (count + 1) / sizes[name] - raw[name])
+    assert lowest <= highest + 1e-9
+
+
+@quick
+@given(wishes, st.floats(0.2, 0.8))
+def test_bounds_are_kept_to_one_weight(pairs: list[tuple[float, int]], target: float) -> None:
+    raw, sizes = named(pairs)
+    gone = counts(exact(raw, sizes, target, low=0.1, high=0.9), sizes)
+    assert all(0.1 * sizes[n] - 1 < count < 0.9 * sizes[n] + 1 for n, count in gone.items())
+    assert sum(gone.values()) == removed_count(sum(sizes.values()), target)
+
+
+@quick
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=30), st.floats(0, 1), st.floats(-5, 5))
+def test_equal_wishes_are_uniform(sizes: list[int], target: float, wish: float) -> None:
+    names = {str(i): size for i, size in enumerate(sizes)}
+    allocation = exact(dict.fromkeys(names, wish), names, target)
+    assert all(abs(value - target) <= 1 / names[name] for name, value in allocation.items())
+
+
+def test_a_target_that_fits_the_sizes_comes_back_untouched() -> None:
+    sizes = {"q": 576 * 576, "k": 192 * 576}
+    assert exact({"q": 9.0, "k": 9.0}, sizes, 0.5) == {"q": 0.5, "k": 0.5}
+    assert exact({"q": 0.75, "k": 0.25}, {"q": 8, "k": 8}, 0.5) == {"q": 0.75, "k": 0.25}
+
+
+def test_the_mean_is_weighted_by_parameters() -> None:
+    allocation = exact({"big": 0.2, "small": 0.6}, {"big": 900, "small": 100}, 0.5)
+    assert allocation["small"] - allocation["big"] == pytest.approx(0.4, abs=0.01)
+    assert 900 * allocation["big"] + 100 * allocation["small"] == pytest.approx(500)
+
+
+def test_what_clamping_takes_the_others_give() -> None:
+    assert exact({"a": -5.0, "b": 0.0, "c": 0.0}, dict.fromkeys("abc", 100), 0.5) == {
+        "a": 0.0,
+        "b": 0.75,
+        "c": 0.75,
+    }
+
+
+def test_the_smallest_linears_are_rounded_so_that_the_total_still_fits() -> None:
+    allocation = exact(dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 1), 2 / 3)
+    assert sorted(allocation.values()) == [0.0, 1.0, 1.0]
+    assert sum(counts(allocation, dict.fromkeys("abc", 1)).values()) == 2
+
+
+@pytest.mark.parametrize("wish", [math.nan, math.inf, -math.inf])
+def test_a_wish_that_is_not_finite_is_an_error_with_its_linear(wish: float) -> None:
+    with pytest.raises(NumericalError, match="for q"):
+        exact({"q": wish, "k": 0.5}, {"q": 4, "k": 4}, 0.5)
+
+
+@pytest.mark.parametrize("target", [-0.1, 1.1, math.nan])
+def test_a_target_out_of_reach_is_refused(target: float) -> None:
+    with pytest.raises(RecipeError, match="out of reach"):
+        exact({"q": 0.5}, {"q": 4}, target)
+
+
+def test_nothing_to_allocate_is_nothing() -> None:
+    assert exact({}, {}, 0.5) == {}
+
+
+def profile_of(sizes: list[int]) -> Profile:
+    return Profile(tuple(LinearInfo(str(i), (size, 8), i) for i, size in enumerate(sizes)))
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.floats(-1, 2), st.integers(1, 500)), min_size=1, max_size=12),
+    st.sampled_from([4, 8, 16]),
+    st.data(),
+)
+def test_mixed_n_of_m_is_exact_to_one_step_of_one_block(
+    blocks: list[tuple[float, int]], m: int, data: st.DataObject
+) -> None:
+    target_n = data.draw(st.integers(1, m))
+    profile = profile_of([size for _, size in blocks])
+    wish = {str(i): value for i, (value, _) in enumerate(blocks)}
+    allocation = mixed_nm(wish, profile, m, target_n)
+    n = {name: m * (1 - value) for name, value in allocation.items()}
+    assert all(abs(value - round(value)) < 1e-9 and 1 <= round(value) <= m for value in n.values())
+    kept = sum(round(n[str(i)]) * size for i, (_, size) in enumerate(blocks))
+    assert abs(kept - target_n * sum(size for _, size in blocks)) <= max(size for _, size in blocks)
+
+
+@quick
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.sampled_from([4, 8]), st.data())
+def test_mixed_n_of_m_over_equal_blocks_is_exact_and_follows_the_wish(
+    wish: list[float], m: int, data: st.DataObject
+) -> None:
+    target_n = data.draw(st.integers(1, m))
+    allocation = mixed_nm(dict(enumerate_names(wish)), profile_of([7] * len(wish)), m, target_n)
+    n = [round(m * (1 - value)) for value in allocation.values()]
+    assert sum(n) == target_n * len(wish)
+    # Who is to lose clearly less never keeps less.
+    assert all(n[i] >= n[j] for i, a in enumerate(wish) for j, b in enumerate(wish) if a < b - 1e-9)
+
+
+def enumerate_names(values: list[float]) -> list[tuple[str, float]]:
+    return [(str(i), value) for i, value in enumerate(values)]
+
+
+def test_all_linears_of_a_block_get_the_same_n() -> None:
+    profile = model(blocks=3)
+    wish = {linear.name: 0.5 + 0.125 * linear.block for linear in profile.linears}
+    allocation = mixed_nm(wish, profile, 8, 3)
+    per_block = [{allocation[linear.name] for linear in profile.linears_of(block)} for block in range(3)]
+    assert per_block == [{0.5}, {0.625}, {0.75}]
+
+
+def test_an_n_out_of_range_is_refused() -> None:
+    with pytest.raises(RecipeError, match="9:8"):
+        mixed_nm({}, Profile(()), 8, 9)

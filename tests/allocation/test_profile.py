@@ -1,0 +1,23 @@
+"""A profile is plain data about blocks and their linears."""
+
+from __future__ import annotations
+
+from tawny.allocation import ALLOCATORS, LinearInfo, Profile
+
+
+def test_a_profile_knows_its_blocks_and_their_weights() -> None:
+    profile = Profile((LinearInfo("0.q", (4, 8), 0, "0"), LinearInfo("2.q", (4, 6), 2, "0")))
+    assert profile.blocks == 3
+    assert [profile.parameters(block) for block in range(3)] == [32, 0, 24]
+    assert [linear.name for linear in profile.linears_of(2)] == ["2.q"]
+    assert profile.sizes == {"0.q": 32, "2.q": 24}
+    assert Profile(()).blocks == 0
+
+
+def test_a_block_that_was_measured_counts_even_with_nothing_to_prune() -> None:
+    assert Profile((LinearInfo("0.q", (4, 8), 0),), ({}, {})).blocks == 2
+
+
+def test_every_allocator_says_what_it_needs() -> None:
+    for allocator in ALLOCATORS.values():
+        assert allocator.needs in ("none", "norms", "hessian") and allocator.__doc__
