@@ -64,6 +64,18 @@ def pattern_of(weight_OI: Tensor, zeros: int) -> str:
     return "unstructured"
 
 
+def tied(weight_OI: Tensor) -> int:
+    """How many magnitudes equal another's, beyond the first."""
+    magnitudes = weight_OI.abs().flatten()
+    for short in (torch.bfloat16, torch.float16):
+        if torch.equal(magnitudes.to(short).to(magnitudes.dtype), magnitudes):
+            # A magnitude of 16 bits is a number below 2¹⁵: counting them is far quicker than sorting.
+            bins = torch.bincount(magnitudes.to(short).view(torch.int16).int())
+            return magnitudes.numel() - int((bins > 0).sum())
+    ordered = magnitudes.sort().values
+    return int((ordered[1:] == ordered[:-1]).sum())
+
+
 @torch.no_grad()
 def inspect(source: str | Path, *, watch: Watch = silent) -> Inspection:
     """Read every prunable linear of a checkpoint and count.
@@ -81,9 +93,7 @@ def inspect(source: str | Path, *, watch: Watch = silent) -> Inspection:
             for linear in stack.linears(index):
                 weight = stack.weight(linear)
                 zeros = int((weight == 0).sum())
-                # Sorting a view of magnitudes costs less memory than unique() and gives the same count.
-                ordered = weight.abs().flatten().sort().values
-                ties = int((ordered[1:] == ordered[:-1]).sum())
+                ties = tied(weight)
                 found.append(
                     LinearInspection(
                         linear.name,
