@@ -63,14 +63,18 @@ AllocatorName = Annotated[
         "-a",
         "--allocator",
         metavar="NAME",
-        help="How blocks share the budget. [owl]",
+        help="How blocks share the budget. Default: owl.",
         rich_help_panel=_RECIPE,
     ),
 ]
 SolverName = Annotated[
     str | None,
     typer.Option(
-        "-m", "--solver", metavar="NAME", help="How a linear is pruned. [sparsegpt]", rich_help_panel=_RECIPE
+        "-m",
+        "--solver",
+        metavar="NAME",
+        help="How a linear is pruned. Default: sparsegpt.",
+        rich_help_panel=_RECIPE,
     ),
 ]
 PatternName = Annotated[
@@ -79,7 +83,7 @@ PatternName = Annotated[
         "-p",
         "--pattern",
         metavar="PATTERN",
-        help="Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. [unstructured]",
+        help="Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
         rich_help_panel=_RECIPE,
     ),
 ]
@@ -104,32 +108,35 @@ CalibrationText = Annotated[
     typer.Option(
         "--calibration",
         metavar="TEXT",
-        help="c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. [c4]",
+        help="c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.",
         rich_help_panel=_DATA,
     ),
 ]
 Samples = Annotated[
-    int | None, typer.Option("--samples", metavar="N", help="Windows of text. [128]", rich_help_panel=_DATA)
+    int | None,
+    typer.Option("--samples", metavar="N", help="Windows of text. Default: 128.", rich_help_panel=_DATA),
 ]
 SeqLen = Annotated[
-    int | None, typer.Option("--seqlen", metavar="N", help="Tokens a window. [2048]", rich_help_panel=_DATA)
+    int | None,
+    typer.Option("--seqlen", metavar="N", help="Tokens a window. Default: 2048.", rich_help_panel=_DATA),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Chooses the windows. [0]", rich_help_panel=_DATA)
+    int | None,
+    typer.Option("--seed", metavar="N", help="Chooses the windows. Default: 0.", rich_help_panel=_DATA),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help="Storage: float32, bfloat16 or float16. [the checkpoint's own]",
+        help="Storage: float32, bfloat16 or float16. Default: the checkpoint's own.",
         rich_help_panel=_OUTPUT,
     ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps … [cpu]", rich_help_panel=_OUTPUT
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps … Default: cpu.", rich_help_panel=_OUTPUT
     ),
 ]
 AsJson = Annotated[
@@ -196,18 +203,13 @@ def _check_device(device: str) -> None:
 
 @app.command(
     epilog="\b\nExamples:\n"
-    "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --samples 32 --seqlen 1024 --eval wiki\n"
-    "  tawny prune mistralai/Mistral-7B-v0.1 --out pruned -s 0.7 -m wanda -o allocator.lambda=0.15\n"
-    "  tawny prune ./model --out pruned -c recipes/owl-wanda-mixed-3-8.yaml --overwrite"
+    "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki\n"
+    "  tawny prune Qwen/Qwen3-8B --out pruned -s 0.7 -m wanda -o lambda=0.15\n"
+    "  tawny prune ./model --out pruned -c recipes/owl-wanda-mixed-3-8.yaml"
 )
 def prune(
     model: Model,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder to write the pruned model to.", rich_help_panel=_OUTPUT
-        ),
-    ],
+    *,
     sparsity: Sparsity = None,
     allocator: AllocatorName = None,
     solver: SolverName = None,
@@ -218,6 +220,12 @@ def prune(
     samples: Samples = None,
     seqlen: SeqLen = None,
     seed: Seed = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder to write the pruned model to.", rich_help_panel=_OUTPUT
+        ),
+    ],
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[
@@ -307,7 +315,7 @@ def _rewrite(path: Path, content: str) -> None:
     epilog="\b\nExamples:\n"
     "  tawny plan smollm2 -s 0.7\n"
     "  tawny plan ./model -c recipes/owl-sparsegpt-70.yaml --samples 32\n"
-    "  tawny plan ./model -s 0.6 -a uniform -m wanda -o exclude=*.down_proj --json"
+    "  tawny plan ./model -s 0.6 -a uniform -m wanda -o 'exclude=*.down_proj' --json"
 )
 def plan(
     model: Model,
@@ -361,7 +369,7 @@ def profile(
         typer.Option(
             "-M",
             metavar="M",
-            help="Outliers are above M times the mean; repeatable. [3, 5, 7, 10]",
+            help="Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
@@ -451,7 +459,7 @@ def eval_(
         typer.Option(
             "--windows",
             metavar="N",
-            help="How many from the start of the text. [all]",
+            help="How many from the start of the text. Default: all.",
             min=1,
             rich_help_panel=_DATA,
         ),
@@ -513,7 +521,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 def list_(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="allocators, solvers, patterns, texts or keys. [all]"),
+        typer.Argument(metavar="[KIND]", help="allocators, solvers, patterns, texts or keys. Default: all."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
