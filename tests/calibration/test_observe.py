@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, tiny_model, tokens
 
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Accumulator
 from tawny.model.blocks import live_stack
 from tawny.model.streams import Samples, Stream
+from tests.tiny import FAMILIES, tiny_model, tokens
 
 EXPECTED_STAGES = {
     "llama": [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}],
@@ -23,7 +23,10 @@ def test_stages_are_the_linears_that_share_an_input(family):
     seen = observe(Stream(stack, Samples(tokens())), 0, stack.linears(0), "none")
     stages = [{linear.name.rsplit(".", 1)[1] for linear in stage.linears} for stage in seen.stages]
     if family == "phi":  # attention and MLP read the same normed tensor in this architecture
-        assert stages == [{"q_proj", "k_proj", "v_proj", "fc1"}, {"dense"}, {"fc2"}] or stages == EXPECTED_STAGES[family]
+        assert (
+            stages == [{"q_proj", "k_proj", "v_proj", "fc1"}, {"dense"}, {"fc2"}]
+            or stages == EXPECTED_STAGES[family]
+        )
     else:
         assert stages == EXPECTED_STAGES[family]
 

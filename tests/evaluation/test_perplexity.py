@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, tiny_model, tokens
 
 import tawny
+from tests.tiny import FAMILIES, tiny_model, tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -19,7 +19,9 @@ def test_streamed_perplexity_is_that_of_the_models_own_loss(family, tmp_path):
     made = tawny.evaluate(tmp_path, ids, compute="float32")
     mean = sum(losses) / len(losses)
     assert made.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
-    assert made.stderr == pytest.approx(math.exp(mean) * torch.tensor(losses).std().item() / math.sqrt(5), rel=1e-3)
+    assert made.stderr == pytest.approx(
+        math.exp(mean) * torch.tensor(losses).std().item() / math.sqrt(5), rel=1e-3
+    )
     assert made.windows == 5 and made.tokens == 5 * 29
     live = tawny.evaluate(model, ids)
     assert live.perplexity == pytest.approx(made.perplexity, rel=1e-4)
@@ -32,7 +34,9 @@ def test_the_json_holds_the_promised_keys():
 
 def test_inspection_counts_zeros_and_recognises_patterns(tmp_path):
     model = tiny_model("llama")
-    tawny.prune(model, allocator="uniform", solver="magnitude", pattern="2:4", sparsity=0.5, exclude=["down_proj"])
+    tawny.prune(
+        model, allocator="uniform", solver="magnitude", pattern="2:4", sparsity=0.5, exclude=["down_proj"]
+    )
     model.save_pretrained(tmp_path)
     made = tawny.inspect(tmp_path)
     by_kind = {x.name.rsplit(".", 1)[1]: x for x in made.linears}

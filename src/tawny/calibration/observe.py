@@ -135,6 +135,15 @@ class _Watcher:
             self._new(linear, self._stage_of_key[key], x)
         self._count(self.input_of[linear.name], x)
 
+    def ready(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """In a forward whose stages are known: count the input of a stage's first linear, and say it was one."""
+        linear = self.by_module[id(module)]
+        source = self.input_of[linear.name]
+        if source.linears[0] is not linear:
+            return False
+        self._count(source, args[0] if args else next(iter(kwargs.values())))
+        return True
+
     def _next_stage(self) -> int:
         self._stages += 1
         return self._stages - 1
@@ -183,22 +192,40 @@ class _Watcher:
             if linear.expert is not None and linear.name not in self.input_of:
                 stages[self._stage_of_key[linear.key]].linears.append(linear)
         order = {linear.name: i for i, linear in enumerate(self.linears)}
-        for stage in stages:
-            stage.linears.sort(key=lambda linear: order[linear.name])
+        for stage in stages:  # experts come in the order tokens reached them; all others stay in call order
+            if stage.linears and stage.linears[0].expert is not None:
+                stage.linears.sort(key=lambda linear: order[linear.name])
         statistics: dict[str, Statistics] = {}
         for source in self.inputs:
-            if source.accumulator is not None:
-                made = source.accumulator.finish()
-                if not bool(torch.isfinite(made.squared_norms).all()):
-                    raise NumericalError(
-                        f"{source.linears[0].name} receives NaN or infinite activations; try -o compute=float32, or check the checkpoint"
-                    )
-                statistics.update({linear.name: made for linear in source.linears})
+            statistics.update(self._finished(source))
         if self.needs != "none":
             for linear in self.linears:
                 if linear.name not in statistics:
                     statistics[linear.name] = Accumulator(linear.shape[1], self.needs, self.device).finish()
         return Observation(statistics, [stage for stage in stages if stage.linears])
+
+    def _finished(self, source: _Input) -> dict[str, Statistics]:
+        if source.accumulator is None:
+            return {}
+        made = source.accumulator.finish()
+        if not bool(torch.isfinite(made.squared_norms).all()):
+            raise NumericalError(
+                f"{source.linears[0].name} receives NaN or infinite activations; try -o compute=float32, or check the checkpoint"
+            )
+        source.accumulator = None
+        return {linear.name: made for linear in source.linears}
+
+    def adopt(self, stage: Stage, number: int) -> None:
+        """Take a stage as known: its linears share the input of the first one called."""
+        made = _Input(number, list(stage.linears))
+        if self.needs != "none":
+            made.accumulator = Accumulator(stage.linears[0].shape[1], self.needs, self.device)
+        self.inputs.append(made)
+        self.input_of.update({linear.name: made for linear in stage.linears})
+
+    def statistics_of(self, stage: Stage) -> dict[str, Statistics]:
+        """Complete statistics of one adopted stage; they are not kept here any longer."""
+        return self._finished(self.input_of[stage.linears[0].name])
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -218,6 +245,82 @@ class _Watcher:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def can_suspend(stages: Sequence[Stage], linears: Sequence[Linear]) -> bool:
+    """Whether forwards can be held in front of each stage: experts inside one fused module cannot."""
+    return bool(stages) and all(linear.expert is None for linear in linears)
+
+
+def in_lockstep(
+    stream: Stream,
+    index: int,
+    stages: Sequence[Stage],
+    needs: Needs,
+    *,
+    finish: bool,
+    step: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Stage, dict[str, Statistics]]]:
+    """Run every chunk through block `index` once, all of them held in front of each stage in turn.
+
+    When all chunks have arrived at a stage its statistics are complete and it is handed out; what the caller makes of
+    its weights is what the forwards go on with. So each stage is observed behind the already pruned ones, and one
+    forward a block does what observing and advancing would take two for. The price is memory: what a forward holds
+    in front of a stage (residual and activations) is held for all samples at once.
+
+    Args:
+        stream: hidden states in front of the block; replaced by its outputs if `finish`.
+        index: the block, loaded.
+        stages: as `observe` found them; none may hold experts of a fused module.
+        needs: what statistics to collect.
+        finish: run to the end of the block; otherwise nothing behind the last stage is computed.
+    """
+    from greenlet import getcurrent, greenlet
+
+    main = getcurrent()
+    watcher = _Watcher([linear for stage in stages for linear in stage.linears], needs, stream.stack.device)
+    watcher.learning = False
+    for number, stage in enumerate(stages):
+        watcher.adopt(stage, number)
+    chunk_of: dict[Any, int] = {}
+
+    def hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        chunk = chunk_of.get(getcurrent())
+        if chunk is not None:
+            watcher.begin(stream.valid(chunk))
+            if watcher.ready(module, args, kwargs):
+                main.switch()
+
+    def forward(chunk: int) -> Tensor:
+        return stream.stack.forward(index, stream.hidden[chunk], stream.call(index, chunk))
+
+    handles = [
+        linear.module.register_forward_pre_hook(hold, with_kwargs=True)
+        for stage in stages
+        for linear in stage.linears
+    ]
+    runs = [greenlet(forward) for _ in range(len(stream))]
+    chunk_of.update({run: chunk for chunk, run in enumerate(runs)})
+    try:
+        for number, stage in enumerate(stages):
+            for chunk, run in enumerate(runs):
+                run.switch(chunk) if number == 0 else run.switch()
+                if run.dead:
+                    raise ModelError(
+                        f"{stage.linears[0].name} was not reached by every sample; try -o order=block"
+                    )
+                step()
+            yield stage, watcher.statistics_of(stage)
+        if finish:
+            for chunk, run in enumerate(runs):
+                stream.replace(index, chunk, run.switch())
+                step()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for run in runs:
+            if run and not run.dead:
+                run.throw()  # ends a forward nobody needs any more
 
 
 def _same_tensor(a: Tensor, version: int, b: Tensor) -> bool:

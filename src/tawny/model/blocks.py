@@ -80,6 +80,7 @@ class Stack:
         self.device = torch.device(device)
         self.path, self.blocks = find_stack(model)
         self.stored: dict[str, Tensor] = {}
+        self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
         self._tuple_output = False
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._calls_depend_on_data: bool | None = None
@@ -262,7 +263,7 @@ class Stack:
     @torch.no_grad()
     def forward(self, index: int, hidden_BTH: Tensor, call: Call) -> Tensor:
         """Output of block `index`, which must be loaded."""
-        with self._plain_experts():
+        with self._plain_experts() if self._fused else contextlib.nullcontext():
             made = self.blocks[index](hidden_BTH, *call.args, **call.kwargs)
         self._tuple_output = not isinstance(made, Tensor)
         output: Tensor = made[0] if self._tuple_output else made

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.allocation.profile import Allocation, Profile
-from tawny.calibration.observe import Observation, Stage, observe
+from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockstep, observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
 from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OUTSIDE = "outside"
+# Up to here all forwards of a block are suspended together; beyond, they are run again for each stage.
+HELD_BYTES = 2_000_000_000
 
 
 def prune(
@@ -330,6 +332,7 @@ class BlockRun:
         self.linears = self.run.by_block[self.index]
         self._prepared: tuple[Statistics, Any] | None = None
         self._stage = 0
+        self._advanced = False
 
     def stages(self, order: str) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
         """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
@@ -337,11 +340,42 @@ class BlockRun:
             yield Stage(list(self.linears)), {}
             return
         seen = self._observe(self.linears, "none" if order == "data" else self.run.solver.needs)
+        if order == "data" and can_suspend(seen.stages, self.linears) and self._held_bytes() <= HELD_BYTES:
+            yield from self._lockstep(self.stream, seen.stages)
+            return
         for self._stage, stage in enumerate(seen.stages):
             if order == "data":
                 yield stage, self._observe(stage.linears, self.run.solver.needs).statistics
             else:
                 yield stage, seen.statistics
+
+    def _held_bytes(self) -> int:
+        """What suspended forwards hold in front of the widest stage: residual, its norm, and the stage's input twice."""
+        assert self.stream is not None
+        samples = self.stream.samples
+        widest = max(linear.shape[1] for linear in self.linears) * self.run.stack.compute.itemsize
+        return len(samples) * samples.seqlen * 2 * (self.run.stack.hidden_bytes + widest)
+
+    def _lockstep(
+        self, stream: Stream, stages: Sequence[Stage]
+    ) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
+        self._advanced = True
+        last = self.index == len(self.run.stack) - 1
+        done, total = 0, len(stream) * (len(stages) + (not last))
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.run.watch.detail("observing", done, total)
+
+        walk = in_lockstep(stream, self.index, stages, self.run.solver.needs, finish=not last, step=step)
+        while True:
+            with self.run.clock("forward"):
+                item = next(walk, None)
+            if item is None:
+                return
+            self._stage = stages.index(item[0])
+            yield item
 
     def _observe(self, linears: Sequence[Linear], needs: Any) -> Observation:
         assert self.stream is not None
@@ -411,7 +445,7 @@ class BlockRun:
     def advance(self) -> None:
         """Give the next block its inputs; nobody needs the last block's outputs."""
         self._prepared = None
-        if self.stream is None or self.index == len(self.run.stack) - 1:
+        if self.stream is None or self._advanced or self.index == len(self.run.stack) - 1:
             return
         with self.run.clock("forward"):
             self.stream.advance(self.index, lambda: self.run.watch.detail("advancing", 0, 0))

@@ -1,0 +1,317 @@
+"""How fast, how small: Tawny beside a straightforward transcription of the official OWL flow, in one run.
+
+    python benchmarks/prune_speed.py                      # smollm2, wiki, 32 samples × 1024
+
+Both prune the same model on the same tokens with the same threads; each measurement is a process of its own, so that
+its peak memory is its own, and the two take turns `--repeats` times. Memory is peak resident bytes above a process
+that has only imported what both import.
+
+The transcription keeps what costs the official flow its time and memory: the whole model in float32; one pass over all
+blocks for the outlier ratios and a second to prune, each running every block twice (once to observe, once for the
+outputs); one sample a forward; one set of statistics per linear, shared inputs or not; Wanda by a full stable sort of
+every row, SparseGPT by the column loop with a threshold from a full sort of each 128-column group.
+It is written from the paper and the public description of the flow; no line of it is anybody else's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PEAK_SIZE = 2048
+
+
+# --- the official flow, transcribed -----------------------------------------------------------------------------
+
+
+def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> None:
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    blocks = model.model.layers
+    M, lam = 5, 0.08
+
+    class Catcher(nn.Module):
+        def __init__(self, inner: nn.Module, caught: list[Any]) -> None:
+            super().__init__()
+            self.inner, self.caught = inner, caught
+
+        def forward(self, hidden: Any, **kwargs: Any) -> Any:
+            self.caught.append((hidden, kwargs))
+            raise ValueError
+
+    def first_inputs() -> tuple[Any, dict[str, Any]]:
+        caught: list[Any] = []
+        blocks[0] = Catcher(blocks[0], caught)
+        for row in ids:
+            with contextlib.suppress(ValueError):
+                model(row[None], use_cache=False)
+        blocks[0] = blocks[0].inner
+        return torch.cat([hidden for hidden, _ in caught]), caught[0][1]
+
+    def linears(block: Any) -> dict[str, Any]:
+        return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+    def watch(block: Any, inputs: Any, kwargs: dict[str, Any], hessian: bool) -> dict[str, Any]:
+        stats: dict[str, Any] = {}
+        count: dict[str, int] = {}
+
+        def hook(name: str) -> Any:
+            def add(module: Any, args: Any, output: Any) -> None:
+                x = args[0].reshape(-1, args[0].shape[-1]).float()
+                seen = count.get(name, 0)
+                if hessian:
+                    old = stats.get(name, torch.zeros(x.shape[1], x.shape[1]))
+                    x = x * (2 / (seen + 1)) ** 0.5
+                    stats[name] = old * (seen / (seen + 1)) + x.T.matmul(x)
+                else:
+                    old = stats.get(name, torch.zeros(x.shape[1]))
+                    stats[name] = old * (seen / (seen + 1)) + torch.norm(x, p=2, dim=0) ** 2 / (seen + 1)
+                count[name] = seen + 1
+
+            return add
+
+        handles = [m.register_forward_hook(hook(name)) for name, m in linears(block).items()]
+        for j in range(len(inputs)):
+            block(inputs[j : j + 1], **kwargs)
+        for handle in handles:
+            handle.remove()
+        return stats
+
+    def outputs(block: Any, inputs: Any, made: Any, kwargs: dict[str, Any]) -> None:
+        for j in range(len(inputs)):
+            made[j : j + 1] = block(inputs[j : j + 1], **kwargs)
+
+    def sparsegpt(W: Any, H: Any, ratio: float) -> Any:
+        W = W.clone()
+        dead = torch.diag(H) == 0
+        H[dead, dead] = 1
+        W[:, dead] = 0
+        H[range(len(H)), range(len(H))] += 0.01 * torch.mean(torch.diag(H))
+        Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+        for start in range(0, W.shape[1], 128):
+            stop = min(start + 128, W.shape[1])
+            W1, Err, U = (
+                W[:, start:stop].clone(),
+                torch.zeros(W.shape[0], stop - start),
+                Hinv[start:stop, start:stop],
+            )
+            Q1 = torch.zeros_like(W1)
+            scores = W1**2 / torch.diag(U).reshape(1, -1) ** 2
+            threshold = torch.sort(scores.flatten())[0][int(scores.numel() * ratio)]
+            mask = scores <= threshold
+            for i in range(stop - start):
+                w, d = W1[:, i], U[i, i]
+                q = w.clone()
+                q[mask[:, i]] = 0
+                Q1[:, i] = q
+                error = (w - q) / d
+                W1[:, i:] -= error.unsqueeze(1).matmul(U[i, i:].unsqueeze(0))
+                Err[:, i] = error
+            W[:, start:stop] = Q1
+            W[:, stop:] -= Err.matmul(Hinv[start:stop, stop:])
+        return W
+
+    with torch.no_grad():
+        shares = []
+        inputs, kwargs = first_inputs()
+        made = torch.zeros_like(inputs)
+        for block in blocks:
+            norms = watch(block, inputs, kwargs, hessian=False)
+            outputs(block, inputs, made, kwargs)
+            scores = torch.cat(
+                [(m.weight.abs() * norms[n].sqrt()).flatten() for n, m in linears(block).items()]
+            )
+            shares.append(float((scores > scores.mean() * M).sum()) / scores.numel() * 100)
+            inputs, made = made, inputs
+        low, high = min(shares), max(shares)
+        density = [(d - low) / (high - low) * lam * 2 for d in shares]
+        shift = (1 - sparsity) - sum(density) / len(density)
+        ratios = [1 - (d + shift) for d in density]
+
+        inputs, kwargs = first_inputs()
+        made = torch.zeros_like(inputs)
+        for block, ratio in zip(blocks, ratios, strict=True):
+            stats = watch(block, inputs, kwargs, hessian=solver == "sparsegpt")
+            for name, module in linears(block).items():
+                W = module.weight.data
+                if solver == "wanda":
+                    order = torch.sort(W.abs() * stats[name].sqrt()[None], dim=-1, stable=True)[1]
+                    W.scatter_(1, order[:, : int(W.shape[1] * ratio)], 0)
+                else:
+                    module.weight.data = sparsegpt(W, stats[name], ratio)
+            outputs(block, inputs, made, kwargs)
+            inputs, made = made, inputs
+    model.save_pretrained(out)
+
+
+# --- one measurement, one process --------------------------------------------------------------------------------
+
+
+def child(args: argparse.Namespace) -> None:
+    import torch
+    import transformers  # noqa: F401 - both sides import it; it belongs to the baseline
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    import tawny.model.blocks
+    import tawny.pruning.run
+    from tawny.model.source import resolve
+    from tawny.record import peak_memory
+
+    torch.set_num_threads(args.threads)
+    idle = peak_memory()
+    ids = torch.load(args.ids, weights_only=True)
+    folder = str(resolve(args.model))
+    start = time.perf_counter()
+    phases: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.child == "official":
+            official(folder, ids, args.solver, args.sparsity, f"{scratch}/out")
+        else:
+            record = tawny.prune(
+                folder,
+                f"{scratch}/out",
+                sparsity=args.sparsity,
+                allocator="owl",
+                solver=args.solver,
+                calibration=ids,
+            )
+            phases = record.seconds
+        seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "memory": peak_memory() - idle, "idle": idle, "phases": phases}))
+
+
+def measure(args: argparse.Namespace, who: str, solver: str, ids: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", who, "--solver", solver, "--ids", ids]
+    command += ["--model", args.model, "--sparsity", str(args.sparsity), "--threads", str(args.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{who} {solver} failed:\n{done.stderr}")
+    made: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(
+        f"{who:9} {solver:10} {made['seconds']:7.1f} s  {made['memory'] / 1e6:7.0f} MB above idle", flush=True
+    )
+    return made
+
+
+def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
+    """Matrix products no such method can avoid, at the speed this machine shows on a large one just now."""
+    import torch
+
+    from tawny.model.blocks import native_dtype, open_stack
+    from tawny.model.source import resolve
+    from tawny.pruning.plan import _distinct_inputs
+    from tawny.pruning.profiling import PROFILE_TOKENS
+
+    torch.set_num_threads(args.threads)
+
+    def peak(dtype: torch.dtype) -> float:
+        a = torch.randn(PEAK_SIZE, PEAK_SIZE).to(dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return 2 * PEAK_SIZE**3 / min(times)
+
+    stack = open_stack(resolve(args.model))
+    last = {x.name: x.numel for x in stack.linears(0)}
+    per_token = 2 * sum(p.numel() for p in stack.blocks[0].parameters() if p.dim() == 2)
+    down = 2 * list(last.values())[-1]
+    blocks = len(stack)
+    forwards = blocks * ((tokens + min(tokens, PROFILE_TOKENS)) * per_token + tokens * (per_token - down))
+    width = sum(w * w for w in _distinct_inputs(stack))
+    native, single = peak(native_dtype()), peak(torch.float32)
+    return {
+        "peak_flops_forward": native,
+        "peak_flops_float32": single,
+        "forward_seconds": forwards / native,
+        # Half of the symmetric product is enough.
+        "hessian_seconds": blocks * tokens * width / single,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", default="wiki")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--solvers", nargs="+", default=["wanda", "sparsegpt"])
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results" / "prune_speed.json"
+    )
+    parser.add_argument("--child", choices=["official", "tawny"], help=argparse.SUPPRESS)
+    parser.add_argument("--solver", help=argparse.SUPPRESS)
+    parser.add_argument("--ids", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    import torch
+
+    from tawny.calibration.text import load_text, sample_windows, tokenise
+    from tawny.model.source import load_tokenizer, resolve
+    from tawny.record import machine, versions
+
+    text = load_text(args.text, "calibration")
+    windows = sample_windows(
+        tokenise(text, load_tokenizer(resolve(args.model))), args.samples, args.seqlen, 0
+    )
+    results: dict[str, Any] = {
+        "setting": {
+            k: getattr(args, k)
+            for k in ("model", "text", "samples", "seqlen", "sparsity", "threads", "repeats")
+        },
+        "floor": floor(args, args.samples * args.seqlen),
+        "solvers": {},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        ids = f"{scratch}/ids.pt"
+        torch.save(windows, ids)
+        for solver in args.solvers:
+            runs: dict[str, list[dict[str, Any]]] = {"official": [], "tawny": []}
+            for _ in range(args.repeats):
+                for who, collected in runs.items():
+                    collected.append(measure(args, who, solver, ids))
+            median = {
+                who: {key: statistics.median(run[key] for run in made) for key in ("seconds", "memory")}
+                for who, made in runs.items()
+            }
+            unavoidable = results["floor"]["forward_seconds"] + (
+                results["floor"]["hessian_seconds"] if solver == "sparsegpt" else 0
+            )
+            results["solvers"][solver] = {
+                **{who: {"median": median[who], "runs": made} for who, made in runs.items()},
+                "times_faster": median["official"]["seconds"] / median["tawny"]["seconds"],
+                "memory_ratio": median["tawny"]["memory"] / median["official"]["memory"],
+                "unavoidable_share": unavoidable / median["tawny"]["seconds"],
+            }
+            print(
+                f"{solver}: {results['solvers'][solver]['times_faster']:.2f} × faster, "
+                f"{results['solvers'][solver]['memory_ratio']:.2f} × the memory, "
+                f"{results['solvers'][solver]['unavoidable_share']:.0%} of the time is unavoidable matrix products",
+                flush=True,
+            )
+    results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
+    args.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
