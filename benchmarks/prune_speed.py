@@ -165,7 +165,7 @@ def child(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     import tawny.model.blocks
-    import tawny.pruning.run
+    import tawny.pruning.run  # both sides import it; it belongs to the baseline
     from tawny.model.source import resolve
     from tawny.record import peak_memory
 
@@ -242,6 +242,25 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     }
 
 
+def profile_subset(args: argparse.Namespace, windows: Any) -> dict[str, float]:
+    """How far the block sparsities from the default subset of the samples are from those of all samples."""
+    import tawny
+    from tawny.pruning.profiling import PROFILE_TOKENS
+
+    few = -(-PROFILE_TOKENS // args.seqlen)
+    made = [
+        tawny.profile(
+            args.model, calibration=windows, Ms=[5], sparsity=args.sparsity, profile_samples=count
+        ).allocations["owl M=5"]
+        for count in (few, args.samples)
+    ]
+    return {
+        "samples": few,
+        "of": args.samples,
+        "largest_difference": max(abs(a - b) for a, b in zip(*made, strict=True)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -280,6 +299,7 @@ def main() -> None:
             for k in ("model", "text", "samples", "seqlen", "sparsity", "threads", "repeats")
         },
         "floor": floor(args, args.samples * args.seqlen),
+        "profile_subset": profile_subset(args, windows),
         "solvers": {},
     }
     with tempfile.TemporaryDirectory() as scratch:

@@ -61,6 +61,11 @@ def prune_speed(result: Mapping[str, Any]) -> str:
             f"| {ours['seconds']:.0f} s, {ours['memory'] / 1e6:.0f} MB | {row['times_faster']:.1f} × "
             f"| {row['memory_ratio']:.2f} × | {row['unavoidable_share']:.0%} of the time |"
         )
+    subset = result["profile_subset"]
+    lines.append(
+        f"\nThe profile is taken on {subset['samples']} of the {subset['of']} samples; taken on all of them, no block's "
+        f"sparsity differs by more than {subset['largest_difference']:.4f}."
+    )
     return "\n".join(lines) + f"\n\n{_machine(result)}"
 
 
