@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -206,10 +210,6 @@ def test_an_unknown_kernel_is_refused_with_the_nearest_name():
 
 
 def test_the_environment_forces_a_kernel():
-    import os
-    import subprocess
-    import sys
-
     code = "from tawny.packed import kernel_name; print(kernel_name())"
     for name in ("torch", KERNELS[0]):
         environment = os.environ | {"TAWNY_KERNEL": name}
@@ -217,3 +217,22 @@ def test_the_environment_forces_a_kernel():
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
         )
         assert run.stdout.strip() == name
+
+
+@pytest.mark.skipif(
+    "sanitize" not in os.environ.get("TAWNY_KERNEL_LIBRARY", ""), reason="needs a sanitized build"
+)
+def test_the_sanitizer_sees_a_read_past_the_values():
+    """Without this, a run under sanitizers that checks nothing would look like one that finds nothing."""
+    code = """
+import torch
+from tawny.packed import PackedLinear, pack
+W = torch.randn(8, 64); W[:, ::2] = 0
+packed = pack(W)
+packed.tensors["values"] = packed.tensors["values"][: packed.nnz].clone()  # no padding
+PackedLinear(packed)(torch.randn(1, 64).bfloat16())
+"""
+    for kernel in KERNELS[:-2]:  # portable code reads no whole vectors
+        environment = os.environ | {"TAWNY_KERNEL": kernel}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert run.returncode != 0 and "AddressSanitizer" in run.stderr

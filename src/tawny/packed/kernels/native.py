@@ -46,14 +46,14 @@ _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out o
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if sys.byteorder != "little":
         return None, "packed weights are little-endian and this machine is not"
-    spec = importlib.util.find_spec("tawny.packed.kernels._native")
-    if spec is None or spec.origin is None:
-        return (
-            None,
-            "the kernels were not compiled when tawny was installed (no C++ compiler?); reinstall with one",
-        )
+    path = os.environ.get("TAWNY_KERNEL_LIBRARY")  # another build, for example one with sanitizers
+    if not path:
+        spec = importlib.util.find_spec("tawny.packed.kernels._native")
+        path = spec.origin if spec else None
+    if not path:
+        return None, "the kernels were not compiled when tawny was installed; reinstall with a C++ compiler"
     try:
-        found = ctypes.CDLL(spec.origin)
+        found = ctypes.CDLL(path)
     except OSError as error:
         return None, f"the compiled kernels do not load: {error}"
     if found.tawny_abi() != ABI:
