@@ -13,10 +13,9 @@ from a fresh start if the support had moved. It ends when the support stands sti
 it changes by less than 0.03 %, or at 300. Then masked conjugate gradients (`refit.py`) find the
 best values on the support.
 
-What we do differently: one explicit inverse a ρ, by Cholesky, instead of one eigendecomposition, so that an
-iteration is a single product of a weight with a square matrix; selection looks only at the few values near
-the last threshold; rows go through an iteration in chunks, so the scratch memory is two copies of W and two
-of H.
+What we do differently: a Cholesky factor a ρ instead of one eigendecomposition, so that an iteration costs one
+product of a weight with a square matrix; selection looks only at the few values near the last threshold; rows
+go through an iteration in chunks, so the scratch memory is three copies of W and three of H.
 
 Promises: the exact budget in every scope and n:m; weights that are already zero go first and stay zero.
 
@@ -43,24 +42,26 @@ _RETRIES = 3
 _CHUNK = 1 << 22  # weights a chunk of rows holds
 _CHECK = 3  # iterations between two looks at the support
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
-_SMALLEST_RHO = 1e-4  # below it float32 cannot invert H + ρI, and the support has long stopped to care
+_SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the support has long stopped to care
 
 
 @dataclass
 class Scaled:
-    """What the linears that share an input share: the scaling of their Hessian, and one inverse."""
+    """What the linears that share an input share: the scaling of their Hessian, and one factor."""
 
     hessian_II: Tensor  # the caller's, unscaled and undamped
     scale_I: Tensor  # √(H_jj + ridge)
     ridge: float
     damp: float  # the damping that was needed
     rho: float
-    inverse_II: Tensor  # (H' + ρI)⁻¹ for this rho
+    lower_II: Tensor  # Cholesky factor of H' + ρI for this rho
 
-    def inverse_at(self, rho: float) -> Tensor | None:
-        return (
-            self.inverse_II if rho == self.rho else _inverse(self.hessian_II, self.scale_I, self.ridge, rho)
-        )
+    def divider(self, rho: float, rows: int) -> _Divider | None:
+        """How to multiply a weight of so many rows by (H' + ρI)⁻¹; None where float32 cannot tell."""
+        if rho == self.rho:
+            return _Divider(self.lower_II, rows)
+        lower_II = _factor(self.hessian_II, self.scale_I, self.ridge, rho)
+        return None if lower_II is None else _Divider(lower_II, rows)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Alps:
                 raise RecipeError(f"solver.{name} is {getattr(self, name)}; expected a count")
 
     def prepare(self, statistics: Statistics | None) -> Scaled:
-        """Damp and scale the Hessian and invert it for the first ρ, with more damping where it is needed."""
+        """Damp and scale the Hessian and factorise it for the first ρ, with more damping where it is needed."""
         if statistics is None or statistics.hessian is None:
             raise ValueError("alps needs a Hessian, but no statistics with one were given")
         H_II = statistics.hessian.to(torch.float32)
@@ -97,9 +98,9 @@ class Alps:
         damp = self.damp
         for _ in range(1 + _RETRIES):
             scale_I = (diagonal_I + damp * mean).clamp(min=1e-6 * mean).sqrt_()
-            inverse_II = _inverse(H_II, scale_I, damp * mean, self.rho)
-            if inverse_II is not None:
-                return Scaled(H_II, scale_I, damp * mean, damp, self.rho, inverse_II)
+            lower_II = _factor(H_II, scale_I, damp * mean, self.rho)
+            if lower_II is not None:
+                return Scaled(H_II, scale_I, damp * mean, damp, self.rho, lower_II)
             damp *= 10
         raise NumericalError(
             f"the Hessian {list(H_II.shape)} cannot be factorised even with damping {damp / 10:g}; "
@@ -136,11 +137,11 @@ class Alps:
         first_OI = keep_OI = checked_OI = select(T_OI.abs())
         T_OI.masked_fill_(~keep_OI, 0.0)  # D = the best of W, V = 0
         rho = before = self.rho
-        grown, inverse_II = False, scaled.inverse_II
+        grown, divider = False, _Divider(scaled.lower_II, len(W_OI))
         scores_OI = torch.empty_like(T_OI)
         iteration = 0
         for iteration in range(1, self.iterations + 1):
-            _iterate(T_OI, keep_OI, WH_OI, inverse_II, rho, before, scores_OI)
+            _iterate(T_OI, keep_OI, WH_OI, divider, rho, before, scores_OI)
             before = rho
             keep_OI = select(scores_OI)
             if iteration % _CHECK:
@@ -161,29 +162,49 @@ class Alps:
                     T_OI = (W_OI * scaled.scale_I).masked_fill_(~first_OI, 0.0)
                     keep_OI = checked_OI = first_OI
                     before = rho
-            fresh_II = scaled.inverse_at(rho)
-            if fresh_II is None:
+            fresh = scaled.divider(rho, len(W_OI))
+            if fresh is None:
                 break
-            inverse_II = fresh_II
+            divider = fresh
         return T_OI, keep_OI, iteration, rho
 
 
-def _inverse(H_II: Tensor, scale_I: Tensor, ridge: float, rho: float) -> Tensor | None:
-    """(H' + ρI)⁻¹ with H' = (H + ridge·I)/(scale scaleᵀ), or None when H' + ρI is not positive definite."""
+def _factor(H_II: Tensor, scale_I: Tensor, ridge: float, rho: float) -> Tensor | None:
+    """Lower Cholesky factor of H' + ρI, H' = (H + ridge·I)/(scale scaleᵀ); None if not positive definite."""
     A_II = H_II / scale_I
     A_II /= scale_I[:, None]
     A_II.diagonal().add_(ridge / scale_I.square() + rho)
+    lower_II: Tensor
     lower_II, info = torch.linalg.cholesky_ex(A_II)
-    if int(info) or not bool(torch.isfinite(lower_II.diagonal()).all()):
-        return None
-    return torch.cholesky_inverse(lower_II, out=A_II)
+    return None if int(info) or not bool(torch.isfinite(lower_II.diagonal()).all()) else lower_II
+
+
+class _Divider:
+    """A_RI ↦ A (H' + ρI)⁻¹.
+
+    A weight with fewer rows than columns is solved against the factor; for a taller one it pays to form the
+    inverse once, which costs as much as solving for a square weight, and to multiply by it until ρ changes.
+    """
+
+    def __init__(self, lower_II: Tensor, rows: int) -> None:
+        self.lower_II = lower_II
+        self.inverse_II: Tensor | None = None
+        if rows >= len(lower_II):
+            identity = torch.eye(len(lower_II), device=lower_II.device)
+            self.inverse_II = torch.cholesky_solve(identity, lower_II)
+
+    def __call__(self, A_RI: Tensor, out: Tensor) -> None:
+        if self.inverse_II is None:
+            out.copy_(torch.cholesky_solve(A_RI.T, self.lower_II).T)
+        else:
+            torch.mm(A_RI, self.inverse_II, out=out)
 
 
 def _iterate(
     T_OI: Tensor,
     keep_OI: Tensor,
     WH_OI: Tensor,
-    inverse_II: Tensor,
+    divider: _Divider,
     rho: float,
     before: float,
     scores_OI: Tensor,
@@ -196,7 +217,7 @@ def _iterate(
         V_RI = T_RI.masked_fill(keep_OI[part], 0.0).mul_(before)
         # ρD − V, in the place of T: D is what T keeps, V what it does not
         T_RI.mul_(keep_OI[part]).mul_(rho).sub_(V_RI).add_(WH_OI[part])
-        torch.mm(T_RI, inverse_II, out=out_RI)
+        divider(T_RI, out_RI)
         torch.add(out_RI, V_RI, alpha=1 / rho, out=T_RI)
         torch.abs(T_RI, out=out_RI)
 
