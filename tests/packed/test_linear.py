@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy as copy_module
+
 import pytest
 import torch
 from torch import nn
 
 from tawny.errors import UserError
 from tawny.packed import DenseLinear, PackedLinear, pack, pack_linear, unpack
+from tawny.packed.kernels import native
 from tests.packed.cases import KINDS, weight
 
 
@@ -69,6 +73,29 @@ def test_an_empty_one_is_filled_by_a_packed_tensor_without_a_copy():
     assert empty.values.data_ptr() == source.tensors["values"].data_ptr()
     with pytest.raises(UserError, match="does not fit"):
         empty.fill(pack(weight((24, 96), 0.5), "int8"))
+
+
+def test_what_was_looked_up_for_speed_follows_the_buffers():
+    first, second = PackedLinear.from_linear(linear(), "f32"), PackedLinear.from_linear(linear(), "int8")
+    x = torch.randn(1, 96)
+    before = first(x)
+    copy = copy_module(first)
+    other = pack(weight((24, 96), 0.3, 9), "f32")
+    first.fill(other)
+    expected = torch.nn.functional.linear(x, unpack(other), first.bias)
+    assert torch.allclose(first(x), expected, atol=1e-5)
+    assert torch.equal(copy(x), before)
+    again = pickle.loads(pickle.dumps(first))
+    assert torch.equal(again(x), first(x))
+    first.values.data = first.values.clone() * 2
+    assert torch.allclose(first(x) - first.bias, 2 * (expected - first.bias), atol=1e-5)
+    with native.force("torch"):
+        assert torch.allclose(second(x), reference_of(second, x), atol=1e-5)
+    assert torch.allclose(second(x), reference_of(second, x), atol=2e-3)
+
+
+def reference_of(module: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, module.dense(torch.float32), module.bias)
 
 
 def test_casting_a_model_changes_the_bias_and_never_the_packed_tensors():

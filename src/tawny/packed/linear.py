@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from . import format
 from .format import PackedTensor, Values
-from .kernels import ops
+from .kernels import native, ops
 
 # Sparsity from which a packed matrix-vector product beats our best dense one (benchmarks/kernels.py, batch 1).
 BREAK_EVEN: dict[str, float] = {"bf16": 0.10, "f16": 0.10, "f32": 0.10, "int8": 0.0}
@@ -44,7 +44,8 @@ class PackedLinear(nn.Module):
         self.group = packed.group
         for name in _TENSORS:
             self.register_buffer(name, packed.tensors.get(name))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._call: ops.Call | None = None
 
     @classmethod
     def from_linear(
@@ -106,21 +107,29 @@ class PackedLinear(nn.Module):
         return format.unpack(self.packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        arguments = (
-            x,
-            self.masks,
-            self.values,
-            self.offsets,
-            self.scales,
-            self.sums,
-            self.bias,
-            self.out_features,
-            self.in_features,
-        )
-        if _plain(x):
-            return ops.packed_linear(*arguments)
+        buffers, bias = self._buffers, self._parameters["bias"]
+        plain = _plain(x)
+        if plain and native.chosen() and x.device.type == "cpu":
+            if (call := self._call) is None or not call.fits(buffers):
+                call = self._prepare()
+            if call is not None and (y := call(x, bias)) is not None:
+                return y
+        arguments = (x, *(buffers[name] for name in _TENSORS), bias, self.out_features, self.in_features)
+        if plain:
+            return ops.packed_linear(*arguments)  # type: ignore[arg-type]
         result: Tensor = torch.ops.tawny.packed_linear(*arguments)
         return result
+
+    def _prepare(self) -> ops.Call | None:
+        """Look everything up once; again after a buffer was replaced. Nothing to do for weights that are elsewhere."""
+        self._call = None
+        if self.masks.device.type == "cpu":
+            tensors = (self.masks, self.values, self.offsets, self.scales, self.sums)
+            self._call = ops.Call(tensors, self.out_features, self.in_features)
+        return self._call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_call": None}  # addresses mean nothing to a copy
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedLinear:
         """Move buffers between devices but never change their types: the format fixes those."""

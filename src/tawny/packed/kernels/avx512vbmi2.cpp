@@ -395,18 +395,18 @@ void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, 
 // ---------------------------------------------------------------------------------------------- dense bfloat16
 
 template <int S, int T>
-void dense_rows(const Dense& d, const Input& x, const Output& out, int64_t first, int64_t second) {
-    constexpr int U = T <= 2 ? 4 : 2;
+void dense_rows(const Dense& d, const Input& x, const Output& out, int64_t first, int64_t step) {
+    constexpr int U = S * T >= 8 ? 2 : 4;
     __m512 sum[S][T][U];
-    const int64_t rows[2] = {first, second};
-    const uint16_t* w[2] = {(const uint16_t*)d.weight + first * d.cols, (const uint16_t*)d.weight + second * d.cols};
+    const uint16_t* w[S];
+    for (int s = 0; s < S; s++) w[s] = (const uint16_t*)d.weight + (first + s * step) * d.cols;
     for (int s = 0; s < S; s++)
         for (int t = 0; t < T; t++)
             for (int u = 0; u < U; u++) sum[s][t][u] = _mm512_setzero_ps();
     const uint16_t* x0 = (const uint16_t*)x.data;
     int64_t k = 0;
     for (; k + 32 * U <= d.cols; k += 32 * U)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int s = 0; s < S; s++)
 #pragma GCC unroll 4
             for (int u = 0; u < U; u++) {
@@ -429,7 +429,7 @@ void dense_rows(const Dense& d, const Input& x, const Output& out, int64_t first
         for (int t = 0; t < T; t++) {
             __m512 total = sum[s][t][0];
             for (int u = 1; u < U; u++) total = _mm512_add_ps(total, sum[s][t][u]);
-            store(out, t, rows[s], _mm512_reduce_add_ps(total));
+            store(out, t, first + s * step, _mm512_reduce_add_ps(total));
         }
 }
 
@@ -438,9 +438,10 @@ void dense_range(const Dense& d, const Input& x, const Output& out, int64_t from
     Input part = {(const uint16_t*)x.data + t0 * x.stride, nullptr, T, x.stride, x.form};
     Output place = out;
     place.data = (uint8_t*)out.data + t0 * out.rows * value_size(out.kind);
-    int64_t half = (to - from) / 2;
-    for (int64_t r = from; r < from + half; r++) dense_rows<2, T>(d, part, place, r, r + half);
-    if ((to - from) & 1) dense_rows<1, T>(d, part, place, to - 1, to - 1);
+    constexpr int S = T == 1 ? 4 : 2;
+    int64_t step = (to - from) / S;
+    for (int64_t r = from; r < from + step; r++) dense_rows<S, T>(d, part, place, r, step);
+    for (int64_t r = from + S * step; r < to; r++) dense_rows<1, T>(d, part, place, r, 0);
 }
 
 void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int64_t to) {

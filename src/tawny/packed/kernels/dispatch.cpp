@@ -183,7 +183,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 2; }
+int32_t tawny_abi() { return 3; }
 
 int32_t tawny_supported() { return supported(); }
 
@@ -200,19 +200,32 @@ void tawny_set_openmp(void* parallel, void* number, void* count) {
 }
 
 // y [tokens, rows] = x [tokens, cols] Wᵀ + bias; x, y and bias are contiguous and of one kind.
+int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* y, int32_t xkind, int64_t tokens,
+                        int32_t threads) {
+    if (!chosen) return 1;
+    if (!valid(*p) || xkind < F32 || xkind > F16 || tokens < 0) return 2;
+    if (tokens == 0) return 0;
+    Input input;
+    if (int32_t error = prepare(input, chosen->form(p->kind, xkind, tokens), x, xkind, tokens, p->cols)) return error;
+    Output output = {y, bias, p->rows, xkind};
+    Job job = {p, nullptr, &input, &output, nullptr, 0, 0, 0, p->groups, 0, 0};
+    if (tokens > 2) job.tile = (size_t)p->blocks * 64 * 4 * 4;
+    return run(job, cost(*p, p->groups), threads);
+}
+
+// The same, with the weight spelled out.
 int32_t tawny_packed(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
                      int64_t rows, int64_t cols, int32_t kind, int32_t span, const void* x, const void* bias, void* y,
                      int32_t xkind, int64_t tokens, int32_t threads) {
-    if (!chosen) return 1;
     Packed p = describe(masks, values, offsets, scales, sums, rows, cols, kind, span);
-    if (!valid(p) || xkind < F32 || xkind > F16 || tokens < 0) return 2;
-    if (tokens == 0) return 0;
-    Input input;
-    if (int32_t error = prepare(input, chosen->form(kind, xkind, tokens), x, xkind, tokens, cols)) return error;
-    Output output = {y, bias, rows, xkind};
-    Job job = {&p, nullptr, &input, &output, nullptr, 0, 0, 0, p.groups, 0, 0};
-    if (tokens > 2) job.tile = (size_t)p.blocks * 64 * 4 * 4;
-    return run(job, cost(p, p.groups), threads);
+    return tawny_packed_at(&p, x, bias, y, xkind, tokens, threads);
+}
+
+// Fill a `Packed`, so that a caller can keep it; `out` has room for `tawny_describe(nullptr, …)` bytes.
+int32_t tawny_describe(Packed* out, const void* masks, const void* values, const void* offsets, const void* scales,
+                       const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span) {
+    if (out) *out = describe(masks, values, offsets, scales, sums, rows, cols, kind, span);
+    return (int32_t)sizeof(Packed);
 }
 
 // Rows [4 * from, min(4 * to, rows)) written out densely, in float32, bfloat16 or float16.

@@ -38,7 +38,7 @@ from torch import Tensor
 from ...errors import MissingFeature, TawnyError, UserError, nearest
 
 LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2")  # index = level in the library
-ABI = 2
+ABI = 3
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 
@@ -61,6 +61,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     weight = [pointer] * 5 + [i64, i64, i32, i32]
     found.tawny_packed.argtypes = [*weight, pointer, pointer, pointer, i32, i64, i32]
+    found.tawny_packed_at.argtypes = [pointer, pointer, pointer, pointer, i32, i64, i32]
+    found.tawny_describe.argtypes = [pointer, *weight]
     found.tawny_expand.argtypes = [*weight, i64, i64, pointer, i32, i64, i32]
     found.tawny_dense.argtypes = [pointer, i64, i64, i32, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]

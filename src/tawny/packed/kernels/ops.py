@@ -10,8 +10,9 @@ Results do not depend on the number of threads; they do depend, in the last bits
 
 from __future__ import annotations
 
-__all__ = ["DIRECT", "dense_linear", "expand", "packed_linear"]
+__all__ = ["DIRECT", "Call", "dense_linear", "expand", "packed_linear"]
 
+import ctypes
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from . import native, reference
 DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
 DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faster
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "int8"}
 
 
@@ -132,6 +134,61 @@ def packed_linear(
     )
     native.raise_for(code, f"a packed linear of shape ({rows}, {cols})")
     return y
+
+
+class Call:
+    """The product with one packed weight with everything looked up beforehand: the path of eager decoding.
+
+    It keeps the tensors whose addresses it uses alive; `fits` says whether they are still the module's own.
+    """
+
+    __slots__ = ("_at", "_held", "_library", "_memory", "cols", "kernel", "rows", "tensors")
+
+    def __init__(
+        self, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], rows: int, cols: int
+    ) -> None:
+        self.tensors, self.rows, self.cols = tensors, rows, cols
+        self.kernel = native.kernel_name()
+        self._library = native.library()
+        weight = _weight(*tensors, rows, cols)
+        self._memory = ctypes.create_string_buffer(self._library.tawny_describe(None, *weight))
+        self._at = ctypes.addressof(self._memory)
+        self._library.tawny_describe(self._at, *weight)
+        self._held = tuple(tensor.data_ptr() for tensor in tensors[:3])
+
+    def fits(self, buffers: dict[str, Tensor | None]) -> bool:
+        """False once a buffer was replaced, or moved under its name."""
+        masks, values, offsets, scales, sums = self.tensors
+        return (
+            buffers["masks"] is masks
+            and buffers["values"] is values
+            and buffers["offsets"] is offsets
+            and buffers["scales"] is scales
+            and buffers["sums"] is sums
+            and (masks.data_ptr(), values.data_ptr(), offsets.data_ptr()) == self._held
+        )
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """None where this path does not apply, and the general one must be taken."""
+        dtype, shape = x.dtype, x.shape
+        tokens = x.numel() // self.cols
+        if tokens > DIRECT or shape[-1] != self.cols or dtype not in _FLOATS or not x.is_contiguous():
+            return None
+        if bias is not None and bias.dtype is not dtype:
+            return None
+        y = x.new_empty((*shape[:-1], self.rows))
+        code = self._library.tawny_packed_at(
+            self._at,
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            KINDS[dtype],
+            tokens,
+            torch.get_num_threads(),
+        )
+        if code:
+            native.raise_for(code, f"a packed linear of shape ({self.rows}, {self.cols})")
+        return y
 
 
 CHUNK_ROWS = 512
