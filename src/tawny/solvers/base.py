@@ -20,7 +20,16 @@ from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError
 from tawny.patterns import Pattern, Scope
 
-__all__ = ["Needs", "Solution", "Solver", "energy", "input_norms", "reconstruction_error", "require_finite"]
+__all__ = [
+    "Needs",
+    "Solution",
+    "Solver",
+    "energy",
+    "input_norms",
+    "masked",
+    "reconstruction_error",
+    "require_finite",
+]
 
 
 @dataclass
@@ -60,6 +69,11 @@ def require_finite(values: Tensor, what: str) -> None:
     if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         raise NumericalError(f"{bad} of {values.numel()} numbers of the {what} are NaN or infinite")
+
+
+def masked(W_OI: Tensor, keep_OI: Tensor) -> Tensor:
+    """The weight where kept, else +0. A product is vectorised where a masked fill is not; +0 mends its −0."""
+    return torch.mul(W_OI, keep_OI).add_(0.0)
 
 
 def input_norms(statistics: Statistics | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, removed_count
-from tawny.solvers.base import Needs, Solution, require_finite
+from tawny.solvers.base import Needs, Solution, masked, require_finite
 
 __all__ = ["Magnitude"]
 
@@ -43,4 +43,4 @@ class Magnitude:
             pattern = pattern.with_default(self.default_scope)
         # Zeros need no special care here: |0| is the lowest score there is.
         keep_OI = keep_mask(W_OI.abs(), pattern, removed_count(W_OI.numel(), sparsity))
-        return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)
+        return Solution(masked(W_OI, keep_OI), keep_OI)

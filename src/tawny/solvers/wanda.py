@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, keep_mask_rows, removed_count, zeros_first
-from tawny.solvers.base import Needs, Solution, input_norms, require_finite
+from tawny.solvers.base import Needs, Solution, input_norms, masked, require_finite
 
 __all__ = ["Wanda"]
 
@@ -58,4 +58,4 @@ class Wanda:
                 scores_OI[:, silent_I] = -1 / W_OI[:, silent_I].abs()
             zeros_first(scores_OI, W_OI)
             keep_OI = keep_mask(scores_OI, pattern, removed_count(W_OI.numel(), sparsity))
-        return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)
+        return Solution(masked(W_OI, keep_OI), keep_OI)
