@@ -154,35 +154,41 @@ def keep_mask(scores_OI: Tensor, pattern: Pattern, removed: int) -> Tensor:
 
 def keep_mask_rows(scores_OI: Tensor, removed_O: Tensor) -> Tensor:
     """As `keep_mask`, with a count of its own for every row."""
+    counts = sorted(set(removed_O.tolist()))
+    if counts[-1] - counts[0] <= 1:
+        return _keep_highest(scores_OI, counts[0], None if len(counts) == 1 else removed_O > counts[0])
     keep_OI = torch.empty(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
-    for count in torch.unique(removed_O).tolist():
+    for count in counts:
         rows = (removed_O == count).nonzero().squeeze(1).to(scores_OI.device)
-        every = len(rows) == len(scores_OI)
-        part = scores_OI if every else scores_OI[rows]
-        kept = _keep_highest(part, int(count))
-        if every:
-            return kept
-        keep_OI[rows] = kept
+        keep_OI[rows] = _keep_highest(scores_OI[rows], count)
     return keep_OI
 
 
-def _keep_highest(scores_OI: Tensor, removed: int) -> Tensor:
-    """Remove the same number of lowest scores from every row."""
-    if removed <= 0:
-        return torch.ones(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
-    if removed >= scores_OI.shape[1]:
-        return torch.zeros(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
-    threshold_O1 = _kth_smallest(scores_OI, removed)
+def _keep_highest(scores_OI: Tensor, removed: int, one_more_O: Tensor | None = None) -> Tensor:
+    """Remove the same number of lowest scores from every row, or one more where `one_more_O` says so."""
+    out, width = scores_OI.shape
+    kept = out * (width - removed)
+    if one_more_O is None:
+        if removed == 0 or removed == width:
+            return torch.full(scores_OI.shape, removed == 0, dtype=torch.bool, device=scores_OI.device)
+        threshold_O1 = _kth_smallest(scores_OI, removed)[:, :1]
+    else:
+        one_more_O = one_more_O.to(scores_OI.device)
+        kept -= int(one_more_O.sum())
+        both_O2 = _kth_smallest(scores_OI, removed, and_next=True)
+        threshold_O1 = torch.where(one_more_O, both_O2[:, 1], both_O2[:, 0])[:, None]
     keep_OI = scores_OI > threshold_O1
-    # At most width − removed scores of a row exceed its threshold, so the total tells whether all rows are right.
-    if int(torch.count_nonzero(keep_OI)) < len(keep_OI) * (scores_OI.shape[1] - removed):
-        _keep_last_equals(keep_OI, scores_OI == threshold_O1, scores_OI.shape[1] - removed)
+    # No row keeps more than it should, so the total tells whether equal scores made any of them keep less.
+    if int(torch.count_nonzero(keep_OI)) < kept:
+        kept_O = torch.full((out,), width - removed, device=scores_OI.device)
+        kept_O -= 0 if one_more_O is None else one_more_O.long()
+        _keep_last_equals(keep_OI, scores_OI == threshold_O1, kept_O)
     return keep_OI
 
 
-def _keep_last_equals(keep_OI: Tensor, equal_OI: Tensor, kept: int) -> None:
-    """Where scores equal the threshold, keep as many of the last ones as `kept` still lacks in their row."""
-    lacking_O = kept - keep_OI.sum(1)
+def _keep_last_equals(keep_OI: Tensor, equal_OI: Tensor, kept_O: Tensor) -> None:
+    """Where scores equal the threshold, keep as many of the last ones as the row still lacks of `kept_O`."""
+    lacking_O = kept_O - keep_OI.sum(1)
     row_E, column_E = (equal_OI & (lacking_O > 0)[:, None]).nonzero().unbind(1)
     count_O = torch.bincount(row_E, minlength=len(keep_OI))
     from_the_end_E = count_O.cumsum(0)[row_E] - torch.arange(len(row_E), device=row_E.device)
@@ -190,21 +196,29 @@ def _keep_last_equals(keep_OI: Tensor, equal_OI: Tensor, kept: int) -> None:
     keep_OI[row_E[last_E], column_E[last_E]] = True
 
 
-def _kth_smallest(scores_OI: Tensor, k: int) -> Tensor:
-    """[out, 1]: the k-th smallest score of every row, k from 1."""
-    if scores_OI.device.type != "cpu":
-        return scores_OI.kthvalue(k, dim=1, keepdim=True).values
+def _kth_smallest(scores_OI: Tensor, k: int, and_next: bool = False) -> Tensor:
+    """[out, 2]: the k-th smallest score of every row, k from 1 (0: −∞), and the one after it if asked for."""
     rows, width = scores_OI.shape
+    found_O2 = scores_OI.new_full((rows, 2), -torch.inf)
+    if scores_OI.device.type != "cpu":
+        for column, rank in enumerate((k, k + 1)[: 1 + and_next]):
+            if rank:
+                found_O2[:, column] = scores_OI.kthvalue(rank, dim=1).values
+        return found_O2
     if rows == 1 and width >= 2**17:
-        return _kth_smallest_of_many(scores_OI.reshape(-1), k).view(1, 1)
+        found_O2[0, 0] = _kth_smallest_of_many(scores_OI.reshape(-1), k)
+        return found_O2
     # numpy's partition is twice as fast as kthvalue here and needs no order; a chunk fits a core's cache.
     chunk = max(1, 2**17 // width)
-    threshold_O1 = scores_OI.new_empty(rows, 1)
 
     def select(start: int) -> None:
         part = scores_OI[start : start + chunk].clone()
-        part.numpy().partition(k - 1, axis=1)
-        threshold_O1[start : start + chunk] = part[:, k - 1 : k]
+        found = found_O2[start : start + chunk]
+        if k:
+            part.numpy().partition(k - 1, axis=1)
+            found[:, 0] = part[:, k - 1]
+        if and_next:
+            torch.amin(part[:, k:], dim=1, out=found[:, 1])
 
     starts = range(0, rows, chunk)
     if len(starts) == 1:
@@ -212,7 +226,7 @@ def _kth_smallest(scores_OI: Tensor, k: int) -> Tensor:
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(select, starts))
-    return threshold_O1
+    return found_O2
 
 
 def _kth_smallest_of_many(scores_N: Tensor, k: int) -> Tensor:

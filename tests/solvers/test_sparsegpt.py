@@ -145,7 +145,7 @@ def test_damping_does_not_depend_on_the_scale_of_the_inputs() -> None:
 
 
 def test_the_shape_of_a_linear_may_be_anything() -> None:
-    for out, width in ((1, 1), (1, 300), (300, 1), (2, 129)):
+    for out, width in ((1, 1), (1, 300), (300, 1), (2, 129), (2, 1100)):
         W = torch.randn(out, width, generator=torch.Generator().manual_seed(0))
         H = torch.eye(width) + 0.1
         solution = SparseGPT().solve(W, Statistics(9, H.diagonal(), H), Unstructured(), 0.5)
@@ -168,3 +168,17 @@ def test_the_damped_loss_is_what_the_factor_says() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="expected"):
         SparseGPT(**options)
+
+
+def test_a_wide_hessian_is_factorised_in_panels() -> None:
+    """Wider than eight panels, and no multiple of one."""
+    _, statistics = lifelike(3, 1100)
+    assert statistics.hessian is not None
+    RT = SparseGPT().prepare(statistics).RT_II.double().tril()
+    H = statistics.hessian.double()
+    H += 0.01 * H.diagonal().mean() * torch.eye(1100)
+    assert (RT.T @ RT - H).abs().max() < 1e-5 * H.abs().max()
+    narrow = Statistics(9, torch.ones(1100), torch.eye(1100))
+    assert narrow.hessian is not None
+    narrow.hessian[3, 900] = narrow.hessian[900, 3] = 1.05
+    assert SparseGPT().prepare(narrow).damp == pytest.approx(0.1)

@@ -238,8 +238,9 @@ def _factorise(H_II: Tensor) -> Tensor | None:
     A Cholesky factorisation from the last corner to the first, a panel of rows of Rᵀ at a time, so that nearly all
     of it is one matrix product a panel: on a wide matrix that is 1.5 times as fast as torch's and needs no copy.
     """
-    for start in reversed(range(0, len(H_II), _PANEL)):
-        stop = min(start + _PANEL, len(H_II))
+    size = _PANEL if len(H_II) > 8 * _PANEL else len(H_II)
+    for start in reversed(range(0, len(H_II), size)):
+        stop = min(start + size, len(H_II))
         H_II[start:stop, :stop].addmm_(H_II[stop:, start:stop].t(), H_II[stop:, :stop], alpha=-1)
         lower_JJ, info = torch.linalg.cholesky_ex(H_II[start:stop, start:stop].flip(0, 1))
         if int(info) or not torch.isfinite(lower_JJ.sum()):
