@@ -93,7 +93,8 @@ def test_an_error_with_json_is_the_document(capsys):
     assert json.loads(out) == {"error": "no such folder", "exit_code": 2} and "no such folder" in err
 
 
-def test_tables_are_plain_when_piped_and_names_stay_whole(capsys):
+def test_tables_are_plain_when_piped_and_names_stay_whole(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # parallel test workers are given one
     name = "model.layers.29.some.deeply.nested.module.of.a.long.name.self_attn.q_proj"
     linear = {
         "name": name,
