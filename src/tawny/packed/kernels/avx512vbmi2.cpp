@@ -256,15 +256,28 @@ void multiply_bf16(const Packed& p, const uint16_t* tile, const Input& x, const 
         }
 }
 
+void multiply_any(int64_t share, const Packed& p, const uint16_t* tile, const Input& x, const Output& out,
+                  int64_t group, int64_t t0) {
+    switch (share) {
+        case 1: return multiply_bf16<1>(p, tile, x, out, group, t0);
+        case 2: return multiply_bf16<2>(p, tile, x, out, group, t0);
+        case 3: return multiply_bf16<3>(p, tile, x, out, group, t0);
+        case 4: return multiply_bf16<4>(p, tile, x, out, group, t0);
+        case 5: return multiply_bf16<5>(p, tile, x, out, group, t0);
+        default: return multiply_bf16<6>(p, tile, x, out, group, t0);
+    }
+}
+
 template <int KIND>
 void tile_bf16(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, uint16_t* tile) {
-    for (int64_t g = from; g < to; g++) {
-        expand_group16<KIND>(p, g, tile, p.blocks * 64, 4, false);
-        int64_t t = 0;
-        for (; t + 6 <= x.tokens; t += 6) multiply_bf16<6>(p, tile, x, out, g, t);
-        if (t + 4 <= x.tokens) multiply_bf16<4>(p, tile, x, out, g, t), t += 4;
-        if (t + 2 <= x.tokens) multiply_bf16<2>(p, tile, x, out, g, t), t += 2;
-        if (t < x.tokens) multiply_bf16<1>(p, tile, x, out, g, t);
+    int64_t together = tile_groups(p.blocks, 2), size = p.blocks * 64 * 4;
+    for (; from < to; from += together) {
+        int64_t n = to - from < together ? to - from : together;
+        for (int64_t i = 0; i < n; i++) expand_group16<KIND>(p, from + i, tile + i * size, p.blocks * 64, 4, false);
+        for (int64_t t = 0, share; t < x.tokens; t += share) {
+            share = token_share(x.tokens - t, 6);
+            for (int64_t i = 0; i < n; i++) multiply_any(share, p, tile + i * size, x, out, from + i, t);
+        }
     }
 }
 

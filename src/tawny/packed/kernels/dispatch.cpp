@@ -209,7 +209,8 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
     if (int32_t error = prepare(input, chosen->form(p->kind, xkind, tokens), x, xkind, tokens, p->cols)) return error;
     Output output = {y, bias, p->rows, xkind};
     Job job = {p, nullptr, &input, &output, nullptr, 0, 0, 0, p->groups, 0, 0};
-    if (tokens > 2) job.tile = (size_t)p->blocks * 64 * 4 * 4;
+    int64_t size = input.form == FORM_F32 ? 4 : 2;
+    if (tokens > 2) job.tile = (size_t)(tile_groups(p->blocks, size) * p->blocks * 64 * 4 * size);
     return run(job, cost(*p, p->groups), threads);
 }
 

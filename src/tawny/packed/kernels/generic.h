@@ -215,6 +215,20 @@ struct Generic {
             }
     }
 
+    static void multiply_any(int64_t share, const Packed& p, const float* tile, const Input& x, const Output& out,
+                             int64_t group, int64_t t0) {
+        switch (share) {
+            case 1: return multiply<1>(p, tile, x, out, group, t0);
+            case 2: return multiply<2>(p, tile, x, out, group, t0);
+        }
+        if constexpr (I::registers >= 32) switch (share) {
+            case 3: return multiply<3>(p, tile, x, out, group, t0);
+            case 4: return multiply<4>(p, tile, x, out, group, t0);
+            case 5: return multiply<5>(p, tile, x, out, group, t0);
+            case 6: return multiply<6>(p, tile, x, out, group, t0);
+        }
+    }
+
     template <int KIND, bool SPAN>
     static void run(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, float* tile) {
         if (x.tokens == 1) return direct_range<KIND, SPAN, 1>(p, x, out, from, to);
@@ -223,13 +237,15 @@ struct Generic {
             if (x.tokens == 3) return direct_range<KIND, SPAN, 3>(p, x, out, from, to);
             if (x.tokens == 4) return direct_range<KIND, SPAN, 4>(p, x, out, from, to);
         }
-        for (int64_t g = from; g < to; g++) {
-            expand_group<KIND, SPAN>(p, g, tile);
-            int64_t t = 0;
-            if constexpr (I::registers >= 32)
-                for (; t + 6 <= x.tokens; t += 6) multiply<6>(p, tile, x, out, g, t);
-            for (; t + 2 <= x.tokens; t += 2) multiply<2>(p, tile, x, out, g, t);
-            for (; t < x.tokens; t++) multiply<1>(p, tile, x, out, g, t);
+        constexpr int most = I::registers >= 32 ? 6 : 2;
+        int64_t together = tile_groups(p.blocks, 4), size = p.blocks * 64 * 4;
+        for (; from < to; from += together) {
+            int64_t n = to - from < together ? to - from : together;
+            for (int64_t i = 0; i < n; i++) expand_group<KIND, SPAN>(p, from + i, tile + i * size);
+            for (int64_t t = 0, share; t < x.tokens; t += share) {
+                share = token_share(x.tokens - t, most);
+                for (int64_t i = 0; i < n; i++) multiply_any(share, p, tile + i * size, x, out, from + i, t);
+            }
         }
     }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = ["DIRECT", "Call", "dense_linear", "expand", "packed_linear"]
 
 import ctypes
+import threading
 from typing import Any
 
 import torch
@@ -191,7 +192,20 @@ class Call:
         return y
 
 
-CHUNK_ROWS = 512
+CHUNK_BYTES = (
+    8 << 20
+)  # of expanded rows at a time: enough for an efficient product, little enough to stay in cache
+_scratch = threading.local()
+
+
+def _buffer(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """Memory for expanded rows, kept from call to call: fresh pages would cost more than the expansion."""
+    kept: Tensor | None = getattr(_scratch, "buffer", None)
+    count = rows * cols * dtype.itemsize
+    if kept is None or kept.numel() < count:
+        with torch.inference_mode(False):
+            kept = _scratch.buffer = torch.empty(count, dtype=torch.uint8, device="cpu")
+    return kept[:count].view(dtype).view(rows, cols)
 
 
 def _expand_then_multiply(
@@ -199,25 +213,21 @@ def _expand_then_multiply(
 ) -> Tensor:
     """Prefill: expand some rows, multiply, and so on; the dense weight never exists as a whole."""
     rows, cols = int(weight[5] or 0), x_TI.shape[1]
+    chunk = min(rows, max(64, CHUNK_BYTES // (cols * x_TI.element_size()) // 64 * 64))
     y_TO = x_TI.new_empty(x_TI.shape[0], rows)
-    buffer = x_TI.new_empty(min(CHUNK_ROWS, rows), cols)
-    run, threads = native.library().tawny_expand, torch.get_num_threads()
-    for first in range(0, rows, CHUNK_ROWS):
-        last = min(first + CHUNK_ROWS, rows)
-        code = run(
-            *weight,
-            first // 4,
-            min(-(-last // 4), groups),
-            buffer.data_ptr(),
-            KINDS[x_TI.dtype],
-            cols,
-            threads,
-        )
-        native.raise_for(code, f"expanding a packed weight of shape ({rows}, {cols})")
-        part = buffer[: last - first]
-        y_TO[:, first:last] = torch.nn.functional.linear(
-            x_TI, part, None if bias is None else bias[first:last]
-        )
+    buffer = _buffer(chunk, cols, x_TI.dtype)
+    run, kind, threads = native.library().tawny_expand, KINDS[x_TI.dtype], torch.get_num_threads()
+    with torch.no_grad():
+        for first in range(0, rows, chunk):
+            last = min(first + chunk, rows)
+            groups_of = first // 4, min(-(-last // 4), groups)
+            code = run(*weight, *groups_of, buffer.data_ptr(), kind, cols, threads)
+            native.raise_for(code, f"expanding a packed weight of shape ({rows}, {cols})")
+            part_IO, place_TO = buffer[: last - first].T, y_TO[:, first:last]
+            if bias is None:
+                torch.mm(x_TI, part_IO, out=place_TO)
+            else:
+                torch.addmm(bias[first:last], x_TI, part_IO, out=place_TO)
     return y_TO
 
 

@@ -25,6 +25,18 @@ struct Packed {
     int32_t kind, span;      // columns a scale covers: 0 (the row) or 128
 };
 
+// Groups of rows that are expanded together before they are multiplied: as many as leave most of L2 to the activations.
+static inline int64_t tile_groups(int64_t blocks, int64_t size) {
+    int64_t groups = (256 << 10) / (blocks * 64 * 4 * size);
+    return groups < 1 ? 1 : groups > 8 ? 8 : groups;
+}
+
+// Tokens taken together: at most `most`, and no short remainder (8 tokens are 4 + 4, not 6 + 2).
+static inline int64_t token_share(int64_t left, int64_t most) {
+    int64_t parts = (left + most - 1) / most;
+    return (left + parts - 1) / parts;
+}
+
 struct Dense {
     const void* weight;  // [rows, cols], row after row
     int64_t rows, cols;
