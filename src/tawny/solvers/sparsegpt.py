@@ -236,7 +236,7 @@ def _factorise(H_II: Tensor) -> Tensor | None:
     """Rᵀ (its lower part) with H = R Rᵀ, R upper, in place; None where H is not positive definite.
 
     A Cholesky factorisation from the last corner to the first, a panel of rows of Rᵀ at a time, so that nearly all
-    of it is one matrix product a panel: on a wide matrix that is 1.5 times as fast as torch's and needs no copy.
+    of it is one matrix product a panel, without a copy. Narrow matrices are one panel.
     """
     size = _PANEL if len(H_II) > 8 * _PANEL else len(H_II)
     for start in reversed(range(0, len(H_II), size)):
