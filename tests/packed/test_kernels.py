@@ -45,7 +45,8 @@ def agree(packed, x, bias=None):
         largest = x.double().abs().amax(-1, keepdim=True)
         allowed = allowed + largest / 32767 * 0.51 * W.abs().sum(1)
     # Expanding for a matrix product rounds the weight to the activations' type; so do tiles of int8 with group scales.
-    expanded = native.kernel_name() == "torch" or x.numel() > ops.DIRECT * packed.shape[1]
+    direct = ops.direct_tokens(x.dtype, packed.tensors["values"].dtype)
+    expanded = native.kernel_name() == "torch" or x.numel() > direct * packed.shape[1]
     if expanded or packed.group:
         allowed = (
             allowed + {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[x.dtype] * magnitude
@@ -77,6 +78,21 @@ def test_every_kernel_agrees_for_any_number_of_tokens(kernel, values, group):
         for dtype in DTYPES:
             for tokens in (*range(9), 12, 17, 31, 32, 33, 70):
                 agree(packed, activations(tokens, 250, dtype), bias.to(dtype))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("values,group", KINDS)
+def test_prefill_by_expanding_agrees_in_one_chunk_and_in_many(kernel, values, group, monkeypatch):
+    monkeypatch.setattr(ops, "DIRECT", 4)
+    monkeypatch.setattr(ops, "DIRECT_BF16", 4)
+    packed = pack(uneven((201, 130)), values, group)
+    bias = torch.randn(201)
+    with native.force(kernel):
+        for chunk in (1, 8 << 20):
+            monkeypatch.setattr(ops, "CHUNK_BYTES", chunk)
+            for dtype in DTYPES:
+                agree(packed, activations(9, 130, dtype), bias.to(dtype))
+                agree(packed, activations(9, 130, dtype))
 
 
 @settings(max_examples=40, deadline=None)
