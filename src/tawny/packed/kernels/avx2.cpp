@@ -56,6 +56,9 @@ struct Avx2 {
         _mm256_storeu_ps(buffer, v);
         for (int j = 0; j < 8; j++) ((uint16_t*)place)[j] = float_to_bf16(buffer[j]);
     }
+    static void store_four(const Output& out, int64_t token, int64_t group, const V* sums, const float* scales) {
+        ::store_four<Avx2>(out, token, group, sums, scales);
+    }
     template <int KIND>
     static inline __attribute__((always_inline)) V expand(const uint8_t* values, uint32_t bits) {
         if (KIND == F32) {

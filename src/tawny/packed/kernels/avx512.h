@@ -44,6 +44,50 @@ struct Avx512 {
         __m256i half = kind == BF16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
         _mm256_storeu_si256((__m256i*)place, half);
     }
+    // The sums of four vectors, side by side.
+    static inline __attribute__((always_inline)) __m128 reduce_four(V a, V b, V c, V d) {
+        V ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        V cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
+        V all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
+                                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+        return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    }
+    // Four neighbouring results of one token: with short rows, storing them one by one takes as long as the products.
+    static inline __attribute__((always_inline)) void store_values(const Output& out, int64_t token, int64_t group,
+                                                                   __m128 values) {
+        int64_t row = group * 4, at = token * out.rows + row;
+        if (row + 4 > out.rows) {
+            alignas(16) float tail[4];
+            _mm_store_ps(tail, values);
+            for (int r = 0; r < 4; r++) ::store(out, token, row + r, tail[r]);
+        } else if (out.kind == F32) {
+            if (out.bias) values = _mm_add_ps(values, _mm_loadu_ps((const float*)out.bias + row));
+            _mm_storeu_ps((float*)out.data + at, values);
+        } else if (out.kind == F16) {
+            if (out.bias)
+                values = _mm_add_ps(values, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i_u*)((const uint16_t*)out.bias + row))));
+            _mm_storeu_si64((uint16_t*)out.data + at, _mm_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+        } else {
+            if (out.bias) {
+                __m128i bias = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i_u*)((const uint16_t*)out.bias + row)));
+                values = _mm_add_ps(values, _mm_castsi128_ps(_mm_slli_epi32(bias, 16)));
+            }
+            __m128i bits = _mm_castps_si128(values), odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+            __m128i rounded = _mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd);
+            __m128i nan = _mm_castps_si128(_mm_cmpunord_ps(values, values));
+            rounded = _mm_blendv_epi8(rounded, _mm_or_si128(bits, _mm_set1_epi32(0x400000)), nan);
+            rounded = _mm_srli_epi32(rounded, 16);
+            _mm_storeu_si64((uint16_t*)out.data + at, _mm_packus_epi32(rounded, rounded));
+        }
+    }
+    static inline __attribute__((always_inline)) void store_four(const Output& out, int64_t token, int64_t group,
+                                                                 const V* sums, const float* scales) {
+        __m128 values = reduce_four(sums[0], sums[1], sums[2], sums[3]);
+        if (scales) values = _mm_mul_ps(values, _mm_loadu_ps(scales));
+        store_values(out, token, group, values);
+    }
     // Clear, then expand by merging: on Zen 4 the zero-masking form waits for the old value of its destination.
     template <int KIND>
     static inline __attribute__((always_inline)) V expand(const uint8_t* values, uint32_t bits) {

@@ -145,9 +145,13 @@ void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t fir
             values[s] = v;
         }
     }
+#pragma GCC unroll 4
     for (int s = 0; s < S; s++)
-        for (int r = 0; r < 4; r++)
-            for (int t = 0; t < T; t++) store(out, t, (first + s * step) * 4 + r, _mm512_reduce_add_ps(sum[s][r][t]));
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            const __m512 four[4] = {sum[s][0][t], sum[s][1][t], sum[s][2][t], sum[s][3][t]};
+            Avx512::store_four(out, t, first + s * step, four, nullptr);
+        }
 }
 
 // Groups are walked S at a time, as far apart as the range allows.
@@ -249,11 +253,11 @@ void multiply_bf16(const Packed& p, const uint16_t* tile, const Input& x, const 
             for (int r = 0; r < 4; r++) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)w[r], (__m512bh)v);
         }
     }
-    for (int r = 0; r < 4; r++)
-        for (int t = 0; t < T; t++) {
-            int64_t row = group * 4 + r;
-            store(out, t0 + t, row, _mm512_reduce_add_ps(sum[r][t]) * row_scale(p, row));
-        }
+#pragma GCC unroll 6
+    for (int t = 0; t < T; t++) {
+        const __m512 four[4] = {sum[0][t], sum[1][t], sum[2][t], sum[3][t]};
+        Avx512::store_four(out, t0 + t, group, four, group_scales(p, group));
+    }
 }
 
 void multiply_any(int64_t share, const Packed& p, const uint16_t* tile, const Input& x, const Output& out,
@@ -282,6 +286,14 @@ void tile_bf16(const Packed& p, const Input& x, const Output& out, int64_t from,
 }
 
 // ---------------------------------------------------------------------------------------------- int8, direct
+
+inline __attribute__((always_inline)) __m128i reduce_four(__m512i a, __m512i b, __m512i c, __m512i d) {
+    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
 
 template <int S, int T, bool SPAN, int LINES>
 void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
@@ -332,23 +344,25 @@ void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t fir
             values[s] = v;
         }
     }
+#pragma GCC unroll 2
     for (int s = 0; s < S; s++)
-        for (int r = 0; r < 4; r++)
-            for (int t = 0; t < T; t++) {
-                int64_t row = groups[s] * 4 + r;
-                double total;
-                if (SPAN) {
-                    total = (double)_mm512_reduce_add_ps(sum[s][r][t]) - 32768.0 * p.sums[row];
-                } else {
-                    // The sums of the bytes may wrap around 2^32; what is left after taking 128 back may not
-                    // (up to 66,000 columns), so wrapping arithmetic is exact.
-                    int32_t h = (int32_t)((uint32_t)_mm512_reduce_add_epi32(high[s][r][t]) -
-                                          128u * (uint32_t)(int32_t)p.sums[row]);
-                    int32_t l = _mm512_reduce_add_epi32(low[s][r][t]);
-                    total = (256.0 * h + l) * row_scale(p, row);
-                }
-                store(out, t, row, (float)(total * x.scales[t]));
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            __m128 sums = _mm_loadu_ps(p.sums + groups[s] * 4), total;
+            if (SPAN) {
+                total = Avx512::reduce_four(sum[s][0][t], sum[s][1][t], sum[s][2][t], sum[s][3][t]);
+                total = _mm_fnmadd_ps(_mm_set1_ps(32768.0f), sums, total);
+            } else {
+                // The sums of the high bytes may wrap around 2^32; what is left after taking 128 back may not (up to
+                // 66,000 columns), so wrapping arithmetic is exact.
+                __m128i h = reduce_four(high[s][0][t], high[s][1][t], high[s][2][t], high[s][3][t]);
+                __m128i l = reduce_four(low[s][0][t], low[s][1][t], low[s][2][t], low[s][3][t]);
+                h = _mm_sub_epi32(h, _mm_slli_epi32(_mm_cvtps_epi32(sums), 7));
+                total = _mm_fmadd_ps(_mm_cvtepi32_ps(h), _mm_set1_ps(256.0f), _mm_cvtepi32_ps(l));
+                total = _mm_mul_ps(total, _mm_loadu_ps((const float*)p.scales + groups[s] * 4));
             }
+            Avx512::store_values(out, t, groups[s], _mm_mul_ps(total, _mm_set1_ps(x.scales[t])));
+        }
 }
 
 template <int T, bool SPAN, int LINES>

@@ -85,6 +85,17 @@ inline const uint8_t* values_of(const Packed& p, int64_t group) {
     return (const uint8_t*)p.values + p.offsets[group] * value_size(p.kind);
 }
 
+// Four rows of a group at once, the slow way; instruction sets with a better one have their own.
+template <class I>
+inline void store_four(const Output& out, int64_t token, int64_t group, const typename I::V* sums, const float* scales) {
+    for (int r = 0; r < 4; r++) store(out, token, group * 4 + r, I::reduce(sums[r]) * (scales ? scales[r] : 1.0f));
+}
+
+// The scales of a group's rows still to be multiplied with once the last column is done, or null.
+inline const float* group_scales(const Packed& p, int64_t group) {
+    return p.kind == INT8 && p.span == 0 ? (const float*)p.scales + group * 4 : nullptr;
+}
+
 // The factor a row's accumulated products still need once its last column is done.
 inline float row_scale(const Packed& p, int64_t row) {
     return p.kind == INT8 && p.span == 0 ? ((const float*)p.scales)[row] : 1.0f;
@@ -156,12 +167,13 @@ struct Generic {
                     });
                 }
         }
+#pragma GCC unroll 2
         for (int s = 0; s < S; s++)
-            for (int r = 0; r < 4; r++)
-                for (int t = 0; t < T; t++) {
-                    int64_t row = groups[s] * 4 + r;
-                    store(out, t, row, I::reduce(sum[s][r][t]) * row_scale(p, row));
-                }
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const V four[4] = {sum[s][0][t], sum[s][1][t], sum[s][2][t], sum[s][3][t]};
+                I::store_four(out, t, groups[s], four, group_scales(p, groups[s]));
+            }
     }
 
     template <int KIND, bool SPAN, int T>
@@ -208,11 +220,11 @@ struct Generic {
                 for (int r = 0; r < 4; r++) sum[r][t] = I::fma(w[r], v, sum[r][t]);
             }
         }
-        for (int r = 0; r < 4; r++)
-            for (int t = 0; t < T; t++) {
-                int64_t row = group * 4 + r;
-                store(out, t0 + t, row, I::reduce(sum[r][t]) * row_scale(p, row));
-            }
+#pragma GCC unroll 6
+        for (int t = 0; t < T; t++) {
+            const V four[4] = {sum[0][t], sum[1][t], sum[2][t], sum[3][t]};
+            I::store_four(out, t0 + t, group, four, group_scales(p, group));
+        }
     }
 
     static void multiply_any(int64_t share, const Packed& p, const float* tile, const Input& x, const Output& out,

@@ -24,7 +24,7 @@ from ..format import PackedTensor
 from . import native, reference
 
 DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
-DIRECT_BF16 = 512  # the same where the kernel has bfloat16 products: its tiles then keep up with torch's GEMM
+DIRECT_BF16 = 192  # the same where the kernel has bfloat16 products: its tiles then keep up with torch's GEMM
 DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faster
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _FLOATS = (torch.bfloat16, torch.float32, torch.float16)
@@ -199,9 +199,8 @@ class Call:
         return y
 
 
-CHUNK_BYTES = (
-    8 << 20
-)  # of expanded rows at a time: enough for an efficient product, little enough to stay in cache
+# Expanded rows at a time: enough for an efficient product, little enough to stay in cache.
+CHUNK_BYTES = 4 << 20
 _scratch = threading.local()
 
 

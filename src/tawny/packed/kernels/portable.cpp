@@ -39,6 +39,9 @@ struct Portable {
     static float reduce(V v) {
         return ((v.f[0] + v.f[4]) + (v.f[2] + v.f[6])) + ((v.f[1] + v.f[5]) + (v.f[3] + v.f[7]));
     }
+    static void store_four(const Output& out, int64_t token, int64_t group, const V* sums, const float* scales) {
+        ::store_four<Portable>(out, token, group, sums, scales);
+    }
     template <int KIND>
     static V expand(const uint8_t* values, uint32_t bits) {
         V v{};
