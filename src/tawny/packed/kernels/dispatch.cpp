@@ -165,6 +165,8 @@ void stream_part(StreamJob& job, int part, int parts) {
 
 void stream_worker(void* job) { stream_part(*(StreamJob*)job, thread_number(), thread_count()); }
 
+constexpr int64_t TOKENS = 512;  // more are taken in turns
+
 bool valid(const Packed& p) {
     return p.rows > 0 && p.cols > 0 && p.kind >= F32 && p.kind <= INT8 && (p.span == 0 || p.span == 128) &&
            p.masks && p.values && p.offsets && (p.kind != INT8 || (p.scales && p.sums));
@@ -204,6 +206,11 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
                         int32_t threads) {
     if (!chosen) return 1;
     if (!valid(*p) || xkind < F32 || xkind > F16 || tokens < 0) return 2;
+    for (; tokens > TOKENS; tokens -= TOKENS) {  // activations of this many stay in the last-level cache
+        if (int32_t error = tawny_packed_at(p, x, bias, y, xkind, TOKENS, threads)) return error;
+        x = (const uint8_t*)x + TOKENS * p->cols * value_size(xkind);
+        y = (uint8_t*)y + TOKENS * p->rows * value_size(xkind);
+    }
     if (tokens == 0) return 0;
     Input input;
     if (int32_t error = prepare(input, chosen->form(p->kind, xkind, tokens), x, xkind, tokens, p->cols)) return error;

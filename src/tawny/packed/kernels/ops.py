@@ -24,7 +24,7 @@ from ..format import PackedTensor
 from . import native, reference
 
 DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
-DIRECT_BF16 = 192  # the same where the kernel has bfloat16 products: its tiles then keep up with torch's GEMM
+DIRECT_BF16 = 2**40  # the same where the kernel has bfloat16 products: its tiles are as fast as torch's GEMM
 DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faster
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _FLOATS = (torch.bfloat16, torch.float32, torch.float16)
