@@ -318,7 +318,7 @@ void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t fir
     for (int64_t b = 0; b < p.blocks; b++) {
 #pragma GCC unroll 2
         for (int s = 0; s < S; s++) {
-            prefetch<LINES>(values[s], masks[s] + b * 4);
+            if (LINES) prefetch<LINES>(values[s], masks[s] + b * 4);
             const uint8_t* v = values[s];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
@@ -371,8 +371,15 @@ void direct_int8_lines(const Packed& p, const Input& x, const Output& out, int64
         int64_t half = (to - from) / 2;
         for (int64_t g = from; g < from + half; g++) direct_int8<2, T, SPAN, LINES>(p, x, out, g, g + half);
         if ((to - from) & 1) direct_int8<1, T, SPAN, LINES>(p, x, out, to - 1, to - 1);
-    } else {
-        for (int64_t g = from; g < to; g++) direct_int8<1, T, SPAN, LINES>(p, x, out, g, g);
+    } else if constexpr (T == 2) {
+        for (int64_t g = from; g < to; g++) direct_int8<1, 2, SPAN, LINES>(p, x, out, g, g);
+    } else {  // four tokens' sums do not fit the registers: two, then the rest, while the group is in L1
+        Input rest = {(const uint8_t*)x.data + 2 * x.stride, x.scales + 2, T - 2, x.stride, x.form};
+        Output place = {(uint8_t*)out.data + 2 * out.rows * value_size(out.kind), out.bias, out.rows, out.kind};
+        for (int64_t g = from; g < to; g++) {
+            direct_int8<1, 2, SPAN, LINES>(p, x, out, g, g);
+            direct_int8<1, T - 2, SPAN, 0>(p, rest, place, g, g);
+        }
     }
 }
 
