@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: help demo test test-all test-sanitize lint format bench docs clean
 
 help:
-	@echo "make demo      prune a real language model and compare it with the dense one (~10 min)"
+	@echo "make demo      prune a real language model and compare it with the dense one (~5 min)"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  lint, types and every test"
 	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"

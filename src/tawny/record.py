@@ -46,7 +46,6 @@ class Record:
 
     recipe: dict[str, Any] = field(default_factory=dict)
     source: str = ""
-    source_sha256: str = ""
     out: str | None = None
     text: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Perplexity over non-overlapping windows, walked block by block so that a model larger than memory can be measured.
+"""Perplexity over non-overlapping windows, walked block by block: one block's weights are in memory at a time.
 
 The text is joined and tokenised once; the first N windows of `seqlen` tokens are taken and the tail is dropped. In
 each window every token but the first is predicted; losses are taken in float32 and averaged over all windows.

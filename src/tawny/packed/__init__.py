@@ -1,4 +1,4 @@
-"""Make sparsity pay: packed weights that are really smaller, and CPU kernels that are really faster on them.
+"""Make sparsity pay: packed weights that take the bytes of their survivors, and CPU kernels that multiply them as they are.
 
 packed = pack(weight, values="bf16")      # PackedTensor: masks, values, offsets
 unpack(packed)                            # the same bits back

@@ -33,6 +33,7 @@ def plot_profile(report: Mapping[str, Any], path: Path) -> None:
     sparsities.set(xlabel="block", ylabel="sparsity", title=f"Allocation at {report['sparsity']:.0%}")
     for axes in (outliers, sparsities):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        # Under the axes, where it hides no line.
+        axes.legend(fontsize="small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.suptitle(str(report["source"]))
     figure.savefig(path, dpi=150)
