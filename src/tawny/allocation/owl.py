@@ -90,10 +90,10 @@ class Owl:
         return 2 * self.lambda_ * (share[block] - low) / (high - low) if high > low else 0.0
 
     def _official(self, share: Mapping[int, float], target: float) -> dict[int, float]:
-        if len(set(share.values())) == 1:  # the authors' code divides by zero here
-            return dict.fromkeys(share, target)
         # numpy's own mean, and its order of operations, so that not even the last bit differs.
         D = torch.tensor(list(share.values()), dtype=torch.float64).numpy()
+        if D.max() - D.min() < torch.finfo(torch.float64).tiny:  # the authors' code divides by zero here
+            return dict.fromkeys(share, target)
         ratio = (D - D.min()) * (1 / (D.max() - D.min()) * self.lambda_ * 2)
         ratio = ratio - ratio.mean() + (1 - target)
         sparsity = [float(1 - value) for value in ratio]
