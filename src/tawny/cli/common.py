@@ -1,0 +1,75 @@
+"""What verbs share: a console that turns a failure into one line and an exit code, and a recipe from arguments."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from tawny.errors import MissingFeature, TawnyError
+
+if TYPE_CHECKING:
+    from tawny.console import Console
+    from tawny.recipe import Recipe
+
+
+@contextmanager
+def console_for(as_json: bool) -> Iterator[Console]:
+    """A console for the body of a verb; whatever goes wrong in it becomes one line and an exit code."""
+    from tawny.console import Console
+
+    # The library reports what matters itself; warnings of others are noise between a user and a result.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    console = Console(as_json)
+    try:
+        yield console
+    except TawnyError as error:
+        fail(console, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail(console, "stopped by Ctrl-C; nothing unfinished looks finished", 1)
+    except BrokenPipeError:  # `tawny list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except MemoryError:
+        fail(
+            console, "out of memory: use fewer --samples or a shorter --seqlen (`tawny plan` estimates it)", 1
+        )
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        fail(console, f"{error.strerror or error}{where}", 1)
+    except Exception as error:
+        if os.environ.get("TAWNY_DEBUG"):
+            raise
+        fail(console, f"unexpected {type(error).__name__}: {error} (TAWNY_DEBUG=1 shows where)", 1)
+
+
+def fail(console: Console, message: str, exit_code: int) -> None:
+    console.error(message, exit_code)
+    raise typer.Exit(exit_code)
+
+
+def recipe_from(recipe: Path | None, option: list[str] | None, **keys: Any) -> Recipe:
+    """A file, then the named options, then `-o`."""
+    from tawny.recipe import resolve_recipe
+
+    named = {key.replace("calibration_", "calibration."): value for key, value in keys.items()}
+    chosen = resolve_recipe(recipe, option or (), **named)
+    check_device(chosen.device)
+    return chosen
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise MissingFeature(
+            f"device {device!r} cannot be used ({reason}): `tawny doctor` lists those that can"
+        ) from None

@@ -1,0 +1,25 @@
+"""`tawny inspect`: what a checkpoint really holds."""
+
+from __future__ import annotations
+
+from tawny.cli.common import console_for
+from tawny.cli.options import AsJson, Model
+from tawny.cli.root import app
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  tawny inspect pruned\n"
+    "  tawny inspect smollm2\n"
+    "  tawny inspect pruned --json | jq '.sparsity'"
+)
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Show what a checkpoint really holds, linear by linear: zeros, n:m patterns, ties."""
+    with console_for(as_json) as console:
+        import tawny
+
+        with console.watching() as watch:
+            found = tawny.inspect(model, watch=watch).to_dict()
+        from tawny.tables import inspection_tables
+
+        console.result(found, inspection_tables)

@@ -1,0 +1,110 @@
+"""The options that several verbs share: one name, one help text, one panel each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Panels of `--help`.
+RECIPE, DATA, OUTPUT = "What to do", "Calibration", "Output and machine"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2 (packaged).")
+]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(
+        "-s",
+        "--sparsity",
+        metavar="SHARE",
+        help="Share of weights to remove, in [0, 1).",
+        rich_help_panel=RECIPE,
+    ),
+]
+AllocatorName = Annotated[
+    str | None,
+    typer.Option(
+        "-a",
+        "--allocator",
+        metavar="NAME",
+        help="How blocks share the budget. Default: owl.",
+        rich_help_panel=RECIPE,
+    ),
+]
+SolverName = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--solver",
+        metavar="NAME",
+        help="How a linear is pruned. Default: sparsegpt.",
+        rich_help_panel=RECIPE,
+    ),
+]
+PatternName = Annotated[
+    str | None,
+    typer.Option(
+        "-p",
+        "--pattern",
+        metavar="PATTERN",
+        help="Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
+        rich_help_panel=RECIPE,
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "-c", "--recipe", metavar="FILE", help="Recipe (YAML) to start from.", rich_help_panel=RECIPE
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-o",
+        "--option",
+        metavar="KEY=VALUE",
+        help="Any other recipe key, such as allocator.M=7 or include=*.mlp.*; repeatable.",
+        rich_help_panel=RECIPE,
+    ),
+]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.",
+        rich_help_panel=DATA,
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", metavar="N", help="Windows of text. Default: 128.", rich_help_panel=DATA),
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seqlen", metavar="N", help="Tokens a window. Default: 2048.", rich_help_panel=DATA),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Chooses the windows. Default: 0.", rich_help_panel=DATA),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Storage: float32, bfloat16 or float16. Default: the checkpoint's own.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps … Default: cpu.", rich_help_panel=OUTPUT
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)
+]

@@ -1,0 +1,100 @@
+"""`tawny profile`: the layerwise outlier distribution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tawny.cli.common import console_for, recipe_from
+from tawny.cli.options import (
+    OUTPUT,
+    RECIPE,
+    AsJson,
+    CalibrationText,
+    Device,
+    Model,
+    Overrides,
+    RecipeFile,
+    Samples,
+    Seed,
+    SeqLen,
+)
+from tawny.cli.root import app
+from tawny.errors import OutputError
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  tawny profile smollm2 --calibration wiki --samples 16 --seqlen 1024\n"
+    "  tawny profile ./model -M 5 -M 10 --plot outliers.png\n"
+    "  tawny profile pruned --calibration wiki --json"
+)
+def profile(
+    model: Model,
+    multiples: Annotated[
+        list[float] | None,
+        typer.Option(
+            "-M",
+            metavar="M",
+            help="Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float,
+        typer.Option(
+            "-s",
+            "--sparsity",
+            metavar="SHARE",
+            help="For the sparsities OWL would give.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = 0.7,
+    recipe: RecipeFile = None,
+    option: Overrides = None,
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    seqlen: SeqLen = None,
+    seed: Seed = None,
+    device: Device = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Also draw it, as .png or .svg.", rich_help_panel=OUTPUT),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""
+    with console_for(as_json) as console:
+        if plot is not None:
+            _check_plot(plot)
+        chosen = recipe_from(
+            recipe,
+            option,
+            sparsity=sparsity if recipe is None else None,
+            calibration_text=calibration,
+            calibration_samples=samples,
+            calibration_seqlen=seqlen,
+            seed=seed,
+            device=device,
+        )
+        import tawny
+
+        with console.watching() as watch:
+            report = tawny.profile(model, recipe=chosen, Ms=multiples or (3, 5, 7, 10), watch=watch).to_dict()
+        if plot is not None:
+            from tawny.report.plot import plot_profile
+
+            plot_profile(report, plot)
+            console.note(f"drawn to {plot}")
+        from tawny.tables import profile_tables
+
+        console.result(report, profile_tables)
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix not in (".png", ".svg"):
+        raise OutputError(f"--plot {path} is neither .png nor .svg: name one of these")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"--plot {path}: its folder does not exist; make it first")

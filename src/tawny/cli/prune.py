@@ -1,0 +1,144 @@
+"""`tawny prune`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tawny.cli.common import console_for, recipe_from
+from tawny.cli.options import (
+    OUTPUT,
+    AllocatorName,
+    AsJson,
+    CalibrationText,
+    Device,
+    Dtype,
+    Model,
+    Overrides,
+    PatternName,
+    RecipeFile,
+    Samples,
+    Seed,
+    SeqLen,
+    SolverName,
+    Sparsity,
+)
+from tawny.cli.root import app
+
+if TYPE_CHECKING:
+    from tawny.console import Console
+    from tawny.recipe import Recipe
+
+EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few enough to wait for
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki\n"
+    "  tawny prune Qwen/Qwen3-8B --out pruned -s 0.7 -m wanda -o lambda=0.15\n"
+    "  tawny prune ./model --out pruned -c recipes/owl-wanda-mixed-3-8.yaml"
+)
+def prune(
+    model: Model,
+    *,
+    sparsity: Sparsity = None,
+    allocator: AllocatorName = None,
+    solver: SolverName = None,
+    pattern: PatternName = None,
+    recipe: RecipeFile = None,
+    option: Overrides = None,
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    seqlen: SeqLen = None,
+    seed: Seed = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder to write the pruned model to.", rich_help_panel=OUTPUT
+        ),
+    ],
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished folder.", rich_help_panel=OUTPUT)
+    ] = False,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="TEXT",
+            help=f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""
+    with console_for(as_json) as console:
+        chosen = recipe_from(
+            recipe,
+            option,
+            sparsity=sparsity,
+            allocator=allocator,
+            solver=solver,
+            pattern=pattern,
+            calibration_text=calibration,
+            calibration_samples=samples,
+            calibration_seqlen=seqlen,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
+        windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
+        import tawny
+
+        with console.watching() as watch:
+            record = tawny.prune(model, out, recipe=chosen, watch=watch, overwrite=overwrite)
+        if evaluate is not None:
+            record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
+            record.evaluation["pruned"]["sparsity"] = record.sparsity
+            _rewrite(out / "run.json", record.to_json())
+        from tawny.tables import record_tables
+
+        console.result(record.to_dict(), record_tables)
+
+
+def _windows(model: str, text: str, recipe: Recipe) -> int:
+    """How many windows to compare on; asked before the work, since too short a text should not cost a whole run."""
+    from tawny.calibration.text import evaluation_windows, load_text, tokenise
+    from tawny.model.source import load_tokenizer, resolve
+
+    loaded = load_text(text, "evaluation")
+    ids = tokenise(loaded, load_tokenizer(resolve(model)))
+    available = evaluation_windows(ids, recipe.calibration.seqlen, name=f"text {loaded.name!r}")
+    return min(EVAL_WINDOWS, len(available))
+
+
+def _compare(
+    console: Console, model: str, out: Path, text: str, windows: int, recipe: Recipe
+) -> dict[str, Any]:
+    """Perplexity of both models on the same windows."""
+    import tawny
+
+    measured: dict[str, Any] = {}
+    for name, source in (("dense", model), ("pruned", str(out))):
+        with console.watching() as watch:
+            watch.say(f"measuring the {name} model on {text}")
+            result = tawny.evaluate(
+                source,
+                text,
+                seqlen=recipe.calibration.seqlen,
+                windows=windows,
+                device=recipe.device,
+                watch=watch,
+            )
+        measured[name] = result.to_dict()
+    return measured
+
+
+def _rewrite(path: Path, content: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(content, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,51 @@
+"""The application every verb registers with, and its entry point."""
+
+from __future__ import annotations
+
+__all__ = ["app", "main"]
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="tawny",
+    help="Prune large language models to high sparsity with OWL, and measure what is left.",
+    epilog="\b\nExamples:\n"
+    "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki\n"
+    "  tawny eval pruned --text wiki --windows 8\n"
+    "  tawny doctor",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Frames and panels are for a window; a pipe gets plain text.
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        import tawny
+
+        print(f"tawny {tawny.__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """The entry point of the `tawny` command."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # typer's own usage errors: what it would say in four lines, in one.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "tawny"
+        print(f"error: {error.format_message()} ({where} --help shows the options)", file=sys.stderr)
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code if isinstance(code, int) else 0)
