@@ -8,6 +8,7 @@ import pytest
 
 from tawny.allocation import File, LinearInfo, Profile
 from tawny.errors import RecipeError
+from tawny.recipe import Recipe
 from tests.reference import allocators as reference
 
 NAMES = [f"model.layers.{block}.{part}" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]
@@ -102,3 +103,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
 def test_levels_beyond_a_linear_are_refused(allocate) -> None:
     with pytest.raises(RecipeError, match=r"level 9, which is sparsity 1\.06"):
         allocate('"*": 9', name="a.txt", step=4)
+
+
+def test_the_recipe_knows_the_contents_of_its_file(tmp_path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text('"*": 0.5', encoding="utf-8")
+    options = {"sparsity": 0.5, "allocator": {"name": "file", "path": str(path)}}
+    recipe = Recipe.from_mapping(options)
+    assert len(recipe.allocator.options["sha256"]) == 64
+    assert Recipe.from_mapping(recipe.to_mapping()).make_allocator().allocate(PROFILE, 0.5)
+    path.write_text('"*": 0.50001', encoding="utf-8")
+    assert Recipe.from_mapping(options).fingerprint() != recipe.fingerprint()
+    with pytest.raises(RecipeError, match="has changed"):
+        recipe.make_allocator().allocate(PROFILE, 0.5)

@@ -12,7 +12,8 @@ configurations that EvoPress writes (Sieberling 2025, ICML, 2410.14649): lines `
 numbers, level k meaning that the linear loses `S·n + k·step` of its n weights. EvoPress keeps the step in its
 database: give it as `step`; unset it is EvoPress's default for 8 levels, `⌊0.5·min(S, 1−S)/8·width²⌋`.
 
-The numbers are not altered. What is checked: every linear has a value, every line has a linear, values are
+The numbers are not altered, and the recipe carries the SHA-256 of the file beside its name: another file under the
+same name is another recipe, and a recipe made from one is refused on the other. What is checked: every linear has a value, every line has a linear, values are
 sparsities, and the parameter-weighted mean is the asked-for sparsity to within `tolerance`.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 __all__ = ["Entry", "File", "read_entries", "resolve"]
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -145,6 +147,7 @@ class File:
     path: str
     step: int | None = None
     tolerance: float = 1e-3
+    sha256: str | None = None  # of the file; filled in when the recipe is made
     needs: ClassVar[Needs] = "none"
     measures_weights: ClassVar[bool] = False
 
@@ -153,12 +156,15 @@ class File:
             raise RecipeError(
                 "path is empty, expected the name of a YAML or JSON file: -o allocator.path=FILE"
             )
+        if self.sha256 is None and Path(self.path).is_file():
+            # A file that is not there is reported when it is read: a recipe can be shown without it.
+            object.__setattr__(self, "sha256", hashlib.sha256(self._bytes()).hexdigest())
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         return {}
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
-        entries = read_entries(self._text(), self.path)
+        entries = read_entries(self._checked_text(), self.path)
         chosen = resolve(entries, profile)
         step = self._step(profile, target) if _are_levels(entries, self.path) else None
         allocation: Allocation = {}
@@ -179,12 +185,24 @@ class File:
         self._check_mean(allocation, profile, target)
         return allocation
 
-    def _text(self) -> str:
+    def _bytes(self) -> bytes:
         try:
-            return Path(self.path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text"
-            raise RecipeError(f"the allocation {self.path!r} cannot be read: {reason}") from None
+            return Path(self.path).read_bytes()
+        except OSError as error:
+            raise RecipeError(f"the allocation {self.path!r} cannot be read: {error.strerror}") from None
+
+    def _checked_text(self) -> str:
+        content = self._bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if self.sha256 not in (None, found):
+            raise RecipeError(
+                f"the allocation {self.path!r} has changed: its SHA-256 is {found[:12]}…, the recipe was made for "
+                f"{str(self.sha256)[:12]}…; give the old file, or leave allocator.sha256 out of the recipe"
+            )
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise RecipeError(f"the allocation {self.path!r} cannot be read: it is not text") from None
 
     def _step(self, profile: Profile, target: float) -> int:
         if self.step is not None:
