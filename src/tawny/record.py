@@ -23,7 +23,8 @@ class LinearRecord:
     """What became of one linear.
 
     `error` is `tr(ΔHΔᵀ)/tr(WHWᵀ)` when a Hessian was known (`error_kind` "hessian"), the same with only H's diagonal
-    ("norms"), or with the identity ("weights").
+    ("norms"), or with the identity ("weights"). `outliers_before` and `outliers_after` count weights whose score is
+    above `Record.outlier_M` times the block's mean; None where nothing was known of the inputs.
     """
 
     name: str
@@ -38,14 +39,26 @@ class LinearRecord:
     error_kind: str
     seconds: float
     notes: dict[str, Any] = field(default_factory=dict)
+    outliers_before: int | None = None
+    outliers_after: int | None = None
 
 
 @dataclass
 class Record:
-    """The result of one run; `to_dict` is what `run.json` holds."""
+    """The result of one run; `to_dict` is what `run.json` holds.
+
+    Attributes:
+        revision: the commit of a hub model, empty for a local folder.
+        seconds: wall time by phase.
+        evaluation: `{"dense": …, "pruned": …}` where both were measured.
+        outlier_M: M of the linears' outlier counts.
+        generated: `{"prompt", "dense", "pruned"}` texts, where both models were asked to continue some.
+        files: bytes and SHA-256 of every weight file written.
+    """
 
     recipe: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    revision: str = ""
     out: str | None = None
     text: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -65,6 +78,9 @@ class Record:
     bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    outlier_M: float | None = None
+    generated: list[dict[str, str]] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"record_version": RECORD_VERSION, **asdict(self)}

@@ -187,6 +187,11 @@ def _write_converted(path: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
 
 
+def revision_of(folder: Path) -> str:
+    """The commit of a folder inside the hub's cache; empty for any other."""
+    return folder.name if folder.parent.name == "snapshots" and len(folder.name) == 40 else ""
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies beside the weights.
 

@@ -24,9 +24,10 @@ from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
 from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
 from tawny.model.checkpoint import OutputFolder
 from tawny.model.linears import Linear, check_selection, select
-from tawny.model.source import load_tokenizer, resolve
+from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import NM, Pattern, check_pattern
+from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.profiling import allocate, profile_walk
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions
@@ -161,6 +162,8 @@ class Run:
         self.record = Record(
             recipe=self.recipe.to_mapping(),
             source=self.source,
+            revision=revision_of(self.folder) if self.folder else "",
+            outlier_M=float(getattr(self.allocator, "M", DEFAULT_M)),
             out=str(self.output.out) if self.output else None,
             versions=versions(),
             machine=machine(),
@@ -330,6 +333,7 @@ class BlockRun:
 
     def __post_init__(self) -> None:
         self.linears = self.run.by_block[self.index]
+        self.outliers = OutlierCount(self.run.record.outlier_M or DEFAULT_M, self.run.stack.weight)
         self._prepared: tuple[Statistics, Any] | None = None
         self._stage = 0
         self._advanced = False
@@ -340,6 +344,9 @@ class BlockRun:
             yield Stage(list(self.linears)), {}
             return
         seen = self._observe(self.linears, "none" if order == "data" else self.run.solver.needs)
+        if order != "data":
+            with self.run.clock("outliers"):
+                self.outliers.see(self.linears, seen.statistics, dense=True)
         if order == "data" and can_suspend(seen.stages, self.linears) and self._held_bytes() <= HELD_BYTES:
             yield from self._lockstep(self.stream, seen.stages)
             return
@@ -397,6 +404,8 @@ class BlockRun:
         pattern = pattern_at(run.pattern, target)
         W_OI = run.stack.weight(linear)
         notes: dict[str, Any] = {}
+        if statistics is not None:
+            self.outliers.see([linear], {linear.name: statistics}, dense=False)
         if statistics is not None and statistics.tokens == 0:
             # An expert no token was routed to: nothing is known of its inputs, so weights alone decide.
             statistics = blind_statistics(linear.shape[1], run.solver.needs, W_OI.device)
@@ -443,10 +452,19 @@ class BlockRun:
     def advance(self) -> None:
         """Give the next block its inputs; nobody needs the last block's outputs."""
         self._prepared = None
+        self._count_outliers()
         if self.stream is None or self._advanced or self.index == len(self.run.stack) - 1:
             return
         with self.run.clock("forward"):
             self.stream.advance(self.index, lambda: self.run.watch.detail("advancing", 0, 0))
+
+    def _count_outliers(self) -> None:
+        """Note in the record how many outliers every linear of the block had and has."""
+        with self.run.clock("outliers"):
+            before, after = self.outliers.before, self.outliers.after(self.linears)
+        for entry in self.run.record.linears:
+            if entry.name in after:
+                entry.outliers_before, entry.outliers_after = before.get(entry.name), after[entry.name]
 
     def write(self) -> None:
         """Hand the block's tensors, under the names they came with, to the output."""

@@ -1,0 +1,72 @@
+"""The outlier distribution before and after, on statistics that are at hand while a block is pruned.
+
+A weight is an outlier when |W|·‖X‖ is above M times the block's mean (OWL, 2310.05175, section 3). Solvers that look
+at inputs leave column norms behind, so counting once with the dense and once with the pruned weights costs two more
+reads of a block and no forward. Both counts see the same inputs: those that reach the block behind the already pruned
+blocks, which is where they differ from a profile of the dense model.
+"""
+
+from __future__ import annotations
+
+__all__ = ["OutlierCount", "count_outliers"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tawny.calibration.statistics import Statistics
+from tawny.model.linears import Linear
+
+DEFAULT_M = 5.0  # OWL's own default, for allocators without an M
+_CHUNK = 1 << 18  # weights at a time, so that the products stay in cache
+
+
+def count_outliers(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor], M: float) -> dict[str, int]:
+    """How many scores of each linear are above `M` times the mean score of all of them together.
+
+    Args:
+        weights: `[out, in]` of every linear of one block.
+        norms: `[in]`, ‖X_j‖₂ of each linear's inputs; a common factor does not matter.
+    """
+    sizes = sum(weight.numel() for weight in weights.values())
+    total = sum(
+        float(torch.linalg.vector_norm(W_OI, 1, dim=0).double() @ norms[name].double())
+        for name, W_OI in weights.items()
+    )
+    threshold = M * total / max(sizes, 1)
+    counts = {}
+    for name, W_OI in weights.items():
+        rows, above = max(1, _CHUNK // max(1, W_OI.shape[1])), 0
+        for start in range(0, W_OI.shape[0], rows):
+            scores = W_OI[start : start + rows].abs().mul_(norms[name])
+            above += int(torch.count_nonzero(scores.gt(threshold)))
+        counts[name] = above
+    return counts
+
+
+@dataclass
+class OutlierCount:
+    """Counts of one block, gathered while it is pruned; empty where no statistics were taken."""
+
+    M: float
+    weight: Callable[[Linear], Tensor]
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    before: dict[str, int] = field(default_factory=dict)
+
+    def see(self, linears: list[Linear], statistics: Mapping[str, Statistics], *, dense: bool) -> None:
+        """Keep the norms of `linears`; `dense` says that these are all of the block, none of them pruned yet."""
+        for linear in linears:
+            if linear.name in statistics:
+                self.norms[linear.name] = statistics[linear.name].squared_norms.float().sqrt()
+        if dense:
+            self.before = self._count(linears)
+
+    def after(self, linears: list[Linear]) -> dict[str, int]:
+        return self._count(linears)
+
+    def _count(self, linears: list[Linear]) -> dict[str, int]:
+        if not linears or any(linear.name not in self.norms for linear in linears):
+            return {}
+        return count_outliers({x.name: self.weight(x) for x in linears}, self.norms, self.M)
