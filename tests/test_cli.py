@@ -15,7 +15,7 @@ from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
 
-VERBS = ["prune", "plan", "profile", "eval", "inspect", "list", "doctor"]
+VERBS = ["prune", "plan", "profile", "eval", "inspect", "generate", "bench", "list", "doctor"]
 ROOT = Path(__file__).parents[1]
 
 

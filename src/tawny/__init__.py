@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Generation",
     "Inspection",
     "Perplexity",
     "Plan",
     "Profile",
     "Recipe",
     "Record",
+    "Speed",
     "TawnyError",
     "UserError",
     "__version__",
+    "bench",
     "evaluate",
+    "generate",
     "inspect",
     "load_recipe",
     "plan",
@@ -33,15 +37,19 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Generation": "tawny.evaluation.speed",
     "Inspection": "tawny.evaluation.inspection",
     "Perplexity": "tawny.evaluation.perplexity",
     "Plan": "tawny.pruning.plan",
     "Profile": "tawny.allocation.profile",
     "Recipe": "tawny.recipe",
     "Record": "tawny.record",
+    "Speed": "tawny.evaluation.speed",
     "TawnyError": "tawny.errors",
     "UserError": "tawny.errors",
+    "bench": "tawny.evaluation.speed",
     "evaluate": "tawny.evaluation.perplexity",
+    "generate": "tawny.evaluation.speed",
     "inspect": "tawny.evaluation.inspection",
     "load_recipe": "tawny.recipe",
     "plan": "tawny.pruning.plan",
@@ -54,6 +62,7 @@ if TYPE_CHECKING:
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.perplexity import Perplexity, evaluate
+    from tawny.evaluation.speed import Generation, Speed, bench, generate
     from tawny.pruning.plan import Plan, plan
     from tawny.pruning.profiling import profile
     from tawny.pruning.run import prune

@@ -57,13 +57,12 @@ class Console:
         if self.as_json:
             print(json.dumps(_finite(result), indent=2, ensure_ascii=False, default=str))
             return
-        with self._out.capture() as captured:
-            for table in draw(result):
-                self._out.print(table)
-                self._out.print()
-        # Tables are padded to their width, which a window does not show and a file should not hold.
-        lines = [line.rstrip() for line in captured.get().splitlines()]
-        print(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n"))
+        print(_drawn(self._out, draw(result)))
+
+    def aside(self, tables: Sequence[RenderableType]) -> None:
+        """Tables on stderr, where stdout holds something else that people pipe on."""
+        if not self.as_json:
+            print(_drawn(self._err, tables), file=sys.stderr)
 
     def note(self, text: str) -> None:
         """One line for a person; it never gets between a program and its JSON."""
@@ -194,6 +193,16 @@ class _LineWatch:
     def _print(self, line: str) -> None:
         self._last = time.monotonic()
         print(line, file=self._stream, flush=True)
+
+
+def _drawn(rich: Rich, tables: Sequence[RenderableType]) -> str:
+    with rich.capture() as captured:
+        for table in tables:
+            rich.print(table)
+            rich.print()
+    # Tables are padded to their width, which a window does not show and a file should not hold.
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
 def _rich(stream: TextIO) -> Rich:

@@ -12,6 +12,7 @@ __all__ = [
     "comparison_table",
     "doctor_tables",
     "duration",
+    "generation_tables",
     "inspection_tables",
     "listing_tables",
     "percent",
@@ -21,6 +22,7 @@ __all__ = [
     "profile_tables",
     "record_tables",
     "size",
+    "speed_tables",
 ]
 
 import math
@@ -301,3 +303,46 @@ def doctor_tables(report: Mapping[str, Any]) -> list[Table]:
     if missing:
         tables.append(_facts(missing, title="to get what is missing"))
     return tables
+
+
+def generation_tables(made: Mapping[str, Any]) -> list[Table]:
+    """What a text took; the text itself has been streamed."""
+    speed = made["decode_tokens_per_second"]
+    count = f"{len(made['tokens'])} tokens ({'the model ended it' if made['finish'] == 'stop' else 'as many as asked for'})"
+    return [
+        _facts(
+            [
+                ("decoded", count + ("" if speed is None else f", {speed:,.1f} tokens/s")),
+                (
+                    "first token",
+                    f"{duration(made['first_token_seconds'])} after {made['prompt_tokens']} tokens of prompt",
+                ),
+                (
+                    "memory",
+                    f"{size(made['resident_bytes'])} for the model, {size(made['peak_bytes'])} at most",
+                ),
+                ("with", f"{made['threads']} threads, kernel {made['kernel']}"),
+            ]
+        )
+    ]
+
+
+def speed_tables(speed: Mapping[str, Any]) -> list[Table]:
+    """Tokens a second with their spread, and bytes."""
+    made = _table("", "tokens/s", "quartiles", "ms a token")
+    for key, name in (("decode", "decode"), ("prefill", "prefill")):
+        value, (low, high) = speed[f"{key}_tokens_per_second"], speed[f"{key}_quartiles"]
+        made.add_row(name, f"{value:,.1f}", f"{low:,.1f} – {high:,.1f}", f"{1000 / value:,.2f}")
+    packed = ", ".join(f"{count} {kind}" for kind, count in speed["packed"].items())
+    rows = [
+        (
+            "measured",
+            f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out",
+        ),
+        ("weights", speed["dtype"] + (f", packed linears: {packed}" if packed else ", no packed linear")),
+        ("memory", size(speed["resident_bytes"])),
+        ("with", f"{speed['threads']} threads, kernel {speed['kernel']}"),
+    ]
+    if speed["file_bytes"] is not None:
+        rows.insert(2, ("files", size(speed["file_bytes"])))
+    return [made, _facts(rows)]

@@ -105,6 +105,12 @@ Device = Annotated[
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps … Default: cpu.", rich_help_panel=OUTPUT
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", help="Default: torch's own choice.", min=1, rich_help_panel=OUTPUT
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)
 ]

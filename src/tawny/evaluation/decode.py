@@ -1,0 +1,147 @@
+"""Text from a model on a CPU with as little as possible between its matrix products.
+
+A `Decoder` holds one sequence. `prefill` runs the model's own forward over the prompt; `step` takes one token and
+returns the logits of the next. Three things make a step cheaper than transformers' own, each only where it applies:
+
+- Keys and values go into memory set aside once, and are not copied whole for each token. Layers that keep a window of
+  the past, or something else than keys and values, keep transformers' own cache.
+- Plain linears run our dense matrix-vector kernel (`kernels()` puts it in place and takes it out again).
+- A model whose blocks are the usual ones is handed, block by block, to one C++ call a token (packed/decoder.py). It
+  is used only after it agreed with the model's own forward on the first token; see `Decoder._prove`.
+
+Everything else is the model's own forward, so every decoder that transformers runs can be decoded here.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Decoder", "kernels"]
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tawny.errors import UserError
+from tawny.packed.kernels import native
+from tawny.packed.linear import DenseLinear
+
+# How far the quick path may be from the model's own logits, in units of what one rounding of each block's output does.
+TOLERANCE = 3.0
+
+
+@contextlib.contextmanager
+def kernels(model: nn.Module) -> Iterator[None]:
+    """Inside, linears that are plain `nn.Linear` on the CPU run our dense kernel; weights are shared, not copied."""
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    if native.chosen():
+        made: dict[int, DenseLinear] = {}
+        for parent in model.modules():
+            for name, child in parent.named_children():
+                if (
+                    type(child) is nn.Linear
+                    and child.weight.device.type == "cpu"
+                    and not child._forward_hooks
+                ):
+                    fast = made.setdefault(id(child), DenseLinear.from_linear(child))
+                    swapped.append((parent, name, child))
+                    parent._modules[name] = fast.train(child.training)
+    try:
+        yield
+    finally:
+        for parent, name, child in swapped:
+            parent._modules[name] = child
+
+
+def _reserved_layer() -> type:
+    """The class of a cache layer that writes into reserved memory; made late, because importing transformers is slow."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Reserved(DynamicLayer):  # type: ignore[misc]
+        """Keys and values `[1, heads, capacity, dim]`, stored token after token, of which `length` are filled."""
+
+        def __init__(self, capacity: int) -> None:
+            super().__init__()
+            self.capacity, self.length = capacity, 0
+            self.memory: tuple[Tensor, Tensor] | None = None
+
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if self.memory is None:
+                self.dtype, self.device = keys.dtype, keys.device
+                made = [
+                    t.new_empty(t.shape[0], self.capacity, t.shape[1], t.shape[3]) for t in (keys, values)
+                ]
+                self.memory = made[0], made[1]
+                self.is_initialized = True
+            end = self.length + keys.shape[-2]
+            if end > self.capacity:
+                raise UserError(f"{end} tokens do not fit a cache for {self.capacity}")
+            for memory, new in zip(self.memory, (keys, values), strict=True):
+                memory[:, self.length : end] = new.transpose(1, 2)
+            self.length = end
+            self.keys, self.values = (memory[:, :end].transpose(1, 2) for memory in self.memory)
+            return self.keys, self.values
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+        def rewind(self, length: int) -> None:
+            self.length = length
+            if self.memory is not None:
+                self.keys, self.values = (memory[:, :length].transpose(1, 2) for memory in self.memory)
+
+    return Reserved
+
+
+class Decoder:
+    """One sequence of at most `capacity` tokens. Use it under `torch.inference_mode()`.
+
+    quick: None tries the C++ path and keeps it if it proves equal; False never does.
+    """
+
+    def __init__(self, model: Any, capacity: int, quick: bool | None = None) -> None:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        self.model, self.capacity, self.length = model, capacity, 0
+        self.device = next(model.parameters()).device
+        config = model.config.get_text_config(decoder=True)
+        self.cache = DynamicCache(config=config)
+        kind = _reserved_layer()
+        for index, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer:
+                self.cache.layers[index] = kind(capacity)
+        parameters = inspect.signature(model.forward).parameters
+        # Transformers is renaming the argument; a model of either age must decode.
+        self._arguments: dict[str, Any] = {
+            "cache" if "cache" in parameters else "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if "logits_to_keep" in parameters:
+            self._arguments["logits_to_keep"] = 1
+        self._want_quick, self._quick = quick is not False, None
+
+    @property
+    def path(self) -> str:
+        """`blocks` once the C++ path is in use, else `model`."""
+        return "model" if self._quick is None else "blocks"
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Logits `[vocabulary]` after a prompt `[tokens]`."""
+        return self._forward(ids.view(1, -1))
+
+    def step(self, token: int) -> Tensor:
+        """Logits `[vocabulary]` after one more token."""
+        return self._forward(torch.tensor([[token]]))
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        if self.length + ids.shape[1] > self.capacity:
+            raise UserError(
+                f"{self.length + ids.shape[1]} tokens are more than the {self.capacity} there is room for"
+            )
+        made = self.model(input_ids=ids.to(self.device), **self._arguments)
+        self.length += ids.shape[1]
+        logits: Tensor = made.logits[0, -1]
+        return logits

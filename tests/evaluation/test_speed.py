@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tawny
+from tawny.errors import CheckpointError, RecipeError, TextError, UserError
+from tawny.evaluation.decode import Decoder, kernels
+from tawny.evaluation.speed import _Choice, _Text
+from tawny.packed import DenseLinear
+from tests.tiny import FAMILIES, tiny_model, tokens
+
+
+def own_greedy(model, ids, count):
+    """What transformers itself makes of the same prompt."""
+    made = model.generate(
+        ids.view(1, -1), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return made[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_transformers(family):
+    model = tiny_model(family)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    ids = tokens(1, 7)[0]
+    made = tawny.generate(model, ids, max_tokens=12)
+    assert made.tokens == own_greedy(model, ids, 12)
+    assert (made.finish, made.prompt_tokens, made.text, made.chat) == ("length", 7, "", False)
+    assert made.decode_tokens_per_second > 0 and made.first_token_seconds > 0
+
+
+def test_a_token_that_ends_the_text_is_not_part_of_it():
+    model = tiny_model("llama")
+    ids = tokens(1, 7)[0]
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    free = tawny.generate(model, ids, max_tokens=12).tokens
+    stop = free[4]
+    model.generation_config.eos_token_id = [stop, 255]
+    made = tawny.generate(model, ids, max_tokens=12)
+    assert made.finish == "stop" and made.tokens == free[: free.index(stop)]
+
+
+def test_a_text_ends_where_the_context_does():
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    made = tawny.generate(model, tokens(1, 120)[0], max_tokens=50)
+    assert len(made.tokens) == 8 and made.finish == "length"
+    with pytest.raises(TextError, match="context is 128"):
+        tawny.generate(model, tokens(1, 128)[0])
+
+
+def test_the_seed_decides_what_is_drawn():
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    ids = tokens(1, 7)[0]
+    draw = [tawny.generate(model, ids, max_tokens=16, temperature=3.0, seed=s).tokens for s in (1, 1, 2)]
+    assert draw[0] == draw[1] != draw[2]
+
+
+def test_top_p_leaves_the_likeliest():
+    logits = torch.tensor([0.0, 5.0, 4.0, -1.0])
+    assert {_Choice(1.0, 0.5, seed)(logits) for seed in range(20)} == {1}
+    assert {_Choice(1.0, 0.9, seed)(logits) for seed in range(40)} == {1, 2}
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert _Choice(1e-3, 1.0, 0)(logits) == int(logits.argmax()) == _Choice(0.0, 1.0, 0)(logits)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "words"),
+    [
+        ({"max_tokens": 0}, RecipeError, "max_tokens 0"),
+        ({"temperature": -1.0}, RecipeError, "temperature -1.0"),
+        ({"top_p": 0.0}, RecipeError, "top_p 0.0"),
+        ({"threads": 0}, RecipeError, "threads 0"),
+    ],
+)
+def test_an_impossible_wish_is_named(keys, error, words):
+    with pytest.raises(error, match=words):
+        tawny.generate(tiny_model("llama"), tokens(1, 5)[0], **keys)
+
+
+def test_a_text_needs_a_tokenizer_and_a_chat_a_template():
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="tokenizer="):
+        tawny.generate(model, "hello")
+    with pytest.raises(TextError, match="no token"):
+        tawny.generate(model, torch.tensor([], dtype=torch.long))
+
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(CheckpointError, match="no chat template"):
+        tawny.generate(model, "hello", tokenizer=Bare(), chat=True)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, so that one letter may need several."""
+
+    chat_template = "there is one"
+    eos_token_id = None
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": list(text.encode())}
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        return f"<{turns[0]['content']}>"
+
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_streamed_pieces_are_whole_letters_and_make_up_the_text():
+    pieces: list[str] = []
+    text = _Text(Bytes(), pieces.append)
+    said = "owl – 猫頭鷹\n夜 and\nmore"
+    for token in said.encode():
+        text.add(token)
+    assert text.finish() == said == "".join(pieces)
+    assert not any("�" in piece for piece in pieces) and len(pieces) > 10
+
+
+def test_the_chat_template_is_used_when_there_is_one():
+    model = tiny_model("llama")
+    made = {chat: tawny.generate(model, "hi", tokenizer=Bytes(), chat=chat) for chat in (None, True, False)}
+    assert [made[c].prompt_tokens for c in (None, True, False)] == [4, 4, 2]
+    assert made[None].chat and not made[False].chat
+
+
+def test_our_kernels_are_only_there_inside():
+    model = tiny_model("llama")
+    before = [type(m) for m in model.modules()]
+    with kernels(model):
+        assert any(isinstance(m, DenseLinear) for m in model.modules())
+    assert [type(m) for m in model.modules()] == before
+
+
+def test_a_full_decoder_says_so():
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        decoder = Decoder(model, 6)
+        decoder.prefill(tokens(1, 5)[0])
+        decoder.step(4)
+        with pytest.raises(UserError, match="room for"):
+            decoder.step(4)
+
+
+def test_bench_has_the_agreed_keys_and_plausible_numbers(tmp_path):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    speed = tawny.bench(tmp_path, prompt_tokens=8, tokens=4, rounds=3).to_dict()
+    wanted = {
+        "decode_tokens_per_second",
+        "prefill_tokens_per_second",
+        "resident_bytes",
+        "file_bytes",
+        "threads",
+        "kernel",
+    }
+    assert wanted <= set(speed)
+    assert speed["file_bytes"] == sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
+    for key in ("decode", "prefill"):
+        low, high = speed[f"{key}_quartiles"]
+        assert 0 < low <= speed[f"{key}_tokens_per_second"] <= high
+    assert speed["dtype"] == "bfloat16" and speed["threads"] == 1 and speed["packed"] == {}
+
+
+def test_bench_of_a_live_model_has_no_file_and_refuses_more_than_the_context():
+    model = tiny_model("opt")
+    assert tawny.bench(model, prompt_tokens=3, tokens=2, rounds=1).file_bytes is None
+    with pytest.raises(RecipeError, match="context of 128"):
+        tawny.bench(model, prompt_tokens=120, tokens=20)
+    with pytest.raises(RecipeError, match="rounds 0"):
+        tawny.bench(model, rounds=0)
