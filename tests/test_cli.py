@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_every_example_of_the_help_is_a_valid_command_line():
     root = script["typer"].main.get_command(script["app"])
     for name, command in root.commands.items():
         for line in script["_examples"](command.epilog).splitlines()[1:-1]:
-            arguments = line.partition(" | ")[0].replace("'", "").split()[2:]
+            arguments = shlex.split(line.partition(" | ")[0])[2:]
             context = command.make_context(name, arguments)
             for key in ("recipe",):
                 if context.params.get(key):
