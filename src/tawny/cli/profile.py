@@ -28,7 +28,7 @@ from tawny.errors import OutputError
 @app.command(
     epilog="\b\nExamples:\n"
     "  tawny profile smollm2 --calibration wiki --samples 16 --seqlen 1024\n"
-    "  tawny profile ./model -M 5 -M 10 --plot outliers.png\n"
+    "  tawny profile ./model -s 0.7 --allocators owl,dlp,atp,uniform --plot allocation.png\n"
     "  tawny profile pruned --calibration wiki --json"
 )
 def profile(
@@ -42,13 +42,22 @@ def profile(
             rich_help_panel=RECIPE,
         ),
     ] = None,
+    allocators: Annotated[
+        str | None,
+        typer.Option(
+            "--allocators",
+            metavar="NAMES",
+            help="Whose sparsities to show, such as owl,dlp,uniform. Default: owl for each M.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     sparsity: Annotated[
         float,
         typer.Option(
             "-s",
             "--sparsity",
             metavar="SHARE",
-            help="For the sparsities OWL would give.",
+            help="For the sparsities the allocators give.",
             rich_help_panel=RECIPE,
         ),
     ] = 0.7,
@@ -82,7 +91,13 @@ def profile(
         import tawny
 
         with console.watching() as watch:
-            report = tawny.profile(model, recipe=chosen, Ms=multiples or (3, 5, 7, 10), watch=watch).to_dict()
+            report = tawny.profile(
+                model,
+                recipe=chosen,
+                Ms=multiples or (3, 5, 7, 10),
+                allocators=[name.strip() for name in (allocators or "").split(",") if name.strip()],
+                watch=watch,
+            ).to_dict()
         if plot is not None:
             from tawny.report.plot import plot_profile
 

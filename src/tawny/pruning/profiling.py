@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tawny.allocation import ALLOCATORS
 from tawny.allocation.budget import mixed_nm
 from tawny.allocation.owl import Owl, measure_outliers
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Needs, Statistics
-from tawny.errors import NumericalError, TawnyError
+from tawny.errors import NumericalError, RecipeError, TawnyError, nearest
 from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
@@ -139,17 +140,54 @@ class ProfileReport:
         return plain
 
 
-@dataclass(frozen=True)
-class _Several:
-    """Measures for several allocators, and outlier shares for several M, in one walk."""
+_LEVEL: dict[Needs, int] = {"none": 0, "norms": 1, "hessian": 2}
 
-    Ms: tuple[float, ...]
-    needs: ClassVar[Needs] = "norms"
+
+@dataclass(frozen=True)
+class Together:
+    """Several allocators measured in one walk, and outlier shares for several M.
+
+    Attributes:
+        allocators: by a name of the caller's choice.
+        Ms: multiples of the mean whose outlier shares are counted; none if empty.
+    """
+
+    allocators: Mapping[str, Any]
+    Ms: tuple[float, ...] = ()
     measures_weights: ClassVar[bool] = True
 
+    @property
+    def needs(self) -> Needs:
+        wanted: list[Needs] = ["norms"] if self.Ms else ["none"]
+        wanted += [allocator.needs for allocator in self.allocators.values()]
+        return max(wanted, key=lambda needs: _LEVEL[needs])
+
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        zeros = sum(int((weight == 0).sum()) for weight, _ in linears.values())
-        return {**measure_outliers(linears, self.Ms), "zeros": zeros}
+        made: dict[str, Any] = {}
+        if self.Ms:
+            zeros = sum(int((weight == 0).sum()) for weight, _ in linears.values())
+            made = {**measure_outliers(linears, self.Ms), "zeros": zeros}
+        made["allocators"] = {
+            name: allocator.measure(linears)
+            for name, allocator in self.allocators.items()
+            if allocator.measures_weights
+        }
+        return made
+
+    def profile_of(self, name: str, walked: Profile) -> Profile:
+        """What the walk measured for one of the allocators."""
+        if not self.allocators[name].measures_weights:
+            return Profile(walked.linears)
+        return Profile(walked.linears, tuple(m["allocators"][name] for m in walked.measures))
+
+
+def block_sparsities(allocation: Mapping[str, float], profile: Profile) -> list[float]:
+    """The parameter-weighted sparsity of every block; 0 for one that holds nothing to prune."""
+    return [
+        sum(allocation[x.name] * x.numel for x in profile.linears_of(block))
+        / max(1, profile.parameters(block))
+        for block in range(profile.blocks)
+    ]
 
 
 def profile(
@@ -157,6 +195,7 @@ def profile(
     *,
     recipe: Recipe | None = None,
     Ms: Sequence[float] = (3, 5, 7, 10),
+    allocators: Sequence[str] = (),
     watch: Watch = silent,
     tokenizer: Any = None,
     calibration: Any = None,
@@ -168,6 +207,8 @@ def profile(
         source: a folder, hub id, `.gguf` file, `smollm2`, or a live module.
         recipe: calibration, include and exclude are used; `keys` override single entries.
         Ms: an outlier is a score above M times the block's mean (OWL, 2310.05175, section 3).
+        allocators: names whose sparsities are given; the recipe's own with its options, others with their defaults.
+            Empty: OWL for every M.
         calibration: tokens `[samples, tokens]`, or the name or path of a text.
 
     Raises:
@@ -180,7 +221,8 @@ def profile(
     named = {"calibration.text": calibration} if isinstance(calibration, str) else {}
     given = None if isinstance(calibration, str) else calibration
     recipe = resolve_recipe(recipe, **{"sparsity": None if recipe else 0.5, **named, **keys})
-    several = _Several(tuple(dict.fromkeys(float(M) for M in Ms)))
+    named_allocators = {name: _allocator(name, recipe) for name in dict.fromkeys(allocators)}
+    several = Together(named_allocators, tuple(dict.fromkeys(float(M) for M in Ms)))
     with open_run(
         recipe,
         source,
@@ -201,22 +243,45 @@ def profile(
         mean_score=[m["mean_score"] for m in walked.measures],
         max_score=[m["max_score"] for m in walked.measures],
         zeros=[m["zeros"] / max(1, n) for m, n in zip(walked.measures, sizes, strict=True)],
-        allocations=_block_allocations(walked, recipe, several.Ms),
+        allocations=_named_allocations(walked, several, recipe)
+        if named_allocators
+        else _owl_allocations(walked, recipe, several.Ms),
         sparsity=recipe.sparsity,
         text=run.record.text,
         seconds=time.perf_counter() - start,
     )
 
 
-def _block_allocations(walked: Profile, recipe: Recipe, Ms: Sequence[float]) -> dict[str, list[float]]:
-    """Sparsity of each block as OWL would set it for every M, with the recipe's λ where it has one."""
-    made: dict[str, list[float]] = {}
-    strength = recipe.allocator.options.get("lambda_", recipe.allocator.options.get("lambda", 0.08))
-    for M in Ms:
-        allocation = Owl(M=M, lambda_=float(strength)).allocate(walked, recipe.sparsity)
-        made[f"owl M={M:g}"] = [
-            sum(allocation[x.name] * x.numel for x in walked.linears_of(block))
-            / max(1, walked.parameters(block))
-            for block in range(walked.blocks)
-        ]
+def _allocator(name: str, recipe: Recipe) -> Any:
+    if name not in ALLOCATORS:
+        raise RecipeError(
+            f"allocator {name!r} is unknown{nearest(name, ALLOCATORS)}: {', '.join(ALLOCATORS)}"
+        )
+    if getattr(ALLOCATORS[name], "searches", False):
+        raise RecipeError(
+            f"{name} tries allocations on a model, which a profile does not: prune with -a {name}"
+        )
+    if recipe.allocator.name == name:
+        return recipe.make_allocator()
+    return recipe.with_overrides([("allocator", name)]).make_allocator()
+
+
+def _named_allocations(walked: Profile, several: Together, recipe: Recipe) -> dict[str, list[float]]:
+    """Sparsity of each block as each allocator would set it."""
+    pattern = recipe.make_pattern()
+    made = {}
+    for name, allocator in several.allocators.items():
+        allocation = allocate(allocator, several.profile_of(name, walked), pattern, recipe.sparsity)
+        made[name] = block_sparsities(allocation, walked)
     return made
+
+
+def _owl_allocations(walked: Profile, recipe: Recipe, Ms: Sequence[float]) -> dict[str, list[float]]:
+    """Sparsity of each block as OWL would set it for every M, with the recipe's λ where it has one."""
+    strength = recipe.allocator.options.get("lambda_", recipe.allocator.options.get("lambda", 0.08))
+    return {
+        f"owl M={M:g}": block_sparsities(
+            Owl(M=M, lambda_=float(strength)).allocate(walked, recipe.sparsity), walked
+        )
+        for M in Ms
+    }

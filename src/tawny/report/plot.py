@@ -1,39 +1,138 @@
-"""The layerwise outlier distribution as a picture, beside the sparsities it leads to."""
+"""Pictures: the layerwise outlier distribution, and how allocators answer it, block by block.
+
+`plot_allocations` is the paper's Figure 1 (2310.05175) for any set of allocators: outlier shares as bars, sparsities
+as lines over them. Both are drawn to .png or .svg, and the same numbers give the same bytes.
+"""
 
 from __future__ import annotations
 
-__all__ = ["plot_profile"]
+__all__ = ["plot_allocations", "plot_profile"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Okabe and Ito's colours, told apart by every kind of eye, without the yellow that paper swallows; markers and dashes
+# repeat what the colour says, for prints in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#44AA99")
+_MARKERS = "osD^vPX*"
+_DASHES = ("-", "-", "-", "-", (0, (5, 1.5)), (0, (5, 1.5)), (0, (5, 1.5)), (0, (5, 1.5)))
+_BARS = "#D5D9DE"
+
+
+def plot_allocations(
+    allocations: Mapping[str, Sequence[float]],
+    path: Path,
+    *,
+    sparsity: float,
+    outliers: Sequence[float] = (),
+    M: str = "",
+    title: str = "",
+) -> None:
+    """Draw the sparsity that each allocator gives every block, over the blocks' outlier shares.
+
+    Args:
+        allocations: by name, one sparsity a block.
+        path: .png or .svg.
+        sparsity: of the whole model, drawn as a dashed line.
+        outliers: share of outliers of every block in %, drawn as bars; none if empty.
+        M: what multiple of the mean an outlier is above.
+    """
+    figure = _figure(9.0, 5.2)
+    _draw_allocations(figure.subplots(), allocations, sparsity, outliers, M)
+    if title:
+        figure.suptitle(title, fontsize=13)
+    _save(figure, path)
+
 
 def plot_profile(report: Mapping[str, Any], path: Path) -> None:
-    """Draw a profile report (`ProfileReport.to_dict()`) to a .png or .svg file.
+    """Draw a profile report (`ProfileReport.to_dict()`).
 
     Left, outlier shares of every block for each M, on a logarithmic axis because they differ by orders of magnitude;
-    right, the sparsity that OWL would give each block.
+    right, the sparsities that allocators give the blocks, over the shares for one M.
     """
+    figure = _figure(14.0, 5.2)
+    outliers, sparsities = figure.subplots(1, 2)
+    for number, (M, shares) in enumerate(report["shares"].items()):
+        outliers.plot(range(len(shares)), shares, label=f"M = {M}", **_style(number))
+    if all(share > 0 for shares in report["shares"].values() for share in shares):
+        outliers.set_yscale("log")
+    outliers.set_title("Scores |W|·‖X‖ above M × the block's mean", fontsize=11)
+    outliers.set_xlabel("block")
+    outliers.set_ylabel("outliers, % of weights")
+    outliers.grid(alpha=0.3)
+    _legend(outliers, len(report["shares"]))
+    drawn = "5" if "5" in report["shares"] else next(iter(report["shares"]))
+    _draw_allocations(sparsities, report["allocations"], report["sparsity"], report["shares"][drawn], drawn)
+    figure.suptitle(str(report["source"]), fontsize=13)
+    _save(figure, path)
+
+
+def _draw_allocations(
+    axes: Any,
+    allocations: Mapping[str, Sequence[float]],
+    sparsity: float,
+    outliers: Sequence[float],
+    M: str,
+) -> None:
+    blocks = max([len(outliers), *(len(ratios) for ratios in allocations.values())])
+    axes.set_title(f"Sparsity of each block, {sparsity:.0%} of the whole", fontsize=11)
+    axes.set_xlabel("block")
+    axes.set_ylabel("sparsity, % of the block's weights")
+    # The dashed line of the whole model is what uniform gives; only one of them is drawn.
+    axes.axhline(100 * sparsity, color="black", linewidth=1.2, linestyle="--", label="uniform", zorder=3)
+    others = {name: ratios for name, ratios in allocations.items() if name != "uniform"}
+    for number, (name, ratios) in enumerate(others.items()):
+        percents = [100 * ratio for ratio in ratios]
+        axes.plot(range(len(ratios)), percents, label=name, zorder=4, **_style(number))
+    axes.set_xlim(-0.7, blocks - 0.3)
+    axes.grid(axis="y", alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(outliers):
+        bars = axes.twinx()
+        bars.bar(range(len(outliers)), outliers, width=0.8, color=_BARS, label="outliers")
+        bars.set_ylabel(
+            f"outliers, % of weights (M = {M})" if M else "outliers, % of weights", color="#5F6872"
+        )
+        bars.tick_params(axis="y", colors="#5F6872")
+        # Lines lie over bars, though the axis of the bars was made last.
+        axes.set_zorder(bars.get_zorder() + 1)
+        axes.patch.set_visible(False)
+        bars.set_ylim(0, 1.15 * max(*outliers, 1e-12))
+    _legend(axes, len(others) + 1)
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "markersize": 4.5,
+        "linewidth": 1.6,
+    }
+
+
+def _legend(axes: Any, entries: int) -> None:
+    """Under the axes, where it hides no data."""
+    axes.legend(
+        fontsize=9, ncols=min(entries, 5), loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False
+    )
+
+
+def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Figures without pyplot: no window system is looked for, and no global state is left behind.
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    outliers, sparsities = figure.subplots(1, 2)
-    for M, shares in report["shares"].items():
-        outliers.plot(range(len(shares)), shares, marker="o", markersize=3, label=f"M = {M}")
-    if all(share > 0 for shares in report["shares"].values() for share in shares):
-        outliers.set_yscale("log")
-    outliers.set(xlabel="block", ylabel="outliers, % of weights", title="Scores |W|·‖X‖ above M × mean")
-    for name, ratios in report["allocations"].items():
-        sparsities.plot(range(len(ratios)), ratios, marker="o", markersize=3, label=name)
-    sparsities.axhline(report["sparsity"], color="grey", linewidth=1, linestyle="--", label="uniform")
-    sparsities.set(xlabel="block", ylabel="sparsity", title=f"Allocation at {report['sparsity']:.0%}")
-    for axes in (outliers, sparsities):
-        axes.grid(alpha=0.3)
-        # Under the axes, where it hides no line.
-        axes.legend(fontsize="small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    figure.suptitle(str(report["source"]))
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib
+
+    # An SVG names its parts at random and dates itself unless told not to.
+    with matplotlib.rc_context({"svg.hashsalt": "tawny"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=150, metadata=metadata)

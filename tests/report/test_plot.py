@@ -1,0 +1,36 @@
+"""Pictures say what they were given, and the same numbers give the same picture."""
+
+from __future__ import annotations
+
+import pytest
+
+from tawny.report.plot import plot_allocations, plot_profile
+
+ALLOCATIONS = {"uniform": [0.7] * 4, "owl": [0.6, 0.7, 0.7, 0.8], "dlp": [0.5, 0.7, 0.8, 0.8]}
+REPORT = {
+    "source": "a model",
+    "shares": {"3": [2.0, 1.0, 1.0, 0.5], "5": [1.0, 0.5, 0.0, 0.1]},
+    "allocations": ALLOCATIONS,
+    "sparsity": 0.7,
+}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_same_numbers_give_the_same_bytes(suffix, tmp_path):
+    made = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}{suffix}"
+        plot_allocations(ALLOCATIONS, path, sparsity=0.7, outliers=[1.0, 0.5, 0.2, 0.1], M="5", title="m")
+        made.append(path.read_bytes())
+    assert made[0] == made[1] and len(made[0]) > 5000
+
+
+def test_more_allocators_than_colours_and_no_outliers_are_drawn(tmp_path):
+    many = {f"owl {i}": [0.5 + i / 100, 0.5 - i / 100] for i in range(11)}
+    plot_allocations(many, tmp_path / "many.svg", sparsity=0.5)
+    assert (tmp_path / "many.svg").read_text().startswith("<?xml")
+
+
+def test_a_profile_without_outliers_somewhere_is_drawn(tmp_path):
+    plot_profile(REPORT, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
