@@ -32,6 +32,7 @@ _KEYS = {
     "dtype": "storage of the result; nothing is the checkpoint's own",
     "compute": "of the forwards; auto is bfloat16 where the machine has it",
     "order": "block: all linears see the dense block; data: each sees the ones before it pruned",
+    "refit": "move the survivors of each mask to their least squares (also solver.refit)",
     "compat": "official: the numbers of the papers' own code",
     "profile_samples": "how many samples the profile uses; nothing is enough for a steady one",
     "device": "where blocks run",

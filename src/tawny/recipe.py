@@ -112,6 +112,7 @@ class Recipe:
     dtype: Dtype = None  # storage of the pruned weights; None is the checkpoint's own
     compute: Compute = "auto"  # of the forwards; auto is bfloat16 where the machine has it
     order: Literal["block", "data"] = "block"
+    refit: bool = False  # move the survivors of every mask to their least squares; also `solver.refit`
     compat: Literal["official"] | None = None
     profile_samples: Annotated[int, Field(ge=1)] | None = None
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
@@ -237,6 +238,7 @@ def _validate(mapping: Mapping[str, Any]) -> Recipe:
     compat = values.get("compat")
     if compat not in (None, "official"):  # before it is handed down, so that the error names the right key
         raise RecipeError(f"compat: {_show(compat)} given, expected official or nothing")
+    _lift_refit(values)
     for section in _REGISTRIES:
         values[section] = _choice(section, values.get(section), compat)
     values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
@@ -257,6 +259,14 @@ def _section(value: Any, name: str, shorthand: str) -> dict[str, Any]:
     if isinstance(value, str):
         return {shorthand: value}
     raise RecipeError(f"{name}: {_show(value)} given, expected a {shorthand} or a mapping")
+
+
+def _lift_refit(values: dict[str, Any]) -> None:
+    """`solver: {name: wanda, refit: true}` is `refit: true`: it is done to a mask, whoever chose it."""
+    if isinstance(values.get("solver"), Mapping) and "refit" in values["solver"]:
+        given = dict(values["solver"])
+        values["refit"] = given.pop("refit")
+        values["solver"] = given
 
 
 def _choice(section: str, value: Any, compat: Any) -> dict[str, Any]:
@@ -386,7 +396,9 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
     merged: dict[str, Any] = copy.deepcopy(dict(base))
     for section, shorthand in (("allocator", "name"), ("solver", "name"), ("calibration", "text")):
         merged[section] = _section(merged.get(section), section, shorthand)
+    _lift_refit(merged)
     pairs = [(key.removesuffix(".name"), value) for key, value in changes]
+    pairs = [("refit" if key == "solver.refit" else key, value) for key, value in pairs]
     seen: set[str] = set()
     for key, value in sorted(pairs, key=lambda pair: pair[0] not in _REGISTRIES):
         if key in _REGISTRIES:
@@ -394,6 +406,7 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
             known_name = merged[key].get("name") or _DEFAULT_NAMES[key]
             same = new.get("name", known_name) == known_name
             merged[key] = {**merged[key], **new} if same else new  # another class has other options
+            _lift_refit(merged)
         elif key == "calibration":
             merged[key].update(_section(value, key, "text"))
         else:

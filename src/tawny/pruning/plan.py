@@ -21,7 +21,7 @@ from tawny.model.source import resolve
 from tawny.model.streams import CHUNK_TOKENS
 from tawny.patterns import check_pattern
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
-from tawny.pruning.run import compute_dtype
+from tawny.pruning.run import compute_dtype, needs_of
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.watch import Watch, silent
 
@@ -91,17 +91,17 @@ def plan(source: str | Path, *, recipe: Recipe | None = None, watch: Watch = sil
     check_selection(flat, [linear for linears in every for linear in linears], recipe.include, recipe.exclude)
     pattern = recipe.make_pattern()
     check_pattern(pattern, {linear.name: linear.shape for linear in flat})
-    allocator, solver = recipe.make_allocator(), recipe.make_solver()
+    allocator, needs = recipe.make_allocator(), needs_of(recipe, recipe.make_solver())
     infos = tuple(LinearInfo(x.name, x.shape, i) for i, linears in enumerate(chosen) for x in linears)
     allocation = None
     if not allocator.measures_weights:
         allocation = allocate(allocator, Profile(infos), pattern, recipe.sparsity)
     prunable = sum(info.numel for info in infos)
-    needs_data = solver.needs != "none" or allocator.needs != "none"
+    needs_data = needs != "none" or allocator.needs != "none"
     text = recipe.calibration.text
     fetched = text in NAMED_TEXTS and text != "wiki"  # a plan does not download
     characters = len(load_text(text, "calibration").text) if needs_data and not fetched else 0
-    memory = _memory(stack, recipe, solver.needs, allocator.needs, characters)
+    memory = _memory(stack, recipe, needs, allocator.needs, characters)
     checkpoint = stack.checkpoint
     assert checkpoint is not None
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(
@@ -122,7 +122,7 @@ def plan(source: str | Path, *, recipe: Recipe | None = None, watch: Watch = sil
         allocation=allocation,
         memory=memory,
         disk={"peak": 2 * written, "checkpoint": written},
-        seconds=_seconds(stack, recipe, infos, solver.needs, allocator.needs),
+        seconds=_seconds(stack, recipe, infos, needs, allocator.needs),
         notes=_notes(recipe, allocation is None, needs_data and fetched),
     )
 

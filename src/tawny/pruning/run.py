@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tawny.allocation.profile import Allocation, Profile
 from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockstep, observe
-from tawny.calibration.statistics import Statistics
+from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
 from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
 from tawny.model.checkpoint import OutputFolder
@@ -32,6 +32,7 @@ from tawny.pruning.profiling import allocate, profile_walk
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions
 from tawny.solvers.base import Solution, reconstruction_error
+from tawny.solvers.refit import refit
 from tawny.watch import Watch, silent
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ class Run:
         self.solver = self.recipe.make_solver()
         self.allocator = self.recipe.make_allocator()
         self.pattern: Pattern = self.recipe.make_pattern()
+        self.needs: Needs = needs_of(self.recipe, self.solver)
         self.samples: Samples | None = None
         self.text: Text | None = None
         self.by_block: list[list[Linear]] = []
@@ -172,7 +174,7 @@ class Run:
 
     @property
     def needs_samples(self) -> bool:
-        return bool(self.solver.needs != "none" or self.allocator.needs != "none")
+        return bool(self.needs != "none" or self.allocator.needs != "none")
 
     def find_linears(self, *, check: bool = True) -> None:
         """Choose what is pruned, and refuse a pattern that does not fit it.
@@ -244,7 +246,7 @@ class Run:
     def blocks(self, allocation: Mapping[str, float]) -> Iterator[BlockRun]:
         """Load, hand out and drop each block in turn."""
         stream: Stream | None = None
-        if self.samples is not None and self.solver.needs != "none":
+        if self.samples is not None and self.needs != "none":
             with self.clock("forward"):
                 stream = Stream(self.stack, self.samples)
         self.watch.phase("pruning", len(self.stack))
@@ -343,7 +345,7 @@ class BlockRun:
         if self.stream is None:
             yield Stage(list(self.linears)), {}
             return
-        seen = self._observe(self.linears, "none" if order == "data" else self.run.solver.needs)
+        seen = self._observe(self.linears, "none" if order == "data" else self.run.needs)
         if order != "data":
             with self.run.clock("outliers"):
                 self.outliers.see(self.linears, seen.statistics, dense=True)
@@ -352,7 +354,7 @@ class BlockRun:
             return
         for self._stage, stage in enumerate(seen.stages):
             if order == "data":
-                yield stage, self._observe(stage.linears, self.run.solver.needs).statistics
+                yield stage, self._observe(stage.linears, self.run.needs).statistics
             else:
                 yield stage, seen.statistics
 
@@ -375,7 +377,7 @@ class BlockRun:
             done += 1
             self.run.watch.detail("observing", done, total)
 
-        walk = in_lockstep(stream, self.index, stages, self.run.solver.needs, finish=not last, step=step)
+        walk = in_lockstep(stream, self.index, stages, self.run.needs, finish=not last, step=step)
         while True:
             with self.run.clock("forward"):
                 item = next(walk, None)
@@ -408,7 +410,7 @@ class BlockRun:
             self.outliers.see([linear], {linear.name: statistics}, dense=False)
         if statistics is not None and statistics.tokens == 0:
             # An expert no token was routed to: nothing is known of its inputs, so weights alone decide.
-            statistics = blind_statistics(linear.shape[1], run.solver.needs, W_OI.device)
+            statistics = blind_statistics(linear.shape[1], run.needs, W_OI.device)
             notes["tokens"] = 0
             run.record.warnings.append(f"{linear.name} saw no calibration token; its weights alone decided")
         run.watch.detail(f"solving {linear.name.removeprefix(run.stack.name(self.index) + '.')}", 0, 0)
@@ -417,11 +419,18 @@ class BlockRun:
                 solution: Solution = run.solver.solve(
                     W_OI, statistics, pattern, target, prepared=self._prepare(statistics)
                 )
+            lost, kind = self._measure(W_OI, solution.weight, statistics)
+            if run.recipe.refit and lost > 0:
+                assert statistics is not None and statistics.hessian is not None
+                notes["before_refit"] = lost
+                with run.clock("refit"):
+                    refitted = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
+                better, _ = self._measure(W_OI, refitted, statistics)
+                if better < lost:  # its damped objective and the error here are not quite the same thing
+                    solution.weight, lost = refitted, better
         except NumericalError as error:
             raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
         stored = run.stack.set_weight(linear, solution.weight)
-        with run.clock("error"):
-            lost, kind = relative_error(W_OI, solution.weight, statistics)
         zeros = int((stored == 0).sum())
         run.record.linears.append(
             LinearRecord(
@@ -439,6 +448,10 @@ class BlockRun:
                 notes={**solution.notes, **notes},
             )
         )
+
+    def _measure(self, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None) -> tuple[float, str]:
+        with self.run.clock("error"):
+            return relative_error(W_OI, pruned_OI, statistics)
 
     def _prepare(self, statistics: Statistics | None) -> Any:
         """What the solver can compute once for linears that share an input; dropped with the stage."""
@@ -477,6 +490,12 @@ class BlockRun:
                 parameters = {name: run.stack.stored[name] for name in unit.targets}
                 tensors.update(run.stack.checkpoint.store(unit, parameters, run.stack.model))
             run.output.write_block(f"{self.index:05d}", {k: run._stored(v) for k, v in tensors.items()})
+
+
+def needs_of(recipe: Recipe, solver: Any) -> Needs:
+    """What calibration has to yield for the solves of a recipe."""
+    needs: Needs = "hessian" if recipe.refit else solver.needs
+    return needs
 
 
 def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:
