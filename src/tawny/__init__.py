@@ -23,11 +23,13 @@ __all__ = [
     "Recipe",
     "Record",
     "Speed",
+    "TaskResults",
     "TawnyError",
     "UserError",
     "__version__",
     "bench",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "inspect",
     "load_recipe",
@@ -45,10 +47,12 @@ _HOMES = {
     "Recipe": "tawny.recipe",
     "Record": "tawny.record",
     "Speed": "tawny.evaluation.speed",
+    "TaskResults": "tawny.evaluation.tasks",
     "TawnyError": "tawny.errors",
     "UserError": "tawny.errors",
     "bench": "tawny.evaluation.speed",
     "evaluate": "tawny.evaluation.perplexity",
+    "evaluate_tasks": "tawny.evaluation.tasks",
     "generate": "tawny.evaluation.speed",
     "inspect": "tawny.evaluation.inspection",
     "load_recipe": "tawny.recipe",
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.perplexity import Perplexity, evaluate
     from tawny.evaluation.speed import Generation, Speed, bench, generate
+    from tawny.evaluation.tasks import TaskResults, evaluate_tasks
     from tawny.pruning.plan import Plan, plan
     from tawny.pruning.profiling import profile
     from tawny.pruning.run import prune

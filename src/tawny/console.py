@@ -95,8 +95,9 @@ class Console:
 class _Walk:
     """One phase: how far, how long, how long still."""
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done, self.start = name, total, 0, time.monotonic()
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done, self.start = 0, time.monotonic()
 
     @property
     def elapsed(self) -> float:
@@ -109,7 +110,7 @@ class _Walk:
         return f"about {duration(self.elapsed / self.done * (self.total - self.done))} left"
 
     def summary(self) -> str:
-        return f"{self.name}: {self.done} blocks in {duration(self.elapsed)}"
+        return f"{self.name}: {self.done} {self.unit} in {duration(self.elapsed)}"
 
 
 class _BarWatch:
@@ -120,9 +121,9 @@ class _BarWatch:
         self._walk: _Walk | None = None
         self._inner = ""
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
         self.close()
-        self._walk = _Walk(name, total)
+        self._walk = _Walk(name, total, unit)
 
     def step(self, text: str) -> None:
         if self._walk is not None:
@@ -164,10 +165,10 @@ class _LineWatch:
         self._walk: _Walk | None = None
         self._last = 0.0
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
         self.close()
-        self._walk = _Walk(name, total)
-        self._print(f"{name}: {total} blocks")
+        self._walk = _Walk(name, total, unit)
+        self._print(f"{name}: {total} {unit}")
 
     def step(self, text: str) -> None:
         walk = self._walk

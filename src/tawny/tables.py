@@ -12,6 +12,7 @@ __all__ = [
     "comparison_table",
     "doctor_tables",
     "duration",
+    "evaluation_tables",
     "generation_tables",
     "inspection_tables",
     "listing_tables",
@@ -23,6 +24,7 @@ __all__ = [
     "record_tables",
     "size",
     "speed_tables",
+    "tasks_tables",
 ]
 
 import math
@@ -183,6 +185,48 @@ def perplexity_tables(result: Mapping[str, Any]) -> list[Table]:
             ]
         )
     ]
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
+    """What `tawny eval` measured: a perplexity, tasks, or both."""
+    tables = perplexity_tables(result) if "perplexity" in result else []
+    return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
+
+
+def share_text(value: float, error: float) -> str:
+    """`61.2 ± 1.4`, in percent."""
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error else "")
+
+
+def tasks_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Accuracy of every task in percent, and the mean of those that have one."""
+    tasks = result["tasks"]
+    normed = any("acc_norm" in task["metrics"] for task in tasks)
+    columns = ["task", "accuracy, %", *(["normalised"] if normed else []), "examples", "documents"]
+    made = _table(*columns, left=(0, len(columns) - 1))
+    for task in tasks:
+        norm = task["metrics"].get("acc_norm")
+        accuracy = task["metric"] in ("acc", "acc_norm", "exact_match")
+        made.add_row(
+            task["name"],
+            share_text(task["value"], task["stderr"])
+            if accuracy
+            else f"{task['metric']} {task['value']:.4g}"
+            + (f" ± {task['stderr']:.2g}" * bool(task["stderr"])),
+            *([share_text(norm["value"], norm["stderr"]) if norm else ""] if normed else []),
+            f"{task['examples']:,}" + ", kept" * bool(task["cached"]),
+            f"{task['data']} ({task['split']})" if task["split"] else task["data"],
+        )
+    rows = [
+        ("lm-eval", f"{result['lm_eval']}, zero-shot unless a task says otherwise"),
+        ("computed in", f"{result['compute']}, log-probabilities in float32"),
+        ("time", duration(result["seconds"])),
+    ]
+    if len(tasks) > 1 and all(task["metric"] == "acc" for task in tasks):
+        rows.insert(0, ("mean", f"{share_text(result['mean'], result['stderr'])} % over {len(tasks)} tasks"))
+    if result["limit"]:
+        rows.insert(1, ("limit", f"the first {result['limit']} documents of each task"))
+    return [made, _facts(rows)]
 
 
 def profile_tables(report: Mapping[str, Any]) -> list[Table]:

