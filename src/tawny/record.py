@@ -42,6 +42,10 @@ class LinearRecord:
     outliers_before: int | None = None
     outliers_after: int | None = None
 
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> LinearRecord:
+        return cls(**{**plain, "shape": tuple(plain["shape"])})
+
 
 @dataclass
 class Record:
@@ -81,6 +85,7 @@ class Record:
     outlier_M: float | None = None
     generated: list[dict[str, str]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    resumed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {"record_version": RECORD_VERSION, **asdict(self)}

@@ -316,13 +316,13 @@ def test_ctrl_c_leaves_nothing_that_looks_finished(tmp_path):
 def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     import errno
 
-    from tawny.model import checkpoint
+    from tawny.model import output
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     tiny_model("llama").save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(output, "write_tensors", full)
     with pytest.raises(OutputError, match="disk is full"):
         tawny.prune(
             tmp_path / "dense", tmp_path / "out", sparsity=0.5, allocator="uniform", solver="magnitude"

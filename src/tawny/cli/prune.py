@@ -62,7 +62,12 @@ def prune(
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished folder.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a finished folder; start an unfinished one over.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     evaluate: Annotated[
         str | None,

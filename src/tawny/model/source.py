@@ -148,7 +148,7 @@ def _write_converted(path: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
-    from tawny.model.checkpoint import ShardWriter
+    from tawny.model.output import ShardWriter
     from tawny.model.skeleton import build_skeleton
 
     try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tawny.errors import NumericalError, TextError
+from tawny.model import durable
 from tawny.model.blocks import Call, Stack, chunks_of
+from tawny.model.tensorfile import read_tensors, write_tensors
 
 # Tokens a forward takes at once: enough rows for full-speed matrix products, few enough that the activations
 # between them stay in the last-level cache of a small machine (measured: 4096 is 15 % slower than 2048).
@@ -58,13 +61,33 @@ class Stream:
         samples: what enters it.
         chunk_tokens: tokens a forward takes at once (at least one sample). It depends on the samples alone,
             never on free memory, so that sums are added up in the same order everywhere.
+        depth: the block in front of which the samples stand.
+        saved: the file `save` made there, when they have come that far before; else they enter at the beginning.
+
+    Attributes:
+        hidden: one tensor `[batch, tokens, hidden]` a chunk.
+        depth: rises when all chunks have been replaced.
     """
 
-    def __init__(self, stack: Stack, samples: Samples, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        samples: Samples,
+        chunk_tokens: int = CHUNK_TOKENS,
+        *,
+        depth: int = 0,
+        saved: Path | None = None,
+    ) -> None:
         self.stack = stack
         self.samples = samples
         self.slices = chunks_of(len(samples), max(1, chunk_tokens // samples.seqlen))
-        self.hidden: list[Tensor] = [self.stack.enter(*self._inputs(part)) for part in self.slices]
+        self.depth = depth
+        self.hidden: list[Tensor] = []
+        if saved is None:
+            self.hidden = [self.stack.enter(*self._inputs(part)) for part in self.slices]
+        else:
+            read = read_tensors(saved)
+            self.hidden = [read.pop(str(chunk)).to(stack.device) for chunk in range(len(self.slices))]
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -103,3 +126,10 @@ class Stream:
                 "try -o compute=float32, or check the checkpoint"
             )
         self.hidden[chunk] = made
+        if chunk == len(self.slices) - 1:
+            self.depth = index + 1
+
+    def save(self, path: Path) -> None:
+        """A durable copy of the hidden states."""
+        with durable.beside(path) as temporary:
+            write_tensors(temporary, {str(chunk): hidden for chunk, hidden in enumerate(self.hidden)})

@@ -6,6 +6,7 @@ settle long before the weights' solution does; so a subset of the samples is eno
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import NM, Pattern
+from tawny.pruning.journal import Journal
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.watch import Watch, silent
 
@@ -50,6 +52,7 @@ def profile_walk(
     samples: Samples | None,
     recipe: Recipe,
     watch: Watch,
+    journal: Journal | None = None,
 ) -> Profile:
     """Shapes of all linears and, if the allocator measures anything, its measures of every block.
 
@@ -58,23 +61,27 @@ def profile_walk(
         by_block: the linears that will be pruned.
         allocator: says what it `needs` and has `measure`.
         samples: calibration tokens; needed if the allocator needs statistics.
+        journal: where finished blocks are kept, and found again.
 
     Raises:
         NumericalError: a weight is NaN or infinite; names the linear.
     """
-    stages: dict[str, str] = {}
-    measures: list[dict[str, Any]] = []
-    if allocator.measures_weights:
+    journal = journal or Journal(None)
+    done, found = journal.walk("profile")
+    stages: dict[str, str] = found.get("stages", {})
+    measures: list[dict[str, Any]] = found.get("measures", [])
+    if allocator.measures_weights and done < len(stack):
         stream = None
         if allocator.needs != "none":
             assert samples is not None
-            stream = Stream(stack, profile_samples(samples, recipe))
-        watch.phase("profiling", len(stack))
-        for index in range(len(stack)):
+            saved = journal.hidden("profile")
+            stream = Stream(stack, profile_samples(samples, recipe), depth=done, saved=saved)
+        watch.phase("profiling", len(stack) - done)
+        for index in range(done, len(stack)):
+            last = index == len(stack) - 1
             with torch.no_grad(), stack.block(index):
                 statistics: dict[str, Any] = {}
                 if stream is not None:
-                    last = index == len(stack) - 1
                     seen = observe(stream, index, by_block[index], allocator.needs, advance=not last)
                     statistics = seen.statistics
                     stages.update(
@@ -87,10 +94,14 @@ def profile_walk(
                             f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
                         )
                 try:
-                    measures.append(allocator.measure(inputs))
+                    # What is measured goes through JSON at once, so that it is the same when it comes out of a journal.
+                    measures.append(json.loads(json.dumps(allocator.measure(inputs))))
                 except TawnyError as error:
                     raise type(error)(f"block {stack.name(index)}: {error}") from error
                 del inputs
+            if last or journal.due():
+                kept = {} if last or stream is None else {"pruned": stream}
+                journal.commit("profile", index + 1, {"stages": stages, "measures": measures}, kept)
             watch.step(stack.name(index))
     infos = tuple(
         LinearInfo(linear.name, linear.shape, index, stages.get(linear.name, ""))

@@ -2,7 +2,8 @@
 
 Only one block's weights are in memory at a time, beside embeddings and head. The calibration samples walk through
 the stack with the pruning: each block is observed on the outputs of the already pruned blocks before it, solved,
-and run again to give the next one its inputs. A forward is never run whose result nobody uses.
+and run again to give the next one its inputs. A forward is never run whose result nobody uses. What is finished is
+kept in a journal, and the same command goes on from it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from tawny.allocation.profile import Allocation, Profile
 from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockstep, observe
 from tawny.calibration.statistics import Needs, Statistics
-from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
+from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TawnyError
 from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
-from tawny.model.checkpoint import OutputFolder
 from tawny.model.linears import Linear, check_selection, select
+from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import NM, Pattern, check_pattern
+from tawny.pruning.journal import Journal, code_identity, model_identity, recipe_identity, tokens_identity
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.profiling import allocate, profile_walk
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
@@ -57,13 +59,16 @@ def prune(
 ) -> Record:
     """Prune a model to a target sparsity.
 
+    A run that was stopped, however it was stopped, leaves what it finished in `OUT.partial`; the same call goes on
+    from there and gives the bytes of a run that was never stopped. A live module starts from the beginning.
+
     Args:
         source: a folder, hub id, `.gguf` file or `smollm2`; or a live module, which is pruned in place.
         out: folder to write; needed for a path, optional for a live module (then nothing is written).
         recipe: everything that decides the result; `keys` override single entries of it
             (`sparsity=0.6, allocator="owl", solver="wanda", pattern="2:4"`, or dotted: `**{"solver.damp": 0.1}`).
         watch: told about progress.
-        overwrite: replace an existing `out` once the new one is complete.
+        overwrite: replace an existing `out` once the new one is complete, and start over what is unfinished.
         tokenizer: for a live module calibrated on text.
         calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or the name or path of a text.
 
@@ -73,7 +78,7 @@ def prune(
     Raises:
         UserError: something asked for cannot be done; one line says what can.
         NumericalError: a weight, activation or factorisation is not usable; names the linear.
-        Interrupted: the user pressed Ctrl-C; nothing unfinished is left looking finished.
+        Interrupted: the user pressed Ctrl-C; finished blocks are kept, and nothing unfinished looks finished.
     """
     named = {"calibration.text": calibration} if isinstance(calibration, str) else {}
     given = None if isinstance(calibration, str) else calibration
@@ -108,6 +113,7 @@ def open_run(
     """
     before = peak_memory()
     output: OutputFolder | None = None
+    journal, begun = Journal(None), False
     try:
         if isinstance(source, nn.Module):
             folder, stack = None, live_stack(source)
@@ -117,21 +123,47 @@ def open_run(
             folder = resolve(source, watch.say)
             stack = open_stack(folder, compute_dtype(recipe), recipe.device)
         if out is not None:
-            output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
-        run = Run(recipe, str(source) if folder else type(source).__name__, folder, stack, output, watch)
+            output, journal = open_output(Path(out), folder, overwrite)
+        run = Run(
+            recipe, str(source) if folder else type(source).__name__, folder, stack, output, watch, journal
+        )
         run.record.memory_before = before
+        run.identify()
         run.find_linears(check=measuring is None)
         wanted = run.needs_samples if measuring is None else measuring.needs != "none"
         run.samples = run.load_samples(tokenizer, calibration) if wanted else None
+        run.begin(overwrite)
+        begun = True
         with torch.no_grad():
             yield run
     except KeyboardInterrupt as error:
-        raise Interrupted(
-            "stopped by Ctrl-C; the source is untouched and nothing unfinished was kept"
-        ) from error
+        kept = "nothing was finished yet"
+        if journal.progress:
+            kept = f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
+        raise Interrupted(f"stopped by Ctrl-C; the source is untouched and {kept}") from error
+    except TawnyError as error:
+        # What fails for good fails again: there is nothing to go on with. A full disk can be mended.
+        if begun and output is not None and not isinstance(error, OutputError):
+            output.discard()
+        raise
     finally:
         if output is not None:
-            output.discard()
+            output.release() if journal.progress or (journal.found and not begun) else output.discard()
+
+
+def open_output(out: Path, folder: Path | None, overwrite: bool) -> tuple[OutputFolder, Journal]:
+    """The folder to write and the journal of what is in it already; a live module has no journal."""
+    work = out.with_name(out.name + ".partial")
+    if folder is None or overwrite:
+        made = OutputFolder(out, overwrite=overwrite, source=folder)
+        return made, Journal(None if folder is None else made.work)
+    journal = Journal(work)
+    # Who consented to replace a finished folder when the run was started need not do so again to go on.
+    output = OutputFolder(
+        out, overwrite=bool(journal.state.get("overwrite")), source=folder, keep=journal.found
+    )
+    journal.reload()
+    return output, journal
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -149,6 +181,7 @@ class Run:
     stack: Stack
     output: OutputFolder | None
     watch: Watch
+    journal: Journal
 
     def __post_init__(self) -> None:
         self.solver = self.recipe.make_solver()
@@ -175,6 +208,35 @@ class Run:
     @property
     def needs_samples(self) -> bool:
         return bool(self.needs != "none" or self.allocator.needs != "none")
+
+    def identify(self) -> None:
+        """Tell the journal what the bytes of this run depend on, as far as it is known before any data is read.
+
+        Raises:
+            OutputError: an unfinished run in the same place is another one.
+        """
+        if self.journal.folder is None or self.folder is None:
+            return
+        machine = self.record.machine
+        self.journal.require("recipe", recipe_identity(self.recipe))
+        self.journal.require("model", model_identity(self.folder))
+        self.journal.require("code", code_identity())
+        self.journal.require(
+            "machine", {"cpu": machine["cpu"], "threads": machine["threads"], "compute": self.record.compute}
+        )
+
+    def begin(self, overwrite: bool) -> None:
+        """From here on what is finished is kept."""
+        if self.journal.folder is None:
+            return
+        self.journal.require("text", tokens_identity(self.samples))
+        self.journal.begin(overwrite=overwrite)
+        self.record.resumed = self.journal.state["resumed"]
+        self.clock.seconds.update(self.journal.state.get("seconds", {}))
+        self.started -= self.clock.seconds.pop("total", 0.0)
+        self.record.peak_memory = int(self.journal.state.get("peak_memory", 0))
+        if self.journal.progress:
+            self.watch.say(f"going on with {self.journal.folder}, behind {self.journal.kept_words()}")
 
     def find_linears(self, *, check: bool = True) -> None:
         """Choose what is pruned, and refuse a pattern that does not fit it.
@@ -235,7 +297,7 @@ class Run:
         """Sparsity of every linear: the profile walk, where the allocator wants one, and its decision."""
         with self.clock("profile"):
             self.profile = profile_walk(
-                self.stack, self.by_block, self.allocator, self.samples, self.recipe, self.watch
+                self.stack, self.by_block, self.allocator, self.samples, self.recipe, self.watch, self.journal
             )
         allocation = allocate(self.allocator, self.profile, self.pattern, self.recipe.sparsity)
         self.record.allocation = allocation
@@ -244,18 +306,33 @@ class Run:
         return allocation
 
     def blocks(self, allocation: Mapping[str, float]) -> Iterator[BlockRun]:
-        """Load, hand out and drop each block in turn."""
+        """Load, hand out and drop each block in turn, behind those an earlier run has finished."""
+        done, found = self.journal.walk("prune")
+        self.record.linears = [LinearRecord.from_dict(entry) for entry in found.get("linears", [])]
+        self.record.warnings += found.get("warnings", [])
+        count = len(self.stack)
         stream: Stream | None = None
-        if self.samples is not None and self.needs != "none":
+        if self.samples is not None and self.needs != "none" and done < count:
             with self.clock("forward"):
-                stream = Stream(self.stack, self.samples)
-        self.watch.phase("pruning", len(self.stack))
-        for index in range(len(self.stack)):
+                stream = Stream(self.stack, self.samples, depth=done, saved=self.journal.hidden("prune"))
+        self.watch.phase("pruning", count - done)
+        for index in range(done, count):
             with self.clock("read"):
                 self.stack.load(index)
             yield BlockRun(self, index, stream, allocation)
             self.stack.release(index)
+            if index == count - 1 or self.journal.due():
+                with self.clock("write"):
+                    self.commit(index + 1, None if index == count - 1 else stream)
             self.watch.step(self.stack.name(index))
+
+    def commit(self, blocks: int, stream: Stream | None) -> None:
+        """Keep what is finished: `blocks` blocks, and what enters the next."""
+        found = {"linears": [asdict(x) for x in self.record.linears], "warnings": self.record.warnings}
+        elapsed = time.perf_counter() - self.started
+        self.journal.state["seconds"] = {**self.clock.seconds, "total": elapsed}
+        self.journal.state["peak_memory"] = max(peak_memory(), self.record.peak_memory)
+        self.journal.commit("prune", blocks, found, {"pruned": stream})
 
     def spread(self, stage: Stage, solve: Any) -> None:
         """Every linear of a stage, one after another (the place where several processes would share them)."""
@@ -271,7 +348,7 @@ class Run:
         if self.output is not None:
             with self.clock("write"):
                 self._write_outside()
-        record.peak_memory = peak_memory()
+        record.peak_memory = max(peak_memory(), record.peak_memory)
         self.clock.seconds["total"] = time.perf_counter() - self.started
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         if self.output is not None:
@@ -281,21 +358,9 @@ class Run:
 
     def _write_outside(self) -> None:
         assert self.output is not None
-        names = [f"{index:05d}" for index in range(len(self.stack))]
         if self.folder is not None and self.stack.checkpoint is not None:
-            checkpoint = self.stack.checkpoint
-            inside = {
-                key
-                for index in range(len(self.stack))
-                for unit in checkpoint.units_of(self.stack.name(index))
-                for key in unit.sources
-            }
-            # Tensors no parameter uses travel too: what Tawny does not prune, it does not judge.
-            outside = checkpoint.read(key for key in checkpoint.files if key not in inside)
-            self.output.write_block(_OUTSIDE, {key: self._stored(value) for key, value in outside.items()})
-            del outside
+            self.record.bytes = self.output.assemble(self.journal.once("shards", self._plan_shards))
             self.output.carry(self.folder)
-            self.record.bytes = self.output.assemble([_OUTSIDE, *names])
             self._storage_in_config()
         else:
             self.stack.model.save_pretrained(self.output.partial)
@@ -304,6 +369,22 @@ class Run:
 
         self.output.write_text("README.md", model_card(self.record))
         self.output.write_text("recipe.yaml", dump_recipe(self.recipe))
+
+    def _plan_shards(self) -> list[dict[str, Any]]:
+        """Write what is in no block, and say which tensors go into which shard."""
+        checkpoint = self.stack.checkpoint
+        assert self.output is not None and checkpoint is not None
+        inside = {
+            key
+            for index in range(len(self.stack))
+            for unit in checkpoint.units_of(self.stack.name(index))
+            for key in unit.sources
+        }
+        # Tensors no parameter uses travel too: what Tawny does not prune, it does not judge.
+        outside = [key for key in checkpoint.files if key not in inside]
+        dtype = _DTYPES[self.recipe.dtype] if self.recipe.dtype else None
+        self.output.write_outside(_OUTSIDE, checkpoint, outside, dtype)
+        return self.output.plan_shards([_OUTSIDE, *(f"{index:05d}" for index in range(len(self.stack)))])
 
     def _stored(self, value: Tensor) -> Tensor:
         wanted = self.recipe.dtype

@@ -1,0 +1,78 @@
+"""Writes that survive a power cut: beside, flushed to the disk, renamed, and the rename flushed too.
+
+After `replace` or `write` returns, a file is there whole under its name, whatever happens next; before, what stood
+there is still there whole. Nothing in between is ever seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tawny.errors import OutputError
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Give a complete temporary file its name."""
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write(path: Path, data: bytes) -> None:
+    with beside(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; it becomes `path` at the end, and goes if anything fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        replace(temporary, path)
+    except BaseException:
+        # What was half written may be what fills the disk.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only place into one clear line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        text = str(error)
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
+            existing = next((p for p in (what, *what.absolute().parents) if p.exists()), Path.cwd())
+            free = shutil.disk_usage(existing).free
+            raise OutputError(
+                f"{what}: the disk is full ({free / 1e9:.1f} GB free); free some space and run again"
+            ) from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise OutputError(
+                f"{what} cannot be written (read-only or no permission); choose another --out"
+            ) from error
+        raise OutputError(f"{what} cannot be written: {text}") from error

@@ -1,0 +1,261 @@
+"""A checkpoint folder while it is being written: a file a block, final shards at the end, one rename.
+
+Everything unfinished lives in `OUT.partial/`: `blocks/` (a file a block), `hidden/` (what a run needs to go on),
+`checkpoint/` (what will be `OUT`) and the journal of the run. `OUT` appears by one rename when it is complete, so an
+unfinished folder never looks finished. One process at a time may hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from tawny.errors import OutputError
+from tawny.model import durable
+from tawny.model.checkpoint import INDEX, Checkpoint
+from tawny.model.durable import writing
+from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_tensors
+
+SHARD_BYTES = 2_000_000_000
+# Everything that is not weights travels with the model, except what describes weights of another format.
+_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
+_NOT_CARRIED = {INDEX, "run.json", "allocation.json", "recipe.yaml"}
+# What a folder may hold that a run may throw away.
+_OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
+JOURNAL = "journal.json"
+
+
+class ShardWriter:
+    """Collect tensors, write a safetensors shard whenever enough have come, and name them at the end.
+
+    The split depends on sizes and order only, so the same tensors give the same bytes.
+    """
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._written: list[tuple[Path, list[str], int]] = []
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, value in tensors.items():
+            size = value.numel() * value.element_size()
+            if self._pending and self._pending_bytes + size > self.limit:
+                self._flush()
+            self._pending[name] = value.contiguous()
+            self._pending_bytes += size
+
+    def _flush(self) -> None:
+        path = self.folder / f"shard-{len(self._written):05d}.safetensors"
+        write_tensors(path, self._pending)
+        self._written.append((path, list(self._pending), self._pending_bytes))
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> int:
+        """Write what is left and the index; returns the bytes of all tensors."""
+        if self._pending or not self._written:
+            self._flush()
+        names = shard_names(len(self._written))
+        for name, (path, _, _) in zip(names, self._written, strict=True):
+            path.rename(self.folder / name)
+        total = sum(size for _, _, size in self._written)
+        if len(names) > 1:
+            keys = zip(names, (keys for _, keys, _ in self._written), strict=True)
+            (self.folder / INDEX).write_bytes(index_of(dict(keys), total))
+        return total
+
+
+def shard_names(count: int) -> list[str]:
+    """What Hugging Face calls the shards of a checkpoint."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def index_of(keys: Mapping[str, Sequence[str]], total: int) -> bytes:
+    """The index that says which shard holds which tensor."""
+    weight_map = {key: name for name, held in keys.items() for key in held}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+class OutputFolder:
+    """A checkpoint folder being written; see the top of this file.
+
+    Args:
+        out: the folder to be.
+        overwrite: replace a finished `out`, once the new one is complete.
+        source: the model's folder, which is never written to.
+        keep: go on with what lies in `OUT.partial`; otherwise it is thrown away.
+
+    Raises:
+        OutputError: `OUT` exists and `overwrite` is false, another process writes it, or nothing can be written there.
+    """
+
+    def __init__(
+        self, out: Path, *, overwrite: bool = False, source: Path | None = None, keep: bool = False
+    ) -> None:
+        self.out = out
+        self.work = out.with_name(out.name + ".partial")
+        self.partial = self.work / "checkpoint"
+        self.overwrite = overwrite
+        self._mend()
+        if source is not None and out.exists() and out.resolve() == source.resolve():
+            raise OutputError(
+                f"{out} is the model itself; the source is never overwritten: choose another --out"
+            )
+        if out.exists() and not overwrite:
+            raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+        if out.exists() and not (
+            out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())
+        ):
+            raise OutputError(f"{out} exists and is not a checkpoint folder; refusing to replace it")
+        foreign = sorted({p.name for p in self.work.glob("*")} - _OURS) if self.work.is_dir() else []
+        if foreign:
+            raise OutputError(
+                f"{self.work} holds {foreign[0]!r}, which no run of Tawny put there; move it away or choose another --out"
+            )
+        with writing(out):
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.work / "lock", out)
+            if not keep:
+                self._clear()
+            for name in ("blocks", "hidden", "checkpoint"):
+                (self.work / name).mkdir(exist_ok=True)
+            for left in self.work.glob("*/*.tmp"):
+                left.unlink()
+
+    def _mend(self) -> None:
+        """Finish what a process that died inside `finish` left: an old `OUT` set aside, or a folder already renamed."""
+        replaced = self.work / "replaced"
+        with contextlib.suppress(OSError):
+            if replaced.exists() and not self.out.exists():
+                replaced.replace(self.out)
+            elif self.out.exists() and (self.work / JOURNAL).exists() and not self.partial.exists():
+                shutil.rmtree(self.work)
+
+    def _clear(self) -> None:
+        # The journal goes first: without it nothing that is left can be taken for more than it is.
+        durable.remove(self.work / JOURNAL)
+        for name in _OURS - {"lock"}:
+            shutil.rmtree(self.work / name, ignore_errors=True)
+
+    def block_path(self, name: str) -> Path:
+        return self.work / "blocks" / f"{name}.safetensors"
+
+    def write_block(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """One file, durable before it has its name."""
+        path = self.block_path(name)
+        with writing(path), durable.beside(path) as temporary:
+            write_tensors(temporary, tensors)
+
+    def write_outside(
+        self, name: str, checkpoint: Checkpoint, keys: Sequence[str], dtype: torch.dtype | None
+    ) -> None:
+        """Tensors that are in no block, copied a tensor at a time; floats in `dtype`, if there is one."""
+        path = self.block_path(name)
+        with writing(path), durable.beside(path) as temporary:
+            if dtype is None:
+                merge(temporary, [(checkpoint.files[key], key) for key in keys])
+                return
+            kinds = {key: checkpoint.dtype_of(key) for key in keys}
+            specs = {
+                key: (dtype if kind.is_floating_point else kind, checkpoint.shapes[key])
+                for key, kind in kinds.items()
+            }
+            with TensorWriter(temporary, specs) as writer:
+                for key in keys:
+                    writer.write(key, checkpoint.read([key])[key].to(specs[key][0]))
+
+    def carry(self, source: Path) -> None:
+        """Copy configuration, tokenizer and licence files of `source`."""
+        with writing(self.partial):
+            for pattern in _CARRIED:
+                for path in sorted(source.glob(pattern)):
+                    if path.name not in _NOT_CARRIED and not path.name.endswith(".index.json"):
+                        shutil.copyfile(path, self.partial / path.name)
+
+    def write_text(self, name: str, text: str) -> None:
+        with writing(self.partial / name):
+            (self.partial / name).write_text(text, encoding="utf-8")
+
+    def plan_shards(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Which tensors of which block files become which shard: `[{file, bytes, tensors: [[block, key], …]}]`."""
+        shards: list[dict[str, Any]] = [{"bytes": 0, "tensors": []}]
+        for name in names:
+            found = entries(self.block_path(name))
+            for key in sorted(found, key=natural):
+                if shards[-1]["tensors"] and shards[-1]["bytes"] + found[key].bytes > SHARD_BYTES:
+                    shards.append({"bytes": 0, "tensors": []})
+                shards[-1]["tensors"].append([name, key])
+                shards[-1]["bytes"] += found[key].bytes
+        for file, shard in zip(shard_names(len(shards)), shards, strict=True):
+            shard["file"] = file
+        return shards
+
+    def assemble(self, shards: Sequence[Mapping[str, Any]], step: Callable[[], None] = lambda: None) -> int:
+        """Merge the block files into the planned shards; returns the bytes of all tensors.
+
+        A block file goes as soon as the shards it went into are durable, so that no more than one shard is on the
+        disk twice; shards that are there already were finished by an earlier, interrupted run.
+        """
+        last = {block: number for number, shard in enumerate(shards) for block, _ in shard["tensors"]}
+        with writing(self.partial):
+            for number, shard in enumerate(shards):
+                path = self.partial / shard["file"]
+                if not path.exists():
+                    with durable.beside(path) as temporary:
+                        merge(temporary, [(self.block_path(block), key) for block, key in shard["tensors"]])
+                for block in [block for block, end in last.items() if end == number]:
+                    durable.remove(self.block_path(block))
+                step()
+            total = sum(int(shard["bytes"]) for shard in shards)
+            if len(shards) > 1:
+                keys = {shard["file"]: [key for _, key in shard["tensors"]] for shard in shards}
+                (self.partial / INDEX).write_bytes(index_of(keys, total))
+        return total
+
+    def finish(self) -> None:
+        """Give the folder its name; what `--overwrite` replaces goes only now."""
+        with writing(self.out):
+            for path in [p for p in self.partial.rglob("*") if p.is_file()] + [self.partial]:
+                durable.sync(path)
+            old = self.work / "replaced"
+            if self.out.exists():
+                self.out.replace(old)
+            self.partial.replace(self.out)
+            durable.sync(self.out.absolute().parent)
+        self.discard()
+
+    def release(self) -> None:
+        """Let another process have the unfinished folder."""
+        self._lock.close()
+
+    def discard(self) -> None:
+        """Throw away what is unfinished."""
+        self._lock.close()
+        with contextlib.suppress(OSError):
+            durable.remove(self.work / JOURNAL)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _locked(path: Path, out: Path) -> IO[bytes]:
+    """A lock that goes with the process, however it ends."""
+    handle = path.open("ab")
+    try:
+        import fcntl
+    except ImportError:  # no such locks here; two runs into one folder are then the user's to avoid
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise OutputError(f"another process is writing {out}; wait for it or choose another --out") from None
+    return handle
