@@ -5,7 +5,7 @@ A commit makes block files and hidden states durable first, then replaces the jo
 the process, the journal names only what is whole on the disk, and going on from there gives the bytes of a run that
 was never stopped. Between two commits nothing is relied on; it is done again.
 
-The identity holds everything the bytes depend on: the recipe and the contents of files it names; the model, as the
+The identity holds everything the bytes depend on: the recipe; the model, as the
 names, sizes, times and headers of its files (reading all weights to hash them would cost minutes); the tokens; the
 sources of Tawny that compute and the libraries' versions; processor, threads and dtype. If any of it differs, the
 journal refuses and says what.
@@ -28,7 +28,6 @@ from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.output import JOURNAL
 from tawny.model.streams import Samples, Stream
-from tawny.recipe import Recipe
 
 VERSION = 1
 # What commits may add to the time of the work between them.
@@ -229,18 +228,6 @@ def _differences(before: Any, now: Any, what: str) -> list[str]:
 
 
 # --- identity ----------------------------------------------------------------------------------------------
-
-
-def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """The recipe, and a hash of every file its options name."""
-    plain = recipe.to_mapping()
-    files = {
-        f"{section}.{key}": _hash(Path(value).read_bytes())
-        for section in ("allocator", "solver")
-        for key, value in plain[section].items()
-        if isinstance(value, str) and value and Path(value).is_file()
-    }
-    return {**plain, **({"files": files} if files else {})}
 
 
 def model_identity(folder: Path) -> dict[str, Any]:

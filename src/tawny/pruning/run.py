@@ -28,7 +28,7 @@ from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import NM, Pattern, check_pattern
-from tawny.pruning.journal import Journal, code_identity, model_identity, recipe_identity, tokens_identity
+from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.profiling import allocate, profile_walk
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
@@ -218,7 +218,7 @@ class Run:
         if self.journal.folder is None or self.folder is None:
             return
         machine = self.record.machine
-        self.journal.require("recipe", recipe_identity(self.recipe))
+        self.journal.require("recipe", self.record.recipe)
         self.journal.require("model", model_identity(self.folder))
         self.journal.require("code", code_identity())
         self.journal.require(
