@@ -22,6 +22,7 @@ __all__ = [
     "Profile",
     "Recipe",
     "Record",
+    "SparsityCallback",
     "Speed",
     "TaskResults",
     "TawnyError",
@@ -32,7 +33,9 @@ __all__ = [
     "evaluate_tasks",
     "generate",
     "inspect",
+    "keep_sparsity",
     "load_recipe",
+    "merge_adapter",
     "plan",
     "profile",
     "prune",
@@ -46,6 +49,7 @@ _HOMES = {
     "Profile": "tawny.allocation.profile",
     "Recipe": "tawny.recipe",
     "Record": "tawny.record",
+    "SparsityCallback": "tawny.recovery.zeros",
     "Speed": "tawny.evaluation.speed",
     "TaskResults": "tawny.evaluation.tasks",
     "TawnyError": "tawny.errors",
@@ -55,7 +59,9 @@ _HOMES = {
     "evaluate_tasks": "tawny.evaluation.tasks",
     "generate": "tawny.evaluation.speed",
     "inspect": "tawny.evaluation.inspection",
+    "keep_sparsity": "tawny.recovery.zeros",
     "load_recipe": "tawny.recipe",
+    "merge_adapter": "tawny.recovery.zeros",
     "plan": "tawny.pruning.plan",
     "profile": "tawny.pruning.profiling",
     "prune": "tawny.pruning.run",
@@ -73,6 +79,7 @@ if TYPE_CHECKING:
     from tawny.pruning.run import prune
     from tawny.recipe import Recipe, load_recipe
     from tawny.record import Record
+    from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
 
 
 def __getattr__(name: str) -> Any:

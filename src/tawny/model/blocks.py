@@ -87,7 +87,7 @@ class Stack:
         if checkpoint is not None:
             checkpoint.map_to(model)
             self._load_outside()
-        model.requires_grad_(False)
+            model.requires_grad_(False)  # a live model stays as trainable as its owner left it
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -271,6 +271,10 @@ class Stack:
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+        """`tail`, without a graph."""
+        return self.tail(tokens_BT, hidden_BTH)
+
+    def tail(self, tokens_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
         """Logits `[batch, tokens, vocabulary]` from the last block's output: the model's own norm and head.
 
         What follows the blocks acts on each token alone, so a caller may pass any slice of tokens.
