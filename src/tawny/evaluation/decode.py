@@ -6,7 +6,7 @@ returns the logits of the next. Three things make a step cheaper than transforme
 - Keys and values go into memory set aside once, and are not copied whole for each token. Layers that keep a window of
   the past, or something else than keys and values, keep transformers' own cache.
 - Plain linears run our dense matrix-vector kernel (`kernels()` puts it in place and takes it out again).
-- A model whose blocks are the usual ones is handed, block by block, to one C++ call a token (packed/decoder.py). It
+- A model whose blocks are the usual ones is handed, block by block, to one C++ call a token (packed/step.py). It
   is used only after it agreed with the model's own forward on the first token; see `Decoder._prove`.
 
 Everything else is the model's own forward, so every decoder that transformers runs can be decoded here.
@@ -20,6 +20,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from tawny.errors import UserError
 from tawny.packed.kernels import native
 from tawny.packed.linear import DenseLinear
+from tawny.packed.step import Step, find_blocks
 
 # How far the quick path may be from the model's own logits, in units of what one rounding of each block's output does.
 TOLERANCE = 3.0
@@ -121,7 +123,8 @@ class Decoder:
         }
         if "logits_to_keep" in parameters:
             self._arguments["logits_to_keep"] = 1
-        self._want_quick, self._quick = quick is not False, None
+        self._want_quick = quick is not False
+        self._quick: Step | None = None
 
     @property
     def path(self) -> str:
@@ -133,15 +136,89 @@ class Decoder:
         return self._forward(ids.view(1, -1))
 
     def step(self, token: int) -> Tensor:
-        """Logits `[vocabulary]` after one more token."""
-        return self._forward(torch.tensor([[token]]))
+        """Logits `[vocabulary]` after one more token; the next step may overwrite them."""
+        if self._want_quick:
+            self._want_quick = False
+            self._quick = self._trusted(token)
+        if self._quick is None:
+            return self._forward(torch.tensor([[token]]))
+        self._check_room(1)
+        logits = self._quick(token, self.length)
+        self.length += 1
+        return logits
+
+    def _check_room(self, more: int) -> None:
+        if self.length + more > self.capacity:
+            raise UserError(
+                f"{self.length + more} tokens are more than the {self.capacity} there is room for"
+            )
 
     def _forward(self, ids: Tensor) -> Tensor:
-        if self.length + ids.shape[1] > self.capacity:
-            raise UserError(
-                f"{self.length + ids.shape[1]} tokens are more than the {self.capacity} there is room for"
-            )
+        self._check_room(ids.shape[1])
         made = self.model(input_ids=ids.to(self.device), **self._arguments)
         self.length += ids.shape[1]
         logits: Tensor = made.logits[0, -1]
         return logits
+
+    # --- the quick path ------------------------------------------------------------------------------------
+
+    def _trusted(self, token: int) -> Step | None:
+        """The quick path, if this model's has proved equal, now or before."""
+        verdict = _proved.get(self.model)
+        reserved = all(getattr(layer, "memory", None) is not None for layer in self.cache.layers)
+        if verdict is False or not reserved or self.device.type != "cpu" or self.length == self.capacity:
+            return None
+        quick = Step.build(self.model, [layer.memory for layer in self.cache.layers], self.capacity)
+        if quick is None:
+            return None
+        if verdict is None:
+            verdict = _proved[self.model] = self._prove(quick, token)
+        return quick if verdict else None
+
+    def _prove(self, quick: Step, token: int) -> bool:
+        """Whether the quick path and the model's own forward agree on the next token's logits.
+
+        They do the same sums in another order and round at other places, so they never agree to the bit. How much
+        rounding may move the logits is measured: the model's own forward runs a second time with the output of every
+        block changed by half a unit in the last place, up or down at random: the most one rounding can do there. The
+        two paths must not be further apart than `TOLERANCE` times the change that makes (norms over the
+        vocabulary). A missing scale, norm, bias or mask moves logits by tens of per cent, hundreds of times as much.
+        """
+        position = self.length
+        logits = quick(token, position).clone()
+        ids = torch.tensor([[token]])
+        with _rounded_once_more(self.model):
+            noisy = self._forward(ids).float()
+        self._rewind(position)
+        own = self._forward(ids).float()
+        self._rewind(position)
+        unit = float((noisy - own).norm()) + 1e-5 * float((own - own.mean()).norm())
+        return bool((logits - own).norm() <= TOLERANCE * unit)
+
+    def _rewind(self, length: int) -> None:
+        self.length = length
+        for layer in self.cache.layers:
+            layer.rewind(length)
+
+
+_proved: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _rounded_once_more(model: nn.Module) -> Iterator[None]:
+    """Inside, every block's output is multiplied by 1 ± half a unit in the last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        signs = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1)
+        half = torch.finfo(hidden.dtype).eps / 2
+        changed = (hidden.double() * (1 + signs * half)).to(hidden.dtype)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    hooks = [block.register_forward_hook(disturb) for block in find_blocks(model)[1]]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -128,6 +128,12 @@ class PackedLinear(nn.Module):
             self._call = ops.Call(tensors, self.out_features, self.in_features)
         return self._call
 
+    def prepared(self) -> ops.Call | None:
+        """The compiled call with this weight, for code that makes many of them; None without one."""
+        if not native.chosen():
+            return None
+        return self._call if self._call is not None and self._call.fits(self._buffers) else self._prepare()
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_call": None}  # addresses mean nothing to a copy
 

@@ -1,6 +1,6 @@
 // AVX2, FMA and F16C: there is no expand instruction, so 8 survivors at a time go through a byte shuffle whose control
 // comes from a table with one entry for each of the 256 masks. Absent columns are zeroed by the shuffle itself.
-#include "generic.h"
+#include "between.h"
 
 #include <immintrin.h>
 
@@ -78,7 +78,8 @@ struct Avx2 {
 };
 
 using G = Generic<Avx2>;
-const Kernels table = {"avx2", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream};
+using B = Between<Avx2>;
+const Kernels table = {"avx2", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend};
 
 }  // namespace
 

@@ -1,10 +1,12 @@
 // AVX-512F and no more: survivors are widened to float32, 16 at a time, and expanded with vpexpandd.
 #include "avx512.h"
+#include "between.h"
 
 namespace {
 
 using G = Generic<Avx512>;
-const Kernels table = {"avx512f", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream};
+using B = Between<Avx512>;
+const Kernels table = {"avx512f", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend};
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 // integers, which the format stores. Everything is exact integer arithmetic until the last step.
 // Everything else (float32 and float16 values, float32 activations) is the AVX-512F code.
 #include "avx512.h"
+#include "between.h"
 
 namespace {
 
@@ -486,7 +487,8 @@ void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int6
     for (; t < x->tokens; t++) dense_range<1>(*d, *x, *out, from, to, t);
 }
 
-const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense, F::stream};
+using B = Between<Avx512>;
+const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense, F::stream, B::norm, B::swish, B::attend};
 
 }  // namespace
 

@@ -180,6 +180,8 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 
 }  // namespace
 
+#include "step.h"
+
 #pragma GCC visibility push(default)
 
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
@@ -262,6 +264,16 @@ int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind
     Job job = {nullptr, &d, &input, &output, nullptr, 0, 0, 0, rows, 0, 0};
     return run(job, rows * cols * value_size(kind), threads);
 }
+
+// Logits of the next token from the embedding of this one, which lies in `hidden`, at `position` < capacity.
+int32_t tawny_step(const Decoder* d, int64_t position, int32_t threads) {
+    if (!chosen) return 1;
+    if (position < 0 || position >= d->capacity || d->kind < F32 || d->kind > F16) return 2;
+    return step(*d, position, threads);
+}
+
+// Bytes of a Decoder and of a Block, so that a caller whose idea of them differs finds out.
+int64_t tawny_step_sizes() { return (int64_t)sizeof(Decoder) << 32 | (int64_t)sizeof(Block); }
 
 // First fault of a packed weight, so that a file cannot make a kernel read outside its arrays.
 // 0 sound, 1 offsets do not start at 0 or end at `count`, 2 masks and offsets disagree, 3 a bit set in the padding.

@@ -164,6 +164,11 @@ class Call:
         self._library.tawny_describe(self._at, *weight)
         self._held = tuple(tensor.data_ptr() for tensor in tensors[:3])
 
+    @property
+    def address(self) -> int:
+        """Of the library's description of this weight; valid as long as the call lives."""
+        return self._at
+
     def fits(self, buffers: dict[str, Tensor | None]) -> bool:
         """False once a buffer was replaced, or moved under its name."""
         masks, values, offsets, scales, sums = self.tensors

@@ -1,5 +1,5 @@
 // The kernel of last resort in C++: no instruction set beyond what the compiler assumes. Slow, and correct anywhere.
-#include "generic.h"
+#include "between.h"
 
 namespace {
 
@@ -52,7 +52,8 @@ struct Portable {
 };
 
 using G = Generic<Portable>;
-const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream};
+using B = Between<Portable>;
+const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend};
 
 }  // namespace
 

@@ -57,6 +57,16 @@ struct Output {
     int32_t kind;
 };
 
+struct Attention {  // one token's query heads over the past; `share` of them use one head of keys and values
+    const float* query;   // [heads, dim]
+    const void *keys, *values;  // [tokens, stride]
+    float* scores;        // [heads, capacity], scratch
+    void* out;            // [heads, dim] of `kind`
+    int64_t heads, share, dim, tokens, stride, capacity;
+    float scale;
+    int32_t kind;
+};
+
 struct Kernels {
     const char* name;
     int32_t (*form)(int32_t kind, int32_t input, int64_t tokens);  // the Form wanted for these values and activations
@@ -65,6 +75,10 @@ struct Kernels {
     void (*expand)(const Packed*, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride);     // groups
     void (*dense)(const Dense*, const Input*, const Output*, int64_t from, int64_t to);                   // rows
     float (*stream)(const float* data, int64_t count);  // the sum: reads everything once and does nothing else
+    // between.h
+    void (*norm)(const float* x, const float* weight, int64_t count, float eps, void* out, int32_t kind);
+    void (*swish)(const float* gate, const float* up, int64_t count, void* out, int32_t kind);
+    void (*attend)(const Attention*, int64_t from, int64_t to);  // query heads
 };
 
 extern "C" const Kernels* tawny_portable();
