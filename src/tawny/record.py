@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ class Record:
 
     Attributes:
         revision: the commit of a hub model, empty for a local folder.
+        date: when the run began, in UTC.
         seconds: wall time by phase.
         evaluation: `{"dense": …, "pruned": …}` where both were measured.
         outlier_M: M of the linears' outlier counts.
@@ -63,6 +66,7 @@ class Record:
     recipe: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     revision: str = ""
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     out: str | None = None
     text: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -117,6 +121,16 @@ def peak_memory() -> int:
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def weight_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every safetensors file in a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
 
 
 def versions() -> dict[str, str]:

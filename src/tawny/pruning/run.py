@@ -32,7 +32,7 @@ from tawny.pruning.journal import Journal, code_identity, model_identity, tokens
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.profiling import allocate, profile_walk
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
-from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions
+from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions, weight_files
 from tawny.solvers.base import Solution, reconstruction_error
 from tawny.solvers.refit import refit
 from tawny.watch import Watch, silent
@@ -348,13 +348,26 @@ class Run:
         if self.output is not None:
             with self.clock("write"):
                 self._write_outside()
+            with self.clock("hash"):
+                record.files = weight_files(self.output.partial)
         record.peak_memory = max(peak_memory(), record.peak_memory)
         self.clock.seconds["total"] = time.perf_counter() - self.started
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         if self.output is not None:
             self.output.write_text("run.json", record.to_json())
+            self._report()
             self.output.finish()
         return record
+
+    def _report(self) -> None:
+        from tawny.report.html import write_report
+
+        assert self.output is not None
+        try:
+            write_report(self.record.to_dict(), self.output.partial)
+        except Exception as error:
+            # The work is done: a page that cannot be drawn must not look like a failed run.
+            self.watch.say(f"report.html could not be made: {type(error).__name__}: {error}")
 
     def _write_outside(self) -> None:
         assert self.output is not None

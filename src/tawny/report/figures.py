@@ -1,0 +1,197 @@
+"""The picture of a report: outliers, sparsity and error over depth, as one SVG that lives inside a page.
+
+It is the first figure of the OWL paper (2310.05175) drawn for one run. What is special about it:
+
+- Colours are names of CSS variables of the page around it, so that one picture serves light, dark and paper.
+- Text stays text, in the page's own font: it can be selected, found and read aloud.
+- The same numbers give the same bytes: no dates, no random ids.
+- Above the drawing lies one transparent rectangle a block, with a title; the page's script reads its number.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DepthRow", "depth_figure"]
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+# Colours that matplotlib writes down faithfully and no drawing would use, and what the page calls them.
+_PALETTE = {
+    "ink": "#010203",
+    "soft": "#010204",
+    "line": "#010205",
+    "accent": "#010206",
+    "second": "#010207",
+    "card": "#010208",
+}
+_PANEL = 150  # height of one panel
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """One block: its index, its numbers (None where unknown), and the sentence that says them."""
+
+    block: int
+    before: float | None
+    after: float | None
+    sparsity: float
+    error: float
+    title: str
+
+
+def depth_figure(rows: Sequence[DepthRow], *, prefix: str, width: int, target: float, M: float) -> Markup:
+    """An inline SVG `width` units wide, made to be shown about that many pixels wide.
+
+    Args:
+        rows: the blocks, in order.
+        prefix: put before every id, so that several pictures fit into one page.
+        target: the sparsity of the whole, drawn as a line.
+        M: multiple of the mean above which a score is an outlier.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    known = [row for row in rows if row.before is not None or row.after is not None]
+    panels = ["outliers", "sparsity", "error"] if known else ["sparsity", "error"]
+    height = len(panels) * _PANEL + 40
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tawny",
+        "font.size": 12 if width > 600 else 11,
+        "font.family": "sans-serif",
+        "text.color": _PALETTE["ink"],
+        "axes.edgecolor": _PALETTE["line"],
+        "axes.labelcolor": _PALETTE["soft"],
+        "axes.titlecolor": _PALETTE["ink"],
+        "xtick.color": _PALETTE["line"],
+        "ytick.color": _PALETTE["line"],
+        "xtick.labelcolor": _PALETTE["soft"],
+        "ytick.labelcolor": _PALETTE["soft"],
+        "grid.color": _PALETTE["line"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+    }
+    with matplotlib.rc_context(style):
+        # Without pyplot: no window system is looked for, and no global state is left behind.
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
+        FigureCanvasSVG(figure)
+        # Margins in units of the page: an automatic layout takes ten times as long as the drawing.
+        figure.subplots_adjust(
+            left=46 / width, right=1 - 8 / width, bottom=46 / height, top=1 - 30 / height, hspace=0.42
+        )
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for name, axis in zip(panels, axes, strict=True):
+            _DRAW[name](axis, rows, target, M)
+            title = _TITLES[name] if width > 600 else _TITLES[name].partition(" of")[0]
+            axis.set_title(title.format(M=f"{M:g}"), loc="left", fontsize="medium", pad=8)
+            axis.grid(axis="y", linewidth=0.8)
+            axis.set_axisbelow(True)
+        axes[-1].set_xlabel("block")
+        axes[-1].set_xlim(rows[0].block - 0.5, rows[-1].block + 0.5)
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        # Positions are known only now that the layout is done.
+        edges = [
+            float(axes[-1].transData.transform((row.block + side, 0))[0])
+            for row in rows
+            for side in (-0.5, 0.5)
+        ]
+    return _for_page(buffer.getvalue(), prefix, width, height, rows, edges)
+
+
+# --- panels ----------------------------------------------------------------------------------------------
+
+
+_TITLES = {
+    "outliers": "Outliers, % of weights above {M} × the mean",
+    "sparsity": "Sparsity, %",
+    "error": "Error, % of the output lost",
+}
+
+
+def _outliers(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> None:
+    x = [row.block for row in rows]
+    lines = (("before", "accent", "o", "-"), ("after", "second", "s", "--"))
+    shown: list[float] = []
+    for name, colour, marker, dash in lines:
+        values = [getattr(row, name) for row in rows]
+        if all(value is None for value in values):
+            continue
+        numbers = [math.nan if value is None else value for value in values]
+        shown += [value for value in numbers if math.isfinite(value)]
+        axis.plot(
+            x, numbers, dash, color=_PALETTE[colour], marker=marker, markersize=3.5, linewidth=1.4, label=name
+        )
+    # Shares differ by orders of magnitude; a logarithm has no place for a block without any.
+    if shown and min(shown) > 0 and max(shown) > 8 * min(shown):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: "")
+    axis.legend(
+        frameon=False,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.98),
+        borderaxespad=0,
+        handlelength=1.6,
+    )
+
+
+def _sparsity(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> None:
+    x, values = [row.block for row in rows], [100 * row.sparsity for row in rows]
+    # Stems from the uniform line: what a reader asks is which blocks lose more than that, and which less.
+    axis.vlines(x, 100 * target, values, color=_PALETTE["accent"], linewidth=2)
+    axis.axhline(100 * target, color=_PALETTE["soft"], linewidth=1, linestyle=(0, (4, 3)))
+    axis.plot(x, values, "o", color=_PALETTE["accent"], markersize=4.5)
+    spread = max(2.0, *(abs(value - 100 * target) for value in values))
+    axis.set_ylim(100 * target - 1.25 * spread, 100 * target + 1.25 * spread)
+
+
+def _error(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> None:
+    values = [100 * row.error if math.isfinite(row.error) else math.nan for row in rows]
+    axis.bar([row.block for row in rows], values, width=0.72, color=_PALETTE["second"], linewidth=0)
+    axis.set_ylim(bottom=0)
+
+
+_DRAW = {"outliers": _outliers, "sparsity": _sparsity, "error": _error}
+
+
+# --- from a file to a part of a page -----------------------------------------------------------------------
+
+
+def _for_page(
+    svg: str, prefix: str, width: int, height: int, rows: Sequence[DepthRow], edges: Sequence[float]
+) -> Markup:
+    body = svg[svg.index("<svg") :]
+    body = body[body.index(">") + 1 : body.rindex("</svg>")]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would hold for the whole page
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
+    body = re.sub(r'(xlink:)?href="#([^"]+)"', rf'href="#{prefix}-\2"', body)
+    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)
+    body = re.sub(r"font: (\d+(?:\.\d+)?px) [^;\"]+", r"font: \1 var(--sans)", body)
+    for name, colour in _PALETTE.items():
+        body = body.replace(colour, f"var(--{name})")
+    hits = []
+    for index, row in enumerate(rows):
+        left, right = edges[2 * index], edges[2 * index + 1]
+        hits.append(
+            Markup(
+                '<rect class="hit" role="img" data-block="{}" x="{:.1f}" y="0" width="{:.1f}" height="{}"{}>'
+            ).format(row.block, left, right - left, height, Markup(' tabindex="0"') if not index else "")
+            + Markup("<title>{}</title></rect>").format(row.title)
+        )
+    label = "Outliers, sparsity and error of every block; the table below holds the same numbers"
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" role="group" aria-label="{escape(label)}" '
+        f'style="stroke-linejoin: round; stroke-linecap: butt">{body}{Markup("").join(hits)}</svg>'
+    )

@@ -1,0 +1,417 @@
+"""`report.html`: one page about one run, complete in itself, for people who were not there.
+
+What it promises:
+
+- It is made from the dictionary in `run.json` and from nothing else, so it can be made again anywhere:
+  `write_report(json.loads(Path("DIR/run.json").read_text()), "DIR")`.
+- It loads nothing: styles, script and picture are inside, and a content policy forbids the browser to fetch anything.
+- Whatever came from outside (names of models and texts, generated words) is escaped by the template engine.
+- Without its script it says the same: every number of the picture is in a table below it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["render_report", "write_report"]
+
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tawny.report.figures import DepthRow, depth_figure
+from tawny.tables import duration, percent, perplexity_text, size
+
+NAME = "report.html"
+_TEMPLATES = Path(__file__).with_name("templates")
+_PHASES = {
+    "text": "reading and tokenising the text",
+    "profile": "profiling the dense model",
+    "read": "reading blocks",
+    "observe": "forwards that gather statistics",
+    "forward": "forwards to the next block",
+    "solve": "solving",
+    "refine": "refining blocks",
+    "search": "searching an allocation",
+    "error": "measuring errors",
+    "outliers": "counting outliers",
+    "write": "writing",
+    "hash": "hashing what was written",
+}
+
+
+def write_report(record: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write `report.html` into `folder`, beside and renamed, and return its path."""
+    page = render_report(record)
+    path = Path(folder) / NAME
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(page, encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def render_report(record: Mapping[str, Any]) -> str:
+    """The page as text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html.j2").render(_view(record))
+
+
+def _view(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the template shows, as text and numbers ready to be shown."""
+    linears = record["linears"]
+    recipe, target = record["recipe"], record["sparsity"]
+    M = record.get("outlier_M") or 5.0
+    blocks = _blocks(record, M)
+    return {
+        "title": f"{_name(record)}, {percent(record['sparsity'], 1)} sparse",
+        "summary": _summary(record),
+        "tiles": _tiles(record),
+        "warnings": record["warnings"],
+        "asked": _asked(record),
+        "M": f"{M:g}",
+        "blocks": blocks,
+        "knows_before": any(row["before"] is not None for row in blocks),
+        "knows_after": any(row["after"] is not None for row in blocks),
+        "figures": _figures(blocks, target, M) if blocks else {},
+        "heat": [
+            _heat(linears, "sparsity", "Sparsity, %", _linear_scale),
+            _heat(linears, "error", "Error, % of the output lost", _log_scale),
+        ],
+        "error_kind": _error_kind(linears),
+        "comparison": _comparison(record["evaluation"]),
+        "generated": record.get("generated", []),
+        "phases": _phases(record["seconds"]),
+        "memory": _memory(record),
+        "load": _load(record),
+        "command": _command(record),
+        "recipe_yaml": _yaml(recipe),
+        "trace": _trace(record),
+        "files": [
+            {"name": name, "size": size(file["bytes"]), "sha256": file["sha256"]}
+            for name, file in record.get("files", {}).items()
+        ],
+    }
+
+
+# --- words -----------------------------------------------------------------------------------------------
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return str(record["source"]).rstrip("/").split("/")[-1] or "model"
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    recipe = record["recipe"]
+    text = (
+        f"{record['zeros']:,} of {record['prunable']:,} prunable weights were removed. "
+        f"{recipe['allocator']['name']} shared the budget among {_count_blocks(record)} blocks, "
+        f"{recipe['solver']['name']} chose the weights"
+    )
+    return text + (f", pattern {recipe['pattern']}." if ":" in str(recipe["pattern"]) else ".")
+
+
+def _count_blocks(record: Mapping[str, Any]) -> int:
+    return len({linear["block"] for linear in record["linears"]})
+
+
+def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, value, remark: what a hurried reader takes away."""
+    tiles = [("sparsity", percent(record["sparsity"], 1), f"{record['parameters']:,} parameters in all")]
+    measured = record["evaluation"]
+    if {"dense", "pruned"} <= set(measured):
+        dense, pruned = measured["dense"], measured["pruned"]
+        tiles.append(
+            ("perplexity", perplexity_text(pruned), f"dense {perplexity_text(dense)} on {dense['text']}")
+        )
+    else:
+        tiles.append(("perplexity", "not measured", "--eval TEXT measures both models"))
+    total = record["seconds"].get("total", sum(record["seconds"].values()))
+    tiles.append(("time", duration(total), f"{record['machine'].get('threads', '?')} threads"))
+    tiles.append(
+        ("peak memory", size(record["peak_memory"]), f"{size(record['memory_before'])} before it began")
+    )
+    if record["bytes"]:
+        tiles.append(("weights on disk", size(record["bytes"]), record["storage"] or "as they came"))
+    return tiles
+
+
+def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    recipe, text = record["recipe"], record["text"]
+    rows = [
+        ("model", record["source"] + (f" at {record['revision']}" if record.get("revision") else "")),
+        ("sparsity", percent(recipe["sparsity"], 2)),
+        ("allocator", _choice(recipe["allocator"])),
+        ("solver", _choice(recipe["solver"])),
+        ("pattern", str(recipe["pattern"])),
+        (
+            "order",
+            {"block": "all linears of a block at once", "data": "stage by stage"}.get(recipe["order"], ""),
+        ),
+    ]
+    if text:
+        rows.append(
+            (
+                "calibration",
+                f"{text.get('samples', '?')} × {text.get('seqlen', '?')} tokens of {text.get('name')}",
+            )
+        )
+    else:
+        rows.append(("calibration", "none: the weights alone decided"))
+    for key in ("include", "exclude"):
+        if recipe.get(key):
+            rows.append((key, ", ".join(recipe[key])))
+    rows.append(("computed in", str(record["compute"])))
+    rows.append(("seed", str(recipe["seed"])))
+    return rows
+
+
+def _choice(choice: Mapping[str, Any]) -> str:
+    options = ", ".join(
+        f"{k} = {v}" for k, v in choice.items() if k != "name" and v not in (None, False, [], {})
+    )
+    return f"{choice['name']} ({options})" if options else str(choice["name"])
+
+
+# --- depth -----------------------------------------------------------------------------------------------
+
+
+def _numel(linear: Mapping[str, Any]) -> int:
+    return int(linear["shape"][0]) * int(linear["shape"][1])
+
+
+def _mean(linears: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Weighted by parameters."""
+    return float(sum(x[key] * _numel(x) for x in linears)) / max(1, sum(map(_numel, linears)))
+
+
+def _by(
+    linears: Iterable[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], Any]
+) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for linear in linears:
+        groups.setdefault(key(linear), []).append(linear)
+    return groups
+
+
+def _blocks(record: Mapping[str, Any], M: float) -> list[dict[str, Any]]:
+    """One row a block, with numbers for the picture and words for the table."""
+    profiled = (record.get("profile") or {}).get("blocks", [])
+    rows = []
+    for block, members in sorted(_by(record["linears"], lambda x: x["block"]).items()):
+        before, after = (_share(members, f"outliers_{when}") for when in ("before", "after"))
+        if before is None and block < len(profiled):
+            before = profiled[block].get("outlier_share", {}).get(f"{M:g}")
+        row: dict[str, Any] = {
+            "block": block,
+            "linears": len(members),
+            "before": before,
+            "after": after,
+            "sparsity": _mean(members, "sparsity"),
+            "error": _mean(members, "error"),
+        }
+        row["texts"] = {
+            "before": _share_text(before),
+            "after": _share_text(after),
+            "sparsity": percent(row["sparsity"]),
+            "error": _share_text(100 * row["error"]),
+        }
+        rows.append(row)
+    return rows
+
+
+def _share(members: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    counts = [linear.get(key) for linear in members]
+    known = [count for count in counts if count is not None]
+    return 100 * sum(known) / sum(map(_numel, members)) if len(known) == len(counts) else None
+
+
+def _share_text(value: float | None) -> str:
+    """A number that is in % already, with three digits that mean something."""
+    return "–" if value is None else f"{value:.3g} %" if value < 99.95 else f"{value:,.0f} %"
+
+
+def _figures(blocks: Sequence[Mapping[str, Any]], target: float, M: float) -> dict[str, Any]:
+    rows = []
+    for row in blocks:
+        parts = [
+            f"block {row['block']}",
+            *(
+                f"outliers {when} {row['texts'][when]}"
+                for when in ("before", "after")
+                if row[when] is not None
+            ),
+            f"sparsity {row['texts']['sparsity']}",
+            f"error {row['texts']['error']}",
+        ]
+        rows.append(
+            DepthRow(
+                row["block"], row["before"], row["after"], row["sparsity"], row["error"], ", ".join(parts)
+            )
+        )
+    return {
+        name: depth_figure(rows, prefix=name, width=width, target=target, M=M)
+        for name, width in (("wide", 960), ("narrow", 340))
+    }
+
+
+# --- linears ---------------------------------------------------------------------------------------------
+
+
+def _role(linear: Mapping[str, Any]) -> str:
+    """The linear's name inside its block; experts and the like share one."""
+    name = str(linear["name"])
+    inside = name.split(f".{linear['block']}.", 1)[-1]
+    return re.sub(r"\b\d+\b", "*", inside)
+
+
+def _heat(
+    linears: Sequence[Mapping[str, Any]], key: str, title: str, scale: Callable[[Sequence[float]], Any]
+) -> dict[str, Any]:
+    """A table of blocks by linears; `level` is how dark a cell is, 0 to 100."""
+    roles = list(_by(linears, _role))
+    cells = {
+        place: _mean(members, key)
+        for place, members in _by(linears, lambda x: (x["block"], _role(x))).items()
+    }
+    level = scale([value for value in cells.values() if math.isfinite(value)])
+    rows = []
+    for block in sorted({block for block, _ in cells}):
+        row = []
+        for role in roles:
+            value = cells.get((block, role))
+            shown = "" if value is None else _short(100 * value)
+            row.append({"text": shown, "level": 0 if value is None else round(level(value))})
+        rows.append({"block": block, "cells": row})
+    heads = [{"name": role, "short": role.rsplit(".", 1)[-1]} for role in roles]
+    return {"key": key, "title": title, "roles": heads, "rows": rows}
+
+
+def _short(value: float) -> str:
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2g}"
+
+
+def _linear_scale(values: Sequence[float]) -> Callable[[float], float]:
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    return lambda value: 100 * (value - low) / (high - low) if high > low else 40.0
+
+
+def _log_scale(values: Sequence[float]) -> Callable[[float], float]:
+    """Errors differ by orders of magnitude."""
+    positive = [math.log(value) for value in values if value > 0]
+    inner = _linear_scale(positive)
+    return lambda value: inner(math.log(value)) if 0 < value < math.inf else 100.0 if value > 0 else 0.0
+
+
+def _error_kind(linears: Sequence[Mapping[str, Any]]) -> str:
+    words = {
+        "hessian": "tr(ΔHΔᵀ)/tr(WHWᵀ) with the Hessian of the calibration inputs: exact on them",
+        "norms": "with the inputs' column norms only, as if inputs were uncorrelated",
+        "weights": "of the weights alone; no inputs were seen",
+    }
+    return "; ".join(words.get(kind, kind) for kind in dict.fromkeys(x["error_kind"] for x in linears))
+
+
+# --- numbers ---------------------------------------------------------------------------------------------
+
+
+def _comparison(measured: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not {"dense", "pruned"} <= set(measured):
+        return None
+    dense, pruned = measured["dense"], measured["pruned"]
+    ratio = pruned["perplexity"] / dense["perplexity"]
+    rows = [("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")]
+    if dense.get("bits_per_byte") and pruned.get("bits_per_byte"):
+        a, b = dense["bits_per_byte"], pruned["bits_per_byte"]
+        rows.append(("bits per byte", f"{a:.4f}", f"{b:.4f}", f"+{b - a:.4f}" if b >= a else f"−{a - b:.4f}"))
+    rows.append(("time to evaluate", duration(dense["seconds"]), duration(pruned["seconds"]), ""))
+    note = (
+        f"{dense['windows']} windows of {dense['seqlen']} tokens of {dense['text']} "
+        f"(sha256 {dense['text_sha256'][:12]}), computed in {dense['compute']}; ± is the standard error over windows."
+    )
+    return {"rows": rows, "note": note}
+
+
+def _phases(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    total = seconds.get("total", sum(seconds.values()))
+    parts = {name: spent for name, spent in seconds.items() if name != "total"}
+    rest = total - sum(parts.values())
+    rows = sorted(parts.items(), key=lambda part: -part[1])
+    if rest > 0.005 * total:
+        rows.append(("everything else", rest))
+    return [
+        {
+            "name": _PHASES.get(name, name),
+            "time": duration(spent),
+            "share": round(100 * spent / total, 1) if total > 0 else 0.0,
+        }
+        for name, spent in rows
+    ]
+
+
+def _memory(record: Mapping[str, Any]) -> str:
+    there = record["machine"].get("memory", 0)
+    return (
+        f"At its peak the process held {size(record['peak_memory'])}; {size(record['memory_before'])} of that before the "
+        f"run began" + (f". The machine has {size(there)}." if there else ".")
+    )
+
+
+# --- use and repeat ----------------------------------------------------------------------------------------
+
+
+def _load(record: Mapping[str, Any]) -> str:
+    folder = repr(str(record["out"] or "DIR"))
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})"
+    )
+
+
+def _command(record: Mapping[str, Any]) -> str:
+    """What to type to get the same bytes again."""
+    if record["text"].get("name") == "tokens" or not record["out"] or not record["storage"]:
+        return (
+            'import tawny\n\nrecipe = tawny.load_recipe("run.json")\n'
+            "tawny.prune(model, recipe=recipe, calibration=tokens)  # the same model and tokens as were given"
+        )
+    source, again = shlex.quote(str(record["source"])), shlex.quote(f"{record['out']}-again")
+    return f"tawny prune {source} --out {again} -c {shlex.quote(str(record['out']))}/run.json"
+
+
+def _yaml(recipe: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(recipe), sort_keys=False, default_flow_style=None, width=88)).strip()
+
+
+def _trace(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    from tawny.recipe import Recipe
+
+    machine, text = record["machine"], record["text"]
+    rows = [
+        ("recipe", f"sha256 {Recipe.from_mapping(record['recipe']).fingerprint()}"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        (
+            "machine",
+            f"{machine.get('cpu', 'unknown')}, {machine.get('cores', '?')} cores, {machine.get('threads', '?')} "
+            f"threads, {machine.get('system', '')}",
+        ),
+    ]
+    if text.get("sha256"):
+        rows.insert(1, ("calibration text", f"{text['name']}, sha256 {text['sha256']}"))
+    if record.get("date"):
+        rows.append(("date", record["date"]))
+    return rows

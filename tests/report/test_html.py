@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+import tawny
+from tawny.report.html import render_report, write_report
+from tests.report.records import hostile_record, record
+from tests.tiny import tiny_model, tokens
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+LOADING = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "formaction"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page, and whether every tag is closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.mistakes: list[str] = []
+        self.feed(text)
+        self.close()
+        self.mistakes += [f"<{tag}> is never closed" for tag in self.open]
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.mistakes.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str, **wanted: str):
+        return [a for t, a in self.tags if t == tag and all(a.get(k) == v for k, v in wanted.items())]
+
+
+PAGES = {
+    "measured": record,
+    "unmeasured": lambda: record(measured=False),
+    "weights only": lambda: record("magnitude", "uniform"),
+    "hostile": hostile_record,
+}
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def page(request):
+    return Page(render_report(PAGES[request.param]()))
+
+
+def test_the_page_is_well_formed_and_ids_are_unique(page):
+    assert page.mistakes == []
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 20
+    for _, attributes in page.tags:
+        for key in ("href", "xlink:href"):
+            value = attributes.get(key) or ""
+            assert not value.startswith("#") or value[1:] in ids, value
+        for name in (attributes.get("aria-labelledby") or "").split():
+            assert name in ids
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    for tag, attributes in page.tags:
+        for key in LOADING & set(attributes):
+            assert re.match(r"#|data:,$", attributes[key] or ""), (tag, key, attributes[key])
+        assert "@import" not in str(attributes) and "url(http" not in str(attributes)
+    policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_every_block_is_in_the_picture_and_in_the_tables(page):
+    for block in range(3):
+        assert page.all("tr", id=f"block-{block}")
+        hits = page.all("rect", **{"data-block": str(block)})
+        assert len(hits) == 2  # the wide picture and the narrow one
+    assert page.text.count("block 2, ") == 2
+
+
+def test_hostile_names_stay_words():
+    text = render_report(hostile_record())
+    page = Page(text)
+    assert len(page.all("script")) == 1 and not page.all("img")
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert "49" not in page.text.split("evil/")[1][:200], "a template inside a name was run"
+    assert "alert('x')" in page.text
+
+
+def test_the_page_says_what_was_asked_and_what_came_out():
+    text = Page(render_report(record())).text
+    for words in (
+        "tiny-llama",
+        "owl (M = 5.0, lambda = 0.08)",
+        "60.0 %",
+        "31.25 ± 1.50",
+        "12.50 ± 0.40",
+        "× 2.50",
+    ):
+        assert words in text, words
+    assert "a bird of the night." in text and "a bird and a bird." in text
+    assert "ab" * 32 in text and "AutoModelForCausalLM.from_pretrained('out')" in text
+    assert "tawny prune tiny-llama --out out-again -c out/run.json" in text or "load_recipe" in text
+
+
+def test_a_run_that_measured_nothing_says_so():
+    text = Page(render_report(record("magnitude", "uniform", measured=False))).text
+    assert "Nothing was measured" in text and "outliers before" not in text
+    assert "none: the weights alone decided" in text
+
+
+def test_a_name_in_a_command_is_quoted_for_the_shell():
+    made = record()
+    made.update(source="my model; rm -rf ~", text={"name": "wiki", "samples": 4, "seqlen": 8})
+    assert "tawny prune 'my model; rm -rf ~' --out" in Page(render_report(made)).text
+
+
+def test_the_same_record_makes_the_same_bytes():
+    assert render_report(record()) == render_report(json.loads(json.dumps(record())))
+
+
+def test_infinite_numbers_and_a_single_block_can_be_drawn():
+    made = record()
+    made["linears"] = [x for x in made["linears"] if x["block"] == 0]
+    made["linears"][0]["error"] = float("inf")
+    made["evaluation"]["pruned"]["perplexity"] = float("inf")
+    text = Page(render_report(made)).text
+    assert "∞" in text and "inf" in text
+
+
+def test_experts_share_a_column_of_the_heat_map():
+    made = json.loads(
+        tawny.prune(
+            tiny_model("mixtral"), sparsity=0.5, solver="wanda", compute="float32", calibration=tokens()
+        ).to_json()
+    )
+    page = Page(render_report(made))
+    roles = {a["title"] for a in page.all("th", scope="col") if "title" in a}
+    assert any("*" in role for role in roles) and len(roles) < 12
+
+
+def test_every_prune_writes_its_report_and_it_can_be_made_again(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tawny.prune(tmp_path / "dense", tmp_path / "out", sparsity=0.5, calibration=tokens())
+    made = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    run = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    again = write_report(run, tmp_path)
+    assert again == tmp_path / "report.html" and again.read_text(encoding="utf-8") == made
+    file = run["files"]["model.safetensors"]
+    assert (
+        file["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size and len(file["sha256"]) == 64
+    )
+
+
+def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
+    from tawny.report import html
+    from tawny.watch import Silent
+
+    said = []
+
+    class Hears(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    def broken(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(html, "write_report", broken)
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tawny.prune(
+        tmp_path / "dense",
+        tmp_path / "out",
+        sparsity=0.5,
+        allocator="uniform",
+        solver="magnitude",
+        watch=Hears(),
+    )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert any("report.html could not be made: RuntimeError: no ink" in line for line in said)
