@@ -36,9 +36,14 @@ __all__ = [
     "keep_sparsity",
     "load_recipe",
     "merge_adapter",
+    "load",
+    "pack",
+    "pack_linear",
+    "pack_model",
     "plan",
     "profile",
     "prune",
+    "unpack",
 ]
 
 _HOMES = {
@@ -62,9 +67,14 @@ _HOMES = {
     "keep_sparsity": "tawny.recovery.zeros",
     "load_recipe": "tawny.recipe",
     "merge_adapter": "tawny.recovery.zeros",
+    "load": "tawny.packed.loader",
+    "pack": "tawny.packed.convert",
+    "pack_linear": "tawny.packed.linear",
+    "pack_model": "tawny.packed.model",
     "plan": "tawny.pruning.plan",
     "profile": "tawny.pruning.profiling",
     "prune": "tawny.pruning.run",
+    "unpack": "tawny.packed.convert",
 }
 
 if TYPE_CHECKING:
@@ -74,6 +84,10 @@ if TYPE_CHECKING:
     from tawny.evaluation.perplexity import Perplexity, evaluate
     from tawny.evaluation.speed import Generation, Speed, bench, generate
     from tawny.evaluation.tasks import TaskResults, evaluate_tasks
+    from tawny.packed.convert import pack, unpack
+    from tawny.packed.linear import pack_linear
+    from tawny.packed.loader import load
+    from tawny.packed.model import pack_model
     from tawny.pruning.plan import Plan, plan
     from tawny.pruning.profiling import profile
     from tawny.pruning.run import prune
@@ -94,3 +108,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+from tawny import _hook  # noqa: E402
+
+_hook.install()  # packed folders open through plain transformers, whichever of the two is imported first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,6 @@ def fingerprint(folder: Path) -> str:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a folder holds packed weights, which only `tawny.load` opens."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(found, dict) and found.get("quant_method") == "tawny"
 
 
 def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:

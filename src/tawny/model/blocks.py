@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import CheckpointError, ModelError
-from tawny.model.checkpoint import Checkpoint
+from tawny.model.checkpoint import Checkpoint, is_packed, open_checkpoint
 from tawny.model.linears import Linear, linears_of, prunable_numel
 
 
@@ -317,12 +317,14 @@ def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "
 
     from tawny.model.skeleton import build_skeleton
 
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     dtype = compute or native_dtype()
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    if is_packed(folder):
+        del config.quantization_config  # its weights are read unpacked
     if getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method", "an unknown method")
         raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")

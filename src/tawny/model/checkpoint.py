@@ -216,3 +216,21 @@ class Checkpoint:
                 f"(first {unit.sources[0]!r}); this layout is not supported yet"
             )
         return {name: value.contiguous().clone() for name, value in made.items()}
+
+
+def is_packed(folder: Path) -> bool:
+    """True for a folder that `tawny pack` wrote."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "tawny")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The weights of a folder; those of a packed one come back dense, a tensor at a time."""
+    if is_packed(folder):
+        from tawny.packed.folder import PackedCheckpoint  # upwards, so only when it is needed
+
+        return PackedCheckpoint(folder)
+    return Checkpoint(folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,7 +98,13 @@ def linears_of(block: nn.Module, prefix: str) -> list[Linear]:
 
 
 def prunable_numel(block: nn.Module) -> int:
-    return sum(linear.numel for linear in linears_of(block, ""))
+    """Weights in linears, those included that another kind of storage (packed) puts out of pruning's reach."""
+    found = sum(linear.numel for linear in linears_of(block, ""))
+    for module in block.modules():
+        if not isinstance(module, nn.Linear) and hasattr(module, "in_features"):
+            shape: Any = module
+            found += int(shape.in_features) * int(shape.out_features)
+    return found
 
 
 def select(linears: Sequence[Linear], include: Sequence[str], exclude: Sequence[str]) -> list[Linear]:

@@ -14,7 +14,17 @@ Shapes: O out, I in, G = ceil(O/4) groups, B = ceil(I/64) blocks of columns, S =
 
 from __future__ import annotations
 
-__all__ = ["VERSION", "PackedTensor", "check", "pack", "packed_bytes", "shapes", "unpack"]
+__all__ = [
+    "VERSION",
+    "PackedTensor",
+    "cheaper_whole",
+    "check",
+    "full_masks",
+    "pack",
+    "packed_bytes",
+    "shapes",
+    "unpack",
+]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -162,8 +172,30 @@ def _masks_to_bits(masks_GBR: Tensor) -> Tensor:
     return ((octets.unsqueeze(-1) >> _SHIFTS.to(octets.device)) & 1).to(torch.bool).flatten(-2)
 
 
-def pack(W_OI: Tensor, values: Values = "bf16", group: int | None = None) -> PackedTensor:
-    """Pack a dense weight with zeros. The weight is first cast to `values`; what is then all zero bits is dropped."""
+def cheaper_whole(density: float, values: Values) -> bool:
+    """True where storing the zeros as values takes fewer bytes than a mask that says where they are."""
+    return (1 - density) * DTYPES[values].itemsize < 1 / 8
+
+
+def full_masks(shape: tuple[int, int]) -> Tensor:
+    """The masks of a weight of which nothing is dropped: every bit of a row and column that exist."""
+    out, columns = shape
+    groups, blocks = -(-out // ROWS), -(-columns // COLUMNS)
+    masks = torch.full((groups, blocks, ROWS), -1, dtype=torch.int64)
+    if columns % COLUMNS:
+        masks[:, -1] = (1 << columns % COLUMNS) - 1
+    if out % ROWS:
+        masks[-1, :, out % ROWS :] = 0
+    return masks
+
+
+def pack(
+    W_OI: Tensor, values: Values = "bf16", group: int | None = None, whole: bool = False
+) -> PackedTensor:
+    """Pack a dense weight with zeros. The weight is first cast to `values`; what is then all zero bits is dropped.
+
+    With `whole` nothing is dropped: for weights with hardly any zeros, whose file can then do without masks.
+    """
     _known(values, group)
     if W_OI.dim() != 2 or 0 in W_OI.shape:
         raise UserError(f"a packed weight is a matrix with at least one weight, not {tuple(W_OI.shape)}")
@@ -172,10 +204,10 @@ def pack(W_OI: Tensor, values: Values = "bf16", group: int | None = None) -> Pac
     W_OI = W_OI.detach().cpu()
     shape = (W_OI.shape[0], W_OI.shape[1])
     if values == "int8":
-        return _pack_int8(W_OI, shape, group)
+        return _pack_int8(W_OI, shape, group, whole)
     # Moved as integers: torch sends a lone float through a scalar and loses the payload of a NaN.
     bits_GBRC = _interleave(W_OI.to(DTYPES[values]).view(_INTEGER[DTYPES[values]]))
-    tensors = _assemble(bits_GBRC != 0, bits_GBRC)
+    tensors = _assemble(_masks_to_bits(full_masks(shape)) if whole else bits_GBRC != 0, bits_GBRC)
     tensors["values"] = tensors["values"].view(DTYPES[values])
     return PackedTensor(tensors, shape, values)
 
@@ -189,12 +221,12 @@ def _assemble(kept_GBRC: Tensor, W_GBRC: Tensor) -> dict[str, Tensor]:
     return {"masks": _bits_to_masks(kept_GBRC), "values": survivors, "offsets": offsets}
 
 
-def _pack_int8(W_OI: Tensor, shape: tuple[int, int], group: int | None) -> PackedTensor:
+def _pack_int8(W_OI: Tensor, shape: tuple[int, int], group: int | None, whole: bool) -> PackedTensor:
     if not torch.isfinite(W_OI).all():
         raise NumericalError(f"a weight of shape {shape} holds NaN or infinity and cannot become int8")
     W_GBRC = _interleave(W_OI.float())
     # −0.0 was a survivor of pruning: keep its place in the mask
-    kept = W_GBRC.view(torch.int32) != 0
+    kept = _masks_to_bits(full_masks(shape)) if whole else W_GBRC.view(torch.int32) != 0
     groups, blocks = W_GBRC.shape[:2]
     largest_GBR = W_GBRC.abs().amax(-1)
     if group:

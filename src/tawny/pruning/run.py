@@ -23,6 +23,7 @@ from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockst
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TawnyError
 from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
+from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, select
 from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve, revision_of
@@ -121,6 +122,10 @@ def open_run(
             raise RecipeError(f"pruning {source} needs a folder to write to: give out=… (or --out DIR)")
         else:
             folder = resolve(source, watch.say)
+            if measuring is None and is_packed(folder):
+                raise ModelError(
+                    f"{source} is packed; `tawny unpack` it first and prune the dense checkpoint"
+                )
             stack = open_stack(folder, compute_dtype(recipe), recipe.device)
         if out is not None:
             output, journal = open_output(Path(out), folder, overwrite)

@@ -1,0 +1,66 @@
+"""Tell transformers about packed folders without importing it.
+
+`import tawny` must cost nothing, and packed folders must open through plain transformers whichever is imported first.
+So: when transformers' registry of quantizers is loaded already, register at once; else wait for it to be imported.
+"""
+
+from __future__ import annotations
+
+__all__ = ["install"]
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+_REGISTRY = "transformers.quantizers.auto"
+
+
+def _register() -> None:
+    from tawny.packed.quantizer import register
+
+    register()
+
+
+class _Loader(importlib.abc.Loader):
+    """The module's own loader, and our registration after it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        made: ModuleType | None = self.inner.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.inner.exec_module(module)
+        _register()
+
+    def __getattr__(self, name: str) -> Any:  # get_source, get_filename, …
+        return getattr(self.inner, name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Answers for one module, once."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def install() -> None:
+    registry = sys.modules.get(_REGISTRY)
+    if registry is not None and hasattr(registry, "register_quantizer"):
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

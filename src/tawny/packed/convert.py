@@ -1,0 +1,393 @@
+"""`pack` and `unpack`: a dense checkpoint folder into a packed one and back, one tensor at a time.
+
+Packing never holds more than one shard of a few hundred megabytes; unpacking one tensor. The headers of the dense
+files are kept in the packed index, so unpacking writes those files again byte for byte: for float kinds that hold
+what the dense checkpoint stored, the files are identical.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PackReport", "UnpackReport", "pack", "unpack"]
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.errors import CheckpointError, ModelError, UserError
+from tawny.model.blocks import find_stack
+from tawny.model.checkpoint import Checkpoint, Unit, is_packed
+from tawny.model.durable import writing
+from tawny.model.linears import Linear, linears_of
+from tawny.model.output import OutputFolder
+from tawny.model.source import resolve
+from tawny.model.tensorfile import DTYPES
+from tawny.packed import format
+from tawny.packed.folder import (
+    INDEX,
+    METHOD,
+    PackedFolder,
+    PackedLinearEntry,
+    PackedWriter,
+    raw,
+    read_header,
+)
+from tawny.packed.format import PackedTensor, Values
+from tawny.packed.model import LinearForm, check_values, ends_of, pack_head, pack_or_not, tell
+from tawny.watch import Watch, silent
+
+_DENSE_INDEX = "model.safetensors.index.json"
+# What a pruning run leaves beside the weights belongs to the packed model as well.
+_ALSO_CARRIED = ("run.json", "allocation.json", "recipe.yaml", "README.md", "report.html")
+_NOTE = (
+    "<!-- packed -->\n\n> **Packed by Tawny** ({values}): `pip install tawny`, then `import tawny` before "
+    "`AutoModelForCausalLM.from_pretrained`, or `tawny.load`. Plain transformers cannot open it; "
+    "`tawny unpack` gives the dense checkpoint back.\n\n<!-- /packed -->\n"
+)
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What packing made of a checkpoint. Bytes are those of all tensors; `source_bytes` those of the dense ones."""
+
+    source: str
+    out: str
+    values: str
+    group: int | None
+    head: str | None
+    bytes: int
+    source_bytes: int
+    file_bytes: int
+    packed: int
+    dense: int
+    untouched: list[str]
+    seconds: float
+    linears: list[LinearForm] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        return self.bytes / max(1, self.source_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class UnpackReport:
+    """What unpacking wrote; `exact` when every weight has the bits of the checkpoint that was packed."""
+
+    source: str
+    out: str
+    bytes: int
+    source_bytes: int
+    linears: int
+    exact: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Packing:
+    """One checkpoint on its way into a packed folder."""
+
+    def __init__(
+        self, folder: Path, writer: PackedWriter, values: Values, group: int | None, head: Values | None
+    ):
+        from transformers import AutoConfig
+
+        from tawny.model.skeleton import build_skeleton
+
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (ValueError, OSError, KeyError) as error:
+            raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+        if getattr(config, "quantization_config", None):
+            method = dict(config.quantization_config).get("quant_method", "an unknown method")
+            raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")
+        self.writer, self.values, self.group, self.head = writer, values, group, head
+        self.checkpoint = Checkpoint(folder)
+        self.model: Any = build_skeleton(config, torch.float32)
+        self.checkpoint.map_to(self.model)
+        self.path, self.blocks = find_stack(self.model)
+        self.linears: list[LinearForm] = []
+        self.untouched: list[str] = []
+        self.done: set[str] = set()
+        self.experts: set[str] = set()
+
+    def block(self, index: int) -> None:
+        name = f"{self.path}.{index}"
+        found = linears_of(self.blocks[index], name)
+        by_key = {linear.key: linear for linear in found if linear.expert is None}
+        fused = {linear.key for linear in found if linear.expert is not None}
+        for unit in self.checkpoint.units_of(name):
+            linear = by_key.get(unit.targets[0])
+            if linear is not None and unit.converter is None:
+                self._linear(unit, linear)
+                continue
+            for target in unit.targets:
+                if target in by_key or target in fused:
+                    self.untouched.append(target)
+            self._as_it_is(unit.sources)
+
+    def _linear(self, unit: Unit, linear: Linear) -> None:
+        source = unit.sources[0]
+        stored = self.checkpoint.read([source])[source]
+        W_OI = linear.view(stored)
+        packed, sparsity = pack_or_not(W_OI, self.values, self.group)
+        if packed is None:
+            self.writer.add(source, stored)
+            self.writer.dense.append(linear.name)
+            why = f"{sparsity:.1%} zeros are too few for {self.values}"
+            self.linears.append(LinearForm(linear.name, linear.shape, sparsity, "dense", stored.nbytes, why))
+        else:
+            self._add(linear.name, packed, [source], linear.transposed, sparsity)
+        self.done.add(source)
+
+    def _add(
+        self,
+        name: str,
+        packed: PackedTensor,
+        sources: list[str],
+        transposed: bool,
+        sparsity: float,
+        embedding: str | None = None,
+    ) -> None:
+        storage = self.checkpoint.dtypes[sources[0]]
+        entry = PackedLinearEntry(
+            name,
+            packed.shape,
+            packed.values,
+            packed.group,
+            packed.nnz,
+            tuple(sources),
+            transposed,
+            storage,
+            embedding,
+        )
+        size = self.writer.add_packed(packed, entry)
+        self.linears.append(LinearForm(name, packed.shape, sparsity, "packed", size))
+
+    def _as_it_is(self, sources: list[str]) -> None:
+        for key, value in self.checkpoint.read(sources).items():
+            self.writer.add(key, value)
+            self.done.add(key)
+
+    def ends(self) -> None:
+        """The head, if it is wanted packed, and everything else that lies outside the blocks."""
+        if self.head is not None:
+            self._head(self.head)
+        for key in self.checkpoint.files:  # tensors no parameter uses travel too
+            if key not in self.done:
+                self._as_it_is([key])
+
+    def _head(self, values: Values) -> None:
+        outside, inside, tied = ends_of(self.model)
+        units = {unit.targets[0]: unit for unit in self.checkpoint.units}
+        keys = [f"{outside}.weight", *([f"{inside}.weight"] if tied else [])]
+        found = [units[key] for key in keys if key in units]
+        head = None if outside is None else self.model.get_submodule(outside)
+        plain = bool(found) and all(unit.converter is None for unit in found)
+        if outside is None or not isinstance(head, torch.nn.Linear) or not plain:
+            raise UserError(f"{type(self.model).__name__} has no linear head to pack; leave --head out")
+        weights = [self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in found]
+        if len(weights) == 2 and not torch.equal(*weights):
+            weights, found, tied = (
+                weights[:1],
+                found[:1],
+                False,
+            )  # stored apart and different: not tied after all
+        sparsity = 1 - int(torch.count_nonzero(weights[0])) / weights[0].numel()
+        sources = [unit.sources[0] for unit in found]
+        self._add(outside, pack_head(weights[0], values), sources, False, sparsity, inside if tied else None)
+        self.done.update(sources)
+
+
+def pack(
+    source: str | Path,
+    out: str | Path,
+    values: Values = "bf16",
+    group: int | None = None,
+    head: Values | None = None,
+    *,
+    overwrite: bool = False,
+    watch: Watch = silent,
+) -> PackReport:
+    """Pack a checkpoint: masks and survivors instead of matrices with zeros.
+
+    Args:
+        source: folder or hub id of a (pruned) checkpoint.
+        out: folder to write.
+        values: kind of the survivors: bf16, f16, f32 or int8.
+        group: with int8, 128 for a scale each 128 columns; None for one a row.
+        head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it.
+        overwrite: replace an existing `out`.
+        watch: told about progress.
+
+    Raises:
+        UserError: unknown values or group, or the model has no linear head.
+        CheckpointError: the folder is packed already, or damaged.
+        OutputError: `out` exists or cannot be written.
+    """
+    started = time.perf_counter()
+    check_values(values, group, head)
+    folder = resolve(source, watch.say)
+    if is_packed(folder):
+        raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
+    output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
+    try:
+        writer = PackedWriter(output.partial)
+        work = _Packing(folder, writer, values, group, head)
+        watch.phase("packing", len(work.blocks))
+        for index in range(len(work.blocks)):
+            work.block(index)
+            watch.step(f"{work.path}.{index}")
+        work.ends()
+        files = sorted(set(work.checkpoint.files.values()))
+        headers = [{"file": path.name, "header": read_header(path)[1]} for path in files]
+        index_file = folder / _DENSE_INDEX
+        total = writer.finish(
+            headers, index_file.read_text(encoding="utf-8") if index_file.is_file() else None
+        )
+        output.carry(folder)
+        _carry_more(folder, output)
+        method = {
+            "quant_method": METHOD,
+            "version": format.VERSION,
+            "values": values,
+            "group": group,
+            "head": head,
+            "linears": {"packed": len(writer.linears), "dense": len(writer.dense)},
+        }
+        _config(output, folder, method)
+        _card(output, folder, _NOTE.format(values=values))
+        dense = [form for form in work.linears if form.form == "dense"]
+        tell(watch, len(work.linears) - len(dense), len(dense), len(work.untouched))
+        output.finish()
+    finally:
+        output.discard()
+    return PackReport(
+        source=str(source),
+        out=str(out),
+        values=values,
+        group=group,
+        head=head,
+        bytes=total,
+        source_bytes=sum(
+            torch.Size(shape).numel() * DTYPES[work.checkpoint.dtypes[key]].itemsize
+            for key, shape in work.checkpoint.shapes.items()
+        ),
+        file_bytes=sum(p.stat().st_size for p in [*Path(out).glob("*.safetensors"), Path(out) / INDEX]),
+        packed=len(work.linears) - len(dense),
+        dense=len(dense),
+        untouched=work.untouched,
+        seconds=time.perf_counter() - started,
+        linears=work.linears,
+    )
+
+
+def unpack(
+    source: str | Path, out: str | Path, *, overwrite: bool = False, watch: Watch = silent
+) -> UnpackReport:
+    """Write the dense checkpoint a packed folder was made from; plain transformers opens it.
+
+    Raises:
+        CheckpointError: the folder is not packed, or damaged: names the tensor.
+        OutputError: `out` exists or cannot be written.
+    """
+    started = time.perf_counter()
+    folder = resolve(source, watch.say)
+    if not is_packed(folder):
+        raise CheckpointError(f"{source} is not a packed folder; there is nothing to unpack")
+    packed = PackedFolder(folder)
+    output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
+    made = {source: entry for entry in packed.linears.values() for source in entry.sources}
+    total = 0
+    try:
+        for part in packed.source:
+            name, text = part["file"], part["header"]
+            if Path(name).name != name:
+                raise CheckpointError(f"{folder}: its index names a file {name!r} outside the folder")
+            entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+            watch.phase(f"unpacking {name}", len(entries))
+            with writing(output.partial / name), (output.partial / name).open("wb") as file:
+                header = text.encode()
+                file.write(len(header).to_bytes(8, "little") + header)
+                for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
+                    file.seek(8 + len(header) + entry["data_offsets"][0])
+                    file.write(raw(_dense(packed, key, made.get(key), entry)))
+                    total += entry["data_offsets"][1] - entry["data_offsets"][0]
+                    watch.step(key)
+        if packed.source_index is not None:
+            output.write_text(_DENSE_INDEX, packed.source_index)
+        output.carry(folder)
+        _carry_more(folder, output)
+        _config(output, folder, None)
+        _card(output, folder, None)
+        output.finish()
+    finally:
+        output.discard()
+    return UnpackReport(
+        source=str(source),
+        out=str(out),
+        bytes=total,
+        source_bytes=packed.bytes,
+        linears=len(packed.linears),
+        exact=all(holds(entry.values, entry.storage) for entry in packed.linears.values()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def holds(values: str, storage: str) -> bool:
+    """True when no bit of a weight of type `storage` can be lost in `values`."""
+    return DTYPES[storage] == format.DTYPES[values] or (values == "f32" and storage in ("BF16", "F16"))
+
+
+def _dense(packed: PackedFolder, key: str, entry: PackedLinearEntry | None, header: dict[str, Any]) -> Tensor:
+    dtype = DTYPES[header["dtype"]]
+    if entry is None:
+        found = packed.read(key)
+    else:
+        found = format.unpack(packed.read_packed(entry.name), dtype)
+        found = found.T.contiguous() if entry.transposed else found
+    if list(found.shape) != header["shape"] or found.dtype != dtype:
+        raise CheckpointError(
+            f"{packed.folder}: {key!r} has another shape than the checkpoint that was packed"
+        )
+    return found
+
+
+def _carry_more(folder: Path, output: OutputFolder) -> None:
+    with writing(output.partial):
+        for name in _ALSO_CARRIED:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, output.partial / name)
+
+
+def _config(output: OutputFolder, folder: Path, method: dict[str, Any] | None) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    if method is not None:
+        config["quantization_config"] = method
+    output.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _card(output: OutputFolder, folder: Path, note: str | None) -> None:
+    """A packed folder's card says how it is opened; the card of the dense one does not."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    begin, end = text.find("<!-- packed -->"), text.find("<!-- /packed -->\n")
+    if begin >= 0 and end >= 0:
+        text = text[:begin] + text[end + len("<!-- /packed -->\n") :]
+    if note is not None:
+        front = text.find("\n---\n", 4) + 5 if text.startswith("---\n") else 0
+        text = text[:front] + note + text[front:]
+    if text:
+        output.write_text("README.md", text)
+    elif path.is_file():
+        (output.partial / "README.md").unlink(missing_ok=True)

@@ -1,0 +1,366 @@
+"""The packed folder: safetensors shards, and an index that knows the hash, place and shape of every tensor.
+
+docs/packed-format.md specifies it. `PackedFolder` opens one and refuses, by tensor name, whatever does not fit:
+sizes, shapes and offsets at open, hashes and mask populations when tensors are read or `verify` is called.
+`PackedCheckpoint` reads the same folder as the dense checkpoint it was made from, one tensor at a time, so that
+evaluation, inspection and profiling stream through it like through any other. `PackedWriter` writes one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["INDEX", "METHOD", "PackedCheckpoint", "PackedFolder", "PackedLinearEntry", "PackedWriter"]
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tawny.errors import CheckpointError, UserError
+from tawny.model.checkpoint import Checkpoint
+from tawny.model.durable import writing
+from tawny.model.tensorfile import DTYPES
+from tawny.packed import format
+from tawny.packed.format import PackedTensor, Values
+
+METHOD = "tawny"  # quant_method in config.json
+INDEX = "packed.safetensors.index.json"
+SHARD_BYTES = 256_000_000  # what a writer holds at most beside one block
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def raw(tensor: Tensor) -> Any:
+    """The bytes of a tensor, without a copy where it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], str, int]:
+    """Entries, text and length in bytes of what precedes the data of a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            text = file.read(length).decode()
+            entries = json.loads(text)
+    except (OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+    entries.pop("__metadata__", None)
+    return entries, text, 8 + length
+
+
+@dataclass(frozen=True)
+class PackedLinearEntry:
+    """One packed weight of a folder.
+
+    Attributes:
+        sources: names of the tensors it was made from, in the dense checkpoint (two where a tied pair was stored twice).
+        transposed: the dense checkpoint stores `[in, out]`.
+        storage: safetensors name of the type the dense checkpoint stores.
+        embedding: module path of the embedding that is served from this weight, if any.
+        tensors: which of the format's tensors are stored; masks are not when every weight is there.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    values: Values
+    group: int | None
+    nnz: int
+    sources: tuple[str, ...]
+    transposed: bool
+    storage: str
+    embedding: str | None = None
+    tensors: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "shape": list(self.shape),
+            "values": self.values,
+            "group": self.group,
+            "nnz": self.nnz,
+            "sources": list(self.sources),
+            "transposed": self.transposed,
+            "storage": self.storage,
+            "embedding": self.embedding,
+        }
+
+    def wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What the format says is stored, by tensor name."""
+        found = format.shapes(self.shape, self.values, self.group, self.nnz)
+        if self.nnz == self.shape[0] * self.shape[1]:
+            del found["masks"]
+        return found
+
+
+class PackedFolder:
+    """An open packed folder: its index has been compared with its files.
+
+    Raises:
+        CheckpointError: names the file or tensor that is missing, cut short, or not what the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / INDEX
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            version = index["metadata"]["version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is missing or not an index of a packed folder ({error}); pack the model again"
+            ) from error
+        if version != format.VERSION:
+            raise CheckpointError(
+                f"{folder}: packed format version {version!r}, this Tawny reads version {format.VERSION}; "
+                "use a newer Tawny"
+            )
+        try:
+            self.tensors: dict[str, dict[str, Any]] = index["tensors"]
+            self.shards: dict[str, int] = index["shards"]
+            self.dense: list[str] = index["dense"]
+            self.source: list[dict[str, str]] = index["source"]
+            self.source_index: str | None = index["source_index"]
+            self.linears = {name: self._entry(name, entry) for name, entry in index["linears"].items()}
+            self._check_files()
+        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path} is damaged ({error!r}); pack the model again") from error
+        self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.tensors}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry["bytes"] for entry in self.tensors.values())
+
+    def _entry(self, name: str, entry: Mapping[str, Any]) -> PackedLinearEntry:
+        out, columns = entry["shape"]
+        made = PackedLinearEntry(
+            name,
+            (int(out), int(columns)),
+            entry["values"],
+            entry["group"],
+            int(entry["nnz"]),
+            tuple(entry["sources"]),
+            bool(entry["transposed"]),
+            entry["storage"],
+            entry["embedding"],
+        )
+        wanted = made.wanted()
+        for key, (dtype, shape) in wanted.items():
+            tensor = self.tensors.get(f"{name}.{key}")
+            if tensor is None or DTYPES.get(tensor["dtype"]) != dtype or tuple(tensor["shape"]) != shape:
+                found = "nothing" if tensor is None else f"{tensor['dtype']} {tensor['shape']}"
+                raise self._refuse(f"{name}.{key}", f"{found} where {_NAMES[dtype]} {list(shape)} belongs")
+        return PackedLinearEntry(**{**made.__dict__, "tensors": tuple(wanted)})
+
+    def _refuse(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: tensor {name!r}: {what}; the packed folder is damaged: copy or pack it again"
+        )
+
+    def _check_files(self) -> None:
+        by_shard: dict[str, list[str]] = {shard: [] for shard in self.shards}
+        for name, entry in self.tensors.items():
+            if entry["shard"] not in by_shard:
+                raise self._refuse(name, f"its shard {entry['shard']!r} is not in the index")
+            by_shard[entry["shard"]].append(name)
+        for shard, names in by_shard.items():
+            path = self.folder / shard
+            if Path(shard).name != shard or not path.is_file():
+                raise self._refuse(names[0], f"its shard {shard} is missing")
+            size = path.stat().st_size
+            if size != self.shards[shard]:
+                ends = {n: self.tensors[n]["offset"] + self.tensors[n]["bytes"] for n in names}
+                cut = min((n for n in names if ends[n] > size), key=ends.__getitem__, default=names[0])
+                raise self._refuse(cut, f"{shard} has {size} bytes where {self.shards[shard]} belong")
+            found, _, start = read_header(path)
+            for name in names:
+                self._check_place(name, found.pop(name, None), start, size)
+            if found:
+                raise self._refuse(next(iter(found)), f"is in {shard} and not in the index")
+
+    def _check_place(self, name: str, found: Mapping[str, Any] | None, start: int, size: int) -> None:
+        entry = self.tensors[name]
+        if found is None:
+            raise self._refuse(name, f"is not in {entry['shard']}")
+        for key in ("dtype", "shape"):
+            if found[key] != entry[key]:
+                raise self._refuse(name, f"has {key} {found[key]} where {entry[key]} belongs")
+        begin, end = found["data_offsets"]
+        elements = torch.Size(entry["shape"]).numel()
+        if entry["bytes"] != elements * DTYPES[entry["dtype"]].itemsize or end - begin != entry["bytes"]:
+            raise self._refuse(name, f"has {end - begin} bytes, its shape needs another number")
+        if start + begin != entry["offset"] or start + end > size:
+            raise self._refuse(name, f"lies at byte {start + begin}, the index says {entry['offset']}")
+
+    def verify(self, hashes: bool = True) -> None:
+        """Compare the SHA-256 of every tensor with the index, reading the files once."""
+        if not hashes:
+            return
+        for shard in self.shards:
+            names = [name for name, entry in self.tensors.items() if entry["shard"] == shard]
+            with (self.folder / shard).open("rb") as file:
+                for name in sorted(names, key=lambda n: int(self.tensors[n]["offset"])):
+                    file.seek(self.tensors[name]["offset"])
+                    digest, left = hashlib.sha256(), self.tensors[name]["bytes"]
+                    while left and (chunk := file.read(min(left, 1 << 20))):
+                        digest.update(chunk)
+                        left -= len(chunk)
+                    self._compare(name, digest.hexdigest())
+
+    def _compare(self, name: str, found: str) -> None:
+        if found != self.tensors[name]["sha256"]:
+            raise self._refuse(name, "its SHA-256 is not the one in the index")
+
+    def read(self, name: str, hashes: bool = True) -> Tensor:
+        """One tensor, copied out of its file and compared with its hash."""
+        entry = self.tensors[name]
+        buffer = bytearray(entry["bytes"])
+        with (self.folder / entry["shard"]).open("rb") as file:
+            file.seek(entry["offset"])
+            if file.readinto(buffer) != len(buffer):
+                raise self._refuse(name, "its file ends too early")
+        if hashes:
+            self._compare(name, hashlib.sha256(buffer).hexdigest())
+        if not buffer:
+            return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        return torch.frombuffer(buffer, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+
+    def read_packed(self, name: str, hashes: bool = True) -> PackedTensor:
+        """One packed weight, checked."""
+        entry = self.linears[name]
+        tensors = {key: self.read(f"{name}.{key}", hashes) for key in entry.tensors}
+        if "masks" not in tensors:
+            tensors = {"masks": format.full_masks(entry.shape), **tensors}
+        packed = PackedTensor(tensors, entry.shape, entry.values, entry.group)
+        format.check(packed, name)
+        return packed
+
+
+class PackedCheckpoint(Checkpoint):
+    """A packed folder read as the dense checkpoint it was made from.
+
+    float kinds come back in their own type, int8 weights as the float32 numbers they stand for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.packed = PackedFolder(folder)
+        self.files = {}
+        self.shapes = {}
+        self.dtypes = {}
+        self.places = {}
+        self.units = []
+        self._unit_of = {}
+        self._made: dict[str, PackedLinearEntry] = {
+            source: entry for entry in self.packed.linears.values() for source in entry.sources
+        }
+        for part in self.packed.source:
+            for key, entry in json.loads(part["header"]).items():
+                if key == "__metadata__":
+                    continue
+                self.shapes[key] = tuple(entry["shape"])
+                if key in self._made:
+                    values = self._made[key].values
+                    self.files[key] = folder / INDEX
+                    self.dtypes[key] = "F32" if values == "int8" else _NAMES[format.DTYPES[values]]
+                else:
+                    self.files[key] = folder / self.packed.tensors[key]["shard"]
+                    self.dtypes[key] = entry["dtype"]
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for key in keys:
+            entry = self._made.get(key)
+            if entry is None:
+                made[key] = self.packed.read(key)
+                continue
+            W_OI = format.unpack(self.packed.read_packed(entry.name))
+            made[key] = W_OI.T.contiguous() if entry.transposed else W_OI
+        return made
+
+
+@dataclass
+class PackedWriter:
+    """Collects tensors, writes a shard whenever enough have come, names shards and writes the index at the end."""
+
+    folder: Path
+    limit: int = SHARD_BYTES
+    linears: dict[str, PackedLinearEntry] = field(default_factory=dict)
+    dense: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._written: list[Path] = []
+        self._tensors: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > self.limit:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._bytes += size
+
+    def add_packed(self, packed: PackedTensor, entry: PackedLinearEntry) -> int:
+        """Returns the bytes it takes."""
+        wanted = entry.wanted()
+        for key in wanted:
+            self.add(f"{entry.name}.{key}", packed.tensors[key])
+        self.linears[entry.name] = entry
+        return sum(int(packed.tensors[key].nbytes) for key in wanted)
+
+    def _flush(self) -> None:
+        path = self.folder / f"packed-{len(self._written) + 1:05d}.safetensors"
+        with writing(path):
+            save_file(self._pending, path, metadata={"format": METHOD})
+        header, _, start = read_header(path)
+        for name, tensor in self._pending.items():
+            begin, end = header[name]["data_offsets"]
+            self._tensors[name] = {
+                "dtype": header[name]["dtype"],
+                "shape": header[name]["shape"],
+                "shard": path.name,
+                "offset": start + begin,
+                "bytes": end - begin,
+                "sha256": hashlib.sha256(raw(tensor)).hexdigest(),
+            }
+        self._written.append(path)
+        self._pending, self._bytes = {}, 0
+
+    def finish(self, source: list[dict[str, str]], source_index: str | None) -> int:
+        """Write what is left and the index; returns the bytes of all tensors."""
+        if self._pending or not self._written:
+            self._flush()
+        count = len(self._written)
+        final = {
+            path.name: f"packed-{n:05d}-of-{count:05d}.safetensors" for n, path in enumerate(self._written, 1)
+        }
+        for entry in self._tensors.values():
+            entry["shard"] = final[entry["shard"]]
+        total: int = sum(entry["bytes"] for entry in self._tensors.values())
+        index = {
+            "metadata": {"format": METHOD, "version": format.VERSION, "total_size": total},
+            "weight_map": {name: entry["shard"] for name, entry in self._tensors.items()},
+            "shards": {final[path.name]: path.stat().st_size for path in self._written},
+            "linears": {name: entry.to_dict() for name, entry in self.linears.items()},
+            "dense": self.dense,
+            "source": source,
+            "source_index": source_index,
+            "tensors": self._tensors,
+        }
+        with writing(self.folder):
+            for path in self._written:
+                path.rename(self.folder / final[path.name])
+            # One entry a line: a megabyte of indentation would be a visible share of a small model.
+            (self.folder / INDEX).write_text(
+                json.dumps(index, separators=(",", ":")) + "\n", encoding="utf-8"
+            )
+        return total

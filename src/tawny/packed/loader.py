@@ -1,0 +1,62 @@
+"""`tawny.load`: a transformers model from a dense or a packed folder, the same way for both.
+
+Tensors stay where safetensors maps them: a page of a weight is resident once it is touched, and shared between
+processes that load the same folder. A packed folder is checked before its model is handed out.
+"""
+
+from __future__ import annotations
+
+__all__ = ["load"]
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tawny.errors import CheckpointError, ModelError, TawnyError, UserError
+from tawny.model.checkpoint import is_packed
+from tawny.model.source import resolve
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    verify: bool = True,
+    device: str = "cpu",
+) -> Any:
+    """A transformers model in eval mode from a dense or packed folder, hub id, `.gguf` file or `smollm2`.
+
+    Args:
+        dtype: type of everything that is not packed, and of activations; the checkpoint's own if None.
+        verify: False skips the hashes of a packed folder; its shapes, offsets and masks are checked always.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: a packed folder is damaged: names the tensor.
+        ModelError: the folder cannot be opened as a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(_DTYPES)}")
+        dtype = _DTYPES[dtype]
+    folder = resolve(source)
+    packed = is_packed(folder)
+    from tawny.packed.quantizer import register, verification
+
+    register()
+    try:
+        with verification(hashes=verify):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    except TawnyError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = CheckpointError if packed else ModelError
+        raise kind(f"{source} cannot be opened: {reason}") from error
+    model.requires_grad_(False)
+    return model.eval().to(device)

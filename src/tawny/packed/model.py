@@ -1,0 +1,199 @@
+"""Pack the linears of a live transformers model, in place.
+
+Blocks and linears are found by structure, as pruning finds them. A linear whose zeros are too few to pay stays dense
+and decodes through our dense kernel; fused experts stay as they are, because the model multiplies them itself.
+Embedding and head stay dense unless `head` is given; a tied embedding is then served from the packed head's storage.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LinearForm", "pack_model"]
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tawny.errors import ModelError, UserError
+from tawny.model.blocks import find_stack
+from tawny.model.linears import Linear, linears_of
+from tawny.packed import format
+from tawny.packed.embedding import serve_from
+from tawny.packed.format import PackedTensor, Values
+from tawny.packed.linear import DenseLinear, PackedLinear, worth_packing
+from tawny.watch import Watch, silent
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """What became of one weight: `form` is "packed" or "dense", and `why` says why it stayed dense."""
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    form: str
+    bytes: int
+    why: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_values(values: str, group: int | None, head: str | None) -> None:
+    """Refuse kinds that do not exist before any work is done."""
+    format._known(values, group)
+    if head is not None:
+        format._known(head, None)
+
+
+def pack_or_not(W_OI: Tensor, values: Values, group: int | None = None) -> tuple[PackedTensor | None, float]:
+    """The packed weight, or None where dense is cheaper; and its share of zeros."""
+    sparsity = 1.0 - int(torch.count_nonzero(W_OI)) / W_OI.numel()
+    if not worth_packing(sparsity, values):
+        return None, sparsity
+    return format.pack(W_OI, values, group, whole=format.cheaper_whole(1 - sparsity, values)), sparsity
+
+
+def pack_head(W_OI: Tensor, values: Values) -> PackedTensor:
+    """A head is packed whatever its zeros: it is asked for to save bytes, and int8 alone does."""
+    density = int(torch.count_nonzero(W_OI)) / W_OI.numel()
+    return format.pack(W_OI, values, None, whole=format.cheaper_whole(density, values))
+
+
+@torch.no_grad()
+def pack_model(
+    model: Any,
+    values: Values = "bf16",
+    group: int | None = None,
+    head: Values | None = None,
+    *,
+    watch: Watch = silent,
+) -> Any:
+    """Replace the linears of a model's blocks by packed ones, one at a time, in place.
+
+    Args:
+        model: a transformers decoder with its weights in memory.
+        values: kind of the survivors: bf16, f16, f32 or int8.
+        group: with int8, 128 for a scale each 128 columns; None for one a row.
+        head: kind of values to pack the head in too, whatever its zeros (int8 is what saves bytes).
+        watch: told what stays dense, and why.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ModelError: no blocks, or weights on the meta device.
+        UserError: unknown values or group.
+    """
+    check_values(values, group, head)
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise ModelError(f"parameter {meta!r} of the model is on the meta device; load its weights first")
+    path, blocks = find_stack(model)
+    dense: list[str] = []
+    experts: set[str] = set()
+    packed = 0
+    watch.phase("packing", len(blocks))
+    for index, block in enumerate(blocks):
+        for linear in linears_of(block, f"{path}.{index}"):
+            if linear.expert is not None:
+                experts.add(linear.key)
+                continue
+            made, _ = pack_or_not(linear.view(getattr(linear.module, linear.parameter).data), values, group)
+            replace_linear(model, linear, made)
+            packed += made is not None
+            if made is None:
+                dense.append(linear.name)
+        watch.step(f"{path}.{index}")
+    _head(model, head)
+    keep_from_saving(model, values, group, head)
+    tell(watch, packed, len(dense), len(experts))
+    return model
+
+
+def tell(watch: Watch, packed: int, dense: int, experts: int) -> None:
+    watch.say(f"{packed} linears packed, {dense} left dense because their zeros are too few to pay")
+    if experts:
+        watch.say(f"{experts} fused expert weights stay dense: the model multiplies them itself")
+
+
+def replace_linear(model: nn.Module, linear: Linear, packed: PackedTensor | None) -> None:
+    """Put a packed linear, or a dense one with our kernel, where `linear` was."""
+    old = linear.module
+    bias: nn.Parameter | None = getattr(old, "bias", None)
+    if packed is None:
+        keep_dense(model, linear.name)
+        return
+    made = PackedLinear(packed, None if bias is None else bias.detach())
+    model.set_submodule(linear.name, made.train(old.training))
+
+
+def keep_dense(model: nn.Module, name: str) -> None:
+    """Let a linear that stays dense decode through our kernel. Transposed storage would need a copy: it stays."""
+    old = model.get_submodule(name)
+    if isinstance(old, nn.Linear):
+        made = DenseLinear.from_linear(old)
+        setattr(made, "weight", old.weight)  # noqa: B010 - the very same parameter: a tied one stays tied
+        model.set_submodule(name, made.train(old.training))
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    name: str = next(name for name, found in model.named_modules() if found is module)
+    return name
+
+
+def ends_of(model: Any) -> tuple[str | None, str, bool]:
+    """Module path of the head (None if it has none) and of the embedding, and whether they share a weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    inside = name_of(model, embedding)
+    if head is None:
+        return None, inside, False
+    outside = name_of(model, head)
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    shared = (
+        tied.get(f"{outside}.weight") == f"{inside}.weight"
+        or tied.get(f"{inside}.weight") == f"{outside}.weight"
+    )
+    return outside, inside, shared or getattr(head, "weight", None) is embedding.weight
+
+
+def _head(model: Any, values: Values | None) -> None:
+    outside, inside, tied = ends_of(model)
+    head = None if outside is None else model.get_submodule(outside)
+    if values is None:
+        if outside is not None:
+            keep_dense(model, outside)
+        return
+    if not isinstance(head, nn.Linear) or outside is None:
+        raise UserError(f"{type(model).__name__} has no linear head to pack; leave head out")
+    made = PackedLinear(
+        pack_head(head.weight.data, values), None if head.bias is None else head.bias.detach()
+    )
+    install_head(model, outside, inside if tied else None, made)
+
+
+def install_head(model: Any, outside: str, inside: str | None, made: PackedLinear) -> None:
+    """Put a packed head in its place; `inside` names the embedding it serves too."""
+    dtype = model.get_submodule(outside).weight.dtype
+    model.set_submodule(outside, made.train(model.training))
+    if inside is None:
+        return
+    serve_from(model.get_submodule(inside), made, dtype)
+    # Nothing is left that could be tied by name.
+    ends = {f"{outside}.weight", f"{inside}.weight"}
+    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+        keys = getattr(model, attribute, None)
+        if isinstance(keys, dict):
+            setattr(model, attribute, {k: v for k, v in keys.items() if not {k, v} & ends})
+
+
+def keep_from_saving(model: Any, values: str, group: int | None, head: str | None) -> None:
+    """Make `save_pretrained` refuse: its file would open elsewhere with random weights."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        from tawny.packed.quantizer import TawnyConfig, TawnyQuantizer
+
+        config = TawnyConfig(values=values, group=group, head=head)
+        model.hf_quantizer = TawnyQuantizer(config, pre_quantized=True)

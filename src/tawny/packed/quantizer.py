@@ -1,0 +1,156 @@
+"""transformers' side of packed folders: `AutoModelForCausalLM.from_pretrained(DIR)` works once `tawny` is imported.
+
+Packed shards carry names that plain transformers does not look for, so without this module it fails loudly instead
+of making weights up. The quantizer tells it where they are, in memory only; swaps packed modules in before weights
+are mapped; and checks every tensor afterwards, before anybody can run the model.
+"""
+
+from __future__ import annotations
+
+__all__ = ["METHOD", "TawnyConfig", "TawnyQuantizer", "register", "verification"]
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tawny.errors import CheckpointError
+from tawny.packed import format
+from tawny.packed.folder import INDEX, METHOD, PackedFolder
+from tawny.packed.linear import PackedLinear
+
+_verify: ContextVar[bool] = ContextVar("tawny_verify", default=True)
+
+
+@contextlib.contextmanager
+def verification(hashes: bool) -> Iterator[None]:
+    """Inside, packed folders are opened with or without a look at every hash."""
+    token = _verify.set(hashes)
+    try:
+        yield
+    finally:
+        _verify.reset(token)
+
+
+class TawnyConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of config.json."""
+
+    def __init__(
+        self,
+        values: str = "bf16",
+        group: int | None = None,
+        head: str | None = None,
+        version: int = format.VERSION,
+        **rest: Any,
+    ) -> None:
+        if version != format.VERSION:
+            raise CheckpointError(
+                f"packed format version {version!r}, this Tawny reads version {format.VERSION}; use a newer Tawny"
+            )
+        self.quant_method = METHOD
+        self.version = version
+        self.values = values
+        self.group = group
+        self.head = head
+        rest.pop("quant_method", None)
+        self.__dict__.update(rest)
+
+
+class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Opens a packed folder; there is nothing it could quantise on the fly (`tawny.pack` does that)."""
+
+    requires_calibration = True  # that is: only folders that are packed already
+    folder: PackedFolder | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+    # Called before transformers looks for weights. The names differ between its versions; each is called at most once.
+    def update_attn_implementation(self, config: Any) -> Any:
+        config.transformers_weights = INDEX
+        return config
+
+    update_tp_plan = update_attn_implementation
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Types of packed tensors are the format's; all others follow the model."""
+        names = getattr(converter, "source_patterns", None) or [""]
+        if self.folder is not None and any(name in self.folder.packed_names for name in names):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if not checkpoint_files:
+            raise CheckpointError("a packed model is opened from its folder; none was given")
+        # Imported late: transformers is still importing itself when this module is first read.
+        from tawny.packed.model import install_head
+
+        self.folder = folder = PackedFolder(Path(checkpoint_files[0]).parent)
+        for name, entry in folder.linears.items():
+            old = model.get_submodule(name)
+            made = PackedLinear.empty(
+                entry.shape,
+                entry.nnz,
+                entry.values,
+                entry.group,
+                getattr(old, "bias", None) is not None,
+                old.weight.dtype,
+                "meta",
+            )
+            if (
+                "masks" not in entry.tensors
+            ):  # every weight is there; transformers must not miss what no file holds
+                made.register_buffer("masks", made.masks, persistent=False)
+            # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
+            made.__dict__["weight"] = nothing = torch.empty(0)
+            nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+            if entry.embedding is None:
+                model.set_submodule(name, made)
+            else:
+                install_head(model, name, entry.embedding, made)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from tawny.packed.model import ends_of, keep_dense
+
+        assert self.folder is not None
+        for name, entry in self.folder.linears.items():
+            module = model.get_submodule(name)
+            del module.__dict__["weight"]
+            if "masks" not in entry.tensors:
+                module.register_buffer("masks", format.full_masks(entry.shape).to(module.values.device))
+        self.folder.verify(hashes=_verify.get())
+        for name in self.folder.linears:
+            model.get_submodule(name).check(name)
+        for name in self.folder.dense:
+            keep_dense(model, name)
+        outside, _, _ = ends_of(model)
+        if outside is not None:
+            keep_dense(model, outside)
+        return model
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers know the method; again is no harm."""
+    from transformers.quantizers import auto
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = TawnyConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = TawnyQuantizer

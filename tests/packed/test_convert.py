@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tawny
+from tawny.packed import PackedLinear
+from tawny.packed.folder import INDEX, PackedWriter
+from tests.packed.test_folder import bytes_of, saved
+from tests.packed.test_model import greedy, logits, pruned
+from tests.tiny import FAMILIES, tokens
+
+KINDS = [("bf16", None, None), ("f32", None, None), ("int8", None, "int8"), ("int8", 128, None)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_loading_and_unpacking_give_back_every_bit(family, tmp_path):
+    dense = saved(tmp_path / "dense", family)
+    report = tawny.pack(dense, tmp_path / "packed", "f32")
+    assert report.packed and report.to_dict()["bytes"] < report.source_bytes
+
+    model = tawny.load(tmp_path / "packed")
+    twin = AutoModelForCausalLM.from_pretrained(dense).eval()
+    ids = tokens(2, 24)
+    torch.testing.assert_close(logits(model, ids), logits(twin, ids), atol=2e-4, rtol=2e-4)
+    packed_live = [m for m in tawny.pack_model(twin, "f32").modules() if isinstance(m, PackedLinear)]
+    packed_read = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert len(packed_live) == len(packed_read) > 0
+    for live, read in zip(packed_live, packed_read, strict=True):
+        assert torch.equal(live.values, read.values) and torch.equal(live.masks, read.masks)
+
+    unpacked = tawny.unpack(tmp_path / "packed", tmp_path / "again")
+    assert unpacked.exact and unpacked.bytes == report.source_bytes
+    assert bytes_of(tmp_path / "again") == bytes_of(dense)
+    before = json.loads((dense / "config.json").read_text())
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2", "mixtral"])
+@pytest.mark.parametrize("values,group,head", KINDS)
+def test_a_folder_computes_what_the_live_model_packed_alike_computes(family, values, group, head, tmp_path):
+    dense = saved(tmp_path / "dense", family, torch.bfloat16)
+    tawny.pack(dense, tmp_path / "packed", values, group, head)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    live = tawny.pack_model(AutoModelForCausalLM.from_pretrained(dense).eval(), values, group, head)
+    ids = tokens(1, 12)
+    assert torch.equal(logits(model, ids), logits(live, ids))
+    assert torch.equal(greedy(model, ids, 4), greedy(live, ids, 4))
+    assert set(model.state_dict()) == set(live.state_dict())
+
+
+def test_the_bytes_are_those_the_format_promises(tmp_path):
+    model_path = saved(
+        tmp_path / "dense",
+        dtype=torch.bfloat16,
+        hidden_size=256,
+        intermediate_size=512,
+        head_dim=64,
+        sparsity=0.7,
+    )
+    report = tawny.pack(model_path, tmp_path / "packed", "bf16")
+    numel = sum(form.shape[0] * form.shape[1] for form in report.linears)
+    survivors = sum((1 - form.sparsity) * form.shape[0] * form.shape[1] for form in report.linears)
+    assert sum(form.bytes for form in report.linears) == pytest.approx(2 * survivors + numel / 8, rel=0.02)
+    whole = tawny.pack(model_path, tmp_path / "int8", "int8", head="int8")
+    head = next(form for form in whole.linears if form.name == "lm_head")
+    rows, columns = head.shape
+    assert head.bytes == pytest.approx(
+        rows * columns + 8 * rows + 2 * rows, rel=0.01
+    )  # no masks for a whole head
+    in_files = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    assert report.bytes < in_files < report.bytes + 65536
+
+
+def test_a_sharded_checkpoint_comes_back_shard_by_shard(tmp_path):
+    pruned("qwen2").save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    assert len(bytes_of(tmp_path / "dense")) > 2
+    tawny.pack(tmp_path / "dense", tmp_path / "packed", "f32", head="f32")
+    tawny.unpack(tmp_path / "packed", tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "dense")
+    name = "model.safetensors.index.json"
+    assert (tmp_path / "again" / name).read_text() == (tmp_path / "dense" / name).read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(plain.eval(), tokens(1, 4)), logits(pruned("qwen2"), tokens(1, 4)))
+
+
+def test_many_small_shards_are_as_good_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tawny.packed.convert.PackedWriter", lambda path: PackedWriter(path, limit=20_000))
+    dense = saved(tmp_path / "dense")
+    tawny.pack(dense, tmp_path / "packed", "f32")
+    assert len(bytes_of(tmp_path / "packed")) > 3
+    tawny.unpack(tmp_path / "packed", tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(dense)
+    model = tawny.load(tmp_path / "packed")
+    assert model.model.layers[2].mlp.up_proj.kind == "f32"
+
+
+def test_packing_the_same_twice_gives_the_same_bytes(tmp_path):
+    dense = saved(tmp_path / "dense")
+    for name in "ab":
+        tawny.pack(dense, tmp_path / name, "int8")
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+    assert (tmp_path / "a" / INDEX).read_bytes() == (tmp_path / "b" / INDEX).read_bytes()
+
+
+def test_int8_comes_back_in_the_type_of_the_checkpoint(tmp_path):
+    dense = saved(tmp_path / "dense", dtype=torch.bfloat16)
+    tawny.pack(dense, tmp_path / "packed", "int8")
+    report = tawny.unpack(tmp_path / "packed", tmp_path / "again")
+    assert not report.exact
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert plain.dtype is torch.bfloat16
+    assert tawny.inspect(tmp_path / "again").sparsity >= tawny.inspect(dense).sparsity
+
+
+def test_packed_folders_are_inspected_profiled_and_evaluated_block_by_block(tmp_path):
+    dense = saved(tmp_path / "dense", "qwen2")
+    tawny.pack(dense, tmp_path / "packed", "f32", head="f32")
+    ours, theirs = tawny.inspect(tmp_path / "packed"), tawny.inspect(dense)
+    assert ours.linears == theirs.linears and ours.sparsity == theirs.sparsity and ours.bytes < theirs.bytes
+    windows = tokens(2, 32)
+    assert tawny.evaluate(tmp_path / "packed", windows).loss == tawny.evaluate(dense, windows).loss
+    profiles = [tawny.profile(path, calibration=windows).to_dict() for path in (dense, tmp_path / "packed")]
+    assert profiles[0]["shares"] == profiles[1]["shares"]

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tawny
+from tawny.errors import CheckpointError, ModelError, OutputError, UserError
+from tawny.packed.folder import INDEX, PackedFolder
+from tests.packed.test_model import logits, pruned
+from tests.tiny import tokens
+
+
+def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:
+    pruned(family, **changes).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def packed_llama(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("llama")
+    tawny.pack(saved(base / "dense", dtype=torch.bfloat16), base / "packed", "bf16")
+    return base / "packed"
+
+
+def test_two_loads_of_one_type_are_told_apart_from_a_cast(packed_llama):
+    assert tawny.load(packed_llama).dtype is torch.bfloat16
+    model = tawny.load(packed_llama, dtype="float32")
+    assert model.dtype is torch.float32
+    assert model.model.layers[0].mlp.up_proj.values.dtype is torch.bfloat16
+    assert logits(model, tokens(1, 4)).dtype is torch.float32
+
+
+def test_a_dense_folder_loads_the_same_way(tmp_path):
+    dense = saved(tmp_path / "dense")
+    twin = AutoModelForCausalLM.from_pretrained(dense)
+    assert torch.equal(logits(tawny.load(dense), tokens(1, 4)), logits(twin.eval(), tokens(1, 4)))
+
+
+ORDERS = {
+    "tawny first": "import tawny; from transformers import AutoModelForCausalLM as A",
+    "tawny last": "from transformers import AutoModelForCausalLM as A; import transformers.modeling_utils; import tawny",
+    "lazily between": "import transformers; import tawny; A = transformers.AutoModelForCausalLM",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_plain_transformers_opens_a_packed_folder_once_tawny_is_imported(order, packed_llama):
+    code = f"{ORDERS[order]}; m = A.from_pretrained({str(packed_llama)!r}); print(type(m.model.layers[0].mlp.up_proj))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "PackedLinear" in done.stdout, done.stderr
+
+
+def test_transformers_without_tawny_fails_loudly(packed_llama):
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(packed_llama)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "no file named model.safetensors" in done.stderr
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def edit_index(folder: Path, change) -> None:
+    path = folder / INDEX
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("part", ["masks", "values", "offsets"])
+def test_a_flipped_bit_is_refused_by_name(part, packed_llama, tmp_path):
+    folder = copy(packed_llama, tmp_path / "x")
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    entry = PackedFolder(folder).tensors[name]
+    path = folder / entry["shard"]
+    data = bytearray(path.read_bytes())
+    data[entry["offset"] + 9] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{name}.*SHA-256"):
+        tawny.load(folder)
+    with pytest.raises(CheckpointError, match=name):
+        tawny.evaluate(folder, tokens(2, 16))
+    with pytest.raises(CheckpointError, match=name):
+        tawny.unpack(folder, tmp_path / "y")
+    if part == "values":
+        tawny.load(folder, verify=False)  # nothing but the hash knows
+    else:
+        with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj"):
+            tawny.load(folder, verify=False)
+
+
+def test_a_truncated_shard_is_refused_by_name(packed_llama, tmp_path):
+    folder = copy(packed_llama, tmp_path / "x")
+    path = next(folder.glob("packed-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"tensor '.*' *: .* bytes where"):
+        tawny.load(folder, verify=False)
+    path.rename(folder / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"packed-00001"):
+        tawny.load(folder)
+
+
+def wrong_shape(index):
+    index["tensors"]["model.layers.0.mlp.up_proj.masks"]["shape"] = [1, 2, 4]
+
+
+def wrong_linear(index):
+    index["linears"]["model.layers.0.mlp.up_proj"]["shape"] = [32, 48]
+
+
+def wrong_offset(index):
+    index["tensors"]["model.layers.0.mlp.up_proj.masks"]["offset"] += 8
+
+
+def wrong_count(index):
+    index["linears"]["model.layers.0.mlp.up_proj"]["nnz"] -= 1
+
+
+def absent(index):
+    del index["tensors"]["model.layers.0.mlp.up_proj.masks"]
+
+
+@pytest.mark.parametrize("change", [wrong_shape, wrong_linear, wrong_offset, wrong_count, absent])
+def test_an_index_that_does_not_fit_its_files_is_refused_by_name(change, packed_llama, tmp_path):
+    folder = copy(packed_llama, tmp_path / "x")
+    edit_index(folder, change)
+    for verify in (True, False):
+        with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj"):
+            tawny.load(folder, verify=verify)
+
+
+def test_an_index_with_nonsense_is_refused(packed_llama, tmp_path):
+    folder = copy(packed_llama, tmp_path / "x")
+    edit_index(folder, lambda index: index.pop("dense"))
+    with pytest.raises(CheckpointError, match="dense"):
+        PackedFolder(folder)
+    (folder / INDEX).write_text("{")
+    with pytest.raises(CheckpointError, match="index"):
+        PackedFolder(folder)
+
+
+def test_an_unknown_version_is_refused(packed_llama, tmp_path):
+    folder = copy(packed_llama, tmp_path / "x")
+    edit_index(folder, lambda index: index["metadata"].update(version=2))
+    with pytest.raises(CheckpointError, match="version 2"):
+        tawny.load(folder)
+    folder = copy(packed_llama, tmp_path / "y")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["version"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="version 2"):
+        tawny.load(folder)
+
+
+def test_what_goes_wrong_is_said_before_work(tmp_path, packed_llama):
+    dense = saved(tmp_path / "dense")
+    with pytest.raises(UserError, match="int4"):
+        tawny.pack(dense, tmp_path / "x", "int4")
+    with pytest.raises(CheckpointError, match="packed already"):
+        tawny.pack(packed_llama, tmp_path / "x", "bf16")
+    with pytest.raises(ModelError, match="unpack"):
+        tawny.prune(packed_llama, tmp_path / "x", sparsity=0.8, solver="magnitude", allocator="uniform")
+    with pytest.raises(CheckpointError, match="not a packed folder"):
+        tawny.unpack(dense, tmp_path / "x")
+    with pytest.raises(OutputError, match="itself"):
+        tawny.pack(dense, dense, "bf16", overwrite=True)
+    tawny.pack(dense, tmp_path / "x", "bf16")
+    with pytest.raises(OutputError, match="exists"):
+        tawny.pack(dense, tmp_path / "x", "bf16")
+    tawny.pack(dense, tmp_path / "x", "int8", overwrite=True)
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]["values"] == "int8"
+    assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "x" / "blocks").exists()
+
+
+def test_a_folder_quantised_by_something_else_is_refused(tmp_path):
+    dense = saved(tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(ModelError, match="gptq"):
+        tawny.pack(dense, tmp_path / "x", "bf16")
+
+
+def test_a_header_longer_than_its_file_is_refused(packed_llama, tmp_path):
+    folder = copy(packed_llama, tmp_path / "x")
+    path = next(folder.glob("packed-*.safetensors"))
+    data = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", 1 << 40) + data[8:])
+    with pytest.raises(CheckpointError, match="packed-00001"):
+        tawny.load(folder)

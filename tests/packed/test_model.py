@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import tawny
+from tawny.errors import ModelError, UserError
+from tawny.model.blocks import find_stack
+from tawny.model.linears import linears_of
+from tawny.packed import DenseLinear, PackedLinear
+from tawny.packed.embedding import PackedEmbedding
+from tawny.packed.kernels import native
+from tawny.watch import Silent
+from tests.tiny import FAMILIES, tiny_model, tokens
+
+
+def pruned(family: str, sparsity: float = 0.6, **changes):
+    model = tiny_model(family, **changes)
+    path, blocks = find_stack(model)
+    with torch.no_grad():
+        for index, block in enumerate(blocks):
+            for linear in linears_of(block, f"{path}.{index}"):
+                weight = linear.view(getattr(linear.module, linear.parameter).data)
+                weight[weight.abs() < weight.abs().flatten().quantile(sparsity)] = 0
+    return model
+
+
+@torch.no_grad()
+def logits(model, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def greedy(model, prompt: torch.Tensor, count: int = 12) -> torch.Tensor:
+    return model.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_computes_what_the_dense_one_computes(family):
+    dense = pruned(family)
+    packed = tawny.pack_model(deepcopy(dense), "f32")
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
+    for ids in (tokens(2, 24), tokens(1, 1)):
+        torch.testing.assert_close(logits(packed, ids), logits(dense, ids), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_gives_the_tokens_of_the_dense_model_up_to_ties(family):
+    dense = pruned(family).bfloat16()
+    packed = tawny.pack_model(deepcopy(dense), "bf16")
+    prompt = tokens(1, 8)
+    ours, theirs = greedy(packed, prompt)[0], greedy(dense, prompt)[0]
+    if not torch.equal(ours, theirs):  # the two may part where the dense model itself is undecided
+        at = int((ours != theirs).nonzero()[0])
+        last = logits(dense, theirs[None, :at])[0, -1].float()
+        assert last.max() - last[ours[at]] <= 0.02 * last.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_head_serves_a_tied_embedding_bit_for_bit(family, tied):
+    if family in ("gpt2", "bloom", "falcon", "opt", "phi", "gpt_neox") and not tied:
+        pytest.skip("covered by the tied case")
+    dense = pruned(family, tie_word_embeddings=tied)
+    packed = tawny.pack_model(deepcopy(dense), "f32", head="int8")
+    head, embedding = packed.get_output_embeddings(), packed.get_input_embeddings()
+    assert isinstance(head, PackedLinear) and head.kind == "int8"
+    assert isinstance(embedding, PackedEmbedding) == tied
+    ids = tokens(2, 24)
+    # the same model with the same rounded matrix, dense
+    W_OI = head.dense(torch.float32)
+    with torch.no_grad():
+        dense.get_output_embeddings().weight.copy_(W_OI)
+    assert torch.equal(embedding(ids), dense.get_input_embeddings()(ids))
+    torch.testing.assert_close(logits(packed, ids), logits(dense, ids), atol=2e-2, rtol=2e-3)
+
+
+def test_the_embedding_follows_the_models_type_and_its_copies():
+    packed = tawny.pack_model(pruned("qwen2"), "bf16", head="int8")
+    ids = tokens(1, 4)
+    assert packed.get_input_embeddings()(ids).dtype is torch.float32
+    packed.to(torch.bfloat16)
+    assert packed.get_input_embeddings()(ids).dtype is torch.bfloat16
+    twin = deepcopy(packed)
+    assert twin.get_input_embeddings().__dict__["head"] is twin.get_output_embeddings()
+    assert torch.equal(logits(twin, ids), logits(packed, ids))
+    twin.tie_weights()
+    assert torch.equal(logits(twin, ids), logits(packed, ids))
+    with pytest.raises(IndexError, match="token ids"):
+        packed.get_input_embeddings()(torch.tensor([[300]]))
+
+
+def test_rows_come_out_alike_with_and_without_compiled_kernels():
+    packed = tawny.pack_model(pruned("qwen2"), "bf16", head="int8")
+    embedding, ids = packed.get_input_embeddings(), tokens(2, 9)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        embedding.to(dtype)
+        ours = embedding(ids)
+        with native.force("torch"):
+            assert torch.equal(embedding(ids), ours)
+
+
+def test_a_linear_with_too_few_zeros_stays_dense_and_keeps_its_tensor():
+    model = pruned("llama", sparsity=0.0)
+    before = model.model.layers[0].mlp.up_proj.weight
+    tawny.pack_model(model, "bf16")
+    linear = model.model.layers[0].mlp.up_proj
+    assert isinstance(linear, DenseLinear) and linear.weight is before
+    assert isinstance(model.lm_head, DenseLinear)
+
+
+def test_a_tied_head_that_stays_dense_stays_tied():
+    packed = tawny.pack_model(pruned("qwen2"), "bf16")
+    assert packed.lm_head.weight is packed.model.embed_tokens.weight
+    assert isinstance(packed.lm_head, DenseLinear)
+
+
+def test_fused_experts_stay_dense_and_are_told():
+    said: list[str] = []
+
+    class Watch(Silent):
+        def say(self, text):
+            said.append(text)
+
+    tawny.pack_model(pruned("mixtral"), "bf16", watch=Watch())
+    assert any("fused expert" in line for line in said) and any("packed" in line for line in said)
+
+
+def test_routers_are_not_packed():
+    model = tawny.pack_model(pruned("qwen3_moe"), "bf16")
+    gates = [m for name, m in model.named_modules() if name.endswith("mlp.gate")]
+    assert gates and not any(isinstance(gate, PackedLinear) for gate in gates)
+
+
+def test_saving_a_packed_model_the_plain_way_is_refused(tmp_path):
+    packed = tawny.pack_model(pruned("llama"), "bf16")
+    with pytest.raises(ValueError, match="tawny"):
+        packed.save_pretrained(tmp_path / "x")
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(UserError, match="int4"):
+        tawny.pack_model(tiny_model("llama"), "int4")
+    with pytest.raises(UserError, match="group"):
+        tawny.pack_model(tiny_model("llama"), "bf16", group=128)
+    with pytest.raises(ModelError, match="blocks"):
+        tawny.pack_model(nn.Linear(4, 4))
+    with pytest.raises(ModelError, match="meta"):
+        tawny.pack_model(tiny_model("llama").to("meta"))
+
+
+def test_a_packed_live_model_is_evaluated_like_any_other():
+    dense = pruned("llama")
+    packed = tawny.pack_model(deepcopy(dense), "f32")
+    windows = tokens(2, 32)
+    ours, theirs = tawny.evaluate(packed, windows), tawny.evaluate(dense, windows)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+
+
+def test_a_packed_model_compiles_whole():
+    packed = tawny.pack_model(pruned("qwen2"), "f32", head="int8")
+    ids = tokens(1, 6)
+    expected = logits(packed, ids)
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, ids), expected, atol=1e-4, rtol=1e-4)
