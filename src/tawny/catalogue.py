@@ -10,7 +10,7 @@ from typing import Any
 
 from tawny.allocation import ALLOCATORS
 from tawny.calibration.text import NAMED_TEXTS
-from tawny.recipe import Calibration, Recipe, option_keys
+from tawny.recipe import Calibration, Recipe, Refine, option_keys
 from tawny.solvers import SOLVERS
 
 _PATTERNS = {
@@ -33,6 +33,7 @@ _KEYS = {
     "compute": "of the forwards; auto is bfloat16 where the machine has it",
     "order": "block: all linears see the dense block; data: each sees the ones before it pruned",
     "refit": "move the survivors of each mask to their least squares (also solver.refit)",
+    "refine": "epochs of training what a pruned block has left to give the dense block's outputs, and how",
     "compat": "official: the numbers of the papers' own code",
     "profile_samples": "how many samples the profile uses; nothing is enough for a steady one",
     "device": "where blocks run",
@@ -81,8 +82,9 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _key_default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    if field.name == "calibration":
-        return {inner.name: inner.default for inner in dataclasses.fields(Calibration)}
+    sections: dict[str, Any] = {"calibration": Calibration, "refine": Refine}
+    if field.name in sections:
+        return {inner.name: inner.default for inner in dataclasses.fields(sections[field.name])}
     if field.default is dataclasses.MISSING:
         return {}
     return {"default": field.default}

@@ -25,6 +25,7 @@ __all__ = [
     "Calibration",
     "Choice",
     "Recipe",
+    "Refine",
     "dump_recipe",
     "load_recipe",
     "option_keys",
@@ -98,6 +99,17 @@ class Calibration:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class Refine:
+    """Block reconstruction after the solves of a block; `epochs` 0 leaves it out."""
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    lr: Annotated[float, Field(gt=0, le=1)] = 0.01  # of a tensor's own root mean square, a step
+    batch: Annotated[int, Field(ge=1)] = 8  # samples a step
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.125  # share of the samples that choose the best epoch
+    patience: Annotated[int, Field(ge=1)] = 2  # epochs without a better one until it ends
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Recipe:
     """Everything that decides the result. Make one with `Recipe.from_mapping` or `load_recipe`."""
 
@@ -113,6 +125,7 @@ class Recipe:
     compute: Compute = "auto"  # of the forwards; auto is bfloat16 where the machine has it
     order: Literal["block", "data"] = "block"
     refit: bool = False  # move the survivors of every mask to their least squares; also `solver.refit`
+    refine: Refine = Field(default_factory=Refine)
     compat: Literal["official"] | None = None
     profile_samples: Annotated[int, Field(ge=1)] | None = None
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
@@ -205,6 +218,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 _REGISTRIES = ("allocator", "solver")
 _DEFAULT_NAMES = {"allocator": "owl", "solver": "sparsegpt"}
+_SECTIONS: dict[str, tuple[Any, str]] = {"calibration": (Calibration, "text"), "refine": (Refine, "epochs")}
 
 
 def _registry(section: str) -> Mapping[str, Any]:
@@ -226,15 +240,17 @@ def _validate(mapping: Mapping[str, Any]) -> Recipe:
         raise RecipeError(f"a recipe is a mapping of keys to values, not {_show(mapping)}")
     values = dict(mapping)
     for key in values:
-        if key in _calibration_keys() and key not in _top_level_keys():
-            raise RecipeError(f"{key} belongs under calibration: in a recipe (calibration: {{{key}: ...}})")
+        home = next((name for name in _SECTIONS if key in _section_keys(name)), None)
+        if home is not None and key not in _top_level_keys():
+            raise RecipeError(f"{key} belongs under {home}: in a recipe ({home}: {{{key}: ...}})")
     _refuse_unknown(values, _top_level_keys(), "recipe key")
     if values.get("version", 1) != 1:
         raise RecipeError(
             f"version {_show(values['version'])} of recipes is unknown to this Tawny, which reads version 1"
         )
-    values["calibration"] = _section(values.get("calibration"), "calibration", shorthand="text")
-    _refuse_unknown(values["calibration"], _calibration_keys(), "recipe key", "calibration.")
+    for name, (_, shorthand) in _SECTIONS.items():
+        values[name] = _section(values.get(name), name, shorthand)
+        _refuse_unknown(values[name], _section_keys(name), "recipe key", f"{name}.")
     compat = values.get("compat")
     if compat not in (None, "official"):  # before it is handed down, so that the error names the right key
         raise RecipeError(f"compat: {_show(compat)} given, expected official or nothing")
@@ -256,7 +272,7 @@ def _section(value: Any, name: str, shorthand: str) -> dict[str, Any]:
         return {str(k): v for k, v in value.items()}
     if isinstance(value, Path):
         return {shorthand: str(value)}
-    if isinstance(value, str):
+    if isinstance(value, str) or (isinstance(value, int) and name == "refine"):
         return {shorthand: value}
     raise RecipeError(f"{name}: {_show(value)} given, expected a {shorthand} or a mapping")
 
@@ -378,8 +394,8 @@ def _top_level_keys() -> list[str]:
     return [field.name for field in dataclasses.fields(Recipe)]
 
 
-def _calibration_keys() -> list[str]:
-    return [field.name for field in dataclasses.fields(Calibration)]
+def _section_keys(section: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(_SECTIONS[section][0])]
 
 
 def option_keys(kind: Any) -> dict[str, str]:
@@ -394,7 +410,8 @@ def _pair(override: str | tuple[str, Any]) -> tuple[str, Any]:
 def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Apply dotted, bare and whole-section keys; names first, since they decide which options there are."""
     merged: dict[str, Any] = copy.deepcopy(dict(base))
-    for section, shorthand in (("allocator", "name"), ("solver", "name"), ("calibration", "text")):
+    shorthands = {**dict.fromkeys(_REGISTRIES, "name"), **{name: s for name, (_, s) in _SECTIONS.items()}}
+    for section, shorthand in shorthands.items():
         merged[section] = _section(merged.get(section), section, shorthand)
     _lift_refit(merged)
     pairs = [(key.removesuffix(".name"), value) for key, value in changes]
@@ -407,8 +424,8 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
             same = new.get("name", known_name) == known_name
             merged[key] = {**merged[key], **new} if same else new  # another class has other options
             _lift_refit(merged)
-        elif key == "calibration":
-            merged[key].update(_section(value, key, "text"))
+        elif key in _SECTIONS:
+            merged[key].update(_section(value, key, shorthands[key]))
         else:
             path = _locate(key, merged)
             target = merged if len(path) == 1 else merged[path[0]]
@@ -427,7 +444,7 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
 
 def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
     """Where a key lives: `("seed",)` or `("allocator", "M")`."""
-    sections: dict[str, list[str]] = {"calibration": _calibration_keys()}
+    sections: dict[str, list[str]] = {name: _section_keys(name) for name in _SECTIONS}
     for section in _REGISTRIES:
         name = merged[section].get("name") or _DEFAULT_NAMES[section]
         kind = _registry(section).get(name)

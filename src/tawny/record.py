@@ -60,6 +60,8 @@ class Record:
         evaluation: `{"dense": …, "pruned": …}` where both were measured.
         outlier_M: M of the linears' outlier counts.
         generated: `{"prompt", "dense", "pruned"}` texts, where both models were asked to continue some.
+        refined: what training did to each block, where the recipe asks for it; `also` names the norms and biases
+            that it changed, beside the pruned linears.
         files: bytes and SHA-256 of every weight file written.
     """
 
@@ -87,6 +89,7 @@ class Record:
     warnings: list[str] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     outlier_M: float | None = None
+    refined: list[dict[str, Any]] = field(default_factory=list)
     generated: list[dict[str, str]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0

@@ -263,6 +263,10 @@ class Stack:
     @torch.no_grad()
     def forward(self, index: int, hidden_BTH: Tensor, call: Call) -> Tensor:
         """Output of block `index`, which must be loaded."""
+        return self.differentiable(index, hidden_BTH, call)
+
+    def differentiable(self, index: int, hidden_BTH: Tensor, call: Call) -> Tensor:
+        """`forward`, with a graph behind it where gradients are enabled."""
         with self._plain_experts() if self._fused else contextlib.nullcontext():
             made = self.blocks[index](hidden_BTH, *call.args, **call.kwargs)
         self._tuple_output = not isinstance(made, Tensor)

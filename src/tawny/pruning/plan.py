@@ -97,7 +97,7 @@ def plan(source: str | Path, *, recipe: Recipe | None = None, watch: Watch = sil
     if not allocator.measures_weights:
         allocation = allocate(allocator, Profile(infos), pattern, recipe.sparsity)
     prunable = sum(info.numel for info in infos)
-    needs_data = needs != "none" or allocator.needs != "none"
+    needs_data = needs != "none" or allocator.needs != "none" or recipe.refine.epochs > 0
     text = recipe.calibration.text
     fetched = text in NAMED_TEXTS and text != "wiki"  # a plan does not download
     characters = len(load_text(text, "calibration").text) if needs_data and not fetched else 0
@@ -152,7 +152,7 @@ def _memory(
     linears = [x for i in range(len(stack)) for x in stack.linears(i)]
     widest = max(x.shape[1] for x in linears)
     largest = max(x.numel for x in linears)
-    needs_data = solver_needs != "none" or allocator_needs != "none"
+    needs_data = solver_needs != "none" or allocator_needs != "none" or recipe.refine.epochs > 0
     tokens = recipe.calibration.samples * recipe.calibration.seqlen if needs_data else 0
     hidden = tokens * stack.hidden_bytes
     chunk = (
@@ -172,10 +172,25 @@ def _memory(
         "forward": chunk,
         "statistics": hessians,
         "solver": solve,
+        "refine": _refine_bytes(stack, recipe, block, tokens) if recipe.refine.epochs else 0,
     }
-    # Forward and solve do not happen at the same time.
+    # Forward and solve do not happen at the same time, and statistics are gone when a block is refined.
     peak = sum(parts.values()) - min(chunk, solve)
+    if parts["refine"]:
+        refining = parts["refine"] - hidden
+        peak -= min(refining, max(chunk, solve) + hessians)
     return {"peak": peak, **parts}
+
+
+def _refine_bytes(stack: Stack, recipe: Recipe, block: int, tokens: int) -> int:
+    """The dense stream, and for one block: master, momenta, gradient, mask, best state, and what backward keeps."""
+    checkpoint = stack.checkpoint
+    assert checkpoint is not None
+    state = block * (16 + 1 + checkpoint.storage_dtype.itemsize + stack.compute.itemsize)
+    # Every linear keeps its input and gives an output, and about as much again is kept between them.
+    widths = max(sum(sum(x.shape) for x in stack.linears(i)) for i in range(len(stack)))
+    at_once = max(CHUNK_TOKENS, recipe.calibration.seqlen)
+    return tokens * stack.hidden_bytes + state + 2 * at_once * widths * stack.compute.itemsize
 
 
 def _distinct_inputs(stack: Stack) -> list[int]:
@@ -210,5 +225,9 @@ def _seconds(
         )
     else:
         seconds["solve"] = sum(x.numel for x in infos) * 2e-8
+    if recipe.refine.epochs:
+        # Backward costs two forwards; and the dense samples walk beside the pruned ones.
+        passes = 1 + 3 * recipe.refine.epochs
+        seconds["refine"] = passes * tokens * forward_flops / fast * _OVERHEAD
     seconds = {phase: round(value, 1) for phase, value in seconds.items()}
     return {"total": round(sum(seconds.values()), 1), **seconds}

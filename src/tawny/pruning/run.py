@@ -32,6 +32,7 @@ from tawny.patterns import NM, Pattern, check_pattern
 from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.profiling import allocate, profile_walk
+from tawny.pruning.refine import holds_out, refine
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions, weight_files
 from tawny.solvers.base import Solution, reconstruction_error
@@ -89,8 +90,10 @@ def prune(
     ) as run:
         allocation = run.allocate()
         for block in run.blocks(allocation):
+            block.target()
             for stage, statistics in block.stages(recipe.order):
                 run.spread(stage, lambda linear, s=statistics, b=block: b.solve(linear, s.get(linear.name)))
+            block.refine()
             block.advance()
             block.write()
         return run.finish()
@@ -137,6 +140,8 @@ def open_run(
         run.find_linears(check=measuring is None)
         wanted = run.needs_samples if measuring is None else measuring.needs != "none"
         run.samples = run.load_samples(tokenizer, calibration) if wanted else None
+        if measuring is None and recipe.refine.epochs and run.samples is not None:
+            holds_out(len(run.samples), recipe.refine, recipe.seed)  # refuses a single sample
         run.begin(overwrite)
         begun = True
         with torch.no_grad():
@@ -212,7 +217,7 @@ class Run:
 
     @property
     def needs_samples(self) -> bool:
-        return bool(self.needs != "none" or self.allocator.needs != "none")
+        return bool(self.needs != "none" or self.allocator.needs != "none" or self.recipe.refine.epochs)
 
     def identify(self) -> None:
         """Tell the journal what the bytes of this run depend on, as far as it is known before any data is read.
@@ -315,29 +320,43 @@ class Run:
         done, found = self.journal.walk("prune")
         self.record.linears = [LinearRecord.from_dict(entry) for entry in found.get("linears", [])]
         self.record.warnings += found.get("warnings", [])
+        self.record.refined = found.get("refined", [])
         count = len(self.stack)
         stream: Stream | None = None
-        if self.samples is not None and self.needs != "none" and done < count:
+        dense: Stream | None = None
+        refining = self.recipe.refine.epochs > 0
+        if self.samples is not None and (self.needs != "none" or refining) and done < count:
             with self.clock("forward"):
-                stream = Stream(self.stack, self.samples, depth=done, saved=self.journal.hidden("prune"))
+                stream = self._stream("pruned", done)
+                dense = self._stream("dense", done) if refining else None
         self.watch.phase("pruning", count - done)
         for index in range(done, count):
             with self.clock("read"):
                 self.stack.load(index)
-            yield BlockRun(self, index, stream, allocation)
+            yield BlockRun(self, index, stream, dense, allocation)
             self.stack.release(index)
             if index == count - 1 or self.journal.due():
                 with self.clock("write"):
-                    self.commit(index + 1, None if index == count - 1 else stream)
+                    streams = {} if index == count - 1 else {"pruned": stream, "dense": dense}
+                    self.commit(index + 1, streams)
             self.watch.step(self.stack.name(index))
 
-    def commit(self, blocks: int, stream: Stream | None) -> None:
+    def _stream(self, name: str, done: int) -> Stream:
+        assert self.samples is not None
+        return Stream(self.stack, self.samples, depth=done, saved=self.journal.hidden("prune", name))
+
+    def commit(self, blocks: int, streams: Mapping[str, Stream | None]) -> None:
         """Keep what is finished: `blocks` blocks, and what enters the next."""
-        found = {"linears": [asdict(x) for x in self.record.linears], "warnings": self.record.warnings}
+        record = self.record
+        found = {
+            "linears": [asdict(x) for x in record.linears],
+            "warnings": record.warnings,
+            "refined": record.refined,
+        }
         elapsed = time.perf_counter() - self.started
         self.journal.state["seconds"] = {**self.clock.seconds, "total": elapsed}
         self.journal.state["peak_memory"] = max(peak_memory(), self.record.peak_memory)
-        self.journal.commit("prune", blocks, found, {"pruned": stream})
+        self.journal.commit("prune", blocks, found, streams)
 
     def spread(self, stage: Stage, solve: Any) -> None:
         """Every linear of a stage, one after another (the place where several processes would share them)."""
@@ -430,6 +449,7 @@ class BlockRun:
     run: Run
     index: int
     stream: Stream | None
+    dense: Stream | None  # where the samples would be without pruning; only when refining
     allocation: Mapping[str, float]
 
     def __post_init__(self) -> None:
@@ -438,6 +458,13 @@ class BlockRun:
         self._prepared: tuple[Statistics, Any] | None = None
         self._stage = 0
         self._advanced = False
+        self._solved: dict[str, Tensor] = {}
+
+    def target(self) -> None:
+        """Let the dense samples pass, before anything is pruned: their outputs are what refining aims at."""
+        if self.dense is not None:
+            with self.run.clock("forward"):
+                self.dense.advance(self.index, lambda: self.run.watch.detail("dense outputs", 0, 0))
 
     def stages(self, order: str) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
         """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
@@ -467,16 +494,16 @@ class BlockRun:
     def _lockstep(
         self, stream: Stream, stages: Sequence[Stage]
     ) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
-        self._advanced = True
-        last = self.index == len(self.run.stack) - 1
-        done, total = 0, len(stream) * (len(stages) + (not last))
+        finish = self.dense is None and self.index < len(self.run.stack) - 1
+        self._advanced = self.dense is None  # refining needs the samples in front of the block once more
+        done, total = 0, len(stream) * (len(stages) + finish)
 
         def step() -> None:
             nonlocal done
             done += 1
             self.run.watch.detail("observing", done, total)
 
-        walk = in_lockstep(stream, self.index, stages, self.run.needs, finish=not last, step=step)
+        walk = in_lockstep(stream, self.index, stages, self.run.needs, finish=finish, step=step)
         while True:
             with self.run.clock("forward"):
                 item = next(walk, None)
@@ -530,6 +557,8 @@ class BlockRun:
         except NumericalError as error:
             raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
         stored = run.stack.set_weight(linear, solution.weight)
+        if self.dense is not None:
+            self._solved[linear.name] = solution.weight
         zeros = int((stored == 0).sum())
         run.record.linears.append(
             LinearRecord(
@@ -560,6 +589,34 @@ class BlockRun:
             self._prepared = None
             self._prepared = (statistics, self.run.solver.prepare(statistics))
         return self._prepared[1]
+
+    def refine(self) -> None:
+        """Train what the block has left, where the recipe asks for it, and correct what is recorded of it."""
+        run, self._prepared = self.run, None
+        if self.stream is None or self.dense is None or not self.linears:
+            return
+        with run.clock("refine"):
+            made = refine(
+                run.stack,
+                self.index,
+                self.stream,
+                self.dense,
+                self.linears,
+                self._solved,
+                run.recipe.refine,
+                run.recipe.seed,
+                step=lambda done, total: run.watch.detail("refining", done, total),
+            )
+        self._solved = {}
+        run.record.refined.append(asdict(made))
+        if "finite" in made.stopped:
+            name = run.stack.name(self.index)
+            run.record.warnings.append(f"refining {name}: {made.stopped}; epoch {made.best_epoch} was kept")
+        entries = {entry.name: entry for entry in run.record.linears}
+        for linear in self.linears:
+            entry = entries[linear.name]
+            entry.zeros = int((run.stack.weight(linear) == 0).sum())
+            entry.sparsity = entry.zeros / linear.numel
 
     def advance(self) -> None:
         """Give the next block its inputs; nobody needs the last block's outputs."""

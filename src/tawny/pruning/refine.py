@@ -1,0 +1,338 @@
+"""Block reconstruction: train what a pruned block has left until it gives the dense block's outputs again.
+
+EBFT, Guo et al. 2024 (2402.12419). A block's mask is fixed; its surviving weights, norms and biases are trained by
+Adam so that the pruned block, fed what the pruned blocks before it give, puts out what the dense block puts out
+behind dense blocks:
+
+    min over θ of  Σ_t ‖f(x_t; θ, mask) − y_t‖²,   x from the pruned stream, y from the dense one
+
+What this file promises:
+
+- Zeros stay zero, weights outside the pruned linears, norms and biases stay as they are, bit by bit.
+- Some samples are held out and never trained on. The state that does best on them is kept, measured as it will be
+  stored; where none does better than the start, every bit stays as it was.
+- Masters, momenta and sums of gradients are float32, forwards run in the dtype of the stack, and the result is
+  rounded to the dtype of the checkpoint once, at the end.
+- The same samples, options and seed give the same bytes.
+
+Steps are relative, as in Adafactor (1804.04235): a tensor moves by about `lr` times the root mean square of its own
+survivors, so that one value serves a norm near 1 and a weight near 0.02, and a small model as well as a large one.
+
+Held in memory, a weight of one block: 16 bytes (master, two momenta, gradient), its mask, and the best state in the
+dtype of the checkpoint, beside what the walk holds anyway.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Refined", "holds_out", "refine"]
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tawny.errors import TextError
+from tawny.model.blocks import Stack
+from tawny.model.linears import Linear
+from tawny.model.streams import CHUNK_TOKENS, Stream
+from tawny.recipe import Refine
+
+_BETAS = (0.9, 0.95)  # a run has tens of steps, not thousands: the second momentum forgets within one
+_EPSILON = 1e-12
+_WARMUP = 0.05  # of all steps
+_SMALLEST = 1e-3  # what a tensor of zeros counts as when its steps are measured
+
+
+@dataclass
+class Refined:
+    """What became of one block; losses are squared errors as a share of the dense outputs' energy, held out."""
+
+    block: int
+    before: float
+    after: float
+    epochs: int = 0
+    best_epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    also: list[str] = field(default_factory=list)  # norms and biases that were changed
+    stopped: str = ""
+
+
+def holds_out(samples: int, options: Refine, seed: int) -> tuple[list[int], list[int]]:
+    """Samples to train on and samples held out; the same for every block.
+
+    Raises:
+        TextError: one sample cannot be both.
+    """
+    if samples < 2:
+        raise TextError(
+            f"refine.epochs={options.epochs} holds samples out to know when to stop, but there is {samples}; "
+            "give at least 2 (--samples), or refine.epochs=0"
+        )
+    held = min(samples - 1, max(1, round(samples * options.holdout)))
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def refine(
+    stack: Stack,
+    index: int,
+    inputs: Stream,
+    targets: Stream,
+    linears: Sequence[Linear],
+    solved: Mapping[str, Tensor],
+    options: Refine,
+    seed: int,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> Refined:
+    """Train block `index`, which is loaded and pruned, in place.
+
+    Args:
+        inputs: the pruned stream in front of the block.
+        targets: the dense stream behind the block.
+        linears: the pruned ones.
+        solved: their weights in float32, before they were rounded; a missing one starts from the stored weight.
+        seed: of the recipe.
+        step: told how many of how many forwards are done.
+    """
+    start = time.perf_counter()
+    train, held = holds_out(len(inputs.samples), options, seed)
+    pairs = _Pairs(stack, index, inputs, targets)
+    with ExitStack() as stacked:
+        trained = _trained(stack, index, linears, solved)
+        for entry in trained:
+            stacked.callback(entry.close)
+        leaves = {key: entry.leaf for entry in trained if (key := entry.expert) is not None}
+        if leaves:
+            stacked.enter_context(_ExpertLeaves(leaves))
+        before = pairs.loss(held, options.batch)
+        made = Refined(index, before, before)
+        if before > 0 and math.isfinite(before):
+            _train(pairs, trained, train, held, options, seed, made, step)
+        elif not math.isfinite(before):
+            made.stopped = "the loss is not finite before the first step"
+        for entry in trained:
+            entry.finish()
+        made.also = [entry.name for entry in trained if entry.keep is None and entry.changed]
+    made.seconds = round(time.perf_counter() - start, 3)
+    return made
+
+
+def _train(
+    pairs: _Pairs,
+    trained: list[_Trained],
+    train: Sequence[int],
+    held: Sequence[int],
+    options: Refine,
+    seed: int,
+    made: Refined,
+    step: Callable[[int, int], None],
+) -> None:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + made.block + 1) % 2**63)
+    steps = -(-len(train) // options.batch)
+    total, number = steps * options.epochs, 0
+    for epoch in range(1, options.epochs + 1):
+        order = [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+        for first in range(0, len(order), options.batch):
+            number += 1
+            loss = pairs.descend(order[first : first + options.batch], 1 / made.before)
+            if not math.isfinite(loss) or not all(entry.sound() for entry in trained):
+                made.stopped = f"the loss is not finite in epoch {epoch}"
+                return
+            rate = options.lr * _schedule(number, total)
+            for entry in trained:
+                entry.step(rate, number)
+            step(number, total)
+        for entry in trained:
+            entry.show(stored=True)
+        loss = pairs.loss(held, options.batch)
+        made.epochs = epoch
+        made.losses.append(loss)
+        if loss < made.after:
+            made.after, made.best_epoch = loss, epoch
+            for entry in trained:
+                entry.remember()
+        elif epoch - made.best_epoch >= options.patience:
+            made.stopped = f"no better for {options.patience} epochs"
+            return
+        for entry in trained:
+            entry.show(stored=False)
+
+
+def _schedule(number: int, total: int) -> float:
+    """Up in a straight line, down along a cosine; never quite zero."""
+    warmup = max(1.0, _WARMUP * total)
+    return min(1.0, number / warmup) * 0.5 * (1 + math.cos(math.pi * (number - 0.5) / total))
+
+
+class _Pairs:
+    """Samples at the block's entrance and what should come out, gathered in any order."""
+
+    def __init__(self, stack: Stack, index: int, inputs: Stream, targets: Stream) -> None:
+        self.stack, self.index = stack, index
+        self.samples = inputs.samples
+        self.inputs, self.targets = inputs.hidden, targets.hidden
+        self.chunk = inputs.slices[0].stop
+        self.at_once = max(1, CHUNK_TOKENS // self.samples.seqlen)
+
+    def _pick(self, hidden: list[Tensor], chosen: Sequence[int]) -> Tensor:
+        return torch.stack([hidden[i // self.chunk][i % self.chunk] for i in chosen])
+
+    def _forwards(self, chosen: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Output, target and validity of a few samples at a time, so that activations stay small."""
+        for first in range(0, len(chosen), self.at_once):
+            part = list(chosen[first : first + self.at_once])
+            tokens = self.samples.tokens[part]
+            mask = None if self.samples.mask is None else self.samples.mask[part]
+            call = self.stack.calls(tokens, mask)[self.index]
+            made = self.stack.differentiable(self.index, self._pick(self.inputs, part), call)
+            wanted = self._pick(self.targets, part)
+            yield made, wanted, None if mask is None else mask.bool().to(made.device)
+
+    def loss(self, chosen: Sequence[int], batch: int) -> float:
+        """Squared error of the outputs as a share of the targets' energy."""
+        lost = whole = 0.0
+        with torch.no_grad():
+            for made, wanted, valid in self._forwards(chosen):
+                lost += float(_squares(made, wanted, valid))
+                whole += float(_squares(wanted, None, valid))
+        return lost / whole if whole > 0 else 0.0
+
+    def descend(self, chosen: Sequence[int], scale: float) -> float:
+        """Gradients of the loss over `chosen`, times `scale`, into the leaves; returns the loss."""
+        whole = float(_squares(self._pick(self.targets, chosen), None, self._valid(chosen)))
+        lost = 0.0
+        with torch.enable_grad():
+            for made, wanted, valid in self._forwards(chosen):
+                squares = _squares(made, wanted, valid)
+                value = float(squares.detach())
+                if not math.isfinite(value):
+                    return value
+                lost += value
+                (squares * (scale / max(whole, 1e-30))).backward()  # type: ignore[no-untyped-call]
+        return lost / max(whole, 1e-30)
+
+    def _valid(self, chosen: Sequence[int]) -> Tensor | None:
+        mask = self.samples.mask
+        return None if mask is None else mask[list(chosen)].bool().to(self.stack.device)
+
+
+def _squares(made_BTH: Tensor, wanted_BTH: Tensor | None, valid_BT: Tensor | None) -> Tensor:
+    """Sum of squares of a difference in float32, over real tokens."""
+    gap = made_BTH.float() if wanted_BTH is None else made_BTH.float() - wanted_BTH.float()
+    squares_BT = gap.square().sum(-1)
+    return squares_BT.sum() if valid_BT is None else squares_BT[valid_BT].sum()
+
+
+class _Trained:
+    """One tensor that is trained, in the orientation of its module."""
+
+    def __init__(self, name: str, leaf: Tensor, stored: Tensor, master: Tensor, masked: bool) -> None:
+        self.name, self.leaf, self.stored, self.master = name, leaf, stored, master
+        self.expert: tuple[int, int] | None = None
+        self.keep = master != 0 if masked else None
+        survivors = master.numel() if self.keep is None else int(self.keep.sum())
+        self.size = max(_SMALLEST, float(torch.linalg.vector_norm(master)) / math.sqrt(max(survivors, 1)))
+        self.gradient, self.first, self.second = (torch.zeros_like(master) for _ in range(3))
+        self.best = stored.clone()  # what forwards see may be the very memory of what is stored
+        self.changed = False
+        with torch.no_grad():
+            leaf.copy_(stored)  # a solver's weight may have reached the forwards unrounded
+        leaf.requires_grad_(True)
+        self._hook = leaf.register_post_accumulate_grad_hook(self._collect)  # type: ignore[no-untyped-call]
+
+    def _collect(self, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        self.gradient += leaf.grad
+        leaf.grad = None
+
+    def sound(self) -> bool:
+        return bool(torch.isfinite(self.gradient.sum()))
+
+    def step(self, rate: float, number: int) -> None:
+        """One step of Adam; a removed weight has no gradient and so never moves."""
+        slow, slower = _BETAS
+        if self.keep is not None:
+            self.gradient.mul_(self.keep)
+        self.first.lerp_(self.gradient, 1 - slow)
+        self.second.mul_(slower).addcmul_(self.gradient, self.gradient, value=1 - slower)
+        root = torch.sqrt(self.second, out=self.gradient).div_(math.sqrt(1 - slower**number)).add_(_EPSILON)
+        self.master.addcdiv_(self.first, root, value=-rate * self.size / (1 - slow**number))
+        self.gradient.zero_()
+        self.show(stored=False)
+
+    def show(self, *, stored: bool) -> None:
+        """Let forwards see the master, or what will be stored of it."""
+        with torch.no_grad():
+            self.leaf.copy_(self.master.to(self.stored.dtype) if stored else self.master)
+
+    def remember(self) -> None:
+        made = self.master.to(self.best.dtype)
+        self.changed = self.changed or not torch.equal(made, self.best)
+        self.best.copy_(made)
+
+    def finish(self) -> None:
+        """The best state, which may be the first, into the block and what is stored of it."""
+        with torch.no_grad():
+            self.stored.copy_(self.best)
+            self.leaf.copy_(self.best)
+
+    def close(self) -> None:
+        self._hook.remove()
+        self.leaf.requires_grad_(False)
+        self.leaf.grad = None
+
+
+def _trained(
+    stack: Stack, index: int, linears: Sequence[Linear], solved: Mapping[str, Tensor]
+) -> list[_Trained]:
+    """The survivors of the pruned linears, and the block's norms and their biases."""
+    made: list[_Trained] = []
+    for linear in linears:
+        parameter = getattr(linear.module, linear.parameter)
+        stored = stack.stored[linear.key] if stack.checkpoint else parameter.data
+        leaf: Tensor = parameter
+        if linear.expert is not None:
+            leaf, stored = parameter.data[linear.expert], stored[linear.expert]
+        weight_OI = solved[linear.name] if linear.name in solved else stack.weight(linear)
+        master = (weight_OI.T if linear.transposed else weight_OI).contiguous()
+        entry = _Trained(linear.name, leaf, stored, master, masked=True)
+        if linear.expert is not None:
+            entry.expert = (id(parameter), linear.expert)
+        made.append(entry)
+    owners = {id(linear.module) for linear in linears}
+    for path, module in stack.blocks[index].named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        # A router's or an excluded linear's bias belongs to what is left alone.
+        if id(module) not in owners and any(value.dim() > 1 for value in own.values()):
+            continue
+        for leaf_name, value in own.items():
+            if value.dim() == 1 and value.is_floating_point():
+                name = ".".join(filter(None, [stack.name(index), path, leaf_name]))
+                stored = stack.stored[name] if stack.checkpoint else value.data
+                made.append(_Trained(name, value, stored, stored.to(torch.float32, copy=True), masked=False))
+    return made
+
+
+class _ExpertLeaves(TorchFunctionMode):
+    """Gives `fused[e]` a leaf of its own: the gradient of a plain slice is as large as all experts together."""
+
+    def __init__(self, leaves: Mapping[tuple[int, int], Tensor]) -> None:
+        super().__init__()
+        self._leaves = leaves
+        self._fused = {parameter for parameter, _ in leaves}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and id(args[0]) in self._fused:
+            place = args[1]
+            if isinstance(place, int) or (isinstance(place, Tensor) and place.dim() == 0):
+                leaf = self._leaves.get((id(args[0]), int(place)))
+                if leaf is not None:
+                    return leaf
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,204 @@
+"""Block reconstruction: zeros stay, nothing it should not touch moves, held-out samples never get worse."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+import tawny
+from tawny.errors import RecipeError, TextError
+from tawny.model.checkpoint import Checkpoint
+from tawny.pruning import refine as refining
+from tawny.recipe import Recipe, Refine, resolve_recipe
+from tests.end_to_end.test_prune import prunable
+from tests.tiny import tiny_model, tokens
+
+KEYS = {"sparsity": 0.6, "allocator": "uniform", "solver": "wanda", "compute": "float32"}
+TRAINING = {"refine.epochs": 2, "refine.batch": 2, "refine.lr": 0.003}
+
+
+def parameters(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def pruned(family="llama", dtype=torch.float32, **keys):
+    model = tiny_model(family, dtype=dtype)
+    record = tawny.prune(model, **KEYS | {"calibration": tokens(16, 24)} | keys)
+    return model, record
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral", "qwen3_moe", "gemma3_text"])
+def test_survivors_norms_and_biases_move_and_nothing_else_does(family):
+    dense = parameters(tiny_model(family))
+    before, _ = pruned(family, **{"refine.epochs": 0})
+    after, record = pruned(family, **TRAINING)
+    first = "h.0." if family == "gpt2" else "layers.0."
+    old, new = prunable(before), prunable(after)
+    for name in old:
+        assert torch.equal(old[name] == 0, new[name] == 0) or first not in name, name
+    assert record.refined[0]["best_epoch"] > 0
+    moved = {name for name in old if first in name and not torch.equal(old[name], new[name])}
+    assert moved == {name for name in old if first in name}  # fused experts too
+    also = {name for made in record.refined for name in made["also"]}
+    owners = set(new) | {name.rpartition(".")[0] for name in new if ".experts." in name}
+    for name, value in after.named_parameters():
+        if name.removesuffix(".weight") in owners or name in owners:
+            continue
+        assert (name in also) == (not torch.equal(value, dense[name])), name
+        assert name not in also or value.dim() == 1
+    assert also
+    assert abs(record.sparsity - 0.6) < 0.01
+    assert sum(int((w == 0).sum()) for w in new.values()) == record.zeros
+
+
+def test_held_out_samples_never_get_worse_and_data_do_what_they_say():
+    _, record = pruned(**TRAINING)
+    assert [made["block"] for made in record.refined] == [0, 1, 2]
+    for made in record.refined:
+        assert made["after"] <= made["before"] and made["epochs"] == len(made["losses"]) == 2
+        assert made["after"] == min([made["before"], *made["losses"]])
+    assert sum(made["after"] for made in record.refined) < 0.98 * sum(
+        made["before"] for made in record.refined
+    )
+
+
+def test_where_no_epoch_helps_every_bit_stays():
+    before, _ = pruned()
+    after, record = pruned(
+        **{"refine.epochs": 5, "refine.lr": 1.0, "refine.patience": 2}
+    )  # far too long steps
+    if any(made["best_epoch"] for made in record.refined):
+        pytest.skip("the steps were not bad enough")
+    assert all(made["epochs"] == 2 and "no better" in made["stopped"] for made in record.refined)
+    assert all(made["also"] == [] and made["after"] == made["before"] for made in record.refined)
+    was = parameters(before)
+    assert all(torch.equal(was[name], value) for name, value in after.named_parameters())
+
+
+def test_the_pruned_block_behind_pruned_blocks_aims_at_the_dense_one_behind_dense_blocks():
+    ids = tokens(16, 24)
+    dense = tiny_model("llama")
+    wanted = dense(ids, output_hidden_states=True).hidden_states[2].detach()
+    after, record = pruned(**TRAINING)
+    got = after(ids, output_hidden_states=True).hidden_states[2].detach()
+    _, held = refining.holds_out(16, Refine(), 0)
+    lost = float((got - wanted)[held].square().sum() / wanted[held].square().sum())
+    assert lost == pytest.approx(record.refined[1]["after"], rel=1e-4)
+
+
+@pytest.mark.parametrize("order", ["block", "data"])
+def test_a_folder_and_a_live_model_are_refined_alike_and_twice_alike(order, tmp_path):
+    keys = KEYS | TRAINING | {"order": order, "calibration": tokens(16, 24), "solver": "sparsegpt"}
+    model = tiny_model("qwen3")
+    model.save_pretrained(tmp_path / "dense")
+    for out in ("a", "b"):
+        tawny.prune(tmp_path / "dense", tmp_path / out, **keys)
+    a, b = (tmp_path / out / "model.safetensors" for out in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+    tawny.prune(model, **keys)
+    checkpoint = Checkpoint(tmp_path / "a")
+    written = checkpoint.read(checkpoint.files)
+    assert all(torch.equal(value, written[name]) for name, value in model.named_parameters())
+    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert run["recipe"]["refine"]["epochs"] == 2
+    assert any(name.endswith("input_layernorm.weight") for made in run["refined"] for name in made["also"])
+
+
+def test_the_result_is_rounded_to_the_storage_of_the_checkpoint(tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    record = tawny.prune(
+        tmp_path / "dense", tmp_path / "out", **KEYS | TRAINING | {"calibration": tokens(16, 24)}
+    )
+    assert set(Checkpoint(tmp_path / "out").dtypes.values()) == {"BF16"}
+    assert any(made["best_epoch"] for made in record.refined)
+    # What was measured is what was stored.
+    from transformers import AutoModelForCausalLM
+
+    ids = tokens(16, 24)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    got, wanted = (m(ids, output_hidden_states=True).hidden_states[2].detach() for m in (opened, dense))
+    _, held = refining.holds_out(16, Refine(), 0)
+    lost = float((got - wanted)[held].square().sum() / wanted[held].square().sum())
+    assert lost == pytest.approx(record.refined[1]["after"], rel=1e-4)
+
+
+def test_bfloat16_forwards_train_float32_masters():
+    model, record = pruned(dtype=torch.bfloat16, compute="bfloat16", **TRAINING)
+    assert record.compute == "bfloat16"
+    assert all(value.dtype == torch.bfloat16 for value in model.parameters())
+    assert sum(made["after"] for made in record.refined) < sum(made["before"] for made in record.refined)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_best_and_says_so(monkeypatch):
+    descend = refining._Pairs.descend
+    calls = []
+
+    def breaks(self, chosen, scale):
+        calls.append(self.index)
+        return math.nan if self.index == 1 and calls.count(1) == 9 else descend(self, chosen, scale)
+
+    monkeypatch.setattr(refining._Pairs, "descend", breaks)
+    model, record = pruned(**TRAINING)
+    assert record.refined[1]["stopped"] == "the loss is not finite in epoch 2"
+    assert record.refined[1]["epochs"] == 1
+    assert any("layers.1" in text and "epoch 1 was kept" in text for text in record.warnings)
+    assert all(bool(torch.isfinite(value).all()) for value in model.parameters())
+
+
+def test_padding_counts_neither_in_the_loss_nor_in_the_gradient():
+    ids = tokens(8, 24)
+    mask = torch.ones_like(ids)
+    mask[:, :6] = 0
+    other = ids.clone()
+    other[:, :6] = 7  # other padding, same text
+    made = [
+        pruned(solver="magnitude", calibration=(padded, mask), **TRAINING)[1].refined
+        for padded in (ids, other)
+    ]
+    for a, b in zip(*made, strict=True):
+        assert a["before"] == pytest.approx(b["before"]) and a["losses"] == pytest.approx(b["losses"])
+
+
+def test_a_solver_that_sees_no_data_can_be_refined_and_excluded_blocks_are_left_alone():
+    model, record = pruned(solver="magnitude", exclude=["layers.1.*", "*.o_proj"], **TRAINING)
+    dense = parameters(tiny_model("llama"))
+    assert [made["block"] for made in record.refined] == [0, 2]
+    for name, value in model.named_parameters():
+        if "layers.1." in name or "o_proj" in name:
+            assert torch.equal(value, dense[name]), name
+
+
+def test_one_sample_is_refused():
+    with pytest.raises(TextError, match="at least 2"):
+        pruned(calibration=tokens(1, 24), **TRAINING)
+
+
+def test_the_section_has_one_meaning_however_it_is_spelled():
+    wanted = resolve_recipe(sparsity=0.5, **{"refine.epochs": 3})
+    assert wanted.refine == Refine(epochs=3)
+    for spelled in (
+        resolve_recipe({"sparsity": 0.5, "refine": 3}),
+        resolve_recipe({"sparsity": 0.5, "refine": {"epochs": 3}}),
+        resolve_recipe({"sparsity": 0.5}, ["refine=3"]),
+        resolve_recipe({"sparsity": 0.5}, ["epochs=3"]),
+        Recipe.from_mapping(wanted.to_mapping()),
+    ):
+        assert spelled == wanted
+    for wrong in ({"epochs": -1}, {"lr": 0}, {"holdout": 1.0}, {"patience": 0}, {"speed": 3}):
+        with pytest.raises(RecipeError, match="refine"):
+            resolve_recipe({"sparsity": 0.5, "refine": {"epochs": 1} | wrong})
+
+
+def test_a_plan_counts_what_refining_takes(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("words " * 400)
+    keys = KEYS | {"calibration.text": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 24}
+    without, with_it = (tawny.plan(tmp_path / "dense", **keys, **{"refine.epochs": n}) for n in (0, 4))
+    block = max(entry["parameters"] for entry in with_it.blocks)
+    assert without.memory["refine"] == 0 and with_it.memory["refine"] > 16 * block
+    assert with_it.memory["peak"] >= without.memory["peak"]
+    assert with_it.seconds["refine"] >= 0 and "refine" not in without.seconds
