@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import tawny
-from tawny.errors import RecipeError, TextError
+from tawny.errors import Interrupted, RecipeError, TextError
 from tawny.model.checkpoint import Checkpoint
+from tawny.pruning import journal
 from tawny.pruning import refine as refining
 from tawny.recipe import Recipe, Refine, resolve_recipe
+from tawny.watch import Silent
 from tests.end_to_end.test_prune import prunable
 from tests.tiny import tiny_model, tokens
 
@@ -202,3 +204,22 @@ def test_a_plan_counts_what_refining_takes(tmp_path):
     assert without.memory["refine"] == 0 and with_it.memory["refine"] > 16 * block
     assert with_it.memory["peak"] >= without.memory["peak"]
     assert with_it.seconds["refine"] >= 0 and "refine" not in without.seconds
+
+
+def test_a_stopped_run_goes_on_with_both_streams(tmp_path, monkeypatch):
+    class PressesCtrlC(Silent):
+        def step(self, text: str) -> None:
+            if text == "model.layers.1":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal, "SHARE", float("inf"))  # every block is committed
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    keys = KEYS | TRAINING | {"calibration": tokens(8, 24)}
+    whole = tawny.prune(tmp_path / "dense", tmp_path / "whole", **keys)
+    with pytest.raises(Interrupted):
+        tawny.prune(tmp_path / "dense", tmp_path / "out", watch=PressesCtrlC(), **keys)
+    record = tawny.prune(tmp_path / "dense", tmp_path / "out", **keys)
+    assert record.resumed == 1
+    a, b = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert a.read_bytes() == b.read_bytes()
+    assert [made["losses"] for made in record.refined] == [made["losses"] for made in whole.refined]
