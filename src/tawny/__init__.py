@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "Generation",
     "Inspection",
     "Perplexity",
@@ -28,6 +29,7 @@ __all__ = [
     "TawnyError",
     "UserError",
     "__version__",
+    "agreement",
     "bench",
     "evaluate",
     "evaluate_tasks",
@@ -47,6 +49,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Agreement": "tawny.evaluation.agreement",
+    "agreement": "tawny.evaluation.agreement",
     "Generation": "tawny.evaluation.speed",
     "Inspection": "tawny.evaluation.inspection",
     "Perplexity": "tawny.evaluation.perplexity",
@@ -80,6 +84,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
     from tawny.errors import TawnyError, UserError
+    from tawny.evaluation.agreement import Agreement, agreement
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.perplexity import Perplexity, evaluate
     from tawny.evaluation.speed import Generation, Speed, bench, generate

@@ -169,22 +169,35 @@ def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Tab
 
 
 def perplexity_tables(result: Mapping[str, Any]) -> list[Table]:
+    """What `tawny.evaluate` measured; `agreement` where a dense model stood beside it."""
     speed = result["tokens"] / max(result["seconds"], 1e-9)
-    return [
-        _facts(
-            [
-                ("perplexity", perplexity_text(result)),
-                ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
-                (
-                    "windows",
-                    f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)",
-                ),
-                ("computed in", result["compute"]),
-                ("time", f"{duration(result['seconds'])} ({speed:,.0f} tokens/s)"),
-                ("peak memory", size(result["peak_memory"])),
-            ]
-        )
+    rows = [("perplexity", perplexity_text(result))]
+    if result.get("bits_per_byte"):
+        rows.append(("bits per byte", f"{result['bits_per_byte']:.4f}"))
+    if agreement := result.get("agreement"):
+        dense = agreement["dense"]
+        rows += [
+            ("dense perplexity", f"{perplexity_text(dense)} ({agreement['against']})"),
+            ("KL from dense", f"{kl_text(agreement['kl'], agreement['kl_stderr'])} nats a token"),
+            ("same next token", f"{share_text(agreement['top1'], agreement['top1_stderr'])} %"),
+        ]
+    rows.append(("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"))
+    rows.append(
+        ("windows", f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)")
+    )
+    if result.get("recipe"):
+        rows.append(("recipe", result["recipe"]))
+    rows += [
+        ("computed in", result["compute"]),
+        ("time", f"{duration(result['seconds'])} ({speed:,.0f} tokens/s)"),
+        ("peak memory", size(result["peak_memory"])),
     ]
+    return [_facts(rows)]
+
+
+def kl_text(value: float, error: float) -> str:
+    """`0.0431 ± 0.0012`."""
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error else "")
 
 
 def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:

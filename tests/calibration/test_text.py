@@ -190,3 +190,19 @@ def test_evaluation_takes_the_first_windows_and_drops_the_tail(length, seqlen, w
         return
     cut = evaluation_windows(ids, seqlen, windows)
     assert torch.equal(cut.flatten(), ids[: wanted * seqlen]) and cut.shape == (wanted, seqlen)
+
+
+def test_c4_is_evaluated_as_the_papers_do_and_calibrated_on_documents(monkeypatch):
+
+    monkeypatch.setattr(module, "_c4", lambda role: ["one", "two"])
+    evaluated, calibrated = load_text("c4", "evaluation"), load_text("c4")
+    assert evaluated.text == "one two" and evaluated.most_windows == 256
+    assert calibrated.text == "one\n\ntwo" and calibrated.most_windows is None
+
+
+def test_windows_with_a_stride_overlap():
+    made = evaluation_windows(torch.arange(20), 8, stride=3)
+    assert made.tolist() == [list(range(i, i + 8)) for i in (0, 3, 6, 9, 12)]
+    assert len(evaluation_windows(torch.arange(20), 8, 2, stride=3)) == 2
+    with pytest.raises(TextError, match="6 windows of 8 need 23"):
+        evaluation_windows(torch.arange(20), 8, 6, stride=3)

@@ -31,7 +31,7 @@ _WORDS = [
 
 def tiny_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A random llama with a tokenizer of letters."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, decoders
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
@@ -39,6 +39,7 @@ def tiny_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
     tiny_model("llama", seed, **{"max_position_embeddings": 512, **changes}).save_pretrained(folder)
     letters = Tokenizer(WordLevel({chr(i + 32): i for i in range(VOCABULARY)}, unk_token="?"))
     letters.pre_tokenizer = Split("", "isolated")
+    letters.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?", eos_token="~").save_pretrained(folder)
     return folder
 

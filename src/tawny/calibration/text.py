@@ -2,11 +2,12 @@
 
 What this file promises:
 
-- A text is documents joined by a blank line, with a SHA-256 over its UTF-8 bytes: same hash, same text.
+- A text is documents joined by a blank line, with a SHA-256 over its UTF-8 bytes: same hash, same text. PTB, and C4
+  where models are evaluated, are joined by a space, as the papers' scripts join them.
 - It is tokenised once, whole, with the tokenizer's default special tokens, so that a window's tokens do not
   depend on where the text was cut.
-- Calibration samples are seeded random windows, as in the papers; evaluation takes the first N windows that
-  do not overlap and drops the tail.
+- Calibration samples are seeded random windows, as in the papers; evaluation takes the first N windows, which do
+  not overlap unless a stride says so, and drops the tail. On C4 that is at most 256 windows, again as in the papers.
 - What cannot be had (offline, a package missing, too little text) is one `TextError` that says what to do.
 
 The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub through the optional `datasets`;
@@ -60,12 +61,17 @@ _C4: dict[Role, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Text:
-    """A corpus as one string; `documents` counts what was joined."""
+    """A corpus as one string; `documents` counts what was joined, by `separator`.
+
+    `most_windows` is where the papers stop on this text, or None.
+    """
 
     name: str
     text: str
     documents: int
     sha256: str
+    separator: str = "\n\n"
+    most_windows: int | None = None
 
 
 def load_text(spec: str | Path, role: Role = "calibration") -> Text:
@@ -75,11 +81,13 @@ def load_text(spec: str | Path, role: Role = "calibration") -> Text:
         TextError: unknown, unreadable, empty, or out of reach.
     """
     name = str(spec)
-    separator = "\n\n"
+    separator, most_windows = "\n\n", None
     if name == "wiki":
         documents = _wiki(role)
     elif name == "c4":
         documents = _c4(role)
+        if role == "evaluation":
+            separator, most_windows = " ", 256
     elif name == "wikitext2":
         documents = _hub_rows(name, role, "text", "Salesforce/wikitext", "wikitext-2-raw-v1")
     elif name == "ptb":
@@ -94,7 +102,8 @@ def load_text(spec: str | Path, role: Role = "calibration") -> Text:
     text = separator.join(documents)
     if not text.strip():
         raise TextError(f"text {name!r} is empty: give one that holds words")
-    return Text(name, text, len(documents), hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return Text(name, text, len(documents), digest, separator, most_windows)
 
 
 def tokenise(text: Text | str, tokenizer: Any) -> torch.Tensor:
@@ -122,19 +131,27 @@ def sample_windows(
 
 
 def evaluation_windows(
-    ids: torch.Tensor, seqlen: int, windows: int | None = None, name: str = "the text"
+    ids: torch.Tensor,
+    seqlen: int,
+    windows: int | None = None,
+    name: str = "the text",
+    stride: int | None = None,
 ) -> torch.Tensor:
-    """The first `windows` (default: all) windows that do not overlap, `[windows, seqlen]`."""
-    available = ids.numel() // seqlen
+    """The first `windows` (default: all) windows, `[windows, seqlen]`, each `stride` after the one before.
+
+    Without a stride they do not overlap.
+    """
+    step = seqlen if stride is None else stride
+    available = (ids.numel() - seqlen) // step + 1 if ids.numel() >= seqlen else 0
     wanted = max(available, 1) if windows is None else windows
     if available < wanted:
-        needed = wanted * seqlen
+        needed = (wanted - 1) * step + seqlen
         raise TextError(
             f"{name} has {ids.numel():,} tokens, but {wanted} window{'s' * (wanted > 1)} of {seqlen} "
             f"need {needed:,} ({needed - ids.numel():,} short): give a longer text, or a smaller --windows "
             f"or --seqlen"
         )
-    return ids[: wanted * seqlen].view(wanted, seqlen)
+    return ids.unfold(0, seqlen, step)[:wanted]
 
 
 def packaged_wiki() -> Path | None:

@@ -65,7 +65,7 @@ def check_compute(compute: str) -> None:
     "eval",
     epilog="\b\nExamples:\n"
     "  tawny eval smollm2 --text wiki --windows 8\n"
-    "  tawny eval pruned --text wikitext2 --seqlen 4096\n"
+    "  tawny eval pruned --text wiki --windows 8 --against smollm2\n"
     "  tawny eval pruned --tasks owl7,piqa --limit 100 --json",
 )
 def eval_(
@@ -93,6 +93,25 @@ def eval_(
             rich_help_panel=TEXT,
         ),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            metavar="N",
+            help="Tokens from one window to the next. Default: --seqlen, so that none overlap.",
+            min=1,
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="DENSE",
+            help="Also KL divergence from this model, and how often both say the same next token.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
@@ -104,24 +123,27 @@ def eval_(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of MODEL on a text, walked block by block, and its zero-shot accuracy."""
+    """Perplexity of MODEL on a text, its distance from a dense model there, and its zero-shot accuracy."""
     with console_for(as_json) as console:
         check_compute(compute)
         check_device(device or "cpu")
         import tawny
 
         measured: dict[str, Any] = {}
-        if text is not None or tasks is None:
+        if text is not None or against is not None or tasks is None:
+            keys: dict[str, Any] = {
+                "seqlen": seqlen,
+                "windows": windows,
+                "stride": stride,
+                "compute": compute,
+                "device": device or "cpu",
+            }
             with console.watching() as watch:
-                measured = tawny.evaluate(
-                    model,
-                    text or DEFAULT_TEXT,
-                    seqlen=seqlen,
-                    windows=windows,
-                    compute=compute,
-                    device=device or "cpu",
-                    watch=watch,
-                ).to_dict()
+                if against is None:
+                    measured = tawny.evaluate(model, text or DEFAULT_TEXT, watch=watch, **keys).to_dict()
+                else:
+                    compared = tawny.agreement(model, against, text or DEFAULT_TEXT, watch=watch, **keys)
+                    measured = agreement_dict(compared.to_dict())
         if tasks is not None:
             with console.watching() as watch:
                 measured["tasks"] = tawny.evaluate_tasks(
@@ -137,6 +159,11 @@ def eval_(
         from tawny.tables import evaluation_tables
 
         console.result(measured, evaluation_tables)
+
+
+def agreement_dict(found: dict[str, Any]) -> dict[str, Any]:
+    """A perplexity as it is without `--against`, and what was found beside it under `agreement`."""
+    return {**found.pop("perplexity"), "agreement": found}
 
 
 def _expanded(folder: str | None) -> str | None:

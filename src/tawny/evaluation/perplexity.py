@@ -1,14 +1,22 @@
-"""Perplexity over non-overlapping windows, walked block by block: one block's weights are in memory at a time.
+"""Perplexity over windows of a text, walked block by block: one block's weights are in memory at a time.
 
 The text is joined and tokenised once; the first N windows of `seqlen` tokens are taken and the tail is dropped. In
-each window every token but the first is predicted; losses are taken in float32 and averaged over all windows.
+each window every token but the first is predicted. With a stride below `seqlen` windows overlap, and of each but the
+first only its last `stride` tokens count, so that every one of them has at least `seqlen - stride` before it.
+Losses are taken in float32 and averaged over all tokens that count.
 `stderr` is perplexity × sd(mean loss of a window) / √N: how far another N windows of such text might move it.
+
+This is how the papers measure: WikiText-2's test split joined by blank lines, PTB's by spaces, the first 256 windows
+of 1,100 documents of C4's validation split joined by spaces, all with windows of 2048 that do not overlap.
 """
 
 from __future__ import annotations
 
+__all__ = ["Perplexity", "evaluate", "window_losses"]
+
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.text import evaluation_windows, load_text, tokenise
-from tawny.errors import ModelError
-from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
-from tawny.model.source import load_tokenizer, resolve
+from tawny.calibration.text import Text, evaluation_windows, load_text, tokenise
+from tawny.errors import ModelError, RecipeError
+from tawny.evaluation.sources import open_stack_of
+from tawny.model.blocks import Stack
+from tawny.model.source import load_tokenizer
 from tawny.model.streams import Samples, Stream
 from tawny.record import peak_memory
 from tawny.watch import Watch, silent
@@ -38,7 +47,10 @@ class Perplexity:
         loss: mean loss in nats.
         tokens: predicted tokens.
         peak_memory: bytes, of the whole process so far.
-        bits_per_byte: total loss in bits over the UTF-8 bytes of the windows' text; 0 when only tokens were given.
+        bits_per_byte: total loss in bits over the UTF-8 bytes of the windows' text, which compares models with
+            different tokenizers; 0 when only tokens were given.
+        stride: tokens from one window's start to the next's.
+        recipe: all of the above in words.
     """
 
     perplexity: float
@@ -53,33 +65,150 @@ class Perplexity:
     compute: str
     peak_memory: int
     bits_per_byte: float = 0.0
+    stride: int = 0
+    recipe: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-@torch.no_grad()
-def window_losses(stack: Stack, windows: Tensor, watch: Watch = silent) -> Tensor:
-    """Mean loss `[windows]` (float64, nats) of each window of tokens `[windows, seqlen]`."""
-    stream = Stream(stack, Samples(windows))
-    watch.phase("evaluating", len(stack))
+# --- windows -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens to predict, `[windows, seqlen]`, and where they came from."""
+
+    ids: Tensor
+    stride: int
+    text: Text | None = None
+    size: int = 0  # UTF-8 bytes of what is predicted; 0 when only tokens were given
+
+    def first(self, index: int) -> int:
+        """Position of the first token of a window that counts."""
+        return 1 if index == 0 else max(1, int(self.ids.shape[1]) - self.stride)
+
+    def counts(self) -> Tensor:
+        """How many tokens of each window count, `[windows]` float64."""
+        seqlen = int(self.ids.shape[1])
+        return torch.tensor([seqlen - self.first(i) for i in range(len(self.ids))], dtype=torch.float64)
+
+    def recipe(self) -> str:
+        """What was predicted, in words."""
+        count, seqlen = self.ids.shape
+        joined = ""
+        if self.text is not None and self.text.documents > 1:
+            by = {" ": "a space", "\n\n": "a blank line"}.get(self.text.separator, repr(self.text.separator))
+            joined = f"{self.text.documents:,} documents joined by {by}, tokenised once; "
+        overlap = f", {self.stride} apart, the last {self.stride} tokens of each counted"
+        return (
+            f"{joined}{'the first ' * (count > 1)}{count} window{'s' * (count > 1)} of {seqlen} tokens"
+            f"{overlap if self.stride < seqlen else ''}, a window's first token not predicted, loss in float32"
+        )
+
+
+def windows_of(
+    text: str | Tensor,
+    seqlen: int,
+    windows: int | None,
+    stride: int | None,
+    tokenizer: Any,
+) -> Windows:
+    """Windows of a text, or of tokens that are windows already.
+
+    Raises:
+        TextError: the text does not hold one window, or not as many as asked for.
+        RecipeError: a stride outside 1…seqlen.
+    """
+    if isinstance(text, Tensor):
+        ids = Samples(text if windows is None else text[:windows]).tokens
+        return Windows(ids, int(ids.shape[1]))
+    if stride is not None and not 1 <= stride <= seqlen:
+        raise RecipeError(
+            f"--stride {stride} is outside 1…{seqlen}: windows would leave out or repeat tokens"
+        )
+    loaded = load_text(text, "evaluation")
+    ids = evaluation_windows(tokenise(loaded, tokenizer), seqlen, windows, f"text {loaded.name!r}", stride)
+    if windows is None and loaded.most_windows is not None:
+        ids = ids[: loaded.most_windows]
+    step = stride or seqlen
+    parts = [row if i == 0 else row[seqlen - step :] for i, row in enumerate(ids)]
+    size = sum(len(tokenizer.decode(part.tolist(), skip_special_tokens=True).encode()) for part in parts)
+    return Windows(ids, step, loaded, size)
+
+
+# --- losses ------------------------------------------------------------------------------------------------
+
+
+def stream_through(stack: Stack, ids: Tensor, watch: Watch, phase: str = "evaluating") -> Stream:
+    """The windows behind the last block, whose weights are then the only ones not needed any more."""
+    stream = Stream(stack, Samples(ids))
+    watch.phase(phase, len(stack))
     for index in range(len(stack)):
         with stack.block(index):
             stream.advance(index)
         watch.step(stack.name(index))
-    losses = torch.zeros(len(windows), dtype=torch.float64)
-    vocabulary = int(stack.config.get_text_config().vocab_size)
+    return stream
+
+
+def pieces(seqlen: int, first: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
+    """`(inputs, targets)` of a window, so many at once that their logits stay small; targets start at `first`."""
     step = max(16, _LOGIT_BYTES // (4 * vocabulary))
-    total = windows.shape[1]
-    for part, hidden in zip(stream.slices, stream.hidden, strict=True):
-        for row, number in enumerate(range(part.start, part.stop)):
-            ids = windows[number : number + 1]
-            for start in range(0, total - 1, step):
-                stop = min(start + step, total - 1)
-                logits = stack.logits(ids[:, start:stop], hidden[row : row + 1, start:stop])[0].float()
-                target = ids[0, start + 1 : stop + 1].to(logits.device)
-                losses[number] += nn.functional.cross_entropy(logits, target, reduction="sum").double().cpu()
-    return losses / (total - 1)
+    for start in range(first - 1, seqlen - 1, step):
+        stop = min(start + step, seqlen - 1)
+        yield slice(start, stop), slice(start + 1, stop + 1)
+
+
+def vocabulary_of(stack: Stack) -> int:
+    return int(stack.config.get_text_config().vocab_size)
+
+
+def logits_of(stack: Stack, stream: Stream, index: int, inputs: slice) -> Tensor:
+    """Logits `[tokens, vocabulary]` in float32 of a part of window `index`."""
+    chunk = next(i for i, part in enumerate(stream.slices) if part.start <= index < part.stop)
+    row = index - stream.slices[chunk].start
+    hidden = stream.hidden[chunk][row : row + 1, inputs]
+    return stack.logits(stream.samples.tokens[index : index + 1, inputs], hidden)[0].float()
+
+
+@torch.no_grad()
+def window_losses(stack: Stack, windows: Tensor, watch: Watch = silent, stride: int | None = None) -> Tensor:
+    """Mean loss `[windows]` (float64, nats) of each window of tokens `[windows, seqlen]`."""
+    made = Windows(windows, stride or int(windows.shape[1]))
+    stream = stream_through(stack, windows, watch)
+    losses = torch.zeros(len(windows), dtype=torch.float64)
+    for index in range(len(windows)):
+        for inputs, targets in pieces(int(windows.shape[1]), made.first(index), vocabulary_of(stack)):
+            logits = logits_of(stack, stream, index, inputs)
+            target = windows[index, targets].to(logits.device)
+            losses[index] += nn.functional.cross_entropy(logits, target, reduction="sum").double().cpu()
+    return losses / made.counts()
+
+
+def summarise(windows: Windows, losses: Tensor, compute: str, seconds: float) -> Perplexity:
+    """From the mean loss of every window to a perplexity."""
+    counts = windows.counts()
+    predicted = int(counts.sum())
+    mean = float((losses * counts).sum() / counts.sum())
+    # exp overflows past 709 nats; a model that bad is broken, and infinity says so.
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    deviation = float(losses.std()) if len(losses) > 1 else 0.0
+    return Perplexity(
+        perplexity=perplexity,
+        stderr=perplexity * deviation / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
+        loss=mean,
+        windows=len(losses),
+        seqlen=int(windows.ids.shape[1]),
+        tokens=predicted,
+        seconds=seconds,
+        text=windows.text.name if windows.text else "tokens",
+        text_sha256=windows.text.sha256 if windows.text else "",
+        compute=compute,
+        peak_memory=peak_memory(),
+        bits_per_byte=mean * predicted / math.log(2) / windows.size if windows.size else 0.0,
+        stride=windows.stride,
+        recipe=windows.recipe(),
+    )
 
 
 def evaluate(
@@ -88,6 +217,7 @@ def evaluate(
     *,
     seqlen: int = 2048,
     windows: int | None = None,
+    stride: int | None = None,
     tokenizer: Any = None,
     compute: str = "auto",
     device: str = "cpu",
@@ -96,10 +226,11 @@ def evaluate(
     """Perplexity of a model on a text.
 
     Args:
-        source: a folder, hub id, `.gguf` file, `smollm2`, or a live module.
+        source: a folder (dense or packed), hub id, `.gguf` file, `smollm2`, or a live module.
         text: name or path of a text, or tokens `[windows, seqlen]`.
         seqlen: tokens a window.
         windows: how many from the start of the text; all that fit if None.
+        stride: tokens from one window's start to the next's; `seqlen` if None.
         tokenizer: needed for a live module and a text.
         compute: dtype of forwards: auto, float32, bfloat16 or float16.
         watch: told about progress.
@@ -109,43 +240,14 @@ def evaluate(
         ModelError: not a decoder; or a live module without tokenizer.
     """
     start = time.perf_counter()
-    if isinstance(source, nn.Module):
-        folder, stack = None, live_stack(source)
-    else:
-        folder = resolve(source, watch.say)
-        stack = open_stack(folder, native_dtype() if compute == "auto" else getattr(torch, compute), device)
-    name, sha, size = "tokens", "", 0
-    if isinstance(text, Tensor):
-        ids = text if windows is None else text[:windows]
-        ids = Samples(ids).tokens
-    else:
-        if tokenizer is None:
-            if folder is None:
-                raise ModelError(
-                    "a live model needs tokenizer=… to read a text, or text=tokens [windows, seqlen]"
-                )
-            tokenizer = load_tokenizer(folder)
-        loaded = load_text(text, "evaluation")
-        ids = evaluation_windows(tokenise(loaded, tokenizer), seqlen, windows, f"text {loaded.name!r}")
-        name, sha = loaded.name, loaded.sha256
-        size = sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in ids.tolist())
-    losses = window_losses(stack, ids, watch)
-    mean = float(losses.mean())
-    # exp overflows past 709 nats; a model that bad is broken, and infinity says so.
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    deviation = float(losses.std()) if len(losses) > 1 else 0.0
-    predicted = len(losses) * (ids.shape[1] - 1)
-    return Perplexity(
-        perplexity=perplexity,
-        stderr=perplexity * deviation / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
-        loss=mean,
-        windows=len(losses),
-        seqlen=int(ids.shape[1]),
-        tokens=predicted,
-        seconds=time.perf_counter() - start,
-        text=name,
-        text_sha256=sha,
-        compute=str(stack.compute).removeprefix("torch."),
-        peak_memory=peak_memory(),
-        bits_per_byte=mean * predicted / math.log(2) / size if size else 0.0,
-    )
+    stack, folder = open_stack_of(source, compute, device, watch.say)
+    if not isinstance(text, Tensor) and tokenizer is None:
+        if folder is None:
+            raise ModelError(
+                "a live model needs tokenizer=… to read a text, or text=tokens [windows, seqlen]"
+            )
+        tokenizer = load_tokenizer(folder)
+    made = windows_of(text, seqlen, windows, stride, tokenizer)
+    losses = window_losses(stack, made.ids, watch, made.stride)
+    compute_name = str(stack.compute).removeprefix("torch.")
+    return summarise(made, losses, compute_name, time.perf_counter() - start)

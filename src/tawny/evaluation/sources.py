@@ -1,14 +1,18 @@
-"""What every measurement needs to know of a model: how to open it whole, and a fingerprint of its bytes."""
+"""What every measurement needs to know of a model: how to open it, and a fingerprint of its bytes."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from tawny.errors import CheckpointError, ModelError
+from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
+from tawny.model.source import resolve
+from tawny.packed.loader import load
 
 # Written beside the weights, and no part of what the model computes.
 _NOT_THE_MODEL = {"run.json", "journal.json", "report.json"}
@@ -29,20 +33,25 @@ def fingerprint(folder: Path) -> str:
 
 
 def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The whole model in a folder, dense or packed, for forwards in `dtype`.
-
-    Raises:
-        ModelError: transformers does not know it as a causal language model.
-        CheckpointError: files are missing, truncated or do not fit the configuration.
-    """
-    from transformers import AutoModelForCausalLM
+    """The whole model in a folder, dense or packed, for forwards in `dtype`."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (KeyError, ValueError) as error:
-        raise ModelError(f"{folder}: {(str(error).strip() or 'unknown model').splitlines()[0]}") from error
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be opened: {(str(error).strip()).splitlines()[0]}") from error
-    return model.to(device).eval()
+    return load(folder, dtype=dtype, device=device)
+
+
+def open_stack_of(
+    source: str | Path | nn.Module,
+    compute: str = "auto",
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Stack, Path | None]:
+    """A model as a stack of blocks, and its folder if it has one, which is read one block at a time.
+
+    A live module keeps its own dtype and device.
+    """
+    if isinstance(source, nn.Module):
+        return live_stack(source), None
+    folder = resolve(source, say)
+    dtype = native_dtype() if compute == "auto" else getattr(torch, compute)
+    return open_stack(folder, dtype, device), folder

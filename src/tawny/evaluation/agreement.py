@@ -1,0 +1,161 @@
+"""How far a pruned model has moved from its dense one, token by token: KL divergence and top-1 agreement.
+
+Perplexity asks only for the one token the text happens to hold; a model may lose much of what it knew and still give
+that token its share. `KL(dense ‖ pruned)` compares the whole distributions, so it shows damage earlier and with less
+noise: each token of text is its own control. Top-1 agreement is how often both would say the same next token.
+
+Both models see the same windows (perplexity.py) and are walked block by block, one after the other; then logits are
+made a few hundred tokens at a time. Divergences are taken in float32 and added up in float64, in nats a token.
+± is sd(mean of a window) / √windows.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Agreement", "agreement"]
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tawny.errors import ModelError
+from tawny.evaluation.perplexity import (
+    Perplexity,
+    Windows,
+    logits_of,
+    pieces,
+    stream_through,
+    summarise,
+    vocabulary_of,
+    windows_of,
+)
+from tawny.evaluation.sources import open_stack_of
+from tawny.model.blocks import Stack
+from tawny.model.source import load_tokenizer
+from tawny.watch import Watch, silent
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A model beside its dense one on the same windows.
+
+    Attributes:
+        kl: mean KL(dense ‖ model) in nats a token.
+        top1: share of tokens whose likeliest successor is the same in both.
+        perplexity: of the model.
+        dense: perplexity of the dense model.
+        against: what the dense model is called.
+    """
+
+    kl: float
+    kl_stderr: float
+    top1: float
+    top1_stderr: float
+    perplexity: Perplexity
+    dense: Perplexity
+    against: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def agreement(
+    source: str | Path | nn.Module,
+    dense: str | Path | nn.Module,
+    text: str | Tensor = "wikitext2",
+    *,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    stride: int | None = None,
+    tokenizer: Any = None,
+    compute: str = "auto",
+    device: str = "cpu",
+    watch: Watch = silent,
+) -> Agreement:
+    """Compare a model with its dense one on a text; arguments are those of `tawny.evaluate`.
+
+    Raises:
+        ModelError: tokenizers or vocabularies differ, so that tokens are not the same events.
+        TextError: the text does not hold one window, or not as many as asked for.
+    """
+    start = time.perf_counter()
+    opened = [open_stack_of(model, compute, device, watch.say) for model in (dense, source)]
+    (dense_stack, dense_folder), (stack, folder) = opened
+    called, own = (
+        type(model).__name__ if isinstance(model, nn.Module) else str(model) for model in (dense, source)
+    )
+    if vocabulary_of(stack) != vocabulary_of(dense_stack):
+        raise ModelError(
+            f"{called} knows {vocabulary_of(dense_stack):,} tokens and {own} {vocabulary_of(stack):,}: "
+            "only models with the same tokenizer agree or disagree; compare their bits per byte instead"
+        )
+    if not isinstance(text, Tensor) and tokenizer is None:
+        tokenizer = _shared_tokenizer(called, dense_folder, folder)
+    made = windows_of(text, seqlen, windows, stride, tokenizer)
+    streams = [
+        stream_through(dense_stack, made.ids, watch, "dense model"),
+        stream_through(stack, made.ids, watch, "pruned model"),
+    ]
+    sums = _compare(made, (dense_stack, stack), streams, watch)
+    means = sums / made.counts()
+    spread = means.std(1) / math.sqrt(means.shape[1]) if means.shape[1] > 1 else torch.zeros(4)
+    weights = made.counts() / made.counts().sum()
+    kl, top1 = (float((row * weights).sum()) for row in means[:2])
+    seconds = time.perf_counter() - start
+    names = [str(s.compute).removeprefix("torch.") for s in (dense_stack, stack)]
+    return Agreement(
+        kl=kl,
+        kl_stderr=float(spread[0]),
+        top1=top1,
+        top1_stderr=float(spread[1]),
+        perplexity=summarise(made, means[3], names[1], seconds),
+        dense=summarise(made, means[2], names[0], seconds),
+        against=called,
+        seconds=seconds,
+    )
+
+
+def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], watch: Watch) -> Tensor:
+    """Sums over each window's tokens, `[4, windows]` float64: KL, equal top-1, dense loss, loss."""
+    sums = torch.zeros(4, len(made.ids), dtype=torch.float64)
+    # Twice the logits of a perplexity are held at once, and their difference.
+    vocabulary = 3 * vocabulary_of(stacks[0])
+    watch.phase("comparing", len(made.ids), "windows")
+    for index in range(len(made.ids)):
+        for inputs, targets in pieces(int(made.ids.shape[1]), made.first(index), vocabulary):
+            p, q = (
+                logits_of(stack, stream, index, inputs).log_softmax(-1)
+                for stack, stream in zip(stacks, streams, strict=True)
+            )
+            target = made.ids[index, targets].to(p.device)[:, None]
+            sums[0, index] += (p.exp() * (p - q)).sum(-1).double().sum().cpu()
+            sums[1, index] += (p.argmax(-1) == q.argmax(-1)).sum().double().cpu()
+            sums[2, index] -= p.gather(1, target).double().sum().cpu()
+            sums[3, index] -= q.gather(1, target).double().sum().cpu()
+        watch.step(f"window {index}")
+    return sums
+
+
+# Letters, digits, signs, white space and scripts: where vocabularies differ, some of this falls apart differently.
+_PROBE = "The quick brown fox, 3.1415926535 %\n\n\tdef f(x): return x**2  # straße, наука, 水 🦉 don't"
+
+
+def _shared_tokenizer(called: str, dense_folder: Path | None, folder: Path | None) -> Any:
+    known = [load_tokenizer(found) for found in (dense_folder, folder) if found is not None]
+    if not known:
+        raise ModelError("live models need tokenizer=… to read a text, or text=tokens [windows, seqlen]")
+    if len(known) == 2:
+        first, second = known
+        same = first.get_vocab() == second.get_vocab()
+        if not same or first(_PROBE)["input_ids"] != second(_PROBE)["input_ids"]:
+            raise ModelError(
+                f"{called} and {folder} have different tokenizers, so their next tokens cannot agree: "
+                "compare their bits per byte instead"
+            )
+    return known[-1]
