@@ -82,6 +82,7 @@ class Record:
     linears: list[LinearRecord] = field(default_factory=list)
     allocation: dict[str, float] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     memory_before: int = 0

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.calibration import text as module
-from tawny.calibration.text import evaluation_windows, load_text, sample_windows, tokenise
+from tawny.calibration.text import evaluation_windows, held_out_windows, load_text, sample_windows, tokenise
 from tawny.errors import TextError
 
 
@@ -206,3 +206,19 @@ def test_windows_with_a_stride_overlap():
     assert len(evaluation_windows(torch.arange(20), 8, 2, stride=3)) == 2
     with pytest.raises(TextError, match="6 windows of 8 need 23"):
         evaluation_windows(torch.arange(20), 8, 6, stride=3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_held_out_windows_overlap_no_sample_and_not_each_other(seed):
+    ids = torch.arange(3000)
+    taken = set(sample_windows(ids, 12, 100, seed).flatten().tolist())
+    windows = held_out_windows(ids, 12, 100, seed, 50, 6)
+    assert windows.shape == (6, 50) and len(set(windows.flatten().tolist())) == 300
+    assert not taken & set(windows.flatten().tolist())
+    assert torch.equal(windows, held_out_windows(ids, 12, 100, seed, 50, 6))
+    assert (windows.diff(dim=1) == 1).all()
+
+
+def test_a_text_that_is_all_samples_leaves_nothing_to_hold_out():
+    with pytest.raises(TextError, match="to compare models on"):
+        held_out_windows(torch.arange(110), 10, 100, 0, 20, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp
+from tawny.allocation.auto import Auto
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.er import Er, ErPlus
 from tawny.allocation.file import File
@@ -19,6 +20,7 @@ __all__ = [
     "Allocator",
     "Alpha",
     "Atp",
+    "Auto",
     "Dlp",
     "Er",
     "ErPlus",
@@ -43,4 +45,5 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "atp": Atp,
     "lsa": Lsa,
     "file": File,
+    "auto": Auto,
 }

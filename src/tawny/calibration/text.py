@@ -21,6 +21,7 @@ __all__ = [
     "NAMED_TEXTS",
     "Text",
     "evaluation_windows",
+    "held_out_windows",
     "load_text",
     "packaged_wiki",
     "sample_windows",
@@ -128,6 +129,32 @@ def sample_windows(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(starts, (samples,), generator=generator)
     return ids[first[:, None] + torch.arange(seqlen)]
+
+
+def held_out_windows(
+    ids: torch.Tensor, samples: int, seqlen: int, seed: int, length: int, count: int
+) -> torch.Tensor:
+    """At most `count` windows of `length` tokens that overlap none of `sample_windows(ids, samples, seqlen, seed)`.
+
+    Raises:
+        TextError: the samples leave fewer than two.
+    """
+    starts = ids.numel() - seqlen + 1
+    first = torch.randint(starts, (samples,), generator=torch.Generator().manual_seed(seed))
+    taken = sorted((start, start + seqlen) for start in set(first.tolist()))
+    free: list[int] = []
+    end = 0
+    for start, stop in [*taken, (ids.numel(), ids.numel())]:
+        free += range(end, start - length + 1, length)
+        end = max(end, stop)
+    if len(free) < 2:
+        raise TextError(
+            f"{samples} samples of {seqlen} tokens leave no {2 * length} of {ids.numel():,} tokens to compare models on: "
+            "give a longer text, or a smaller --samples or --seqlen"
+        )
+    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed + 1))[:count]
+    chosen = torch.tensor(free)[order.sort().values]
+    return ids[chosen[:, None] + torch.arange(length)]
 
 
 def evaluation_windows(

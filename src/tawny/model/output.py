@@ -27,7 +27,7 @@ SHARD_BYTES = 2_000_000_000
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
 _NOT_CARRIED = {INDEX, "run.json", "allocation.json", "recipe.yaml"}
 # What a folder may hold that a run may throw away.
-_OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
+_OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced", "search"}
 JOURNAL = "journal.json"
 
 

@@ -115,6 +115,9 @@ def allocate(allocator: Any, profile: Profile, pattern: Pattern, sparsity: float
     """The allocator's decision, rounded to whole steps of n where the pattern is n:m."""
     if isinstance(pattern, NM):
         allocation: Allocation = allocator.allocate(profile, 1.0 - pattern.n / pattern.m)
+        kept = [(1.0 - sparsity) * pattern.m for sparsity in allocation.values()]
+        if all(abs(n - round(n)) < 1e-9 and round(n) >= 1 for n in kept) and len(set(kept)) > 1:
+            return allocation  # somebody chose an n for each linear; it is not for us to average them over a block
         return mixed_nm(allocation, profile, pattern.m, pattern.n)
     made: Allocation = allocator.allocate(profile, sparsity)
     return made

@@ -199,6 +199,7 @@ class Run:
         self.pattern: Pattern = self.recipe.make_pattern()
         self.needs: Needs = needs_of(self.recipe, self.solver)
         self.samples: Samples | None = None
+        self.held_out: Tensor | None = None  # windows of the text that calibration leaves, for a search
         self.text: Text | None = None
         self.by_block: list[list[Linear]] = []
         self.profile: Profile | None = None
@@ -280,7 +281,7 @@ class Run:
             )
             self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
             return samples
-        from tawny.calibration.text import load_text, sample_windows, tokenise
+        from tawny.calibration.text import held_out_windows, load_text, sample_windows, tokenise
 
         if tokenizer is None:
             if self.folder is None:
@@ -294,6 +295,11 @@ class Run:
             ids = tokenise(text, tokenizer)
             wanted = recipe.calibration
             windows = sample_windows(ids, wanted.samples, wanted.seqlen, recipe.seed, f"text {text.name!r}")
+            if getattr(self.allocator, "searches", False):
+                length, count = min(wanted.seqlen, self.allocator.length), 2 * self.allocator.windows
+                self.held_out = held_out_windows(
+                    ids, wanted.samples, wanted.seqlen, recipe.seed, length, count
+                )
         self.record.text = {
             "name": text.name,
             "sha256": text.sha256,
@@ -305,6 +311,12 @@ class Run:
 
     def allocate(self) -> Allocation:
         """Sparsity of every linear: the profile walk, where the allocator wants one, and its decision."""
+        if getattr(self.allocator, "searches", False):
+            from tawny.pruning.search import allocate_by_search
+
+            with self.clock("search"):
+                self.record.allocation = allocate_by_search(self)
+            return self.record.allocation
         with self.clock("profile"):
             self.profile = profile_walk(
                 self.stack, self.by_block, self.allocator, self.samples, self.recipe, self.watch, self.journal
@@ -374,6 +386,10 @@ class Run:
                 self._write_outside()
             with self.clock("hash"):
                 record.files = weight_files(self.output.partial)
+            if record.search is not None:
+                from tawny.pruning.search import write_search
+
+                write_search(self)
         record.peak_memory = max(peak_memory(), record.peak_memory)
         self.clock.seconds["total"] = time.perf_counter() - self.started
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}

@@ -1,0 +1,210 @@
+"""What a search tries first: each allocator over a grid of its strengths, then where Optuna expects more.
+
+The grid is fixed and holds the values of the papers; after it Optuna's TPE (seeded, so the same every time) proposes
+strengths between and beyond. A study may live in a storage that several machines share: each takes the next proposal
+that nobody has taken and tells its score to all, so a grid is done as many times faster as there are machines, and
+every machine goes on from the best of the whole study.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Grid", "families_for"]
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tawny.allocation.alpha import Alpha
+from tawny.allocation.atp import Atp, largest_beta
+from tawny.allocation.dlp import Dlp
+from tawny.allocation.lsa import Lsa
+from tawny.allocation.owl import Owl
+from tawny.allocation.profile import Allocation
+from tawny.errors import MissingFeature, RecipeError, TawnyError
+from tawny.pruning.evolution import Proposal
+
+Values = dict[str, Any]
+OWL_MS = (3.0, 5.0, 7.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One allocator and its strengths.
+
+    Attributes:
+        make: the allocator for some strengths.
+        options: its options that these decide, for its name.
+        choices: strengths that are one of a few values.
+        ranges: strengths that are numbers within bounds.
+        grid: what is tried first.
+    """
+
+    make: Callable[..., Any]
+    options: tuple[str, ...]
+    choices: Mapping[str, Sequence[Any]]
+    ranges: Mapping[str, tuple[float, float]]
+    grid: Sequence[Values]
+
+
+def families_for(names: Sequence[str], target: float, blocks: int) -> dict[str, Family]:
+    """Families by name; what strengths make sense depends on the sparsity and the depth."""
+    steepest = largest_beta(target, blocks)
+    every = {
+        "owl": Family(
+            lambda M, strength: Owl(M=M, lambda_=strength),
+            ("M", "lambda_"),
+            {"M": OWL_MS},
+            {"strength": (0.01, 0.25)},
+            [{"M": M, "strength": value} for value in (0.08, 0.15, 0.04) for M in (5.0, 7.0, 3.0, 10.0)],
+        ),
+        "dlp": Family(
+            lambda strength: Dlp(alpha=strength),
+            ("alpha",),
+            {},
+            {"strength": (0.02, 0.3)},
+            [{"strength": value} for value in (0.15, 0.1, 0.05, 0.2)],
+        ),
+        "atp": Family(
+            lambda strength: Atp(beta=strength * steepest),
+            ("beta",),
+            {},
+            {"strength": (0.0, 1.0)},
+            [{"strength": value} for value in (0.5, 0.25, 0.75)],
+        ),
+        "lsa": Family(
+            lambda part, strength: Lsa(alpha=strength, granularity=part),
+            ("granularity", "alpha"),
+            {"part": ("block", "linear")},
+            {"strength": (0.02, 0.3)},
+            [{"part": part, "strength": value} for value in (0.15, 0.05) for part in ("block", "linear")],
+        ),
+        "alpha": Family(
+            lambda strength: Alpha(epsilon=strength),
+            ("epsilon",),
+            {},
+            {"strength": (0.05, 0.5)},
+            [{"strength": value} for value in (0.3, 0.2, 0.1)],
+        ),
+    }
+    return {name: every[name] for name in names}
+
+
+class Grid:
+    """The proposals of one search, driven by an Optuna study through ask and tell.
+
+    Args:
+        families: by name.
+        allocate: the allocation of one allocator, from the one profile that was taken.
+        seed: of what comes after the grid.
+        extra: how many proposals may come after the grid.
+        storage: URL of a shared study, environment variables in it filled in; None keeps it in memory.
+        name: of the study: everything that a score depends on, so that only like joins like.
+
+    Raises:
+        MissingFeature: Optuna is not installed.
+        RecipeError: the storage cannot be opened.
+    """
+
+    def __init__(
+        self,
+        families: Mapping[str, Family],
+        allocate: Callable[[str, Any], Allocation],
+        *,
+        seed: int,
+        extra: int,
+        storage: str | None = None,
+        name: str = "tawny",
+    ) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise MissingFeature(
+                "the allocator auto needs Optuna: pip install 'tawny[search]' (or choose another, such as -a owl)"
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.families, self.allocate = families, allocate
+        fixed = [
+            {"allocator": family, **{f"{family}.{key}": value for key, value in values.items()}}
+            for family, made in families.items()
+            for values in made.grid
+        ]
+        self.left = len(fixed) + extra if families else 0
+        self.shared = storage is not None
+        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=len(fixed))
+        url = None if storage is None else os.path.expandvars(storage)
+        try:
+            self.study = optuna.create_study(
+                storage=url, study_name=name, sampler=sampler, load_if_exists=True
+            )
+            if not self.study.trials:
+                for values in fixed:
+                    self.study.enqueue_trial(values)
+        except Exception as error:  # each database's driver has exceptions of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RecipeError(
+                f"allocator.study {storage!r} cannot be opened ({reason[:160]}); expected a storage of Optuna such as "
+                "sqlite:///search.db"
+            ) from error
+
+    def ask(self, count: int) -> list[Proposal]:
+        proposals: list[Proposal] = []
+        while self.left > 0 and len(proposals) < count:
+            self.left -= 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a grid whose values another version had
+                trial = self.study.ask()
+                family = trial.suggest_categorical("allocator", list(self.families))
+                values = self._suggest(family, trial)
+            proposals.append(self._proposal(family, values, trial))
+        if self.left == 0 and proposals:
+            proposals += self._of_others()
+        return proposals
+
+    def tell(self, proposal: Proposal, score: float) -> None:
+        if proposal.token is not None:
+            self.study.tell(proposal.token, score, skip_if_finished=True)
+
+    def _of_others(self) -> list[Proposal]:
+        """The best of each family that any machine has told of; empty for a study of one's own."""
+        if not self.shared:
+            return []
+        best: dict[str, tuple[float, Values]] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            family = trial.params.get("allocator")
+            if trial.value is not None and family in self.families:
+                values = {
+                    key.partition(".")[2]: value for key, value in trial.params.items() if key != "allocator"
+                }
+                told = (float(trial.value), values)
+                best[str(family)] = min(best.get(str(family), told), told, key=_first)
+        return [self._proposal(family, values, None) for family, (_, values) in best.items()]
+
+    def _suggest(self, family: str, trial: Any) -> Values:
+        made = self.families[family]
+        values: Values = {
+            key: trial.suggest_categorical(f"{family}.{key}", list(options))
+            for key, options in made.choices.items()
+        }
+        for key, (low, high) in made.ranges.items():
+            values[key] = trial.suggest_float(f"{family}.{key}", low, high)
+        return values
+
+    def _proposal(self, family: str, values: Values, token: Any) -> Proposal:
+        made = self.families[family]
+        allocator = made.make(**values)
+        named = " ".join(f"{key.rstrip('_')}={_shown(getattr(allocator, key))}" for key in made.options)
+        try:
+            allocation = self.allocate(family, allocator)
+        except TawnyError as error:
+            raise type(error)(f"while trying {family} {named}: {error}") from error
+        return Proposal(f"{family} {named}", allocation, token)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _first(pair: tuple[float, Values]) -> float:
+    return pair[0]

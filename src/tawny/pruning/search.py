@@ -1,0 +1,308 @@
+"""The allocator `auto`: solve at several levels once, try allocations on held-out text, refine the best.
+
+1. One walk through the dense model: statistics, what allocators measure, every linear solved at every level (levels.py).
+2. Uniform, then OWL, DLP, ATP and LSA over a grid of strengths, then where Optuna expects more (grid.py).
+3. Switches of budget between blocks and linears, generation by generation (evolution.py).
+4. The last few and uniform on windows that took no part so far; the best of these is the allocation.
+
+The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text. The bound is
+a number of trials, so the same recipe gives the same bytes; a time budget, or a study that other machines join, may
+change what is tried, and the record says so.
+"""
+
+from __future__ import annotations
+
+__all__ = ["allocate_by_search", "cost_of_search", "write_search"]
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tawny.allocation.alpha import Alpha
+from tawny.allocation.auto import Auto, seconds_of
+from tawny.allocation.dlp import Dlp
+from tawny.allocation.lsa import Lsa
+from tawny.allocation.profile import Allocation, LinearInfo, Profile
+from tawny.errors import TextError
+from tawny.model.streams import Samples
+from tawny.patterns import NM
+from tawny.pruning.evolution import Outcome, Trial, make_space, search
+from tawny.pruning.grid import OWL_MS, Grid, families_for
+from tawny.pruning.journal import tokens_identity
+from tawny.pruning.levels import LevelStore, Scorer, solve_levels, store_bytes
+from tawny.pruning.profiling import Together, allocate, block_sparsities
+from tawny.recipe import Recipe
+from tawny.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from tawny.pruning.run import Run
+
+_MEASURED: dict[str, Callable[[], Any]] = {"dlp": Dlp, "lsa": Lsa, "alpha": Alpha}
+_DRAWN_M = "5"
+
+
+def allocate_by_search(run: Run) -> Allocation:
+    """The allocation that a run's `auto` finds; kept in the journal, so that it is found once.
+
+    Raises:
+        TextError: nothing is left of the text to compare models on.
+        MissingFeature: Optuna is not installed.
+        OutputError: the disk has no room for the solutions.
+    """
+    found = run.journal.once("search", lambda: _search(run))
+    run.record.search = found["search"]
+    if run.journal.walk("prune")[0] == 0:  # later, the finished blocks bring them along
+        run.record.warnings += found["warnings"]
+    run.record.profile = {"blocks": found["measures"]}
+    infos = _infos(run)
+    run.profile = Profile(infos, tuple(found["measures"]))
+    run.watch.say(found["search"]["says"])
+    allocation: Allocation = found["allocation"]
+    return allocation
+
+
+def _infos(run: Run) -> tuple[LinearInfo, ...]:
+    return tuple(LinearInfo(x.name, x.shape, i) for i, linears in enumerate(run.by_block) for x in linears)
+
+
+def _search(run: Run) -> dict[str, Any]:
+    started = time.monotonic()
+    auto: Auto = run.allocator
+    recipe, stack = run.recipe, run.stack
+    space = make_space(_infos(run), run.pattern, recipe.sparsity, auto.levels, auto.step)
+    samples, held_out = _split(run, auto)
+    count = len(held_out)
+    windows, deciding = range(count - count // 2), range(count - count // 2, count)
+    solver = run.solver if auto.proxy is None else SOLVERS[auto.proxy]()
+    together = Together({n: _MEASURED[n]() for n in auto.families if n in _MEASURED}, OWL_MS)
+    dtype = _dtype(run)
+    folder = Path(tempfile.mkdtemp(prefix="tawny-")) if run.output is None else run.output.work
+    if run.output is None:
+        run.watch.say(
+            "a live model without an output keeps the solutions of its search in the temporary folder"
+        )
+    size = store_bytes(space, dtype) / 1e9
+    run.watch.say(
+        f"the search solves each linear at {len(space.levels)} levels from {_level(space, space.low)} to "
+        f"{_level(space, space.high)}: {size:.2g} GB in {folder} until it is over"
+    )
+    grid: Grid | None = None
+    try:
+        store = LevelStore(folder / "search", space, dtype)
+        try:
+            solved = solve_levels(
+                stack,
+                run.by_block,
+                space,
+                store,
+                recipe=recipe,
+                solver=solver,
+                measuring=together,
+                samples=samples,
+                held_out=held_out,
+                watch=run.watch,
+            )
+            scorer = Scorer(stack, run.by_block, store, held_out, solved.hidden, run.watch)
+
+            def allocation_of(family: str, allocator: Any) -> Allocation:
+                profile = solved.profile
+                if family in together.allocators:
+                    profile = together.profile_of(family, profile)
+                return allocate(allocator, profile, run.pattern, recipe.sparsity)
+
+            grid = Grid(
+                families_for(auto.families, recipe.sparsity, len(stack)),
+                allocation_of,
+                seed=recipe.seed,
+                extra=min(16, auto.trials // 8),
+                storage=auto.study,
+                name=_study_name(run, samples, held_out),
+            )
+            rounds = 2 + math.ceil(auto.trials / auto.offspring)
+            run.watch.phase("trying allocations", rounds, "rounds")
+            outcome = search(
+                space,
+                grid,
+                scorer,
+                trials=auto.trials,
+                offspring=auto.offspring,
+                windows=windows,
+                deciding=deciding or windows,
+                seed=recipe.seed,
+                stopped=lambda: _over(auto, started),
+                step=run.watch.step,
+            )
+        finally:
+            store.close()
+    finally:
+        if run.output is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    winner = outcome.winner
+    allocation = space.allocation(winner.levels)
+    if winner.allocation is not None and not isinstance(run.pattern, NM):
+        allocation = winner.allocation  # not rounded to levels
+    first = {
+        kind: next((t for t in outcome.trials if t.name.startswith(kind)), None) for kind in auto.families
+    }
+    pictured = {"uniform": space.allocation(space.uniform)}
+    pictured |= {t.name: t.allocation for t in first.values() if t is not None and t.allocation}
+    pictured["auto"] = allocation
+    return {
+        "allocation": allocation,
+        "measures": list(solved.profile.measures),
+        "warnings": solved.warnings,
+        "search": {
+            "winner": _named(winner),
+            "margin": outcome.margin,
+            "says": _says(outcome),
+            "cut_short": outcome.cut_short,
+            "shared": auto.study is not None,
+            "levels": {"from": space.sparsity(0, space.low), "to": space.sparsity(0, space.high)}
+            | {"count": len(space.levels), "bytes": store.bytes},
+            "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen},
+            "solver": recipe.solver.name if auto.proxy is None else auto.proxy,
+            "tokens_tried": scorer.tokens,
+            "generations": outcome.generations,
+            "trials": [_row(trial) for trial in outcome.trials],
+            "blocks": {name: block_sparsities(a, solved.profile) for name, a in pictured.items()},
+            "outliers": [m["outlier_share"][_DRAWN_M] for m in solved.profile.measures],
+        },
+    }
+
+
+def _level(space: Any, level: int) -> str:
+    if isinstance(space.pattern, NM):
+        return f"{space.pattern.n - level}:{space.pattern.m}"
+    return f"{space.sparsity(0, level):.1%}" if space.linears else "0%"
+
+
+def _dtype(run: Run) -> torch.dtype:
+    """Forwards round weights to the compute dtype anyway; nothing finer than the checkpoint is kept either."""
+    checkpoint = run.stack.checkpoint
+    stored = run.stack.compute if checkpoint is None else checkpoint.storage_dtype
+    return min(stored, run.stack.compute, key=lambda dtype: dtype.itemsize)
+
+
+def _split(run: Run, auto: Auto) -> tuple[Samples, Samples]:
+    """Calibration samples for the solutions, and held-out windows."""
+    assert run.samples is not None
+    samples = run.samples
+    wanted = 2 * auto.windows
+    if run.held_out is not None:
+        held_out = Samples(run.held_out)
+    else:  # tokens were given: some of them are kept back while allocations are tried
+        kept = min(wanted, len(samples) // 4) or 1
+        if len(samples) < 2:
+            raise TextError(
+                "auto compares models on tokens held out of the calibration: give at least 2 samples"
+            )
+        cut = len(samples) - kept
+        mask = samples.mask
+        length = samples.seqlen if mask is not None else min(auto.length, samples.seqlen)
+        held_out = Samples(samples.tokens[cut:, :length], None if mask is None else mask[cut:])
+        samples = samples.first(cut)
+    return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), held_out
+
+
+def _over(auto: Auto, started: float) -> str:
+    over = auto.budget is not None and time.monotonic() - started > seconds_of(auto.budget)
+    return f"the budget of {auto.budget} ended the search" if over else ""
+
+
+def _study_name(run: Run, samples: Samples, held_out: Samples) -> str:
+    """Everything that a score depends on, and nothing else."""
+    recipe = run.recipe.to_mapping()
+    allocator = {
+        key: value
+        for key, value in recipe["allocator"].items()
+        if key not in ("trials", "offspring", "budget", "study")
+    }
+    tokens = [tokens_identity(samples), tokens_identity(held_out)]
+    model = [run.record.revision, run.record.parameters, Path(run.source).name]
+    known = [{**recipe, "allocator": allocator}, tokens, model]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return f"tawny-{digest[:16]}"
+
+
+# --- in words ------------------------------------------------------------------------------------------------
+
+
+def _named(trial: Trial) -> str:
+    if not trial.origin:
+        return trial.name
+    return f"{trial.origin}, refined {trial.depth} time{'s' * (trial.depth != 1)}"
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    return {
+        "name": _named(trial),
+        "divergence": trial.score,
+        "windows": trial.windows,
+        "verdict": trial.verdict,
+    }
+
+
+def _says(outcome: Outcome) -> str:
+    """The winner and its margin over uniform, in one line."""
+    winner, uniform = outcome.winner, outcome.uniform
+    tail = f"; {outcome.cut_short}" if outcome.cut_short else ""
+    if winner is uniform:
+        return f"auto: uniform wins, none of {len(outcome.trials)} allocations came nearer to the dense model{tail}"
+    return (
+        f"auto: {_named(winner)} wins, {outcome.margin:.1%} nearer to the dense model than uniform "
+        f"(divergence {winner.verdict:.4f} against {uniform.verdict:.4f} nats a token, "
+        f"{len(outcome.trials)} tried){tail}"
+    )
+
+
+def write_search(run: Run) -> None:
+    """`allocation.yaml`, which `-a file` reads, and its picture, beside the weights."""
+    found = run.record.search
+    if found is None or run.output is None:
+        return
+    from tawny.report.plot import plot_allocations
+
+    lines = [
+        f"# {found['says']}",
+        "# Use it again: tawny prune MODEL -s SPARSITY -a file -o allocator.path=allocation.yaml",
+        *(f"{name}: {value!r}" for name, value in run.record.allocation.items()),
+    ]
+    run.output.write_text("allocation.yaml", "\n".join(lines) + "\n")
+    for suffix in ("png", "svg"):
+        plot_allocations(
+            found["blocks"],
+            run.output.partial / f"allocation.{suffix}",
+            sparsity=run.recipe.sparsity,
+            outliers=found["outliers"],
+            M=_DRAWN_M,
+            title=run.source,
+        )
+
+
+def cost_of_search(
+    recipe: Recipe, linears: Sequence[LinearInfo], dtype: torch.dtype, hidden_bytes: int
+) -> dict[str, int]:
+    """What a plan says of a search: `disk` and `memory` in bytes, `levels`, and `tokens` through the whole model."""
+    auto: Auto = recipe.make_allocator()
+    space = make_space(tuple(linears), recipe.make_pattern(), recipe.sparsity, auto.levels, auto.step)
+    length = min(auto.length, recipe.calibration.seqlen)
+    few, all_windows = max(1, auto.windows // 4), auto.windows
+    generations = math.ceil(auto.trials / 3 / auto.offspring)
+    tried = auto.trials * few + generations * (
+        max(1, auto.offspring // 4) * max(1, all_windows // 2) + max(1, auto.offspring // 8) * all_windows
+    )
+    return {
+        "disk": store_bytes(space, dtype),
+        "levels": len(space.levels),
+        "tokens": (tried + 10 * all_windows) * length,
+        "memory": min(1_000_000_000, auto.offspring * few * length * hidden_bytes * 2)
+        + 2 * all_windows * length * hidden_bytes,
+    }

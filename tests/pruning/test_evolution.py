@@ -1,0 +1,165 @@
+"""The search is a pure function: here what it evaluates is a made-up function of the levels."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tawny.allocation.profile import LinearInfo
+from tawny.patterns import NM, Unstructured
+from tawny.pruning.evolution import Proposal, make_space, search
+
+
+def linears(blocks: int = 4, shapes=((8, 8), (8, 8), (4, 8), (24, 8))) -> tuple[LinearInfo, ...]:
+    return tuple(LinearInfo(f"b{b}.l{i}", shape, b) for b in range(blocks) for i, shape in enumerate(shapes))
+
+
+class Offers:
+    """Proposals from a list."""
+
+    def __init__(self, proposals):
+        self.left, self.told = list(proposals), []
+
+    def ask(self, count):
+        batch, self.left = self.left[:count], self.left[count:]
+        return batch
+
+    def tell(self, proposal, score):
+        self.told.append((proposal.name, score))
+
+
+def towards(goal, noise=0.0):
+    """Divergence grows with the distance from `goal`; windows differ by noise that is theirs."""
+
+    def evaluate(candidates, windows):
+        evaluate.calls.append((list(candidates), list(windows)))
+        made = []
+        for levels in candidates:
+            distance = sum((a - b) ** 2 for a, b in zip(levels, goal, strict=True)) / len(goal)
+            drawn = [random.Random(f"{levels} {w}").random() for w in windows]
+            made.append(1 + distance + noise * sum(drawn) / len(drawn))
+        return made
+
+    evaluate.calls = []
+    return evaluate
+
+
+OPTIONS = {"trials": 200, "offspring": 8, "windows": range(8), "deciding": range(8, 16)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
+    st.floats(0.05, 0.95),
+    st.integers(0, 10**6),
+)
+def test_rounding_and_switching_keep_the_budget(units, target, seed):
+    chance = random.Random(seed)
+    infos = linears(3, tuple((64 * a, 32 * b) for a, b in units))
+    space = make_space(infos, Unstructured(), target, 11)
+    wish = {x.name: min(1.0, max(0.0, target + chance.uniform(-0.2, 0.2))) for x in infos}
+    total = sum(x.numel for x in infos)
+    shift = target - sum(wish[x.name] * x.numel for x in infos) / total
+    levels = space.nearest({name: value + shift for name, value in wish.items()})
+    assert abs(space.excess(levels)) <= max(space.steps)
+    excess = space.excess(levels)
+    for _ in range(10):
+        levels = space.mutated(levels, chance)
+        assert space.excess(levels) == excess
+        assert all(space.low <= level <= space.high for level in levels)
+    allocation = space.allocation(levels)
+    removed = sum(round(allocation[x.name] * x.numel) for x in infos)
+    assert removed == round(target * total)
+
+
+def test_a_block_between_two_levels_gets_some_of_each():
+    infos = linears(2, ((8, 8),) * 4)
+    space = make_space(infos, Unstructured(), 0.5, 5, step=1 / 8)
+    up = 1 / 16  # half a level
+    wish = {x.name: 0.5 + (up if x.block == 0 else -up) for x in infos}
+    levels = space.nearest(wish)
+    assert sum(levels[:4]) == 2 and sum(levels[4:]) == -2 and space.excess(levels) == 0
+
+
+def test_levels_stay_inside_what_a_weight_can_lose():
+    for target, count in ((0.02, 11), (0.97, 11), (0.5, 3), (0.0, 5)):
+        space = make_space(linears(), Unstructured(), target, count, step=0.03)
+        for i in range(len(space.linears)):
+            for level in space.levels:
+                assert 0 <= target + level * space.steps[i] / space.linears[i].numel < 1
+    space = make_space(linears(), NM(2, 4), 0.5, 11)
+    assert [space.sparsity(0, level) for level in space.levels] == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_the_search_walks_to_the_goal_and_repeats_itself():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    chance = random.Random(3)
+    goal = space.uniform
+    for _ in range(12):
+        goal = space.mutated(goal, chance)
+    found = [search(space, Offers([]), towards(goal), **OPTIONS) for _ in range(2)]
+    first = found[0]
+    assert first == found[1]
+    start = towards(goal)([space.uniform], [0])[0]
+    assert first.winner.verdict < 1 + 0.3 * (start - 1)
+    assert first.generations == sorted(first.generations, reverse=True)
+    assert len(first.trials) <= OPTIONS["trials"] and first.cut_short == ""
+    assert first != search(space, Offers([]), towards(goal), **{**OPTIONS, "seed": 1})
+
+
+def test_uniform_wins_where_nothing_is_better_and_is_scored_as_finely():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    evaluate = towards(space.uniform)
+    other = Proposal("tilted", {x.name: 0.35 + 0.1 * x.block for x in space.linears})
+    found = search(space, Offers([other]), evaluate, **OPTIONS)
+    assert found.winner is found.uniform and found.margin == 0
+    assert found.uniform.windows == 8 and evaluate.calls[-1][1] == list(range(8, 16))
+    assert space.uniform in evaluate.calls[-1][0]
+
+
+def test_a_proposal_that_is_already_best_is_kept_as_it_was_given():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    wish = {x.name: 0.35 + 0.1 * x.block for x in space.linears}
+    offers = Offers([Proposal("tilted", wish), Proposal("again", wish)])
+    found = search(space, offers, towards(space.nearest(wish)), **{**OPTIONS, "trials": 40})
+    assert found.winner.name == "tilted" and found.winner.allocation == wish and found.margin > 0
+    assert [name for name, _ in offers.told] == ["tilted", "again"] and offers.told[0][1] == offers.told[1][1]
+
+
+def test_few_tokens_come_first_and_only_the_best_see_all_of_them():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    evaluate = towards(space.mutated(space.uniform, random.Random(1)), noise=0.1)
+    search(space, Offers([]), evaluate, **OPTIONS)
+    seen = {2: 0, 4: 0, 8: 0}
+    for candidates, windows in evaluate.calls:
+        seen[len(windows)] += len(candidates)
+    assert seen[2] > seen[4] > 0 and seen[2] > 3 * seen[8]
+
+
+def test_time_that_runs_out_is_said_and_still_gives_the_best_so_far():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    wish = {x.name: 0.35 + 0.1 * x.block for x in space.linears}
+    offers = Offers([Proposal(f"p{i}", wish) for i in range(100)])
+    found = search(space, offers, towards(space.nearest(wish)), **OPTIONS, stopped=lambda: "out of time")
+    assert found.cut_short.startswith("out of time after 2 of 200")
+    assert found.winner.name == "p0" and found.generations == []
+
+
+def test_a_broken_model_loses_to_every_other():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+
+    def evaluate(candidates, windows):
+        return [1.0 if levels == space.uniform else float("nan") for levels in candidates]
+
+    found = search(space, Offers([]), evaluate, **{**OPTIONS, "trials": 30})
+    assert found.winner is found.uniform
+
+
+@pytest.mark.parametrize("shapes", [((8, 8),), ((8, 8), (4, 8), (16, 8))])
+def test_a_model_in_which_nothing_can_be_switched_ends_with_uniform(shapes):
+    space = make_space(linears(1, shapes), Unstructured(), 0.5, 11)
+    found = search(space, Offers([]), towards(space.uniform), **OPTIONS)
+    assert found.winner is found.uniform

@@ -1,0 +1,285 @@
+"""`-a auto` through the front door, and its parts against obvious restatements."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+import tawny
+from tawny.allocation.auto import Auto, seconds_of
+from tawny.allocation.profile import LinearInfo
+from tawny.errors import MissingFeature, NumericalError, OutputError, RecipeError, TextError
+from tawny.model.blocks import live_stack
+from tawny.model.streams import Samples
+from tawny.patterns import Unstructured
+from tawny.pruning import levels as levels_module
+from tawny.pruning.evolution import make_space
+from tawny.pruning.levels import LevelStore, Scorer, solve_levels
+from tawny.pruning.profiling import Together
+from tawny.recipe import resolve_recipe
+from tawny.solvers import SOLVERS
+from tests.tiny import tiny_model, tokens
+
+FEW = {"allocator.trials": 12, "allocator.offspring": 4, "allocator.levels": 3, "allocator.windows": 2}
+FEW |= {"allocator.candidates": "owl,atp"}
+
+
+def prune(model, out=None, **changes):
+    options = {"sparsity": 0.6, "allocator": "auto", "compute": "float32", "calibration": tokens(8, 24)}
+    return tawny.prune(model, out, **{**options, **FEW, **changes})
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def dense(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize(
+    ("solver", "pattern"),
+    [
+        ("magnitude", "matrix"),
+        ("wanda", "unstructured"),
+        ("wanda", "2:4"),
+        ("sparsegpt", "2:4"),
+        ("alps", "row"),
+    ],
+)
+def test_every_solver_and_pattern_meets_its_budget(solver, pattern):
+    assert solver in SOLVERS
+    record = prune(tiny_model("llama"), solver=solver, pattern=pattern, sparsity=0.5)
+    total = record.prunable
+    step = sum(x.shape[0] * x.shape[1] for x in record.linears if x.block == 0) / 4 if ":" in pattern else 1
+    assert abs(record.zeros - 0.5 * total) <= max(step, len(record.linears))
+    assert record.search["winner"] and len(record.search["trials"]) <= 12
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma3_text"])
+def test_experts_and_odd_families_are_searched_like_any_other(family):
+    record = prune(tiny_model(family), exclude=["layers.1.*"] if family == "mixtral" else [])
+    assert abs(record.zeros - 0.6 * record.prunable) <= len(record.linears)
+    assert record.search["levels"]["count"] == 3
+
+
+def test_the_same_recipe_gives_the_same_bytes_and_the_allocation_file_gives_them_again(dense, tmp_path):
+    options = {"refit": True, "allocator.candidates": "owl,dlp,atp,lsa", "allocator.trials": 40}
+    first = prune(dense, tmp_path / "a", **options)
+    assert prune(dense, tmp_path / "b", **options).search == first.search
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    for kind in ("png", "svg"):
+        picture = [(tmp_path / name / f"allocation.{kind}").read_bytes() for name in "ab"]
+        assert picture[0] == picture[1]
+    written = yaml.safe_load((tmp_path / "a" / "allocation.yaml").read_text())
+    assert written == first.allocation
+    again = {"allocator": "file", "allocator.path": str(tmp_path / "a" / "allocation.yaml"), "refit": True}
+    tawny.prune(dense, tmp_path / "c", sparsity=0.6, compute="float32", calibration=tokens(8, 24), **again)
+    assert weights(tmp_path / "c") == weights(tmp_path / "a")
+
+
+def test_a_mixed_n_of_m_for_each_linear_survives_its_file(dense, tmp_path):
+    options = {"pattern": "3:8", "sparsity": None, "allocator.levels": 5}
+    searched = prune(dense, tmp_path / "a", **{**options, "allocator.trials": 60, "seed": 3})
+    again = {"allocator": "file", "allocator.path": str(tmp_path / "a" / "allocation.yaml")}
+    tawny.prune(
+        dense, tmp_path / "b", pattern="3:8", compute="float32", calibration=tokens(8, 24), seed=3, **again
+    )
+    assert {x.pattern for x in searched.linears} != {"3:8"}
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+def test_the_live_model_is_dense_while_it_is_searched_and_ends_like_its_folder(dense, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    live = tiny_model("llama")
+    by_hand = prune(live)
+    by_folder = prune(dense, tmp_path / "out")
+    assert by_hand.allocation == by_folder.allocation
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, written[name]) for name, value in live.state_dict().items())
+
+
+def test_a_run_that_was_stopped_after_its_search_does_not_search_again(dense, tmp_path, monkeypatch):
+    from tawny.errors import Interrupted
+    from tawny.pruning.journal import Journal
+    from tawny.watch import Silent
+
+    class Stops(Silent):
+        name = ""
+
+        def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+            self.name = name
+
+        def step(self, text: str) -> None:
+            if self.name == "pruning":
+                raise KeyboardInterrupt
+
+    whole = prune(dense, tmp_path / "whole")
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    with pytest.raises(Interrupted, match="kept"):
+        prune(dense, tmp_path / "out", watch=Stops())
+    monkeypatch.setattr(levels_module, "solve_levels", None)
+    resumed = prune(dense, tmp_path / "out")
+    assert resumed.search == whole.search and weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+# --- the parts ---------------------------------------------------------------------------------------------
+
+
+def parts(model, tmp_path, count=5):
+    stack = live_stack(model)
+    by_block = [stack.linears(index) for index in range(len(stack))]
+    infos = tuple(LinearInfo(x.name, x.shape, i) for i, some in enumerate(by_block) for x in some)
+    space = make_space(infos, Unstructured(), 0.5, count)
+    store = LevelStore(tmp_path / "search", space, torch.float32)
+    held_out = Samples(tokens(4, 16, seed=9))
+    recipe = resolve_recipe(sparsity=0.5, solver="wanda")
+    solved = solve_levels(
+        stack,
+        by_block,
+        space,
+        store,
+        recipe=recipe,
+        solver=recipe.make_solver(),
+        measuring=Together({}, (5.0,)),
+        samples=Samples(tokens(4, 24)),
+        held_out=held_out,
+        watch=tawny.watch.silent,
+    )
+    return stack, by_block, space, store, held_out, solved
+
+
+def test_a_score_is_the_divergence_of_the_whole_model_put_together_by_hand(tmp_path):
+    model = tiny_model("llama")
+    stack, by_block, space, store, held_out, solved = parts(model, tmp_path)
+    scorer = Scorer(stack, by_block, store, held_out, solved.hidden, tawny.watch.silent)
+    levels = tuple((i % 5) - 2 for i in range(len(space.linears)))
+    [score] = scorer([levels], [3, 1])
+    ids = held_out.tokens[[3, 1]]
+    with torch.no_grad():
+        p = model(ids).logits.double().log_softmax(-1)
+        flat = [linear for some in by_block for linear in some]
+        for index, some in enumerate(by_block):
+            store.open(index)
+            for linear in some:
+                solution = store.read(linear, levels[flat.index(linear)])
+                share = float((solution == 0).float().mean())
+                assert share == pytest.approx(
+                    space.sparsity(flat.index(linear), levels[flat.index(linear)]), abs=1e-2
+                )
+                getattr(linear.module, linear.parameter).data.copy_(solution)
+        q = model(ids).logits.double().log_softmax(-1)
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert score == pytest.approx(expected, rel=1e-4)
+    store.close()
+    assert not (tmp_path / "search").exists()
+
+
+def test_candidates_that_share_blocks_score_as_they_would_alone_and_cost_less(tmp_path):
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stack, by_block, space, store, held_out, solved = parts(model, tmp_path)
+    scorer = Scorer(stack, by_block, store, held_out, solved.hidden, tawny.watch.silent)
+    base = space.uniform
+    others = [tuple(k + (i == place) for i, k in enumerate(base)) for place in (0, 9, len(base) - 1)]
+    together = scorer([base, *others, base], [0, 1, 2])
+    spent, scorer.tokens = scorer.tokens, 0
+    assert together == [scorer([one], [0, 1, 2])[0] for one in (base, *others, base)]
+    assert spent < scorer.tokens
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_padding_does_not_count_in_a_score(tmp_path):
+    model = tiny_model("llama")
+    stack, by_block, space, store, held_out, _ = parts(model, tmp_path)
+    scores = []
+    for filler in (5, 6):
+        ids, mask = held_out.tokens.clone(), torch.ones_like(held_out.tokens)
+        ids[:, 12:], mask[:, 12:] = filler, 0
+        padded = Samples(ids, mask)
+        hidden = _dense_hidden(stack, padded)
+        scorer = Scorer(stack, by_block, store, padded, hidden, tawny.watch.silent)
+        scores.append(scorer([space.uniform], [0, 1])[0])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def _dense_hidden(stack, samples):
+    from tawny.model.streams import Stream
+
+    stream = Stream(stack, samples)
+    for index in range(len(stack)):
+        stream.advance(index)
+    return torch.cat(stream.hidden)
+
+
+def test_a_nan_weight_names_its_linear():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(NumericalError, match=r"layers\.1"):
+        prune(model)
+
+
+# --- what is refused, and what is said ---------------------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(levels_module, "free_bytes", lambda folder: 1000)
+    with pytest.raises(OutputError, match="fewer allocator"):
+        prune(dense, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_budget_of_time_may_cut_the_search_short_and_then_says_so(dense, tmp_path):
+    record = prune(dense, tmp_path / "out", **{"allocator.budget": "0s", "allocator.trials": 50})
+    assert "the budget of 0s ended the search after" in record.search["cut_short"]
+    assert record.search["cut_short"] in record.search["says"]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["search"] == record.search
+
+
+def test_times_are_read_and_nonsense_is_refused():
+    assert [seconds_of(text) for text in ("90s", "10m", "1.5h", "7", "2 min")] == [90, 600, 5400, 7, 120]
+    for options, words in (
+        ({"budget": "soon"}, "90s, 10m"),
+        ({"levels": 4}, "odd"),
+        ({"levels": 1}, "from 3"),
+        ({"candidates": "owl,dlpp"}, "did you mean 'dlp'"),
+        ({"proxy": "wandaa"}, "did you mean 'wanda'"),
+        ({"step": 0.7}, "share of the weights"),
+        ({"study": "postgresql://me:secret@host/db"}, r"\$NAME"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            Auto(**options)
+    Auto(study="postgresql://me:$SECRET@host/db")
+
+
+def test_one_sample_leaves_nothing_to_compare_on():
+    with pytest.raises(TextError, match="at least 2 samples"):
+        prune(tiny_model("llama"), calibration=tokens(1, 24))
+
+
+def test_without_optuna_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingFeature, match=r"tawny\[search\]"):
+        prune(tiny_model("llama"))
+
+
+def test_machines_share_a_study(dense, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    monkeypatch.setenv("PLACE", str(tmp_path / "study.db"))
+    options = {"allocator.study": "sqlite:///$PLACE", "allocator.trials": 24}
+    first = prune(dense, tmp_path / "a", **options)
+    [name] = optuna.get_all_study_names(f"sqlite:///{tmp_path}/study.db")
+    tried = len(optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path}/study.db").trials)
+    second = prune(dense, tmp_path / "b", **options)
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path}/study.db")
+    assert len(study.trials) > tried and first.search["shared"] and second.search["shared"]
+    with pytest.raises(RecipeError, match="cannot be opened"):
+        prune(dense, tmp_path / "c", **{"allocator.study": "nonsense://x"})
