@@ -16,7 +16,19 @@ from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
 
-VERBS = ["prune", "plan", "profile", "eval", "inspect", "generate", "bench", "list", "doctor"]
+VERBS = [
+    "prune",
+    "plan",
+    "profile",
+    "eval",
+    "inspect",
+    "pack",
+    "unpack",
+    "generate",
+    "bench",
+    "list",
+    "doctor",
+]
 ROOT = Path(__file__).parents[1]
 
 
@@ -107,7 +119,7 @@ def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
     calls = answering(monkeypatch, "prune", record)
     code, out, err = run(
         *("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "-a", "uniform", "-m", "wanda"),
-        *("--calibration", "wiki", "--samples", 3, "--seqlen", 64, "--seed", 5, "--dtype", "bfloat16"),
+        *("--calibration", "wiki", "--samples", 3, "--seqlen", 64, "-o", "seed=5", "--dtype", "bfloat16"),
         *("-o", "include=*.mlp.*", "-o", "order=data", "--overwrite", "--json"),
     )
     assert code == 0, err

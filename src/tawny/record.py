@@ -63,6 +63,7 @@ class Record:
         refined: what training did to each block, where the recipe asks for it; `also` names the norms and biases
             that it changed, beside the pruned linears.
         files: bytes and SHA-256 of every weight file written.
+        packed: kinds and bytes, where the weights were packed afterwards.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +95,7 @@ class Record:
     generated: list[dict[str, str]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0
+    packed: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"record_version": RECORD_VERSION, **asdict(self)}

@@ -16,6 +16,7 @@ __all__ = [
     "generation_tables",
     "inspection_tables",
     "listing_tables",
+    "pack_tables",
     "percent",
     "perplexity_tables",
     "perplexity_text",
@@ -25,6 +26,7 @@ __all__ = [
     "size",
     "speed_tables",
     "tasks_tables",
+    "unpack_tables",
 ]
 
 import math
@@ -118,7 +120,11 @@ def record_tables(record: Mapping[str, Any]) -> list[Table]:
         ("peak memory", size(record["peak_memory"])),
     ]
     if record["out"]:
-        rows.append(("written", f"{record['out']} ({size(record['bytes'])})"))
+        packed = record.get("packed")
+        share = (
+            f", {percent(packed['ratio'], 1)} of the dense {size(packed['source_bytes'])}" if packed else ""
+        )
+        rows.append(("written", f"{record['out']} ({size(record['bytes'])}{share})"))
     rows += [("warning", warning) for warning in record["warnings"][:5]]
     if len(record["warnings"]) > 5:
         rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
@@ -330,6 +336,48 @@ def inspection_tables(inspection: Mapping[str, Any]) -> list[Table]:
         ("files", size(inspection["bytes"])),
     ]
     return [made, _facts(rows)]
+
+
+def pack_tables(report: Mapping[str, Any]) -> list[Table]:
+    """What packing saved, and what it could not pack."""
+    linears = report["linears"]
+    packed = [linear for linear in linears if linear["form"] == "packed"]
+    weights = [linear["shape"][0] * linear["shape"][1] for linear in packed]
+    kept = [w * (1 - linear["sparsity"]) for w, linear in zip(weights, packed, strict=True)]
+    kind = report["values"] + (f", a scale each {report['group']} columns" if report["group"] else "")
+    rows = [
+        ("size", f"{size(report['bytes'])}, {percent(report['ratio'], 1)} of {size(report['source_bytes'])}"),
+        ("values", kind + (f", head {report['head']}" if report["head"] else "")),
+        (
+            "packed",
+            f"{report['packed']} weights, {percent(1 - sum(kept) / max(sum(weights), 1), 1)} zeros, "
+            f"{8 * sum(linear['bytes'] for linear in packed) / max(sum(weights), 1):.2f} bits each",
+        ),
+    ]
+    if report["dense"]:
+        rows.append(("dense", f"{report['dense']} linears with too few zeros to pay"))
+    if report["untouched"]:
+        rows.append(("untouched", f"{len(report['untouched'])} fused or converted weights stay as they are"))
+    rows += [
+        ("time", duration(report["seconds"])),
+        ("written", f"{report['out']}: `tawny.load`, or `import tawny` before transformers, opens it"),
+    ]
+    return [_facts(rows)]
+
+
+def unpack_tables(report: Mapping[str, Any]) -> list[Table]:
+    exact = (
+        "identical to the checkpoint that was packed, bit for bit"
+        if report["exact"]
+        else "as the packed values stand for them; what rounding took does not come back"
+    )
+    rows = [
+        ("size", f"{size(report['bytes'])} from {size(report['source_bytes'])} packed"),
+        ("weights", exact),
+        ("time", duration(report["seconds"])),
+        ("written", report["out"]),
+    ]
+    return [_facts(rows)]
 
 
 def listing_tables(listing: Mapping[str, Any]) -> list[Table]:

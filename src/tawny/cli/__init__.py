@@ -19,6 +19,8 @@ from tawny.cli import plan  # noqa: F401
 from tawny.cli import profile  # noqa: F401
 from tawny.cli import eval_  # noqa: F401
 from tawny.cli import inspect  # noqa: F401
+from tawny.cli import pack  # noqa: F401
+from tawny.cli import unpack  # noqa: F401
 from tawny.cli import generate  # noqa: F401
 from tawny.cli import bench  # noqa: F401
 from tawny.cli import list_  # noqa: F401

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
+
+if TYPE_CHECKING:
+    from tawny.packed.format import Values
 
 # Panels of `--help`.
 RECIPE, DATA, OUTPUT = "What to do", "Calibration", "Output and machine"
@@ -114,3 +117,23 @@ Threads = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a finished folder.", rich_help_panel=OUTPUT)
+]
+
+
+def packed_values(text: str) -> Values:
+    """A kind of packed values by name.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    from tawny.errors import UserError, nearest
+    from tawny.packed.format import Values
+
+    if text not in get_args(Values):
+        raise UserError(
+            f"packed values {text!r} are not known{nearest(text, get_args(Values))}; "
+            f"choose one of {', '.join(get_args(Values))}"
+        )
+    return cast(Values, text)

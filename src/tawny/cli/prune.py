@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,16 +22,19 @@ from tawny.cli.options import (
     PatternName,
     RecipeFile,
     Samples,
-    Seed,
     SeqLen,
     SolverName,
     Sparsity,
+    packed_values,
 )
 from tawny.cli.root import app
 
 if TYPE_CHECKING:
     from tawny.console import Console
+    from tawny.packed.format import Values
     from tawny.recipe import Recipe
+    from tawny.record import Record
+    from tawny.watch import Watch
 
 EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few enough to wait for
 
@@ -37,7 +42,7 @@ EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few e
 @app.command(
     epilog="\b\nExamples:\n"
     "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki\n"
-    "  tawny prune Qwen/Qwen3-8B --out pruned -s 0.7 -m wanda -o lambda=0.15\n"
+    "  tawny prune Qwen/Qwen3-8B --out packed -s 0.7 -m wanda -o lambda=0.15 --pack bf16\n"
     "  tawny prune ./model --out pruned -c recipes/owl-wanda-mixed-3-8.yaml"
 )
 def prune(
@@ -52,7 +57,6 @@ def prune(
     calibration: CalibrationText = None,
     samples: Samples = None,
     seqlen: SeqLen = None,
-    seed: Seed = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -69,6 +73,15 @@ def prune(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    pack: Annotated[
+        str | None,
+        typer.Option(
+            "--pack",
+            metavar="KIND",
+            help="Write a packed folder (bf16, f16, f32, int8) instead of a dense one; see `tawny pack`.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     evaluate: Annotated[
         str | None,
         typer.Option(
@@ -92,15 +105,18 @@ def prune(
             calibration_text=calibration,
             calibration_samples=samples,
             calibration_seqlen=seqlen,
-            seed=seed,
             dtype=dtype,
             device=device,
         )
+        values = None if pack is None else packed_values(pack)
         windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
         import tawny
 
         with console.watching() as watch:
-            record = tawny.prune(model, out, recipe=chosen, watch=watch, overwrite=overwrite)
+            if values is None:
+                record = tawny.prune(model, out, recipe=chosen, watch=watch, overwrite=overwrite)
+            else:
+                record = _prune_and_pack(model, out, chosen, values, watch, overwrite)
         if evaluate is not None:
             record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
             record.evaluation["pruned"]["sparsity"] = record.sparsity
@@ -108,6 +124,32 @@ def prune(
         from tawny.tables import record_tables
 
         console.result(record.to_dict(), record_tables)
+
+
+def _prune_and_pack(
+    model: str, out: Path, recipe: Recipe, values: Values, watch: Watch, overwrite: bool
+) -> Record:
+    """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
+    import tawny
+    from tawny.errors import OutputError
+
+    dense = out.with_name(out.name + ".dense")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+    if dense.exists() and not overwrite:
+        raise OutputError(
+            f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out} "
+            f"--values {values}` goes on, --overwrite starts over"
+        )
+    record = tawny.prune(model, dense, recipe=recipe, watch=watch, overwrite=overwrite)
+    report = tawny.pack(dense, out, values, overwrite=overwrite, watch=watch)
+    shutil.rmtree(dense)
+    watch.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")
+    record.out, record.bytes = str(out), report.bytes
+    stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    record.packed, record.files = stored["packed"], stored["files"]
+    _rewrite(out / "run.json", record.to_json())
+    return record
 
 
 def _windows(model: str, text: str, recipe: Recipe) -> int:

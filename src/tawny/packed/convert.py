@@ -39,11 +39,12 @@ from tawny.packed.folder import (
 )
 from tawny.packed.format import PackedTensor, Values
 from tawny.packed.model import LinearForm, check_values, ends_of, pack_head, pack_or_not, tell
+from tawny.record import weight_files
 from tawny.watch import Watch, silent
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.
-_ALSO_CARRIED = ("run.json", "allocation.json", "recipe.yaml", "README.md", "report.html")
+_ALSO_CARRIED = ("allocation.json", "recipe.yaml", "README.md", "report.html")
 _NOTE = (
     "<!-- packed -->\n\n> **Packed by Tawny** ({values}): `pip install tawny`, then `import tawny` before "
     "`AutoModelForCausalLM.from_pretrained`, or `tawny.load`. Plain transformers cannot open it; "
@@ -119,6 +120,14 @@ class _Packing:
         self.untouched: list[str] = []
         self.done: set[str] = set()
         self.experts: set[str] = set()
+
+    @property
+    def source_bytes(self) -> int:
+        checkpoint = self.checkpoint
+        return sum(
+            torch.Size(shape).numel() * checkpoint.dtype_of(key).itemsize
+            for key, shape in checkpoint.shapes.items()
+        )
 
     def block(self, index: int) -> None:
         name = f"{self.path}.{index}"
@@ -266,6 +275,8 @@ def pack(
         }
         _config(output, folder, method)
         _card(output, folder, _NOTE.format(values=values))
+        kinds = {"values": values, "group": group, "head": head}
+        _record(output, folder, {**kinds, "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]
         tell(watch, len(work.linears) - len(dense), len(dense), len(work.untouched))
         output.finish()
@@ -278,10 +289,7 @@ def pack(
         group=group,
         head=head,
         bytes=total,
-        source_bytes=sum(
-            torch.Size(shape).numel() * DTYPES[work.checkpoint.dtypes[key]].itemsize
-            for key, shape in work.checkpoint.shapes.items()
-        ),
+        source_bytes=work.source_bytes,
         file_bytes=sum(p.stat().st_size for p in [*Path(out).glob("*.safetensors"), Path(out) / INDEX]),
         packed=len(work.linears) - len(dense),
         dense=len(dense),
@@ -314,7 +322,7 @@ def unpack(
             if Path(name).name != name:
                 raise CheckpointError(f"{folder}: its index names a file {name!r} outside the folder")
             entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
-            watch.phase(f"unpacking {name}", len(entries))
+            watch.phase(f"unpacking {name}", len(entries), "tensors")
             with writing(output.partial / name), (output.partial / name).open("wb") as file:
                 header = text.encode()
                 file.write(len(header).to_bytes(8, "little") + header)
@@ -329,6 +337,7 @@ def unpack(
         _carry_more(folder, output)
         _config(output, folder, None)
         _card(output, folder, None)
+        _record(output, folder, {}, total)
         output.finish()
     finally:
         output.discard()
@@ -375,6 +384,20 @@ def _config(output: OutputFolder, folder: Path, method: dict[str, Any] | None) -
     if method is not None:
         config["quantization_config"] = method
     output.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _record(output: OutputFolder, folder: Path, packed: dict[str, Any], total: int) -> None:
+    """The pruning run's record, where there is one, with the files that now hold its weights."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["packed"] = {**packed, "ratio": total / max(1, packed["source_bytes"])} if packed else {}
+        record["bytes"], record["files"] = total, weight_files(output.partial)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a record of a run ({error}); move it away") from error
+    output.write_text("run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _card(output: OutputFolder, folder: Path, note: str | None) -> None:

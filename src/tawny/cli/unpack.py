@@ -1,0 +1,41 @@
+"""`tawny unpack`: the dense checkpoint a packed folder was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tawny.cli.common import console_for
+from tawny.cli.options import OUTPUT, AsJson, Overwrite
+from tawny.cli.root import app
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  tawny unpack packed --out dense\n"
+    "  tawny unpack owner/packed-model --out dense\n"
+    "  tawny unpack packed --out dense --overwrite --json"
+)
+def unpack(
+    packed: Annotated[
+        str, typer.Argument(metavar="PACKED", help="Folder or hub id that `tawny pack` wrote.")
+    ],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="Folder to write.", rich_help_panel=OUTPUT),
+    ],
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the dense checkpoint PACKED was made from; plain transformers opens it."""
+    with console_for(as_json) as console:
+        import tawny
+
+        with console.watching() as watch:
+            report = tawny.unpack(packed, out, overwrite=overwrite, watch=watch)
+        from tawny.tables import unpack_tables
+
+        console.result(report.to_dict(), unpack_tables)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tawny
+from tawny.cli import main
+from tests.packed.test_folder import bytes_of, saved
+from tests.packed.test_model import logits
+from tests.tiny import tokens
+
+PRUNE = ("-s", 0.7, "-a", "uniform", "-m", "magnitude")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def dense(tmp_path) -> Path:
+    return saved(tmp_path / "dense", dtype=torch.bfloat16)
+
+
+def test_pack_and_unpack_say_what_they_did_and_undo_each_other(run, dense, tmp_path):
+    packed, again = tmp_path / "packed", tmp_path / "again"
+    code, out, err = run("pack", dense, "--out", packed, "--values", "int8", "--head", "int8")
+    assert code == 0 and "bits each" in out and "head int8" in out and "packing: 3 blocks" in err
+    code, out, _ = run("pack", dense, "--out", packed, "--overwrite", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["values"] == "bf16" and report["packed"] == 21 and report["ratio"] < 1
+    code, out, _ = run("unpack", packed, "--out", again)
+    assert code == 0 and "bit for bit" in out
+    assert bytes_of(again) == bytes_of(dense)
+    code, out, _ = run("unpack", packed, "--out", again, "--overwrite", "--json")
+    assert code == 0 and json.loads(out)["exact"] is True
+    code, _, err = run("pack", packed, "--out", again, "--overwrite")
+    assert code == 2 and "packed already" in err
+    code, _, err = run("pack", dense, "--out", packed, "--values", "int7")
+    assert code == 2 and "'int8'" in err
+
+
+def test_prune_with_pack_writes_one_packed_folder_with_its_record(run, dense, tmp_path):
+    packed = tmp_path / "packed"
+    code, out, err = run("prune", dense, "--out", packed, *PRUNE, "--pack", "bf16")
+    assert code == 0 and "tawny unpack" in err and "% of the dense" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "packed"]
+    record = json.loads((packed / "run.json").read_text())
+    assert record["packed"]["values"] == "bf16" and record["out"] == str(packed)
+    assert set(record["files"]) == {path.name for path in packed.glob("*.safetensors")}
+    assert "Packed by Tawny" in (packed / "README.md").read_text()
+
+    code, out, _ = run("inspect", packed, "--json")
+    assert code == 0 and json.loads(out)["sparsity"] == pytest.approx(0.7, abs=1e-3)
+
+    tawny.unpack(packed, tmp_path / "again")
+    tawny.prune(dense, tmp_path / "plain", sparsity=0.7, allocator="uniform", solver="magnitude")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "plain")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert card == (tmp_path / "plain" / "README.md").read_text()
+    unpacked = json.loads((tmp_path / "again" / "run.json").read_text())
+    plain = json.loads((tmp_path / "plain" / "run.json").read_text())
+    assert (
+        unpacked["packed"] == {}
+        and unpacked["files"] == plain["files"]
+        and unpacked["bytes"] == plain["bytes"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(logits(model, tokens(1, 8)), logits(twin, tokens(1, 8)), atol=0.1, rtol=0.1)
+
+
+def test_prune_with_pack_refuses_before_work_and_never_hides_a_half(run, dense, tmp_path, monkeypatch):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    code, _, err = run("prune", dense, "--out", packed, *PRUNE, "--pack", "bf16")
+    assert code == 2 and "exists" in err
+    packed.rmdir()
+    code, _, err = run("prune", dense, "--out", packed, *PRUNE, "--pack", "int4")
+    assert code == 2 and "int8" in err and not (tmp_path / "packed.dense").exists()
+
+    monkeypatch.setattr(tawny, "pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    code, _, _ = run("prune", dense, "--out", packed, *PRUNE, "--pack", "bf16")
+    assert code == 1 and (tmp_path / "packed.dense").exists() and not packed.exists()
+    monkeypatch.undo()
+
+
+def test_a_run_stopped_while_packing_says_how_to_go_on(run, dense, tmp_path):
+    saved(tmp_path / "packed.dense")
+    code, _, err = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")
+    assert code == 2 and "tawny pack" in err
+    code, _, _ = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16", "--overwrite")
+    assert code == 0 and not (tmp_path / "packed.dense").exists()
