@@ -176,3 +176,19 @@ def test_bench_of_a_live_model_has_no_file_and_refuses_more_than_the_context():
         tawny.bench(model, prompt_tokens=120, tokens=20)
     with pytest.raises(RecipeError, match="rounds 0"):
         tawny.bench(model, rounds=0)
+
+
+def test_a_packed_folder_is_decoded_and_measured_like_a_dense_one(tmp_path):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.data[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < 0.7] = 0
+    model.save_pretrained(tmp_path / "dense")
+    tawny.pack(tmp_path / "dense", tmp_path / "packed")
+    dense, packed = (
+        tawny.bench(tmp_path / name, prompt_tokens=8, tokens=4, rounds=2) for name in ("dense", "packed")
+    )
+    assert sum(packed.packed.values()) == 21 and dense.packed == {} and packed.path == dense.path
+    ids = tokens(1, 7)[0]
+    made = [tawny.generate(tawny.load(tmp_path / name), ids, max_tokens=8) for name in ("dense", "packed")]
+    assert made[0].prompt_tokens == made[1].prompt_tokens == 7 and len(made[1].tokens) == len(made[0].tokens)

@@ -113,14 +113,9 @@ def _prepare(folder: Path) -> None:
 
 def _open(folder: Path) -> Any:
     """A transformers model of a dense or packed folder, in its own dtype, ready to be decoded."""
-    import tawny
+    from tawny.packed.loader import load
 
-    load = getattr(tawny, "load", None)
-    if load is None:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    return load(folder).eval()
+    return load(folder)
 
 
 def _limit(model: Any) -> int | None:
