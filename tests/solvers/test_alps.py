@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import NM, Unstructured, keep_mask, matches, removed_count
-from tawny.solvers import SparseGPT, reconstruction_error
-from tawny.solvers.alps import Alps, _Selection
+from tawny.solvers import SparseGPT, alps, reconstruction_error
+from tawny.solvers.alps import Alps, _ByThreshold
 from tawny.solvers.refit import refit
 from tests.reference.alps import admm_mask
 from tests.reference.problems import lifelike
@@ -35,10 +36,10 @@ def test_it_loses_less_than_sparsegpt_even_when_that_is_refitted(pattern, sparsi
         sparsity = 0.5
     W, statistics = lifelike(64, 96)
     H = statistics.hessian
-    alps = reconstruction_error(W, Alps().solve(W, statistics, pattern, sparsity).weight, H)
+    mine = reconstruction_error(W, Alps().solve(W, statistics, pattern, sparsity).weight, H)
     other = SparseGPT().solve(W, statistics, pattern, sparsity)
-    assert alps < 0.6 * reconstruction_error(W, other.weight, H)
-    assert alps < reconstruction_error(W, refit(W, other.mask, H, start=other.weight), H)
+    assert mine < 0.6 * reconstruction_error(W, other.weight, H)
+    assert mine < reconstruction_error(W, refit(W, other.mask, H, start=other.weight), H)
 
 
 @settings(max_examples=25, deadline=None)
@@ -120,11 +121,28 @@ def test_what_is_not_finite_or_out_of_range_is_refused() -> None:
         Alps(rho=0)
 
 
-def test_selection_near_the_last_threshold_is_the_selection_over_everything() -> None:
+def test_the_threshold_near_the_last_one_is_the_threshold_over_everything() -> None:
     dice = torch.Generator().manual_seed(0)
-    W = torch.randn(40, 50, generator=dice)
-    select = _Selection(W, Unstructured("matrix"), 1300)
-    scores = W.abs()
+    T = torch.randn(40, 50, generator=dice)
+    support = _ByThreshold(1300)
+    support.choose(T)
     for scale in (0.0, 1e-3, 1e-2, 3.0, 1e-3):
-        scores = (scores + scale * torch.rand(scores.shape, generator=dice)).round(decimals=2)  # many ties
-        assert torch.equal(select(scores.clone()), keep_mask(scores, Unstructured("matrix"), 1300))
+        T = (T + scale * torch.rand(T.shape, generator=dice)).round(decimals=2)  # many ties
+        support.begin()
+        for top in range(0, 40, 7):
+            support.see(T[top : top + 7], slice(top, top + 7))
+        support.finish(T)
+        assert support.threshold == float(T.abs().flatten().sort().values[1299])
+        assert torch.equal(support.mask(T), keep_mask(T.abs(), Unstructured("matrix"), 1300))
+        assert np.array_equal(support.snapshot(T), (T.abs() > support.threshold).numpy())
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (4, 32)])
+def test_chunks_of_any_size_give_the_same_support(shape, monkeypatch) -> None:
+    W, statistics = lifelike(*shape)
+    whole = Alps().solve(W, statistics, Unstructured(), 0.6)
+    monkeypatch.setattr(alps, "_CHUNK", 5 * shape[1])
+    monkeypatch.setattr(alps, "_CACHED", 2 * shape[1])
+    parts = Alps().solve(W, statistics, Unstructured(), 0.6)
+    assert torch.equal(whole.mask, parts.mask)
+    assert torch.allclose(whole.weight, parts.weight, atol=1e-5)

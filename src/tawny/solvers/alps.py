@@ -13,9 +13,11 @@ from a fresh start if the support had moved. It ends when the support stands sti
 it changes by less than 0.03 %, or at 300. Then masked conjugate gradients (`refit.py`) find the
 best values on the support.
 
-What we do differently: a Cholesky factor a ρ instead of one eigendecomposition, so that an iteration costs one
-product of a weight with a square matrix; selection looks only at the few values near the last threshold; rows
-go through an iteration in chunks, so the scratch memory is three copies of W and three of H.
+What we do differently: an inverse a ρ, made from a Cholesky factor, instead of one eigendecomposition, so that an
+iteration costs one product of a weight with a square matrix. What is not that product is kept small: rows go
+through an iteration in chunks, elementwise work on parts of them that stay in the cache; D is never stored, it is T
+where |T| is above a threshold; and the threshold is found among the few values near the last one. Scratch
+memory: three copies of W, three of H, and a chunk.
 
 Promises: the exact budget in every scope and n:m; weights that are already zero go first and stay zero.
 
@@ -25,21 +27,24 @@ Shapes: O = out, I = in, R = rows of a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
-from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count
+from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.solvers.base import Needs, Solution, require_finite
 from tawny.solvers.refit import refit
 
 __all__ = ["Alps", "Scaled"]
 
 _RETRIES = 3
-_CHUNK = 1 << 22  # weights a chunk of rows holds
+_CHUNK = 1 << 22  # weights a product takes at once
+_CACHED = 1 << 16  # weights whose elementwise work stays in a core's cache
+_TALL = 0.3  # rows a column from which an inverse pays: products run at twice the speed of triangular solves
 _CHECK = 3  # iterations between two looks at the support
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
 _SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the support has long stopped to care
@@ -55,13 +60,19 @@ class Scaled:
     damp: float  # the damping that was needed
     rho: float
     lower_II: Tensor  # Cholesky factor of H' + ρI for this rho
+    inverse_II: Tensor | None = None  # of the same, once a tall weight has needed it
 
     def divider(self, rho: float, rows: int) -> _Divider | None:
         """How to multiply a weight of so many rows by (H' + ρI)⁻¹; None where float32 cannot tell."""
+        tall = rows >= _TALL * len(self.scale_I)
         if rho == self.rho:
-            return _Divider(self.lower_II, rows)
+            if tall and self.inverse_II is None:
+                self.inverse_II = torch.cholesky_inverse(self.lower_II)
+            return _Divider(None if tall else self.lower_II, self.inverse_II if tall else None)
         lower_II = _factor(self.hessian_II, self.scale_I, self.ridge, rho)
-        return None if lower_II is None else _Divider(lower_II, rows)
+        if lower_II is None:
+            return None
+        return _Divider(None, torch.cholesky_inverse(lower_II)) if tall else _Divider(lower_II, None)
 
 
 @dataclass(frozen=True)
@@ -120,34 +131,55 @@ class Alps:
         notes: dict[str, float | int | str] = {"damp": scaled.damp}
         if isinstance(pattern, Unstructured):
             pattern = pattern.with_default(self.default_scope)
-        select = _Selection(W_OI, pattern, removed_count(W_OI.numel(), sparsity))
-        if select.trivial:
-            keep_OI = select(W_OI.abs())
+        removed = removed_count(W_OI.numel(), sparsity)
+        zero_OI = W_OI == 0
+        zeros = int(zero_OI.sum())
+        matrix = isinstance(pattern, Unstructured) and pattern.scope == "matrix"
+        dense = isinstance(pattern, NM) and pattern.n == pattern.m
+        free = dense or (not isinstance(pattern, NM) and removed in (0, W_OI.numel()))
+        if free or zeros == W_OI.numel() or (matrix and zeros >= removed):
+            keep_OI = keep_mask(zeros_first(W_OI.abs(), W_OI), pattern, removed)
             return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI, notes)
-        T_OI, keep_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, select)
+        support = (
+            _ByThreshold(removed)
+            if matrix and not zeros
+            else _ByMask(pattern, removed, zero_OI if zeros else None)
+        )
+        T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
+        keep_OI = support.mask(T_OI)
         T_OI /= scaled.scale_I
         weight_OI = refit(W_OI, keep_OI, scaled.hessian_II, steps=self.steps, start=T_OI, damp=scaled.damp)
         return Solution(weight_OI, keep_OI, notes)
 
-    def _admm(self, W_OI: Tensor, scaled: Scaled, select: _Selection) -> tuple[Tensor, Tensor, int, float]:
-        """The last T, its mask, how many iterations it took and the last ρ."""
-        survivors = max(select.survivors, 1)
+    def _admm(
+        self, W_OI: Tensor, scaled: Scaled, support: _ByThreshold | _ByMask
+    ) -> tuple[Tensor, int, float]:
+        """The last T, how many iterations it took and the last ρ."""
         WH_OI = torch.addmm(W_OI, W_OI, scaled.hessian_II, beta=scaled.ridge).div_(scaled.scale_I)
-        T_OI = W_OI * scaled.scale_I
-        first_OI = keep_OI = checked_OI = select(T_OI.abs())
-        T_OI.masked_fill_(~keep_OI, 0.0)  # D = the best of W, V = 0
+
+        def first() -> Tensor:  # D = the best of W, V = 0
+            T_OI = W_OI * scaled.scale_I
+            support.choose(T_OI)
+            for part in _parts(T_OI, _CACHED):
+                T_OI[part] = support.kept(T_OI[part], part)
+            return T_OI
+
+        T_OI = first()
+        divider = scaled.divider(self.rho, len(W_OI))
+        checked = support.snapshot(T_OI)
+        survivors = max(int(checked.sum()), 1)
         rho = before = self.rho
-        grown, divider = False, _Divider(scaled.lower_II, len(W_OI))
-        scores_OI = torch.empty_like(T_OI)
+        grown = False
         iteration = 0
         for iteration in range(1, self.iterations + 1):
-            _iterate(T_OI, keep_OI, WH_OI, divider, rho, before, scores_OI)
+            assert divider is not None
+            _iterate(T_OI, support, WH_OI, divider, rho, before)
             before = rho
-            keep_OI = select(scores_OI)
             if iteration % _CHECK:
                 continue
-            change = int((keep_OI != checked_OI).sum()) / survivors
-            checked_OI = keep_OI
+            now = support.snapshot(T_OI)
+            change = int((now ^ checked).sum()) / survivors
+            checked = now
             factor = 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1 if change > 0 else 1.0
             if grown or change > 0.005:
                 if change == 0 or (iteration >= _SETTLED_AFTER and change < _SETTLED):
@@ -159,14 +191,20 @@ class Alps:
                     break
                 rho /= 5
                 if change > 0:
-                    T_OI = (W_OI * scaled.scale_I).masked_fill_(~first_OI, 0.0)
-                    keep_OI = checked_OI = first_OI
+                    T_OI = first()
+                    checked = support.snapshot(T_OI)
                     before = rho
             fresh = scaled.divider(rho, len(W_OI))
             if fresh is None:
                 break
             divider = fresh
-        return T_OI, keep_OI, iteration, rho
+        return T_OI, iteration, rho
+
+
+def _parts(T_OI: Tensor, size: int) -> list[slice]:
+    """Slices of rows of about `size` weights."""
+    rows = max(1, size // max(T_OI.shape[1], 1))
+    return [slice(top, min(top + rows, len(T_OI))) for top in range(0, len(T_OI), rows)]
 
 
 def _factor(H_II: Tensor, scale_I: Tensor, ridge: float, rho: float) -> Tensor | None:
@@ -179,93 +217,135 @@ def _factor(H_II: Tensor, scale_I: Tensor, ridge: float, rho: float) -> Tensor |
     return None if int(info) or not bool(torch.isfinite(lower_II.diagonal()).all()) else lower_II
 
 
+@dataclass(frozen=True)
 class _Divider:
-    """A_RI ↦ A (H' + ρI)⁻¹.
+    """A_RI ↦ A (H' + ρI)⁻¹, by the inverse where there is one, else by solving against the factor."""
 
-    A weight with fewer rows than columns is solved against the factor; for a taller one it pays to form the
-    inverse once, which costs as much as solving for a square weight, and to multiply by it until ρ changes.
-    """
-
-    def __init__(self, lower_II: Tensor, rows: int) -> None:
-        self.lower_II = lower_II
-        self.inverse_II: Tensor | None = None
-        if rows >= len(lower_II):
-            identity = torch.eye(len(lower_II), device=lower_II.device)
-            self.inverse_II = torch.cholesky_solve(identity, lower_II)
+    lower_II: Tensor | None
+    inverse_II: Tensor | None
 
     def __call__(self, A_RI: Tensor, out: Tensor) -> None:
-        if self.inverse_II is None:
-            out.copy_(torch.cholesky_solve(A_RI.T, self.lower_II).T)
-        else:
+        if self.inverse_II is not None:
             torch.mm(A_RI, self.inverse_II, out=out)
+        else:
+            assert self.lower_II is not None
+            out.copy_(torch.cholesky_solve(A_RI.T, self.lower_II).T)
 
 
 def _iterate(
     T_OI: Tensor,
-    keep_OI: Tensor,
+    support: _ByThreshold | _ByMask,
     WH_OI: Tensor,
     divider: _Divider,
     rho: float,
     before: float,
-    scores_OI: Tensor,
 ) -> None:
-    """One ADMM iteration: T in place, |T| into `scores_OI`. `before` is the ρ that V was made with."""
-    rows = max(1, _CHUNK // T_OI.shape[1])
-    for top in range(0, T_OI.shape[0], rows):
-        part = slice(top, top + rows)
-        T_RI, out_RI = T_OI[part], scores_OI[part]
-        V_RI = T_RI.masked_fill(keep_OI[part], 0.0).mul_(before)
-        # ρD − V, in the place of T: D is what T keeps, V what it does not
-        T_RI.mul_(keep_OI[part]).mul_(rho).sub_(V_RI).add_(WH_OI[part])
-        divider(T_RI, out_RI)
-        torch.add(out_RI, V_RI, alpha=1 / rho, out=T_RI)
-        torch.abs(T_RI, out=out_RI)
+    """One ADMM iteration, T in place, and the support of the new T. `before` is the ρ that V was made with."""
+    chunks = _parts(T_OI, _CHUNK)
+    size = chunks[0].stop
+    right_OI, B_OI = T_OI.new_empty(size, T_OI.shape[1]), T_OI.new_empty(size, T_OI.shape[1])
+    support.begin()
+    for chunk in chunks:
+        T_CI, WH_CI = T_OI[chunk], WH_OI[chunk]
+        right_CI, B_CI = right_OI[: len(T_CI)], B_OI[: len(T_CI)]
+        parts = [
+            (part, slice(chunk.start + part.start, chunk.start + part.stop)) for part in _parts(T_CI, _CACHED)
+        ]
+        for part, place in parts:
+            # W H + ρD − V, with V = before·(T − D)
+            torch.add(WH_CI[part], T_CI[part], alpha=-before, out=right_CI[part])
+            right_CI[part].add_(support.kept(T_CI[part], place), alpha=rho + before)
+        divider(right_CI, B_CI)
+        for part, place in parts:
+            # B + V/ρ
+            gone_RI = T_CI[part].sub_(support.kept(T_CI[part], place))
+            torch.add(B_CI[part], gone_RI, alpha=before / rho, out=T_CI[part])
+            support.see(T_CI[part], place)
+    support.finish(T_OI)
 
 
-class _Selection:
-    """`keep_mask` for scores that hardly change from call to call; the same mask, most of the work left out.
+class _ByThreshold:
+    """The support of a matrix without zeros: where |T| is above the `removed`-th smallest of it.
 
-    Within a matrix only the values within a few percent of the last threshold are looked at closely.
+    The threshold hardly changes from one iteration to the next, so only values near the last one are ranked. Values
+    equal to it count as removed until the end, when `mask` counts them exactly.
     """
 
-    def __init__(self, W_OI: Tensor, pattern: Pattern, removed: int) -> None:
-        self.pattern, self.removed = pattern, removed
-        zero_OI = W_OI == 0
-        self.zero_OI = zero_OI if bool(zero_OI.any()) else None
-        numel = W_OI.numel()
-        if isinstance(pattern, NM):
-            removed = numel - numel // pattern.m * pattern.n
-        self.survivors = numel - removed
-        zeros = int(zero_OI.sum())
-        enough = isinstance(pattern, Unstructured) and pattern.scope == "matrix" and zeros >= removed
-        self.trivial = removed in (0, numel) or enough or zeros == numel
-        self.threshold: float | None = None
+    def __init__(self, removed: int) -> None:
+        self.removed = removed
+        self.threshold = 0.0
+        self._reach = 0.0  # how far, as a share, the next threshold may be from this one; 0: anywhere
 
-    def __call__(self, scores_OI: Tensor) -> Tensor:
-        """Scores are absolute values and may be overwritten."""
+    def choose(self, T_OI: Tensor) -> None:
+        """Look at everything."""
+        scores_OI = T_OI.abs()
+        gone_OI = ~keep_mask(scores_OI, Unstructured("matrix"), self.removed)
+        self.threshold = float(scores_OI.mul_(gone_OI).max())
+        self._reach = 0.05
+
+    def kept(self, T_RI: Tensor, place: slice) -> Tensor:
+        """D: T inside the support, else 0."""
+        return torch.hardshrink(T_RI, self.threshold)
+
+    def begin(self) -> None:
+        self._low, self._high = self.threshold * (1 - self._reach), self.threshold * (1 + self._reach)
+        self._below, self._near = 0, [np.empty(0, np.float32)]
+
+    def see(self, T_RI: Tensor, place: slice) -> None:
+        # numpy compares booleans several times faster than torch does
+        scores = T_RI.abs().cpu().numpy()
+        above = scores > self._low
+        self._below += above.size - int(np.count_nonzero(above))
+        above &= scores <= self._high
+        self._near.append(scores[above])
+
+    def finish(self, T_OI: Tensor) -> None:
+        near, rank = np.concatenate(self._near), self.removed - self._below
+        if not 1 <= rank <= len(near):
+            self.choose(T_OI)
+            return
+        near.partition(rank - 1)
+        last, self.threshold = self.threshold, float(near[rank - 1])
+        self._reach = min(0.05, max(0.002, 4 * abs(self.threshold / last - 1))) if last > 0 else 0.05
+
+    def snapshot(self, T_OI: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        made = np.empty(T_OI.shape, np.bool_)
+        for part in _parts(T_OI, _CACHED):
+            np.greater(T_OI[part].abs().cpu().numpy(), self.threshold, out=made[part])
+        return made
+
+    def mask(self, T_OI: Tensor) -> Tensor:
+        return keep_mask(T_OI.abs(), Unstructured("matrix"), self.removed)
+
+
+class _ByMask:
+    """The support by any pattern, with the zeros of W removed first: a mask, chosen anew for every T."""
+
+    def __init__(self, pattern: Pattern, removed: int, zero_OI: Tensor | None) -> None:
+        self.pattern, self.removed, self.zero_OI = pattern, removed, zero_OI
+        self._keep_OI = torch.empty(0, dtype=torch.bool)
+
+    def choose(self, T_OI: Tensor) -> None:
+        self._keep_OI = self.mask(T_OI)
+
+    def kept(self, T_RI: Tensor, place: slice) -> Tensor:
+        return torch.mul(T_RI, self._keep_OI[place])
+
+    def begin(self) -> None:
+        pass
+
+    def see(self, T_RI: Tensor, place: slice) -> None:
+        pass
+
+    def finish(self, T_OI: Tensor) -> None:
+        self.choose(T_OI)
+
+    def snapshot(self, T_OI: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        made: np.ndarray[Any, np.dtype[np.bool_]] = self._keep_OI.cpu().numpy()
+        return made
+
+    def mask(self, T_OI: Tensor) -> Tensor:
+        scores_OI = T_OI.abs()
         if self.zero_OI is not None:
-            scores_OI = scores_OI.masked_fill_(self.zero_OI, -1.0)
-        if self.trivial or not isinstance(self.pattern, Unstructured) or self.pattern.scope != "matrix":
-            return keep_mask(scores_OI, self.pattern, self.removed)
-        keep_OI = None if self.threshold is None else self._near(scores_OI, self.threshold)
-        if keep_OI is None:
-            keep_OI = keep_mask(scores_OI, self.pattern, self.removed)
-            gone = scores_OI[~keep_OI]
-            self.threshold = float(gone.max())
-        return keep_OI
-
-    def _near(self, scores_OI: Tensor, last: float) -> Tensor | None:
-        low, high = last * 0.95, last * 1.05
-        keep_OI = scores_OI > low
-        rank = self.removed - (scores_OI.numel() - int(keep_OI.sum()))  # how many above `low` must go
-        if rank < 1:
-            return None
-        flat, keep = scores_OI.view(-1), keep_OI.view(-1)
-        near = (keep & (flat <= high)).nonzero().squeeze(1)
-        if rank >= near.numel():
-            return None
-        values = flat[near]
-        kept = keep_mask(values[None], Unstructured("matrix"), rank)[0]
-        self.threshold = float(values[~kept].max())
-        keep[near] = kept
-        return keep_OI
+            scores_OI.masked_fill_(self.zero_OI, -1.0)
+        return keep_mask(scores_OI, self.pattern, self.removed)
