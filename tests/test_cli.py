@@ -29,6 +29,7 @@ VERBS = [
     "list",
     "doctor",
 ]
+VERBS = ["prune", "plan", "profile", "eval", "compare", "inspect", "generate", "bench", "list", "doctor"]
 ROOT = Path(__file__).parents[1]
 
 

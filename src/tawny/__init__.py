@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Agreement",
+    "Comparison",
     "Generation",
     "Inspection",
     "Perplexity",
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "agreement",
     "bench",
+    "compare",
     "evaluate",
     "evaluate_tasks",
     "generate",
@@ -50,6 +52,7 @@ __all__ = [
 
 _HOMES = {
     "Agreement": "tawny.evaluation.agreement",
+    "Comparison": "tawny.evaluation.compare",
     "agreement": "tawny.evaluation.agreement",
     "Generation": "tawny.evaluation.speed",
     "Inspection": "tawny.evaluation.inspection",
@@ -64,6 +67,7 @@ _HOMES = {
     "TawnyError": "tawny.errors",
     "UserError": "tawny.errors",
     "bench": "tawny.evaluation.speed",
+    "compare": "tawny.evaluation.compare",
     "evaluate": "tawny.evaluation.perplexity",
     "evaluate_tasks": "tawny.evaluation.tasks",
     "generate": "tawny.evaluation.speed",
@@ -85,6 +89,7 @@ if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.agreement import Agreement, agreement
+    from tawny.evaluation.compare import Comparison, compare
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.perplexity import Perplexity, evaluate
     from tawny.evaluation.speed import Generation, Speed, bench, generate

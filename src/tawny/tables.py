@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "allocation_table",
     "bar",
+    "compare_tables",
     "comparison_table",
     "doctor_tables",
     "duration",
@@ -210,6 +211,28 @@ def evaluation_tables(result: Mapping[str, Any]) -> list[Table]:
     """What `tawny eval` measured: a perplexity, tasks, or both."""
     tables = perplexity_tables(result) if "perplexity" in result else []
     return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
+
+
+def compare_tables(result: Mapping[str, Any]) -> list[Table]:
+    """What `tawny compare` measured: a line a number, a column a model; the best of each line is bold."""
+    from tawny.report.comparison import caption, failures, lines_of
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column("", no_wrap=False)
+    for model in result["models"]:
+        made.add_column(Text(model["name"]), justify="right", overflow="fold")
+    for line in lines_of(result):
+        cells = []
+        for cell in line.cells:
+            shown = Text(cell.text, style="bold" if cell.best else "")
+            if cell.change:
+                shown.append(f"  {cell.change}", style="not bold dim")
+            cells.append(shown)
+        made.add_row(line.name + (f", {line.unit}" if line.unit else ""), *cells)
+    rows = [("", sentence) for sentence in caption(result)]
+    rows += [("missing", f"{model}: {part}: {why}") for model, part, why in failures(result)]
+    rows.append(("time", duration(result["seconds"])))
+    return [made, _facts(rows)]
 
 
 def share_text(value: float, error: float) -> str:

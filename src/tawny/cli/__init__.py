@@ -18,6 +18,7 @@ from tawny.cli import prune  # noqa: F401
 from tawny.cli import plan  # noqa: F401
 from tawny.cli import profile  # noqa: F401
 from tawny.cli import eval_  # noqa: F401
+from tawny.cli import compare  # noqa: F401
 from tawny.cli import inspect  # noqa: F401
 from tawny.cli import pack  # noqa: F401
 from tawny.cli import unpack  # noqa: F401

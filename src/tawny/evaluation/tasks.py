@@ -132,6 +132,18 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(spelt))
 
 
+def check_tasks(tasks: str | Sequence[str]) -> list[str]:
+    """Names of tasks that lm-eval knows, presets spelt out.
+
+    Raises:
+        MissingFeature: lm-eval is not installed.
+        RecipeError: none is named, or one that lm-eval does not know.
+    """
+    names = task_names(tasks)
+    _manager(names)
+    return names
+
+
 @torch.no_grad()
 def evaluate_tasks(
     source: str | Path | nn.Module,

@@ -1,0 +1,346 @@
+"""Any set of dense, pruned and packed models side by side, each measured in a process of its own.
+
+What this file promises:
+
+- One process a model, one after the other: resident memory is that model's, and nobody else's threads are in its
+  speed. Speed and memory come first in it, before anything else has touched the process.
+- All models predict the same windows and answer the same questions. KL divergence is from the first model.
+- What fails for one model (a damaged file, another tokenizer, no memory) is said in its column; the rest goes on.
+
+The measuring is that of `bench`, `evaluate`, `agreement` and `evaluate_tasks`; here it is only brought together.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Comparison", "compare"]
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tawny.calibration.text import evaluation_windows, load_text, tokenise
+from tawny.errors import ModelError, TawnyError
+from tawny.model.source import load_tokenizer, resolve
+from tawny.record import machine, versions
+from tawny.watch import Watch, silent
+
+MOST_WINDOWS = 20  # where nobody says how many: enough for a standard error, few enough to wait for
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`models` holds one dictionary a model, `setting` what all of them were asked.
+
+    Keys of a model: `source`, `name`, `kind` (dense, pruned or packed), `sparsity`, `file_bytes`, `resident_bytes`,
+    `speed`, `perplexity` (with `agreement` but for the first), `tasks`, and `errors`, which says of each of these parts
+    why it is missing.
+    """
+
+    models: list[dict[str, Any]]
+    setting: dict[str, Any]
+    seconds: float
+    machine: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    sources: Sequence[str | Path],
+    *,
+    text: str | None = "wikitext2",
+    seqlen: int = 2048,
+    windows: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    speed: bool = True,
+    threads: int | None = None,
+    rounds: int = 5,
+    prompt_tokens: int = 128,
+    compute: str = "auto",
+    device: str = "cpu",
+    cache: bool = True,
+    watch: Watch = silent,
+) -> Comparison:
+    """Measure models side by side.
+
+    Args:
+        sources: folders (dense or packed), hub ids, `.gguf` files or `smollm2`; the first is what others differ from.
+        text: for perplexity and KL divergence; None leaves them out.
+        windows: how many from the start of the text; at most 20 if None.
+        tasks: as for `evaluate_tasks`; none if None.
+        speed: also prefill and decoding speed.
+        rounds, prompt_tokens: as for `bench`.
+
+    Raises:
+        ModelError: no model, one that is there twice, or none that could be opened.
+        TextError, RecipeError, MissingFeature: what was asked for cannot be asked of any model.
+    """
+    start = time.perf_counter()
+    named = [str(source) for source in sources]
+    if not named:
+        raise ModelError("nothing to compare: give one or more models")
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise ModelError(f"{twice[0]} is there twice: give each model once")
+    if tasks is not None:
+        from tawny.evaluation.tasks import check_tasks
+
+        tasks = check_tasks(tasks)
+    if text is not None:
+        windows = _windows(named, text, seqlen, windows)
+    setting: dict[str, Any] = {
+        "text": text,
+        "seqlen": seqlen,
+        "windows": windows,
+        "tasks": tasks,
+        "task_data": None if task_data is None else str(task_data),
+        "limit": limit,
+        "speed": speed,
+        "threads": threads,
+        "rounds": rounds,
+        "prompt_tokens": prompt_tokens,
+        "compute": compute,
+        "device": device,
+        "cache": cache,
+    }
+    models: list[dict[str, Any]] = []
+    for name, called in zip(named, short_names(named), strict=True):
+        watch.say(f"measuring {called} ({len(models) + 1} of {len(named)})")
+        against = named[0] if models else None
+        row = _in_a_process({"source": name, "against": against, "setting": setting}, watch)
+        models.append({"source": name, "name": called, **row})
+        for part, message in row["errors"].items():
+            watch.say(f"{called}: no {part}: {message}")
+    if all("file_bytes" not in row for row in models):
+        raise ModelError(f"none of the models could be opened: {models[0]['errors'].get('model', 'unknown')}")
+    return Comparison(models, setting, time.perf_counter() - start, machine(), versions())
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many parts as tell them apart."""
+    parts = [Path(source).parts or (source,) for source in sources]
+    for count in range(1, max(map(len, parts)) + 1):
+        made = ["/".join(part[-count:]) for part in parts]
+        if len(set(made)) == len(made):
+            return made
+    return list(sources)
+
+
+def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None) -> int:
+    """How many windows all models are asked; found out before the first of them is measured."""
+    loaded = load_text(text, "evaluation")
+    failed: TawnyError | None = None
+    for source in sources:
+        try:
+            tokenizer = load_tokenizer(resolve(source))
+        except TawnyError as error:  # its column will say so
+            failed = failed or error
+            continue
+        ids = tokenise(loaded, tokenizer)
+        found = evaluation_windows(ids, seqlen, windows, f"text {loaded.name!r}")
+        return len(found) if windows is not None else min(MOST_WINDOWS, len(found))
+    raise failed or ModelError("nothing to compare: give one or more models")
+
+
+# --- the parent's side: one process a model -----------------------------------------------------------------
+
+
+def _in_a_process(job: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    """Run `measure` in a fresh interpreter, pass its progress on, and return its row, whatever becomes of it."""
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    row: dict[str, Any] | None = None
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tawny.evaluation.compare"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(job))
+                child.stdin.close()
+            for line in child.stdout:
+                event, *values = json.loads(line)
+                if event == "row":
+                    row = values[0]
+                else:
+                    getattr(watch, event)(*values)
+            child.wait()
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        if row is not None:
+            return row
+        noise.seek(0)
+        last = [line.strip() for line in noise.read().splitlines() if line.strip()][-1:]
+        reason = (
+            f"killed by signal {-child.returncode}" if child.returncode < 0 else "".join(last) or "no answer"
+        )
+        if child.returncode == -9:
+            reason += " (out of memory?)"
+        return {"errors": {"model": f"its process ended early: {reason}"}}
+
+
+# --- the child's side ---------------------------------------------------------------------------------------
+
+
+class _Telling:
+    """A watch that writes what it hears as lines of JSON."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self.out = out
+
+    def _tell(self, *event: Any) -> None:
+        self.out.write(json.dumps(event, default=str) + "\n")
+        self.out.flush()
+
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+        self._tell("phase", name, total, unit)
+
+    def step(self, text: str) -> None:
+        self._tell("step", text)
+
+    def detail(self, text: str, done: int, total: int) -> None:
+        self._tell("detail", text, done, total)
+
+    def say(self, text: str) -> None:
+        self._tell("say", text)
+
+    def row(self, row: dict[str, Any]) -> None:
+        self._tell("row", row)
+
+
+def measure(
+    source: str, against: str | None, setting: dict[str, Any], watch: Watch = silent
+) -> dict[str, Any]:
+    """All numbers of one model; a part that fails leaves its reason under `errors`."""
+    errors: dict[str, str] = {}
+    row: dict[str, Any] = {"errors": errors}
+
+    def part(name: str, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except TawnyError as error:
+            errors[name] = " ".join(str(error).split())
+        except MemoryError:
+            errors[name] = "out of memory"
+        except Exception as error:
+            # One part of one model must not take the others' numbers with it.
+            errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return None
+
+    folder: Path | None = part("model", lambda: resolve(source, watch.say))
+    if folder is None:
+        return row
+    row["file_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    row.update(part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, watch)) or {})
+    row.update(part("sparsity", lambda: _sparsity(folder)) or {})
+    keys = {key: setting[key] for key in ("seqlen", "windows", "compute", "device")}
+    if setting["text"] is not None:
+        measured = None
+        if against is not None:
+            measured = part("agreement", lambda: _agreement(folder, against, setting["text"], keys, watch))
+        if measured is None:  # the first model, or one whose tokens are others
+            measured = part("perplexity", lambda: _perplexity(folder, setting["text"], keys, watch))
+        if measured is not None:
+            row["perplexity"] = measured
+    if setting["tasks"] is not None:
+        found = part("tasks", lambda: _tasks(folder, setting, watch))
+        if found is not None:
+            row["tasks"] = found
+    return row
+
+
+def _speed(folder: Path, setting: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    """What `bench` measures; without it, only the memory of an opened model that has worked once."""
+    from tawny.evaluation.speed import bench
+
+    full = setting["speed"]
+    made = bench(
+        folder,
+        prompt_tokens=setting["prompt_tokens"],
+        tokens=32 if full else 1,
+        rounds=setting["rounds"] if full else 1,
+        threads=setting["threads"],
+        watch=watch if full else silent,
+    ).to_dict()
+    row = {"resident_bytes": made["resident_bytes"]}
+    return {**row, "speed": made} if full else row
+
+
+def _sparsity(folder: Path) -> dict[str, Any]:
+    """Exact zeros over prunable weights, block by block."""
+    import torch
+
+    from tawny.model.blocks import open_stack
+    from tawny.model.checkpoint import is_packed
+
+    stack = open_stack(folder, torch.float32)
+    zeros = total = 0
+    for index in range(len(stack)):
+        with stack.block(index):
+            for linear in stack.linears(index):
+                zeros += int((stack.weight(linear) == 0).sum())
+                total += linear.numel
+    share = zeros / max(1, total)
+    kind = (
+        "packed" if is_packed(folder) else "pruned" if share > 0.01 else "dense"
+    )  # a few zeros are in any model
+    return {"sparsity": share, "prunable": total, "kind": kind}
+
+
+def _perplexity(folder: Path, text: str, keys: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    from tawny.evaluation.perplexity import evaluate
+
+    return evaluate(folder, text, watch=watch, **keys).to_dict()
+
+
+def _agreement(folder: Path, against: str, text: str, keys: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    from tawny.evaluation.agreement import agreement
+
+    found = agreement(folder, against, text, watch=watch, **keys).to_dict()
+    return {**found.pop("perplexity"), "agreement": found}
+
+
+def _tasks(folder: Path, setting: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    from tawny.evaluation.tasks import evaluate_tasks
+
+    keys = {key: setting[key] for key in ("task_data", "limit", "compute", "device", "cache")}
+    return evaluate_tasks(folder, setting["tasks"], watch=watch, **keys).to_dict()
+
+
+def main() -> None:
+    """One model's numbers: a job as JSON on stdin, events and at last the row as lines of JSON on stdout."""
+    # Whatever libraries print must not get between the lines.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = json.load(sys.stdin)
+    if job["setting"]["threads"] is not None:
+        import torch
+
+        torch.set_num_threads(job["setting"]["threads"])
+    watch = _Telling(out)
+    try:
+        watch.row(measure(job["source"], job["against"], job["setting"], watch))
+    except (KeyboardInterrupt, BrokenPipeError):  # the parent has stopped, and says so
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

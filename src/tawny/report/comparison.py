@@ -1,0 +1,231 @@
+"""A comparison as lines of text, Markdown and one self-contained HTML page: the same cells in each.
+
+`lines_of` decides what is shown and what is best; tables.py draws it for a terminal, this file for documents.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Cell", "Line", "lines_of", "to_html", "to_markdown", "write"]
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+_NOTHING = "–"
+Better = Literal["lower", "higher"]
+# A number, its spread, and how both are written.
+Found = tuple[float, str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one model shows on one line; `change` is its difference from the first model."""
+
+    text: str
+    change: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    unit: str
+    cells: tuple[Cell, ...]
+
+
+def lines_of(result: Mapping[str, Any]) -> list[Line]:
+    """Every line that at least one model has a number for."""
+    from tawny.tables import kl_text, percent, perplexity_text, share_text, size
+
+    models: Sequence[Mapping[str, Any]] = result["models"]
+    lines = [Line("kind", "", tuple(Cell(str(m.get("kind", _NOTHING))) for m in models))]
+
+    def add(
+        name: str,
+        unit: str,
+        read: Callable[[Mapping[str, Any]], Found | None],
+        better: Better | None = None,
+        change: Callable[[float, float], str] | None = None,
+    ) -> None:
+        found = [_read(read, model) for model in models]
+        if any(found):
+            lines.append(Line(name, unit, _cells(found, better, change)))
+
+    add("sparsity", "", lambda m: (m["sparsity"], percent(m["sparsity"])))
+    add("files", "", lambda m: (m["file_bytes"], size(m["file_bytes"])), "lower", _times)
+    add("resident memory", "", lambda m: (m["resident_bytes"], size(m["resident_bytes"])), "lower", _times)
+    add(
+        "perplexity",
+        "",
+        lambda m: (m["perplexity"]["perplexity"], perplexity_text(m["perplexity"])),
+        "lower",
+        _times,
+    )
+    if any(
+        "agreement" in model.get("errors", {}) for model in models
+    ):  # other tokenizers: perplexities mislead
+        add(
+            "bits per byte", "", lambda m: _positive(m["perplexity"]["bits_per_byte"], ".4f"), "lower", _times
+        )
+    first = models[0]["name"]
+    add(f"KL from {first}", "nats a token", lambda m: _agreed(m, "kl", kl_text), "lower")
+    add(f"same next token as {first}", "%", lambda m: _agreed(m, "top1", share_text), "higher")
+    for name in dict.fromkeys(task["name"] for m in models for task in m.get("tasks", {}).get("tasks", ())):
+        add(name, "%", partial(_task, name=name), "higher", _points)
+    if any(len(model.get("tasks", {}).get("tasks", ())) > 1 for model in models):
+        add(
+            "mean of the tasks",
+            "%",
+            lambda m: (m["tasks"]["mean"], share_text(m["tasks"]["mean"], m["tasks"]["stderr"])),
+            "higher",
+            _points,
+        )
+    for kind in ("prefill", "decode"):
+        add(kind, "tokens/s", partial(_speed, kind=kind), "higher", _times)
+    return lines
+
+
+def _read(read: Callable[[Mapping[str, Any]], Found | None], model: Mapping[str, Any]) -> Found | None:
+    try:
+        found = read(model)
+    except (KeyError, TypeError):  # not measured, or failed
+        return None
+    return found if found and math.isfinite(found[0]) else None
+
+
+def _cells(
+    found: Sequence[Found | None], better: Better | None, change: Callable[[float, float], str] | None
+) -> tuple[Cell, ...]:
+    values = [value[0] for value in found if value is not None]
+    best = None
+    if better is not None and len(set(values)) > 1:
+        best = min(values) if better == "lower" else max(values)
+    reference = found[0][0] if found[0] is not None else None
+    cells = []
+    for index, value in enumerate(found):
+        if value is None:
+            cells.append(Cell(_NOTHING))
+            continue
+        against = change is not None and index > 0 and reference is not None
+        difference = change(value[0], reference) if against and change and reference is not None else ""
+        cells.append(Cell(value[1], difference, best is not None and value[0] == best))
+    return tuple(cells)
+
+
+def _times(value: float, reference: float) -> str:
+    return f"× {value / reference:.2f}" if reference else ""
+
+
+def _points(value: float, reference: float) -> str:
+    return f"{100 * (value - reference):+.1f}".replace("-", "−")
+
+
+def _agreed(model: Mapping[str, Any], key: str, show: Callable[[float, float], str]) -> Found:
+    found = model["perplexity"]["agreement"]
+    return found[key], show(found[key], found[f"{key}_stderr"])
+
+
+def _positive(value: float, digits: str) -> Found | None:
+    return (value, format(value, digits)) if value > 0 else None
+
+
+def _task(model: Mapping[str, Any], name: str) -> Found | None:
+    from tawny.tables import share_text
+
+    task = next((task for task in model["tasks"]["tasks"] if task["name"] == name), None)
+    if task is None or task["metric"] != "acc":
+        return None
+    return task["value"], share_text(task["value"], task["stderr"])
+
+
+def _speed(model: Mapping[str, Any], kind: str) -> Found:
+    speed = model["speed"]
+    value, (low, high) = speed[f"{kind}_tokens_per_second"], speed[f"{kind}_quartiles"]
+    digits = 1 if value < 100 else 0
+    return value, f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def caption(result: Mapping[str, Any]) -> list[str]:
+    """What was asked, and of which machine, in words."""
+    setting, models = result["setting"], result["models"]
+    said = []
+    text = next((m["perplexity"] for m in models if "perplexity" in m), None)
+    if text is not None:
+        said.append(f"Perplexity on {text['text']}: {text['recipe']}. ± is the standard error over windows.")
+    tasks = next((m["tasks"] for m in models if "tasks" in m), None)
+    if tasks is not None:
+        some = f", the first {tasks['limit']} documents of each" if tasks["limit"] else ""
+        said.append(f"Accuracy of lm-eval {tasks['lm_eval']}'s tasks, zero-shot{some}, ± its standard error.")
+    speed = next((m["speed"] for m in models if "speed" in m), None)
+    if speed is not None:
+        said.append(
+            f"Medians of {speed['rounds']} rounds with quartiles, a prompt of {speed['prompt_tokens']} tokens, "
+            f"{speed['threads']} threads, kernels {speed['kernel']}."
+        )
+    if len(models) > 1:
+        said.append(f"Differences are from {models[0]['name']}; the best of each line is bold.")
+    computer, libraries = result["machine"], result["versions"]
+    said.append(
+        f"{computer.get('cpu', '')}, torch {libraries.get('torch', '')}, "
+        f"transformers {libraries.get('transformers', '')}; computed in {setting['compute']}."
+    )
+    return said
+
+
+def failures(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """`(model, part, reason)` of everything that is missing."""
+    return [(m["name"], part, why) for m in result["models"] for part, why in m.get("errors", {}).items()]
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """One table, what was asked below it, and what is missing."""
+    names = [model["name"] for model in result["models"]]
+    rows = ["| | " + " | ".join(map(_escaped, names)) + " |", "|---|" + "---:|" * len(names)]
+    for line in lines_of(result):
+        name = line.name + (f", {line.unit}" if line.unit else "")
+        cells = [
+            (f"**{_escaped(cell.text)}**" if cell.best else _escaped(cell.text))
+            + (f" ({cell.change})" if cell.change else "")
+            for cell in line.cells
+        ]
+        rows.append(f"| {_escaped(name)} | " + " | ".join(cells) + " |")
+    parts = ["\n".join(rows), "\n".join(f"{sentence}  " for sentence in caption(result)).rstrip()]
+    if missing := failures(result):
+        parts.append("\n".join(f"- {_escaped(m)}: no {part}: {_escaped(why)}" for m, part, why in missing))
+    return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    for sign in "\\`*_<>[]|":
+        text = text.replace(sign, "\\" + sign)
+    return " ".join(text.split())
+
+
+def to_html(result: Mapping[str, Any]) -> str:
+    """A page that loads nothing; whatever came from outside is escaped by the template engine."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("compare.html.j2").render(
+        models=result["models"],
+        lines=lines_of(result),
+        caption=caption(result),
+        failures=failures(result),
+    )
+
+
+def write(result: Mapping[str, Any], path: Path, make: Callable[[Mapping[str, Any]], str]) -> None:
+    """Write beside and rename."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(make(result), encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+import tawny
+from tawny.cli import main
+from tawny.evaluation import compare as module
+from tawny.evaluation.compare import measure, short_names
+from tests.evaluation.questions import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A dense model, the same pruned, and that packed."""
+    folder = tmp_path_factory.mktemp("models")
+    dense = tiny_folder(folder / "dense")
+    tawny.prune(
+        dense,
+        folder / "pruned",
+        sparsity=0.5,
+        allocator="uniform",
+        solver="magnitude",
+        calibration=torch.randint(3, 200, (2, 16)),
+    )
+    tawny.pack(folder / "pruned", folder / "packed")
+    return [str(folder / name) for name in ("dense", "pruned", "packed")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the owl hunts at night and sleeps by day. " * 20)
+    return str(path)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """In this process: the processes themselves have a test of their own."""
+
+    def run(job, watch):
+        torch.set_num_threads(1)
+        return measure(job["source"], job["against"], job["setting"], watch)
+
+    monkeypatch.setattr(module, "_in_a_process", run)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tawny", "compare", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+def setting(text, **changes):
+    known = {
+        "text": text,
+        "seqlen": 48,
+        "windows": 3,
+        "tasks": None,
+        "task_data": None,
+        "limit": None,
+        "speed": True,
+        "threads": 1,
+        "rounds": 1,
+        "prompt_tokens": 8,
+        "compute": "float32",
+        "device": "cpu",
+        "cache": False,
+    }
+    return {**known, **changes}
+
+
+def test_a_model_in_a_process_of_its_own_gives_all_its_numbers_and_its_progress(models, text):
+    class Seen:
+        def __init__(self):
+            self.phases = []
+
+        def phase(self, name, total, unit="blocks"):
+            self.phases.append(name)
+
+        def step(self, text):
+            pass
+
+        def detail(self, text, done, total):
+            pass
+
+        def say(self, text):
+            pass
+
+    seen = Seen()
+    made = module._in_a_process({"source": models[1], "against": models[0], "setting": setting(text)}, seen)
+    assert made["errors"] == {} and made["kind"] == "pruned"
+    assert made["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert made["perplexity"]["agreement"]["kl"] > 0 and made["perplexity"]["windows"] == 3
+    assert made["speed"]["decode_tokens_per_second"] > 0 and made["file_bytes"] > 0
+    assert {"measuring", "dense model", "pruned model", "comparing"} <= set(seen.phases)
+
+
+def test_a_process_that_dies_is_a_reason_and_no_crash(models, text, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    made = module._in_a_process(
+        {"source": models[0], "against": None, "setting": setting(text)}, tawny_silent()
+    )
+    assert "ended early" in made["errors"]["model"]
+
+
+def tawny_silent():
+    from tawny.watch import silent
+
+    return silent
+
+
+def test_models_stand_side_by_side_and_differ_from_the_first(models, text, here):
+    made = tawny.compare(
+        models, text=text, seqlen=48, windows=3, rounds=1, prompt_tokens=8, compute="float32"
+    )
+    dense, pruned, packed = made.models
+    assert [row["kind"] for row in made.models] == ["dense", "pruned", "packed"]
+    assert [row["name"] for row in made.models] == ["dense", "pruned", "packed"]
+    assert "agreement" not in dense["perplexity"] and pruned["perplexity"]["agreement"]["kl"] > 0
+    assert packed["perplexity"]["perplexity"] == pytest.approx(pruned["perplexity"]["perplexity"], rel=0.02)
+    assert packed["sparsity"] == pytest.approx(pruned["sparsity"], abs=1e-3)
+    assert made.to_dict()["setting"]["windows"] == 3
+
+
+def test_what_fails_for_one_model_is_said_and_the_others_stay(models, text, tmp_path, here):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"nonsense")
+    other = tiny_folder(tmp_path / "other", vocab_size=300)
+    given = [models[0], str(tmp_path / "broken"), str(other), str(tmp_path / "nowhere")]
+    made = tawny.compare(given, text=text, seqlen=48, windows=2, speed=False, compute="float32").to_dict()
+    dense, broken, foreign, missing = made["models"]
+    assert dense["errors"] == {} and dense["resident_bytes"] >= 0 and "speed" not in dense
+    assert broken["errors"].keys() >= {"memory", "sparsity", "perplexity"}
+    assert "tokenizer" in foreign["errors"]["agreement"] and foreign["perplexity"]["perplexity"] > 1
+    assert "no such folder" in missing["errors"]["model"]
+    from tawny.report.comparison import lines_of, to_html, to_markdown
+
+    names = [line.name for line in lines_of(made)]
+    assert "bits per byte" in names and "perplexity" in names
+    page, table = to_html(made), to_markdown(made)
+    for shown in (page, table):
+        assert "nowhere" in shown and "no such folder" in shown
+
+
+def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path, here, run):
+    given = (*models, "--text", text, "--seqlen", 48, "--windows", 2, "--no-speed", "--compute", "float32")
+    code, out, err = run(*given, "--markdown", tmp_path / "t.md", "--html", tmp_path / "t.html", "--json")
+    made = json.loads(out)
+    assert code == 0 and len(made["models"]) == 3 and "written to" in err
+    table = (tmp_path / "t.md").read_text()
+    assert table.startswith("| | dense | pruned | packed |") and "KL from dense" in table and "**" in table
+    page = (tmp_path / "t.html").read_text()
+    assert '<th scope="col">packed</th>' in page and "http" not in page.replace("http-equiv", "")
+    code, out, _ = run(*given)
+    assert code == 0 and "resident memory" in out and "× " in out and "same next token as dense" in out
+
+
+def test_mistakes_are_found_before_anything_is_measured(models, text, tmp_path, run):
+    code, _, err = run(models[0], models[0], "--text", text)
+    assert code == 2 and "twice" in err
+    code, _, err = run(models[0], "--text", text, "--markdown", tmp_path / "t.txt")
+    assert code == 2 and ".md" in err
+    code, _, err = run(models[0], "--text", text, "--html", tmp_path / "no" / "t.html")
+    assert code == 2 and "does not exist" in err
+    code, _, err = run(models[0], "--text", tmp_path / "none.txt")
+    assert code == 2 and "neither a file" in err
+    code, _, err = run(models[0], "--text", text, "--seqlen", 4096)
+    assert code == 2 and "4096" in err
+    code, _, err = run(tmp_path / "a", tmp_path / "b", "--text", text)
+    assert code == 2 and "no such folder" in err
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert short_names(["/x/a", "/y/b"]) == ["a", "b"]
+    assert short_names(["/x/a", "/y/a", "smollm2"]) == ["x/a", "y/a", "smollm2"]
+    assert short_names(["a"]) == ["a"]
