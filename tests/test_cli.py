@@ -134,6 +134,30 @@ def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
     assert json.loads(out) == json.loads(record.to_json())
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--seed", "7"), {"seed": 7}),
+        (("--seed=7", "--order", "data"), {"seed": 7, "order": "data"}),
+        (("--profile-samples", 3, "--include=*.mlp.*"), {"profile_samples": 3, "include": ("*.mlp.*",)}),
+    ],
+)
+def test_any_recipe_key_is_an_option_too(run, monkeypatch, words, expected):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
+    recipe = calls[0][1]["recipe"]
+    assert code == 0, err
+    assert {key: getattr(recipe, key) for key in expected} == expected
+
+
+def test_an_allocators_own_key_is_an_option_too(run, monkeypatch):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, "--M", "7", "--solver.damp=0.1", "--json")
+    recipe = calls[0][1]["recipe"]
+    assert code == 0, err
+    assert recipe.allocator.options["M"] == 7 and recipe.solver.options["damp"] == 0.1
+
+
 def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_path):
     calls = answering(monkeypatch, "prune", Record(recipe={}))
     path = tmp_path / "r.yaml"
@@ -157,6 +181,9 @@ def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_p
         (["prune", "m", "--out", "o", "-s", "much"], "tawny prune --help"),
         (["prune", "m"], "--out"),
         (["prune", "m", "--out", "o", "--sparsty", "0.5"], "--sparsity"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "--sede", "3"], "seed"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "--order"], "--order"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "--order", "--json"], "--order"),
         (["prun"], "prune"),
         (["eval", "m", "--compute", "int8"], "bfloat16"),
         (["eval", "m", "--windows", "0"], "--windows"),

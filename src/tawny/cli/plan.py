@@ -18,14 +18,15 @@ from tawny.cli.options import (
     SolverName,
     Sparsity,
 )
-from tawny.cli.root import app
+from tawny.cli.root import RecipeCommand, app
 
 
 @app.command(
+    cls=RecipeCommand,
     epilog="\b\nExamples:\n"
     "  tawny plan smollm2 -s 0.7\n"
     "  tawny plan ./model -c recipes/owl-sparsegpt-70.yaml --samples 32\n"
-    "  tawny plan ./model -s 0.6 -a uniform -m wanda -o 'exclude=*.down_proj' --json"
+    "  tawny plan ./model -s 0.6 -a uniform -m wanda -o 'exclude=*.down_proj' --json",
 )
 def plan(
     model: Model,

@@ -21,15 +21,16 @@ from tawny.cli.options import (
     Seed,
     SeqLen,
 )
-from tawny.cli.root import app
+from tawny.cli.root import RecipeCommand, app
 from tawny.errors import OutputError
 
 
 @app.command(
+    cls=RecipeCommand,
     epilog="\b\nExamples:\n"
     "  tawny profile smollm2 --calibration wiki --samples 16 --seqlen 1024\n"
     "  tawny profile ./model -s 0.7 --allocators owl,dlp,atp,uniform --plot allocation.png\n"
-    "  tawny profile pruned --calibration wiki --json"
+    "  tawny profile pruned --calibration wiki --json",
 )
 def profile(
     model: Model,

@@ -27,7 +27,7 @@ from tawny.cli.options import (
     Sparsity,
     packed_values,
 )
-from tawny.cli.root import app
+from tawny.cli.root import RecipeCommand, app
 
 if TYPE_CHECKING:
     from tawny.console import Console
@@ -40,10 +40,11 @@ EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few e
 
 
 @app.command(
+    cls=RecipeCommand,
     epilog="\b\nExamples:\n"
     "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki\n"
     "  tawny prune Qwen/Qwen3-8B --out packed -s 0.7 -m wanda -o lambda=0.15 --pack bf16\n"
-    "  tawny prune ./model --out pruned -c recipes/owl-wanda-mixed-3-8.yaml"
+    "  tawny prune ./model --out pruned -c recipes/owl-wanda-mixed-3-8.yaml",
 )
 def prune(
     model: Model,

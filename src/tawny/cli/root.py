@@ -5,9 +5,13 @@ from __future__ import annotations
 __all__ = ["app", "main"]
 
 import sys
-from typing import Annotated
+from collections import deque
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(
     name="tawny",
@@ -23,6 +27,30 @@ app = typer.Typer(
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class RecipeCommand(TyperCommand):
+    """A verb that takes a recipe: `--KEY VALUE` for a recipe key that has no option of its own is `-o KEY=VALUE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
+        return super().parse_args(ctx, list(_spelled_out(args, known | set(ctx.help_option_names))))
+
+
+def _spelled_out(args: Sequence[str], known: set[str]) -> Iterator[str]:
+    words = deque(args)
+    while words:
+        word = words.popleft()
+        name, equals, value = word.partition("=")
+        if word == "--":
+            yield from (word, *words)
+            return
+        # What looks like a slip in an option's own name, or lacks a value, is left to the parser, which says so.
+        without_value = not equals and (not words or words[0].startswith("--"))
+        if not name.startswith("--") or without_value or get_close_matches(name, known, cutoff=0.8):
+            yield word
+        else:
+            yield from ("-o", f"{name[2:].replace('-', '_')}={value if equals else words.popleft()}")
 
 
 @app.callback(invoke_without_command=True)
