@@ -18,6 +18,7 @@ from tawny.record import Record
 
 VERBS = [
     "prune",
+    "recover",
     "plan",
     "profile",
     "eval",
@@ -29,7 +30,7 @@ VERBS = [
     "list",
     "doctor",
 ]
-VERBS = ["prune", "plan", "profile", "eval", "compare", "inspect", "generate", "bench", "list", "doctor"]
+VERBS = ["prune", "recover", "plan", "profile", "eval", "compare", "inspect", "generate", "bench", "list", "doctor"]
 ROOT = Path(__file__).parents[1]
 
 

@@ -24,6 +24,8 @@ __all__ = [
     "Profile",
     "Recipe",
     "Record",
+    "Recovery",
+    "RecoveryRecord",
     "SparsityCallback",
     "Speed",
     "TaskResults",
@@ -48,6 +50,7 @@ __all__ = [
     "profile",
     "prune",
     "unpack",
+    "recover",
 ]
 
 _HOMES = {
@@ -61,6 +64,8 @@ _HOMES = {
     "Profile": "tawny.allocation.profile",
     "Recipe": "tawny.recipe",
     "Record": "tawny.record",
+    "Recovery": "tawny.recovery.settings",
+    "RecoveryRecord": "tawny.recovery.run",
     "SparsityCallback": "tawny.recovery.zeros",
     "Speed": "tawny.evaluation.speed",
     "TaskResults": "tawny.evaluation.tasks",
@@ -83,6 +88,7 @@ _HOMES = {
     "profile": "tawny.pruning.profiling",
     "prune": "tawny.pruning.run",
     "unpack": "tawny.packed.convert",
+    "recover": "tawny.recovery.run",
 }
 
 if TYPE_CHECKING:
@@ -103,6 +109,8 @@ if TYPE_CHECKING:
     from tawny.pruning.run import prune
     from tawny.recipe import Recipe, load_recipe
     from tawny.record import Record
+    from tawny.recovery.run import RecoveryRecord, recover
+    from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
 
 

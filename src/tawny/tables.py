@@ -24,6 +24,7 @@ __all__ = [
     "plan_tables",
     "profile_tables",
     "record_tables",
+    "recovery_tables",
     "size",
     "speed_tables",
     "tasks_tables",
@@ -173,6 +174,51 @@ def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Tab
         if any(value is not None for value in values):
             made.add_row(name, *("–" if value is None else show(value) for value in values), "")
     return made
+
+
+def recovery_tables(record: Mapping[str, Any]) -> list[Table]:
+    """What `tawny recover` did: the measurements on the way, and the sums."""
+    settings, text = record["settings"], record["text"]
+    title = f"on {text['held_out']} held-out windows of {text['seqlen']} tokens of {text['name']}"
+    taught = any("kl" in entry for entry in record["measured"])
+    made = _table(
+        "step", "time", "perplexity", *(["KL", "top-1"] if taught else []), "", title=title, left=(5,)
+    )
+    measured = record["measured"]
+    # A long run measures often; ten rows show its course.
+    shown = measured if len(measured) <= 12 else [*measured[:: -(-len(measured) // 10)], measured[-1]]
+    for entry in shown:
+        best = "best" if entry["step"] == record["best"]["step"] else ""
+        taught_cells = [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
+        made.add_row(
+            f"{entry['step']:.0f}",
+            duration(entry["seconds"]),
+            f"{entry['perplexity']:,.2f}",
+            *taught_cells,
+            best,
+        )
+    seconds = record["seconds"]
+    rows = [
+        (
+            "perplexity",
+            f"{record['start']['perplexity']:,.2f} → {record['best']['perplexity']:,.2f} "
+            f"(× {record['best']['perplexity'] / record['start']['perplexity']:.3f})",
+        ),
+        ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
+        ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
+        (
+            "trained",
+            f"{record['trained']:,} values ({settings['train']}, {settings['method']}) on {record['tokens']:,} tokens "
+            f"in {record['steps']:,} steps; ended by {record['stopped']}",
+        ),
+        ("time", f"{duration(seconds['total'])} ({_parts(seconds, 'total', duration)})"),
+        ("speed", f"{record['tokens_per_second']:,.0f} tokens/s while training"),
+        ("peak memory", size(record["peak_memory"])),
+    ]
+    if record["out"]:
+        rows.append(("written", f"{record['out']} ({size(record['bytes'])})"))
+    rows += [("warning", warning) for warning in record["warnings"]]
+    return [made, _facts(rows)]
 
 
 def perplexity_tables(result: Mapping[str, Any]) -> list[Table]:

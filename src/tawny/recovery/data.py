@@ -1,0 +1,111 @@
+"""What a recovery reads: a text cut into windows without padding, an order that a step number decides, and windows held out.
+
+Documents are joined, tokenised once and cut into windows that do not overlap, so every token of a batch is text. Each
+epoch has its own seeded order. What is read at a step depends on the step alone, so that a resumed run reads what an
+uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Reading", "read"]
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.calibration.text import NAMED_TEXTS, evaluation_windows, load_text, tokenise
+from tawny.errors import TextError
+from tawny.model.streams import Samples
+from tawny.recovery.settings import Recovery
+
+# Of a text that has no part of its own to be measured on.
+_HELD_OUT = 0.05
+
+
+@dataclass
+class Reading:
+    """Windows to train on and, behind them, windows held out; a row names one of either.
+
+    Attributes:
+        windows: `[training + held out, seqlen]`.
+        training: how many of them are trained on.
+        about: name, hash and sizes, for the record.
+    """
+
+    windows: Tensor
+    training: int
+    batch: int
+    seed: int
+    about: dict[str, Any]
+    _orders: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> list[int]:
+        return list(range(self.training, len(self.windows)))
+
+    def rows(self, step: int) -> list[int]:
+        """Training windows of one step, over all processes."""
+        first = step * self.batch
+        return [self._row(position) for position in range(first, first + self.batch)]
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self.training)
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.training, generator=generator).tolist()
+            self._orders = {epoch - 1: self._orders.get(epoch - 1, []), epoch: order}
+        return self._orders[epoch][place]
+
+
+def read(
+    settings: Recovery, tokenizer: Any, text: Tensor | None = None, held_out: Tensor | None = None
+) -> Reading:
+    """The windows of a text or of given tokens `[windows, seqlen]`.
+
+    Raises:
+        TextError: it holds less than one batch beside what is held out.
+    """
+    if text is not None:
+        windows = Samples(text).tokens
+        about: dict[str, Any] = {"name": "tokens"}
+        name = "the tokens given"
+    else:
+        loaded = load_text(settings.text, "calibration")
+        name = f"text {loaded.name!r}"
+        ids = tokenise(loaded, tokenizer)
+        windows = _windows(ids, settings, name)
+        about = {"name": loaded.name, "sha256": loaded.sha256, "tokens": int(ids.numel())}
+        if loaded.name in NAMED_TEXTS:
+            measured = load_text(settings.text, "evaluation")
+            held_out = evaluation_windows(
+                tokenise(measured, tokenizer), settings.seqlen, name=f"{name} held out"
+            )
+    if held_out is None:
+        count = min(settings.eval_windows, max(1, round(len(windows) * _HELD_OUT)))
+        windows, held_out = windows[:-count], windows[-count:]
+    held_out = held_out[: settings.eval_windows]
+    if len(windows) < settings.batch:
+        raise TextError(
+            f"{name} gives {len(windows)} windows of {windows.shape[1]} tokens to train on and a batch takes "
+            f"{settings.batch}: give a longer text, or a smaller -o batch or --seqlen"
+        )
+    about |= {"windows": len(windows), "seqlen": int(windows.shape[1]), "held_out": len(held_out)}
+    # Longer texts than the budget need not be cached or hashed whole.
+    windows = windows[: max(settings.batch, settings.steps * settings.batch)]
+    both = torch.cat([windows, held_out])
+    about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
+    return Reading(both, len(windows), settings.batch, settings.seed, about)
+
+
+def _windows(ids: Tensor, settings: Recovery, name: str) -> Tensor:
+    try:
+        return evaluation_windows(ids, settings.seqlen, name=name)
+    except TextError:
+        needed = (settings.batch + 1) * settings.seqlen
+        raise TextError(
+            f"{name} has {ids.numel():,} tokens; a batch of {settings.batch} × {settings.seqlen} and a window to measure "
+            f"on need {needed:,}: give a longer text, or a smaller -o batch or --seqlen"
+        ) from None

@@ -1,0 +1,107 @@
+"""Next-token loss and exact KL to a teacher over the whole vocabulary, without ever holding all logits.
+
+For a chunk of tokens the student's and the teacher's logits are made from hidden states, and the gradient of
+
+    (1 − κ) · CE(student, next token) + κ · KL(teacher ‖ student)
+
+with respect to the student's logits is written down in closed form, `p_S − κ·p_T − (1 − κ)·onehot`, and sent back to the
+hidden states at once. Then the chunk's logits are gone. Nothing is run twice and memory does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Losses", "chunk_tokens", "distil"]
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# float32 logits of one chunk; a few such tensors exist at once, and small ones stay near the caches.
+_LOGIT_BYTES = 50_000_000
+
+# (tokens [1, n], hidden [1, n, H]) → logits [1, n, V]
+Tail = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Losses:
+    """Sums over predicted tokens, in nats; `agree` counts tokens where both models' first choice is the same."""
+
+    tokens: int = 0
+    next_token: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+
+    def add(self, other: Losses) -> None:
+        self.tokens += other.tokens
+        self.next_token += other.next_token
+        self.kl += other.kl
+        self.agree += other.agree
+
+
+def chunk_tokens(vocabulary: int, wanted: int | None = None) -> int:
+    return wanted or max(16, _LOGIT_BYTES // (4 * vocabulary))
+
+
+def distil(
+    student: Tail,
+    teacher: Tail | None,
+    ids_BT: Tensor,
+    hidden_BTH: Tensor,
+    teacher_BTH: Tensor | None,
+    *,
+    kl: float,
+    chunk: int,
+    scale: float | None = None,
+) -> tuple[Losses, Tensor | None]:
+    """Losses of a batch, and their gradient with respect to the student's hidden states.
+
+    Args:
+        student, teacher: the model's norm and head. Gradients of the student's own parameters are accumulated.
+        hidden_BTH, teacher_BTH: outputs of the last blocks.
+        kl: κ.
+        chunk: tokens at once.
+        scale: multiplies the gradient of the summed loss; None measures only.
+    """
+    width = hidden_BTH.shape[-1]
+    inputs_1T = ids_BT[:, :-1].reshape(1, -1)
+    targets_T = ids_BT[:, 1:].reshape(-1).to(hidden_BTH.device)
+    hidden_1TH = hidden_BTH.detach()[:, :-1].reshape(1, -1, width)
+    teacher_1TH = None if teacher_BTH is None else teacher_BTH[:, :-1].reshape(1, -1, teacher_BTH.shape[-1])
+    gradient_1TH = None if scale is None else torch.empty_like(hidden_1TH)
+    total = Losses(len(targets_T))
+    for start in range(0, len(targets_T), chunk):
+        part = slice(start, start + chunk)
+        with torch.set_grad_enabled(scale is not None):
+            leaf_1NH = hidden_1TH[:, part].clone().requires_grad_(scale is not None)
+            logits_NV = student(inputs_1T[:, part], leaf_1NH)[0]
+        with torch.no_grad():
+            log_NV = torch.log_softmax(logits_NV.detach().float(), -1)
+            targets_N1 = targets_T[part, None]
+            total.next_token -= float(log_NV.gather(1, targets_N1).sum(dtype=torch.float64))
+            p_teacher_NV = None
+            if teacher is not None and teacher_1TH is not None:
+                teacher_NV = teacher(inputs_1T[:, part], teacher_1TH[:, part])[0]
+                total.agree += int((teacher_NV.argmax(-1) == logits_NV.argmax(-1)).sum())
+                teacher_NV = torch.log_softmax(teacher_NV.float(), -1)
+                p_teacher_NV = teacher_NV.exp()
+                # Σ p_T (log p_T − log p_S); the in-place difference saves one more tensor of this size.
+                total.kl += float((p_teacher_NV * teacher_NV.sub_(log_NV)).sum(dtype=torch.float64))
+            if scale is None or gradient_1TH is None:
+                continue
+            slope_NV = log_NV.exp_()
+            if p_teacher_NV is not None:
+                slope_NV.sub_(p_teacher_NV, alpha=kl)
+            weight = 1.0 - kl if p_teacher_NV is not None else 1.0
+            slope_NV.scatter_add_(1, targets_N1, torch.full_like(targets_N1, -weight, dtype=slope_NV.dtype))
+            slope_NV.mul_(scale)
+        torch.autograd.backward([logits_NV], [slope_NV.to(logits_NV.dtype)])
+        if leaf_1NH.grad is not None:
+            gradient_1TH[:, part] = leaf_1NH.grad
+    if gradient_1TH is None:
+        return total, None
+    whole_BTH = torch.zeros_like(hidden_BTH)
+    whole_BTH[:, :-1] = gradient_1TH.view(len(ids_BT), -1, width)
+    return total, whole_BTH

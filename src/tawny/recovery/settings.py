@@ -1,0 +1,146 @@
+"""Everything that decides what a recovery gives: one frozen, validated value.
+
+    Recovery.make(text="wiki", tokens="2M", lr=2e-4)
+
+Like a recipe it refuses an unknown key with its nearest neighbour, spells out its defaults in what it writes down, and has a
+fingerprint, by which an interrupted run recognises its own state.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LEARNING_RATES", "Recovery"]
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from tawny.errors import RecipeError, nearest
+
+# Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
+LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
+
+
+def _count(value: Any) -> Any:
+    """`2M`, `500k`, `1.5e6` → an integer."""
+    text = str(value).strip().replace("_", "").replace(",", "").lower()
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:], 1)
+    try:
+        return round(float(text[:-1] if scale > 1 else text) * scale)
+    except (ValueError, OverflowError):
+        return value
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Recovery:
+    """How a pruned model is trained.
+
+    Attributes:
+        method: `distill` keeps the mask; `elsa` moves it under an exact budget.
+        train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask.
+        text: what is read; a named text has a part of its own to be measured on, a file gives its end for that.
+        tokens: read in all, again and again if the text is shorter.
+        minutes: ends the run and its schedule earlier, evaluations and the teacher's forwards included.
+        seqlen, batch, micro_batch: tokens a window, windows an optimiser step, windows a forward.
+        lr: the highest; the default depends on `train`.
+        warmup: share of the run in which it rises.
+        kl: weight of KL(teacher‖student) in the loss, the rest is next-token loss; 0 needs no teacher.
+        weight_decay: of surviving weights, not of norms or biases.
+        clip: largest norm of the gradient.
+        eval_every, eval_windows: steps between measurements on held-out windows, and how many.
+        patience: stop after so many measurements without a better one; 0 never.
+        checkpointing: run each block's forward again in the backward instead of keeping its activations.
+        values: train through the rounding of this packed format, so that packing afterwards costs nothing.
+        rank: of LoRA factors.
+        penalty, interval, settle: ELSA's λ, steps between projections, and the share of the run after the last one.
+        budget: what ELSA may move weights within.
+        sparsity: what ELSA brings a dense model to; a pruned one keeps its own.
+        control: allow a model without zeros, to compare with.
+        chunk: tokens whose logits exist at once; None is about 50 MB of them.
+    """
+
+    method: Literal["distill", "elsa"] = "distill"
+    train: Literal["survivors", "norms", "lora"] = "survivors"
+    text: Annotated[str, Field(min_length=1)] = "c4"
+    tokens: Annotated[Count, Field(ge=1)] = 2_000_000
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    seqlen: Annotated[int, Field(ge=2)] = 512
+    batch: Annotated[int, Field(ge=1)] = 4
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+    warmup: Share = 0.05
+    kl: Share = 0.5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    eval_every: Annotated[int, Field(ge=1)] = 50
+    eval_windows: Annotated[int, Field(ge=1)] = 16
+    patience: Annotated[int, Field(ge=0)] = 0
+    checkpointing: bool = False
+    values: Literal["int8"] | None = None
+    rank: Annotated[int, Field(ge=1)] = 16
+    penalty: Annotated[float, Field(gt=0)] = 0.01
+    interval: Annotated[int, Field(ge=1)] = 32
+    settle: Share = 0.25
+    budget: Literal["linear", "block", "global"] = "linear"
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    control: bool = False
+    chunk: Annotated[int, Field(ge=1)] | None = None
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
+
+    @classmethod
+    def make(cls, base: Recovery | Mapping[str, Any] | None = None, /, **keys: Any) -> Recovery:
+        """The only door; a key that is None is unset.
+
+        Raises:
+            RecipeError: an unknown key or a value out of range.
+        """
+        values = dict(base) if isinstance(base, Mapping) else {} if base is None else dataclasses.asdict(base)
+        values.update({key: value for key, value in keys.items() if value is not None})
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise RecipeError(f"recovery key {key!r} is unknown{nearest(key, known)}: {', '.join(known)}")
+        try:
+            made: Recovery = TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "recovery"
+            raise RecipeError(
+                f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            ) from None
+        if made.method == "elsa" and (made.train != "survivors" or made.values):
+            raise RecipeError(
+                "method=elsa moves the mask of all weights; it goes with train=survivors and no values"
+            )
+        if made.values and made.train != "survivors":
+            raise RecipeError(f"values={made.values} rounds surviving weights; it goes with train=survivors")
+        if (made.micro_batch or 1) > made.batch:
+            raise RecipeError(f"micro_batch={made.micro_batch} is more than batch={made.batch}")
+        return made
+
+    @property
+    def learning_rate(self) -> float:
+        return LEARNING_RATES[self.train] if self.lr is None else self.lr
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that read all `tokens`."""
+        return max(1, -(-self.tokens // (self.batch * self.seqlen)))
+
+    def to_mapping(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"lr": self.learning_rate}
+
+    def fingerprint(self, *others: Any) -> str:
+        """Names these settings and whatever else decides the result."""
+        plain = json.dumps([self.to_mapping(), *others], sort_keys=True, default=str)
+        return hashlib.sha256(plain.encode()).hexdigest()

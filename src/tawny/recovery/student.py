@@ -1,0 +1,130 @@
+"""The pruned model as a student: all blocks in memory, its trained parameters under coordinates, run with a graph."""
+
+from __future__ import annotations
+
+__all__ = ["Student"]
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_again
+
+from tawny.errors import ModelError
+from tawny.model.blocks import Stack
+from tawny.model.linears import Linear
+from tawny.recovery.coordinates import Coordinates, Factors, Survivors, attach
+from tawny.recovery.settings import Recovery
+
+# A dense model has a few zeros by chance.
+_LEAST_SPARSITY = 0.01
+
+
+class Student:
+    """A model with zeros, ready to be trained.
+
+    Raises:
+        ModelError: it has no zeros, and neither is a control nor brought to some sparsity.
+    """
+
+    def __init__(self, stack: Stack, settings: Recovery) -> None:
+        self.stack, self.settings = stack, settings
+        self.coordinates: list[Coordinates] = []
+        self.linears: list[Linear] = []
+        self.zeros: dict[str, int] = {}
+        self._flags = [(p, p.requires_grad) for p in stack.model.parameters()]
+        self._training = stack.model.training
+        stack.model.requires_grad_(False)
+        stack.model.eval()  # dropout would make the curve depend on more than its settings
+        for index in range(len(stack)):
+            stack.load(index)
+            linears = stack.linears(index)
+            stored = stack.stored or dict(stack.model.named_parameters())
+            self.linears += linears
+            self.zeros |= {
+                linear.name: int((linear.view(stored[linear.key]) == 0).sum()) for linear in linears
+            }
+            self._cover_linears(linears, stored)
+            small = stack.blocks[index].named_parameters(prefix=stack.name(index))
+            self._cover_small({name: (p, stored.get(name, p)) for name, p in small})
+        stack.stored = {}
+        self._cover_small(dict(self._small_outside()))
+        self.prunable = sum(linear.numel for linear in self.linears)
+        brought = settings.method == "elsa" and settings.sparsity is not None
+        if self.sparsity < _LEAST_SPARSITY and not settings.control and not brought:
+            raise ModelError(
+                f"only {self.sparsity:.2%} of the model's prunable weights are zero, so there is no sparsity to keep: prune it "
+                "first (tawny prune); -o control=true trains a dense model to compare with"
+            )
+        self._handles = attach(self.coordinates)
+
+    @property
+    def sparsity(self) -> float:
+        return sum(self.zeros.values()) / self.prunable
+
+    def _cover_linears(self, linears: list[Linear], stored: Any) -> None:
+        settings = self.settings
+        if settings.train == "norms":
+            return
+        if settings.train == "lora":
+            for linear in linears:
+                parameter = getattr(linear.module, linear.parameter)
+                seed = settings.seed * 100_003 + len(self.coordinates)
+                self.coordinates.append(Factors(linear, parameter, stored[linear.key], settings.rank, seed))
+            return
+        by_key: dict[str, list[Linear]] = {}
+        for linear in linears:
+            by_key.setdefault(linear.key, []).append(linear)
+        for key, members in by_key.items():
+            parameter = getattr(members[0].module, members[0].parameter)
+            masked = settings.method != "elsa"
+            values = settings.values
+            one = Survivors(key, parameter, stored[key], masked=masked, linears=members, values=values)
+            self.coordinates.append(one)
+            if values is not None:
+                one.write()
+
+    def _cover_small(self, small: dict[str, tuple[nn.Parameter, Tensor]]) -> None:
+        """Norms and biases: vectors, whole."""
+        for name, (parameter, stored) in small.items():
+            if parameter.dim() == 1:
+                self.coordinates.append(Survivors(name, parameter, stored, masked=False))
+
+    def _small_outside(self) -> Iterator[tuple[str, tuple[nn.Parameter, Tensor]]]:
+        """Those behind the blocks; what lies before them, such as a norm of the embedding, stays as it is."""
+        stack = self.stack
+        files = (
+            {}
+            if stack.checkpoint is None
+            else {name: u for u in stack.checkpoint.units for name in u.targets}
+        )
+        for name, parameter in stack.model.named_parameters():
+            if parameter.dim() == 1 and not name.startswith(stack.path + "."):
+                if stack.checkpoint is not None and name in files:
+                    yield name, (parameter, stack.checkpoint.load(files[name], stack.model)[name])
+                else:
+                    yield name, (parameter, parameter)
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Output of the last block, with a graph wherever gradients are on."""
+        stack = self.stack
+        hidden = stack.enter(ids_BT)
+        calls = stack.calls(ids_BT)
+        for block, call in zip(stack.blocks, calls, strict=True):
+            if self.settings.checkpointing and torch.is_grad_enabled():
+                made = run_again(
+                    block, hidden, *call.args, use_reentrant=False, preserve_rng_state=False, **call.kwargs
+                )
+            else:
+                made = block(hidden, *call.args, **call.kwargs)
+            hidden = made if isinstance(made, Tensor) else made[0]
+        return hidden
+
+    def close(self) -> None:
+        """Leave a live model as trainable as it was."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self.stack.model.train(self._training)

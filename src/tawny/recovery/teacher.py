@@ -1,0 +1,181 @@
+"""The dense model as a teacher that is not in memory: its last hidden states on disk, its head beside the student's.
+
+Logits are too many to keep (100 kB a token for 49,152 words) and hidden states are few (1.2 kB). They are made by walking
+the teacher's blocks one at a time, as in pruning, for as many windows as the next steps read, so that a run that ends
+early has not paid for the rest; and kept in bfloat16, so that a window costs its forward once, over epochs and resumed
+runs. What stays in memory is the teacher's embedding, norm and head, shared with the student where they are equal.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Teacher"]
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tawny.errors import ModelError
+from tawny.model.blocks import Stack
+from tawny.model.durable import writing
+from tawny.model.streams import Samples, Stream
+from tawny.watch import Watch
+
+# Windows made in one walk: each walk reads every block once, and holds this many tokens' hidden states.
+WALK_TOKENS = 32_768
+
+
+class Teacher:
+    """Hidden states of a dense model for numbered windows.
+
+    Args:
+        stack: the dense model.
+        windows: `[windows, seqlen]` tokens; what is asked for is named by row.
+        cache: file to keep hidden states in; None keeps them in memory.
+        key: names model and windows; a cache of another key is made anew.
+    """
+
+    def __init__(self, stack: Stack, windows: Tensor, cache: Path | None, key: str) -> None:
+        self.stack, self.windows, self.cache, self.key = stack, windows, cache, key
+        self.tokens_made = 0
+        width = int(stack.config.get_text_config().hidden_size)
+        probe = stack.enter(windows[:1, :2])
+        width = int(probe.shape[-1]) if probe.shape[-1] else width
+        self._shape = (len(windows), int(windows.shape[1]), width)
+        self._done = np.zeros(len(windows), dtype=bool)
+        self._states: Any
+        if cache is None:
+            self._states = torch.zeros(0)
+            self._held: dict[int, Tensor] = {}
+            return
+        self._index = cache.with_suffix(".json")
+        fresh = not self._known()
+        with writing(cache):
+            if fresh:
+                self._index.unlink(missing_ok=True)
+            self._states = np.memmap(cache, np.int16, "w+" if fresh else "r+", shape=self._shape)
+
+    def _known(self) -> bool:
+        """Whether the cache on disk is of these windows; takes over which of them it holds."""
+        assert self.cache is not None
+        try:
+            index = json.loads(self._index.read_text(encoding="utf-8"))
+            size = 2 * int(np.prod(self._shape))
+            if index["key"] != self.key or self.cache.stat().st_size != size:
+                return False
+            self._done[index["done"]] = True
+        except (OSError, ValueError, KeyError, IndexError):
+            return False
+        return True
+
+    def share(self, student: Stack) -> None:
+        """Use the student's tensors outside the blocks wherever they are equal, and drop the copies."""
+        theirs = dict(student.model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.stack.model.named_parameters():
+                other = theirs.get(name)
+                same = other is not None and other.shape == parameter.shape and other.dtype == parameter.dtype
+                if not same or parameter.is_meta or parameter.dim() < 2 or other is parameter:
+                    continue
+                assert other is not None
+                if not name.startswith(self.stack.path + ".") and torch.equal(parameter, other):
+                    parameter.data = other.data
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self._shape[2]
+
+    def missing(self, rows: Sequence[int]) -> list[int]:
+        return [row for row in dict.fromkeys(rows) if not self._done[row]]
+
+    @torch.no_grad()
+    def make(self, rows: Sequence[int], watch: Watch) -> None:
+        """Walk the blocks for those of `rows` that are not there yet."""
+        left = self.missing(rows)
+        size = max(1, WALK_TOKENS // self._shape[1])
+        for start in range(0, len(left), size):
+            self._walk(left[start : start + size], watch)
+
+    def _walk(self, rows: list[int], watch: Watch) -> None:
+        stream = Stream(self.stack, Samples(self.windows[rows]))
+        blocks = len(self.stack)
+        for index in range(blocks):
+            with self.stack.block(index):
+                stream.advance(index)
+            watch.detail(f"teacher, {len(rows)} windows", index + 1, blocks)
+        for part, hidden in zip(stream.slices, stream.hidden, strict=True):
+            for row, state_TH in zip(rows[part], hidden, strict=True):
+                self._put(row, state_TH.to(torch.bfloat16).cpu())
+        self._done[rows] = True
+        self.tokens_made += len(rows) * self._shape[1]
+        if self.cache is not None:
+            with writing(self.cache):
+                self._states.flush()
+                beside = self._index.with_suffix(".new")
+                done = np.flatnonzero(self._done).tolist()
+                beside.write_text(json.dumps({"key": self.key, "done": done}), encoding="utf-8")
+                beside.replace(self._index)
+
+    def _put(self, row: int, state_TH: Tensor) -> None:
+        if self.cache is None:
+            self._held[row] = state_TH.clone()
+        else:
+            self._states[row] = state_TH.contiguous().view(torch.int16).numpy()
+
+    def hidden(self, rows: Sequence[int]) -> Tensor:
+        """`[rows, seqlen, hidden]` in the dtype of the teacher's forwards; `make` came before."""
+        if self.missing(rows):
+            raise ModelError(f"the teacher has not seen windows {self.missing(rows)[:3]}")
+        if self.cache is None:
+            states = torch.stack([self._held[row] for row in rows])
+        else:
+            states = torch.from_numpy(np.stack([self._states[row] for row in rows])).view(torch.bfloat16)
+        return states.to(self.stack.device, self.stack.compute)
+
+    def logits(self, ids_1N: Tensor, hidden_1NH: Tensor) -> Tensor:
+        return self.stack.logits(ids_1N, hidden_1NH)
+
+
+def check_teacher(student: Stack, teacher: Stack) -> None:
+    """Refuse a teacher that another model's zeros were not cut out of.
+
+    Raises:
+        ModelError: other vocabulary, depth or shapes.
+    """
+    mine, theirs = (s.config.get_text_config() for s in (student, teacher))
+    for what, key in (("words", "vocab_size"), ("hidden size", "hidden_size")):
+        if getattr(mine, key, None) != getattr(theirs, key, None):
+            raise ModelError(
+                f"the teacher has {what} {getattr(theirs, key, None)}, the pruned model {getattr(mine, key, None)}; "
+                "expected the dense model it was pruned from"
+            )
+    shapes = [
+        [(linear.name, linear.shape) for i in range(len(s)) for linear in s.linears(i)]
+        for s in (student, teacher)
+    ]
+    if shapes[0] != shapes[1]:
+        ours, other = (dict(found) for found in shapes)
+        first = next(n for n in {**ours, **other} if ours.get(n) != other.get(n))
+        raise ModelError(
+            f"the teacher's linear {first!r} is {other.get(first, 'absent')}, the pruned model's {ours.get(first, 'absent')}; "
+            "expected the dense model it was pruned from"
+        )
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """Refuse a teacher that reads other tokens.
+
+    Raises:
+        ModelError: the vocabularies differ.
+    """
+    mine, theirs = student.get_vocab(), teacher.get_vocab()
+    if mine != theirs:
+        word = next(w for w in {**mine, **theirs} if mine.get(w) != theirs.get(w))
+        raise ModelError(
+            f"the teacher's tokenizer has {len(theirs):,} tokens, the pruned model's {len(mine):,}, and {word!r} is "
+            f"{theirs.get(word, 'absent')} there, {mine.get(word, 'absent')} here; expected the same tokenizer"
+        )

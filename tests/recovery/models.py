@@ -1,0 +1,49 @@
+"""A dense tiny model with a tokenizer of letters, and a pruned one cut out of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tawny
+from tests.tiny import VOCABULARY, tiny_model
+
+
+def save_letters(folder: Path, shift: int = 32) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(WordLevel({chr(i + shift): i for i in range(VOCABULARY)}, unk_token=chr(shift)))
+    letters.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=chr(shift)).save_pretrained(folder)
+
+
+def dense_and_pruned(family: str = "llama", sparsity: float = 0.5, **keys: Any) -> tuple[Any, Any]:
+    """Live models."""
+    dense = tiny_model(family, **keys)
+    pruned = copy.deepcopy(dense)
+    tawny.prune(pruned, sparsity=sparsity, allocator="uniform", solver="magnitude")
+    return dense, pruned
+
+
+def save_pair(folder: Path, family: str = "llama", **keys: Any) -> tuple[str, str]:
+    """The same as folders `dense` and `pruned`."""
+    tiny_model(family, **keys).save_pretrained(folder / "dense")
+    save_letters(folder / "dense")
+    tawny.prune(
+        folder / "dense", folder / "pruned", sparsity=0.5, allocator="uniform", solver="magnitude",
+    )  # fmt: skip
+    return str(folder / "dense"), str(folder / "pruned")
+
+
+def prose(letters: int = 3000) -> str:
+    """Text with some order in it, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(3)
+    words = ["the owl ", "sees a mouse ", "in the dark, ", "and the mouse ", "does not. "]
+    picks = torch.randint(len(words), (letters // 8,), generator=generator).tolist()
+    return "".join(words[pick] for pick in picks)[:letters]

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tawny.recovery.objective import distil
+from tests.reference.distil import whole_loss
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(2, 9),
+    chunk=st.integers(1, 30),
+    kl=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_chunks_give_the_loss_and_gradient_of_all_logits_at_once(batch, length, chunk, kl, seed):
+    torch.manual_seed(seed)
+    student, teacher = nn.Linear(6, 11), nn.Linear(6, 11)
+    hidden, seen = torch.randn(batch, length, 6, requires_grad=True), torch.randn(batch, length, 6)
+    ids = torch.randint(11, (batch, length))
+    loss = whole_loss(student(hidden), teacher(seen), ids, kl)
+    loss.backward()
+    expected = [hidden.grad.clone(), student.weight.grad.clone()]
+    student.zero_grad()
+    losses, gradient = distil(
+        lambda _, h: student(h),
+        lambda _, h: teacher(h),
+        ids,
+        hidden,
+        seen,
+        kl=kl,
+        chunk=chunk,
+        scale=1 / (batch * (length - 1)),
+    )
+    mean = ((1 - kl) * losses.next_token + kl * losses.kl) / losses.tokens
+    assert mean == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(gradient, expected[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(student.weight.grad, expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_is_its_own_teacher_has_no_divergence_and_always_agrees():
+    head = nn.Linear(5, 7)
+    hidden, ids = torch.randn(2, 4, 5), torch.randint(7, (2, 4))
+    losses, gradient = distil(
+        lambda _, h: head(h), lambda _, h: head(h), ids, hidden, hidden, kl=0.5, chunk=3
+    )
+    assert gradient is None and losses.agree == losses.tokens == 6
+    assert losses.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_logits_exist_for_a_chunk_only():
+    seen = []
+
+    def head(ids, hidden):
+        seen.append(hidden.shape[1])
+        return hidden @ torch.eye(4)
+
+    distil(
+        head, None, torch.zeros(3, 9, dtype=torch.int64), torch.randn(3, 9, 4), None, kl=0, chunk=5, scale=1.0
+    )
+    assert max(seen) == 5 and sum(seen) == 24

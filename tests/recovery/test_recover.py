@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import tawny
+from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TextError
+from tawny.recovery.data import read
+from tawny.recovery.run import Run
+from tests.recovery.models import dense_and_pruned, prose, save_letters, save_pair
+from tests.reference import distil as reference
+from tests.tiny import FAMILIES, tiny_model, tokens
+
+SHORT = {"tokens": 24 * 4 * 6, "eval_every": 3, "lr": 1e-2, "batch": 4}
+
+
+def zeros(model):
+    return {
+        n: p.detach() == 0
+        for n, p in model.named_parameters()
+        if p.dim() > 1 and (p == 0).float().mean() > 0.3
+    }
+
+
+def kept(before, model):
+    after = dict(model.named_parameters())
+    return all(bool((after[name] == 0)[zero].all()) for name, zero in before.items())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_gets_better_and_keeps_its_zeros(family):
+    dense, pruned = dense_and_pruned(family)
+    before = zeros(pruned)
+    record = tawny.recover(pruned, dense, text=tokens(24), **SHORT)
+    assert record.zeros == record.zeros_before == sum(int(zero.sum()) for zero in before.values())
+    assert kept(before, pruned)
+    assert record.best["perplexity"] < record.start["perplexity"]
+    assert record.best["step"] > 0 and len(record.curve) == record.steps == 6
+
+
+@settings(deadline=None, max_examples=14)
+@given(
+    how=st.sampled_from(
+        [
+            {},
+            {"train": "norms"},
+            {"train": "lora", "rank": 3},
+            {"values": "int8"},
+            {"checkpointing": True, "micro_batch": 3},
+            {"kl": 0},
+            {"kl": 1, "weight_decay": 0.1},
+        ]
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    sparsity=st.sampled_from([0.3, 0.5, 0.8]),
+)
+def test_no_way_of_training_loses_a_zero(how, dtype, sparsity):
+    dense, pruned = dense_and_pruned(sparsity=sparsity, dtype=dtype)
+    before, start = zeros(pruned) or {}, copy.deepcopy(pruned.state_dict())
+    record = tawny.recover(pruned, dense, text=tokens(16), **{**SHORT, "tokens": 24 * 4 * 3}, **how)
+    assert kept(before, pruned)
+    # rounding to int8 may add zeros, nothing else may
+    assert record.zeros == record.zeros_before or (how.get("values") and record.zeros > record.zeros_before)
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(pruned.state_dict()[embedding], start[embedding])
+
+
+def test_compact_training_is_dense_training_behind_a_mask():
+    # Without a teacher, whose hidden states are rounded to bfloat16; the loss has tests of its own.
+    _, pruned = dense_and_pruned()
+    twin = copy.deepcopy(pruned)
+    windows = tokens(24)
+    keys = {**SHORT, "eval_every": 6, "lr": 1e-3, "kl": 0}
+    record = tawny.recover(pruned, text=windows[:20], held_out=windows[20:], **keys)
+    reading = read(tawny.Recovery.make(**keys, seqlen=24), None, windows[:20], windows[20:])
+    batches = [reading.windows[reading.rows(step)] for step in range(6)]
+    reference.train(twin, batches, [entry["lr"] for entry in record.curve], clip=1.0)
+    assert record.best["step"] == 6
+    for (name, one), other in zip(pruned.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(
+            one.detach(), other.detach(), rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("budget", ["linear", "block", "global"])
+def test_elsa_moves_the_mask_and_keeps_the_budget(budget):
+    dense, pruned = dense_and_pruned()
+    before = zeros(pruned)
+    record = tawny.recover(
+        pruned,
+        dense,
+        text=tokens(24),
+        method="elsa",
+        interval=2,
+        budget=budget,
+        **{**SHORT, "tokens": 24 * 4 * 12},
+    )
+    assert record.zeros == record.zeros_before and not kept(before, pruned)
+    if budget == "linear":
+        after = dict(pruned.named_parameters())
+        assert all(int((after[n] == 0).sum()) == int(zero.sum()) for n, zero in before.items())
+    assert record.best["perplexity"] < record.start["perplexity"]
+
+
+def test_elsa_brings_a_dense_model_to_a_sparsity():
+    dense = tiny_model("llama")
+    student = copy.deepcopy(dense)
+    record = tawny.recover(student, dense, text=tokens(24), method="elsa", interval=2, sparsity=0.7, **SHORT)
+    assert record.sparsity == pytest.approx(0.7, abs=1e-3)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "text.txt").write_text(prose(), encoding="utf-8")
+    return (*save_pair(folder), str(folder / "text.txt"))
+
+
+def folder_keys(pair, **more):
+    return {"text": pair[2], "seqlen": 24, "compute": "float32", **SHORT, "tokens": 24 * 4 * 9, **more}
+
+
+def test_a_folder_is_recovered_into_a_folder_that_transformers_opens(pair, tmp_path):
+    dense, pruned, _ = pair
+    out = tmp_path / "out"
+    record = tawny.recover(pruned, dense, out, **folder_keys(pair))
+    made = AutoModelForCausalLM.from_pretrained(out)
+    source = AutoModelForCausalLM.from_pretrained(pruned)
+    assert kept(zeros(source), made)
+    assert torch.equal(made.model.embed_tokens.weight, source.model.embed_tokens.weight)
+    assert not torch.equal(made.model.norm.weight, source.model.norm.weight)
+    told = json.loads((out / "recover.json").read_text())
+    assert told["best"] == record.best and len(told["curve"]) == 9 and told["teacher"] == dense
+    assert (out / "run.json").is_file() and "## Recovered" in (out / "README.md").read_text()
+    assert tawny.inspect(out).sparsity == pytest.approx(record.sparsity)
+    assert not (tmp_path / "out.recovery").exists() and not (tmp_path / "out.partial").exists()
+    # what was measured in memory is what the folder gives
+    held_out = tawny.evaluate(out, pair[2], seqlen=24, windows=1, compute="float32")
+    assert held_out.perplexity > 0
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("how", [{}, {"method": "elsa", "interval": 2}, {"train": "lora"}])
+def test_a_run_stopped_at_any_step_goes_on_to_the_same_curve_and_bytes(pair, tmp_path, monkeypatch, how):
+    dense, pruned, _ = pair
+    keys = folder_keys(pair, **how)
+    whole = tawny.recover(pruned, dense, tmp_path / "whole", **keys)
+    step = Run._step
+    for stop_at in (2, 5):
+
+        def stopping(self, stop_at=stop_at):
+            if self.progress.step == stop_at:
+                self._save()
+                raise KeyboardInterrupt
+            step(self)
+
+        monkeypatch.setattr(Run, "_step", stopping)
+        with pytest.raises(Interrupted, match="goes on"):
+            tawny.recover(pruned, dense, tmp_path / "parts", **keys)
+        monkeypatch.setattr(Run, "_step", step)
+        assert not (tmp_path / "parts").exists()
+    parts = tawny.recover(pruned, dense, tmp_path / "parts", **keys)
+    assert parts.curve == whole.curve
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_teacher_sees_a_window_once_over_epochs_and_interruptions(pair, tmp_path):
+    dense, pruned, _ = pair
+    record = tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair, tokens=24 * 4 * 40))
+    windows = record.text["windows"] + record.text["held_out"]
+    assert record.tokens > record.text["windows"] * 24 and record.teacher_tokens <= windows * 24
+
+
+def test_the_state_of_other_settings_is_refused_and_overwritten_on_request(pair, tmp_path, monkeypatch):
+    dense, pruned, _ = pair
+
+    def stopping(self):
+        self._save()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_step", stopping)
+        with pytest.raises(Interrupted):
+            tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair))
+    with pytest.raises(OutputError, match="other settings"):
+        tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair, lr=1e-3))
+    tawny.recover(pruned, dense, tmp_path / "out", overwrite=True, **folder_keys(pair, lr=1e-3))
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_zeros_is_refused_unless_it_is_a_control():
+    dense = tiny_model("llama")
+    student = copy.deepcopy(dense)
+    with pytest.raises(ModelError, match="no sparsity to keep"):
+        tawny.recover(student, dense, text=tokens(24), **SHORT)
+    assert tawny.recover(student, dense, text=tokens(24), control=True, **SHORT).sparsity == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 300}, "words 300"),
+        ({"hidden_size": 64}, "hidden size 64"),
+        ({"num_hidden_layers": 2}, "absent"),
+        ({"intermediate_size": 40}, r"\(40, 32\)"),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused(changes, words):
+    _, pruned = dense_and_pruned()
+    with pytest.raises(ModelError, match=words):
+        tawny.recover(pruned, tiny_model("llama", **changes), text=tokens(24), **SHORT)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(pair, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "other")
+    save_letters(tmp_path / "other", shift=40)
+    with pytest.raises(ModelError, match="expected the same tokenizer"):
+        tawny.recover(pair[1], tmp_path / "other", tmp_path / "out", **folder_keys(pair))
+
+
+def test_a_text_shorter_than_a_batch_is_refused(pair, tmp_path):
+    (tmp_path / "short.txt").write_text("an owl sees a mouse in the dark and the mouse")
+    with pytest.raises(TextError, match="give a longer text, or a smaller"):
+        tawny.recover(
+            pair[1],
+            pair[0],
+            tmp_path / "out",
+            **folder_keys(pair, text=str(tmp_path / "short.txt"), seqlen=20),
+        )
+    (tmp_path / "shorter.txt").write_text("an owl")
+    with pytest.raises(TextError, match="has 6 tokens"):
+        tawny.recover(
+            pair[1], pair[0], tmp_path / "out", **folder_keys(pair, text=str(tmp_path / "shorter.txt"))
+        )
+
+
+def explode(monkeypatch, at):
+    gradients = Run._gradients
+
+    def nan(self, rows):
+        losses = gradients(self, rows)
+        if self.progress.step == at:
+            losses.next_token = float("nan")
+        return losses
+
+    monkeypatch.setattr(Run, "_gradients", nan)
+
+
+def test_a_loss_that_becomes_nan_names_the_learning_rate_and_leaves_the_last_good_model(
+    pair, tmp_path, monkeypatch
+):
+    explode(monkeypatch, at=5)
+    with pytest.raises(
+        NumericalError, match=r"nan.*step 6.*the best model so far, of step 3, is kept.*--lr than 0.01"
+    ):
+        tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    record = json.loads((tmp_path / "out" / "recover.json").read_text())
+    assert record["stopped"] == "nan" and record["best"]["step"] == 3
+    assert kept(
+        zeros(AutoModelForCausalLM.from_pretrained(pair[1])),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+    )
+
+
+def test_a_loss_that_is_nan_from_the_start_writes_nothing(pair, tmp_path, monkeypatch):
+    explode(monkeypatch, at=0)
+    with pytest.raises(NumericalError, match="nothing is written"):
+        tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_run_that_gets_no_better_leaves_the_model_unchanged(pair, tmp_path):
+    record = tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair, lr=1e-12, patience=2))
+    assert record.best["step"] == 0 and "another --lr" in record.warnings[0] and record.stopped == "patience"
+    one, other = weights(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(pair[1]).state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"tokns": 3}, "did you mean 'tokens'"),
+        ({"tokens": "many"}, "tokens='many'"),
+        ({"train": "all"}, "'survivors'"),
+        ({"method": "elsa", "train": "lora"}, "goes with train=survivors"),
+        ({"values": "int8", "train": "norms"}, "goes with train=survivors"),
+        ({"micro_batch": 9}, "more than batch"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(keys, words):
+    with pytest.raises(RecipeError, match=words):
+        tawny.Recovery.make(**keys)
+
+
+def test_numbers_may_be_written_short():
+    assert tawny.Recovery.make(tokens="2M").tokens == 2_000_000
+    assert tawny.Recovery.make(tokens="1.5k").tokens == 1500
+
+
+def test_recovery_needs_a_teacher_and_a_place_and_is_not_its_own_teacher(pair):
+    with pytest.raises(RecipeError, match="--teacher"):
+        tawny.recover(pair[1], None, "x")
+    with pytest.raises(RecipeError, match="--out"):
+        tawny.recover(pair[1], pair[0])
+    _, pruned = dense_and_pruned()
+    with pytest.raises(ModelError, match="the teacher is the model"):
+        tawny.recover(pruned, pruned, text=tokens(24))
+    with pytest.raises(ModelError, match="needs tokens to train on"):
+        tawny.recover(pruned, pair[0])
+
+
+def test_a_live_model_is_left_as_trainable_as_it_was():
+    dense, pruned = dense_and_pruned()
+    pruned.model.embed_tokens.weight.requires_grad_(False)
+    pruned.train()
+    tawny.recover(pruned, dense, text=tokens(24), **SHORT)
+    assert pruned.training and pruned.lm_head.weight.requires_grad
+    assert not pruned.model.embed_tokens.weight.requires_grad
