@@ -22,6 +22,7 @@ VERBS = [
     "plan",
     "profile",
     "eval",
+    "compare",
     "inspect",
     "pack",
     "unpack",
@@ -30,7 +31,6 @@ VERBS = [
     "list",
     "doctor",
 ]
-VERBS = ["prune", "recover", "plan", "profile", "eval", "compare", "inspect", "generate", "bench", "list", "doctor"]
 ROOT = Path(__file__).parents[1]
 
 

@@ -49,8 +49,8 @@ __all__ = [
     "plan",
     "profile",
     "prune",
-    "unpack",
     "recover",
+    "unpack",
 ]
 
 _HOMES = {
