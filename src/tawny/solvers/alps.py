@@ -46,6 +46,7 @@ _CHUNK = 1 << 22  # weights a product takes at once
 _CACHED = 1 << 16  # weights whose elementwise work stays in a core's cache
 _TALL = 0.3  # rows a column from which an inverse pays: products run at twice the speed of triangular solves
 _CHECK = 3  # iterations between two looks at the support
+_FARTHEST = 0.2  # a threshold that may have moved by more is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
 _SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the support has long stopped to care
 
@@ -274,14 +275,15 @@ class _ByThreshold:
     def __init__(self, removed: int) -> None:
         self.removed = removed
         self.threshold = 0.0
-        self._reach = 0.0  # how far, as a share, the next threshold may be from this one; 0: anywhere
+        self._reach = _FARTHEST  # how far, as a share, the next threshold may be from this one
+        self._drifts: list[float] = []
 
     def choose(self, T_OI: Tensor) -> None:
         """Look at everything."""
         scores_OI = T_OI.abs()
         gone_OI = ~keep_mask(scores_OI, Unstructured("matrix"), self.removed)
         self.threshold = float(scores_OI.mul_(gone_OI).max())
-        self._reach = 0.05
+        self._reach, self._drifts = _FARTHEST, [_FARTHEST]
 
     def kept(self, T_RI: Tensor, place: slice) -> Tensor:
         """D: T inside the support, else 0."""
@@ -306,7 +308,10 @@ class _ByThreshold:
             return
         near.partition(rank - 1)
         last, self.threshold = self.threshold, float(near[rank - 1])
-        self._reach = min(0.05, max(0.002, 4 * abs(self.threshold / last - 1))) if last > 0 else 0.05
+        drift = abs(self.threshold / last - 1) if last > 0 else _FARTHEST
+        # ρ grows every third iteration, and the threshold jumps with it
+        self._drifts = [*self._drifts[1 - 2 * _CHECK :], drift]
+        self._reach = min(_FARTHEST, max(0.003, 2 * max(self._drifts)))
 
     def snapshot(self, T_OI: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
         made = np.empty(T_OI.shape, np.bool_)

@@ -23,7 +23,7 @@ from tawny.solvers.base import require_finite
 
 __all__ = ["refit"]
 
-_CHUNK = 1 << 22  # weights whose five scratch copies live at once: 80 MB
+_CHUNK = 1 << 22  # weights whose six scratch copies live at once: 100 MB
 
 
 def refit(
@@ -79,6 +79,7 @@ def _descend(
     tolerance: float,
 ) -> None:
     """Conjugate gradients on all rows at once, `X_RI` updated in place."""
+    free_RI = free_RI.to(W_RI.dtype)  # a product of floats is vectorised, one with a mask is not
 
     def times_H(D_RI: Tensor) -> Tensor:
         return torch.addmm(D_RI, D_RI, H_II, beta=ridge).mul_(free_RI)
