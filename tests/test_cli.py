@@ -121,13 +121,14 @@ def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
     calls = answering(monkeypatch, "prune", record)
     code, out, err = run(
         *("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "-a", "uniform", "-m", "wanda"),
-        *("--calibration", "wiki", "--samples", 3, "--seqlen", 64, "-o", "seed=5", "--dtype", "bfloat16"),
-        *("-o", "include=*.mlp.*", "-o", "order=data", "--overwrite", "--json"),
+        *("--calibration", "wiki", "--samples", 3, "--seqlen", 64, "-o", "seed=5", "-o", "dtype=bfloat16"),
+        *("--memory", "6GB", "-o", "include=*.mlp.*", "-o", "order=data", "--overwrite", "--json"),
     )
     assert code == 0, err
     (args, keys) = calls[0]
     recipe = keys["recipe"]
     assert args == ("model", tmp_path / "out") and keys["overwrite"] is True
+    assert keys["memory"] == "6GB"
     assert (recipe.sparsity, recipe.allocator.name, recipe.solver.name) == (0.6, "uniform", "wanda")
     assert recipe.calibration.text == "wiki" and recipe.calibration.samples == 3
     assert recipe.calibration.seqlen == 64 and recipe.seed == 5 and recipe.dtype == "bfloat16"

@@ -62,6 +62,8 @@ class Record:
         generated: `{"prompt", "dense", "pruned"}` texts, where both models were asked to continue some.
         refined: what training did to each block, where the recipe asks for it; `also` names the norms and biases
             that it changed, beside the pruned linears.
+        resumed: how often the run was taken up again.
+        memory: the budget, the estimate and its parts, beside which `peak_memory` was measured.
         files: bytes and SHA-256 of every weight file written.
         packed: kinds and bytes, where the weights were packed afterwards.
     """
@@ -96,6 +98,7 @@ class Record:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0
     packed: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"record_version": RECORD_VERSION, **asdict(self)}

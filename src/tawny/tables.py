@@ -119,7 +119,7 @@ def record_tables(record: Mapping[str, Any]) -> list[Table]:
         ("recipe", _recipe_words(record["recipe"])),
         ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
         ("time", f"{duration(total)} ({_parts(seconds, 'total', duration)})"),
-        ("peak memory", size(record["peak_memory"])),
+        ("peak memory", _peak_words(record)),
     ]
     if record["out"]:
         packed = record.get("packed")
@@ -134,6 +134,11 @@ def record_tables(record: Mapping[str, Any]) -> list[Table]:
     if {"dense", "pruned"} <= set(record["evaluation"]):
         tables.append(comparison_table(record["evaluation"]["dense"], record["evaluation"]["pruned"]))
     return tables
+
+
+def _peak_words(record: Mapping[str, Any]) -> str:
+    expected = record.get("memory", {}).get("estimate")
+    return size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")
 
 
 def allocation_table(linears: Sequence[Mapping[str, Any]]) -> Table:
@@ -351,14 +356,14 @@ def profile_tables(report: Mapping[str, Any]) -> list[Table]:
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """What would be pruned, and what it would take."""
-    recipe, memory, disk, seconds = (plan[key] for key in ("recipe", "memory", "disk", "seconds"))
+    recipe, disk, seconds = (plan[key] for key in ("recipe", "disk", "seconds"))
     share = plan["prunable"] / max(plan["parameters"], 1)
     rows = [
         ("model", f"{plan['source']}: {plan['parameters']:,} parameters in {len(plan['blocks'])} blocks"),
         ("recipe", _recipe_words(recipe)),
         ("prunable", f"{plan['prunable']:,} weights in {len(plan['linears'])} linears ({percent(share, 0)})"),
         ("removed", f"{plan['removed']:,} weights ({percent(recipe['sparsity'])})"),
-        ("peak memory", f"about {size(memory['peak'])} ({_parts(memory, 'peak', size)})"),
+        ("peak memory", _memory_words(plan)),
         ("disk", f"{size(disk['checkpoint'])} written, {size(disk['peak'])} while it is being written"),
         ("time", f"about {duration(seconds['total'])} ({_parts(seconds, 'total', duration)})"),
     ]
@@ -368,6 +373,15 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         linears = [{**linear, "sparsity": plan["allocation"][linear["name"]]} for linear in plan["linears"]]
         tables.insert(0, allocation_table(linears))
     return tables
+
+
+def _memory_words(plan: Mapping[str, Any]) -> str:
+    memory = {key: value for key, value in plan["memory"].items() if key != "smallest"}
+    words = f"about {size(memory['peak'])} ({_parts(memory, 'peak', size)})"
+    smallest = plan["memory"].get("smallest", memory["peak"])
+    if plan.get("hidden_states") == "disk":
+        return f"{words}; hidden states on disk"
+    return f"{words}; {size(smallest)} with hidden states on disk" if smallest < memory["peak"] else words
 
 
 def _recipe_words(recipe: Mapping[str, Any]) -> str:

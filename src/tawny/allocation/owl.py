@@ -111,9 +111,15 @@ def measure_outliers(
     shares do not depend on that constant.
     """
     Ms = tuple(Ms)
-    scores = {name: (W_OI, _norms(name, W_OI, statistics)) for name, (W_OI, statistics) in linears.items()}
-    parameters = sum(W_OI.numel() for W_OI, _ in scores.values())
-    tokens = max((s.tokens for _, s in linears.values() if s is not None), default=1)
+    # Weights are asked for one at a time, twice, so that a caller need not hold all of a block's in float32.
+    norms: dict[str, Tensor] = {}
+    parameters, tokens, total = 0, 1, 0.0
+    for name, (W_OI, statistics) in linears.items():
+        norms[name] = _norms(name, W_OI, statistics)
+        parameters += W_OI.numel()
+        tokens = max(tokens, statistics.tokens if statistics is not None else 1)
+        # Σ_ij |W_ij|·‖X_j‖ needs only the column sums.
+        total += float(W_OI.abs().sum(0) @ norms[name])
     if not parameters:
         return {
             "outlier_share": {_key(M): 0.0 for M in Ms},
@@ -123,16 +129,14 @@ def measure_outliers(
         }
     if official:
         mean = float(
-            torch.cat([(W_OI.abs() * norms_I).flatten() for W_OI, norms_I in scores.values()]).mean()
+            torch.cat([(W_OI.abs() * norms[name]).flatten() for name, (W_OI, _) in linears.items()]).mean()
         )
     else:
-        # Σ_ij |W_ij|·‖X_j‖ needs only the column sums.
-        total = sum(float(W_OI.abs().sum(0) @ norms_I) for W_OI, norms_I in scores.values())
         mean = total / parameters
     above = dict.fromkeys(Ms, 0)
     highest = 0.0
-    for name, (W_OI, norms_I) in scores.items():
-        A_OI = W_OI.abs().mul_(norms_I)
+    for name, (W_OI, _) in linears.items():
+        A_OI = W_OI.abs().mul_(norms[name])
         top = float(A_OI.max())
         if not math.isfinite(top):
             raise NumericalError(f"{name} {list(W_OI.shape)}: a weight or an input is NaN or infinite")

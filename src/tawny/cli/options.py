@@ -114,6 +114,15 @@ Threads = Annotated[
         "--threads", metavar="N", help="Default: torch's own choice.", min=1, rich_help_panel=OUTPUT
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Peak memory not to pass, such as 6GB; the result does not depend on it.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)
 ]

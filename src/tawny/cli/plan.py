@@ -8,7 +8,7 @@ from tawny.cli.options import (
     AsJson,
     CalibrationText,
     Device,
-    Dtype,
+    Memory,
     Model,
     Overrides,
     PatternName,
@@ -25,7 +25,7 @@ from tawny.cli.root import RecipeCommand, app
     cls=RecipeCommand,
     epilog="\b\nExamples:\n"
     "  tawny plan smollm2 -s 0.7\n"
-    "  tawny plan ./model -c recipes/owl-sparsegpt-70.yaml --samples 32\n"
+    "  tawny plan ./model -c recipes/owl-sparsegpt-70.yaml --memory 6GB\n"
     "  tawny plan ./model -s 0.6 -a uniform -m wanda -o 'exclude=*.down_proj' --json",
 )
 def plan(
@@ -39,8 +39,8 @@ def plan(
     calibration: CalibrationText = None,
     samples: Samples = None,
     seqlen: SeqLen = None,
-    dtype: Dtype = None,
     device: Device = None,
+    memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the same `tawny prune` would do, and what it would take, without doing it."""
@@ -55,13 +55,12 @@ def plan(
             calibration_text=calibration,
             calibration_samples=samples,
             calibration_seqlen=seqlen,
-            dtype=dtype,
             device=device,
         )
         import tawny
 
         with console.watching() as watch:
-            made = tawny.plan(model, recipe=chosen, watch=watch).to_dict()
+            made = tawny.plan(model, recipe=chosen, memory=memory, watch=watch).to_dict()
         from tawny.tables import plan_tables
 
         console.result(made, plan_tables)

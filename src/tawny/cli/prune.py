@@ -16,7 +16,7 @@ from tawny.cli.options import (
     AsJson,
     CalibrationText,
     Device,
-    Dtype,
+    Memory,
     Model,
     Overrides,
     PatternName,
@@ -64,8 +64,8 @@ def prune(
             "--out", metavar="DIR", help="Folder to write the pruned model to.", rich_help_panel=OUTPUT
         ),
     ],
-    dtype: Dtype = None,
     device: Device = None,
+    memory: Memory = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -106,7 +106,6 @@ def prune(
             calibration_text=calibration,
             calibration_samples=samples,
             calibration_seqlen=seqlen,
-            dtype=dtype,
             device=device,
         )
         values = None if pack is None else packed_values(pack)
@@ -115,9 +114,11 @@ def prune(
 
         with console.watching() as watch:
             if values is None:
-                record = tawny.prune(model, out, recipe=chosen, watch=watch, overwrite=overwrite)
+                record = tawny.prune(
+                    model, out, recipe=chosen, watch=watch, overwrite=overwrite, memory=memory
+                )
             else:
-                record = _prune_and_pack(model, out, chosen, values, watch, overwrite)
+                record = _prune_and_pack(model, out, chosen, values, watch, overwrite, memory)
         if evaluate is not None:
             record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
             record.evaluation["pruned"]["sparsity"] = record.sparsity
@@ -128,7 +129,7 @@ def prune(
 
 
 def _prune_and_pack(
-    model: str, out: Path, recipe: Recipe, values: Values, watch: Watch, overwrite: bool
+    model: str, out: Path, recipe: Recipe, values: Values, watch: Watch, overwrite: bool, memory: str | None
 ) -> Record:
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
@@ -142,7 +143,7 @@ def _prune_and_pack(
             f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out} "
             f"--values {values}` goes on, --overwrite starts over"
         )
-    record = tawny.prune(model, dense, recipe=recipe, watch=watch, overwrite=overwrite)
+    record = tawny.prune(model, dense, recipe=recipe, watch=watch, overwrite=overwrite, memory=memory)
     report = tawny.pack(dense, out, values, overwrite=overwrite, watch=watch)
     shutil.rmtree(dense)
     watch.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")

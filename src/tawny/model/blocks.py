@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import CheckpointError, ModelError
-from tawny.model.checkpoint import Checkpoint, is_packed, open_checkpoint
+from tawny.model.checkpoint import Checkpoint, Unit, is_packed, open_checkpoint
 from tawny.model.linears import Linear, linears_of, prunable_numel
 
 
@@ -80,6 +80,7 @@ class Stack:
         self.device = torch.device(device)
         self.path, self.blocks = find_stack(model)
         self.stored: dict[str, Tensor] = {}
+        self._late: list[Unit] = []
         self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
         self._tuple_output = False
         self._calls: dict[tuple[int, ...], list[Call]] = {}
@@ -118,20 +119,42 @@ class Stack:
                 owner._buffers[leaf] = value.to(self.device)
 
     def _load_outside(self) -> None:
-        """Embeddings, norm and head: everything that is in no block, and stays in memory."""
+        """Embeddings and norm: everything that is in no block, and stays in memory; the head waits for `logits`."""
         assert self.checkpoint is not None
         inside = {id(unit) for i in range(len(self)) for unit in self.checkpoint.units_of(self.name(i))}
-        for unit in self.checkpoint.units:
-            if id(unit) not in inside:
+        outside = [unit for unit in self.checkpoint.units if id(unit) not in inside]
+        self._late = [unit for unit in outside if unit.converter is None and unit.targets[0] == self._head()]
+        for unit in outside:
+            if unit not in self._late:
                 self._assign(self.checkpoint.load(unit, self.model))
-        self.model.tie_weights()
+        if not self._late:
+            self.model.tie_weights()
+        late = {target for unit in self._late for target in unit.targets}
         left = [
-            n for n, p in self.model.named_parameters() if p.is_meta and not n.startswith(self.path + ".")
+            n
+            for n, p in self.model.named_parameters()
+            if p.is_meta and not n.startswith(self.path + ".") and n not in late
         ]
         if left:
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks weights outside the blocks, first {left[0]!r}"
             )
+
+    def _head(self) -> str | None:
+        """Name of the head's weight where it is one of its own: nobody but `logits` needs it."""
+        head = self.model.get_output_embeddings()
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        shared = {*tied, *tied.values()} if isinstance(tied, dict) else set(tied)
+        if not isinstance(head, nn.Linear):
+            return None
+        name = next((n for n, module in self.model.named_modules() if module is head), None)
+        return None if name is None or f"{name}.weight" in shared else f"{name}.weight"
+
+    def load_head(self) -> None:
+        """Read the head, if it still waits."""
+        assert self.checkpoint is not None or not self._late
+        while self._late and self.checkpoint is not None:
+            self._assign(self.checkpoint.load(self._late.pop(), self.model))
 
     def load(self, index: int) -> nn.Module:
         """Block `index` with its weights; the stored tensors stay at hand in `self.stored` until `release`."""
@@ -283,6 +306,8 @@ class Stack:
 
         What follows the blocks acts on each token alone, so a caller may pass any slice of tokens.
         """
+
+        self.load_head()
 
         def make(index: int) -> Callable[..., Any]:
             def pass_on(*args: Any, **kwargs: Any) -> Any:

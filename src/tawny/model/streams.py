@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from tawny.errors import NumericalError, TextError
 from tawny.model import durable
 from tawny.model.blocks import Call, Stack, chunks_of
-from tawny.model.tensorfile import read_tensors, write_tensors
+from tawny.model.tensorfile import TensorWriter, entries, read_tensor, read_tensors, write_tensors
 
 # Tokens a forward takes at once: enough rows for full-speed matrix products, few enough that the activations
 # between them stay in the last-level cache of a small machine (measured: 4096 is 15 % slower than 2048).
@@ -53,6 +54,67 @@ class Samples:
         return Samples(self.tokens[:count], None if self.mask is None else self.mask[:count])
 
 
+class OnDisk(Sequence[Tensor]):
+    """Hidden states in a file a depth: what is read is of one depth, what is assigned becomes the next.
+
+    Args:
+        base: path of the files, without depth.
+        rows: samples of each chunk.
+        depth: of what is read; assigning all chunks in order raises it, except the first time when nothing is there.
+        saved: the file of that depth, if there is one.
+    """
+
+    def __init__(
+        self, base: Path, rows: Sequence[int], device: torch.device, depth: int, saved: Path | None
+    ) -> None:
+        self._base = base
+        self._rows = rows
+        self._device = device
+        self.path = saved
+        self._depth = depth
+        self._writer: TensorWriter | None = None
+        self._next: Path | None = None
+        self._places = entries(saved) if saved is not None else {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, chunk: Any) -> Any:
+        if not 0 <= chunk < len(self._rows) or self.path is None:
+            raise IndexError(chunk)
+        with self.path.open("rb") as file:
+            return read_tensor(file, self._places[str(chunk)]).to(self._device)
+
+    def __setitem__(self, chunk: int, value: Tensor) -> None:
+        if self._writer is None:
+            if self.path is not None:
+                self._depth += 1
+            self._next = self._base.with_name(f"{self._base.name}.{self._depth:05d}.tmp")
+            rest = tuple(value.shape[1:])
+            self._writer = TensorWriter(
+                self._next, {str(c): (value.dtype, (rows, *rest)) for c, rows in enumerate(self._rows)}
+            )
+        with durable.writing(self._base):
+            self._writer.write(str(chunk), value)
+            if chunk == len(self._rows) - 1:
+                self._flip()
+
+    def _flip(self) -> None:
+        assert self._writer is not None
+        self._writer.close()
+        if (
+            self.path is not None and self.path.suffix == ".tmp"
+        ):  # one that was kept is the journal's to remove
+            durable.remove(self.path)
+        self.path, self._places, self._writer = self._next, self._writer.places, None
+
+    def save(self, path: Path) -> None:
+        assert self.path is not None
+        if self.path != path:
+            durable.replace(self.path, path)
+            self.path = path
+
+
 class Stream:
     """The samples on their way through the stack.
 
@@ -63,9 +125,10 @@ class Stream:
             never on free memory, so that sums are added up in the same order everywhere.
         depth: the block in front of which the samples stand.
         saved: the file `save` made there, when they have come that far before; else they enter at the beginning.
+        spill: where to keep the hidden states instead of in memory: a path that files get their names from.
 
     Attributes:
-        hidden: one tensor `[batch, tokens, hidden]` a chunk.
+        hidden: one tensor `[batch, tokens, hidden]` a chunk; read anew each time where they are on disk.
         depth: rises when all chunks have been replaced.
     """
 
@@ -77,13 +140,20 @@ class Stream:
         *,
         depth: int = 0,
         saved: Path | None = None,
+        spill: Path | None = None,
     ) -> None:
         self.stack = stack
         self.samples = samples
         self.slices = chunks_of(len(samples), max(1, chunk_tokens // samples.seqlen))
         self.depth = depth
-        self.hidden: list[Tensor] = []
-        if saved is None:
+        self.hidden: list[Tensor] | OnDisk = []
+        if spill is not None:
+            rows = [part.stop - part.start for part in self.slices]
+            self.hidden = OnDisk(spill, rows, stack.device, depth, saved)
+            if saved is None:
+                for chunk, part in enumerate(self.slices):
+                    self.hidden[chunk] = self.stack.enter(*self._inputs(part))
+        elif saved is None:
             self.hidden = [self.stack.enter(*self._inputs(part)) for part in self.slices]
         else:
             read = read_tensors(saved)
@@ -131,5 +201,8 @@ class Stream:
 
     def save(self, path: Path) -> None:
         """A durable copy of the hidden states."""
+        if isinstance(self.hidden, OnDisk):
+            self.hidden.save(path)
+            return
         with durable.beside(path) as temporary:
             write_tensors(temporary, {str(chunk): hidden for chunk, hidden in enumerate(self.hidden)})

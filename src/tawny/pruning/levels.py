@@ -189,7 +189,7 @@ def solve_levels(
             del inputs, weights, seen
         watch.step(stack.name(index))
     infos = tuple(LinearInfo(x.name, x.shape, x.block, stages.get(x.name, "")) for x in space.linears)
-    return Solved(Profile(infos, tuple(measures)), torch.cat(dense.hidden), warnings)
+    return Solved(Profile(infos, tuple(measures)), torch.cat(list(dense.hidden)), warnings)
 
 
 def _solve_block(
@@ -304,7 +304,7 @@ class Scorer:
 
     def _walk(self, stream: Stream, candidates: Mapping[int, Levels]) -> list[_Part]:
         """Hidden states of all candidates behind the last block."""
-        parts = [_Part(list(candidates), stream.hidden)]
+        parts = [_Part(list(candidates), list(stream.hidden))]
         first = 0
         for index, linears in enumerate(self.by_block):
             here = slice(first, first + len(linears))

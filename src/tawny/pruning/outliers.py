@@ -10,7 +10,7 @@ from __future__ import annotations
 
 __all__ = ["OutlierCount", "count_outliers"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,11 +30,10 @@ def count_outliers(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor], M
         weights: `[out, in]` of every linear of one block.
         norms: `[in]`, ‖X_j‖₂ of each linear's inputs; a common factor does not matter.
     """
-    sizes = sum(weight.numel() for weight in weights.values())
-    total = sum(
-        float(torch.linalg.vector_norm(W_OI, 1, dim=0).double() @ norms[name].double())
-        for name, W_OI in weights.items()
-    )
+    sizes, total = 0, 0.0
+    for name, W_OI in weights.items():
+        sizes += W_OI.numel()
+        total += float(torch.linalg.vector_norm(W_OI, 1, dim=0).double() @ norms[name].double())
     threshold = M * total / max(sizes, 1)
     counts = {}
     for name, W_OI in weights.items():
@@ -69,4 +68,21 @@ class OutlierCount:
     def _count(self, linears: list[Linear]) -> dict[str, int]:
         if not linears or any(linear.name not in self.norms for linear in linears):
             return {}
-        return count_outliers({x.name: self.weight(x) for x in linears}, self.norms, self.M)
+        return count_outliers(_OnDemand(self.weight, linears), self.norms, self.M)
+
+
+class _OnDemand(Mapping[str, Tensor]):
+    """Weights that are made when they are asked for: all of a block's in float32 would be its largest share of memory."""
+
+    def __init__(self, weight: Callable[[Linear], Tensor], linears: list[Linear]) -> None:
+        self._weight = weight
+        self._linears = {linear.name: linear for linear in linears}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weight(self._linears[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        return len(self._linears)

@@ -17,18 +17,15 @@ from tawny.allocation.profile import LinearInfo, Profile
 from tawny.calibration.text import NAMED_TEXTS, load_text
 from tawny.model.blocks import Stack, open_stack
 from tawny.model.linears import check_selection, select
+from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
-from tawny.model.streams import CHUNK_TOKENS
 from tawny.patterns import check_pattern
+from tawny.pruning.memory import available, distinct_inputs, parse_size, place
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
-from tawny.pruning.run import compute_dtype, needs_of
+from tawny.pruning.run import compute_dtype, demand_of, needs_of
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.watch import Watch, silent
 
-# What the interpreter holds with torch, transformers and a tokenizer, before any model is opened or text is read.
-_INTERPRETER = 380_000_000
-# Bytes that tokenising leaves resident for each character of the text (measured: 440 MB for 4.4 million).
-_TOKENISING = 100
 # Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.
 _OVERHEAD = 1.7
 
@@ -40,8 +37,9 @@ class Plan:
     Attributes:
         blocks: `[{index, linears, parameters}]`.
         allocation: by linear name, or None where the allocator has to see data first.
-        memory: estimated peak bytes of the whole process, and its parts.
-        disk: bytes written at the peak, and bytes of the finished checkpoint.
+        memory: estimated peak bytes of the whole process, the smallest budget that would do, and the parts of the peak.
+        disk: bytes written at the peak (hidden states that resuming needs among them), and of the finished checkpoint.
+        hidden_states: where they are kept, "memory" or "disk".
         seconds: estimated, by phase.
     """
 
@@ -57,6 +55,7 @@ class Plan:
     disk: dict[str, int]
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    hidden_states: str = "memory"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,7 +75,14 @@ def _time(work: Any) -> float:
     return time.perf_counter() - start
 
 
-def plan(source: str | Path, *, recipe: Recipe | None = None, watch: Watch = silent, **keys: Any) -> Plan:
+def plan(
+    source: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    memory: str | int | None = None,
+    watch: Watch = silent,
+    **keys: Any,
+) -> Plan:
     """What `prune` would do with the same arguments.
 
     Raises:
@@ -91,7 +97,8 @@ def plan(source: str | Path, *, recipe: Recipe | None = None, watch: Watch = sil
     check_selection(flat, [linear for linears in every for linear in linears], recipe.include, recipe.exclude)
     pattern = recipe.make_pattern()
     check_pattern(pattern, {linear.name: linear.shape for linear in flat})
-    allocator, needs = recipe.make_allocator(), needs_of(recipe, recipe.make_solver())
+    allocator, solver = recipe.make_allocator(), recipe.make_solver()
+    needs = needs_of(recipe, solver)
     infos = tuple(LinearInfo(x.name, x.shape, i) for i, linears in enumerate(chosen) for x in linears)
     allocation = None
     if not allocator.measures_weights:
@@ -101,7 +108,10 @@ def plan(source: str | Path, *, recipe: Recipe | None = None, watch: Watch = sil
     text = recipe.calibration.text
     fetched = text in NAMED_TEXTS and text != "wiki"  # a plan does not download
     characters = len(load_text(text, "calibration").text) if needs_data and not fetched else 0
-    memory = _memory(stack, recipe, needs, allocator.needs, characters)
+    tokens = recipe.calibration.samples * recipe.calibration.seqlen if needs_data else 0
+    placement = place(
+        demand_of(recipe, stack, chosen, solver, allocator, characters), parse_size(memory), available()
+    )
     checkpoint = stack.checkpoint
     assert checkpoint is not None
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(
@@ -120,8 +130,15 @@ def plan(source: str | Path, *, recipe: Recipe | None = None, watch: Watch = sil
         ],
         linears=[{"name": x.name, "shape": list(x.shape), "block": x.block} for x in infos],
         allocation=allocation,
-        memory=memory,
-        disk={"peak": 2 * written, "checkpoint": written},
+        memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
+        hidden_states="disk" if placement.spill else "memory",
+        disk={
+            "peak": written
+            + min(written, SHARD_BYTES)
+            + (3 if placement.spill else 2) * tokens * stack.hidden_bytes,
+            "checkpoint": written,
+            "hidden_states": tokens * stack.hidden_bytes,
+        },
         seconds=_seconds(stack, recipe, infos, needs, allocator.needs),
         notes=_notes(recipe, allocation is None, needs_data and fetched),
     )
@@ -140,69 +157,6 @@ def _notes(recipe: Recipe, undecided: bool, text_unknown: bool) -> list[str]:
     return notes
 
 
-def _memory(
-    stack: Stack, recipe: Recipe, solver_needs: str, allocator_needs: str, characters: int
-) -> dict[str, int]:
-    checkpoint = stack.checkpoint
-    assert checkpoint is not None
-    outside = sum(p.numel() for p in stack.model.parameters() if not p.is_meta) * stack.compute.itemsize
-    block = max(sum(p.numel() for p in b.parameters()) for b in stack.blocks)
-    stored = checkpoint.storage_dtype.itemsize
-    block_bytes = block * (stored if stored == stack.compute.itemsize else stored + stack.compute.itemsize)
-    linears = [x for i in range(len(stack)) for x in stack.linears(i)]
-    widest = max(x.shape[1] for x in linears)
-    largest = max(x.numel for x in linears)
-    needs_data = solver_needs != "none" or allocator_needs != "none" or recipe.refine.epochs > 0
-    tokens = recipe.calibration.samples * recipe.calibration.seqlen if needs_data else 0
-    hidden = tokens * stack.hidden_bytes
-    chunk = (
-        max(CHUNK_TOKENS, recipe.calibration.seqlen) * widest * (4 + 3 * stack.compute.itemsize)
-        if tokens
-        else 0
-    )
-    widths = _distinct_inputs(stack)
-    hessians = sum(w * w for w in widths) * 4 if solver_needs == "hessian" else 0
-    solve = largest * 4 * 5 + (3 * widest * widest * 4 if solver_needs == "hessian" else 0)
-    parts = {
-        "interpreter": _INTERPRETER,
-        "text": characters * _TOKENISING,
-        "embeddings_and_head": outside,
-        "block": block_bytes,
-        "hidden_states": hidden,
-        "forward": chunk,
-        "statistics": hessians,
-        "solver": solve,
-        "refine": _refine_bytes(stack, recipe, block, tokens) if recipe.refine.epochs else 0,
-    }
-    # Forward and solve do not happen at the same time, and statistics are gone when a block is refined.
-    peak = sum(parts.values()) - min(chunk, solve)
-    if parts["refine"]:
-        refining = parts["refine"] - hidden
-        peak -= min(refining, max(chunk, solve) + hessians)
-    return {"peak": peak, **parts}
-
-
-def _refine_bytes(stack: Stack, recipe: Recipe, block: int, tokens: int) -> int:
-    """The dense stream, and for one block: master, momenta, gradient, mask, best state, and what backward keeps."""
-    checkpoint = stack.checkpoint
-    assert checkpoint is not None
-    state = block * (16 + 1 + checkpoint.storage_dtype.itemsize + stack.compute.itemsize)
-    # Every linear keeps its input and gives an output, and about as much again is kept between them.
-    widths = max(sum(sum(x.shape) for x in stack.linears(i)) for i in range(len(stack)))
-    at_once = max(CHUNK_TOKENS, recipe.calibration.seqlen)
-    return tokens * stack.hidden_bytes + state + 2 * at_once * widths * stack.compute.itemsize
-
-
-def _distinct_inputs(stack: Stack) -> list[int]:
-    """Input widths of one block, shared inputs counted once; linears of one module and width are taken as sharing."""
-    seen: dict[tuple[str, int], int] = {}
-    for linear in stack.linears(0):
-        parent = linear.name.rpartition(".")[0]
-        key = (linear.name if linear.expert is not None else parent, linear.shape[1])
-        seen[key] = linear.shape[1]
-    return list(seen.values())
-
-
 def _seconds(
     stack: Stack, recipe: Recipe, infos: tuple[LinearInfo, ...], solver_needs: str, allocator_needs: str
 ) -> dict[str, float]:
@@ -217,7 +171,7 @@ def _seconds(
     if solver_needs != "none":
         seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
     if solver_needs == "hessian":
-        per_block = sum(w * w for w in _distinct_inputs(stack))
+        per_block = sum(w * w for w in distinct_inputs(stack.linears(0)))
         seconds["statistics"] = tokens * 1.3 * per_block * len(stack) / exact
         # Per linear: the column loop (2·out·in²) and a factorisation and inverse of the Hessian (about 2·in³).
         seconds["solve"] = (

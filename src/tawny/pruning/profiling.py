@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,6 +45,24 @@ def profile_samples(samples: Samples, recipe: Recipe) -> Samples:
     return samples.first(math.ceil(PROFILE_TOKENS / samples.seqlen))
 
 
+class LazyWeights(Mapping[str, tuple[Tensor, Statistics | None]]):
+    """The weights of one block in float32, each made when it is asked for and kept by nobody."""
+
+    def __init__(self, stack: Stack, linears: Sequence[Linear], statistics: Mapping[str, Statistics]) -> None:
+        self._stack = stack
+        self._linears = {linear.name: linear for linear in linears}
+        self._statistics = statistics
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Statistics | None]:
+        return self._stack.weight(self._linears[name]), self._statistics.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        return len(self._linears)
+
+
 def profile_walk(
     stack: Stack,
     by_block: Sequence[Sequence[Linear]],
@@ -53,6 +71,7 @@ def profile_walk(
     recipe: Recipe,
     watch: Watch,
     journal: Journal | None = None,
+    spill: Path | None = None,
 ) -> Profile:
     """Shapes of all linears and, if the allocator measures anything, its measures of every block.
 
@@ -62,6 +81,7 @@ def profile_walk(
         allocator: says what it `needs` and has `measure`.
         samples: calibration tokens; needed if the allocator needs statistics.
         journal: where finished blocks are kept, and found again.
+        spill: where hidden states are kept instead of in memory.
 
     Raises:
         NumericalError: a weight is NaN or infinite; names the linear.
@@ -75,7 +95,7 @@ def profile_walk(
         if allocator.needs != "none":
             assert samples is not None
             saved = journal.hidden("profile")
-            stream = Stream(stack, profile_samples(samples, recipe), depth=done, saved=saved)
+            stream = Stream(stack, profile_samples(samples, recipe), depth=done, saved=saved, spill=spill)
         watch.phase("profiling", len(stack) - done)
         for index in range(done, len(stack)):
             last = index == len(stack) - 1
@@ -87,7 +107,7 @@ def profile_walk(
                     stages.update(
                         {x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears}
                     )
-                inputs = {x.name: (stack.weight(x), statistics.get(x.name)) for x in by_block[index]}
+                inputs = LazyWeights(stack, by_block[index], statistics)
                 for name, (weight, _) in inputs.items():
                     if not bool(torch.isfinite(weight).all()):
                         raise NumericalError(
@@ -98,7 +118,7 @@ def profile_walk(
                     measures.append(json.loads(json.dumps(allocator.measure(inputs))))
                 except TawnyError as error:
                     raise type(error)(f"block {stack.name(index)}: {error}") from error
-                del inputs
+                del inputs, statistics
             if last or journal.due():
                 kept = {} if last or stream is None else {"pruned": stream}
                 journal.commit("profile", index + 1, {"stages": stages, "measures": measures}, kept)

@@ -181,7 +181,7 @@ class _Pairs:
         self.chunk = inputs.slices[0].stop
         self.at_once = max(1, CHUNK_TOKENS // self.samples.seqlen)
 
-    def _pick(self, hidden: list[Tensor], chosen: Sequence[int]) -> Tensor:
+    def _pick(self, hidden: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
         return torch.stack([hidden[i // self.chunk][i % self.chunk] for i in chosen])
 
     def _forwards(self, chosen: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

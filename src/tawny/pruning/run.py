@@ -30,8 +30,19 @@ from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import NM, Pattern, check_pattern
 from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
+from tawny.pruning.memory import (
+    HELD_BYTES,
+    Demand,
+    Placement,
+    available,
+    give_back,
+    held_bytes,
+    parse_size,
+    place,
+    workspace,
+)
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
-from tawny.pruning.profiling import allocate, profile_walk
+from tawny.pruning.profiling import allocate, profile_samples, profile_walk
 from tawny.pruning.refine import holds_out, refine
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions, weight_files
@@ -44,8 +55,6 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OUTSIDE = "outside"
-# Up to here all forwards of a block are suspended together; beyond, they are run again for each stage.
-HELD_BYTES = 2_000_000_000
 
 
 def prune(
@@ -55,6 +64,7 @@ def prune(
     recipe: Recipe | None = None,
     watch: Watch = silent,
     overwrite: bool = False,
+    memory: str | int | None = None,
     tokenizer: Any = None,
     calibration: Tensor | tuple[Tensor, Tensor] | Samples | str | None = None,
     **keys: Any,
@@ -71,6 +81,7 @@ def prune(
             (`sparsity=0.6, allocator="owl", solver="wanda", pattern="2:4"`, or dotted: `**{"solver.damp": 0.1}`).
         watch: told about progress.
         overwrite: replace an existing `out` once the new one is complete, and start over what is unfinished.
+        memory: peak memory of the whole process that may not be passed (`"6GB"`); the result does not depend on it.
         tokenizer: for a live module calibrated on text.
         calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or the name or path of a text.
 
@@ -86,7 +97,14 @@ def prune(
     given = None if isinstance(calibration, str) else calibration
     recipe = resolve_recipe(recipe, **named, **keys)
     with open_run(
-        recipe, source, out, watch, overwrite=overwrite, tokenizer=tokenizer, calibration=given
+        recipe,
+        source,
+        out,
+        watch,
+        overwrite=overwrite,
+        memory=memory,
+        tokenizer=tokenizer,
+        calibration=given,
     ) as run:
         allocation = run.allocate()
         for block in run.blocks(allocation):
@@ -109,6 +127,7 @@ def open_run(
     overwrite: bool,
     tokenizer: Any,
     calibration: Any,
+    memory: str | int | None = None,
     measuring: Any = None,
 ) -> Iterator[Run]:
     """Check everything that can be checked before work, and clean up whatever happens after.
@@ -136,10 +155,16 @@ def open_run(
             recipe, str(source) if folder else type(source).__name__, folder, stack, output, watch, journal
         )
         run.record.memory_before = before
+        run.budget = parse_size(memory)
+        if run.budget is not None and folder is None:
+            raise RecipeError("a live model is in memory already: memory=… is for checkpoints on disk")
         run.identify()
         run.find_linears(check=measuring is None)
         wanted = run.needs_samples if measuring is None else measuring.needs != "none"
-        run.samples = run.load_samples(tokenizer, calibration) if wanted else None
+        if wanted:
+            run.samples = run.load_samples(tokenizer, calibration)
+        else:
+            run.place(0, 0, 0)
         if measuring is None and recipe.refine.epochs and run.samples is not None:
             holds_out(len(run.samples), recipe.refine, recipe.seed)  # refuses a single sample
         run.begin(overwrite)
@@ -203,6 +228,8 @@ class Run:
         self.text: Text | None = None
         self.by_block: list[list[Linear]] = []
         self.profile: Profile | None = None
+        self.budget: int | None = None
+        self.placement: Placement | None = None
         self.clock = Clock()
         self.started = time.perf_counter()
         self.record = Record(
@@ -280,6 +307,7 @@ class Run:
                 else Samples(given)
             )
             self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
+            self.place(len(samples), samples.seqlen, 0)
             return samples
         from tawny.calibration.text import held_out_windows, load_text, sample_windows, tokenise
 
@@ -292,6 +320,7 @@ class Run:
         self.watch.say(f"reading calibration text {recipe.calibration.text}")
         with self.clock("text"):
             text = load_text(recipe.calibration.text, "calibration")
+            self.place(recipe.calibration.samples, recipe.calibration.seqlen, len(text.text))
             ids = tokenise(text, tokenizer)
             wanted = recipe.calibration
             windows = sample_windows(ids, wanted.samples, wanted.seqlen, recipe.seed, f"text {text.name!r}")
@@ -300,6 +329,7 @@ class Run:
                 self.held_out = held_out_windows(
                     ids, wanted.samples, wanted.seqlen, recipe.seed, length, count
                 )
+        give_back()
         self.record.text = {
             "name": text.name,
             "sha256": text.sha256,
@@ -308,6 +338,31 @@ class Run:
             "seqlen": recipe.calibration.seqlen,
         }
         return Samples(windows)
+
+    def place(self, samples: int, seqlen: int, characters: int) -> None:
+        """Decide what is kept in memory and what on disk.
+
+        Raises:
+            RecipeError: the budget cannot hold this run.
+        """
+        if self.output is None or self.folder is None:
+            return
+        demand = demand_of(
+            self.recipe, self.stack, self.by_block, self.solver, self.allocator, characters, (samples, seqlen)
+        )
+        self.placement = place(demand, self.budget, available())
+        self.record.memory = {
+            "budget": self.budget,
+            "estimate": self.placement.peak,
+            "hidden_states": "disk" if self.placement.spill else "memory",
+            "parts": dict(self.placement.parts),
+        }
+
+    def spill(self, walk: str, stream: str = "pruned") -> Path | None:
+        """Where the hidden states of a walk are kept, if not in memory."""
+        if self.placement is None or not self.placement.spill or self.journal.folder is None:
+            return None
+        return self.journal.folder / "hidden" / f"{walk}.{stream}"
 
     def allocate(self) -> Allocation:
         """Sparsity of every linear: the profile walk, where the allocator wants one, and its decision."""
@@ -319,7 +374,14 @@ class Run:
             return self.record.allocation
         with self.clock("profile"):
             self.profile = profile_walk(
-                self.stack, self.by_block, self.allocator, self.samples, self.recipe, self.watch, self.journal
+                self.stack,
+                self.by_block,
+                self.allocator,
+                self.samples,
+                self.recipe,
+                self.watch,
+                self.journal,
+                self.spill("profile"),
             )
         allocation = allocate(self.allocator, self.profile, self.pattern, self.recipe.sparsity)
         self.record.allocation = allocation
@@ -355,7 +417,8 @@ class Run:
 
     def _stream(self, name: str, done: int) -> Stream:
         assert self.samples is not None
-        return Stream(self.stack, self.samples, depth=done, saved=self.journal.hidden("prune", name))
+        saved, spill = self.journal.hidden("prune", name), self.spill("prune", name)
+        return Stream(self.stack, self.samples, depth=done, saved=saved, spill=spill)
 
     def commit(self, blocks: int, streams: Mapping[str, Stream | None]) -> None:
         """Keep what is finished: `blocks` blocks, and what enters the next."""
@@ -491,21 +554,27 @@ class BlockRun:
         if order != "data":
             with self.run.clock("outliers"):
                 self.outliers.see(self.linears, seen.statistics, dense=True)
-        if order == "data" and can_suspend(seen.stages, self.linears) and self._held_bytes() <= HELD_BYTES:
+        if order == "data" and can_suspend(seen.stages, self.linears) and self._may_hold():
             yield from self._lockstep(self.stream, seen.stages)
             return
         for self._stage, stage in enumerate(seen.stages):
             if order == "data":
-                yield stage, self._observe(stage.linears, self.run.needs).statistics
+                given = self._observe(stage.linears, self.run.needs).statistics
             else:
-                yield stage, seen.statistics
+                given = {
+                    x.name: seen.statistics.pop(x.name) for x in stage.linears if x.name in seen.statistics
+                }
+            yield stage, given
+            # Solved; a Hessian nobody needs any more may be the largest thing in memory.
+            self._prepared = None
+            given.clear()
 
-    def _held_bytes(self) -> int:
-        """What suspended forwards hold in front of the widest stage: residual, its norm, and the stage's input twice."""
+    def _may_hold(self) -> bool:
+        """Whether all forwards of the block may be suspended together."""
         assert self.stream is not None
+        limit = HELD_BYTES if self.run.placement is None else self.run.placement.held_bytes
         samples = self.stream.samples
-        widest = max(linear.shape[1] for linear in self.linears) * self.run.stack.compute.itemsize
-        return len(samples) * samples.seqlen * 2 * (self.run.stack.hidden_bytes + widest)
+        return held_bytes(self.run.stack, self.linears, len(samples) * samples.seqlen) <= limit
 
     def _lockstep(
         self, stream: Stream, stages: Sequence[Stage]
@@ -527,6 +596,7 @@ class BlockRun:
                 return
             self._stage = stages.index(item[0])
             yield item
+            item[1].clear()
 
     def _observe(self, linears: Sequence[Linear], needs: Any) -> Observation:
         assert self.stream is not None
@@ -668,6 +738,43 @@ def needs_of(recipe: Recipe, solver: Any) -> Needs:
     """What calibration has to yield for the solves of a recipe."""
     needs: Needs = "hessian" if recipe.refit else solver.needs
     return needs
+
+
+def demand_of(
+    recipe: Recipe,
+    stack: Stack,
+    by_block: Sequence[Sequence[Linear]],
+    solver: Any,
+    allocator: Any,
+    characters: int,
+    samples: tuple[int, int] | None = None,
+) -> Demand:
+    """What a run asks of memory; `samples` (count, tokens) where they are not the recipe's."""
+    needs = needs_of(recipe, solver)
+    refining = recipe.refine.epochs > 0
+    wanted = needs != "none" or allocator.needs != "none" or refining
+    count, seqlen = samples or (recipe.calibration.samples, recipe.calibration.seqlen)
+    profiled = (
+        len(profile_samples(Samples(torch.zeros(count, seqlen, dtype=torch.int8)), recipe))
+        if wanted and count
+        else 0
+    )
+    per_weight, per_pair = workspace(solver, needs)
+    return Demand(
+        stack=stack,
+        by_block=by_block,
+        needs=needs,
+        allocator_needs=allocator.needs,
+        measures=allocator.measures_weights,
+        samples=count if wanted else 0,
+        seqlen=seqlen if wanted else 0,
+        profiled=profiled,
+        characters=characters if wanted else 0,
+        in_data_order=recipe.order == "data",
+        refining=refining,
+        per_weight=per_weight,
+        per_pair=per_pair,
+    )
 
 
 def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:

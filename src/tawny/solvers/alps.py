@@ -90,6 +90,8 @@ class Alps:
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
+    bytes_per_weight: ClassVar[int] = 44  # measured, what judges the result included
+    bytes_per_pair: ClassVar[int] = 10  # of inputs, beside the Hessian
 
     def __post_init__(self) -> None:
         for name in ("damp", "rho"):

@@ -26,6 +26,7 @@ class Magnitude:
 
     needs: ClassVar[Needs] = "none"
     default_scope: ClassVar[Scope] = "matrix"
+    bytes_per_weight: ClassVar[int] = 20  # measured, what judges the result included
 
     def prepare(self, statistics: Statistics | None) -> Any:
         return None

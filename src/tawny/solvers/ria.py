@@ -38,6 +38,7 @@ class RIA:
 
     needs: ClassVar[Needs] = "norms"
     default_scope: ClassVar[Scope] = "matrix"
+    bytes_per_weight: ClassVar[int] = 20  # measured, what judges the result included
 
     def __post_init__(self) -> None:
         if not 0 <= self.a <= 4:

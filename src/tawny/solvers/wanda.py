@@ -32,6 +32,7 @@ class Wanda:
 
     needs: ClassVar[Needs] = "norms"
     default_scope: ClassVar[Scope] = "row"
+    bytes_per_weight: ClassVar[int] = 20  # measured, what judges the result included
 
     def prepare(self, statistics: Statistics | None) -> Any:
         return input_norms(statistics)

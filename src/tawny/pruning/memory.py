@@ -1,0 +1,291 @@
+"""How much memory a run takes, and where its hidden states go so that it takes no more than it may.
+
+A run is a few phases one after the other, and its peak is that of the largest: reading the text, then for every
+block observing and solving. Each is added up from shapes. What a budget may change is where hidden states are kept
+(in memory, or in files read and written a chunk at a time) and whether the forwards of a block are held in front of
+its stages or run again; neither changes a byte of the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tawny.calibration.statistics import Needs
+from tawny.errors import RecipeError
+from tawny.model.blocks import Stack
+from tawny.model.linears import Linear
+from tawny.model.streams import CHUNK_TOKENS
+
+# What the interpreter holds with torch, transformers and a tokenizer, where it cannot be measured.
+_INTERPRETER = 380_000_000
+# Bytes that tokenising takes for each character of the text (measured: 440 MB for 4.4 million).
+_TOKENISING = 100
+# Buffers, fragments and the small things nobody adds up, as a share of what is added up.
+_SLACK = 0.05
+# Up to here all forwards of a block are suspended together; beyond, they are run again for each stage.
+HELD_BYTES = 2_000_000_000
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(given: str | int | None) -> int | None:
+    """`6GB`, `512 MB`, `2.5g`, `4GiB` or bytes; GB = 10⁹.
+
+    Raises:
+        RecipeError: it is not a size.
+    """
+    if given is None or isinstance(given, int):
+        return given
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*", given, re.IGNORECASE)
+    try:
+        assert found is not None
+        unit = found[2].upper()
+        scale = 1024 ** "_KMGT".index(unit) if found[3] and unit else _UNITS[unit]
+        size = int(float(found[1]) * scale)
+    except (AssertionError, ValueError):
+        raise RecipeError(f"memory {given!r} is not a size: write for example 6GB or 800MB") from None
+    if size <= 0:
+        raise RecipeError(f"memory {given!r} is nothing: write for example 6GB or 800MB")
+    return size
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where things are kept, and what that takes.
+
+    Attributes:
+        spill: hidden states are on disk.
+        held_bytes: up to here forwards are held in front of the stages of a block.
+        peak: estimated peak bytes of the process.
+        parts: what they are made of, in the largest phase.
+        smallest: the estimate with everything on disk that can be.
+    """
+
+    spill: bool
+    held_bytes: int
+    peak: int
+    parts: Mapping[str, int]
+    smallest: int
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run works on, as far as memory is concerned.
+
+    Attributes:
+        stack: the opened model.
+        by_block: the linears to prune.
+        needs, allocator_needs: statistics of the solver and of the allocator.
+        measures: the allocator looks at weights.
+        samples, seqlen: of the calibration; 0 where none is needed.
+        profiled: samples of the profile walk.
+        characters: of the text that is tokenised.
+        in_data_order: stages see the pruned ones before them.
+        refining: every block is trained after it was pruned.
+        per_weight, per_pair: bytes a solver takes for each weight of a linear and each pair of its inputs.
+    """
+
+    stack: Stack
+    by_block: Sequence[Sequence[Linear]]
+    needs: Needs
+    allocator_needs: Needs
+    measures: bool
+    samples: int
+    seqlen: int
+    profiled: int
+    characters: int
+    in_data_order: bool
+    refining: bool
+    per_weight: int
+    per_pair: int
+
+    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
+        """Parts of each phase; those of every phase are the interpreter and what is outside the blocks."""
+        stack = self.stack
+        outside = outside_bytes(stack)
+        base = {"interpreter": max(resident() - outside, 0) or _INTERPRETER, "embeddings": outside}
+        flat = [linear for linears in self.by_block for linear in linears]
+        if not flat:
+            return {"open": base}
+        widest = max(linear.shape[1] for linear in flat)
+        largest = max(linear.numel for linear in flat)
+        compute = stack.compute.itemsize
+        chunk = max(1, CHUNK_TOKENS // max(self.seqlen, 1)) * self.seqlen
+        widths = max(
+            (distinct_inputs(linears) for linears in self.by_block), key=lambda w: sum(x * x for x in w)
+        )
+        squares = [4 * width * width for width in widths]
+        forward = chunk * (4 * stack.hidden_bytes + widest * (4 + 3 * compute))
+        block = self._block_bytes()
+        hidden = self.samples * self.seqlen * stack.hidden_bytes
+        phases = {"text": {**base, "text": self.characters * _TOKENISING}}
+        if self.measures:
+            kept = min(self.profiled, self.samples) * self.seqlen * stack.hidden_bytes
+            phases["profile"] = {
+                **base,
+                "block": block,
+                "hidden_states": 0 if spill or self.allocator_needs == "none" else kept,
+                # Copies in float32 of the weight at hand, its scores, and what counting them takes.
+                "forward": max(forward if self.allocator_needs != "none" else 0, 16 * largest),
+                "statistics": sum(squares) + max(squares) if self.allocator_needs == "hessian" else 0,
+            }
+        walking = {**base, "block": block, "hidden_states": 0}
+        if self.needs != "none" or self.refining:
+            walking["hidden_states"] = 0 if spill else hidden * (2 if self.refining else 1)
+        if self.needs != "none" and self.in_data_order and held:
+            walking["held"] = self.held()
+        hessians = self.needs == "hessian"
+        together = max(squares) if self.in_data_order else sum(squares)
+        if self.needs != "none":
+            phases["observe"] = {
+                **walking,
+                "forward": forward,
+                "statistics": together + max(squares) if hessians else 0,
+            }
+        work = max(self.per_weight * x.numel + self.per_pair * x.shape[1] ** 2 for x in flat)
+        phases["solve"] = {**walking, "statistics": together if hessians else 0, "solver": work}
+        if self.refining:
+            solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)
+            phases["observe" if self.needs != "none" else "solve"]["solved"] = phases["solve"]["solved"] = (
+                solved
+            )
+            phases["refine"] = {**walking, "refine": self._refine_bytes() + solved}
+        return phases
+
+    def _refine_bytes(self) -> int:
+        """For one block: master, momenta, gradient, mask, best state, and what backward keeps."""
+        stack, checkpoint = self.stack, self.stack.checkpoint
+        stored = checkpoint.storage_dtype.itemsize if checkpoint is not None else stack.compute.itemsize
+        block = max(sum(p.numel() for p in b.parameters()) for b in stack.blocks)
+        state = block * (16 + 1 + stored + stack.compute.itemsize)
+        # Every linear keeps its input and gives an output, and about as much again is kept between them.
+        widths = max(sum(sum(x.shape) for x in linears) for linears in self.by_block)
+        return state + 2 * max(CHUNK_TOKENS, self.seqlen) * widths * stack.compute.itemsize
+
+    def held(self) -> int:
+        """What suspended forwards hold in front of the widest stage: residual, its norm, and the stage's input twice."""
+        return held_bytes(
+            self.stack, [x for linears in self.by_block for x in linears], self.samples * self.seqlen
+        )
+
+    def _block_bytes(self) -> int:
+        checkpoint = self.stack.checkpoint
+        block = max(sum(p.numel() for p in b.parameters()) for b in self.stack.blocks)
+        if checkpoint is None:
+            return 0
+        stored = checkpoint.storage_dtype
+        return block * (
+            stored.itemsize if stored == self.stack.compute else stored.itemsize + self.stack.compute.itemsize
+        )
+
+    def peak(self, *, spill: bool, held: bool) -> tuple[int, dict[str, int]]:
+        """Bytes of the largest phase, and its parts."""
+        phases = self.phases(spill=spill, held=held)
+        largest = max(phases.values(), key=lambda parts: sum(parts.values()))
+        parts = dict(largest)
+        parts["slack"] = int(_SLACK * (sum(parts.values()) - parts["interpreter"]))
+        return sum(parts.values()), parts
+
+
+def place(demand: Demand, budget: int | None, available: int | None = None) -> Placement:
+    """The quickest placement that fits.
+
+    Args:
+        demand: what is to be done.
+        budget: bytes that were promised, or None: then what the machine has left decides, and nothing is refused.
+
+    Raises:
+        RecipeError: the budget cannot hold; says the smallest one that does.
+    """
+    smallest, _ = demand.peak(spill=True, held=False)
+    limit = budget if budget is not None else available
+    held_first = [True, False] if demand.in_data_order and demand.held() <= HELD_BYTES else [False]
+    for spill in (False, True):
+        for held in held_first:
+            peak, parts = demand.peak(spill=spill, held=held)
+            if limit is None or peak <= limit:
+                return Placement(spill, HELD_BYTES if held else 0, peak, parts, smallest)
+    if budget is None:
+        peak, parts = demand.peak(spill=True, held=False)
+        return Placement(True, 0, peak, parts, smallest)
+    _, parts = demand.peak(spill=True, held=False)
+    top = ", ".join(
+        f"{k.replace('_', ' ')} {_gigabytes(v)}" for k, v in sorted(parts.items(), key=_second)[:3]
+    )
+    raise RecipeError(
+        f"memory {_gigabytes(budget)} cannot hold this run, with hidden states on disk either: it takes at least "
+        f"{_gigabytes(math.ceil(smallest / 1e7) * 10**7)} ({top}); give that, or take fewer --samples"
+    )
+
+
+def _second(item: tuple[str, int]) -> int:
+    return -item[1]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.0f} MB"
+
+
+def outside_bytes(stack: Stack) -> int:
+    """Bytes of the parameters that are in memory now, outside the blocks."""
+    return sum(p.numel() * p.element_size() for p in stack.model.parameters() if not p.is_meta)
+
+
+def held_bytes(stack: Stack, linears: Sequence[Linear], tokens: int) -> int:
+    """What suspended forwards of all tokens hold in front of the widest stage."""
+    widest = max((linear.shape[1] for linear in linears), default=0) * stack.compute.itemsize
+    return tokens * 2 * (stack.hidden_bytes + widest)
+
+
+def distinct_inputs(linears: Sequence[Linear]) -> list[int]:
+    """Input widths of one block, shared inputs counted once.
+
+    Nothing has been run yet, so this is a guess: linears of one module and width share their input, but for the last
+    of several, which works on what the others made (an output projection); experts share nothing.
+    """
+    widths = [linear.shape[1] for linear in linears if linear.expert is not None]
+    modules: dict[str, list[int]] = {}
+    for linear in linears:
+        if linear.expert is None:
+            modules.setdefault(linear.name.rpartition(".")[0], []).append(linear.shape[1])
+    for held in modules.values():
+        *first, last = held
+        widths += [*dict.fromkeys(first), last]
+    return widths
+
+
+def workspace(solver: Any, needs: Needs) -> tuple[int, int]:
+    """Bytes a solver takes for each weight of a linear, and for each pair of its inputs."""
+    per_weight = int(getattr(solver, "bytes_per_weight", 32))
+    per_pair = int(getattr(solver, "bytes_per_pair", 8 if needs == "hessian" else 0))
+    return per_weight, per_pair
+
+
+def resident() -> int:
+    """Resident bytes of this process now; 0 where that cannot be asked."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        import resource
+
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
+
+
+def available() -> int | None:
+    """Bytes this process may still take, with what it has."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(int(free.split()[1]) * 1024 * 0.9) + resident()
+    return None
+
+
+def give_back() -> None:
+    """Hand free heap back to the system: a tokenizer leaves hundreds of megabytes of it behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

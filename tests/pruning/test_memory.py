@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tawny
+from tawny.errors import RecipeError
+from tawny.model.blocks import open_stack
+from tawny.model.streams import OnDisk, Samples, Stream
+from tawny.pruning import journal as journal_module
+from tawny.pruning import run as run_module
+from tawny.pruning.memory import distinct_inputs, parse_size
+from tests.pruning.test_journal import PressesCtrlC, files
+from tests.tiny import tiny_model, tokens
+
+OPTIONS = {"sparsity": 0.6, "solver": "sparsegpt", "allocator": "owl"}
+
+
+@pytest.fixture
+def dense(tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [("6GB", 6e9), ("6 gb", 6e9), ("2.5g", 2.5e9), ("800MB", 8e8), ("1GiB", 2**30), ("4096", 4096), (5, 5)],
+)
+def test_sizes_are_read_as_they_are_written(given, size):
+    assert parse_size(given) == size
+
+
+@pytest.mark.parametrize("given", ["6XB", "much", "", "0", "-1GB"])
+def test_what_is_no_size_says_so(given):
+    with pytest.raises(RecipeError, match="write for example 6GB"):
+        parse_size(given)
+
+
+def test_hidden_states_on_disk_are_those_in_memory(dense, tmp_path):
+    stack = open_stack(dense, torch.bfloat16)
+    samples = Samples(tokens(5, 24))
+    kept = Stream(stack, samples, chunk_tokens=48)
+    spilt = Stream(stack, samples, chunk_tokens=48, spill=tmp_path / "stream")
+    assert isinstance(spilt.hidden, OnDisk)
+    for index in range(len(stack)):
+        with torch.no_grad(), stack.block(index):
+            kept.advance(index)
+            spilt.advance(index)
+        assert kept.depth == spilt.depth == index + 1
+        assert all(torch.equal(a, b) for a, b in zip(kept.hidden, spilt.hidden, strict=True))
+        assert len(list(tmp_path.glob("stream*"))) == 1
+    spilt.save(tmp_path / "saved")
+    kept.save(tmp_path / "other")
+    assert (tmp_path / "saved").read_bytes() == (tmp_path / "other").read_bytes()
+    again = Stream(stack, samples, 48, depth=3, saved=tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(kept.hidden, again.hidden, strict=True))
+
+
+@pytest.mark.parametrize("order", ["block", "data"])
+def test_the_bytes_do_not_depend_on_the_budget(dense, tmp_path, monkeypatch, order):
+    monkeypatch.setattr(journal_module, "SHARE", float("inf"))
+    options = {**OPTIONS, "order": order, "calibration": tokens(200, 24)}
+    rich = tawny.prune(dense, tmp_path / "rich", memory="64GB", **options)
+    assert rich.memory["hidden_states"] == "memory"
+    place = run_module.place
+
+    def tight(demand, budget, free):
+        return place(demand, demand.peak(spill=True, held=False)[0], free)
+
+    monkeypatch.setattr(run_module, "place", tight)
+    poor = tawny.prune(dense, tmp_path / "poor", memory="1GB", **options)
+    assert poor.memory["hidden_states"] == "disk"
+    assert files(tmp_path / "rich") == files(tmp_path / "poor")
+    # And a run that was stopped under one budget goes on under another.
+    with pytest.raises(tawny.TawnyError, match="kept"):
+        tawny.prune(dense, tmp_path / "mixed", watch=PressesCtrlC(5), **options)
+    monkeypatch.undo()
+    assert tawny.prune(dense, tmp_path / "mixed", memory="64GB", **options).resumed == 1
+    assert files(tmp_path / "rich") == files(tmp_path / "mixed")
+
+
+def test_a_budget_that_cannot_hold_is_refused_before_any_work_with_the_smallest_that_can(dense, tmp_path):
+    for call in (
+        lambda **k: tawny.plan(dense, **k, **text_of(tmp_path)),
+        lambda **k: tawny.prune(dense, tmp_path / "out", **k, calibration=tokens()),
+    ):
+        with pytest.raises(
+            RecipeError, match=r"memory 10 MB cannot hold.*at least \d+(\.\d+)? [GM]B"
+        ) as caught:
+            call(memory="10MB", **OPTIONS)
+        assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def text_of(folder):
+    (folder / "text.txt").write_text("word " * 100)
+    return {"calibration.text": str(folder / "text.txt")}
+
+
+def test_a_plan_says_where_hidden_states_go(dense, tmp_path):
+    made = tawny.plan(dense, memory="64GB", **text_of(tmp_path), **OPTIONS)
+    assert made.hidden_states == "memory" and made.memory["smallest"] <= made.memory["peak"]
+    assert made.disk["hidden_states"] == 128 * 2048 * 32 * open_stack(dense).compute.itemsize
+
+
+def test_inputs_are_guessed_by_module():
+    model = tiny_model("llama")
+    from tawny.model.linears import linears_of
+
+    assert sorted(distinct_inputs(linears_of(model.model.layers[0], "b"))) == [32, 32, 32, 48]
+    assert sorted(distinct_inputs(linears_of(tiny_model("gpt2").transformer.h[0], "b"))) == [32, 32, 32, 128]
+
+
+_MEASURE = """
+import json, sys, torch
+from tests.tiny import tiny_model, tokens
+import tawny
+torch.set_num_threads(1)
+record = tawny.prune(sys.argv[1], sys.argv[2], calibration=tokens(64, 64), compute="float32", sparsity=0.5,
+                     allocator="uniform", solver=sys.argv[3], memory=sys.argv[4])
+print(json.dumps([record.memory, record.peak_memory]))
+"""
+
+
+@pytest.mark.parametrize("solver", ["sparsegpt", pytest.param("wanda", marks=pytest.mark.slow)])
+def test_the_estimate_is_what_is_measured(tmp_path, solver):
+    wide = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 1, "vocab_size": 60_000}
+    tiny_model("llama", **wide).save_pretrained(tmp_path / "dense")
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, tmp_path / "dense", tmp_path / "out", solver, "4GB"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    memory, peak = json.loads(done.stdout.splitlines()[-1])
+    own = memory["parts"]["interpreter"]
+    assert memory["estimate"] - own == pytest.approx(peak - own, rel=0.2), (memory, peak)
