@@ -93,15 +93,6 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", help="Chooses the windows. Default: 0.", rich_help_panel=DATA),
 ]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="DTYPE",
-        help="Storage: float32, bfloat16 or float16. Default: the checkpoint's own.",
-        rich_help_panel=OUTPUT,
-    ),
-]
 Device = Annotated[
     str | None,
     typer.Option(
