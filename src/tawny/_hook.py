@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["install"]
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -20,9 +21,8 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def _register() -> None:
-    from tawny.packed.quantizer import register
-
-    register()
+    # The module registers itself at its end: it may be what is importing transformers right now.
+    importlib.import_module("tawny.packed.quantizer")
 
 
 class _Loader(importlib.abc.Loader):

@@ -52,12 +52,19 @@ ORDERS = {
     "tawny first": "import tawny; from transformers import AutoModelForCausalLM as A",
     "tawny last": "from transformers import AutoModelForCausalLM as A; import transformers.modeling_utils; import tawny",
     "lazily between": "import transformers; import tawny; A = transformers.AutoModelForCausalLM",
+    "our module first": "import tawny.packed.quantizer; from transformers import AutoModelForCausalLM as A",
 }
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_plain_transformers_opens_a_packed_folder_once_tawny_is_imported(order, packed_llama):
     code = f"{ORDERS[order]}; m = A.from_pretrained({str(packed_llama)!r}); print(type(m.model.layers[0].mlp.up_proj))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "PackedLinear" in done.stdout, done.stderr
+
+
+def test_tawny_alone_opens_a_packed_folder(packed_llama):
+    code = f"import tawny; m = tawny.load({str(packed_llama)!r}); print(type(m.model.layers[0].mlp.up_proj))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "PackedLinear" in done.stdout, done.stderr
 

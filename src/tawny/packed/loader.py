@@ -46,9 +46,8 @@ def load(
         dtype = _DTYPES[dtype]
     folder = resolve(source)
     packed = is_packed(folder)
-    from tawny.packed.quantizer import register, verification
+    from tawny.packed.quantizer import verification
 
-    register()
     try:
         with verification(hashes=verify):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)

@@ -154,3 +154,6 @@ def register() -> None:
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = TawnyConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = TawnyQuantizer
+
+
+register()
