@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tawny.errors import CheckpointError, UserError
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.durable import writing
-from tawny.model.tensorfile import DTYPES
+from tawny.model.tensorfile import DTYPES, entries, write_tensors
 from tawny.packed import format
 from tawny.packed.format import PackedTensor, Values
 
@@ -320,16 +319,16 @@ class PackedWriter:
     def _flush(self) -> None:
         path = self.folder / f"packed-{len(self._written) + 1:05d}.safetensors"
         with writing(path):
-            save_file(self._pending, path, metadata={"format": METHOD})
-        header, _, start = read_header(path)
+            write_tensors(path, self._pending)
+        places = entries(path)
         for name, tensor in self._pending.items():
-            begin, end = header[name]["data_offsets"]
+            place = places[name]
             self._tensors[name] = {
-                "dtype": header[name]["dtype"],
-                "shape": header[name]["shape"],
+                "dtype": place.dtype,
+                "shape": list(place.shape),
                 "shard": path.name,
-                "offset": start + begin,
-                "bytes": end - begin,
+                "offset": place.start,
+                "bytes": place.bytes,
                 "sha256": hashlib.sha256(raw(tensor)).hexdigest(),
             }
         self._written.append(path)
