@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.packed import PackedLinear
-from tawny.packed.folder import INDEX, PackedWriter
+from tawny.packed.folder import INDEX, PackedCheckpoint, PackedWriter
 from tests.packed.test_folder import bytes_of, saved
 from tests.packed.test_model import greedy, logits, pruned
+from tests.reference import packed_folder
 from tests.tiny import FAMILIES, tokens
 
 KINDS = [("bf16", None, None), ("f32", None, None), ("int8", None, "int8"), ("int8", 128, None)]
@@ -125,3 +126,21 @@ def test_packed_folders_are_inspected_profiled_and_evaluated_block_by_block(tmp_
     assert tawny.evaluate(tmp_path / "packed", windows).loss == tawny.evaluate(dense, windows).loss
     profiles = [tawny.profile(path, calibration=windows).to_dict() for path in (dense, tmp_path / "packed")]
     assert profiles[0]["shares"] == profiles[1]["shares"]
+
+
+@pytest.mark.parametrize(
+    "values,group,head", [("bf16", None, "int8"), ("f16", None, None), ("int8", 128, "f32")]
+)
+def test_a_reader_written_from_the_specification_alone_reads_a_folder(values, group, head, tmp_path):
+    dense = saved(tmp_path / "dense", "gpt2", n_layer=1)
+    tawny.pack(dense, tmp_path / "packed", values, group, head)
+    checkpoint = PackedCheckpoint(tmp_path / "packed")
+    found = dict(packed_folder.read(tmp_path / "packed"))
+    assert len(found) == 4 + (head is not None)
+    for name, rows in found.items():
+        expected = checkpoint.read([name])[name].float()
+        got = torch.tensor(rows)
+        expected = (
+            expected.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else expected
+        )
+        assert torch.equal(got, expected), name
