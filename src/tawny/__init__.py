@@ -50,6 +50,7 @@ __all__ = [
     "profile",
     "prune",
     "recover",
+    "recover_gradually",
     "unpack",
 ]
 
@@ -89,6 +90,7 @@ _HOMES = {
     "prune": "tawny.pruning.run",
     "unpack": "tawny.packed.convert",
     "recover": "tawny.recovery.run",
+    "recover_gradually": "tawny.recovery.gradual",
 }
 
 if TYPE_CHECKING:
@@ -109,6 +111,7 @@ if TYPE_CHECKING:
     from tawny.pruning.run import prune
     from tawny.recipe import Recipe, load_recipe
     from tawny.record import Record
+    from tawny.recovery.gradual import recover_gradually
     from tawny.recovery.run import RecoveryRecord, recover
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter

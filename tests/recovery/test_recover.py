@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -333,3 +335,69 @@ def test_a_live_model_is_left_as_trainable_as_it_was():
     tawny.recover(pruned, dense, text=tokens(24), **SHORT)
     assert pruned.training and pruned.lm_head.weight.requires_grad
     assert not pruned.model.embed_tokens.weight.requires_grad
+
+
+# --- packed, gradual, several processes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", ["f32", "int8"])
+def test_a_packed_folder_is_recovered_into_a_packed_folder(pair, tmp_path, values):
+    tawny.pack(pair[1], tmp_path / "packed", values)
+    record = tawny.recover(tmp_path / "packed", pair[0], tmp_path / "out", **folder_keys(pair))
+    made = tawny.inspect(tmp_path / "out")
+    assert made.sparsity >= tawny.inspect(tmp_path / "packed").sparsity
+    assert record.settings["values"] == (values if values == "int8" else None)
+    assert record.best["perplexity"] < record.start["perplexity"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
+
+
+def test_training_through_int8_makes_packing_free(pair, tmp_path):
+    tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair, values="int8"))
+    tawny.pack(tmp_path / "out", tmp_path / "packed", "int8")
+    tawny.unpack(tmp_path / "packed", tmp_path / "back")
+    one, other = weights(tmp_path / "out"), weights(tmp_path / "back")
+    for name, value in one.items():
+        torch.testing.assert_close(
+            value, other[name], rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
+    recipe = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
+    record = tawny.recover_gradually(
+        pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=recipe, settings=folder_keys(pair)
+    )
+    assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.4, 0.6]
+    assert record.stages[0]["tokens"] < record.stages[1]["tokens"]
+    assert tawny.inspect(tmp_path / "out").sparsity == pytest.approx(0.6, abs=1e-3)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(RecipeError, match="do not rise"):
+        tawny.recover_gradually(pair[0], pair[0], tmp_path / "more", [0.6, 0.4], recipe=recipe)
+
+
+def test_two_processes_give_the_curve_of_one(pair, tmp_path):
+    keys = {**folder_keys(pair), "tokens": 24 * 4 * 3}
+    whole = tawny.recover(pair[1], pair[0], tmp_path / "one", **keys)
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import torch, tawny\ntorch.set_num_threads(1)\n"
+        f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'two')!r}, **{keys!r})\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((tmp_path / "two" / "recover.json").read_text())
+    assert told["processes"] == 2
+    for one, two in zip(whole.curve, told["curve"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import check_device, console_for
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, Seed
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile
 from tawny.cli.root import app
 
 TRAINING = "Training"
@@ -18,7 +18,7 @@ TRAINING = "Training"
     epilog="\b\nExamples:\n"
     "  tawny recover pruned --teacher smollm2 --out recovered --text wiki --minutes 30\n"
     "  tawny recover pruned --teacher Qwen/Qwen3-8B --out recovered --train lora --tokens 5M\n"
-    "  tawny recover pruned --teacher ./model --out recovered --method elsa -o interval=16 -o checkpointing=true"
+    "  tawny recover smollm2 --teacher smollm2 --out recovered --through 0.4,0.55,0.65,0.7 --text wiki"
 )
 def recover(
     model: Annotated[str, typer.Argument(metavar="PRUNED", help="Folder of a pruned model.")],
@@ -63,6 +63,16 @@ def recover(
             rich_help_panel=RECIPE,
         ),
     ] = None,
+    through: Annotated[
+        str | None,
+        typer.Option(
+            "--through",
+            metavar="LIST",
+            help="Prune in steps, such as 0.4,0.55,0.7, and recover after each.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    recipe: RecipeFile = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,7 +117,6 @@ def recover(
         float | None,
         typer.Option("--lr", metavar="RATE", help="Highest learning rate.", rich_help_panel=TRAINING),
     ] = None,
-    seed: Seed = None,
     device: Device = None,
     overwrite: Annotated[
         bool,
@@ -134,7 +143,6 @@ def recover(
             "minutes": minutes,
             "seqlen": seqlen,
             "lr": lr,
-            "seed": seed,
             "device": device,
         }
         settings = Recovery.make({key: value for key, value in keys.items() if value is not None} | named)
@@ -142,7 +150,30 @@ def recover(
         import tawny
 
         with console.watching() as watch:
-            record = tawny.recover(model, teacher, out, settings=settings, watch=watch, overwrite=overwrite)
+            if through is None:
+                record = tawny.recover(
+                    model, teacher, out, settings=settings, watch=watch, overwrite=overwrite
+                )
+            else:
+                record = tawny.recover_gradually(
+                    model,
+                    teacher or model,
+                    out,
+                    _sparsities(through),
+                    recipe=recipe,
+                    settings=settings,
+                    watch=watch,
+                    overwrite=overwrite,
+                )
         from tawny.tables import recovery_tables
 
         console.result(record.to_dict(), recovery_tables)
+
+
+def _sparsities(text: str) -> list[float]:
+    from tawny.errors import RecipeError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--through {text!r} is no list of sparsities; give such as 0.4,0.55,0.7") from None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError
 from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
+from tawny.model.checkpoint import is_packed
 from tawny.model.output import JOURNAL, OutputFolder
 from tawny.model.source import load_tokenizer, resolve
 from tawny.pruning.journal import model_identity
@@ -54,6 +55,7 @@ class RecoveryRecord:
         start, best: measurements on the held-out windows; `best` is of what was written.
         tokens_per_second: of the training steps alone.
         stopped: why it ended: tokens, minutes, patience, or nan.
+        stages: of a gradual recovery, one a sparsity.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class RecoveryRecord:
     memory_before: int = 0
     bytes: int = 0
     warnings: list[str] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,7 +114,7 @@ def recover(
     """Train what pruning left, on a text and against the dense model, with every zero staying zero.
 
     Args:
-        source: a pruned folder; or a live module, which is trained in place.
+        source: a pruned folder, dense or packed (then so is `out`); or a live module, which is trained in place.
         teacher: the dense model, as a folder, hub id, `.gguf` file, `smollm2` or live module; None only with `kl=0`.
         out: folder to write; needed for a path, optional for a live module.
         settings: how; `keys` override single entries (`minutes=30, lr=2e-4, train="lora"`).
@@ -130,8 +133,16 @@ def recover(
         keys["text"] = text
     chosen = Recovery.make(settings, **keys)
     given = text if isinstance(text, Tensor) else None
-    if given is not None:
-        chosen = Recovery.make(chosen, seqlen=int(given.shape[-1]))
+    if given is not None and given.dim() == 2:
+        chosen = Recovery.make(chosen, seqlen=int(given.shape[1]))
+    if (
+        out is not None
+        and not isinstance(source, nn.Module)
+        and is_packed(folder := resolve(source, watch.say))
+    ):
+        from tawny.recovery.packed import recover_packed
+
+        return recover_packed(folder, teacher, Path(out), chosen, watch, overwrite, given, held_out)
     with _open_run(chosen, source, teacher, out, watch, overwrite, tokenizer, given, held_out) as run:
         failure = run.train()
         record = run.finish(failure)
@@ -322,9 +333,9 @@ class Run:
 
     def train(self) -> NumericalError | None:
         """Step until the budget is spent; an error that leaves something worth writing is returned, not raised."""
-        self.watch.phase("recovering", self.steps, "steps")
-        for _ in range(self.progress.step):
-            self.watch.step("")
+        timed = self.settings.minutes is not None
+        self._ticks = _Ticks(self.watch, 100 if timed else self.steps, "percent" if timed else "steps")
+        self._ticks.to(self._share())
         if not self.progress.measured:
             self._measure(0.0)
         with _stopping(self.watch) as stop:
@@ -348,7 +359,7 @@ class Run:
                     )
                 if at % self.settings.eval_every == 0 and not over:
                     self._save()
-                self.watch.step(f"step {at}")
+                self._ticks.to(self._share())
         self.record.stopped = reason
         return None
 
@@ -606,6 +617,19 @@ class Run:
             int((linear.view(getattr(linear.module, linear.parameter)) == 0).sum())
             for linear in self.student.linears
         )
+
+
+class _Ticks:
+    """A phase told in steps, or in hundredths where the clock decides how many there will be."""
+
+    def __init__(self, watch: Watch, total: int, unit: str) -> None:
+        self._watch, self._total, self._done = watch, total, 0
+        watch.phase("recovering", total, unit)
+
+    def to(self, share: float) -> None:
+        while self._done < math.floor(share * self._total + 1e-9):
+            self._done += 1
+            self._watch.step("recovering")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["card", "write"]
+__all__ = ["card", "check_place", "write"]
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from tawny.recovery.run import RecoveryRecord
 
 _OUTSIDE = "outside"
+
+
+def check_place(out: Path, overwrite: bool, source: Path) -> None:
+    """Refuse a place that is taken or cannot be written to, before work; what is unfinished there stays."""
+    fresh = not out.with_name(out.name + ".partial").exists()
+    folder = OutputFolder(out, overwrite=overwrite, source=source, keep=True)
+    if fresh:
+        folder.discard()
+    else:
+        folder.release()
 
 
 @torch.no_grad()
