@@ -121,6 +121,14 @@ def record_tables(record: Mapping[str, Any]) -> list[Table]:
         ("time", f"{duration(total)} ({_parts(seconds, 'total', duration)})"),
         ("peak memory", _peak_words(record)),
     ]
+    if refined := record.get("refined"):
+        better = sum(made["best_epoch"] > 0 for made in refined)
+        left = [made["after"] / made["before"] for made in refined if made["before"] > 0]
+        if left:
+            share = percent(sum(left) / len(left))
+            rows.append(
+                ("refined", f"{better} of {len(refined)} blocks; {share} of their held-out loss is left")
+            )
     if record["out"]:
         packed = record.get("packed")
         share = (
@@ -386,8 +394,11 @@ def _memory_words(plan: Mapping[str, Any]) -> str:
 
 def _recipe_words(recipe: Mapping[str, Any]) -> str:
     text = recipe["calibration"]
+    steps = " + refit" if recipe.get("refit") else ""
+    if epochs := recipe.get("refine", {}).get("epochs"):
+        steps += f" + {epochs} epoch{'s' * (epochs != 1)} a block"
     return (
-        f"{recipe['allocator']['name']} + {recipe['solver']['name']}, {recipe['pattern']}, "
+        f"{recipe['allocator']['name']} + {recipe['solver']['name']}{steps}, {recipe['pattern']}, "
         f"calibrated on {text['samples']} × {text['seqlen']} tokens of {text['text']}"
     )
 

@@ -107,6 +107,8 @@ def test_a_folder_and_a_live_model_are_refined_alike_and_twice_alike(order, tmp_
     run = json.loads((tmp_path / "a" / "run.json").read_text())
     assert run["recipe"]["refine"]["epochs"] == 2
     assert any(name.endswith("input_layernorm.weight") for made in run["refined"] for name in made["also"])
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "trained block by block for 2 epochs" in card and "norms and biases, which were trained" in card
 
 
 def test_the_result_is_rounded_to_the_storage_of_the_checkpoint(tmp_path):
@@ -223,3 +225,15 @@ def test_a_stopped_run_goes_on_with_both_streams(tmp_path, monkeypatch):
     a, b = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
     assert a.read_bytes() == b.read_bytes()
     assert [made["losses"] for made in record.refined] == [made["losses"] for made in whole.refined]
+
+
+def test_the_summary_says_what_was_refined_and_how_much_it_helped():
+    from tawny.tables import record_tables
+
+    _, record = pruned(refit=True, **TRAINING)
+    facts = record_tables(record.to_dict())[-1]
+    cells = [
+        cell.plain if hasattr(cell, "plain") else cell for column in facts.columns for cell in column.cells
+    ]
+    assert any("uniform + wanda + refit + 2 epochs a block" in cell for cell in cells)
+    assert any("of 3 blocks" in cell and "held-out loss is left" in cell for cell in cells)

@@ -26,9 +26,9 @@ def model_card(record: Record) -> str:
         "",
         f"{record.zeros:,} of {record.prunable:,} prunable weights are zero ({record.sparsity:.2%}); "
         f"the model has {record.parameters:,} parameters in all. Allocated by `{recipe['allocator']['name']}`, "
-        f"solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`.",
+        f"solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`{_afterwards(record)}.",
         "",
-        "Embeddings, head, norms and biases are those of the source, to the bit. The zeros are stored: this folder is "
+        f"{_untouched(record)} are those of the source, to the bit. The zeros are stored: this folder is "
         "as large as the dense one and opens with plain transformers:",
         "",
         "```python",
@@ -57,3 +57,23 @@ def model_card(record: Record) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _afterwards(record: Record) -> str:
+    """What was done to the survivors once the mask was chosen."""
+    steps = ["refitted by least squares"] if record.recipe.get("refit") else []
+    if record.refined:
+        epochs = record.recipe["refine"]["epochs"]
+        steps.append(
+            f"trained block by block for {epochs} epoch{'s' * (epochs != 1)} to give the dense outputs"
+        )
+    return f"; the survivors were {' and '.join(steps)}" if steps else ""
+
+
+def _untouched(record: Record) -> str:
+    trained = any(made["also"] for made in record.refined)
+    return (
+        "Embeddings and head (not the blocks' norms and biases, which were trained along)"
+        if trained
+        else ("Embeddings, head, norms and biases")
+    )
