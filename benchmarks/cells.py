@@ -1,0 +1,159 @@
+"""Cells of a study: a recipe pruned and evaluated once, kept in a JSON file, never done twice.
+
+A results file holds the setting that all its cells share (model, calibration, evaluation) and the cells by the recipe
+keys in which they differ. It is written after every cell, so a study can be stopped and taken up again, and two
+questions that need the same cell share it. Times are wall times of `tawny.prune`, and its own phases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tawny
+from tawny.record import machine, versions
+
+Keys = dict[str, Any]
+
+
+def parser_for(description: str | None, results: str) -> argparse.ArgumentParser:
+    """The sizes that every study takes as arguments."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--calibration", default="wiki")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--text", action="append", required=True, help="to evaluate on; repeatable")
+    parser.add_argument("--eval-seqlen", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", type=int, default=None, help="stop after so many new cells")
+    parser.add_argument("--minutes", type=float, default=None, help="begin no cell after so many minutes")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / results)
+    return parser
+
+
+class Cells:
+    """The cells of one results file.
+
+    Args:
+        args: of `parser_for`.
+
+    Raises:
+        SystemExit: the file holds another setting.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.started = time.monotonic()
+        self.made = 0
+        setting = {
+            "model": args.model,
+            "calibration": {"text": args.calibration, "samples": args.samples, "seqlen": args.seqlen},
+            "evaluation": {
+                "texts": [Path(text).name for text in args.text],
+                "seqlen": args.eval_seqlen,
+                "windows": args.windows,
+            },
+        }
+        self.results: dict[str, Any] = {**setting, "dense": None, "cells": {}}
+        if args.results.exists():
+            self.results = json.loads(args.results.read_text(encoding="utf-8"))
+            if any(self.results[key] != value for key, value in setting.items()):
+                raise SystemExit(f"{args.results} holds another setting; give another --results")
+        if self.results["dense"] is None:
+            self.results["dense"] = self.dense()
+            self.save()
+
+    def save(self) -> None:
+        self.results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
+        self.args.results.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.args.results.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self.args.results)
+
+    def dense(self) -> dict[str, Any]:
+        return {"evaluation": self.evaluate(self.args.model), "lod": self.lod(self.args.model)}
+
+    def run(self, wanted: Iterable[Keys], *, lod: Callable[[Keys], bool] = lambda keys: False) -> None:
+        """Make every cell that is not there yet.
+
+        Args:
+            wanted: what to give to `tawny.prune` beside the setting.
+            lod: whether the outlier distribution of this cell's pruned model is wanted too.
+        """
+        for keys in wanted:
+            if name_of(keys) in self.results["cells"]:
+                continue
+            over = self.args.minutes is not None and time.monotonic() - self.started > 60 * self.args.minutes
+            if over or (self.args.only is not None and self.made >= self.args.only):
+                print("stopped; the same command goes on", flush=True)
+                raise SystemExit(0)
+            self.results["cells"][name_of(keys)] = self.cell(keys, lod(keys))
+            self.made += 1
+            self.save()
+
+    def cell(self, keys: Keys, with_lod: bool) -> dict[str, Any]:
+        args = self.args
+        folder = Path(tempfile.mkdtemp(prefix="tawny-cell-"))
+        try:
+            start = time.perf_counter()
+            options = {
+                "calibration.text": args.calibration,
+                "calibration.samples": args.samples,
+                "calibration.seqlen": args.seqlen,
+                **keys,
+            }
+            record = tawny.prune(args.model, folder / "out", **options)
+            made = {
+                **keys,
+                "seconds": time.perf_counter() - start,
+                "phases": record.seconds,
+                "achieved": record.sparsity,
+                "mean_error": sum(x.error for x in record.linears) / len(record.linears),
+                "winner": (record.search or {}).get("winner"),
+                "evaluation": self.evaluate(str(folder / "out")),
+            }
+            if with_lod:
+                made["lod"] = self.lod(str(folder / "out"))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        numbers = ", ".join(f"{k} {v['perplexity']:.2f}" for k, v in made["evaluation"].items())
+        print(f"{name_of(keys)}: {numbers} ({made['seconds']:.0f} s)", flush=True)
+        return made
+
+    def evaluate(self, model: str) -> dict[str, dict[str, Any]]:
+        made = {}
+        for text in self.args.text:
+            result = tawny.evaluate(model, text, seqlen=self.args.eval_seqlen, windows=self.args.windows)
+            made[Path(text).name] = {
+                "perplexity": result.perplexity,
+                "stderr": result.stderr,
+                "text_sha256": result.text_sha256,
+            }
+        return made
+
+    def lod(self, model: str) -> dict[str, Any]:
+        """Outlier shares of every block, in %."""
+        args = self.args
+        report = tawny.profile(
+            model,
+            calibration=args.calibration,
+            samples=max(1, min(args.samples, 8192 // args.seqlen)),
+            seqlen=args.seqlen,
+        )
+        return {"shares": report.shares, "max_score": report.max_score, "mean_score": report.mean_score}
+
+
+def name_of(keys: Mapping[str, Any]) -> str:
+    """The name of a cell: its keys, in one order."""
+    return " ".join(f"{key}={keys[key]}" for key in sorted(keys))
