@@ -73,6 +73,7 @@ format: $(VENV)/.installed
 # TEXT=path.txt measures on one more text.
 bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/prune_speed.py
+	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/quality.py --text wiki $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benchmarks/readme.py
 

@@ -69,6 +69,25 @@ def prune_speed(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{_machine(result)}"
 
 
+def sizes(result: Mapping[str, Any]) -> str:
+    def name(row: Mapping[str, Any]) -> str:
+        scales = f", a scale each {row['group']} columns" if row["group"] else ""
+        head = f", head {row['head']}" if row["head"] else ""
+        return f"packed {row['values']}{scales}{head}"
+
+    lines = [
+        f"{result['model']} at {result['sparsity']:.0%}; resident is what loading it adds to a process with its imports.\n",
+        "| | file | of the bf16 file | resident once loaded |",
+        "|---|---|---|---|",
+        f"| bf16 with its zeros | {result['dense_bytes'] / 1e6:.1f} MB | 100 % | |",
+    ]
+    lines += [
+        f"| {name(row)} | {row['bytes'] / 1e6:.1f} MB | {row['ratio'] * 100:.1f} % | {row['resident'] / 1e6:.0f} MB |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines) + f"\n\n{_machine(result)}"
+
+
 def _setting(result: Mapping[str, Any]) -> str:
     seen, measured = result["calibration"], result["evaluation"]
     return (
@@ -94,7 +113,11 @@ def _machine(result: Mapping[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"quality": quality, "prune_speed": prune_speed}
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "quality": quality,
+    "prune_speed": prune_speed,
+    "sizes": sizes,
+}
 
 
 def render(page: str) -> str:
