@@ -43,7 +43,8 @@ def quality(result: Mapping[str, Any]) -> str:
             seconds = max(cell["seconds"] for cell in made if cell)
             lines.append(f"| {sparsity:.0%} | {solver} | {' | '.join(shown)} | {seconds:.0f} s |")
         parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts) + f"\n{_machine(result)}"
+    note = f" {result['note'].capitalize()}." if result.get("note") else ""
+    return "\n".join(parts) + f"\n{_machine(result)}".removesuffix("</sub>\n") + f"{note}</sub>\n"
 
 
 def prune_speed(result: Mapping[str, Any]) -> str:
