@@ -208,3 +208,16 @@ def test_a_header_longer_than_its_file_is_refused(packed_llama, tmp_path):
     path.write_bytes(struct.pack("<Q", 1 << 40) + data[8:])
     with pytest.raises(CheckpointError, match="packed-00001"):
         tawny.load(folder)
+
+
+def test_load_may_be_the_first_thing_a_process_does(tmp_path):
+    """Importing transformers' registry registers us, and that import may be our own."""
+    import subprocess
+    import sys
+
+    from tests.tiny import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    script = f"import tawny; print(type(tawny.load({str(tmp_path)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
