@@ -509,14 +509,14 @@ def _fingerprint(tasks: Mapping[str, Any], limit: int | None, dtype: torch.dtype
     digest = hashlib.sha256(
         json.dumps([_CACHE_FORMAT, metadata.version("lm-eval"), str(dtype), sorted(tasks)]).encode()
     )
-    for name, task in sorted(tasks.items()):
-        with _quiet():
+    with _quiet():
+        for name, task in sorted(tasks.items()):
             task.build_all_requests(limit=limit, rank=0, world_size=1)
-        digest.update(json.dumps([name, str(task.VERSION), sorted(task.aggregation())]).encode())
-        for request in task.instances:
-            digest.update(json.dumps([request.request_type, request.args], default=str).encode())
-        for _, document in task.doc_iterator(limit=limit, rank=0, world_size=1):
-            digest.update(json.dumps(task.doc_to_target(document), default=str).encode())
+            digest.update(json.dumps([name, str(task.VERSION), sorted(task.aggregation())]).encode())
+            for request in task.instances:
+                digest.update(json.dumps([request.request_type, request.args], default=str).encode())
+            for _, document in task.doc_iterator(limit=limit, rank=0, world_size=1):
+                digest.update(json.dumps(task.doc_to_target(document), default=str).encode())
     return digest.hexdigest()
 
 
