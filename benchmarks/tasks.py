@@ -80,7 +80,7 @@ def main() -> None:
 
     setting = {
         "model": Path(args.model).name,
-        "pruning": f"{args.allocator} + {args.solver}, {args.samples} × {args.seqlen} tokens of {args.calibration}",
+        "pruning": f"{args.allocator} + {args.solver}, {args.samples} × {args.seqlen} tokens of {Path(args.calibration).name}",
         "tasks": args.tasks,
         "limit": args.limit,
         "sparsity": args.sparsity,
@@ -94,7 +94,12 @@ def main() -> None:
     def save() -> None:
         results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
         args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps(results, indent=1) + "\n")
+        text = json.dumps(results, indent=1)
+        # Where things lay on this machine is nobody's business.
+        for path in filter(None, (str(args.work), args.task_data, args.calibration, args.model)):
+            if "/" in path:
+                text = text.replace(path, Path(path).name)
+        args.results.write_text(text + "\n")
 
     if "equal" not in results:
         from tawny.evaluation import tasks as ours
@@ -154,7 +159,7 @@ def main() -> None:
             cache=False,
         ).to_dict()
         for model in compared["models"]:
-            model["source"] = model["name"]  # where it lay on this machine is nobody's business
+            model["source"] = model["name"]
             for part in (model.get("tasks", {}), model.get("perplexity", {}).get("agreement", {})):
                 part.pop("source", None)
                 part.pop("against", None)
