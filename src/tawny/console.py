@@ -34,7 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tawny.tables import duration
-from tawny.watch import Watch
+from tawny.watch import Watch, silent, speaks
 
 _QUIET_SECONDS = 5.0  # between plain progress lines
 _WIDE = 200  # columns where nobody's window limits them
@@ -54,6 +54,8 @@ class Console:
         self, result: Mapping[str, Any], draw: Callable[[Mapping[str, Any]], Sequence[RenderableType]]
     ) -> None:
         """Print the JSON document, or else the tables that `draw` makes of it."""
+        if not speaks():
+            return
         if self.as_json:
             print(json.dumps(_finite(result), indent=2, ensure_ascii=False, default=str))
             return
@@ -66,11 +68,15 @@ class Console:
 
     def note(self, text: str) -> None:
         """One line for a person; it never gets between a program and its JSON."""
+        if not speaks():
+            return
         self._err.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def error(self, message: str, exit_code: int = 1) -> None:
         """One line on stderr, and the same as the JSON document."""
         line = " ".join(message.split()) or "unknown"
+        if not speaks():
+            line = f"rank {os.environ['RANK']}: {line}"
         self._err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
         if self.as_json:
             print(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=False))
@@ -80,7 +86,9 @@ class Console:
     @contextmanager
     def watching(self) -> Iterator[Watch]:
         """A watch that shows progress until the end of the `with`."""
-        if self._err.is_terminal and not self._err.is_dumb_terminal:
+        if not speaks():
+            yield silent
+        elif self._err.is_terminal and not self._err.is_dumb_terminal:
             shown = _BarWatch()
             with Live(shown, console=self._err, refresh_per_second=8, transient=True) as live:
                 shown.live = live

@@ -3,6 +3,7 @@
     TawnyError                exit code 1
     ├── NumericalError        a weight, an activation or a factorisation is not usable; names the linear
     ├── Interrupted           the user pressed Ctrl-C
+    ├── LostProcess           one of several processes of a run has ended
     └── UserError             exit code 2: something that was asked for cannot be done
         ├── RecipeError       an unknown key, a value out of range
         ├── PatternError      a mask that does not fit a weight
@@ -20,6 +21,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "Interrupted",
+    "LostProcess",
     "MissingFeature",
     "ModelError",
     "NumericalError",
@@ -47,6 +49,10 @@ class NumericalError(TawnyError):
 
 class Interrupted(TawnyError):
     """The user stopped the run."""
+
+
+class LostProcess(TawnyError):
+    """Another process of this run has ended."""
 
 
 class UserError(TawnyError):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tawny.errors import MissingFeature, TawnyError
+from tawny.errors import MissingFeature, NumericalError, TawnyError
+from tawny.watch import speaks
 
 if TYPE_CHECKING:
     from tawny.console import Console
@@ -29,6 +30,9 @@ def console_for(as_json: bool) -> Iterator[Console]:
     try:
         yield console
     except TawnyError as error:
+        # Of several processes all but the first say only what the first cannot know.
+        if not speaks() and not isinstance(error, NumericalError):
+            raise typer.Exit(error.exit_code) from error
         fail(console, str(error), error.exit_code)
     except KeyboardInterrupt:
         fail(console, "stopped by Ctrl-C; nothing unfinished looks finished", 1)

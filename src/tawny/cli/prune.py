@@ -28,6 +28,7 @@ from tawny.cli.options import (
     packed_values,
 )
 from tawny.cli.root import RecipeCommand, app
+from tawny.watch import speaks
 
 if TYPE_CHECKING:
     from tawny.console import Console
@@ -119,6 +120,8 @@ def prune(
                 )
             else:
                 record = _prune_and_pack(model, out, chosen, values, watch, overwrite, memory)
+        if not speaks():  # what follows is done by the first of several processes
+            return
         if evaluate is not None:
             record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
             record.evaluation["pruned"]["sparsity"] = record.sparsity
@@ -144,6 +147,8 @@ def _prune_and_pack(
             f"--values {values}` goes on, --overwrite starts over"
         )
     record = tawny.prune(model, dense, recipe=recipe, watch=watch, overwrite=overwrite, memory=memory)
+    if not speaks():
+        return record
     report = tawny.pack(dense, out, values, overwrite=overwrite, watch=watch)
     shutil.rmtree(dense)
     watch.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")

@@ -191,6 +191,11 @@ class Stack:
         source = self.stored[linear.key] if self.checkpoint else getattr(linear.module, linear.parameter)
         return linear.view(source.detach()).to(torch.float32, copy=True).contiguous()
 
+    def stored_weight(self, linear: Linear) -> Tensor:
+        """A copy `[out, in]` of the weight in its own dtype. The block must be loaded."""
+        source = self.stored[linear.key] if self.checkpoint else getattr(linear.module, linear.parameter)
+        return linear.view(source.detach()).clone(memory_format=torch.contiguous_format)
+
     def set_weight(self, linear: Linear, weight_OI: Tensor) -> Tensor:
         """Give a linear its new weight, in the stored dtype and for forwards; returns the stored `[out, in]` view."""
         parameter = getattr(linear.module, linear.parameter)

@@ -28,6 +28,7 @@ from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.output import JOURNAL
 from tawny.model.streams import Samples, Stream
+from tawny.pruning.ranks import Ranks
 
 VERSION = 1
 # What commits may add to the time of the work between them.
@@ -52,9 +53,23 @@ class Journal:
         self.folder = folder
         self.state: dict[str, Any] = {}
         self.identity: dict[str, Any] = {}
+        self._ranks = Ranks(alone=True)
         self._spent = 0.0
         self._last = time.perf_counter()
         self.reload()
+
+    def join(self, ranks: Ranks, folder: Path | None) -> None:
+        """Keep this journal together with other processes: each its own hidden states, rank 0 all else."""
+        self._ranks = ranks
+        if ranks.size > 1:
+            self.folder = folder
+            # Hidden states of the others belong in folders that rank 0 has made.
+            ranks.wait()
+
+    @property
+    def suffix(self) -> str:
+        """Tells the files of this process from those of others."""
+        return "" if self._ranks.size == 1 else f".rank{self._ranks.rank}"
 
     def reload(self) -> None:
         self.state = _read(self.folder) if self.folder is not None else {}
@@ -121,15 +136,20 @@ class Journal:
         kept = self.state.get("walks", {}).get(walk)
         if kept is None or stream not in kept["hidden"] or self.folder is None:
             return None
-        return self.folder / "hidden" / str(kept["hidden"][stream])
+        return self.folder / "hidden" / self._own(str(kept["hidden"][stream]))
+
+    def _own(self, name: str) -> str:
+        """The name rank 0 gave, as this rank has it."""
+        return name.replace(".rank0.", f"{self.suffix}.") if self._ranks.size > 1 else name
 
     def hidden_path(self, walk: str, stream: str, depth: int) -> Path:
         assert self.folder is not None
-        return self.folder / "hidden" / f"{walk}.{stream}.{depth:05d}.safetensors"
+        return self.folder / "hidden" / f"{walk}.{stream}{self.suffix}.{depth:05d}.safetensors"
 
     def due(self) -> bool:
         """Whether enough has been done since the last commit to be worth one."""
-        return self.folder is not None and time.perf_counter() - self._last >= self._spent / SHARE
+        enough = time.perf_counter() - self._last >= self._spent / SHARE
+        return self.folder is not None and self._ranks.same(enough)
 
     def commit(
         self, walk: str, blocks: int, found: Mapping[str, Any], streams: Mapping[str, Stream | None]
@@ -152,18 +172,20 @@ class Journal:
                 with writing(path):
                     stream.save(path)
                 names[name] = path.name
+        self._ranks.wait()  # what the journal names must be there on every rank
         before = self.state["walks"].get(walk, {"hidden": {}})["hidden"]
         # A copy, since what was found goes on growing.
         kept = json.loads(json.dumps(found))
         self.state["walks"][walk] = {"blocks": blocks, "found": kept, "hidden": names}
         self._save()
-        for name in set(before.values()) - set(names.values()):
+        self._ranks.wait()
+        for name in {self._own(name) for name in before.values()} - set(names.values()):
             durable.remove(self.folder / "hidden" / name)
         self._last = time.perf_counter()
         self._spent = self._last - start
 
     def _save(self) -> None:
-        if self.folder is None:
+        if self.folder is None or not self._ranks.first:
             return
         text = json.dumps(self.state, separators=(",", ":"))
         path = self.folder / JOURNAL

@@ -29,6 +29,7 @@ from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import NM, Pattern
 from tawny.pruning.journal import Journal
+from tawny.pruning.ranks import Ranks
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.watch import Watch, silent
 
@@ -72,6 +73,7 @@ def profile_walk(
     watch: Watch,
     journal: Journal | None = None,
     spill: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Profile:
     """Shapes of all linears and, if the allocator measures anything, its measures of every block.
 
@@ -82,11 +84,12 @@ def profile_walk(
         samples: calibration tokens; needed if the allocator needs statistics.
         journal: where finished blocks are kept, and found again.
         spill: where hidden states are kept instead of in memory.
+        ranks: the processes that share the walk.
 
     Raises:
         NumericalError: a weight is NaN or infinite; names the linear.
     """
-    journal = journal or Journal(None)
+    journal, ranks = journal or Journal(None), ranks or Ranks(alone=True)
     done, found = journal.walk("profile")
     stages: dict[str, str] = found.get("stages", {})
     measures: list[dict[str, Any]] = found.get("measures", [])
@@ -95,7 +98,10 @@ def profile_walk(
         if allocator.needs != "none":
             assert samples is not None
             saved = journal.hidden("profile")
-            stream = Stream(stack, profile_samples(samples, recipe), depth=done, saved=saved, spill=spill)
+            # Each of several processes needs a sample, even where fewer would do.
+            shared = profile_samples(samples, recipe)
+            shared = samples.first(ranks.size) if len(shared) < ranks.size else shared
+            stream = Stream(stack, ranks.part(shared), depth=done, saved=saved, spill=spill)
         watch.phase("profiling", len(stack) - done)
         for index in range(done, len(stack)):
             last = index == len(stack) - 1
@@ -104,6 +110,7 @@ def profile_walk(
                 if stream is not None:
                     seen = observe(stream, index, by_block[index], allocator.needs, advance=not last)
                     statistics = seen.statistics
+                    ranks.add(statistics)
                     stages.update(
                         {x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears}
                     )
@@ -115,7 +122,8 @@ def profile_walk(
                         )
                 try:
                     # What is measured goes through JSON at once, so that it is the same when it comes out of a journal.
-                    measures.append(json.loads(json.dumps(allocator.measure(inputs))))
+                    measures.append(json.loads(json.dumps(allocator.measure(inputs) if ranks.first else {})))
+                    measures[-1] = ranks.same(measures[-1])
                 except TawnyError as error:
                     raise type(error)(f"block {stack.name(index)}: {error}") from error
                 del inputs, statistics

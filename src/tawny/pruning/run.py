@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from tawny.allocation.profile import Allocation, Profile
 from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockstep, observe
 from tawny.calibration.statistics import Needs, Statistics
-from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TawnyError
+from tawny.errors import (
+    Interrupted,
+    LostProcess,
+    ModelError,
+    NumericalError,
+    OutputError,
+    RecipeError,
+    TawnyError,
+)
 from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, select
@@ -43,6 +51,7 @@ from tawny.pruning.memory import (
 )
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.profiling import allocate, profile_samples, profile_walk
+from tawny.pruning.ranks import Ranks, is_lost
 from tawny.pruning.refine import holds_out, refine
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions, weight_files
@@ -110,7 +119,7 @@ def prune(
         for block in run.blocks(allocation):
             block.target()
             for stage, statistics in block.stages(recipe.order):
-                run.spread(stage, lambda linear, s=statistics, b=block: b.solve(linear, s.get(linear.name)))
+                run.spread(block, stage, statistics)
             block.refine()
             block.advance()
             block.write()
@@ -137,6 +146,8 @@ def open_run(
     before = peak_memory()
     output: OutputFolder | None = None
     journal, begun = Journal(None), False
+    ranks = Ranks(recipe.device, alone=isinstance(source, nn.Module) or measuring is not None)
+    watch = watch if ranks.first else silent
     try:
         if isinstance(source, nn.Module):
             folder, stack = None, live_stack(source)
@@ -148,12 +159,13 @@ def open_run(
                 raise ModelError(
                     f"{source} is packed; `tawny unpack` it first and prune the dense checkpoint"
                 )
-            stack = open_stack(folder, compute_dtype(recipe), recipe.device)
-        if out is not None:
+            stack = open_stack(folder, compute_dtype(recipe), ranks.device)
+        if out is not None and ranks.first:
             output, journal = open_output(Path(out), folder, overwrite)
-        run = Run(
-            recipe, str(source) if folder else type(source).__name__, folder, stack, output, watch, journal
-        )
+        journal.join(ranks, Path(f"{out}.partial") if ranks.size > 1 else None)
+        name = str(source) if folder else type(source).__name__
+        run = Run(recipe, name, folder, stack, output, watch, journal, ranks)
+        run.check_shared()
         run.record.memory_before = before
         run.budget = parse_size(memory)
         if run.budget is not None and folder is None:
@@ -171,6 +183,13 @@ def open_run(
         begun = True
         with torch.no_grad():
             yield run
+        ranks.close()
+    except RuntimeError as error:
+        if ranks.size == 1 or not is_lost(error):
+            raise
+        raise LostProcess(_lost_words(journal)) from error
+    except LostProcess as error:
+        raise LostProcess(_lost_words(journal)) from error
     except KeyboardInterrupt as error:
         kept = "nothing was finished yet"
         if journal.progress:
@@ -184,6 +203,13 @@ def open_run(
     finally:
         if output is not None:
             output.release() if journal.progress or (journal.found and not begun) else output.discard()
+
+
+def _lost_words(journal: Journal) -> str:
+    kept = "nothing was finished yet"
+    if journal.progress:
+        kept = f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
+    return f"a process of this run was lost, and so it ended; {kept}"
 
 
 def open_output(out: Path, folder: Path | None, overwrite: bool) -> tuple[OutputFolder, Journal]:
@@ -217,6 +243,7 @@ class Run:
     output: OutputFolder | None
     watch: Watch
     journal: Journal
+    ranks: Ranks
 
     def __post_init__(self) -> None:
         self.solver = self.recipe.make_solver()
@@ -247,28 +274,53 @@ class Run:
     def needs_samples(self) -> bool:
         return bool(self.needs != "none" or self.allocator.needs != "none" or self.recipe.refine.epochs)
 
+    def check_shared(self) -> None:
+        """Refuse what works in one process only.
+
+        Raises:
+            RecipeError: the recipe refines or searches, and several processes share the run.
+        """
+        if self.ranks.size == 1:
+            return
+        for asked, what in (
+            (self.recipe.refine.epochs > 0, "refine.epochs trains a block on all samples"),
+            (getattr(self.allocator, "searches", False), f"{self.recipe.allocator.name} searches"),
+        ):
+            if asked:
+                raise RecipeError(
+                    f"{what} in one process, and torchrun started {self.ranks.size}: run it with one"
+                )
+
     def identify(self) -> None:
         """Tell the journal what the bytes of this run depend on, as far as it is known before any data is read.
 
         Raises:
             OutputError: an unfinished run in the same place is another one.
         """
-        if self.journal.folder is None or self.folder is None:
+        if self.journal.folder is None or self.folder is None or not self.ranks.first:
             return
         machine = self.record.machine
         self.journal.require("recipe", self.record.recipe)
         self.journal.require("model", model_identity(self.folder))
         self.journal.require("code", code_identity())
         self.journal.require(
-            "machine", {"cpu": machine["cpu"], "threads": machine["threads"], "compute": self.record.compute}
+            "machine",
+            {
+                "cpu": machine["cpu"],
+                "threads": machine["threads"],
+                "processes": self.ranks.size,
+                "compute": self.record.compute,
+            },
         )
 
     def begin(self, overwrite: bool) -> None:
         """From here on what is finished is kept."""
         if self.journal.folder is None:
             return
-        self.journal.require("text", tokens_identity(self.samples))
-        self.journal.begin(overwrite=overwrite)
+        if self.ranks.first:
+            self.journal.require("text", tokens_identity(self.samples))
+            self.journal.begin(overwrite=overwrite)
+        self.journal.state = self.ranks.same(self.journal.state)
         self.record.resumed = self.journal.state["resumed"]
         self.clock.seconds.update(self.journal.state.get("seconds", {}))
         self.started -= self.clock.seconds.pop("total", 0.0)
@@ -345,8 +397,10 @@ class Run:
         Raises:
             RecipeError: the budget cannot hold this run.
         """
-        if self.output is None or self.folder is None:
+        if self.folder is None or (self.output is None and self.ranks.first):
             return
+        # What one process takes: its share of the samples.
+        samples = -(-samples // self.ranks.size)
         demand = demand_of(
             self.recipe, self.stack, self.by_block, self.solver, self.allocator, characters, (samples, seqlen)
         )
@@ -362,7 +416,7 @@ class Run:
         """Where the hidden states of a walk are kept, if not in memory."""
         if self.placement is None or not self.placement.spill or self.journal.folder is None:
             return None
-        return self.journal.folder / "hidden" / f"{walk}.{stream}"
+        return self.journal.folder / "hidden" / f"{walk}.{stream}{self.journal.suffix}"
 
     def allocate(self) -> Allocation:
         """Sparsity of every linear: the profile walk, where the allocator wants one, and its decision."""
@@ -382,6 +436,7 @@ class Run:
                 self.watch,
                 self.journal,
                 self.spill("profile"),
+                self.ranks,
             )
         allocation = allocate(self.allocator, self.profile, self.pattern, self.recipe.sparsity)
         self.record.allocation = allocation
@@ -418,7 +473,7 @@ class Run:
     def _stream(self, name: str, done: int) -> Stream:
         assert self.samples is not None
         saved, spill = self.journal.hidden("prune", name), self.spill("prune", name)
-        return Stream(self.stack, self.samples, depth=done, saved=saved, spill=spill)
+        return Stream(self.stack, self.ranks.part(self.samples), depth=done, saved=saved, spill=spill)
 
     def commit(self, blocks: int, streams: Mapping[str, Stream | None]) -> None:
         """Keep what is finished: `blocks` blocks, and what enters the next."""
@@ -433,10 +488,16 @@ class Run:
         self.journal.state["peak_memory"] = max(peak_memory(), self.record.peak_memory)
         self.journal.commit("prune", blocks, found, streams)
 
-    def spread(self, stage: Stage, solve: Any) -> None:
-        """Every linear of a stage, one after another (the place where several processes would share them)."""
-        for linear in stage.linears:
-            solve(linear)
+    def spread(self, block: BlockRun, stage: Stage, statistics: Mapping[str, Statistics]) -> None:
+        """Solve every linear of a stage; of several processes each solves some, and tells the others."""
+        exact = self.needs == "hessian"
+        costs = [x.numel * x.shape[1] + x.shape[1] ** 3 / 3 if exact else x.numel for x in stage.linears]
+        owners = self.ranks.owners(costs)
+        for linear, owner in zip(stage.linears, owners, strict=True):
+            if owner == self.ranks.rank:
+                block.solve(linear, statistics.get(linear.name))
+        if self.ranks.size > 1:
+            block.exchange(stage.linears, owners, statistics)
 
     def finish(self) -> Record:
         record = self.record
@@ -538,6 +599,7 @@ class BlockRun:
         self._stage = 0
         self._advanced = False
         self._solved: dict[str, Tensor] = {}
+        self._warned = len(self.run.record.warnings)
 
     def target(self) -> None:
         """Let the dense samples pass, before anything is pruned: their outputs are what refining aims at."""
@@ -595,6 +657,8 @@ class BlockRun:
             if item is None:
                 return
             self._stage = stages.index(item[0])
+            with self.run.clock("exchange"):
+                self.run.ranks.add(item[1])
             yield item
             item[1].clear()
 
@@ -609,7 +673,10 @@ class BlockRun:
             self.run.watch.detail("observing", done, total)
 
         with self.run.clock("observe"):
-            return observe(self.stream, self.index, linears, needs, step=step)
+            seen = observe(self.stream, self.index, linears, needs, step=step)
+        with self.run.clock("exchange"):
+            self.run.ranks.add(seen.statistics)
+        return seen
 
     def solve(self, linear: Linear, statistics: Statistics | None) -> None:
         """Prune one linear and record what became of it."""
@@ -662,6 +729,25 @@ class BlockRun:
                 notes={**solution.notes, **notes},
             )
         )
+
+    def exchange(
+        self, linears: Sequence[Linear], owners: Sequence[int], statistics: Mapping[str, Statistics]
+    ) -> None:
+        """Send every solved weight of a stage to all ranks, as it is stored, and put the records together."""
+        run, names = self.run, {linear.name for linear in linears}
+        with run.clock("exchange"):
+            for linear, owner in zip(linears, owners, strict=True):
+                if owner != run.ranks.rank and linear.name in statistics:
+                    self.outliers.see([linear], {linear.name: statistics[linear.name]}, dense=False)
+                sent = run.ranks.send(run.stack.stored_weight(linear), owner)
+                run.stack.set_weight(linear, sent)
+            own = [asdict(entry) for entry in run.record.linears if entry.name in names]
+            told = run.ranks.all_of((own, run.record.warnings[self._warned :]))
+        known = {entry["name"]: LinearRecord.from_dict(entry) for entries, _ in told for entry in entries}
+        run.record.linears = [entry for entry in run.record.linears if entry.name not in names]
+        run.record.linears += [known[linear.name] for linear in linears]
+        run.record.warnings[self._warned :] = sorted(line for _, lines in told for line in lines)
+        self._warned = len(run.record.warnings)
 
     def _measure(self, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None) -> tuple[float, str]:
         with self.run.clock("error"):
