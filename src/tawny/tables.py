@@ -111,7 +111,7 @@ def _facts(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
 # --- one function a result -------------------------------------------------------------------------------
 
 
-def record_tables(record: Mapping[str, Any]) -> list[Table]:
+def record_tables(record: Mapping[str, Any]) -> list[Table | Text]:
     """What `tawny prune` did: the sparsity of every block, the sums, and dense beside pruned if measured."""
     seconds = record["seconds"]
     total = seconds.get("total", sum(seconds.values()))
@@ -138,9 +138,11 @@ def record_tables(record: Mapping[str, Any]) -> list[Table]:
     rows += [("warning", warning) for warning in record["warnings"][:5]]
     if len(record["warnings"]) > 5:
         rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
-    tables = [allocation_table(record["linears"]), _facts(rows)]
+    tables: list[Table | Text] = [allocation_table(record["linears"]), _facts(rows)]
     if {"dense", "pruned"} <= set(record["evaluation"]):
         tables.append(comparison_table(record["evaluation"]["dense"], record["evaluation"]["pruned"]))
+    if record.get("search"):  # the last line: who won, and by how much
+        tables.append(Text(record["search"]["says"]))
     return tables
 
 
@@ -375,6 +377,8 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         ("disk", f"{size(disk['checkpoint'])} written, {size(disk['peak'])} while it is being written"),
         ("time", f"about {duration(seconds['total'])} ({_parts(seconds, 'total', duration)})"),
     ]
+    if disk.get("search"):
+        rows.append(("search", f"{size(disk['search'])} of solutions on disk until it is over"))
     rows += [("note", note) for note in plan["notes"]]
     tables = [_facts(rows)]
     if plan["allocation"] is not None:

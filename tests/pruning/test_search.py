@@ -283,3 +283,17 @@ def test_machines_share_a_study(dense, tmp_path, monkeypatch):
     assert len(study.trials) > tried and first.search["shared"] and second.search["shared"]
     with pytest.raises(RecipeError, match="cannot be opened"):
         prune(dense, tmp_path / "c", **{"allocator.study": "nonsense://x"})
+
+
+def test_a_plan_says_what_the_search_takes(dense):
+    plan = tawny.plan(dense, sparsity=0.6, allocator="auto", calibration="wiki", compute="float32", **FEW)
+    total = sum(x["shape"][0] * x["shape"][1] for x in plan.linears)
+    assert plan.disk["search"] == 3 * total * 4 and plan.seconds["search"] > 0 and plan.memory["search"] > 0
+    assert any("12 allocations" in note for note in plan.notes) and plan.allocation is None
+
+
+def test_the_last_line_says_who_won():
+    from tawny.tables import record_tables
+
+    record = prune(tiny_model("llama")).to_dict()
+    assert str(record_tables(record)[-1]) == record["search"]["says"]

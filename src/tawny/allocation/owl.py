@@ -6,7 +6,7 @@ linears of block l together, in the dense model, the outlier share (layerwise ou
     D_l = 100 · #{A > M·mean(A)} / n_l                                            in %,
     density_l = 2λ·(D_l − min D)/(max D − min D) + shift,   sparsity_l = 1 − density_l,
 
-one ratio a block: the authors confirm that finer ones hurt. The shift is what makes the parameter-weighted
+one ratio a block: the authors confirm that finer ones hurt, and `granularity` is there to see it. The shift is what makes the parameter-weighted
 mean the target, whatever clamping is needed (`budget.exact`). Equal D, or λ = 0, is uniform.
 
 `compat="official"` gives the numbers of the authors' code: float32 scores laid end to end, the mean over
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,18 +30,23 @@ from tawny.errors import NumericalError, RecipeError
 
 __all__ = ["Owl", "measure_outliers"]
 
+Granularity = Literal["block", "module", "linear"]
+Unit = TypeVar("Unit", int, tuple[int, str])
+
 
 @dataclass(frozen=True)
 class Owl:
     """More outliers in a block, less pruning; one ratio a block from the dense model's profile.
 
     D_l = % of |W|·‖X‖ above M times its mean; density spread over 2λ. Yin et al. 2024 (2310.05175).
-    `reverse` turns it round (more outliers, more pruning), for studies.
+    For studies: `reverse` turns it round (more outliers, more pruning); `granularity` counts outliers, each above M times
+    its own mean, of every module (attention, FFN) or linear instead, and gives each a ratio of its own.
     """
 
     M: float = 5.0
     lambda_: float = 0.08
     reverse: bool = False
+    granularity: Granularity = "block"
     compat: Literal["official"] | None = None
 
     needs: ClassVar[Needs] = "norms"
@@ -54,11 +59,31 @@ class Owl:
             raise RecipeError(
                 f"allocator.lambda is {self.lambda_}; expected a number in [0, 1], such as 0.08"
             )
+        if self.compat == "official" and self.granularity != "block":
+            raise RecipeError(
+                f"allocator.granularity is {self.granularity}; the official code knows one ratio a block: leave compat out"
+            )
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        return measure_outliers(linears, (self.M,), official=self.compat == "official")
+        made = measure_outliers(linears, (self.M,), official=self.compat == "official")
+        if self.granularity != "block":
+            parts: dict[str, dict[str, tuple[Tensor, Statistics | None]]] = {}
+            for name, inputs in linears.items():
+                parts.setdefault(_part(name, self.granularity), {})[name] = inputs
+            made["parts"] = {
+                part: measure_outliers(some, (self.M,))["outlier_share"] for part, some in parts.items()
+            }
+        return made
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
+        if self.granularity != "block":
+            unit = {x.name: (x.block, _part(x.name, self.granularity)) for x in profile.linears}
+            shares = {
+                (block, part): self._share({"outlier_share": profile.measures[block]["parts"][part]}, block)
+                for block, part in unit.values()
+            }
+            finer = {x.name: -self._density(shares, unit[x.name]) for x in profile.linears}
+            return budget.exact(finer, profile.sizes, target)
         share = {
             block: self._share(profile.measures[block], block)
             for block in range(len(profile.measures))
@@ -84,10 +109,10 @@ class Owl:
             )
         return -value if self.reverse else value
 
-    def _density(self, share: Mapping[int, float], block: int) -> float:
+    def _density(self, share: Mapping[Unit, float], unit: Unit) -> float:
         """2λ·(D − min)/(max − min), before the shift."""
         low, high = min(share.values()), max(share.values())
-        return 2 * self.lambda_ * (share[block] - low) / (high - low) if high > low else 0.0
+        return 2 * self.lambda_ * (share[unit] - low) / (high - low) if high > low else 0.0
 
     def _official(self, share: Mapping[int, float], target: float) -> dict[int, float]:
         # numpy's own mean, and its order of operations, so that not even the last bit differs.
@@ -157,6 +182,11 @@ def _norms(name: str, W_OI: Tensor, statistics: Statistics | None) -> Tensor:
     if statistics is None:
         raise ValueError(f"{name} {list(W_OI.shape)}: OWL needs column norms, but no statistics were given")
     return statistics.squared_norms.float().sqrt()
+
+
+def _part(name: str, granularity: Granularity) -> str:
+    """What a linear is counted with: itself, or all of the module that holds it."""
+    return name if granularity == "linear" else name.rpartition(".")[0]
 
 
 def _key(M: float) -> str:

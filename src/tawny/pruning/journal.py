@@ -110,6 +110,8 @@ class Journal:
     def kept_words(self) -> str:
         """`3 finished blocks`, for a person."""
         pruned, profiled = self.walk("prune")[0], self.walk("profile")[0]
+        if not pruned and not profiled and self.state.get("once"):
+            return "the results of a search"
         count, kind = (pruned, "finished") if pruned else (profiled, "profiled")
         return f"{count} {kind} block{'s' * (count != 1)}"
 

@@ -23,6 +23,7 @@ from tawny.patterns import check_pattern
 from tawny.pruning.memory import available, distinct_inputs, parse_size, place
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
+from tawny.pruning.search import cost_of_search
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.watch import Watch, silent
 
@@ -117,6 +118,19 @@ def plan(
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(
         recipe.dtype or "", checkpoint.storage_dtype.itemsize
     )
+    seconds = _seconds(stack, recipe, infos, needs, allocator.needs)
+    disk_of_search = memory_of_search = 0
+    if getattr(allocator, "searches", False):
+        cost = cost_of_search(
+            recipe,
+            infos,
+            min(stack.compute, checkpoint.storage_dtype, key=lambda d: d.itemsize),
+            stack.hidden_bytes,
+        )
+        disk_of_search = cost["disk"]
+        memory_of_search = cost["memory"]
+        took = _seconds_of_search(stack, recipe, seconds, cost)
+        seconds = {**seconds, "total": round(seconds["total"] + took, 1), "search": took}
     written = sum(int(torch.Size(shape).numel()) for shape in checkpoint.shapes.values()) * itemsize
     return Plan(
         source=str(source),
@@ -130,23 +144,34 @@ def plan(
         ],
         linears=[{"name": x.name, "shape": list(x.shape), "block": x.block} for x in infos],
         allocation=allocation,
-        memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
+        memory={
+            "peak": placement.peak + memory_of_search,
+            "smallest": placement.smallest + memory_of_search,
+            **placement.parts,
+            **({"search": memory_of_search} if memory_of_search else {}),
+        },
         hidden_states="disk" if placement.spill else "memory",
         disk={
-            "peak": written
-            + min(written, SHARD_BYTES)
+            # The solutions of a search are gone before the first block is written.
+            "peak": max(written + min(written, SHARD_BYTES), disk_of_search)
             + (3 if placement.spill else 2) * tokens * stack.hidden_bytes,
             "checkpoint": written,
             "hidden_states": tokens * stack.hidden_bytes,
+            "search": disk_of_search,
         },
-        seconds=_seconds(stack, recipe, infos, needs, allocator.needs),
+        seconds=seconds,
         notes=_notes(recipe, allocation is None, needs_data and fetched),
     )
 
 
 def _notes(recipe: Recipe, undecided: bool, text_unknown: bool) -> list[str]:
     notes = []
-    if undecided:
+    if getattr(recipe.make_allocator(), "searches", False):
+        notes.append(
+            f"{recipe.allocator.name} tries up to {recipe.allocator.options['trials']} allocations on held-out text "
+            "and keeps solutions of every linear on disk until it is over"
+        )
+    elif undecided:
         notes.append(
             f"{recipe.allocator.name} decides after seeing data; `tawny profile` shows what it would see"
         )
@@ -185,3 +210,19 @@ def _seconds(
         seconds["refine"] = passes * tokens * forward_flops / fast * _OVERHEAD
     seconds = {phase: round(value, 1) for phase, value in seconds.items()}
     return {"total": round(sum(seconds.values()), 1), **seconds}
+
+
+def _seconds_of_search(
+    stack: Stack, recipe: Recipe, seconds: dict[str, float], cost: dict[str, int]
+) -> float:
+    """One walk like that of the run itself, a solve a level, and forwards of the held-out tokens with their logits."""
+    text = stack.config.get_text_config()
+    logits = 2.0 * int(text.vocab_size) * int(text.hidden_size)
+    forward = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1) + logits
+    share = min(
+        1.0,
+        recipe.allocator.options["tokens"] / max(1, recipe.calibration.samples * recipe.calibration.seqlen),
+    )
+    walk = share * (seconds["forward"] / 2 + seconds["statistics"]) + seconds["solve"] * cost["levels"]
+    took: float = walk + cost["tokens"] * forward / measured_speed(stack.compute) * _OVERHEAD
+    return round(took, 1)
