@@ -36,7 +36,7 @@ from tawny.recipe import Recipe
 from tawny.solvers.refit import refit
 from tawny.watch import Watch
 
-_LOGIT_BYTES = 100_000_000  # of float32 logits at once
+_LOGIT_BYTES = 50_000_000  # of float32 logits at once; a few such tensors are compared
 _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
 _RANK: dict[Needs, int] = {"none": 0, "norms": 1, "hessian": 2}
 
@@ -246,9 +246,12 @@ def _solve_block(
             writer.write(key_of(linear, level), weight_OI.to(store.dtype).cpu())
 
 
-def divergence(dense_TV: Tensor, logits_TV: Tensor) -> Tensor:
-    """`[tokens]`: the Kullback–Leibler divergence of a model's next-token distribution from the dense one, in nats."""
-    log_p = nn.functional.log_softmax(dense_TV.float(), dim=-1)
+def divergence(log_p: Tensor, logits_TV: Tensor) -> Tensor:
+    """`[tokens]`: the Kullback–Leibler divergence of a model's next-token distribution from the dense one, in nats.
+
+    Args:
+        log_p: log-probabilities of the dense model `[tokens, vocabulary]`.
+    """
     log_q = nn.functional.log_softmax(logits_TV.float(), dim=-1)
     return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
@@ -344,10 +347,11 @@ class Scorer:
                 for start in range(0, tokens.shape[1], self._tokens_at_once):
                     some = slice(start, start + self._tokens_at_once)
                     ids = tokens[row : row + 1, some]
-                    dense = self.stack.logits(ids, self.hidden[rows[row], some][None])[0]
+                    dense = self.stack.logits(ids, self.hidden[rows[row], some][None])[0].float()
+                    log_p = nn.functional.log_softmax(dense, dim=-1)
                     for number, part in enumerate(parts):
                         hidden = part.hidden[chunk][row - window.start, some][None]
-                        lost = divergence(dense, self.stack.logits(ids, hidden)[0])
+                        lost = divergence(log_p, self.stack.logits(ids, hidden)[0])
                         kept = lost if valid is None else lost[valid[some].to(lost.device)]
                         sums[number] += float(kept.sum(dtype=torch.float64))
         means = (sums / max(1, count)).tolist()
