@@ -337,7 +337,7 @@ class _Hunt:
 
     def score(self, batch: Sequence[Trial], windows: Sequence[int]) -> None:
         """Score each on these windows, unless that many have been seen already."""
-        new = [trial for trial in batch if trial.windows < len(windows)]
+        new = list({trial.levels: trial for trial in batch if trial.windows < len(windows)}.values())
         scores = self.evaluate([trial.levels for trial in new], list(windows)) if new else []
         for trial, score in zip(new, scores, strict=True):
             trial.score, trial.windows = _finite(score), len(windows)

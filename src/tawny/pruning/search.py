@@ -149,11 +149,12 @@ def _search(run: Run) -> dict[str, Any]:
     allocation = space.allocation(winner.levels)
     if winner.allocation is not None and not isinstance(run.pattern, NM):
         allocation = winner.allocation  # not rounded to levels
-    first = {
-        kind: next((t for t in outcome.trials if t.name.startswith(kind)), None) for kind in auto.families
-    }
     pictured = {"uniform": space.allocation(space.uniform)}
-    pictured |= {t.name: t.allocation for t in first.values() if t is not None and t.allocation}
+    for family in auto.families:
+        tried = [t for t in outcome.trials if t.allocation and t.name.startswith(f"{family} ")]
+        if tried:
+            best = min(tried, key=lambda trial: (-trial.windows, trial.score))
+            pictured[best.name] = best.allocation or {}
     pictured["auto"] = allocation
     return {
         "allocation": allocation,
