@@ -226,6 +226,51 @@ def _machine(result: Mapping[str, Any]) -> str:
     )
 
 
+def recovery(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a model, perplexity beside KL and first choices; then the step beside plain training."""
+    cells = sorted(result["cells"], key=lambda cell: (cell["sparsity"], cell["minutes"], cell["kind"]))
+    seen, measured = result["calibration"], result["evaluation"]
+    parts = [
+        f"{result['model']}, pruned on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']} and trained on that text; "
+        f"measured on {measured['windows']} windows of {measured['seqlen']} tokens. KL and top-1 are against "
+        "the dense model. The control is the dense model trained alike.\n"
+    ]
+    for text in measured["texts"]:
+        dense = result["dense"]["evaluation"][text]
+        lines = [
+            f"Perplexity on {text}, dense **{_value(dense)}**:\n",
+            "| sparsity | model | perplexity | × dense | KL | top-1 | packed | tokens/s |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for cell in cells:
+            value, packed = cell["evaluation"][text], cell.get("packed")
+            name = cell["kind"] + (f", {cell['minutes']:g} min" if cell["minutes"] else "")
+            sizes = "– | –"
+            if packed:
+                sizes = f"{packed['file_bytes'] / 1e6:.0f} MB | {packed['decode_tokens_per_second']:.0f}"
+            lines.append(
+                f"| {cell['sparsity']:.0%} | {name} | {_value(value)} | {value['perplexity'] / dense['perplexity']:.2f} "
+                f"| {value['kl']:.3f} | {value['top1']:.1%} | {sizes} |"
+            )
+        parts.append("\n".join(lines) + "\n")
+    if step := result.get("step"):
+        names = {
+            "plain-float32": "plain, float32",
+            "plain-bfloat16": "plain, bfloat16 autocast",
+            "tawny": "Tawny",
+        }
+        rows = [
+            f"| {name} | {step[key]['memory'] / 1e6:.0f} MB | {step[key]['tokens_per_second']:.0f} |"
+            for key, name in names.items()
+        ]
+        parts.append(
+            f"A training step at {step['sparsity']:.0%}, {step['batch']} × {step['seqlen']} tokens; memory is peak memory above the "
+            f"bare interpreter. The teacher's forwards come on top ({step['tawny']['teacher_seconds']:.0f} s for "
+            f"{step['steps']} steps).\n\n| | memory | tokens/s |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        )
+    return "\n".join(parts) + f"\n{_machine(result)}"
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quality": quality,
     "tasks": tasks,
@@ -233,9 +278,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "owl_study": owl_study,
     "prune_speed": prune_speed,
     "sizes": sizes,
+    "recovery": recovery,
 }
 # Sections that bring their heading along and are not there at all until they are measured.
-OPTIONAL = {"allocators", "owl_study"}
+OPTIONAL = {"allocators", "owl_study", "recovery"}
 
 
 def render(page: str) -> str:
