@@ -1,7 +1,7 @@
 """How fast one linear is: packed weights beside every dense and sparse product there is to compare with, in one run.
 
-    python benchmarks/kernels.py                                     # everything, about half an hour
-    python benchmarks/kernels.py --quick                             # one shape, few rounds: a minute
+    python benchmarks/kernels.py                                     # everything that is not in the results yet
+    python benchmarks/kernels.py --quick                             # small shapes, few rounds, nothing kept
     python benchmarks/kernels.py --shapes 4096x4096 --threads 1 --columns 1    # a piece; results are merged
 
 Variants: packed bf16, int8 (a scale a row, and one for 128 columns) and f32; our best dense kernel in bf16 and f32 (the
@@ -10,6 +10,9 @@ adding up an array and doing nothing else. All variants of a case take turns in 
 or a noisy neighbour falls on all of them. Every variant walks over copies of its weight whose bytes together exceed
 four times the last-level cache for one column, and the cache itself for many. A time is the median over rounds of the
 mean over copies; quartiles stand beside it. `columns` is the number of activation vectors (tokens).
+
+Past four columns our dense kernel hands over to torch's product, so `torch bf16` is the only dense variant there. The
+results are written after each case, and a case that is in them is not measured again unless `--again` says so.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from torch import Tensor
 
 from tawny.packed import DenseLinear, PackedLinear, PackedTensor, kernel_name, pack
 from tawny.packed.kernels import native
+from tawny.packed.kernels.ops import DENSE_DIRECT
 
 SHAPES = ["4096x4096", "11008x4096", "2048x5632", "576x1536"]
 SPARSITIES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
 MANY_SPARSITIES = [0.5, 0.7, 0.8]  # for more than one column
-COLUMNS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256, 512]
+RARE_SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9]  # for kinds of values that few choose
+COLUMNS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
 PACKED = {
     "packed bf16": ("bf16", None),
     "packed int8": ("int8", None),
@@ -130,16 +135,18 @@ def variants(
 
         return make
 
-    add("dense bf16", None, 2 * numel, lambda: DenseLinear(W_bf16.clone()), x_bf16)
-    add("dense f32", None, 4 * numel, lambda: DenseLinear(W_OI.clone()), x)
+    if columns <= DENSE_DIRECT:
+        add("dense bf16", None, 2 * numel, lambda: DenseLinear(W_bf16.clone()), x_bf16)
+        add("dense f32", None, 4 * numel, lambda: DenseLinear(W_OI.clone()), x)
     add("torch bf16", None, 2 * numel, torch_linear(W_bf16), x_bf16)
     add("torch f32", None, 4 * numel, torch_linear(W_OI), x)
     for sparsity in sparsities:
-        W_sparse = pruned(shape, sparsity)
         for name, (values, group) in PACKED.items():
             if keep is not None and name not in keep:
                 continue
-            if columns > 1 and name not in ("packed bf16", "packed int8"):
+            if name not in ("packed bf16", "packed int8") and (
+                columns > 1 or sparsity not in RARE_SPARSITIES
+            ):
                 continue
             packed = packed_weight(shape, sparsity, values, group)
 
@@ -149,21 +156,26 @@ def variants(
 
             add(name, sparsity, packed.nbytes, make, x if values == "f32" else x_bf16)
         if columns <= 32 and sparsity >= 0.5 and (keep is None or "torch CSR f32" in keep):
-            add("torch CSR f32", sparsity, *_csr(W_sparse, x))
+            add("torch CSR f32", sparsity, *_csr(shape, sparsity, x))
     return found
 
 
-def _csr(W_OI: Tensor, x: Tensor) -> tuple[int, Callable[[], Call], Tensor]:
+@cache
+def csr_weight(shape: tuple[int, int], sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR a beta
-        csr = W_OI.to_sparse_csr()
-    crow, col, values = csr.crow_indices().int(), csr.col_indices().int(), csr.values()
+        csr = pruned(shape, sparsity).to_sparse_csr()
+    return csr.crow_indices().int(), csr.col_indices().int(), csr.values()
+
+
+def _csr(shape: tuple[int, int], sparsity: float, x: Tensor) -> tuple[int, Callable[[], Call], Tensor]:
+    crow, col, values = csr_weight(shape, sparsity)
 
     def make() -> Call:
         parts = crow.clone(), col.clone(), values.clone()
-        mine = torch.sparse_csr_tensor(*parts, W_OI.shape, check_invariants=False)
+        mine = torch.sparse_csr_tensor(*parts, shape, check_invariants=False)
         return lambda x: torch.mm(mine, x)
 
     return 4 * crow.numel() + 8 * values.numel(), make, x.T.contiguous()
@@ -254,7 +266,23 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
     lines = ",\n  ".join(json.dumps(row) for row in measurements)
     head = json.dumps({k: v for k, v in result.items() if k != "measurements"}, indent=1)[:-2]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head},\n "measurements": [\n  {lines}\n ]\n}}\n')
+    beside = path.with_suffix(".new")
+    beside.write_text(f'{head},\n "measurements": [\n  {lines}\n ]\n}}\n')
+    beside.replace(path)
+
+
+def measured(path: Path | None) -> dict[tuple[Any, ...], set[float]]:
+    """The sparsities that are in the results, by shape, threads and columns."""
+    found: dict[tuple[Any, ...], set[float]] = {}
+    for row in json.loads(path.read_text())["measurements"] if path and path.exists() else []:
+        if row["variant"] == "packed bf16":
+            found.setdefault((*row["shape"], row["threads"], row["columns"]), set()).add(row["sparsity"])
+    return found
+
+
+def rounds_for(columns: int, most: int) -> int:
+    """A product with many columns takes long and varies little."""
+    return most if columns <= 8 else max(3, most * 2 // 3) if columns <= 32 else max(3, most // 2)
 
 
 def main() -> None:
@@ -267,20 +295,20 @@ def main() -> None:
     parser.add_argument("--sparsities", help="default: 0-90 % for one column, 50, 70 and 80 % for more")
     parser.add_argument("--variants", help="only these, comma separated")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--quick", action="store_true", help="one shape, one and 16 columns, 5 rounds")
+    parser.add_argument("--again", action="store_true", help="measure what is in the results, too")
+    parser.add_argument(
+        "--quick", action="store_true", help="two small shapes, 1, 16 and 64 columns, 3 rounds"
+    )
     parser.add_argument(
         "--results", type=Path, help=f"default: {RESULTS.name} beside this script; none with --quick"
     )
     options = parser.parse_args()
     if options.quick:
-        options.shapes, options.columns, options.sparsities, options.rounds = (
-            "2048x5632",
-            "1,16",
-            "0.5,0.7",
-            5,
-        )
+        options.shapes, options.columns, options.rounds = "576x1536,130x70", "1,16,64", 3
+        options.sparsities = "0.1,0.5,0.7"
     path = options.results or (None if options.quick else RESULTS)
     keep = set(options.variants.split(",")) if options.variants else None
+    begin = time.perf_counter()
     for text in options.shapes.split(","):
         out, columns_in = map(int, text.split("x"))
         for threads in map(int, options.threads.split(",")):
@@ -289,10 +317,17 @@ def main() -> None:
                 sparsities = (
                     [float(s) for s in options.sparsities.split(",")] if options.sparsities else default
                 )
-                rows = measure((out, columns_in), threads, columns, sparsities, options.rounds, keep)
+                there = measured(path).get((out, columns_in, threads, columns), set())
+                if set(sparsities) <= there and not (keep or options.again):
+                    continue
+                rounds = rounds_for(columns, options.rounds)
+                rows = measure((out, columns_in), threads, columns, sparsities, rounds, keep)
                 print_case(rows)
+                print(f"  ({time.perf_counter() - begin:.0f} s so far)", flush=True)
                 if path:
                     merge(path, rows)
+        for kept in (packed_weight, pruned, csr_weight):  # gigabytes that the next shape does not need
+            kept.cache_clear()
 
 
 if __name__ == "__main__":
