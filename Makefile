@@ -79,6 +79,9 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/tasks.py
 	$(BIN)/python benchmarks/allocators.py --text wiki $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benchmarks/owl_study.py --text wiki $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/readme.py
 
 docs: $(VENV)/.installed

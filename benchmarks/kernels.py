@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--columns", default=",".join(map(str, COLUMNS)))
-    parser.add_argument("--sparsities", help="default: 0-90 % for one column, 50, 70 and 80 % for more")
+    parser.add_argument("--sparsities", help="default: 0-0.9 for one column, 0.5, 0.7 and 0.8 for more")
     parser.add_argument("--variants", help="only these, comma separated")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--again", action="store_true", help="measure what is in the results, too")
