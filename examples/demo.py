@@ -2,7 +2,7 @@
 
 SmolLM2-135M comes from a package, its calibration text (Wikipedia) too; nothing is fetched from a hub. OWL decides
 how much each block loses, SparseGPT which weights. The end is what `tawny compare` says of the dense, the pruned and
-the packed model: size, memory, quality and speed.
+the packed model (size, memory, quality and speed), a sentence written by each, and a page about the run.
 """
 
 from __future__ import annotations
@@ -15,35 +15,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from pathlib import Path
 
-import torch
-
 import tawny
 from tawny.console import Console
-from tawny.model.source import resolve
+from tawny.evaluation.samples import text_samples
 from tawny.report.comparison import to_html, write
+from tawny.report.publish import publish
 from tawny.tables import compare_tables, record_tables
 
 PROMPT = "The owl is a bird that"
-
-
-def continue_text(folder: Path, prompt: str, tokens: int = 24) -> str:
-    """What plain transformers makes of the folder: greedy, so that anyone sees the same words."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    with torch.no_grad():
-        written = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            repetition_penalty=1.2,
-        )
-    return " ".join(tokenizer.decode(written[0], skip_special_tokens=True).split())
 
 
 def main() -> None:
@@ -71,6 +50,15 @@ def main() -> None:
             overwrite=True,
             watch=watch,
         )
+        dense, pruned = (
+            tawny.evaluate(
+                model, chosen.text, seqlen=chosen.seqlen, windows=chosen.windows, watch=watch
+            ).to_dict()
+            for model in (chosen.model, chosen.out)
+        )
+        record.evaluation = {"dense": dense, "pruned": {**pruned, "sparsity": record.sparsity}}
+        record.generated = text_samples(chosen.model, chosen.out, [chosen.prompt], watch=watch)
+        report = publish(record, chosen.out)
     console.result(record.to_dict(), record_tables)
     with console.watching() as watch:
         tawny.pack(chosen.out, packed, overwrite=True, watch=watch)
@@ -84,12 +72,13 @@ def main() -> None:
         ).to_dict()
     page = chosen.out / "compare.html"
     write(compared, page, to_html)
-    print(f"\ndense   {continue_text(resolve(chosen.model), chosen.prompt)}")
-    print(f"pruned  {continue_text(chosen.out, chosen.prompt)}\n")
     console.result(compared, compare_tables)
+    for sample in record.generated:
+        for name in ("dense", "pruned"):
+            print(f"\n{name:<7} {sample['prompt']} {sample[name]}")
     print(f"\nwritten to {chosen.out}: AutoModelForCausalLM.from_pretrained({str(chosen.out)!r}) opens it")
     print(f"packed to {packed}: tawny.load({str(packed)!r}) opens it")
-    print(f"look at {page}")
+    print(f"read about the run in {report}, compare in {page}")
 
 
 if __name__ == "__main__":

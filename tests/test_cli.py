@@ -28,6 +28,7 @@ VERBS = [
     "unpack",
     "generate",
     "bench",
+    "push",
     "list",
     "doctor",
 ]

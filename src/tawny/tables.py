@@ -23,6 +23,7 @@ __all__ = [
     "perplexity_text",
     "plan_tables",
     "profile_tables",
+    "push_tables",
     "record_tables",
     "recovery_tables",
     "size",
@@ -497,6 +498,16 @@ def listing_tables(listing: Mapping[str, Any]) -> list[Table]:
 def _default(value: Any) -> str:
     """As it would be written in a recipe; an empty list is as good as nothing."""
     return "none" if value in (None, ()) else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def push_tables(report: Mapping[str, Any]) -> list[Table]:
+    """What was, or would be, uploaded."""
+    made = _table("file", "size")
+    for name, count in report["files"].items():
+        made.add_row(name, size(count))
+    done = report["url"] or f"nothing was uploaded: the folder and its card are fit for {report['repo']}"
+    rows = [("in all", size(report["bytes"])), *(("note", note) for note in report["notes"])]
+    return [made, _facts([*rows, ("dry run" if report["dry_run"] else "uploaded", done)])]
 
 
 def doctor_tables(report: Mapping[str, Any]) -> list[Table]:

@@ -25,6 +25,7 @@ from tawny.cli import pack  # noqa: F401
 from tawny.cli import unpack  # noqa: F401
 from tawny.cli import generate  # noqa: F401
 from tawny.cli import bench  # noqa: F401
+from tawny.cli import push  # noqa: F401
 from tawny.cli import list_  # noqa: F401
 from tawny.cli import doctor  # noqa: F401
 # isort: on

@@ -125,7 +125,10 @@ def prune(
         if evaluate is not None:
             record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
             record.evaluation["pruned"]["sparsity"] = record.sparsity
-            _rewrite(out / "run.json", record.to_json())
+            record.generated = _samples(console, model, out, evaluate)
+            from tawny.report.publish import publish
+
+            console.note(f"report: {publish(record, out)}")
         from tawny.tables import record_tables
 
         console.result(record.to_dict(), record_tables)
@@ -137,6 +140,7 @@ def _prune_and_pack(
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
     from tawny.errors import OutputError
+    from tawny.report.publish import publish
 
     dense = out.with_name(out.name + ".dense")
     if out.exists() and not overwrite:
@@ -155,7 +159,7 @@ def _prune_and_pack(
     record.out, record.bytes = str(out), report.bytes
     stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
     record.packed, record.files = stored["packed"], stored["files"]
-    _rewrite(out / "run.json", record.to_json())
+    publish(record, out)
     return record
 
 
@@ -192,7 +196,10 @@ def _compare(
     return measured
 
 
-def _rewrite(path: Path, content: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)
+def _samples(console: Console, model: str, out: Path, text: str) -> list[dict[str, str]]:
+    """What both models write after the same words of the text."""
+    from tawny.calibration.text import load_text
+    from tawny.evaluation.samples import prompts_from, text_samples
+
+    with console.watching() as watch:
+        return text_samples(model, out, prompts_from(load_text(text, "evaluation")), watch=watch)

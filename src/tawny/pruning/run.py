@@ -524,9 +524,14 @@ class Run:
         return record
 
     def _report(self) -> None:
+        """The model card and the page, when everything is known."""
+        from tawny.report.card import CARD, front_matter, model_card
         from tawny.report.html import write_report
 
         assert self.output is not None
+        card = self.folder / CARD if self.folder is not None else None
+        base = card.read_text(encoding="utf-8", errors="replace") if card and card.is_file() else ""
+        self.output.write_text(CARD, model_card(self.record.to_dict(), front_matter(base)))
         try:
             write_report(self.record.to_dict(), self.output.partial)
         except Exception as error:
@@ -542,9 +547,6 @@ class Run:
         else:
             self.stack.model.save_pretrained(self.output.partial)
             self.record.bytes = sum(p.stat().st_size for p in self.output.partial.glob("*.safetensors"))
-        from tawny.report.card import model_card
-
-        self.output.write_text("README.md", model_card(self.record))
         self.output.write_text("recipe.yaml", dump_recipe(self.recipe))
 
     def _plan_shards(self) -> list[dict[str, Any]]:

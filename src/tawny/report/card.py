@@ -1,79 +1,176 @@
-"""The model card written beside the weights: what was done, with the exact recipe, and how to use the result."""
+"""The model card written beside the weights: what was done, how good it is, what it is for, and how to repeat it.
+
+Everything in it comes from `run.json`, but for what the base model's card says about licence, languages and tags:
+a pruned model is bound by the licence of the model it was made from.
+"""
 
 from __future__ import annotations
 
+__all__ = ["CARD", "front_matter", "model_card", "packed_note"]
+
+from collections.abc import Mapping
+from typing import Any
+
 import yaml
 
-from tawny.record import Record
+from tawny.tables import duration, percent, perplexity_text, size
+
+CARD = "README.md"
+# Facts about what the weights are made of. Results (`model-index`) and widgets are the dense model's own.
+_INHERITED = ("license", "license_name", "license_link", "language", "base_model", "datasets", "pipeline_tag")
+_TAGS = ["pruned", "sparse", "tawny"]
 
 
-def model_card(record: Record) -> str:
-    """Markdown with hub metadata; everything in it comes from the record."""
-    metadata: dict[str, object] = {
-        "tags": ["pruned", "sparse", "tawny"],
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-    }
-    if record.source.count("/") == 1 and not record.source.startswith((".", "/")):
-        metadata["base_model"] = record.source
-    recipe = record.recipe
-    lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {record.source.rstrip('/').split('/')[-1]}, {record.sparsity:.1%} sparse",
-        "",
-        f"{record.zeros:,} of {record.prunable:,} prunable weights are zero ({record.sparsity:.2%}); "
-        f"the model has {record.parameters:,} parameters in all. Allocated by `{recipe['allocator']['name']}`, "
-        f"solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`{_afterwards(record)}.",
-        "",
-        f"{_untouched(record)} are those of the source, to the bit. The zeros are stored: this folder is "
-        "as large as the dense one and opens with plain transformers:",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
-        "```",
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        yaml.safe_dump(recipe, sort_keys=False).strip(),
-        "```",
-        "",
-        "Calibration text: " + ", ".join(f"{key} {value}" for key, value in record.text.items()) + "."
-        if record.text
-        else "No calibration text was needed.",
-        "",
-        "## Limits",
-        "",
-        "Pruning loses quality, and more of it the smaller the model and the higher the sparsity. Measure the model on "
-        "your own task before relying on it.",
-        "",
-        "Every number here can be traced in `run.json`.",
-        "",
+def front_matter(card: str) -> dict[str, Any]:
+    """The metadata at the top of a card; empty where there is none or it is not valid YAML."""
+    if not card.startswith("---"):
+        return {}
+    head, closed, _ = card[3:].partition("\n---")
+    try:
+        found = yaml.safe_load(head) if closed else None
+    except yaml.YAMLError:
+        return {}
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def packed_note(card: str) -> str:
+    """The block that `tawny pack` puts into a card; empty where there is none."""
+    begin, end = (card.find(f"<!-- {mark} -->") for mark in ("packed", "/packed"))
+    return card[begin:end] + "<!-- /packed -->\n" if 0 <= begin < end else ""
+
+
+def model_card(record: Mapping[str, Any], base: Mapping[str, Any] | None = None, note: str = "") -> str:
+    """Markdown with hub metadata.
+
+    Args:
+        record: what `run.json` holds.
+        base: metadata of the base model's card.
+        note: what stands between the metadata and the heading.
+    """
+    base = base or {}
+    source = str(record["source"])
+    metadata: dict[str, Any] = {key: base[key] for key in _INHERITED if base.get(key)}
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        metadata["base_model"] = source
+    metadata.setdefault("pipeline_tag", "text-generation")
+    metadata["library_name"] = "transformers"
+    tags = base.get("tags") or []
+    metadata["tags"] = list(dict.fromkeys([*(tags if isinstance(tags, list) else [str(tags)]), *_TAGS]))
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---",
+        *([note.rstrip("\n")] if note else []),
+        f"# {_inline(source.rstrip('/').split('/')[-1])}, {record['sparsity']:.1%} sparse",
+        _what(record),
+        _use(record),
+        _numbers(record),
+        _intended(),
+        _recipe(record),
+        _trace(record),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts) + "\n"
 
 
-def _afterwards(record: Record) -> str:
+def _inline(text: str) -> str:
+    """A name as words: nothing in it may start a tag, a link or a new line of Markdown."""
+    flat = " ".join(text.split())
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in flat)
+
+
+def _what(record: Mapping[str, Any]) -> str:
+    recipe = record["recipe"]
+    return (
+        f"{record['zeros']:,} of {record['prunable']:,} prunable weights are zero ({record['sparsity']:.2%}); "
+        f"the model has {record['parameters']:,} parameters in all. Allocated by `{recipe['allocator']['name']}`, "
+        f"solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`{_afterwards(record)}. "
+        f"{_untouched(record)} are those of the source, to the bit."
+    )
+
+
+def _afterwards(record: Mapping[str, Any]) -> str:
     """What was done to the survivors once the mask was chosen."""
-    steps = ["refitted by least squares"] if record.recipe.get("refit") else []
-    if record.refined:
-        epochs = record.recipe["refine"]["epochs"]
-        steps.append(
-            f"trained block by block for {epochs} epoch{'s' * (epochs != 1)} to give the dense outputs"
-        )
+    steps = ["refitted by least squares"] if record["recipe"].get("refit") else []
+    if record.get("refined"):
+        epochs = record["recipe"]["refine"]["epochs"]
+        steps.append(f"trained block by block for {epochs} epoch{'s' * (epochs != 1)} to give the dense outputs")
     return f"; the survivors were {' and '.join(steps)}" if steps else ""
 
 
-def _untouched(record: Record) -> str:
-    trained = any(made["also"] for made in record.refined)
-    return (
-        "Embeddings and head (not the blocks' norms and biases, which were trained along)"
-        if trained
-        else ("Embeddings, head, norms and biases")
+def _untouched(record: Mapping[str, Any]) -> str:
+    if any(made["also"] for made in record.get("refined") or []):
+        return "Embeddings and head (not the blocks' norms and biases, which were trained along)"
+    return "Embeddings, head, norms and biases"
+
+
+def _use(record: Mapping[str, Any]) -> str:
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+    ]
+    if record.get("packed"):
+        lines.insert(0, "import tawny  # teaches transformers to open packed weights")
+        text = "Zeros are not stored: weights are a bit mask and the survivors, in files and in memory."
+    else:
+        text = "The zeros are stored: this folder is as large as the dense one and opens with plain transformers."
+    return f"## Use\n\n{text}\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _numbers(record: Mapping[str, Any]) -> str:
+    measured = record["evaluation"]
+    if not {"dense", "pruned"} <= set(measured):
+        return "## Quality\n\nNot measured. `tawny eval THIS_FOLDER --text TEXT` gives perplexity ± its standard error."
+    dense, pruned = measured["dense"], measured["pruned"]
+    rows = [
+        "| | dense | pruned |",
+        "|---|---|---|",
+        f"| perplexity | {perplexity_text(dense)} | {perplexity_text(pruned)} |",
+    ]
+    if dense.get("bits_per_byte") and pruned.get("bits_per_byte"):
+        rows.append(f"| bits per byte | {dense['bits_per_byte']:.4f} | {pruned['bits_per_byte']:.4f} |")
+    note = (
+        f"{dense['windows']} windows of {dense['seqlen']} tokens of {_inline(str(dense['text']))}, text sha256 "
+        f"`{dense['text_sha256']}`, computed in {dense['compute']}; ± is the standard error over windows."
     )
+    return "## Quality\n\n" + "\n".join(rows) + f"\n\n{note}"
+
+
+def _intended() -> str:
+    return (
+        "## Intended use and limits\n\n"
+        "For what the base model is for, under its licence, where memory or speed matters more than the last bit of "
+        "quality; and for research on sparsity. Pruning loses quality, and more of it the smaller the model and the "
+        "higher the sparsity. It can lose unevenly: facts, languages and safety behaviour that calibration text did "
+        "not show may suffer more than perplexity says. Biases of the base model remain. Measure the model on your own "
+        "task before relying on it."
+    )
+
+
+def _recipe(record: Mapping[str, Any]) -> str:
+    made = yaml.safe_dump(dict(record["recipe"]), sort_keys=False).strip()
+    return f"## Recipe\n\n```yaml\n{made}\n```"
+
+
+def _trace(record: Mapping[str, Any]) -> str:
+    text, machine, seconds = record["text"], record["machine"], record["seconds"]
+    lines = []
+    if text:
+        hashed = f", sha256 `{text['sha256']}`" if text.get("sha256") else ""
+        lines.append(
+            f"Calibrated on {text.get('samples', '?')} × {text.get('seqlen', '?')} tokens of "
+            f"{_inline(str(text.get('name')))}{hashed}."
+        )
+    else:
+        lines.append("No calibration text was needed.")
+    if record.get("revision"):
+        lines.append(f"Base model at revision `{record['revision']}`.")
+    spent = duration(seconds.get("total", sum(seconds.values())))
+    lines.append(
+        f"Made in {spent} with {', '.join(f'{k} {v}' for k, v in record['versions'].items())} on "
+        f"{_inline(str(machine.get('cpu', 'an unknown processor')))}, {machine.get('threads', '?')} threads."
+    )
+    for name, file in record.get("files", {}).items():
+        lines.append(f"`{name}`: {size(file['bytes'])}, sha256 `{file['sha256']}`.")
+    lines.append(
+        f"Sparsity {percent(record['sparsity'])}; every linear's is in `run.json`, drawn in `report.html`."
+    )
+    return "## How it was made\n\n" + "\n".join(f"- {line}" for line in lines)

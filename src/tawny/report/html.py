@@ -373,8 +373,9 @@ def _memory(record: Mapping[str, Any]) -> str:
 
 def _load(record: Mapping[str, Any]) -> str:
     folder = repr(str(record["out"] or "DIR"))
+    first = "import tawny\n" if record.get("packed") else ""
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model = AutoModelForCausalLM.from_pretrained({folder})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({folder})"
     )

@@ -1,0 +1,51 @@
+"""`tawny push`: a finished folder onto the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tawny.cli.common import console_for
+from tawny.cli.options import OUTPUT, AsJson
+from tawny.cli.root import app
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  tawny push pruned someone/smollm2-owl-50 --dry-run\n"
+    "  tawny push pruned someone/smollm2-owl-50 --private\n"
+    "  tawny push packed someone/smollm2-owl-50-packed --json"
+)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or pack finished.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    *,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the folder and its card and list the files; no network.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=OUTPUT)
+    ] = False,
+    message: Annotated[
+        str | None, typer.Option("--message", metavar="TEXT", help="Of the commit.", rich_help_panel=OUTPUT)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a finished model to the Hugging Face hub, with its card and report."""
+    with console_for(as_json) as console:
+        from tawny.report.push import push as push_folder
+
+        with console.watching() as watch:
+            report = push_folder(
+                folder, repo, private=private, dry_run=dry_run, message=message, watch=watch
+            ).to_dict()
+        from tawny.tables import push_tables
+
+        console.result(report, push_tables)

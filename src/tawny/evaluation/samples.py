@@ -1,0 +1,68 @@
+"""What a dense and a pruned model write after the same words: the number a person understands at once."""
+
+from __future__ import annotations
+
+__all__ = ["prompts_from", "text_samples"]
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tawny.calibration.text import Text
+from tawny.evaluation.sources import open_model
+from tawny.evaluation.speed import generate
+from tawny.model.blocks import native_dtype
+from tawny.model.source import load_tokenizer, resolve
+from tawny.watch import Watch, silent
+
+WORDS = 10  # of a prompt
+TOKENS = 40  # of an answer
+_LONGEST = 90  # characters, where words are not written apart
+
+
+def prompts_from(text: Text, count: int = 3) -> list[str]:
+    """The first words of `count` paragraphs, spread evenly over the text."""
+    paragraphs = [" ".join(part.split()) for part in text.text.split("\n\n")]
+    long = [part for part in paragraphs if len(part) >= 2 * _LONGEST]
+    chosen = long or [part for part in paragraphs if part]
+    step = max(1, len(chosen) // count)
+    prompts = [" ".join(part.split()[:WORDS])[:_LONGEST].strip() for part in chosen[::step][:count]]
+    return list(dict.fromkeys(prompts))
+
+
+def text_samples(
+    dense: str | Path,
+    pruned: str | Path,
+    prompts: Sequence[str],
+    *,
+    tokens: int = TOKENS,
+    watch: Watch = silent,
+) -> list[dict[str, str]]:
+    """`[{"prompt", "dense", "pruned"}, …]`: both models' likeliest continuations, so that anyone gets the same words.
+
+    Text needs a whole model in memory, which pruning does not: where it would not fit, the list is empty and the
+    watch is told why.
+    """
+    folders = {"dense": resolve(dense, watch.say), "pruned": resolve(pruned, watch.say)}
+    needed = max(sum(p.stat().st_size for p in folder.glob("*.safetensors")) for folder in folders.values())
+    if needed > 0.6 * _free_memory():
+        watch.say("no samples of text: they need the whole model in memory, and it would not fit")
+        return []
+    samples = [{"prompt": prompt} for prompt in prompts]
+    for name, folder in folders.items():
+        watch.say(f"letting the {name} model write")
+        tokenizer = load_tokenizer(folder)
+        model = open_model(folder, native_dtype())
+        for sample in samples:
+            made = generate(model, sample["prompt"], max_tokens=tokens, chat=False, tokenizer=tokenizer)
+            sample[name] = " ".join(made.text.split())
+        del model
+    return samples
+
+
+def _free_memory() -> float:
+    """Bytes that can be had without swapping; infinite where nobody can say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration, ValueError):
+        return float("inf")

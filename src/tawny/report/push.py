@@ -1,0 +1,166 @@
+"""Put a finished folder on the Hugging Face hub, after checking that it is what its card says it is."""
+
+from __future__ import annotations
+
+__all__ = ["PushReport", "check_folder", "push"]
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tawny.errors import CheckpointError, MissingFeature, OutputError
+from tawny.record import weight_files
+from tawny.report.card import CARD, front_matter
+from tawny.watch import Watch, silent
+
+_LEFT_OUT = (".partial", ".new", ".tmp", ".old", ".lock")
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What was, or would be, uploaded.
+
+    Attributes:
+        files: bytes by name.
+        notes: what a person should know before others see the model.
+        url: where it is; empty after a dry run.
+    """
+
+    repo: str
+    files: dict[str, int]
+    bytes: int
+    private: bool
+    dry_run: bool
+    notes: list[str]
+    url: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+    watch: Watch = silent,
+) -> PushReport:
+    """Upload a folder that Tawny finished.
+
+    Args:
+        folder: a folder written by `prune` or `pack`.
+        repo: `owner/name` on the hub; made if it does not exist.
+        dry_run: check and list, without network.
+
+    Raises:
+        CheckpointError: the folder is unfinished, not Tawny's, or not what its run.json says.
+        OutputError: the repository's name is not valid, or the hub refuses.
+    """
+    folder = Path(folder)
+    _check_repo(repo)
+    watch.say(f"checking {folder}")
+    record = check_folder(folder)
+    metadata = _check_card(folder)
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.endswith(_LEFT_OUT) and not path.name.startswith(".")
+    }
+    notes = []
+    if not metadata.get("license"):
+        notes.append(
+            f"{CARD} names no license: the base model's holds; add `license:` to the card's first lines"
+        )
+    if not {"dense", "pruned"} <= set(record.get("evaluation", {})):
+        notes.append("the card has no quality numbers: prune with --eval TEXT to measure both models")
+    report = PushReport(repo, files, sum(files.values()), private, dry_run, notes)
+    if dry_run:
+        return report
+    url = _upload(folder, repo, list(files), private, message or "Upload a model pruned by Tawny", watch)
+    return PushReport(**{**report.to_dict(), "url": url})
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder whose weights are those it describes.
+
+    Raises:
+        CheckpointError: it is not, or there is none.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; give one that `tawny prune` or `tawny pack` wrote")
+    if folder.name.endswith(".partial") or (folder / "journal.json").exists():
+        raise CheckpointError(
+            f"{folder} is unfinished; run the same `tawny prune` again to complete it first"
+        )
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or "record_version" not in record:
+        raise CheckpointError(
+            f"{folder} has no run.json of Tawny; only what `tawny prune` wrote can be pushed"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; it is no model that anybody could open")
+    found = weight_files(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no *.safetensors file; the weights are missing")
+    told = record.get("files", {})
+    for name in sorted(set(told) | set(found)) if told else []:
+        if found.get(name) != told.get(name):
+            what = "is missing" if name not in found else "is not the file that run.json describes"
+            raise CheckpointError(
+                f"{folder / name} {what}; prune again, or push a folder that was not changed"
+            )
+    return record
+
+
+def _check_card(folder: Path) -> dict[str, Any]:
+    """The card's metadata, as the hub would read it."""
+    from huggingface_hub import ModelCard
+
+    path = folder / CARD
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {CARD}; the model card is missing")
+    text = path.read_text(encoding="utf-8")
+    try:
+        ModelCard(text)
+    except (ValueError, TypeError) as error:
+        reason = (str(error).strip() or "unreadable").splitlines()[0]
+        raise CheckpointError(f"{path} has metadata the hub would refuse: {reason}") from error
+    metadata = front_matter(text)
+    if not metadata:
+        raise CheckpointError(f"{path} has no metadata between --- lines at its top; the hub needs them")
+    return metadata
+
+
+def _check_repo(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise OutputError(f"{repo!r} is not a name for a repository; give OWNER/NAME") from error
+    if repo.count("/") != 1:
+        raise OutputError(f"{repo!r} names no owner; give OWNER/NAME")
+
+
+def _upload(folder: Path, repo: str, files: list[str], private: bool, message: str, watch: Watch) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    watch.say(f"uploading {len(files)} files to {repo}")
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=files, commit_message=message)
+    except LocalTokenNotFoundError as error:
+        raise MissingFeature("the hub does not know who you are: run `hf auth login` first") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OutputError(f"{repo} cannot be uploaded to: {reason}") from error
+    return str(url)

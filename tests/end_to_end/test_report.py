@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tawny.cli import main
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    words = "The owl is a bird of the night, and it hears what it cannot see. " * 4
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} {words}" for i in range(6)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_prune_that_measures_ends_with_a_report_of_both_models(folder, packed, monkeypatch, capsys):
+    text, out = folder / "text.txt", folder / "out"
+    arguments = ["prune", folder / "dense", "--out", out, "-s", "0.5", "--calibration", text, "--eval", text]
+    arguments += ["--samples", "2", "--seqlen", "32", "--json", *(["--pack", "bf16"] if packed else [])]
+    monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    shown, err = capsys.readouterr()
+    assert not caught.value.code, err
+    record = json.loads(shown)
+    assert str(out / "report.html") in err
+    assert len(record["generated"]) == 3 and record["generated"][0]["prompt"].startswith("0 The owl")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "What they write" in page and record["files"]
+    assert all(file["sha256"] in page for file in record["files"].values())
+    assert ("import tawny" in page) == packed
+    assert "| perplexity |" in (out / "README.md").read_text(encoding="utf-8")
+    assert json.loads((out / "run.json").read_text())["generated"] == record["generated"]

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import tawny
+from tawny.report.card import front_matter, model_card, packed_note
+from tawny.report.publish import publish
+from tests.report.records import HOSTILE, hostile_record, record
+from tests.tiny import tiny_model, tokens
+
+BASE = """---
+license: apache-2.0
+language: [en, de]
+tags: [safetensors, onnx]
+base_model: someone/base
+model-index: [{name: x, results: []}]
+widget: [{text: hello}]
+---
+# The base model
+"""
+
+
+def test_the_card_inherits_what_the_weights_are_bound_by_and_no_results_of_the_dense_model():
+    metadata = front_matter(model_card(record(), front_matter(BASE)))
+    assert metadata["license"] == "apache-2.0" and metadata["language"] == ["en", "de"]
+    assert metadata["base_model"] == "someone/base"
+    assert metadata["tags"] == ["safetensors", "onnx", "pruned", "sparse", "tawny"]
+    assert not {"model-index", "widget"} & set(metadata)
+
+
+def test_a_hub_model_is_the_base_of_its_pruned_self():
+    made = {**record(), "source": "HuggingFaceTB/SmolLM2-135M", "revision": "a" * 40}
+    text = model_card(made, front_matter(BASE))
+    assert front_matter(text)["base_model"] == "HuggingFaceTB/SmolLM2-135M"
+    assert "a" * 40 in text and ModelCard(text).data.base_model == "HuggingFaceTB/SmolLM2-135M"
+
+
+def test_the_card_has_numbers_with_errors_hashes_limits_and_the_recipe():
+    text = model_card(record())
+    assert "| perplexity | 12.50 ± 0.40 | 31.25 ± 1.50 |" in text
+    assert "ab" * 32 in text and "cd" * 32 in text
+    assert "## Intended use and limits" in text and "Not measured" in model_card(record(measured=False))
+    block = text.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(block) == record()["recipe"]
+
+
+def test_hostile_names_stay_words():
+    text = model_card(hostile_record())
+    heading = next(line for line in text.splitlines() if line.startswith("# "))
+    assert "<script>" not in heading.replace("\\<", "") and "\\<script\\>" in text
+    assert ModelCard(text).data.tags[-1] == "tawny"
+    assert HOSTILE not in text.split("```")[0]
+
+
+@pytest.mark.parametrize(
+    "broken", ["", "# no metadata", "---\nlicense: [\n---\n", "---\njust words\n---\n", "---\n"]
+)
+def test_a_base_card_without_usable_metadata_is_none(broken):
+    assert front_matter(broken) == {}
+    assert front_matter(model_card(record(), front_matter(broken)))["library_name"] == "transformers"
+
+
+def test_publishing_again_keeps_what_was_inherited_and_the_note_of_packing(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text(BASE)
+    out = tmp_path / "out"
+    made = tawny.prune(tmp_path / "dense", out, sparsity=0.5, calibration=tokens())
+    card = (out / "README.md").read_text()
+    assert front_matter(card)["license"] == "apache-2.0" and made.files["model.safetensors"]["sha256"] in card
+    note = "<!-- packed -->\n\n> a note\n\n<!-- /packed -->\n"
+    (out / "README.md").write_text(card.replace("\n# ", f"\n{note}# ", 1))
+    made.evaluation = record()["evaluation"]
+    publish(made, out)
+    again = (out / "README.md").read_text()
+    assert front_matter(again) == front_matter(card) and packed_note(again) == note
+    assert "12.50 ± 0.40" in again and "31.25 ± 1.50" in (out / "report.html").read_text()
+    assert json.loads((out / "run.json").read_text())["evaluation"]["dense"]["perplexity"] == 12.5
+    assert not list(out.glob("*.new"))

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import tawny
+from tawny.errors import CheckpointError, MissingFeature, OutputError
+from tawny.report.push import push
+from tests.tiny import tiny_model, tokens
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("push")
+    tiny_model("llama").save_pretrained(folder / "dense")
+    tawny.prune(folder / "dense", folder / "out", sparsity=0.5, calibration=tokens())
+    return folder / "out"
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+class Hub:
+    """Stands in for the hub's client; remembers what it was told."""
+
+    calls: list = []
+    error: Exception | None = None
+
+    def create_repo(self, repo, **keys):
+        if self.error:
+            raise self.error
+        self.calls.append(("create", repo, keys))
+        return f"https://hub.example/{repo}"
+
+    def upload_folder(self, **keys):
+        self.calls.append(("upload", keys))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+
+    Hub.calls, Hub.error = [], None
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return Hub
+
+
+def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(out, hub):
+    report = push(out, "someone/model", dry_run=True)
+    assert not hub.calls and report.url == ""
+    assert report.files["model.safetensors"] == (out / "model.safetensors").stat().st_size
+    assert {"README.md", "run.json", "report.html", "config.json", "recipe.yaml"} <= set(report.files)
+    assert report.bytes == sum(report.files.values())
+    assert len(report.notes) == 2 and "license" in report.notes[0]
+
+
+def test_a_push_uploads_exactly_what_the_dry_run_listed(out, hub):
+    (out / "README.md.new").write_text("half")
+    (out / ".hidden").write_text("mine")
+    listed = push(out, "someone/model", dry_run=True).files
+    report = push(out, "someone/model", private=True)
+    (_, repo, keys), (_, uploaded) = hub.calls
+    assert repo == "someone/model" and keys == {"private": True, "exist_ok": True}
+    assert uploaded["allow_patterns"] == list(listed) and report.url == "https://hub.example/someone/model"
+    assert not {"README.md.new", ".hidden"} & set(listed)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda out: (out / "run.json").unlink(), "no run.json of Tawny"),
+        (lambda out: (out / "run.json").write_text("{}"), "no run.json of Tawny"),
+        (lambda out: (out / "journal.json").write_text("{}"), "unfinished"),
+        (lambda out: (out / "config.json").unlink(), "no config.json"),
+        (lambda out: (out / "model.safetensors").unlink(), "weights are missing"),
+        (
+            lambda out: (out / "model.safetensors").write_bytes(b"other"),
+            "not the file that run.json describes",
+        ),
+        (lambda out: (out / "README.md").unlink(), "no README.md"),
+        (lambda out: (out / "README.md").write_text("# words"), "no metadata"),
+        (lambda out: (out / "README.md").write_text("---\n- a list\n---\n"), "metadata"),
+    ],
+)
+def test_a_folder_that_is_not_what_it_should_be_is_refused_in_one_line(out, hub, damage, words):
+    damage(out)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        push(out, "someone/model")
+    assert "\n" not in str(caught.value) and not hub.calls
+
+
+def test_an_unfinished_run_and_no_folder_are_refused(out, tmp_path):
+    with pytest.raises(CheckpointError, match="unfinished"):
+        push(out.rename(tmp_path / "out.partial"), "someone/model")
+    with pytest.raises(CheckpointError, match="is no folder"):
+        push(tmp_path / "nowhere", "someone/model")
+
+
+@pytest.mark.parametrize("repo", ["model", "a/b/c", "some one/model", "owner/--x"])
+def test_a_name_that_is_no_repository_is_refused(out, repo):
+    with pytest.raises(OutputError, match="OWNER/NAME"):
+        push(out, repo, dry_run=True)
+
+
+def test_what_the_hub_says_is_one_line(out, hub):
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    hub.error = LocalTokenNotFoundError("no token\nlong story")
+    with pytest.raises(MissingFeature, match="hf auth login"):
+        push(out, "someone/model")
+    hub.error = OSError("no route to host\nmore")
+    with pytest.raises(OutputError, match=r"no route to host$"):
+        push(out, "someone/model")
+
+
+def test_the_verb_prints_the_list_and_exits_with_two_on_a_foreign_folder(out, tmp_path, monkeypatch, capsys):
+    import sys
+
+    from tawny.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tawny", "push", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, *capsys.readouterr()
+
+    code, text, err = run(out, "someone/model", "--dry-run")
+    assert not code and "model.safetensors" in text and "nothing was uploaded" in text, err
+    code, text, _ = run(out, "someone/model", "--dry-run", "--json")
+    assert not code and json.loads(text)["dry_run"] is True
+    code, _, err = run(tmp_path, "someone/model", "--dry-run")
+    assert code == 2 and err.strip().splitlines()[-1].startswith("error:")
