@@ -25,7 +25,7 @@ help:
 	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"
 	@echo "make lint      format check, lint and types;  make format  repairs what it can"
 	@echo "make bench     the benchmarks behind every number in the README"
-	@echo "make docs      docs/cli.md and the tables of README.md"
+	@echo "make docs      the generated pages, tables and pictures; then every link is checked"
 	@echo "make clean     remove what was built here, .venv included"
 
 # Stamps, so that a second run starts at once: one for the package and its tools, one for the packaged data.
@@ -84,9 +84,13 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/readme.py
 
+# Every generated page, table and picture, then every link: a page that leads nowhere fails.
 docs: $(VENV)/.installed
-	$(BIN)/python scripts/cli_docs.py
+	$(BIN)/python -W error::SyntaxWarning -W error:::tawny scripts/cli_docs.py
+	$(BIN)/python scripts/api_docs.py
+	$(BIN)/python scripts/docs_images.py
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python scripts/check_links.py
 
 clean:
 	rm -rf $(VENV) build dist _skbuild .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out demo-out.partial demo-out-packed

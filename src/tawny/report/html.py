@@ -11,7 +11,7 @@ What it promises:
 
 from __future__ import annotations
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["depth_of", "render_report", "write_report"]
 
 import math
 import re
@@ -19,6 +19,8 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from tawny.report.figures import DepthRow, depth_figure
 from tawny.tables import duration, percent, perplexity_text, size
@@ -69,7 +71,7 @@ def render_report(record: Mapping[str, Any]) -> str:
 def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the template shows, as text and numbers ready to be shown."""
     linears = record["linears"]
-    recipe, target = record["recipe"], record["sparsity"]
+    recipe = record["recipe"]
     M = record.get("outlier_M") or 5.0
     blocks = _blocks(record, M)
     return {
@@ -82,7 +84,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "blocks": blocks,
         "knows_before": any(row["before"] is not None for row in blocks),
         "knows_after": any(row["after"] is not None for row in blocks),
-        "figures": _figures(blocks, target, M) if blocks else {},
+        "figures": _figures(record) if blocks else {},
         "heat": [
             _heat(linears, "sparsity", "Sparsity, %", _linear_scale),
             _heat(linears, "error", "Error, % of the output lost", _log_scale),
@@ -240,8 +242,16 @@ def _share_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g} %" if value < 99.95 else f"{value:,.0f} %"
 
 
-def _figures(blocks: Sequence[Mapping[str, Any]], target: float, M: float) -> dict[str, Any]:
-    rows = []
+def _figures(record: Mapping[str, Any]) -> dict[str, Markup]:
+    return {
+        name: depth_of(record, width=width, prefix=name) for name, width in (("wide", 960), ("narrow", 340))
+    }
+
+
+def depth_of(record: Mapping[str, Any], *, width: int, prefix: str = "depth") -> Markup:
+    """The picture of a record: outliers, sparsity and error over depth."""
+    M = record.get("outlier_M") or 5.0
+    rows, blocks = [], _blocks(record, M)
     for row in blocks:
         parts = [
             f"block {row['block']}",
@@ -258,10 +268,7 @@ def _figures(blocks: Sequence[Mapping[str, Any]], target: float, M: float) -> di
                 row["block"], row["before"], row["after"], row["sparsity"], row["error"], ", ".join(parts)
             )
         )
-    return {
-        name: depth_figure(rows, prefix=name, width=width, target=target, M=M)
-        for name, width in (("wide", 960), ("narrow", 340))
-    }
+    return depth_figure(rows, prefix=prefix, width=width, target=record["sparsity"], M=M)
 
 
 # --- linears ---------------------------------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""Draw the pictures of the docs with the code that draws reports, from a committed record of a real run.
+
+    python scripts/docs_images.py [RUN_JSON]
+
+With a RUN_JSON the parts of it that are drawn are committed first (benchmarks/results/example_run.json, no times).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tawny.report.html import depth_of
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "benchmarks" / "results" / "example_run.json"
+IMAGES = ROOT / "docs" / "img"
+# The colours of the report's page, which a picture outside of it has to bring along.
+_STYLE = """<style>
+  svg { --sans: system-ui, sans-serif; --ink: #2b2118; --soft: #685848; --line: #e4d9ca; --accent: #a14f0d; --second: #33647c; --card: #fffdfa; }
+  @media (prefers-color-scheme: dark) {
+    svg { --ink: #f1e8dc; --soft: #bcac98; --line: #3d3329; --accent: #f0a155; --second: #8cc0d8; --card: #1f1914; }
+  }
+  .ground { fill: var(--card); } .hit { fill-opacity: 0; }
+</style><rect class="ground" width="100%" height="100%" rx="10"/>"""
+_LINEAR = ("name", "shape", "block", "sparsity", "error", "error_kind", "outliers_before", "outliers_after")
+
+
+def trimmed(record: dict[str, Any]) -> dict[str, Any]:
+    """What the picture needs, and where it comes from."""
+    kept = {
+        key: record[key]
+        for key in ("recipe", "source", "text", "versions", "sparsity", "outlier_M", "profile")
+    }
+    kept["linears"] = [{key: linear[key] for key in _LINEAR} for linear in record["linears"]]
+    return kept
+
+
+def picture(record: dict[str, Any]) -> str:
+    """The report's first figure as a file of its own."""
+    svg = str(depth_of(record, width=960))
+    head, _, body = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">{_STYLE}{body}\n'
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        record = trimmed(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        EXAMPLE.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    record = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    (IMAGES / "depth.svg").write_text(picture(record), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
