@@ -514,7 +514,10 @@ def _read(path: str | Path) -> Mapping[str, Any]:
     except UnicodeDecodeError:
         raise RecipeError(f"recipe {str(path)!r} is not text: give a YAML file") from None
     try:
-        loaded = yaml.load(text, Loader=_Loader)
+        # A run.json holds generated words too, and JSON allows characters that YAML does not.
+        loaded = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except yaml.MarkedYAMLError as error:
         where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
         raise RecipeError(f"{where}: not valid YAML: {error.problem}") from None
