@@ -91,7 +91,9 @@ def _afterwards(record: Mapping[str, Any]) -> str:
     steps = ["refitted by least squares"] if record["recipe"].get("refit") else []
     if record.get("refined"):
         epochs = record["recipe"]["refine"]["epochs"]
-        steps.append(f"trained block by block for {epochs} epoch{'s' * (epochs != 1)} to give the dense outputs")
+        steps.append(
+            f"trained block by block for {epochs} epoch{'s' * (epochs != 1)} to give the dense outputs"
+        )
     return f"; the survivors were {' and '.join(steps)}" if steps else ""
 
 
