@@ -199,11 +199,11 @@ def test_the_section_has_one_meaning_however_it_is_spelled():
 
 def test_a_plan_counts_what_refining_takes(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("words " * 400)
+    (tmp_path / "text.txt").write_text("words " * 120)
     keys = KEYS | {"calibration.text": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 24}
     without, with_it = (tawny.plan(tmp_path / "dense", **keys, **{"refine.epochs": n}) for n in (0, 4))
     block = max(entry["parameters"] for entry in with_it.blocks)
-    assert without.memory["refine"] == 0 and with_it.memory["refine"] > 16 * block
+    assert "refine" not in without.memory and with_it.memory["refine"] > 16 * block  # it is the largest phase here
     assert with_it.memory["peak"] >= without.memory["peak"]
     assert with_it.seconds["refine"] >= 0 and "refine" not in without.seconds
 
