@@ -65,7 +65,7 @@ def test_prune_with_pack_writes_one_packed_folder_with_its_record(run, dense, tm
     code, out, _ = run("inspect", packed, "--json")
     assert code == 0 and json.loads(out)["sparsity"] == pytest.approx(0.7, abs=1e-3)
 
-    tawny.unpack(packed, tmp_path / "again")
+    assert run("unpack", packed, "--out", tmp_path / "again")[0] == 0
     tawny.prune(dense, tmp_path / "plain", sparsity=0.7, allocator="uniform", solver="magnitude")
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "plain")
     card = (tmp_path / "again" / "README.md").read_text()

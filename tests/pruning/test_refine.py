@@ -203,7 +203,9 @@ def test_a_plan_counts_what_refining_takes(tmp_path):
     keys = KEYS | {"calibration.text": str(tmp_path / "text.txt"), "samples": 4, "seqlen": 24}
     without, with_it = (tawny.plan(tmp_path / "dense", **keys, **{"refine.epochs": n}) for n in (0, 4))
     block = max(entry["parameters"] for entry in with_it.blocks)
-    assert "refine" not in without.memory and with_it.memory["refine"] > 16 * block  # it is the largest phase here
+    assert (
+        "refine" not in without.memory and with_it.memory["refine"] > 16 * block
+    )  # it is the largest phase here
     assert with_it.memory["peak"] >= without.memory["peak"]
     assert with_it.seconds["refine"] >= 0 and "refine" not in without.seconds
 

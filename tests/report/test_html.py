@@ -107,7 +107,7 @@ def test_the_page_says_what_was_asked_and_what_came_out():
     text = Page(render_report(record())).text
     for words in (
         "tiny-llama",
-        "owl (M = 5.0, lambda = 0.08)",
+        "owl (M = 5.0, lambda = 0.08, granularity = block)",
         "60.0 %",
         "31.25 ± 1.50",
         "12.50 ± 0.40",

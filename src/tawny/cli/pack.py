@@ -69,6 +69,9 @@ def pack(
                 overwrite=overwrite,
                 watch=watch,
             )
+        from tawny.report.publish import refresh
         from tawny.tables import pack_tables
+
+        refresh(out)
 
         console.result(report.to_dict(), pack_tables)

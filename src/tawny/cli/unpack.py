@@ -36,6 +36,9 @@ def unpack(
 
         with console.watching() as watch:
             report = tawny.unpack(packed, out, overwrite=overwrite, watch=watch)
+        from tawny.report.publish import refresh
         from tawny.tables import unpack_tables
+
+        refresh(out)
 
         console.result(report.to_dict(), unpack_tables)
