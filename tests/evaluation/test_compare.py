@@ -162,7 +162,9 @@ def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path,
     page = (tmp_path / "t.html").read_text()
     assert '<th scope="col">packed</th>' in page and "http" not in page.replace("http-equiv", "")
     code, out, _ = run(*given)
-    assert code == 0 and "resident memory" in out and "× " in out and "same next token as dense" in out
+    assert code == 0
+    for words in ("resident memory", "× ", "same next token as dense"):
+        assert words in out, out
 
 
 def test_mistakes_are_found_before_anything_is_measured(models, text, tmp_path, run):
