@@ -152,7 +152,8 @@ def test_what_fails_for_one_model_is_said_and_the_others_stay(models, text, tmp_
         assert "nowhere" in shown and "no such folder" in shown
 
 
-def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path, here, run):
+def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path, here, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # libraries that are imported meanwhile set it to theirs
     given = (*models, "--text", text, "--seqlen", 48, "--windows", 2, "--no-speed", "--compute", "float32")
     code, out, err = run(*given, "--markdown", tmp_path / "t.md", "--html", tmp_path / "t.html", "--json")
     made = json.loads(out)
