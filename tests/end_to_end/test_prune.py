@@ -139,12 +139,12 @@ def test_data_order_lets_later_stages_see_the_pruned_earlier_ones():
 
 
 def test_suspended_forwards_give_the_bytes_of_repeated_ones(monkeypatch):
-    from tawny.pruning import run
+    from tawny.pruning import block
 
     for family in ("llama", "falcon", "gemma3_text", "gpt2"):
         made = []
-        for held in (run.HELD_BYTES, 0):
-            monkeypatch.setattr(run, "HELD_BYTES", held)
+        for held in (block.HELD_BYTES, 0):
+            monkeypatch.setattr(block, "HELD_BYTES", held)
             model = tiny_model(family)
             tawny.prune(model, sparsity=0.6, solver="sparsegpt", order="data", calibration=tokens(200, 24))
             made.append(prunable(model))

@@ -30,8 +30,8 @@ from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, read_tensor
+from tawny.pruning.block import blind_statistics, pattern_at, relative_error
 from tawny.pruning.evolution import Levels, Space
-from tawny.pruning.run import blind_statistics, pattern_at, relative_error
 from tawny.recipe import Recipe
 from tawny.solvers.refit import refit
 from tawny.watch import Watch

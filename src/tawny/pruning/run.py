@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from tawny.allocation.profile import Allocation, Profile
-from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockstep, observe
+from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import (
     Interrupted,
     LostProcess,
     ModelError,
-    NumericalError,
     OutputError,
     RecipeError,
     TawnyError,
@@ -36,27 +35,24 @@ from tawny.model.linears import Linear, check_selection, select
 from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
-from tawny.patterns import NM, Pattern, check_pattern
+from tawny.patterns import Pattern, check_pattern
+from tawny.pruning.block import BlockRun
 from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
 from tawny.pruning.memory import (
-    HELD_BYTES,
     Demand,
     Placement,
     available,
     give_back,
-    held_bytes,
     parse_size,
     place,
     workspace,
 )
-from tawny.pruning.outliers import DEFAULT_M, OutlierCount
+from tawny.pruning.outliers import DEFAULT_M
 from tawny.pruning.profiling import allocate, profile_samples, profile_walk
 from tawny.pruning.ranks import Ranks, is_lost
-from tawny.pruning.refine import holds_out, refine
+from tawny.pruning.refine import holds_out
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions, weight_files
-from tawny.solvers.base import Solution, reconstruction_error
-from tawny.solvers.refit import refit
 from tawny.watch import Watch, silent
 
 if TYPE_CHECKING:
@@ -187,14 +183,11 @@ def open_run(
     except RuntimeError as error:
         if ranks.size == 1 or not is_lost(error):
             raise
-        raise LostProcess(_lost_words(journal)) from error
+        raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
     except LostProcess as error:
-        raise LostProcess(_lost_words(journal)) from error
+        raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
     except KeyboardInterrupt as error:
-        kept = "nothing was finished yet"
-        if journal.progress:
-            kept = f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
-        raise Interrupted(f"stopped by Ctrl-C; the source is untouched and {kept}") from error
+        raise Interrupted(f"stopped by Ctrl-C; the source is untouched and {_kept(journal)}") from error
     except TawnyError as error:
         # What fails for good fails again: there is nothing to go on with. A full disk can be mended.
         if begun and output is not None and not isinstance(error, OutputError):
@@ -205,11 +198,10 @@ def open_run(
             output.release() if journal.progress or (journal.found and not begun) else output.discard()
 
 
-def _lost_words(journal: Journal) -> str:
-    kept = "nothing was finished yet"
-    if journal.progress:
-        kept = f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
-    return f"a process of this run was lost, and so it ended; {kept}"
+def _kept(journal: Journal) -> str:
+    if not journal.progress:
+        return "nothing was finished yet"
+    return f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
 
 
 def open_output(out: Path, folder: Path | None, overwrite: bool) -> tuple[OutputFolder, Journal]:
@@ -565,7 +557,7 @@ class Run:
         self.output.write_outside(_OUTSIDE, checkpoint, outside, dtype)
         return self.output.plan_shards([_OUTSIDE, *(f"{index:05d}" for index in range(len(self.stack)))])
 
-    def _stored(self, value: Tensor) -> Tensor:
+    def stored(self, value: Tensor) -> Tensor:
         wanted = self.recipe.dtype
         return value.to(_DTYPES[wanted]) if wanted and value.is_floating_point() else value
 
@@ -582,244 +574,6 @@ class Run:
         config.pop("torch_dtype", None)
         config["dtype"] = self.recipe.dtype
         self.output.write_text("config.json", json.dumps(config, indent=2) + "\n")
-
-
-@dataclass
-class BlockRun:
-    """One loaded block while it is pruned."""
-
-    run: Run
-    index: int
-    stream: Stream | None
-    dense: Stream | None  # where the samples would be without pruning; only when refining
-    allocation: Mapping[str, float]
-
-    def __post_init__(self) -> None:
-        self.linears = self.run.by_block[self.index]
-        self.outliers = OutlierCount(self.run.record.outlier_M or DEFAULT_M, self.run.stack.weight)
-        self._prepared: tuple[Statistics, Any] | None = None
-        self._stage = 0
-        self._advanced = False
-        self._solved: dict[str, Tensor] = {}
-        self._warned = len(self.run.record.warnings)
-
-    def target(self) -> None:
-        """Let the dense samples pass, before anything is pruned: their outputs are what refining aims at."""
-        if self.dense is not None:
-            with self.run.clock("forward"):
-                self.dense.advance(self.index, lambda: self.run.watch.detail("dense outputs", 0, 0))
-
-    def stages(self, order: str) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
-        """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
-        if self.stream is None:
-            yield Stage(list(self.linears)), {}
-            return
-        seen = self._observe(self.linears, "none" if order == "data" else self.run.needs)
-        if order != "data":
-            with self.run.clock("outliers"):
-                self.outliers.see(self.linears, seen.statistics, dense=True)
-        if order == "data" and can_suspend(seen.stages, self.linears) and self._may_hold():
-            yield from self._lockstep(self.stream, seen.stages)
-            return
-        for self._stage, stage in enumerate(seen.stages):
-            if order == "data":
-                given = self._observe(stage.linears, self.run.needs).statistics
-            else:
-                given = {
-                    x.name: seen.statistics.pop(x.name) for x in stage.linears if x.name in seen.statistics
-                }
-            yield stage, given
-            # Solved; a Hessian nobody needs any more may be the largest thing in memory.
-            self._prepared = None
-            given.clear()
-
-    def _may_hold(self) -> bool:
-        """Whether all forwards of the block may be suspended together."""
-        assert self.stream is not None
-        limit = HELD_BYTES if self.run.placement is None else self.run.placement.held_bytes
-        samples = self.stream.samples
-        return held_bytes(self.run.stack, self.linears, len(samples) * samples.seqlen) <= limit
-
-    def _lockstep(
-        self, stream: Stream, stages: Sequence[Stage]
-    ) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
-        finish = self.dense is None and self.index < len(self.run.stack) - 1
-        self._advanced = self.dense is None  # refining needs the samples in front of the block once more
-        done, total = 0, len(stream) * (len(stages) + finish)
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            self.run.watch.detail("observing", done, total)
-
-        walk = in_lockstep(stream, self.index, stages, self.run.needs, finish=finish, step=step)
-        while True:
-            with self.run.clock("forward"):
-                item = next(walk, None)
-            if item is None:
-                return
-            self._stage = stages.index(item[0])
-            with self.run.clock("exchange"):
-                self.run.ranks.add(item[1])
-            yield item
-            item[1].clear()
-
-    def _observe(self, linears: Sequence[Linear], needs: Any) -> Observation:
-        assert self.stream is not None
-        total = len(self.stream)
-        done = 0
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            self.run.watch.detail("observing", done, total)
-
-        with self.run.clock("observe"):
-            seen = observe(self.stream, self.index, linears, needs, step=step)
-        with self.run.clock("exchange"):
-            self.run.ranks.add(seen.statistics)
-        return seen
-
-    def solve(self, linear: Linear, statistics: Statistics | None) -> None:
-        """Prune one linear and record what became of it."""
-        run, start = self.run, time.perf_counter()
-        target = self.allocation[linear.name]
-        pattern = pattern_at(run.pattern, target)
-        W_OI = run.stack.weight(linear)
-        notes: dict[str, Any] = {}
-        if statistics is not None:
-            self.outliers.see([linear], {linear.name: statistics}, dense=False)
-        if statistics is not None and statistics.tokens == 0:
-            # An expert no token was routed to: nothing is known of its inputs, so weights alone decide.
-            statistics = blind_statistics(linear.shape[1], run.needs, W_OI.device)
-            notes["tokens"] = 0
-            run.record.warnings.append(f"{linear.name} saw no calibration token; its weights alone decided")
-        run.watch.detail(f"solving {linear.name.removeprefix(run.stack.name(self.index) + '.')}", 0, 0)
-        try:
-            with run.clock("solve"):
-                solution: Solution = run.solver.solve(
-                    W_OI, statistics, pattern, target, prepared=self._prepare(statistics)
-                )
-            lost, kind = self._measure(W_OI, solution.weight, statistics)
-            if run.recipe.refit and lost > 0:
-                assert statistics is not None and statistics.hessian is not None
-                notes["before_refit"] = lost
-                with run.clock("refit"):
-                    refitted = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
-                better, _ = self._measure(W_OI, refitted, statistics)
-                if better < lost:  # its damped objective and the error here are not quite the same thing
-                    solution.weight, lost = refitted, better
-        except NumericalError as error:
-            raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
-        stored = run.stack.set_weight(linear, solution.weight)
-        if self.dense is not None:
-            self._solved[linear.name] = solution.weight
-        zeros = int((stored == 0).sum())
-        run.record.linears.append(
-            LinearRecord(
-                name=linear.name,
-                shape=linear.shape,
-                block=self.index,
-                stage=self._stage,
-                target=target,
-                zeros=zeros,
-                sparsity=zeros / linear.numel,
-                pattern=f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "unstructured",
-                error=lost,
-                error_kind=kind,
-                seconds=round(time.perf_counter() - start, 4),
-                notes={**solution.notes, **notes},
-            )
-        )
-
-    def exchange(
-        self, linears: Sequence[Linear], owners: Sequence[int], statistics: Mapping[str, Statistics]
-    ) -> None:
-        """Send every solved weight of a stage to all ranks, as it is stored, and put the records together."""
-        run, names = self.run, {linear.name for linear in linears}
-        with run.clock("exchange"):
-            for linear, owner in zip(linears, owners, strict=True):
-                if owner != run.ranks.rank and linear.name in statistics:
-                    self.outliers.see([linear], {linear.name: statistics[linear.name]}, dense=False)
-                sent = run.ranks.send(run.stack.stored_weight(linear), owner)
-                run.stack.set_weight(linear, sent)
-            own = [asdict(entry) for entry in run.record.linears if entry.name in names]
-            told = run.ranks.all_of((own, run.record.warnings[self._warned :]))
-        known = {entry["name"]: LinearRecord.from_dict(entry) for entries, _ in told for entry in entries}
-        run.record.linears = [entry for entry in run.record.linears if entry.name not in names]
-        run.record.linears += [known[linear.name] for linear in linears]
-        run.record.warnings[self._warned :] = sorted(line for _, lines in told for line in lines)
-        self._warned = len(run.record.warnings)
-
-    def _measure(self, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None) -> tuple[float, str]:
-        with self.run.clock("error"):
-            return relative_error(W_OI, pruned_OI, statistics)
-
-    def _prepare(self, statistics: Statistics | None) -> Any:
-        """What the solver can compute once for linears that share an input; dropped with the stage."""
-        if statistics is None:
-            return None
-        if self._prepared is None or self._prepared[0] is not statistics:
-            self._prepared = None
-            self._prepared = (statistics, self.run.solver.prepare(statistics))
-        return self._prepared[1]
-
-    def refine(self) -> None:
-        """Train what the block has left, where the recipe asks for it, and correct what is recorded of it."""
-        run, self._prepared = self.run, None
-        if self.stream is None or self.dense is None or not self.linears:
-            return
-        with run.clock("refine"):
-            made = refine(
-                run.stack,
-                self.index,
-                self.stream,
-                self.dense,
-                self.linears,
-                self._solved,
-                run.recipe.refine,
-                run.recipe.seed,
-                step=lambda done, total: run.watch.detail("refining", done, total),
-            )
-        self._solved = {}
-        run.record.refined.append(asdict(made))
-        if "finite" in made.stopped:
-            name = run.stack.name(self.index)
-            run.record.warnings.append(f"refining {name}: {made.stopped}; epoch {made.best_epoch} was kept")
-        entries = {entry.name: entry for entry in run.record.linears}
-        for linear in self.linears:
-            entry = entries[linear.name]
-            entry.zeros = int((run.stack.weight(linear) == 0).sum())
-            entry.sparsity = entry.zeros / linear.numel
-
-    def advance(self) -> None:
-        """Give the next block its inputs; nobody needs the last block's outputs."""
-        self._prepared = None
-        self._count_outliers()
-        if self.stream is None or self._advanced or self.index == len(self.run.stack) - 1:
-            return
-        with self.run.clock("forward"):
-            self.stream.advance(self.index, lambda: self.run.watch.detail("advancing", 0, 0))
-
-    def _count_outliers(self) -> None:
-        """Note in the record how many outliers every linear of the block had and has."""
-        with self.run.clock("outliers"):
-            before, after = self.outliers.before, self.outliers.after(self.linears)
-        for entry in self.run.record.linears:
-            if entry.name in after:
-                entry.outliers_before, entry.outliers_after = before.get(entry.name), after[entry.name]
-
-    def write(self) -> None:
-        """Hand the block's tensors, under the names they came with, to the output."""
-        run = self.run
-        if run.output is None or run.stack.checkpoint is None:
-            return
-        with run.clock("write"):
-            tensors: dict[str, Tensor] = {}
-            for unit in run.stack.checkpoint.units_of(run.stack.name(self.index)):
-                parameters = {name: run.stack.stored[name] for name in unit.targets}
-                tensors.update(run.stack.checkpoint.store(unit, parameters, run.stack.model))
-            run.output.write_block(f"{self.index:05d}", {k: run._stored(v) for k, v in tensors.items()})
 
 
 def needs_of(recipe: Recipe, solver: Any) -> Needs:
@@ -863,29 +617,3 @@ def demand_of(
         per_weight=per_weight,
         per_pair=per_pair,
     )
-
-
-def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:
-    """The n:m that one linear gets from its own share of a mixed budget; other patterns stay as they are."""
-    if isinstance(pattern, NM):
-        return NM(round((1.0 - sparsity) * pattern.m), pattern.m)
-    return pattern
-
-
-def blind_statistics(width: int, needs: Any, device: torch.device) -> Statistics:
-    """Statistics that prefer no input over another."""
-    hessian = torch.eye(width, device=device) if needs == "hessian" else None
-    return Statistics(0, torch.ones(width, device=device), hessian)
-
-
-def relative_error(W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None) -> tuple[float, str]:
-    """The share of the output's energy that pruning destroyed, as exactly as the statistics allow, and how exactly."""
-    if statistics is not None and statistics.hessian is not None:
-        return float(reconstruction_error(W_OI, pruned_OI, statistics.hessian)), "hessian"
-    if statistics is not None:
-        weights, kind = statistics.squared_norms, "norms"
-    else:
-        weights, kind = torch.ones(W_OI.shape[1], device=W_OI.device), "weights"
-    total = float((W_OI.square() @ weights).sum())
-    lost = float(((W_OI - pruned_OI).square() @ weights).sum())
-    return (lost / total if total > 0 else 0.0), kind
