@@ -40,7 +40,7 @@ SHAPES = ["4096x4096", "11008x4096", "2048x5632", "576x1536"]
 SPARSITIES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
 MANY_SPARSITIES = [0.5, 0.7, 0.8]  # for more than one column
 RARE_SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9]  # for kinds of values that few choose
-COLUMNS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
+COLUMNS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512]
 PACKED = {
     "packed bf16": ("bf16", None),
     "packed int8": ("int8", None),

@@ -88,12 +88,14 @@ struct Avx512 {
         if (scales) values = _mm_mul_ps(values, _mm_loadu_ps(scales));
         store_values(out, token, group, values);
     }
-    // Clear, then expand by merging: on Zen 4 the zero-masking form waits for the old value of its destination.
+    // Load, clear, then expand by merging. The form with a memory operand takes 40 times as long on Zen 4, and the
+    // zero-masking form waits for the old value of its destination.
     template <int KIND>
     static inline __attribute__((always_inline)) V expand(const uint8_t* values, uint32_t bits) {
-        __m512 clear = _mm512_setzero_ps();
-        asm("" : "+v"(clear));
-        return _mm512_mask_expand_ps(clear, (__mmask16)bits, widen<KIND>(values));
+        V loaded = widen<KIND>(values), made;
+        asm("" : "+v"(loaded));
+        asm("vpxord %0, %0, %0\n\tvexpandps %1, %0%{%2%}" : "=&v"(made) : "v"(loaded), "Yk"((__mmask16)bits));
+        return made;
     }
 };
 

@@ -12,44 +12,46 @@ namespace {
 
 using F = Generic<Avx512>;
 
-// Three things the compiler would undo, each measured on Zen 4: the loads stay apart from the expansion (its form with
-// a memory operand is slower), a mask moves straight from a general register (not through a 64-bit mask and a shift),
-// and the destination is cleared and merged into (the zero-masking form waits for the register's old value).
+// The inner loops are a few instructions that a compiler spoils: it folds the load into the expansion (slower on Zen 4),
+// splits a mask by a 64-bit mask register and a shift, expands with zero-masking (which waits for the register's old
+// value, Zen 4 and 5), and copies or spills accumulators that could stay in place (GCC 12: a fifth of the time of int8).
+// So these few are spelled out: expand into a cleared register, accumulate in place.
 inline __attribute__((always_inline)) __m512i load_apart(const void* values) {
     __m512i loaded = _mm512_loadu_si512(values);
     asm("" : "+v"(loaded));
     return loaded;
 }
 
-inline __attribute__((always_inline)) __m512i cleared() {
-    __m512i clear = _mm512_setzero_si512();
-    asm("" : "+v"(clear));
-    return clear;
+inline __attribute__((always_inline)) __m512i expand16(uint32_t bits, const void* values) {
+    __mmask32 mask;
+    __m512i made;
+    asm("kmovd %1, %0" : "=k"(mask) : "r"(bits));
+    asm("vpxord %0, %0, %0\n\tvpexpandw %1, %0%{%2%}" : "=&v"(made) : "v"(load_apart(values)), "Yk"(mask));
+    return made;
 }
 
-inline __attribute__((always_inline)) __m512i expand16(uint32_t mask, const void* values) {
-    __mmask32 k;
-    asm("kmovd %1, %0" : "=k"(k) : "r"(mask));
-    return _mm512_mask_expand_epi16(cleared(), k, load_apart(values));
+inline __attribute__((always_inline)) __m512i expand8(__mmask64 mask, const void* values) {
+    __m512i made;
+    asm("vpxord %0, %0, %0\n\tvpexpandb %1, %0%{%2%}" : "=&v"(made) : "v"(load_apart(values)), "Yk"(mask));
+    return made;
 }
 
-inline __attribute__((always_inline)) __m512i expand8(uint64_t mask, const void* values) {
-    return _mm512_mask_expand_epi8(cleared(), (__mmask64)mask, load_apart(values));
+inline __attribute__((always_inline)) void add_products_bf16(__m512& sum, __m512i a, __m512i b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+
+inline __attribute__((always_inline)) void add_products_int8(__m512i& sum, __m512i x, __m512i w) {  // unsigned x
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
 }
 
 // The hardware prefetcher follows neither two streams a core nor runs of uneven length well. So for each block of 64
-// columns, LINES cache lines of values are requested 2 KB ahead, as many as a block consumes on average, and one line of
-// masks. Nearer is too late, farther no better; too few lines lose more than too many.
+// columns some cache lines of values are requested 4 KB ahead, no fewer than a block consumes (8 at most with bfloat16,
+// 4 with int8), and one line of masks 1 KB ahead. Too few lines lose more than too many; 1 or 2 KB is too near on Zen 5.
 template <int LINES>
 inline __attribute__((always_inline)) void prefetch(const uint8_t* values, const uint64_t* masks) {
 #pragma GCC unroll 8
-    for (int i = 0; i < LINES; i++) _mm_prefetch((const char*)values + 2048 + 64 * i, _MM_HINT_T0);
-    _mm_prefetch((const char*)masks + 512, _MM_HINT_T0);
-}
-
-inline int lines_a_block(const Packed& p) {
-    int64_t bytes = (p.offsets[p.groups] - p.offsets[0]) * value_size(p.kind);
-    return (int)((bytes / (p.groups * p.blocks) + 40) / 64);  // 50 % of bfloat16 counts as 4, 70 % as 3, 80 % as 2
+    for (int i = 0; i < LINES; i++) _mm_prefetch((const char*)values + 4096 + 64 * i, _MM_HINT_T0);
+    _mm_prefetch((const char*)masks + 1024, _MM_HINT_T0);
 }
 
 int32_t form(int32_t kind, int32_t input, int64_t tokens) {
@@ -105,7 +107,7 @@ void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t 
 
 // ---------------------------------------------------------------------------------------------- bfloat16, direct
 
-template <int S, int T, int LINES>
+template <int S, int T>
 void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t step) {
     __m512 sum[S][4][T];
     const uint8_t* values[S];
@@ -129,18 +131,18 @@ void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t fir
         }
 #pragma GCC unroll 4
         for (int s = 0; s < S; s++) {
-            if (LINES) prefetch<LINES>(values[s], masks[s] + b * 4);
+            prefetch<8>(values[s], masks[s] + b * 4);
             const uint8_t* v = values[s];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
                 uint64_t mask = masks[s][b * 4 + r];
-                uint32_t low = (uint32_t)mask, high = (uint32_t)(mask >> 32);
-                __m512i w0 = expand16(low, v), w1 = expand16(high, v + 2 * (uint64_t)__builtin_popcount(low));
+                __m512i w0 = expand16((uint32_t)mask, v);
+                __m512i w1 = expand16((uint32_t)(mask >> 32), v + 2 * (uint64_t)_mm_popcnt_u32((uint32_t)mask));
                 v += 2 * _mm_popcnt_u64(mask);
 #pragma GCC unroll 4
                 for (int t = 0; t < T; t++) {
-                    sum[s][r][t] = _mm512_dpbf16_ps(sum[s][r][t], (__m512bh)w0, (__m512bh)xs[t][0]);
-                    sum[s][r][t] = _mm512_dpbf16_ps(sum[s][r][t], (__m512bh)w1, (__m512bh)xs[t][1]);
+                    add_products_bf16(sum[s][r][t], w0, xs[t][0]);
+                    add_products_bf16(sum[s][r][t], w1, xs[t][1]);
                 }
             }
             values[s] = v;
@@ -155,27 +157,13 @@ void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t fir
         }
 }
 
-// Groups are walked S at a time, as far apart as the range allows.
-template <int S, int T, int LINES>
-void direct_bf16_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
-    int64_t step = (to - from) / S, g = from;
-    for (; g < from + step; g++) direct_bf16<S, T, LINES>(p, x, out, g, step);
-    for (g = from + S * step; g < to; g++) direct_bf16<1, T, LINES>(p, x, out, g, 0);
-}
-
-// Dense enough, four streams need no help; sparser, two streams with prefetching are faster.
+// Two groups at a time, as far apart as the range allows; with many tokens their sums do not fit the registers.
 template <int T>
-void direct_bf16_any(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
-    int lines = lines_a_block(p);
-    if constexpr (T == 1) {
-        if (lines >= 4) return direct_bf16_range<4, 1, 0>(p, x, out, from, to);
-        if (lines == 3) return direct_bf16_range<2, 1, 3>(p, x, out, from, to);
-        return direct_bf16_range<2, 1, 2>(p, x, out, from, to);
-    } else {
-        constexpr int S = T == 2 ? 2 : 1;
-        if (lines >= 4) return direct_bf16_range<S, T, 4>(p, x, out, from, to);
-        direct_bf16_range<S, T, 2>(p, x, out, from, to);
-    }
+void direct_bf16_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
+    constexpr int S = T <= 2 ? 2 : 1;
+    int64_t step = (to - from) / S, g = from;
+    for (; g < from + step; g++) direct_bf16<S, T>(p, x, out, g, step);
+    for (g = from + S * step; g < to; g++) direct_bf16<1, T>(p, x, out, g, 0);
 }
 
 // ---------------------------------------------------------------------------------------------- bfloat16, tile
@@ -296,7 +284,7 @@ inline __attribute__((always_inline)) __m128i reduce_four(__m512i a, __m512i b, 
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-template <int S, int T, bool SPAN, int LINES>
+template <int S, int T, bool SPAN, bool FIRST = true>
 void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
     __m512i high[S][4][T], low[S][4][T];
     __m512 sum[S][4][T];
@@ -317,9 +305,15 @@ void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t fir
     }
     const uint8_t* x0 = (const uint8_t*)x.data;
     for (int64_t b = 0; b < p.blocks; b++) {
+        __m512i xs[T][2];
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            xs[t][0] = _mm512_load_si512(x0 + t * x.stride + b * 128);
+            xs[t][1] = _mm512_load_si512(x0 + t * x.stride + b * 128 + 64);
+        }
 #pragma GCC unroll 2
         for (int s = 0; s < S; s++) {
-            if (LINES) prefetch<LINES>(values[s], masks[s] + b * 4);
+            if (FIRST) prefetch<4>(values[s], masks[s] + b * 4);
             const uint8_t* v = values[s];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
@@ -328,9 +322,8 @@ void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t fir
                 v += _mm_popcnt_u64(mask);
 #pragma GCC unroll 4
                 for (int t = 0; t < T; t++) {
-                    const uint8_t* xb = x0 + t * x.stride + b * 128;
-                    high[s][r][t] = _mm512_dpbusd_epi32(high[s][r][t], _mm512_load_si512(xb), w);
-                    low[s][r][t] = _mm512_dpbusd_epi32(low[s][r][t], _mm512_load_si512(xb + 64), w);
+                    add_products_int8(high[s][r][t], xs[t][0], w);
+                    add_products_int8(low[s][r][t], xs[t][1], w);
                 }
                 if (SPAN && ((b & 1) || b + 1 == p.blocks)) {
                     __m512 scale = _mm512_set1_ps(span_scale(p, groups[s], b, r));
@@ -366,28 +359,22 @@ void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t fir
         }
 }
 
-template <int T, bool SPAN, int LINES>
-void direct_int8_lines(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
+template <int T, bool SPAN>
+void direct_int8_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
     if constexpr (T == 1) {
         int64_t half = (to - from) / 2;
-        for (int64_t g = from; g < from + half; g++) direct_int8<2, T, SPAN, LINES>(p, x, out, g, g + half);
-        if ((to - from) & 1) direct_int8<1, T, SPAN, LINES>(p, x, out, to - 1, to - 1);
+        for (int64_t g = from; g < from + half; g++) direct_int8<2, T, SPAN>(p, x, out, g, g + half);
+        if ((to - from) & 1) direct_int8<1, T, SPAN>(p, x, out, to - 1, to - 1);
     } else if constexpr (T == 2) {
-        for (int64_t g = from; g < to; g++) direct_int8<1, 2, SPAN, LINES>(p, x, out, g, g);
+        for (int64_t g = from; g < to; g++) direct_int8<1, 2, SPAN>(p, x, out, g, g);
     } else {  // four tokens' sums do not fit the registers: two, then the rest, while the group is in L1
         Input rest = {(const uint8_t*)x.data + 2 * x.stride, x.scales + 2, T - 2, x.stride, x.form};
         Output place = {(uint8_t*)out.data + 2 * out.rows * value_size(out.kind), out.bias, out.rows, out.kind};
         for (int64_t g = from; g < to; g++) {
-            direct_int8<1, 2, SPAN, LINES>(p, x, out, g, g);
-            direct_int8<1, T - 2, SPAN, 0>(p, rest, place, g, g);
+            direct_int8<1, 2, SPAN>(p, x, out, g, g);
+            direct_int8<1, T - 2, SPAN, false>(p, rest, place, g, g);
         }
     }
-}
-
-template <int T, bool SPAN>
-void direct_int8_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
-    if (lines_a_block(p) <= 2) return direct_int8_lines<T, SPAN, 2>(p, x, out, from, to);
-    direct_int8_lines<T, SPAN, 4>(p, x, out, from, to);
 }
 
 template <bool SPAN>
@@ -408,10 +395,10 @@ void packed(const Packed* p, const Input* x, const Output* out, int64_t from, in
     if (x->form == FORM_F32) return F::packed(p, x, out, from, to, scratch);
     if (p->kind == INT8) return tile_bf16<INT8>(*p, *x, *out, from, to, (uint16_t*)scratch);
     switch (x->tokens) {
-        case 1: return direct_bf16_any<1>(*p, *x, *out, from, to);
-        case 2: return direct_bf16_any<2>(*p, *x, *out, from, to);
-        case 3: return direct_bf16_any<3>(*p, *x, *out, from, to);
-        case 4: return direct_bf16_any<4>(*p, *x, *out, from, to);
+        case 1: return direct_bf16_range<1>(*p, *x, *out, from, to);
+        case 2: return direct_bf16_range<2>(*p, *x, *out, from, to);
+        case 3: return direct_bf16_range<3>(*p, *x, *out, from, to);
+        case 4: return direct_bf16_range<4>(*p, *x, *out, from, to);
         default: return tile_bf16<BF16>(*p, *x, *out, from, to, (uint16_t*)scratch);
     }
 }
@@ -473,10 +460,9 @@ void dense_range(const Dense& d, const Input& x, const Output& out, int64_t from
     Input part = {(const uint16_t*)x.data + t0 * x.stride, nullptr, T, x.stride, x.form};
     Output place = out;
     place.data = (uint8_t*)out.data + t0 * out.rows * value_size(out.kind);
-    constexpr int S = T == 1 ? 4 : 2;
-    int64_t step = (to - from) / S;
-    for (int64_t r = from; r < from + step; r++) dense_rows<S, T>(d, part, place, r, step);
-    for (int64_t r = from + S * step; r < to; r++) dense_rows<1, T>(d, part, place, r, 0);
+    int64_t half = (to - from) / 2;
+    for (int64_t r = from; r < from + half; r++) dense_rows<2, T>(d, part, place, r, half);
+    for (int64_t r = from + 2 * half; r < to; r++) dense_rows<1, T>(d, part, place, r, 0);
 }
 
 void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int64_t to) {
