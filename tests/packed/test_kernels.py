@@ -45,8 +45,7 @@ def agree(packed, x, bias=None):
         largest = x.double().abs().amax(-1, keepdim=True)
         allowed = allowed + largest / 32767 * 0.51 * W.abs().sum(1)
     # Expanding for a matrix product rounds the weight to the activations' type; so do tiles of int8 with group scales.
-    direct = ops.direct_tokens(x.dtype, packed.tensors["values"].dtype)
-    expanded = native.kernel_name() == "torch" or x.numel() > direct * packed.shape[1]
+    expanded = native.kernel_name() == "torch" or x.numel() > ops.DIRECT * packed.shape[1]
     if expanded or packed.group:
         allowed = (
             allowed + {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[x.dtype] * magnitude
@@ -84,7 +83,6 @@ def test_every_kernel_agrees_for_any_number_of_tokens(kernel, values, group):
 @pytest.mark.parametrize("values,group", KINDS)
 def test_prefill_by_expanding_agrees_in_one_chunk_and_in_many(kernel, values, group, monkeypatch):
     monkeypatch.setattr(ops, "DIRECT", 4)
-    monkeypatch.setattr(ops, "DIRECT_BF16", 4)
     packed = pack(uneven((201, 130)), values, group)
     bias = torch.randn(201)
     with native.force(kernel):

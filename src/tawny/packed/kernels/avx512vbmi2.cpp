@@ -4,7 +4,8 @@
 // int8 values: 64 at a time through vpexpandb into vpdpbusd. Activations are 16-bit integers split into two unsigned
 // bytes, hi + 128 and lo, because vpdpbusd multiplies unsigned by signed; the 128 is taken back with the row's sum of
 // integers, which the format stores. Everything is exact integer arithmetic until the last step.
-// Everything else (float32 and float16 values, float32 activations) is the AVX-512F code.
+// More than a few tokens expand the same survivors again for the next few, from cache; int8 with more than 20 tokens
+// goes through a tile of bfloat16. Everything else (float32 and float16 values, float32 activations) is the AVX-512F code.
 #include "avx512.h"
 #include "between.h"
 
@@ -55,7 +56,7 @@ inline __attribute__((always_inline)) void prefetch(const uint8_t* values, const
 }
 
 int32_t form(int32_t kind, int32_t input, int64_t tokens) {
-    if (kind == INT8 && tokens <= 4) return FORM_I16;
+    if (kind == INT8 && tokens <= 20) return FORM_I16;  // two tokens an expansion; with more, a tile is faster
     return input == BF16 && (kind == BF16 || kind == INT8) ? FORM_BF16 : FORM_F32;
 }
 
@@ -107,7 +108,7 @@ void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t 
 
 // ---------------------------------------------------------------------------------------------- bfloat16, direct
 
-template <int S, int T>
+template <int S, int T, bool FIRST = true>
 void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t step) {
     __m512 sum[S][4][T];
     const uint8_t* values[S];
@@ -131,7 +132,7 @@ void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t fir
         }
 #pragma GCC unroll 4
         for (int s = 0; s < S; s++) {
-            prefetch<8>(values[s], masks[s] + b * 4);
+            if (FIRST) prefetch<8>(values[s], masks[s] + b * 4);
             const uint8_t* v = values[s];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
@@ -166,7 +167,33 @@ void direct_bf16_range(const Packed& p, const Input& x, const Output& out, int64
     for (g = from + S * step; g < to; g++) direct_bf16<1, T>(p, x, out, g, 0);
 }
 
-// ---------------------------------------------------------------------------------------------- bfloat16, tile
+// More tokens: four at a time while the group is in cache. Up to about 36, expanding it again costs less than writing a
+// tile and reading it, and less than torch's product.
+
+template <bool FIRST>
+void direct_bf16_some(const Packed& p, const Input& x, const Output& out, int64_t group, int64_t t0, int64_t share) {
+    Input part = {(const uint16_t*)x.data + t0 * x.stride, nullptr, share, x.stride, x.form};
+    Output place = {(uint8_t*)out.data + t0 * out.rows * value_size(out.kind), out.bias, out.rows, out.kind};
+    switch (share) {
+        case 1: return direct_bf16<1, 1, FIRST>(p, part, place, group, 0);
+        case 2: return direct_bf16<1, 2, FIRST>(p, part, place, group, 0);
+        case 3: return direct_bf16<1, 3, FIRST>(p, part, place, group, 0);
+        default: return direct_bf16<1, 4, FIRST>(p, part, place, group, 0);
+    }
+}
+
+void direct_bf16_many(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
+    for (; from < to; from++) {
+        int64_t share = token_share(x.tokens, 4);
+        direct_bf16_some<true>(p, x, out, from, 0, share);
+        for (int64_t t = share; t < x.tokens; t += share) {
+            share = token_share(x.tokens - t, 4);
+            direct_bf16_some<false>(p, x, out, from, t, share);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- tile, and expanding
 
 inline __m512i widen_bytes_to_bf16(__m256i bytes) {  // exact: |q| <= 128 has 8 significant bits
     __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
@@ -189,6 +216,7 @@ void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t strid
     for (int64_t b = 0; b < p.blocks; b++) {
         int64_t left = p.cols - b * 64;
         bool whole = left >= 64 || stride >= p.blocks * 64;
+        prefetch<KIND == INT8 ? 4 : 8>(values, masks + b * 4);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             uint64_t mask = masks[b * 4 + r];
@@ -261,12 +289,11 @@ void multiply_any(int64_t share, const Packed& p, const uint16_t* tile, const In
     }
 }
 
-template <int KIND>
-void tile_bf16(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, uint16_t* tile) {
+void tile_int8(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, uint16_t* tile) {
     int64_t together = tile_groups(p.blocks, 2), size = p.blocks * 64 * 4;
     for (; from < to; from += together) {
         int64_t n = to - from < together ? to - from : together;
-        for (int64_t i = 0; i < n; i++) expand_group16<KIND>(p, from + i, tile + i * size, p.blocks * 64, 4, false);
+        for (int64_t i = 0; i < n; i++) expand_group16<INT8>(p, from + i, tile + i * size, p.blocks * 64, 4, false);
         for (int64_t t = 0, share; t < x.tokens; t += share) {
             share = token_share(x.tokens - t, 6);
             for (int64_t i = 0; i < n; i++) multiply_any(share, p, tile + i * size, x, out, from + i, t);
@@ -359,31 +386,23 @@ void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t fir
         }
 }
 
-template <int T, bool SPAN>
-void direct_int8_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
-    if constexpr (T == 1) {
-        int64_t half = (to - from) / 2;
-        for (int64_t g = from; g < from + half; g++) direct_int8<2, T, SPAN>(p, x, out, g, g + half);
-        if ((to - from) & 1) direct_int8<1, T, SPAN>(p, x, out, to - 1, to - 1);
-    } else if constexpr (T == 2) {
-        for (int64_t g = from; g < to; g++) direct_int8<1, 2, SPAN>(p, x, out, g, g);
-    } else {  // four tokens' sums do not fit the registers: two, then the rest, while the group is in L1
-        Input rest = {(const uint8_t*)x.data + 2 * x.stride, x.scales + 2, T - 2, x.stride, x.form};
-        Output place = {(uint8_t*)out.data + 2 * out.rows * value_size(out.kind), out.bias, out.rows, out.kind};
-        for (int64_t g = from; g < to; g++) {
-            direct_int8<1, 2, SPAN>(p, x, out, g, g);
-            direct_int8<1, T - 2, SPAN, false>(p, rest, place, g, g);
-        }
-    }
-}
-
 template <bool SPAN>
 void direct_int8_any(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
-    switch (x.tokens) {
-        case 1: return direct_int8_range<1, SPAN>(p, x, out, from, to);
-        case 2: return direct_int8_range<2, SPAN>(p, x, out, from, to);
-        case 3: return direct_int8_range<3, SPAN>(p, x, out, from, to);
-        default: return direct_int8_range<4, SPAN>(p, x, out, from, to);
+    if (x.tokens == 1) {
+        int64_t half = (to - from) / 2;
+        for (int64_t g = from; g < from + half; g++) direct_int8<2, 1, SPAN>(p, x, out, g, g + half);
+        if ((to - from) & 1) direct_int8<1, 1, SPAN>(p, x, out, to - 1, to - 1);
+        return;
+    }
+    // More than two tokens' sums do not fit the registers: two at a time, while the group is in cache.
+    for (; from < to; from++) {
+        direct_int8<1, 2, SPAN>(p, x, out, from, from);
+        for (int64_t t = 2; t < x.tokens; t += 2) {
+            Input rest = {(const uint8_t*)x.data + t * x.stride, x.scales + t, x.tokens - t, x.stride, x.form};
+            Output place = {(uint8_t*)out.data + t * out.rows * value_size(out.kind), out.bias, out.rows, out.kind};
+            if (t + 2 <= x.tokens) direct_int8<1, 2, SPAN, false>(p, rest, place, from, from);
+            else direct_int8<1, 1, SPAN, false>(p, rest, place, from, from);
+        }
     }
 }
 
@@ -393,13 +412,13 @@ void packed(const Packed* p, const Input* x, const Output* out, int64_t from, in
     if (x->form == FORM_I16)
         return p->span ? direct_int8_any<true>(*p, *x, *out, from, to) : direct_int8_any<false>(*p, *x, *out, from, to);
     if (x->form == FORM_F32) return F::packed(p, x, out, from, to, scratch);
-    if (p->kind == INT8) return tile_bf16<INT8>(*p, *x, *out, from, to, (uint16_t*)scratch);
+    if (p->kind == INT8) return tile_int8(*p, *x, *out, from, to, (uint16_t*)scratch);
     switch (x->tokens) {
         case 1: return direct_bf16_range<1>(*p, *x, *out, from, to);
         case 2: return direct_bf16_range<2>(*p, *x, *out, from, to);
         case 3: return direct_bf16_range<3>(*p, *x, *out, from, to);
         case 4: return direct_bf16_range<4>(*p, *x, *out, from, to);
-        default: return tile_bf16<BF16>(*p, *x, *out, from, to, (uint16_t*)scratch);
+        default: return direct_bf16_many(*p, *x, *out, from, to);
     }
 }
 

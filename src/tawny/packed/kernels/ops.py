@@ -3,14 +3,14 @@
 The operators have fake implementations and a gradient for the activations, so `torch.compile`, `torch.export` and
 backward through a packed layer work. Eager decoding calls the plain functions and skips torch's dispatcher.
 
-By the number of tokens T (rows of x): up to `direct_tokens` the compiled kernel multiplies packed weights as they are;
+By the number of tokens T (rows of x): up to `DIRECT` the compiled kernel multiplies packed weights as they are;
 above, a few hundred rows at a time are expanded into a small buffer that stays in cache and torch's own matrix product runs.
 Results do not depend on the number of threads; they do depend, in the last bits, on T and on the kernel.
 """
 
 from __future__ import annotations
 
-__all__ = ["DIRECT", "Call", "dense_linear", "direct_tokens", "expand", "packed_linear"]
+__all__ = ["DIRECT", "Call", "dense_linear", "expand", "packed_linear"]
 
 import ctypes
 import threading
@@ -24,7 +24,6 @@ from ..format import PackedTensor
 from . import native, reference
 
 DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
-DIRECT_BF16 = 2**40  # the same where the kernel has bfloat16 products: its tiles are as fast as torch's GEMM
 DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faster
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _FLOATS = (torch.bfloat16, torch.float32, torch.float16)
@@ -52,12 +51,6 @@ def _weight(
         KINDS[values.dtype],
         128 if scales is not None and scales.dim() == 3 else 0,
     )
-
-
-def direct_tokens(activations: torch.dtype, values: torch.dtype) -> int:
-    """The most tokens for which the compiled kernel multiplies packed values as they are."""
-    native_bf16 = activations is torch.bfloat16 and values in (torch.bfloat16, torch.int8)
-    return DIRECT_BF16 if native_bf16 and native.kernel_name() == "avx512vbmi2" else DIRECT
 
 
 def _as_packed(
@@ -127,7 +120,7 @@ def packed_linear(
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
     weight = _weight(masks, values, offsets, scales, sums, rows, cols)
-    if tokens > direct_tokens(x.dtype, values.dtype):
+    if tokens > DIRECT:
         y = _expand_then_multiply(x.view(tokens, cols), weight, masks.shape[0], bias)
         return y.view(*x.shape[:-1], rows)
     y = x.new_empty((*x.shape[:-1], rows))
@@ -150,13 +143,12 @@ class Call:
     It keeps the tensors whose addresses it uses alive; `fits` says whether they are still the module's own.
     """
 
-    __slots__ = ("_at", "_held", "_library", "_memory", "cols", "direct", "rows", "tensors")
+    __slots__ = ("_at", "_held", "_library", "_memory", "cols", "rows", "tensors")
 
     def __init__(
         self, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], rows: int, cols: int
     ) -> None:
         self.tensors, self.rows, self.cols = tensors, rows, cols
-        self.direct = {dtype: direct_tokens(dtype, tensors[1].dtype) for dtype in _FLOATS}
         self._library = native.library()
         weight = _weight(*tensors, rows, cols)
         self._memory = ctypes.create_string_buffer(self._library.tawny_describe(None, *weight))
@@ -185,7 +177,7 @@ class Call:
         """None where this path does not apply, and the general one must be taken."""
         dtype, shape = x.dtype, x.shape
         tokens = x.numel() // self.cols
-        if tokens > self.direct.get(dtype, -1) or shape[-1] != self.cols or not x.is_contiguous():
+        if tokens > DIRECT or dtype not in _FLOATS or shape[-1] != self.cols or not x.is_contiguous():
             return None
         if bias is not None and bias.dtype is not dtype:
             return None
