@@ -47,6 +47,7 @@ from tawny.evaluation.speed import resident_memory
 from tawny.model.skeleton import build_skeleton
 from tawny.packed import PackedLinear, PackedTensor, kernel_name, pack
 from tawny.packed.kernels import native
+from tawny.packed.model import pack_head
 from tawny.packed.step import find_blocks
 from tawny.record import machine, versions
 
@@ -108,11 +109,16 @@ def cells_of(shape: str) -> list[list[Cell]]:
 
     if shape == "7b":
         return [[plain("transformers"), plain("dense"), plain("dense shared")]] + [
-            [plain("dense shared"), packed("bf16", s), packed("int8", s)] for s in (0.7, 0.5, 0.6, 0.8)
+            [
+                plain("dense shared"),
+                packed("bf16", s),
+                packed("int8", s),
+                *([packed("int8", s, "int8")] if s > 0.5 else []),  # at 50 % four of them need more than 24 GB
+            ]
+            for s in (0.7, 0.5, 0.6, 0.8)
         ]
     both = [packed(values, s) for s in SPARSITIES for values in ("bf16", "int8")]
-    if shape == "smollm2":
-        both += [packed("int8", s, "int8") for s in SPARSITIES]
+    both += [packed("int8", s, "int8") for s in SPARSITIES]
     groups = [[plain("transformers"), plain("dense"), *both]]
     if shape == "1.1b":
         floats = [packed("f32", s) for s in SPARSITIES]
@@ -163,6 +169,8 @@ def random_model(settings: dict[str, int], cell: Cell) -> Any:
             if parameter.dim() == 2:
                 made = magnitude_pruned(tuple(parameter.shape), 0.0, generator).to(dtype)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(made, requires_grad=False))
+    if cell.head:
+        model.set_submodule("lm_head", PackedLinear(pack_head(model.lm_head.weight.data, cell.head)))  # type: ignore[arg-type]
     return model
 
 
