@@ -1,4 +1,4 @@
-"""Put the committed benchmark results into the README: no number in it is typed.
+"""Put the committed benchmark results into the README and docs/scaling.md: no number in them is typed.
 
     python benchmarks/readme.py            writes the tables
     python benchmarks/readme.py --check    fails if they are stale
@@ -18,7 +18,6 @@ from statistics import stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -480,25 +479,126 @@ def recovery(result: Mapping[str, Any]) -> str:
     return "\n".join(parts) + f"\n{_machine(result)}"
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "quality": quality,
-    "tasks": tasks,
-    "allocators": allocators,
-    "owl_study": owl_study,
-    "prune_speed": prune_speed,
-    "sizes": sizes,
-    "decode": decode,
-    "kernels": kernels,
-    "peers": peers,
-    "recovery": recovery,
+def ranks(result: Mapping[str, Any]) -> str:
+    """Several processes beside one: time by phase, and how alike the results are."""
+    setting = result["setting"]
+    lines = [
+        f"{setting['model']}, OWL at {setting['sparsity']:.0%}, {setting['samples']} × {setting['seqlen']} tokens of "
+        f"{setting['calibration']}; perplexity on {setting['windows']} windows of 2048.\n",
+        "| solver, forwards in | processes × threads | whole run | times faster | forwards and statistics | solving "
+        "| exchange | masks agree | perplexity | peak memory of rank 0 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    first: dict[str, float] = {}
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        base = first.setdefault(row["solver"], seconds["total"])
+        passes = sum(seconds.get(key, 0.0) for key in ("profile", "forward", "observe"))
+        lines.append(
+            f"| {row['solver']}, {row['compute']} | {row['processes']} × {row['threads']} | {seconds['total']:.0f} s "
+            f"| {base / seconds['total']:.2f} | {passes:.0f} s | {seconds.get('solve', 0.0):.0f} s "
+            f"| {seconds.get('exchange', 0.0):.1f} s | {row['masks_agree']:.3%} | {row['perplexity']:.2f} "
+            f"| {row['peak_memory'] / 1e9:.2f} GB |"
+        )
+    return "\n".join(lines) + f"\n\n{_machine(result)}"
+
+
+def scale(result: Mapping[str, Any]) -> str:
+    """Where the time of a run goes, by the size of the model."""
+    rows = result["rows"]
+    lines = [
+        "| shape | solver | tokens | whole | read | forwards | statistics | solve | write | rest "
+        "| useful | unavoidable |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        phases, total = row["phases"], row["total"]
+        shown = " | ".join(f"{phases[key]:.1f}" for key in ("read", "forward", "statistics", "solve", "write", "rest"))
+        useful = sum(phases[key] for key in ("forward", "statistics", "solve")) / total
+        lines.append(
+            f"| {row['shape'].upper()}, {row['blocks']} blocks | {row['solver']} | {row['samples']} × {row['seqlen']} "
+            f"| {total:.1f} s | {shown} | {useful:.0%} | {sum(row['limit'].values()) / total:.0%} |"
+        )
+    machine = rows[0]["machine"]
+    return "\n".join(lines) + f"\n\n<sub>{machine['cpu']}, {machine['threads']} threads, {result['date']}.</sub>\n"
+
+
+def large(result: Mapping[str, Any]) -> str:
+    """Models larger than memory: what was promised, estimated and taken."""
+    lines = [
+        "| model | solver | budget | estimate | peak memory | hidden states | time | weights written |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    plans = [
+        "| whole model, planned | solver | memory, smallest that would do | disk | time |",
+        "|---|---|---|---|---|",
+    ]
+    machine = None
+    for key, entry in result.items():
+        shape, blocks = key.rsplit("-", 1)
+        for solver, row in entry.items():
+            if solver == "plan":
+                for name, plan in row.items():
+                    memory, disk = plan["memory"], plan["disk"]
+                    plans.append(
+                        f"| {shape.upper()} | owl + {name} | {memory['peak'] / 1e9:.1f} GB, {memory['smallest'] / 1e9:.1f} GB "
+                        f"| {disk['peak'] / 1e9:.0f} GB | {plan['seconds']['total'] / 3600:.1f} h |"
+                    )
+                continue
+            machine, asked = row["machine"], row["arguments"]
+            lines.append(
+                f"| {shape.upper()} shape, {blocks} blocks | owl + {solver}, {asked['samples']} × {asked['seqlen']} "
+                f"| {asked['memory']} | {row['memory']['estimate'] / 1e9:.2f} GB | {row['peak_memory'] / 1e9:.2f} GB "
+                f"| {row['memory']['hidden_states']} | {row['seconds']['total'] / 60:.0f} min | {row['written'] / 1e9:.1f} GB |"
+            )
+    made = "\n".join(lines) + "\n"
+    if len(plans) > 2:
+        made += "\n" + "\n".join(plans) + "\n"
+    return made + (f"\n<sub>{machine['cpu']}, {machine['threads']} threads.</sub>\n" if machine else "")
+
+
+def scaling_model(result: Mapping[str, Any]) -> str:
+    """What counting says of many devices; the rates it assumes stand above it."""
+    rates = result["rates"]
+    lines = [
+        f"Assumed: {rates['bf16'] / 1e12:.0f} TFLOP/s in forwards, {rates['f32'] / 1e12:.0f} in Hessians, "
+        f"{rates['solve'] / 1e12:.0f} in solves; {rates['node_link'] / 1e9:.0f} GB/s between devices of a node "
+        f"({result['per_node']} of them), {rates['between_nodes'] / 1e9:.0f} GB/s between nodes; "
+        f"{rates['disk_read'] / 1e9:.1f} GB/s from the disk, {rates['disk_write'] / 1e9:.1f} to it. "
+        f"OWL and SparseGPT, {result['tokens']:,} tokens, seconds:\n",
+        "| shape | devices | forwards | statistics | solves | exchange | disk, beside them | whole | times faster |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    first: dict[str, float] = {}
+    for row in result["rows"]:
+        base = first.setdefault(row["shape"], row["total"])
+        shown = " | ".join(f"{row[key]:.0f}" for key in ("forward", "statistics", "solve", "exchange", "disk", "total"))
+        lines.append(f"| {row['shape'].upper()} | {row['ranks']} | {shown} | {base / row['total']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
+    "README.md": {
+        "quality": quality,
+        "tasks": tasks,
+        "allocators": allocators,
+        "owl_study": owl_study,
+        "prune_speed": prune_speed,
+        "sizes": sizes,
+        "decode": decode,
+        "kernels": kernels,
+        "peers": peers,
+        "recovery": recovery,
+    },
+    "docs/scaling.md": {"large": large, "scale": scale, "ranks": ranks, "scaling_model": scaling_model},
 }
 # Sections that bring their heading along and are not there at all until they are measured.
 OPTIONAL = {"allocators", "owl_study", "decode", "kernels", "peers", "recovery"}
 
 
-def render(page: str) -> str:
+def render(page: str, name_of_page: str = "README.md") -> str:
     """The page with every table made anew."""
-    for name, table in TABLES.items():
+    for name, table in TABLES[name_of_page].items():
         path = RESULTS / f"{name}.json"
         if path.is_file():
             made = table(json.loads(path.read_text(encoding="utf-8")))
@@ -511,18 +611,22 @@ def render(page: str) -> str:
         pattern = rf"<!-- {name}:.*?<!-- /{name} -->"
         page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md has {count} places for {name}, expected one")
+            raise SystemExit(f"{name_of_page} has {count} places for {name}, expected one")
     return page
 
 
 def main() -> int:
-    page = README.read_text(encoding="utf-8")
-    made = render(page)
-    if "--check" in sys.argv[1:]:
+    stale = []
+    for name in TABLES:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        made = render(page, name)
         if made != page:
-            print("the tables of README.md are stale: run `make docs`", file=sys.stderr)
-        return int(made != page)
-    README.write_text(made, encoding="utf-8")
+            stale.append(name)
+            if "--check" not in sys.argv[1:]:
+                (ROOT / name).write_text(made, encoding="utf-8")
+    if stale and "--check" in sys.argv[1:]:
+        print(f"the tables of {' and '.join(stale)} are stale: run `make docs`", file=sys.stderr)
+        return 1
     return 0
 
 

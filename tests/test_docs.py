@@ -18,9 +18,10 @@ def readme():
     return runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
 
 
-def test_the_tables_of_the_readme_are_made_from_the_committed_results(readme):
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme["render"](page) == page, "stale: run `make docs`"
+@pytest.mark.parametrize("name", ["README.md", "docs/scaling.md"])
+def test_the_tables_of_a_page_are_made_from_the_committed_results(readme, name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert readme["render"](page, name) == page, "stale: run `make docs`"
 
 
 def test_a_table_marks_the_better_allocator_and_names_the_machine(readme):

@@ -157,12 +157,16 @@ class Stack:
             self._assign(self.checkpoint.load(self._late.pop(), self.model))
 
     def load(self, index: int) -> nn.Module:
-        """Block `index` with its weights; the stored tensors stay at hand in `self.stored` until `release`."""
+        """Block `index` with its weights; the stored tensors stay at hand in `self.stored` until `release`.
+
+        The next block's bytes are read into the system's cache meanwhile.
+        """
         if self.checkpoint is not None:
             self.stored = {}
             for unit in self.checkpoint.units_of(self.name(index)):
                 self.stored.update(self.checkpoint.load(unit, self.model))
             self._assign(self.stored)
+            self.checkpoint.read_ahead(self.name(index + 1))
         return self.blocks[index]
 
     def release(self, index: int) -> None:

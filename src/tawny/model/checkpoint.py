@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ from tawny.errors import CheckpointError
 from tawny.model.tensorfile import DTYPES, Entry, entries, natural, read_tensor
 
 INDEX = "model.safetensors.index.json"
+_PIECE = 1 << 20
+
+
+def _touch(places: list[tuple[Path, Entry]]) -> None:
+    piece = bytearray(_PIECE)
+    with contextlib.suppress(OSError):
+        for path, place in places:
+            with path.open("rb", buffering=0) as file:
+                file.seek(place.start)
+                for _ in range(0, place.bytes, _PIECE):
+                    file.readinto(piece)
 
 
 @dataclass
@@ -183,6 +195,16 @@ class Checkpoint:
     def units_of(self, prefix: str) -> list[Unit]:
         """Units whose first parameter lies under the module path `prefix`."""
         return [unit for unit in self.units if unit.targets[0].startswith(prefix + ".")]
+
+    def read_ahead(self, prefix: str) -> None:
+        """Bring what lies under a module path into the system's file cache, in a thread, while others compute.
+
+        Nothing is kept here, so it costs this process no memory; what cannot be read is said by whoever needs it.
+        """
+        keys = [key for unit in self.units_of(prefix) for key in unit.sources if key in self.places]
+        if keys:
+            places = [(self.files[key], self.places[key]) for key in keys]
+            Thread(target=_touch, args=(places,), daemon=True).start()
 
     def load(self, unit: Unit, model: Any) -> dict[str, torch.Tensor]:
         """Parameters of one unit, by name, in the stored dtype."""

@@ -27,29 +27,39 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def replace(temporary: Path, path: Path) -> None:
-    """Give a complete temporary file its name."""
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+def replace(made: Path, path: Path) -> None:
+    """Give a complete temporary file its name; it goes if that fails."""
+    try:
+        sync(made)
+        made.replace(path)
+        sync(path.parent)
+    except BaseException:
+        # What was half written may be what fills the disk.
+        with contextlib.suppress(OSError):
+            made.unlink(missing_ok=True)
+        raise
 
 
 def write(path: Path, data: bytes) -> None:
-    with beside(path) as temporary:
-        temporary.write_bytes(data)
+    with beside(path) as made:
+        made.write_bytes(data)
+
+
+def temporary(path: Path) -> Path:
+    """Where what will be `path` is written."""
+    return path.with_name(path.name + ".tmp")
 
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A temporary name to write to; it becomes `path` at the end, and goes if anything fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    made = temporary(path)
     try:
-        yield temporary
-        replace(temporary, path)
+        yield made
+        replace(made, path)
     except BaseException:
-        # What was half written may be what fills the disk.
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            made.unlink(missing_ok=True)
         raise
 
 

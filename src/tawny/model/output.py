@@ -11,6 +11,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -106,6 +107,8 @@ class OutputFolder:
         self.work = out.with_name(out.name + ".partial")
         self.partial = self.work / "checkpoint"
         self.overwrite = overwrite
+        self._writer = ThreadPoolExecutor(1, "writing")
+        self._behind: list[tuple[Path, Future[None]]] = []
         self._mend()
         if source is not None and out.exists() and out.resolve() == source.resolve():
             raise OutputError(
@@ -151,10 +154,27 @@ class OutputFolder:
         return self.work / "blocks" / f"{name}.safetensors"
 
     def write_block(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """One file, durable before it has its name."""
+        """One file, durable before it has its name; a thread waits for the disk, see `settle`."""
         path = self.block_path(name)
-        with writing(path), durable.beside(path) as temporary:
-            write_tensors(temporary, tensors)
+        made = durable.temporary(path)
+        with writing(path):
+            try:
+                write_tensors(made, tensors)
+            except BaseException:
+                durable.remove(made)
+                raise
+        self._behind.append((path, self._writer.submit(durable.replace, made, path)))
+
+    def settle(self) -> None:
+        """Wait until every block that was written is durable.
+
+        Raises:
+            OutputError: one of them could not be.
+        """
+        while self._behind:
+            path, waiting = self._behind.pop(0)
+            with writing(path):
+                waiting.result()
 
     def write_outside(
         self, name: str, checkpoint: Checkpoint, keys: Sequence[str], dtype: torch.dtype | None
@@ -236,10 +256,12 @@ class OutputFolder:
 
     def release(self) -> None:
         """Let another process have the unfinished folder."""
+        self._writer.shutdown()
         self._lock.close()
 
     def discard(self) -> None:
         """Throw away what is unfinished."""
+        self._writer.shutdown()
         self._lock.close()
         with contextlib.suppress(OSError):
             durable.remove(self.work / JOURNAL)

@@ -469,6 +469,8 @@ class Run:
 
     def commit(self, blocks: int, streams: Mapping[str, Stream | None]) -> None:
         """Keep what is finished: `blocks` blocks, and what enters the next."""
+        if self.output is not None:
+            self.output.settle()
         record = self.record
         found = {
             "linears": [asdict(x) for x in record.linears],
