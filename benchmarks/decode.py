@@ -113,7 +113,9 @@ def cells_of(shape: str) -> list[list[Cell]]:
                 plain("dense shared"),
                 packed("bf16", s),
                 packed("int8", s),
-                *([packed("int8", s, "int8")] if s > 0.5 else []),  # at 50 % four of them need more than 24 GB
+                *(
+                    [packed("int8", s, "int8")] if s > 0.5 else []
+                ),  # at 50 % four of them need more than 24 GB
             ]
             for s in (0.7, 0.5, 0.6, 0.8)
         ]

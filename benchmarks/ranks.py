@@ -31,7 +31,14 @@ COMPUTE = {"wanda": "float32", "sparsegpt": "bfloat16"}
 
 def pruned(arguments: argparse.Namespace, solver: str, processes: int, out: Path) -> dict[str, Any]:
     """The record of one run."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     command += ["-m", "tawny", "prune", arguments.model, "--out", str(out), "-s", str(arguments.sparsity)]
     command += ["-m", solver, "--calibration", arguments.calibration, "--samples", str(arguments.samples)]
     command += ["--seqlen", str(arguments.seqlen), "-o", f"compute={COMPUTE[solver]}", "--json"]

@@ -513,14 +513,19 @@ def scale(result: Mapping[str, Any]) -> str:
     ]
     for row in rows:
         phases, total = row["phases"], row["total"]
-        shown = " | ".join(f"{phases[key]:.1f}" for key in ("read", "forward", "statistics", "solve", "write", "rest"))
+        shown = " | ".join(
+            f"{phases[key]:.1f}" for key in ("read", "forward", "statistics", "solve", "write", "rest")
+        )
         useful = sum(phases[key] for key in ("forward", "statistics", "solve")) / total
         lines.append(
             f"| {row['shape'].upper()}, {row['blocks']} blocks | {row['solver']} | {row['samples']} × {row['seqlen']} "
             f"| {total:.1f} s | {shown} | {useful:.0%} | {sum(row['limit'].values()) / total:.0%} |"
         )
     machine = rows[0]["machine"]
-    return "\n".join(lines) + f"\n\n<sub>{machine['cpu']}, {machine['threads']} threads, {result['date']}.</sub>\n"
+    return (
+        "\n".join(lines)
+        + f"\n\n<sub>{machine['cpu']}, {machine['threads']} threads, {result['date']}.</sub>\n"
+    )
 
 
 def large(result: Mapping[str, Any]) -> str:
@@ -572,7 +577,9 @@ def scaling_model(result: Mapping[str, Any]) -> str:
     first: dict[str, float] = {}
     for row in result["rows"]:
         base = first.setdefault(row["shape"], row["total"])
-        shown = " | ".join(f"{row[key]:.0f}" for key in ("forward", "statistics", "solve", "exchange", "disk", "total"))
+        shown = " | ".join(
+            f"{row[key]:.0f}" for key in ("forward", "statistics", "solve", "exchange", "disk", "total")
+        )
         lines.append(f"| {row['shape'].upper()} | {row['ranks']} | {shown} | {base / row['total']:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -593,7 +600,18 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
     "docs/scaling.md": {"large": large, "scale": scale, "ranks": ranks, "scaling_model": scaling_model},
 }
 # Sections that bring their heading along and are not there at all until they are measured.
-OPTIONAL = {"allocators", "owl_study", "decode", "kernels", "peers", "recovery"}
+OPTIONAL = {
+    "allocators",
+    "owl_study",
+    "decode",
+    "kernels",
+    "peers",
+    "recovery",
+    "large",
+    "scale",
+    "ranks",
+    "scaling_model",
+}
 
 
 def render(page: str, name_of_page: str = "README.md") -> str:

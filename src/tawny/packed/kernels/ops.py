@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = ["DIRECT", "Call", "dense_linear", "expand", "packed_linear"]
 
 import ctypes
+import math
 import threading
 from typing import Any
 
@@ -197,7 +198,7 @@ class Call:
 
 
 # Expanded rows at a time: enough for an efficient product, little enough to stay in cache.
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 9 << 19
 _scratch = threading.local()
 
 
@@ -216,7 +217,9 @@ def _expand_then_multiply(
 ) -> Tensor:
     """Prefill: expand some rows, multiply, and so on; the dense weight never exists as a whole."""
     rows, cols = int(weight[5] or 0), x_TI.shape[1]
-    chunk = min(rows, max(64, CHUNK_BYTES // (cols * x_TI.element_size()) // 64 * 64))
+    # A power of two: torch's product shares other widths badly among its threads.
+    wanted = max(64.0, CHUNK_BYTES / (cols * x_TI.element_size()))
+    chunk = min(rows, 1 << round(math.log2(wanted)))
     y_TO = x_TI.new_empty(x_TI.shape[0], rows)
     buffer = _buffer(chunk, cols, x_TI.dtype)
     run, kind, threads = native.library().tawny_expand, KINDS[x_TI.dtype], torch.get_num_threads()
