@@ -89,8 +89,7 @@ def notebook(environment: dict[str, str], monkeypatch) -> None:
     assert "prunable weights are zero" in printed and "packed" in printed and "report.html" in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["tiny", "packaged"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("packaged", marks=pytest.mark.slow)])
 def test_the_notebook_runs(model, tmp_path, monkeypatch):
     environment = {"TAWNY_NOTEBOOK": "tiny"}
     if model == "tiny":

@@ -81,9 +81,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read(checkpoint.files)
 
 
-@pytest.mark.parametrize(
-    ("processes", "solver"), [(2, "wanda"), pytest.param(4, "sparsegpt", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("processes", "solver"), [(2, "wanda"), (4, "sparsegpt")])
 def test_several_processes_prune_as_one_does_and_the_same_each_time(dense, tmp_path, processes, solver):
     for out, count in (("one", 1), ("some", processes), ("again", processes)):
         done = launch(count, dense, tmp_path / out, solver, "")

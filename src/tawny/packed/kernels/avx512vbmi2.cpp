@@ -1,4 +1,4 @@
-// AVX-512 with VBMI2, BF16 and VNNI (Zen 4, Sapphire Rapids): the fast path.
+// AVX-512 with VBMI2, BF16 and VNNI (Zen 4 and 5, Sapphire Rapids): the fast path.
 //
 // bfloat16 values: 32 survivors at a time through vpexpandw into vdpbf16ps, activations in bfloat16.
 // int8 values: 64 at a time through vpexpandb into vpdpbusd. Activations are 16-bit integers split into two unsigned
