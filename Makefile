@@ -82,6 +82,9 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/ranks.py
+	$(BIN)/python benchmarks/scaling_model.py
 	$(BIN)/python benchmarks/readme.py
 
 # Every generated page, table and picture, then every link: a page that leads nowhere fails.
