@@ -58,6 +58,14 @@ def test_a_written_block_has_its_name_once_the_folder_has_settled(tmp_path):
     folder.discard()
 
 
+def test_shards_are_planned_from_blocks_that_are_whole(tmp_path):
+    folder = OutputFolder(tmp_path / "out")
+    folder.write_block("00000", WEIGHT)
+    (shard,) = folder.plan_shards(["00000"])
+    assert shard["tensors"] == [["00000", "weight"]] and folder.assemble([shard]) == 24
+    folder.discard()
+
+
 def test_a_disk_that_fills_up_behind_the_work_is_said_when_it_is_waited_for(tmp_path, monkeypatch):
     folder = OutputFolder(tmp_path / "out")
 

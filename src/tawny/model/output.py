@@ -208,6 +208,7 @@ class OutputFolder:
 
     def plan_shards(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Which tensors of which block files become which shard: `[{file, bytes, tensors: [[block, key], …]}]`."""
+        self.settle()
         shards: list[dict[str, Any]] = [{"bytes": 0, "tensors": []}]
         for name in names:
             found = entries(self.block_path(name))
