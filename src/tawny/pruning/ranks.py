@@ -66,6 +66,11 @@ class Ranks:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._opened = False
 
+    def deafen(self) -> None:
+        """The run is ending anyway: what is left to do for it must not be cut off by torchrun's signal."""
+        if self._opened:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     # --- who does what -----------------------------------------------------------------------------
 
     def part(self, samples: Samples) -> Samples:
@@ -152,6 +157,7 @@ def _distinct(values: Iterable[T]) -> list[T]:
 
 
 def _lost(signum: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # said once; what follows must not be cut off
     raise LostProcess("another process of this run has ended")
 
 

@@ -181,6 +181,7 @@ def open_run(
             yield run
         ranks.close()
     except RuntimeError as error:
+        ranks.deafen()
         if ranks.size == 1 or not is_lost(error):
             raise
         raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
@@ -194,6 +195,7 @@ def open_run(
             output.discard()
         raise
     finally:
+        ranks.deafen()
         if output is not None:
             output.release() if journal.progress or (journal.found and not begun) else output.discard()
 
