@@ -52,7 +52,7 @@ def test_hessians_are_those_of_inputs_recorded_in_the_models_own_forward(family)
         made = seen.statistics[linear.name]
         assert made.tokens == ids.numel() == x.shape[0]
         torch.testing.assert_close(made.hessian, x.T @ x, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(made.squared_norms, x.square().sum(0), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(made.squared_norms, x.double().square().sum(0), rtol=1e-3, atol=1e-3)
 
 
 def test_every_expert_counts_the_tokens_routed_to_it():
@@ -81,4 +81,4 @@ def test_a_hessian_from_chunks_and_panels_is_the_plain_product(width):
     made = accumulator.finish()
     torch.testing.assert_close(made.hessian, x.T @ x, rtol=1e-3, atol=1e-3)
     assert torch.equal(made.hessian, made.hessian.T) and made.tokens == 300
-    torch.testing.assert_close(made.squared_norms, x.square().sum(0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(made.squared_norms, x.double().square().sum(0), rtol=1e-4, atol=1e-3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tawny
+from tawny.allocation import scores
 from tawny.allocation.owl import measure_outliers
 from tawny.calibration.statistics import Statistics
 from tawny.pruning import outliers
@@ -13,7 +14,7 @@ OPTIONS = {"sparsity": 0.6, "solver": "wanda", "compute": "float32"}
 
 
 def test_counts_add_up_to_the_share_that_owl_measures(monkeypatch):
-    monkeypatch.setattr(outliers, "_CHUNK", 100)  # several parts a linear
+    monkeypatch.setattr(scores, "_PART", 100)  # several parts a linear
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(rows, columns, generator=generator) ** 3

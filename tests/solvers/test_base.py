@@ -178,3 +178,19 @@ def test_the_reconstruction_error_is_the_share_of_the_output_that_is_lost() -> N
     assert reconstruction_error(W, W, X.T @ X) == 0
     assert reconstruction_error(W, P, torch.zeros(9, 9)) == 0
     assert reconstruction_error(torch.zeros(5, 9), P, X.T @ X) == float("inf")
+
+
+@pytest.mark.parametrize("width", [9, 2048, 3000])
+def test_an_energy_taken_by_panels_is_the_trace(width: int) -> None:
+    W, statistics = lifelike(7, width, tokens=60)
+    H = statistics.hessian
+    assert H is not None
+    whole = float(((W.double() @ H.double()) * W.double()).sum())
+    assert energy(W, H) == pytest.approx(whole, rel=1e-5)
+    held = W.bfloat16().float()
+    whole = float(((held.double() @ H.double()) * held.double()).sum())
+    assert energy(held, H, torch.bfloat16) == pytest.approx(whole, rel=5e-3)
+    assert reconstruction_error(W, 0.5 * W, H, dtype=torch.bfloat16) == pytest.approx(0.25, rel=1e-4)
+    assert reconstruction_error(held, held, H, lost=whole / 8, dtype=torch.bfloat16) == pytest.approx(
+        0.125, rel=5e-3
+    )

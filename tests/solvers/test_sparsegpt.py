@@ -74,6 +74,25 @@ def test_survivors_make_up_for_what_is_lost() -> None:
     assert updated < 0.5 * untouched
 
 
+@pytest.mark.parametrize("pattern", [Unstructured("matrix"), Unstructured("row"), NM(2, 4)])
+@pytest.mark.parametrize("damp", [0.001, 0.1, 3.0])
+@pytest.mark.parametrize("strange", [False, True])
+def test_it_knows_the_error_it_makes(pattern: Any, damp: float, strange: bool) -> None:
+    W, statistics = lifelike(40, 160)
+    assert statistics.hessian is not None
+    if strange:  # inputs that never fire, and weights that are zero already
+        for lines in (statistics.hessian, statistics.hessian.t()):
+            lines[3:7] = 0
+        W[::3, ::5] = 0
+    solution = SparseGPT(damp=damp, group=64).solve(W, statistics, pattern, 0.6)
+    assert solution.lost == pytest.approx(energy(W - solution.weight, statistics.hessian), rel=1e-3)
+
+
+def test_an_error_that_damping_drowns_is_not_guessed() -> None:
+    W, statistics = lifelike(20, 60)
+    assert SparseGPT(damp=1e6).solve(W, statistics, Unstructured(), 0.6).lost is None
+
+
 def test_the_last_columns_of_a_row_make_its_error_stationary() -> None:
     """With everything to its left fixed, the last kept column is the least-squares answer."""
     W, statistics = lifelike(6, 32)

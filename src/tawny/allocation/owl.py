@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tawny.allocation import budget
 from tawny.allocation.profile import Allocation, Profile
+from tawny.allocation.scores import magnitude_parts
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
 
@@ -144,7 +145,10 @@ def measure_outliers(
         parameters += W_OI.numel()
         tokens = max(tokens, statistics.tokens if statistics is not None else 1)
         # Σ_ij |W_ij|·‖X_j‖ needs only the column sums.
-        total += float(W_OI.abs().sum(0) @ norms[name])
+        sums_I = torch.zeros_like(norms[name])
+        for part in magnitude_parts(W_OI):
+            sums_I += part.sum(0)
+        total += float(sums_I @ norms[name])
     if not parameters:
         return {
             "outlier_share": {_key(M): 0.0 for M in Ms},
@@ -159,16 +163,16 @@ def measure_outliers(
     else:
         mean = total / parameters
     above = dict.fromkeys(Ms, 0)
+    outlier = {M: torch.tensor(mean) * M for M in Ms}
     highest = 0.0
     for name, (W_OI, _) in linears.items():
-        A_OI = W_OI.abs().mul_(norms[name])
-        top = float(A_OI.max())
-        if not math.isfinite(top):
-            raise NumericalError(f"{name} {list(W_OI.shape)}: a weight or an input is NaN or infinite")
-        highest = max(highest, top)
-        for M in Ms:
-            outlier = torch.tensor(mean) * M
-            above[M] += int(torch.count_nonzero(A_OI.gt(outlier)))
+        for A_RI in (part.mul_(norms[name]) for part in magnitude_parts(W_OI)):
+            top = float(A_RI.max())
+            if not math.isfinite(top):
+                raise NumericalError(f"{name} {list(W_OI.shape)}: a weight or an input is NaN or infinite")
+            highest = max(highest, top)
+            for M in Ms:
+                above[M] += int(torch.count_nonzero(A_RI.gt(outlier[M])))
     per_token = math.sqrt(max(tokens, 1))
     return {
         "outlier_share": {_key(M): float(count) / parameters * 100 for M, count in above.items()},

@@ -10,9 +10,17 @@ Shapes: O = out, I = in.
 
 from __future__ import annotations
 
-__all__ = ["band", "exact_quantile", "histogram", "magnitude_scores", "score_sets", "wanda_scores"]
+__all__ = [
+    "band",
+    "exact_quantile",
+    "histogram",
+    "magnitude_parts",
+    "magnitude_scores",
+    "score_sets",
+    "wanda_scores",
+]
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,11 +32,18 @@ Linears = Mapping[str, tuple[Tensor, Statistics | None]]
 Score = Callable[[Tensor, Statistics | None], Tensor]
 BINS = 1 << 16  # sign bit always 0, so half of them stay empty
 _LOW = BINS - 1
+_PART = 1 << 18  # weights at a time, so that what is made of them stays in a core's cache
 
 
 def magnitude_scores(W_OI: Tensor, statistics: Statistics | None = None) -> Tensor:
     """`|W_ij|`."""
     return W_OI.to(torch.float32).abs()
+
+
+def magnitude_parts(W_OI: Tensor) -> Iterator[Tensor]:
+    """`|W_ij|` in float32, some rows at a time; each part is the caller's to change."""
+    for part in torch.split(W_OI, max(1, _PART // max(1, W_OI.shape[1]))):
+        yield part.abs() if part.dtype == torch.float32 else part.to(torch.float32).abs_()
 
 
 def wanda_scores(W_OI: Tensor, statistics: Statistics | None) -> Tensor:

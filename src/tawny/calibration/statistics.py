@@ -1,7 +1,12 @@
-"""What calibration yields for one linear: column norms or a Hessian, in float32, added up chunk by chunk.
+"""What calibration yields for one linear: column norms or a Hessian, added up chunk by chunk.
 
 Written `X` for the inputs of a linear, `[tokens, in]`: `squared_norms = Σ_t x_tj²` is what Wanda's score needs
 (2306.11695, eq. 1) and `hessian = XᵀX` what the layerwise least-squares solvers need (2301.00774, section 3).
+
+Norms are added up in float64, where sums of float32 numbers hardly ever round: so it does not matter in which order
+chunks come, or on how many processes. It would matter: a weight that rounding moves across Wanda's threshold changes
+the inputs of every later block, and after ten blocks one weight in a hundred is another one. A Hessian in float64
+would not fit where it has to.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ class Statistics:
 
     Attributes:
         tokens: how many tokens were seen.
-        squared_norms: `[in]` float32, `Σ_t x_tj²`.
+        squared_norms: `[in]` float64, `Σ_t x_tj²`.
         hessian: `[in, in]` float32, `XᵀX`, or None when only norms were asked for.
     """
 
@@ -38,11 +43,11 @@ class Accumulator:
     def __init__(self, width: int, needs: Needs, device: torch.device | str = "cpu") -> None:
         self.needs = needs
         self.tokens = 0
-        self._norms_I = torch.zeros(width, device=device)
+        self._norms_I = torch.zeros(width, device=device, dtype=torch.float64)
         self._hessian_II = torch.zeros(width, width, device=device) if needs == "hessian" else None
 
     def add(self, x_TI: Tensor) -> None:
-        """Tokens `[tokens, in]` of any float dtype; squares and products are taken and summed in float32."""
+        """Tokens `[tokens, in]` of any float dtype; squares and products of a chunk are taken and summed in float32."""
         x = x_TI.to(torch.float32)
         self.tokens += x.shape[0]
         if self._hessian_II is None:
@@ -58,6 +63,6 @@ class Accumulator:
         if self._hessian_II is None:
             return Statistics(self.tokens, self._norms_I)
         H_II = self._hessian_II.triu_()
-        diagonal = H_II.diagonal().clone()
+        diagonal = H_II.diagonal().double()
         H_II += H_II.triu(1).T
         return Statistics(self.tokens, diagonal, H_II)

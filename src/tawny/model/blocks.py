@@ -192,13 +192,16 @@ class Stack:
 
     def weight(self, linear: Linear) -> Tensor:
         """A float32 copy `[out, in]` of the weight, as stored. The block must be loaded."""
-        source = self.stored[linear.key] if self.checkpoint else getattr(linear.module, linear.parameter)
-        return linear.view(source.detach()).to(torch.float32, copy=True).contiguous()
+        return self.look(linear).to(torch.float32, copy=True).contiguous()
 
     def stored_weight(self, linear: Linear) -> Tensor:
         """A copy `[out, in]` of the weight in its own dtype. The block must be loaded."""
+        return self.look(linear).clone(memory_format=torch.contiguous_format)
+
+    def look(self, linear: Linear) -> Tensor:
+        """The weight `[out, in]` itself, as stored: to read, not to change. The block must be loaded."""
         source = self.stored[linear.key] if self.checkpoint else getattr(linear.module, linear.parameter)
-        return linear.view(source.detach()).clone(memory_format=torch.contiguous_format)
+        return linear.view(source.detach())
 
     def set_weight(self, linear: Linear, weight_OI: Tensor) -> Tensor:
         """Give a linear its new weight, in the stored dtype and for forwards; returns the stored `[out, in]` view."""

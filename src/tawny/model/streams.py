@@ -20,6 +20,11 @@ from tawny.model.tensorfile import TensorWriter, entries, read_tensor, read_tens
 CHUNK_TOKENS = 2048
 
 
+def samples_a_chunk(seqlen: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
+    """How many samples of `seqlen` tokens a forward takes at once."""
+    return max(1, chunk_tokens // seqlen)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Calibration or evaluation tokens.
@@ -144,7 +149,7 @@ class Stream:
     ) -> None:
         self.stack = stack
         self.samples = samples
-        self.slices = chunks_of(len(samples), max(1, chunk_tokens // samples.seqlen))
+        self.slices = chunks_of(len(samples), samples_a_chunk(samples.seqlen, chunk_tokens))
         self.depth = depth
         self.hidden: list[Tensor] | OnDisk = []
         if spill is not None:

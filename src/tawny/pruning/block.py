@@ -16,6 +16,7 @@ from torch import Tensor
 from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockstep, observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
+from tawny.model.blocks import native_dtype
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
@@ -42,7 +43,7 @@ class BlockRun:
 
     def __post_init__(self) -> None:
         self.linears = self.run.by_block[self.index]
-        self.outliers = OutlierCount(self.run.record.outlier_M or DEFAULT_M, self.run.stack.weight)
+        self.outliers = OutlierCount(self.run.record.outlier_M or DEFAULT_M, self.run.stack.look)
         self._prepared: tuple[Statistics, Any] | None = None
         self._stage = 0
         self._advanced = False
@@ -146,7 +147,7 @@ class BlockRun:
                 solution: Solution = run.solver.solve(
                     W_OI, statistics, pattern, target, prepared=self._prepare(statistics)
                 )
-            lost, kind = self._measure(W_OI, solution.weight, statistics)
+            lost, kind = self._measure(W_OI, solution.weight, statistics, solution.lost)
             if run.recipe.refit and lost > 0:
                 assert statistics is not None and statistics.hessian is not None
                 notes["before_refit"] = lost
@@ -197,9 +198,11 @@ class BlockRun:
         run.record.warnings[self._warned :] = sorted(line for _, lines in told for line in lines)
         self._warned = len(run.record.warnings)
 
-    def _measure(self, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None) -> tuple[float, str]:
+    def _measure(
+        self, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None, lost: float | None = None
+    ) -> tuple[float, str]:
         with self.run.clock("error"):
-            return relative_error(W_OI, pruned_OI, statistics)
+            return relative_error(W_OI, pruned_OI, statistics, lost)
 
     def _prepare(self, statistics: Statistics | None) -> Any:
         """What the solver can compute once for linears that share an input; dropped with the stage."""
@@ -278,15 +281,21 @@ def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:
 def blind_statistics(width: int, needs: Any, device: torch.device) -> Statistics:
     """Statistics that prefer no input over another."""
     hessian = torch.eye(width, device=device) if needs == "hessian" else None
-    return Statistics(0, torch.ones(width, device=device), hessian)
+    return Statistics(0, torch.ones(width, device=device, dtype=torch.float64), hessian)
 
 
-def relative_error(W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None) -> tuple[float, str]:
-    """The share of the output's energy that pruning destroyed, as exactly as the statistics allow, and how exactly."""
+def relative_error(
+    W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None, lost: float | None = None
+) -> tuple[float, str]:
+    """The share of the output's energy that pruning destroyed, as exactly as the statistics allow, and how exactly.
+
+    `lost` is the energy itself, where the solver knows it.
+    """
     if statistics is not None and statistics.hessian is not None:
-        return float(reconstruction_error(W_OI, pruned_OI, statistics.hessian)), "hessian"
+        dtype = native_dtype() if W_OI.device.type == "cpu" else torch.bfloat16
+        return reconstruction_error(W_OI, pruned_OI, statistics.hessian, lost=lost, dtype=dtype), "hessian"
     if statistics is not None:
-        weights, kind = statistics.squared_norms, "norms"
+        weights, kind = statistics.squared_norms.float(), "norms"
     else:
         weights, kind = torch.ones(W_OI.shape[1], device=W_OI.device), "weights"
     total = float((W_OI.square() @ weights).sum())

@@ -16,32 +16,30 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tawny.allocation.scores import magnitude_parts
 from tawny.calibration.statistics import Statistics
 from tawny.model.linears import Linear
 
 DEFAULT_M = 5.0  # OWL's own default, for allocators without an M
-_CHUNK = 1 << 18  # weights at a time, so that the products stay in cache
 
 
 def count_outliers(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor], M: float) -> dict[str, int]:
     """How many scores of each linear are above `M` times the mean score of all of them together.
 
     Args:
-        weights: `[out, in]` of every linear of one block.
+        weights: `[out, in]` of every linear of one block, in any float dtype; a part at a time is made float32.
         norms: `[in]`, ‖X_j‖₂ of each linear's inputs; a common factor does not matter.
     """
     sizes, total = 0, 0.0
     for name, W_OI in weights.items():
         sizes += W_OI.numel()
-        total += float(torch.linalg.vector_norm(W_OI, 1, dim=0).double() @ norms[name].double())
+        sums_I = sum(part.sum(0) for part in magnitude_parts(W_OI))
+        total += float(torch.as_tensor(sums_I).double() @ norms[name].double()) if W_OI.numel() else 0.0
     threshold = M * total / max(sizes, 1)
     counts = {}
     for name, W_OI in weights.items():
-        rows, above = max(1, _CHUNK // max(1, W_OI.shape[1])), 0
-        for start in range(0, W_OI.shape[0], rows):
-            scores = W_OI[start : start + rows].abs().mul_(norms[name])
-            above += int(torch.count_nonzero(scores.gt(threshold)))
-        counts[name] = above
+        scores = (part.mul_(norms[name]) for part in magnitude_parts(W_OI))
+        counts[name] = sum(int(torch.count_nonzero(part.gt(threshold))) for part in scores)
     return counts
 
 
@@ -72,7 +70,7 @@ class OutlierCount:
 
 
 class _OnDemand(Mapping[str, Tensor]):
-    """Weights that are made when they are asked for: all of a block's in float32 would be its largest share of memory."""
+    """Weights that are looked up when they are asked for, because they change while a block is pruned."""
 
     def __init__(self, weight: Callable[[Linear], Tensor], linears: list[Linear]) -> None:
         self._weight = weight

@@ -9,6 +9,7 @@ same bytes; another number gives another order of summation, and so differs by r
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import LostProcess, UserError
-from tawny.model.streams import Samples
+from tawny.model.blocks import chunks_of
+from tawny.model.streams import Samples, samples_a_chunk
 from tawny.watch import started_by_torchrun
 
 # How long one rank waits for another: longer than any block takes to solve.
@@ -74,7 +76,10 @@ class Ranks:
     # --- who does what -----------------------------------------------------------------------------
 
     def part(self, samples: Samples) -> Samples:
-        """This rank's samples: neighbours, as many for each as for any other, give or take one.
+        """This rank's samples: neighbours, as many chunks for each as for any other, give or take one.
+
+        A forward takes a chunk at once, so the ranks run the very forwards that one process would. Where there are
+        fewer chunks than ranks, single samples are shared out.
 
         Raises:
             UserError: there are fewer samples than ranks.
@@ -86,8 +91,21 @@ class Ranks:
             raise UserError(
                 f"{count} samples cannot be shared by {self.size} processes; give at least --samples {self.size}"
             )
-        here = slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        here = self._shares(count, samples.seqlen)[self.rank]
         return Samples(samples.tokens[here], None if samples.mask is None else samples.mask[here])
+
+    def largest_part(self, count: int, seqlen: int) -> int:
+        """How many of `count` samples the rank with most of them gets."""
+        shares = self._shares(count, seqlen) if count else []
+        return max((len(range(count)[here]) for here in shares), default=0)
+
+    def _shares(self, count: int, seqlen: int) -> list[slice]:
+        chunks = chunks_of(count, samples_a_chunk(seqlen))
+        if len(chunks) < self.size:
+            chunks = chunks_of(count, 1)
+        edges = [*(chunk.start for chunk in chunks), count]
+        ends = [edges[rank * len(chunks) // self.size] for rank in range(self.size + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(ends)]
 
     def owners(self, costs: Sequence[float]) -> list[int]:
         """A rank for each piece of work: the dearest first, each to the one with least to do."""
@@ -149,7 +167,7 @@ class Ranks:
                 dist.all_reduce(one.squared_norms)
             else:
                 dist.all_reduce(one.hessian)
-                one.squared_norms = one.hessian.diagonal().clone()
+                one.squared_norms = one.hessian.diagonal().double()
 
 
 def _distinct(values: Iterable[T]) -> list[T]:

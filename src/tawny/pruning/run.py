@@ -394,7 +394,7 @@ class Run:
         if self.folder is None or (self.output is None and self.ranks.first):
             return
         # What one process takes: its share of the samples.
-        samples = -(-samples // self.ranks.size)
+        samples = self.ranks.largest_part(samples, seqlen)
         demand = demand_of(
             self.recipe, self.stack, self.by_block, self.solver, self.allocator, characters, (samples, seqlen)
         )

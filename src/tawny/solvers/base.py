@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+_PANEL = 1024  # columns of H that an energy multiplies at once
+_PART = 1 << 18  # weights that fit a core's cache
+
+
 @dataclass
 class Solution:
     """A pruned weight: zero where `mask` is False."""
@@ -39,6 +43,7 @@ class Solution:
     weight: Tensor  # [out, in] float32
     mask: Tensor  # [out, in] bool, True = kept
     notes: dict[str, float | int | str] = field(default_factory=dict)
+    lost: float | None = None  # ‖X(W − Ŵ)ᵀ‖², where the solver comes to know it on its way
 
 
 class Solver(Protocol):
@@ -86,15 +91,58 @@ def input_norms(statistics: Statistics | None) -> Tensor:
     return statistics.squared_norms.float().sqrt()
 
 
-def energy(D_OI: Tensor, H_II: Tensor) -> float:
-    """tr(D H Dᵀ) = ‖X Dᵀ‖²: what the weight change D does to the linear's output."""
-    return float(((D_OI @ H_II) * D_OI).sum(dtype=torch.float64))
+def energy(D_OI: Tensor, H_II: Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """tr(D H Dᵀ) = ‖X Dᵀ‖²: what the weight change D does to the linear's output.
+
+    H is symmetric, so half the product is enough, a panel of columns at a time. With another dtype the terms off the
+    diagonal of H are multiplied in it: right to about three digits where a D that the dtype holds exactly is not made
+    to cancel under H. A weight is such a D, and what a solver leaves of the error is not.
+    """
+    width = D_OI.shape[1]
+    step = _PANEL if width >= 2 * _PANEL else width
+    factor_OI = D_OI.to(dtype)
+    exact = dtype == H_II.dtype
+    total = 0.0 if exact else float(D_OI.square().sum(0, dtype=torch.float64) @ H_II.diagonal().double())
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        H_IJ = H_II[:stop, start:stop].to(dtype)
+        if not exact:
+            H_IJ[start:].fill_diagonal_(0.0)
+        made_OJ = factor_OI[:, start:stop] @ H_IJ[start:]
+        if start:
+            made_OJ = torch.addmm(made_OJ, factor_OI[:, :start], H_IJ[:start], alpha=2)
+        rows_O = torch.linalg.vecdot(made_OJ.to(D_OI.dtype), D_OI[:, start:stop])
+        total += float(rows_O.sum(dtype=torch.float64))
+    return total
 
 
-def reconstruction_error(W_OI: Tensor, pruned_OI: Tensor, H_II: Tensor) -> float:
-    """tr((W − W')H(W − W')ᵀ) / tr(WHWᵀ): the share of the output's energy that pruning destroyed."""
-    lost = energy(W_OI - pruned_OI, H_II)
-    whole = energy(W_OI, H_II)
+def _holds(dtype: torch.dtype, W_OI: Tensor) -> bool:
+    """Whether W comes back from another dtype as it was; a part at a time, so that it is looked at in cache."""
+    return all(
+        torch.equal(part.to(dtype).to(part.dtype), part)
+        for part in torch.split(W_OI, max(1, _PART // max(1, W_OI.shape[1])))
+    )
+
+
+def reconstruction_error(
+    W_OI: Tensor,
+    pruned_OI: Tensor,
+    H_II: Tensor,
+    *,
+    lost: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """tr((W − W')H(W − W')ᵀ) / tr(WHWᵀ): the share of the output's energy that pruning destroyed.
+
+    Args:
+        W_OI, pruned_OI: dense and pruned weight, float32.
+        H_II: `XᵀX` of the linear's inputs, float32.
+        lost: the first trace, if it is known already.
+        dtype: what products are taken in where that changes no more than the third digit (see `energy`).
+    """
+    if lost is None:
+        lost = energy(W_OI - pruned_OI, H_II)
+    whole = energy(W_OI, H_II, dtype if _holds(dtype, W_OI) else torch.float32)
     if whole <= 0:
         return 0.0 if lost <= 0 else float("inf")
     return max(lost, 0.0) / whole

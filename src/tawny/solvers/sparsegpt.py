@@ -50,6 +50,7 @@ __all__ = ["Factor", "SparseGPT"]
 
 _RETRIES = 3
 _PANEL = 128  # rows of Rᵀ that are factorised at a time
+_DIGITS = 1e-3  # an error that is a smaller part of the damped one is not worth taking from it
 _STEP = 16  # columns that are corrected by matrix-vector products before the next matrix-matrix product
 
 
@@ -59,6 +60,7 @@ class Factor:
 
     RT_II: Tensor  # Rᵀ; only its lower triangle means anything
     diagonal_I: Tensor  # R_jj = 1/U_jj
+    added_I: Tensor  # what was added to the diagonal of H
     dead_I: Tensor  # bool, inputs that were zero for every token
     any_dead: bool
     damp: float  # the damping that was needed
@@ -101,10 +103,11 @@ class SparseGPT:
         damp = self.damp
         for _ in range(1 + _RETRIES):
             H_II = statistics.hessian.to(torch.float32, copy=True)
-            H_II.diagonal().add_(damp * mean).add_(dead_I, alpha=mean)
+            added_I = torch.full_like(energy_I, damp * mean).add_(dead_I, alpha=mean)
+            H_II.diagonal().add_(added_I)
             RT_II = _factorise(H_II)
             if RT_II is not None:
-                return Factor(RT_II, RT_II.diagonal().clone(), dead_I, bool(dead_I.any()), damp)
+                return Factor(RT_II, RT_II.diagonal().clone(), added_I, dead_I, bool(dead_I.any()), damp)
             damp = max(damp * 10, 1e-4)
         shape = list(statistics.hessian.shape)
         raise NumericalError(
@@ -124,21 +127,25 @@ class SparseGPT:
         factor = self.prepare(statistics) if prepared is None else prepared
         notes: dict[str, float | int | str] = {"damp": factor.damp, "dead_inputs": int(factor.dead_I.sum())}
         if isinstance(pattern, NM):
-            weight_OI, keep_OI = self._sweep(W_OI, factor, pattern, None)
+            weight_OI, keep_OI, lost = self._sweep(W_OI, factor, pattern, None)
         else:
             pattern = pattern.with_default(self.default_scope)
             removed = removed_count(W_OI.numel(), sparsity)
             if removed == 0:
-                return Solution(W_OI.clone(), torch.ones_like(W_OI, dtype=torch.bool), notes)
+                return Solution(W_OI.clone(), torch.ones_like(W_OI, dtype=torch.bool), notes, 0.0)
             quota = _quotas(W_OI, factor.dead_I, pattern, removed, self.group)
-            weight_OI, keep_OI = self._sweep(W_OI, factor, pattern, quota)
+            weight_OI, keep_OI, lost = self._sweep(W_OI, factor, pattern, quota)
         require_finite(weight_OI, "pruned weight")
-        return Solution(weight_OI, keep_OI, notes)
+        return Solution(weight_OI, keep_OI, notes, lost)
 
     def _sweep(
         self, W_OI: Tensor, factor: Factor, pattern: Pattern, quota: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Walk the columns once; `quota` [groups, rows or 1] is what each group removes, None for n:m."""
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """Walk the columns once; `quota` [groups, rows or 1] is what each group removes, None for n:m.
+
+        The third result is ‖X(W − Ŵ)ᵀ‖²: the terms of the damped error, less what damping added to it. It is None
+        where that leaves too few digits.
+        """
         width = W_OI.shape[1]
         group, step = self.group, _STEP
         if isinstance(pattern, NM):
@@ -148,6 +155,7 @@ class SparseGPT:
         keep_OI = torch.empty(W_OI.shape, dtype=torch.bool, device=W_OI.device)
         lost_IO = W_OI.new_empty(width, len(W_OI))  # w − ŵ
         bench = _Bench(min(group, width), step, W_OI)
+        damped, added = 0.0, 0.0
         for start in range(0, width, group):
             stop = min(start + group, width)
             if stop - start < bench.size:
@@ -168,8 +176,12 @@ class SparseGPT:
                     if has_zeros:  # where a group of m has zeros to spare, those that stay must not grow back
                         part.removed_JO.masked_fill_(part.W_JO == 0, 1.0)
                 part.walk()
-            bench.store(weight_OI[:, start:stop], keep_OI[:, start:stop], lost_IO[start:stop])
-        return weight_OI, keep_OI
+            here = slice(start, stop)
+            damped += _weighted(bench.gone_JO, factor.diagonal_I[here].square())
+            bench.store(weight_OI[:, here], keep_OI[:, here], lost_IO[here])
+            added += _weighted(lost_IO[here], factor.added_I[here])
+        lost = damped - added
+        return weight_OI, keep_OI, lost if lost >= _DIGITS * damped else None
 
 
 class _Bench:
@@ -232,6 +244,11 @@ class _Step:
             if j:
                 v_O.addmv_(gone_OI, ratios_I)
             torch.mul(v_O, removed_O, out=gone_O)
+
+
+def _weighted(values_JO: Tensor, weights_J: Tensor) -> float:
+    """Σ_j weights_j·‖values_j‖²."""
+    return float(torch.linalg.vector_norm(values_JO, dim=1).double().square() @ weights_J.double())
 
 
 def _factorise(H_II: Tensor) -> Tensor | None:
