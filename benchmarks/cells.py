@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tawny
+from tawny.recipe import parse_override, resolve_recipe
 from tawny.record import machine, versions
 
 Keys = dict[str, Any]
@@ -111,9 +112,14 @@ class Cells:
                 "calibration.text": args.calibration,
                 "calibration.samples": args.samples,
                 "calibration.seqlen": args.seqlen,
-                **keys,
+                **{key: value for key, value in keys.items() if key not in ("recipe", "changes")},
             }
-            record = tawny.prune(args.model, folder / "out", **options)
+            recipe = None
+            if "recipe" in keys:
+                path = Path(__file__).parents[1] / "recipes" / f"{keys['recipe']}.yaml"
+                recipe = resolve_recipe(path, [*options.items(), *map(parse_override, keys["changes"])])
+                options = {}
+            record = tawny.prune(args.model, folder / "out", recipe=recipe, **options)
             made = {
                 **keys,
                 "seconds": time.perf_counter() - start,

@@ -179,6 +179,47 @@ def owl_study(result: Mapping[str, Any]) -> str:
     return "\n".join(parts) + f"\n{_machine(result)}"
 
 
+def recipes(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a product, for every sparsity its perplexity and how far below the first row's it is."""
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for cell in result["cells"].values():
+        name = ", ".join([cell["recipe"], *cell["changes"]])
+        groups.setdefault((name, cell["sparsity"]), []).append(cell)
+    names = list(dict.fromkeys(name for name, _ in groups))
+    sparsities = sorted({sparsity for _, sparsity in groups})
+    seeds = len({cell["seed"] for cell in result["cells"].values()})
+    parts = [_setting(result) + f"Calibration seeds: {seeds}.\n"]
+    for text in result["evaluation"]["texts"]:
+        parts.append(f"Perplexity on {text}, dense **{_value(result['dense']['evaluation'][text])}**:\n")
+        lines = [
+            f"| recipe | {' | '.join(f'{s:.0%}' for s in sparsities)} |",
+            f"|---|{'---|' * len(sparsities)}",
+        ]
+        for name in names:
+            shown = []
+            for sparsity in sparsities:
+                cells, first = groups.get((name, sparsity)), groups.get((names[0], sparsity))
+                if not cells:
+                    shown.append("–")
+                    continue
+                value, change = _over_seeds(cells, text), ""
+                if first and name != names[0]:
+                    change = f" ({value['perplexity'] / _over_seeds(first, text)['perplexity'] - 1:+.0%})"
+                shown.append(_value(value) + change)
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+        parts.append("\n".join(lines) + "\n")
+    lines = [
+        f"| seconds | {' | '.join(f'{s:.0%}' for s in sparsities)} |",
+        f"|---|{'---|' * len(sparsities)}",
+    ]
+    for name in names:
+        times = [groups.get((name, sparsity), []) for sparsity in sparsities]
+        shown = [f"{sum(c['seconds'] for c in some) / len(some):.0f}" if some else "–" for some in times]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts) + f"\n{_machine(result)}"
+
+
 def _cells_of(result: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The cells of all seeds that have exactly these keys; results lie beside them under other names."""
     measured = {"seconds", "phases", "achieved", "mean_error", "winner", "evaluation", "lod", "seed"}
@@ -510,8 +551,8 @@ def scale(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     lines = [
         "| shape | solver | tokens | whole | read | forwards | statistics | solve | write | rest "
-        "| useful | unavoidable |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| useful | unavoidable | products at |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         phases, total = row["phases"], row["total"]
@@ -521,13 +562,25 @@ def scale(result: Mapping[str, Any]) -> str:
         useful = sum(phases[key] for key in ("forward", "statistics", "solve")) / total
         lines.append(
             f"| {row['shape'].upper()}, {row['blocks']} blocks | {row['solver']} | {row['samples']} × {row['seqlen']} "
-            f"| {total:.1f} s | {shown} | {useful:.0%} | {sum(row['limit'].values()) / total:.0%} |"
+            f"| {total:.1f} s | {shown} | {useful:.0%} | {sum(row['limit'].values()) / total:.0%} "
+            f"| {_speeds(row)} |"
         )
     machine = rows[0]["machine"]
     return (
         "\n".join(lines)
         + f"\n\n<sub>{machine['cpu']}, {machine['threads']} threads, {result['date']}.</sub>\n"
     )
+
+
+def _speeds(row: Mapping[str, Any]) -> str:
+    """Share of the machine's speed that the products of a run reach, by dtype."""
+    if row["shape"] == "tiny":
+        return "–"
+    short = {"torch.bfloat16": "bf16", "torch.float32": "f32", "torch.float16": "f16"}
+    products = {
+        dtype: made for dtype, made in row["products"].items() if made["seconds"] > 0.02 * row["total"]
+    }
+    return ", ".join(f"{short[dtype]} {made['share']:.0%}" for dtype, made in products.items()) or "–"
 
 
 def large(result: Mapping[str, Any]) -> str:
@@ -561,7 +614,9 @@ def large(result: Mapping[str, Any]) -> str:
     made = "\n".join(lines) + "\n"
     if len(plans) > 2:
         made += "\n" + "\n".join(plans) + "\n"
-    return made + (f"\n<sub>{machine['cpu']}, {machine['threads']} threads.</sub>\n" if machine else "")
+    notes = [row["note"] for entry in result.values() for row in entry.values() if "note" in row]
+    note = "".join(f" {line}" for line in dict.fromkeys(notes))
+    return made + (f"\n<sub>{machine['cpu']}, {machine['threads']} threads.{note}</sub>\n" if machine else "")
 
 
 def scaling_model(result: Mapping[str, Any]) -> str:
@@ -592,6 +647,7 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
         "tasks": tasks,
         "allocators": allocators,
         "owl_study": owl_study,
+        "recipes": recipes,
         "prune_speed": prune_speed,
         "sizes": sizes,
         "decode": decode,
@@ -605,6 +661,7 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
 OPTIONAL = {
     "allocators",
     "owl_study",
+    "recipes",
     "decode",
     "kernels",
     "peers",

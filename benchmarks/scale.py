@@ -7,6 +7,9 @@ A run is cut into reading, forwards, statistics, solving, writing and the rest. 
 floating point operations: 2 a weight and token of every forward, half of 2·in² a token of every Hessian, and what
 factorising one and sweeping a weight take (in³/3 and out·in²); divided by the speed this machine reaches on a large
 matrix product, it is the time nothing can go below. Time should grow in proportion to blocks and to tokens.
+
+Every matrix product that torch runs is timed too, and its operations counted by torch's own formulas: the share of the
+machine's speed that the products reach. That speed is measured before and after each run, because it changes.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ from large import HERE, SHAPES, write_checkpoint
 
 def child(arguments: argparse.Namespace) -> None:
     import torch
+    from products import Products
 
     import tawny
     from tawny.calibration import observe as observing
-    from tawny.pruning.plan import measured_speed
+    from tawny.model.blocks import native_dtype
 
     model, out, solver, samples = arguments.child
     spent = 0.0
@@ -45,9 +49,13 @@ def child(arguments: argparse.Namespace) -> None:
     config = json.loads((Path(model) / "config.json").read_text())
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, config["vocab_size"], (int(samples), arguments.seqlen), generator=generator)
-    record = tawny.prune(
-        model, out, sparsity=0.7, allocator="owl", solver=solver, calibration=tokens, overwrite=True
-    )
+    speeds = [speed_of(torch.float32, native_dtype())]
+    with Products() as products:
+        record = tawny.prune(
+            model, out, sparsity=0.7, allocator="owl", solver=solver, calibration=tokens, overwrite=True
+        )
+    speeds.append(speed_of(torch.float32, native_dtype()))
+    fast = {dtype: sum(one[dtype] for one in speeds) / len(speeds) for dtype in speeds[0]}
     seconds = record.seconds
     forwards = seconds.get("profile", 0) + seconds.get("forward", 0) + seconds.get("observe", 0)
     phases = {
@@ -58,7 +66,6 @@ def child(arguments: argparse.Namespace) -> None:
         "write": sum(seconds.get(key, 0) for key in ("write", "hash")),
     }
     phases["rest"] = seconds["total"] - sum(phases.values())
-    fast = {str(dtype): measured_speed(dtype) for dtype in (torch.float32, getattr(torch, record.compute))}
     print(
         json.dumps(
             {
@@ -66,12 +73,25 @@ def child(arguments: argparse.Namespace) -> None:
                 "phases": {key: round(value, 3) for key, value in phases.items()},
                 "limit": limit(record, int(samples) * arguments.seqlen, solver, fast),
                 "speed": fast,
+                "speeds": speeds,
+                "products": {
+                    dtype: {**made, "share": made["operations"] / made["seconds"] / fast[dtype]}
+                    for dtype, made in products.made().items()
+                    if dtype in fast
+                },
                 "compute": record.compute,
                 "peak_memory": record.peak_memory,
                 "machine": record.machine,
             }
         )
     )
+
+
+def speed_of(*dtypes: Any) -> dict[str, float]:
+    """Operations a second of a large matrix product."""
+    from tawny.pruning.plan import measured_speed
+
+    return {str(dtype): measured_speed(dtype) for dtype in dtypes}
 
 
 def limit(record: Any, tokens: int, solver: str, fast: dict[str, float]) -> dict[str, float]:
@@ -133,7 +153,10 @@ def main() -> None:
                 print(
                     f"{shape} × {arguments.blocks} blocks, {solver}, {samples} × {arguments.seqlen}: "
                     f"{made['total']:.1f} s, {useful:.0%} in forwards, statistics and solves, "
-                    f"{share:.0%} unavoidable; {made['phases']}"
+                    f"{share:.0%} unavoidable; products at "
+                    + ", ".join(f"{x['share']:.0%} in {name[6:]}" for name, x in made["products"].items())
+                    + f"; {made['phases']}",
+                    flush=True,
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"date": datetime.date.today().isoformat(), "rows": rows}, indent=1) + "\n")

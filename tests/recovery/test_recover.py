@@ -141,6 +141,7 @@ def test_a_folder_is_recovered_into_a_folder_that_transformers_opens(pair, tmp_p
     assert torch.equal(made.model.embed_tokens.weight, source.model.embed_tokens.weight)
     assert not torch.equal(made.model.norm.weight, source.model.norm.weight)
     told = json.loads((out / "recover.json").read_text())
+    assert "How it came back" in (out / "report.html").read_text()
     assert told["best"] == record.best and len(told["curve"]) == 9 and told["teacher"] == dense
     assert (out / "run.json").is_file() and "## Recovered" in (out / "README.md").read_text()
     assert tawny.inspect(out).sparsity == pytest.approx(record.sparsity)

@@ -606,10 +606,21 @@ class Run:
         if self.output is not None:
             self.output.write_text("recover.json", record.to_json())
             self.output.write_text("README.md", card(record, self.folder))
+            self._report()
             self.output.finish()
             if self.shelf.folder is not None:
                 shutil.rmtree(self.shelf.folder, ignore_errors=True)
         return record
+
+    def _report(self) -> None:
+        """The page, when everything is known. The work is done: one that cannot be drawn is no failed run."""
+        from tawny.report.recovery import write_recovery
+
+        assert self.output is not None
+        try:
+            write_recovery(self.record.to_dict(), self.output.partial)
+        except Exception as error:
+            self.watch.say(f"report.html could not be made: {type(error).__name__}: {error}")
 
     @torch.no_grad()
     def _count_zeros(self) -> int:

@@ -97,7 +97,7 @@ def card(record: RecoveryRecord, folder: Path | None) -> str:
         f"{record.zeros_before:,} were before.",
         "",
         "What the sections above say about unchanged weights held before this training. `recover.json` has every setting and "
-        "the curve.",
+        "the curve, `report.html` shows them.",
         "",
     ]
     return before + "\n".join(lines)

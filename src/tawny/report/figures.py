@@ -10,7 +10,7 @@ It is the first figure of the OWL paper (2310.05175) drawn for one run. What is 
 
 from __future__ import annotations
 
-__all__ = ["DepthRow", "depth_figure"]
+__all__ = ["PALETTE", "DepthRow", "depth_figure", "style_of", "to_page"]
 
 import io
 import math
@@ -22,7 +22,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 # Colours that matplotlib writes down faithfully and no drawing would use, and what the page calls them.
-_PALETTE = {
+PALETTE = {
     "ink": "#010203",
     "soft": "#010204",
     "line": "#010205",
@@ -61,25 +61,7 @@ def depth_figure(rows: Sequence[DepthRow], *, prefix: str, width: int, target: f
     known = [row for row in rows if row.before is not None or row.after is not None]
     panels = ["outliers", "sparsity", "error"] if known else ["sparsity", "error"]
     height = len(panels) * _PANEL + 40
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "tawny",
-        "font.size": 12 if width > 600 else 11,
-        "font.family": "sans-serif",
-        "text.color": _PALETTE["ink"],
-        "axes.edgecolor": _PALETTE["line"],
-        "axes.labelcolor": _PALETTE["soft"],
-        "axes.titlecolor": _PALETTE["ink"],
-        "xtick.color": _PALETTE["line"],
-        "ytick.color": _PALETTE["line"],
-        "xtick.labelcolor": _PALETTE["soft"],
-        "ytick.labelcolor": _PALETTE["soft"],
-        "grid.color": _PALETTE["line"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.facecolor": "none",
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style_of(width)):
         # Without pyplot: no window system is looked for, and no global state is left behind.
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
         FigureCanvasSVG(figure)
@@ -108,6 +90,28 @@ def depth_figure(rows: Sequence[DepthRow], *, prefix: str, width: int, target: f
     return _for_page(buffer.getvalue(), prefix, width, height, rows, edges)
 
 
+def style_of(width: int) -> dict[str, Any]:
+    """What matplotlib is to be set to for a picture that `to_page` takes."""
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tawny",
+        "font.size": 12 if width > 600 else 11,
+        "font.family": "sans-serif",
+        "text.color": PALETTE["ink"],
+        "axes.edgecolor": PALETTE["line"],
+        "axes.labelcolor": PALETTE["soft"],
+        "axes.titlecolor": PALETTE["ink"],
+        "xtick.color": PALETTE["line"],
+        "ytick.color": PALETTE["line"],
+        "xtick.labelcolor": PALETTE["soft"],
+        "ytick.labelcolor": PALETTE["soft"],
+        "grid.color": PALETTE["line"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+    }
+
+
 # --- panels ----------------------------------------------------------------------------------------------
 
 
@@ -129,7 +133,7 @@ def _outliers(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> N
         numbers = [math.nan if value is None else value for value in values]
         shown += [value for value in numbers if math.isfinite(value)]
         axis.plot(
-            x, numbers, dash, color=_PALETTE[colour], marker=marker, markersize=3.5, linewidth=1.4, label=name
+            x, numbers, dash, color=PALETTE[colour], marker=marker, markersize=3.5, linewidth=1.4, label=name
         )
     # Shares differ by orders of magnitude; a logarithm has no place for a block without any.
     if shown and min(shown) > 0 and max(shown) > 8 * min(shown):
@@ -149,16 +153,16 @@ def _outliers(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> N
 def _sparsity(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> None:
     x, values = [row.block for row in rows], [100 * row.sparsity for row in rows]
     # Stems from the uniform line: what a reader asks is which blocks lose more than that, and which less.
-    axis.vlines(x, 100 * target, values, color=_PALETTE["accent"], linewidth=2)
-    axis.axhline(100 * target, color=_PALETTE["soft"], linewidth=1, linestyle=(0, (4, 3)))
-    axis.plot(x, values, "o", color=_PALETTE["accent"], markersize=4.5)
+    axis.vlines(x, 100 * target, values, color=PALETTE["accent"], linewidth=2)
+    axis.axhline(100 * target, color=PALETTE["soft"], linewidth=1, linestyle=(0, (4, 3)))
+    axis.plot(x, values, "o", color=PALETTE["accent"], markersize=4.5)
     spread = max(2.0, *(abs(value - 100 * target) for value in values))
     axis.set_ylim(100 * target - 1.25 * spread, 100 * target + 1.25 * spread)
 
 
 def _error(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> None:
     values = [100 * row.error if math.isfinite(row.error) else math.nan for row in rows]
-    axis.bar([row.block for row in rows], values, width=0.72, color=_PALETTE["second"], linewidth=0)
+    axis.bar([row.block for row in rows], values, width=0.72, color=PALETTE["second"], linewidth=0)
     axis.set_ylim(bottom=0)
 
 
@@ -171,16 +175,6 @@ _DRAW = {"outliers": _outliers, "sparsity": _sparsity, "error": _error}
 def _for_page(
     svg: str, prefix: str, width: int, height: int, rows: Sequence[DepthRow], edges: Sequence[float]
 ) -> Markup:
-    body = svg[svg.index("<svg") :]
-    body = body[body.index(">") + 1 : body.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would hold for the whole page
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
-    body = re.sub(r'(xlink:)?href="#([^"]+)"', rf'href="#{prefix}-\2"', body)
-    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)
-    body = re.sub(r"font: (\d+(?:\.\d+)?px) [^;\"]+", r"font: \1 var(--sans)", body)
-    for name, colour in _PALETTE.items():
-        body = body.replace(colour, f"var(--{name})")
     hits = []
     for index, row in enumerate(rows):
         left, right = edges[2 * index], edges[2 * index + 1]
@@ -191,7 +185,30 @@ def _for_page(
             + Markup("<title>{}</title></rect>").format(row.title)
         )
     label = "Outliers, sparsity and error of every block; the table below holds the same numbers"
+    return to_page(svg, prefix, width, height, label, Markup("").join(hits))
+
+
+def to_page(
+    svg: str, prefix: str, width: int, height: int, label: str, above: Markup | None = None
+) -> Markup:
+    """A file of matplotlib's as a part of a page: its ids prefixed, its colours the page's own.
+
+    Args:
+        svg: the file, drawn with `style_of` and colours of `PALETTE`.
+        label: what the picture shows, for who cannot see it.
+        above: what is put over the drawing.
+    """
+    body = svg[svg.index("<svg") :]
+    body = body[body.index(">") + 1 : body.rindex("</svg>")]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would hold for the whole page
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
+    body = re.sub(r'(xlink:)?href="#([^"]+)"', rf'href="#{prefix}-\2"', body)
+    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)
+    body = re.sub(r"font: (\d+(?:\.\d+)?px) [^;\"]+", r"font: \1 var(--sans)", body)
+    for name, colour in PALETTE.items():
+        body = body.replace(colour, f"var(--{name})")
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="group" aria-label="{escape(label)}" '
-        f'style="stroke-linejoin: round; stroke-linecap: butt">{body}{Markup("").join(hits)}</svg>'
+        f'style="stroke-linejoin: round; stroke-linecap: butt">{body}{above or ""}</svg>'
     )

@@ -11,7 +11,7 @@ What it promises:
 
 from __future__ import annotations
 
-__all__ = ["depth_of", "render_report", "write_report"]
+__all__ = ["NAME", "TEMPLATES", "depth_of", "render_report", "write_report"]
 
 import math
 import re
@@ -26,7 +26,7 @@ from tawny.report.figures import DepthRow, depth_figure
 from tawny.tables import duration, percent, perplexity_text, size
 
 NAME = "report.html"
-_TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = Path(__file__).with_name("templates")
 _PHASES = {
     "text": "reading and tokenising the text",
     "profile": "profiling the dense model",
@@ -58,7 +58,7 @@ def render_report(record: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,0 +1,193 @@
+"""`report.html` of a recovered model: what the training did to it, from `recover.json` and nothing else.
+
+It loads nothing, as the report of a pruning does, and every number of its picture is in the table below it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["curve_figure", "render_recovery", "write_recovery"]
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from tawny.report.figures import PALETTE, style_of, to_page
+from tawny.report.html import NAME, TEMPLATES
+from tawny.tables import duration, percent, size
+
+_PANEL = 170
+_DOTS = 400  # points a curve keeps: more than the picture has room for
+_PHASES = {
+    "teacher": "forwards of the dense model",
+    "train": "training steps",
+    "measure": "measuring on held-out windows",
+    "save": "saving the state",
+    "write": "writing",
+}
+
+
+def write_recovery(record: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write `report.html` into `folder`, beside and renamed, and return its path."""
+    path = Path(folder) / NAME
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(render_recovery(record), encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def render_recovery(record: Mapping[str, Any]) -> str:
+    """The page as text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("recovery.html.j2").render(
+        title=f"{Path(record['source']).name or 'model'}, recovered",
+        summary=_summary(record),
+        tiles=_tiles(record),
+        warnings=record["warnings"],
+        figures={
+            name: curve_figure(record, width=width, prefix=name)
+            for name, width in (("wide", 960), ("narrow", 340))
+        },
+        judged=bool(record["teacher"]),
+        rows=[_row(record, entry) for entry in record["measured"]],
+        asked=_asked(record),
+        phases=_phases(record["seconds"]),
+    )
+
+
+def _tokens_at(record: Mapping[str, Any], step: float) -> int:
+    return int(step * record["settings"]["batch"] * record["settings"]["seqlen"])
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    kept = f"All {record['zeros']:,} zeros are still there"
+    if record["zeros"] != record["zeros_before"]:
+        kept = f"{record['zeros']:,} weights are zero, {record['zeros_before']:,} were before"
+    behind = f" against {record['teacher']}" if record["teacher"] else ""
+    return (
+        f"Trained behind its mask{behind} on {record['tokens']:,} tokens of {record['text']['name']}. {kept}."
+    )
+
+
+def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    start, best = record["start"], record["best"]
+    text = record["text"]
+    tiles = [
+        (
+            "held-out perplexity",
+            f"{best['perplexity']:.2f}",
+            f"from {start['perplexity']:.2f}; {text['held_out']} windows of {text['seqlen']} tokens",
+        )
+    ]
+    if "kl" in best:
+        tiles.append(("KL to the dense model", f"{best['kl']:.3f}", f"from {start['kl']:.3f} nats a token"))
+        tiles.append(("same next word", percent(best["top1"], 1), f"from {percent(start['top1'], 1)}"))
+    tiles.append(("sparsity", percent(record["sparsity"], 1), f"{record['trained']:,} numbers trained"))
+    total = record["seconds"].get("total", 0.0)
+    tiles.append(
+        ("time", duration(total), f"{record['tokens_per_second']:.0f} tokens a second while training")
+    )
+    tiles.append(
+        ("peak memory", size(record["peak_memory"]), f"{size(record['memory_before'])} before it began")
+    )
+    return tiles
+
+
+def _row(record: Mapping[str, Any], entry: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "step": f"{entry['step']:.0f}",
+        "tokens": f"{_tokens_at(record, entry['step']):,}",
+        "time": duration(entry["seconds"]),
+        "perplexity": f"{entry['perplexity']:.2f}",
+        "kl": f"{entry['kl']:.4f}" if "kl" in entry else "",
+        "top1": percent(entry["top1"], 1) if "top1" in entry else "",
+        "best": entry["step"] == record["best"]["step"],
+    }
+
+
+def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    settings, machine = record["settings"], record["machine"]
+    rows = [("pruned model", record["source"])]
+    if record["teacher"]:
+        rows.append(("dense model", str(record["teacher"])))
+    shown = {key: value for key, value in settings.items() if value not in (None, "", False)}
+    rows += [(key, f"{value:g}" if isinstance(value, float) else str(value)) for key, value in shown.items()]
+    rows.append(("ended because of", record["stopped"]))
+    rows.append(("made with", ", ".join(f"{name} {version}" for name, version in record["versions"].items())))
+    rows.append(("machine", f"{machine.get('cpu', 'unknown')}, {machine.get('threads', '?')} threads"))
+    return rows
+
+
+def _phases(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
+    parts = sorted(((k, v) for k, v in seconds.items() if k != "total"), key=lambda part: -part[1])
+    return [(_PHASES.get(name, name), duration(spent)) for name, spent in parts]
+
+
+def curve_figure(record: Mapping[str, Any], *, width: int, prefix: str) -> Markup:
+    """Loss, KL and held-out perplexity over training tokens, as an inline SVG about `width` pixels wide."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    measured = [entry for entry in record["measured"] if math.isfinite(entry["perplexity"])]
+    curve = _thinned(record["curve"])
+    panels: list[tuple[str, Sequence[Any], str, Sequence[Any]]] = [
+        ("Held-out perplexity", measured, "perplexity", [])
+    ]
+    panels.append(("Next-token loss, nats: each step, and held out", measured, "loss", curve))
+    if any("kl" in entry for entry in measured):
+        panels.append(("KL to the dense model, nats a token: each step, and held out", measured, "kl", curve))
+    height = len(panels) * _PANEL + 40
+    with matplotlib.rc_context(style_of(width)):
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
+        FigureCanvasSVG(figure)
+        figure.subplots_adjust(
+            left=52 / width, right=1 - 10 / width, bottom=46 / height, top=1 - 30 / height, hspace=0.42
+        )
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for (title, points, key, line), axis in zip(panels, axes, strict=True):
+            if line:
+                x = [entry["tokens"] / 1000 for entry in line]
+                axis.plot(x, [entry[key] for entry in line], color=PALETTE["second"], linewidth=1)
+            x = [_tokens_at(record, entry["step"]) / 1000 for entry in points]
+            values = [entry[key] for entry in points]
+            axis.plot(x, values, "o-", color=PALETTE["accent"], markersize=4, linewidth=1.6)
+            if min(values, default=0) > 0 and max(values) > 4 * min(values):
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.yaxis.set_minor_formatter(lambda value, _: "")
+            axis.set_title(
+                title if width > 600 else title.partition(":")[0], loc="left", fontsize="medium", pad=8
+            )
+            axis.grid(axis="y", linewidth=0.8)
+            axis.set_axisbelow(True)
+        axes[-1].set_xlabel("thousand tokens")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    shown = ", ".join(title.partition(",")[0].partition(":")[0] for title, *_ in panels)
+    label = f"{shown} over training tokens; the table below holds what was measured"
+    return to_page(buffer.getvalue(), prefix, width, height, label)
+
+
+def _thinned(curve: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    """Means over neighbouring steps, where there are more steps than the picture can show."""
+    each = -(-len(curve) // _DOTS)
+    if each <= 1:
+        return [entry for entry in curve if math.isfinite(entry["loss"])]
+    groups = [curve[start : start + each] for start in range(0, len(curve), each)]
+    return [
+        {key: sum(entry[key] for entry in group) / len(group) for key in ("tokens", "loss", "kl")}
+        for group in groups
+    ]
