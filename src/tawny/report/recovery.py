@@ -164,7 +164,7 @@ def curve_figure(record: Mapping[str, Any], *, width: int, prefix: str) -> Marku
             x = [_tokens_at(record, entry["step"]) / 1000 for entry in points]
             values = [entry[key] for entry in points]
             axis.plot(x, values, "o-", color=PALETTE["accent"], markersize=4, linewidth=1.6)
-            if min(values, default=0) > 0 and max(values) > 4 * min(values):
+            if min(values, default=0) > 0 and max(values) > 30 * min(values):
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axis.yaxis.set_minor_formatter(lambda value, _: "")
