@@ -574,11 +574,11 @@ def scale(result: Mapping[str, Any]) -> str:
 
 def _speeds(row: Mapping[str, Any]) -> str:
     """Share of the machine's speed that the products of a run reach, by dtype."""
-    if row["shape"] == "tiny":
-        return "–"
     short = {"torch.bfloat16": "bf16", "torch.float32": "f32", "torch.float16": "f16"}
     products = {
-        dtype: made for dtype, made in row["products"].items() if made["seconds"] > 0.02 * row["total"]
+        dtype: made
+        for dtype, made in row.get("products", {}).items()
+        if made["seconds"] > 0.02 * row["total"]
     }
     return ", ".join(f"{short[dtype]} {made['share']:.0%}" for dtype, made in products.items()) or "–"
 
