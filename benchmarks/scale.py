@@ -1,6 +1,6 @@
 """Where the time goes: wall time by phase for the shapes of 135M, 1.1B and 7B models, and how near it is to the limit.
 
-    python benchmarks/scale.py                        # two blocks of each shape, 16 × 512 and 32 × 512 tokens
+    python benchmarks/scale.py                        # some blocks of each shape, 16 × 512 and 32 × 512 tokens
     python benchmarks/scale.py --shape 1.1b --blocks 4
 
 A run is cut into reading, forwards, statistics, solving, writing and the rest. The unavoidable work is counted in
@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from large import HERE, SHAPES, write_checkpoint
+
+# Enough that what is written once (embeddings, head, the final shards) weighs about what it does in a whole model.
+BLOCKS = {"135m": 8, "1.1b": 8, "7b": 2}
 
 
 def child(arguments: argparse.Namespace) -> None:
@@ -117,7 +120,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", action="append", choices=SHAPES)
-    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--blocks", type=int, help="of each shape; " + json.dumps(BLOCKS))
     parser.add_argument("--samples", type=int, action="append")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--solver", action="append")
@@ -130,9 +133,8 @@ def main() -> None:
         return
     path, rows = Path(arguments.json), []
     for shape in arguments.shape or ["135m", "1.1b", "7b"]:
-        model = write_checkpoint(
-            Path(arguments.work) / f"{shape}-{arguments.blocks}", shape, arguments.blocks
-        )
+        blocks = arguments.blocks or BLOCKS.get(shape, 2)
+        model = write_checkpoint(Path(arguments.work) / f"{shape}-{blocks}", shape, blocks)
         for solver in arguments.solver or ["wanda", "sparsegpt"]:
             for samples in arguments.samples or [16, 32]:
                 out = Path(arguments.work) / "scale-out"
@@ -144,14 +146,14 @@ def main() -> None:
                 if done.returncode:
                     raise SystemExit(f"{shape} with {solver} failed (exit code {done.returncode})")
                 made = json.loads(done.stdout.splitlines()[-1])
-                row = {"shape": shape, "blocks": arguments.blocks, "solver": solver, "samples": samples}
+                row = {"shape": shape, "blocks": blocks, "solver": solver, "samples": samples}
                 rows.append({**row, "seqlen": arguments.seqlen, **made})
                 share = sum(made["limit"].values()) / made["total"]
                 useful = (
                     sum(made["phases"][key] for key in ("forward", "statistics", "solve")) / made["total"]
                 )
                 print(
-                    f"{shape} × {arguments.blocks} blocks, {solver}, {samples} × {arguments.seqlen}: "
+                    f"{shape} × {blocks} blocks, {solver}, {samples} × {arguments.seqlen}: "
                     f"{made['total']:.1f} s, {useful:.0%} in forwards, statistics and solves, "
                     f"{share:.0%} unavoidable; products at "
                     + ", ".join(f"{x['share']:.0%} in {name[6:]}" for name, x in made["products"].items())
