@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tawny.calibration import statistics
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Accumulator
 from tawny.model.blocks import live_stack
@@ -82,3 +83,36 @@ def test_a_hessian_from_chunks_and_panels_is_the_plain_product(width):
     torch.testing.assert_close(made.hessian, x.T @ x, rtol=1e-3, atol=1e-3)
     assert torch.equal(made.hessian, made.hessian.T) and made.tokens == 300
     torch.testing.assert_close(made.squared_norms, x.double().square().sum(0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("needs", ["norms", "hessian"])
+@pytest.mark.parametrize("width", [9, 1100])
+def test_the_order_of_chunks_does_not_show(needs, width):
+    dice = torch.Generator().manual_seed(0)
+    chunks = [torch.randn(40, width, generator=dice) * 10**k for k in (-2, 0, 1, 0, -1)]
+    one, parts = Accumulator(width, needs), [Accumulator(width, needs) for _ in range(2)]
+    for number, chunk in enumerate(chunks):
+        one.add(chunk)
+        parts[number % 2].add(chunk)
+    made = one.finish()
+    first, second = (part.finish(exact=True) for part in parts)
+    if needs == "hessian":
+        first.hessian += second.hessian
+        first.round()
+        assert torch.equal(first.hessian, made.hessian) and made.hessian.dtype == torch.float32
+    else:
+        first.squared_norms += second.squared_norms
+    assert torch.equal(first.squared_norms, made.squared_norms)
+
+
+def test_a_hessian_too_wide_for_float64_is_the_same_in_float32(monkeypatch):
+    x = torch.randn(300, 1100, generator=torch.Generator().manual_seed(0))
+    made = []
+    for width in (8192, 0):
+        monkeypatch.setattr(statistics, "EXACT_WIDTH", width)
+        accumulator = Accumulator(1100, "hessian")
+        for part in x.split(70):
+            accumulator.add(part)
+        made.append(accumulator.finish().hessian)
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-3)
+    assert statistics.hessian_bytes(1100) == 4 * 1100**2

@@ -87,10 +87,7 @@ def test_several_processes_prune_as_one_does_and_the_same_each_time(dense, tmp_p
         done = launch(count, dense, tmp_path / out, solver, "")
         assert done.returncode == 0, done.stderr
     one, some = weights(tmp_path / "one"), weights(tmp_path / "some")
-    if solver == "wanda":  # the order of the sums does not matter
-        assert all(torch.equal(one[key], some[key]) for key in one)
-    same = sum(int(((one[key] == 0) == (some[key] == 0)).sum()) for key in one)
-    assert same >= 0.999 * sum(value.numel() for value in one.values())
+    assert all(torch.equal(one[key], some[key]) for key in one)  # the order of the sums does not matter
     for path in (tmp_path / "some").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     records = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("one", "some")]

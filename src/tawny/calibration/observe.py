@@ -81,9 +81,10 @@ class _ExpertSlices(TorchFunctionMode):
 
 
 class _Watcher:
-    def __init__(self, linears: Sequence[Linear], needs: Needs, device: torch.device) -> None:
+    def __init__(self, linears: Sequence[Linear], needs: Needs, device: torch.device, exact: bool) -> None:
         self.linears = linears
         self.needs = needs
+        self.exact = exact
         self.device = device
         self.inputs: list[_Input] = []
         self.by_module = {id(linear.module): linear for linear in linears if linear.expert is None}
@@ -201,13 +202,15 @@ class _Watcher:
         if self.needs != "none":
             for linear in self.linears:
                 if linear.name not in statistics:
-                    statistics[linear.name] = Accumulator(linear.shape[1], self.needs, self.device).finish()
+                    statistics[linear.name] = Accumulator(linear.shape[1], self.needs, self.device).finish(
+                        self.exact
+                    )
         return Observation(statistics, [stage for stage in stages if stage.linears])
 
     def _finished(self, source: _Input) -> dict[str, Statistics]:
         if source.accumulator is None:
             return {}
-        made = source.accumulator.finish()
+        made = source.accumulator.finish(self.exact)
         if not bool(torch.isfinite(made.squared_norms).all()):
             raise NumericalError(
                 f"{source.linears[0].name} receives NaN or infinite activations; try -o compute=float32, or check the checkpoint"
@@ -259,6 +262,7 @@ def in_lockstep(
     needs: Needs,
     *,
     finish: bool,
+    exact: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Stage, dict[str, Statistics]]]:
     """Run every chunk through block `index` once, all of them held in front of each stage in turn.
@@ -274,11 +278,14 @@ def in_lockstep(
         stages: as `observe` found them; none may hold experts of a fused module.
         needs: what statistics to collect.
         finish: run to the end of the block; otherwise nothing behind the last stage is computed.
+        exact: leave Hessians unrounded (`Accumulator.finish`).
     """
     from greenlet import getcurrent, greenlet
 
     main = getcurrent()
-    watcher = _Watcher([linear for stage in stages for linear in stage.linears], needs, stream.stack.device)
+    watcher = _Watcher(
+        [linear for stage in stages for linear in stage.linears], needs, stream.stack.device, exact
+    )
     watcher.learning = False
     for number, stage in enumerate(stages):
         watcher.adopt(stage, number)
@@ -341,6 +348,7 @@ def observe(
     needs: Needs,
     *,
     advance: bool = False,
+    exact: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> Observation:
     """Walk all samples through block `index` (which must be loaded) and collect what `linears` receive.
@@ -352,13 +360,14 @@ def observe(
         needs: "none" finds only the stages, from one chunk.
         advance: keep the outputs as the new hidden states. Without it a forward ends as soon as the last watched
             linear has received its input.
+        exact: leave Hessians unrounded (`Accumulator.finish`).
         step: called after each chunk.
 
     Raises:
         ModelError: a linear takes no observable part in the forward.
         NumericalError: an activation is not finite.
     """
-    watcher = _Watcher(linears, needs, stream.stack.device)
+    watcher = _Watcher(linears, needs, stream.stack.device, exact)
     if not linears and not advance:
         return Observation({}, [])
     with watcher.attached():

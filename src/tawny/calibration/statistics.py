@@ -5,8 +5,8 @@ Written `X` for the inputs of a linear, `[tokens, in]`: `squared_norms = Σ_t x_
 
 Norms are added up in float64, where sums of float32 numbers hardly ever round: so it does not matter in which order
 chunks come, or on how many processes. It would matter: a weight that rounding moves across Wanda's threshold changes
-the inputs of every later block, and after ten blocks one weight in a hundred is another one. A Hessian in float64
-would not fit where it has to.
+the inputs of every later block, and after ten blocks one weight in a hundred is another one. So are Hessians of up to
+`EXACT_WIDTH` inputs; wider ones stay in float32, where twice the memory would not fit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 Needs = Literal["none", "norms", "hessian"]
 # Below this width the Hessian is one product; above, only its upper panels are computed and mirrored at the end.
 _PANEL = 512
+EXACT_WIDTH = 8192
 
 
 @dataclass
@@ -29,12 +30,25 @@ class Statistics:
     Attributes:
         tokens: how many tokens were seen.
         squared_norms: `[in]` float64, `Σ_t x_tj²`.
-        hessian: `[in, in]` float32, `XᵀX`, or None when only norms were asked for.
+        hessian: `[in, in]` float32, `XᵀX`, or None when only norms were asked for. Until `round` is called on what
+            `Accumulator.finish(exact=True)` made, float64 where it was added up in that.
     """
 
     tokens: int
     squared_norms: Tensor
     hessian: Tensor | None = None
+
+    def round(self) -> Statistics:
+        """Itself, with the Hessian rounded to float32."""
+        if self.hessian is not None:
+            self.hessian = self.hessian.float()
+            self.squared_norms = self.hessian.diagonal().double()
+        return self
+
+
+def hessian_bytes(width: int) -> int:
+    """Memory of one Hessian while it is added up."""
+    return (8 if width <= EXACT_WIDTH else 4) * width * width
 
 
 class Accumulator:
@@ -44,7 +58,10 @@ class Accumulator:
         self.needs = needs
         self.tokens = 0
         self._norms_I = torch.zeros(width, device=device, dtype=torch.float64)
-        self._hessian_II = torch.zeros(width, width, device=device) if needs == "hessian" else None
+        exact = torch.float64 if width <= EXACT_WIDTH else torch.float32
+        self._hessian_II = (
+            torch.zeros(width, width, device=device, dtype=exact) if needs == "hessian" else None
+        )
 
     def add(self, x_TI: Tensor) -> None:
         """Tokens `[tokens, in]` of any float dtype; squares and products of a chunk are taken and summed in float32."""
@@ -57,12 +74,23 @@ class Accumulator:
         step = _PANEL if width >= 2 * _PANEL else width
         for start in range(0, width, step):
             rows = slice(start, min(start + step, width))
-            self._hessian_II[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+            panel = self._hessian_II[rows, start:]
+            if panel.dtype == x.dtype:
+                panel.addmm_(x[:, rows].T, x[:, start:])
+            else:
+                panel += x[:, rows].T @ x[:, start:]
 
-    def finish(self) -> Statistics:
+    def finish(self, exact: bool = False) -> Statistics:
+        """What was seen; nothing can be added any more.
+
+        Args:
+            exact: leave a Hessian in the dtype it was added up in, because others are added to it before `round`.
+        """
         if self._hessian_II is None:
             return Statistics(self.tokens, self._norms_I)
         H_II = self._hessian_II.triu_()
-        diagonal = H_II.diagonal().double()
+        if not exact:
+            H_II = H_II.float()
+        self._hessian_II = None
         H_II += H_II.triu(1).T
-        return Statistics(self.tokens, diagonal, H_II)
+        return Statistics(self.tokens, H_II.diagonal().double(), H_II)

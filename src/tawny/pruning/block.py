@@ -99,7 +99,9 @@ class BlockRun:
             done += 1
             self.run.watch.detail("observing", done, total)
 
-        walk = in_lockstep(stream, self.index, stages, self.run.needs, finish=finish, step=step)
+        walk = in_lockstep(
+            stream, self.index, stages, self.run.needs, finish=finish, exact=self.run.ranks.several, step=step
+        )
         while True:
             with self.run.clock("forward"):
                 item = next(walk, None)
@@ -122,7 +124,7 @@ class BlockRun:
             self.run.watch.detail("observing", done, total)
 
         with self.run.clock("observe"):
-            seen = observe(self.stream, self.index, linears, needs, step=step)
+            seen = observe(self.stream, self.index, linears, needs, exact=self.run.ranks.several, step=step)
         with self.run.clock("exchange"):
             self.run.ranks.add(seen.statistics)
         return seen

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tawny.calibration.statistics import Needs
+from tawny.calibration.statistics import Needs, hessian_bytes
 from tawny.errors import RecipeError
 from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
@@ -121,6 +121,11 @@ class Demand:
             (distinct_inputs(linears) for linears in self.by_block), key=lambda w: sum(x * x for x in w)
         )
         squares = [4 * width * width for width in widths]
+        # While they are added up; then one after the other is rounded, and mirrored through a copy.
+        growing = [hessian_bytes(width) for width in widths]
+        rounding = max(
+            2 * square if square < grown else square for square, grown in zip(squares, growing, strict=True)
+        )
         forward = chunk * (4 * stack.hidden_bytes + widest * (4 + 3 * compute))
         block = self._block_bytes()
         hidden = self.samples * self.seqlen * stack.hidden_bytes
@@ -133,7 +138,7 @@ class Demand:
                 "hidden_states": 0 if spill or self.allocator_needs == "none" else kept,
                 # Copies in float32 of the weight at hand, its scores, and what counting them takes.
                 "forward": max(forward if self.allocator_needs != "none" else 0, 16 * largest),
-                "statistics": sum(squares) + max(squares) if self.allocator_needs == "hessian" else 0,
+                "statistics": sum(growing) + rounding if self.allocator_needs == "hessian" else 0,
             }
         walking = {**base, "block": block, "hidden_states": 0}
         if self.needs != "none" or self.refining:
@@ -146,7 +151,9 @@ class Demand:
             phases["observe"] = {
                 **walking,
                 "forward": forward,
-                "statistics": together + max(squares) if hessians else 0,
+                "statistics": (max(growing) if self.in_data_order else sum(growing)) + rounding
+                if hessians
+                else 0,
             }
         work = max(self.per_weight * x.numel + self.per_pair * x.shape[1] ** 2 for x in flat)
         phases["solve"] = {**walking, "statistics": together if hessians else 0, "solver": work}

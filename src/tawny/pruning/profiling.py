@@ -108,7 +108,9 @@ def profile_walk(
             with torch.no_grad(), stack.block(index):
                 statistics: dict[str, Any] = {}
                 if stream is not None:
-                    seen = observe(stream, index, by_block[index], allocator.needs, advance=not last)
+                    seen = observe(
+                        stream, index, by_block[index], allocator.needs, advance=not last, exact=ranks.several
+                    )
                     statistics = seen.statistics
                     ranks.add(statistics)
                     stages.update(

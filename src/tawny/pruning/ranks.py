@@ -73,6 +73,10 @@ class Ranks:
         if self._opened:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
     # --- who does what -----------------------------------------------------------------------------
 
     def part(self, samples: Samples) -> Samples:
@@ -154,7 +158,10 @@ class Ranks:
             dist.barrier()
 
     def add(self, statistics: Mapping[str, Statistics]) -> None:
-        """Sum statistics over all ranks, in place; linears of one input share the object and are summed once."""
+        """Sum exact statistics over all ranks and round them, in place.
+
+        Linears of one input share the object and are summed once.
+        """
         if self.size == 1:
             return
         import torch.distributed as dist
@@ -167,7 +174,7 @@ class Ranks:
                 dist.all_reduce(one.squared_norms)
             else:
                 dist.all_reduce(one.hessian)
-                one.squared_norms = one.hessian.diagonal().double()
+                one.round()
 
 
 def _distinct(values: Iterable[T]) -> list[T]:
