@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tawny.report.pages import render, write_beside
+
 _NOTHING = "–"
 Better = Literal["lower", "higher"]
 # A number, its spread, and how both are written.
@@ -206,17 +208,8 @@ def _escaped(text: str) -> str:
 
 def to_html(result: Mapping[str, Any]) -> str:
     """A page that loads nothing; whatever came from outside is escaped by the template engine."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("compare.html.j2").render(
+    return render(
+        "compare.html.j2",
         models=result["models"],
         lines=lines_of(result),
         caption=caption(result),
@@ -226,6 +219,4 @@ def to_html(result: Mapping[str, Any]) -> str:
 
 def write(result: Mapping[str, Any], path: Path, make: Callable[[Mapping[str, Any]], str]) -> None:
     """Write beside and rename."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(make(result), encoding="utf-8")
-    beside.replace(path)
+    write_beside(path, make(result))

@@ -11,7 +11,7 @@ What it promises:
 
 from __future__ import annotations
 
-__all__ = ["NAME", "TEMPLATES", "depth_of", "render_report", "write_report"]
+__all__ = ["NAME", "depth_of", "render_report", "write_report"]
 
 import math
 import re
@@ -23,10 +23,10 @@ from typing import Any
 from markupsafe import Markup
 
 from tawny.report.figures import DepthRow, depth_figure
+from tawny.report.pages import render, write_beside
 from tawny.tables import duration, percent, perplexity_text, size
 
 NAME = "report.html"
-TEMPLATES = Path(__file__).with_name("templates")
 _PHASES = {
     "text": "reading and tokenising the text",
     "profile": "profiling the dense model",
@@ -45,27 +45,12 @@ _PHASES = {
 
 def write_report(record: Mapping[str, Any], folder: str | Path) -> Path:
     """Write `report.html` into `folder`, beside and renamed, and return its path."""
-    page = render_report(record)
-    path = Path(folder) / NAME
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
-    return path
+    return write_beside(Path(folder) / NAME, render_report(record))
 
 
 def render_report(record: Mapping[str, Any]) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("report.html.j2").render(_view(record))
+    return render("report.html.j2", **_view(record))
 
 
 def _view(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`report.html` of a recovered model: what the training did to it, from `recover.json` and nothing else.
 
-It loads nothing, as the report of a pruning does, and every number of its picture is in the table below it.
+It loads nothing, as the report of a pruning does. What was measured on held-out windows is in the table below its picture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from markupsafe import Markup
 
 from tawny.report.figures import PALETTE, style_of, to_page
-from tawny.report.html import NAME, TEMPLATES
+from tawny.report.html import NAME
+from tawny.report.pages import render, write_beside
 from tawny.tables import duration, percent, size
 
 _PANEL = 170
@@ -32,26 +33,13 @@ _PHASES = {
 
 def write_recovery(record: Mapping[str, Any], folder: str | Path) -> Path:
     """Write `report.html` into `folder`, beside and renamed, and return its path."""
-    path = Path(folder) / NAME
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(render_recovery(record), encoding="utf-8")
-    beside.replace(path)
-    return path
+    return write_beside(Path(folder) / NAME, render_recovery(record))
 
 
 def render_recovery(record: Mapping[str, Any]) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("recovery.html.j2").render(
+    return render(
+        "recovery.html.j2",
         title=f"{Path(record['source']).name or 'model'}, recovered",
         summary=_summary(record),
         tiles=_tiles(record),
@@ -75,10 +63,17 @@ def _summary(record: Mapping[str, Any]) -> str:
     kept = f"All {record['zeros']:,} zeros are still there"
     if record["zeros"] != record["zeros_before"]:
         kept = f"{record['zeros']:,} weights are zero, {record['zeros_before']:,} were before"
-    behind = f" against {record['teacher']}" if record["teacher"] else ""
-    return (
-        f"Trained behind its mask{behind} on {record['tokens']:,} tokens of {record['text']['name']}. {kept}."
+    how = (
+        "Trained while its mask moved"
+        if record["settings"]["method"] == "elsa"
+        else "Trained behind its mask"
     )
+    behind = f" against {record['teacher']}" if record["teacher"] else ""
+    text = record["text"]["name"]
+    of = f" of {text}" if text != "tokens" else ""
+    if record["settings"]["method"] == "elsa":
+        kept = f"{record['zeros']:,} weights are zero, {record['zeros_before']:,} were before"
+    return f"{how}{behind} on {record['tokens']:,} tokens{of}. {kept}."
 
 
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:

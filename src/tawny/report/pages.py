@@ -1,0 +1,33 @@
+"""What all pages share: the template engine that escapes whatever comes from outside, and writing in one piece."""
+
+from __future__ import annotations
+
+__all__ = ["render", "write_beside"]
+
+from pathlib import Path
+from typing import Any
+
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+def render(template: str, **view: Any) -> str:
+    """A template of this package filled with `view`; a name it lacks is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(view)
+
+
+def write_beside(path: Path, text: str) -> Path:
+    """Write beside and rename, so that a page is there whole or not at all."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+    return path
