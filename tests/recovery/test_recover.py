@@ -376,29 +376,69 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
         tawny.recover_gradually(pair[0], pair[0], tmp_path / "more", [0.6, 0.4], recipe=recipe)
 
 
-def test_two_processes_give_the_curve_of_one(pair, tmp_path):
-    keys = {**folder_keys(pair), "tokens": 24 * 4 * 3}
-    whole = tawny.recover(pair[1], pair[0], tmp_path / "one", **keys)
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"import torch, tawny\ntorch.set_num_threads(1)\n"
-        f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'two')!r}, **{keys!r})\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
+def as_torchrun(folder, processes, call):
+    """Run a call of tawny in several processes; the end of what they said, where one failed."""
+    script = folder / "run.py"
+    script.write_text(f"import torch, tawny\ntorch.set_num_threads(1)\n{call}\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(script)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads((tmp_path / "two" / "recover.json").read_text())
-    assert told["processes"] == 2
-    for one, two in zip(whole.curve, told["curve"], strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    return "" if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize(
+    ("processes", "more"),
+    [
+        (2, {}),
+        (2, {"shard": True}),
+        (2, {"shard": True, "micro_batch": 1, "checkpointing": True, "eval_windows": 3}),
+        (4, {"shard": True, "train": "norms", "lr": 2e-3}),
+    ],
+)
+def test_several_processes_give_the_curve_of_one(pair, tmp_path, processes, more):
+    keys = {**folder_keys(pair), "tokens": 24 * 4 * 3, "weight_decay": 0.1, "clip": 0.5, **more}
+    whole = tawny.recover(pair[1], pair[0], tmp_path / "one", **keys)
+    call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'all')!r}, **{keys!r})"
+    assert not as_torchrun(tmp_path, processes, call)
+    told = json.loads((tmp_path / "all" / "recover.json").read_text())
+    assert told["processes"] == processes
+    assert (told["zeros"], told["trained"]) == (whole.zeros, whole.trained)
+    for one, other in zip(whole.curve + whole.measured, told["curve"] + told["measured"], strict=True):
+        assert {k: v for k, v in other.items() if k != "seconds"} == pytest.approx(
+            {k: v for k, v in one.items() if k != "seconds"}, rel=1e-4
+        )
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "all")
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
+    assert not (tmp_path / "all.recovery").exists()
+
+
+def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair, tmp_path):
+    keys = {**folder_keys(pair), "tokens": 24 * 4 * 6, "eval_every": 2, "shard": True}
+    whole = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'whole')!r}, **{keys!r})"
+    assert not as_torchrun(tmp_path, 2, whole)
+    dying = (
+        "import os\nfrom tawny.recovery.state import Shelf\nsave = Shelf.save\n"
+        "def save_or_die(shelf, progress, *rest):\n"
+        "    if progress.step == 4 and shelf.parts.rank == 1:\n"
+        "        os._exit(9)\n"
+        "    save(shelf, progress, *rest)\n"
+        "Shelf.save = save_or_die\n"
+    )
+    call = whole.replace("whole", "parts")
+    assert as_torchrun(tmp_path, 2, dying + call)
+    assert (tmp_path / "parts.recovery" / "state-1-2.safetensors").exists()
+    assert not (tmp_path / "parts").exists()
+    assert not as_torchrun(tmp_path, 2, call)
+    one, other = (json.loads((tmp_path / name / "recover.json").read_text()) for name in ("whole", "parts"))
+    assert one["curve"] == other["curve"]
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_cannot_be_sharded_is_refused(pair, monkeypatch):
+    dense, pruned = dense_and_pruned()
+    with pytest.raises(RecipeError, match="give a folder"):
+        tawny.recover(pruned, dense, text=tokens(24), **SHORT, shard=True)
+    with pytest.raises(RecipeError, match="train=survivors or norms"):
+        tawny.recover(pair[1], pair[0], "out", **folder_keys(pair, shard=True, train="lora"))

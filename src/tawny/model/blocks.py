@@ -11,6 +11,7 @@ whatever it does to logits run on them.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,13 +218,17 @@ class Stack:
 
     @contextlib.contextmanager
     def _stand_ins(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        # Hooks of a block, such as FSDP's that gather its weights, have nothing to do where it does not run.
+        hooks = [(block._forward_pre_hooks, block._forward_hooks) for block in self.blocks]
         for index, block in enumerate(self.blocks):
             block.forward = make(index)
+            block._forward_pre_hooks, block._forward_hooks = OrderedDict(), OrderedDict()
         try:
             yield
         finally:
-            for block in self.blocks:
+            for block, (before, after) in zip(self.blocks, hooks, strict=True):
                 del block.forward
+                block._forward_pre_hooks, block._forward_hooks = before, after
 
     @contextlib.contextmanager
     def _plain_experts(self) -> Iterator[None]:

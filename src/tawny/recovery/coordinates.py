@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.model.linears import Linear
+from tawny.recovery.sharding import here
 
 
 class Coordinates(Protocol):
@@ -28,6 +29,10 @@ class Coordinates(Protocol):
     parameter: nn.Parameter
     tensors: dict[str, nn.Parameter]
     decays: bool
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the tensors are of this process's rows only."""
 
     def collect(self) -> None:
         """Add the parameter's gradient to the tensors'; whoever calls drops it."""
@@ -50,7 +55,8 @@ class Survivors:
     """The weights of a parameter that are not zero; all of it, if `places` is None.
 
     Args:
-        stored: the parameter as the checkpoint has it, which may be finer than the forwards' dtype.
+        stored: the parameter as the checkpoint has it, which may be finer than the forwards' dtype; this process's rows
+            of it, if the parameter is sharded.
         linears: the linears inside the parameter; needed for `values`, whose scales are a row's.
     """
 
@@ -79,29 +85,36 @@ class Survivors:
             self.places = self.places.to(parameter.device)
         self.tensors = {name: self.vector}
 
+    @property
+    def sharded(self) -> bool:
+        """Whether other processes hold the other rows."""
+        return here(self.parameter) is not self.parameter
+
     @torch.no_grad()
     def collect(self) -> None:
         gradient = self.parameter.grad
         if gradient is None:
             return
-        flat = gradient.reshape(-1)
+        flat = here(gradient).reshape(-1)
         _accumulate(self.vector, flat if self.places is None else flat.index_select(0, self.places))
 
     @torch.no_grad()
     def write(self) -> None:
+        parameter = here(self.parameter)
         if self.values is not None:
-            self.parameter.copy_(self.value())
+            parameter.copy_(self.value())
         elif self.places is None:
-            self.parameter.copy_(self.vector.view_as(self.parameter))
+            parameter.copy_(self.vector.view_as(parameter))
         else:
-            self.parameter.data.view(-1).index_put_((self.places,), self.vector.to(self.parameter.dtype))
+            parameter.data.view(-1).index_put_((self.places,), self.vector.to(parameter.dtype))
 
     @torch.no_grad()
     def value(self) -> Tensor:
+        shape = here(self.parameter).shape
         if self.places is None:
-            made = self.vector.detach().view_as(self.parameter).clone()
+            made = self.vector.detach().view(shape).clone()
         else:
-            made = torch.zeros(self.parameter.shape, device=self.vector.device)
+            made = torch.zeros(shape, device=self.vector.device)
             made.view(-1).index_put_((self.places,), self.vector)
         if self.values == "int8":
             for linear in self.linears:
@@ -117,6 +130,7 @@ class Factors:
     def __init__(self, linear: Linear, parameter: nn.Parameter, stored: Tensor, rank: int, seed: int) -> None:
         self.name, self.linear, self.parameter = linear.name, linear, parameter
         self.decays = False
+        self.sharded = False
         self.base_OI = linear.view(stored.detach().to(parameter.device)).clone()
         out, columns = self.base_OI.shape
         generator = torch.Generator().manual_seed(seed)

@@ -171,10 +171,17 @@ def _open_run(
         )
     if out is None and not isinstance(source, nn.Module):
         raise RecipeError(f"recovering {source} needs a folder to write to: give out=… (or --out DIR)")
-    processes = Processes(settings.device)
+    if settings.shard and isinstance(source, nn.Module):
+        raise RecipeError("shard=true reads a model part by part: give a folder instead of a live module")
+    processes = Processes(settings.device, shard=settings.shard)
     output: OutputFolder | None = None
     student: Student | None = None
     try:
+        if processes.sharded and settings.batch % processes.count:
+            raise RecipeError(
+                f"batch={settings.batch} among {processes.count} processes with shard=true: expected a multiple, "
+                "because all of them take part in every forward"
+            )
         folder = None if isinstance(source, nn.Module) else resolve(source, watch.say)
         stack, teacher_stack = _stacks(settings, source, folder, teacher, watch)
         if teacher_stack is not None:
@@ -191,7 +198,7 @@ def _open_run(
             output = _reserve(Path(out), overwrite, folder)
         watch.say(f"reading {'tokens' if text is not None else f'text {settings.text}'}")
         reading = read(settings, tokenizer, text, held_out)
-        student = Student(stack, settings)
+        student = Student(stack, settings, processes)
         run = Run(settings, student, teacher_stack, reading, processes, output, watch)
         run.source, run.folder = (str(source), folder) if folder else (type(source).__name__, None)
         run.record.teacher = (
@@ -293,6 +300,8 @@ class Run:
             fused=fused,
         )
         self.tensors = decayed + others
+        self._parts = [t for c in student.coordinates if c.sharded for t in c.tensors.values()]
+        self._whole = [t for c in student.coordinates if not c.sharded for t in c.tensors.values()]
         self.elsa = Elsa(student, settings, self.optimiser) if settings.method == "elsa" else None
         self.record = RecoveryRecord(
             settings=settings.to_mapping(),
@@ -302,7 +311,7 @@ class Run:
             compute=str(student.stack.compute).removeprefix("torch."),
             zeros_before=sum(student.zeros.values()),
             prunable=student.prunable,
-            trained=sum(t.numel() for t in self.tensors),
+            trained=self._count_trained(),
             processes=processes.count,
         )
 
@@ -317,7 +326,7 @@ class Run:
         dense = model_identity(teacher.checkpoint.folder) if teacher and teacher.checkpoint else None
         tokens = self.reading.about["tokens_sha256"]
         key = self.settings.fingerprint(model, dense, tokens, self.processes.count)
-        self.shelf = Shelf(work, key)
+        self.shelf = Shelf(work, key, self.processes if self.processes.sharded else None)
         if found := self.shelf.load(self.student.coordinates, self.optimiser, self.elsa):
             self.progress, self._resumed = found, found.step
             for one in self.student.coordinates:
@@ -401,12 +410,12 @@ class Run:
             group["lr"] = rate
         with self.clock("train"):
             losses = self._gradients(self.processes.share(self.reading.rows(progress.step)))
-            gradients = [t.grad for t in self.tensors if t.grad is not None]
+            gradients = [t.grad for t in self._whole if t.grad is not None]
             self.processes.add(gradients)
             losses = self.processes.add_losses(losses)
             if self.elsa is not None:
                 self.elsa.before_step()
-            norm = float(torch.nn.utils.clip_grad_norm_(self.tensors, settings.clip))
+            norm = self.processes.clip(self._whole, self._parts, settings.clip)
             loss = (losses.next_token * (1 - self._kl) + losses.kl * self._kl) / losses.tokens
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NumericalError(
@@ -455,6 +464,8 @@ class Run:
             losses, gradient_BTH = self._distil(ids_BT, hidden_BTH, some, scale)
             total.add(losses)
             if gradient_BTH is not None:
+                if self.processes.sharded:  # whose gradients are averaged
+                    gradient_BTH *= self.processes.count
                 torch.autograd.backward([hidden_BTH], [gradient_BTH])
         return total
 
@@ -478,7 +489,7 @@ class Run:
         if self.teacher is None:
             return
         now = self.processes.share(self.reading.rows(self.progress.step))
-        if not self.teacher.missing(now):
+        if not self.processes.any(bool(self.teacher.missing(now))):
             return
         ahead = max(1, WALK_TOKENS // (max(1, len(now)) * self.settings.seqlen))
         ahead = min(ahead, self.steps - self.progress.step, self._steps_left())
@@ -509,7 +520,8 @@ class Run:
     def _measure(self, share: float) -> None:
         """Perplexity, KL and agreement on the held-out windows; the best weights are kept."""
         progress = self.progress
-        rows = self.processes.share(self.reading.held_out)
+        everything = self.reading.held_out
+        rows = self.processes.share(everything)
         if self.teacher is not None:
             self._make(rows)
         with (
@@ -518,8 +530,11 @@ class Run:
         ):
             total = Losses()
             size = self.settings.micro_batch or self.settings.batch
-            for start in range(0, len(rows), size):
-                some = rows[start : start + size]
+            for turn in range(self.processes.rounds(everything, size)):
+                some = rows[turn * size : (turn + 1) * size]
+                if not some:  # the others' forwards gather this process's rows
+                    self.student.hidden(self.reading.windows[everything[:1]])
+                    continue
                 ids_BT = self.reading.windows[some]
                 total.add(self._distil(ids_BT, self.student.hidden(ids_BT), some, None)[0])
             total = self.processes.add_losses(total)
@@ -543,7 +558,7 @@ class Run:
             return  # a mask that still moves is not a model
         if progress.best is None or entry["perplexity"] < progress.best["perplexity"]:
             progress.best, progress.stale = entry, 0
-            if self.processes.first or self.shelf.folder is None:
+            if self._keeps:
                 self.shelf.keep_best(self.student.coordinates)
         else:
             progress.stale += 1
@@ -555,7 +570,7 @@ class Run:
     def _save(self) -> None:
         self.progress.seconds = self._elapsed()
         self._begun = time.perf_counter()
-        if self.processes.first:
+        if self.processes.first or self.processes.sharded:
             with self.clock("save"):
                 self.shelf.save(self.progress, self.student.coordinates, self.optimiser, self.elsa)
 
@@ -564,9 +579,8 @@ class Run:
     def finish(self, failure: NumericalError | None) -> RecoveryRecord:
         """Go back to the best weights, count the zeros, write."""
         record, progress = self.record, self.progress
-        mine = self.processes.first or self.shelf.folder is None
         if (
-            mine
+            self._keeps
             and progress.best is not None
             and (failure is not None or progress.best["step"] != progress.step)
         ):
@@ -579,7 +593,7 @@ class Run:
                 f"{self.settings.learning_rate:g}, or more text"
             )
         record.source = self.source
-        record.zeros = self._count_zeros()
+        record.zeros = self.student.count_zeros()
         record.sparsity = record.zeros / record.prunable
         record.steps = progress.step
         record.tokens = progress.step * self.settings.batch * self.settings.seqlen
@@ -590,10 +604,11 @@ class Run:
         if self.teacher is not None:
             record.teacher_bytes = progress.teacher_tokens * self.teacher.bytes_per_token
         total = self._elapsed()
+        whole = self.shelf.join(self.student.coordinates) if self.processes.sharded else None
         if self.output is not None:
             with self.clock("write"):
                 record.out = str(self.output.out)
-                record.bytes = write(self.output, self.student, self.folder)
+                record.bytes = write(self.output, self.student, self.folder, whole)
         steps = max(1, len(progress.curve))
         here = max(0, steps - self._resumed)
         trained = self.clock.seconds.get("train", 0.0)
@@ -622,12 +637,14 @@ class Run:
         except Exception as error:
             self.watch.say(f"report.html could not be made: {type(error).__name__}: {error}")
 
-    @torch.no_grad()
-    def _count_zeros(self) -> int:
-        return sum(
-            int((linear.view(getattr(linear.module, linear.parameter)) == 0).sum())
-            for linear in self.student.linears
-        )
+    @property
+    def _keeps(self) -> bool:
+        """Whether this process keeps weights of its own: the first one for all, or each its part."""
+        return self.processes.first or self.shelf.folder is None or self.processes.sharded
+
+    def _count_trained(self) -> int:
+        parts = sum(t.numel() for t in self._parts)
+        return sum(t.numel() for t in self._whole) + (self.processes.total(parts) if self._parts else 0)
 
 
 class _Ticks:

@@ -65,6 +65,7 @@ class Recovery:
         sparsity: what ELSA brings a dense model to; a pruned one keeps its own.
         control: allow a model without zeros, to compare with.
         chunk: tokens whose logits exist at once; None is about 50 MB of them.
+        shard: of several processes each keeps its rows of the blocks only (FSDP2), for models that one cannot hold.
     """
 
     method: Literal["distill", "elsa"] = "distill"
@@ -94,6 +95,7 @@ class Recovery:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     control: bool = False
     chunk: Annotated[int, Field(ge=1)] | None = None
+    shard: bool = False
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
 
@@ -124,6 +126,10 @@ class Recovery:
             )
         if made.values and made.train != "survivors":
             raise RecipeError(f"values={made.values} rounds surviving weights; it goes with train=survivors")
+        if made.shard and (made.method != "distill" or made.train == "lora" or made.values):
+            raise RecipeError(
+                "shard=true trains rows where they lie; it goes with method=distill, train=survivors or norms, and no values"
+            )
         if (made.micro_batch or 1) > made.batch:
             raise RecipeError(f"micro_batch={made.micro_batch} is more than batch={made.batch}")
         return made

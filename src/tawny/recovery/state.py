@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Progress", "Shelf"]
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.recovery.coordinates import Coordinates
+from tawny.recovery.processes import Processes
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -50,13 +51,15 @@ class Shelf:
     Args:
         folder: None keeps the best weights in memory and nothing else.
         key: names everything that decides the result.
+        parts: the processes, where each keeps a part of its own.
 
     Raises:
         OutputError: the folder holds the state of another run.
     """
 
-    def __init__(self, folder: Path | None, key: str) -> None:
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path | None, key: str, parts: Processes | None = None) -> None:
+        self.folder, self.key, self.parts = folder, key, parts
+        self._tag = "" if parts is None else f"-{parts.rank}"
         self._best: dict[str, torch.Tensor] = {}
         if folder is None:
             return
@@ -68,25 +71,39 @@ class Shelf:
                 "with it, choose another --out, or pass --overwrite to discard it"
             )
 
+    def _state(self) -> Path | None:
+        """The file to go on from. Of parts the newest that every process has, for a crash may come between two writes."""
+        if self.folder is None:
+            return None
+        if self.parts is None:
+            path = self.folder / "state.safetensors"
+            return path if path.exists() else None
+        mine = {int(path.stem.rpartition("-")[2]): path for path in self._states()}
+        common = set.intersection(*map(set, self.parts.all_of(sorted(mine))))
+        return mine[max(common)] if common else None
+
+    def _states(self) -> list[Path]:
+        assert self.folder is not None
+        return list(self.folder.glob(f"state{self._tag}-*.safetensors"))
+
     def _metadata(self) -> dict[str, str] | None:
-        if self.folder is None or not (self.folder / "state.safetensors").exists():
+        path = self._state()
+        if path is None:
             return None
         try:
-            with safe_open(self.folder / "state.safetensors", framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 return dict(file.metadata() or {})
         except (SafetensorError, OSError) as error:
-            raise OutputError(
-                f"{self.folder}/state.safetensors cannot be read ({error}): pass --overwrite to start anew"
-            ) from error
+            raise OutputError(f"{path} cannot be read ({error}): pass --overwrite to start anew") from error
 
     def load(
         self, coordinates: Sequence[Coordinates], optimiser: torch.optim.Optimizer, more: Any
     ) -> Progress | None:
         """Put tensors, moments and whatever `more` holds back; None if there is no state."""
-        found = self._metadata()
-        if found is None or self.folder is None:
+        found, path = self._metadata(), self._state()
+        if found is None or path is None:
             return None
-        with safe_open(self.folder / "state.safetensors", framework="pt") as file, torch.no_grad():
+        with safe_open(path, framework="pt") as file, torch.no_grad():
             names = set(file.keys())
             for one in coordinates:
                 for name, tensor in one.tensors.items():
@@ -119,14 +136,38 @@ class Shelf:
         if more is not None:
             tensors |= {f"more|{name}": tensor for name, tensor in more.tensors().items()}
         metadata = {"key": self.key, "progress": json.dumps(asdict(progress)), "optimiser_steps": str(steps)}
-        self._write("state.safetensors", tensors, metadata)
+        if self.parts is None:
+            self._write("state.safetensors", tensors, metadata)
+            return
+        before = self._states()
+        self._write(name := f"state{self._tag}-{progress.step}.safetensors", tensors, metadata)
+        self.parts.all_of(None)  # an older part goes when every newer one is there
+        for path in before:
+            if path.name != name:
+                path.unlink()
+
+    def join(self, coordinates: Sequence[Coordinates]) -> Callable[[str], torch.Tensor]:
+        """From the parts of all processes the whole vector of a name, for the first process to write."""
+        assert self.folder is not None and self.parts is not None
+        tensors = {name: t.detach() for one in coordinates if one.sharded for name, t in one.tensors.items()}
+        self._write(f"last{self._tag}.safetensors", tensors, {"key": self.key})
+        paths = [self.folder / f"last-{rank}.safetensors" for rank in self.parts.all_of(self.parts.rank)]
+
+        def whole(name: str) -> torch.Tensor:
+            pieces = []
+            for path in paths:
+                with safe_open(path, framework="pt") as file:
+                    pieces.append(file.get_tensor(name))
+            return torch.cat(pieces)
+
+        return whole
 
     def keep_best(self, coordinates: Sequence[Coordinates]) -> None:
         tensors = {name: t.detach() for one in coordinates for name, t in one.tensors.items()}
         if self.folder is None:
             self._best = {name: tensor.clone() for name, tensor in tensors.items()}
         else:
-            self._write("best.safetensors", tensors, {"key": self.key})
+            self._write(f"best{self._tag}.safetensors", tensors, {"key": self.key})
 
     def restore_best(self, coordinates: Sequence[Coordinates]) -> None:
         with torch.no_grad():
@@ -135,7 +176,7 @@ class Shelf:
                     for name, tensor in one.tensors.items():
                         tensor.copy_(self._best[name])
             else:
-                with safe_open(self.folder / "best.safetensors", framework="pt") as file:
+                with safe_open(self.folder / f"best{self._tag}.safetensors", framework="pt") as file:
                     for one in coordinates:
                         for name, tensor in one.tensors.items():
                             tensor.copy_(file.get_tensor(name))

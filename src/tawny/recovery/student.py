@@ -15,7 +15,9 @@ from tawny.errors import ModelError
 from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
 from tawny.recovery.coordinates import Coordinates, Factors, Survivors, attach
+from tawny.recovery.processes import Processes
 from tawny.recovery.settings import Recovery
+from tawny.recovery.sharding import here, rows_of, shard
 
 # A dense model has a few zeros by chance.
 _LEAST_SPARSITY = 0.01
@@ -28,8 +30,8 @@ class Student:
         ModelError: it has no zeros, and neither is a control nor brought to some sparsity.
     """
 
-    def __init__(self, stack: Stack, settings: Recovery) -> None:
-        self.stack, self.settings = stack, settings
+    def __init__(self, stack: Stack, settings: Recovery, processes: Processes) -> None:
+        self.stack, self.settings, self.processes = stack, settings, processes
         self.coordinates: list[Coordinates] = []
         self.linears: list[Linear] = []
         self.zeros: dict[str, int] = {}
@@ -45,6 +47,11 @@ class Student:
             self.zeros |= {
                 linear.name: int((linear.view(stored[linear.key]) == 0).sum()) for linear in linears
             }
+            if processes.sharded:
+                stored = {
+                    name: rows_of(tensor.detach(), processes).clone() for name, tensor in stored.items()
+                }
+                shard(stack.blocks[index], processes)
             self._cover_linears(linears, stored)
             small = stack.blocks[index].named_parameters(prefix=stack.name(index))
             self._cover_small({name: (p, stored.get(name, p)) for name, p in small})
@@ -105,6 +112,13 @@ class Student:
                     yield name, (parameter, stack.checkpoint.load(files[name], stack.model)[name])
                 else:
                     yield name, (parameter, parameter)
+
+    @torch.no_grad()
+    def count_zeros(self) -> int:
+        """Zeros among the prunable weights as they are now."""
+        parameters = {id(p): p for p in (getattr(x.module, x.parameter) for x in self.linears)}
+        count = sum(int((here(parameter) == 0).sum()) for parameter in parameters.values())
+        return self.processes.total(count) if self.processes.sharded else count
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Output of the last block, with a graph wherever gradients are on."""

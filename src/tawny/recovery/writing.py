@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["card", "check_place", "write"]
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tawny.model.output import OutputFolder
 from tawny.recovery.coordinates import Coordinates, Factors
+from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
 
 if TYPE_CHECKING:
@@ -31,8 +33,14 @@ def check_place(out: Path, overwrite: bool, source: Path) -> None:
 
 
 @torch.no_grad()
-def write(output: OutputFolder, student: Student, folder: Path | None) -> int:
-    """Write the model; returns the bytes of its tensors. Tensors keep the dtype they are stored in."""
+def write(
+    output: OutputFolder, student: Student, folder: Path | None, whole: Callable[[str], Tensor] | None = None
+) -> int:
+    """Write the model; returns the bytes of its tensors. Tensors keep the dtype they are stored in.
+
+    Args:
+        whole: the vectors of all processes, joined, where each holds a part; by the coordinates' name.
+    """
     stack = student.stack
     if folder is None or stack.checkpoint is None:
         stack.model.save_pretrained(output.partial)
@@ -48,7 +56,7 @@ def write(output: OutputFolder, student: Student, folder: Path | None) -> int:
         for unit in checkpoint.units_of(stack.name(index)):
             parameters = checkpoint.load(unit, stack.model)
             for name in unit.targets:
-                parameters[name] = _trained(parameters[name], trained.get(name, []))
+                parameters[name] = _trained(parameters[name], trained.get(name, []), whole)
             tensors.update(checkpoint.store(unit, parameters, stack.model))
             left -= set(unit.sources)
         names.append(f"{index:05d}")
@@ -56,7 +64,7 @@ def write(output: OutputFolder, student: Student, folder: Path | None) -> int:
     outside = checkpoint.read(sorted(left))
     for unit in checkpoint.units:
         if unit.converter is None and unit.targets[0] in trained and unit.sources[0] in left:
-            outside[unit.sources[0]] = _trained(outside[unit.sources[0]], trained[unit.targets[0]])
+            outside[unit.sources[0]] = _trained(outside[unit.sources[0]], trained[unit.targets[0]], whole)
     output.write_block(_OUTSIDE, outside)
     size = output.assemble(output.plan_shards([_OUTSIDE, *names]))
     output.carry(folder)
@@ -66,12 +74,14 @@ def write(output: OutputFolder, student: Student, folder: Path | None) -> int:
     return size
 
 
-def _trained(stored: Tensor, coordinates: list[Coordinates]) -> Tensor:
+def _trained(stored: Tensor, coordinates: list[Coordinates], whole: Callable[[str], Tensor] | None) -> Tensor:
     made = stored
     for one in coordinates:
         if isinstance(one, Factors):
             made = made.clone()
             one.linear.view(made).copy_(one.weight())
+        elif one.sharded and whole is not None:
+            made = filled(stored, whole(one.name)).to(stored.dtype)
         else:
             made = one.value().to("cpu", stored.dtype)
     return made
