@@ -436,6 +436,25 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
+    tawny.pack(pair[1], tmp_path / "packed", "f32")
+    keys = folder_keys(pair)
+    packed = (
+        f"tawny.recover({str(tmp_path / 'packed')!r}, {pair[0]!r}, {str(tmp_path / 'one')!r}, **{keys!r})"
+    )
+    recipe = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
+    gradual = (
+        f"tawny.recover_gradually({pair[0]!r}, {pair[0]!r}, {str(tmp_path / 'two')!r}, [0.4, 0.6], "
+        f"recipe={recipe!r}, settings={keys!r})"
+    )
+    assert not as_torchrun(tmp_path, 2, f"{packed}\n{gradual}")
+    for name, sparsity in (("one", 0.5), ("two", 0.6)):
+        assert tawny.inspect(tmp_path / name).sparsity == pytest.approx(sparsity, abs=1e-3)
+        told = json.loads((tmp_path / name / "recover.json").read_text())
+        assert told["processes"] == 2 and told["best"]["perplexity"] < told["start"]["perplexity"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "packed", "run.py", "two"]
+
+
 def test_what_cannot_be_sharded_is_refused(pair, monkeypatch):
     dense, pruned = dense_and_pruned()
     with pytest.raises(RecipeError, match="give a folder"):

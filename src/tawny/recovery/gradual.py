@@ -12,6 +12,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tawny.model.durable import writing
 from tawny.model.source import resolve
 from tawny.pruning.run import prune
 from tawny.recipe import Recipe, resolve_recipe
+from tawny.recovery.processes import Processes
 from tawny.recovery.run import RecoveryRecord, recover
 from tawny.recovery.settings import Recovery
 from tawny.recovery.writing import check_place
@@ -63,39 +65,48 @@ def recover_gradually(
         )
     chosen = Recovery.make(settings)
     folder = resolve(source, watch.say)
-    check_place(target, overwrite, folder)
     base = recipe.to_mapping() if isinstance(recipe, Recipe) else recipe
     recipes = [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
     work = target.with_name(target.name + ".stages")
-    if overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-    with writing(work):
-        work.mkdir(parents=True, exist_ok=True)
+
+    def begin() -> None:
+        check_place(target, overwrite, folder)
+        if overwrite:
+            shutil.rmtree(work, ignore_errors=True)
+        with writing(work):
+            work.mkdir(parents=True, exist_ok=True)
+
     stages: list[dict[str, Any]] = []
-    record = RecoveryRecord()
-    for number, (sparsity, share) in enumerate(zip(sparsities, shares(len(sparsities)), strict=True)):
-        pruned, recovered = work / f"{number}-pruned", work / f"{number}-recovered"
-        watch.say(f"step {number + 1} of {len(sparsities)}: {sparsity:.0%}")
-        if not pruned.exists() and not recovered.exists():
-            prune(folder, pruned, recipe=recipes[number], watch=watch)
-        if not recovered.exists():
-            part = dataclasses.replace(
-                chosen,
-                tokens=max(1, round(chosen.tokens * share)),
-                minutes=None if chosen.minutes is None else chosen.minutes * share,
-            )
-            recover(pruned, teacher, recovered, settings=part, watch=watch)
-        told = json.loads((recovered / "recover.json").read_text(encoding="utf-8"))
-        record = RecoveryRecord(**told)
-        kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
-        stages.append({key: told[key] for key in kept})
-        folder = recovered
-        shutil.rmtree(pruned, ignore_errors=True)
-    record.stages, record.source, record.out = stages, str(source), str(target)
-    with writing(folder):
-        (folder / "recover.json").write_text(record.to_json(), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    shutil.rmtree(work, ignore_errors=True)
+    with Processes(chosen.device) as processes:
+        processes.once(begin)
+        here = folder
+        for number, share in enumerate(shares(len(sparsities))):
+            pruned, recovered = work / f"{number}-pruned", work / f"{number}-recovered"
+            watch.say(f"step {number + 1} of {len(sparsities)}: {sparsities[number]:.0%}")
+            if processes.decide(not pruned.exists() and not recovered.exists()):
+                prune(here, pruned, recipe=recipes[number], watch=watch)
+            if processes.decide(not recovered.exists()):
+                part = dataclasses.replace(
+                    chosen,
+                    tokens=max(1, round(chosen.tokens * share)),
+                    minutes=None if chosen.minutes is None else chosen.minutes * share,
+                )
+                recover(pruned, teacher, recovered, settings=part, watch=watch)
+            processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
+            told = json.loads((recovered / "recover.json").read_text(encoding="utf-8"))
+            record = RecoveryRecord(**told)
+            kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
+            stages.append({key: told[key] for key in kept})
+            here = recovered
+        record.stages, record.source, record.out = stages, str(source), str(target)
+
+        def end() -> None:
+            with writing(here):
+                (here / "recover.json").write_text(record.to_json(), encoding="utf-8")
+                if target.exists():
+                    shutil.rmtree(target)
+                here.rename(target)
+            shutil.rmtree(work, ignore_errors=True)
+
+        processes.once(end)
     return record

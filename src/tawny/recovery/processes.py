@@ -6,7 +6,7 @@ __all__ = ["Processes"]
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,22 @@ class Processes:
             if tensor.grad is not None and norm > limit:
                 tensor.grad.mul_(limit / norm)
         return norm
+
+    def decide(self, here: bool) -> bool:
+        """What the first process sees."""
+        return bool(self.agree(float(here)))
+
+    def once(self, job: Callable[[], object]) -> None:
+        """Let the first process do something that the others wait for; its error ends them all."""
+        if self.first:
+            job()
+        self.all_of(None)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if self._started:
