@@ -436,6 +436,30 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_each_of_several_sharded_processes_holds_its_rows_only(pair, tmp_path):
+    keys = {**folder_keys(pair), "tokens": 24 * 4, "shard": True}
+    counting = (
+        "from pathlib import Path\nfrom tawny.recovery.run import Run\nfrom tawny.recovery.sharding import here\n"
+        "train = Run.train\n"
+        "def counted(run):\n"
+        "    held = sum(here(p).numel() for b in run.student.stack.blocks for p in b.parameters())\n"
+        "    trained = sum(t.numel() for t in run.tensors)\n"
+        f"    Path({str(tmp_path)!r}, f'rank-{{run.processes.rank}}').write_text(f'{{held}} {{trained}}')\n"
+        "    return train(run)\n"
+        "Run.train = counted\n"
+    )
+    call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'out')!r}, **{keys!r})"
+    assert not as_torchrun(tmp_path, 2, counting + call)
+    told = [tuple(map(int, (tmp_path / f"rank-{rank}").read_text().split())) for rank in (0, 1)]
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    everything = sum(p.numel() for p in model.model.layers.parameters())
+    trained = json.loads((tmp_path / "out" / "recover.json").read_text())["trained"]
+    outside = model.model.norm.weight.numel()  # the last norm is everybody's
+    assert sum(held for held, _ in told) == everything
+    assert sum(count for _, count in told) == trained + outside
+    assert all(held < 0.51 * everything and count < 0.6 * trained for held, count in told)
+
+
 def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
     tawny.pack(pair[1], tmp_path / "packed", "f32")
     keys = folder_keys(pair)
