@@ -1,8 +1,9 @@
 """Prune a real language model at 50 %, pack it, let it talk, and put all three side by side: `make demo`.
 
-SmolLM2-135M comes from a package, its calibration text (Wikipedia) too; nothing is fetched from a hub. OWL decides
-how much each block loses, SparseGPT which weights. The end is what `tawny compare` says of the dense, the pruned and
-the packed model (size, memory, quality and speed), a sentence written by each, and a page about the run.
+SmolLM2-135M comes from a package, its calibration text (Wikipedia) too; nothing is fetched from a hub. Sparsity rises
+with depth, ALPS decides which weights go and what the others become. The end is what `tawny compare` says of the
+dense, the pruned and the packed model (size, memory, quality and speed), a sentence written by each, and a page about
+the run.
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ def main() -> None:
             chosen.model,
             chosen.out,
             sparsity=0.5,
-            allocator="owl",
-            solver="sparsegpt",
             calibration=chosen.text,
             samples=chosen.samples,
             seqlen=chosen.seqlen,

@@ -155,7 +155,9 @@ def test_any_recipe_key_is_an_option_too(run, monkeypatch, words, expected):
 
 def test_an_allocators_own_key_is_an_option_too(run, monkeypatch):
     calls = answering(monkeypatch, "prune", Record(recipe={}))
-    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, "--M", "7", "--solver.damp=0.1", "--json")
+    code, _, err = run(
+        "prune", "m", "--out", "o", "-s", 0.5, "-a", "owl", "--M", "7", "--solver.damp=0.1", "--json"
+    )
     recipe = calls[0][1]["recipe"]
     assert code == 0, err
     assert recipe.allocator.options["M"] == 7 and recipe.solver.options["damp"] == 0.1

@@ -36,9 +36,9 @@ def refusal(*overrides: str, **keys: object) -> str:
     return message
 
 
-def test_defaults_are_owl_sparsegpt_unstructured():
+def test_defaults_are_atp_alps_unstructured():
     recipe = resolve_recipe(sparsity=0.6)
-    assert (recipe.allocator.name, recipe.solver.name, recipe.pattern) == ("owl", "sparsegpt", "unstructured")
+    assert (recipe.allocator.name, recipe.solver.name, recipe.pattern) == ("atp", "alps", "unstructured")
     assert (recipe.calibration.samples, recipe.calibration.seqlen, recipe.seed) == (128, 2048, 0)
 
 
@@ -79,7 +79,7 @@ def test_a_recipe_survives_its_mapping_its_yaml_and_its_json(recipe, tmp_path_fa
 
 
 def test_a_fingerprint_changes_with_every_key_and_with_nothing_else():
-    base = resolve_recipe(sparsity=0.6)
+    base = resolve_recipe(sparsity=0.6, allocator="owl", solver="sparsegpt")
     changes = [
         "sparsity=0.5",
         "allocator=uniform",
@@ -103,7 +103,8 @@ def test_a_fingerprint_changes_with_every_key_and_with_nothing_else():
     ]
     prints = [base.fingerprint(), *(base.with_overrides([change]).fingerprint() for change in changes)]
     assert len(set(prints)) == len(prints)
-    assert resolve_recipe({"seed": 0, "sparsity": 0.6}).fingerprint() == prints[0]
+    spelt = {"solver": "sparsegpt", "allocator": {"name": "owl"}, "seed": 0, "sparsity": 0.6}
+    assert resolve_recipe(spelt).fingerprint() == prints[0]
     assert base.with_overrides(["M=5"]).fingerprint() == prints[0]
 
 
@@ -205,7 +206,9 @@ def test_one_n_of_m_may_replace_another():
         ("solver.damp=much", ["solver.damp", "'much'"]),
         ("solver=sparsgpt", ["sparsgpt", "'sparsegpt'"]),
         ("allocator=owl2", ["owl2", "'owl'"]),
-        ("allocator.M=-1", ["allocator.M", "-1"]),
+        ("rho=-1", ["solver.rho", "-1"]),
+        ("allocator.M=7", ["allocator.M is an option of allocator", "owl", "the allocator is atp"]),
+        ("group=7", ["group is an option of solver", "sparsegpt", "the solver is alps"]),
         ("samples=0", ["calibration.samples", "0"]),
         ("seqlen=x", ["calibration.seqlen", "'x'"]),
         ("seed=-1", ["seed", "-1"]),
@@ -232,7 +235,7 @@ def test_a_bad_pattern_is_refused_before_any_work():
 
 
 def test_overrides_may_be_dotted_or_bare():
-    recipe = resolve_recipe(sparsity=0.6).with_overrides(
+    recipe = resolve_recipe(sparsity=0.6, allocator="owl", solver="sparsegpt").with_overrides(
         ["M=7", "allocator.lambda=0.2", "damp=0.1", "samples=3", "calibration.seqlen=64"]
     )
     assert recipe.make_allocator() == ALLOCATORS["owl"](M=7, lambda_=0.2)
@@ -273,7 +276,7 @@ def test_keyword_keys_beat_the_file_and_overrides_beat_both(tmp_path):
 
 
 def test_python_may_write_lambda_with_an_underscore():
-    assert resolve_recipe(sparsity=0.5, lambda_=0.2).allocator.options["lambda_"] == 0.2
+    assert resolve_recipe(sparsity=0.5, allocator="owl", lambda_=0.2).allocator.options["lambda_"] == 0.2
     assert resolve_recipe({"sparsity": 0.5, "allocator": {"name": "owl", "lambda_": 0.2}}).to_mapping()[
         "allocator"
     ]["lambda"] == pytest.approx(0.2)
@@ -283,7 +286,10 @@ def test_compat_is_handed_down_to_the_classes_that_know_it():
     recipe = resolve_recipe(sparsity=0.5, solver="wanda", compat="official")
     assert recipe.make_allocator().compat == "official" and recipe.make_solver().compat == "official"
     assert "compat" not in recipe.to_mapping()["solver"]
-    only = resolve_recipe({"sparsity": 0.5}, ["allocator.compat=official"])
+    named = resolve_recipe(sparsity=0.5, compat="official")
+    assert (named.allocator.name, named.solver.name) == ("owl", "sparsegpt")
+    assert resolve_recipe({"sparsity": 0.5}, ["M=7", "compat=official"]).allocator.options["M"] == 7
+    only = resolve_recipe({"sparsity": 0.5, "allocator": "owl"}, ["allocator.compat=official"])
     assert only.compat is None and only.make_allocator().compat == "official"
     assert Recipe.from_mapping(only.to_mapping()) == only
 

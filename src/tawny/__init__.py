@@ -2,7 +2,7 @@
 
     import tawny
 
-    record = tawny.prune("smollm2", "out", sparsity=0.5, allocator="owl", solver="sparsegpt")
+    record = tawny.prune("smollm2", "out", sparsity=0.5, calibration="wiki")
     print(tawny.evaluate("out", "wiki", windows=8).perplexity)
 
 Importing this package costs nothing: torch and transformers come with the first call.

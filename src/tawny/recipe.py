@@ -217,7 +217,9 @@ def parse_override(text: str) -> tuple[str, Any]:
 # --- validation ------------------------------------------------------------------------------------------
 
 _REGISTRIES = ("allocator", "solver")
-_DEFAULT_NAMES = {"allocator": "owl", "solver": "sparsegpt"}
+# What benchmarks/recipes.py and allocators.py show to be best for the time it takes.
+_DEFAULT_NAMES = {"allocator": "atp", "solver": "alps"}
+_OFFICIAL_NAMES = {"allocator": "owl", "solver": "sparsegpt"}  # what `compat: official` is about
 _SECTIONS: dict[str, tuple[Any, str]] = {"calibration": (Calibration, "text"), "refine": (Refine, "epochs")}
 
 
@@ -285,10 +287,14 @@ def _lift_refit(values: dict[str, Any]) -> None:
         values["solver"] = given
 
 
+def _default_name(section: str, compat: Any) -> str:
+    return (_OFFICIAL_NAMES if compat == "official" else _DEFAULT_NAMES)[section]
+
+
 def _choice(section: str, value: Any, compat: Any) -> dict[str, Any]:
     registry = _registry(section)
     given = _section(value, section, shorthand="name")
-    name = given.pop("name", None) or _DEFAULT_NAMES[section]
+    name = given.pop("name", None) or _default_name(section, compat)
     if not isinstance(name, str) or name not in registry:
         raise RecipeError(f"{section} {_show(name)} is unknown{_suggest(str(name), registry)}")
     kind = registry[name]
@@ -417,10 +423,10 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
     pairs = [(key.removesuffix(".name"), value) for key, value in changes]
     pairs = [("refit" if key == "solver.refit" else key, value) for key, value in pairs]
     seen: set[str] = set()
-    for key, value in sorted(pairs, key=lambda pair: pair[0] not in _REGISTRIES):
+    for key, value in sorted(pairs, key=lambda pair: (pair[0] != "compat", pair[0] not in _REGISTRIES)):
         if key in _REGISTRIES:
             new = _section(value, key, "name")
-            known_name = merged[key].get("name") or _DEFAULT_NAMES[key]
+            known_name = merged[key].get("name") or _default_name(key, merged.get("compat"))
             same = new.get("name", known_name) == known_name
             merged[key] = {**merged[key], **new} if same else new  # another class has other options
             _lift_refit(merged)
@@ -446,7 +452,7 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
     """Where a key lives: `("seed",)` or `("allocator", "M")`."""
     sections: dict[str, list[str]] = {name: _section_keys(name) for name in _SECTIONS}
     for section in _REGISTRIES:
-        name = merged[section].get("name") or _DEFAULT_NAMES[section]
+        name = merged[section].get("name") or _default_name(section, merged.get("compat"))
         kind = _registry(section).get(name)
         sections[section] = (
             list(option_keys(kind)) if kind else []
@@ -456,6 +462,7 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
         if head not in sections:
             raise RecipeError(f"{key} is not a known recipe key{_suggest(head, sections)}")
         if _key(rest) not in sections[head]:
+            _refuse_of_others(key, [head], merged)
             raise RecipeError(f"{key} is not a known recipe key{_suggest(_key(rest), sections[head])}")
         return head, _key(rest)
     if key in _top_level_keys():
@@ -465,9 +472,30 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
         choices = " or ".join(f"{home}.{_key(key)}" for home in homes)
         raise RecipeError(f"{key} is ambiguous: write {choices}")
     if not homes:
+        _refuse_of_others(key, _REGISTRIES, merged)
         everything = [*_top_level_keys(), *(name for names in sections.values() for name in names)]
-        raise RecipeError(f"{key} is not a known recipe key{_suggest(_key(key), everything)}")
+        others = [
+            name
+            for section in _REGISTRIES
+            for kind in _registry(section).values()
+            for name in option_keys(kind)
+        ]
+        near = nearest(_key(key), [*everything, *others])
+        raise RecipeError(f"{key} is not a known recipe key{near or _suggest(_key(key), everything)}")
     return homes[0], _key(key)
+
+
+def _refuse_of_others(key: str, sections: Iterable[str], merged: Mapping[str, Any]) -> None:
+    """Refuse an option of a class that was not chosen, by that class's name."""
+    option = _key(key.rpartition(".")[2])
+    for section in sections:
+        owners = [name for name, kind in _registry(section).items() if option in option_keys(kind)]
+        if owners:
+            chosen = merged[section].get("name") or _default_name(section, merged.get("compat"))
+            raise RecipeError(
+                f"{key} is an option of {section} {' or '.join(owners)}, and the {section} is {chosen}: "
+                f"give {section}={owners[0]} too"
+            )
 
 
 # --- YAML ------------------------------------------------------------------------------------------------

@@ -24,9 +24,13 @@ def test_blocks_form_the_progression_and_the_budget_is_exact(blocks: int, target
     assert abs(reference.removed_in_all(found, profile) - target * sum(profile.sizes.values())) <= 0.5 + 1e-6
 
 
-def test_without_a_step_it_takes_half_of_the_largest() -> None:
-    found = Atp().allocate(reference.model(32, [(100, 100)]), 0.7)
-    assert found["0.0"] == pytest.approx(0.55, abs=1e-3) and found["31.0"] == pytest.approx(0.85, abs=1e-3)
+@pytest.mark.parametrize(
+    ("target", "half"), [(0.7, 0.15), (0.6, 0.10), (0.5, 0.04), (0.65, 0.125), (0.99, 0.01)]
+)
+def test_without_a_step_the_band_depends_on_the_target(target: float, half: float) -> None:
+    found = Atp().allocate(reference.model(32, [(100, 100)]), target)
+    assert found["0.0"] == pytest.approx(target - half, abs=1e-3)
+    assert found["31.0"] == pytest.approx(target + half, abs=1e-3)
 
 
 def test_one_block_and_a_step_of_zero_are_uniform() -> None:

@@ -29,7 +29,8 @@ def test_counts_add_up_to_the_share_that_owl_measures(monkeypatch):
 
 
 def test_a_run_records_outliers_before_and_after_with_the_allocators_M():
-    record = tawny.prune(tiny_model("llama"), calibration=tokens(), **OPTIONS, **{"allocator.M": 3})
+    options = {**OPTIONS, "allocator": "owl", "allocator.M": 3}
+    record = tawny.prune(tiny_model("llama"), calibration=tokens(), **options)
     assert record.outlier_M == 3
     assert all(entry.outliers_before is not None and entry.outliers_after for entry in record.linears)
     # The first block sees the same inputs as the dense profile did.

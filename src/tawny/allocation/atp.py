@@ -5,9 +5,9 @@ paper proves the error monotone in the sparsity and finds `s_l = S + β·(l − 
 search. One number is left to choose, `0 ≤ β ≤ min(2S, 2−2S)/(L−1)`, by a handful of trials on
 held-out text.
 
-Without trials (`beta` unset) β is half of the largest legal one: the first block then loses `S − min(S,
-1−S)/2`, the last as much more (.55 to .85 at 70 %: a band of ± 0.15 like DLP's). Blocks of unequal size are
-centred by parameters.
+Without trials (`beta` unset) the progression spans the band of sparsities that LSA found best at that target: ± 0.15
+at 70 % (.55 to .85), ± 0.10 at 60 %, ± 0.04 at 50 %. A fixed share of the legal range does not do: half of it is ± 0.25
+at 50 %, and much worse than uniform there (docs/log.md). Blocks of unequal size are centred by parameters.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import Profile
+from tawny.allocation.scores import half_band
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import RecipeError
 
@@ -33,7 +34,7 @@ def largest_beta(target: float, blocks: int) -> float:
 
 @dataclass(frozen=True)
 class Atp:
-    """Sparsity rises evenly with depth by beta a block (unset: half of the largest legal step).
+    """Sparsity rises evenly with depth by beta a block (unset: over a band that depends on the target, ± 0.15 at 70 %).
 
     Huang 2025 (2502.14770). Needs no data and no weights.
     """
@@ -48,7 +49,8 @@ class Atp:
     def allocate(self, profile: Profile, target: float) -> Allocation:
         blocks = profile.blocks
         limit = largest_beta(target, blocks)
-        beta = limit / 2 if self.beta is None else self.beta
+        band = 2 * half_band(target) / (blocks - 1) if blocks > 1 else 0.0
+        beta = min(band, limit) if self.beta is None else self.beta
         # The slack lets a search that steps up to the limit reach it in spite of rounding.
         if not -1e-9 <= beta <= limit + 1e-9:
             raise RecipeError(

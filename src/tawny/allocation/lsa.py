@@ -29,11 +29,10 @@ from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import Profile
-from tawny.allocation.scores import band
+from tawny.allocation.scores import band, half_band
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
 
-_ALPHA_AT = (0.06, 0.02, 0.04, 0.02, 0.04, 0.10, 0.15, 0.12)  # sparsity 0.1, 0.2, …, 0.8
 _TILE = 2048  # rows whose scores, weights and scratch (1 MB each) share a core's cache
 _GONE = 1e38  # a finite "infinity": an inf would turn into NaN when an update touches it
 
@@ -136,13 +135,7 @@ class Lsa:
         errors = {unit: sum(values) / len(values) for unit, values in members.items()}
         total = sum(errors.values())
         importance = [1 - error / total if total else 0.0 for error in errors.values()]
-        alpha = _paper_alpha(target) if self.alpha is None else self.alpha
+        alpha = half_band(target) if self.alpha is None else self.alpha
         extra = dict(zip(errors, band(importance, 2 * alpha), strict=True))
         raw = {name: target - extra[unit] for name, unit in units.items()}
         return exact(raw, profile.sizes, target)
-
-
-def _paper_alpha(sparsity: float) -> float:
-    place = min(max(10 * sparsity - 1, 0.0), len(_ALPHA_AT) - 1.0)
-    left = min(int(place), len(_ALPHA_AT) - 2)
-    return _ALPHA_AT[left] + (place - left) * (_ALPHA_AT[left + 1] - _ALPHA_AT[left])

@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = [
     "band",
     "exact_quantile",
+    "half_band",
     "histogram",
     "magnitude_parts",
     "magnitude_scores",
@@ -32,6 +33,7 @@ Linears = Mapping[str, tuple[Tensor, Statistics | None]]
 Score = Callable[[Tensor, Statistics | None], Tensor]
 BINS = 1 << 16  # sign bit always 0, so half of them stay empty
 _LOW = BINS - 1
+_HALF_BANDS = (0.06, 0.02, 0.04, 0.02, 0.04, 0.10, 0.15, 0.12)  # at sparsity 0.1, 0.2, …, 0.8
 _PART = 1 << 18  # weights at a time, so that what is made of them stays in a core's cache
 
 
@@ -108,3 +110,10 @@ def band(importance: Sequence[float], width: float) -> list[float]:
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         return [0.0] * len(importance)
     return [width * (value - low) / (high - low) for value in importance]
+
+
+def half_band(sparsity: float) -> float:
+    """How far units may lie from the target at this sparsity: what LSA found best (openreview xq3lza5IjN), by proportion."""
+    place = min(max(10 * sparsity - 1, 0.0), len(_HALF_BANDS) - 1.0)
+    left = min(int(place), len(_HALF_BANDS) - 2)
+    return _HALF_BANDS[left] + (place - left) * (_HALF_BANDS[left + 1] - _HALF_BANDS[left])

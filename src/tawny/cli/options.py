@@ -32,7 +32,7 @@ AllocatorName = Annotated[
         "-a",
         "--allocator",
         metavar="NAME",
-        help="How blocks share the budget. Default: owl.",
+        help="How blocks share the budget. Default: atp.",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -42,7 +42,7 @@ SolverName = Annotated[
         "-m",
         "--solver",
         metavar="NAME",
-        help="How a linear is pruned. Default: sparsegpt.",
+        help="How a linear is pruned. Default: alps.",
         rich_help_panel=RECIPE,
     ),
 ]

@@ -25,6 +25,7 @@ from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
 from tawny.pruning.search import cost_of_search
 from tawny.recipe import Recipe, resolve_recipe
+from tawny.solvers import SOLVERS
 from tawny.watch import Watch, silent
 
 # Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.
@@ -129,7 +130,7 @@ def plan(
         )
         disk_of_search = cost["disk"]
         memory_of_search = cost["memory"]
-        took = _seconds_of_search(stack, recipe, seconds, cost)
+        took = _seconds_of_search(stack, recipe, infos, seconds, cost)
         seconds = {**seconds, "total": round(seconds["total"] + took, 1), "search": took}
     written = sum(int(torch.Size(shape).numel()) for shape in checkpoint.shapes.values()) * itemsize
     return Plan(
@@ -198,12 +199,9 @@ def _seconds(
     if solver_needs == "hessian":
         per_block = sum(w * w for w in distinct_inputs(stack.linears(0)))
         seconds["statistics"] = tokens * 1.3 * per_block * len(stack) / exact
-        # Per linear: the column loop (2·out·in²) and a factorisation and inverse of the Hessian (about 2·in³).
-        seconds["solve"] = (
-            sum(2.0 * x.shape[0] * x.shape[1] ** 2 + 2.0 * x.shape[1] ** 3 for x in infos) / exact * 3
-        )
-    else:
-        seconds["solve"] = sum(x.numel for x in infos) * 2e-8
+    seconds["solve"] = _solving(recipe.make_solver(), infos, exact)
+    if recipe.refit:
+        seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)
     if recipe.refine.epochs:
         # Backward costs two forwards; and the dense samples walk beside the pruned ones.
         passes = 1 + 3 * recipe.refine.epochs
@@ -212,8 +210,20 @@ def _seconds(
     return {"total": round(sum(seconds.values()), 1), **seconds}
 
 
+def _solving(solver: Any, infos: tuple[LinearInfo, ...], speed: float) -> float:
+    """Seconds of all solves: products of a weight with a square matrix and of two square ones, or what takes as long."""
+    if solver.needs != "hessian":
+        return sum(x.numel for x in infos) * 2e-8
+    tall, square = getattr(solver, "products", (3.0, 3.0))
+    return sum(2.0 * x.shape[1] ** 2 * (tall * x.shape[0] + square * x.shape[1]) / speed for x in infos)
+
+
 def _seconds_of_search(
-    stack: Stack, recipe: Recipe, seconds: dict[str, float], cost: dict[str, int]
+    stack: Stack,
+    recipe: Recipe,
+    infos: tuple[LinearInfo, ...],
+    seconds: dict[str, float],
+    cost: dict[str, int],
 ) -> float:
     """One walk like that of the run itself, a solve a level, and forwards of the held-out tokens with their logits."""
     text = stack.config.get_text_config()
@@ -223,6 +233,9 @@ def _seconds_of_search(
         1.0,
         recipe.allocator.options["tokens"] / max(1, recipe.calibration.samples * recipe.calibration.seqlen),
     )
-    walk = share * (seconds["forward"] / 2 + seconds["statistics"]) + seconds["solve"] * cost["levels"]
+    proxy = recipe.allocator.options["proxy"]
+    solver = recipe.make_solver() if proxy is None else SOLVERS[proxy]()
+    solve = _solving(solver, infos, measured_speed(torch.float32))
+    walk = share * (seconds["forward"] / 2 + seconds["statistics"]) + solve * cost["levels"]
     took: float = walk + cost["tokens"] * forward / measured_speed(stack.compute) * _OVERHEAD
-    return round(took, 1)
+    return round(took, 3)

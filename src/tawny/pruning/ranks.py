@@ -13,7 +13,6 @@ import itertools
 import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,12 +20,10 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import LostProcess, UserError
+from tawny.group import close_group, open_group
 from tawny.model.blocks import chunks_of
 from tawny.model.streams import Samples, samples_a_chunk
 from tawny.watch import started_by_torchrun
-
-# How long one rank waits for another: longer than any block takes to solve.
-_PATIENCE = timedelta(hours=6)
 
 T = TypeVar("T")
 
@@ -44,15 +41,12 @@ class Ranks:
         self._opened = False
         if alone or not started_by_torchrun():
             return
-        import torch.distributed as dist
-
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device == "cuda":
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(self.device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
-            self._opened = True
+        self._opened = open_group(device.startswith("cuda"))
+        if self._opened:
             # torchrun ends the others when one is lost; they say so instead of vanishing.
             signal.signal(signal.SIGTERM, _lost)
 
@@ -62,9 +56,7 @@ class Ranks:
 
     def close(self) -> None:
         if self._opened:
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
+            close_group()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._opened = False
 

@@ -82,7 +82,9 @@ def read(
             measured = load_text(settings.text, "evaluation")
             held_out = evaluation_windows(
                 tokenise(measured, tokenizer), settings.seqlen, name=f"{name} held out"
-            )
+            )[
+                -settings.eval_windows :
+            ]  # evaluations read it from its beginning, and must not have been chosen by
     if held_out is None:
         count = min(settings.eval_windows, max(1, round(len(windows) * _HELD_OUT)))
         windows, held_out = windows[:-count], windows[-count:]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tawny.group import close_group, open_group
 from tawny.recovery.objective import Losses
 
 
@@ -32,9 +33,8 @@ class Processes:
         if self.count > 1 and device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
-        if self.count > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self._started = True
+        if self.count > 1:
+            self._started = open_group(self.device.type == "cuda")
 
     @property
     def first(self) -> bool:
@@ -128,4 +128,4 @@ class Processes:
 
     def close(self) -> None:
         if self._started:
-            torch.distributed.destroy_process_group()
+            close_group()

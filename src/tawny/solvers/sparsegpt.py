@@ -80,6 +80,10 @@ class SparseGPT:
     default_scope: ClassVar[Scope] = "matrix"
     bytes_per_weight: ClassVar[int] = 29  # measured, what judges the result included
     bytes_per_pair: ClassVar[int] = 4  # of inputs, beside the Hessian
+    products: ClassVar[tuple[float, float]] = (
+        3.0,
+        3.0,
+    )  # the column loop; the factor and inverse of the Hessian
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < float("inf"):
