@@ -325,6 +325,8 @@ class Stack:
         """
 
         self.load_head()
+        # A slice of one sample's tokens keeps the stride of the whole, for which torch would copy the head's weight each time.
+        hidden_BTH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).view(hidden_BTH.shape)
 
         def make(index: int) -> Callable[..., Any]:
             def pass_on(*args: Any, **kwargs: Any) -> Any:

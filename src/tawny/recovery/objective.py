@@ -18,8 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# float32 logits of one chunk; a few such tensors exist at once, and small ones stay near the caches.
+# float32 logits of one chunk: enough tokens that its products run at speed.
 _LOGIT_BYTES = 50_000_000
+# float32 logits whose elementwise work stays in a core's cache, and whose memory malloc hands out again and again instead of
+# returning it to the system.
+_CACHED_BYTES = 2_000_000
 
 # (tokens [1, n], hidden [1, n, H]) → logits [1, n, V]
 Tail = Callable[[Tensor, Tensor], Tensor]
@@ -78,27 +81,26 @@ def distil(
             leaf_1NH = hidden_1TH[:, part].clone().requires_grad_(scale is not None)
             logits_NV = student(inputs_1T[:, part], leaf_1NH)[0]
         with torch.no_grad():
-            log_NV = torch.log_softmax(logits_NV.detach().float(), -1)
-            targets_N1 = targets_T[part, None]
-            total.next_token -= float(log_NV.gather(1, targets_N1).sum(dtype=torch.float64))
-            p_teacher_NV = None
+            teacher_NV = None
             if teacher is not None and teacher_1TH is not None:
                 teacher_NV = teacher(inputs_1T[:, part], teacher_1TH[:, part])[0]
-                if scale is None:  # costs a twentieth of a step; only measurements show it
-                    total.agree += int((teacher_NV.argmax(-1) == logits_NV.argmax(-1)).sum())
-                teacher_NV = torch.log_softmax(teacher_NV.float(), -1)
-                p_teacher_NV = teacher_NV.exp()
-                # Σ p_T (log p_T − log p_S); the in-place difference saves one more tensor of this size.
-                total.kl += float((p_teacher_NV * teacher_NV.sub_(log_NV)).sum(dtype=torch.float64))
-            if scale is None or gradient_1TH is None:
-                continue
-            slope_NV = log_NV.exp_()
-            if p_teacher_NV is not None:
-                slope_NV.sub_(p_teacher_NV, alpha=kl)
-            weight = 1.0 - kl if p_teacher_NV is not None else 1.0
-            slope_NV.scatter_add_(1, targets_N1, torch.full_like(targets_N1, -weight, dtype=slope_NV.dtype))
-            slope_NV.mul_(scale)
-        torch.autograd.backward([logits_NV], [slope_NV.to(logits_NV.dtype)])
+            slope_NV = None if scale is None else torch.empty_like(logits_NV)
+            rows = max(1, _CACHED_BYTES // (4 * logits_NV.shape[1]))
+            for top in range(0, len(logits_NV), rows):
+                some = slice(top, top + rows)
+                total.add(
+                    _chunk(
+                        logits_NV.detach()[some],
+                        None if teacher_NV is None else teacher_NV[some],
+                        targets_T[part][some, None],
+                        None if slope_NV is None else slope_NV[some],
+                        kl=kl,
+                        scale=scale,
+                    )
+                )
+        if slope_NV is None or gradient_1TH is None:
+            continue
+        torch.autograd.backward([logits_NV], [slope_NV])
         if leaf_1NH.grad is not None:
             gradient_1TH[:, part] = leaf_1NH.grad
     if gradient_1TH is None:
@@ -106,3 +108,36 @@ def distil(
     whole_BTH = torch.zeros_like(hidden_BTH)
     whole_BTH[:, :-1] = gradient_1TH.view(len(ids_BT), -1, width)
     return total, whole_BTH
+
+
+def _chunk(
+    logits_RV: Tensor,
+    teacher_RV: Tensor | None,
+    targets_R1: Tensor,
+    slope_RV: Tensor | None,
+    *,
+    kl: float,
+    scale: float | None,
+) -> Losses:
+    """Losses of some tokens, and their gradient with respect to the logits written into `slope_RV`."""
+    losses = Losses()
+    log_RV = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
+    losses.next_token = -float(log_RV.gather(1, targets_R1).sum(dtype=torch.float64))
+    p_teacher_RV = None
+    if teacher_RV is not None:
+        if scale is None:  # only measurements show it
+            losses.agree = int((teacher_RV.argmax(-1) == logits_RV.argmax(-1)).sum())
+        log_teacher_RV = torch.log_softmax(teacher_RV, -1, dtype=torch.float32)
+        p_teacher_RV = log_teacher_RV.exp()
+        # Σ p_T (log p_T − log p_S); the in-place difference saves one more tensor of this size.
+        losses.kl = float(log_teacher_RV.sub_(log_RV).mul_(p_teacher_RV).sum(dtype=torch.float64))
+    if slope_RV is None or scale is None:
+        return losses
+    p_RV = log_RV.exp_()
+    if p_teacher_RV is not None:
+        p_RV.sub_(p_teacher_RV, alpha=kl)
+    weight = 1.0 - kl if p_teacher_RV is not None else 1.0
+    p_RV.scatter_add_(1, targets_R1, torch.full_like(targets_R1, -weight, dtype=p_RV.dtype))
+    torch.mul(p_RV, scale, out=p_RV)
+    slope_RV.copy_(p_RV)
+    return losses
