@@ -477,31 +477,44 @@ def _machine(result: Mapping[str, Any]) -> str:
     )
 
 
+_KINDS = {"recovered": "**recovered**", "lora-reprune": "LoRA without a mask, pruned again"}
+
+
+def _packed(found: Mapping[str, Any] | None) -> str:
+    return (
+        f"{found['file_bytes'] / 1e6:.0f} MB | {found['decode_tokens_per_second']:.0f}" if found else "– | –"
+    )
+
+
 def recovery(result: Mapping[str, Any]) -> str:
     """One table a text: a row a model, perplexity beside KL and first choices; then the step beside plain training."""
     cells = sorted(result["cells"], key=lambda cell: (cell["sparsity"], cell["minutes"], cell["kind"]))
     seen, measured = result["calibration"], result["evaluation"]
+    recipe = f" by recipes/{result['recipe']}" if result["recipe"] else ""
     parts = [
-        f"{result['model']}, pruned on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']} and trained on that text; "
-        f"measured on {measured['windows']} windows of {measured['seqlen']} tokens. KL and top-1 are against "
-        "the dense model. The control is the dense model trained alike.\n"
+        "### The whole promise\n",
+        f"{result['model']}, pruned on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']}{recipe} and trained on that text; "
+        f"measured on {measured['windows']} windows of {measured['seqlen']} tokens that chose nothing. KL and top-1 are against "
+        "the dense model; size and decoding speed are those of the model packed. The control is the dense model trained alike: "
+        "training on a text also adapts to it.\n",
     ]
     for text in measured["texts"]:
         dense = result["dense"]["evaluation"][text]
         lines = [
-            f"Perplexity on {text}, dense **{_value(dense)}**:\n",
-            "| sparsity | model | perplexity | × dense | KL | top-1 | packed | tokens/s |",
+            f"On {text}:\n",
+            "| sparsity | model | perplexity | × dense | KL | top-1 | file | tokens/s |",
             "|---|---|---|---|---|---|---|---|",
+            f"| – | dense | {_value(dense)} | 1.00 | – | – | {_packed(result['dense'].get('packed'))} |",
         ]
         for cell in cells:
-            value, packed = cell["evaluation"][text], cell.get("packed")
-            name = cell["kind"] + (f", {cell['minutes']:g} min" if cell["minutes"] else "")
-            sizes = "– | –"
-            if packed:
-                sizes = f"{packed['file_bytes'] / 1e6:.0f} MB | {packed['decode_tokens_per_second']:.0f}"
+            value = cell["evaluation"][text]
+            name = _KINDS.get(cell["kind"], cell["kind"]) + (
+                f", {cell['minutes']:g} min" if cell["minutes"] else ""
+            )
             lines.append(
-                f"| {cell['sparsity']:.0%} | {name} | {_value(value)} | {value['perplexity'] / dense['perplexity']:.2f} "
-                f"| {value['kl']:.3f} | {value['top1']:.1%} | {sizes} |"
+                f"| {'–' if cell['kind'] == 'control' else format(cell['sparsity'], '.0%')} | {name} | {_value(value)} "
+                f"| {value['perplexity'] / dense['perplexity']:.2f} | {value['kl']:.3f} | {value['top1']:.1%} "
+                f"| {_packed(cell.get('packed'))} |"
             )
         parts.append("\n".join(lines) + "\n")
     if step := result.get("step"):

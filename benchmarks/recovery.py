@@ -4,7 +4,7 @@
     python benchmarks/recovery.py --only 1                                # one more cell, then stop
     python benchmarks/recovery.py --sparsity 0.5 --minutes 60 --kind recovered
 
-A cell is one model: `one-shot` (pruned), `recovered` (masked distillation for M minutes, the teacher's forwards and all
+A cell is one model: `one-shot` (pruned), `reconstructed` (with three epochs a block), `recovered` (masked distillation for M minutes, the teacher's forwards and all
 measurements included), `lora-reprune` (what people do: a LoRA without a mask for M minutes, merged, pruned again with the
 same recipe), and the `control` (the dense model trained for M minutes like the pruned ones, because training on a text
 also adapts to it). Each is measured on every text: perplexity, KL and first choices against the dense model; and packed: size
@@ -32,7 +32,8 @@ from tawny.record import machine, versions
 from tawny.watch import Silent
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
-KINDS = ("one-shot", "recovered", "lora-reprune", "control")
+KINDS = ("one-shot", "reconstructed", "recovered", "lora-reprune", "control")
+EPOCHS = 3  # of block reconstruction
 
 
 class Say(Silent):
@@ -73,12 +74,14 @@ def packed(folder: str, args: argparse.Namespace) -> dict[str, Any]:
     return {key: speed.get(key) for key in keys}
 
 
-def prune(source: str, out: Path, sparsity: float, args: argparse.Namespace) -> float:
+def prune(source: str, out: Path, sparsity: float, args: argparse.Namespace, epochs: int = 0) -> float:
     """Seconds of pruning; nothing if it is there."""
     if out.exists():
         return float(json.loads((out / "run.json").read_text())["seconds"]["total"])
     keys: dict[str, Any] = {"sparsity": sparsity, "calibration": args.text}
     keys |= {"calibration.samples": args.samples, "calibration.seqlen": args.seqlen}
+    if epochs:
+        keys["refine.epochs"] = epochs
     record = tawny.prune(source, out, recipe=args.recipe, **keys)
     return record.seconds["total"]
 
@@ -232,7 +235,7 @@ def step_beside_plain(pruned: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def wanted(args: argparse.Namespace) -> list[dict[str, Any]]:
-    cells = [{"kind": "one-shot", "sparsity": s, "minutes": 0} for s in args.sparsity]
+    cells = [{"kind": k, "sparsity": s, "minutes": 0} for k in KINDS[:2] for s in args.sparsity]
     # Long runs last: what is there after an hour should say something about every sparsity.
     for minutes, kind in itertools.product(args.minutes, ("recovered", "lora-reprune", "control")):
         sparsities = [0.0] if kind == "control" else args.sparsity
@@ -247,6 +250,8 @@ def make(cell: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if kind == "control":
         more["recovery"] = recover(args.model, out, minutes, args, control=True)
+    elif kind == "reconstructed":
+        more["prune_seconds"] = prune(args.model, out, sparsity, args, EPOCHS)
     else:
         more["prune_seconds"] = prune(args.model, one_shot, sparsity, args)
         if kind == "one-shot":
@@ -261,7 +266,7 @@ def make(cell: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "evaluation": measure(str(out), args),
         "sparsity_found": tawny.inspect(out).sparsity,
     }
-    if kind in ("one-shot", "recovered") and args.rounds:
+    if kind in ("one-shot", "reconstructed", "recovered") and args.rounds:
         made["packed"] = packed(str(out), args)
     if kind != "one-shot" and not args.keep:
         shutil.rmtree(out)
