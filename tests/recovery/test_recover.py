@@ -429,6 +429,9 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
     assert as_torchrun(tmp_path, 2, dying + call)
     assert (tmp_path / "parts.recovery" / "state-1-2.safetensors").exists()
     assert not (tmp_path / "parts").exists()
+    assert "repeat that command" in as_torchrun(
+        tmp_path, 4, call
+    )  # four would begin anew beside the parts of two
     assert not as_torchrun(tmp_path, 2, call)
     one, other = (json.loads((tmp_path / name / "recover.json").read_text()) for name in ("whole", "parts"))
     assert one["curve"] == other["curve"]
@@ -479,7 +482,30 @@ def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "packed", "run.py", "two"]
 
 
-def test_what_cannot_be_sharded_is_refused(pair, monkeypatch):
+def test_a_batch_that_sharded_processes_cannot_share_is_refused(pair, tmp_path):
+    keys = folder_keys(pair, shard=True, batch=3)
+    call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'out')!r}, **{keys!r})"
+    assert "batch=3 among 2 processes" in as_torchrun(tmp_path, 2, call)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_named_text_is_held_out_from_its_end(monkeypatch):
+    """`tawny eval` reads it from the beginning: what is reported must not have chosen the checkpoint."""
+    import tawny.recovery.data as data
+
+    long, short = torch.arange(1000), torch.arange(2000, 2100)
+    monkeypatch.setattr(
+        data, "load_text", lambda name, split: type("T", (), {"name": name, "sha256": "", "split": split})
+    )
+    monkeypatch.setattr(
+        data, "tokenise", lambda text, tokenizer: long if text.split == "calibration" else short
+    )
+    reading = read(tawny.Recovery.make(text="wiki", seqlen=10, batch=2, eval_windows=3), None)
+    held = reading.windows[reading.held_out]
+    assert held[:, 0].tolist() == [2070, 2080, 2090]
+
+
+def test_what_cannot_be_sharded_is_refused(pair):
     dense, pruned = dense_and_pruned()
     with pytest.raises(RecipeError, match="give a folder"):
         tawny.recover(pruned, dense, text=tokens(24), **SHORT, shard=True)

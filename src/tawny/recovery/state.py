@@ -65,7 +65,8 @@ class Shelf:
             return
         with durable.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if (found := self._metadata()) is not None and found.get("key") != key:
+        # All of them: other numbers of processes name theirs otherwise.
+        if any(_metadata(path).get("key") != key for path in sorted(folder.glob("state*.safetensors"))):
             raise OutputError(
                 f"{folder} holds a recovery with other settings, model, teacher or text: repeat that command to go on "
                 "with it, choose another --out, or pass --overwrite to discard it"
@@ -86,23 +87,14 @@ class Shelf:
         assert self.folder is not None
         return list(self.folder.glob(f"state{self._tag}-*.safetensors"))
 
-    def _metadata(self) -> dict[str, str] | None:
-        path = self._state()
-        if path is None:
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                return dict(file.metadata() or {})
-        except (SafetensorError, OSError) as error:
-            raise OutputError(f"{path} cannot be read ({error}): pass --overwrite to start anew") from error
-
     def load(
         self, coordinates: Sequence[Coordinates], optimiser: torch.optim.Optimizer, more: Any
     ) -> Progress | None:
         """Put tensors, moments and whatever `more` holds back; None if there is no state."""
-        found, path = self._metadata(), self._state()
-        if found is None or path is None:
+        path = self._state()
+        if path is None:
             return None
+        found = _metadata(path)
         with safe_open(path, framework="pt") as file, torch.no_grad():
             names = set(file.keys())
             for one in coordinates:
@@ -188,3 +180,11 @@ class Shelf:
         path = self.folder / name
         with durable.writing(path), durable.beside(path) as temporary:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"{path} cannot be read ({error}): pass --overwrite to start anew") from error
