@@ -25,8 +25,8 @@ from tawny.model.streams import CHUNK_TOKENS
 
 # What the interpreter holds with torch, transformers and a tokenizer, where it cannot be measured.
 _INTERPRETER = 380_000_000
-# Bytes that tokenising takes for each character of the text (measured: 440 MB for 4.4 million).
-_TOKENISING = 100
+# Bytes that tokenising takes for each character of the text (measured: 440 and 612 MB for 4.4 million, by machine).
+_TOKENISING = 145
 # Buffers, fragments and the small things nobody adds up, as a share of what is added up.
 _SLACK = 0.05
 # Up to here all forwards of a block are suspended together; beyond, they are run again for each stage.
