@@ -4,12 +4,13 @@
     python benchmarks/recovery.py --only 1                                # one more cell, then stop
     python benchmarks/recovery.py --sparsity 0.5 --minutes 60 --kind recovered
 
-A cell is one model: `one-shot` (pruned), `reconstructed` (with three epochs a block), `recovered` (masked distillation for M minutes, the teacher's forwards and all
-measurements included), `lora-reprune` (what people do: a LoRA without a mask for M minutes, merged, pruned again with the
-same recipe), and the `control` (the dense model trained for M minutes like the pruned ones, because training on a text
-also adapts to it). Each is measured on every text: perplexity, KL and first choices against the dense model; and packed: size
-and decoding speed. Finished cells are not repeated, a stopped recovery goes on where it was, so a run can be stopped at any
-time. `step` is a training step beside plain transformers training of the same model: peak memory above the bare
+A cell is one model: `one-shot` (pruned), `reconstructed` (with three epochs a block), `recovered` (masked distillation for
+M minutes, the teacher's forwards and all measurements included), `lora-reprune` (what people do: a LoRA without a mask
+for M minutes, merged, pruned again with the same recipe), and the `control` (the dense model trained for M minutes like the
+pruned ones, because training on a text also adapts to it). Each is measured on every text: perplexity, KL and first choices
+against the dense model; and packed: size and decoding speed. Finished cells are not repeated, a stopped recovery goes on
+where it was, so a run can be stopped at any time. `--speeds` measures size and speed of the dense model and of every model
+that `--keep` left, one behind the other, on a machine that does nothing else: ratios between rows of other runs say little. `step` is a training step beside plain transformers training of the same model: peak memory above the bare
 interpreter and tokens a second, each in a process of its own.
 """
 
@@ -243,10 +244,16 @@ def wanted(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [cell for cell in cells if cell["kind"] in args.kind]
 
 
+def place(cell: dict[str, Any], args: argparse.Namespace) -> Path:
+    """Folder of a cell's model."""
+    name = f"{cell['kind']}-{cell['sparsity']:g}"
+    return args.scratch / (name if cell["kind"] == "one-shot" else f"{name}-{cell['minutes']:g}")
+
+
 def make(cell: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     sparsity, minutes, kind = cell["sparsity"], cell["minutes"], cell["kind"]
     one_shot = args.scratch / f"one-shot-{sparsity:g}"
-    out = args.scratch / f"{kind}-{sparsity:g}-{minutes:g}"
+    out = place(cell, args)
     more: dict[str, Any] = {}
     if kind == "control":
         more["recovery"] = recover(args.model, out, minutes, args, control=True)
@@ -254,11 +261,9 @@ def make(cell: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         more["prune_seconds"] = prune(args.model, out, sparsity, args, EPOCHS)
     else:
         more["prune_seconds"] = prune(args.model, one_shot, sparsity, args)
-        if kind == "one-shot":
-            out = one_shot
-        elif kind == "recovered":
+        if kind == "recovered":
             more["recovery"] = recover(str(one_shot), out, minutes, args)
-        else:
+        elif kind == "lora-reprune":
             more["lora"] = lora_then_reprune(str(one_shot), out, sparsity, minutes, args)
     made = {
         **cell,
@@ -309,6 +314,7 @@ def main() -> None:
         "--scratch", type=Path, default=Path("recovery-bench"), help="pruned models and states"
     )
     parser.add_argument("--keep", action="store_true", help="keep recovered models in --scratch")
+    parser.add_argument("--speeds", action="store_true", help="measure sizes and speeds again, and stop")
     parser.add_argument("--only", type=int, default=None, help="stop after so many new cells")
     parser.add_argument("--results", type=Path, default=RESULTS)
     for hidden in ("--child", "--ids", "--pruned"):
@@ -348,6 +354,13 @@ def main() -> None:
         if args.rounds:
             results["dense"]["packed"] = packed(args.model, args)
         save()
+    if args.speeds:
+        results["dense"]["packed"] = packed(args.model, args)
+        for cell in results["cells"]:
+            if "packed" in cell and place(cell, args).exists():
+                cell["packed"] = packed(str(place(cell, args)), args)
+        save()
+        return
     done = {(cell["kind"], cell["sparsity"], cell["minutes"]) for cell in results["cells"]}
     left = [c for c in wanted(args) if (c["kind"], c["sparsity"], c["minutes"]) not in done]
     for cell in left[: args.only]:
