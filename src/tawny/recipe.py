@@ -217,7 +217,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 # --- validation ------------------------------------------------------------------------------------------
 
 _REGISTRIES = ("allocator", "solver")
-# What benchmarks/recipes.py and allocators.py show to be best for the time it takes.
+# The best for its time of what benchmarks/recipes.py has measured.
 _DEFAULT_NAMES = {"allocator": "atp", "solver": "alps"}
 _OFFICIAL_NAMES = {"allocator": "owl", "solver": "sparsegpt"}  # what `compat: official` is about
 _SECTIONS: dict[str, tuple[Any, str]] = {"calibration": (Calibration, "text"), "refine": (Refine, "epochs")}
