@@ -383,7 +383,13 @@ def as_torchrun(folder, processes, call):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), str(script)]
     done = subprocess.run(command, capture_output=True, text=True)
-    return "" if done.returncode == 0 else done.stderr
+    return "" if done.returncode == 0 else done.stderr or f"exit code {done.returncode}"
+
+
+def together(folder, processes, call):
+    """The same, where none may fail; what they said is told whole."""
+    if said := as_torchrun(folder, processes, call):
+        pytest.fail(said, pytrace=False)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +405,7 @@ def test_several_processes_give_the_curve_of_one(pair, tmp_path, processes, more
     keys = {**folder_keys(pair), "tokens": 24 * 4 * 3, "weight_decay": 0.1, "clip": 0.5, **more}
     whole = tawny.recover(pair[1], pair[0], tmp_path / "one", **keys)
     call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'all')!r}, **{keys!r})"
-    assert not as_torchrun(tmp_path, processes, call)
+    together(tmp_path, processes, call)
     told = json.loads((tmp_path / "all" / "recover.json").read_text())
     assert told["processes"] == processes
     assert (told["zeros"], told["trained"]) == (whole.zeros, whole.trained)
@@ -416,7 +422,7 @@ def test_several_processes_give_the_curve_of_one(pair, tmp_path, processes, more
 def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair, tmp_path):
     keys = {**folder_keys(pair), "tokens": 24 * 4 * 6, "eval_every": 2, "shard": True}
     whole = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'whole')!r}, **{keys!r})"
-    assert not as_torchrun(tmp_path, 2, whole)
+    together(tmp_path, 2, whole)
     dying = (
         "import os\nfrom tawny.recovery.state import Shelf\nsave = Shelf.save\n"
         "def save_or_die(shelf, progress, *rest):\n"
@@ -432,7 +438,7 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
     assert "repeat that command" in as_torchrun(
         tmp_path, 4, call
     )  # four would begin anew beside the parts of two
-    assert not as_torchrun(tmp_path, 2, call)
+    together(tmp_path, 2, call)
     one, other = (json.loads((tmp_path / name / "recover.json").read_text()) for name in ("whole", "parts"))
     assert one["curve"] == other["curve"]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -452,7 +458,7 @@ def test_each_of_several_sharded_processes_holds_its_rows_only(pair, tmp_path):
         "Run.train = counted\n"
     )
     call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'out')!r}, **{keys!r})"
-    assert not as_torchrun(tmp_path, 2, counting + call)
+    together(tmp_path, 2, counting + call)
     told = [tuple(map(int, (tmp_path / f"rank-{rank}").read_text().split())) for rank in (0, 1)]
     model = AutoModelForCausalLM.from_pretrained(pair[1])
     everything = sum(p.numel() for p in model.model.layers.parameters())
@@ -461,6 +467,20 @@ def test_each_of_several_sharded_processes_holds_its_rows_only(pair, tmp_path):
     assert sum(held for held, _ in told) == everything
     assert sum(count for _, count in told) == trained + outside
     assert all(held < 0.51 * everything and count < 0.6 * trained for held, count in told)
+
+
+def test_what_the_first_process_does_once_waits_for_those_that_are_late(tmp_path):
+    late = (
+        "import os, shutil, time\nfrom pathlib import Path\nfrom tawny.recovery.processes import Processes\n"
+        f"shared = Path({str(tmp_path)!r}) / 'shared'\n"
+        "with Processes('cpu') as processes:\n"
+        "    processes.once(shared.mkdir)\n"
+        "    time.sleep(processes.rank)\n"
+        "    assert shared.exists()\n"
+        "    processes.once(lambda: shutil.rmtree(shared))\n"
+        "    assert not shared.exists()"
+    )
+    together(tmp_path, 2, late)
 
 
 def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
@@ -474,7 +494,7 @@ def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
         f"tawny.recover_gradually({pair[0]!r}, {pair[0]!r}, {str(tmp_path / 'two')!r}, [0.4, 0.6], "
         f"recipe={recipe!r}, settings={keys!r})"
     )
-    assert not as_torchrun(tmp_path, 2, f"{packed}\n{gradual}")
+    together(tmp_path, 2, f"{packed}\n{gradual}")
     for name, sparsity in (("one", 0.5), ("two", 0.6)):
         assert tawny.inspect(tmp_path / name).sparsity == pytest.approx(sparsity, abs=1e-3)
         told = json.loads((tmp_path / name / "recover.json").read_text())

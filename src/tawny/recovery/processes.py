@@ -115,7 +115,8 @@ class Processes:
         return bool(self.agree(float(here)))
 
     def once(self, job: Callable[[], object]) -> None:
-        """Let the first process do something that the others wait for; its error ends them all."""
+        """Let the first process do something once all have come here, while the others wait; its error ends them all."""
+        self.all_of(None)  # what the job takes away, another process may still be reading
         if self.first:
             job()
         self.all_of(None)
