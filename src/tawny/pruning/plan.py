@@ -23,9 +23,8 @@ from tawny.patterns import check_pattern
 from tawny.pruning.memory import available, distinct_inputs, parse_size, place
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
-from tawny.pruning.search import cost_of_search
+from tawny.pruning.search import cost_of_search, stand_in
 from tawny.recipe import Recipe, resolve_recipe
-from tawny.solvers import SOLVERS
 from tawny.watch import Watch, silent
 
 # Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.
@@ -233,9 +232,9 @@ def _seconds_of_search(
         1.0,
         recipe.allocator.options["tokens"] / max(1, recipe.calibration.samples * recipe.calibration.seqlen),
     )
-    proxy = recipe.allocator.options["proxy"]
-    solver = recipe.make_solver() if proxy is None else SOLVERS[proxy]()
-    solve = _solving(solver, infos, measured_speed(torch.float32))
+    solve = _solving(
+        stand_in(recipe.make_allocator(), recipe.make_solver()), infos, measured_speed(torch.float32)
+    )
     walk = share * (seconds["forward"] / 2 + seconds["statistics"]) + solve * cost["levels"]
     took: float = walk + cost["tokens"] * forward / measured_speed(stack.compute) * _OVERHEAD
     return round(took, 3)

@@ -98,6 +98,7 @@ class Alps:
     default_scope: ClassVar[Scope] = "matrix"
     bytes_per_weight: ClassVar[int] = 44  # measured, what judges the result included
     bytes_per_pair: ClassVar[int] = 10  # of inputs, beside the Hessian
+    stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: an eighth of the time
     # Of a solve, in products of the weight and of two Hessians: about 33 iterations and the descent; a factor and an inverse a ρ.
     products: ClassVar[tuple[float, float]] = (45.0, 24.0)
 
