@@ -26,6 +26,7 @@ PATTERNS = [Unstructured(), Unstructured("row"), NM(2, 4)]
 def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float, monkeypatch) -> None:
     W, statistics = lifelike(32, 48)
     monkeypatch.setattr(alps, "bfloat16_products", contextlib.nullcontext)
+    monkeypatch.setattr(alps, "_REACH", -1.0)  # an inverse for every penalty
     found = Alps().solve(W, statistics, Unstructured(), sparsity).mask
     wanted = admm_mask(W, statistics.hessian, removed_count(W.numel(), sparsity))
     # float32 against float64: a few weights at the threshold may differ
@@ -146,20 +147,48 @@ def test_the_threshold_near_the_last_one_is_the_threshold_over_everything(zeros:
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8])
 def test_products_of_bfloat16_factors_lose_no_more(sparsity: float, monkeypatch) -> None:
-    W, statistics = lifelike(96, 128)
+    W, statistics = lifelike(96, 112)
     losses = []
     for rounded in (False, True):
 
-        def divide(divider, A_RI, to_RI, out, rounded=rounded) -> None:
+        def divide(divider, A_RI, W_RI, scratch_RI, rounded=rounded) -> torch.Tensor:
             A, inverse = A_RI, divider.inverse_II
             if rounded:
                 A, inverse = A.bfloat16().float(), inverse.bfloat16().float()
-            torch.add(to_RI, A @ inverse, out=out)
+            return torch.add(W_RI, A @ inverse, out=scratch_RI)
 
         monkeypatch.setattr(alps, "bfloat16_products", contextlib.nullcontext)
         monkeypatch.setattr(alps._Divider, "__call__", divide)
         solution = Alps().solve(W, statistics, Unstructured(), sparsity)
         losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.parametrize("grown", [1.0, 1.1, 1.3, 1.75])
+def test_an_inverse_serves_larger_penalties_within_its_bound(grown: float) -> None:
+    W, statistics = lifelike(20, 48)
+    scaled = Alps(rho=0.2).prepare(statistics)
+    divider = scaled.divider(0.2, 40).moved(0.2 * grown, 20)
+    A = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
+    found = divider(A.clone(), torch.zeros_like(W), torch.empty_like(W)).double()
+    exact = scaled.divider(0.2 * grown, 40).inverse_II.double()
+    # In the eigenvectors of H every coordinate is off by the bound at most.
+    vectors = torch.linalg.eigh(exact).eigenvectors
+    found, wanted = found @ vectors, A.double() @ exact @ vectors
+    a = grown - 1
+    assert ((found - wanted).abs() <= (a * a / (8 + 8 * a + a * a) + 0.02) * wanted.abs() + 1e-4).all()
+    assert divider.moved(0.2 * grown, 48) is None  # not wide
+    assert divider.moved(0.2 * 1.8, 20) is None and divider.moved(0.1, 20) is None
+
+
+def test_wide_weights_lose_no_more_with_few_inverses(monkeypatch) -> None:
+    W, statistics = lifelike(48, 96)
+    losses = []
+    for reach in (-1.0, 0.75):
+        monkeypatch.setattr(alps, "_REACH", reach)
+        solution = Alps().solve(W, statistics, Unstructured(), 0.6)
+        losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
+    assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
