@@ -11,6 +11,7 @@ __all__ = ["bfloat16_products", "native_dtype"]
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def bfloat16_products(wanted: bool = True) -> Iterator[None]:
 
     Nothing changes if it is not wanted, where no unit multiplies bfloat16, and with a torch that cannot be told to.
     """
-    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    switch: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if not wanted or not hasattr(switch, "fp32_precision") or native_dtype() != torch.bfloat16:
         yield
         return
