@@ -43,7 +43,7 @@ from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import bfloat16_products
-from tawny.solvers.base import Needs, Solution, require_finite
+from tawny.solvers.base import Needs, Solution, Work, require_finite
 from tawny.solvers.refit import refit
 
 __all__ = ["Alps", "Scaled"]
@@ -106,8 +106,8 @@ class Alps:
     bytes_per_weight: ClassVar[int] = 44  # measured, what judges the result included
     bytes_per_pair: ClassVar[int] = 10  # of inputs, beside the Hessian
     stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: an eighth of the time
-    # Of a solve, in products of the weight and of two Hessians: about 33 iterations and the descent; a factor and an inverse a ρ.
-    products: ClassVar[tuple[float, float]] = (45.0, 24.0)
+    # The descent; some factors and inverses; about 33 iterations, half of them with two products, and what lies between these.
+    work: ClassVar[Work] = Work(tall=6.0, square=8.0, rounded=45.0, passes=400.0)
 
     def __post_init__(self) -> None:
         for name in ("damp", "rho"):
