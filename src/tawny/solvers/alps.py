@@ -52,10 +52,8 @@ _RETRIES = 3
 _CHUNK = 1 << 22  # weights a product takes at once
 _CACHED = 1 << 16  # weights whose elementwise work stays in a core's cache
 _TALL = 0.3  # rows a column from which an inverse pays: products run at twice the speed of triangular solves
-_WIDE, _REACH = (
-    0.75,
-    0.75,
-)  # rows a column up to which an inverse serves while ρ grows, and by how much it may grow
+_WIDE = 0.75  # rows a column up to which another product costs less than another inverse
+_REACH = 0.75  # how much ρ may grow, as a share, while an inverse serves
 _CHECK = 3  # iterations between two looks at the support
 _FARTHEST = 0.2  # a threshold that may have moved by more is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
@@ -105,7 +103,7 @@ class Alps:
     default_scope: ClassVar[Scope] = "matrix"
     bytes_per_weight: ClassVar[int] = 44  # measured, what judges the result included
     bytes_per_pair: ClassVar[int] = 10  # of inputs, beside the Hessian
-    stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: an eighth of the time
+    stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: a fraction of the time
     # The descent; some factors and inverses; about 33 iterations, half of them with two products, and what lies between these.
     work: ClassVar[Work] = Work(tall=6.0, square=8.0, rounded=45.0, passes=400.0)
 
