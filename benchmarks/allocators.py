@@ -28,10 +28,6 @@ def main() -> None:
         args.seeds, args.solver, args.sparsity, args.allocator
     ):
         keys: Keys = {"sparsity": sparsity, "allocator": allocator, "solver": solver, "seed": seed}
-        if allocator == "auto" and solver == "alps":
-            keys["allocator.proxy"] = (
-                "sparsegpt"  # eleven ALPS solves of every linear would cost more than all else
-            )
         if allocator == "auto" and args.trials is not None:
             keys["allocator.trials"] = args.trials
         wanted.append(keys)

@@ -58,7 +58,7 @@ class Cells:
         self.started = time.monotonic()
         self.made = 0
         setting = {
-            "model": args.model,
+            "model": Path(args.model).name,
             "calibration": {"text": args.calibration, "samples": args.samples, "seqlen": args.seqlen},
             "evaluation": {
                 "texts": [Path(text).name for text in args.text],

@@ -1,4 +1,4 @@
-"""Time and count every matrix product that torch runs, by dtype."""
+"""Time and count every matrix product that torch runs, by the dtype that factors are multiplied in."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import time
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+
+def rounding() -> bool:
+    """Whether float32 factors are rounded to bfloat16 just now (`tawny.precision.bfloat16_products`)."""
+    switch: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    return getattr(switch, "fp32_precision", "none") == "bf16"
 
 
 class Products(TorchDispatchMode):
@@ -31,6 +38,8 @@ class Products(TorchDispatchMode):
         spent = time.perf_counter() - start
         shapes = {key: value for key, value in kwargs.items() if key != "out"}
         dtype = next(str(value.dtype) for value in args if isinstance(value, Tensor))
+        if dtype == "torch.float32" and rounding():
+            dtype = "torch.bfloat16"
         self._operations[dtype] += formula(*args, **shapes, out_val=made)
         self._seconds[dtype] += spent
         return made

@@ -209,8 +209,9 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     """Matrix products no such method can avoid, at the speed this machine shows on a large one just now."""
     import torch
 
-    from tawny.model.blocks import native_dtype, open_stack
+    from tawny.model.blocks import open_stack
     from tawny.model.source import resolve
+    from tawny.precision import native_dtype
     from tawny.pruning.plan import _distinct_inputs
     from tawny.pruning.profiling import PROFILE_TOKENS
 

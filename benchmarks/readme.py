@@ -190,7 +190,8 @@ def recipes(result: Mapping[str, Any]) -> str:
         dict.fromkeys(name for name, _ in groups), key=lambda name: not name.startswith("official")
     )
     sparsities = sorted({sparsity for _, sparsity in groups})
-    seeds = len({cell["seed"] for cell in result["cells"].values()})
+    counts = sorted({len(cells) for cells in groups.values()})
+    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     parts = [_setting(result) + f"Calibration seeds: {seeds}.\n"]
     for text in result["evaluation"]["texts"]:
         parts.append(f"Perplexity on {text}, dense **{_value(result['dense']['evaluation'][text])}**:\n")
@@ -538,6 +539,42 @@ def recovery(result: Mapping[str, Any]) -> str:
     return "\n".join(parts) + f"\n{_machine(result)}"
 
 
+def block(result: Mapping[str, Any]) -> str:
+    """One block of a large model by each solver: time, what of it nothing can go below, and memory."""
+    lines = [
+        f"One block of the {result['shape'].upper()} shape, {result['samples']} × {result['seqlen']} tokens, 70%:\n",
+        "| forwards in | solver | whole run | × SparseGPT | solving | its products at peak | factors and inverses at peak | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    first = {row["compute"]: row["total"] for row in result["rows"] if row["solver"] == "sparsegpt"}
+    for row in result["rows"]:
+        base = first.get(row["compute"])
+        times = f"{row['total'] / base:.2f}" if base else "–"
+        lines.append(
+            f"| {row['compute']} | {row['solver']} | {row['total']:.0f} s | {times} | {row['solving']:.0f} s "
+            f"| {row['products_at_peak']:.0f} s | {row['factorising_at_peak']:.0f} s | {row['peak_memory'] / 1e9:.2f} GB |"
+        )
+    speeds = result["rows"][-1]["speeds"]
+    peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s with {name[6:]} factors" for name, value in speeds.items())
+    machine = result["rows"][-1]["machine"]
+    return (
+        "\n".join(lines)
+        + f"\n\n<sub>{machine['cpu']}, {machine['threads']} threads, {peaks}, {result['date']}.</sub>\n"
+    )
+
+
+def lsa(result: Mapping[str, Any]) -> str:
+    """LSA's reconstruction beside a SparseGPT solve of the same linear."""
+    lines = [
+        "| linear, out × in | LSA's reconstruction | SparseGPT's solve | ratio |",
+        "|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        shape = " × ".join(str(size) for size in row["shape"])
+        lines.append(f"| {shape} | {row['lsa']:.3f} s | {row['sparsegpt']:.3f} s | {row['ratio']:.2f} |")
+    return "\n".join(lines) + f"\n\n{_machine(result)}"
+
+
 def ranks(result: Mapping[str, Any]) -> str:
     """Several processes beside one: time by phase, and how alike the results are."""
     setting = result["setting"]
@@ -664,6 +701,7 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
         "allocators": allocators,
         "owl_study": owl_study,
         "recipes": recipes,
+        "recipes_gemma": recipes,
         "prune_speed": prune_speed,
         "sizes": sizes,
         "decode": decode,
@@ -671,13 +709,23 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
         "peers": peers,
         "recovery": recovery,
     },
-    "docs/scaling.md": {"large": large, "scale": scale, "ranks": ranks, "scaling_model": scaling_model},
+    "docs/scaling.md": {
+        "large": large,
+        "scale": scale,
+        "block": block,
+        "lsa": lsa,
+        "ranks": ranks,
+        "scaling_model": scaling_model,
+    },
 }
 # Sections that bring their heading along and are not there at all until they are measured.
 OPTIONAL = {
     "allocators",
     "owl_study",
     "recipes",
+    "recipes_gemma",
+    "block",
+    "lsa",
     "decode",
     "kernels",
     "peers",

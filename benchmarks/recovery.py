@@ -114,8 +114,8 @@ def lora_then_reprune(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tawny.model.blocks import native_dtype
     from tawny.model.source import load_tokenizer, resolve
+    from tawny.precision import native_dtype
     from tawny.recovery.data import read
 
     settings = tawny.Recovery.make(

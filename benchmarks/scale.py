@@ -36,7 +36,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     import tawny
     from tawny.calibration import observe as observing
-    from tawny.model.blocks import native_dtype
+    from tawny.precision import native_dtype
 
     model, out, solver, samples = arguments.child
     spent = 0.0

@@ -11,32 +11,78 @@ from tawny.allocation import LinearInfo, Lsa, Profile
 from tawny.allocation.lsa import half_removal_error
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
+from tawny.packed.kernels import native
 from tests.reference import allocators as reference
 from tests.reference.lsa import half_removal_error_by_trial
 from tests.reference.problems import lifelike
 
 
+@pytest.fixture(params=native.available())
+def kernel(request):
+    with native.force(request.param):
+        yield request.param
+
+
 @settings(max_examples=15, deadline=None)
 @given(
+    kernel=st.sampled_from(native.available()),
     out=st.integers(1, 4),
     width=st.integers(2, 14),
     group=st.sampled_from([4, 8, 16]),
     seed=st.integers(0, 10**6),
 )
-def test_the_fast_error_is_that_of_trying_every_removal(out: int, width: int, group: int, seed: int) -> None:
+def test_the_fast_error_is_that_of_trying_every_removal(
+    kernel, out: int, width: int, group: int, seed: int
+) -> None:
     W, statistics = lifelike(out, width, seed, loud=1)
     H = statistics.hessian
     wanted = half_removal_error_by_trial(W, H, group)
-    assert float(half_removal_error(W, H, group).sum()) == pytest.approx(
-        wanted, rel=1e-3, abs=1e-4 * float(H.diagonal().min())
+    with native.force(kernel):
+        found = float(half_removal_error(W, H, group).sum())
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4 * float(H.diagonal().min()))
+
+
+@pytest.mark.parametrize(("out", "width"), [(3, 128), (70, 300), (257, 129)])
+def test_every_kernel_agrees_with_plain_torch(kernel, out: int, width: int) -> None:
+    W, statistics = lifelike(out, width)
+    found = half_removal_error(W, statistics.hessian)
+    with native.force("torch"):
+        wanted = half_removal_error(W, statistics.hessian)
+    # Which of two nearly equal costs goes first may differ.
+    assert torch.allclose(found, wanted, rtol=0.02)
+    assert float(found.sum()) == pytest.approx(float(wanted.sum()), rel=1e-3)
+
+
+def test_the_error_does_not_depend_on_the_number_of_threads(kernel) -> None:
+    W, statistics = lifelike(67, 200)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(half_removal_error(W, statistics.hessian))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.allclose(other, found[0], rtol=1e-6)
+
+
+def test_a_weight_that_is_a_view_gives_the_same(kernel) -> None:
+    W, statistics = lifelike(12, 40)
+    wide = torch.randn(12, 100)
+    wide[:, 7:47] = W
+    assert torch.equal(
+        half_removal_error(wide[:, 7:47], statistics.hessian, 16),
+        half_removal_error(W, statistics.hessian, 16),
     )
 
 
 def test_rows_are_treated_alike_in_whatever_tile_they_fall(monkeypatch) -> None:
     W, statistics = lifelike(11, 40)
-    whole = half_removal_error(W, statistics.hessian, 16).tolist()
-    monkeypatch.setattr("tawny.allocation.lsa._TILE", 4)
-    assert half_removal_error(W, statistics.hessian, 16).tolist() == pytest.approx(whole, rel=1e-4)
+    with native.force("torch"):
+        whole = half_removal_error(W, statistics.hessian, 16).tolist()
+        monkeypatch.setattr("tawny.allocation.lsa._TILE", 4)
+        assert half_removal_error(W, statistics.hessian, 16).tolist() == pytest.approx(whole, rel=1e-4)
 
 
 def test_it_removes_less_than_removing_the_smallest_weights_would_cost() -> None:

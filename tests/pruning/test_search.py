@@ -260,6 +260,19 @@ def test_times_are_read_and_nonsense_is_refused():
     Auto(study="postgresql://me:$SECRET@host/db")
 
 
+@pytest.mark.parametrize(
+    ("solver", "given", "used"),
+    [("alps", {}, "sparsegpt"), ("alps", {"proxy": "alps"}, "alps"), ("wanda", {}, "wanda")],
+)
+def test_a_fast_solver_stands_for_a_slow_one_while_allocations_are_compared(
+    dense, tmp_path, solver, given, used
+):
+    keys = {f"allocator.{key}": value for key, value in ({"trials": 2} | given).items()}
+    record = prune(dense, tmp_path / "out", solver=solver, **keys)
+    assert record.search["solver"] == used
+    assert record.recipe["solver"]["name"] == solver
+
+
 def test_one_sample_leaves_nothing_to_compare_on():
     with pytest.raises(TextError, match="at least 2 samples"):
         prune(tiny_model("llama"), calibration=tokens(1, 24))

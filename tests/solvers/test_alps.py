@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,10 @@ PATTERNS = [Unstructured(), Unstructured("row"), NM(2, 4)]
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
-def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float) -> None:
+def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float, monkeypatch) -> None:
     W, statistics = lifelike(32, 48)
+    monkeypatch.setattr(alps, "bfloat16_products", contextlib.nullcontext)
+    monkeypatch.setattr(alps, "_REACH", -1.0)  # an inverse for every penalty
     found = Alps().solve(W, statistics, Unstructured(), sparsity).mask
     wanted = admm_mask(W, statistics.hessian, removed_count(W.numel(), sparsity))
     # float32 against float64: a few weights at the threshold may differ
@@ -121,10 +125,12 @@ def test_what_is_not_finite_or_out_of_range_is_refused() -> None:
         Alps(rho=0)
 
 
-def test_the_threshold_near_the_last_one_is_the_threshold_over_everything() -> None:
+@pytest.mark.parametrize("zeros", [0.0, 0.2])
+def test_the_threshold_near_the_last_one_is_the_threshold_over_everything(zeros: float) -> None:
     dice = torch.Generator().manual_seed(0)
     T = torch.randn(40, 50, generator=dice)
-    support = _ByThreshold(1300)
+    zero = torch.rand(T.shape, generator=dice) < zeros if zeros else None
+    support = _ByThreshold(Unstructured("matrix"), 1300, zero)
     support.choose(T)
     for scale in (0.0, 1e-3, 1e-2, 3.0, 1e-3):
         T = (T + scale * torch.rand(T.shape, generator=dice)).round(decimals=2)  # many ties
@@ -132,9 +138,58 @@ def test_the_threshold_near_the_last_one_is_the_threshold_over_everything() -> N
         for top in range(0, 40, 7):
             support.see(T[top : top + 7], slice(top, top + 7))
         support.finish(T)
-        assert support.threshold == float(T.abs().flatten().sort().values[1299])
-        assert torch.equal(support.mask(T), keep_mask(T.abs(), Unstructured("matrix"), 1300))
-        assert np.array_equal(support.snapshot(T), (T.abs() > support.threshold).numpy())
+        scores = T.abs() if zero is None else T.abs().masked_fill(zero, -1.0)
+        assert support.threshold == float(scores.flatten().sort().values[1299])
+        assert torch.equal(support.mask(T), keep_mask(scores, Unstructured("matrix"), 1300))
+        assert np.array_equal(support.snapshot(T), (scores > support.threshold).numpy())
+        assert torch.equal(support.kept(T, slice(0, 40)) != 0, scores > support.threshold)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_products_of_bfloat16_factors_lose_no_more(sparsity: float, monkeypatch) -> None:
+    W, statistics = lifelike(96, 112)
+    losses = []
+    for rounded in (False, True):
+
+        def divide(divider, A_RI, W_RI, scratch_RI, rounded=rounded) -> torch.Tensor:
+            A, inverse = A_RI, divider.inverse_II
+            if rounded:
+                A, inverse = A.bfloat16().float(), inverse.bfloat16().float()
+            return torch.add(W_RI, A @ inverse, out=scratch_RI)
+
+        monkeypatch.setattr(alps, "bfloat16_products", contextlib.nullcontext)
+        monkeypatch.setattr(alps._Divider, "__call__", divide)
+        solution = Alps().solve(W, statistics, Unstructured(), sparsity)
+        losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.parametrize("grown", [1.0, 1.1, 1.3, 1.75])
+def test_an_inverse_serves_larger_penalties_within_its_bound(grown: float) -> None:
+    W, statistics = lifelike(20, 48)
+    scaled = Alps(rho=0.2).prepare(statistics)
+    divider = scaled.divider(0.2, 40).moved(0.2 * grown, 20)
+    A = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
+    found = divider(A.clone(), torch.zeros_like(W), torch.empty_like(W)).double()
+    exact = scaled.divider(0.2 * grown, 40).inverse_II.double()
+    # In the eigenvectors of H every coordinate is off by the bound at most.
+    vectors = torch.linalg.eigh(exact).eigenvectors
+    found, wanted = found @ vectors, A.double() @ exact @ vectors
+    a = grown - 1
+    assert ((found - wanted).abs() <= (a * a / (8 + 8 * a + a * a) + 0.02) * wanted.abs() + 1e-4).all()
+    assert divider.moved(0.2 * grown, 48) is None  # not wide
+    assert divider.moved(0.2 * 1.8, 20) is None and divider.moved(0.1, 20) is None
+
+
+def test_wide_weights_lose_no_more_with_few_inverses(monkeypatch) -> None:
+    W, statistics = lifelike(48, 96)
+    losses = []
+    for reach in (-1.0, 0.75):
+        monkeypatch.setattr(alps, "_REACH", reach)
+        solution = Alps().solve(W, statistics, Unstructured(), 0.6)
+        losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (4, 32)])

@@ -41,8 +41,8 @@ class Auto:
 
     `trials` allocations in all, in rounds of `offspring`, put together from solutions at `levels` sparsities that are
     `step` apart; compared by the KL divergence to the dense model on up to `windows` windows of `length` tokens, and
-    decided on as many others. `tokens` of calibration make the solutions, by `proxy` instead of the recipe's solver if
-    it is given. `budget` (10m) may end the search early, and then another run need not give the same bytes. `study` is
+    decided on as many others. `tokens` of calibration make the solutions, by `proxy`; without it by the recipe's solver,
+    or by sparsegpt where that is alps. `budget` (10m) may end the search early, and then another run need not give the same bytes. `study` is
     the URL of an Optuna storage that machines share.
     """
 

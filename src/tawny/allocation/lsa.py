@@ -10,8 +10,9 @@ the linears of a block; importance is `1 − e_l/Σe`, mapped to a band of densi
 10, 20, …, 80 % is .06 .02 .04 .02 .04 .10 .15 .12 in the paper, linear in between here. It is the only score
 of its kind that survives being applied per linear.
 
-All rows are treated at once, in tiles that stay in the cache: 64 steps a group, each a row-wise argmin, one
-gathered row of H per row of W and one multiply-add; earlier groups are carried over by one product a group.
+Earlier groups are carried over by one product a group. Within a group a compiled kernel takes a row at a time, its costs
+in a few vectors (packed/kernels/greedy.h). Without one, all rows are treated at once, in tiles that stay in the cache:
+64 steps a group, each a row-wise argmin, one gathered row of H per row of W and one multiply-add.
 
 Shapes: O = out, I = in, R = rows of a tile, K = columns of a group.
 """
@@ -32,6 +33,7 @@ from tawny.allocation.profile import Profile
 from tawny.allocation.scores import band, half_band
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
+from tawny.packed.kernels.ops import remove_half
 
 _TILE = 2048  # rows whose scores, weights and scratch (1 MB each) share a core's cache
 _GONE = 1e38  # a finite "infinity": an inf would turn into NaN when an update touches it
@@ -40,13 +42,16 @@ _GONE = 1e38  # a finite "infinity": an inf would turn into NaN when an update t
 def half_removal_error(W_OI: Tensor, H_II: Tensor, group: int = 128) -> Tensor:
     """`w_P H w_Pᵀ` of each row (float64 `[out]`) after greedily removing half of every group of its columns."""
     rows, width = W_OI.shape
-    W = W_OI.to(torch.float32)
+    W = W_OI.to(torch.float32).contiguous()
     removed = torch.zeros_like(W)  # the weights in P, zero elsewhere
     error_O = torch.zeros(rows, dtype=torch.float64, device=W.device)
     for start in range(0, width, group):
         columns = slice(start, min(start + group, width))
         carried = removed[:, :start] @ H_II[:start, columns]
-        H_KK = H_II[columns, columns].contiguous()
+        H_KK = H_II[columns, columns]
+        if remove_half(W[:, columns], H_KK, carried, removed[:, columns], error_O):
+            continue
+        H_KK = H_KK.contiguous()
         for top in range(0, rows, _TILE):
             tile = slice(top, top + _TILE)
             w_RK = W[tile, columns].contiguous()

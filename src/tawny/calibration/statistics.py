@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tawny.precision import bfloat16_products
+
 Needs = Literal["none", "norms", "hessian"]
 # Below this width the Hessian is one product; above, only its upper panels are computed and mirrored at the end.
 _PANEL = 512
@@ -64,7 +66,10 @@ class Accumulator:
         )
 
     def add(self, x_TI: Tensor) -> None:
-        """Tokens `[tokens, in]` of any float dtype; squares and products of a chunk are taken and summed in float32."""
+        """Tokens `[tokens, in]` of any float dtype; squares and products of a chunk are taken and summed in float32.
+
+        Products of bfloat16 inputs are exact in float32, so the hardware's own for bfloat16 do where there are some.
+        """
         x = x_TI.to(torch.float32)
         self.tokens += x.shape[0]
         if self._hessian_II is None:
@@ -72,13 +77,14 @@ class Accumulator:
             return
         width = x.shape[1]
         step = _PANEL if width >= 2 * _PANEL else width
-        for start in range(0, width, step):
-            rows = slice(start, min(start + step, width))
-            panel = self._hessian_II[rows, start:]
-            if panel.dtype == x.dtype:
-                panel.addmm_(x[:, rows].T, x[:, start:])
-            else:
-                panel += x[:, rows].T @ x[:, start:]
+        with bfloat16_products(x_TI.dtype == torch.bfloat16):
+            for start in range(0, width, step):
+                rows = slice(start, min(start + step, width))
+                panel = self._hessian_II[rows, start:]
+                if panel.dtype == x.dtype:
+                    panel.addmm_(x[:, rows].T, x[:, start:])
+                else:
+                    panel += x[:, rows].T @ x[:, start:]
 
     def finish(self, exact: bool = False) -> Statistics:
         """What was seen; nothing can be added any more.

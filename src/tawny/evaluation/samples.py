@@ -10,8 +10,8 @@ from pathlib import Path
 from tawny.calibration.text import Text
 from tawny.evaluation.sources import open_model
 from tawny.evaluation.speed import generate
-from tawny.model.blocks import native_dtype
 from tawny.model.source import load_tokenizer, resolve
+from tawny.precision import native_dtype
 from tawny.watch import Watch, silent
 
 WORDS = 10  # of a prompt

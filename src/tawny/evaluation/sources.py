@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
+from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.source import resolve
 from tawny.packed.loader import load
+from tawny.precision import native_dtype
 
 # Written beside the weights, and no part of what the model computes.
 _NOT_THE_MODEL = {"run.json", "journal.json", "report.json"}

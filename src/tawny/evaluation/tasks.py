@@ -38,8 +38,8 @@ from torch import nn
 from tawny.errors import MissingFeature, ModelError, RecipeError, TextError, nearest
 from tawny.evaluation.sources import fingerprint, open_model
 from tawny.evaluation.task_data import TaskData, names_of, packaged_task_data
-from tawny.model.blocks import native_dtype
 from tawny.model.source import cache_folder, load_tokenizer, resolve
+from tawny.precision import native_dtype
 from tawny.watch import Watch, silent
 
 PRESETS = {

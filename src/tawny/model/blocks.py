@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import Checkpoint, Unit, is_packed, open_checkpoint
 from tawny.model.linears import Linear, linears_of, prunable_numel
+from tawny.precision import native_dtype
 
 
 class _Stop(Exception):
@@ -35,13 +36,6 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-def native_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it in hardware, else float32."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast and supported is not None and supported() else torch.float32
 
 
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:

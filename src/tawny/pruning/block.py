@@ -16,10 +16,10 @@ from torch import Tensor
 from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockstep, observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
-from tawny.model.blocks import native_dtype
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
+from tawny.precision import native_dtype
 from tawny.pruning.memory import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.refine import refine

@@ -20,16 +20,19 @@ from tawny.model.linears import check_selection, select
 from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
 from tawny.patterns import check_pattern
+from tawny.precision import native_dtype
 from tawny.pruning.memory import available, distinct_inputs, parse_size, place
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
-from tawny.pruning.search import cost_of_search
+from tawny.pruning.search import cost_of_search, stand_in
 from tawny.recipe import Recipe, resolve_recipe
-from tawny.solvers import SOLVERS
+from tawny.solvers.base import Work
 from tawny.watch import Watch, silent
 
 # Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.
 _OVERHEAD = 1.7
+# Seconds a weight of elementwise work on what stays in the cache, with two threads.
+_PASS = 3e-10
 
 
 @dataclass(frozen=True)
@@ -198,8 +201,9 @@ def _seconds(
         seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
     if solver_needs == "hessian":
         per_block = sum(w * w for w in distinct_inputs(stack.linears(0)))
-        seconds["statistics"] = tokens * 1.3 * per_block * len(stack) / exact
-    seconds["solve"] = _solving(recipe.make_solver(), infos, exact)
+        # Inputs in bfloat16 are multiplied as such.
+        seconds["statistics"] = tokens * 1.3 * per_block * len(stack) / fast
+    seconds["solve"] = _solving(recipe.make_solver(), infos)
     if recipe.refit:
         seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)
     if recipe.refine.epochs:
@@ -210,12 +214,16 @@ def _seconds(
     return {"total": round(sum(seconds.values()), 1), **seconds}
 
 
-def _solving(solver: Any, infos: tuple[LinearInfo, ...], speed: float) -> float:
-    """Seconds of all solves: products of a weight with a square matrix and of two square ones, or what takes as long."""
+def _solving(solver: Any, infos: tuple[LinearInfo, ...]) -> float:
+    """Seconds of all solves."""
     if solver.needs != "hessian":
         return sum(x.numel for x in infos) * 2e-8
-    tall, square = getattr(solver, "products", (3.0, 3.0))
-    return sum(2.0 * x.shape[1] ** 2 * (tall * x.shape[0] + square * x.shape[1]) / speed for x in infos)
+    work = getattr(solver, "work", Work(tall=3.0, square=3.0))
+    exact = measured_speed(torch.float32)
+    rounded = measured_speed(native_dtype()) if work.rounded else exact
+    a_row, a_column = work.tall / exact + work.rounded / rounded, work.square / exact
+    products = sum(2.0 * x.shape[1] ** 2 * (a_row * x.shape[0] + a_column * x.shape[1]) for x in infos)
+    return products + sum(x.numel for x in infos) * work.passes * _PASS
 
 
 def _seconds_of_search(
@@ -233,9 +241,7 @@ def _seconds_of_search(
         1.0,
         recipe.allocator.options["tokens"] / max(1, recipe.calibration.samples * recipe.calibration.seqlen),
     )
-    proxy = recipe.allocator.options["proxy"]
-    solver = recipe.make_solver() if proxy is None else SOLVERS[proxy]()
-    solve = _solving(solver, infos, measured_speed(torch.float32))
+    solve = _solving(stand_in(recipe.make_allocator(), recipe.make_solver()), infos)
     walk = share * (seconds["forward"] / 2 + seconds["statistics"]) + solve * cost["levels"]
     took: float = walk + cost["tokens"] * forward / measured_speed(stack.compute) * _OVERHEAD
     return round(took, 3)

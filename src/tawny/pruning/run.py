@@ -29,13 +29,14 @@ from tawny.errors import (
     RecipeError,
     TawnyError,
 )
-from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
+from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, select
 from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import Pattern, check_pattern
+from tawny.precision import native_dtype
 from tawny.pruning.block import BlockRun
 from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
 from tawny.pruning.memory import (

@@ -40,7 +40,7 @@ from tawny.pruning.journal import tokens_identity
 from tawny.pruning.levels import LevelStore, Scorer, solve_levels, store_bytes
 from tawny.pruning.profiling import Together, allocate, block_sparsities
 from tawny.recipe import Recipe
-from tawny.solvers import SOLVERS
+from tawny.solvers import SOLVERS, Solver
 
 if TYPE_CHECKING:
     from tawny.pruning.run import Run
@@ -69,6 +69,12 @@ def allocate_by_search(run: Run) -> Allocation:
     return allocation
 
 
+def stand_in(auto: Auto, solver: Solver) -> Solver:
+    """What makes the solutions that a search puts together: `proxy`, or what the solver names as fast and alike."""
+    name = auto.proxy or getattr(solver, "stand_in", None)
+    return solver if name is None else SOLVERS[name]()
+
+
 def _infos(run: Run) -> tuple[LinearInfo, ...]:
     return tuple(LinearInfo(x.name, x.shape, i) for i, linears in enumerate(run.by_block) for x in linears)
 
@@ -81,7 +87,7 @@ def _search(run: Run) -> dict[str, Any]:
     samples, held_out = _split(run, auto)
     count = len(held_out)
     windows, deciding = range(count - count // 2), range(count - count // 2, count)
-    solver = run.solver if auto.proxy is None else SOLVERS[auto.proxy]()
+    solver = stand_in(auto, run.solver)
     together = Together({n: _MEASURED[n]() for n in auto.families if n in _MEASURED}, OWL_MS)
     dtype = _dtype(run)
     folder = Path(tempfile.mkdtemp(prefix="tawny-")) if run.output is None else run.output.work
@@ -169,7 +175,7 @@ def _search(run: Run) -> dict[str, Any]:
             "levels": {"from": space.sparsity(0, space.low), "to": space.sparsity(0, space.high)}
             | {"count": len(space.levels), "bytes": store.bytes},
             "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen},
-            "solver": recipe.solver.name if auto.proxy is None else auto.proxy,
+            "solver": next(n for n, kind in SOLVERS.items() if type(solver) is kind),
             "tokens_tried": scorer.tokens,
             "generations": outcome.generations,
             "trials": [_row(trial) for trial in outcome.trials],

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError
-from tawny.model.blocks import Stack, live_stack, native_dtype, open_stack
+from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.output import JOURNAL, OutputFolder
 from tawny.model.source import load_tokenizer, resolve
+from tawny.precision import native_dtype
 from tawny.pruning.journal import model_identity
 from tawny.record import Clock, machine, peak_memory, versions
 from tawny.recovery.data import Reading, read

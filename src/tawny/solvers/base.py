@@ -46,6 +46,23 @@ class Solution:
     lost: float | None = None  # ‖X(W − Ŵ)ᵀ‖², where the solver comes to know it on its way
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a solve costs, for plans.
+
+    Attributes:
+        tall: products of the weight with a Hessian, `[out, in] · [in, in]`, in float32; or what takes as long.
+        square: products of two Hessians, in float32; or what takes as long, such as factors and inverses.
+        rounded: tall products whose factors may be bfloat16.
+        passes: of elementwise work over the weight.
+    """
+
+    tall: float
+    square: float
+    rounded: float = 0.0
+    passes: float = 0.0
+
+
 class Solver(Protocol):
     """The interface; a new solver is one file and one entry of SOLVERS."""
 

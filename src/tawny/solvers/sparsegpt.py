@@ -44,7 +44,7 @@ from tawny.patterns import (
     rows_removed,
     zeros_first,
 )
-from tawny.solvers.base import Needs, Solution, require_finite
+from tawny.solvers.base import Needs, Solution, Work, require_finite
 
 __all__ = ["Factor", "SparseGPT"]
 
@@ -80,9 +80,8 @@ class SparseGPT:
     default_scope: ClassVar[Scope] = "matrix"
     bytes_per_weight: ClassVar[int] = 29  # measured, what judges the result included
     bytes_per_pair: ClassVar[int] = 4  # of inputs, beside the Hessian
-    products: ClassVar[tuple[float, float]] = (
-        3.0,
-        3.0,
+    work: ClassVar[Work] = Work(
+        tall=3.0, square=3.0
     )  # the column loop; the factor and inverse of the Hessian
 
     def __post_init__(self) -> None:

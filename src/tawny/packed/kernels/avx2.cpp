@@ -1,6 +1,7 @@
 // AVX2, FMA and F16C: there is no expand instruction, so 8 survivors at a time go through a byte shuffle whose control
 // comes from a table with one entry for each of the 256 masks. Absent columns are zeroed by the shuffle itself.
 #include "between.h"
+#include "greedy.h"
 
 #include <immintrin.h>
 
@@ -33,6 +34,13 @@ struct Avx2 {
     static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
     static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
     static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    static V min(V a, V b) { return _mm256_min_ps(a, b); }
+    static float reduce_min(V v) {
+        __m128 half = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        half = _mm_min_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_min_ss(half, _mm_shuffle_ps(half, half, 1)));
+    }
+    static uint32_t equal(V a, V b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
     static float reduce(V v) {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -79,7 +87,9 @@ struct Avx2 {
 
 using G = Generic<Avx2>;
 using B = Between<Avx2>;
-const Kernels table = {"avx2", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend};
+using R = Greedy<Avx2>;
+const Kernels table = {"avx2", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
+                       R::scratch, R::remove_half};
 
 }  // namespace
 

@@ -1,12 +1,15 @@
 // AVX-512F and no more: survivors are widened to float32, 16 at a time, and expanded with vpexpandd.
 #include "avx512.h"
 #include "between.h"
+#include "greedy.h"
 
 namespace {
 
 using G = Generic<Avx512>;
 using B = Between<Avx512>;
-const Kernels table = {"avx512f", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend};
+using R = Greedy<Avx512>;
+const Kernels table = {"avx512f", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
+                       R::scratch, R::remove_half};
 
 }  // namespace
 

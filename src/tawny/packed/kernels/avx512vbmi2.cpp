@@ -8,6 +8,7 @@
 // goes through a tile of bfloat16. Everything else (float32 and float16 values, float32 activations) is the AVX-512F code.
 #include "avx512.h"
 #include "between.h"
+#include "greedy.h"
 
 namespace {
 
@@ -493,7 +494,9 @@ void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int6
 }
 
 using B = Between<Avx512>;
-const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense, F::stream, B::norm, B::swish, B::attend};
+using R = Greedy<Avx512>;
+const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense, F::stream, B::norm, B::swish, B::attend,
+                       R::scratch, R::remove_half};
 
 }  // namespace
 

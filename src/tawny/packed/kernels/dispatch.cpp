@@ -165,6 +165,22 @@ void stream_part(StreamJob& job, int part, int parts) {
 
 void stream_worker(void* job) { stream_part(*(StreamJob*)job, thread_number(), thread_count()); }
 
+struct RemovalJob {
+    const Removal* removal;
+    int32_t failed;
+};
+
+void removal_part(RemovalJob& job, int part, int parts) {
+    const Removal& r = *job.removal;
+    int64_t from = r.rows * part / parts, to = r.rows * (part + 1) / parts;
+    if (from >= to) return;
+    void* scratch = tiles.get((size_t)chosen->removal_scratch(&r));
+    if (scratch) chosen->remove_half(&r, from, to, scratch);
+    else job.failed = 1;
+}
+
+void removal_worker(void* job) { removal_part(*(RemovalJob*)job, thread_number(), thread_count()); }
+
 constexpr int64_t TOKENS = 512;  // more are taken in turns
 
 bool valid(const Packed& p) {
@@ -187,7 +203,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 3; }
+int32_t tawny_abi() { return 4; }
 
 int32_t tawny_supported() { return supported(); }
 
@@ -263,6 +279,19 @@ int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind
     Output output = {y, bias, rows, xkind};
     Job job = {nullptr, &d, &input, &output, nullptr, 0, 0, 0, rows, 0, 0};
     return run(job, rows * cols * value_size(kind), threads);
+}
+
+// Half of the columns of each row of a group removed greedily; what each row paid is added to `paid`.
+int32_t tawny_remove_half(const float* weight, const float* hessian, const float* carried, float* removed,
+                          double* paid, int64_t rows, int64_t width, int64_t stride, int64_t hessian_stride,
+                          int32_t threads) {
+    if (!chosen) return 1;
+    if (rows < 0 || width <= 0 || stride < width || hessian_stride < width) return 2;
+    Removal r = {weight, hessian, carried, removed, paid, rows, width, stride, hessian_stride};
+    RemovalJob job = {&r, 0};
+    if (threads > 1 && gomp_parallel && rows >= 8 * threads) gomp_parallel(removal_worker, &job, (unsigned)threads, 0);
+    else removal_part(job, 0, 1);
+    return job.failed ? 3 : 0;
 }
 
 // Logits of the next token from the embedding of this one, which lies in `hidden`, at `position` < capacity.

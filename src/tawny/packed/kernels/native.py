@@ -38,7 +38,7 @@ from torch import Tensor
 from ...errors import MissingFeature, TawnyError, UserError, nearest
 
 LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2")  # index = level in the library
-ABI = 3
+ABI = 4
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 
@@ -66,6 +66,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.tawny_expand.argtypes = [*weight, i64, i64, pointer, i32, i64, i32]
     found.tawny_dense.argtypes = [pointer, i64, i64, i32, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]
+    found.tawny_remove_half.argtypes = [pointer] * 5 + [i64] * 4 + [i32]
     found.tawny_stream.argtypes = [pointer, i64, i32]
     found.tawny_stream.restype = ctypes.c_float
     found.tawny_set_openmp.argtypes = [pointer] * 3

@@ -10,7 +10,7 @@ Results do not depend on the number of threads; they do depend, in the last bits
 
 from __future__ import annotations
 
-__all__ = ["DIRECT", "Call", "dense_linear", "expand", "packed_linear"]
+__all__ = ["DIRECT", "Call", "dense_linear", "expand", "packed_linear", "remove_half"]
 
 import ctypes
 import math
@@ -267,6 +267,29 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     )
     native.raise_for(code, f"a dense linear of shape ({rows}, {cols})")
     return y
+
+
+def remove_half(W_OK: Tensor, H_KK: Tensor, carried_OK: Tensor, removed_OK: Tensor, paid_O: Tensor) -> bool:
+    """Greedy removal of half of each row's columns by the compiled kernel (see allocation/lsa.py); False without one.
+
+    Args:
+        W_OK, removed_OK: float32 views of rows that are equally far apart; H_KK: of float32 rows; carried_OK: contiguous.
+        paid_O: float64, what the removals cost is added to it.
+    """
+    if not (native.chosen() and W_OK.device.type == "cpu"):
+        return False
+    assert W_OK.stride() == removed_OK.stride() and W_OK.stride(1) == H_KK.stride(1) == 1
+    assert carried_OK.is_contiguous() and paid_O.dtype is torch.float64
+    tensors = (W_OK, H_KK, carried_OK, removed_OK, paid_O)
+    code = native.library().tawny_remove_half(
+        *(tensor.data_ptr() for tensor in tensors),
+        *W_OK.shape,
+        W_OK.stride(0),
+        H_KK.stride(0),
+        torch.get_num_threads(),
+    )
+    native.raise_for(code, f"removing half of a weight of shape {tuple(W_OK.shape)}")
+    return True
 
 
 # ------------------------------------------------------------------------------------------ registration with torch

@@ -1,5 +1,6 @@
 // The kernel of last resort in C++: no instruction set beyond what the compiler assumes. Slow, and correct anywhere.
 #include "between.h"
+#include "greedy.h"
 
 namespace {
 
@@ -36,6 +37,20 @@ struct Portable {
         for (int j = 0; j < 8; j++) a.f[j] *= b.f[j];
         return a;
     }
+    static V min(V a, V b) {
+        for (int j = 0; j < 8; j++) a.f[j] = b.f[j] < a.f[j] ? b.f[j] : a.f[j];
+        return a;
+    }
+    static float reduce_min(V v) {
+        float least = v.f[0];
+        for (float f : v.f) least = f < least ? f : least;
+        return least;
+    }
+    static uint32_t equal(V a, V b) {
+        uint32_t bits = 0;
+        for (int j = 0; j < 8; j++) bits |= (uint32_t)(a.f[j] == b.f[j]) << j;
+        return bits;
+    }
     static float reduce(V v) {
         return ((v.f[0] + v.f[4]) + (v.f[2] + v.f[6])) + ((v.f[1] + v.f[5]) + (v.f[3] + v.f[7]));
     }
@@ -53,7 +68,9 @@ struct Portable {
 
 using G = Generic<Portable>;
 using B = Between<Portable>;
-const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend};
+using R = Greedy<Portable>;
+const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
+                       R::scratch, R::remove_half};
 
 }  // namespace
 

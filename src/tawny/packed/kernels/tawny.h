@@ -67,6 +67,15 @@ struct Attention {  // one token's query heads over the past; `share` of them us
     int32_t kind;
 };
 
+struct Removal {  // half of the columns of every row, greedily (greedy.h)
+    const float* weight;   // [rows, width], `stride` apart
+    const float* hessian;  // [width, width], `hessian_stride` apart
+    const float* carried;  // [rows, width]: what columns that are gone already add to this group's, through H
+    float* removed;        // like weight: the weights that went, zero elsewhere
+    double* paid;          // [rows], added to
+    int64_t rows, width, stride, hessian_stride;
+};
+
 struct Kernels {
     const char* name;
     int32_t (*form)(int32_t kind, int32_t input, int64_t tokens);  // the Form wanted for these values and activations
@@ -79,6 +88,9 @@ struct Kernels {
     void (*norm)(const float* x, const float* weight, int64_t count, float eps, void* out, int32_t kind);
     void (*swish)(const float* gate, const float* up, int64_t count, void* out, int32_t kind);
     void (*attend)(const Attention*, int64_t from, int64_t to);  // query heads
+    // greedy.h
+    int64_t (*removal_scratch)(const Removal*);  // bytes
+    void (*remove_half)(const Removal*, int64_t from, int64_t to, void* scratch);  // rows
 };
 
 extern "C" const Kernels* tawny_portable();

@@ -1,0 +1,41 @@
+"""Where a CPU multiplies bfloat16 in hardware, and which float32 products may use that.
+
+Such a unit (AMX, AVX512-BF16) multiplies bfloat16 numbers exactly and adds up in float32, several times faster than
+float32 products run. So it changes nothing about products of values that are bfloat16 already, and costs the eighth bit
+of others, which some algorithms do not feel.
+"""
+
+from __future__ import annotations
+
+__all__ = ["bfloat16_products", "native_dtype"]
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def native_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it in hardware, else float32."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast and supported is not None and supported() else torch.float32
+
+
+@contextlib.contextmanager
+def bfloat16_products(wanted: bool = True) -> Iterator[None]:
+    """Inside, float32 matrix products on a CPU round their factors to bfloat16 and add up in float32.
+
+    Nothing changes if it is not wanted, where no unit multiplies bfloat16, and with a torch that cannot be told to.
+    """
+    switch: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not wanted or not hasattr(switch, "fp32_precision") or native_dtype() != torch.bfloat16:
+        yield
+        return
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

@@ -1,0 +1,48 @@
+"""Products that use a CPU's bfloat16 unit: exact where they can be, and never longer than asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tawny.calibration.statistics import Accumulator
+from tawny.precision import bfloat16_products, native_dtype
+
+HARDWARE = pytest.mark.skipif(native_dtype() != torch.bfloat16, reason="this CPU multiplies no bfloat16")
+
+
+def product(size: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dice = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(size, size, generator=dice) for _ in range(2))
+    return A, B, A @ B
+
+
+@HARDWARE
+def test_inside_factors_are_rounded_and_outside_they_are_not() -> None:
+    A, B, outside = product()
+    with bfloat16_products():
+        inside = A @ B
+    rounded = A.bfloat16().double() @ B.bfloat16().double()
+    assert torch.allclose(inside.double(), rounded, atol=1e-4)
+    assert not torch.allclose(inside, outside, atol=1e-4)
+    assert torch.equal(A @ B, outside)
+
+
+def test_an_error_inside_leaves_products_as_they_were() -> None:
+    A, B, outside = product()
+    with pytest.raises(ZeroDivisionError), bfloat16_products():
+        raise ZeroDivisionError
+    with bfloat16_products(False):
+        assert torch.equal(A @ B, outside)
+    assert torch.equal(A @ B, outside)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [48, 1100])
+def test_hessians_are_as_exact_as_float32_sums_are(dtype: torch.dtype, width: int) -> None:
+    X = torch.randn(200, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    accumulator = Accumulator(width, "hessian")
+    for chunk in X.split(70):
+        accumulator.add(chunk)
+    H = accumulator.finish().hessian
+    assert torch.allclose(H.double(), X.double().T @ X.double(), rtol=1e-5, atol=1e-4)
