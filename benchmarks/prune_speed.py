@@ -239,7 +239,7 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
         "peak_flops_float32": single,
         "forward_seconds": forwards / native,
         # Half of the symmetric product is enough.
-        "hessian_seconds": blocks * tokens * width / single,
+        "hessian_seconds": blocks * tokens * width / native,
     }
 
 

@@ -43,8 +43,7 @@ def quality(result: Mapping[str, Any]) -> str:
             seconds = max(cell["seconds"] for cell in made if cell)
             lines.append(f"| {sparsity:.0%} | {solver} | {' | '.join(shown)} | {seconds:.0f} s |")
         parts.append("\n".join(lines) + "\n")
-    note = f" {result['note'].capitalize()}." if result.get("note") else ""
-    return "\n".join(parts) + f"\n{_machine(result)}".removesuffix("</sub>\n") + f"{note}</sub>\n"
+    return "\n".join(parts) + f"\n{_with_note(result)}"
 
 
 def prune_speed(result: Mapping[str, Any]) -> str:
@@ -481,6 +480,12 @@ def _machine(result: Mapping[str, Any]) -> str:
     )
 
 
+def _with_note(result: Mapping[str, Any]) -> str:
+    """The machine, and what else must be known of these numbers."""
+    note = f" {result['note'].capitalize()}." if result.get("note") else ""
+    return _machine(result).removesuffix("</sub>\n") + f"{note}</sub>\n"
+
+
 _KINDS = {"recovered": "**recovered**", "lora-reprune": "LoRA without a mask, pruned again"}
 
 
@@ -536,7 +541,7 @@ def recovery(result: Mapping[str, Any]) -> str:
             f"bare interpreter. The teacher's forwards come on top ({step['tawny']['teacher_seconds']:.0f} s for "
             f"{step['steps']} steps).\n\n| | memory | tokens/s |\n|---|---|---|\n" + "\n".join(rows) + "\n"
         )
-    return "\n".join(parts) + f"\n{_machine(result)}"
+    return "\n".join(parts) + f"\n{_with_note(result)}"
 
 
 def block(result: Mapping[str, Any]) -> str:

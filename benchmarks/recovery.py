@@ -10,8 +10,9 @@ for M minutes, merged, pruned again with the same recipe), and the `control` (th
 pruned ones, because training on a text also adapts to it). Each is measured on every text: perplexity, KL and first choices
 against the dense model; and packed: size and decoding speed. Finished cells are not repeated, a stopped recovery goes on
 where it was, so a run can be stopped at any time. `--speeds` measures size and speed of the dense model and of every model
-that `--keep` left, one behind the other, on a machine that does nothing else: ratios between rows of other runs say little. `step` is a training step beside plain transformers training of the same model: peak memory above the bare
-interpreter and tokens a second, each in a process of its own.
+that `--keep` left, one behind the other, on a machine that does nothing else: ratios between rows of other runs say little.
+`step` is a training step beside plain transformers training of the same model: peak memory above the bare interpreter and
+tokens a second, each in a process of its own.
 """
 
 from __future__ import annotations

@@ -101,6 +101,7 @@ def limit(record: Any, tokens: int, solver: str, fast: dict[str, float]) -> dict
     """Seconds that the unavoidable operations take at this machine's best speed."""
     from tawny.pruning.profiling import PROFILE_TOKENS
 
+    # Inputs in bfloat16 are multiplied as such in Hessians too.
     compute, exact = fast[f"torch.{record.compute}"], fast["torch.float32"]
     weights = sum(x.shape[0] * x.shape[1] for x in record.linears)
     last = sum(x.shape[0] * x.shape[1] for x in record.linears if x.block == record.linears[-1].block)
@@ -109,7 +110,7 @@ def limit(record: Any, tokens: int, solver: str, fast: dict[str, float]) -> dict
     made = {"forward": 2 * passes / compute, "statistics": 0.0, "solve": 0.0}
     if solver == "sparsegpt":
         inputs = {(x.block, x.stage): x.shape[1] for x in record.linears}
-        made["statistics"] = sum(tokens * width**2 for width in inputs.values()) / exact
+        made["statistics"] = sum(tokens * width**2 for width in inputs.values()) / compute
         made["solve"] = sum(width**3 / 3 for width in inputs.values()) / exact
         made["solve"] += sum(x.shape[0] * x.shape[1] ** 2 for x in record.linears) / exact
     return made

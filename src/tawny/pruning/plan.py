@@ -241,7 +241,8 @@ def _seconds_of_search(
         1.0,
         recipe.allocator.options["tokens"] / max(1, recipe.calibration.samples * recipe.calibration.seqlen),
     )
-    solve = _solving(stand_in(recipe.make_allocator(), recipe.make_solver()), infos)
+    solver = stand_in(recipe.make_allocator(), recipe.solver.name, recipe.make_solver())[1]
+    solve = _solving(solver, infos)
     walk = share * (seconds["forward"] / 2 + seconds["statistics"]) + solve * cost["levels"]
     took: float = walk + cost["tokens"] * forward / measured_speed(stack.compute) * _OVERHEAD
     return round(took, 3)

@@ -69,10 +69,10 @@ def allocate_by_search(run: Run) -> Allocation:
     return allocation
 
 
-def stand_in(auto: Auto, solver: Solver) -> Solver:
+def stand_in(auto: Auto, name: str, solver: Solver) -> tuple[str, Solver]:
     """What makes the solutions that a search puts together: `proxy`, or what the solver names as fast and alike."""
-    name = auto.proxy or getattr(solver, "stand_in", None)
-    return solver if name is None else SOLVERS[name]()
+    other = auto.proxy or getattr(solver, "stand_in", None)
+    return (name, solver) if other is None else (other, SOLVERS[other]())
 
 
 def _infos(run: Run) -> tuple[LinearInfo, ...]:
@@ -87,7 +87,7 @@ def _search(run: Run) -> dict[str, Any]:
     samples, held_out = _split(run, auto)
     count = len(held_out)
     windows, deciding = range(count - count // 2), range(count - count // 2, count)
-    solver = stand_in(auto, run.solver)
+    name_of_solver, solver = stand_in(auto, recipe.solver.name, run.solver)
     together = Together({n: _MEASURED[n]() for n in auto.families if n in _MEASURED}, OWL_MS)
     dtype = _dtype(run)
     folder = Path(tempfile.mkdtemp(prefix="tawny-")) if run.output is None else run.output.work
@@ -175,7 +175,7 @@ def _search(run: Run) -> dict[str, Any]:
             "levels": {"from": space.sparsity(0, space.low), "to": space.sparsity(0, space.high)}
             | {"count": len(space.levels), "bytes": store.bytes},
             "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen},
-            "solver": next(n for n, kind in SOLVERS.items() if type(solver) is kind),
+            "solver": name_of_solver,
             "tokens_tried": scorer.tokens,
             "generations": outcome.generations,
             "trials": [_row(trial) for trial in outcome.trials],

@@ -279,7 +279,8 @@ def remove_half(W_OK: Tensor, H_KK: Tensor, carried_OK: Tensor, removed_OK: Tens
     if not (native.chosen() and W_OK.device.type == "cpu"):
         return False
     assert W_OK.stride() == removed_OK.stride() and W_OK.stride(1) == H_KK.stride(1) == 1
-    assert carried_OK.is_contiguous() and paid_O.dtype is torch.float64
+    assert W_OK.dtype is H_KK.dtype is carried_OK.dtype is torch.float32 and paid_O.dtype is torch.float64
+    assert carried_OK.is_contiguous()
     tensors = (W_OK, H_KK, carried_OK, removed_OK, paid_O)
     code = native.library().tawny_remove_half(
         *(tensor.data_ptr() for tensor in tensors),
