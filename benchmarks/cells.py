@@ -2,14 +2,17 @@
 
 A results file holds the setting that all its cells share (model, calibration, evaluation) and the cells by the recipe
 keys in which they differ. It is written after every cell, so a study can be stopped and taken up again, and two
-questions that need the same cell share it. Times are wall times of `tawny.prune`, and its own phases.
+questions that need the same cell share it. Several processes may fill one file, each with cells of its own (other
+seeds, other solvers). Times are wall times of `tawny.prune`, and its own phases; a cell says how many threads it had.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -76,11 +79,21 @@ class Cells:
             self.save()
 
     def save(self) -> None:
+        """Write the file, with the cells that others have put there since it was read."""
+        path = self.args.results
         self.results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
-        self.args.results.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.args.results.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        beside.replace(self.args.results)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if path.exists():
+                theirs = json.loads(path.read_text(encoding="utf-8"))["cells"]
+                self.results["cells"] = theirs | self.results["cells"]
+            beside = path.with_suffix(".tmp")
+            beside.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+            beside.replace(path)
+        finally:
+            os.close(folder)
 
     def dense(self) -> dict[str, Any]:
         return {"evaluation": self.evaluate(self.args.model), "lod": self.lod(self.args.model)}
@@ -123,6 +136,7 @@ class Cells:
             made = {
                 **keys,
                 "seconds": time.perf_counter() - start,
+                "threads": record.machine["threads"],
                 "phases": record.seconds,
                 "achieved": record.sparsity,
                 "mean_error": sum(x.error for x in record.linears) / len(record.linears),

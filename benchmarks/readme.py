@@ -126,6 +126,7 @@ def allocators(result: Mapping[str, Any]) -> str:
             shown = [_mark(_value(v), v["perplexity"] == best) if v else "–" for v in values]
             lines.append(f"| {solver} | {sparsity:.0%} | {' | '.join(shown)} |")
         parts.append("\n".join(lines) + "\n")
+    parts += _what_auto_brings(found, result["evaluation"]["texts"])
     lines = [f"| seconds | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for solver in dict.fromkeys(solver for solver, _ in rows):
         times = [
@@ -133,8 +134,39 @@ def allocators(result: Mapping[str, Any]) -> str:
         ]
         shown = [f"{sum(some) / len(some):.0f}" if some else "–" for some in times]
         lines.append(f"| {solver} | {' | '.join(shown)} |")
-    parts.append("Whole runs, mean over sparsities and seeds:\n\n" + "\n".join(lines) + "\n")
+    threads = " or ".join(str(count) for count in sorted({cell["threads"] for cell in cells}))
+    parts.append(
+        f"Whole runs, {threads} thread(s) each, mean over sparsities and seeds:\n\n" + "\n".join(lines) + "\n"
+    )
     return "\n".join(parts) + f"\n{_machine(result)}"
+
+
+def _what_auto_brings(
+    found: Mapping[tuple[Any, ...], Sequence[Mapping[str, Any]]], texts: Sequence[str]
+) -> list[str]:
+    """A line a text: the searched allocation beside the best single one and beside uniform, over the seeds it was run with."""
+    singles = [name for name in dict.fromkeys(name for *_, name in found) if name != "auto"]
+    lines = []
+    for text in texts:
+        over_best, over_uniform = [], []
+        for solver, sparsity in [row for *row, name in found if name == "auto"]:
+            searched = found[solver, sparsity, "auto"]
+            seeds = {cell["seed"] for cell in searched}
+            rivals = {}
+            for name in singles:
+                cells = [c for c in found.get((solver, sparsity, name), ()) if c["seed"] in seeds]
+                if len(cells) == len(seeds):
+                    rivals[name] = _over_seeds(cells, text)["perplexity"]
+            if "uniform" in rivals:
+                auto = _over_seeds(searched, text)["perplexity"]
+                over_best.append(auto / min(rivals.values()) - 1)
+                over_uniform.append(auto / rivals["uniform"] - 1)
+        if over_best:
+            lines.append(
+                f"On {text}, `auto` beside the best single allocator of each row: {min(over_best):+.1%} to "
+                f"{max(over_best):+.1%}; beside uniform: {min(over_uniform):+.1%} to {max(over_uniform):+.1%}.\n"
+            )
+    return lines
 
 
 _QUESTIONS = {
@@ -225,7 +257,17 @@ def recipes(result: Mapping[str, Any]) -> str:
 
 def _cells_of(result: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The cells of all seeds that have exactly these keys; results lie beside them under other names."""
-    measured = {"seconds", "phases", "achieved", "mean_error", "winner", "evaluation", "lod", "seed"}
+    measured = {
+        "seconds",
+        "threads",
+        "phases",
+        "achieved",
+        "mean_error",
+        "winner",
+        "evaluation",
+        "lod",
+        "seed",
+    }
     return [
         cell
         for cell in result["cells"].values()

@@ -74,6 +74,7 @@ def pruned(value, allocator="owl", seed=0, **changes):
         "solver": "wanda",
         "seed": seed,
         "seconds": 9.0,
+        "threads": 1,
         "phases": {"profile": 2.0, "total": 9.0},
         "achieved": 0.7,
         "mean_error": 0.1,
@@ -87,7 +88,13 @@ def test_the_table_of_allocators_takes_the_mean_over_seeds_and_says_what_each_co
     cells = [pruned(30.0), pruned(38.0, seed=1), pruned(60.0, "uniform"), pruned(60.0, "uniform", seed=1)]
     made = readme["allocators"](study(cells))
     assert "| wanda | 70% | **34.00 ± 5.00** | 60.00 ± 3.00 |" in made  # 5² = 3² + 4²
-    assert "| wanda | 9 | 9 |" in made and "seeds: 2" in made
+    assert "| wanda | 9 | 9 |" in made and "seeds: 2" in made and "1 thread(s) each" in made
+
+
+def test_the_table_of_allocators_compares_auto_with_the_best_single_one_over_the_same_seeds(readme):
+    cells = [pruned(30.0), pruned(99.0, seed=1), pruned(60.0, "uniform"), pruned(33.0, "auto")]
+    made = readme["allocators"](study(cells))
+    assert "best single allocator of each row: +10.0% to +10.0%; beside uniform: -45.0% to -45.0%" in made
 
 
 def test_the_study_of_owl_answers_each_question_from_its_cells(readme):
