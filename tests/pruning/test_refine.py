@@ -32,6 +32,15 @@ def pruned(family="llama", dtype=torch.float32, **keys):
     return model, record
 
 
+def lost_of(got, wanted, held):
+    """Squared error over the square of the target, mean over the tokens of these samples."""
+    shares = [
+        (torch.linalg.vector_norm(g - w) / torch.linalg.vector_norm(w)).square()
+        for g, w in zip(got[held].flatten(0, 1), wanted[held].flatten(0, 1), strict=True)
+    ]
+    return float(torch.stack(shares).mean())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral", "qwen3_moe", "gemma3_text"])
 def test_survivors_norms_and_biases_move_and_nothing_else_does(family):
     dense = parameters(tiny_model(family))
@@ -87,8 +96,34 @@ def test_the_pruned_block_behind_pruned_blocks_aims_at_the_dense_one_behind_dens
     after, record = pruned(**TRAINING)
     got = after(ids, output_hidden_states=True).hidden_states[2].detach()
     _, held = refining.holds_out(16, Refine(), 0)
-    lost = float((got - wanted)[held].square().sum() / wanted[held].square().sum())
-    assert lost == pytest.approx(record.refined[1]["after"], rel=1e-4)
+    assert lost_of(got, wanted, held) == pytest.approx(record.refined[1]["after"], rel=1e-4)
+
+
+def test_a_token_of_massive_activations_does_not_drown_all_others():
+    """One neuron answers to one token, as in real models; its strength must not change what the others learn."""
+    ids = tokens(16, 24)
+    ids[:, 0] = 3
+    ids[:, 1:][ids[:, 1:] == 3] = 4
+
+    def lost(size, **keys):
+        model = tiny_model("llama")
+        embedding, block = model.get_input_embeddings().weight.data, model.model.layers[0]
+        direction = embedding[3] / embedding[3].norm()
+        others = torch.arange(len(embedding)) != 3
+        embedding[others] -= torch.outer(embedding[others] @ direction, direction)
+        attended = block.self_attn.o_proj.weight.data
+        attended -= torch.outer(direction, direction @ attended)
+        for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+            linear.weight.data[0] = direction
+        block.mlp.down_proj.weight.data[:, 0] *= size
+        wanted = model(ids, output_hidden_states=True).hidden_states[1].detach()
+        tawny.prune(model, **KEYS | {"calibration": ids, "exclude": ["*.self_attn.*"]} | keys)
+        got = model(ids, output_hidden_states=True).hidden_states[1].detach()
+        _, held = refining.holds_out(16, Refine(), 0)
+        return lost_of(got[:, 1:], wanted[:, 1:], held)
+
+    gain = [1 - lost(size, **TRAINING) / lost(size) for size in (1.0, 100.0)]
+    assert gain[0] > 0.02 and gain[1] > 0.7 * gain[0]
 
 
 @pytest.mark.parametrize("order", ["block", "data"])
@@ -126,8 +161,7 @@ def test_the_result_is_rounded_to_the_storage_of_the_checkpoint(tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     got, wanted = (m(ids, output_hidden_states=True).hidden_states[2].detach() for m in (opened, dense))
     _, held = refining.holds_out(16, Refine(), 0)
-    lost = float((got - wanted)[held].square().sum() / wanted[held].square().sum())
-    assert lost == pytest.approx(record.refined[1]["after"], rel=1e-4)
+    assert lost_of(got, wanted, held) == pytest.approx(record.refined[1]["after"], rel=1e-4)
 
 
 def test_bfloat16_forwards_train_float32_masters():
