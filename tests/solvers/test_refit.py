@@ -50,6 +50,27 @@ def test_zeros_stay_and_the_objective_never_rises(seed: int, sparsity: float, st
     assert all(torch.equal(a, b) for a, b in zip(before, (W, mask, statistics.hessian), strict=True))
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_rounded_factors_gain_as_much_in_few_steps(steps: int, monkeypatch) -> None:
+    W, statistics = lifelike(48, 64)
+    H = statistics.hessian
+    mask = Wanda().solve(W, statistics, Unstructured(), 0.6).mask
+    before = objective(W, W * mask, H, 0.01)
+    exact = objective(W, refit(W, mask, H, steps=steps), H, 0.01)
+    plain, products = torch.addmm, []
+
+    def addmm(C, A, B, *, beta):  # as a unit for bfloat16 does, on any machine
+        products.append(A)
+        if len(products) > 1:
+            A, B = A.bfloat16().float(), B.bfloat16().float()
+        return plain(C, A, B, beta=beta)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    rounded = objective(W, refit(W, mask, H, steps=steps, rounded=True), H, 0.01)
+    assert len(products) == 1 + steps
+    assert before - rounded == pytest.approx(before - exact, rel=2e-3)
+
+
 def test_a_full_mask_gives_the_weight_back() -> None:
     W, statistics = lifelike(6, 20)
     assert torch.equal(refit(W, torch.ones_like(W, dtype=torch.bool), statistics.hessian), W)

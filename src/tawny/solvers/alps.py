@@ -21,9 +21,10 @@ products instead (`_Divider`). The product is of what B has left to go,
 
 the same B, but its rounding shrinks with the step: bfloat16 factors, several times faster where the hardware
 multiplies them, find the same support as float32 ones (losses differ in the fourth digit, either way). What is not
-that product is kept small: rows go through an iteration in chunks, elementwise work on parts of them that stay in the
-cache; D is never stored, it is T where |T| is above a threshold; and the threshold is found among the few values near
-the last one. Scratch memory: three copies of W, three of H, and a chunk.
+that product is kept small: D is never stored, it is T where |T| is above a threshold; and the next threshold is read from
+a histogram of the values near the last one. So an iteration is a product between two passes over the weight, in chunks of
+rows. Compiled kernels do these (packed/kernels/admm.h); without them, and for other patterns, torch does, on parts that
+stay in the cache. Scratch memory: three copies of W, three of H, and two chunks.
 
 Promises: the exact budget in every scope and n:m; weights that are already zero go first and stay zero.
 
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
+from tawny.packed.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import bfloat16_products
 from tawny.solvers.base import Needs, Solution, Work, require_finite
@@ -49,13 +51,14 @@ from tawny.solvers.refit import refit
 __all__ = ["Alps", "Scaled"]
 
 _RETRIES = 3
-_CHUNK = 1 << 22  # weights a product takes at once
+_CHUNK = 1 << 22  # weights a product takes at once,
+_ROWS = 1024  # or so many rows: every product rounds the whole inverse again
 _CACHED = 1 << 16  # weights whose elementwise work stays in a core's cache
 _TALL = 0.3  # rows a column from which an inverse pays: products run at twice the speed of triangular solves
 _WIDE = 0.75  # rows a column up to which another product costs less than another inverse
 _REACH = 0.75  # how much ρ may grow, as a share, while an inverse serves
 _CHECK = 3  # iterations between two looks at the support
-_FARTHEST = 0.2  # a threshold that may have moved by more is looked for everywhere
+_FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
 _SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the support has long stopped to care
 
@@ -149,7 +152,7 @@ class Alps:
         if isinstance(pattern, Unstructured):
             pattern = pattern.with_default(self.default_scope)
         removed = removed_count(W_OI.numel(), sparsity)
-        zero_OI = W_OI == 0
+        zero_OI = (W_OI == 0).contiguous()
         zeros = int(zero_OI.sum())
         matrix = isinstance(pattern, Unstructured) and pattern.scope == "matrix"
         dense = isinstance(pattern, NM) and pattern.n == pattern.m
@@ -162,14 +165,22 @@ class Alps:
         T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
         keep_OI = support.mask(T_OI)
         T_OI /= scaled.scale_I
-        weight_OI = refit(W_OI, keep_OI, scaled.hessian_II, steps=self.steps, start=T_OI, damp=scaled.damp)
+        weight_OI = refit(
+            W_OI,
+            keep_OI,
+            scaled.hessian_II,
+            steps=self.steps,
+            start=T_OI,
+            damp=scaled.damp,
+            rounded=True,
+        )
         return Solution(weight_OI, keep_OI, notes)
 
     def _admm(
         self, W_OI: Tensor, scaled: Scaled, support: _ByThreshold | _ByMask
     ) -> tuple[Tensor, int, float]:
         """The last T, how many iterations it took and the last ρ."""
-        scaled_OI = W_OI * scaled.scale_I
+        scaled_OI = (W_OI * scaled.scale_I).contiguous()
 
         def first() -> Tensor:  # D = the best of W, V = 0
             T_OI = scaled_OI.clone()
@@ -179,21 +190,20 @@ class Alps:
             return T_OI
 
         T_OI = first()
+        chunk = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))[0]
+        scratch = torch.empty_like(T_OI[chunk]), torch.empty_like(T_OI[chunk])
         divider = scaled.divider(self.rho, len(W_OI))
-        checked = support.snapshot(T_OI)
-        survivors = max(int(checked.sum()), 1)
+        survivors = max(support.changes(T_OI), 1)
         rho = before = self.rho
         grown = False
         iteration = 0
         for iteration in range(1, self.iterations + 1):
             assert divider is not None
-            _iterate(T_OI, support, scaled_OI, divider, rho, before)
+            _iterate(T_OI, support, scaled_OI, divider, rho, before, scratch)
             before = rho
             if iteration % _CHECK:
                 continue
-            now = support.snapshot(T_OI)
-            change = int((now ^ checked).sum()) / survivors
-            checked = now
+            change = support.changes(T_OI) / survivors
             factor = 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1 if change > 0 else 1.0
             if grown or change > 0.005:
                 if change == 0 or (iteration >= _SETTLED_AFTER and change < _SETTLED):
@@ -206,7 +216,7 @@ class Alps:
                 rho /= 5
                 if change > 0:
                     T_OI = first()
-                    checked = support.snapshot(T_OI)
+                    support.changes(T_OI)
                     before = rho
             fresh = divider.moved(rho, len(W_OI)) or scaled.divider(rho, len(W_OI))
             if fresh is None:
@@ -273,35 +283,25 @@ def _iterate(
     divider: _Divider,
     rho: float,
     before: float,
+    scratch: tuple[Tensor, Tensor],
 ) -> None:
-    """One ADMM iteration, T in place, and the support of the new T. `before` is the ρ that V was made with."""
-    chunks = _parts(T_OI, _CHUNK)
-    size = chunks[0].stop
-    right_OI, B_OI = T_OI.new_empty(size, T_OI.shape[1]), T_OI.new_empty(size, T_OI.shape[1])
-    support.begin()
-    for chunk in chunks:
+    """One ADMM iteration, T in place, and the support of the new T.
+
+    `before` is the ρ that V was made with. The scratch tells how many rows a product takes.
+    """
+    support.begin(T_OI)
+    for chunk in _parts(T_OI, scratch[0].numel()):
         T_CI, W_CI = T_OI[chunk], W_OI[chunk]
-        right_CI, B_CI = right_OI[: len(T_CI)], B_OI[: len(T_CI)]
-        parts = [
-            (part, slice(chunk.start + part.start, chunk.start + part.stop)) for part in _parts(T_CI, _CACHED)
-        ]
-        for part, place in parts:
-            # ρ(D − W) − V, with V = before·(T − D)
-            torch.mul(W_CI[part], -rho, out=right_CI[part])
-            right_CI[part].add_(T_CI[part], alpha=-before)
-            right_CI[part].add_(support.kept(T_CI[part], place), alpha=rho + before)
+        right_CI, B_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
+        support.right(T_CI, W_CI, chunk, rho, before, right_CI)
         with bfloat16_products():
             B_CI = divider(right_CI, W_CI, B_CI)
-        for part, place in parts:
-            # B + V/ρ
-            gone_RI = T_CI[part].sub_(support.kept(T_CI[part], place))
-            torch.add(B_CI[part], gone_RI, alpha=before / rho, out=T_CI[part])
-            support.see(T_CI[part], place)
+        support.update(T_CI, B_CI, chunk, rho, before)
     support.finish(T_OI)
 
 
 class _Support:
-    """Which weights stay, and so what D is."""
+    """Which weights stay, so what D is, and what an iteration does with it. `place` is where some rows lie in T."""
 
     def __init__(self, pattern: Pattern, removed: int, zero_OI: Tensor | None) -> None:
         self.pattern, self.removed, self.zero_OI = pattern, removed, zero_OI
@@ -313,12 +313,45 @@ class _Support:
             scores_OI.masked_fill_(self.zero_OI, -1.0)
         return keep_mask(scores_OI, self.pattern, self.removed)
 
+    def kept(self, T_RI: Tensor, place: slice) -> Tensor:
+        """D: T inside the support, else 0."""
+        raise NotImplementedError
+
+    def begin(self, T_OI: Tensor) -> None:
+        """An iteration begins."""
+
+    def see(self, T_RI: Tensor, place: slice) -> None:
+        """Rows of the new T."""
+
+    def right(
+        self, T_RI: Tensor, W_RI: Tensor, place: slice, rho: float, before: float, out_RI: Tensor
+    ) -> None:
+        """ρ(D − W) − V, with V = before·(T − D)."""
+        for part in _parts(T_RI, _CACHED):
+            D_PI = self.kept(T_RI[part], _within(place, part))
+            torch.mul(W_RI[part], -rho, out=out_RI[part])
+            out_RI[part].add_(T_RI[part], alpha=-before).add_(D_PI, alpha=rho + before)
+
+    def update(self, T_RI: Tensor, B_RI: Tensor, place: slice, rho: float, before: float) -> None:
+        """T ← B + V/ρ, seen."""
+        for part in _parts(T_RI, _CACHED):
+            within = _within(place, part)
+            gone_PI = T_RI[part].sub_(self.kept(T_RI[part], within))
+            torch.add(B_RI[part], gone_PI, alpha=before / rho, out=T_RI[part])
+            self.see(T_RI[part], within)
+
+
+def _within(place: slice, part: slice) -> slice:
+    return slice(place.start + part.start, place.start + part.stop)
+
 
 class _ByThreshold(_Support):
     """The support of a matrix: where |T| is above the `removed`-th smallest of it.
 
-    The threshold hardly changes from one iteration to the next, so only values near the last one are ranked. Values
-    equal to it count as removed until the end, when `mask` counts them exactly.
+    The threshold hardly changes from one iteration to the next, so only values near the last one are ranked, by a
+    histogram of their bits: the next one is the largest float of the bin that holds the `removed`-th smallest. A bin is
+    2^shift neighbouring floats, a share of 2⁻¹⁴ at most. Values up to the threshold count as removed until the end, when
+    `mask` counts them exactly.
     """
 
     def __init__(self, pattern: Pattern, removed: int, zero_OI: Tensor | None) -> None:
@@ -326,6 +359,7 @@ class _ByThreshold(_Support):
         self.threshold = 0.0
         self._reach = _FARTHEST  # how far, as a share, the next threshold may be from this one
         self._drifts: list[float] = []
+        self._seen_OI: Tensor | None = None
 
     def _scores(self, T_RI: Tensor, place: slice) -> np.ndarray[Any, np.dtype[np.float32]]:
         scores_RI = T_RI.abs()
@@ -335,47 +369,81 @@ class _ByThreshold(_Support):
         made: np.ndarray[Any, np.dtype[np.float32]] = scores_RI.cpu().numpy()
         return made
 
+    def _zero(self, place: slice) -> Tensor | None:
+        return None if self.zero_OI is None else self.zero_OI[place]
+
     def choose(self, T_OI: Tensor) -> None:
         """Look at everything."""
         gone_OI = ~self.mask(T_OI)
         if self.zero_OI is not None:
             gone_OI &= ~self.zero_OI
         self.threshold = float(T_OI.abs().mul_(gone_OI).max())
-        self._reach, self._drifts = _FARTHEST, [_FARTHEST]
+        self._reach, self._drifts = _FARTHEST, [_FARTHEST] * _CHECK
 
     def kept(self, T_RI: Tensor, place: slice) -> Tensor:
-        """D: T inside the support, else 0."""
         D_RI = torch.hardshrink(T_RI, self.threshold)
         return D_RI if self.zero_OI is None else D_RI.masked_fill_(self.zero_OI[place], 0.0)
 
-    def begin(self) -> None:
-        self._low, self._high = self.threshold * (1 - self._reach), self.threshold * (1 + self._reach)
-        self._below, self._near = 0, [np.empty(0, np.float32)]
+    def begin(self, T_OI: Tensor) -> None:
+        self._low, self._high = (_bits(self.threshold * (1 + reach)) for reach in (-self._reach, self._reach))
+        self._shift = (max(self._high - self._low - 1, 0) // admm.BINS).bit_length()
+        self._counts = admm.histogram(T_OI.numel())
 
     def see(self, T_RI: Tensor, place: slice) -> None:
         scores = self._scores(T_RI, place)
-        above = scores > self._low
-        self._below += above.size - int(np.count_nonzero(above))
-        above &= scores <= self._high
-        self._near.append(scores[above])
+        above = scores > _float(self._low)
+        near = scores[above & (scores <= _float(self._high))].view(np.int32)
+        counts = self._counts[0].numpy()
+        counts[0] += above.size - int(np.count_nonzero(above))
+        np.add.at(counts, 1 + ((near - (self._low + 1)) >> self._shift), 1)
+
+    def right(
+        self, T_RI: Tensor, W_RI: Tensor, place: slice, rho: float, before: float, out_RI: Tensor
+    ) -> None:
+        if not admm.right(T_RI, W_RI, self._zero(place), self.threshold, rho, before, out_RI):
+            super().right(T_RI, W_RI, place, rho, before, out_RI)
+
+    def update(self, T_RI: Tensor, B_RI: Tensor, place: slice, rho: float, before: float) -> None:
+        zero_RI, bounds = self._zero(place), (_float(self._low), _float(self._high))
+        if not admm.update(
+            T_RI, B_RI, zero_RI, self.threshold, rho, before, bounds, self._shift, self._counts
+        ):
+            super().update(T_RI, B_RI, place, rho, before)
 
     def finish(self, T_OI: Tensor) -> None:
-        near, rank = np.concatenate(self._near), self.removed - self._below
-        if not 1 <= rank <= len(near):
+        totals = self._counts.sum(0).cumsum(0)
+        place = int(torch.searchsorted(totals, self.removed))
+        if not 1 <= place < len(totals):
             self.choose(T_OI)
             return
-        near.partition(rank - 1)
-        last, self.threshold = self.threshold, float(near[rank - 1])
+        last = self.threshold
+        self.threshold = _float(min(self._low + (place << self._shift), self._high))
         drift = abs(self.threshold / last - 1) if last > 0 else _FARTHEST
-        # ρ grows every third iteration, and the threshold jumps with it
+        # ρ grows every third iteration and the threshold jumps with it, so this is like what was three and six ago
         self._drifts = [*self._drifts[1 - 2 * _CHECK :], drift]
-        self._reach = min(_FARTHEST, max(0.003, 2 * max(self._drifts)))
+        self._reach = min(_FARTHEST, max(0.03, 2 * max(self._drifts[-_CHECK::-_CHECK])))
 
-    def snapshot(self, T_OI: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        made = np.empty(T_OI.shape, np.bool_)
+    def changes(self, T_OI: Tensor) -> int:
+        """How many weights came or went since the last call; in the first one, how many stay."""
+        if self._seen_OI is None:
+            self._seen_OI = torch.zeros(T_OI.shape, dtype=torch.bool)
+        found = admm.changes(T_OI, self.zero_OI, self._seen_OI, self.threshold)
+        if found is not None:
+            return found
+        changed, seen_OI = 0, self._seen_OI.numpy()
         for part in _parts(T_OI, _CACHED):
-            np.greater(self._scores(T_OI[part], part), self.threshold, out=made[part])
-        return made
+            now = self._scores(T_OI[part], part) > self.threshold
+            changed += int(np.count_nonzero(now ^ seen_OI[part]))
+            seen_OI[part] = now
+        return changed
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+def _float(bits: int) -> float:
+    return float(np.int32(bits).view(np.float32))
 
 
 class _ByMask(_Support):
@@ -383,7 +451,7 @@ class _ByMask(_Support):
 
     def __init__(self, pattern: Pattern, removed: int, zero_OI: Tensor | None) -> None:
         super().__init__(pattern, removed, zero_OI)
-        self._keep_OI = torch.empty(0, dtype=torch.bool)
+        self._keep_OI = self._seen_OI = torch.empty(0, dtype=torch.bool)
 
     def choose(self, T_OI: Tensor) -> None:
         self._keep_OI = self.mask(T_OI)
@@ -391,15 +459,11 @@ class _ByMask(_Support):
     def kept(self, T_RI: Tensor, place: slice) -> Tensor:
         return torch.mul(T_RI, self._keep_OI[place])
 
-    def begin(self) -> None:
-        pass
-
-    def see(self, T_RI: Tensor, place: slice) -> None:
-        pass
-
     def finish(self, T_OI: Tensor) -> None:
         self.choose(T_OI)
 
-    def snapshot(self, T_OI: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        made: np.ndarray[Any, np.dtype[np.bool_]] = self._keep_OI.cpu().numpy()
-        return made
+    def changes(self, T_OI: Tensor) -> int:
+        """How many weights came or went since the last call; in the first one, how many stay."""
+        changed_OI = self._keep_OI ^ self._seen_OI if len(self._seen_OI) else self._keep_OI
+        self._seen_OI = self._keep_OI
+        return int(changed_OI.sum())

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tawny.precision import bfloat16_products
 from tawny.solvers.base import require_finite
 
 __all__ = ["refit"]
@@ -35,6 +36,7 @@ def refit(
     start: Tensor | None = None,
     damp: float = 0.01,
     tolerance: float = 1e-6,
+    rounded: bool = False,
 ) -> Tensor:
     """The survivors of `mask_OI`, moved to where the pruned linear's output is nearest to the dense one's.
 
@@ -46,6 +48,8 @@ def refit(
         is. start: where to begin, such as the solver's own result; the masked W when left out. damp: λ as a
         share of the mean of diag(H); keeps few or collinear inputs from being fitted too literally.
         tolerance: a row stops when its preconditioned residual has shrunk to this share of the first.
+        rounded: let factors of the products be bfloat16, but for those of the first residual. For few steps from a good start: what
+        rounding does to the residual adds up, and bounds how far it can shrink.
 
     Returns:
         A new weight `[out, in]` float32.
@@ -62,7 +66,7 @@ def refit(
         W_RI = W_OI[part].to(torch.float32)
         free_RI = mask_OI[part] & (W_RI != 0)
         X_RI = torch.where(free_RI, W_RI if start is None else start[part].to(torch.float32), 0.0)
-        _descend(X_RI, W_RI, free_RI, H_II, ridge, inverse_I, steps, tolerance)
+        _descend(X_RI, W_RI, free_RI, H_II, ridge, inverse_I, steps, tolerance, rounded)
         result_OI[part] = X_RI
     require_finite(result_OI, "refitted weight")
     return result_OI
@@ -77,6 +81,7 @@ def _descend(
     inverse_I: Tensor,
     steps: int,
     tolerance: float,
+    rounded: bool,
 ) -> None:
     """Conjugate gradients on all rows at once, `X_RI` updated in place."""
     free_RI = free_RI.to(W_RI.dtype)  # a product of floats is vectorised, one with a mask is not
@@ -91,7 +96,8 @@ def _descend(
     for _ in range(steps):
         if bool((size_R <= enough_R).all()):
             break
-        curved_RI = times_H(step_RI)
+        with bfloat16_products(rounded):
+            curved_RI = times_H(step_RI)
         curvature_R = _dot(step_RI, curved_RI)
         # A row that has arrived, or whose direction H cannot see, stands still while the others go on.
         length_R = torch.where((curvature_R > 0) & (size_R > enough_R), size_R / curvature_R, 0.0)

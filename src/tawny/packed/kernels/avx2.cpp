@@ -1,5 +1,6 @@
 // AVX2, FMA and F16C: there is no expand instruction, so 8 survivors at a time go through a byte shuffle whose control
 // comes from a table with one entry for each of the 256 masks. Absent columns are zeroed by the shuffle itself.
+#include "admm.h"
 #include "between.h"
 #include "greedy.h"
 
@@ -26,6 +27,7 @@ constexpr Tables tables;
 
 struct Avx2 {
     using V = __m256;
+    using M = __m256;
     static constexpr int W = 8, registers = 16, streams = 2;
 
     static V zero() { return _mm256_setzero_ps(); }
@@ -41,6 +43,28 @@ struct Avx2 {
         return _mm_cvtss_f32(_mm_min_ss(half, _mm_shuffle_ps(half, half, 1)));
     }
     static uint32_t equal(V a, V b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+    static M above(V v, V bound) {
+        return _mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v), bound, _CMP_GT_OQ);
+    }
+    static M without(M a, M b) { return _mm256_andnot_ps(b, a); }
+    static V select(M mask, V a, V b) { return _mm256_blendv_ps(b, a, mask); }
+    static uint32_t bits(M mask) { return (uint32_t)_mm256_movemask_ps(mask); }
+    static void gather(float* place, M mask, V v) {
+        uint32_t left = bits(mask);
+        if (!left) return;
+        alignas(32) float all[8];
+        _mm256_store_ps(all, v);
+        for (int j = 0; j < 8; j++) *place = all[j], place += left >> j & 1;
+    }
+    static M set(const uint8_t* bytes) {
+        __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+        return _mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()));
+    }
+    static void put(uint8_t* bytes, M mask) {
+        __m256i ones = _mm256_srli_epi32(_mm256_castps_si256(mask), 31);
+        __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(ones), _mm256_extracti128_si256(ones, 1));
+        _mm_storel_epi64((__m128i*)bytes, _mm_packus_epi16(words, words));
+    }
     static float reduce(V v) {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -88,8 +112,9 @@ struct Avx2 {
 using G = Generic<Avx2>;
 using B = Between<Avx2>;
 using R = Greedy<Avx2>;
+using A = Admm<Avx2>;
 const Kernels table = {"avx2", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
-                       R::scratch, R::remove_half};
+                       R::scratch, R::remove_half, A::right, A::update, A::support};
 
 }  // namespace
 

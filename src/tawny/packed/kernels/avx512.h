@@ -8,6 +8,7 @@ namespace {
 
 struct Avx512 {
     using V = __m512;
+    using M = __mmask16;
     static constexpr int W = 16, registers = 32, streams = 2;
 
     static V zero() { return _mm512_setzero_ps(); }
@@ -19,6 +20,19 @@ struct Avx512 {
     static V min(V a, V b) { return _mm512_min_ps(a, b); }
     static float reduce_min(V v) { return _mm512_reduce_min_ps(v); }
     static uint32_t equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+    static M above(V v, V bound) { return _mm512_cmp_ps_mask(_mm512_abs_ps(v), bound, _CMP_GT_OQ); }
+    static M without(M a, M b) { return _mm512_kandn(b, a); }
+    static V select(M mask, V a, V b) { return _mm512_mask_blend_ps(mask, b, a); }
+    static uint32_t bits(M mask) { return mask; }
+    // Those of the mask side by side; what follows them is written to as well.
+    static void gather(float* place, M mask, V v) { _mm512_storeu_ps(place, _mm512_maskz_compress_ps(mask, v)); }
+    static M set(const uint8_t* bytes) {
+        __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+        return _mm512_test_epi32_mask(wide, wide);
+    }
+    static void put(uint8_t* bytes, M mask) {
+        _mm_storeu_si128((__m128i*)bytes, _mm512_cvtepi32_epi8(_mm512_maskz_set1_epi32(mask, 1)));
+    }
     static float reduce(V v) { return _mm512_reduce_add_ps(v); }
 
     template <int KIND>

@@ -1,4 +1,5 @@
 // AVX-512F and no more: survivors are widened to float32, 16 at a time, and expanded with vpexpandd.
+#include "admm.h"
 #include "avx512.h"
 #include "between.h"
 #include "greedy.h"
@@ -8,8 +9,9 @@ namespace {
 using G = Generic<Avx512>;
 using B = Between<Avx512>;
 using R = Greedy<Avx512>;
+using A = Admm<Avx512>;
 const Kernels table = {"avx512f", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
-                       R::scratch, R::remove_half};
+                       R::scratch, R::remove_half, A::right, A::update, A::support};
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 // integers, which the format stores. Everything is exact integer arithmetic until the last step.
 // More than a few tokens expand the same survivors again for the next few, from cache; int8 with more than 20 tokens
 // goes through a tile of bfloat16. Everything else (float32 and float16 values, float32 activations) is the AVX-512F code.
+#include "admm.h"
 #include "avx512.h"
 #include "between.h"
 #include "greedy.h"
@@ -495,8 +496,9 @@ void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int6
 
 using B = Between<Avx512>;
 using R = Greedy<Avx512>;
+using A = Admm<Avx512>;
 const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense, F::stream, B::norm, B::swish, B::attend,
-                       R::scratch, R::remove_half};
+                       R::scratch, R::remove_half, A::right, A::update, A::support};
 
 }  // namespace
 

@@ -181,6 +181,37 @@ void removal_part(RemovalJob& job, int part, int parts) {
 
 void removal_worker(void* job) { removal_part(*(RemovalJob*)job, thread_number(), thread_count()); }
 
+struct PassJob {
+    const Pass* pass;
+    int32_t which;    // 0 right, 1 update, 2 support
+    int64_t* counts;  // update: [threads, row]
+    int64_t row, changed;
+};
+
+void pass_part(PassJob& job, int part, int parts) {
+    const Pass& p = *job.pass;
+    int64_t lines = (p.count + 63) / 64;
+    int64_t from = lines * part / parts * 64, to = lines * (part + 1) / parts * 64;
+    if (to > p.count) to = p.count;
+    if (from >= to) return;
+    if (job.which == 0) chosen->admm_right(&p, from, to);
+    else if (job.which == 1) chosen->admm_update(&p, from, to, job.counts + part * job.row);
+    else __atomic_fetch_add(&job.changed, chosen->admm_support(&p, from, to), __ATOMIC_RELAXED);
+}
+
+void pass_worker(void* job) { pass_part(*(PassJob*)job, thread_number(), thread_count()); }
+
+void run_pass(PassJob& job, int32_t threads) {
+    if (threads > 1 && gomp_parallel && job.pass->count >= 16384) gomp_parallel(pass_worker, &job, (unsigned)threads, 0);
+    else pass_part(job, 0, 1);
+}
+
+int32_t float_bits(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
 constexpr int64_t TOKENS = 512;  // more are taken in turns
 
 bool valid(const Packed& p) {
@@ -203,7 +234,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 4; }
+int32_t tawny_abi() { return 5; }
 
 int32_t tawny_supported() { return supported(); }
 
@@ -292,6 +323,44 @@ int32_t tawny_remove_half(const float* weight, const float* hessian, const float
     if (threads > 1 && gomp_parallel && rows >= 8 * threads) gomp_parallel(removal_worker, &job, (unsigned)threads, 0);
     else removal_part(job, 0, 1);
     return job.failed ? 3 : 0;
+}
+
+// What ALPS does between its products, over `count` weights. D is T where |T| > threshold and not `zero` (null: none is).
+// right = ρ(D − W) − before·(T − D)
+int32_t tawny_admm_right(const float* values, const float* weight, const uint8_t* zero, float* right, int64_t count,
+                         float threshold, float rho, float before, int32_t threads) {
+    if (!chosen) return 1;
+    if (count < 0) return 2;
+    Pass p = {values, weight, nullptr, right, zero, nullptr, count, threshold, rho, before, 0.0f, 0.0f, 0};
+    PassJob job = {&p, 0, nullptr, 0, 0};
+    run_pass(job, threads);
+    return 0;
+}
+
+// T ← B + (T − D)·before/ρ. Added to `counts` [threads, 1 + bins]: how many |T| (0 for a weight that is `zero`) are at
+// most `low`, and how many above it and at most `high`, in bins of 2^shift neighbouring floats.
+int32_t tawny_admm_update(float* values, const float* product, const uint8_t* zero, int64_t count, float threshold,
+                          float rho, float before, float low, float high, int32_t shift, int64_t* counts, int64_t bins,
+                          int32_t threads) {
+    if (!chosen) return 1;
+    if (count < 0 || threads < 1 || bins < 1 || shift < 0 || shift > 31 || !(low >= 0.0f && low <= high)) return 2;
+    if (low < high && ((float_bits(high) - float_bits(low) - 1) >> shift) >= bins) return 2;
+    Pass p = {nullptr, nullptr, product, values, zero, nullptr, count, threshold, rho, before, low, high, shift};
+    PassJob job = {&p, 1, counts, 1 + bins, 0};
+    run_pass(job, threads);
+    return 0;
+}
+
+// The support of T takes the place of an earlier one; `changed` is how many weights changed sides.
+int32_t tawny_admm_support(const float* values, const uint8_t* zero, uint8_t* support, int64_t count, float threshold,
+                           int64_t* changed, int32_t threads) {
+    if (!chosen) return 1;
+    if (count < 0) return 2;
+    Pass p = {values, nullptr, nullptr, nullptr, zero, support, count, threshold, 0.0f, 0.0f, 0.0f, 0.0f, 0};
+    PassJob job = {&p, 2, nullptr, 0, 0};
+    run_pass(job, threads);
+    *changed = job.changed;
+    return 0;
 }
 
 // Logits of the next token from the embedding of this one, which lies in `hidden`, at `position` < capacity.

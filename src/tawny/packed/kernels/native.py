@@ -38,7 +38,7 @@ from torch import Tensor
 from ...errors import MissingFeature, TawnyError, UserError, nearest
 
 LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2")  # index = level in the library
-ABI = 4
+ABI = 5
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 
@@ -58,7 +58,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"the compiled kernels do not load: {error}"
     if found.tawny_abi() != ABI:
         return None, "the compiled kernels belong to another version of tawny; reinstall"
-    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    pointer, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
     weight = [pointer] * 5 + [i64, i64, i32, i32]
     found.tawny_packed.argtypes = [*weight, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_packed_at.argtypes = [pointer, pointer, pointer, pointer, i32, i64, i32]
@@ -67,6 +67,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.tawny_dense.argtypes = [pointer, i64, i64, i32, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]
     found.tawny_remove_half.argtypes = [pointer] * 5 + [i64] * 4 + [i32]
+    found.tawny_admm_right.argtypes = [pointer] * 4 + [i64, f32, f32, f32, i32]
+    found.tawny_admm_update.argtypes = [pointer] * 3 + [i64] + [f32] * 5 + [i32, pointer, i64, i32]
+    found.tawny_admm_support.argtypes = [pointer] * 3 + [i64, f32, pointer, i32]
     found.tawny_stream.argtypes = [pointer, i64, i32]
     found.tawny_stream.restype = ctypes.c_float
     found.tawny_set_openmp.argtypes = [pointer] * 3

@@ -1,4 +1,5 @@
 // The kernel of last resort in C++: no instruction set beyond what the compiler assumes. Slow, and correct anywhere.
+#include "admm.h"
 #include "between.h"
 #include "greedy.h"
 
@@ -6,6 +7,7 @@ namespace {
 
 struct Portable {
     struct V { float f[8]; };
+    using M = uint32_t;
     static constexpr int W = 8, registers = 16, streams = 1;
 
     static V zero() { return V{}; }
@@ -51,6 +53,28 @@ struct Portable {
         for (int j = 0; j < 8; j++) bits |= (uint32_t)(a.f[j] == b.f[j]) << j;
         return bits;
     }
+    static M above(V v, V bound) {
+        M bits = 0;
+        for (int j = 0; j < 8; j++) bits |= (M)(__builtin_fabsf(v.f[j]) > bound.f[j]) << j;
+        return bits;
+    }
+    static M without(M a, M b) { return a & ~b; }
+    static V select(M mask, V a, V b) {
+        for (int j = 0; j < 8; j++) a.f[j] = mask >> j & 1 ? a.f[j] : b.f[j];
+        return a;
+    }
+    static uint32_t bits(M mask) { return mask; }
+    static void gather(float* place, M mask, V v) {
+        for (int j = 0; j < 8; j++) *place = v.f[j], place += mask >> j & 1;
+    }
+    static M set(const uint8_t* bytes) {
+        M bits = 0;
+        for (int j = 0; j < 8; j++) bits |= (M)(bytes[j] != 0) << j;
+        return bits;
+    }
+    static void put(uint8_t* bytes, M mask) {
+        for (int j = 0; j < 8; j++) bytes[j] = mask >> j & 1;
+    }
     static float reduce(V v) {
         return ((v.f[0] + v.f[4]) + (v.f[2] + v.f[6])) + ((v.f[1] + v.f[5]) + (v.f[3] + v.f[7]));
     }
@@ -69,8 +93,9 @@ struct Portable {
 using G = Generic<Portable>;
 using B = Between<Portable>;
 using R = Greedy<Portable>;
+using A = Admm<Portable>;
 const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
-                       R::scratch, R::remove_half};
+                       R::scratch, R::remove_half, A::right, A::update, A::support};
 
 }  // namespace
 

@@ -76,6 +76,18 @@ struct Removal {  // half of the columns of every row, greedily (greedy.h)
     int64_t rows, width, stride, hessian_stride;
 };
 
+struct Pass {  // over contiguous weights, between two products of ALPS (admm.h)
+    const float* values;   // T
+    const float* weight;   // W
+    const float* product;  // B
+    float* out;            // the right side of the next product, or T in place
+    const uint8_t* zero;   // 1 where a weight was zero and stays so, or null
+    uint8_t* support;      // 1 where T survived, when last looked at
+    int64_t count;
+    float threshold, rho, before, low, high;
+    int32_t shift;
+};
+
 struct Kernels {
     const char* name;
     int32_t (*form)(int32_t kind, int32_t input, int64_t tokens);  // the Form wanted for these values and activations
@@ -91,6 +103,10 @@ struct Kernels {
     // greedy.h
     int64_t (*removal_scratch)(const Removal*);  // bytes
     void (*remove_half)(const Removal*, int64_t from, int64_t to, void* scratch);  // rows
+    // admm.h
+    void (*admm_right)(const Pass*, int64_t from, int64_t to);
+    void (*admm_update)(const Pass*, int64_t from, int64_t to, int64_t* counts);
+    int64_t (*admm_support)(const Pass*, int64_t from, int64_t to);
 };
 
 extern "C" const Kernels* tawny_portable();
