@@ -108,7 +108,7 @@ class Alps:
     bytes_per_pair: ClassVar[int] = 10  # of inputs, beside the Hessian
     stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: a fraction of the time
     # The descent; some factors and inverses; about 33 iterations, half of them with two products, and what lies between these.
-    work: ClassVar[Work] = Work(tall=6.0, square=8.0, rounded=45.0, passes=1300.0)
+    work: ClassVar[Work] = Work(tall=2.0, square=8.0, rounded=49.0, passes=280.0)
 
     def __post_init__(self) -> None:
         for name in ("damp", "rho"):
