@@ -223,7 +223,8 @@ def recipes(result: Mapping[str, Any]) -> str:
     sparsities = sorted({sparsity for _, sparsity in groups})
     counts = sorted({len(cells) for cells in groups.values()})
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-    parts = [_setting(result) + f"Calibration seeds: {seeds}.\n"]
+    spread = "; ± includes their spread" if counts[-1] > 1 else ""
+    parts = [_setting(result) + f"Calibration seeds: {seeds}{spread}.\n"]
     for text in result["evaluation"]["texts"]:
         parts.append(f"Perplexity on {text}, dense **{_value(result['dense']['evaluation'][text])}**:\n")
         lines = [
