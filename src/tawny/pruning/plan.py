@@ -201,8 +201,9 @@ def _seconds(
         seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
     if solver_needs == "hessian":
         per_block = sum(w * w for w in distinct_inputs(stack.linears(0)))
-        # Inputs in bfloat16 are multiplied as such.
-        seconds["statistics"] = tokens * 1.3 * per_block * len(stack) / fast
+        # Inputs in bfloat16 are multiplied as such, so fast that converting them and adding up take as long again.
+        around = 1.3 if stack.compute == torch.float32 else 2.6
+        seconds["statistics"] = tokens * around * per_block * len(stack) / fast
     seconds["solve"] = _solving(recipe.make_solver(), infos)
     if recipe.refit:
         seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)

@@ -42,24 +42,18 @@ struct Admm {
         memcpy(p->out + i, out, left * 4);
     }
 
-    static int32_t bits_of(float value) {
-        int32_t bits;
-        memcpy(&bits, &value, 4);
-        return bits;
-    }
-
     // T ← B + (T − D)·before/ρ, and how the new |T| are spread: counts[0] of them are at most `low`, counts[1 + b] lie
     // between `low` and `high` in the bin b of 2^shift neighbouring floats. A weight that was zero counts as 0.
     static void update(const Pass* p, int64_t from, int64_t to, int64_t* counts) {
         V threshold = I::broadcast(p->threshold), low = I::broadcast(p->low), high = I::broadcast(p->high);
         V ratio = I::broadcast(p->before / p->rho), none = I::zero();
-        const int32_t first = bits_of(p->low) + 1;
+        const int32_t first = float_bits(p->low) + 1;
         int64_t above = 0, held = 0;
         // Values between the bounds wait here: counted where they are met, each would be a branch foretold wrongly.
         float near[HELD + W];
         auto count = [&] {
             for (int64_t k = 0; k < held; k++)
-                counts[1 + (((bits_of(near[k]) & 0x7fffffff) - first) >> p->shift)]++;
+                counts[1 + (((float_bits(near[k]) & 0x7fffffff) - first) >> p->shift)]++;
             held = 0;
         };
         auto one = [&](float* values, const float* product, const uint8_t* zero) __attribute__((always_inline)) {

@@ -202,14 +202,8 @@ void pass_part(PassJob& job, int part, int parts) {
 void pass_worker(void* job) { pass_part(*(PassJob*)job, thread_number(), thread_count()); }
 
 void run_pass(PassJob& job, int32_t threads) {
-    if (threads > 1 && gomp_parallel && job.pass->count >= 16384) gomp_parallel(pass_worker, &job, (unsigned)threads, 0);
+    if (threads > 1 && gomp_parallel) gomp_parallel(pass_worker, &job, (unsigned)threads, 0);
     else pass_part(job, 0, 1);
-}
-
-int32_t float_bits(float value) {
-    int32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
 }
 
 constexpr int64_t TOKENS = 512;  // more are taken in turns

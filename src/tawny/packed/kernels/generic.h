@@ -22,6 +22,12 @@ inline float bf16_to_float(uint16_t bits) {
     return value;
 }
 
+inline int32_t float_bits(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
 inline uint16_t float_to_bf16(float value) {  // round to nearest, ties to even; a NaN stays one
     uint32_t bits;
     memcpy(&bits, &value, 4);
