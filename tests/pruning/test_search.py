@@ -18,7 +18,7 @@ from tawny.model.streams import Samples
 from tawny.patterns import Unstructured
 from tawny.pruning import levels as levels_module
 from tawny.pruning.evolution import make_space
-from tawny.pruning.levels import LevelStore, Scorer, solve_levels
+from tawny.pruning.levels import LevelStore, Reference, Scorer, solve_levels
 from tawny.pruning.profiling import Together
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS
@@ -181,6 +181,16 @@ def test_a_score_is_the_divergence_of_the_whole_model_put_together_by_hand(tmp_p
     assert score == pytest.approx(expected, rel=1e-4)
     store.close()
     assert not (tmp_path / "search").exists()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_a_divergence_is_the_one_of_its_formula_however_many_rows_fit_the_cache(rows, monkeypatch):
+    dense, other = torch.randn(7, 50, dtype=torch.float64), torch.randn(7, 50, dtype=torch.float64)
+    p, q = dense.softmax(-1), other.softmax(-1)
+    monkeypatch.setattr(levels_module, "_CACHED_BYTES", rows * 4 * 50)
+    made = Reference(dense.float()).divergence(other.float())
+    torch.testing.assert_close(made, (p * (p / q).log()).sum(-1).float())
+    torch.testing.assert_close(Reference(dense.float()).divergence(dense.float()), torch.zeros(7))
 
 
 def test_candidates_that_share_blocks_score_as_they_would_alone_and_cost_less(tmp_path):

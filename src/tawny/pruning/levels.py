@@ -8,7 +8,7 @@ on the first blocks go through them together. Memory is that of pruning: one blo
 
 from __future__ import annotations
 
-__all__ = ["LevelStore", "Scorer", "divergence", "solve_levels", "store_bytes"]
+__all__ = ["LevelStore", "Reference", "Scorer", "solve_levels", "store_bytes"]
 
 import json
 import math
@@ -37,6 +37,7 @@ from tawny.solvers.refit import refit
 from tawny.watch import Watch
 
 _LOGIT_BYTES = 50_000_000  # of float32 logits at once; a few such tensors are compared
+_CACHED_BYTES = 8_000_000  # of float32 logits that softmax and product read again before they leave the cache
 _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
 _RANK: dict[Needs, int] = {"none": 0, "norms": 1, "hessian": 2}
 
@@ -246,14 +247,26 @@ def _solve_block(
             writer.write(key_of(linear, level), weight_OI.to(store.dtype).cpu())
 
 
-def divergence(log_p: Tensor, logits_TV: Tensor) -> Tensor:
-    """`[tokens]`: the Kullback–Leibler divergence of a model's next-token distribution from the dense one, in nats.
+class Reference:
+    """The dense model's next-token distributions, which many models are compared with.
 
     Args:
-        log_p: log-probabilities of the dense model `[tokens, vocabulary]`.
+        logits_TV: `[tokens, vocabulary]`.
     """
-    log_q = nn.functional.log_softmax(logits_TV.float(), dim=-1)
-    return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+    def __init__(self, logits_TV: Tensor) -> None:
+        log_p = nn.functional.log_softmax(logits_TV.float(), dim=-1)
+        self.p = log_p.exp()
+        self.negative_entropy = torch.linalg.vecdot(self.p, log_p)
+
+    def divergence(self, logits_TV: Tensor) -> Tensor:
+        """`[tokens]`: the Kullback–Leibler divergence Σ p·(log p − log q) of a model from the dense one, in nats."""
+        rows = max(1, _CACHED_BYTES // (4 * logits_TV.shape[1]))
+        cross = [
+            torch.linalg.vecdot(p, nn.functional.log_softmax(some.float(), dim=-1))
+            for p, some in zip(self.p.split(rows), logits_TV.split(rows), strict=True)
+        ]
+        return self.negative_entropy - torch.cat(cross)
 
 
 @dataclass
@@ -347,11 +360,10 @@ class Scorer:
                 for start in range(0, tokens.shape[1], self._tokens_at_once):
                     some = slice(start, start + self._tokens_at_once)
                     ids = tokens[row : row + 1, some]
-                    dense = self.stack.logits(ids, self.hidden[rows[row], some][None])[0].float()
-                    log_p = nn.functional.log_softmax(dense, dim=-1)
+                    dense = Reference(self.stack.logits(ids, self.hidden[rows[row], some][None])[0])
                     for number, part in enumerate(parts):
                         hidden = part.hidden[chunk][row - window.start, some][None]
-                        lost = divergence(log_p, self.stack.logits(ids, hidden)[0])
+                        lost = dense.divergence(self.stack.logits(ids, hidden)[0])
                         kept = lost if valid is None else lost[valid[some].to(lost.device)]
                         sums[number] += float(kept.sum(dtype=torch.float64))
         means = (sums / max(1, count)).tolist()
