@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import tawny
+from tawny.evaluation.perplexity import Windows, windows_of
+from tawny.model.source import load_tokenizer, resolve
 from tawny.recipe import parse_override, resolve_recipe
 from tawny.record import machine, versions
 
@@ -153,14 +156,25 @@ class Cells:
 
     def evaluate(self, model: str) -> dict[str, dict[str, Any]]:
         made = {}
-        for text in self.args.text:
-            result = tawny.evaluate(model, text, seqlen=self.args.eval_seqlen, windows=self.args.windows)
-            made[Path(text).name] = {
+        for name, windows in self.windows.items():
+            result = tawny.evaluate(model, windows.ids)
+            assert windows.text is not None
+            made[name] = {
                 "perplexity": result.perplexity,
                 "stderr": result.stderr,
-                "text_sha256": result.text_sha256,
+                "text_sha256": windows.text.sha256,
             }
         return made
+
+    @functools.cached_property
+    def windows(self) -> dict[str, Windows]:
+        """What every cell is evaluated on, by the text's name; tokenised once."""
+        args = self.args
+        tokenizer = load_tokenizer(resolve(args.model))
+        return {
+            Path(text).name: windows_of(text, args.eval_seqlen, args.windows, None, tokenizer)
+            for text in args.text
+        }
 
     def lod(self, model: str) -> dict[str, Any]:
         """Outlier shares of every block, in %."""
