@@ -20,7 +20,8 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.errors import TextError
 from tawny.model.streams import Samples
 from tawny.patterns import NM
-from tawny.pruning.evolution import Outcome, Trial, make_space, search
+from tawny.pruning.evolution import Outcome, Space, Trial, make_space, search
 from tawny.pruning.grid import OWL_MS, Grid, families_for
 from tawny.pruning.journal import tokens_identity
 from tawny.pruning.levels import LevelStore, Scorer, solve_levels, store_bytes
@@ -80,88 +81,48 @@ def _infos(run: Run) -> tuple[LinearInfo, ...]:
 
 
 def _search(run: Run) -> dict[str, Any]:
+    """Steps 1 to 4; what `run.json` says of them, and the allocation."""
     started = time.monotonic()
     auto: Auto = run.allocator
-    recipe, stack = run.recipe, run.stack
+    recipe = run.recipe
     space = make_space(_infos(run), run.pattern, recipe.sparsity, auto.levels, auto.step)
     samples, held_out = _split(run, auto)
     count = len(held_out)
     windows, deciding = range(count - count // 2), range(count - count // 2, count)
     name_of_solver, solver = stand_in(auto, recipe.solver.name, run.solver)
     together = Together({n: _MEASURED[n]() for n in auto.families if n in _MEASURED}, OWL_MS)
-    dtype = _dtype(run)
-    folder = Path(tempfile.mkdtemp(prefix="tawny-")) if run.output is None else run.output.work
-    if run.output is None:
-        run.watch.say(
-            "a live model without an output keeps the solutions of its search in the temporary folder"
+    with _level_store(run, space) as store:
+        solved = solve_levels(
+            run.stack,
+            run.by_block,
+            space,
+            store,
+            recipe=recipe,
+            solver=solver,
+            measuring=together,
+            samples=samples,
+            held_out=held_out,
+            watch=run.watch,
         )
-    size = store_bytes(space, dtype) / 1e9
-    run.watch.say(
-        f"the search solves each linear at {len(space.levels)} levels from {_level(space, space.low)} to "
-        f"{_level(space, space.high)}: {size:.2g} GB in {folder} until it is over"
-    )
-    grid: Grid | None = None
-    try:
-        store = LevelStore(folder / "search", space, dtype)
-        try:
-            solved = solve_levels(
-                stack,
-                run.by_block,
-                space,
-                store,
-                recipe=recipe,
-                solver=solver,
-                measuring=together,
-                samples=samples,
-                held_out=held_out,
-                watch=run.watch,
-            )
-            scorer = Scorer(stack, run.by_block, store, held_out, solved.hidden, run.watch)
-
-            def allocation_of(family: str, allocator: Any) -> Allocation:
-                profile = solved.profile
-                if family in together.allocators:
-                    profile = together.profile_of(family, profile)
-                return allocate(allocator, profile, run.pattern, recipe.sparsity)
-
-            grid = Grid(
-                families_for(auto.families, recipe.sparsity, len(stack)),
-                allocation_of,
-                seed=recipe.seed,
-                extra=min(16, auto.trials // 8),
-                storage=auto.study,
-                name=_study_name(run, samples, held_out),
-            )
-            rounds = 2 + math.ceil(auto.trials / auto.offspring)
-            run.watch.phase("trying allocations", rounds, "rounds")
-            outcome = search(
-                space,
-                grid,
-                scorer,
-                trials=auto.trials,
-                offspring=auto.offspring,
-                windows=windows,
-                deciding=deciding or windows,
-                seed=recipe.seed,
-                stopped=lambda: _over(auto, started),
-                step=run.watch.step,
-            )
-        finally:
-            store.close()
-    finally:
-        if run.output is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        scorer = Scorer(run.stack, run.by_block, store, held_out, solved.hidden, run.watch)
+        run.watch.phase("trying allocations", 2 + math.ceil(auto.trials / auto.offspring), "rounds")
+        outcome = search(
+            space,
+            _grid(run, auto, together, solved.profile, samples, held_out),
+            scorer,
+            trials=auto.trials,
+            offspring=auto.offspring,
+            windows=windows,
+            deciding=deciding or windows,
+            seed=recipe.seed,
+            stopped=lambda: _over(auto, started),
+            step=run.watch.step,
+        )
     winner = outcome.winner
     allocation = space.allocation(winner.levels)
     if winner.allocation is not None and not isinstance(run.pattern, NM):
         allocation = winner.allocation  # not rounded to levels
-    pictured = {"uniform": space.allocation(space.uniform)}
-    for family in auto.families:
-        tried = [t for t in outcome.trials if t.allocation and t.name.startswith(f"{family} ")]
-        if tried:
-            best = min(tried, key=lambda trial: (-trial.windows, trial.score))
-            pictured[best.name] = best.allocation or {}
-    pictured["auto"] = allocation
+    pictured = _pictured(auto, space, outcome) | {"auto": allocation}
     return {
         "allocation": allocation,
         "measures": list(solved.profile.measures),
@@ -185,7 +146,63 @@ def _search(run: Run) -> dict[str, Any]:
     }
 
 
-def _level(space: Any, level: int) -> str:
+@contextmanager
+def _level_store(run: Run, space: Space) -> Iterator[LevelStore]:
+    """Room for the solutions beside the output, for as long as the search takes."""
+    folder = Path(tempfile.mkdtemp(prefix="tawny-")) if run.output is None else run.output.work
+    if run.output is None:
+        run.watch.say(
+            "a live model without an output keeps the solutions of its search in the temporary folder"
+        )
+    dtype = _dtype(run)
+    size = store_bytes(space, dtype) / 1e9
+    run.watch.say(
+        f"the search solves each linear at {len(space.levels)} levels from {_level(space, space.low)} to "
+        f"{_level(space, space.high)}: {size:.2g} GB in {folder} until it is over"
+    )
+    try:
+        store = LevelStore(folder / "search", space, dtype)
+        try:
+            yield store
+        finally:
+            store.close()
+    finally:
+        if run.output is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _grid(
+    run: Run, auto: Auto, together: Together, profile: Profile, samples: Samples, held_out: Samples
+) -> Grid:
+    """What is tried before anything is refined; every family reads its measures from the one profile."""
+    recipe = run.recipe
+
+    def allocation_of(family: str, allocator: Any) -> Allocation:
+        own = together.profile_of(family, profile) if family in together.allocators else profile
+        return allocate(allocator, own, run.pattern, recipe.sparsity)
+
+    return Grid(
+        families_for(auto.families, recipe.sparsity, len(run.stack)),
+        allocation_of,
+        seed=recipe.seed,
+        extra=min(16, auto.trials // 8),
+        storage=auto.study,
+        name=_study_name(run, samples, held_out),
+    )
+
+
+def _pictured(auto: Auto, space: Space, outcome: Outcome) -> dict[str, Allocation]:
+    """Uniform, and the best that was tried of each family."""
+    pictured = {"uniform": space.allocation(space.uniform)}
+    for family in auto.families:
+        tried = [t for t in outcome.trials if t.allocation and t.name.startswith(f"{family} ")]
+        if tried:
+            best = min(tried, key=lambda trial: (-trial.windows, trial.score))
+            pictured[best.name] = best.allocation or {}
+    return pictured
+
+
+def _level(space: Space, level: int) -> str:
     if isinstance(space.pattern, NM):
         return f"{space.pattern.n - level}:{space.pattern.m}"
     return f"{space.sparsity(0, level):.1%}" if space.linears else "0%"
