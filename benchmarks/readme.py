@@ -1,4 +1,4 @@
-"""Put the committed benchmark results into the README and docs/scaling.md: no number in them is typed.
+"""Put the committed benchmark results into the README and the pages of docs/ that show some: no number in them is typed.
 
     python benchmarks/readme.py            writes the tables
     python benchmarks/readme.py --check    fails if they are stale
@@ -12,38 +12,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def quality(result: Mapping[str, Any]) -> str:
-    """One table a text: a row a sparsity and solver, a column an allocator; the best of each row is bold."""
-    cells = result["cells"]
-    allocators = list(dict.fromkeys(cell["allocator"] for cell in cells))
-    rows = list(dict.fromkeys((cell["sparsity"], cell["solver"]) for cell in cells))
-    found = {(cell["sparsity"], cell["solver"], cell["allocator"]): cell for cell in cells}
-    parts = [_setting(result)]
-    for text in result["evaluation"]["texts"]:
-        dense = result["dense"][text]
-        parts.append(f"Perplexity on {text}, dense **{_value(dense)}**:\n")
-        lines = [
-            f"| sparsity | solver | {' | '.join(allocators)} | time |",
-            f"|---|---|{'---|' * len(allocators)}---|",
-        ]
-        for sparsity, solver in rows:
-            made = [found.get((sparsity, solver, allocator)) for allocator in allocators]
-            values = [cell["evaluation"][text] if cell else None for cell in made]
-            best = min(value["perplexity"] for value in values if value)
-            shown = [_mark(_value(v), v["perplexity"] == best) if v else "–" for v in values]
-            seconds = max(cell["seconds"] for cell in made if cell)
-            lines.append(f"| {sparsity:.0%} | {solver} | {' | '.join(shown)} | {seconds:.0f} s |")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts) + f"\n{_with_note(result)}"
 
 
 def prune_speed(result: Mapping[str, Any]) -> str:
@@ -106,15 +82,16 @@ def tasks(result: Mapping[str, Any]) -> str:
 def allocators(result: Mapping[str, Any]) -> str:
     """One table a text: a row a sparsity and solver, a column an allocator; then what each of them costs."""
     cells = list(result["cells"].values())
-    names = list(dict.fromkeys(cell["allocator"] for cell in cells))
-    rows = list(dict.fromkeys((cell["solver"], cell["sparsity"]) for cell in cells))
-    seeds = len({cell["seed"] for cell in cells})
+    names = sorted({cell["allocator"] for cell in cells}, key=_place(_ALLOCATORS))
+    rows = sorted(
+        {(cell["solver"], cell["sparsity"]) for cell in cells},
+        key=lambda row: (_place(_SOLVERS)(row[0]), row[1]),
+    )
     found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for cell in cells:
         found.setdefault((cell["solver"], cell["sparsity"], cell["allocator"]), []).append(cell)
     parts = [
-        "### Every allocator\n",
-        _setting(result) + f"Calibration seeds: {seeds}; ± includes their spread.\n",
+        _setting(result) + _seeds({name: [c for key, c in found.items() if key[2] == name] for name in names})
     ]
     for text in result["evaluation"]["texts"]:
         parts.append(f"Perplexity on {text}, dense **{_value(result['dense']['evaluation'][text])}**:\n")
@@ -134,9 +111,8 @@ def allocators(result: Mapping[str, Any]) -> str:
         ]
         shown = [f"{sum(some) / len(some):.0f}" if some else "–" for some in times]
         lines.append(f"| {solver} | {' | '.join(shown)} |")
-    threads = " or ".join(str(count) for count in sorted({cell["threads"] for cell in cells}))
     parts.append(
-        f"Whole runs, {threads} thread(s) each, mean over sparsities and seeds:\n\n" + "\n".join(lines) + "\n"
+        f"Whole runs, {_threads(result)} each, mean over sparsities and seeds:\n\n" + "\n".join(lines) + "\n"
     )
     return "\n".join(parts) + f"\n{_machine(result)}"
 
@@ -183,7 +159,7 @@ _QUESTIONS = {
 
 def owl_study(result: Mapping[str, Any]) -> str:
     """One table a question of benchmarks/owl_study.py; a label's value is the mean over its seeds."""
-    parts = ["### The claims of OWL, one by one\n", _setting(result)]
+    parts = [_setting(result)]
     texts = result["evaluation"]["texts"]
     dense = [_value(result["dense"]["evaluation"][text]) for text in texts]
     for question, labels in result["questions"].items():
@@ -211,7 +187,7 @@ def owl_study(result: Mapping[str, Any]) -> str:
 
 
 def recipes(result: Mapping[str, Any]) -> str:
-    """One table a text: a row a product, for every sparsity its perplexity and how far below the first row's it is."""
+    """One table a text: a row a product, for every sparsity its perplexity and how far from the first row's it is, over the seeds that both have."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for cell in result["cells"].values():
         name = ", ".join([cell["recipe"], *cell["changes"]])
@@ -221,10 +197,10 @@ def recipes(result: Mapping[str, Any]) -> str:
         dict.fromkeys(name for name, _ in groups), key=lambda name: not name.startswith("official")
     )
     sparsities = sorted({sparsity for _, sparsity in groups})
-    counts = sorted({len(cells) for cells in groups.values()})
-    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-    spread = "; ± includes their spread" if counts[-1] > 1 else ""
-    parts = [_setting(result) + f"Calibration seeds: {seeds}{spread}.\n"]
+    parts = [
+        _setting(result)
+        + _seeds({name: [c for key, c in groups.items() if key[0] == name] for name in names})
+    ]
     for text in result["evaluation"]["texts"]:
         parts.append(f"Perplexity on {text}, dense **{_value(result['dense']['evaluation'][text])}**:\n")
         lines = [
@@ -238,10 +214,8 @@ def recipes(result: Mapping[str, Any]) -> str:
                 if not cells:
                     shown.append("–")
                     continue
-                value, change = _over_seeds(cells, text), ""
-                if first and name != names[0]:
-                    change = f" ({value['perplexity'] / _over_seeds(first, text)['perplexity'] - 1:+.0%})"
-                shown.append(_value(value) + change)
+                change = _change(cells, first, text) if first and name != names[0] else ""
+                shown.append(_value(_over_seeds(cells, text)) + change)
             lines.append(f"| {name} | {' | '.join(shown)} |")
         parts.append("\n".join(lines) + "\n")
     lines = [
@@ -253,6 +227,54 @@ def recipes(result: Mapping[str, Any]) -> str:
         shown = [f"{sum(c['seconds'] for c in some) / len(some):.0f}" if some else "–" for some in times]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts) + f"\n{_machine(result)}"
+
+
+def _change(cells: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], text: str) -> str:
+    """How far below or above others, over the seeds that both have."""
+    shared = {cell["seed"] for cell in cells} & {cell["seed"] for cell in others}
+    if not shared:
+        return ""
+    ours, theirs = (
+        _over_seeds([cell for cell in some if cell["seed"] in shared], text)["perplexity"]
+        for some in (cells, others)
+    )
+    return f" ({ours / theirs - 1:+.0%})"
+
+
+def solvers(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a solver and what follows it, a column a sparsity; then errors of linears, and times."""
+    groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    for cell in result["cells"].values():
+        steps = [word for word, key in (("refit", "refit"), ("refine", "refine.epochs")) if cell.get(key)]
+        name = (cell["solver"], " + ".join([cell["solver"], *steps]))
+        groups.setdefault((*name, cell["sparsity"]), []).append(cell)
+    names = sorted({name[:2] for name in groups}, key=lambda name: (_place(_SOLVERS)(name[0]), name[1]))
+    sparsities = sorted({sparsity for *_, sparsity in groups})
+    head = [f"{' | '.join(f'{s:.0%}' for s in sparsities)} |", f"|---|{'---|' * len(sparsities)}"]
+
+    def table(title: str, shown: Callable[[Sequence[Mapping[str, Any]]], str]) -> str:
+        lines = [f"| {title} | {head[0]}", head[1]]
+        for name in names:
+            made = [groups.get((*name, sparsity)) for sparsity in sparsities]
+            lines.append(f"| {name[1]} | {' | '.join(shown(some) if some else '–' for some in made)} |")
+        return "\n".join(lines) + "\n"
+
+    def mean(cells: Sequence[Mapping[str, Any]], key: str) -> float:
+        return float(sum(cell[key] for cell in cells)) / len(cells)
+
+    parts = [
+        _setting(result)
+        + _seeds({name[1]: [c for key, c in groups.items() if key[:2] == name] for name in names})
+    ]
+    for text in result["evaluation"]["texts"]:
+        dense = _value(result["dense"]["evaluation"][text])
+        parts.append(f"Perplexity on {text}, dense **{dense}**:\n")
+        parts.append(table("solver", lambda some, text=text: _value(_over_seeds(some, text))))
+    parts.append("Share of a linear's output energy that was lost, mean over linears:\n")
+    parts.append(table("error", lambda some: f"{mean(some, 'mean_error'):.2%}"))
+    parts.append(f"Whole runs, {_threads(result)} each:\n")
+    parts.append(table("seconds", lambda some: f"{mean(some, 'seconds'):.0f}"))
     return "\n".join(parts) + f"\n{_machine(result)}"
 
 
@@ -304,6 +326,18 @@ def decode(result: Mapping[str, Any]) -> str:
         "baseline. *transformers* is its own forward, cache and linears. Ratios are of medians taken in turns in one "
         "process; random weights stand in for the LLaMA shapes, pruned by magnitude. File sizes of those count tensors.\n"
     )
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        own = [
+            row["decode_tokens_per_second"]
+            for row in rows
+            if row["shape"] == shape and row["variant"].startswith("dense shared")
+        ]
+        if len(own) > 1:
+            parts.append(
+                f"{SHAPE_NAMES.get(shape, shape)}: each sparsity ran in a process of its own, in turns with a dense model of "
+                f"its own ({min(own):.1f} to {max(own):.1f} tokens/s, as the machine's memory speed changed), and the ratios are to "
+                "that one. Compare these rows by ratio, not by tokens/s.\n"
+            )
     parts.append(_warnings(rows))
     versions = result["versions"]
     parts.append(
@@ -380,8 +414,8 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "**The head stays dense unless you ask:** embeddings and head are not pruned"
     if dense and plain and headed:
         head += (
-            f"; in SmolLM2 they are so large a part that 70 % packed int8 is {plain / dense:.1%} of the dense file, and "
-            f"{headed / dense:.1%} with `--head int8`"
+            f"; in SmolLM2 they are so large a part that 70 % packed int8 is {plain / dense:.0%} of the dense file, and "
+            f"{headed / dense:.0%} with `--head int8`"
         )
     lines.append(head + ". [Why is it not faster?](docs/why-not-faster.md)")
     return " ".join(lines) + "\n"
@@ -498,6 +532,29 @@ def peers(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+_ALLOCATORS = ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "auto")
+_SOLVERS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
+
+
+def _place(order: Sequence[str]) -> Callable[[str], tuple[int, str]]:
+    """Sorts names that are known as they are known, and others behind them."""
+    return lambda name: (order.index(name) if name in order else len(order), name)
+
+
+def _seeds(groups: Mapping[str, Iterable[Sequence[Any]]]) -> str:
+    """How many seeds each row or column was made with, the exceptions by name."""
+    counts = {name: max(len(cells) for cells in some) for name, some in groups.items()}
+    usual = Counter(counts.values()).most_common(1)[0][0]
+    others = ", ".join(f"{name} {count}" for name, count in counts.items() if count != usual)
+    spread = "; ± includes their spread" if max(counts.values()) > 1 else ""
+    return f"Calibration seeds: {usual}{f' ({others})' if others else ''}{spread}.\n"
+
+
+def _threads(result: Mapping[str, Any]) -> str:
+    counts = sorted({int(cell["threads"]) for cell in result["cells"].values()})
+    return f"{' or '.join(map(str, counts))} thread{'s' * (counts != [1])}"
+
+
 def _setting(result: Mapping[str, Any]) -> str:
     seen, measured = result["calibration"], result["evaluation"]
     return (
@@ -518,7 +575,7 @@ def _mark(text: str, best: bool) -> str:
 def _machine(result: Mapping[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     return (
-        f"<sub>{machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, "
+        f"<sub>{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, {result['date']}.</sub>\n"
     )
 
@@ -744,10 +801,8 @@ def scaling_model(result: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
     "README.md": {
-        "quality": quality,
         "tasks": tasks,
         "allocators": allocators,
-        "owl_study": owl_study,
         "recipes": recipes,
         "recipes_gemma": recipes,
         "prune_speed": prune_speed,
@@ -757,6 +812,7 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
         "peers": peers,
         "recovery": recovery,
     },
+    "docs/allocators.md": {"allocators": allocators, "solvers": solvers, "owl_study": owl_study},
     "docs/scaling.md": {
         "large": large,
         "scale": scale,
@@ -769,6 +825,7 @@ TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
 # Sections that bring their heading along and are not there at all until they are measured.
 OPTIONAL = {
     "allocators",
+    "solvers",
     "owl_study",
     "recipes",
     "recipes_gemma",

@@ -3,6 +3,7 @@
     python scripts/docs_images.py [RUN_JSON]
 
 With a RUN_JSON the parts of it that are drawn are committed first (benchmarks/results/example_run.json, no times).
+The allocations are drawn from what `tawny profile --json` gave (benchmarks/results/example_profile.json).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tawny.report.html import depth_of
+from tawny.report.plot import plot_allocations
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "benchmarks" / "results" / "example_run.json"
+PROFILE = ROOT / "benchmarks" / "results" / "example_profile.json"
 IMAGES = ROOT / "docs" / "img"
 # The colours of the report's page, which a picture outside of it has to bring along.
 _STYLE = """<style>
@@ -45,6 +48,19 @@ def picture(record: dict[str, Any]) -> str:
     return f'{head} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">{_STYLE}{body}\n'
 
 
+def draw_allocations(path: Path) -> None:
+    """Sparsity against depth for several allocators, over the outliers: the paper's Figure 1."""
+    report = json.loads(PROFILE.read_text(encoding="utf-8"))
+    plot_allocations(
+        report["allocations"],
+        path,
+        sparsity=report["sparsity"],
+        outliers=report["shares"]["5"],
+        M="5",
+        title="SmolLM2-135M",
+    )
+
+
 def main() -> int:
     if len(sys.argv) > 1:
         record = trimmed(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
@@ -52,6 +68,7 @@ def main() -> int:
     record = json.loads(EXAMPLE.read_text(encoding="utf-8"))
     IMAGES.mkdir(parents=True, exist_ok=True)
     (IMAGES / "depth.svg").write_text(picture(record), encoding="utf-8")
+    draw_allocations(IMAGES / "allocators.svg")
     return 0
 
 

@@ -12,6 +12,7 @@ import torch
 
 import tawny
 from tawny.cli import main
+from tawny.cli.common import recipe_from
 from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
@@ -112,9 +113,13 @@ def test_every_example_of_the_help_is_a_valid_command_line():
         for line in script["_examples"](command.epilog).splitlines()[1:-1]:
             arguments = shlex.split(line.partition(" | ")[0])[2:]
             context = command.make_context(name, arguments)
-            for key in ("recipe",):
-                if context.params.get(key):
-                    assert (ROOT / context.params[key]).is_file(), line
+            given = context.params
+            if given.get("recipe"):
+                assert (ROOT / given["recipe"]).is_file(), line
+            if {"allocator", "option"} <= given.keys():
+                recipe = ROOT / given["recipe"] if given["recipe"] else None
+                keys = ("sparsity", "allocator", "solver", "pattern")
+                recipe_from(recipe, given["option"], **{key: given[key] for key in keys})
 
 
 def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Prune large language models to high sparsity with OWL, keep their quality, and make the sparsity pay.
+"""Prune large language models to high sparsity, keep their quality, and make the sparsity pay.
 
     import tawny
 

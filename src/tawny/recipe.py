@@ -206,7 +206,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """`allocator.M=7` → `("allocator.M", 7)`; a value that is not valid YAML is plain text (`*.mlp.*`)."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"-o {text!r} is not KEY=VALUE: write for example -o allocator.M=7")
+        raise RecipeError(f"-o {text!r} is not KEY=VALUE: write for example -o seed=1")
     try:
         parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:

@@ -109,7 +109,7 @@ def test_the_allocator_of_the_guide_works(monkeypatch):
     assert targets[spread.index(max(spread))] == min(targets.values()) < max(targets.values())
 
 
-def test_the_pictures_are_drawn_from_the_committed_run():
+def test_the_pictures_are_drawn_from_the_committed_run(tmp_path):
     script = runpy.run_path(str(SCRIPTS / "docs_images.py"))
     import json
 
@@ -118,4 +118,7 @@ def test_the_pictures_are_drawn_from_the_committed_run():
     for text in (script["picture"](record), (script["IMAGES"] / "depth.svg").read_text(encoding="utf-8")):
         root = ET.fromstring(text)
         assert len([e for e in root.iter() if e.get("data-block")]) == 30
+    script["draw_allocations"](tmp_path / "a.svg")
+    for path in (tmp_path / "a.svg", script["IMAGES"] / "allocators.svg"):
+        assert len(list(ET.parse(path).getroot().iter())) > 100
     assert (script["IMAGES"] / "report.png").stat().st_size < 200_000

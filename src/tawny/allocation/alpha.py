@@ -90,6 +90,10 @@ class Alpha:
 
     Lu 2024 (2410.10912): sparsity rises with the exponent of the power law fitted to the squared singular values,
     averaged over a block (or per linear).
+
+    Raises:
+        RecipeError: an option is out of range.
+        NumericalError: a weight is not finite.
     """
 
     fit: Fit = "peak"

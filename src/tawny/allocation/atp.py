@@ -37,6 +37,9 @@ class Atp:
     """Sparsity rises evenly with depth by beta a block (unset: over a band that depends on the target, ± 0.15 at 70 %).
 
     Huang 2025 (2502.14770). Needs no data and no weights.
+
+    Raises:
+        RecipeError: beta is outside [0, min(2S, 2 − 2S)/(L − 1)] for a sparsity S over L blocks.
     """
 
     beta: float | None = None

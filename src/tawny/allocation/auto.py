@@ -1,4 +1,4 @@
-"""`auto`: try the others on held-out text, refine the best, and never lose to uniform. Only its options live here.
+"""`auto`: try the others on held-out text, refine the best, keep uniform where nothing beats it there. Only its options live here.
 
 What is tried and how is `pruning/search.py`: this allocator cannot decide from a profile, it needs the model itself.
 The ideas are EvoPress's (Sieberling 2025, ICML, 2410.14649): solve every linear at several sparsities once, put
@@ -44,6 +44,9 @@ class Auto:
     decided on as many others. `tokens` of calibration make the solutions, by `proxy`; without it by the recipe's solver,
     or by sparsegpt where that is alps. `budget` (10m) may end the search early, and then another run need not give the same bytes. `study` is
     the URL of an Optuna storage that machines share.
+
+    Raises:
+        RecipeError: an option is out of range, or it is asked to decide from a profile.
     """
 
     trials: int = 160

@@ -30,6 +30,11 @@ class Dlp:
     """Blocks whose median |W|·‖X‖₂ is small keep more: density = 2α·(I − min I)/(max I − min I) + const.
 
     Chen 2025 (2505.23807), with `I_l = 1 − med(A_l)/Σ med(A)`.
+
+    Raises:
+        RecipeError: an option is out of range.
+        NumericalError: a weight or an input is not finite.
+        ValueError: no column norms were given.
     """
 
     alpha: float = 0.15

@@ -73,6 +73,9 @@ class ErPlus:
     """Er, and the last linear of the model stays dense.
 
     Liu 2022 (2202.02643). Refused when the last linear alone is more than the sparsity leaves.
+
+    Raises:
+        RecipeError: the last linear alone is more than the sparsity leaves.
     """
 
     needs: ClassVar[Needs] = "none"

@@ -142,6 +142,9 @@ class File:
     """The sparsities of a YAML, JSON or EvoPress file (`path`); taken as they are, the mean is checked.
 
     `{linear or glob: sparsity}`, or EvoPress's `linear: level` (2410.14649). Needs no data.
+
+    Raises:
+        RecipeError: the file cannot be read, does not fit the model, has changed, or misses the mean.
     """
 
     path: str

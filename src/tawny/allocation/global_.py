@@ -35,6 +35,10 @@ class Global:
     """One threshold of a score (wanda or magnitude) over all weights of the model.
 
     `s_l = #{A_l ≤ t}/n_l` with `t` such that `Σ #{A_l ≤ t} = S·Σ n_l`; `A = |W|·‖X‖₂` or `|W|`.
+
+    Raises:
+        NumericalError: a weight or an input is not finite.
+        ValueError: no column norms were given to the score wanda.
     """
 
     score: Literal["wanda", "magnitude"] = "wanda"

@@ -7,8 +7,7 @@ whose removal adds least to the exact error `‖(w_P)X‖² = w_P H w_Pᵀ` of t
 
 where P includes what earlier groups lost. The sum of all costs is the linear's error; `e_l` is the mean over
 the linears of a block; importance is `1 − e_l/Σe`, mapped to a band of densities of width 2α. α by sparsity
-10, 20, …, 80 % is .06 .02 .04 .02 .04 .10 .15 .12 in the paper, linear in between here. It is the only score
-of its kind that survives being applied per linear.
+10, 20, …, 80 % is .06 .02 .04 .02 .04 .10 .15 .12 in the paper, linear in between here.
 
 Earlier groups are carried over by one product a group. Within a group a compiled kernel takes a row at a time, its costs
 in a few vectors (packed/kernels/greedy.h). Without one, all rows are treated at once, in tiles that stay in the cache:
@@ -94,6 +93,11 @@ class Lsa:
 
     Yang 2026 (openreview xq3lza5IjN). `alpha` unset: the paper's value for the sparsity. `granularity`: one number a block, a stage
     (linears with a common input) or a linear.
+
+    Raises:
+        RecipeError: an option is out of range.
+        NumericalError: a weight or an input is not finite.
+        ValueError: no Hessian was given.
     """
 
     alpha: float | None = None
@@ -109,7 +113,7 @@ class Lsa:
         sharing: dict[int, list[str]] = {}
         for name, (W_OI, statistics) in linears.items():
             if statistics is None or statistics.hessian is None:
-                raise NumericalError(f"{name} came without the Hessian of its inputs, which lsa needs")
+                raise ValueError(f"{name} came without the Hessian of its inputs, which lsa needs")
             # Above every cost there can be, and not finite if anything is not.
             bound = W_OI.abs().max().double() ** 2 * statistics.hessian.abs().sum(dtype=torch.float64)
             if not bool(bound < _GONE):

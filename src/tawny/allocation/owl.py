@@ -42,6 +42,11 @@ class Owl:
     D_l = % of |W|·‖X‖ above M times its mean; density spread over 2λ. Yin et al. 2024 (2310.05175).
     For studies: `reverse` turns it round (more outliers, more pruning); `granularity` counts outliers, each above M times
     its own mean, of every module (attention, FFN) or linear instead, and gives each a ratio of its own.
+
+    Raises:
+        RecipeError: an option is out of range.
+        NumericalError: a weight or an input is not finite.
+        ValueError: no column norms were given.
     """
 
     M: float = 5.0

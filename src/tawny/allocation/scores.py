@@ -51,7 +51,7 @@ def magnitude_parts(W_OI: Tensor) -> Iterator[Tensor]:
 def wanda_scores(W_OI: Tensor, statistics: Statistics | None) -> Tensor:
     """`|W_ij|·‖X_j‖₂` (2306.11695, eq. 1)."""
     if statistics is None:
-        raise NumericalError("wanda scores need the norms of the inputs, and no statistics were given")
+        raise ValueError("wanda scores need the norms of the inputs, and no statistics were given")
     return W_OI.to(torch.float32).abs() * statistics.squared_norms.to(torch.float32).sqrt()
 
 

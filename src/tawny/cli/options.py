@@ -68,7 +68,7 @@ Overrides = Annotated[
         "-o",
         "--option",
         metavar="KEY=VALUE",
-        help="Any other recipe key, such as allocator.M=7 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
+        help="Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
         rich_help_panel=RECIPE,
     ),
 ]

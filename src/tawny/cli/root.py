@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 app = typer.Typer(
     name="tawny",
-    help="Prune large language models to high sparsity with OWL, and measure what is left.",
+    help="Prune large language models to high sparsity, and measure what is left.",
     epilog="\b\nExamples:\n"
     "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki\n"
     "  tawny eval pruned --text wiki --windows 8\n"

@@ -1,7 +1,7 @@
 """Solutions of every linear at every level, kept on disk, and how far a model put together from them is from the dense one.
 
-One walk through the dense model takes the statistics once, solves each linear at each level with the recipe's own
-solver, and remembers what an allocator wants to know and the dense model's last hidden states. After that a candidate
+One walk through the dense model takes the statistics once, solves each linear at each level with the recipe's solver
+or what stands in for it, and remembers what an allocator wants to know and the dense model's last hidden states. After that a candidate
 costs one forward of the held-out windows: its weights are read from the disk block by block, and candidates that agree
 on the first blocks go through them together. Memory is that of pruning: one block, its statistics, hidden states.
 """
@@ -32,13 +32,13 @@ from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, read_tensor
 from tawny.pruning.block import blind_statistics, pattern_at, relative_error
 from tawny.pruning.evolution import Levels, Space
+from tawny.pruning.memory import LOGIT_BYTES
 from tawny.recipe import Recipe
 from tawny.solvers.refit import refit
 from tawny.watch import Watch
 
-_LOGIT_BYTES = 50_000_000  # of float32 logits at once; a few such tensors are compared
 _CACHED_BYTES = 8_000_000  # of float32 logits that softmax and product read again before they leave the cache
-_HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
+HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
 _RANK: dict[Needs, int] = {"none": 0, "norms": 1, "hessian": 2}
 
 
@@ -298,7 +298,7 @@ class Scorer:
         self.held_out, self.hidden = held_out, hidden
         self.tokens = 0  # that went through the model so far, for the record
         vocabulary = int(stack.config.get_text_config().vocab_size)
-        self._tokens_at_once = max(16, _LOGIT_BYTES // (4 * vocabulary))
+        self._tokens_at_once = max(16, LOGIT_BYTES // (4 * vocabulary))
 
     @torch.no_grad()
     def __call__(self, candidates: Sequence[Levels], windows: Sequence[int]) -> list[float]:
@@ -307,7 +307,7 @@ class Scorer:
         mask = None if self.held_out.mask is None else self.held_out.mask[rows]
         samples = Samples(self.held_out.tokens[rows], mask)
         size = len(rows) * samples.seqlen * self.stack.hidden_bytes
-        at_once = max(1, _HIDDEN_BYTES // (2 * size))
+        at_once = max(1, HIDDEN_BYTES // (2 * size))
         # Neighbours in this order agree on the most blocks.
         order = sorted(range(len(candidates)), key=lambda i: candidates[i])
         scores = [math.inf] * len(candidates)

@@ -31,6 +31,8 @@ _TOKENISING = 145
 _SLACK = 0.05
 # Up to here all forwards of a block are suspended together; beyond, they are run again for each stage.
 HELD_BYTES = 2_000_000_000
+# Of float32 logits that models are compared by at once; a few such tensors are there together.
+LOGIT_BYTES = 50_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -89,6 +91,9 @@ class Demand:
         in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
         per_weight, per_pair: bytes a solver takes for each weight of a linear and each pair of its inputs.
+        searched: samples that a search solves its levels with; 0 without one.
+        held_out, candidates: bytes of hidden states that a search compares models by: the dense model's, and those of
+            the models that go through the blocks together.
     """
 
     stack: Stack
@@ -104,6 +109,9 @@ class Demand:
     refining: bool
     per_weight: int
     per_pair: int
+    searched: int = 0
+    held_out: int = 0
+    candidates: int = 0
 
     def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; those of every phase are the interpreter and what is outside the blocks."""
@@ -130,7 +138,24 @@ class Demand:
         block = self._block_bytes()
         hidden = self.samples * self.seqlen * stack.hidden_bytes
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
-        if self.measures:
+        work = max(self.per_weight * x.numel + self.per_pair * x.shape[1] ** 2 for x in flat)
+        if self.searched:  # nothing of it is spilled: its samples are few
+            kept = self.searched * self.seqlen * stack.hidden_bytes + self.held_out
+            phases["search"] = {
+                **base,
+                "block": block,
+                "hidden_states": kept,
+                "statistics": sum(growing) + rounding,
+                "solver": max(work, forward),
+            }
+            phases["candidates"] = {
+                **base,
+                "block": 2 * block,  # and its dense weights, put back where a level removes nothing
+                "hidden_states": self.held_out + self.candidates,
+                "forward": forward,
+                "logits": 4 * LOGIT_BYTES,
+            }
+        elif self.measures:
             kept = min(self.profiled, self.samples) * self.seqlen * stack.hidden_bytes
             phases["profile"] = {
                 **base,
@@ -155,7 +180,6 @@ class Demand:
                 if hessians
                 else 0,
             }
-        work = max(self.per_weight * x.numel + self.per_pair * x.shape[1] ** 2 for x in flat)
         phases["solve"] = {**walking, "statistics": together if hessians else 0, "solver": work}
         if self.refining:
             solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)

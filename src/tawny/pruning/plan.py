@@ -123,7 +123,7 @@ def plan(
         recipe.dtype or "", checkpoint.storage_dtype.itemsize
     )
     seconds = _seconds(stack, recipe, infos, needs, allocator.needs)
-    disk_of_search = memory_of_search = 0
+    disk_of_search = 0
     if getattr(allocator, "searches", False):
         cost = cost_of_search(
             recipe,
@@ -132,7 +132,6 @@ def plan(
             stack.hidden_bytes,
         )
         disk_of_search = cost["disk"]
-        memory_of_search = cost["memory"]
         took = _seconds_of_search(stack, recipe, infos, seconds, cost)
         seconds = {**seconds, "total": round(seconds["total"] + took, 1), "search": took}
     written = sum(int(torch.Size(shape).numel()) for shape in checkpoint.shapes.values()) * itemsize
@@ -149,10 +148,9 @@ def plan(
         linears=[{"name": x.name, "shape": list(x.shape), "block": x.block} for x in infos],
         allocation=allocation,
         memory={
-            "peak": placement.peak + memory_of_search,
-            "smallest": placement.smallest + memory_of_search,
+            "peak": placement.peak,
+            "smallest": placement.smallest,
             **placement.parts,
-            **({"search": memory_of_search} if memory_of_search else {}),
         },
         hidden_states="disk" if placement.spill else "memory",
         disk={

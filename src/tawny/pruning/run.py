@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tawny.allocation.profile import Allocation, Profile
+from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import (
@@ -84,7 +84,7 @@ def prune(
         source: a folder, hub id, `.gguf` file or `smollm2`; or a live module, which is pruned in place.
         out: folder to write; needed for a path, optional for a live module (then nothing is written).
         recipe: everything that decides the result; `keys` override single entries of it
-            (`sparsity=0.6, allocator="owl", solver="wanda", pattern="2:4"`, or dotted: `**{"solver.damp": 0.1}`).
+            (`sparsity=0.6, allocator="owl", solver="wanda"`, or dotted: `**{"solver.damp": 0.1}`).
         watch: told about progress.
         overwrite: replace an existing `out` once the new one is complete, and start over what is unfinished.
         memory: peak memory of the whole process that may not be passed (`"6GB"`); the result does not depend on it.
@@ -607,6 +607,17 @@ def demand_of(
         else 0
     )
     per_weight, per_pair = workspace(solver, needs)
+    searching = {}
+    if getattr(allocator, "searches", False):
+        from tawny.pruning.search import cost_of_search
+
+        infos = [LinearInfo(x.name, x.shape, i) for i, linears in enumerate(by_block) for x in linears]
+        cost = cost_of_search(recipe, infos, stack.compute, stack.hidden_bytes)
+        searching = {
+            "searched": min(cost["samples"], count),
+            "held_out": cost["held_out"],
+            "candidates": cost["candidates"],
+        }
     return Demand(
         stack=stack,
         by_block=by_block,
@@ -621,4 +632,5 @@ def demand_of(
         refining=refining,
         per_weight=per_weight,
         per_pair=per_pair,
+        **searching,
     )

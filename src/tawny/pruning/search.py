@@ -38,7 +38,7 @@ from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Space, Trial, make_space, search
 from tawny.pruning.grid import OWL_MS, Grid, families_for
 from tawny.pruning.journal import tokens_identity
-from tawny.pruning.levels import LevelStore, Scorer, solve_levels, store_bytes
+from tawny.pruning.levels import HIDDEN_BYTES, LevelStore, Scorer, solve_levels, store_bytes
 from tawny.pruning.profiling import Together, allocate, block_sparsities
 from tawny.recipe import Recipe
 from tawny.solvers import SOLVERS, Solver
@@ -314,7 +314,8 @@ def write_search(run: Run) -> None:
 def cost_of_search(
     recipe: Recipe, linears: Sequence[LinearInfo], dtype: torch.dtype, hidden_bytes: int
 ) -> dict[str, int]:
-    """What a plan says of a search: `disk` and `memory` in bytes, `levels`, and `tokens` through the whole model."""
+    """What a search takes: `disk`, `candidates` and `held_out` (hidden states in memory) in bytes, `levels`, calibration
+    `samples`, and `tokens` through the whole model."""
     auto: Auto = recipe.make_allocator()
     space = make_space(tuple(linears), recipe.make_pattern(), recipe.sparsity, auto.levels, auto.step)
     length = min(auto.length, recipe.calibration.seqlen)
@@ -327,6 +328,7 @@ def cost_of_search(
         "disk": store_bytes(space, dtype),
         "levels": len(space.levels),
         "tokens": (tried + 10 * all_windows) * length,
-        "memory": min(1_000_000_000, auto.offspring * few * length * hidden_bytes * 2)
-        + 2 * all_windows * length * hidden_bytes,
+        "samples": max(1, math.ceil(auto.tokens / recipe.calibration.seqlen)),
+        "candidates": min(HIDDEN_BYTES, auto.offspring * all_windows * length * hidden_bytes * 2),
+        "held_out": 2 * all_windows * length * hidden_bytes,
     }

@@ -95,6 +95,11 @@ class Alps:
     """ADMM finds mask and weights together, then the survivors are refitted; better than sparsegpt, and slower.
 
     min ‖X(W − Ŵ)‖² s.t. the pattern, Meng et al. 2024 (2406.07831).
+
+    Raises:
+        RecipeError: an option is out of range.
+        NumericalError: a number is not finite, or the Hessian has no Cholesky factor even with 1000 times the damping.
+        ValueError: no Hessian was given.
     """
 
     damp: float = 0.01

@@ -1,6 +1,6 @@
 """Magnitude pruning: the smallest |W| of a matrix go.
 
-The oldest baseline; it looks at no data. Han et al., "Learning both weights and connections", NeurIPS 2015.
+The oldest baseline; it looks at no data. Han et al., "Learning both weights and connections", NeurIPS 2015, 1506.02626.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ __all__ = ["Magnitude"]
 class Magnitude:
     """The smallest weights of each matrix go; no data needed.
 
-    Score |W_ij|, Han et al. 2015.
+    Score |W_ij|, Han et al. 2015 (1506.02626).
+
+    Raises:
+        NumericalError: a weight is not finite.
     """
 
     needs: ClassVar[Needs] = "none"

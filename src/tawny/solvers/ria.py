@@ -32,6 +32,11 @@ class RIA:
     """Weights with a small share of their row and column, on quiet inputs, go; fast, no update.
 
     Score (|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|)·‖X_j‖₂^a, Zhang et al. 2024 (ICLR).
+
+    Raises:
+        RecipeError: an option is out of range.
+        NumericalError: a weight or an input is not finite.
+        ValueError: no column norms were given.
     """
 
     a: float = 0.5

@@ -26,6 +26,10 @@ class Wanda:
     """Small weights on quiet inputs go, row by row; fast, no update.
 
     Score |W_ij|·‖X_j‖₂, Sun et al. 2023 (2306.11695).
+
+    Raises:
+        NumericalError: a weight or an input is not finite.
+        ValueError: no column norms were given.
     """
 
     compat: Literal["official"] | None = None
