@@ -12,7 +12,7 @@ import itertools
 
 from cells import Cells, Keys, parser_for
 
-ALLOCATORS = ["uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "auto"]
+ALLOCATORS = ["uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend", "auto"]
 
 
 def main() -> None:

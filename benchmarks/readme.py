@@ -532,7 +532,7 @@ def peers(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-_ALLOCATORS = ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "auto")
+_ALLOCATORS = ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend", "auto")
 _SOLVERS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 
 

@@ -19,5 +19,7 @@ def test_a_block_that_was_measured_counts_even_with_nothing_to_prune() -> None:
 
 
 def test_every_allocator_says_what_it_needs() -> None:
-    for allocator in ALLOCATORS.values():
-        assert allocator.needs in ("none", "norms", "hessian") and allocator.__doc__
+    for name, kind in ALLOCATORS.items():
+        allocator = kind(path="allocation.yaml") if name == "file" else kind()
+        assert allocator.needs in ("none", "norms", "hessian") and kind.__doc__
+        assert isinstance(allocator.measures_weights, bool)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -60,8 +60,15 @@ class Profile:
 class Allocator(Protocol):
     """The interface; a new allocator is one file and one entry of ALLOCATORS, its fields are its options."""
 
-    needs: ClassVar[Needs]
-    measures_weights: ClassVar[bool]
+    @property
+    def needs(self) -> Needs:
+        """Statistics of the dense model that `measure` wants."""
+        ...
+
+    @property
+    def measures_weights(self) -> bool:
+        """Whether there is anything to measure; without it no walk is made."""
+        ...
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         """Numbers of one dense block, fit for JSON."""
