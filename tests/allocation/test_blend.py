@@ -70,3 +70,9 @@ def test_what_cannot_be_blended_is_refused(of: str, says: str) -> None:
 def test_a_broken_weight_is_the_members_to_find() -> None:
     with pytest.raises(NumericalError, match="finite"):
         Blend().measure({"q": (torch.full((4, 4), torch.nan), None)})
+
+
+def test_a_plan_counts_the_spectra_once_for_each_blend_that_reads_them() -> None:
+    linears = reference.model(2, [(8, 4)]).linears
+    assert Alpha.work(linears) == 2 * (4 * 16 * 8 + 8 * 64)
+    assert Blend().work(linears) == Alpha.work(linears) and Blend(of="atp,dlp").work(linears) == 0

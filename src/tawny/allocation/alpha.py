@@ -23,7 +23,7 @@ from __future__ import annotations
 __all__ = ["Alpha", "hill_alpha", "spectrum"]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile
+from tawny.allocation.profile import LinearInfo, Profile
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
 
@@ -106,6 +106,12 @@ class Alpha:
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:
             raise RecipeError(f"epsilon {self.epsilon} given, expected the half width of a band, in [0, 1]")
+
+    @staticmethod
+    def work(linears: Iterable[LinearInfo]) -> float:
+        """Float32 operations that take as long as the spectra of these: `WWᵀ` in float64 and its eigenvalues."""
+        shapes = [sorted(linear.shape) for linear in linears]
+        return float(sum(4 * short**2 * long + 8 * short**3 for short, long in shapes))
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         alphas = {}

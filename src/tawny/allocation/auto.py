@@ -23,7 +23,7 @@ from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import RecipeError, nearest
 
 # Whose strengths can be tried beside uniform, which always is.
-FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha")
+FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha", "blend")
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 

@@ -2,16 +2,16 @@
 
     s_l = 1/n · Σ_a s_l^(a)
 
-Each allocation meets the budget, so their mean does. Allocators err in different places: one that reads only depth takes
-from a late block that the model needs, one that reads only spectra takes from an early block whose error all later ones
-carry. What they agree on stays, and what only one of them wants is halved.
+Each allocation meets the budget, so their mean does. What allocators agree on stays, and what only one of them wants is
+halved. Whether that helps depends on the model: of depth and spectra the mean was the better choice for one, and the worse for
+another (docs/log.md), so it is there to be tried, by `auto` too (`allocator.candidates`).
 """
 
 from __future__ import annotations
 
 __all__ = ["MEMBERS", "Blend"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from tawny.allocation.er import Er, ErPlus
 from tawny.allocation.global_ import Global
 from tawny.allocation.lsa import Lsa
 from tawny.allocation.owl import Owl
-from tawny.allocation.profile import Allocator, Profile
+from tawny.allocation.profile import Allocator, LinearInfo, Profile
 from tawny.allocation.uniform import Uniform
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import RecipeError, nearest
@@ -82,6 +82,11 @@ class Blend:
     @property
     def measures_weights(self) -> bool:
         return any(member.measures_weights for member in self.members.values())
+
+    def work(self, linears: Sequence[LinearInfo]) -> float:
+        """What its members measure beside statistics, in float32 operations that take as long."""
+        counted = (getattr(member, "work", None) for member in self.members.values())
+        return float(sum(work(linears) for work in counted if work is not None))
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         return {name: m.measure(linears) for name, m in self.members.items() if m.measures_weights}

@@ -18,6 +18,7 @@ from typing import Any
 
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp, largest_beta
+from tawny.allocation.blend import Blend
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.lsa import Lsa
 from tawny.allocation.owl import Owl
@@ -87,6 +88,7 @@ def families_for(names: Sequence[str], target: float, blocks: int) -> dict[str, 
             {"strength": (0.05, 0.5)},
             [{"strength": value} for value in (0.3, 0.2, 0.1)],
         ),
+        "blend": Family(Blend, ("of",), {}, {}, [{}]),
     }
     return {name: every[name] for name in names}
 

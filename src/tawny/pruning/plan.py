@@ -122,7 +122,7 @@ def plan(
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(
         recipe.dtype or "", checkpoint.storage_dtype.itemsize
     )
-    seconds = _seconds(stack, recipe, infos, needs, allocator.needs)
+    seconds = _seconds(stack, recipe, infos, needs, allocator)
     disk_of_search = 0
     if getattr(allocator, "searches", False):
         cost = cost_of_search(
@@ -185,7 +185,7 @@ def _notes(recipe: Recipe, undecided: bool, text_unknown: bool) -> list[str]:
 
 
 def _seconds(
-    stack: Stack, recipe: Recipe, infos: tuple[LinearInfo, ...], solver_needs: str, allocator_needs: str
+    stack: Stack, recipe: Recipe, infos: tuple[LinearInfo, ...], solver_needs: str, allocator: Any
 ) -> dict[str, float]:
     tokens = recipe.calibration.samples * recipe.calibration.seqlen
     forward_flops = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
@@ -193,8 +193,10 @@ def _seconds(
     profiled = recipe.profile_samples or -(-PROFILE_TOKENS // recipe.calibration.seqlen)
     profile_tokens = min(tokens, profiled * recipe.calibration.seqlen)
     seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
-    if allocator_needs != "none":
+    if allocator.needs != "none":
         seconds["profile"] = profile_tokens * forward_flops / fast * _OVERHEAD
+    if hasattr(allocator, "work"):
+        seconds["profile"] += allocator.work(infos) / exact
     if solver_needs != "none":
         seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
     if solver_needs == "hessian":

@@ -29,6 +29,7 @@ import torch
 
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.auto import Auto, seconds_of
+from tawny.allocation.blend import Blend
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.lsa import Lsa
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
@@ -46,7 +47,7 @@ from tawny.solvers import SOLVERS, Solver
 if TYPE_CHECKING:
     from tawny.pruning.run import Run
 
-_MEASURED: dict[str, Callable[[], Any]] = {"dlp": Dlp, "lsa": Lsa, "alpha": Alpha}
+_MEASURED: dict[str, Callable[[], Any]] = {"dlp": Dlp, "lsa": Lsa, "alpha": Alpha, "blend": Blend}
 _DRAWN_M = "5"
 
 
