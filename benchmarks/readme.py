@@ -114,7 +114,7 @@ def allocators(result: Mapping[str, Any]) -> str:
     parts.append(
         f"Whole runs, {_threads(result)} each, mean over sparsities and seeds:\n\n" + "\n".join(lines) + "\n"
     )
-    return "\n".join(parts) + f"\n{_machine(result)}"
+    return "\n".join(parts) + f"\n{_with_note(result)}"
 
 
 def _what_auto_brings(
@@ -183,7 +183,7 @@ def owl_study(result: Mapping[str, Any]) -> str:
                 ]
             lines.append(f"| {label} | {' | '.join(shown)} |")
         parts.append(f"{_QUESTIONS[question]}:\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(parts) + f"\n{_machine(result)}"
+    return "\n".join(parts) + f"\n{_with_note(result)}"
 
 
 def recipes(result: Mapping[str, Any]) -> str:
@@ -227,7 +227,7 @@ def recipes(result: Mapping[str, Any]) -> str:
         shown = [f"{sum(c['seconds'] for c in some) / len(some):.0f}" if some else "–" for some in times]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts) + f"\n{_machine(result)}"
+    return "\n".join(parts) + f"\n{_with_note(result)}"
 
 
 def _change(cells: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], text: str) -> str:
@@ -275,7 +275,7 @@ def solvers(result: Mapping[str, Any]) -> str:
     parts.append(table("error", lambda some: f"{mean(some, 'mean_error'):.2%}"))
     parts.append(f"Whole runs, {_threads(result)} each:\n")
     parts.append(table("seconds", lambda some: f"{mean(some, 'seconds'):.0f}"))
-    return "\n".join(parts) + f"\n{_machine(result)}"
+    return "\n".join(parts) + f"\n{_with_note(result)}"
 
 
 def _cells_of(result: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Mapping[str, Any]]:
