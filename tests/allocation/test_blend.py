@@ -60,7 +60,15 @@ def test_one_allocator_blended_with_nothing_is_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "says"), [("", "expected different"), ("atp,atp", "different"), ("atp,alfa", "alpha")]
+    ("of", "says"),
+    [
+        ("", "expected different"),
+        ("atp,atp", "different"),
+        ("atp,alfa", "alpha"),
+        ("atp,blend", "'blend'"),
+        ("atp,file", "'file'"),
+        ("atp,auto", "'auto'"),
+    ],
 )
 def test_what_cannot_be_blended_is_refused(of: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
@@ -72,7 +80,7 @@ def test_a_broken_weight_is_the_members_to_find() -> None:
         Blend().measure({"q": (torch.full((4, 4), torch.nan), None)})
 
 
-def test_a_plan_counts_the_spectra_once_for_each_blend_that_reads_them() -> None:
+def test_the_work_of_a_blend_is_that_of_its_members() -> None:
     linears = reference.model(2, [(8, 4)]).linears
     assert Alpha.work(linears) == 2 * (4 * 16 * 8 + 8 * 64)
     assert Blend().work(linears) == Alpha.work(linears) and Blend(of="atp,dlp").work(linears) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp
 from tawny.allocation.auto import Auto
-from tawny.allocation.blend import MEMBERS, Blend
+from tawny.allocation.blend import Blend
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.er import Er, ErPlus
 from tawny.allocation.file import File
@@ -36,4 +36,17 @@ __all__ = [
     "measure_outliers",
 ]
 
-ALLOCATORS: dict[str, type[Allocator]] = {**MEMBERS, "blend": Blend, "file": File, "auto": Auto}
+ALLOCATORS: dict[str, type[Allocator]] = {
+    "uniform": Uniform,
+    "er": Er,
+    "er-plus": ErPlus,
+    "global": Global,
+    "owl": Owl,
+    "dlp": Dlp,
+    "alpha": Alpha,
+    "atp": Atp,
+    "lsa": Lsa,
+    "blend": Blend,
+    "file": File,
+    "auto": Auto,
+}

@@ -9,39 +9,19 @@ another (docs/log.md), so it is there to be tried, by `auto` too (`allocator.can
 
 from __future__ import annotations
 
-__all__ = ["MEMBERS", "Blend"]
+__all__ = ["Blend"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-from tawny.allocation.alpha import Alpha
-from tawny.allocation.atp import Atp
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.dlp import Dlp
-from tawny.allocation.er import Er, ErPlus
-from tawny.allocation.global_ import Global
-from tawny.allocation.lsa import Lsa
-from tawny.allocation.owl import Owl
 from tawny.allocation.profile import Allocator, LinearInfo, Profile
-from tawny.allocation.uniform import Uniform
+from tawny.allocation.several import Several
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import RecipeError, nearest
-
-MEMBERS: dict[str, type[Allocator]] = {
-    "uniform": Uniform,
-    "er": Er,
-    "er-plus": ErPlus,
-    "global": Global,
-    "owl": Owl,
-    "dlp": Dlp,
-    "alpha": Alpha,
-    "atp": Atp,
-    "lsa": Lsa,
-}
-_ORDER: tuple[Needs, ...] = ("none", "norms", "hessian")
 
 
 @dataclass(frozen=True)
@@ -49,54 +29,63 @@ class Blend:
     """The mean of what the allocators named in `of` give, each with its own defaults.
 
     Raises:
-        RecipeError: `of` names none, one twice, or one that is unknown.
+        RecipeError: `of` names none, one twice, or one that cannot be blended.
         NumericalError, ValueError: of the allocators that it names.
     """
 
     of: str = "atp,alpha"
 
     def __post_init__(self) -> None:
-        names = self.names
-        if not names or len(set(names)) < len(names):
+        known = _blendable()
+        if not self.names or len(set(self.names)) < len(self.names):
             raise RecipeError(
                 f"allocator.of is {self.of!r}; expected different allocators, such as atp,alpha"
             )
-        for name in names:
-            if name not in MEMBERS:
-                raise RecipeError(
-                    f"allocator.of names {name!r}{nearest(name, MEMBERS)}: {', '.join(MEMBERS)}"
-                )
+        for name in self.names:
+            if name not in known:
+                raise RecipeError(f"allocator.of names {name!r}{nearest(name, known)}: {', '.join(known)}")
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.of.split(",") if name.strip())
 
     @property
-    def members(self) -> dict[str, Allocator]:
-        return {name: MEMBERS[name]() for name in self.names}
+    def members(self) -> Several:
+        known = _blendable()
+        return Several({name: known[name]() for name in self.names})
 
     @property
     def needs(self) -> Needs:
-        return max((member.needs for member in self.members.values()), key=_ORDER.index)
+        return self.members.needs
 
     @property
     def measures_weights(self) -> bool:
-        return any(member.measures_weights for member in self.members.values())
+        return self.members.measures_weights
 
     def work(self, linears: Sequence[LinearInfo]) -> float:
         """What its members measure beside statistics, in float32 operations that take as long."""
-        counted = (getattr(member, "work", None) for member in self.members.values())
+        counted = (getattr(member, "work", None) for member in self.members.allocators.values())
         return float(sum(work(linears) for work in counted if work is not None))
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        return {name: m.measure(linears) for name, m in self.members.items() if m.measures_weights}
+        return self.members.measure(linears)
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
-        made = []
-        for name, member in self.members.items():
-            measures = (
-                tuple(measured[name] for measured in profile.measures) if member.measures_weights else ()
-            )
-            made.append(member.allocate(Profile(profile.linears, measures), target))
+        members = self.members
+        made = [
+            member.allocate(members.profile_of(name, profile), target)
+            for name, member in members.allocators.items()
+        ]
         mean = {info.name: sum(one[info.name] for one in made) / len(made) for info in profile.linears}
         return exact(mean, profile.sizes, target)
+
+
+def _blendable() -> dict[str, type[Allocator]]:
+    """All that decide from a profile, without an option that must be given."""
+    from tawny.allocation import ALLOCATORS
+
+    def alone(kind: Any) -> bool:
+        must = any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind))
+        return not must and kind is not Blend and not getattr(kind, "searches", False)
+
+    return {name: kind for name, kind in ALLOCATORS.items() if alone(kind)}

@@ -11,6 +11,7 @@ the inputs of every later block, and after ten blocks one weight in a hundred is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,14 @@ from torch import Tensor
 from tawny.precision import bfloat16_products
 
 Needs = Literal["none", "norms", "hessian"]
+_RISING: tuple[Needs, ...] = ("none", "norms", "hessian")
+
+
+def most(wanted: Iterable[Needs]) -> Needs:
+    """What serves all of them: each kind of statistics holds the ones before it."""
+    return max(wanted, key=_RISING.index, default="none")
+
+
 # Below this width the Hessian is one product; above, only its upper panels are computed and mirrored at the end.
 _PANEL = 512
 EXACT_WIDTH = 8192

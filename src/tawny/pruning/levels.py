@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tawny.allocation.profile import LinearInfo, Profile
 from tawny.calibration.observe import observe
-from tawny.calibration.statistics import Needs, Statistics
+from tawny.calibration.statistics import Needs, Statistics, most
 from tawny.errors import NumericalError, OutputError, TawnyError
 from tawny.model.blocks import Stack
 from tawny.model.durable import writing
@@ -39,7 +39,6 @@ from tawny.watch import Watch
 
 _CACHED_BYTES = 8_000_000  # of float32 logits that softmax and product read again before they leave the cache
 HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
-_RANK: dict[Needs, int] = {"none": 0, "norms": 1, "hessian": 2}
 
 
 def store_bytes(space: Space, dtype: torch.dtype) -> int:
@@ -145,8 +144,7 @@ def solve_levels(
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
-    wanted: list[Needs] = [solver.needs, measuring.needs, "hessian" if recipe.refit else "none"]
-    needs = max(wanted, key=lambda one: _RANK[one])
+    needs = most([solver.needs, measuring.needs, "hessian" if recipe.refit else "none"])
     stream, dense = Stream(stack, samples), Stream(stack, held_out)
     stages: dict[str, str] = {}
     measures: list[dict[str, Any]] = []

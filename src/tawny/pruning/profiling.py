@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from tawny.allocation import ALLOCATORS
 from tawny.allocation.budget import mixed_nm
 from tawny.allocation.owl import Owl, measure_outliers
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
+from tawny.allocation.several import Several
 from tawny.calibration.observe import observe
-from tawny.calibration.statistics import Needs, Statistics
+from tawny.calibration.statistics import Needs, Statistics, most
 from tawny.errors import NumericalError, RecipeError, TawnyError, nearest
 from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
@@ -184,45 +185,34 @@ class ProfileReport:
         return plain
 
 
-_LEVEL: dict[Needs, int] = {"none": 0, "norms": 1, "hessian": 2}
-
-
 @dataclass(frozen=True)
-class Together:
+class Together(Several):
     """Several allocators measured in one walk, and outlier shares for several M.
 
     Attributes:
-        allocators: by a name of the caller's choice.
         Ms: multiples of the mean whose outlier shares are counted; none if empty.
     """
 
-    allocators: Mapping[str, Any]
     Ms: tuple[float, ...] = ()
-    measures_weights: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:
-        wanted: list[Needs] = ["norms"] if self.Ms else ["none"]
-        wanted += [allocator.needs for allocator in self.allocators.values()]
-        return max(wanted, key=lambda needs: _LEVEL[needs])
+        return most([super().needs, "norms" if self.Ms else "none"])
+
+    @property
+    def measures_weights(self) -> bool:
+        return True
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         if self.Ms:
             zeros = sum(int((weight == 0).sum()) for weight, _ in linears.values())
             made = {**measure_outliers(linears, self.Ms), "zeros": zeros}
-        made["allocators"] = {
-            name: allocator.measure(linears)
-            for name, allocator in self.allocators.items()
-            if allocator.measures_weights
-        }
-        return made
+        return {**made, "allocators": super().measure(linears)}
 
     def profile_of(self, name: str, walked: Profile) -> Profile:
-        """What the walk measured for one of the allocators."""
-        if not self.allocators[name].measures_weights:
-            return Profile(walked.linears)
-        return Profile(walked.linears, tuple(m["allocators"][name] for m in walked.measures))
+        theirs = tuple(measured["allocators"] for measured in walked.measures)
+        return super().profile_of(name, Profile(walked.linears, theirs))
 
 
 def block_sparsities(allocation: Mapping[str, float], profile: Profile) -> list[float]:

@@ -1,0 +1,38 @@
+"""Several allocators in one walk through the dense model, each given back what it measured itself."""
+
+from __future__ import annotations
+
+__all__ = ["Several"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tawny.allocation.profile import Allocator, Profile
+from tawny.calibration.statistics import Needs, Statistics, most
+
+
+@dataclass(frozen=True)
+class Several:
+    """What `Allocator` asks of a walk, for all of `allocators` (by names of the caller's choice) at once."""
+
+    allocators: Mapping[str, Allocator]
+
+    @property
+    def needs(self) -> Needs:
+        return most(allocator.needs for allocator in self.allocators.values())
+
+    @property
+    def measures_weights(self) -> bool:
+        return any(allocator.measures_weights for allocator in self.allocators.values())
+
+    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+        return {name: a.measure(linears) for name, a in self.allocators.items() if a.measures_weights}
+
+    def profile_of(self, name: str, walked: Profile) -> Profile:
+        """What the walk measured for one of the allocators."""
+        if not self.allocators[name].measures_weights:
+            return Profile(walked.linears)
+        return Profile(walked.linears, tuple(measured[name] for measured in walked.measures))
