@@ -175,7 +175,7 @@ def _notes(recipe: Recipe, undecided: bool, text_unknown: bool) -> list[str]:
         )
     elif undecided:
         notes.append(
-            f"{recipe.allocator.name} decides after seeing data; `tawny profile` shows what it would see"
+            f"{recipe.allocator.name} decides once it has measured the dense model; `tawny profile` shows what it would see"
         )
     if text_unknown:
         notes.append(
