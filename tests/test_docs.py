@@ -13,11 +13,6 @@ from tawny.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def readme():
-    return runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
-
-
 @pytest.mark.parametrize("name", ["README.md", "docs/allocators.md", "docs/scaling.md"])
 def test_the_tables_of_a_page_are_made_from_the_committed_results(readme, name):
     page = (ROOT / name).read_text(encoding="utf-8")
@@ -104,6 +99,57 @@ def test_the_study_of_owl_answers_each_question_from_its_cells(readme):
     assert "| dense | 10.00 ± 0.50 | 1.000 % |" in made and "| wanda + owl | 30.00 ± 3.00 | 0.300 % |" in made
     assert "| 7 | 40.00 ± 3.00 |" in made and "| 9 |" not in made
     assert "| owl | 30.00 ± 3.00 | 2.0 s | 9 s |" in made
+
+
+def test_the_first_table_says_in_rows_what_the_results_say(readme):
+    def recipe(name, value, sparsity, changes=()):
+        return {"recipe": name, "changes": list(changes), **pruned(value, sparsity=sparsity)}
+
+    recipes = study(
+        recipe(name, value * dense, sparsity, changes)
+        for name, value, changes in (
+            ("official-owl-sparsegpt-70", 3.0, ()),
+            ("fast", 2.0, ()),
+            ("fast", 9.0, ["solver=wanda"]),
+        )
+        for sparsity, dense in ((0.5, 10.0), (0.6, 11.0), (0.7, 12.0))
+    )
+    kinds = (("recovered", 10, 30.0), ("recovered", 30, 25.0), ("control", 10, 18.0))
+    recovery = {
+        "dense": {"evaluation": {"wiki": {"perplexity": 20.0}}, "packed": {"file_bytes": 8e6}},
+        "cells": [
+            {
+                "kind": kind,
+                "minutes": minutes,
+                "sparsity": sparsity,
+                "evaluation": {"wiki": {"perplexity": value}},
+                "packed": None if kind == "control" else {"file_bytes": 8e6 * (1 - sparsity)},
+            }
+            for kind, minutes, value in kinds
+            for sparsity in (0.5, 0.6, 0.7)
+        ],
+    }
+    common = {"shape": "7b", "threads": 2, "group": 0}
+    decode = {
+        "measurements": [
+            {**common, "variant": "dense bf16", "sparsity": None, "decode_tokens_per_second": 2.0},
+            {**common, "variant": "packed bf16", "sparsity": 0.7, "decode_tokens_per_second": 5.0},
+        ]
+    }
+    made = readme["glance"](recipes, recovery, decode).splitlines()
+    rows = {line.split(" | ")[0]: line.split(" | ", 1)[1] for line in made if line.startswith("| ")}
+    assert (
+        rows["| perplexity, × dense: OWL and SparseGPT, by its authors' choices"]
+        == "1.00 | 3.00 | 3.30 | 3.60 |"
+    )
+    assert rows["| perplexity, × dense: `tawny prune`"] == "1.00 | 2.00 | 2.20 | 2.40 |"
+    assert (
+        rows["| perplexity, × dense: `tawny prune`, then 10 minutes of `tawny recover`"]
+        == "1.00 | 1.50 | 1.50 | 1.50 |"
+    )
+    assert rows["| file, `tawny pack`"] == "8 MB | 4 MB | 3 MB | 2 MB |"
+    assert rows["| decoding, LLaMA-shaped, 7B: packed bf16"] == "1.00 × | – | – | 2.50 × |"
+    assert not any("int8" in name for name in rows) and "to 0.90 ×" in made[-1]
 
 
 def test_a_section_that_is_not_measured_is_not_there(readme, monkeypatch, tmp_path):

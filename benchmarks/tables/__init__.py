@@ -1,0 +1,1 @@
+"""The tables that `readme.py` puts into pages: one function a results file, from its JSON to Markdown."""

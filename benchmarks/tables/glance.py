@@ -1,0 +1,98 @@
+"""The first table of the README: what the others say, in a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tables.shared import SHAPE_NAMES, over_seeds
+from tables.speed import baseline_of, speed
+
+_SPARSITIES = (0.5, 0.6, 0.7)
+_RECIPES = {
+    "official-owl-sparsegpt-70": "OWL and SparseGPT, by its authors' choices",
+    "fast": "`tawny prune`",
+}
+_PACKED = {"packed bf16": "packed bf16", "packed int8, int8 head": "packed int8, head too"}
+
+
+def glance(recipes: Mapping[str, Any], recovery: Mapping[str, Any], decode: Mapping[str, Any]) -> str:
+    """A row a claim, a column a sparsity; everything beside the dense model.
+
+    Args:
+        recipes, recovery, decode: the results files of these names.
+    """
+    lines = [
+        f"| | dense | {' | '.join(f'{sparsity:.0%}' for sparsity in _SPARSITIES)} |",
+        f"|---|---|{'---|' * len(_SPARSITIES)}",
+        *_perplexities(recipes, recovery),
+        *_files(recovery),
+        *_speeds(decode["measurements"]),
+    ]
+    text = recipes["evaluation"]["texts"][0]
+    adapted = min(
+        c["evaluation"][text]["perplexity"] / recovery["dense"]["evaluation"][text]["perplexity"]
+        for c in recovery["cells"]
+        if c["kind"] == "control" and c["minutes"] == _minutes(recovery)
+    )
+    return (
+        "\n".join(lines)
+        + f"\n\n<sub>Perplexities and files are of SmolLM2-135M, perplexities on `{text}`. Recovering is training on such text, which takes the "
+        f"dense model to {adapted:.2f} ×. Decoding is beside our own tuned dense kernels. Settings, errors, another text and other models stand in the tables "
+        "below.</sub>\n"
+    )
+
+
+def _minutes(recovery: Mapping[str, Any]) -> float:
+    """The shortest recovery."""
+    return float(min(c["minutes"] for c in recovery["cells"] if c["kind"] == "recovered"))
+
+
+def _perplexities(recipes: Mapping[str, Any], recovery: Mapping[str, Any]) -> list[str]:
+    text = recipes["evaluation"]["texts"][0]
+    dense = recipes["dense"]["evaluation"][text]["perplexity"]
+    lines = []
+    for recipe, name in _RECIPES.items():
+        cells = [c for c in recipes["cells"].values() if c["recipe"] == recipe and not c["changes"]]
+        values = [
+            over_seeds(some, text)["perplexity"] / dense
+            for some in ([c for c in cells if c["sparsity"] == s] for s in _SPARSITIES)
+        ]
+        lines.append(_row(f"perplexity, × dense: {name}", "1.00", [f"{value:.2f}" for value in values]))
+    found = {
+        (c["minutes"], c["sparsity"]): c["evaluation"][text]["perplexity"]
+        for c in recovery["cells"]
+        if c["kind"] == "recovered"
+    }
+    dense = recovery["dense"]["evaluation"][text]["perplexity"]
+    minutes = _minutes(recovery)
+    values = [found[minutes, sparsity] / dense for sparsity in _SPARSITIES]
+    name = f"`tawny prune`, then {minutes:g} minutes of `tawny recover`"
+    return [*lines, _row(f"perplexity, × dense: {name}", "1.00", [f"{value:.2f}" for value in values])]
+
+
+def _files(recovery: Mapping[str, Any]) -> list[str]:
+    sizes = {c["sparsity"]: c["packed"]["file_bytes"] for c in recovery["cells"] if c.get("packed")}
+    shown = [f"{sizes[sparsity] / 1e6:.0f} MB" for sparsity in _SPARSITIES]
+    dense = recovery["dense"]["packed"]["file_bytes"]
+    return [_row("file, `tawny pack`", f"{dense / 1e6:.0f} MB", shown)]
+
+
+def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    most = max(row["threads"] for row in rows)
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = [row for row in rows if row["shape"] == shape and row["threads"] == most]
+        for variant, name in _PACKED.items():
+            found = {row["sparsity"]: row for row in mine if row["variant"] == variant}
+            shown = []
+            for sparsity in _SPARSITIES:
+                base = baseline_of(mine, found[sparsity], "bf16") if sparsity in found else None
+                shown.append("–" if base is None else f"{speed(found[sparsity]) / speed(base):.2f} ×")
+            if set(shown) != {"–"}:
+                lines.append(_row(f"decoding, {SHAPE_NAMES.get(shape, shape)}: {name}", "1.00 ×", shown))
+    return lines
+
+
+def _row(name: str, dense: str, values: Sequence[str]) -> str:
+    return f"| {name} | {dense} | {' | '.join(values)} |"

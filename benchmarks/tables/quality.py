@@ -1,0 +1,320 @@
+"""Tables of quality: perplexity, accuracy and divergence, with what each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tables.shared import (
+    ALLOCATORS,
+    SOLVERS,
+    bold_if,
+    known_order,
+    machine_and_note,
+    machine_line,
+    over_seeds,
+    plus_minus,
+    seeds_line,
+    setting_line,
+    threads_of,
+)
+
+
+def tasks(result: Mapping[str, Any]) -> str:
+    """Whether the dense model's accuracies are lm-eval's own, and the comparison as it was printed."""
+    from tawny.report.comparison import to_markdown
+
+    if "compare" not in result:
+        return "Not measured to the end yet (`benchmarks/tasks.py`).\n"
+    equal, compared, setting = result["equal"], result["compare"], result["setting"]
+    verdict = "equal lm-eval's own to the last digit" if equal["exact"] else "differ from lm-eval's own"
+    return (
+        f"Pruned with {setting['pruning']}. In float32 the dense model's accuracies on {len(equal['tasks'])} tasks "
+        f"{verdict}. The whole table took {compared['seconds'] / 60:.1f} minutes.\n\n"
+        f"{to_markdown(compared)}\n{machine_line(result)}"
+    )
+
+
+def allocators(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a sparsity and solver, a column an allocator; then what each of them costs."""
+    cells = list(result["cells"].values())
+    names = sorted({cell["allocator"] for cell in cells}, key=known_order(ALLOCATORS))
+    rows = sorted(
+        {(cell["solver"], cell["sparsity"]) for cell in cells},
+        key=lambda row: (known_order(SOLVERS)(row[0]), row[1]),
+    )
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault((cell["solver"], cell["sparsity"], cell["allocator"]), []).append(cell)
+    parts = [
+        setting_line(result)
+        + seeds_line({name: [c for key, c in found.items() if key[2] == name] for name in names})
+    ]
+    for text in result["evaluation"]["texts"]:
+        parts.append(f"Perplexity on {text}, dense **{plus_minus(result['dense']['evaluation'][text])}**:\n")
+        lines = [f"| solver | sparsity | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+        for solver, sparsity in rows:
+            made = [found.get((solver, sparsity, name)) for name in names]
+            values = [over_seeds(group, text) if group else None for group in made]
+            best = min(value["perplexity"] for value in values if value)
+            shown = [bold_if(plus_minus(v), v["perplexity"] == best) if v else "–" for v in values]
+            lines.append(f"| {solver} | {sparsity:.0%} | {' | '.join(shown)} |")
+        parts.append("\n".join(lines) + "\n")
+    parts += _what_auto_brings(found, result["evaluation"]["texts"])
+    lines = [f"| seconds | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for solver in dict.fromkeys(solver for solver, _ in rows):
+        times = [
+            [c["seconds"] for c in cells if (c["solver"], c["allocator"]) == (solver, name)] for name in names
+        ]
+        shown = [f"{sum(some) / len(some):.0f}" if some else "–" for some in times]
+        lines.append(f"| {solver} | {' | '.join(shown)} |")
+    parts.append(
+        f"Whole runs, {threads_of(result)} each, mean over sparsities and seeds:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+    return "\n".join(parts) + f"\n{machine_and_note(result)}"
+
+
+def _what_auto_brings(
+    found: Mapping[tuple[Any, ...], Sequence[Mapping[str, Any]]], texts: Sequence[str]
+) -> list[str]:
+    """A line a text: the searched allocation beside the best single one and beside uniform, over the seeds it was run with."""
+    singles = [name for name in dict.fromkeys(name for *_, name in found) if name != "auto"]
+    lines = []
+    for text in texts:
+        over_best, over_uniform = [], []
+        for solver, sparsity in [row for *row, name in found if name == "auto"]:
+            searched = found[solver, sparsity, "auto"]
+            seeds = {cell["seed"] for cell in searched}
+            rivals = {}
+            for name in singles:
+                cells = [c for c in found.get((solver, sparsity, name), ()) if c["seed"] in seeds]
+                if len(cells) == len(seeds):
+                    rivals[name] = over_seeds(cells, text)["perplexity"]
+            if "uniform" in rivals:
+                auto = over_seeds(searched, text)["perplexity"]
+                over_best.append(auto / min(rivals.values()) - 1)
+                over_uniform.append(auto / rivals["uniform"] - 1)
+        if over_best:
+            lines.append(
+                f"On {text}, `auto` beside the best single allocator of each row: {min(over_best):+.1%} to "
+                f"{max(over_best):+.1%}; beside uniform: {min(over_uniform):+.1%} to {max(over_uniform):+.1%}.\n"
+            )
+    return lines
+
+
+_QUESTIONS = {
+    "lod": "Outliers left by pruning (share of weights above 5 × the mean, averaged over blocks)",
+    "granularity": "One OWL ratio for each …",
+    "order": "OWL against its opposite and the old baselines",
+    "M": "Sensitivity to M, λ = 0.08",
+    "lambda": "Sensitivity to λ, M = 5",
+    "sweep": "Sparsity",
+    "calibration": "Calibration samples",
+    "cost": "What an allocator costs",
+}
+
+
+def owl_study(result: Mapping[str, Any]) -> str:
+    """One table a question of benchmarks/owl_study.py; a label's value is the mean over its seeds."""
+    parts = [setting_line(result)]
+    texts = result["evaluation"]["texts"]
+    dense = [plus_minus(result["dense"]["evaluation"][text]) for text in texts]
+    for question, labels in result["questions"].items():
+        groups = {label: _cells_of(result, keys) for label, keys in labels.items()}
+        groups = {label: group for label, group in groups.items() if group}
+        if not groups:
+            continue
+        extra = {"lod": ["outliers"], "cost": ["allocating", "whole run"]}.get(question, [])
+        lines = [f"| | {' | '.join([*texts, *extra])} |", f"|---|{'---|' * (len(texts) + len(extra))}"]
+        if question == "lod":
+            lines.append(f"| dense | {' | '.join([*dense, _outliers(result['dense'])])} |")
+        for label, group in groups.items():
+            shown = [plus_minus(over_seeds(group, text)) for text in texts]
+            if question == "lod":
+                shown.append(_outliers(group[0]))
+            if question == "cost":
+                phases = [cell["phases"] for cell in group]
+                shown += [
+                    f"{sum(p.get('profile', 0) + p.get('search', 0) for p in phases) / len(phases):.1f} s",
+                    f"{sum(cell['seconds'] for cell in group) / len(group):.0f} s",
+                ]
+            lines.append(f"| {label} | {' | '.join(shown)} |")
+        parts.append(f"{_QUESTIONS[question]}:\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts) + f"\n{machine_and_note(result)}"
+
+
+def _cells_of(result: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The cells of all seeds that have exactly these keys; results lie beside them under other names."""
+    measured = {
+        "seconds",
+        "threads",
+        "phases",
+        "achieved",
+        "mean_error",
+        "winner",
+        "evaluation",
+        "lod",
+        "seed",
+    }
+    return [
+        cell
+        for cell in result["cells"].values()
+        if {k: v for k, v in cell.items() if k not in measured} == keys
+    ]
+
+
+def _outliers(cell: Mapping[str, Any]) -> str:
+    shares = cell["lod"]["shares"]["5"] if "lod" in cell else []
+    return f"{sum(shares) / len(shares):.3f} %" if shares else "–"
+
+
+def recipes(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a product, for every sparsity its perplexity and how far from the first row's it is, over the seeds that both have."""
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for cell in result["cells"].values():
+        name = ", ".join([cell["recipe"], *cell["changes"]])
+        groups.setdefault((name, cell["sparsity"]), []).append(cell)
+    # The authors' choices first, whatever was measured or measured again last: the others are compared with them.
+    names = sorted(
+        dict.fromkeys(name for name, _ in groups), key=lambda name: not name.startswith("official")
+    )
+    sparsities = sorted({sparsity for _, sparsity in groups})
+    parts = [
+        setting_line(result)
+        + seeds_line({name: [c for key, c in groups.items() if key[0] == name] for name in names})
+    ]
+    for text in result["evaluation"]["texts"]:
+        parts.append(f"Perplexity on {text}, dense **{plus_minus(result['dense']['evaluation'][text])}**:\n")
+        lines = [
+            f"| recipe | {' | '.join(f'{s:.0%}' for s in sparsities)} |",
+            f"|---|{'---|' * len(sparsities)}",
+        ]
+        for name in names:
+            shown = []
+            for sparsity in sparsities:
+                cells, first = groups.get((name, sparsity)), groups.get((names[0], sparsity))
+                if not cells:
+                    shown.append("–")
+                    continue
+                change = _change(cells, first, text) if first and name != names[0] else ""
+                shown.append(plus_minus(over_seeds(cells, text)) + change)
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+        parts.append("\n".join(lines) + "\n")
+    lines = [
+        f"| seconds | {' | '.join(f'{s:.0%}' for s in sparsities)} |",
+        f"|---|{'---|' * len(sparsities)}",
+    ]
+    for name in names:
+        times = [groups.get((name, sparsity), []) for sparsity in sparsities]
+        shown = [f"{sum(c['seconds'] for c in some) / len(some):.0f}" if some else "–" for some in times]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts) + f"\n{machine_and_note(result)}"
+
+
+def _change(cells: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], text: str) -> str:
+    """How far below or above others, over the seeds that both have."""
+    shared = {cell["seed"] for cell in cells} & {cell["seed"] for cell in others}
+    if not shared:
+        return ""
+    ours, theirs = (
+        over_seeds([cell for cell in some if cell["seed"] in shared], text)["perplexity"]
+        for some in (cells, others)
+    )
+    return f" ({ours / theirs - 1:+.0%})"
+
+
+def solvers(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a solver and what follows it, a column a sparsity; then errors of linears, and times."""
+    groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    for cell in result["cells"].values():
+        steps = [word for word, key in (("refit", "refit"), ("refine", "refine.epochs")) if cell.get(key)]
+        name = (cell["solver"], " + ".join([cell["solver"], *steps]))
+        groups.setdefault((*name, cell["sparsity"]), []).append(cell)
+    names = sorted({name[:2] for name in groups}, key=lambda name: (known_order(SOLVERS)(name[0]), name[1]))
+    sparsities = sorted({sparsity for *_, sparsity in groups})
+    head = [f"{' | '.join(f'{s:.0%}' for s in sparsities)} |", f"|---|{'---|' * len(sparsities)}"]
+
+    def table(title: str, shown: Callable[[Sequence[Mapping[str, Any]]], str]) -> str:
+        lines = [f"| {title} | {head[0]}", head[1]]
+        for name in names:
+            made = [groups.get((*name, sparsity)) for sparsity in sparsities]
+            lines.append(f"| {name[1]} | {' | '.join(shown(some) if some else '–' for some in made)} |")
+        return "\n".join(lines) + "\n"
+
+    def mean(cells: Sequence[Mapping[str, Any]], key: str) -> float:
+        return float(sum(cell[key] for cell in cells)) / len(cells)
+
+    parts = [
+        setting_line(result)
+        + seeds_line({name[1]: [c for key, c in groups.items() if key[:2] == name] for name in names})
+    ]
+    for text in result["evaluation"]["texts"]:
+        dense = plus_minus(result["dense"]["evaluation"][text])
+        parts.append(f"Perplexity on {text}, dense **{dense}**:\n")
+        parts.append(table("solver", lambda some, text=text: plus_minus(over_seeds(some, text))))
+    parts.append("Share of a linear's output energy that was lost, mean over linears:\n")
+    parts.append(table("error", lambda some: f"{mean(some, 'mean_error'):.2%}"))
+    parts.append(f"Whole runs, {threads_of(result)} each:\n")
+    parts.append(table("seconds", lambda some: f"{mean(some, 'seconds'):.0f}"))
+    return "\n".join(parts) + f"\n{machine_and_note(result)}"
+
+
+_KINDS = {"recovered": "**recovered**", "lora-reprune": "LoRA without a mask, pruned again"}
+
+
+def recovery(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a model, perplexity beside KL and first choices; then the step beside plain training."""
+    cells = sorted(result["cells"], key=lambda cell: (cell["sparsity"], cell["minutes"], cell["kind"]))
+    seen, measured = result["calibration"], result["evaluation"]
+    recipe = f" by recipes/{result['recipe']}" if result["recipe"] else ""
+    parts = [
+        "### The whole promise\n",
+        f"{result['model']}, pruned on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']}{recipe} and trained on that text; "
+        f"measured on {measured['windows']} windows of {measured['seqlen']} tokens that chose nothing. KL and top-1 are against "
+        "the dense model; size and decoding speed are those of the model packed. The control is the dense model trained alike: "
+        "training on a text also adapts to it.\n",
+    ]
+    for text in measured["texts"]:
+        dense = result["dense"]["evaluation"][text]
+        lines = [
+            f"On {text}:\n",
+            "| sparsity | model | perplexity | × dense | KL | top-1 | file | tokens/s |",
+            "|---|---|---|---|---|---|---|---|",
+            f"| – | dense | {plus_minus(dense)} | 1.00 | – | – | {_packed(result['dense'].get('packed'))} |",
+        ]
+        for cell in cells:
+            value = cell["evaluation"][text]
+            name = _KINDS.get(cell["kind"], cell["kind"]) + (
+                f", {cell['minutes']:g} min" if cell["minutes"] else ""
+            )
+            lines.append(
+                f"| {'–' if cell['kind'] == 'control' else format(cell['sparsity'], '.0%')} | {name} | {plus_minus(value)} "
+                f"| {value['perplexity'] / dense['perplexity']:.2f} | {value['kl']:.3f} | {value['top1']:.1%} "
+                f"| {_packed(cell.get('packed'))} |"
+            )
+        parts.append("\n".join(lines) + "\n")
+    if step := result.get("step"):
+        names = {
+            "plain-float32": "plain, float32",
+            "plain-bfloat16": "plain, bfloat16 autocast",
+            "tawny": "Tawny",
+        }
+        rows = [
+            f"| {name} | {step[key]['memory'] / 1e6:.0f} MB | {step[key]['tokens_per_second']:.0f} |"
+            for key, name in names.items()
+        ]
+        parts.append(
+            f"A training step at {step['sparsity']:.0%}, {step['batch']} × {step['seqlen']} tokens; memory is peak memory above the "
+            f"bare interpreter. The teacher's forwards come on top ({step['tawny']['teacher_seconds']:.0f} s for "
+            f"{step['steps']} steps).\n\n| | memory | tokens/s |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        )
+    return "\n".join(parts) + f"\n{machine_and_note(result)}"
+
+
+def _packed(found: Mapping[str, Any] | None) -> str:
+    return (
+        f"{found['file_bytes'] / 1e6:.0f} MB | {found['decode_tokens_per_second']:.0f}" if found else "– | –"
+    )

@@ -1,0 +1,255 @@
+"""Tables of packed models: size, decoding, kernels, other engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tables.shared import SHAPE_NAMES, machine_line
+
+
+def sizes(result: Mapping[str, Any]) -> str:
+    def name(row: Mapping[str, Any]) -> str:
+        scales = f", a scale each {row['group']} columns" if row["group"] else ""
+        head = f", head {row['head']}" if row["head"] else ""
+        return f"packed {row['values']}{scales}{head}"
+
+    lines = [
+        f"{result['model']} at {result['sparsity']:.0%}; resident is what loading it adds to a process with its imports.\n",
+        "| | file | of the bf16 file | resident once loaded |",
+        "|---|---|---|---|",
+        f"| bf16 with its zeros | {result['dense_bytes'] / 1e6:.1f} MB | 100 % | |",
+    ]
+    lines += [
+        f"| {name(row)} | {row['bytes'] / 1e6:.1f} MB | {row['ratio'] * 100:.1f} % | {row['resident'] / 1e6:.0f} MB |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines) + f"\n\n{machine_line(result)}"
+
+
+def decode(result: Mapping[str, Any]) -> str:
+    """What a user gains: whole models, packed beside dense, and the two warnings that belong beside any such number."""
+    rows = result["measurements"]
+    most = max(row["threads"] for row in rows)
+    rows = [row for row in rows if row["threads"] == most]
+    parts = ["### What you gain\n"]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = [row for row in rows if row["shape"] == shape]
+        for dtype in ("bf16", "f32"):
+            parts += _gains(shape, dtype, mine)
+    parts.append(
+        "*Dense, tuned* is the same model with our best dense matrix–vector kernel in the same decoder: the honest "
+        "baseline. *transformers* is its own forward, cache and linears. Ratios are of medians taken in turns in one "
+        "process; random weights stand in for the LLaMA shapes, pruned by magnitude. File sizes of those count tensors.\n"
+    )
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        own = [
+            row["decode_tokens_per_second"]
+            for row in rows
+            if row["shape"] == shape and row["variant"].startswith("dense shared")
+        ]
+        if len(own) > 1:
+            parts.append(
+                f"{SHAPE_NAMES.get(shape, shape)}: each sparsity ran in a process of its own, in turns with a dense model of "
+                f"its own ({min(own):.1f} to {max(own):.1f} tokens/s, as the machine's memory speed changed), and the ratios are to "
+                "that one. Compare these rows by ratio, not by tokens/s.\n"
+            )
+    parts.append(_warnings(rows))
+    versions = result["versions"]
+    parts.append(
+        f"<sub>{result['machine']['cpu']}, {most} threads, kernel {result['kernel']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, {result['date']}.</sub>\n"
+    )
+    return "\n".join(parts)
+
+
+def speed(row: Mapping[str, Any]) -> float:
+    """Tokens a second."""
+    return float(row["decode_tokens_per_second"])
+
+
+def baseline_of(
+    rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any], dtype: str
+) -> Mapping[str, Any] | None:
+    """The tuned dense model that ran in turns with this one; the chain to transformers goes over it."""
+    return _find(rows, f"dense shared {dtype}", row["group"]) or _find(rows, f"dense {dtype}", row["group"])
+
+
+def _find(
+    rows: Sequence[Mapping[str, Any]], variant: str, group: int | None = None
+) -> Mapping[str, Any] | None:
+    return next((r for r in rows if r["variant"] == variant and (group is None or r["group"] == group)), None)
+
+
+def _gains(shape: str, dtype: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One table; nothing where the shape was not measured in this type."""
+    kinds = ("packed f32",) if dtype == "f32" else ("packed bf16", "packed int8")
+    packed = [row for row in rows if row["variant"].startswith(kinds)]
+    theirs, tuned, shared = (
+        _find(rows, f"{name} {dtype}") for name in ("transformers", "dense", "dense shared")
+    )
+    if not packed or tuned is None:
+        return []
+    lines = [
+        f"{SHAPE_NAMES.get(shape, shape)}, {'float32' if dtype == 'f32' else 'bfloat16'}:\n",
+        "| | sparsity | decode, tokens/s | × dense, tuned | × transformers | prefill, tokens/s | memory | file |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (theirs, tuned, *sorted(packed, key=lambda r: (r["variant"], r["sparsity"]))):
+        if row is None:
+            continue
+        base = baseline_of(rows, row, dtype) or tuned
+        over = speed(row) / speed(base)
+        chain = None
+        if theirs is not None:
+            first = shared if base["variant"].startswith("dense shared") and shared is not None else tuned
+            chain = over * speed(first) / speed(theirs)
+        if row in (theirs, tuned):
+            over, chain = speed(row) / speed(tuned), speed(row) / speed(theirs) if theirs else None
+        name = {"transformers": "transformers", "dense": "dense, tuned"}.get(
+            row["variant"].split()[0], row["variant"]
+        )
+        sparsity = "" if row["sparsity"] is None else f"{row['sparsity']:.0%}"
+        prefill = row.get("prefill_tokens_per_second")
+        lines.append(
+            f"| {name} | {sparsity} | {speed(row):,.1f} | {over:.2f} | {'–' if chain is None else f'{chain:.2f}'} "
+            f"| {'–' if prefill is None else f'{prefill:,.0f}'} | {row['resident_bytes'] / 1e9:.2f} GB "
+            f"| {row['file_bytes'] / 1e9:.2f} GB |"
+        )
+    return ["\n".join(lines) + "\n"]
+
+
+def _warnings(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Two things that a table of ratios hides, with the numbers of the format and of these results."""
+    mask, q4 = 1 / 8, 0.5625
+    bf16, int8 = 2 * 0.3 + mask, 0.3 + mask
+    lines = [
+        "Two warnings. **Bytes decide decoding, and 4-bit weights have few of them:** a weight of a 70 % sparse model "
+        f"takes {bf16:.3f} bytes packed as bf16 and {int8:.3f} as int8; llama.cpp's dense Q4_0 takes {q4:.4f}. Packed "
+        f"int8 is smaller than Q4_0 only above {1 - (q4 - mask):.0%} sparsity, packed bf16 above "
+        f"{1 - (q4 - mask) / 2:.0%}."
+    ]
+    small = {(r["variant"], r["sparsity"]): r["file_bytes"] for r in rows if r["shape"] == "smollm2"}
+    dense, plain, headed = (
+        small.get(key)
+        for key in (("dense bf16", None), ("packed int8", 0.7), ("packed int8, int8 head", 0.7))
+    )
+    head = "**The head stays dense unless you ask:** embeddings and head are not pruned"
+    if dense and plain and headed:
+        head += (
+            f"; in SmolLM2 they are so large a part that 70 % packed int8 is {plain / dense:.0%} of the dense file, and "
+            f"{headed / dense:.0%} with `--head int8`"
+        )
+    lines.append(head + ". [Why is it not faster?](docs/why-not-faster.md)")
+    return " ".join(lines) + "\n"
+
+
+def kernels(result: Mapping[str, Any]) -> str:
+    """One linear: packed beside every other product there is, one token; then more tokens."""
+    rows = result["measurements"]
+    shape = max((tuple(row["shape"]) for row in rows), key=lambda s: (s == (4096, 4096), s[0] * s[1]))
+    rows = [row for row in rows if tuple(row["shape"]) == shape]
+    parts = [f"### One linear, {shape[0]} × {shape[1]}\n"]
+    for threads in sorted({row["threads"] for row in rows}):
+        parts += _one_token([r for r in rows if r["threads"] == threads and r["columns"] == 1], threads)
+    parts += _many_tokens(rows)
+    machine = result["machine"]
+    parts.append(
+        f"<sub>{machine['cpu']}, kernel {machine['kernel']}, torch {machine['torch']}, {result['date']}; all sizes, "
+        "sparsities and quartiles in benchmarks/results/kernels.json.</sub>\n"
+    )
+    return "\n".join(parts)
+
+
+def _one_token(rows: Sequence[Mapping[str, Any]], threads: int) -> list[str]:
+    found = {(row["variant"], row["sparsity"]): row for row in rows}
+    base, torch_bf16 = found.get(("dense bf16", None)), found.get(("torch bf16", None))
+    limit, torch_f32 = found.get(("stream", None)), found.get(("torch f32", None))
+    if not (base and torch_bf16 and limit):
+        return []
+    lines = [
+        f"One token, {threads} thread{'s' * (threads > 1)} (streaming limit {limit['gigabytes_per_second']:.1f} GB/s, "
+        f"our dense bf16 at {base['gigabytes_per_second'] / limit['gigabytes_per_second']:.0%} of it):\n",
+        "| sparsity | packed bf16 × our dense bf16 | × torch bf16 | of the limit | packed int8 × our dense bf16 "
+        "| packed f32 × torch f32 | torch CSR × torch f32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def over(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
+        return f"{other['microseconds'] / row['microseconds']:.2f}" if row and other else "–"
+
+    for sparsity in sorted({row["sparsity"] for row in rows if row["variant"] == "packed bf16"}):
+        packed = found[("packed bf16", sparsity)]
+        share = packed["gigabytes_per_second"] / limit["gigabytes_per_second"]
+        lines.append(
+            f"| {sparsity:.0%} | {over(packed, base)} | {over(packed, torch_bf16)} | {share:.0%} "
+            f"| {over(found.get(('packed int8', sparsity)), base)} "
+            f"| {over(found.get(('packed f32', sparsity)), torch_f32)} "
+            f"| {over(found.get(('torch CSR f32', sparsity)), torch_f32)} |"
+        )
+    return ["\n".join(lines) + "\n"]
+
+
+def _many_tokens(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    threads = max(row["threads"] for row in rows)
+    found = {
+        (row["variant"], row["sparsity"], row["columns"]): row["microseconds"]
+        for row in rows
+        if row["threads"] == threads
+    }
+    columns = sorted({key[2] for key in found if ("torch bf16", None, key[2]) in found})
+    sparsities = [s for s in (0.5, 0.7, 0.8) if any(("packed bf16", s, c) in found for c in columns)]
+    if len(columns) < 2 or not sparsities:
+        return []
+    lines = [
+        f"More tokens at once, {threads} thread{'s' * (threads > 1)}, packed bf16 over torch bf16:\n",
+        f"| sparsity | {' | '.join(map(str, columns))} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for sparsity in sparsities:
+        cells = []
+        for count in columns:
+            time = found.get(("packed bf16", sparsity, count))
+            cells.append(f"{found[('torch bf16', None, count)] / time:.2f}" if time else "–")
+        lines.append(f"| {sparsity:.0%} | {' | '.join(cells)} |")
+    return ["\n".join(lines) + "\n"]
+
+
+def peers(result: Mapping[str, Any]) -> str:
+    """Other engines on the same machine, or why there is no number."""
+    rows = result["measurements"]
+    parts = ["### Peers\n"]
+    models = [row for row in rows if row["peer"] == "llama.cpp"]
+    if models:
+        lines = [
+            "| llama.cpp (dense) | decode, tokens/s | prefill, tokens/s | file |",
+            "|---|---|---|---|",
+        ]
+        for row in models:
+            lines.append(
+                f"| {SHAPE_NAMES.get(row['shape'], row['shape'])}, {row['kind']} "
+                f"| {row['decode_tokens_per_second']:,.1f} | {row['prefill_tokens_per_second']:,.0f} "
+                f"| {row['file_bytes'] / 1e9:.2f} GB |"
+            )
+        parts.append("\n".join(lines) + "\n")
+    chains = {
+        (r["kind"] if r["peer"] == "here" else r["peer"], r["sparsity"]): r for r in rows if "blocks" in r
+    }
+    if chains:
+        kinds = list(dict.fromkeys(kind for kind, _ in chains))
+        blocks = next(iter(chains.values()))["blocks"]
+        lines = [
+            f"Linears of {blocks} blocks of the 1.1B shape, one token, float32, milliseconds:\n",
+            f"| sparsity | {' | '.join(kinds)} |",
+            f"|---|{'---|' * len(kinds)}",
+        ]
+        for sparsity in sorted({sparsity for _, sparsity in chains}):
+            cells = [chains.get((kind, sparsity)) for kind in kinds]
+            shown = " | ".join("–" if cell is None else f"{cell['milliseconds']:.2f}" for cell in cells)
+            lines.append(f"| {sparsity:.0%} | {shown} |")
+        parts.append("\n".join(lines) + "\n")
+    for error in result["errors"]:
+        last = error["error"].strip().splitlines()[-1]
+        parts.append(f"{error['peer']} could not be measured here: `{last[:200]}`\n")
+    parts.append(f"<sub>{result['machine']['cpu']}, {result['date']}.</sub>\n")
+    return "\n".join(parts)
