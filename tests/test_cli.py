@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,32 @@ def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("recipe", "arguments", "sparsity"),
+    [
+        (None, (), 0.7),
+        (None, ("-s", 0.3), 0.3),
+        (None, ("-o", "pattern=2:4"), 0.5),
+        ("sparsity: 0.6", (), 0.6),
+        ("sparsity: 0.6", ("-s", 0.3), 0.3),
+        ("seed: 4", (), 0.7),
+        ("seed: 4", ("-s", 0.3), 0.3),
+        ("pattern: '3:8'", (), 0.625),
+        ("seed: 4", ("-o", "sparsity=0.2"), 0.2),
+    ],
+)
+def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_the_default(
+    run, monkeypatch, tmp_path, recipe, arguments, sparsity
+):
+    calls = answering(monkeypatch, "profile", SimpleNamespace(to_dict=dict))
+    if recipe is not None:
+        (tmp_path / "r.yaml").write_text(recipe)
+        arguments = ("-c", tmp_path / "r.yaml", *arguments)
+    code, _, err = run("profile", "m", *arguments, "--json")
+    assert code == 0, err
+    assert calls[0][1]["recipe"].sparsity == sparsity
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["prune", "m", "--out", "o"], "sparsity is missing"),
@@ -207,6 +234,10 @@ def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_p
         (["eval", "m", "--compute", "int8"], "bfloat16"),
         (["eval", "m", "--windows", "0"], "--windows"),
         (["profile", "m", "--plot", "x.pdf"], ".svg"),
+        (["profile", "m", "-s", "0.7", "-o", "pattern=2:4"], "implies"),
+        (["profile", "m", "-M", "0"], "M is 0; expected a positive"),
+        (["profile", "m", "-M", "5", "-M", "-1"], "M is -1; expected a positive"),
+        (["profile", "m", "-M", "nan"], "M is nan; expected a positive"),
         (["profile", "m", "--plot", "/no/such/folder/x.png"], "does not exist"),
         (["list", "solver"], "'solvers'"),
         (["inspect", "/no/such/folder"], "no such folder"),
@@ -323,6 +354,16 @@ def test_the_verbs_work_on_a_real_folder_from_plan_to_inspection(run, model, tex
         "prune", model, "--out", out, "-c", out / "run.json", "-s", 0.25, "--overwrite", "--json"
     )
     assert code == 0 and json.loads(shown)["sparsity"] == pytest.approx(0.25, abs=1e-3), err
+
+
+def test_a_search_that_ends_packed_keeps_its_allocation_and_pictures(run, model, text, tmp_path):
+    data = ("--calibration", text, "--samples", 4, "--seqlen", 32, "-o", "compute=float32")
+    auto = ("-a", "auto", "-m", "wanda", "-o", "trials=3", "-o", "levels=3", "-o", "windows=1")
+    code, _, err = run("prune", model, "--out", tmp_path / "o", "-s", 0.7, *auto, *data, "--pack", "f32")
+    assert code == 0, err
+    assert {f"allocation.{kind}" for kind in ("yaml", "png", "svg")} <= {
+        path.name for path in (tmp_path / "o").iterdir()
+    }
 
 
 def test_too_little_text_says_how_short(run, model, text, tmp_path):

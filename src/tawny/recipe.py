@@ -183,12 +183,14 @@ def dump_recipe(recipe: Recipe) -> str:
 def resolve_recipe(
     base: Recipe | Mapping[str, Any] | str | Path | None = None,
     overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
+    *,
+    default_sparsity: float | None = None,
     **keys: Any,
 ) -> Recipe:
     """Put a recipe together: a base (a recipe, mapping or file), then keyword keys, then overrides.
 
     A key that is None is unset. The whole is validated once, at the end, so that a base file may leave out
-    what the keys supply.
+    what the keys supply. `default_sparsity` holds where nothing says one and no n:m implies it.
     """
     if base is None:
         mapping: Mapping[str, Any] = {}
@@ -199,7 +201,10 @@ def resolve_recipe(
     else:
         mapping = _read(base)
     later = overrides.items() if isinstance(overrides, Mapping) else map(_pair, overrides)
-    return _validate(_merge(mapping, [*((k, v) for k, v in keys.items() if v is not None), *later]))
+    merged = _merge(mapping, [*((k, v) for k, v in keys.items() if v is not None), *later])
+    if merged.get("sparsity") is None and ":" not in str(merged.get("pattern")):
+        merged["sparsity"] = default_sparsity
+    return _validate(merged)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

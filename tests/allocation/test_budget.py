@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.allocation import LinearInfo, Profile
-from tawny.allocation.budget import exact, mixed_nm
+from tawny.allocation.budget import exact, given_nm, mixed_nm, spread_in_blocks
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import removed_count
 from tests.reference.allocators import model
@@ -163,6 +163,35 @@ def test_all_linears_of_a_block_get_the_same_n() -> None:
     allocation = mixed_nm(wish, profile, 8, 3)
     per_block = [{allocation[linear.name] for linear in profile.linears_of(block)} for block in range(3)]
     assert per_block == [{0.5}, {0.625}, {0.75}]
+
+
+def test_given_numbers_are_a_whole_n_of_each_linear() -> None:
+    given = {"a": 0.75, "b": 0.0, "c": 0.25, "d": 0.5}
+    assert given_nm(given, 4) == given
+    assert given_nm({"third": 0.333, "seventh": 0.143}, 3 * 7) == {
+        "third": 1 - 14 / 21,
+        "seventh": 1 - 18 / 21,
+    }
+    for sparsity, kept, legal in (
+        (0.55, "1.8", r"0\.5 \(2 of 4\) or 0\.75 \(1 of 4\)"),
+        (0.2, "3.2", r"0 \(4 of 4\) or 0\.25 \(3 of 4\)"),
+        (1.0, "0", r"0\.75 \(1 of 4\)$"),
+        (0.9, "0.4", r"0\.75 \(1 of 4\)$"),
+    ):
+        with pytest.raises(
+            RecipeError, match=rf"q_proj is given sparsity .* keeps {kept} of every 4 .*{legal}"
+        ):
+            given_nm({"o_proj": 0.5, "q_proj": sparsity}, 4)
+
+
+def test_rounding_to_whole_weights_is_no_spread_within_a_block() -> None:
+    profile = model(blocks=3)
+    even = exact({x.name: 0.3 + 0.1 * x.block for x in profile.linears}, profile.sizes, 0.4123)
+    assert len(set(even.values())) > 3 and spread_in_blocks(even, profile) == {}
+    last = profile.linears[-1]
+    assert spread_in_blocks({**even, last.name: even[last.name] + 0.2}, profile) == {
+        2: pytest.approx(0.2, abs=0.01)
+    }
 
 
 def test_an_n_out_of_range_is_refused() -> None:

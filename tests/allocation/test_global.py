@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tawny.allocation import Global, LinearInfo, Profile
-from tawny.allocation.scores import exact_quantile, histogram, magnitude_scores, wanda_scores
+from tawny.allocation import scores as scores_module
+from tawny.allocation.scores import BINS, exact_quantile, histogram, magnitude_scores, wanda_scores
 from tawny.errors import NumericalError
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike
@@ -52,6 +54,44 @@ def test_magnitudes_of_bfloat16_are_ranked_without_error(seed: int, target: floa
         # everything below the cut goes; of what equals it any part may
         low, high = int((size < cut).sum()), int((size <= cut).sum())
         assert low - 1 <= found[str(i)] * 256 <= high + 1
+
+
+def test_only_totals_are_dense_however_many_linears_there_are() -> None:
+    weights = [lifelike(8, 16, seed) for seed in range(40)]
+    profile = measured(Global(), weights)
+    with Largest() as largest:
+        Global().allocate(profile, 0.7)
+    assert BINS <= largest.numel <= BINS + 1
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that anything gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, tuple) else (made,):
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return made
+
+
+class Elsewhere:
+    """Counts on another device: nothing of the CPU can be added to them before they are brought there."""
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        self._counts = counts
+
+    def cpu(self) -> torch.Tensor:
+        return self._counts
+
+
+def test_a_quantile_adds_up_counts_of_another_device(monkeypatch) -> None:
+    linears = {"a": (torch.randn(4, 8), None), "b": (torch.randn(4, 8), None)}
+    wanted = exact_quantile(linears, magnitude_scores)
+    monkeypatch.setattr(scores_module, "histogram", lambda scores: Elsewhere(histogram(scores)))
+    assert exact_quantile(linears, magnitude_scores) == wanted
 
 
 def test_equal_scores_and_one_block_are_uniform() -> None:

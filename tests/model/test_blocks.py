@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
-from tawny.errors import CheckpointError, ModelError
+import tawny
+from tawny.errors import CheckpointError, ModelError, NumericalError
 from tawny.model.blocks import live_stack, open_stack
 from tawny.model.streams import Samples, Stream
 from tests.tiny import FAMILIES, tiny_model, tokens
@@ -80,6 +82,90 @@ def test_a_tail_slice_gives_the_same_logits(family, tmp_path):
         [stack.logits(ids[:, s], stream.hidden[0][:, s]) for s in (slice(0, 7), slice(7, 20))], dim=1
     )
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_weights_of_a_checkpoint_are_given_on_the_device_of_the_stack(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    stack = open_stack(tmp_path, torch.float32)
+    with stack.block(0):
+        for linear in stack.linears(0):
+            stored = stack.stored[linear.key]
+            assert stack.look(linear).untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
+            assert stack.weight(linear).untyped_storage().data_ptr() != stored.untyped_storage().data_ptr()
+    stack.device = torch.device("meta")  # as another device would be
+    with stack.block(0):
+        for linear in stack.linears(0):
+            for given in (stack.weight(linear), stack.stored_weight(linear), stack.look(linear)):
+                assert given.is_meta and tuple(given.shape) == linear.shape
+            assert not stack.stored[linear.key].is_meta  # what is written stays where it was read
+
+
+def modes(model):
+    return [module.training for module in model.modules()]
+
+
+def test_a_live_model_is_read_in_eval_mode_and_left_in_its_own():
+    """GPT-2 drops a tenth of everything in train mode."""
+    ids = tokens(8, 24)
+    keys = {"sparsity": 0.5, "solver": "wanda", "allocator": "owl", "compute": "float32", "calibration": ids}
+    made, losses = [], []
+    for training in (False, True):
+        model = tiny_model("gpt2").train(training)
+        model.transformer.h[1].mlp.eval()  # its owner's wish, which `train` would overrule
+        before = modes(model)
+        tawny.prune(model, **keys)
+        losses.append(tawny.evaluate(model, ids).loss)
+        losses.append(tawny.agreement(model, tiny_model("gpt2").train(training), ids).kl)
+        assert modes(model) == before
+        made.append(model.state_dict())
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert losses[:2] == losses[2:]
+
+
+def test_a_live_model_gets_its_mode_back_when_a_run_fails(monkeypatch):
+    model = tiny_model("gpt2").train()
+    model.transformer.h[1].mlp.eval()
+    model.transformer.h[2].mlp.c_fc.weight.data[0, 0] = torch.nan
+    before = modes(model)
+    with pytest.raises(NumericalError):
+        tawny.prune(model, sparsity=0.5, solver="wanda", allocator="owl", calibration=tokens())
+    assert True in before and modes(model) == before
+
+
+def test_blocks_that_share_weights_are_refused_with_both_names():
+    def one_mlp(layers):
+        layers[1].mlp = layers[0].mlp
+
+    def one_block(layers):
+        layers[2] = layers[0]
+
+    def one_weight(layers):
+        layers[1].self_attn.q_proj.weight = layers[1].self_attn.o_proj.weight
+
+    def one_norm(layers):
+        layers[1].input_layernorm.weight = layers[0].post_attention_layernorm.weight
+
+    for share, first, second in (
+        (one_mlp, "layers.0.mlp.gate_proj.weight", "layers.1.mlp.gate_proj.weight"),
+        (one_block, "layers.0.self_attn.q_proj.weight", "layers.2.self_attn.q_proj.weight"),
+        (one_weight, "layers.1.self_attn.q_proj.weight", "layers.1.self_attn.o_proj.weight"),
+        (one_norm, "layers.0.post_attention_layernorm.weight", "layers.1.input_layernorm.weight"),
+    ):
+        model = tiny_model("llama")
+        share(model.model.layers)
+        with pytest.raises(ModelError, match=f"model.{first} and model.{second} are one parameter") as error:
+            tawny.prune(model, sparsity=0.5, solver="magnitude", allocator="uniform")
+        assert "\n" not in str(error.value) and "deepcopy" in str(error.value)
+
+
+def test_a_shared_block_copied_as_the_error_says_and_a_tied_head_are_pruned():
+    model = tiny_model("qwen2")
+    model.model.layers[2].mlp = copy.deepcopy(model.model.layers[0].mlp)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    record = tawny.prune(model, sparsity=0.5, solver="magnitude", allocator="uniform")
+    assert record.zeros >= record.prunable // 2
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_an_encoder_decoder_is_refused(tmp_path):

@@ -20,11 +20,15 @@ def linears(blocks: int = 4, shapes=((8, 8), (8, 8), (4, 8), (24, 8))) -> tuple[
 class Offers:
     """Proposals from a list."""
 
-    def __init__(self, proposals):
-        self.left, self.told = list(proposals), []
+    def __init__(self, proposals, others=()):
+        self.left, self.others, self.told = list(proposals), list(others), []
 
     def ask(self, count):
         batch, self.left = self.left[:count], self.left[count:]
+        return batch
+
+    def of_others(self):
+        batch, self.others = self.others, []
         return batch
 
     def tell(self, proposal, score):
@@ -127,6 +131,51 @@ def test_a_proposal_that_is_already_best_is_kept_as_it_was_given():
     found = search(space, offers, towards(space.nearest(wish)), **{**OPTIONS, "trials": 40})
     assert found.winner.name == "tilted" and found.winner.allocation == wish and found.margin > 0
     assert [name for name, _ in offers.told] == ["tilted", "again"] and offers.told[0][1] == offers.told[1][1]
+
+
+def test_what_others_found_is_tried_however_few_the_trials_are():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    wish = {x.name: 0.35 + 0.1 * x.block for x in space.linears}
+    offers = Offers([Proposal(f"p{i}", wish) for i in range(100)], [Proposal("theirs", wish)])
+    search(space, offers, towards(space.uniform), **{**OPTIONS, "trials": 6})
+    assert [name for name, _ in offers.told] == ["p0", "p1", "p2", "p3", "theirs"]
+
+
+@pytest.mark.parametrize("trials", [1, 2, 3])
+def test_no_more_is_tried_than_was_asked_for(trials):
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    offers = Offers([Proposal(f"p{i}", {x.name: 0.35 + 0.01 * i for x in space.linears}) for i in range(9)])
+    found = search(space, offers, towards(space.uniform), **{**OPTIONS, "trials": trials})
+    assert len(found.trials) <= trials
+
+
+def test_an_allocation_is_held_where_there_are_solutions_for_it():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    low, high = space.sparsity(0, space.low), space.sparsity(0, space.high)
+    gentle = {x.name: 0.3 + 0.4 * (x.block > 1) for x in space.linears}
+    assert space.within(gentle) == gentle
+    steep = {x.name: (0.05, 0.4, 0.6, 0.95)[x.block] for x in space.linears}
+    held = space.within(steep)
+    assert min(held.values()) >= low > 0.05 and max(held.values()) <= high < 0.95
+    assert sum(held[x.name] * x.numel for x in space.linears) == 0.5 * sum(x.numel for x in space.linears)
+    assert held["b0.l0"] < held["b1.l0"] < held["b2.l0"] < held["b3.l0"]
+    mixed = make_space(linears(), NM(2, 4), 0.5, 3)
+    assert set(mixed.within(steep).values()) <= {0.25, 0.5, 0.75}
+
+
+def test_a_margin_is_a_number_when_a_model_has_broken_down():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    wish = {x.name: 0.35 + 0.1 * x.block for x in space.linears}
+
+    def evaluate(candidates, windows):
+        return [1.0 if levels == space.nearest(wish) else float("inf") for levels in candidates]
+
+    found = search(space, Offers([Proposal("tilted", wish)]), evaluate, **{**OPTIONS, "trials": 2})
+    assert found.winner.name == "tilted" and found.margin == 1.0
+    assert (
+        search(space, Offers([]), lambda c, w: [float("nan")] * len(c), **{**OPTIONS, "trials": 2}).margin
+        == 0
+    )
 
 
 def test_few_tokens_come_first_and_only_the_best_see_all_of_them():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
+import torch
 
 import tawny
 from tawny.allocation import Alpha, LinearInfo
-from tawny.errors import RecipeError
+from tawny.errors import Interrupted, RecipeError
 from tawny.pruning import plan as plan_module
+from tawny.pruning.journal import Journal
+from tawny.watch import Silent
 from tests.tiny import tiny_model, tokens
 
 
@@ -30,6 +36,110 @@ def test_the_recipes_own_allocator_keeps_its_options():
     )
     usual = tawny.profile(model, allocators=["owl"], sparsity=0.6, **data)
     assert max(wide.allocations["owl"]) > max(usual.allocations["owl"])
+
+
+def test_the_default_rows_show_what_a_pattern_makes_of_owl():
+    model, data = tiny_model("llama"), {"calibration": tokens()}
+    report = tawny.profile(model, pattern="2:4", **data)
+    named = tawny.profile(model, pattern="2:4", allocators=["owl"], **data)
+    assert report.sparsity == 0.5 and len(report.allocations) == 4
+    assert {value % 0.25 for row in report.allocations.values() for value in row} == {0.0}
+    assert report.allocations["owl M=5"] == named.allocations["owl"]
+    assert tawny.profile(model, pattern="3:8", **data).sparsity == 0.625
+
+
+@pytest.mark.parametrize("M", [0, -1, float("nan"), float("inf")])
+def test_a_multiple_that_nothing_is_above_is_refused_before_the_model_is_opened(M):
+    with pytest.raises(RecipeError, match=r"^M is .* positive"):
+        tawny.profile("/no/such/folder", Ms=(5, M))
+
+
+def file_of(tmp_path, model, numbers):
+    """An allocation file that gives each linear what `numbers` has for the end of its name."""
+    record = tawny.prune(copy.deepcopy(model), sparsity=0.5, **KEYS)
+    lines = [f"{x.name}: {numbers.get(x.name.rpartition('.')[2], 0.5)}" for x in record.linears]
+    path = tmp_path / "a.yaml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return {**KEYS, "allocator": "file", "allocator.path": str(path)}
+
+
+KEYS = {"allocator": "uniform", "solver": "magnitude", "compute": "float32"}
+
+
+def test_a_file_gives_each_linear_its_own_n(tmp_path):
+    model = tiny_model("llama")
+    numbers = {
+        "q_proj": 0.75,
+        "o_proj": 0.25,
+        "k_proj": 0,
+        "v_proj": 0.5,
+        "gate_proj": 0.25,
+        "down_proj": 0.75,
+    }
+    keys = file_of(tmp_path, model, numbers)
+    record = tawny.prune(model, pattern="2:4", **keys, **{"allocator.tolerance": 0.1})
+    assert {x.name.rpartition(".")[2]: x.target for x in record.linears} == {**numbers, "up_proj": 0.5}
+    assert all(abs(x.sparsity - x.target) < 1e-9 for x in record.linears if x.target)
+    assert record.warnings == []
+
+
+def test_a_file_whose_numbers_are_no_whole_n_is_refused_by_linear(tmp_path):
+    model = tiny_model("llama")
+    before = [parameter.clone() for parameter in model.parameters()]
+    for numbers in ({"q_proj": 0.55, "o_proj": 0.45}, {"q_proj": 1, "o_proj": 0}):
+        keys = file_of(tmp_path, model, numbers)
+        with pytest.raises(
+            RecipeError, match=r"layers\.0\.self_attn\.q_proj is given sparsity .*0\.75 \(1 of 4\)"
+        ):
+            tawny.prune(model, pattern="2:4", **keys)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("allocator", "said"),
+    [
+        ({"allocator": "er"}, True),
+        ({"allocator": "lsa", "allocator.granularity": "linear"}, True),
+        ({"allocator": "owl", "allocator.granularity": "module"}, True),
+        ({"allocator": "owl", "allocator.lambda": 0.3}, False),
+        ({"allocator": "atp"}, False),
+        ({"allocator": "dlp"}, False),
+        ({"allocator": "blend"}, False),
+        ({"allocator": "uniform"}, False),
+    ],
+)
+def test_what_n_of_m_averages_over_a_block_is_said(allocator, said):
+    record = tawny.prune(tiny_model("llama"), pattern="3:8", calibration=tokens(), **{**KEYS, **allocator})
+    by_block = [{x.target for x in record.linears if x.block == block} for block in range(3)]
+    assert [len(targets) for targets in by_block] == [1, 1, 1]
+    assert len(record.warnings) == said
+    if said:
+        assert re.match(
+            r"3:8 gives .* one n of 8.* differs in [23] of 3 blocks, by up to 0\.\d", record.warnings[0]
+        )
+    free = tawny.prune(tiny_model("llama"), sparsity=0.625, calibration=tokens(), **{**KEYS, **allocator})
+    assert free.warnings == []
+
+
+def test_a_plan_says_what_n_of_m_averages_over_a_block(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    keys = {**KEYS, "pattern": "3:8", "calibration": "wiki"}
+    assert any("one n of 8" in note for note in tawny.plan(tmp_path, **{**keys, "allocator": "er"}).notes)
+    assert tawny.plan(tmp_path, **{**keys, "allocator": "atp"}).notes == []
+
+
+def test_it_is_said_once_though_a_run_is_stopped_and_resumed(tmp_path, monkeypatch):
+    class Stops(Silent):
+        def step(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    keys = {**KEYS, "allocator": "er", "pattern": "2:4"}
+    with pytest.raises(Interrupted, match="kept"):
+        tawny.prune(tmp_path / "dense", tmp_path / "out", watch=Stops(), **keys)
+    record = tawny.prune(tmp_path / "dense", tmp_path / "out", **keys)
+    assert record.resumed == 1 and len(record.warnings) == 1 and "one n of 4" in record.warnings[0]
 
 
 def test_an_unknown_allocator_names_its_neighbour():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
@@ -63,6 +64,35 @@ def test_survivors_norms_and_biases_move_and_nothing_else_does(family):
     assert also
     assert abs(record.sparsity - 0.6) < 0.01
     assert sum(int((w == 0).sum()) for w in new.values()) == record.zeros
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_live_model_stays_as_trainable_as_its_owner_left_it(family, fails, monkeypatch):
+    model = tiny_model(family)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 > 0)
+        parameter.grad = torch.full_like(parameter, number) if number % 2 else None
+    found = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    keys = KEYS | TRAINING | {"calibration": tokens(16, 24), "exclude": ["*.o_proj", "layers.1.mlp.*"]}
+    if fails:
+        monkeypatch.setattr(refining, "_schedule", lambda number, total: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        tawny.prune(model, **keys)
+    for number, (parameter, (flag, grad)) in enumerate(zip(model.parameters(), found, strict=True)):
+        assert parameter.requires_grad == flag and parameter.grad is grad
+        assert grad is None or torch.equal(grad, torch.full_like(grad, number))
+
+
+def test_what_is_trained_lies_where_the_forwards_run():
+    """Another device, for which meta stands here, has the forwards; a norm was read on the CPU."""
+    leaf = torch.nn.Parameter(torch.ones(4, device="meta"), requires_grad=False)
+    entry = refining._Trained("norm", leaf, torch.ones(4), torch.ones(4), masked=False)
+    leaf.sum().backward()
+    entry.step(0.1, 1)
+    for tensor in (entry.master, entry.gradient, entry.first, entry.second, entry.best):
+        assert tensor.is_meta
+    entry.close()
 
 
 def test_held_out_samples_never_get_worse_and_data_do_what_they_say():

@@ -13,13 +13,16 @@ import tawny
 from tawny.allocation.auto import Auto, seconds_of
 from tawny.allocation.profile import LinearInfo
 from tawny.errors import MissingFeature, NumericalError, OutputError, RecipeError, TextError
-from tawny.model.blocks import live_stack
+from tawny.model.blocks import live_stack, open_stack
 from tawny.model.streams import Samples
 from tawny.patterns import Unstructured
 from tawny.pruning import levels as levels_module
 from tawny.pruning.evolution import make_space
+from tawny.pruning.grid import Grid, families_for
 from tawny.pruning.levels import LevelStore, Reference, Scorer, solve_levels
 from tawny.pruning.profiling import Together
+from tawny.pruning.run import demand_of
+from tawny.pruning.search import needs_of_search
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS
 from tests.tiny import tiny_model, tokens
@@ -256,6 +259,12 @@ def test_a_budget_of_time_may_cut_the_search_short_and_then_says_so(dense, tmp_p
 
 def test_times_are_read_and_nonsense_is_refused():
     assert [seconds_of(text) for text in ("90s", "10m", "1.5h", "7", "2 min")] == [90, 600, 5400, 7, 120]
+    assert (
+        resolve_recipe(None, sparsity=0.6, allocator="auto", **{"allocator.budget": 90})
+        .make_allocator()
+        .budget
+        == 90
+    )
     for options, words in (
         ({"budget": "soon"}, "90s, 10m"),
         ({"levels": 4}, "odd"),
@@ -264,10 +273,19 @@ def test_times_are_read_and_nonsense_is_refused():
         ({"proxy": "wandaa"}, "did you mean 'wanda'"),
         ({"step": 0.7}, "share of the weights"),
         ({"study": "postgresql://me:secret@host/db"}, r"\$NAME"),
+        ({"study": "postgresql://me:se/cr@t@host/db"}, r"\$NAME"),
+        ({"study": "postgresql://me:$SECRET.@host/db"}, r"\$NAME"),
+        ({"study": "mysql://host/db?user=me&password=secret"}, r"\$NAME"),
     ):
         with pytest.raises(RecipeError, match=words):
             Auto(**options)
-    Auto(study="postgresql://me:$SECRET@host/db")
+    for study in (
+        "postgresql://me:$SECRET@host/db",
+        "postgresql://me:${SECRET}@host:5432/db?connect_timeout=10",
+        "mysql://host/db?password=$SECRET",
+        "sqlite:////home/me/a@b:c.db",
+    ):
+        Auto(study=study)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +324,74 @@ def test_machines_share_a_study(dense, tmp_path, monkeypatch):
     assert len(study.trials) > tried and first.search["shared"] and second.search["shared"]
     with pytest.raises(RecipeError, match="cannot be opened"):
         prune(dense, tmp_path / "c", **{"allocator.study": "nonsense://x"})
+    with pytest.raises(RecipeError, match="variable NOWHERE, which is not set"):
+        prune(dense, tmp_path / "d", **{"allocator.study": "sqlite:///$NOWHERE"})
+
+
+def test_models_that_differ_in_their_weights_alone_share_no_study(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    url = f"sqlite:///{tmp_path}/study.db"
+    for seed in (0, 1):
+        tiny_model("llama", seed).save_pretrained(tmp_path / str(seed) / "model")
+        prune(tmp_path / str(seed) / "model", tmp_path / f"out{seed}", **{"allocator.study": url})
+    assert len(optuna.get_all_study_names(url)) == 2
+
+
+def grid(tmp_path, owner, extra=0):
+    families = families_for(("owl", "dlp", "atp"), 0.6, 4)
+    url = f"sqlite:///{tmp_path}/study.db"
+    return Grid(families, lambda family, allocator: {}, seed=0, extra=extra, storage=url, owner=owner)
+
+
+def everything(asked):
+    return [p.name for batch in iter(lambda: asked.ask(100), []) for p in batch]
+
+
+def test_what_a_stopped_search_took_from_a_study_is_free_for_its_rerun_and_not_for_others(tmp_path):
+    pytest.importorskip("optuna")
+    first = grid(tmp_path, "one")
+    lost = first.ask(4)
+    first.tell(lost[0], 1.0)
+    assert not {p.name for p in lost} & set(everything(grid(tmp_path, "two"))[:15])
+    again = grid(tmp_path, "one")
+    assert {p.name for p in again.ask(3)} == {p.name for p in lost[1:]}
+
+
+def test_a_search_that_fails_gives_back_what_it_took(dense, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    url = f"sqlite:///{tmp_path}/study.db"
+    scored = iter([[1.0]])  # of uniform, before anything is asked for
+    monkeypatch.setattr(Scorer, "__call__", lambda *_: next(scored))
+    with pytest.raises(StopIteration):
+        prune(dense, tmp_path / "out", **{"allocator.study": url})
+    [name] = optuna.get_all_study_names(url)
+    states = {t.state.name for t in optuna.load_study(study_name=name, storage=url).trials}
+    assert states == {"FAIL", "WAITING"}
+
+
+def test_few_trials_see_every_family(tmp_path):
+    pytest.importorskip("optuna")
+    assert [p.name.split()[0] for p in grid(tmp_path, "one").ask(6)] == ["owl", "dlp", "atp"] * 2
+
+
+def test_the_allocation_that_is_written_is_one_that_was_scored(dense, tmp_path):
+    record = prune(
+        tiny_model("llama", num_hidden_layers=6),
+        sparsity=0.7,
+        **{"allocator.trials": 8, "allocator.candidates": "atp", "allocator.levels": 11},
+    )
+    highest = record.search["levels"]["to"]
+    for name, blocks in record.search["blocks"].items():
+        assert max(blocks) <= highest + 0.01, name
+
+
+def test_a_record_of_broken_models_is_json(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Scorer, "__call__", lambda self, candidates, windows: [float("inf")] * len(candidates)
+    )
+    prune(dense, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "run.json").read_text(), parse_constant=pytest.fail)
+    assert found["search"]["margin"] == 0 and found["search"]["trials"][0]["divergence"] is None
 
 
 def test_a_plan_says_what_the_search_takes(dense):
@@ -313,6 +399,22 @@ def test_a_plan_says_what_the_search_takes(dense):
     total = sum(x["shape"][0] * x["shape"][1] for x in plan.linears)
     assert plan.disk["search"] == 3 * total * 4 and plan.seconds["search"] > 0
     assert any("12 allocations" in note for note in plan.notes) and plan.allocation is None
+
+
+@pytest.mark.parametrize(
+    ("candidates", "solver", "needed"),
+    [("owl,atp", "wanda", "norms"), ("owl,lsa", "wanda", "hessian"), ("atp", "alps", "hessian")],
+)
+def test_a_search_is_planned_by_what_its_candidates_and_solver_collect(dense, candidates, solver, needed):
+    options = {"sparsity": 0.6, "allocator": "auto", "solver": solver, "compute": "float32", **FEW}
+    recipe = resolve_recipe(None, **{**options, "allocator.candidates": candidates})
+    assert needs_of_search(recipe) == needed
+    stack = open_stack(dense, torch.float32, "cpu")
+    by_block = [stack.linears(index) for index in range(len(stack))]
+    demand = demand_of(recipe, stack, by_block, recipe.make_solver(), recipe.make_allocator(), 1)
+    searching = demand.phases(spill=True, held=False)["search"]
+    assert (searching["statistics"] > 0) == (needed == "hessian")
+    assert tawny.plan(dense, recipe=recipe, calibration="wiki").seconds["profile"] == 0
 
 
 def test_a_budget_counts_what_a_search_holds(dense, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,7 +135,9 @@ def folder_keys(pair, **more):
 def test_a_folder_is_recovered_into_a_folder_that_transformers_opens(pair, tmp_path):
     dense, pruned, _ = pair
     out = tmp_path / "out"
+    (Path(pruned) / "allocation.png").write_bytes(b"\x89 of a search")
     record = tawny.recover(pruned, dense, out, **folder_keys(pair))
+    assert (out / "allocation.png").read_bytes() == b"\x89 of a search"
     made = AutoModelForCausalLM.from_pretrained(out)
     source = AutoModelForCausalLM.from_pretrained(pruned)
     assert kept(zeros(source), made)
@@ -333,8 +336,12 @@ def test_a_live_model_is_left_as_trainable_as_it_was():
     dense, pruned = dense_and_pruned()
     pruned.model.embed_tokens.weight.requires_grad_(False)
     pruned.train()
+    pruned.model.layers[1].mlp.eval()
+    dense.train()
+    before = [[module.training for module in model.modules()] for model in (pruned, dense)]
     tawny.recover(pruned, dense, text=tokens(24), **SHORT)
-    assert pruned.training and pruned.lm_head.weight.requires_grad
+    assert [[module.training for module in model.modules()] for model in (pruned, dense)] == before
+    assert pruned.lm_head.weight.requires_grad
     assert not pruned.model.embed_tokens.weight.requires_grad
 
 

@@ -31,6 +31,15 @@ def test_more_allocators_than_colours_and_no_outliers_are_drawn(tmp_path):
     assert (tmp_path / "many.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_dollars_in_names_are_no_formula(suffix, tmp_path):
+    name = r"/models/$x^$/\frac{"
+    allocations = {"uniform": [0.7] * 4, f"owl {name}": ALLOCATIONS["owl"]}
+    plot_allocations(allocations, tmp_path / f"a{suffix}", sparsity=0.7, title=name)
+    plot_profile({**REPORT, "source": name, "allocations": allocations}, tmp_path / f"p{suffix}")
+    assert (tmp_path / f"a{suffix}").stat().st_size > 5000 < (tmp_path / f"p{suffix}").stat().st_size
+
+
 def test_a_profile_without_outliers_somewhere_is_drawn(tmp_path):
     plot_profile(REPORT, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000

@@ -27,12 +27,20 @@ FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha", "blend")
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
-def seconds_of(budget: str) -> float:
+def seconds_of(budget: str | float) -> float:
     """`90s`, `10m`, `1.5h` or a number of seconds."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(budget))
     if not found:
         raise RecipeError(f"allocator.budget is {budget!r}; expected a time such as 90s, 10m or 1.5h")
     return float(found[1]) * _UNITS[found[2] or "s"]
+
+
+def _holds_a_password(url: str) -> bool:
+    """Whether a password stands in a URL as itself, before its host or in its query."""
+    before_host = re.match(r"[^:]+://[^:/@]*:(.*)@", url)
+    queried = re.findall(r"[?&]\w*pass\w*=([^&]*)", url, re.IGNORECASE)
+    found = [before_host[1]] if before_host else []
+    return any(value and not re.fullmatch(r"\$(\w+|\{\w+\})", value) for value in found + queried)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Auto:
     length: int = 512
     tokens: int = 32768
     proxy: str | None = None
-    budget: str | None = None
+    budget: str | float | None = None
     study: str | None = None
     needs: ClassVar[Needs] = "hessian"
     measures_weights: ClassVar[bool] = True
@@ -93,7 +101,7 @@ class Auto:
                 )
         if self.budget is not None:
             seconds_of(self.budget)
-        if self.study is not None and re.match(r"[^:]+://[^/@:]*:[^$@/][^@/]*@", self.study):
+        if self.study is not None and _holds_a_password(self.study):
             raise RecipeError(
                 "allocator.study holds a password, and a recipe is published with its model: write it as $NAME, "
                 "an environment variable is filled in when the study is opened"

@@ -15,7 +15,9 @@ from tawny.allocation.profile import Allocation, Profile
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import removed_count
 
-__all__ = ["Allocation", "exact", "mixed_nm"]
+__all__ = ["Allocation", "exact", "given_nm", "mixed_nm", "spread_in_blocks"]
+
+_THREE_DECIMALS = 5.1e-4  # 0.333 is how people write 2:3
 
 
 def exact(
@@ -60,6 +62,41 @@ def mixed_nm(allocation: Mapping[str, float], profile: Profile, m: int, target_n
             n[name] += 1
             missing -= sizes[name]
     return {linear.name: 1 - n[str(linear.block)] / m for linear in profile.linears}
+
+
+def given_nm(allocation: Mapping[str, float], m: int) -> Allocation:
+    """Numbers that each linear was given on purpose, as the 1 − n/m that they are.
+
+    Raises:
+        RecipeError: one is no whole n of m; names the linear and what could be written instead.
+    """
+    made: Allocation = {}
+    for name, sparsity in allocation.items():
+        kept = m * (1 - sparsity)
+        n = round(kept)
+        if not 1 <= n <= m or abs(sparsity - (1 - n / m)) > _THREE_DECIMALS:
+            legal = {min(m, max(1, int(kept))), min(m, max(1, math.ceil(kept)))}
+            near = " or ".join(f"{1 - k / m:g} ({k} of {m})" for k in sorted(legal, reverse=True))
+            raise RecipeError(
+                f"{name} is given sparsity {sparsity:g}, which keeps {kept:.4g} of every {m} weights; expected a whole "
+                f"number from 1 to {m}: write {near}"
+            )
+        made[name] = 1 - n / m
+    return made
+
+
+def spread_in_blocks(allocation: Mapping[str, float], profile: Profile) -> dict[int, float]:
+    """How far apart the linears of a block are, for blocks in which rounding to whole weights does not explain it."""
+    spread = {}
+    for block in range(profile.blocks):
+        linears = profile.linears_of(block)
+        if linears:
+            values = [allocation[linear.name] for linear in linears]
+            apart = max(values) - min(values)
+            # A mean of rounded allocations is rounded again, so each linear may be two weights off.
+            if apart > 4 / min(linear.numel for linear in linears):
+                spread[block] = apart
+    return spread
 
 
 def _check(raw: Mapping[str, float], target: float, low: float, high: float) -> None:

@@ -14,7 +14,8 @@ database: give it as `step`; unset it is EvoPress's default for 8 levels, `⌊0.
 
 The numbers are not altered, and the recipe carries the SHA-256 of the file beside its name: another file under the
 same name is another recipe, and a recipe made from one is refused on the other. What is checked: every linear has a value, every line has a linear, values are
-sparsities, and the parameter-weighted mean is the asked-for sparsity to within `tolerance`.
+sparsities, and the parameter-weighted mean is the asked-for sparsity to within `tolerance`. Under an n:m pattern each
+number must keep a whole n of every m weights of its linear.
 """
 
 from __future__ import annotations
@@ -66,13 +67,28 @@ def read_entries(text: str, name: str = "the allocation") -> list[Entry]:
     return entries
 
 
+class _Object(list[tuple[str, Any]]):
+    """A JSON object as its pairs, those given twice too, and not to be taken for a JSON list."""
+
+
+def _no_mapping(what: str) -> RecipeError:
+    return RecipeError(
+        f"{what} is not a mapping of linears to sparsities, expected lines such as '\"*\": 0.7'"
+    )
+
+
 def _from_json(text: str, name: str) -> list[Entry] | None:
     try:
-        pairs = json.loads(text, object_pairs_hook=list)
+        pairs = json.loads(text, object_pairs_hook=_Object)
     except ValueError:
         return None  # a YAML flow mapping also starts with a brace
-    inner = [value for key, value in pairs if key == "allocation" and isinstance(value, list)]
-    return [Entry(str(key), str(value), name) for key, value in (inner[0] if inner else pairs)]
+    for key, value in pairs:
+        if key == "allocation":
+            if not isinstance(value, _Object):
+                raise _no_mapping(f"{name}: allocation")
+            pairs = value
+            break
+    return [Entry(str(key), str(value), name) for key, value in pairs]
 
 
 def _from_yaml(text: str, name: str) -> list[Entry]:
@@ -81,15 +97,17 @@ def _from_yaml(text: str, name: str) -> list[Entry]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{name}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if key.value == "allocation" and isinstance(value, yaml.MappingNode):
+            if key.value == "allocation":
+                if not isinstance(value, yaml.MappingNode):
+                    raise _no_mapping(f"{name}:{key.start_mark.line + 1}: allocation")
                 node = value
                 break
     elif node is not None:
-        raise RecipeError(
-            f"{name} is not a mapping of linears to sparsities, expected lines such as '\"*\": 0.7'"
-        )
+        raise _no_mapping(name)
     # Scalars are read as they were written: YAML would make 1:30 a number and 70% a text.
     return [
         Entry(str(key.value), str(value.value), f"{name}:{key.start_mark.line + 1}")
@@ -153,6 +171,7 @@ class File:
     sha256: str | None = None  # of the file; filled in when the recipe is made
     needs: ClassVar[Needs] = "none"
     measures_weights: ClassVar[bool] = False
+    as_given: ClassVar[bool] = True  # n:m takes a whole n of each linear, and averages nothing
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -220,5 +239,5 @@ class File:
         if abs(mean - target) > self.tolerance:
             raise RecipeError(
                 f"the allocation {self.path!r} removes {mean:.4f} of the weights, not the {target:.4f} asked for: "
-                f"use -s {mean:.4f}, or change the file"
+                f"use -s {mean:.4f}, or change the file, or allow it with a larger allocator.tolerance"
             )

@@ -85,7 +85,9 @@ def bin_edges(index: Sequence[int] | Tensor) -> Tensor:
 
 def exact_quantile(linears: Linears, score: Score, share: float = 0.5) -> float:
     """The order statistic of rank `⌊share·(n−1)⌋` of all scores together; 0.5 is the (lower) median, as torch's."""
-    counts = sum((histogram(scores) for _, scores in score_sets(linears, score)), torch.zeros(BINS).long())
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    for _, scores in score_sets(linears, score):
+        counts += histogram(scores).cpu()
     total = int(counts.sum())
     if total == 0:
         raise NumericalError("a block without prunable weights has no median score")

@@ -57,12 +57,14 @@ def fail(console: Console, message: str, exit_code: int) -> None:
     raise typer.Exit(exit_code)
 
 
-def recipe_from(recipe: Path | None, option: list[str] | None, **keys: Any) -> Recipe:
-    """A file, then the named options, then `-o`."""
+def recipe_from(
+    recipe: Path | None, option: list[str] | None, *, default_sparsity: float | None = None, **keys: Any
+) -> Recipe:
+    """A file, then the named options, then `-o`; a default sparsity where none of them says or implies one."""
     from tawny.recipe import resolve_recipe
 
     named = {key.replace("calibration_", "calibration."): value for key, value in keys.items()}
-    chosen = resolve_recipe(recipe, option or (), **named)
+    chosen = resolve_recipe(recipe, option or (), default_sparsity=default_sparsity, **named)
     check_device(chosen.device)
     return chosen
 

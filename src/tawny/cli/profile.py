@@ -24,6 +24,8 @@ from tawny.cli.options import (
 from tawny.cli.root import RecipeCommand, app
 from tawny.errors import OutputError
 
+SPARSITY = 0.7
+
 
 @app.command(
     cls=RecipeCommand,
@@ -53,15 +55,15 @@ def profile(
         ),
     ] = None,
     sparsity: Annotated[
-        float,
+        float | None,
         typer.Option(
             "-s",
             "--sparsity",
             metavar="SHARE",
-            help="For the sparsities the allocators give.",
+            help=f"For the sparsities the allocators give. Default: the recipe's or pattern's, else {SPARSITY:g}.",
             rich_help_panel=RECIPE,
         ),
-    ] = 0.7,
+    ] = None,
     recipe: RecipeFile = None,
     option: Overrides = None,
     calibration: CalibrationText = None,
@@ -82,7 +84,8 @@ def profile(
         chosen = recipe_from(
             recipe,
             option,
-            sparsity=sparsity if recipe is None else None,
+            sparsity=sparsity,
+            default_sparsity=SPARSITY,
             calibration_text=calibration,
             calibration_samples=samples,
             calibration_seqlen=seqlen,

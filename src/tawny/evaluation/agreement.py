@@ -98,11 +98,12 @@ def agreement(
     if not isinstance(text, Tensor) and tokenizer is None:
         tokenizer = _shared_tokenizer(called, dense_folder, folder)
     made = windows_of(text, seqlen, windows, stride, tokenizer)
-    streams = [
-        stream_through(dense_stack, made.ids, watch, "dense model"),
-        stream_through(stack, made.ids, watch, "pruned model"),
-    ]
-    sums = _compare(made, (dense_stack, stack), streams, watch)
+    with dense_stack.evaluating(), stack.evaluating():
+        streams = [
+            stream_through(dense_stack, made.ids, watch, "dense model"),
+            stream_through(stack, made.ids, watch, "pruned model"),
+        ]
+        sums = _compare(made, (dense_stack, stack), streams, watch)
     means = sums / made.counts()
     spread = means.std(1) / math.sqrt(means.shape[1]) if means.shape[1] > 1 else torch.zeros(4)
     weights = made.counts() / made.counts().sum()

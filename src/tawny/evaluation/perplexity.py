@@ -248,6 +248,7 @@ def evaluate(
             )
         tokenizer = load_tokenizer(folder)
     made = windows_of(text, seqlen, windows, stride, tokenizer)
-    losses = window_losses(stack, made.ids, watch, made.stride)
+    with stack.evaluating():
+        losses = window_losses(stack, made.ids, watch, made.stride)
     compute_name = str(stack.compute).removeprefix("torch.")
     return summarise(made, losses, compute_name, time.perf_counter() - start)

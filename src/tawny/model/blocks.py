@@ -57,6 +57,33 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
+def check_unshared(model: nn.Module) -> None:
+    """Refuse blocks that share weights: pruned for one block's inputs, they would not be what was measured in another.
+
+    Raises:
+        ModelError: names two places that hold the same parameter.
+    """
+    path, blocks = find_stack(model)
+    owners: dict[int, tuple[int, str]] = {}
+    held: dict[tuple[int, int | None], str] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters(prefix=f"{path}.{index}", remove_duplicate=False):
+            owner, first = owners.setdefault(id(parameter), (index, name))
+            if owner != index:
+                raise _shared(first, name)
+        for linear in linears_of(block, f"{path}.{index}"):
+            place = (id(getattr(linear.module, linear.parameter)), linear.expert)
+            if held.setdefault(place, linear.key) != linear.key:
+                raise _shared(held[place], linear.key)
+
+
+def _shared(first: str, second: str) -> ModelError:
+    return ModelError(
+        f"{first} and {second} are one parameter; expected blocks with weights of their own: give each its own "
+        "(copy.deepcopy) first"
+    )
+
+
 class Stack:
     """A model, its blocks, and where their weights come from.
 
@@ -84,6 +111,17 @@ class Stack:
             checkpoint.map_to(model)
             self._load_outside()
             model.requires_grad_(False)  # a live model stays as trainable as its owner left it
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Every module in eval mode, so that no dropout makes what is computed random; afterwards each in its own again."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -194,9 +232,9 @@ class Stack:
         return self.look(linear).clone(memory_format=torch.contiguous_format)
 
     def look(self, linear: Linear) -> Tensor:
-        """The weight `[out, in]` itself, as stored: to read, not to change. The block must be loaded."""
+        """The weight `[out, in]` as stored, on the device of the stack: to read, not to change. The block must be loaded."""
         source = self.stored[linear.key] if self.checkpoint else getattr(linear.module, linear.parameter)
-        return linear.view(source.detach())
+        return linear.view(source.detach()).to(self.device)  # itself, where it is there already
 
     def set_weight(self, linear: Linear, weight_OI: Tensor) -> Tensor:
         """Give a linear its new weight, in the stored dtype and for forwards; returns the stored `[out, in]` view."""
@@ -377,13 +415,14 @@ def live_stack(model: Any) -> Stack:
     """A live model as a stack; its weights are used and changed in place.
 
     Raises:
-        ModelError: some of its parameters are on the meta device, or it has no blocks.
+        ModelError: some of its parameters are on the meta device, it has no blocks, or blocks share weights.
     """
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise ModelError(
             f"parameter {meta!r} of the live model is on the meta device; load its weights first"
         )
+    check_unshared(model)
     parameter = next(model.parameters())
     return Stack(model, None, parameter.dtype, str(parameter.device))
 

@@ -26,7 +26,9 @@ from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_
 SHARD_BYTES = 2_000_000_000
 # Everything that is not weights travels with the model, except what describes weights of another format.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
-_NOT_CARRIED = {INDEX, "run.json", "allocation.json", "recipe.yaml"}
+_NOT_CARRIED = {INDEX, "run.json", "recipe.yaml"}
+# What a search leaves beside the weights.
+ALLOCATION = ("allocation.yaml", "allocation.png", "allocation.svg")
 # What a folder may hold that a run may throw away.
 _OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced", "search"}
 JOURNAL = "journal.json"
@@ -201,6 +203,13 @@ class OutputFolder:
                 for path in sorted(source.glob(pattern)):
                     if path.name not in _NOT_CARRIED and not path.name.endswith(".index.json"):
                         shutil.copyfile(path, self.partial / path.name)
+
+    def carry_named(self, source: Path, names: Sequence[str]) -> None:
+        """Copy those of `names` that `source` has."""
+        with writing(self.partial):
+            for name in names:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, self.partial / name)
 
     def write_text(self, name: str, text: str) -> None:
         with writing(self.partial / name):

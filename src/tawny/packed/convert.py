@@ -10,7 +10,6 @@ from __future__ import annotations
 __all__ = ["PackReport", "UnpackReport", "pack", "unpack"]
 
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from tawny.model.blocks import find_stack
 from tawny.model.checkpoint import Checkpoint, Unit, is_packed
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, linears_of
-from tawny.model.output import OutputFolder
+from tawny.model.output import ALLOCATION, OutputFolder
 from tawny.model.source import resolve
 from tawny.model.tensorfile import DTYPES
 from tawny.packed import format
@@ -44,7 +43,7 @@ from tawny.watch import Watch, silent
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.
-_ALSO_CARRIED = ("allocation.json", "recipe.yaml", "README.md", "report.html")
+_ALSO_CARRIED = (*ALLOCATION, "recipe.yaml", "README.md", "report.html")
 _NOTE = (
     "<!-- packed -->\n\n> **Packed by Tawny** ({values}): `pip install tawny`, then `import tawny` before "
     "`AutoModelForCausalLM.from_pretrained`, or `tawny.load`. Plain transformers cannot open it; "
@@ -264,7 +263,7 @@ def pack(
             headers, index_file.read_text(encoding="utf-8") if index_file.is_file() else None
         )
         output.carry(folder)
-        _carry_more(folder, output)
+        output.carry_named(folder, _ALSO_CARRIED)
         method = {
             "quant_method": METHOD,
             "version": format.VERSION,
@@ -334,7 +333,7 @@ def unpack(
         if packed.source_index is not None:
             output.write_text(_DENSE_INDEX, packed.source_index)
         output.carry(folder)
-        _carry_more(folder, output)
+        output.carry_named(folder, _ALSO_CARRIED)
         _config(output, folder, None)
         _card(output, folder, None)
         _record(output, folder, {}, total)
@@ -369,13 +368,6 @@ def _dense(packed: PackedFolder, key: str, entry: PackedLinearEntry | None, head
             f"{packed.folder}: {key!r} has another shape than the checkpoint that was packed"
         )
     return found
-
-
-def _carry_more(folder: Path, output: OutputFolder) -> None:
-    with writing(output.partial):
-        for name in _ALSO_CARRIED:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, output.partial / name)
 
 
 def _config(output: OutputFolder, folder: Path, method: dict[str, Any] | None) -> None:

@@ -78,6 +78,17 @@ class Space:
             return raw
         return exact(raw, {x.name: x.numel for x in self.linears}, self.target)
 
+    def within(self, allocation: Allocation) -> Allocation:
+        """An allocation held between the lowest and the highest level, within the budget: what can be scored as it is."""
+        if isinstance(self.pattern, NM):
+            return self.allocation(self.nearest(allocation))
+        places = range(len(self.linears))
+        low = max((self.sparsity(i, self.low) for i in places), default=0.0)
+        high = min((self.sparsity(i, self.high) for i in places), default=1.0)
+        if all(low <= allocation[x.name] <= high for x in self.linears):
+            return allocation
+        return exact(allocation, {x.name: x.numel for x in self.linears}, self.target, low, high)
+
     def nearest(self, allocation: Allocation) -> Levels:
         """The levels that follow an allocation most closely within the budget.
 
@@ -198,7 +209,11 @@ class Proposals(Protocol):
     """Where the first candidates come from."""
 
     def ask(self, count: int) -> list[Proposal]:
-        """About `count` proposals; none when there are no more."""
+        """At most `count` proposals; none when there are no more."""
+        ...
+
+    def of_others(self) -> list[Proposal]:
+        """What others, who look for the same, found best so far."""
         ...
 
     def tell(self, proposal: Proposal, score: float) -> None:
@@ -251,8 +266,10 @@ class Outcome:
     @property
     def margin(self) -> float:
         """How much lower the winner's divergence is than uniform's, as a share of it."""
-        base = self.uniform.verdict or 0.0
-        return (base - (self.winner.verdict or 0.0)) / base if base > 0 else 0.0
+        base, best = _verdict(self.uniform), _verdict(self.winner)
+        if not math.isfinite(base):
+            return float(math.isfinite(best))
+        return (base - best) / base if base > 0 else 0.0
 
 
 def search(
@@ -282,7 +299,7 @@ def search(
     uniform = Trial("uniform", space.uniform, math.inf, 0, allocation=space.allocation(space.uniform))
     hunt.known[space.uniform] = uniform
     hunt.score([uniform], hunt.few())
-    cut = hunt.propose(proposals, max(1, trials * 2 // 3), stopped)
+    cut = hunt.propose(proposals, min(max(1, trials * 2 // 3), trials - 1), stopped)
     first = hunt.finalists(uniform)
     generations: list[float] = []
     parent = first[0]
@@ -344,12 +361,15 @@ class _Hunt:
 
     def propose(self, proposals: Proposals, most: int, stopped: Callable[[], str]) -> str:
         """Try what is proposed, in rounds, each score being told before the next round is asked for."""
-        asked = 0
-        while asked < most:
-            batch = proposals.ask(min(self.offspring, most - asked))
+        asked, over = 0, False
+        while not over:
+            batch = proposals.ask(min(self.offspring, most - asked)) if asked < most else []
+            asked += len(batch)
+            over = not batch or asked >= most
+            if over and most:
+                batch += proposals.of_others()
             if not batch:
                 break
-            asked += len(batch)
             made = []
             for proposal in batch:
                 levels = self.space.nearest(proposal.allocation)

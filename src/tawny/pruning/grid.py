@@ -10,7 +10,9 @@ from __future__ import annotations
 
 __all__ = ["Grid", "families_for"]
 
+import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from tawny.errors import MissingFeature, RecipeError, TawnyError
 from tawny.pruning.evolution import Proposal
 
 Values = dict[str, Any]
+_COUNTING = ("WAITING", "RUNNING", "COMPLETE")
 OWL_MS = (3.0, 5.0, 7.0, 10.0)
 
 
@@ -103,10 +106,11 @@ class Grid:
         extra: how many proposals may come after the grid.
         storage: URL of a shared study, environment variables in it filled in; None keeps it in memory.
         name: of the study: everything that a score depends on, so that only like joins like.
+        owner: who asks: what it asked for before and never told, in a run that was stopped, is free again.
 
     Raises:
         MissingFeature: Optuna is not installed.
-        RecipeError: the storage cannot be opened.
+        RecipeError: the storage cannot be opened, or names an environment variable that is not set.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class Grid:
         extra: int,
         storage: str | None = None,
         name: str = "tawny",
+        owner: str = "",
     ) -> None:
         try:
             import optuna
@@ -126,22 +131,29 @@ class Grid:
                 "the allocator auto needs Optuna: pip install 'tawny[search]' (or choose another, such as -a owl)"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.families, self.allocate = families, allocate
-        fixed = [
-            {"allocator": family, **{f"{family}.{key}": value for key, value in values.items()}}
+        self.families, self.allocate, self.owner = families, allocate, owner
+        rows = [
+            [
+                {"allocator": family, **{f"{family}.{key}": value for key, value in values.items()}}
+                for values in made.grid
+            ]
             for family, made in families.items()
-            for values in made.grid
         ]
+        # In turn, so that few trials see a bit of everything.
+        fixed = [values for turn in itertools.zip_longest(*rows) for values in turn if values is not None]
         self.left = len(fixed) + extra if families else 0
         self.shared = storage is not None
+        self._failed = optuna.trial.TrialState.FAIL
         sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=len(fixed))
-        url = None if storage is None else os.path.expandvars(storage)
+        url = None if storage is None else _filled(storage)
         try:
             self.study = optuna.create_study(
                 storage=url, study_name=name, sampler=sampler, load_if_exists=True
             )
-            if not self.study.trials:
-                for values in fixed:
+            self.free()
+            held = [t.system_attrs.get("fixed_params", t.params) for t in self._trials(_COUNTING)]
+            for values in fixed:
+                if values not in held:
                     self.study.enqueue_trial(values)
         except Exception as error:  # each database's driver has exceptions of its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -157,25 +169,34 @@ class Grid:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a grid whose values another version had
                 trial = self.study.ask()
+                if self.shared:
+                    trial.set_user_attr("owner", self.owner)
                 family = trial.suggest_categorical("allocator", list(self.families))
                 values = self._suggest(family, trial)
             proposals.append(self._proposal(family, values, trial))
-        if self.left == 0 and proposals:
-            proposals += self._of_others()
         return proposals
 
     def tell(self, proposal: Proposal, score: float) -> None:
         if proposal.token is not None:
             self.study.tell(proposal.token, score, skip_if_finished=True)
 
-    def _of_others(self) -> list[Proposal]:
+    def _trials(self, states: Sequence[str]) -> list[Any]:
+        return [t for t in self.study.get_trials(deepcopy=False) if t.state.name in states]
+
+    def free(self) -> None:
+        """Give up what this owner has asked for and not told, in a run that was stopped."""
+        for trial in self._trials(["RUNNING"]):
+            if trial.user_attrs.get("owner") == self.owner:
+                self.study.tell(trial.number, state=self._failed)
+
+    def of_others(self) -> list[Proposal]:
         """The best of each family that any machine has told of; empty for a study of one's own."""
         if not self.shared:
             return []
         best: dict[str, tuple[float, Values]] = {}
-        for trial in self.study.get_trials(deepcopy=False):
+        for trial in self._trials(["COMPLETE"]):
             family = trial.params.get("allocator")
-            if trial.value is not None and family in self.families:
+            if family in self.families:
                 values = {
                     key.partition(".")[2]: value for key, value in trial.params.items() if key != "allocator"
                 }
@@ -202,6 +223,16 @@ class Grid:
         except TawnyError as error:
             raise type(error)(f"while trying {family} {named}: {error}") from error
         return Proposal(f"{family} {named}", allocation, token)
+
+
+def _filled(storage: str) -> str:
+    """The URL with environment variables in the place of their names."""
+    for braced, bare in re.findall(r"\$(?:\{(\w+)\}|(\w+))", storage):
+        if (braced or bare) not in os.environ:
+            raise RecipeError(
+                f"allocator.study {storage!r} names the environment variable {braced or bare}, which is not set"
+            )
+    return os.path.expandvars(storage)
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = ["LevelStore", "Reference", "Scorer", "solve_levels", "store_bytes"]
 
+import hashlib
 import json
 import math
 import shutil
@@ -111,11 +112,13 @@ class Solved:
     Attributes:
         profile: measures of every block, for the allocators.
         hidden: `[windows, tokens, hidden]` of the dense model behind its last block.
+        weights: SHA-256 of all weights that were solved.
         warnings: linears that saw no token.
     """
 
     profile: Profile
     hidden: Tensor
+    weights: str
     warnings: list[str]
 
 
@@ -149,6 +152,7 @@ def solve_levels(
     stages: dict[str, str] = {}
     measures: list[dict[str, Any]] = []
     warnings: list[str] = []
+    digest = hashlib.sha256()
     first = 0
     watch.phase("solving at each level", len(stack))
     for index, linears in enumerate(by_block):
@@ -162,6 +166,7 @@ def solve_levels(
                     raise NumericalError(
                         f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
                     )
+                digest.update(weight.contiguous().cpu().view(torch.uint8).numpy().data)
             try:
                 inputs = {name: (weight, seen.statistics.get(name)) for name, weight in weights.items()}
                 measures.append(json.loads(json.dumps(measuring.measure(inputs))))
@@ -188,7 +193,9 @@ def solve_levels(
             del inputs, weights, seen
         watch.step(stack.name(index))
     infos = tuple(LinearInfo(x.name, x.shape, x.block, stages.get(x.name, "")) for x in space.linears)
-    return Solved(Profile(infos, tuple(measures)), torch.cat(list(dense.hidden)), warnings)
+    return Solved(
+        Profile(infos, tuple(measures)), torch.cat(list(dense.hidden)), digest.hexdigest(), warnings
+    )
 
 
 def _solve_block(
@@ -207,6 +214,11 @@ def _solve_block(
     warnings: list[str],
 ) -> None:
     """Every linear of one block at every level that removes something, a tensor at a time onto the disk."""
+    warnings += [
+        f"{x.name} saw no calibration token while allocations were tried"
+        for x in linears
+        if x.name in statistics and statistics[x.name].tokens == 0
+    ]
     wanted = [
         (linear, level)
         for linear in linears
@@ -223,8 +235,6 @@ def _solve_block(
             known = statistics.get(linear.name)
             if known is not None and known.tokens == 0:
                 known = blind_statistics(linear.shape[1], needs, W_OI.device)
-                if level == space.low:
-                    warnings.append(f"{linear.name} saw no calibration token while allocations were tried")
             if known is not None and (prepared is None or prepared[0] is not known):
                 prepared = (known, solver.prepare(known))
             try:

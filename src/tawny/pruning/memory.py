@@ -92,6 +92,7 @@ class Demand:
         refining: every block is trained after it was pruned.
         per_weight, per_pair: bytes a solver takes for each weight of a linear and each pair of its inputs.
         searched: samples that a search solves its levels with; 0 without one.
+        search_needs: what it collects on them.
         held_out, candidates: bytes of hidden states that a search compares models by: the dense model's, and those of
             the models that go through the blocks together.
     """
@@ -110,6 +111,7 @@ class Demand:
     per_weight: int
     per_pair: int
     searched: int = 0
+    search_needs: Needs = "none"
     held_out: int = 0
     candidates: int = 0
 
@@ -145,7 +147,7 @@ class Demand:
                 **base,
                 "block": block,
                 "hidden_states": kept,
-                "statistics": sum(growing) + rounding,
+                "statistics": sum(growing) + rounding if self.search_needs == "hessian" else 0,
                 "solver": max(work, forward),
             }
             phases["candidates"] = {

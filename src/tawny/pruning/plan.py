@@ -24,7 +24,7 @@ from tawny.precision import native_dtype
 from tawny.pruning.memory import available, distinct_inputs, parse_size, place
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
-from tawny.pruning.search import cost_of_search, stand_in
+from tawny.pruning.search import cost_of_search, needs_of_search, stand_in
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.solvers.base import Work
 from tawny.watch import Watch, silent
@@ -106,8 +106,9 @@ def plan(
     needs = needs_of(recipe, solver)
     infos = tuple(LinearInfo(x.name, x.shape, i) for i, linears in enumerate(chosen) for x in linears)
     allocation = None
+    rounded: list[str] = []
     if not allocator.measures_weights:
-        allocation = allocate(allocator, Profile(infos), pattern, recipe.sparsity)
+        allocation = allocate(allocator, Profile(infos), pattern, recipe.sparsity, rounded)
     prunable = sum(info.numel for info in infos)
     needs_data = needs != "none" or allocator.needs != "none" or recipe.refine.epochs > 0
     text = recipe.calibration.text
@@ -132,7 +133,7 @@ def plan(
             stack.hidden_bytes,
         )
         disk_of_search = cost["disk"]
-        took = _seconds_of_search(stack, recipe, infos, seconds, cost)
+        took = _seconds_of_search(stack, recipe, infos, cost)
         seconds = {**seconds, "total": round(seconds["total"] + took, 1), "search": took}
     written = sum(int(torch.Size(shape).numel()) for shape in checkpoint.shapes.values()) * itemsize
     return Plan(
@@ -162,7 +163,7 @@ def plan(
             "search": disk_of_search,
         },
         seconds=seconds,
-        notes=_notes(recipe, allocation is None, needs_data and fetched),
+        notes=rounded + _notes(recipe, allocation is None, needs_data and fetched),
     )
 
 
@@ -193,17 +194,15 @@ def _seconds(
     profiled = recipe.profile_samples or -(-PROFILE_TOKENS // recipe.calibration.seqlen)
     profile_tokens = min(tokens, profiled * recipe.calibration.seqlen)
     seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
-    if allocator.needs != "none":
+    searches = getattr(allocator, "searches", False)
+    if allocator.needs != "none" and not searches:
         seconds["profile"] = profile_tokens * forward_flops / fast * _OVERHEAD
     if hasattr(allocator, "work"):
         seconds["profile"] += allocator.work(infos) / exact
     if solver_needs != "none":
         seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
     if solver_needs == "hessian":
-        per_block = sum(w * w for w in distinct_inputs(stack.linears(0)))
-        # Inputs in bfloat16 are multiplied as such, so fast that converting them and adding up take as long again.
-        around = 1.3 if stack.compute == torch.float32 else 2.6
-        seconds["statistics"] = tokens * around * per_block * len(stack) / fast
+        seconds["statistics"] = tokens * _seconds_a_token(stack, fast)
     seconds["solve"] = _solving(recipe.make_solver(), infos)
     if recipe.refit:
         seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)
@@ -213,6 +212,14 @@ def _seconds(
         seconds["refine"] = passes * tokens * forward_flops / fast * _OVERHEAD
     seconds = {phase: round(value, 1) for phase, value in seconds.items()}
     return {"total": round(sum(seconds.values()), 1), **seconds}
+
+
+def _seconds_a_token(stack: Stack, speed: float) -> float:
+    """Of the Hessians of every block."""
+    per_block = sum(w * w for w in distinct_inputs(stack.linears(0)))
+    # Inputs in bfloat16 are multiplied as such, so fast that converting them and adding up take as long again.
+    around = 1.3 if stack.compute == torch.float32 else 2.6
+    return around * per_block * len(stack) / speed
 
 
 def _solving(solver: Any, infos: tuple[LinearInfo, ...]) -> float:
@@ -231,19 +238,17 @@ def _seconds_of_search(
     stack: Stack,
     recipe: Recipe,
     infos: tuple[LinearInfo, ...],
-    seconds: dict[str, float],
     cost: dict[str, int],
 ) -> float:
-    """One walk like that of the run itself, a solve a level, and forwards of the held-out tokens with their logits."""
+    """One walk through the dense model, a solve a level, and forwards of the held-out tokens with their logits."""
     text = stack.config.get_text_config()
     logits = 2.0 * int(text.vocab_size) * int(text.hidden_size)
-    forward = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1) + logits
-    share = min(
-        1.0,
-        recipe.allocator.options["tokens"] / max(1, recipe.calibration.samples * recipe.calibration.seqlen),
-    )
+    forward = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
+    speed = measured_speed(stack.compute)
+    tokens = min(cost["samples"], recipe.calibration.samples) * recipe.calibration.seqlen
+    walk = tokens * forward / speed * _OVERHEAD
+    if needs_of_search(recipe) == "hessian":
+        walk += tokens * _seconds_a_token(stack, speed)
     solver = stand_in(recipe.make_allocator(), recipe.solver.name, recipe.make_solver())[1]
-    solve = _solving(solver, infos)
-    walk = share * (seconds["forward"] / 2 + seconds["statistics"]) + solve * cost["levels"]
-    took: float = walk + cost["tokens"] * forward / measured_speed(stack.compute) * _OVERHEAD
-    return round(took, 3)
+    solve = _solving(solver, infos) * cost["levels"]
+    return round(walk + solve + cost["tokens"] * (forward + logits) / speed * _OVERHEAD, 3)

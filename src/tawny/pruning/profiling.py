@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.allocation import ALLOCATORS
-from tawny.allocation.budget import mixed_nm
+from tawny.allocation.budget import given_nm, mixed_nm, spread_in_blocks
 from tawny.allocation.owl import Owl, measure_outliers
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.allocation.several import Several
@@ -142,16 +142,37 @@ def profile_walk(
     return Profile(infos, tuple(measures))
 
 
-def allocate(allocator: Any, profile: Profile, pattern: Pattern, sparsity: float) -> Allocation:
-    """The allocator's decision, rounded to whole steps of n where the pattern is n:m."""
-    if isinstance(pattern, NM):
-        allocation: Allocation = allocator.allocate(profile, 1.0 - pattern.n / pattern.m)
-        kept = [(1.0 - sparsity) * pattern.m for sparsity in allocation.values()]
-        if all(abs(n - round(n)) < 1e-9 and round(n) >= 1 for n in kept) and len(set(kept)) > 1:
-            return allocation  # somebody chose an n for each linear; it is not for us to average them over a block
-        return mixed_nm(allocation, profile, pattern.m, pattern.n)
-    made: Allocation = allocator.allocate(profile, sparsity)
-    return made
+def allocate(
+    allocator: Any,
+    profile: Profile,
+    pattern: Pattern,
+    sparsity: float,
+    warnings: list[str] | None = None,
+) -> Allocation:
+    """The allocator's decision; where the pattern is n:m, in whole steps of n.
+
+    One n for each block, as in OWL's mixed n:8 (2310.05175), because finer ratios did worse (docs/allocators.md); only where
+    somebody chose the numbers, each linear has its own.
+
+    Args:
+        warnings: told where rounding made equal what the allocator gave different linears of a block.
+
+    Raises:
+        RecipeError: a chosen number is no whole n of m.
+    """
+    if not isinstance(pattern, NM):
+        made: Allocation = allocator.allocate(profile, sparsity)
+        return made
+    wish: Allocation = allocator.allocate(profile, pattern.sparsity)
+    if getattr(allocator, "as_given", False):
+        return given_nm(wish, pattern.m)
+    spread = spread_in_blocks(wish, profile)
+    if spread and warnings is not None:
+        warnings.append(
+            f"{pattern} gives the linears of a block one n of {pattern.m}, the mean of what the allocator gave them, which "
+            f"differs in {len(spread)} of {profile.blocks} blocks, by up to {max(spread.values()):.2g}"
+        )
+    return mixed_nm(wish, profile, pattern.m, pattern.n)
 
 
 @dataclass(frozen=True)
@@ -252,11 +273,15 @@ def profile(
     from tawny.pruning.run import open_run
 
     start = time.perf_counter()
+    Ms = tuple(dict.fromkeys(float(M) for M in Ms))
+    for M in Ms:
+        if not 0 < M < math.inf:
+            raise RecipeError(f"M is {M:g}; expected a positive multiple of the mean score, such as 5 (-M 5)")
     named = {"calibration.text": calibration} if isinstance(calibration, str) else {}
     given = None if isinstance(calibration, str) else calibration
-    recipe = resolve_recipe(recipe, **{"sparsity": None if recipe else 0.5, **named, **keys})
+    recipe = resolve_recipe(recipe, default_sparsity=0.5, **named, **keys)
     named_allocators = {name: _allocator(name, recipe) for name in dict.fromkeys(allocators)}
-    several = Together(named_allocators, tuple(dict.fromkeys(float(M) for M in Ms)))
+    several = Together(named_allocators, Ms)
     with open_run(
         recipe,
         source,
@@ -313,9 +338,8 @@ def _named_allocations(walked: Profile, several: Together, recipe: Recipe) -> di
 def _owl_allocations(walked: Profile, recipe: Recipe, Ms: Sequence[float]) -> dict[str, list[float]]:
     """Sparsity of each block as OWL would set it for every M, with the recipe's λ where it has one."""
     strength = recipe.allocator.options.get("lambda_", recipe.allocator.options.get("lambda", 0.08))
-    return {
-        f"owl M={M:g}": block_sparsities(
-            Owl(M=M, lambda_=float(strength)).allocate(walked, recipe.sparsity), walked
-        )
-        for M in Ms
-    }
+    pattern, made = recipe.make_pattern(), {}
+    for M in Ms:
+        owl = Owl(M=M, lambda_=float(strength))
+        made[f"owl M={M:g}"] = block_sparsities(allocate(owl, walked, pattern, recipe.sparsity), walked)
+    return made

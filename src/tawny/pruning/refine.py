@@ -32,13 +32,13 @@ __all__ = ["Refined", "holds_out", "refine"]
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tawny.errors import TextError
@@ -109,6 +109,7 @@ def refine(
     train, held = holds_out(len(inputs.samples), options, seed)
     pairs = _Pairs(stack, index, inputs, targets)
     with ExitStack() as stacked:
+        stacked.enter_context(_borrowed(stack.blocks[index].parameters()))
         trained = _trained(stack, index, linears, solved)
         for entry in trained:
             stacked.callback(entry.close)
@@ -242,13 +243,14 @@ class _Trained:
     """One tensor that is trained, in the orientation of its module."""
 
     def __init__(self, name: str, leaf: Tensor, stored: Tensor, master: Tensor, masked: bool) -> None:
-        self.name, self.leaf, self.stored, self.master = name, leaf, stored, master
+        self.name, self.leaf, self.stored = name, leaf, stored
         self.expert: tuple[int, int] | None = None
-        self.keep = master != 0 if masked else None
-        survivors = master.numel() if self.keep is None else int(self.keep.sum())
+        survivors = int(torch.count_nonzero(master)) if masked else master.numel()
         self.size = max(_SMALLEST, float(torch.linalg.vector_norm(master)) / math.sqrt(max(survivors, 1)))
-        self.gradient, self.first, self.second = (torch.zeros_like(master) for _ in range(3))
-        self.best = stored.clone()  # what forwards see may be the very memory of what is stored
+        self.master = master.to(leaf.device)  # a norm comes from where the checkpoint was read
+        self.keep = self.master != 0 if masked else None
+        self.gradient, self.first, self.second = (torch.zeros_like(self.master) for _ in range(3))
+        self.best = stored.to(leaf.device, copy=True)  # forwards may see the very memory of what is stored
         self.changed = False
         with torch.no_grad():
             leaf.copy_(stored)  # a solver's weight may have reached the forwards unrounded
@@ -293,8 +295,21 @@ class _Trained:
 
     def close(self) -> None:
         self._hook.remove()
-        self.leaf.requires_grad_(False)
-        self.leaf.grad = None
+
+
+@contextmanager
+def _borrowed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Nothing but what is trained here has gradients; afterwards each is as trainable as its owner left it."""
+    found = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+    for parameter, _, _ in found:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, flag, grad in found:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
 
 
 def _trained(

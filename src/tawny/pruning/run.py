@@ -99,7 +99,7 @@ def prune(
         NumericalError: a weight, activation or factorisation is not usable; names the linear.
         Interrupted: the user pressed Ctrl-C; finished blocks are kept, and nothing unfinished looks finished.
     """
-    named = {"calibration.text": calibration} if isinstance(calibration, str) else {}
+    named: dict[str, Any] = {"calibration.text": calibration} if isinstance(calibration, str) else {}
     given = None if isinstance(calibration, str) else calibration
     recipe = resolve_recipe(recipe, **named, **keys)
     with open_run(
@@ -178,7 +178,7 @@ def open_run(
             holds_out(len(run.samples), recipe.refine, recipe.seed)  # refuses a single sample
         run.begin(overwrite)
         begun = True
-        with torch.no_grad():
+        with torch.no_grad(), stack.evaluating():
             yield run
         ranks.close()
     except RuntimeError as error:
@@ -433,7 +433,10 @@ class Run:
                 self.spill("profile"),
                 self.ranks,
             )
-        allocation = allocate(self.allocator, self.profile, self.pattern, self.recipe.sparsity)
+        warnings: list[str] = []
+        allocation = allocate(self.allocator, self.profile, self.pattern, self.recipe.sparsity, warnings)
+        if self.journal.walk("prune")[0] == 0:  # later, the finished blocks bring them along
+            self.record.warnings += warnings
         self.record.allocation = allocation
         if self.profile.measures:
             self.record.profile = {"blocks": list(self.profile.measures)}
@@ -607,14 +610,15 @@ def demand_of(
         else 0
     )
     per_weight, per_pair = workspace(solver, needs)
-    searching = {}
+    searching: dict[str, Any] = {}
     if getattr(allocator, "searches", False):
-        from tawny.pruning.search import cost_of_search
+        from tawny.pruning.search import cost_of_search, needs_of_search
 
         infos = [LinearInfo(x.name, x.shape, i) for i, linears in enumerate(by_block) for x in linears]
         cost = cost_of_search(recipe, infos, stack.compute, stack.hidden_bytes)
         searching = {
             "searched": min(cost["samples"], count),
+            "search_needs": needs_of_search(recipe),
             "held_out": cost["held_out"],
             "candidates": cost["candidates"],
         }

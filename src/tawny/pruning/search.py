@@ -12,14 +12,16 @@ change what is tried, and the record says so.
 
 from __future__ import annotations
 
-__all__ = ["allocate_by_search", "cost_of_search", "write_search"]
+__all__ = ["allocate_by_search", "cost_of_search", "needs_of_search", "write_search"]
 
 import hashlib
 import json
 import math
 import shutil
+import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,13 +35,14 @@ from tawny.allocation.blend import Blend
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.lsa import Lsa
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
+from tawny.calibration.statistics import Needs, most
 from tawny.errors import TextError
 from tawny.model.streams import Samples
 from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Space, Trial, make_space, search
 from tawny.pruning.grid import OWL_MS, Grid, families_for
 from tawny.pruning.journal import tokens_identity
-from tawny.pruning.levels import HIDDEN_BYTES, LevelStore, Scorer, solve_levels, store_bytes
+from tawny.pruning.levels import HIDDEN_BYTES, LevelStore, Scorer, Solved, solve_levels, store_bytes
 from tawny.pruning.profiling import Together, allocate, block_sparsities
 from tawny.recipe import Recipe
 from tawny.solvers import SOLVERS, Solver
@@ -77,6 +80,19 @@ def stand_in(auto: Auto, name: str, solver: Solver) -> tuple[str, Solver]:
     return (name, solver) if other is None else (other, SOLVERS[other]())
 
 
+def needs_of_search(recipe: Recipe) -> Needs:
+    """What the walk of a search collects: for the solutions, the refit of each, and the candidates."""
+    auto: Auto = recipe.make_allocator()
+    solver = stand_in(auto, recipe.solver.name, recipe.make_solver())[1]
+    refit: Needs = "hessian" if recipe.refit else "none"
+    return most([solver.needs, _measuring(auto).needs, refit])
+
+
+def _measuring(auto: Auto) -> Together:
+    """What the candidates of a search read from a block."""
+    return Together({name: _MEASURED[name]() for name in auto.families if name in _MEASURED}, OWL_MS)
+
+
 def _infos(run: Run) -> tuple[LinearInfo, ...]:
     return tuple(LinearInfo(x.name, x.shape, i) for i, linears in enumerate(run.by_block) for x in linears)
 
@@ -91,7 +107,7 @@ def _search(run: Run) -> dict[str, Any]:
     count = len(held_out)
     windows, deciding = range(count - count // 2), range(count - count // 2, count)
     name_of_solver, solver = stand_in(auto, recipe.solver.name, run.solver)
-    together = Together({n: _MEASURED[n]() for n in auto.families if n in _MEASURED}, OWL_MS)
+    together = _measuring(auto)
     with _level_store(run, space) as store:
         solved = solve_levels(
             run.stack,
@@ -107,21 +123,26 @@ def _search(run: Run) -> dict[str, Any]:
         )
         scorer = Scorer(run.stack, run.by_block, store, held_out, solved.hidden, run.watch)
         run.watch.phase("trying allocations", 2 + math.ceil(auto.trials / auto.offspring), "rounds")
-        outcome = search(
-            space,
-            _grid(run, auto, together, solved.profile, samples, held_out),
-            scorer,
-            trials=auto.trials,
-            offspring=auto.offspring,
-            windows=windows,
-            deciding=deciding or windows,
-            seed=recipe.seed,
-            stopped=lambda: _over(auto, started),
-            step=run.watch.step,
-        )
+        grid = _grid(run, auto, together, solved, space, _study_name(run, solved.weights, samples, held_out))
+        try:
+            outcome = search(
+                space,
+                grid,
+                scorer,
+                trials=auto.trials,
+                offspring=auto.offspring,
+                windows=windows,
+                deciding=deciding or windows,
+                seed=recipe.seed,
+                stopped=lambda: _over(auto, started),
+                step=run.watch.step,
+            )
+        except BaseException:
+            grid.free()
+            raise
     winner = outcome.winner
     allocation = space.allocation(winner.levels)
-    if winner.allocation is not None and not isinstance(run.pattern, NM):
+    if winner.allocation is not None:
         allocation = winner.allocation  # not rounded to levels
     pictured = _pictured(auto, space, outcome) | {"auto": allocation}
     return {
@@ -139,7 +160,7 @@ def _search(run: Run) -> dict[str, Any]:
             "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen},
             "solver": name_of_solver,
             "tokens_tried": scorer.tokens,
-            "generations": outcome.generations,
+            "generations": [_number(score) for score in outcome.generations],
             "trials": [_row(trial) for trial in outcome.trials],
             "blocks": {name: block_sparsities(a, solved.profile) for name, a in pictured.items()},
             "outliers": [m["outlier_share"][_DRAWN_M] for m in solved.profile.measures],
@@ -172,15 +193,13 @@ def _level_store(run: Run, space: Space) -> Iterator[LevelStore]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _grid(
-    run: Run, auto: Auto, together: Together, profile: Profile, samples: Samples, held_out: Samples
-) -> Grid:
+def _grid(run: Run, auto: Auto, together: Together, solved: Solved, space: Space, name: str) -> Grid:
     """What is tried before anything is refined; every family reads its measures from the one profile."""
-    recipe = run.recipe
+    recipe, profile = run.recipe, solved.profile
 
     def allocation_of(family: str, allocator: Any) -> Allocation:
         own = together.profile_of(family, profile) if family in together.allocators else profile
-        return allocate(allocator, own, run.pattern, recipe.sparsity)
+        return space.within(allocate(allocator, own, run.pattern, recipe.sparsity))
 
     return Grid(
         families_for(auto.families, recipe.sparsity, len(run.stack)),
@@ -188,7 +207,8 @@ def _grid(
         seed=recipe.seed,
         extra=min(16, auto.trials // 8),
         storage=auto.study,
-        name=_study_name(run, samples, held_out),
+        name=name,
+        owner=f"{socket.gethostname()}:{run.output.work.resolve()}" if run.output else uuid.uuid4().hex,
     )
 
 
@@ -242,8 +262,8 @@ def _over(auto: Auto, started: float) -> str:
     return f"the budget of {auto.budget} ended the search" if over else ""
 
 
-def _study_name(run: Run, samples: Samples, held_out: Samples) -> str:
-    """Everything that a score depends on, and nothing else."""
+def _study_name(run: Run, weights: str, samples: Samples, held_out: Samples) -> str:
+    """Everything that a score depends on, and nothing else; `weights` is the hash of what is pruned."""
     recipe = run.recipe.to_mapping()
     allocator = {
         key: value
@@ -251,8 +271,7 @@ def _study_name(run: Run, samples: Samples, held_out: Samples) -> str:
         if key not in ("trials", "offspring", "budget", "study")
     }
     tokens = [tokens_identity(samples), tokens_identity(held_out)]
-    model = [run.record.revision, run.record.parameters, Path(run.source).name]
-    known = [{**recipe, "allocator": allocator}, tokens, model]
+    known = [{**recipe, "allocator": allocator}, tokens, run.record.parameters, weights]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     return f"tawny-{digest[:16]}"
 
@@ -269,10 +288,15 @@ def _named(trial: Trial) -> str:
 def _row(trial: Trial) -> dict[str, Any]:
     return {
         "name": _named(trial),
-        "divergence": trial.score,
+        "divergence": _number(trial.score),
         "windows": trial.windows,
-        "verdict": trial.verdict,
+        "verdict": _number(trial.verdict),
     }
+
+
+def _number(score: float | None) -> float | None:
+    """None for a model that has broken down: JSON knows no infinity."""
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _says(outcome: Outcome) -> str:

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,7 @@ def _open_run(
     processes = Processes(settings.device, shard=settings.shard)
     output: OutputFolder | None = None
     student: Student | None = None
+    modes = ExitStack()
     try:
         if processes.sharded and settings.batch % processes.count:
             raise RecipeError(
@@ -185,8 +186,11 @@ def _open_run(
             )
         folder = None if isinstance(source, nn.Module) else resolve(source, watch.say)
         stack, teacher_stack = _stacks(settings, source, folder, teacher, watch)
+        # Dropout would make the curve depend on more than its settings.
+        modes.enter_context(stack.evaluating())
         if teacher_stack is not None:
             check_teacher(stack, teacher_stack)
+            modes.enter_context(teacher_stack.evaluating())
         if tokenizer is None and text is None:
             if folder is None:
                 raise ModelError(
@@ -221,6 +225,7 @@ def _open_run(
             output.discard()
         if student is not None:
             student.close()
+        modes.close()
         processes.close()
 
 

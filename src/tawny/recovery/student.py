@@ -36,9 +36,7 @@ class Student:
         self.linears: list[Linear] = []
         self.zeros: dict[str, int] = {}
         self._flags = [(p, p.requires_grad) for p in stack.model.parameters()]
-        self._training = stack.model.training
         stack.model.requires_grad_(False)
-        stack.model.eval()  # dropout would make the curve depend on more than its settings
         for index in range(len(stack)):
             stack.load(index)
             linears = stack.linears(index)
@@ -141,4 +139,3 @@ class Student:
             handle.remove()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        self.stack.model.train(self._training)

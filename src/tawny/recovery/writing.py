@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tawny.model.output import OutputFolder
+from tawny.model.output import ALLOCATION, OutputFolder
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
@@ -68,9 +68,7 @@ def write(
     output.write_block(_OUTSIDE, outside)
     size = output.assemble(output.plan_shards([_OUTSIDE, *names]))
     output.carry(folder)
-    for name in ("run.json", "recipe.yaml", "allocation.json"):
-        if (folder / name).is_file():
-            output.write_text(name, (folder / name).read_text(encoding="utf-8"))
+    output.carry_named(folder, ("run.json", "recipe.yaml", *ALLOCATION))
     return size
 
 

@@ -1,7 +1,8 @@
 """Pictures: the layerwise outlier distribution, and how allocators answer it, block by block.
 
 `plot_allocations` is the paper's Figure 1 (2310.05175) for any set of allocators: outlier shares as bars, sparsities
-as lines over them. Both are drawn to .png or .svg, and the same numbers give the same bytes.
+as lines over them. Both are drawn to .png or .svg, and the same numbers give the same bytes. Names that come from outside
+are drawn as they are: two dollar signs in a path are no formula.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def plot_allocations(
     figure = _figure(9.0, 5.2)
     _draw_allocations(figure.subplots(), allocations, sparsity, outliers, M)
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(title, fontsize=13, parse_math=False)
     _save(figure, path)
 
 
@@ -64,7 +65,7 @@ def plot_profile(report: Mapping[str, Any], path: Path) -> None:
     _legend(outliers, len(report["shares"]))
     drawn = "5" if "5" in report["shares"] else next(iter(report["shares"]))
     _draw_allocations(sparsities, report["allocations"], report["sparsity"], report["shares"][drawn], drawn)
-    figure.suptitle(str(report["source"]), fontsize=13)
+    figure.suptitle(str(report["source"]), fontsize=13, parse_math=False)
     _save(figure, path)
 
 
@@ -114,9 +115,11 @@ def _style(number: int) -> dict[str, Any]:
 
 def _legend(axes: Any, entries: int) -> None:
     """Under the axes, where it hides no data."""
-    axes.legend(
+    legend = axes.legend(
         fontsize=9, ncols=min(entries, 5), loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _figure(width: float, height: float) -> Any:

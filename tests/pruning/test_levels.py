@@ -1,0 +1,45 @@
+"""Solutions at several levels; what is made of them is in test_search.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tawny
+from tawny.allocation.profile import LinearInfo
+from tawny.model.blocks import live_stack
+from tawny.model.streams import Samples
+from tawny.patterns import Unstructured
+from tawny.pruning.evolution import make_space
+from tawny.pruning.levels import LevelStore, solve_levels
+from tawny.pruning.profiling import Together
+from tawny.recipe import resolve_recipe
+from tests.tiny import tiny_model, tokens
+
+
+@pytest.mark.parametrize(("sparsity", "step"), [(0.5, 0.1), (0.25, 0.25)])
+def test_a_linear_that_saw_no_token_is_named_once_whatever_the_levels_are(sparsity, step, tmp_path):
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.zero_()  # equal logits: top-2 always picks the same two experts
+    stack = live_stack(model)
+    by_block = [stack.linears(index) for index in range(len(stack))]
+    infos = tuple(LinearInfo(x.name, x.shape, i) for i, some in enumerate(by_block) for x in some)
+    space = make_space(infos, Unstructured(), sparsity, 3, step)
+    assert (space.sparsity(0, space.low) == 0) == (sparsity == step)
+    recipe = resolve_recipe(sparsity=sparsity, solver="wanda")
+    solved = solve_levels(
+        stack,
+        by_block,
+        space,
+        LevelStore(tmp_path / "search", space, torch.float32),
+        recipe=recipe,
+        solver=recipe.make_solver(),
+        measuring=Together({}, (5.0,)),
+        samples=Samples(tokens(4, 24)),
+        held_out=Samples(tokens(2, 16, seed=9)),
+        watch=tawny.watch.silent,
+    )
+    named = [warning.partition(" ")[0] for warning in solved.warnings]
+    assert len(named) == len(set(named)) == 3 * 2 * 2
+    assert all(".experts." in name for name in named)
