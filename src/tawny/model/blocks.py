@@ -278,6 +278,8 @@ class Stack:
 
     @torch.no_grad()
     def _capture(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, list[Call]]:
+        tokens_BT = tokens_BT.to(self.device)
+        mask_BT = None if mask_BT is None else mask_BT.to(self.device)
         for style in (self._tuple_output, not self._tuple_output):
             self._tuple_output = style
             calls: list[Call] = []
@@ -306,7 +308,7 @@ class Stack:
 
     def enter(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Hidden states `[batch, tokens, hidden]` the first block receives."""
-        hidden, calls = self._capture(tokens_BT.to(self.device), mask_BT)
+        hidden, calls = self._capture(tokens_BT, mask_BT)
         if mask_BT is None and not self._depends_on_data(tokens_BT, calls):
             self._calls.setdefault(tuple(tokens_BT.shape), calls)
         return hidden.clone()
@@ -316,7 +318,7 @@ class Stack:
         key = tuple(tokens_BT.shape)
         if mask_BT is None and key in self._calls:
             return self._calls[key]
-        _, calls = self._capture(tokens_BT.to(self.device), mask_BT)
+        _, calls = self._capture(tokens_BT, mask_BT)
         if mask_BT is None and not self._depends_on_data(tokens_BT, calls):
             self._calls[key] = calls
         return calls
@@ -325,7 +327,7 @@ class Stack:
         """Whether other tokens of the same shape give a block other arguments (then nothing is shared)."""
         if self._calls_depend_on_data is None:
             vocabulary = int(self.config.get_text_config().vocab_size)
-            other = (tokens_BT.to(self.device) + 1) % vocabulary
+            other = (tokens_BT + 1) % vocabulary
             _, again = self._capture(other, None)
             self._calls_depend_on_data = not all(
                 _same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(calls, again, strict=True)
