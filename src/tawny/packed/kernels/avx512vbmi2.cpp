@@ -57,8 +57,9 @@ inline __attribute__((always_inline)) void prefetch(const uint8_t* values, const
     _mm_prefetch((const char*)masks + 1024, _MM_HINT_T0);
 }
 
-int32_t form(int32_t kind, int32_t input, int64_t tokens) {
-    if (kind == INT8 && tokens <= 20) return FORM_I16;  // two tokens an expansion; with more, a tile is faster
+int32_t form(int32_t kind, int32_t input, int64_t tokens, int64_t cols) {
+    // Two tokens an expansion; with more, a tile is faster. Longer sums of products of bytes do not fit 32 bits.
+    if (kind == INT8 && tokens <= 20 && cols <= 65536) return FORM_I16;
     return input == BF16 && (kind == BF16 || kind == INT8) ? FORM_BF16 : FORM_F32;
 }
 
@@ -377,7 +378,7 @@ void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t fir
                 total = _mm_fnmadd_ps(_mm_set1_ps(32768.0f), sums, total);
             } else {
                 // The sums of the high bytes may wrap around 2^32; what is left after taking 128 back may not (up to
-                // 66,000 columns), so wrapping arithmetic is exact.
+                // the columns that `form` allows), so wrapping arithmetic is exact.
                 __m128i h = reduce_four(high[s][0][t], high[s][1][t], high[s][2][t], high[s][3][t]);
                 __m128i l = reduce_four(low[s][0][t], low[s][1][t], low[s][2][t], low[s][3][t]);
                 h = _mm_sub_epi32(h, _mm_slli_epi32(_mm_cvtps_epi32(sums), 7));

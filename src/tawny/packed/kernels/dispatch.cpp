@@ -34,7 +34,8 @@ int32_t supported() {
     if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a7, &b7, &c7, &d7)) return found;
     bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
     bool fma = c & (1u << 12), f16c = c & (1u << 29), avx = c & (1u << 28), avx2 = b7 & (1u << 5);
-    if (!(ymm && avx && avx2 && fma && f16c && (c & (1u << 23)))) return found;
+    bool popcnt = c & (1u << 23), bmi2 = b7 & (1u << 8);
+    if (!(ymm && avx && avx2 && fma && f16c && popcnt && bmi2)) return found;
     found |= 2;
     if (!(zmm && (b7 & (1u << 16)))) return found;  // F
     found |= 4;
@@ -256,7 +257,8 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
     }
     if (tokens == 0) return 0;
     Input input;
-    if (int32_t error = prepare(input, chosen->form(p->kind, xkind, tokens), x, xkind, tokens, p->cols)) return error;
+    int32_t form = chosen->form(p->kind, xkind, tokens, p->cols);
+    if (int32_t error = prepare(input, form, x, xkind, tokens, p->cols)) return error;
     Output output = {y, bias, p->rows, xkind};
     Job job = {p, nullptr, &input, &output, nullptr, 0, 0, 0, p->groups, 0, 0};
     int64_t size = input.form == FORM_F32 ? 4 : 2;
@@ -298,7 +300,7 @@ int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind
     if (rows <= 0 || cols <= 0 || kind < F32 || kind > F16 || xkind < F32 || xkind > F16 || tokens < 0) return 2;
     if (tokens == 0) return 0;
     Dense d = {weight, rows, cols, kind};
-    int32_t form = chosen->form(kind, xkind, tokens);
+    int32_t form = chosen->form(kind, xkind, tokens, cols);
     Input input;
     if (int32_t error = prepare(input, form, x, xkind, tokens, cols)) return error;
     Output output = {y, bias, rows, xkind};

@@ -95,13 +95,18 @@ def _openmp_of_torch() -> ctypes.CDLL | None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
-    loaded = set(
-        re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\d]*)$", maps.read_text(), re.MULTILINE)
-    )
+    loaded = _openmp_in(maps.read_text(errors="surrogateescape"))
     home = str(Path(torch.__file__).parent.parent)  # beside torch too: some wheels keep it in torch.libs
     for path in sorted(loaded, key=lambda p: not p.startswith(home)):
-        return ctypes.CDLL(path)
+        with contextlib.suppress(OSError):  # replaced since it was loaded
+            return ctypes.CDLL(path)
     return None
+
+
+def _openmp_in(maps: str) -> set[str]:
+    """Paths of the OpenMP runtimes among the mapped files; they may hold spaces."""
+    name = r"lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\d]*"
+    return set(re.findall(rf"^(?:\S+ +){{5}}(/.*/{name})$", maps, re.MULTILINE))
 
 
 def why_not_native() -> str | None:

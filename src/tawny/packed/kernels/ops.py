@@ -15,6 +15,7 @@ __all__ = ["DIRECT", "Call", "dense_linear", "expand", "packed_linear", "remove_
 import ctypes
 import math
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -138,6 +139,10 @@ def packed_linear(
     return y
 
 
+def _addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    return tuple([tensor.data_ptr() for tensor in tensors if tensor is not None])
+
+
 class Call:
     """The product with one packed weight with everything looked up beforehand: the path of eager decoding.
 
@@ -155,7 +160,7 @@ class Call:
         self._memory = ctypes.create_string_buffer(self._library.tawny_describe(None, *weight))
         self._at = ctypes.addressof(self._memory)
         self._library.tawny_describe(self._at, *weight)
-        self._held = tuple(tensor.data_ptr() for tensor in tensors[:3])
+        self._held = _addresses(tensors)
 
     @property
     def address(self) -> int:
@@ -171,7 +176,7 @@ class Call:
             and buffers["offsets"] is offsets
             and buffers["scales"] is scales
             and buffers["sums"] is sums
-            and (masks.data_ptr(), values.data_ptr(), offsets.data_ptr()) == self._held
+            and _addresses(self.tensors) == self._held
         )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:

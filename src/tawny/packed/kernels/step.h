@@ -36,7 +36,9 @@ struct Decoder {
     int32_t kind, unused;
 };
 
-int32_t form_of(const Product& p, int32_t kind) { return chosen->form(p.packed ? p.packed->kind : p.kind, kind, 1); }
+int32_t form_of(const Product& p, int32_t kind) {
+    return chosen->form(p.packed ? p.packed->kind : p.kind, kind, 1, p.cols);
+}
 
 struct Jobs {
     Job jobs[3];

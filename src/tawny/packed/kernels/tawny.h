@@ -90,7 +90,8 @@ struct Pass {  // over contiguous weights, between two products of ALPS (admm.h)
 
 struct Kernels {
     const char* name;
-    int32_t (*form)(int32_t kind, int32_t input, int64_t tokens);  // the Form wanted for these values and activations
+    // The Form wanted for these values and activations.
+    int32_t (*form)(int32_t kind, int32_t input, int64_t tokens, int64_t cols);
     void (*prepare)(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales);
     void (*packed)(const Packed*, const Input*, const Output*, int64_t from, int64_t to, void* scratch);  // groups
     void (*expand)(const Packed*, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride);     // groups
