@@ -14,6 +14,7 @@ import torch
 import tawny
 from tawny.cli import main
 from tawny.cli.common import recipe_from
+from tawny.cli.root import _spelled_out
 from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
@@ -169,6 +170,53 @@ def test_an_allocators_own_key_is_an_option_too(run, monkeypatch):
     assert recipe.allocator.options["M"] == 7 and recipe.solver.options["damp"] == 0.1
 
 
+@pytest.mark.parametrize(
+    "key", ["allocator.M", "M", "allocator.beta", "allocator.path", "solver.a", "solver.rho"]
+)
+def test_a_recipe_key_is_never_taken_for_a_slip_of_an_option(key):
+    known = {"--allocator", "--solver", "--calibration", "-M", "--device"}
+    assert list(_spelled_out([f"--{key}", "7"], known)) == ["-o", f"{key}=7"]
+    assert list(_spelled_out([f"--{key}=7"], known)) == ["-o", f"{key}=7"]
+
+
+def test_dotted_keys_reach_the_recipe(run, monkeypatch):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    words = ("-a", "owl", "--allocator.M", "7", "--calibration.text", "t.txt", "--calibration.samples=3")
+    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
+    assert code == 0, err
+    recipe = calls[0][1]["recipe"]
+    assert recipe.allocator.options["M"] == 7
+    assert (recipe.calibration.text, recipe.calibration.samples) == ("t.txt", 3)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("prune", "m", "--json"), ("inspect", "--json"), ("--json", "list"), ("prun", "--json")]
+)
+def test_a_usage_error_with_json_is_the_document(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2 and err.count("\n") == 1
+    document = json.loads(out)
+    assert document["exit_code"] == 2 and err == f"error: {document['error']}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb", "name"),
+    [
+        (("compare", "m", "--html"), "compare", "page.html"),
+        (("compare", "m", "--markdown"), "compare", "page.md"),
+        (("profile", "m", "--plot"), "profile", "page.svg"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_measuring(
+    run, monkeypatch, tmp_path, arguments, verb, name
+):
+    calls = answering(monkeypatch, verb, SimpleNamespace(to_dict=dict))
+    (tmp_path / name).mkdir()
+    code, out, err = run(*arguments, tmp_path / name)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "is a folder: name a file" in err
+    assert calls == []
+
+
 def test_the_time_of_a_search_is_an_option_of_the_allocator_that_searches(run, monkeypatch, tmp_path):
     calls = answering(monkeypatch, "prune", Record(recipe={}, search={"says": "auto: uniform wins"}))
     options = ("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "--budget", "10m", "--json")
@@ -229,7 +277,6 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["prune", "m", "--out", "o", "--sparsty", "0.5"], "--sparsity"),
         (["prune", "m", "--out", "o", "-s", "0.5", "--sede", "3"], "seed"),
         (["prune", "m", "--out", "o", "-s", "0.5", "--order"], "--order"),
-        (["prune", "m", "--out", "o", "-s", "0.5", "--order", "--json"], "--order"),
         (["prun"], "prune"),
         (["eval", "m", "--compute", "int8"], "bfloat16"),
         (["eval", "m", "--windows", "0"], "--windows"),
@@ -241,6 +288,16 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["profile", "m", "--plot", "/no/such/folder/x.png"], "does not exist"),
         (["list", "solver"], "'solvers'"),
         (["inspect", "/no/such/folder"], "no such folder"),
+        (["generate", "m", "hi", "--seed", "9" * 23], f"{'9' * 23} given, expected 0 to"),
+        (["generate", "m", "hi", "--seed", "-1"], "-1 given, expected 0 to"),
+        (["generate", "m", "hi", "--threads", "100000"], "100000 given, expected 1 to 1024"),
+        (["bench", "m", "--threads", "0"], "0 given, expected 1 to 1024"),
+        (["compare", "m", "--threads", "2000"], "2000 given, expected 1 to 1024"),
+        (["prune", "m", "--out", "", "-s", "0.5"], "give a folder to write"),
+        (["recover", "m", "--out", ""], "give a folder to write"),
+        (["pack", "m", "--out", ""], "give a folder to write"),
+        (["unpack", "m", "--out", ""], "give a folder to write"),
+        (["recover", "m", "--teacher", "t", "--out", "o", "-c", "none.yaml"], "add --through"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(run, arguments, words):

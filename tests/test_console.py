@@ -166,3 +166,72 @@ def test_sizes_are_decimal(count, words):
 @given(st.floats(allow_nan=True, allow_infinity=True), st.integers(1, 40))
 def test_a_bar_never_leaves_its_width(share, width):
     assert 0 <= len(tables.bar(share, width)) <= width
+
+
+def test_brackets_and_colons_of_a_name_are_letters(capsys):
+    console = Console()
+    dense = perplexity(text="x[/y].txt")
+    console.result({}, lambda _: [tables.comparison_table(dense, perplexity(30.0, text="x[/y].txt"))])
+    console.result({}, lambda _: tables.perplexity_tables(perplexity(text="[red]t:owl:.txt", seconds=1.0)))
+    files = {
+        "files": {"[bold]a:owl:.txt": 1},
+        "bytes": 1,
+        "url": "",
+        "repo": "a/b",
+        "notes": [],
+        "dry_run": True,
+    }
+    console.result(files, tables.push_tables)
+    console.note("written to [red]:owl:.html")
+    console.error("[/no] such :owl:")
+    out, err = capsys.readouterr()
+    assert "perplexity on x[/y].txt, 4 windows" in out
+    assert "[red]t:owl:.txt" in out and "[bold]a:owl:.txt" in out
+    assert err.splitlines() == ["written to [red]:owl:.html", "error: [/no] such :owl:"]
+
+
+@pytest.mark.parametrize("columns", [40, 50, 60, 66])
+def test_a_narrow_window_shows_every_name_and_number_whole(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "model.layers.0.self_attn.q_proj"
+    linear = {
+        "name": name,
+        "shape": (32, 32),
+        "zeros": 512,
+        "sparsity": 0.5,
+        "pattern": "unstructured",
+        "ties": 511,
+    }
+    found = {
+        "linears": [linear],
+        "sparsity": 0.5,
+        "prunable": 9,
+        "blocks": 1,
+        "parameters": 9,
+        "tied_head": False,
+    }
+    Console().result({**found, "bytes": 9}, tables.inspection_tables)
+    out = capsys.readouterr().out
+    for words in (
+        f"linear {name}",
+        "shape 32×32",
+        "zeros 512",
+        "sparsity 50.00 %",
+        "pattern unstructured",
+        "ties 511",
+    ):
+        assert words in out
+    assert max(map(len, out.splitlines())) <= columns
+
+
+def test_a_window_that_is_wide_enough_shows_a_table_with_names_on_a_few_lines(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "67")
+    linear = {"name": "model.layers.0.self_attn.q_proj", "shape": (32, 32), "zeros": 512, "sparsity": 0.5}
+    made = tables.inspection_tables(
+        {"linears": [{**linear, "pattern": "unstructured", "ties": 511}], "sparsity": 0.5, "prunable": 9}
+        | {"blocks": 1, "parameters": 9, "tied_head": False, "bytes": 9}
+    )
+    assert tables.stacked(made[0], 67) is made[0] and tables.stacked(made[1], 10) is made[1]
+    Console().result({}, lambda _: made)
+    out = capsys.readouterr().out
+    assert "model.layers.0.s" in out and "unstructured" in out and "511" in out

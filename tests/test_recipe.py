@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from tawny.allocation import ALLOCATORS
 from tawny.errors import PatternError, RecipeError, UserError
-from tawny.recipe import Recipe, dump_recipe, load_recipe, option_keys, parse_override, resolve_recipe
+from tawny.recipe import (
+    Recipe,
+    bare_keys,
+    dump_recipe,
+    load_recipe,
+    option_keys,
+    parse_override,
+    resolve_recipe,
+)
 from tawny.solvers import SOLVERS
 
 # Classes with an option that must be given cannot be named alone.
@@ -326,3 +334,14 @@ def test_every_product_prunes_a_tiny_model(path):
     recipe = load_recipe(path)
     record = tawny.prune(tiny_model("llama"), recipe=recipe, compute="float32", calibration=tokens())
     assert record.sparsity == pytest.approx(recipe.sparsity, abs=0.03)
+
+
+@pytest.mark.parametrize("section", ["allocator", "solver"])
+def test_a_name_that_is_no_text_is_refused_though_an_option_follows_it(section):
+    with pytest.raises(RecipeError, match=rf"{section} \['a'\] is unknown"):
+        resolve_recipe({"sparsity": 0.6, section: {"name": ["a"]}}, ["M=5"])
+
+
+def test_bare_keys_are_those_that_some_recipe_knows_without_their_section():
+    assert {"seed", "text", "epochs", "M", "lambda", "damp", "rho"} <= bare_keys()
+    assert "name" not in bare_keys() and "lambda_" not in bare_keys()

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 __all__ = ["Console"]
 
-import dataclasses
 import json
-import math
 import os
 import re
 import sys
@@ -28,12 +26,12 @@ from typing import Any, TextIO
 from rich.console import Console as Rich
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tawny.tables import duration
+from tawny.record import finite
+from tawny.tables import duration, stacked
 from tawny.watch import Watch, silent, speaks
 
 _QUIET_SECONDS = 5.0  # between plain progress lines
@@ -57,7 +55,7 @@ class Console:
         if not speaks():
             return
         if self.as_json:
-            print(json.dumps(_finite(result), indent=2, ensure_ascii=False, default=str))
+            print(json.dumps(finite(result), indent=2, ensure_ascii=False, default=str))
             return
         print(_drawn(self._out, draw(result)))
 
@@ -70,14 +68,14 @@ class Console:
         """One line for a person; it never gets between a program and its JSON."""
         if not speaks():
             return
-        self._err.print(text, soft_wrap=True, markup=False, highlight=False)
+        self._err.print(text, soft_wrap=True)
 
     def error(self, message: str, exit_code: int = 1) -> None:
         """One line on stderr, and the same as the JSON document."""
         line = " ".join(message.split()) or "unknown"
         if not speaks():
             line = f"rank {os.environ['RANK']}: {line}"
-        self._err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
+        self._err.print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
         if self.as_json:
             print(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=False))
 
@@ -149,7 +147,7 @@ class _BarWatch:
 
     def say(self, text: str) -> None:
         if self.live is not None:
-            self.live.console.print(text, markup=False, highlight=False)
+            self.live.console.print(text)
 
     def close(self) -> None:
         if self._walk is not None:
@@ -213,7 +211,7 @@ class _LineWatch:
 def _drawn(rich: Rich, tables: Sequence[RenderableType]) -> str:
     with rich.capture() as captured:
         for table in tables:
-            rich.print(table)
+            rich.print(stacked(table, rich.width) if isinstance(table, Table) else table)
             rich.print()
     # Tables are padded to their width, which a window does not show and a file should not hold.
     lines = [line.rstrip() for line in captured.get().splitlines()]
@@ -223,17 +221,5 @@ def _drawn(rich: Rich, tables: Sequence[RenderableType]) -> str:
 def _rich(stream: TextIO) -> Rich:
     # Where there is no window its width must not cut names; COLUMNS still decides if it is set.
     wide = None if stream.isatty() or os.environ.get("COLUMNS") else _WIDE
-    return Rich(file=stream, width=wide, highlight=False, stderr=False)
-
-
-def _finite(value: Any) -> Any:
-    """The same with infinity and NaN as null: JSON has no word for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    # Names of files, texts and tasks come from outside: `[red]` or `:owl:` in one is neither a style nor a picture.
+    return Rich(file=stream, width=wide, highlight=False, markup=False, emoji=False, stderr=False)

@@ -26,6 +26,7 @@ __all__ = [
     "Choice",
     "Recipe",
     "Refine",
+    "bare_keys",
     "dump_recipe",
     "load_recipe",
     "option_keys",
@@ -301,7 +302,7 @@ def _choice(section: str, value: Any, compat: Any) -> dict[str, Any]:
     given = _section(value, section, shorthand="name")
     name = given.pop("name", None) or _default_name(section, compat)
     if not isinstance(name, str) or name not in registry:
-        raise RecipeError(f"{section} {_show(name)} is unknown{_suggest(str(name), registry)}")
+        raise _unknown_name(section, name)
     kind = registry[name]
     known = option_keys(kind)
     _refuse_unknown(
@@ -317,6 +318,10 @@ def _choice(section: str, value: Any, compat: Any) -> dict[str, Any]:
     except TawnyError as error:
         raise RecipeError(str(error)) from None  # a class names its own fields, as `allocator.M`
     return {"name": name, "options": {field: getattr(built, field) for field in known.values()}}
+
+
+def _unknown_name(section: str, name: Any) -> RecipeError:
+    return RecipeError(f"{section} {_show(name)} is unknown{_suggest(str(name), _registry(section))}")
 
 
 def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
@@ -414,6 +419,13 @@ def option_keys(kind: Any) -> dict[str, str]:
     return {_key(field.name): field.name for field in dataclasses.fields(kind) if field.init}
 
 
+def bare_keys() -> set[str]:
+    """Every key that can be written without its section, whichever allocator and solver are chosen."""
+    kinds = [kind for section in _REGISTRIES for kind in _registry(section).values()]
+    inner = [key for section in _SECTIONS for key in _section_keys(section)]
+    return {*_top_level_keys(), *inner, *(key for kind in kinds for key in option_keys(kind))}
+
+
 def _pair(override: str | tuple[str, Any]) -> tuple[str, Any]:
     return parse_override(override) if isinstance(override, str) else override
 
@@ -458,6 +470,8 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
     sections: dict[str, list[str]] = {name: _section_keys(name) for name in _SECTIONS}
     for section in _REGISTRIES:
         name = merged[section].get("name") or _default_name(section, merged.get("compat"))
+        if not isinstance(name, str):
+            raise _unknown_name(section, name)
         kind = _registry(section).get(name)
         sections[section] = (
             list(option_keys(kind)) if kind else []

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Record:
         memory: the budget, the estimate and its parts, beside which `peak_memory` was measured.
         files: bytes and SHA-256 of every weight file written.
         packed: kinds and bytes, where the weights were packed afterwards.
+        recovery: what `tawny recover` did to the weights afterwards, in short.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -99,12 +101,42 @@ class Record:
     resumed: int = 0
     packed: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"record_version": RECORD_VERSION, **asdict(self)}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same with infinity and NaN as None: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def measured_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record read from `run.json` with the measurements that were not finite as infinity, so that pages can show them."""
+
+    def known(plain: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+        return {**plain, **{key: math.inf for key in keys if key in plain and plain[key] is None}}
+
+    return {
+        **record,
+        "linears": [known(linear, "error") for linear in record["linears"]],
+        "evaluation": {
+            name: known(measured, "perplexity", "stderr") if isinstance(measured, Mapping) else measured
+            for name, measured in record["evaluation"].items()
+        },
+    }
 
 
 class Clock:

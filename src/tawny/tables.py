@@ -28,6 +28,7 @@ __all__ = [
     "recovery_tables",
     "size",
     "speed_tables",
+    "stacked",
     "tasks_tables",
     "unpack_tables",
 ]
@@ -38,6 +39,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -86,6 +89,9 @@ def perplexity_text(result: Mapping[str, Any]) -> str:
 
 # --- frames ----------------------------------------------------------------------------------------------
 
+_READABLE = 16  # columns a name needs when it goes on over several lines
+_FRAME = 3  # columns between two columns of a table
+
 
 def _table(*columns: str, title: str | None = None, left: Sequence[int] = (0,)) -> Table:
     """Numbers to the right, the columns in `left` to the left."""
@@ -107,6 +113,36 @@ def _facts(rows: Sequence[tuple[str, str]], title: str | None = None) -> Table:
     for name, value in rows:
         made.add_row(name, Text(value))
     return made
+
+
+def stacked(table: Table, width: int) -> Table | Text:
+    """The table, or a few lines a row where `width` would leave its names a letter a line, or cut its numbers."""
+    if not table.show_header:  # names and values: the values go on below each other
+        return table
+    rows = list(zip(*([_words(cell) for cell in column.cells] for column in table.columns), strict=True))
+    heads = [_words(column.header) for column in table.columns]
+    needed = -1
+    for index, column in enumerate(table.columns):
+        natural = max(cell_len(text) for text in (heads[index], *(row[index] for row in rows)))
+        needed += _FRAME + (natural if column.no_wrap else min(natural, _READABLE))
+    if needed <= width:
+        return table
+    lines = [] if table.title is None else [Text(_words(table.title), style="bold")]
+    for first, *rest in rows:
+        lines.append(Text(f"{heads[0]} {first}".strip(), style="bold"))
+        told = [f"{head} {cell}" for head, cell in zip(heads[1:], rest, strict=True) if head and cell]
+        line = ""
+        for part in told:
+            if line and cell_len(f"  {line}, {part},") > width:
+                lines.append(Text(f"  {line},"))
+                line = ""
+            line += f", {part}" if line else part
+        lines.append(Text(f"  {line}"))
+    return Text("\n").join(lines)
+
+
+def _words(cell: RenderableType) -> str:
+    return cell.plain if isinstance(cell, Text) else str(cell)
 
 
 # --- one function a result -------------------------------------------------------------------------------

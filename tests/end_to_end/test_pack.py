@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -100,9 +101,34 @@ def test_prune_with_pack_refuses_before_work_and_never_hides_a_half(run, dense, 
     monkeypatch.undo()
 
 
-def test_a_run_stopped_while_packing_says_how_to_go_on(run, dense, tmp_path):
-    saved(tmp_path / "packed.dense")
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize("made", ["by others", "by tawny", "by tawny for another run"])
+def test_a_folder_of_the_users_beside_the_packed_one_is_never_touched(run, dense, tmp_path, made, overwrite):
+    beside = tmp_path / "packed.dense"
+    if made == "by others":
+        saved(beside)
+    else:
+        tawny.prune(dense, beside, sparsity=0.5, allocator="uniform", solver="magnitude")
+    if made == "by tawny for another run":
+        record = json.loads((beside / "run.json").read_text())
+        (beside / "run.json").write_text(json.dumps({**record, "packed": {"into": str(tmp_path / "other")}}))
+    before = {path.name: path.read_bytes() for path in beside.iterdir()}
+    code, _, err = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16", *overwrite)
+    *_, line = err.splitlines()
+    assert code == 2 and line.startswith("error: ") and "packed.dense exists and is not what" in line
+    assert {path.name: path.read_bytes() for path in beside.iterdir()} == before
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_run_stopped_while_packing_says_how_to_go_on(run, dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as stopped:
+        stopped.setattr(tawny, "pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")[0] == 1
     code, _, err = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")
     assert code == 2 and "tawny pack" in err
+    words = shlex.split(err.split("`")[1])
+    code, _, err = run(*words[1:3], "--out", tmp_path / "by hand")
+    assert code == 0 and json.loads((tmp_path / "by hand" / "run.json").read_text())["packed"]["values"], err
+    assert (tmp_path / "packed.dense").is_dir()
     code, _, _ = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16", "--overwrite")
     assert code == 0 and not (tmp_path / "packed.dense").exists()

@@ -352,6 +352,25 @@ def test_storage_dtype_can_be_asked_for(tmp_path):
     assert open_stack(tmp_path / "out").config.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_samples_longer_than_a_table_of_positions_are_refused(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "dense")
+    words = "^seqlen 129 is more than the model's context of 128; give --seqlen 128$"
+    with pytest.raises(RecipeError, match=words):
+        tawny.prune(model, sparsity=0.5, calibration=tokens(2, 129))
+    with pytest.raises(RecipeError, match=words):  # before the text is read, which is not there
+        tawny.prune(
+            tmp_path / "dense",
+            tmp_path / "out",
+            sparsity=0.5,
+            calibration="none.txt",
+            **{"calibration.seqlen": 129},
+        )
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    tawny.prune(tiny_model("llama"), sparsity=0.5, solver="wanda", calibration=tokens(2, 200))
+
+
 def test_padding_does_not_count_in_statistics():
     ids = tokens(4, 24)
     mask = torch.ones_like(ids)

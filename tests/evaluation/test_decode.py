@@ -126,6 +126,58 @@ def test_what_no_module_shows_is_found_by_comparing(change):
     torch.testing.assert_close(made, own, rtol=1e-4, atol=1e-4)
 
 
+def positional(dtype=torch.float32):
+    """A model that scales its queries by their position, from the 16th token on."""
+    from transformers import AutoModelForCausalLM, Ministral3Config
+
+    torch.manual_seed(0)
+    config = Ministral3Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        sliding_window=None,
+        initializer_range=0.3,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.1,
+        },
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_depends_on_the_position_is_found_before_the_text_gets_there(dtype):
+    ids, model = tokens(1, 60)[0], positional(dtype)
+    assert logits(model, None, ids[:12])[1] == "blocks"  # proved for 12 tokens only
+    made, path = logits(model, None, ids, more=50)
+    own, _ = logits(model, False, ids, more=50)
+    assert path == "model" and torch.equal(made, own)
+
+
+@compiled
+def test_the_far_comparison_finds_wrong_angles_and_leaves_the_cache_as_it_was(monkeypatch):
+    ids, angles = tokens(1, 60)[0], Step._angles
+
+    def late(self, *args):
+        cosine, sine = angles(self, *args)
+        cosine[40:] = -cosine[40:]
+        return cosine, sine
+
+    monkeypatch.setattr(Step, "_angles", late)
+    model = tiny_model("llama")
+    made, path = logits(model, None, ids, more=50)
+    assert path == "model" and torch.equal(made, logits(model, False, ids, more=50)[0])
+
+
 @compiled
 def test_a_model_is_compared_once(monkeypatch):
     model, ids, calls = tiny_model("llama"), tokens(1, 12)[0], []

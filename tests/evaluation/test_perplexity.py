@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import tawny
+from tawny.errors import RecipeError, TextError
 from tests.tiny import FAMILIES, tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,6 +32,63 @@ def test_streamed_perplexity_is_that_of_the_models_own_loss(family, tmp_path):
 def test_the_json_holds_the_promised_keys():
     made = tawny.evaluate(tiny_model("llama"), tokens(2, 16)).to_dict()
     assert {"perplexity", "stderr", "windows", "tokens", "seconds", "text_sha256"} <= made.keys()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"windows": -1}, "windows -1 is not possible"),
+        ({"windows": 0}, "windows 0 is not possible"),
+        ({"seqlen": 0}, "seqlen 0 is not possible"),
+        ({"seqlen": 1}, "seqlen 1 is not possible"),
+        ({"compute": "fp32"}, "compute 'fp32' is unknown; give auto, float32"),
+        ({"compute": "int8"}, "compute 'int8' is unknown"),
+    ],
+)
+def test_an_impossible_measurement_is_named(keys, words, tmp_path):
+    text, model = tmp_path / "text.txt", tiny_model("llama")
+    text.write_text("The owl hunts at night. " * 20)
+    with pytest.raises(RecipeError, match=words):
+        tawny.evaluate(model, str(text), tokenizer=tiny_tokenizer(), **{"seqlen": 16, **keys})
+    model.save_pretrained(tmp_path / "model")
+    if "seqlen" not in keys:  # tokens are windows already
+        with pytest.raises(RecipeError, match=words):
+            tawny.evaluate(tmp_path / "model", tokens(3, 16), **keys)
+    with pytest.raises(RecipeError, match="seqlen 1 "):
+        tawny.evaluate(model, tokens(3, 1))
+    with pytest.raises(TextError, match="expected integer tokens"):
+        tawny.evaluate(model, tokens(3, 16)[0])
+
+
+def test_windows_longer_than_a_table_of_positions_are_refused_before_the_text_is_read():
+    short = tiny_model("gpt2")
+    for model in (short, tiny_model("opt")):
+        with pytest.raises(RecipeError, match=r"^seqlen 2048 is more than .* 128; give --seqlen 128$"):
+            tawny.evaluate(model, "no such text", seqlen=2048, tokenizer=tiny_tokenizer())
+        with pytest.raises(RecipeError, match="seqlen 129 is more"):
+            tawny.evaluate(model, tokens(1, 129))
+        assert tawny.evaluate(model, tokens(1, 128)).tokens == 127
+    with pytest.raises(RecipeError, match="seqlen 129 is more"):
+        tawny.agreement(tiny_model("llama"), short, tokens(1, 129))
+    assert tawny.evaluate(tiny_model("llama"), tokens(1, 200)).tokens == 199
+
+
+def test_the_recipe_says_which_tokens_of_overlapping_windows_count(tmp_path):
+    text, model = tmp_path / "text.txt", tiny_model("llama")
+    text.write_text("The owl hunts at night. " * 20)
+
+    def recipe(**keys):
+        made = tawny.evaluate(model, str(text), tokenizer=tiny_tokenizer(), seqlen=24, **keys)
+        return made.recipe, made.tokens
+
+    assert recipe(windows=3, stride=8) == (
+        "the first 3 windows of 24 tokens, 8 apart, all of the first and the last 8 of each other counted, "
+        "the first window's first token not predicted, loss in float32",
+        23 + 2 * 8,
+    )
+    apart = "a window's first token not predicted, loss in float32"
+    assert recipe(windows=3) == (f"the first 3 windows of 24 tokens, {apart}", 3 * 23)
+    assert recipe(windows=1, stride=8) == (f"1 window of 24 tokens, {apart}", 23)
 
 
 def test_inspection_counts_zeros_and_recognises_patterns(tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -67,7 +69,9 @@ def test_top_p_leaves_the_likeliest():
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    assert _Choice(1e-3, 1.0, 0)(logits) == int(logits.argmax()) == _Choice(0.0, 1.0, 0)(logits)
+    for temperature in (0.0, 1e-45, 5e-324, 1e-3):
+        assert _Choice(temperature, 1.0, 0)(logits) == int(logits.argmax()), temperature
+        assert _Choice(temperature, 0.9, 0)(logits) == int(logits.argmax()), temperature
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,10 @@ def test_a_tiny_temperature_is_greedy():
     [
         ({"max_tokens": 0}, RecipeError, "max_tokens 0"),
         ({"temperature": -1.0}, RecipeError, "temperature -1.0"),
+        ({"temperature": math.nan}, RecipeError, "temperature nan"),
+        ({"temperature": math.inf}, RecipeError, "temperature inf"),
         ({"top_p": 0.0}, RecipeError, "top_p 0.0"),
+        ({"top_p": math.nan}, RecipeError, "top_p nan"),
         ({"threads": 0}, RecipeError, "threads 0"),
     ],
 )
@@ -124,11 +131,61 @@ def test_streamed_pieces_are_whole_letters_and_make_up_the_text():
     assert not any("�" in piece for piece in pieces) and len(pieces) > 10
 
 
+def llama_2_tokenizer(words):
+    """One that writes spaces as ▁ and bytes as <0x0A>, and drops a space from the front of what it decodes."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
+def test_streamed_lines_keep_the_spaces_they_begin_with():
+    said = ["▁def", "▁f", "():", "<0x0A>", "▁▁▁▁▁▁▁", "▁x", "<0x0A>", "</s>", "▁y", "<0x0A>", "<0x0A>", "▁z"]
+    words = list(dict.fromkeys(["</s>", *said]))
+    pieces: list[str] = []
+    text = _Text(llama_2_tokenizer(words), pieces.append)
+    for word in said:
+        text.add(words.index(word))
+    assert text.finish() == "".join(pieces) == "def f():\n        x\n y\n\n z"
+
+
 def test_the_chat_template_is_used_when_there_is_one():
     model = tiny_model("llama")
     made = {chat: tawny.generate(model, "hi", tokenizer=Bytes(), chat=chat) for chat in (None, True, False)}
     assert [made[c].prompt_tokens for c in (None, True, False)] == [4, 4, 2]
     assert made[None].chat and not made[False].chat
+
+
+def test_a_prompt_of_tokens_is_one_prompt():
+    model, ids = tiny_model("llama"), tokens(1, 5)
+    assert (
+        tawny.generate(model, ids, max_tokens=3).tokens == tawny.generate(model, ids[0], max_tokens=3).tokens
+    )
+    with pytest.raises(TextError, match=r"shape \[2, 5\]; give one prompt"):
+        tawny.generate(model, tokens(2, 5))
+
+
+def test_a_model_in_training_is_decoded_without_dropout_and_stays_in_training():
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    ids = tokens(1, 7)[0]
+    calm = tawny.generate(model, ids, max_tokens=8).tokens
+    model.train()
+    model.transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert tawny.generate(model, ids, max_tokens=8).tokens == calm
+    tawny.bench(model, prompt_tokens=3, tokens=2, rounds=1)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_our_kernels_are_only_there_inside():
@@ -176,6 +233,13 @@ def test_bench_of_a_live_model_has_no_file_and_refuses_more_than_the_context():
         tawny.bench(model, prompt_tokens=120, tokens=20)
     with pytest.raises(RecipeError, match="rounds 0"):
         tawny.bench(model, rounds=0)
+
+
+def test_bench_counts_the_token_it_does_not_time():
+    model = tiny_model("gpt2")
+    with pytest.raises(RecipeError, match=r"96 \+ 1 \(not timed\) \+ 32 tokens.*context of 128"):
+        tawny.bench(model, prompt_tokens=96, tokens=32)
+    assert tawny.bench(model, prompt_tokens=95, tokens=32, rounds=1).decoded_tokens == 32
 
 
 def test_a_packed_folder_is_decoded_and_measured_like_a_dense_one(tmp_path):

@@ -165,6 +165,32 @@ def test_the_test_split_is_preferred_and_validation_is_said_when_it_stands_in(tm
     assert origin["arc_easy"][1] == "test"
 
 
+def test_two_copies_of_the_same_documents_are_refused_and_shards_are_not(tmp_path, data):
+    import gzip
+    import json
+
+    def load():
+        return own._load(own._manager(["boolq"]), "boolq", [TaskData(tmp_path)])[0]["tasks"]["boolq"]
+
+    lines = (data / "boolq.validation.jsonl").read_bytes().splitlines(keepends=True)
+    folder = tmp_path / "boolq" / "validation"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        (folder / f"data-{number:05}-of-00002.jsonl").write_bytes(b"".join(lines[number::2]))
+    assert len(load().validation_docs()) == len(lines) and json.loads(lines[0])
+    for name, content in (
+        ("boolq.validation.jsonl.gz", gzip.compress(b"".join(lines))),
+        ("BoolQ.validation.jsonl", b"".join(lines)),
+        ("boolq/validation/data-00000-of-00001.jsonl.gz", gzip.compress(b"".join(lines))),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TextError, match=r"both hold documents of task 'boolq'.* keep one") as caught:
+            load()
+        assert name in str(caught.value)
+        (tmp_path / name).unlink()
+    assert len(load().validation_docs()) == len(lines)
+
+
 def test_names_are_forgiving_and_presets_are_spelt_out():
     assert task_names("owl7,piqa") == [*PRESETS["owl7"], "piqa"]
     assert task_names(["rte", "rte"]) == ["rte"]

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
+from tawny.errors import NumericalError
 from tawny.packed import PackedLinear
 from tawny.packed.folder import INDEX, PackedCheckpoint, PackedWriter
 from tests.packed.test_folder import bytes_of, saved
@@ -155,3 +156,21 @@ def test_a_reader_written_from_the_specification_alone_reads_a_folder(values, gr
             expected.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else expected
         )
         assert torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize(
+    "values,bad,head,name",
+    [
+        ("f16", 7e4, None, "model.layers.1.mlp.up_proj"),
+        ("int8", float("nan"), None, "model.layers.1.mlp.up_proj"),
+        ("f32", 7e4, "f16", "lm_head"),
+    ],
+)
+def test_a_weight_that_the_kind_cannot_hold_is_refused_by_name(values, bad, head, name, tmp_path):
+    model = pruned("llama")
+    with torch.no_grad():
+        model.get_submodule(name).weight[3, 4] = bad
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(NumericalError, match=rf"^{name}: "):
+        tawny.pack(tmp_path / "dense", tmp_path / "packed", values, head=head)
+    assert not list(tmp_path.glob("packed*"))

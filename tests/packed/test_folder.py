@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, OutputError, UserError
 from tawny.packed.folder import INDEX, PackedFolder
 from tests.packed.test_model import logits, pruned
-from tests.tiny import tokens
+from tests.tiny import FAMILIES, tokens
 
 
 def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:
@@ -221,3 +222,209 @@ def test_load_may_be_the_first_thing_a_process_does(tmp_path):
     script = f"import tawny; print(type(tawny.load({str(tmp_path)!r})).__name__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
+
+
+def without(folder: Path, *names: str) -> Path:
+    """The folder, its one safetensors file written again without some tensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in names:
+        del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "family,name",
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight"),
+        ("llama", "lm_head.weight"),
+        ("qwen2", "model.embed_tokens.weight"),
+        ("phi", "model.layers.2.mlp.fc1.bias"),
+        ("gpt2", "transformer.h.1.ln_1.weight"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_weight_is_refused_by_name(family, name, tmp_path):
+    with pytest.raises(CheckpointError, match=rf"lacks \d weights of the model, first .*'{name}'.*fetch"):
+        tawny.load(without(saved(tmp_path / "x", family), name))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_checkpoint_of_any_family_loads_dense_and_packed(family, tied, tmp_path):
+    dense = saved(tmp_path / "dense", family, tie_word_embeddings=tied)
+    tawny.pack(dense, tmp_path / "packed", "f32", head="f32" if tied else None)
+    ids = tokens(1, 4)
+    plain = AutoModelForCausalLM.from_pretrained(dense).eval()
+    assert torch.equal(logits(tawny.load(dense), ids), logits(plain, ids))
+    torch.testing.assert_close(
+        logits(tawny.load(tmp_path / "packed"), ids), logits(plain, ids), atol=2e-4, rtol=2e-4
+    )
+
+
+def test_a_head_stored_apart_from_the_embedding_it_is_tied_to_packs_and_loads(tmp_path):
+    dense = saved(tmp_path / "dense", "qwen2")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    tawny.pack(dense, tmp_path / "packed", "f32", head="f32")
+    model = tawny.load(tmp_path / "packed")
+    assert torch.equal(model.lm_head.dense(), tensors["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+
+
+@pytest.fixture(scope="module")
+def packed_tied(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("qwen2")
+    tawny.pack(saved(base / "dense", "qwen2"), base / "packed", "f32", head="f32")
+    return base / "packed"
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+def lost_shard_of_nothing(index):
+    index["shards"]["packed-00009-of-00009.safetensors"] = 8
+
+
+def source_as_text(index):
+    index["source"] = "model.safetensors"
+
+
+def source_without_file(index):
+    del index["source"][0]["file"]
+
+
+def source_without_header(index):
+    del index["source"][0]["header"]
+
+
+def source_header_cut(index):
+    index["source"][0]["header"] = index["source"][0]["header"][:50]
+
+
+def source_index_as_list(index):
+    index["source_index"] = []
+
+
+def header_of(index, change):
+    header = json.loads(index["source"][0]["header"])
+    change(header)
+    index["source"][0]["header"] = json.dumps(header)
+
+
+def source_forgot_a_weight(index):
+    header_of(index, lambda header: header.pop(f"{UP}.weight"))
+
+
+def source_of_another_shape(index):
+    header_of(index, lambda header: header[f"{UP}.weight"].update(shape=[1, 2]))
+
+
+def no_hash(index):
+    del index["tensors"][f"{UP}.masks"]["sha256"]
+
+
+def offset_as_text(index):
+    index["tensors"][f"{UP}.masks"]["offset"] = "0"
+
+
+def unknown_storage(index):
+    index["linears"][UP]["storage"] = "F7"
+
+
+def listed_storage(index):
+    index["linears"][UP]["storage"] = ["F32"]
+
+
+def another_source(index):
+    index["linears"][UP]["sources"] = ["model.layers.0.mlp.up_proj.weight"]
+
+
+def lost_linear(index):
+    del index["linears"][UP]
+
+
+def lost_place(index):
+    del index["weight_map"][f"{UP}.masks"]
+
+
+DAMAGES = [
+    lost_shard_of_nothing,
+    source_as_text,
+    source_without_file,
+    source_without_header,
+    source_header_cut,
+    source_index_as_list,
+    source_forgot_a_weight,
+    source_of_another_shape,
+    no_hash,
+    offset_as_text,
+    unknown_storage,
+    listed_storage,
+    another_source,
+    lost_linear,
+    lost_place,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_refused_in_one_line_by_all_who_read_it(damage, packed_tied, tmp_path):
+    folder = copy(packed_tied, tmp_path / "x")
+    edit_index(folder, damage)
+    readers = [
+        lambda: tawny.load(folder, verify=False),
+        lambda: AutoModelForCausalLM.from_pretrained(folder),
+        lambda: tawny.unpack(folder, tmp_path / "y"),
+        lambda: tawny.inspect(folder),
+    ]
+    for read in readers:
+        with pytest.raises(CheckpointError) as caught:
+            read()
+        assert "pack" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def unknown_dense(index):
+    index["dense"].append("model.layers.7.mlp.up_proj")
+
+
+def head_without_embedding(index):
+    index["linears"]["lm_head"]["embedding"] = None
+
+
+def embedding_elsewhere(index):
+    index["linears"]["lm_head"]["embedding"] = "model.norms"
+
+
+def linear_of_another_name(index):
+    index["linears"][UP + "x"] = index["linears"].pop(UP)
+    for table in (index["tensors"], index["weight_map"]):
+        for part in ("masks", "values", "offsets"):
+            table[f"{UP}x.{part}"] = table.pop(f"{UP}.{part}")
+
+
+@pytest.mark.parametrize(
+    "damage,named",
+    [
+        (unknown_dense, "model.layers.7.mlp.up_proj"),
+        (head_without_embedding, "lm_head"),
+        (embedding_elsewhere, "model.norms"),
+        (linear_of_another_name, UP + "x"),
+    ],
+)
+def test_an_index_of_another_model_is_refused_by_name(damage, named, packed_tied, tmp_path):
+    folder = copy(packed_tied, tmp_path / "x")
+    edit_index(folder, damage)
+    for load in (tawny.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=named):
+            load(folder)
+
+
+def test_a_shard_without_tensors_is_refused_whether_it_is_there_or_not(packed_tied, tmp_path):
+    folder = copy(packed_tied, tmp_path / "x")
+    edit_index(folder, lost_shard_of_nothing)
+    with pytest.raises(CheckpointError, match="no tensor of the index lies in its shard packed-00009"):
+        PackedFolder(folder)
+    (folder / "packed-00009-of-00009.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="packed-00009"):
+        PackedFolder(folder)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.errors import CheckpointError, NumericalError, UserError
-from tawny.packed import PackedTensor, check, pack, packed_bytes, unpack
+from tawny.packed import PackedTensor, check, format, pack, packed_bytes, unpack
 from tawny.packed.format import shapes
 from tests.packed.cases import KINDS, SHAPES, SPARSITIES, uneven, weight
 from tests.reference.packed import read
@@ -213,3 +213,32 @@ def test_shapes_describe_what_pack_makes():
         packed = pack(weight((9, 70), 0.5), values, group)
         wanted = shapes(packed.shape, packed.values, group, packed.nnz)
         assert {k: (t.dtype, tuple(t.shape)) for k, t in packed.tensors.items()} == wanted
+
+
+@pytest.mark.parametrize(
+    "value,dtype,values",
+    [
+        (7e4, torch.float32, "f16"),
+        (-7e4, torch.bfloat16, "f16"),
+        (3.4e38, torch.float32, "bf16"),
+        (1e300, torch.float64, "f32"),
+        (1e300, torch.float64, "int8"),
+    ],
+)
+def test_a_finite_weight_never_becomes_infinity_in_silence(value, dtype, values):
+    W = torch.zeros(5, 70, dtype=dtype)
+    W[3, 66] = value
+    refusal = r"model\.up: a weight of shape \(5, 70\) holds .* infinity in"
+    with pytest.raises(NumericalError, match=refusal), format.naming("model.up"):
+        format.pack(W, values)
+
+
+def test_infinity_that_the_checkpoint_holds_is_kept_and_the_largest_finite_weight_fits():
+    W = torch.tensor([[float("inf"), -float("inf"), float("nan"), 65504.0, -65504.0]])
+    made = format.unpack(format.pack(W, "f16"))
+    assert torch.equal(made.nan_to_num(1.0), W.half().nan_to_num(1.0))
+
+
+def test_a_weight_that_cannot_become_int8_is_refused_by_name():
+    with pytest.raises(NumericalError, match=r"^model\.up: .*NaN or infinity"), format.naming("model.up"):
+        format.pack(torch.tensor([[1.0, float("nan")]]), "int8")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -151,6 +152,16 @@ def test_what_cannot_be_packed_is_refused():
         tawny.pack_model(tiny_model("llama").to("meta"))
 
 
+@pytest.mark.parametrize("sparsity", [0.6, 0.0])
+def test_a_packed_model_is_not_packed_again(sparsity):
+    model = tawny.pack_model(pruned("llama", sparsity), "bf16")
+    said = model.hf_quantizer.quantization_config.values
+    for again in ({"values": "int8"}, {"head": "int8"}):
+        with pytest.raises(ModelError, match=r"packed already; .* load it again and pack it once"):
+            tawny.pack_model(model, **again)
+    assert model.hf_quantizer.quantization_config.values == said == "bf16"
+
+
 def test_a_packed_live_model_is_evaluated_like_any_other():
     dense = pruned("llama")
     packed = tawny.pack_model(deepcopy(dense), "f32")
@@ -165,3 +176,22 @@ def test_a_packed_model_compiles_whole():
     expected = logits(packed, ids)
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_a_packed_model_is_pickled_whole(family):
+    packed = tawny.pack_model(pruned(family, tie_word_embeddings=True), "f32", head="int8")
+    twin = pickle.loads(pickle.dumps(packed))
+    embedding = twin.get_input_embeddings()
+    assert type(embedding) is type(packed.get_input_embeddings())
+    assert embedding.__dict__["head"] is twin.get_output_embeddings()
+    ids = tokens(1, 6)
+    assert torch.equal(logits(twin, ids), logits(packed, ids))
+
+
+def test_the_refusal_to_save_says_what_to_use(tmp_path, caplog):
+    packed = tawny.pack_model(pruned("llama"), "bf16")
+    with pytest.raises(ValueError, match="logger"):
+        packed.save_pretrained(tmp_path / "x")
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("tawny")]
+    assert "tawny.pack" in line and "tawny unpack" in line and "\n" not in line

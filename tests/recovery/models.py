@@ -11,6 +11,13 @@ import torch
 import tawny
 from tests.tiny import VOCABULARY, tiny_model
 
+SHORT: dict[str, Any] = {"tokens": 24 * 4 * 6, "eval_every": 3, "lr": 1e-2, "batch": 4}
+
+
+def folder_keys(pair: tuple[str, str, str], **more: Any) -> dict[str, Any]:
+    """Settings for the folders and the text of the fixture `pair`."""
+    return {"text": pair[2], "seqlen": 24, "compute": "float32", **SHORT, "tokens": 24 * 4 * 9, **more}
+
 
 def save_letters(folder: Path, shift: int = 32) -> None:
     from tokenizers import Tokenizer

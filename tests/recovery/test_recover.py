@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TextError
+from tawny.record import weight_files
 from tawny.recovery.data import read
-from tawny.recovery.run import Run
-from tests.recovery.models import dense_and_pruned, prose, save_letters, save_pair
+from tawny.recovery.run import RecoveryRecord, Run
+from tawny.report.push import push
+from tests.recovery.models import SHORT, dense_and_pruned, folder_keys, save_letters
 from tests.reference import distil as reference
 from tests.tiny import FAMILIES, tiny_model, tokens
-
-SHORT = {"tokens": 24 * 4 * 6, "eval_every": 3, "lr": 1e-2, "batch": 4}
 
 
 def zeros(model):
@@ -118,18 +120,36 @@ def test_elsa_brings_a_dense_model_to_a_sparsity():
     assert record.sparsity == pytest.approx(0.7, abs=1e-3)
 
 
+def test_elsa_gives_no_zero_back_below_the_sparsity_that_the_model_has():
+    dense, pruned = dense_and_pruned(sparsity=0.5)
+    record = tawny.recover(pruned, dense, text=tokens(24), method="elsa", interval=2, sparsity=0.3, **SHORT)
+    assert record.zeros == record.zeros_before
+    record = tawny.recover(pruned, dense, text=tokens(24), method="elsa", interval=2, sparsity=0.6, **SHORT)
+    assert record.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["in a step", "between two steps"])
+def test_elsa_comes_to_rest_when_the_minutes_end_before_its_mask_has(monkeypatch, between):
+    """The clock decides, so a step that begins within the minutes may be the last one."""
+    dense, pruned = dense_and_pruned()
+    over = Run._over
+    asked = []
+
+    def ended(self):
+        asked.append(self.progress.step)
+        # Asked behind a step and again before the next one.
+        return "minutes" if self.progress.step == 3 and (not between or asked.count(3) > 1) else over(self)
+
+    monkeypatch.setattr(Run, "_over", ended)
+    record = tawny.recover(
+        pruned, dense, text=tokens(24), method="elsa", settle=0, minutes=60, **{**SHORT, "eval_every": 2}
+    )
+    assert record.stopped == "minutes" and record.steps == 3
+    assert record.zeros == record.zeros_before == sum(int(z.sum()) for z in zeros(pruned).values())
+    assert record.best["step"] == 3 and not record.warnings
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    (folder / "text.txt").write_text(prose(), encoding="utf-8")
-    return (*save_pair(folder), str(folder / "text.txt"))
-
-
-def folder_keys(pair, **more):
-    return {"text": pair[2], "seqlen": 24, "compute": "float32", **SHORT, "tokens": 24 * 4 * 9, **more}
 
 
 def test_a_folder_is_recovered_into_a_folder_that_transformers_opens(pair, tmp_path):
@@ -203,9 +223,65 @@ def test_the_state_of_other_settings_is_refused_and_overwritten_on_request(pair,
         patched.setattr(Run, "_step", stopping)
         with pytest.raises(Interrupted):
             tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair))
-    with pytest.raises(OutputError, match="other settings"):
+    with pytest.raises(OutputError, match=r"lr was 0\.01, now 0\.001"):
         tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair, lr=1e-3))
     tawny.recover(pruned, dense, tmp_path / "out", overwrite=True, **folder_keys(pair, lr=1e-3))
+
+
+def test_a_recovered_folder_is_what_its_run_json_says(pair, tmp_path):
+    for name, keys in (("masked", {}), ("moved", {"method": "elsa", "interval": 2, "budget": "global"})):
+        record = tawny.recover(pair[1], pair[0], tmp_path / name, **folder_keys(pair, **keys))
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert run["files"] == weight_files(tmp_path / name)
+        assert run["out"] == str(tmp_path / name) and run["source"] == pair[0]
+        assert run["bytes"] == record.bytes
+        told = run["recovery"]
+        assert (told["source"], told["teacher"]) == (pair[1], pair[0])
+        assert (told["best"], told["zeros"]) == (record.best, record.zeros)
+        assert {x.name: x.zeros for x in tawny.inspect(tmp_path / name).linears} == {
+            entry["name"]: entry["zeros"] for entry in run["linears"]
+        }
+        assert run["zeros"] == sum(entry["zeros"] for entry in run["linears"]) == record.zeros
+        assert push(tmp_path / name, "owner/name", dry_run=True).dry_run
+        card = (tmp_path / name / "README.md").read_text()
+        assert card.count("## Recovered") == 1 and "behind its mask" not in card
+        assert all(file["sha256"] in card for file in run["files"].values())
+
+
+def test_a_card_that_a_person_wrote_is_kept_with_what_elsa_did(pair, tmp_path):
+    shutil.copytree(pair[1], tmp_path / "pruned")
+    with (tmp_path / "pruned" / "README.md").open("a") as card:
+        card.write("\nFor owls.\n")
+    keys = folder_keys(pair, method="elsa", interval=2)
+    tawny.recover(tmp_path / "pruned", pair[0], tmp_path / "out", **keys)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "For owls.\n\n## Recovered\n\nTrained while its mask moved" in text
+    assert "behind its mask" not in text
+
+
+def test_a_card_that_is_not_utf8_ends_no_training(pair, tmp_path):
+    shutil.copytree(pair[1], tmp_path / "pruned")
+    (tmp_path / "pruned" / "README.md").write_bytes("# Eule für alle".encode("latin-1"))
+    tawny.recover(tmp_path / "pruned", pair[0], tmp_path / "out", **folder_keys(pair))
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8").startswith("# Eule f\ufffdr alle")
+
+
+def test_what_is_not_finite_is_null_in_what_is_written(pair, tmp_path, monkeypatch):
+    measure = Run._measure
+
+    def diverged(self, share):
+        measure(self, share)
+        if self.progress.step == 0:
+            self.progress.measured[0] |= {"perplexity": float("inf"), "kl": float("nan")}
+
+    monkeypatch.setattr(Run, "_measure", diverged)
+    tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    for name in ("recover.json", "run.json"):
+        text = (tmp_path / "out" / name).read_text()
+        told = json.loads(text, parse_constant=pytest.fail)
+    assert told["recovery"]["start"]["perplexity"] is None
+    record = RecoveryRecord.read(tmp_path / "out" / "recover.json")
+    assert math.isnan(record.start["perplexity"]) and record.best["perplexity"] > 0
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -308,6 +384,9 @@ def test_a_run_that_gets_no_better_leaves_the_model_unchanged(pair, tmp_path):
         ({"method": "elsa", "train": "lora"}, "goes with train=survivors"),
         ({"values": "int8", "train": "norms"}, "goes with train=survivors"),
         ({"micro_batch": 9}, "more than batch"),
+        ({"minutes": float("inf")}, "minutes=inf.*finite"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"clip": float("inf")}, "clip=inf.*finite"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(keys, words):
@@ -330,6 +409,36 @@ def test_recovery_needs_a_teacher_and_a_place_and_is_not_its_own_teacher(pair):
         tawny.recover(pruned, pruned, text=tokens(24))
     with pytest.raises(ModelError, match="needs tokens to train on"):
         tawny.recover(pruned, pair[0])
+
+
+def test_a_folder_is_not_its_own_teacher_unless_it_is_dense(pair, tmp_path):
+    dense, pruned, _ = pair
+    (tmp_path / "link").symlink_to(pruned)
+    for keys in ({}, {"control": True}, {"method": "elsa", "sparsity": 0.6}):
+        with pytest.raises(ModelError, match="the teacher is the model that is trained"):
+            tawny.recover(pruned, tmp_path / "link", tmp_path / "out", **folder_keys(pair, **keys))
+    record = tawny.recover(dense, dense, tmp_path / "out", **folder_keys(pair, control=True))
+    assert record.sparsity < 0.01
+
+
+@pytest.mark.parametrize("where", ["text", "held_out"])
+@pytest.mark.parametrize("wrong", [256, -1])
+def test_a_token_that_the_model_has_no_word_for_is_refused(where, wrong):
+    dense, pruned = dense_and_pruned()
+    given = {"text": tokens(24), "held_out": tokens(4, seed=1)}
+    given[where] = given[where].clone()
+    given[where][1, 5] = wrong
+    with pytest.raises(TextError, match=rf"token id {wrong} and the model has 256 words, ids 0 to 255"):
+        tawny.recover(pruned, dense, **given, **SHORT)
+
+
+@pytest.mark.parametrize(
+    "held_out", [tokens(4, length=20), tokens(4)[0], tokens(4).float(), tokens(4)[:0]], ids=repr
+)
+def test_held_out_windows_of_another_shape_are_refused(held_out):
+    dense, pruned = dense_and_pruned()
+    with pytest.raises(TextError, match=r"held_out has shape .* expected integer tokens \[windows, 24\]"):
+        tawny.recover(pruned, dense, text=tokens(24), held_out=held_out, **SHORT)
 
 
 def test_a_live_model_is_left_as_trainable_as_it_was():
@@ -357,6 +466,14 @@ def test_a_packed_folder_is_recovered_into_a_packed_folder(pair, tmp_path, value
     assert record.settings["values"] == (values if values == "int8" else None)
     assert record.best["perplexity"] < record.start["perplexity"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record.source == run["recovery"]["source"] == str(tmp_path / "packed")
+    assert run["out"] == str(tmp_path / "out") and run["packed"]["values"] == values
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Packed by Tawny" in card and "Zeros are not stored" in card and card.count("## Recovered") == 1
+    assert all(file["sha256"] in card for file in run["files"].values())
+    assert push(tmp_path / "out", "owner/name", dry_run=True).files
+    assert no_way_there(tmp_path / "out")
 
 
 def test_training_through_int8_makes_packing_free(pair, tmp_path):
@@ -370,6 +487,13 @@ def test_training_through_int8_makes_packing_free(pair, tmp_path):
         )
 
 
+def no_way_there(folder):
+    """Whether nothing that a person reads names a folder that was gone before the run was over."""
+    gone = (".stages", ".unpacked", "-pruned", "-recovered", "before, recovered", "after, recovered")
+    texts = [(folder / name).read_text() for name in ("README.md", "report.html", "run.json", "recover.json")]
+    return not any(word in text for text in texts for word in gone)
+
+
 def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
     recipe = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
     record = tawny.recover_gradually(
@@ -379,6 +503,16 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
     assert record.stages[0]["tokens"] < record.stages[1]["tokens"]
     assert tawny.inspect(tmp_path / "out").sparsity == pytest.approx(0.6, abs=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (run["source"], run["out"]) == (pair[0], str(tmp_path / "out"))
+    assert [stage["sparsity"] for stage in run["recovery"]["stages"]] == [
+        s["sparsity"] for s in record.stages
+    ]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# dense, 60.0% sparse" in card and "## Recovered" in card
+    assert "<title>dense, recovered" in (tmp_path / "out" / "report.html").read_text()
+    assert no_way_there(tmp_path / "out")
+    assert push(tmp_path / "out", "owner/name", dry_run=True).files
     with pytest.raises(RecipeError, match="do not rise"):
         tawny.recover_gradually(pair[0], pair[0], tmp_path / "more", [0.6, 0.4], recipe=recipe)
 

@@ -39,6 +39,98 @@ def test_a_hub_model_is_the_base_of_its_pruned_self():
     assert "a" * 40 in text and ModelCard(text).data.base_model == "HuggingFaceTB/SmolLM2-135M"
 
 
+@pytest.mark.parametrize("source", ["mods/loc", "loc", "../mods"])
+def test_a_local_folder_is_no_hub_id_and_its_own_base_stays(source):
+    made = {**record(), "source": source}
+    assert front_matter(model_card(made, front_matter(BASE)))["base_model"] == "someone/base"
+    assert "base_model" not in front_matter(model_card(made))
+
+
+def test_a_local_folder_with_the_name_of_a_snapshot_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    made = {**record(), "source": f"snapshots/{'a' * 40}", "revision": "a" * 40}
+    assert front_matter(model_card(made, front_matter(BASE)))["base_model"] == "someone/base"
+
+
+def test_odd_metadata_of_a_base_card_is_kept_as_far_as_it_makes_sense():
+    odd = "\ufeff---\nlicense: mit\nlanguage: no\ntags: [{license: mit}, llama, 3]\n---\n"
+    metadata = front_matter(model_card(record(), front_matter(odd)))
+    assert (metadata["license"], metadata["language"]) == ("mit", "no")
+    assert metadata["tags"] == ["llama", "pruned", "sparse", "tawny"]
+    several = front_matter(model_card(record(), {"language": ["en", False], "tags": {"a": 1}}))
+    assert several["language"] == ["en", "no"] and several["tags"] == ["pruned", "sparse", "tawny"]
+
+
+@pytest.mark.parametrize(
+    "base", ["\ufeff" + BASE, BASE.replace("[safetensors, onnx]", "[{license: mit}, llama]\nx: 2024-01-45")]
+)
+def test_pruning_ends_whatever_the_base_card_says(base, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text(base, encoding="utf-8")
+    tawny.prune(tmp_path / "dense", tmp_path / "out", sparsity=0.5, allocator="uniform", solver="magnitude")
+    metadata = front_matter((tmp_path / "out" / "README.md").read_text())
+    assert metadata["library_name"] == "transformers"
+    assert metadata.get("license") == ("apache-2.0" if base.startswith("\ufeff") else None)
+
+
+def test_a_card_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
+    from tawny.report import card
+    from tawny.watch import Silent
+
+    said = []
+
+    class Hears(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    def broken(*_):
+        raise RuntimeError("no paper")
+
+    monkeypatch.setattr(card, "model_card", broken)
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tawny.prune(
+        tmp_path / "dense",
+        tmp_path / "out",
+        sparsity=0.5,
+        allocator="uniform",
+        solver="magnitude",
+        watch=Hears(),
+    )
+    assert "README.md could not be made: RuntimeError: no paper" in said
+    assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_card_of_a_recovered_model_says_so_and_claims_no_untouched_norms():
+    plain = record()
+    plain["recovery"] = {
+        "settings": {"method": "distill", "train": "survivors"},
+        "teacher": "some*dense*model",
+        "text": {"name": "wiki"},
+        "tokens": 12345,
+        "start": {"perplexity": 31.25},
+        "best": {"perplexity": 21.5},
+        "zeros_before": 1000,
+        "zeros": 1001,
+    }
+    text = model_card(plain)
+    section = text.split("## Recovered\n\n")[1].split("\n## ")[0]
+    assert (
+        "12,345 tokens of wiki (distill, survivors) against the dense model some\\*dense\\*model." in section
+    )
+    assert "31.25 → 21.50" in section and "1,001 weights are zero, 1,000 were before" in section
+    assert "Embeddings and head (not norms and biases" in text and "head, norms and biases are" not in text
+    assert "measured before its recovery" in text
+    assert "Recovered" not in model_card(record()) and "before its recovery" not in model_card(record())
+    assert "## Recovered\n\nTrained after pruning." in model_card(plain, recovery={"stopped": "tokens"})
+
+
+def test_a_packed_head_is_not_that_of_the_source():
+    packed = {**record(), "packed": {"values": "bf16", "head": "int8"}}
+    assert "Norms and biases are those of the source" in model_card(packed)
+    assert "to the bit" not in model_card(packed, recovery={"tokens": 1})
+
+
 def test_the_card_has_numbers_with_errors_hashes_limits_and_the_recipe():
     text = model_card(record())
     assert "| perplexity | 12.50 ± 0.40 | 31.25 ± 1.50 |" in text
@@ -57,7 +149,15 @@ def test_hostile_names_stay_words():
 
 
 @pytest.mark.parametrize(
-    "broken", ["", "# no metadata", "---\nlicense: [\n---\n", "---\njust words\n---\n", "---\n"]
+    "broken",
+    [
+        "",
+        "# no metadata",
+        "---\nlicense: [\n---\n",
+        "---\njust words\n---\n",
+        "---\n",
+        "---\nx: 2024-13-45\n---\n",
+    ],
 )
 def test_a_base_card_without_usable_metadata_is_none(broken):
     assert front_matter(broken) == {}

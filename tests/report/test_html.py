@@ -131,6 +131,35 @@ def test_a_name_in_a_command_is_quoted_for_the_shell():
     assert "tawny prune 'my model; rm -rf ~' --out" in Page(render_report(made)).text
 
 
+@pytest.mark.parametrize(
+    ("packed", "command"),
+    [
+        ({}, "tawny prune m --out out-again -c out/run.json"),
+        ({"values": "bf16"}, "tawny prune m --out out-again -c out/run.json --pack bf16"),
+        (
+            {"values": "int8", "group": 128, "head": "int8"},
+            "tawny prune m --out out-again-dense -c out/run.json\n"
+            "tawny pack out-again-dense --out out-again --values int8 --group 128 --head int8",
+        ),
+    ],
+)
+def test_the_command_that_makes_it_again_packs_what_was_packed(packed, command):
+    made = {**record(), "source": "m", "text": {"name": "wiki", "samples": 4, "seqlen": 8}, "packed": packed}
+    assert f"<code>{command}</code>" in render_report(made)
+
+
+def test_a_record_with_nulls_for_what_was_not_finite_can_be_drawn():
+    made = record()
+    made["linears"][0]["error"] = None
+    made["evaluation"]["pruned"] |= {"perplexity": None, "stderr": None}
+    assert "inf" in render_report(made)
+
+
+def test_the_page_tells_of_a_recovery_where_the_record_does():
+    made = {**record(), "recovery": {"tokens": 5000, "text": {"name": "wiki"}}}
+    assert "Trained after pruning on 5,000 tokens of wiki." in render_report(made)
+
+
 def test_the_same_record_makes_the_same_bytes():
     assert render_report(record()) == render_report(json.loads(json.dumps(record())))
 

@@ -41,6 +41,12 @@ def test_the_picture_has_a_panel_for_each_loss_and_none_for_a_teacher_that_was_n
     assert with_teacher == curve_figure(record, width=960, prefix="wide")
 
 
+def test_a_loss_that_was_not_finite_is_null_in_the_file_and_no_obstacle_to_the_page(record):
+    broken = json.loads(json.dumps(record))
+    broken["start"]["perplexity"] = broken["measured"][0]["perplexity"] = broken["curve"][0]["loss"] = None
+    assert "nan" in render_recovery(broken)
+
+
 def test_a_long_curve_is_thinned_to_what_a_picture_can_show(record):
     long = json.loads(json.dumps(record))
     long["curve"] = [{**record["curve"][0], "tokens": 96 * step} for step in range(5000)]

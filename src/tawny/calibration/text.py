@@ -20,6 +20,7 @@ from __future__ import annotations
 __all__ = [
     "NAMED_TEXTS",
     "Text",
+    "check_windows",
     "evaluation_windows",
     "held_out_windows",
     "load_text",
@@ -41,7 +42,7 @@ from typing import Any, Literal
 
 import torch
 
-from tawny.errors import TextError, nearest
+from tawny.errors import RecipeError, TextError, nearest
 
 Role = Literal["calibration", "evaluation"]
 
@@ -157,6 +158,20 @@ def held_out_windows(
     return ids[chosen[:, None] + torch.arange(length)]
 
 
+def check_windows(seqlen: int, windows: int | None = None) -> None:
+    """Refuse windows that hold nothing to predict.
+
+    Raises:
+        RecipeError: less than one window, or of less than two tokens.
+    """
+    if seqlen < 2:
+        raise RecipeError(
+            f"seqlen {seqlen} is not possible: a window's first token is not predicted; give 2 or more"
+        )
+    if windows is not None and windows < 1:
+        raise RecipeError(f"windows {windows} is not possible; give 1 or more")
+
+
 def evaluation_windows(
     ids: torch.Tensor,
     seqlen: int,
@@ -167,7 +182,12 @@ def evaluation_windows(
     """The first `windows` (default: all) windows, `[windows, seqlen]`, each `stride` after the one before.
 
     Without a stride they do not overlap.
+
+    Raises:
+        TextError: the tokens do not hold one window, or not as many as asked for.
+        RecipeError: numbers that `check_windows` refuses.
     """
+    check_windows(seqlen, windows)
     step = seqlen if stride is None else stride
     available = (ids.numel() - seqlen) // step + 1 if ids.numel() >= seqlen else 0
     wanted = max(available, 1) if windows is None else windows

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tawny.errors import MissingFeature, NumericalError, TawnyError
+from tawny.errors import MissingFeature, NumericalError, OutputError, TawnyError
 from tawny.watch import speaks
 
 if TYPE_CHECKING:
@@ -79,3 +79,15 @@ def check_device(device: str) -> None:
         raise MissingFeature(
             f"device {device!r} cannot be used ({reason}): `tawny doctor` lists those that can"
         ) from None
+
+
+def check_file(option: str, path: Path | None, *endings: str) -> None:
+    """Before the work: a result that cannot be written should not cost the time it takes."""
+    if path is None:
+        return
+    if path.suffix.lower() not in endings:
+        raise OutputError(f"{option} {path} does not end in {' or '.join(endings)}: name such a file")
+    if path.is_dir():
+        raise OutputError(f"{option} {path} is a folder: name a file, in it or beside it")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{option} {path}: its folder does not exist; make it first")

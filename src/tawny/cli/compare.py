@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from tawny.cli.common import check_device, console_for
+from tawny.cli.common import check_device, check_file, console_for
 from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Compute, Limit, TaskFolder, Tasks, check_compute
 from tawny.cli.options import OUTPUT, AsJson, Device, Threads
 from tawny.cli.root import app
-from tawny.errors import OutputError
 
 
 @app.command(
@@ -76,8 +75,8 @@ def compare(
     """Put models side by side: size, memory, quality and speed, each against the first."""
     with console_for(as_json) as console:
         check_compute(compute)
-        _check_file("--markdown", markdown, ".md")
-        _check_file("--html", html, ".html")
+        check_file("--markdown", markdown, ".md")
+        check_file("--html", html, ".html")
         check_device(device or "cpu")
         import tawny
         from tawny.report.comparison import to_html, to_markdown, write
@@ -105,13 +104,3 @@ def compare(
         from tawny.tables import compare_tables
 
         console.result(result, compare_tables)
-
-
-def _check_file(option: str, path: Path | None, ending: str) -> None:
-    """Before the work: a result that cannot be written should not cost the time it takes."""
-    if path is None:
-        return
-    if path.suffix.lower() != ending:
-        raise OutputError(f"{option} {path} does not end in {ending}: name such a file")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{option} {path}: its folder does not exist; make it first")

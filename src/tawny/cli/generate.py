@@ -12,6 +12,12 @@ from tawny.cli.options import RECIPE, AsJson, Model, Threads
 from tawny.cli.root import app
 
 
+def _possible_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise typer.BadParameter(f"{seed} given, expected 0 to {2**63 - 1}")
+    return seed
+
+
 @app.command(
     epilog="\b\nExamples:\n"
     "  tawny generate smollm2 'The capital of France is'\n"
@@ -40,7 +46,14 @@ def generate(
         ),
     ] = 1.0,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Chooses the draws.", rich_help_panel=RECIPE)
+        int,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="Chooses the draws.",
+            callback=_possible_seed,
+            rich_help_panel=RECIPE,
+        ),
     ] = 0,
     chat: Annotated[
         bool,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # Panels of `--help`.
 RECIPE, DATA, OUTPUT = "What to do", "Calibration", "Output and machine"
+MOST_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2 (packaged).")
@@ -99,10 +100,24 @@ Device = Annotated[
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps … Default: cpu.", rich_help_panel=OUTPUT
     ),
 ]
+
+
+def _possible_threads(count: int | None) -> int | None:
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        raise typer.BadParameter(
+            f"{count} given, expected 1 to {MOST_THREADS}; leave it out for torch's own choice"
+        )
+    return count
+
+
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", metavar="N", help="Default: torch's own choice.", min=1, rich_help_panel=OUTPUT
+        "--threads",
+        metavar="N",
+        help="Default: torch's own choice.",
+        callback=_possible_threads,
+        rich_help_panel=OUTPUT,
     ),
 ]
 Memory = Annotated[
@@ -120,6 +135,13 @@ AsJson = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished folder.", rich_help_panel=OUTPUT)
 ]
+
+
+def folder_named(text: str) -> Path:
+    """The folder of `--out`; an empty text would be the one the command runs in."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty; give a folder to write, such as ./pruned")
+    return Path(text)
 
 
 def packed_values(text: str) -> Values:

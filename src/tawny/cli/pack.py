@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, packed_values
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, packed_values
 from tawny.cli.root import app
 
 
@@ -50,7 +50,9 @@ def pack(
     ] = None,
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="DIR", help="Folder to write.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--out", metavar="DIR", help="Folder to write.", parser=folder_named, rich_help_panel=OUTPUT
+        ),
     ],
     overwrite: Overwrite = False,
     as_json: AsJson = False,

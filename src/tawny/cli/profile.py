@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tawny.cli.common import console_for, recipe_from
+from tawny.cli.common import check_file, console_for, recipe_from
 from tawny.cli.options import (
     OUTPUT,
     RECIPE,
@@ -22,7 +22,6 @@ from tawny.cli.options import (
     SeqLen,
 )
 from tawny.cli.root import RecipeCommand, app
-from tawny.errors import OutputError
 
 SPARSITY = 0.7
 
@@ -79,8 +78,7 @@ def profile(
 ) -> None:
     """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""
     with console_for(as_json) as console:
-        if plot is not None:
-            _check_plot(plot)
+        check_file("--plot", plot, ".png", ".svg")
         chosen = recipe_from(
             recipe,
             option,
@@ -110,10 +108,3 @@ def profile(
         from tawny.tables import profile_tables
 
         console.result(report, profile_tables)
-
-
-def _check_plot(path: Path) -> None:
-    if path.suffix not in (".png", ".svg"):
-        raise OutputError(f"--plot {path} is neither .png nor .svg: name one of these")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"--plot {path}: its folder does not exist; make it first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ from tawny.cli.options import (
     SeqLen,
     SolverName,
     Sparsity,
+    folder_named,
     packed_values,
 )
 from tawny.cli.root import RecipeCommand, app
@@ -62,7 +64,11 @@ def prune(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", metavar="DIR", help="Folder to write the pruned model to.", rich_help_panel=OUTPUT
+            "--out",
+            metavar="DIR",
+            help="Folder to write the pruned model to.",
+            parser=folder_named,
+            rich_help_panel=OUTPUT,
         ),
     ],
     device: Device = None,
@@ -140,11 +146,19 @@ def _prune_and_pack(
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
     from tawny.errors import OutputError
+    from tawny.model.output import named
     from tawny.report.publish import publish
 
+    out = named(out)
     dense = out.with_name(out.name + ".dense")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+    # --overwrite was said of OUT alone.
+    if os.path.lexists(dense) and not _made_for(dense, out):
+        raise OutputError(
+            f"{dense} exists and is not what an earlier run made to be packed into {out}, which needs this place for "
+            "the pruned model: move it away or choose another --out"
+        )
     if dense.exists() and not overwrite:
         raise OutputError(
             f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out} "
@@ -153,6 +167,7 @@ def _prune_and_pack(
     record = tawny.prune(model, dense, recipe=recipe, watch=watch, overwrite=overwrite, memory=memory)
     if not speaks():
         return record
+    _mark(dense, out)
     report = tawny.pack(dense, out, values, overwrite=overwrite, watch=watch)
     shutil.rmtree(dense)
     watch.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")
@@ -161,6 +176,24 @@ def _prune_and_pack(
     record.packed, record.files = stored["packed"], stored["files"]
     publish(record, out)
     return record
+
+
+def _mark(dense: Path, out: Path) -> None:
+    """Say in the `run.json` of `OUT.dense` what the folder is for; packing puts its own entry there."""
+    path = dense / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["packed"] = {"into": str(out.absolute())}
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def _made_for(dense: Path, out: Path) -> bool:
+    try:
+        record = json.loads((dense / "run.json").read_text(encoding="utf-8"))
+        return bool(record["packed"]["into"] == str(out.absolute()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _windows(model: str, text: str, recipe: Recipe) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import check_device, console_for
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named
 from tawny.cli.root import app
 
 TRAINING = "Training"
@@ -34,7 +34,9 @@ def recover(
     ] = None,
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="DIR", help="Folder to write to.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--out", metavar="DIR", help="Folder to write to.", parser=folder_named, rich_help_panel=OUTPUT
+        ),
     ],
     method: Annotated[
         str | None,
@@ -130,9 +132,14 @@ def recover(
 ) -> None:
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""
     with console_for(as_json) as console:
+        from tawny.errors import RecipeError
         from tawny.recipe import parse_override
         from tawny.recovery.settings import Recovery
 
+        if recipe is not None and through is None:
+            raise RecipeError(
+                f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
+            )
         named = dict(parse_override(given) for given in option or ())
         keys = {
             "method": method,

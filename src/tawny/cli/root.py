@@ -47,10 +47,19 @@ def _spelled_out(args: Sequence[str], known: set[str]) -> Iterator[str]:
             return
         # What looks like a slip in an option's own name, or lacks a value, is left to the parser, which says so.
         without_value = not equals and (not words or words[0].startswith("--"))
-        if not name.startswith("--") or without_value or get_close_matches(name, known, cutoff=0.8):
+        if not name.startswith("--") or name in known or without_value or _is_slip(name, known):
             yield word
         else:
             yield from ("-o", f"{name[2:].replace('-', '_')}={value if equals else words.popleft()}")
+
+
+def _is_slip(name: str, known: set[str]) -> bool:
+    """Whether a name is rather one of the options', misspelt, than a recipe key."""
+    if "." in name or not get_close_matches(name, known, cutoff=0.8):
+        return False
+    from tawny.recipe import bare_keys
+
+    return name[2:].replace("-", "_") not in bare_keys()
 
 
 @app.callback(invoke_without_command=True)
@@ -74,6 +83,10 @@ def main() -> None:
             raise
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "tawny"
-        print(f"error: {error.format_message()} ({where} --help shows the options)", file=sys.stderr)
+        from tawny.console import Console
+
         code = getattr(error, "exit_code", 2)
+        Console("--json" in sys.argv).error(
+            f"{error.format_message()} ({where} --help shows the options)", code
+        )
     sys.exit(code if isinstance(code, int) else 0)

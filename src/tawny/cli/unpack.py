@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, AsJson, Overwrite
+from tawny.cli.options import OUTPUT, AsJson, Overwrite, folder_named
 from tawny.cli.root import app
 
 
@@ -25,7 +25,9 @@ def unpack(
     *,
     out: Annotated[
         Path,
-        typer.Option("--out", metavar="DIR", help="Folder to write.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--out", metavar="DIR", help="Folder to write.", parser=folder_named, rich_help_panel=OUTPUT
+        ),
     ],
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tawny.calibration.context import check_context
 from tawny.errors import ModelError
 from tawny.evaluation.perplexity import (
     Perplexity,
@@ -30,6 +31,7 @@ from tawny.evaluation.perplexity import (
     pieces,
     stream_through,
     summarise,
+    tokens_a_window,
     vocabulary_of,
     windows_of,
 )
@@ -95,6 +97,8 @@ def agreement(
             f"{called} knows {vocabulary_of(dense_stack):,} tokens and {own} {vocabulary_of(stack):,}: "
             "only models with the same tokenizer agree or disagree; compare their bits per byte instead"
         )
+    for model in (dense_stack.model, stack.model):
+        check_context(model, tokens_a_window(text, seqlen))
     if not isinstance(text, Tensor) and tokenizer is None:
         tokenizer = _shared_tokenizer(called, dense_folder, folder)
     made = windows_of(text, seqlen, windows, stride, tokenizer)

@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from tawny.calibration.text import evaluation_windows, load_text, tokenise
 from tawny.errors import ModelError, TawnyError
+from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.record import machine, versions
 from tawny.watch import Watch, silent
@@ -248,7 +249,10 @@ def measure(
     folder: Path | None = part("model", lambda: resolve(source, watch.say))
     if folder is None:
         return row
-    row["file_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = part("model", lambda: file_bytes(folder))
+    if size is None:
+        return row
+    row["file_bytes"] = size
     row.update(part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, watch)) or {})
     row.update(part("sparsity", lambda: _sparsity(folder)) or {})
     keys = {key: setting[key] for key in ("seqlen", "windows", "compute", "device")}

@@ -7,14 +7,15 @@ returns the logits of the next. Three things make a step cheaper than transforme
   the past, or something else than keys and values, keep transformers' own cache.
 - Plain linears run our dense matrix-vector kernel (`kernels()` puts it in place and takes it out again).
 - A model whose blocks are the usual ones is handed, block by block, to one C++ call a token (packed/step.py). It
-  is used only after it agreed with the model's own forward on the first token; see `Decoder._prove`.
+  is used only after it agreed with the model's own forward, where the text is and where it may end; see
+  `Decoder._prove`.
 
 Everything else is the model's own forward, so every decoder that transformers runs can be decoded here.
 """
 
 from __future__ import annotations
 
-__all__ = ["Decoder", "kernels"]
+__all__ = ["Decoder", "evaluating", "kernels"]
 
 import contextlib
 import inspect
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from tawny.errors import UserError
 from tawny.packed.kernels import native
 from tawny.packed.linear import DenseLinear
-from tawny.packed.step import Step, find_blocks
+from tawny.packed.step import Step, find_blocks, find_rotary
 
 # How far the quick path may be from the model's own logits, in units of what one rounding of each block's output does.
 TOLERANCE = 3.0
@@ -55,6 +56,18 @@ def kernels(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in swapped:
             parent._modules[name] = child
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode, so that dropout draws nothing; afterwards each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _reserved_layer() -> type:
@@ -163,20 +176,80 @@ class Decoder:
     # --- the quick path ------------------------------------------------------------------------------------
 
     def _trusted(self, token: int) -> Step | None:
-        """The quick path, if this model's has proved equal, now or before."""
-        verdict = _proved.get(self.model)
+        """The quick path, if this model's has proved equal up to the last position there is room for."""
+        known = _proved.get(self.model, 0)
         reserved = all(getattr(layer, "memory", None) is not None for layer in self.cache.layers)
-        if verdict is False or not reserved or self.device.type != "cpu" or self.length == self.capacity:
+        if known is None or not reserved or self.device.type != "cpu" or self.length == self.capacity:
             return None
         quick = Step.build(self.model, [layer.memory for layer in self.cache.layers], self.capacity)
         if quick is None:
             return None
-        if verdict is None:
-            verdict = _proved[self.model] = self._prove(quick, token)
-        return quick if verdict else None
+        if known < self.capacity:
+            proved = self._prove(quick, token)
+            _proved[self.model] = self.capacity if proved else None
+            return quick if proved else None
+        return quick
 
     def _prove(self, quick: Step, token: int) -> bool:
-        """Whether the quick path and the model's own forward agree on the next token's logits.
+        """Whether the quick path may make the logits of every position from the next to the last there is room for.
+
+        A model may do something that depends on the position and shows only far from the text's beginning (Ministral 3
+        scales its queries). So the two paths are compared at both ends, and the model is asked whether it uses the
+        position for anything but rotary angles.
+        """
+        near, far = self.length, self.capacity - 1
+        # Only the far end is new where less room was proved before.
+        if not _proved.get(self.model) and not self._agree(quick, token):
+            return False
+        if near == far:
+            return True
+        if not self._only_angles_move(token, far):
+            return False
+        self._fill(near, far)
+        self._rewind(far)
+        agreed = self._agree(quick, token)
+        self._rewind(near)
+        return agreed
+
+    def _only_angles_move(self, token: int, far: int) -> bool:
+        """Whether a token's logits stay the same to the bit at a far position, its rotary angles held still.
+
+        Comparing the two paths would not do in 16 bits, where a few per cent in a query's scale look like rounding.
+        """
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return False
+        near, ids = self.length, torch.tensor([[token]])
+        held, moved = (self._forward_at(ids, near, position) for position in (near, far))
+        return torch.equal(held, moved)
+
+    def _forward_at(self, ids: Tensor, angles: int, position: int) -> Tensor:
+        """Logits after one token at `position` with the angles of another position; it is forgotten again."""
+        length = self.length
+
+        def hold(module: nn.Module, args: Any, output: Any) -> Any:
+            # Of its first argument it takes only the type.
+            return module.forward(output[0], torch.tensor([[angles]]))
+
+        hook = find_rotary(self.model).register_forward_hook(hold)
+        try:
+            made = self.model(input_ids=ids, position_ids=torch.tensor([[position]]), **self._arguments)
+        finally:
+            hook.remove()
+        self._rewind(length)
+        logits: Tensor = made.logits[0, -1]
+        return logits
+
+    def _fill(self, near: int, far: int) -> None:
+        """Put the prompt's keys and values, disturbed so that no two are alike, where those to come will be."""
+        generator = torch.Generator().manual_seed(0)
+        for layer in self.cache.layers:
+            for memory in layer.memory:
+                known = memory[:, torch.arange(near, far) % near].float()
+                noise = torch.randn(known.shape, generator=generator)
+                memory[:, near:far] = known + noise * memory[:, :near].float().square().mean().sqrt()
+
+    def _agree(self, quick: Step, token: int) -> bool:
+        """Whether both paths give the next token the same logits, up to rounding.
 
         They do the same sums in another order and round at other places, so they never agree to the bit. How much
         rounding may move the logits is measured: the model's own forward runs a second time with the output of every
@@ -201,7 +274,8 @@ class Decoder:
             layer.rewind(length)
 
 
-_proved: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# Capacity up to which a model's quick path has proved equal; None where it has not.
+_proved: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tawny.model.blocks import Stack, open_stack
+from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
 from tawny.patterns import matches
 from tawny.watch import Watch, silent
@@ -113,7 +114,7 @@ def inspect(source: str | Path, *, watch: Watch = silent) -> Inspection:
         zeros=zeros,
         prunable=prunable,
         parameters=sum(p.numel() for p in stack.model.parameters()),
-        bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        bytes=file_bytes(folder),
         blocks=len(stack),
         tied_head=bool(getattr(stack.config.get_text_config(), "tie_word_embeddings", False)),
         linears=found,

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.text import Text, evaluation_windows, load_text, tokenise
+from tawny.calibration.context import check_context
+from tawny.calibration.text import Text, check_windows, evaluation_windows, load_text, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import open_stack_of
 from tawny.model.blocks import Stack
@@ -100,11 +101,19 @@ class Windows:
         if self.text is not None and self.text.documents > 1:
             by = {" ": "a space", "\n\n": "a blank line"}.get(self.text.separator, repr(self.text.separator))
             joined = f"{self.text.documents:,} documents joined by {by}, tokenised once; "
-        overlap = f", {self.stride} apart, the last {self.stride} tokens of each counted"
+        overlaps = self.stride < seqlen and count > 1
+        overlap = f", {self.stride} apart, all of the first and the last {self.stride} of each other counted"
+        # Of a window that overlaps the one before, the first token is never among the last that count.
+        whose = "the first" if overlaps else "a"
         return (
             f"{joined}{'the first ' * (count > 1)}{count} window{'s' * (count > 1)} of {seqlen} tokens"
-            f"{overlap if self.stride < seqlen else ''}, a window's first token not predicted, loss in float32"
+            f"{overlap * overlaps}, {whose} window's first token not predicted, loss in float32"
         )
+
+
+def tokens_a_window(text: str | Tensor, seqlen: int) -> int:
+    """`seqlen`, unless tokens are given, which are windows already."""
+    return Samples(text).seqlen if isinstance(text, Tensor) else seqlen
 
 
 def windows_of(
@@ -118,8 +127,9 @@ def windows_of(
 
     Raises:
         TextError: the text does not hold one window, or not as many as asked for.
-        RecipeError: a stride outside 1…seqlen.
+        RecipeError: a stride outside 1…seqlen, no window, or windows too short to predict anything.
     """
+    check_windows(tokens_a_window(text, seqlen), windows)
     if isinstance(text, Tensor):
         ids = Samples(text if windows is None else text[:windows]).tokens
         return Windows(ids, int(ids.shape[1]))
@@ -237,10 +247,12 @@ def evaluate(
 
     Raises:
         TextError: the text does not hold one window, or not as many as asked for.
+        RecipeError: windows longer than the model's table of positions, or another number out of its range.
         ModelError: not a decoder; or a live module without tokenizer.
     """
     start = time.perf_counter()
     stack, folder = open_stack_of(source, compute, device, watch.say)
+    check_context(stack.model, tokens_a_window(text, seqlen))
     if not isinstance(text, Tensor) and tokenizer is None:
         if folder is None:
             raise ModelError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from tawny.calibration.text import Text
 from tawny.evaluation.sources import open_model
 from tawny.evaluation.speed import generate
+from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.precision import native_dtype
 from tawny.watch import Watch, silent
@@ -43,7 +44,7 @@ def text_samples(
     watch is told why.
     """
     folders = {"dense": resolve(dense, watch.say), "pruned": resolve(pruned, watch.say)}
-    needed = max(sum(p.stat().st_size for p in folder.glob("*.safetensors")) for folder in folders.values())
+    needed = max(file_bytes(folder) for folder in folders.values())
     if needed > 0.6 * _free_memory():
         watch.say("no samples of text: they need the whole model in memory, and it would not fit")
         return []

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tawny.errors import RecipeError
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.source import resolve
 from tawny.packed.loader import load
 from tawny.precision import native_dtype
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Written beside the weights, and no part of what the model computes.
 _NOT_THE_MODEL = {"run.json", "journal.json", "report.json"}
@@ -31,6 +34,19 @@ def fingerprint(folder: Path) -> str:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def compute_dtype(compute: str) -> torch.dtype:
+    """The dtype of forwards behind its name; `auto` is what the machine multiplies natively.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    if compute == "auto":
+        return native_dtype()
+    if compute not in _DTYPES:
+        raise RecipeError(f"compute {compute!r} is unknown; give auto, {', '.join(_DTYPES)}")
+    return _DTYPES[compute]
 
 
 def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
@@ -51,8 +67,8 @@ def open_stack_of(
 
     A live module keeps its own dtype and device.
     """
+    dtype = compute_dtype(compute)
     if isinstance(source, nn.Module):
         return live_stack(source), None
     folder = resolve(source, say)
-    dtype = native_dtype() if compute == "auto" else getattr(torch, compute)
     return open_stack(folder, dtype, device), folder

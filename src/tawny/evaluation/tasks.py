@@ -36,10 +36,9 @@ import torch
 from torch import nn
 
 from tawny.errors import MissingFeature, ModelError, RecipeError, TextError, nearest
-from tawny.evaluation.sources import fingerprint, open_model
+from tawny.evaluation.sources import compute_dtype, fingerprint, open_model
 from tawny.evaluation.task_data import TaskData, names_of, packaged_task_data
 from tawny.model.source import cache_folder, load_tokenizer, resolve
-from tawny.precision import native_dtype
 from tawny.watch import Watch, silent
 
 PRESETS = {
@@ -190,7 +189,7 @@ def evaluate_tasks(
         dtype = next(source.parameters()).dtype
     else:
         folder = resolve(source, watch.say)
-        dtype = native_dtype() if compute == "auto" else getattr(torch, compute)
+        dtype = compute_dtype(compute)
     lm: Any = None
     identity = fingerprint(folder) if cache and folder is not None else ""
     done: list[TaskResult] = []

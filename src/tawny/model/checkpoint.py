@@ -63,7 +63,7 @@ class Checkpoint:
         self.places: dict[str, Entry] = {}
         self.units: list[Unit] = []
         self._unit_of: dict[str, Unit] = {}
-        for path in self._shards():
+        for path in weight_paths(folder):
             with self._open(path) as file:
                 for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                     view = file.get_slice(key)
@@ -71,30 +71,6 @@ class Checkpoint:
                     self.shapes[key] = tuple(view.get_shape())
                     self.dtypes[key] = str(view.get_dtype())
             self.places.update(entries(path))
-
-    def _shards(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index} is not a valid safetensors index: {error}") from error
-            missing = [name for name in names if not (self.folder / name).is_file()]
-            if missing:
-                raise CheckpointError(
-                    f"{self.folder} lacks {len(missing)} of {len(names)} shards named by its index, first {missing[0]}; "
-                    "fetch the checkpoint again"
-                )
-            return [self.folder / name for name in names]
-        single = self.folder / "model.safetensors"
-        if single.is_file():
-            return [single]
-        found = sorted(self.folder.glob("*.safetensors"))
-        if not found:
-            raise CheckpointError(
-                f"{self.folder} holds no *.safetensors file; expected a Hugging Face checkpoint"
-            )
-        return found
 
     @contextlib.contextmanager
     def _open(self, path: Path) -> Iterator[Any]:
@@ -238,6 +214,54 @@ class Checkpoint:
                 f"(first {unit.sources[0]!r}); this layout is not supported yet"
             )
         return {name: value.contiguous().clone() for name, value in made.items()}
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model of a folder, dense or packed.
+
+    Other safetensors may lie beside them (an adapter, the same weights once more as `consolidated.safetensors`), so
+    the index says which count, then the name of a lone file; only a folder with neither is taken as it is.
+
+    Raises:
+        CheckpointError: the index is damaged, a shard it names is missing, or there is no file at all.
+    """
+    index = folder / INDEX
+    if is_packed(folder):
+        from tawny.packed.folder import INDEX as PACKED_INDEX  # upwards, so only when it is needed
+
+        index = folder / PACKED_INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("its weight_map names no files")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"{index} is not a valid safetensors index ({error}); fetch the checkpoint again"
+            ) from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of {len(names)} shards named by its index, first {missing[0]}; "
+                "fetch the checkpoint again"
+            )
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{folder} holds no *.safetensors file; expected a Hugging Face checkpoint")
+    return found
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes on the disk of the weights of a folder, dense or packed; an index beside them is not counted.
+
+    Raises:
+        CheckpointError: the index is damaged, a shard it names is missing, or there is no file at all.
+    """
+    return sum(path.stat().st_size for path in weight_paths(folder))
 
 
 def is_packed(folder: Path) -> bool:

@@ -26,12 +26,31 @@ from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_
 SHARD_BYTES = 2_000_000_000
 # Everything that is not weights travels with the model, except what describes weights of another format.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
-_NOT_CARRIED = {INDEX, "run.json", "recipe.yaml"}
+_NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json"}
 # What a search leaves beside the weights.
 ALLOCATION = ("allocation.yaml", "allocation.png", "allocation.svg")
 # What a folder may hold that a run may throw away.
 _OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced", "search"}
 JOURNAL = "journal.json"
+
+
+def named(out: Path) -> Path:
+    """`out` as it was given where its last part is a name; absolute where it is none (`.`, `..`).
+
+    Raises:
+        OutputError: `out` is the root of the file system, beside which nothing can be written.
+    """
+    if out.name in ("", ".."):
+        out = out.resolve()
+    if not out.name:
+        raise OutputError(f"{out} is the root of the file system; choose a folder inside it as --out")
+    return out
+
+
+def unfinished(out: Path) -> Path:
+    """Where what will be `out` is written: `OUT.partial`, beside it."""
+    out = named(out)
+    return out.with_name(out.name + ".partial")
 
 
 class ShardWriter:
@@ -95,27 +114,26 @@ class OutputFolder:
     Args:
         out: the folder to be.
         overwrite: replace a finished `out`, once the new one is complete.
-        source: the model's folder, which is never written to.
+        source: the model's folder, which is never written to, nor anything around it replaced.
         keep: go on with what lies in `OUT.partial`; otherwise it is thrown away.
 
     Raises:
-        OutputError: `OUT` exists and `overwrite` is false, another process writes it, or nothing can be written there.
+        OutputError: `OUT` exists and `overwrite` is false, it holds `source`, another process writes it, or nothing
+            can be written there.
     """
 
     def __init__(
         self, out: Path, *, overwrite: bool = False, source: Path | None = None, keep: bool = False
     ) -> None:
-        self.out = out
-        self.work = out.with_name(out.name + ".partial")
+        self.out = out = named(out)
+        self.work = unfinished(out)
         self.partial = self.work / "checkpoint"
         self.overwrite = overwrite
         self._writer = ThreadPoolExecutor(1, "writing")
         self._behind: list[tuple[Path, Future[None]]] = []
+        if source is not None:
+            self._spare(source)
         self._mend()
-        if source is not None and out.exists() and out.resolve() == source.resolve():
-            raise OutputError(
-                f"{out} is the model itself; the source is never overwritten: choose another --out"
-            )
         if out.exists() and not overwrite:
             raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
         if out.exists() and not (
@@ -136,6 +154,19 @@ class OutputFolder:
                 (self.work / name).mkdir(exist_ok=True)
             for left in self.work.glob("*/*.tmp"):
                 left.unlink()
+
+    def _spare(self, source: Path) -> None:
+        """Refuse an `OUT` whose replacement, or whose clearing, would take the source with it."""
+        source = source.resolve()
+        if self.out.resolve() == source:
+            raise OutputError(
+                f"{self.out} is the model itself; the source is never overwritten: choose another --out"
+            )
+        for folder in (self.out, self.work):
+            if folder.resolve() in (source, *source.parents):
+                raise OutputError(
+                    f"{folder} holds the model {source}; the source is never overwritten: choose another --out"
+                )
 
     def _mend(self) -> None:
         """Finish what a process that died inside `finish` left: an old `OUT` set aside, or a folder already renamed."""

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,9 @@ from tawny.errors import CheckpointError, MissingFeature, ModelError
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
+_PART = re.compile(r"-\d{5}-of-(\d{5})$")  # of a file that llama.cpp split
+_SAMPLES, _SAMPLE = 64, 1 << 16
 
 
 def cache_folder() -> Path:
@@ -113,14 +116,13 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
     Tensors are dequantised and written one at a time; the folder appears under its name only when complete.
 
     Raises:
-        CheckpointError: the file cannot be read as GGUF, or transformers does not know its architecture.
+        CheckpointError: the file is a part of a split model, cannot be read as GGUF, lacks weights of the model, or
+            transformers does not know its architecture.
     """
-    stat = path.stat()
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(1 << 22))
-    digest.update(f"{stat.st_size} v{_CACHE_FORMAT}".encode())
-    target = cache_folder() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+    part = _PART.search(path.stem)
+    if part and int(part[1]) > 1:
+        raise _split(path, int(part[1]))
+    target = cache_folder() / "gguf" / f"{path.stem}-{_key(path)}"
     if (target / "config.json").is_file():
         return target
     say(f"converting {path.name} to safetensors (once, cached in {target})")
@@ -141,6 +143,31 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
     return target
 
 
+def _split(path: Path, count: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is one of {count} parts of a split model; expected one whole file: "
+        "merge the parts with `llama-gguf-split --merge FIRST_PART WHOLE.gguf`"
+    )
+
+
+def _key(path: Path) -> str:
+    """What tells a GGUF file from all others, without reading the whole of it.
+
+    A file is opened many times in its life, and to hash gigabytes each time takes seconds. A changed file has another
+    size or time of change, another file another path; pieces from all over it are hashed as well, because some
+    installers and images give every file the same time.
+    """
+    resolved, stat = path.resolve(), path.stat()
+    digest = hashlib.sha256(
+        f"{resolved} {stat.st_size} {stat.st_mtime_ns} v{_CACHE_FORMAT}".encode(errors="surrogateescape")
+    )
+    with path.open("rb") as file:
+        for start in range(0, stat.st_size, max(_SAMPLE, stat.st_size // _SAMPLES)):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
 def _write_converted(path: Path, folder: Path) -> None:
     import numpy as np
     import torch
@@ -148,13 +175,16 @@ def _write_converted(path: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
+    from tawny.model.checkpoint import Checkpoint
     from tawny.model.output import ShardWriter
     from tawny.model.skeleton import build_skeleton
 
     try:
+        reader = GGUFReader(str(path))
+        if (split := reader.fields.get("split.count")) is not None and int(split.contents()) > 1:
+            raise _split(path, int(split.contents()))
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
-        reader = GGUFReader(str(path))
     except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
         raise CheckpointError(f"{path} cannot be opened as a GGUF model: {error}") from error
     model = build_skeleton(config, torch.bfloat16)
@@ -167,16 +197,30 @@ def _write_converted(path: Path, folder: Path) -> None:
     parsed["tensors"] = {}
     writer = ShardWriter(folder)
     for tensor in reader.tensors:
-        result = processor.process(
-            weights=dequantize(tensor.data, tensor.tensor_type),
-            name=tensor.name,
-            tensor_key_mapping=names,
-            parsed_parameters=parsed,
-        )
+        try:
+            result = processor.process(
+                weights=dequantize(tensor.data, tensor.tensor_type),
+                name=tensor.name,
+                tensor_key_mapping=names,
+                parsed_parameters=parsed,
+            )
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise CheckpointError(f"{path} cannot be converted: tensor {tensor.name!r}: {error!r}") from error
         if result.name in names:
             writer.add({names[result.name]: torch.from_numpy(np.array(result.weights)).to(torch.bfloat16)})
     writer.add({name: value.to(torch.bfloat16) for name, value in parsed["tensors"].items()})
     writer.finish()
+    held = {tensor.name for tensor in reader.tensors}
+    # Each of the two fills half of one parameter, whose other half would stay zero.
+    halves = {"ffn_gate_exps": "ffn_up_exps", "ffn_up_exps": "ffn_gate_exps"}
+    for half, other in halves.items() if parsed["tensors"] else ():
+        absent = [n for name in sorted(held) if half in name and (n := name.replace(half, other)) not in held]
+        if absent:
+            raise CheckpointError(f"{path} cannot be converted: it lacks {absent[0]!r}; fetch the file again")
+    try:
+        Checkpoint(folder).map_to(model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be converted: {error}".replace(str(folder), "it")) from error
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     config.dtype = torch.bfloat16
     # config.json last: its presence is what marks the cached folder as complete.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tawny.errors import CheckpointError, ModelError, UserError
 from tawny.model.blocks import find_stack
-from tawny.model.checkpoint import Checkpoint, Unit, is_packed
+from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, linears_of
 from tawny.model.output import ALLOCATION, OutputFolder
@@ -43,7 +43,7 @@ from tawny.watch import Watch, silent
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.
-_ALSO_CARRIED = (*ALLOCATION, "recipe.yaml", "README.md", "report.html")
+_ALSO_CARRIED = (*ALLOCATION, "recipe.yaml", "recover.json", "README.md", "report.html")
 _NOTE = (
     "<!-- packed -->\n\n> **Packed by Tawny** ({values}): `pip install tawny`, then `import tawny` before "
     "`AutoModelForCausalLM.from_pretrained`, or `tawny.load`. Plain transformers cannot open it; "
@@ -147,7 +147,8 @@ class _Packing:
         source = unit.sources[0]
         stored = self.checkpoint.read([source])[source]
         W_OI = linear.view(stored)
-        packed, sparsity = pack_or_not(W_OI, self.values, self.group)
+        with format.naming(linear.name):
+            packed, sparsity = pack_or_not(W_OI, self.values, self.group)
         if packed is None:
             self.writer.add(source, stored)
             self.writer.dense.append(linear.name)
@@ -212,7 +213,9 @@ class _Packing:
             )  # stored apart and different: not tied after all
         sparsity = 1 - int(torch.count_nonzero(weights[0])) / weights[0].numel()
         sources = [unit.sources[0] for unit in found]
-        self._add(outside, pack_head(weights[0], values), sources, False, sparsity, inside if tied else None)
+        with format.naming(outside):
+            packed = pack_head(weights[0], values)
+        self._add(outside, packed, sources, False, sparsity, inside if tied else None)
         self.done.update(sources)
 
 
@@ -289,7 +292,7 @@ def pack(
         head=head,
         bytes=total,
         source_bytes=work.source_bytes,
-        file_bytes=sum(p.stat().st_size for p in [*Path(out).glob("*.safetensors"), Path(out) / INDEX]),
+        file_bytes=file_bytes(output.out) + (output.out / INDEX).stat().st_size,
         packed=len(work.linears) - len(dense),
         dense=len(dense),
         untouched=work.untouched,

@@ -76,6 +76,11 @@ class PackedEmbedding(nn.Embedding):
     """An embedding without a matrix of its own; see `serve_from`."""
 
     head: PackedLinear
+    looked_up: type[nn.Embedding] = nn.Embedding  # the class the lookup was put under
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes made at run time are in no module, so pickle cannot find them by name.
+        return _unmade, (self.looked_up,), self.__dict__.copy()
 
     def forward(self, input: Tensor) -> Tensor:
         head = self.__dict__["head"]
@@ -94,8 +99,15 @@ _made: dict[type[nn.Embedding], type[nn.Embedding]] = {nn.Embedding: PackedEmbed
 
 def _over_lookup(kind: type[nn.Embedding]) -> type[nn.Embedding]:
     if kind not in _made:
-        _made[kind] = type(f"Packed{kind.__name__}", (kind, PackedEmbedding), {"__module__": kind.__module__})
+        own = {"__module__": kind.__module__, "looked_up": kind}
+        _made[kind] = type(f"Packed{kind.__name__}", (kind, PackedEmbedding), own)
     return _made[kind]
+
+
+def _unmade(kind: type[nn.Embedding]) -> nn.Embedding:
+    """An object without state, for pickle to fill."""
+    made = _over_lookup(kind)
+    return made.__new__(made)
 
 
 def serve_from(embedding: nn.Embedding, head: PackedLinear, dtype: torch.dtype) -> None:

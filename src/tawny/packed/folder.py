@@ -31,6 +31,7 @@ from tawny.packed.format import PackedTensor, Values
 METHOD = "tawny"  # quant_method in config.json
 INDEX = "packed.safetensors.index.json"
 SHARD_BYTES = 256_000_000  # what a writer holds at most beside one block
+_FIELDS = {"dtype", "shape", "shard", "offset", "bytes", "sha256"}  # of a tensor in the index
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -125,13 +126,15 @@ class PackedFolder:
             self.dense: list[str] = index["dense"]
             self.source: list[dict[str, str]] = index["source"]
             self.source_index: str | None = index["source_index"]
+            self._check_tensors()
             self.linears = {name: self._entry(name, entry) for name, entry in index["linears"].items()}
+            self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.tensors}
             self._check_files()
-        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+            self._check_whole(index["weight_map"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, UserError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged ({error!r}); pack the model again") from error
-        self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.tensors}
 
     @property
     def bytes(self) -> int:
@@ -140,6 +143,8 @@ class PackedFolder:
 
     def _entry(self, name: str, entry: Mapping[str, Any]) -> PackedLinearEntry:
         out, columns = entry["shape"]
+        if entry["storage"] not in DTYPES or not isinstance(entry["embedding"], str | None):
+            raise ValueError(f"{name}: storage {entry['storage']!r}, embedding {entry['embedding']!r}")
         made = PackedLinearEntry(
             name,
             (int(out), int(columns)),
@@ -164,6 +169,63 @@ class PackedFolder:
             f"{self.folder}: tensor {name!r}: {what}; the packed folder is damaged: copy or pack it again"
         )
 
+    def _check_tensors(self) -> None:
+        """What the index says of every tensor has the types that all readers rely on."""
+        for name, entry in self.tensors.items():
+            if lacks := _FIELDS - entry.keys():
+                raise self._refuse(name, f"its entry in the index lacks {min(lacks)!r}")
+            fits = isinstance(entry["shard"], str) and entry["dtype"] in DTYPES
+            fits = fits and isinstance(entry["sha256"], str) and isinstance(entry["shape"], list)
+            numbers = [entry["offset"], entry["bytes"], *entry["shape"]]
+            if not fits or not all(isinstance(number, int) and number >= 0 for number in numbers):
+                raise self._refuse(name, "its entry in the index holds values of the wrong type")
+        if not all(isinstance(name, str) for name in self.dense):
+            raise ValueError(f"dense holds {self.dense!r}")
+        if not isinstance(self.source_index, str | None):
+            raise ValueError(f"source_index is {self.source_index!r}")
+
+    def _check_whole(self, shards: Mapping[str, str]) -> None:
+        """Every tensor of the dense checkpoint is packed or stored, once, and nothing else is.
+
+        A weight that the index forgot would come up as random numbers in transformers.
+        """
+        if shards != {name: entry["shard"] for name, entry in self.tensors.items()}:
+            raise ValueError("weight_map and tensors differ")
+        made = {source: entry for entry in self.linears.values() for source in entry.sources}
+        if sum(len(entry.sources) for entry in self.linears.values()) != len(made):
+            raise ValueError("two weights have one source")
+        if not all(entry.sources for entry in self.linears.values()):
+            raise ValueError("a weight has no source")
+        left = set(self.tensors) - self.packed_names
+        for part in self.source:
+            if not isinstance(part["file"], str):
+                raise ValueError(f"source names a file {part['file']!r}")
+            for key, header in json.loads(part["header"]).items():
+                if key == "__metadata__":
+                    continue
+                entry = made.pop(key, None)
+                begin, end = header["data_offsets"]
+                shape, dtype = list(header["shape"]), header["dtype"]
+                if entry is not None:
+                    expected = list(entry.shape)[::-1] if entry.transposed else list(entry.shape)
+                    fits = (shape, dtype) == (expected, entry.storage)
+                elif key in left:
+                    left.remove(key)
+                    stored = self.tensors[key]
+                    fits = (shape, dtype) == (stored["shape"], stored["dtype"])
+                else:
+                    raise self._refuse(
+                        key, "is neither packed nor stored, though the dense checkpoint had it"
+                    )
+                if not fits or end - begin != torch.Size(shape).numel() * DTYPES[dtype].itemsize:
+                    raise self._refuse(
+                        key, f"has {dtype} {shape} in the dense checkpoint and something else here"
+                    )
+        if made:
+            raise self._refuse(next(iter(made)), "is packed, though the dense checkpoint had no such tensor")
+        if left:
+            raise self._refuse(min(left), "belongs to no weight of the index")
+
     def _check_files(self) -> None:
         by_shard: dict[str, list[str]] = {shard: [] for shard in self.shards}
         for name, entry in self.tensors.items():
@@ -172,6 +234,11 @@ class PackedFolder:
             by_shard[entry["shard"]].append(name)
         for shard, names in by_shard.items():
             path = self.folder / shard
+            if not names:
+                raise CheckpointError(
+                    f"{self.folder}: no tensor of the index lies in its shard {shard}; "
+                    "the packed folder is damaged: copy or pack it again"
+                )
             if Path(shard).name != shard or not path.is_file():
                 raise self._refuse(names[0], f"its shard {shard} is missing")
             size = path.stat().st_size

@@ -20,13 +20,15 @@ __all__ = [
     "cheaper_whole",
     "check",
     "full_masks",
+    "naming",
     "pack",
     "packed_bytes",
     "shapes",
     "unpack",
 ]
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -189,12 +191,24 @@ def full_masks(shape: tuple[int, int]) -> Tensor:
     return masks
 
 
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Inside, what is refused to be packed is refused by name; the functions here see nothing but a tensor."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from error
+
+
 def pack(
     W_OI: Tensor, values: Values = "bf16", group: int | None = None, whole: bool = False
 ) -> PackedTensor:
     """Pack a dense weight with zeros. The weight is first cast to `values`; what is then all zero bits is dropped.
 
     With `whole` nothing is dropped: for weights with hardly any zeros, whose file can then do without masks.
+
+    Raises:
+        NumericalError: a finite weight is too large for `values`, or one that should become int8 is not finite.
     """
     _known(values, group)
     if W_OI.dim() != 2 or 0 in W_OI.shape:
@@ -205,11 +219,24 @@ def pack(
     shape = (W_OI.shape[0], W_OI.shape[1])
     if values == "int8":
         return _pack_int8(W_OI, shape, group, whole)
+    cast_OI = W_OI.to(DTYPES[values])
+    if torch.finfo(DTYPES[values]).max < torch.finfo(W_OI.dtype).max:
+        _refuse_overflow(W_OI, cast_OI, values)
     # Moved as integers: torch sends a lone float through a scalar and loses the payload of a NaN.
-    bits_GBRC = _interleave(W_OI.to(DTYPES[values]).view(_INTEGER[DTYPES[values]]))
+    bits_GBRC = _interleave(cast_OI.view(_INTEGER[DTYPES[values]]))
     tensors = _assemble(_masks_to_bits(full_masks(shape)) if whole else bits_GBRC != 0, bits_GBRC)
     tensors["values"] = tensors["values"].view(DTYPES[values])
     return PackedTensor(tensors, shape, values)
+
+
+def _refuse_overflow(W_OI: Tensor, cast_OI: Tensor, values: Values) -> None:
+    """Infinity that was there before is the checkpoint's own and is kept bit for bit; more of it is a loss."""
+    lost_OI = cast_OI.isinf() & W_OI.isfinite()
+    if lost_OI.any():
+        raise NumericalError(
+            f"a weight of shape {tuple(W_OI.shape)} holds {float(W_OI[lost_OI][0]):.4g}, which is infinity in {values}; "
+            "pack it with values that hold it (f32, or bf16 for weights in bfloat16)"
+        )
 
 
 def _assemble(kept_GBRC: Tensor, W_GBRC: Tensor) -> dict[str, Tensor]:
@@ -224,6 +251,8 @@ def _assemble(kept_GBRC: Tensor, W_GBRC: Tensor) -> dict[str, Tensor]:
 def _pack_int8(W_OI: Tensor, shape: tuple[int, int], group: int | None, whole: bool) -> PackedTensor:
     if not torch.isfinite(W_OI).all():
         raise NumericalError(f"a weight of shape {shape} holds NaN or infinity and cannot become int8")
+    if W_OI.dtype is torch.float64:
+        _refuse_overflow(W_OI, W_OI.float(), "f32")
     W_GBRC = _interleave(W_OI.float())
     # −0.0 was a survivor of pruning: keep its place in the mask
     kept = _masks_to_bits(full_masks(shape)) if whole else W_GBRC.view(torch.int32) != 0

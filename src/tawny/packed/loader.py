@@ -1,7 +1,8 @@
 """`tawny.load`: a transformers model from a dense or a packed folder, the same way for both.
 
 Tensors stay where safetensors maps them: a page of a weight is resident once it is touched, and shared between
-processes that load the same folder. A packed folder is checked before its model is handed out.
+processes that load the same folder. A packed folder is checked before its model is handed out. No model is handed
+out with a weight that no file holds: transformers would fill it with random numbers and only log it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from tawny.errors import CheckpointError, ModelError, TawnyError, UserError
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
+from tawny.model.tensorfile import natural
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,7 +37,7 @@ def load(
         device: where the model goes.
 
     Raises:
-        CheckpointError: a packed folder is damaged: names the tensor.
+        CheckpointError: a packed folder is damaged, or weights of the model are in no file: names the tensor.
         ModelError: the folder cannot be opened as a causal language model.
     """
     from transformers import AutoModelForCausalLM
@@ -50,12 +52,19 @@ def load(
 
     try:
         with verification(hashes=verify):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
     except TawnyError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = CheckpointError if packed else ModelError
         raise kind(f"{source} cannot be opened: {reason}") from error
+    if absent := sorted(found["missing_keys"], key=natural):
+        raise CheckpointError(
+            f"{source} lacks {len(absent)} weights of the model, first {', '.join(map(repr, absent[:3]))}; "
+            + ("pack the model again" if packed else "fetch the checkpoint again")
+        )
     model.requires_grad_(False)
     return model.eval().to(device)

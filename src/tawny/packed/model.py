@@ -83,13 +83,18 @@ def pack_model(
         The model itself.
 
     Raises:
-        ModelError: no blocks, or weights on the meta device.
+        ModelError: no blocks, weights on the meta device, or a model that is packed already.
         UserError: unknown values or group.
     """
     check_values(values, group, head)
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise ModelError(f"parameter {meta!r} of the model is on the meta device; load its weights first")
+    if any(isinstance(module, (PackedLinear, DenseLinear)) for module in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} is packed already; expected a dense model: load it again and pack it once, with "
+            "values and head together"
+        )
     path, blocks = find_stack(model)
     dense: list[str] = []
     experts: set[str] = set()
@@ -100,7 +105,10 @@ def pack_model(
             if linear.expert is not None:
                 experts.add(linear.key)
                 continue
-            made, _ = pack_or_not(linear.view(getattr(linear.module, linear.parameter).data), values, group)
+            with format.naming(linear.name):
+                made, _ = pack_or_not(
+                    linear.view(getattr(linear.module, linear.parameter).data), values, group
+                )
             replace_linear(model, linear, made)
             packed += made is not None
             if made is None:
@@ -167,9 +175,9 @@ def _head(model: Any, values: Values | None) -> None:
         return
     if not isinstance(head, nn.Linear) or outside is None:
         raise UserError(f"{type(model).__name__} has no linear head to pack; leave head out")
-    made = PackedLinear(
-        pack_head(head.weight.data, values), None if head.bias is None else head.bias.detach()
-    )
+    with format.naming(outside):
+        packed = pack_head(head.weight.data, values)
+    made = PackedLinear(packed, None if head.bias is None else head.bias.detach())
     install_head(model, outside, inside if tied else None, made)
 
 

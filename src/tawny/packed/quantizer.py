@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ["METHOD", "TawnyConfig", "TawnyQuantizer", "register", "verification"]
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -21,9 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tawny.errors import CheckpointError
 from tawny.packed import format
-from tawny.packed.folder import INDEX, METHOD, PackedFolder
+from tawny.packed.folder import INDEX, METHOD, PackedCheckpoint, PackedFolder
 from tawny.packed.linear import PackedLinear
 
+logger = logging.getLogger(__name__)
 _verify: ContextVar[bool] = ContextVar("tawny_verify", default=True)
 
 
@@ -92,7 +94,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
         # Imported late: transformers is still importing itself when this module is first read.
         from tawny.packed.model import install_head
 
-        self.folder = folder = PackedFolder(Path(checkpoint_files[0]).parent)
+        self.folder = folder = _fitting(model, Path(checkpoint_files[0]).parent)
         for name, entry in folder.linears.items():
             old = model.get_submodule(name)
             made = PackedLinear.empty(
@@ -113,6 +115,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
             nothing._is_hf_initialized = True  # type: ignore[attr-defined]
             if entry.embedding is None:
                 model.set_submodule(name, made)
+                _untie(model, f"{name}.weight")
             else:
                 install_head(model, name, entry.embedding, made)
         return model
@@ -141,11 +144,54 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def is_serializable(self) -> bool:
+        # transformers asks before it refuses to save, and refers to what was logged.
+        logger.warning(
+            "save_pretrained cannot write packed weights: write a packed folder with tawny.pack or `tawny pack`, "
+            "and get a dense checkpoint back with `tawny unpack`"
+        )
         return False
 
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _fitting(model: Any, path: Path) -> PackedFolder:
+    """The packed folder, once every weight it names has been found in the model, and every weight of the model in it.
+
+    Raises:
+        CheckpointError: names the weight that does not fit.
+    """
+    checkpoint = PackedCheckpoint(path)
+    checkpoint.map_to(model)
+    folder = checkpoint.packed
+    modules = dict(model.named_modules())
+    targets = {source: unit.targets for unit in checkpoint.units for source in unit.sources}
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{path}: {what}; the packed folder is damaged or of another model: pack it again"
+        )
+
+    for name, entry in folder.linears.items():
+        weights = {f"{name}.weight"} | ({f"{entry.embedding}.weight"} if entry.embedding else set())
+        for module in (name, entry.embedding):
+            if module is not None and getattr(modules.get(module), "weight", None) is None:
+                raise refuse(f"the model has no weight {module!r}, which is packed")
+        for target in (target for source in entry.sources for target in targets.get(source, ())):
+            if target not in weights:
+                raise refuse(f"{name!r} is packed in the place of {target!r}")
+    for name in folder.dense:
+        if name not in modules:
+            raise refuse(f"the model has no linear {name!r}, which the index calls dense")
+    return folder
+
+
+def _untie(model: Any, weight: str) -> None:
+    """A packed weight that serves no embedding was stored apart from the one the configuration ties it to."""
+    keys = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(keys, dict):
+        model.all_tied_weights_keys = {k: v for k, v in keys.items() if weight not in (k, v)}
 
 
 def register() -> None:

@@ -7,15 +7,15 @@ Decoding a small model in Python spends most of its time between the matrix prod
 
 `Step.build` describes all blocks to the library once (kernels/step.h), and a call then makes the logits of the next
 token. What is looked at is which modules there are and what shapes they have, never a model's name. That is a guess: a
-model may scale, cap or add something that no module shows. So a `Step` must be compared with the model's own forward
-before it is trusted (evaluation/decode.py does).
+model may scale, cap or add something that no module shows, or only far from the text's beginning. So a `Step` must be
+compared with the model's own forward before it is trusted (evaluation/decode.py does).
 
 Between products everything is float32; into products goes the model's own dtype, as in its own forward.
 """
 
 from __future__ import annotations
 
-__all__ = ["Step", "find_blocks"]
+__all__ = ["Step", "find_blocks", "find_rotary"]
 
 import ctypes
 from collections.abc import Sequence
@@ -87,6 +87,15 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     if best is None:
         raise ModelError(f"{type(model).__name__} holds no list of blocks; expected a decoder")
     return best[1], best[2]
+
+
+def find_rotary(model: nn.Module) -> Any:
+    """The module that makes the rotary angles of a model that has a `Step`."""
+    return _rotary(find_blocks(model)[0])
+
+
+def _rotary(base: nn.Module) -> Any:
+    return _only(base, lambda module: "inv_freq" in module._buffers)
 
 
 class Step:
@@ -226,7 +235,7 @@ class Step:
 
     def _angles(self, base: nn.Module, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[capacity, rotated]`, rounded as the model itself rounds them."""
-        rotary = _only(base, lambda module: "inv_freq" in module._buffers)
+        rotary = _rotary(base)
         _need(getattr(rotary, "rope_type", None) in _ROTARIES)
         made = rotary(torch.zeros(1, dtype=dtype), torch.arange(capacity)[None])
         cosine, sine = (part[0].float().contiguous() for part in made)

@@ -87,7 +87,7 @@ class Journal:
         """
         self.identity[what] = json.loads(json.dumps(value))
         if self.found:
-            differing = _differences(self.state["identity"].get(what), self.identity[what], what)
+            differing = differences(self.state["identity"].get(what), self.identity[what], what)
             if differing:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 raise OutputError(
@@ -235,13 +235,13 @@ def _read(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _differences(before: Any, now: Any, what: str) -> list[str]:
+def differences(before: Any, now: Any, what: str) -> list[str]:
     """Where two values of JSON types differ, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             line
             for key in dict.fromkeys([*before, *now])
-            for line in _differences(before.get(key), now.get(key), f"{what} {key}")
+            for line in differences(before.get(key), now.get(key), f"{what} {key}")
         ]
     if before == now:
         return []

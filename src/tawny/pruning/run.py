@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
+from tawny.calibration.context import check_context
 from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import (
@@ -32,7 +33,7 @@ from tawny.errors import (
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, select
-from tawny.model.output import OutputFolder
+from tawny.model.output import OutputFolder, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import Pattern, check_pattern
@@ -159,7 +160,7 @@ def open_run(
             stack = open_stack(folder, compute_dtype(recipe), ranks.device)
         if out is not None and ranks.first:
             output, journal = open_output(Path(out), folder, overwrite)
-        journal.join(ranks, Path(f"{out}.partial") if ranks.size > 1 else None)
+        journal.join(ranks, unfinished(Path(out)) if out is not None and ranks.size > 1 else None)
         name = str(source) if folder else type(source).__name__
         run = Run(recipe, name, folder, stack, output, watch, journal, ranks)
         run.check_shared()
@@ -209,7 +210,7 @@ def _kept(journal: Journal) -> str:
 
 def open_output(out: Path, folder: Path | None, overwrite: bool) -> tuple[OutputFolder, Journal]:
     """The folder to write and the journal of what is in it already; a live module has no journal."""
-    work = out.with_name(out.name + ".partial")
+    work = unfinished(out)
     if folder is None or overwrite:
         made = OutputFolder(out, overwrite=overwrite, source=folder)
         return made, Journal(None if folder is None else made.work)
@@ -343,7 +344,11 @@ class Run:
         self.record.parameters = sum(p.numel() for p in self.stack.model.parameters())
 
     def load_samples(self, tokenizer: Any, given: Any) -> Samples:
-        """Calibration tokens: those given, or seeded windows of the recipe's text."""
+        """Calibration tokens: those given, or seeded windows of the recipe's text.
+
+        Raises:
+            RecipeError: samples longer than the model's table of positions.
+        """
         recipe = self.recipe
         if given is not None:
             samples = (
@@ -353,11 +358,13 @@ class Run:
                 if isinstance(given, tuple)
                 else Samples(given)
             )
+            check_context(self.stack.model, samples.seqlen)
             self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
             self.place(len(samples), samples.seqlen, 0)
             return samples
         from tawny.calibration.text import held_out_windows, load_text, sample_windows, tokenise
 
+        check_context(self.stack.model, recipe.calibration.seqlen)
         if tokenizer is None:
             if self.folder is None:
                 raise ModelError(
@@ -526,17 +533,22 @@ class Run:
     def _report(self) -> None:
         """The model card and the page, when everything is known."""
         from tawny.report.card import CARD, front_matter, model_card
-        from tawny.report.html import write_report
+        from tawny.report.html import NAME, write_report
 
         assert self.output is not None
-        card = self.folder / CARD if self.folder is not None else None
-        base = card.read_text(encoding="utf-8", errors="replace") if card and card.is_file() else ""
-        self.output.write_text(CARD, model_card(self.record.to_dict(), front_matter(base)))
-        try:
-            write_report(self.record.to_dict(), self.output.partial)
-        except Exception as error:
-            # The work is done: a page that cannot be drawn must not look like a failed run.
-            self.watch.say(f"report.html could not be made: {type(error).__name__}: {error}")
+        folder, output, record = self.folder, self.output, self.record.to_dict()
+
+        def write_card() -> None:
+            card = folder / CARD if folder is not None else None
+            base = card.read_text(encoding="utf-8-sig", errors="replace") if card and card.is_file() else ""
+            output.write_text(CARD, model_card(record, front_matter(base)))
+
+        for name, make in ((CARD, write_card), (NAME, lambda: write_report(record, output.partial))):
+            try:
+                make()
+            except Exception as error:
+                # The work is done: a page that cannot be made must not look like a failed run.
+                self.watch.say(f"{name} could not be made: {type(error).__name__}: {error}")
 
     def _write_outside(self) -> None:
         assert self.output is not None

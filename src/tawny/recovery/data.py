@@ -7,7 +7,7 @@ uninterrupted one would have.
 
 from __future__ import annotations
 
-__all__ = ["Reading", "read"]
+__all__ = ["Reading", "check_ids", "read"]
 
 import hashlib
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ def read(
     """The windows of a text or of given tokens `[windows, seqlen]`.
 
     Raises:
-        TextError: it holds less than one batch beside what is held out.
+        TextError: it holds less than one batch beside what is held out, or the two have windows of other widths.
     """
     if text is not None:
         windows = Samples(text).tokens
@@ -88,6 +88,7 @@ def read(
     if held_out is None:
         count = min(settings.eval_windows, max(1, round(len(windows) * _HELD_OUT)))
         windows, held_out = windows[:-count], windows[-count:]
+    _check_held_out(held_out, int(windows.shape[1]))
     held_out = held_out[: settings.eval_windows]
     if len(windows) < settings.batch:
         raise TextError(
@@ -100,6 +101,29 @@ def read(
     both = torch.cat([windows, held_out])
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
     return Reading(both, len(windows), settings.batch, settings.seed, about)
+
+
+def check_ids(reading: Reading, words: int) -> None:
+    """Refuse tokens that the model has no embedding for, which torch would tell by an index.
+
+    Raises:
+        TextError: an id is none of the model's.
+    """
+    low, high = int(reading.windows.min()), int(reading.windows.max())
+    if low < 0 or high >= words:
+        raise TextError(
+            f"the text holds token id {low if low < 0 else high} and the model has {words:,} words, ids 0 to {words - 1}: "
+            "tokenise it with the model's own tokenizer"
+        )
+
+
+def _check_held_out(held_out: Tensor, seqlen: int) -> None:
+    shape = list(held_out.shape)
+    if held_out.dim() != 2 or shape[0] == 0 or shape[1] != seqlen or held_out.is_floating_point():
+        raise TextError(
+            f"held_out has shape {shape} {str(held_out.dtype).removeprefix('torch.')}; expected integer tokens "
+            f"[windows, {seqlen}], in windows as long as those that are trained on"
+        )
 
 
 def _windows(ids: Tensor, settings: Recovery, name: str) -> Tensor:

@@ -38,14 +38,10 @@ class Elsa:
         keys = {linear.key for linear in student.linears}
         self.parts = [c for c in student.coordinates if isinstance(c, Survivors) and c.name in keys]
         self.settled = False
-        # Every linear's survivors: what pruning left, or what the sparsity asked for leaves.
+        # Every linear's survivors: what pruning left, or fewer, where a higher sparsity is asked for.
         kept = {
             linear.name: linear.numel
-            - (
-                student.zeros[linear.name]
-                if settings.sparsity is None
-                else removed_count(linear.numel, settings.sparsity)
-            )
+            - max(student.zeros[linear.name], removed_count(linear.numel, settings.sparsity or 0.0))
             for linear in student.linears
         }
         self._slices: dict[str, tuple[Survivors, slice, int]] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 __all__ = ["recover_gradually", "shares"]
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import RecipeError
-from tawny.model.durable import writing
 from tawny.model.source import resolve
 from tawny.pruning.run import prune
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.recovery.processes import Processes
-from tawny.recovery.run import RecoveryRecord, recover
+from tawny.recovery.run import RecoveryRecord, draw, recover
 from tawny.recovery.settings import Recovery
-from tawny.recovery.writing import check_place
+from tawny.recovery.workfolder import WorkFolder, about_model, about_text, check_apart
+from tawny.recovery.writing import check_place, deliver, retell
 from tawny.watch import Watch, silent
 
 
@@ -51,12 +50,15 @@ def recover_gradually(
         source: the dense model, or one pruned less than the first sparsity.
         recipe: how to prune; its sparsity is replaced.
         settings: how to train; `tokens` and `minutes` are those of all steps together.
+        overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
+            this same one, which goes on.
 
     Returns:
         The record of the last recovery; `stages` sums up all of them.
 
     Raises:
         RecipeError: the sparsities do not rise.
+        OutputError: `OUT.stages` holds the steps of another run, or `out` cannot be written.
     """
     target = Path(out)
     if not sparsities or sorted(set(sparsities)) != list(sparsities):
@@ -67,21 +69,30 @@ def recover_gradually(
     folder = resolve(source, watch.say)
     base = recipe.to_mapping() if isinstance(recipe, Recipe) else recipe
     recipes = [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
-    work = target.with_name(target.name + ".stages")
+    work = WorkFolder(
+        target, "stages", ("[0-9]-pruned", "[0-9]-recovered", "[0-9][0-9]-pruned", "[0-9][0-9]-recovered")
+    )
+    check_apart(target, [work], {"model": source, "teacher": teacher})
+    identity = {
+        "sparsities": list(sparsities),
+        "recipe": recipes[0].to_mapping() | {"sparsity": None},
+        "settings": chosen.to_mapping(),
+        "model": about_model(folder),
+        "teacher": about_model(teacher),
+        "text": about_text(chosen.text),
+    }
 
     def begin() -> None:
-        check_place(target, overwrite, folder)
-        if overwrite:
-            shutil.rmtree(work, ignore_errors=True)
-        with writing(work):
-            work.mkdir(parents=True, exist_ok=True)
+        work.check()
+        check_place(target, overwrite or work.consent, folder)
+        work.open(identity, overwrite)
 
     stages: list[dict[str, Any]] = []
     with Processes(chosen.device) as processes:
         processes.once(begin)
         here = folder
         for number, share in enumerate(shares(len(sparsities))):
-            pruned, recovered = work / f"{number}-pruned", work / f"{number}-recovered"
+            pruned, recovered = work.path / f"{number}-pruned", work.path / f"{number}-recovered"
             watch.say(f"step {number + 1} of {len(sparsities)}: {sparsities[number]:.0%}")
             if processes.decide(not pruned.exists() and not recovered.exists()):
                 prune(here, pruned, recipe=recipes[number], watch=watch)
@@ -93,20 +104,17 @@ def recover_gradually(
                 )
                 recover(pruned, teacher, recovered, settings=part, watch=watch)
             processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
-            told = json.loads((recovered / "recover.json").read_text(encoding="utf-8"))
-            record = RecoveryRecord(**told)
+            record = RecoveryRecord.read(recovered / "recover.json")
             kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
-            stages.append({key: told[key] for key in kept})
+            stages.append({key: getattr(record, key) for key in kept})
             here = recovered
         record.stages, record.source, record.out = stages, str(source), str(target)
 
         def end() -> None:
-            with writing(here):
-                (here / "recover.json").write_text(record.to_json(), encoding="utf-8")
-                if target.exists():
-                    shutil.rmtree(target)
-                here.rename(target)
-            shutil.rmtree(work, ignore_errors=True)
+            retell(here, record, source=str(source), base=folder)
+            draw(record, here, watch)
+            deliver(here, target, overwrite or work.consent, folder)
+            work.discard()
 
         processes.once(end)
     return record

@@ -6,17 +6,24 @@ __all__ = ["recover_packed"]
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from tawny.model.durable import writing
 from tawny.packed.convert import pack, unpack
 from tawny.recovery.processes import Processes
 from tawny.recovery.settings import Recovery
-from tawny.recovery.writing import check_place
+from tawny.recovery.workfolder import (
+    WorkFolder,
+    about_model,
+    about_text,
+    about_tokens,
+    check_apart,
+    check_not_own_teacher,
+    is_own_teacher,
+)
+from tawny.recovery.writing import check_place, deliver, is_made, retell
 from tawny.watch import Watch
 
 if TYPE_CHECKING:
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def recover_packed(
+    source: str | Path,
     folder: Path,
     teacher: str | Path | nn.Module | None,
     out: Path,
@@ -34,43 +42,44 @@ def recover_packed(
     held_out: Tensor | None,
 ) -> RecoveryRecord:
     """`recover` for a packed folder. int8 values are trained through their rounding."""
-    from tawny.recovery.run import RecoveryRecord, recover
+    from tawny.recovery.run import RecoveryRecord, draw, recover
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     if kind["values"] == "int8" and kind.get("group") is None and settings.train == "survivors":
         settings = dataclasses.replace(settings, values="int8" if settings.method == "distill" else None)
-    work = out.with_name(out.name + ".dense")
+    work = WorkFolder(out, "unpacked", ("before", "after", "packed"))
+    check_apart(out, [work], {"model": source, "teacher": teacher})
+    check_not_own_teacher(is_own_teacher(folder, teacher))
+    before, after, packed = (work.path / name for name in ("before", "after", "packed"))
+    identity = {
+        "model": about_model(folder),
+        "teacher": about_model(teacher),
+        "settings": settings.to_mapping(),
+        "text": about_text(settings.text, text),
+        "held_out": None if held_out is None else about_tokens(held_out),
+    }
 
     def begin() -> None:
-        check_place(out, overwrite, folder)
-        if overwrite:
-            shutil.rmtree(work, ignore_errors=True)
-        with writing(work):
-            work.mkdir(exist_ok=True)
-        if not (work / "before").exists():
-            unpack(folder, work / "before", watch=watch)
+        work.check()
+        check_place(out, overwrite or work.consent, folder)
+        work.open(identity, overwrite)
+        if not before.exists():
+            unpack(folder, before, watch=watch)
 
     def end() -> None:
-        packing = (kind["values"], kind.get("group"), kind.get("head"))
-        pack(work / "after", out, *packing, overwrite=overwrite, watch=watch)
-        told: dict[str, Any] = json.loads((work / "after" / "recover.json").read_text(encoding="utf-8"))
-        size = sum(p.stat().st_size for p in out.glob("*.safetensors"))
-        told |= {"source": str(folder), "out": str(out), "bytes": size}
-        with writing(out):
-            (out / "recover.json").write_text(RecoveryRecord(**told).to_json(), encoding="utf-8")
-        shutil.rmtree(work)
+        record = RecoveryRecord.read(after / "recover.json")
+        record.source, record.out = str(source), str(out)
+        draw(record, after, watch)
+        pack(after, packed, kind["values"], kind.get("group"), kind.get("head"), overwrite=True, watch=watch)
+        record.bytes = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
+        # What packing changed is told by the card too, unless a person wrote it.
+        retell(packed, record, base=packed if is_made(after) else None)
+        deliver(packed, out, overwrite or work.consent, folder)
+        work.discard()
 
     with Processes(settings.device) as processes:
         processes.once(begin)
-        if processes.decide(not (work / "after").exists()):
-            recover(
-                work / "before",
-                teacher,
-                work / "after",
-                settings=settings,
-                watch=watch,
-                text=text,
-                held_out=held_out,
-            )
+        if processes.decide(not after.exists()):
+            recover(before, teacher, after, settings=settings, watch=watch, text=text, held_out=held_out)
         processes.once(end)
-    return RecoveryRecord(**json.loads((out / "recover.json").read_text(encoding="utf-8")))
+    return RecoveryRecord.read(out / "recover.json")

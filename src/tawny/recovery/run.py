@@ -10,8 +10,8 @@ from __future__ import annotations
 
 __all__ = ["RecoveryRecord", "recover"]
 
+import json
 import math
-import shutil
 import signal
 import threading
 import time
@@ -24,32 +24,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError
+from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
-from tawny.model.output import JOURNAL, OutputFolder
+from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve
 from tawny.precision import native_dtype
 from tawny.pruning.journal import model_identity
 from tawny.record import Clock, machine, peak_memory, versions
-from tawny.recovery.data import Reading, read
+from tawny.recovery.data import Reading, check_ids, read
 from tawny.recovery.elsa import Elsa
 from tawny.recovery.objective import Losses, chunk_tokens, distil
 from tawny.recovery.processes import Processes
 from tawny.recovery.settings import Recovery
 from tawny.recovery.state import Progress, Shelf
-from tawny.recovery.student import Student
+from tawny.recovery.student import LEAST_SPARSITY, Student
 from tawny.recovery.teacher import WALK_TOKENS, Teacher, check_teacher, check_tokenizers
-from tawny.recovery.writing import card, write
+from tawny.recovery.workfolder import (
+    WorkFolder,
+    about_model,
+    check_apart,
+    check_not_own_teacher,
+    is_own_teacher,
+)
+from tawny.recovery.writing import card, check_no_pruning, finite, tell_run, write
 from tawny.watch import Watch, silent
 
 _BETAS = (0.9, 0.95)
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
+# What lies in OUT.recovery: states, the best weights, parts to be joined, the teacher's hidden states and their index.
+_SHELVED = (
+    "state*.safetensors",
+    "best*.safetensors",
+    "last*.safetensors",
+    "teacher-*.bin",
+    "teacher-*.json",
+    "teacher-*.new",
+)
 
 
 @dataclass
 class RecoveryRecord:
-    """What `recover.json` holds.
+    """What `recover.json` holds; a number that is not finite is null there.
 
     Attributes:
         sparsity, zeros: after training; never fewer zeros than before.
@@ -94,9 +110,15 @@ class RecoveryRecord:
         return asdict(self)
 
     def to_json(self) -> str:
-        import json
+        return json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
 
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    @classmethod
+    def read(cls, path: Path) -> RecoveryRecord:
+        """From a `recover.json`; what is null there is NaN here, since infinity and NaN cannot be told apart."""
+        told = cls(**json.loads(path.read_text(encoding="utf-8")))
+        for entry in (told.start, told.best, *told.measured, *told.curve):
+            entry.update({key: math.nan for key, value in entry.items() if value is None})
+        return told
 
 
 def recover(
@@ -120,7 +142,8 @@ def recover(
         out: folder to write; needed for a path, optional for a live module.
         settings: how; `keys` override single entries (`minutes=30, lr=2e-4, train="lora"`).
         watch: told about progress.
-        overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run.
+        overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
+            this same one, which goes on.
         tokenizer: for a live module and a text.
         text: name or path of a text, or tokens `[windows, seqlen]`.
         held_out: tokens `[windows, seqlen]` to measure on, with tokens to train on.
@@ -143,7 +166,7 @@ def recover(
     ):
         from tawny.recovery.packed import recover_packed
 
-        return recover_packed(folder, teacher, Path(out), chosen, watch, overwrite, given, held_out)
+        return recover_packed(source, folder, teacher, Path(out), chosen, watch, overwrite, given, held_out)
     with _open_run(chosen, source, teacher, out, watch, overwrite, tokenizer, given, held_out) as run:
         failure = run.train()
         record = run.finish(failure)
@@ -177,6 +200,7 @@ def _open_run(
     processes = Processes(settings.device, shard=settings.shard)
     output: OutputFolder | None = None
     student: Student | None = None
+    work: WorkFolder | None = None
     modes = ExitStack()
     try:
         if processes.sharded and settings.batch % processes.count:
@@ -185,6 +209,15 @@ def _open_run(
                 "because all of them take part in every forward"
             )
         folder = None if isinstance(source, nn.Module) else resolve(source, watch.say)
+        if out is not None:
+            shelf = WorkFolder(Path(out), "recovery", _SHELVED, kept=("state*.safetensors",))
+            check_apart(
+                Path(out), [shelf], {"model": None if folder is None else str(source), "teacher": teacher}
+            )
+            work = None if folder is None else shelf
+        own = is_own_teacher(folder, teacher)
+        brought = settings.method == "elsa" and settings.sparsity is not None
+        check_not_own_teacher(own and not settings.control and not brought)
         stack, teacher_stack = _stacks(settings, source, folder, teacher, watch)
         # Dropout would make the curve depend on more than its settings.
         modes.enter_context(stack.evaluating())
@@ -200,10 +233,12 @@ def _open_run(
         if teacher is not None and not isinstance(teacher, nn.Module) and folder is not None and text is None:
             check_tokenizers(tokenizer, load_tokenizer(resolve(teacher)))
         if out is not None and processes.first:
-            output = _reserve(Path(out), overwrite, folder)
+            output = _reserve(Path(out), overwrite, folder, work)
         watch.say(f"reading {'tokens' if text is not None else f'text {settings.text}'}")
         reading = read(settings, tokenizer, text, held_out)
+        check_ids(reading, int(stack.config.get_text_config().vocab_size))
         student = Student(stack, settings, processes)
+        check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
         run = Run(settings, student, teacher_stack, reading, processes, output, watch)
         run.source, run.folder = (str(source), folder) if folder else (type(source).__name__, None)
         run.record.teacher = (
@@ -214,7 +249,7 @@ def _open_run(
             else str(teacher)
         )
         run.record.memory_before = before
-        run.shelve(None if out is None or folder is None else Path(out), overwrite)
+        run.shelve(work, overwrite)
         yield run
     except KeyboardInterrupt as error:
         raise Interrupted(
@@ -247,21 +282,17 @@ def _stacks(
     if teacher is None or settings.kl == 0:
         return stack, None
     if isinstance(teacher, nn.Module):
-        if teacher is source:
-            raise ModelError(
-                "the teacher is the model that is trained; expected the dense model it was pruned from"
-            )
+        check_not_own_teacher(teacher is source)
         return stack, live_stack(teacher)
     return stack, open_stack(resolve(teacher, watch.say), compute, str(stack.device))
 
 
-def _reserve(out: Path, overwrite: bool, folder: Path | None) -> OutputFolder:
+def _reserve(out: Path, overwrite: bool, folder: Path | None, work: WorkFolder | None) -> OutputFolder:
     """The folder to write to, ours until the end."""
-    journal = out.with_name(out.name + ".partial") / JOURNAL
-    if journal.exists() and not overwrite:
-        raise OutputError(
-            f"{journal.parent} holds an unfinished pruning run; finish it, choose another --out or pass --overwrite"
-        )
+    check_no_pruning(out, overwrite)
+    if work is not None:
+        work.check()
+        overwrite = overwrite or work.consent
     return OutputFolder(out, overwrite=overwrite, source=folder)
 
 
@@ -283,6 +314,7 @@ class Run:
         self._teacher_stack = teacher
         self.teacher: Teacher | None = None
         self.shelf = Shelf(None, "")
+        self._work: WorkFolder | None = None
         self.source = ""
         self.folder: Path | None = None
         self.clock = Clock()
@@ -321,23 +353,32 @@ class Run:
             processes=processes.count,
         )
 
-    def shelve(self, out: Path | None, overwrite: bool) -> None:
+    def shelve(self, folder: WorkFolder | None, overwrite: bool) -> None:
         """Find the state of an earlier run, and the teacher's hidden states it made."""
-        work = None if out is None else out.with_name(out.name + ".recovery")
-        if work is not None and overwrite and self.processes.first:
-            shutil.rmtree(work, ignore_errors=True)
-        self.processes.agree(0.0)  # nobody reads before that is done
         model = None if self.folder is None else model_identity(self.folder)
         teacher = self._teacher_stack
         dense = model_identity(teacher.checkpoint.folder) if teacher and teacher.checkpoint else None
         tokens = self.reading.about["tokens_sha256"]
+        self._work = folder
+        work = None if folder is None else folder.path
+        if folder is not None:
+            identity = {
+                "settings": self.settings.to_mapping(),
+                "model": about_model(self.folder),
+                "teacher": about_model(teacher.checkpoint.folder if teacher and teacher.checkpoint else None),
+                "text": tokens,
+                "processes": self.processes.count,
+            }
+            self.processes.once(lambda: folder.open(identity, overwrite))
         key = self.settings.fingerprint(model, dense, tokens, self.processes.count)
         self.shelf = Shelf(work, key, self.processes if self.processes.sharded else None)
         if found := self.shelf.load(self.student.coordinates, self.optimiser, self.elsa):
             self.progress, self._resumed = found, found.step
             for one in self.student.coordinates:
                 one.write()
-            self.watch.say(f"going on after step {found.step} of {self.steps}")
+            self.watch.say(
+                f"going on after step {found.step} of {self.steps}; remove {work} to start over instead"
+            )
         if teacher is not None:
             cache = None if work is None else work / f"teacher-{self.processes.rank}.bin"
             name = self.settings.fingerprint(dense, tokens)
@@ -365,6 +406,8 @@ class Run:
                     return error
                 at = self.progress.step
                 over = self._over()
+                if over:
+                    self._come_to_rest()
                 if at % self.settings.eval_every == 0 or over in ("tokens", "minutes"):
                     self._measure(1.0 if over else self._share())
                 if self.processes.agree(float(stop.is_set())):
@@ -375,8 +418,25 @@ class Run:
                 if at % self.settings.eval_every == 0 and not over:
                     self._save()
                 self._ticks.to(self._share())
+        if self._come_to_rest():  # the minutes ended between two steps
+            self._measure(1.0)
         self.record.stopped = reason
         return None
+
+    def _come_to_rest(self) -> bool:
+        """Settle a mask that still moves when the budget is spent, since only a model with its zeros can be written."""
+        if self.elsa is None or self.elsa.settled:
+            return False
+        self.elsa.project()
+        self.elsa.settle()
+        for one in self.student.coordinates:
+            one.write()
+        if self.settings.settle:
+            self.record.warnings.append(
+                f"the mask came to rest only at the end, without the last {self.settings.settle:.0%} of training behind it: "
+                "give more --tokens or --minutes, or a larger -o settle"
+            )
+        return True
 
     def _over(self) -> str | None:
         settings, progress = self.settings, self.progress
@@ -591,8 +651,6 @@ class Run:
             and (failure is not None or progress.best["step"] != progress.step)
         ):
             self.shelf.restore_best(self.student.coordinates)
-        if self.elsa is not None and not self.elsa.settled:
-            raise NumericalError("the run ended before its mask came to rest; give it more tokens or minutes")
         if progress.best is not None and progress.best["step"] == 0 and progress.step:
             record.warnings.append(
                 f"no measurement was better than the start, so the model is unchanged: try another --lr than "
@@ -626,22 +684,17 @@ class Run:
         record.peak_memory = peak_memory()
         if self.output is not None:
             self.output.write_text("recover.json", record.to_json())
-            self.output.write_text("README.md", card(record, self.folder))
-            self._report()
+            tell_run(self.output.partial, record, self._zeros())
+            self.output.write_text("README.md", card(record, self.folder, self.output.partial))
+            draw(record, self.output.partial, self.watch)
             self.output.finish()
-            if self.shelf.folder is not None:
-                shutil.rmtree(self.shelf.folder, ignore_errors=True)
+            if self._work is not None:
+                self._work.discard()
         return record
 
-    def _report(self) -> None:
-        """The page, when everything is known. The work is done: one that cannot be drawn is no failed run."""
-        from tawny.report.recovery import write_recovery
-
-        assert self.output is not None
-        try:
-            write_recovery(self.record.to_dict(), self.output.partial)
-        except Exception as error:
-            self.watch.say(f"report.html could not be made: {type(error).__name__}: {error}")
+    def _zeros(self) -> dict[str, int] | None:
+        """Of every linear; where each process has its rows only, they are as many as before."""
+        return None if self.processes.sharded else self.student.count_zeros_each()
 
     @property
     def _keeps(self) -> bool:
@@ -651,6 +704,16 @@ class Run:
     def _count_trained(self) -> int:
         parts = sum(t.numel() for t in self._parts)
         return sum(t.numel() for t in self._whole) + (self.processes.total(parts) if self._parts else 0)
+
+
+def draw(record: RecoveryRecord, folder: Path, watch: Watch) -> None:
+    """The page, when everything is known. The work is done: one that cannot be drawn is no failed run."""
+    from tawny.report.recovery import write_recovery
+
+    try:
+        write_recovery(record.to_dict(), folder)
+    except Exception as error:
+        watch.say(f"report.html could not be made: {type(error).__name__}: {error}")
 
 
 class _Ticks:

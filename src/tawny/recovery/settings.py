@@ -36,6 +36,8 @@ def _count(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_count)]
+# Infinity and NaN are no JSON, and no setting either.
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -62,7 +64,7 @@ class Recovery:
         rank: of LoRA factors.
         penalty, interval, settle: ELSA's λ, steps between projections, and the share of the run after the last one.
         budget: what ELSA may move weights within.
-        sparsity: what ELSA brings a dense model to; a pruned one keeps its own.
+        sparsity: what ELSA brings a model to; a linear that has more zeros keeps them.
         control: allow a model without zeros, to compare with.
         chunk: tokens whose logits exist at once; None is about 50 MB of them.
         shard: of several processes each keeps its rows of the blocks only (FSDP2), for models that one cannot hold.
@@ -72,22 +74,22 @@ class Recovery:
     train: Literal["survivors", "norms", "lora"] = "survivors"
     text: Annotated[str, Field(min_length=1)] = "c4"
     tokens: Annotated[Count, Field(ge=1)] = 2_000_000
-    minutes: Annotated[float, Field(gt=0)] | None = None
+    minutes: Positive | None = None
     seqlen: Annotated[int, Field(ge=2)] = 512
     batch: Annotated[int, Field(ge=1)] = 4
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Positive | None = None
     warmup: Share = 0.05
     kl: Share = 0.5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    clip: Positive = 1.0
     eval_every: Annotated[int, Field(ge=1)] = 50
     eval_windows: Annotated[int, Field(ge=1)] = 16
     patience: Annotated[int, Field(ge=0)] = 0
     checkpointing: bool = False
     values: Literal["int8"] | None = None
     rank: Annotated[int, Field(ge=1)] = 16
-    penalty: Annotated[float, Field(gt=0)] = 0.01
+    penalty: Positive = 0.01
     interval: Annotated[int, Field(ge=1)] = 32
     settle: Share = 0.25
     budget: Literal["linear", "block", "global"] = "linear"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Student"]
+__all__ = ["LEAST_SPARSITY", "Student"]
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,7 @@ from tawny.recovery.settings import Recovery
 from tawny.recovery.sharding import here, rows_of, shard
 
 # A dense model has a few zeros by chance.
-_LEAST_SPARSITY = 0.01
+LEAST_SPARSITY = 0.01
 
 
 class Student:
@@ -57,7 +57,7 @@ class Student:
         self._cover_small(dict(self._small_outside()))
         self.prunable = sum(linear.numel for linear in self.linears)
         brought = settings.method == "elsa" and settings.sparsity is not None
-        if self.sparsity < _LEAST_SPARSITY and not settings.control and not brought:
+        if self.sparsity < LEAST_SPARSITY and not settings.control and not brought:
             raise ModelError(
                 f"only {self.sparsity:.2%} of the model's prunable weights are zero, so there is no sparsity to keep: prune it "
                 "first (tawny prune); -o control=true trains a dense model to compare with"
@@ -117,6 +117,14 @@ class Student:
         parameters = {id(p): p for p in (getattr(x.module, x.parameter) for x in self.linears)}
         count = sum(int((here(parameter) == 0).sum()) for parameter in parameters.values())
         return self.processes.total(count) if self.processes.sharded else count
+
+    @torch.no_grad()
+    def count_zeros_each(self) -> dict[str, int]:
+        """The same, by linear; of parameters that are whole here."""
+        return {
+            linear.name: int((linear.view(getattr(linear.module, linear.parameter)) == 0).sum())
+            for linear in self.linears
+        }
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Output of the last block, with a graph wherever gradients are on."""

@@ -1,17 +1,39 @@
-"""The recovered checkpoint: the source's files with the trained tensors in their places, and a card that says so."""
+"""The recovered checkpoint: the source's files with the trained tensors in their places, and what tells of it.
+
+`recover.json` is the training's own record. `run.json`, where pruning left one, goes on describing the folder it lies in:
+its files are hashed anew, and `recovery` sums up what became of them. Card and page come from the two.
+"""
 
 from __future__ import annotations
 
-__all__ = ["card", "check_place", "write"]
+__all__ = [
+    "card",
+    "check_no_pruning",
+    "check_place",
+    "deliver",
+    "finite",
+    "is_made",
+    "retell",
+    "tell_run",
+    "write",
+]
 
-from collections.abc import Callable
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tawny.model.output import ALLOCATION, OutputFolder
+from tawny.errors import OutputError
+from tawny.model import durable
+from tawny.model.durable import writing
+from tawny.model.output import ALLOCATION, JOURNAL, OutputFolder, unfinished
+from tawny.record import weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
@@ -20,16 +42,58 @@ if TYPE_CHECKING:
     from tawny.recovery.run import RecoveryRecord
 
 _OUTSIDE = "outside"
+_RUN = "run.json"
+_SECTION = "## Recovered"
+# Of `recover.json`, what `run.json` sums up.
+_SUMMARY = (
+    "source",
+    "teacher",
+    "settings",
+    "text",
+    "steps",
+    "tokens",
+    "zeros_before",
+    "zeros",
+    "sparsity",
+    "start",
+    "best",
+    "stopped",
+    "seconds",
+    "warnings",
+    "stages",
+)
 
 
 def check_place(out: Path, overwrite: bool, source: Path) -> None:
     """Refuse a place that is taken or cannot be written to, before work; what is unfinished there stays."""
-    fresh = not out.with_name(out.name + ".partial").exists()
+    check_no_pruning(out, overwrite)
+    fresh = not unfinished(out).exists()
     folder = OutputFolder(out, overwrite=overwrite, source=source, keep=True)
     if fresh:
         folder.discard()
     else:
         folder.release()
+
+
+def check_no_pruning(out: Path, overwrite: bool) -> None:
+    """Refuse a place where a pruning run is unfinished, whose blocks would be lost."""
+    journal = unfinished(out) / JOURNAL
+    if journal.exists() and not overwrite:
+        raise OutputError(
+            f"{journal.parent} holds an unfinished pruning run; finish it, choose another --out or pass --overwrite"
+        )
+
+
+def deliver(made: Path, out: Path, overwrite: bool, source: Path) -> None:
+    """Give a finished folder the name `out`; what stands there goes only when the new one is in its place."""
+    output = OutputFolder(out, overwrite=overwrite, source=source)
+    try:
+        with writing(out):
+            output.partial.rmdir()
+            made.rename(output.partial)
+        output.finish()
+    finally:
+        output.discard()
 
 
 @torch.no_grad()
@@ -68,7 +132,7 @@ def write(
     output.write_block(_OUTSIDE, outside)
     size = output.assemble(output.plan_shards([_OUTSIDE, *names]))
     output.carry(folder)
-    output.carry_named(folder, ("run.json", "recipe.yaml", *ALLOCATION))
+    output.carry_named(folder, (_RUN, "recipe.yaml", *ALLOCATION))
     return size
 
 
@@ -85,17 +149,60 @@ def _trained(stored: Tensor, coordinates: list[Coordinates], whole: Callable[[st
     return made
 
 
-def card(record: RecoveryRecord, folder: Path | None) -> str:
-    """The source's card with a section about the recovery."""
-    before = ""
-    if folder is not None and (folder / "README.md").is_file():
-        before = (folder / "README.md").read_text(encoding="utf-8").rstrip() + "\n\n"
+def card(record: RecoveryRecord, folder: Path | None, made: Path) -> str:
+    """The card of what was recovered.
+
+    Where the source's is as Tawny made it, it is made again from the `run.json` in `made`, so that no hash in it is of the
+    weights before. What a person wrote is kept, with a section about the recovery behind it.
+    """
+    from tawny.report.card import CARD, front_matter, model_card
+
+    if folder is None or not (folder / CARD).is_file():
+        return _section(record)
+    # As `tawny prune` reads it: one wrong byte in a text is no reason to lose a training.
+    old = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    run = _run_of(made)
+    if run is not None and is_made(folder):
+        return _with_section(model_card(run, front_matter(old)), record)
+    return f"{old.rstrip()}\n\n{_section(record)}"
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a folder's card is the one that Tawny makes from its `run.json`, and no person's."""
+    from tawny.report.card import CARD, front_matter, model_card
+
+    run = _run_of(folder)
+    if run is None or not (folder / CARD).is_file():
+        return False
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    with suppress(KeyError, TypeError, ValueError):  # of a run.json that another version wrote
+        return _body(model_card(run, front_matter(text))) == _body(text)
+    return False
+
+
+def _body(text: str) -> list[str]:
+    """A card's lines but for its metadata and what packing and unpacking change without making the card again."""
+    from tawny.report.card import packed_note
+
+    text = text.partition("\n---\n")[2] if text.startswith("---\n") else text
+    if note := packed_note(text):
+        text = text.replace(note, "")
+    text = re.sub(r"^## Use\n.*?(?=^## |\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for line in text.splitlines() if line.strip() and not re.match(r"- `.*sha256 `", line)]
+
+
+def _with_section(text: str, record: RecoveryRecord) -> str:
+    return text if _SECTION in text else f"{text.rstrip()}\n\n{_section(record)}"
+
+
+def _section(record: RecoveryRecord) -> str:
     settings: dict[str, Any] = record.settings
     start, best = record.start, record.best
+    how = "Trained while its mask moved" if settings["method"] == "elsa" else "Trained behind its mask"
     lines = [
-        "## Recovered",
+        _SECTION,
         "",
-        f"Trained behind its mask on {record.tokens:,} tokens of {record.text['name']} ({settings['method']}, "
+        f"{how} on {record.tokens:,} tokens of {record.text['name']} ({settings['method']}, "
         f"{settings['train']}, learning rate {settings['lr']:g})"
         + (f" against the dense model {record.teacher}." if record.teacher else "."),
         "",
@@ -108,4 +215,78 @@ def card(record: RecoveryRecord, folder: Path | None) -> str:
         "the curve, `report.html` shows them.",
         "",
     ]
-    return before + "\n".join(lines)
+    return "\n".join(lines)
+
+
+def tell_run(folder: Path, record: RecoveryRecord, zeros: Mapping[str, int] | None = None) -> None:
+    """Make the carried `run.json` that of the recovered model; one that is not Tawny's is left alone.
+
+    Args:
+        zeros: of every linear, where they were counted.
+    """
+    run = _run_of(folder)
+    if run is None:
+        return
+    run["files"], run["bytes"], run["out"] = weight_files(folder), record.bytes, record.out
+    for entry in run.get("linears", []):
+        if zeros and entry["name"] in zeros:
+            entry["zeros"] = zeros[entry["name"]]
+            entry["sparsity"] = entry["zeros"] / math.prod(entry["shape"])
+    if zeros and run.get("linears"):
+        # Of those that pruning chose; training knows all of the model's.
+        run["zeros"] = sum(entry["zeros"] for entry in run["linears"])
+        run["sparsity"] = run["zeros"] / max(1, run["prunable"])
+    _put_run(folder, run, record)
+
+
+def retell(
+    folder: Path, record: RecoveryRecord, *, source: str | None = None, base: Path | None = None
+) -> None:
+    """Tell again of a folder that was made under other names than it will have.
+
+    Args:
+        source: what was pruned, where `run.json` has a name of the way there.
+        base: folder whose card has the metadata that the new one inherits; None leaves the card as it is.
+    """
+    from tawny.report.card import CARD, front_matter, model_card, packed_note
+
+    _put(folder / "recover.json", record.to_json())
+    run = _run_of(folder)
+    if run is not None:
+        run["out"] = record.out
+        if source is not None:
+            run["source"] = source
+        _put_run(folder, run, record)
+    if run is not None and base is not None:
+        text = base / CARD
+        old = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
+        made = model_card(run, front_matter(old), note=packed_note(old))
+        _put(folder / CARD, _with_section(made, record))
+
+
+def _run_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        run = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return run if isinstance(run, dict) and "record_version" in run else None
+
+
+def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord) -> None:
+    told = record.to_dict()
+    run["recovery"] = finite({key: told[key] for key in _SUMMARY})
+    _put(folder / _RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+
+
+def _put(path: Path, text: str) -> None:
+    with writing(path):
+        durable.write(path, text.encode())
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value

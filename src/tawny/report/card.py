@@ -6,13 +6,15 @@ a pruned model is bound by the licence of the model it was made from.
 
 from __future__ import annotations
 
-__all__ = ["CARD", "front_matter", "model_card", "packed_note"]
+__all__ = ["CARD", "front_matter", "model_card", "packed_note", "recovery_words"]
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tawny.record import measured_numbers
 from tawny.tables import duration, percent, perplexity_text, size
 
 CARD = "README.md"
@@ -23,12 +25,13 @@ _TAGS = ["pruned", "sparse", "tawny"]
 
 def front_matter(card: str) -> dict[str, Any]:
     """The metadata at the top of a card; empty where there is none or it is not valid YAML."""
+    card = card.removeprefix("\ufeff")  # some editors begin a file with it
     if not card.startswith("---"):
         return {}
     head, closed, _ = card[3:].partition("\n---")
     try:
         found = yaml.safe_load(head) if closed else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a ValueError is that of a date such as 2024-13-45
         return {}
     return dict(found) if isinstance(found, Mapping) else {}
 
@@ -39,30 +42,42 @@ def packed_note(card: str) -> str:
     return card[begin:end] + "<!-- /packed -->\n" if 0 <= begin < end else ""
 
 
-def model_card(record: Mapping[str, Any], base: Mapping[str, Any] | None = None, note: str = "") -> str:
+def model_card(
+    record: Mapping[str, Any],
+    base: Mapping[str, Any] | None = None,
+    note: str = "",
+    recovery: Mapping[str, Any] | None = None,
+) -> str:
     """Markdown with hub metadata.
 
     Args:
         record: what `run.json` holds.
         base: metadata of the base model's card.
         note: what stands between the metadata and the heading.
+        recovery: what `recover.json` holds; the `recovery` of the record by default.
     """
     base = base or {}
+    recovery = record.get("recovery") if recovery is None else recovery
+    record = measured_numbers(record)
     source = str(record["source"])
     metadata: dict[str, Any] = {key: base[key] for key in _INHERITED if base.get(key)}
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+    if "language" in base and (language := _language(base["language"])):
+        metadata["language"] = language
+    if _is_hub_id(record):
         metadata["base_model"] = source
     metadata.setdefault("pipeline_tag", "text-generation")
     metadata["library_name"] = "transformers"
     tags = base.get("tags") or []
-    metadata["tags"] = list(dict.fromkeys([*(tags if isinstance(tags, list) else [str(tags)]), *_TAGS]))
+    words = [tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)]
+    metadata["tags"] = list(dict.fromkeys([*words, *_TAGS]))
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---",
         *([note.rstrip("\n")] if note else []),
         f"# {_inline(source.rstrip('/').split('/')[-1])}, {record['sparsity']:.1%} sparse",
-        _what(record),
+        _what(record, recovered=bool(recovery)),
         _use(record),
-        _numbers(record),
+        _numbers(record, recovered=bool(recovery)),
+        *([f"## Recovered\n\n{_inline(recovery_words(recovery))}"] if recovery else []),
         _intended(),
         _recipe(record),
         _trace(record),
@@ -76,14 +91,56 @@ def _inline(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in flat)
 
 
-def _what(record: Mapping[str, Any]) -> str:
+def _is_hub_id(record: Mapping[str, Any]) -> bool:
+    """Whether the source is a name on the hub: such a one has a revision, which a path like `models/mine` lacks."""
+    source = str(record["source"])
+    named = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return bool(named and record.get("revision") and not Path(source).is_dir())
+
+
+def _language(language: Any) -> Any:
+    """Codes as text: YAML reads `no`, which is Norwegian, as false."""
+    if isinstance(language, list):
+        return [_language(one) for one in language]
+    return "no" if language is False else language
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def recovery_words(recovery: Mapping[str, Any]) -> str:
+    """What a recovery did, in sentences, from `recover.json` or the shorter `recovery` of `run.json`."""
+
+    def part(key: str) -> Mapping[str, Any]:
+        found = recovery.get(key)
+        return found if isinstance(found, Mapping) else {}
+
+    words = "Trained after pruning"
+    if _is_number(recovery.get("tokens")):
+        words += f" on {recovery['tokens']:,} tokens"
+        text = part("text").get("name", recovery.get("text"))
+        words += f" of {text}" if isinstance(text, str) and text else ""
+    settings = {**recovery, **part("settings")}
+    how = [str(settings[key]) for key in ("method", "train") if settings.get(key)]
+    words += f" ({', '.join(how)})" if how else ""
+    words += f" against the dense model {recovery['teacher']}." if recovery.get("teacher") else "."
+    perplexities = [part(key).get("perplexity") for key in ("start", "best")]
+    if all(map(_is_number, perplexities)):
+        words += f" Held-out perplexity {perplexities[0]:,.2f} → {perplexities[1]:,.2f}."
+    if _is_number(recovery.get("zeros_before")) and _is_number(recovery.get("zeros")):
+        words += f" {recovery['zeros']:,} weights are zero, {recovery['zeros_before']:,} were before."
+    return words
+
+
+def _what(record: Mapping[str, Any], recovered: bool) -> str:
     recipe = record["recipe"]
     return (
         f"{record['zeros']:,} of {record['prunable']:,} prunable weights are zero ({record['sparsity']:.2%}); "
         f"the model has {record['parameters']:,} parameters in all. Allocated by `{recipe['allocator']['name']}`, "
         f"solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`{_afterwards(record)}. "
-        f"{_untouched(record)} are those of the source, to the bit."
-    )
+        f"{_untouched(record, recovered)}"
+    ).rstrip()
 
 
 def _afterwards(record: Mapping[str, Any]) -> str:
@@ -97,10 +154,18 @@ def _afterwards(record: Mapping[str, Any]) -> str:
     return f"; the survivors were {' and '.join(steps)}" if steps else ""
 
 
-def _untouched(record: Mapping[str, Any]) -> str:
-    if any(made["also"] for made in record.get("refined") or []):
-        return "Embeddings and head (not the blocks' norms and biases, which were trained along)"
-    return "Embeddings, head, norms and biases"
+def _untouched(record: Mapping[str, Any], recovered: bool) -> str:
+    """What besides the pruned weights is still the source's; empty where nothing is."""
+    refined = any(made["also"] for made in record.get("refined") or [])
+    if (record.get("packed") or {}).get("head"):  # which packs a tied embedding as well
+        kept = "" if refined or recovered else "Norms and biases"
+    elif recovered:
+        kept = "Embeddings and head (not norms and biases, which were trained along)"
+    elif refined:
+        kept = "Embeddings and head (not the blocks' norms and biases, which were trained along)"
+    else:
+        kept = "Embeddings, head, norms and biases"
+    return f"{kept} are those of the source, to the bit." if kept else ""
 
 
 def _use(record: Mapping[str, Any]) -> str:
@@ -117,7 +182,7 @@ def _use(record: Mapping[str, Any]) -> str:
     return f"## Use\n\n{text}\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
-def _numbers(record: Mapping[str, Any]) -> str:
+def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
     measured = record["evaluation"]
     if not {"dense", "pruned"} <= set(measured):
         return "## Quality\n\nNot measured. `tawny eval THIS_FOLDER --text TEXT` gives perplexity ± its standard error."
@@ -133,6 +198,8 @@ def _numbers(record: Mapping[str, Any]) -> str:
         f"{dense['windows']} windows of {dense['seqlen']} tokens of {_inline(str(dense['text']))}, text sha256 "
         f"`{dense['text_sha256']}`, computed in {dense['compute']}; ± is the standard error over windows."
     )
+    if recovered:
+        note += " The pruned model was measured before its recovery."
     return "## Quality\n\n" + "\n".join(rows) + f"\n\n{note}"
 
 

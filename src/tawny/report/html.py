@@ -22,6 +22,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tawny.record import measured_numbers
+from tawny.report.card import recovery_words
 from tawny.report.figures import DepthRow, depth_figure
 from tawny.report.pages import render, write_beside
 from tawny.tables import duration, percent, perplexity_text, size
@@ -50,7 +52,7 @@ def write_report(record: Mapping[str, Any], folder: str | Path) -> Path:
 
 def render_report(record: Mapping[str, Any]) -> str:
     """The page as text."""
-    return render("report.html.j2", **_view(record))
+    return render("report.html.j2", **_view(measured_numbers(record)))
 
 
 def _view(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +106,8 @@ def _summary(record: Mapping[str, Any]) -> str:
         f"{recipe['allocator']['name']} shared the budget among {_count_blocks(record)} blocks, "
         f"{recipe['solver']['name']} chose the weights"
     )
-    return text + (f", pattern {recipe['pattern']}." if ":" in str(recipe["pattern"]) else ".")
+    text += f", pattern {recipe['pattern']}." if ":" in str(recipe["pattern"]) else "."
+    return f"{text} {recovery_words(record['recovery'])}" if record.get("recovery") else text
 
 
 def _count_blocks(record: Mapping[str, Any]) -> int:
@@ -381,7 +384,15 @@ def _command(record: Mapping[str, Any]) -> str:
             "tawny.prune(model, recipe=recipe, calibration=tokens)  # the same model and tokens as were given"
         )
     source, again = shlex.quote(str(record["source"])), shlex.quote(f"{record['out']}-again")
-    return f"tawny prune {source} --out {again} -c {shlex.quote(str(record['out']))}/run.json"
+    packed = record.get("packed") or {}
+    how = f" -c {shlex.quote(str(record['out']))}/run.json"
+    if not packed.get("values"):
+        return f"tawny prune {source} --out {again}{how}"
+    if not packed.get("group") and not packed.get("head"):
+        return f"tawny prune {source} --out {again}{how} --pack {packed['values']}"
+    dense = shlex.quote(f"{record['out']}-again-dense")
+    kinds = "".join(f" --{key} {packed[key]}" for key in ("values", "group", "head") if packed.get(key))
+    return f"tawny prune {source} --out {dense}{how}\ntawny pack {dense} --out {again}{kinds}"
 
 
 def _yaml(recipe: Mapping[str, Any]) -> str:

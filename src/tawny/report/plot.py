@@ -137,5 +137,5 @@ def _save(figure: Any, path: Path) -> None:
 
     # An SVG names its parts at random and dates itself unless told not to.
     with matplotlib.rc_context({"svg.hashsalt": "tawny"}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
         figure.savefig(path, dpi=150, metadata=metadata)

@@ -12,6 +12,7 @@ from typing import Any
 from tawny.record import Record
 from tawny.report.card import CARD, front_matter, model_card, packed_note
 from tawny.report.html import write_report
+from tawny.report.recovery import write_recovery
 
 
 def publish(record: Record, folder: str | Path) -> Path:
@@ -25,16 +26,34 @@ def refresh(folder: str | Path) -> None:
     path = folder / "run.json"
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        _publish(json.loads(text), text, folder)
+        plain = json.loads(text)
+        if "record_version" in plain:  # other programs call their files so too
+            _publish(plain, text, folder)
 
 
 def _publish(plain: Mapping[str, Any], text: str, folder: Path) -> Path:
     card = folder / CARD
     # What the card inherited from the base model's stays in it, and the note that packing put there.
-    old = card.read_text(encoding="utf-8") if card.is_file() else ""
-    made = model_card(plain, front_matter(old), note=packed_note(old))
+    old = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+    recovery = _recovery(plain, folder)
+    made = model_card(plain, front_matter(old), note=packed_note(old), recovery=recovery)
     for path, content in ((folder / "run.json", text), (card, made)):
         beside = path.with_name(path.name + ".new")
         beside.write_text(content, encoding="utf-8")
         beside.replace(path)
+    if "curve" in recovery:  # all of a recover.json, of which the page of a recovered model is made
+        return write_recovery(recovery, folder)
     return write_report(plain, folder)
+
+
+def _recovery(record: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """What is known of a recovery of these weights: `recover.json`, else what the record says; empty if there was none."""
+    summary: Mapping[str, Any] = record.get("recovery") or {}
+    try:
+        told = json.loads((folder / "recover.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return summary
+    if not isinstance(told, dict):
+        return summary
+    # A recovered model that is pruned again may carry the file along, though it holds for the weights before.
+    return told if summary or told.get("zeros", 0) >= record["zeros"] else {}

@@ -38,6 +38,7 @@ def write_recovery(record: Mapping[str, Any], folder: str | Path) -> Path:
 
 def render_recovery(record: Mapping[str, Any]) -> str:
     """The page as text."""
+    record = _known(record)
     return render(
         "recovery.html.j2",
         title=f"{Path(record['source']).name or 'model'}, recovered",
@@ -53,6 +54,16 @@ def render_recovery(record: Mapping[str, Any]) -> str:
         asked=_asked(record),
         phases=_phases(record["seconds"]),
     )
+
+
+def _known(record: Mapping[str, Any]) -> dict[str, Any]:
+    """With NaN for what is null in the file: JSON has no word for a loss that was not finite."""
+
+    def entry(plain: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: math.nan if value is None else value for key, value in plain.items()}
+
+    lists = {key: [entry(one) for one in record[key]] for key in ("measured", "curve")}
+    return {**record, **lists, **{key: entry(record[key]) for key in ("start", "best")}}
 
 
 def _tokens_at(record: Mapping[str, Any], step: float) -> int:

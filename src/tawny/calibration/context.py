@@ -1,0 +1,55 @@
+"""How many tokens a model can be shown at once.
+
+A model with a table of positions (learned, or made at the start) fails beyond its last row. Rotary angles and ALiBi
+exist for any position, and such a model may be shown more than it was trained on. The table is found by its shape,
+never by a model's name.
+"""
+
+from __future__ import annotations
+
+__all__ = ["check_context", "context_of", "hard_context_of"]
+
+from typing import Any
+
+from torch import nn
+
+from tawny.errors import RecipeError
+
+_EXTRA_ROWS = 2  # OPT's table has two that no token uses
+
+
+def context_of(model: Any) -> int | None:
+    """Tokens the model is made for, by its configuration; None if that does not say."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def hard_context_of(model: Any) -> int | None:
+    """Tokens beyond which the model has no position to give; None where there is no such end."""
+    limit = context_of(model)
+    if limit is None:
+        return None
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            if module is not words and 0 <= module.num_embeddings - limit <= _EXTRA_ROWS:
+                return limit
+            continue
+        # A table the model makes itself is not in the checkpoint, which sets it apart from packed weights.
+        made = (module._buffers[name] for name in module._non_persistent_buffers_set)
+        if any(table is not None and table.dim() == 2 and table.shape[0] == limit for table in made):
+            return limit
+    return None
+
+
+def check_context(model: Any, seqlen: int) -> None:
+    """Refuse samples or windows for whose last tokens the model has no position.
+
+    Raises:
+        RecipeError: `seqlen` is past the end of its table of positions.
+    """
+    limit = hard_context_of(model)
+    if limit is not None and seqlen > limit:
+        raise RecipeError(
+            f"seqlen {seqlen} is more than the model's context of {limit}; give --seqlen {limit}"
+        )

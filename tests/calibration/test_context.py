@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tawny
+from tawny.calibration.context import check_context, context_of, hard_context_of
+from tawny.errors import RecipeError
+from tests.tiny import FAMILIES, tiny_config, tiny_model, tokens
+
+TABLES = {"gpt2", "opt"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_a_table_of_positions_ends_a_context(family):
+    model = tiny_model(family)
+    assert hard_context_of(model) == (128 if family in TABLES else None)
+    beyond = tokens(1, 200)
+    if family in TABLES:
+        with pytest.raises(RecipeError, match=r"seqlen 200 .* context of 128; give --seqlen 128"):
+            check_context(model, 200)
+        with pytest.raises(IndexError), torch.no_grad():
+            model(input_ids=beyond)
+    else:
+        check_context(model, 200)
+        assert tawny.evaluate(model, beyond).tokens == 199
+
+
+def test_a_table_that_the_model_makes_itself_ends_it_too():
+    from transformers import AutoModelForCausalLM, GPTJConfig
+
+    config = GPTJConfig(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+    model = AutoModelForCausalLM.from_config(config)
+    assert context_of(model) == hard_context_of(model) == 64
+
+
+def test_widths_that_happen_to_be_the_context_are_no_table():
+    model = tiny_model("llama", hidden_size=128, intermediate_size=128, max_position_embeddings=128)
+    for parameter in model.parameters():
+        parameter.data[torch.rand(parameter.shape) < 0.7] = 0
+    assert hard_context_of(model) is None
+    assert hard_context_of(tawny.pack_model(model, head="int8")) is None
+    assert hard_context_of(tiny_model("llama", max_position_embeddings=256)) is None  # as many as words
+
+
+def test_a_model_without_weights_in_memory_can_be_asked():
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        assert hard_context_of(AutoModelForCausalLM.from_config(tiny_config("gpt2"))) == 128

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import tawny
+from tawny.errors import CheckpointError
+from tawny.model.checkpoint import INDEX, Checkpoint, file_bytes, weight_paths
+from tests.packed.test_model import pruned
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        "{",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": ["model.safetensors"]}}',
+        '{"weight_map": {"a": "x.safetensors", "b": null}}',
+    ],
+)
+def test_an_index_that_is_none_is_refused_in_one_line(text, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match="not a valid safetensors index"):
+        Checkpoint(tmp_path)
+
+
+def test_bytes_are_those_of_the_model_and_of_no_file_beside_it(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    one = (tmp_path / "one" / "model.safetensors").stat().st_size
+    shards = set(json.loads((tmp_path / "many" / INDEX).read_text())["weight_map"].values())
+    assert len(shards) > 2
+    many = sum((tmp_path / "many" / name).stat().st_size for name in shards)
+    for folder in ("one", "many"):
+        shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / folder / "consolidated.safetensors")
+    assert (file_bytes(tmp_path / "one"), file_bytes(tmp_path / "many")) == (one, many)
+
+
+def test_bytes_of_a_packed_folder_are_those_of_its_shards(tmp_path):
+    pruned("llama").save_pretrained(tmp_path / "dense")
+    report = tawny.pack(tmp_path / "dense", tmp_path / "packed", "f32")
+    before = file_bytes(tmp_path / "packed")
+    assert before == sum(path.stat().st_size for path in (tmp_path / "packed").glob("packed-*.safetensors"))
+    assert report.bytes < before < report.file_bytes
+    shutil.copy(tmp_path / "dense" / "model.safetensors", tmp_path / "packed")
+    assert file_bytes(tmp_path / "packed") == before
+
+
+def test_a_lone_file_of_any_name_counts_where_nothing_says_otherwise(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    assert weight_paths(tmp_path) == [tmp_path / "weights.safetensors"]
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors"):
+        file_bytes(tmp_path)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tawny.errors import OutputError
+from tawny.model.output import OutputFolder
+
+
+def model_in(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+@pytest.mark.parametrize("inside", [".", "checkpoint-5", "runs/checkpoint-5"])
+def test_a_folder_that_holds_the_source_is_never_replaced(inside, tmp_path):
+    model_in(tmp_path / "m")
+    source = tmp_path / "m" / inside
+    if inside != ".":
+        model_in(source)
+    with pytest.raises(OutputError, match=r"is the model itself|holds the model"):
+        OutputFolder(tmp_path / "m", overwrite=True, source=source)
+    assert (source / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_link_to_the_source_or_around_it_is_refused_as_well(tmp_path):
+    source = model_in(tmp_path / "m" / "checkpoint-5")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    with pytest.raises(OutputError, match="holds the model"):
+        OutputFolder(tmp_path / "link", overwrite=True, source=source)
+    (tmp_path / "other").symlink_to(source)
+    with pytest.raises(OutputError, match="holds the model"):
+        OutputFolder(tmp_path / "m", overwrite=True, source=tmp_path / "other")
+
+
+def test_a_source_that_lies_in_the_unfinished_folder_is_not_cleared(tmp_path):
+    source = model_in(tmp_path / "m.partial" / "checkpoint")
+    with pytest.raises(OutputError, match=r"m\.partial holds the model"):
+        OutputFolder(tmp_path / "m", source=source)
+    assert (source / "model.safetensors").is_file()
+
+
+def test_a_folder_beside_or_inside_the_source_may_be_replaced(tmp_path):
+    source = model_in(tmp_path / "m")
+    for out in (tmp_path / "m-pruned", source / "pruned"):
+        model_in(out)
+        OutputFolder(out, overwrite=True, source=source).discard()
+        assert (out / "config.json").is_file() and (source / "model.safetensors").is_file()
+
+
+def test_a_folder_without_a_name_of_its_own_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    (tmp_path / "here" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="here exists"):
+        OutputFolder(Path())
+    output = OutputFolder(Path(), overwrite=True)
+    assert output.work == tmp_path / "here.partial"
+    output.discard()
+    assert not output.work.exists()
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    output = OutputFolder(Path(".."), overwrite=True)
+    assert (output.out, output.work) == (tmp_path / "here", tmp_path / "here.partial")
+    output.discard()
+
+
+def test_the_root_is_refused_in_one_line():
+    with pytest.raises(OutputError, match=r"^/ is the root of the file system; choose a folder"):
+        OutputFolder(Path("/"), overwrite=True)

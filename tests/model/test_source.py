@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tawny
+from tawny.errors import CheckpointError
+from tawny.model.checkpoint import Checkpoint
+from tawny.model.source import convert_gguf
+
+gguf = pytest.importorskip("gguf")
+
+HIDDEN, INNER, WORDS, BLOCKS = 64, 96, 300, 2
+
+
+def write(
+    path: Path,
+    zeros: slice = slice(0),
+    without: str = "",
+    misspelt: str = "",
+    parts: int = 1,
+    inner: int = INNER,
+    experts: int = 0,
+) -> Path:
+    """A tiny LLaMA, or Qwen3 with experts; `zeros` are columns of the last down projection that are pruned."""
+    writer = gguf.GGUFWriter(str(path), "qwen3moe" if experts else "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(BLOCKS)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_rope_dimension_count(HIDDEN // 4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(WORDS)
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*pieces, *(f"▁w{i}" for i in range(WORDS - len(pieces)))])
+    writer.add_token_scores([0.0] * WORDS)
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (WORDS - 259))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(inner)
+        writer.add_key_length(HIDDEN // 4)
+        writer.add_value_length(HIDDEN // 4)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
+    generator = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        values = generator.standard_normal(shape, dtype=np.float32) if len(shape) > 1 else np.ones(shape)
+        if name == f"blk.{BLOCKS - 1}.ffn_down.weight":
+            values[:, zeros] = 0
+        if name != without:
+            writer.add_tensor("x" + name if name == misspelt else name, values.astype(np.float32))
+
+    add("token_embd.weight", WORDS, HIDDEN)
+    add("output.weight", WORDS, HIDDEN)
+    add("output_norm.weight", HIDDEN)
+    for block in range(BLOCKS):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{block}.{name}.weight", HIDDEN, HIDDEN)
+        each, of = ("_exps", (experts,)) if experts else ("", ())
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"blk.{block}.{name}{each}.weight", *of, inner, HIDDEN)
+        add(f"blk.{block}.ffn_down{each}.weight", *of, HIDDEN, inner)
+        if experts:
+            add(f"blk.{block}.ffn_gate_inp.weight", experts, HIDDEN)
+            for name in ("attn_q_norm", "attn_k_norm"):
+                add(f"blk.{block}.{name}.weight", HIDDEN // 4)
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{block}.{name}.weight", HIDDEN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TAWNY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gguf"
+
+
+def last_down(folder: Path) -> torch.Tensor:
+    name = f"model.layers.{BLOCKS - 1}.mlp.down_proj.weight"
+    return Checkpoint(folder).read([name])[name]
+
+
+def test_a_gguf_file_is_converted_once_and_loads(tmp_path):
+    said: list[str] = []
+    path = write(tmp_path / "m.gguf")
+    folder = convert_gguf(path, said.append)
+    assert convert_gguf(path, said.append) == folder and len(said) == 1
+    assert len(tawny.load(path).model.layers) == BLOCKS
+
+
+@pytest.mark.parametrize("where", ["one path", "two paths", "two paths of one time", "one path of one time"])
+def test_two_models_that_differ_only_in_what_was_pruned_are_told_apart(where, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    other = tmp_path / ("a" if where.startswith("one") else "b") / "m.gguf"
+    # Large enough that the weights that differ lie far behind the head of the file.
+    first = write(tmp_path / "a" / "m.gguf", zeros=slice(0, 32), inner=4096)
+    size = first.stat().st_size
+    if "of one time" in where:
+        os.utime(first, ns=(0, 0))
+    before = convert_gguf(first)
+    write(other, zeros=slice(32, 64), inner=4096)
+    if "of one time" in where:
+        os.utime(other, ns=(0, 0))
+    after = convert_gguf(other)
+    assert other.stat().st_size == size and before != after
+    assert not last_down(before)[:, :32].any() and last_down(before)[:, 32:].all()
+    assert not last_down(after)[:, 32:64].any() and last_down(after)[:, :32].all()
+
+
+@pytest.mark.parametrize("damage", ["without", "misspelt"])
+@pytest.mark.parametrize(
+    "name,parameter",
+    [
+        ("blk.1.ffn_up.weight", "model.layers.1.mlp.up_proj.weight"),
+        ("output_norm.weight", "model.norm.weight"),
+    ],
+)
+def test_a_file_that_lacks_a_weight_is_refused_and_never_cached(damage, name, parameter, tmp_path, cache):
+    path = write(tmp_path / "m.gguf", **{damage: name})
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=rf"m\.gguf cannot be converted.*lacks 1 weights.*'{parameter}'"
+        ):
+            convert_gguf(path)
+    assert not list(cache.glob("*"))
+
+
+def test_experts_that_lack_a_half_of_their_gated_weights_are_refused(tmp_path, cache):
+    sizes = {"experts": 4, "inner": 768}  # the width transformers takes any such file to have
+    assert tawny.load(write(tmp_path / "whole.gguf", **sizes)).config.num_experts == 4
+    path = write(tmp_path / "m.gguf", **sizes, without="blk.1.ffn_gate_exps.weight")
+    with pytest.raises(CheckpointError, match=r"lacks 'blk\.1\.ffn_gate_exps\.weight'"):
+        convert_gguf(path)
+    assert [made.name[:5] for made in cache.glob("*")] == ["whole"]
+
+
+def test_a_part_of_a_split_file_is_refused_in_one_line(tmp_path, cache):
+    first = write(tmp_path / "m-00001-of-00002.gguf")
+    refusal = r"one of 2 parts of a split model; .*merge the parts"
+    with pytest.raises(CheckpointError, match=refusal) as caught:
+        convert_gguf(first)
+    assert "\n" not in str(caught.value)
+    renamed = write(tmp_path / "renamed.gguf", parts=2)
+    with pytest.raises(CheckpointError, match=refusal):
+        convert_gguf(renamed)
+    assert not cache.is_dir() or not list(cache.glob("*"))
+
+
+def test_a_whole_file_that_was_split_into_one_part_is_no_part(tmp_path):
+    shutil.move(write(tmp_path / "m.gguf"), tmp_path / "m-00001-of-00001.gguf")
+    assert re.match("m-00001-of-00001-", convert_gguf(tmp_path / "m-00001-of-00001.gguf").name)

@@ -1,0 +1,288 @@
+"""What a recovery may write to and clear, what it goes on with, and what it refuses: nobody else's folder is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tawny
+from tawny.errors import Interrupted, OutputError
+from tawny.recovery.run import Run
+from tests.recovery.models import folder_keys
+
+RECIPE = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
+
+
+def snapshot(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def packed(pair, tmp_path):
+    tawny.pack(pair[1], tmp_path / "pkA", "f32")
+    return tmp_path / "pkA"
+
+
+@pytest.fixture
+def dense(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def steps(pair, source, teacher, out, through=(0.4, 0.6), recipe=RECIPE, overwrite=False, **keys):
+    return tawny.recover_gradually(
+        source,
+        teacher,
+        out,
+        list(through),
+        recipe=recipe,
+        settings=folder_keys(pair, **keys),
+        overwrite=overwrite,
+    )
+
+
+def stopped(monkeypatch, call, after=3):
+    """Run `call` until Ctrl-C comes after so many steps of one training."""
+    step = Run._step
+
+    def stopping(self):
+        if self.progress.step == after:
+            self._save()
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_step", stopping)
+        with pytest.raises(Interrupted, match="goes on"):
+            call()
+
+
+def begun(monkeypatch):
+    """The steps at which trainings of later calls begin."""
+    found = []
+    train = Run.train
+    monkeypatch.setattr(Run, "train", lambda self: (found.append(self.progress.step), train(self))[1])
+    return found
+
+
+# --- models that are read ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
+def test_the_teacher_is_never_replaced(pair, packed, dense, tmp_path, kind, overwrite):
+    before = snapshot(dense)
+    keys = folder_keys(pair)
+    (tmp_path / "link").symlink_to(dense)
+    for out in (dense, tmp_path / "link", tmp_path):
+        with pytest.raises(OutputError, match=r"(is|holds) the (teacher|model).*choose another --out"):
+            if kind == "steps":
+                steps(pair, pair[1], dense, out, through=[0.6], overwrite=overwrite)
+            else:
+                source = pair[1] if kind == "plain" else packed
+                tawny.recover(source, dense, out, overwrite=overwrite, **keys)
+    assert snapshot(dense) == before
+
+
+@pytest.mark.parametrize("suffix", ["recovery", "unpacked", "stages", "partial"])
+def test_a_teacher_beside_out_is_not_taken_for_what_a_run_left_there(pair, packed, tmp_path, suffix):
+    teacher = tmp_path / f"out.{suffix}"
+    shutil.copytree(pair[0], teacher)
+    before = snapshot(teacher)
+    calls = {
+        "recovery": lambda: tawny.recover(
+            pair[1], teacher, tmp_path / "out", overwrite=True, **folder_keys(pair)
+        ),
+        "unpacked": lambda: tawny.recover(
+            packed, teacher, tmp_path / "out", overwrite=True, **folder_keys(pair)
+        ),
+        "stages": lambda: steps(pair, pair[0], teacher, tmp_path / "out", overwrite=True),
+    }
+    with pytest.raises(OutputError, match="is the teacher itself"):
+        calls.get(suffix, calls["recovery"])()
+    assert snapshot(teacher) == before
+
+
+def test_a_teacher_called_like_out_dense_is_left_alone(pair, packed, tmp_path):
+    teacher = tmp_path / "out.dense"
+    shutil.copytree(pair[0], teacher)
+    before = snapshot(teacher)
+    tawny.recover(packed, teacher, tmp_path / "out", **folder_keys(pair))
+    assert snapshot(teacher) == before
+
+
+def test_a_source_inside_out_is_not_replaced_with_it(pair, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copytree(pair[1], tmp_path / "out" / "pruned")
+    with pytest.raises(OutputError, match="holds the model"):
+        tawny.recover(
+            tmp_path / "out" / "pruned", pair[0], tmp_path / "out", overwrite=True, **folder_keys(pair)
+        )
+
+
+# --- folders that Tawny did not make ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "content", ["notes.txt", "state.safetensors", "0-recovered/notes.txt", "before/notes.txt"]
+)
+@pytest.mark.parametrize("suffix", ["recovery", "unpacked", "stages"])
+def test_a_folder_of_the_users_is_neither_used_nor_cleared(
+    pair, packed, tmp_path, suffix, content, overwrite
+):
+    foreign = tmp_path / f"out.{suffix}"
+    (foreign / content).parent.mkdir(parents=True)
+    (foreign / content).write_text("of a person")
+    before = snapshot(foreign)
+    with pytest.raises(
+        OutputError, match=r"(which no run of Tawny put there|this Tawny did not make it).*another --out"
+    ):
+        if suffix == "stages":
+            steps(pair, pair[0], pair[0], tmp_path / "out", overwrite=overwrite)
+        else:
+            source = pair[1] if suffix == "recovery" else packed
+            tawny.recover(source, pair[0], tmp_path / "out", overwrite=overwrite, **folder_keys(pair))
+    assert snapshot(foreign) == before and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_came_in_meanwhile_is_left_when_the_run_is_over(pair, tmp_path, monkeypatch):
+    measure = Run._measure
+
+    def noting(self, share):
+        (tmp_path / "out.recovery" / "notes.txt").write_text("of a person")
+        measure(self, share)
+
+    monkeypatch.setattr(Run, "_measure", noting)
+    tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    assert [path.name for path in (tmp_path / "out.recovery").iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_folder_is_used(pair, tmp_path):
+    (tmp_path / "out.recovery").mkdir()
+    tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    assert not (tmp_path / "out.recovery").exists()
+
+
+def test_an_identity_that_cannot_be_read_clears_nothing(pair, tmp_path):
+    (tmp_path / "out.recovery").mkdir()
+    (tmp_path / "out.recovery" / "identity.json").write_text('{"tawny": "something else"}')
+    with pytest.raises(OutputError, match="no identity that this Tawny wrote"):
+        tawny.recover(pair[1], pair[0], tmp_path / "out", overwrite=True, **folder_keys(pair))
+    assert (tmp_path / "out.recovery" / "identity.json").exists()
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"through": (0.3, 0.6)}, "sparsities was"),
+        ({"recipe": {**RECIPE, "allocator": "er"}}, 'recipe allocator name was "uniform", now "er"'),
+        ({"lr": 2e-3}, r"settings lr was 0\.01, now 0\.002"),
+        ({"source": "other"}, "model was .*dense, now .*other"),
+        ({"teacher": "other"}, "teacher was .*dense, now .*other"),
+        ({"text": "other.txt"}, "text changed"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_steps_of_another_run_are_refused_and_say_what_differs(pair, tmp_path, monkeypatch, changes, words):
+    shutil.copytree(pair[0], tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").touch()  # as when it was written anew
+    (tmp_path / "other.txt").write_text(Path(pair[2]).read_text() + " at night")
+    changes = {k: str(tmp_path / v) if str(v).startswith("other") else v for k, v in changes.items()}
+    first = {"source": pair[0], "teacher": pair[0], "out": tmp_path / "out"}
+    stopped(monkeypatch, lambda: steps(pair, **first))
+    with pytest.raises(OutputError, match=words) as error:
+        steps(pair, **{**first, **changes})
+    assert "repeat that command" in str(error.value) and "--overwrite" in str(error.value)
+    where = begun(monkeypatch)
+    steps(pair, **first)
+    assert where == [3]  # in the second step: what was refused has taken nothing from the run
+
+
+def test_overwriting_begins_other_steps_anew(pair, tmp_path, monkeypatch):
+    stopped(monkeypatch, lambda: steps(pair, pair[0], pair[0], tmp_path / "out"))
+    record = steps(pair, pair[0], pair[0], tmp_path / "out", through=[0.5, 0.7], overwrite=True)
+    assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.5, 0.7]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_packed_model_or_other_settings_are_refused(pair, packed, tmp_path, monkeypatch):
+    tawny.prune(pair[0], tmp_path / "more", sparsity=0.7, allocator="uniform", solver="magnitude")
+    tawny.pack(tmp_path / "more", tmp_path / "pkB", "f32")
+    out, keys = tmp_path / "out", folder_keys(pair)
+    stopped(monkeypatch, lambda: tawny.recover(packed, pair[0], out, **keys))
+    with pytest.raises(OutputError, match=r"model was .*pkA, now .*pkB.*repeat that command"):
+        tawny.recover(tmp_path / "pkB", pair[0], out, **keys)
+    with pytest.raises(OutputError, match=r"lr was 0\.01, now 0\.002"):
+        tawny.recover(packed, pair[0], out, **{**keys, "lr": 2e-3})
+    record = tawny.recover(tmp_path / "pkB", pair[0], out, overwrite=True, **keys)
+    assert record.sparsity == pytest.approx(0.7, abs=1e-3)
+    assert not (tmp_path / "out.unpacked").exists()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["repeated", "without --overwrite"])
+@pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
+def test_a_stopped_run_with_overwrite_goes_on_and_replaces_out(
+    pair, packed, tmp_path, monkeypatch, kind, again
+):
+    out = tmp_path / "out"
+    shutil.copytree(pair[1], out)
+
+    def call(overwrite):
+        if kind == "steps":
+            return steps(pair, pair[0], pair[0], out, overwrite=overwrite)
+        source = pair[1] if kind == "plain" else packed
+        return tawny.recover(source, pair[0], out, overwrite=overwrite, **folder_keys(pair))
+
+    stopped(monkeypatch, lambda: call(True))
+    assert not (out / "recover.json").exists()
+    where = begun(monkeypatch)
+    call(again)
+    assert where[0] == 3
+    assert json.loads((out / "recover.json").read_text())["best"]["step"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pkA"]
+    if not again:  # the consent ended with the run it was given to
+        with pytest.raises(OutputError, match="exists; choose another --out"):
+            call(False)
+
+
+def test_consent_to_replace_out_is_not_that_of_another_run(pair, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(pair[1], out)
+    keys = folder_keys(pair)
+    with monkeypatch.context() as patched:  # before there is any state to lose
+        patched.setattr(Run, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Interrupted):
+            tawny.recover(pair[1], pair[0], out, overwrite=True, **keys)
+    with pytest.raises(OutputError, match="out exists"):
+        tawny.recover(pair[1], pair[0], out, **{**keys, "lr": 2e-3})
+    assert not (out / "recover.json").exists()
+
+
+def test_overwrite_discards_a_run_that_began_without_it(pair, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stopped(monkeypatch, lambda: tawny.recover(pair[1], pair[0], out, **folder_keys(pair)))
+    where = begun(monkeypatch)
+    tawny.recover(pair[1], pair[0], out, overwrite=True, **folder_keys(pair))
+    assert where == [0]
+
+
+def test_an_unfinished_pruning_run_is_not_cleared_by_a_recovery_in_steps(pair, packed, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal.json").write_text("{}")
+    with pytest.raises(OutputError, match="unfinished pruning run"):
+        steps(pair, pair[0], pair[0], tmp_path / "out")
+    with pytest.raises(OutputError, match="unfinished pruning run"):
+        tawny.recover(packed, pair[0], tmp_path / "out", **folder_keys(pair))
+    assert (tmp_path / "out.partial" / "journal.json").exists()

@@ -1,0 +1,87 @@
+"""Card and report made anew: a recovered model stays recovered when it is packed and unpacked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+
+import tawny
+from tawny.cli import main
+from tawny.report.publish import refresh
+from tests.recovery.models import prose, save_pair
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recovered")
+    (folder / "text.txt").write_text(prose(), encoding="utf-8")
+    dense, pruned = save_pair(folder)
+    keys = {
+        "text": str(folder / "text.txt"),
+        "seqlen": 24,
+        "tokens": 24 * 4 * 4,
+        "batch": 4,
+        "compute": "float32",
+    }
+    tawny.recover(pruned, dense, folder / "out", **keys)
+    return folder / "out"
+
+
+def check(folder):
+    card = (folder / "README.md").read_text()
+    assert card.count("## Recovered") == 1 and "Held-out perplexity" in card
+    assert "Embeddings, head, norms and biases are" not in card
+    assert "How it came back" in (folder / "report.html").read_text()
+
+
+def test_a_recovered_model_is_still_one_when_it_is_packed_and_unpacked(run, recovered, tmp_path):
+    code, err = run("pack", recovered, "--out", tmp_path / "packed")
+    assert code == 0, err
+    check(tmp_path / "packed")
+    assert "Packed by Tawny" in (tmp_path / "packed" / "README.md").read_text()
+    code, err = run("unpack", tmp_path / "packed", "--out", tmp_path / "again")
+    assert code == 0, err
+    check(tmp_path / "again")
+
+
+def test_without_recover_json_the_record_tells_of_the_recovery(recovered, tmp_path):
+    shutil.copytree(recovered, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "recover.json").read_text())
+    (tmp_path / "out" / "recover.json").unlink()
+    path = tmp_path / "out" / "run.json"
+    keys = ("settings", "text", "tokens", "start", "best")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "recovery": {key: told[key] for key in keys}})
+    )
+    refresh(tmp_path / "out")
+    assert "## Recovered" in (tmp_path / "out" / "README.md").read_text()
+    assert "Trained after pruning on" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_recovered_model_that_is_pruned_again_is_not_recovered(recovered, tmp_path):
+    out = tmp_path / "out"
+    tawny.prune(recovered, out, sparsity=0.7, allocator="uniform", solver="magnitude")
+    shutil.copyfile(recovered / "recover.json", out / "recover.json")
+    refresh(out)
+    assert "## Recovered" not in (out / "README.md").read_text()
+    assert "How it came back" not in (out / "report.html").read_text()
+
+
+def test_the_run_json_of_another_program_is_left_alone(tmp_path):
+    (tmp_path / "run.json").write_text('{"status": "done"}')
+    refresh(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
