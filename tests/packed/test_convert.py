@@ -111,6 +111,14 @@ def test_what_a_search_left_beside_the_weights_travels_both_ways(tmp_path):
         assert {name: (tmp_path / folder / name).read_bytes() for name in left} == left
 
 
+def test_a_card_in_another_encoding_is_packed_with_its_metadata_in_front(tmp_path):
+    dense = saved(tmp_path / "dense")
+    (dense / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: mit\n---\n\nCaf\xe9\n")
+    tawny.pack(dense, tmp_path / "packed", "f32")
+    text = (tmp_path / "packed" / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\nlicense: mit\n---\n<!-- packed -->") and text.endswith("Caf\ufffd\n")
+
+
 def test_packing_the_same_twice_gives_the_same_bytes(tmp_path):
     dense = saved(tmp_path / "dense")
     for name in "ab":

@@ -58,6 +58,13 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(out, hub):
     assert len(report.notes) == 2 and "license" in report.notes[0]
 
 
+def test_a_card_that_is_no_text_is_named_before_anything_is_sent(out, hub):
+    (out / "README.md").write_bytes(b"---\nlicense: mit\n---\nCaf\xe9\n")
+    with pytest.raises(CheckpointError, match=r"README\.md has metadata the hub would refuse.*utf-8"):
+        push(out, "someone/model")
+    assert not hub.calls
+
+
 def test_a_push_uploads_exactly_what_the_dry_run_listed(out, hub):
     (out / "README.md.new").write_text("half")
     (out / ".hidden").write_text("mine")

@@ -398,7 +398,8 @@ def _record(output: OutputFolder, folder: Path, packed: dict[str, Any], total: i
 def _card(output: OutputFolder, folder: Path, note: str | None) -> None:
     """A packed folder's card says how it is opened; the card of the dense one does not."""
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # A mark in front would hide the metadata, and a byte that is no UTF-8 is no reason not to pack.
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     begin, end = text.find("<!-- packed -->"), text.find("<!-- /packed -->\n")
     if begin >= 0 and end >= 0:
         text = text[:begin] + text[end + len("<!-- /packed -->\n") :]

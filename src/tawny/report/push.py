@@ -125,8 +125,8 @@ def _check_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {CARD}; the model card is missing")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         ModelCard(text)
     except (ValueError, TypeError) as error:
         reason = (str(error).strip() or "unreadable").splitlines()[0]
