@@ -36,7 +36,7 @@ from tawny.evaluation.perplexity import (
     windows_of,
 )
 from tawny.evaluation.sources import open_stack_of
-from tawny.model.blocks import Stack
+from tawny.model.blocks import Stack, evaluating
 from tawny.model.source import load_tokenizer
 from tawny.watch import Watch, silent
 
@@ -102,7 +102,7 @@ def agreement(
     if not isinstance(text, Tensor) and tokenizer is None:
         tokenizer = _shared_tokenizer(called, dense_folder, folder)
     made = windows_of(text, seqlen, windows, stride, tokenizer)
-    with dense_stack.evaluating(), stack.evaluating():
+    with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
             stream_through(dense_stack, made.ids, watch, "dense model"),
             stream_through(stack, made.ids, watch, "pruned model"),

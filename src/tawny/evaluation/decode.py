@@ -15,7 +15,7 @@ Everything else is the model's own forward, so every decoder that transformers r
 
 from __future__ import annotations
 
-__all__ = ["Decoder", "evaluating", "kernels"]
+__all__ = ["Decoder", "kernels"]
 
 import contextlib
 import inspect
@@ -56,18 +56,6 @@ def kernels(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in swapped:
             parent._modules[name] = child
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode, so that dropout draws nothing; afterwards each is in its own again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _reserved_layer() -> type:

@@ -28,7 +28,7 @@ from tawny.calibration.context import check_context
 from tawny.calibration.text import Text, check_windows, evaluation_windows, load_text, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import open_stack_of
-from tawny.model.blocks import Stack
+from tawny.model.blocks import Stack, evaluating
 from tawny.model.source import load_tokenizer
 from tawny.model.streams import Samples, Stream
 from tawny.record import peak_memory
@@ -260,7 +260,7 @@ def evaluate(
             )
         tokenizer = load_tokenizer(folder)
     made = windows_of(text, seqlen, windows, stride, tokenizer)
-    with stack.evaluating():
+    with evaluating(stack.model):
         losses = window_losses(stack, made.ids, watch, made.stride)
     compute_name = str(stack.compute).removeprefix("torch.")
     return summarise(made, losses, compute_name, time.perf_counter() - start)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from tawny.calibration.context import context_of
 from tawny.errors import CheckpointError, RecipeError, TextError, UserError
-from tawny.evaluation.decode import Decoder, evaluating, kernels
+from tawny.evaluation.decode import Decoder, kernels
+from tawny.model.blocks import evaluating
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.packed.kernels.native import kernel_name

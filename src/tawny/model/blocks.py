@@ -84,6 +84,18 @@ def _shared(first: str, second: str) -> ModelError:
     )
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, so that no dropout makes what is computed random; afterwards each in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Stack:
     """A model, its blocks, and where their weights come from.
 
@@ -111,17 +123,6 @@ class Stack:
             checkpoint.map_to(model)
             self._load_outside()
             model.requires_grad_(False)  # a live model stays as trainable as its owner left it
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Every module in eval mode, so that no dropout makes what is computed random; afterwards each in its own again."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def __len__(self) -> int:
         return len(self.blocks)

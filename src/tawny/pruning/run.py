@@ -30,7 +30,7 @@ from tawny.errors import (
     RecipeError,
     TawnyError,
 )
-from tawny.model.blocks import Stack, live_stack, open_stack
+from tawny.model.blocks import Stack, evaluating, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, select
 from tawny.model.output import OutputFolder, unfinished
@@ -179,7 +179,7 @@ def open_run(
             holds_out(len(run.samples), recipe.refine, recipe.seed)  # refuses a single sample
         run.begin(overwrite)
         begun = True
-        with torch.no_grad(), stack.evaluating():
+        with torch.no_grad(), evaluating(stack.model):
             yield run
         ranks.close()
     except RuntimeError as error:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
-from tawny.model.blocks import Stack, live_stack, open_stack
+from tawny.model.blocks import Stack, evaluating, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve
@@ -220,10 +220,10 @@ def _open_run(
         check_not_own_teacher(own and not settings.control and not brought)
         stack, teacher_stack = _stacks(settings, source, folder, teacher, watch)
         # Dropout would make the curve depend on more than its settings.
-        modes.enter_context(stack.evaluating())
+        modes.enter_context(evaluating(stack.model))
         if teacher_stack is not None:
             check_teacher(stack, teacher_stack)
-            modes.enter_context(teacher_stack.evaluating())
+            modes.enter_context(evaluating(teacher_stack.model))
         if tokenizer is None and text is None:
             if folder is None:
                 raise ModelError(
