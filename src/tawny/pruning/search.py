@@ -45,6 +45,7 @@ from tawny.pruning.journal import tokens_identity
 from tawny.pruning.levels import HIDDEN_BYTES, LevelStore, Scorer, Solved, solve_levels, store_bytes
 from tawny.pruning.profiling import Together, allocate, block_sparsities
 from tawny.recipe import Recipe
+from tawny.record import finite
 from tawny.solvers import SOLVERS, Solver
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _search(run: Run) -> dict[str, Any]:
             "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen},
             "solver": name_of_solver,
             "tokens_tried": scorer.tokens,
-            "generations": [_number(score) for score in outcome.generations],
+            "generations": finite(outcome.generations),
             "trials": [_row(trial) for trial in outcome.trials],
             "blocks": {name: block_sparsities(a, solved.profile) for name, a in pictured.items()},
             "outliers": [m["outlier_share"][_DRAWN_M] for m in solved.profile.measures],
@@ -288,15 +289,10 @@ def _named(trial: Trial) -> str:
 def _row(trial: Trial) -> dict[str, Any]:
     return {
         "name": _named(trial),
-        "divergence": _number(trial.score),
+        "divergence": finite(trial.score),
         "windows": trial.windows,
-        "verdict": _number(trial.verdict),
+        "verdict": finite(trial.verdict),
     }
-
-
-def _number(score: float | None) -> float | None:
-    """None for a model that has broken down: JSON knows no infinity."""
-    return score if score is not None and math.isfinite(score) else None
 
 
 def _says(outcome: Outcome) -> str:
