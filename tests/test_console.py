@@ -93,26 +93,17 @@ def test_an_error_with_json_is_the_document(capsys):
     assert json.loads(out) == {"error": "no such folder", "exit_code": 2} and "no such folder" in err
 
 
+def inspected(name, **changes):
+    """What `tawny inspect` found in a model of one linear."""
+    linear = {"name": name, "shape": (32, 32), "zeros": 512, "sparsity": 0.5, "pattern": "unstructured"}
+    found = {"sparsity": 0.5, "prunable": 9, "blocks": 1, "parameters": 9, "tied_head": False, "bytes": 9}
+    return {"linears": [{**linear, "ties": 511, **changes}], **found}
+
+
 def test_tables_are_plain_when_piped_and_names_stay_whole(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)  # parallel test workers are given one
     name = "model.layers.29.some.deeply.nested.module.of.a.long.name.self_attn.q_proj"
-    linear = {
-        "name": name,
-        "shape": (576, 576),
-        "zeros": 10,
-        "sparsity": 0.5,
-        "pattern": "2:4",
-        "ties": 3,
-    }
-    found = {
-        "linears": [linear],
-        "sparsity": 0.5,
-        "prunable": 331776,
-        "blocks": 1,
-        "parameters": 400000,
-        "tied_head": True,
-        "bytes": 800000,
-    }
+    found = inspected(name, shape=(576, 576), zeros=10, pattern="2:4")
     Console().result(found, tables.inspection_tables)
     out = capsys.readouterr().out
     assert name in out and "576×576" in out and "50.00 %" in out and "\x1b" not in out
@@ -194,23 +185,8 @@ def test_brackets_and_colons_of_a_name_are_letters(capsys):
 def test_a_narrow_window_shows_every_name_and_number_whole(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     name = "model.layers.0.self_attn.q_proj"
-    linear = {
-        "name": name,
-        "shape": (32, 32),
-        "zeros": 512,
-        "sparsity": 0.5,
-        "pattern": "unstructured",
-        "ties": 511,
-    }
-    found = {
-        "linears": [linear],
-        "sparsity": 0.5,
-        "prunable": 9,
-        "blocks": 1,
-        "parameters": 9,
-        "tied_head": False,
-    }
-    Console().result({**found, "bytes": 9}, tables.inspection_tables)
+    found = inspected(name)
+    Console().result(found, tables.inspection_tables)
     out = capsys.readouterr().out
     for words in (
         f"linear {name}",
@@ -226,11 +202,7 @@ def test_a_narrow_window_shows_every_name_and_number_whole(capsys, monkeypatch, 
 
 def test_a_window_that_is_wide_enough_shows_a_table_with_names_on_a_few_lines(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "67")
-    linear = {"name": "model.layers.0.self_attn.q_proj", "shape": (32, 32), "zeros": 512, "sparsity": 0.5}
-    made = tables.inspection_tables(
-        {"linears": [{**linear, "pattern": "unstructured", "ties": 511}], "sparsity": 0.5, "prunable": 9}
-        | {"blocks": 1, "parameters": 9, "tied_head": False, "bytes": 9}
-    )
+    made = tables.inspection_tables(inspected("model.layers.0.self_attn.q_proj"))
     assert tables.stacked(made[0], 67) is made[0] and tables.stacked(made[1], 10) is made[1]
     Console().result({}, lambda _: made)
     out = capsys.readouterr().out

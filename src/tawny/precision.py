@@ -7,13 +7,16 @@ of others, which some algorithms do not feel.
 
 from __future__ import annotations
 
-__all__ = ["bfloat16_products", "native_dtype"]
+__all__ = ["DTYPES", "bfloat16_products", "native_dtype"]
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+# The dtypes that can be asked for by name.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def native_dtype() -> torch.dtype:

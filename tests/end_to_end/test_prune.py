@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.errors import ModelError, NumericalError, OutputError, PatternError, RecipeError
-from tawny.model.blocks import find_stack, open_stack
+from tawny.model.blocks import open_stack
 from tawny.model.checkpoint import Checkpoint
+from tawny.model.structure import find_stack
 from tawny.solvers import SOLVERS
 from tests.reference import official_flow
 from tests.tiny import FAMILIES, tiny_model, tokens

@@ -15,7 +15,7 @@ from tests.tiny import FAMILIES, tiny_model, tokens
 
 def recorded_outputs(model, ids, mask=None):
     """Every block's output in the model's own forward, and the logits."""
-    from tawny.model.blocks import find_stack
+    from tawny.model.structure import find_stack
 
     _, blocks = find_stack(model)
     seen: list[torch.Tensor] = []

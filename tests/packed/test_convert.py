@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.errors import NumericalError
 from tawny.packed import PackedLinear
-from tawny.packed.folder import INDEX, PackedCheckpoint, PackedWriter
+from tawny.packed.folder import INDEX, PackedCheckpoint
+from tawny.packed.writer import PackedWriter
 from tests.packed.test_folder import bytes_of, saved
 from tests.packed.test_model import greedy, logits, pruned
 from tests.reference import packed_folder

@@ -9,8 +9,8 @@ from torch import nn
 
 import tawny
 from tawny.errors import ModelError, UserError
-from tawny.model.blocks import find_stack
 from tawny.model.linears import linears_of
+from tawny.model.structure import find_stack
 from tawny.packed import DenseLinear, PackedLinear
 from tawny.packed.embedding import PackedEmbedding
 from tawny.packed.kernels import native

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tawny.allocation.profile import LinearInfo
 from tawny.patterns import NM, Unstructured
-from tawny.pruning.evolution import Proposal, make_space, search
+from tawny.pruning.evolution import Proposal, search
+from tawny.pruning.space import make_space
 
 
 def linears(blocks: int = 4, shapes=((8, 8), (8, 8), (4, 8), (24, 8))) -> tuple[LinearInfo, ...]:

@@ -10,9 +10,9 @@ from tawny.allocation.profile import LinearInfo
 from tawny.model.blocks import live_stack
 from tawny.model.streams import Samples
 from tawny.patterns import Unstructured
-from tawny.pruning.evolution import make_space
 from tawny.pruning.levels import LevelStore, solve_levels
 from tawny.pruning.profiling import Together
+from tawny.pruning.space import make_space
 from tawny.recipe import resolve_recipe
 from tests.tiny import tiny_model, tokens
 

@@ -17,12 +17,12 @@ from tawny.model.blocks import live_stack, open_stack
 from tawny.model.streams import Samples
 from tawny.patterns import Unstructured
 from tawny.pruning import levels as levels_module
-from tawny.pruning.evolution import make_space
 from tawny.pruning.grid import Grid, families_for
 from tawny.pruning.levels import LevelStore, Reference, Scorer, solve_levels
 from tawny.pruning.profiling import Together
 from tawny.pruning.run import demand_of
 from tawny.pruning.search import needs_of_search
+from tawny.pruning.space import make_space
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS
 from tests.tiny import tiny_model, tokens

@@ -74,33 +74,6 @@ def test_pruning_ends_whatever_the_base_card_says(base, tmp_path):
     assert metadata.get("license") == ("apache-2.0" if base.startswith("\ufeff") else None)
 
 
-def test_a_card_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
-    from tawny.report import card
-    from tawny.watch import Silent
-
-    said = []
-
-    class Hears(Silent):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    def broken(*_):
-        raise RuntimeError("no paper")
-
-    monkeypatch.setattr(card, "model_card", broken)
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tawny.prune(
-        tmp_path / "dense",
-        tmp_path / "out",
-        sparsity=0.5,
-        allocator="uniform",
-        solver="magnitude",
-        watch=Hears(),
-    )
-    assert "README.md could not be made: RuntimeError: no paper" in said
-    assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "out" / "report.html").is_file()
-
-
 def test_the_card_of_a_recovered_model_says_so_and_claims_no_untouched_norms():
     plain = record()
     plain["recovery"] = {

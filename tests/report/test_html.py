@@ -195,30 +195,3 @@ def test_every_prune_writes_its_report_and_it_can_be_made_again(tmp_path):
     assert (
         file["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size and len(file["sha256"]) == 64
     )
-
-
-def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
-    from tawny.report import html
-    from tawny.watch import Silent
-
-    said = []
-
-    class Hears(Silent):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    def broken(*_):
-        raise RuntimeError("no ink")
-
-    monkeypatch.setattr(html, "write_report", broken)
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    tawny.prune(
-        tmp_path / "dense",
-        tmp_path / "out",
-        sparsity=0.5,
-        allocator="uniform",
-        solver="magnitude",
-        watch=Hears(),
-    )
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert any("report.html could not be made: RuntimeError: no ink" in line for line in said)

@@ -11,7 +11,9 @@ import pytest
 import tawny
 from tawny.cli import main
 from tawny.report.publish import refresh
+from tawny.watch import Silent
 from tests.recovery.models import prose, save_pair
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -85,3 +87,25 @@ def test_the_run_json_of_another_program_is_left_alone(tmp_path):
     (tmp_path / "run.json").write_text('{"status": "done"}')
     refresh(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("makes", "fails", "left"),
+    [("card.model_card", "README.md", "report.html"), ("html.write_report", "report.html", "README.md")],
+)
+def test_what_cannot_be_told_of_a_run_does_not_fail_it(tmp_path, monkeypatch, makes, fails, left):
+    said = []
+
+    class Hears(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    def broken(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(f"tawny.report.{makes}", broken)
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    out = tmp_path / "out"
+    tawny.prune(tmp_path / "dense", out, sparsity=0.5, allocator="uniform", solver="magnitude", watch=Hears())
+    assert f"{fails} could not be made: RuntimeError: no ink" in said
+    assert (out / "model.safetensors").is_file() and (out / left).is_file()

@@ -180,12 +180,12 @@ def _prune_and_pack(
 
 def _mark(dense: Path, out: Path) -> None:
     """Say in the `run.json` of `OUT.dense` what the folder is for; packing puts its own entry there."""
+    from tawny.report.pages import write_beside
+
     path = dense / "run.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     record["packed"] = {"into": str(out.absolute())}
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_beside(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _made_for(dense: Path, out: Path) -> bool:

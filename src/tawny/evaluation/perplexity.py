@@ -28,9 +28,10 @@ from tawny.calibration.context import check_context
 from tawny.calibration.text import Text, check_windows, evaluation_windows, load_text, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import open_stack_of
-from tawny.model.blocks import Stack, evaluating
+from tawny.model.blocks import Stack
 from tawny.model.source import load_tokenizer
 from tawny.model.streams import Samples, Stream
+from tawny.model.structure import evaluating
 from tawny.record import peak_memory
 from tawny.watch import Watch, silent
 

@@ -14,9 +14,7 @@ from tawny.errors import RecipeError
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.source import resolve
 from tawny.packed.loader import load
-from tawny.precision import native_dtype
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from tawny.precision import DTYPES, native_dtype
 
 # Written beside the weights, and no part of what the model computes.
 _NOT_THE_MODEL = {"run.json", "journal.json", "report.json"}
@@ -44,9 +42,9 @@ def compute_dtype(compute: str) -> torch.dtype:
     """
     if compute == "auto":
         return native_dtype()
-    if compute not in _DTYPES:
-        raise RecipeError(f"compute {compute!r} is unknown; give auto, {', '.join(_DTYPES)}")
-    return _DTYPES[compute]
+    if compute not in DTYPES:
+        raise RecipeError(f"compute {compute!r} is unknown; give auto, {', '.join(DTYPES)}")
+    return DTYPES[compute]
 
 
 def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tawny.calibration.context import context_of
 from tawny.errors import CheckpointError, RecipeError, TextError, UserError
 from tawny.evaluation.decode import Decoder, kernels
-from tawny.model.blocks import evaluating
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
+from tawny.model.structure import evaluating
 from tawny.packed.kernels.native import kernel_name
 from tawny.record import peak_memory
 from tawny.watch import Watch, silent

@@ -108,6 +108,27 @@ def index_of(keys: Mapping[str, Sequence[str]], total: int) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
+def spare(places: Sequence[Path], read: Path, what: str) -> None:
+    """Refuse places to write whose replacement, or whose clearing, would take a model that is read with it.
+
+    Args:
+        what: how the refusal calls the model.
+
+    Raises:
+        OutputError: a place is the model's folder, or holds it.
+    """
+    read = read.resolve()
+    for place in places:
+        if place.resolve() == read:
+            raise OutputError(
+                f"{place} is the {what} itself; a source is never overwritten: choose another --out"
+            )
+        if place.resolve() in read.parents:
+            raise OutputError(
+                f"{place} holds the {what} {read}; a source is never overwritten: choose another --out"
+            )
+
+
 class OutputFolder:
     """A checkpoint folder being written; see the top of this file.
 
@@ -132,7 +153,7 @@ class OutputFolder:
         self._writer = ThreadPoolExecutor(1, "writing")
         self._behind: list[tuple[Path, Future[None]]] = []
         if source is not None:
-            self._spare(source)
+            spare((out, self.work), source, "model")
         self._mend()
         if out.exists() and not overwrite:
             raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
@@ -154,19 +175,6 @@ class OutputFolder:
                 (self.work / name).mkdir(exist_ok=True)
             for left in self.work.glob("*/*.tmp"):
                 left.unlink()
-
-    def _spare(self, source: Path) -> None:
-        """Refuse an `OUT` whose replacement, or whose clearing, would take the source with it."""
-        source = source.resolve()
-        if self.out.resolve() == source:
-            raise OutputError(
-                f"{self.out} is the model itself; the source is never overwritten: choose another --out"
-            )
-        for folder in (self.out, self.work):
-            if folder.resolve() in (source, *source.parents):
-                raise OutputError(
-                    f"{folder} holds the model {source}; the source is never overwritten: choose another --out"
-                )
 
     def _mend(self) -> None:
         """Finish what a process that died inside `finish` left: an old `OUT` set aside, or a folder already renamed."""

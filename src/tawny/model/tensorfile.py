@@ -34,7 +34,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _COPY = 1 << 24
 
 
@@ -112,7 +112,8 @@ def _width(dtype: str) -> int:
     return DTYPES[dtype].itemsize if dtype in DTYPES else 1
 
 
-def _raw(value: Tensor) -> memoryview:
+def raw(value: Tensor) -> memoryview:
+    """The bytes of a tensor; no copy where it lies contiguous in memory."""
     flat = value.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -127,10 +128,10 @@ class TensorWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
         for name, (dtype, _) in specs.items():
-            if dtype not in _NAMES:
+            if dtype not in NAMES:
                 raise CheckpointError(f"{name} is stored as {dtype}, which safetensors has no name for")
         header, self.places = _layout(
-            {n: (_NAMES[d], s, int(torch.Size(s).numel()) * d.itemsize) for n, (d, s) in specs.items()}
+            {n: (NAMES[d], s, int(torch.Size(s).numel()) * d.itemsize) for n, (d, s) in specs.items()}
         )
         self._file: IO[bytes] = path.open("wb+")
         self._file.write(header)
@@ -144,7 +145,7 @@ class TensorWriter:
 
     def write(self, name: str, value: Tensor) -> None:
         self._file.seek(self.places[name].start)
-        self._file.write(_raw(value))
+        self._file.write(raw(value))
 
     def close(self) -> None:
         self._file.close()

@@ -19,25 +19,24 @@ import torch
 from torch import Tensor
 
 from tawny.errors import CheckpointError, ModelError, UserError
-from tawny.model.blocks import find_stack
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, linears_of
 from tawny.model.output import ALLOCATION, OutputFolder
 from tawny.model.source import resolve
-from tawny.model.tensorfile import DTYPES
+from tawny.model.structure import find_stack
+from tawny.model.tensorfile import DTYPES, raw
 from tawny.packed import format
 from tawny.packed.folder import (
     INDEX,
     METHOD,
     PackedFolder,
     PackedLinearEntry,
-    PackedWriter,
-    raw,
     read_header,
 )
 from tawny.packed.format import PackedTensor, Values
 from tawny.packed.model import LinearForm, check_values, ends_of, pack_head, pack_or_not, tell
+from tawny.packed.writer import PackedWriter
 from tawny.record import weight_files
 from tawny.watch import Watch, silent
 

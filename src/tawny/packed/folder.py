@@ -3,18 +3,18 @@
 docs/packed-format.md specifies it. `PackedFolder` opens one and refuses, by tensor name, whatever does not fit:
 sizes, shapes and offsets at open, hashes and mask populations when tensors are read or `verify` is called.
 `PackedCheckpoint` reads the same folder as the dense checkpoint it was made from, one tensor at a time, so that
-evaluation, inspection and profiling stream through it like through any other. `PackedWriter` writes one.
+evaluation, inspection and profiling stream through it like through any other. writer.py writes one.
 """
 
 from __future__ import annotations
 
-__all__ = ["INDEX", "METHOD", "PackedCheckpoint", "PackedFolder", "PackedLinearEntry", "PackedWriter"]
+__all__ = ["INDEX", "METHOD", "PackedCheckpoint", "PackedFolder", "PackedLinearEntry"]
 
 import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,13 @@ from torch import Tensor
 
 from tawny.errors import CheckpointError, UserError
 from tawny.model.checkpoint import Checkpoint
-from tawny.model.durable import writing
-from tawny.model.tensorfile import DTYPES, entries, write_tensors
+from tawny.model.tensorfile import DTYPES, NAMES
 from tawny.packed import format
 from tawny.packed.format import PackedTensor, Values
 
 METHOD = "tawny"  # quant_method in config.json
 INDEX = "packed.safetensors.index.json"
-SHARD_BYTES = 256_000_000  # what a writer holds at most beside one block
 _FIELDS = {"dtype", "shape", "shard", "offset", "bytes", "sha256"}  # of a tensor in the index
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def raw(tensor: Tensor) -> Any:
-    """The bytes of a tensor, without a copy where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], str, int]:
@@ -161,7 +153,7 @@ class PackedFolder:
             tensor = self.tensors.get(f"{name}.{key}")
             if tensor is None or DTYPES.get(tensor["dtype"]) != dtype or tuple(tensor["shape"]) != shape:
                 found = "nothing" if tensor is None else f"{tensor['dtype']} {tensor['shape']}"
-                raise self._refuse(f"{name}.{key}", f"{found} where {_NAMES[dtype]} {list(shape)} belongs")
+                raise self._refuse(f"{name}.{key}", f"{found} where {NAMES[dtype]} {list(shape)} belongs")
         return PackedLinearEntry(**{**made.__dict__, "tensors": tuple(wanted)})
 
     def _refuse(self, name: str, what: str) -> CheckpointError:
@@ -336,7 +328,7 @@ class PackedCheckpoint(Checkpoint):
                 if key in self._made:
                     values = self._made[key].values
                     self.files[key] = folder / INDEX
-                    self.dtypes[key] = "F32" if values == "int8" else _NAMES[format.DTYPES[values]]
+                    self.dtypes[key] = "F32" if values == "int8" else NAMES[format.DTYPES[values]]
                 else:
                     self.files[key] = folder / self.packed.tensors[key]["shard"]
                     self.dtypes[key] = entry["dtype"]
@@ -351,82 +343,3 @@ class PackedCheckpoint(Checkpoint):
             W_OI = format.unpack(self.packed.read_packed(entry.name))
             made[key] = W_OI.T.contiguous() if entry.transposed else W_OI
         return made
-
-
-@dataclass
-class PackedWriter:
-    """Collects tensors, writes a shard whenever enough have come, names shards and writes the index at the end."""
-
-    folder: Path
-    limit: int = SHARD_BYTES
-    linears: dict[str, PackedLinearEntry] = field(default_factory=dict)
-    dense: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._pending: dict[str, Tensor] = {}
-        self._bytes = 0
-        self._written: list[Path] = []
-        self._tensors: dict[str, dict[str, Any]] = {}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._bytes + size > self.limit:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._bytes += size
-
-    def add_packed(self, packed: PackedTensor, entry: PackedLinearEntry) -> int:
-        """Returns the bytes it takes."""
-        wanted = entry.wanted()
-        for key in wanted:
-            self.add(f"{entry.name}.{key}", packed.tensors[key])
-        self.linears[entry.name] = entry
-        return sum(int(packed.tensors[key].nbytes) for key in wanted)
-
-    def _flush(self) -> None:
-        path = self.folder / f"packed-{len(self._written) + 1:05d}.safetensors"
-        with writing(path):
-            write_tensors(path, self._pending)
-        places = entries(path)
-        for name, tensor in self._pending.items():
-            place = places[name]
-            self._tensors[name] = {
-                "dtype": place.dtype,
-                "shape": list(place.shape),
-                "shard": path.name,
-                "offset": place.start,
-                "bytes": place.bytes,
-                "sha256": hashlib.sha256(raw(tensor)).hexdigest(),
-            }
-        self._written.append(path)
-        self._pending, self._bytes = {}, 0
-
-    def finish(self, source: list[dict[str, str]], source_index: str | None) -> int:
-        """Write what is left and the index; returns the bytes of all tensors."""
-        if self._pending or not self._written:
-            self._flush()
-        count = len(self._written)
-        final = {
-            path.name: f"packed-{n:05d}-of-{count:05d}.safetensors" for n, path in enumerate(self._written, 1)
-        }
-        for entry in self._tensors.values():
-            entry["shard"] = final[entry["shard"]]
-        total: int = sum(entry["bytes"] for entry in self._tensors.values())
-        index = {
-            "metadata": {"format": METHOD, "version": format.VERSION, "total_size": total},
-            "weight_map": {name: entry["shard"] for name, entry in self._tensors.items()},
-            "shards": {final[path.name]: path.stat().st_size for path in self._written},
-            "linears": {name: entry.to_dict() for name, entry in self.linears.items()},
-            "dense": self.dense,
-            "source": source,
-            "source_index": source_index,
-            "tensors": self._tensors,
-        }
-        with writing(self.folder):
-            for path in self._written:
-                path.rename(self.folder / final[path.name])
-            # One entry a line: a megabyte of indentation would be a visible share of a small model.
-            (self.folder / INDEX).write_text(
-                json.dumps(index, separators=(",", ":")) + "\n", encoding="utf-8"
-            )
-        return total

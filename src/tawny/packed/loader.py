@@ -18,8 +18,7 @@ from tawny.errors import CheckpointError, ModelError, TawnyError, UserError
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.tensorfile import natural
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from tawny.precision import DTYPES
 
 
 def load(
@@ -43,9 +42,9 @@ def load(
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(_DTYPES)}")
-        dtype = _DTYPES[dtype]
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
     folder = resolve(source)
     packed = is_packed(folder)
     from tawny.packed.quantizer import verification

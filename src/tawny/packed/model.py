@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import ModelError, UserError
-from tawny.model.blocks import find_stack
 from tawny.model.linears import Linear, linears_of
+from tawny.model.structure import find_stack
 from tawny.packed import format
 from tawny.packed.embedding import serve_from
 from tawny.packed.format import PackedTensor, Values

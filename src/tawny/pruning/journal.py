@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
@@ -269,11 +271,17 @@ def model_identity(folder: Path) -> dict[str, Any]:
     return found
 
 
+def tensor_digest(tensor: Tensor) -> hashlib._Hash:
+    """SHA-256 of a tensor's bytes and shape."""
+    digest = hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(str(list(tensor.shape)).encode())
+    return digest
+
+
 def tokens_identity(samples: Samples | None) -> str | None:
     if samples is None:
         return None
-    digest = hashlib.sha256(samples.tokens.cpu().contiguous().numpy().tobytes())
-    digest.update(str(list(samples.tokens.shape)).encode())
+    digest = tensor_digest(samples.tokens)
     if samples.mask is not None:
         digest.update(samples.mask.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

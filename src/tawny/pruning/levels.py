@@ -30,10 +30,10 @@ from tawny.model.blocks import Stack
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
-from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, read_tensor
+from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, raw, read_tensor
 from tawny.pruning.block import blind_statistics, pattern_at, relative_error
-from tawny.pruning.evolution import Levels, Space
 from tawny.pruning.memory import LOGIT_BYTES
+from tawny.pruning.space import Levels, Space
 from tawny.recipe import Recipe
 from tawny.solvers.refit import refit
 from tawny.watch import Watch
@@ -166,7 +166,7 @@ def solve_levels(
                     raise NumericalError(
                         f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
                     )
-                digest.update(weight.contiguous().cpu().view(torch.uint8).numpy().data)
+                digest.update(raw(weight))
             try:
                 inputs = {name: (weight, seen.statistics.get(name)) for name, weight in weights.items()}
                 measures.append(json.loads(json.dumps(measuring.measure(inputs))))

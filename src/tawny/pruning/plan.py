@@ -20,7 +20,7 @@ from tawny.model.linears import check_selection, select
 from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
 from tawny.patterns import check_pattern
-from tawny.precision import native_dtype
+from tawny.precision import DTYPES, native_dtype
 from tawny.pruning.memory import available, distinct_inputs, parse_size, place
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
@@ -120,9 +120,7 @@ def plan(
     )
     checkpoint = stack.checkpoint
     assert checkpoint is not None
-    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(
-        recipe.dtype or "", checkpoint.storage_dtype.itemsize
-    )
+    itemsize = (DTYPES[recipe.dtype] if recipe.dtype else checkpoint.storage_dtype).itemsize
     seconds = _seconds(stack, recipe, infos, needs, allocator)
     disk_of_search = 0
     if getattr(allocator, "searches", False):

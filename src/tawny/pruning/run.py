@@ -30,14 +30,15 @@ from tawny.errors import (
     RecipeError,
     TawnyError,
 )
-from tawny.model.blocks import Stack, evaluating, live_stack, open_stack
+from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, select
 from tawny.model.output import OutputFolder, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
+from tawny.model.structure import evaluating
 from tawny.patterns import Pattern, check_pattern
-from tawny.precision import native_dtype
+from tawny.precision import DTYPES, native_dtype
 from tawny.pruning.block import BlockRun
 from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
 from tawny.pruning.memory import (
@@ -60,7 +61,6 @@ from tawny.watch import Watch, silent
 if TYPE_CHECKING:
     from tawny.calibration.text import Text
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OUTSIDE = "outside"
 
 
@@ -225,7 +225,7 @@ def open_output(out: Path, folder: Path | None, overwrite: bool) -> tuple[Output
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
     """dtype of forwards: the recipe's, or what the machine multiplies natively."""
-    return native_dtype() if recipe.compute == "auto" else _DTYPES[recipe.compute]
+    return native_dtype() if recipe.compute == "auto" else DTYPES[recipe.compute]
 
 
 @dataclass
@@ -573,13 +573,13 @@ class Run:
         }
         # Tensors no parameter uses travel too: what Tawny does not prune, it does not judge.
         outside = [key for key in checkpoint.files if key not in inside]
-        dtype = _DTYPES[self.recipe.dtype] if self.recipe.dtype else None
+        dtype = DTYPES[self.recipe.dtype] if self.recipe.dtype else None
         self.output.write_outside(_OUTSIDE, checkpoint, outside, dtype)
         return self.output.plan_shards([_OUTSIDE, *(f"{index:05d}" for index in range(len(self.stack)))])
 
     def stored(self, value: Tensor) -> Tensor:
         wanted = self.recipe.dtype
-        return value.to(_DTYPES[wanted]) if wanted and value.is_floating_point() else value
+        return value.to(DTYPES[wanted]) if wanted and value.is_floating_point() else value
 
     def _storage_in_config(self) -> None:
         checkpoint = self.stack.checkpoint

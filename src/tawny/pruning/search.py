@@ -39,11 +39,12 @@ from tawny.calibration.statistics import Needs, most
 from tawny.errors import TextError
 from tawny.model.streams import Samples
 from tawny.patterns import NM
-from tawny.pruning.evolution import Outcome, Space, Trial, make_space, search
+from tawny.pruning.evolution import Outcome, Trial, search
 from tawny.pruning.grid import OWL_MS, Grid, families_for
 from tawny.pruning.journal import tokens_identity
 from tawny.pruning.levels import HIDDEN_BYTES, LevelStore, Scorer, Solved, solve_levels, store_bytes
 from tawny.pruning.profiling import Together, allocate, block_sparsities
+from tawny.pruning.space import Space, make_space
 from tawny.recipe import Recipe
 from tawny.record import finite
 from tawny.solvers import SOLVERS, Solver

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from tawny.model.checkpoint import file_bytes
 from tawny.packed.convert import pack, unpack
 from tawny.recovery.processes import Processes
 from tawny.recovery.settings import Recovery
@@ -71,7 +72,7 @@ def recover_packed(
         record.source, record.out = str(source), str(out)
         draw(record, after, watch)
         pack(after, packed, kind["values"], kind.get("group"), kind.get("head"), overwrite=True, watch=watch)
-        record.bytes = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
+        record.bytes = file_bytes(packed)
         # What packing changed is told by the card too, unless a person wrote it.
         retell(packed, record, base=packed if is_made(after) else None)
         deliver(packed, out, overwrite or work.consent, folder)

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
-from tawny.model.blocks import Stack, evaluating, live_stack, open_stack
+from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve
+from tawny.model.structure import evaluating
 from tawny.precision import native_dtype
 from tawny.pruning.journal import model_identity
-from tawny.record import Clock, machine, peak_memory, versions
+from tawny.record import Clock, finite, machine, peak_memory, versions
 from tawny.recovery.data import Reading, check_ids, read
 from tawny.recovery.elsa import Elsa
 from tawny.recovery.objective import Losses, chunk_tokens, distil
@@ -47,7 +48,7 @@ from tawny.recovery.workfolder import (
     check_not_own_teacher,
     is_own_teacher,
 )
-from tawny.recovery.writing import card, check_no_pruning, finite, tell_run, write
+from tawny.recovery.writing import card, check_no_pruning, tell_run, write
 from tawny.watch import Watch, silent
 
 _BETAS = (0.9, 0.95)
@@ -189,14 +190,7 @@ def _open_run(
 ) -> Iterator[Run]:
     """Check everything that can be checked before work, and clean up whatever happens after."""
     before = peak_memory()
-    if teacher is None and settings.kl > 0:
-        raise RecipeError(
-            "recovery learns from the dense model: give --teacher DENSE, or -o kl=0 to learn from the text alone"
-        )
-    if out is None and not isinstance(source, nn.Module):
-        raise RecipeError(f"recovering {source} needs a folder to write to: give out=… (or --out DIR)")
-    if settings.shard and isinstance(source, nn.Module):
-        raise RecipeError("shard=true reads a model part by part: give a folder instead of a live module")
+    _check_wanted(settings, source, teacher, out)
     processes = Processes(settings.device, shard=settings.shard)
     output: OutputFolder | None = None
     student: Student | None = None
@@ -210,11 +204,10 @@ def _open_run(
             )
         folder = None if isinstance(source, nn.Module) else resolve(source, watch.say)
         if out is not None:
-            shelf = WorkFolder(Path(out), "recovery", _SHELVED, kept=("state*.safetensors",))
-            check_apart(
-                Path(out), [shelf], {"model": None if folder is None else str(source), "teacher": teacher}
-            )
-            work = None if folder is None else shelf
+            work = WorkFolder(Path(out), "recovery", _SHELVED, kept=("state*.safetensors",))
+            check_apart(Path(out), [work], {"model": source, "teacher": teacher})
+            if folder is None:  # a live model's run leaves nothing to go on from
+                work = None
         own = is_own_teacher(folder, teacher)
         brought = settings.method == "elsa" and settings.sparsity is not None
         check_not_own_teacher(own and not settings.control and not brought)
@@ -241,13 +234,8 @@ def _open_run(
         check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
         run = Run(settings, student, teacher_stack, reading, processes, output, watch)
         run.source, run.folder = (str(source), folder) if folder else (type(source).__name__, None)
-        run.record.teacher = (
-            None
-            if teacher is None
-            else type(teacher).__name__
-            if isinstance(teacher, nn.Module)
-            else str(teacher)
-        )
+        if teacher is not None:
+            run.record.teacher = type(teacher).__name__ if isinstance(teacher, nn.Module) else str(teacher)
         run.record.memory_before = before
         run.shelve(work, overwrite)
         yield run
@@ -262,6 +250,24 @@ def _open_run(
             student.close()
         modes.close()
         processes.close()
+
+
+def _check_wanted(
+    settings: Recovery,
+    source: str | Path | nn.Module,
+    teacher: str | Path | nn.Module | None,
+    out: str | Path | None,
+) -> None:
+    """Refuse what cannot be done, before anything is opened."""
+    live = isinstance(source, nn.Module)
+    if teacher is None and settings.kl > 0:
+        raise RecipeError(
+            "recovery learns from the dense model: give --teacher DENSE, or -o kl=0 to learn from the text alone"
+        )
+    if out is None and not live:
+        raise RecipeError(f"recovering {source} needs a folder to write to: give out=… (or --out DIR)")
+    if settings.shard and live:
+        raise RecipeError("shard=true reads a model part by part: give a folder instead of a live module")
 
 
 def _stacks(

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from tawny.errors import ModelError, OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.output import named, unfinished
+from tawny.model.output import named, spare, unfinished
 from tawny.model.source import resolve
-from tawny.pruning.journal import differences, model_identity
+from tawny.pruning.journal import differences, model_identity, tensor_digest
 
 IDENTITY = "identity.json"
 _VERSION = 1
@@ -196,9 +196,7 @@ def about_text(name: str, tokens: Tensor | None = None) -> str:
 
 
 def about_tokens(tokens: Tensor) -> str:
-    digest = hashlib.sha256(str(list(tokens.shape)).encode())
-    digest.update(tokens.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return tensor_digest(tokens).hexdigest()
 
 
 # --- what must not be lost -------------------------------------------------------------------------------------------
@@ -220,17 +218,9 @@ def check_apart(
         if model is None or isinstance(model, nn.Module):
             continue
         given = Path(str(model)).expanduser()
+        # A .gguf file is spared as much as the folder that was made of it.
         for read in [given, resolve(model)] if given.exists() else [resolve(model)]:
-            read = read.resolve()
-            for place in places:
-                if place.resolve() == read:
-                    raise OutputError(
-                        f"{place} is the {what} itself, which is never overwritten: choose another --out"
-                    )
-                if place.resolve() in read.parents:
-                    raise OutputError(
-                        f"{place} holds the {what} {read}, which is never overwritten: choose another --out"
-                    )
+            spare(places, read, what)
 
 
 def is_own_teacher(folder: Path | None, teacher: str | Path | nn.Module | None) -> bool:

@@ -11,7 +11,6 @@ __all__ = [
     "check_no_pruning",
     "check_place",
     "deliver",
-    "finite",
     "is_made",
     "retell",
     "tell_run",
@@ -33,7 +32,7 @@ from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.output import ALLOCATION, JOURNAL, OutputFolder, unfinished
-from tawny.record import weight_files
+from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
 _OUTSIDE = "outside"
 _RUN = "run.json"
-_SECTION = "## Recovered"
 # Of `recover.json`, what `run.json` sums up.
 _SUMMARY = (
     "source",
@@ -163,7 +161,7 @@ def card(record: RecoveryRecord, folder: Path | None, made: Path) -> str:
     old = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     run = _run_of(made)
     if run is not None and is_made(folder):
-        return _with_section(model_card(run, front_matter(old)), record)
+        return model_card(run, front_matter(old))
     return f"{old.rstrip()}\n\n{_section(record)}"
 
 
@@ -191,31 +189,15 @@ def _body(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip() and not re.match(r"- `.*sha256 `", line)]
 
 
-def _with_section(text: str, record: RecoveryRecord) -> str:
-    return text if _SECTION in text else f"{text.rstrip()}\n\n{_section(record)}"
-
-
 def _section(record: RecoveryRecord) -> str:
-    settings: dict[str, Any] = record.settings
-    start, best = record.start, record.best
-    how = "Trained while its mask moved" if settings["method"] == "elsa" else "Trained behind its mask"
-    lines = [
-        _SECTION,
-        "",
-        f"{how} on {record.tokens:,} tokens of {record.text['name']} ({settings['method']}, "
-        f"{settings['train']}, learning rate {settings['lr']:g})"
-        + (f" against the dense model {record.teacher}." if record.teacher else "."),
-        "",
-        f"Held-out perplexity {start['perplexity']:.2f} → {best['perplexity']:.2f} "
-        f"({record.text['held_out']} windows of {record.text['seqlen']} tokens); "
-        f"{record.zeros:,} of {record.prunable:,} prunable weights are zero ({record.sparsity:.2%}), "
-        f"{record.zeros_before:,} were before.",
-        "",
+    from tawny.report.card import recovery_words
+
+    how = "Trained while its mask moved" if record.settings["method"] == "elsa" else "Trained behind its mask"
+    return (
+        f"## Recovered\n\n{recovery_words(record.to_dict(), how)}\n\n"
         "What the sections above say about unchanged weights held before this training. `recover.json` has every setting and "
-        "the curve, `report.html` shows them.",
-        "",
-    ]
-    return "\n".join(lines)
+        "the curve, `report.html` shows them.\n"
+    )
 
 
 def tell_run(folder: Path, record: RecoveryRecord, zeros: Mapping[str, int] | None = None) -> None:
@@ -260,8 +242,7 @@ def retell(
     if run is not None and base is not None:
         text = base / CARD
         old = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
-        made = model_card(run, front_matter(old), note=packed_note(old))
-        _put(folder / CARD, _with_section(made, record))
+        _put(folder / CARD, model_card(run, front_matter(old), note=packed_note(old)))
 
 
 def _run_of(folder: Path) -> dict[str, Any] | None:
@@ -281,12 +262,3 @@ def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord) -> None:
 def _put(path: Path, text: str) -> None:
     with writing(path):
         durable.write(path, text.encode())
-
-
-def finite(value: Any) -> Any:
-    """The same with None for every number that JSON has no word for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -109,21 +109,25 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def recovery_words(recovery: Mapping[str, Any]) -> str:
-    """What a recovery did, in sentences, from `recover.json` or the shorter `recovery` of `run.json`."""
+def recovery_words(recovery: Mapping[str, Any], how: str = "Trained after pruning") -> str:
+    """What a recovery did, in sentences, from `recover.json` or the shorter `recovery` of `run.json`.
+
+    Args:
+        how: the first words.
+    """
 
     def part(key: str) -> Mapping[str, Any]:
         found = recovery.get(key)
         return found if isinstance(found, Mapping) else {}
 
-    words = "Trained after pruning"
+    words = how
     if _is_number(recovery.get("tokens")):
         words += f" on {recovery['tokens']:,} tokens"
         text = part("text").get("name", recovery.get("text"))
         words += f" of {text}" if isinstance(text, str) and text else ""
     settings = {**recovery, **part("settings")}
-    how = [str(settings[key]) for key in ("method", "train") if settings.get(key)]
-    words += f" ({', '.join(how)})" if how else ""
+    method = [str(settings[key]) for key in ("method", "train") if settings.get(key)]
+    words += f" ({', '.join(method)})" if method else ""
     words += f" against the dense model {recovery['teacher']}." if recovery.get("teacher") else "."
     perplexities = [part(key).get("perplexity") for key in ("start", "best")]
     if all(map(_is_number, perplexities)):

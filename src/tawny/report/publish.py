@@ -12,6 +12,7 @@ from typing import Any
 from tawny.record import Record
 from tawny.report.card import CARD, front_matter, model_card, packed_note
 from tawny.report.html import write_report
+from tawny.report.pages import write_beside
 from tawny.report.recovery import write_recovery
 
 
@@ -38,9 +39,7 @@ def _publish(plain: Mapping[str, Any], text: str, folder: Path) -> Path:
     recovery = _recovery(plain, folder)
     made = model_card(plain, front_matter(old), note=packed_note(old), recovery=recovery)
     for path, content in ((folder / "run.json", text), (card, made)):
-        beside = path.with_name(path.name + ".new")
-        beside.write_text(content, encoding="utf-8")
-        beside.replace(path)
+        write_beside(path, content)
     if "curve" in recovery:  # all of a recover.json, of which the page of a recovered model is made
         return write_recovery(recovery, folder)
     return write_report(plain, folder)
@@ -55,5 +54,5 @@ def _recovery(record: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         return summary
     if not isinstance(told, dict):
         return summary
-    # A recovered model that is pruned again may carry the file along, though it holds for the weights before.
+    # The file may have been copied beside a model that was pruned again; it holds for the weights before.
     return told if summary or told.get("zeros", 0) >= record["zeros"] else {}

@@ -1,0 +1,74 @@
+"""What a module shows of itself: where its blocks are, whether they share weights, and the mode it is in.
+
+The stack is the `nn.ModuleList` of same-class modules that holds most linear weights; nothing is known by name.
+"""
+
+from __future__ import annotations
+
+__all__ = ["check_unshared", "evaluating", "find_stack"]
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from tawny.errors import ModelError
+from tawny.model.linears import linears_of, prunable_numel
+
+
+def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Module path and list of the blocks of `model`.
+
+    Raises:
+        ModelError: no list of same-class modules with linear weights exists.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1:
+            size = sum(prunable_numel(block) for block in module)
+            if size and (best is None or size > best[0]):
+                best = (size, path, module)
+    if best is None:
+        raise ModelError(
+            f"{type(model).__name__} holds no list of blocks with linear weights; expected a decoder"
+        )
+    return best[1], best[2]
+
+
+def check_unshared(model: nn.Module) -> None:
+    """Refuse blocks that share weights: pruned for one block's inputs, they would not be what was measured in another.
+
+    Raises:
+        ModelError: names two places that hold the same parameter.
+    """
+    path, blocks = find_stack(model)
+    owners: dict[int, tuple[int, str]] = {}
+    held: dict[tuple[int, int | None], str] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters(prefix=f"{path}.{index}", remove_duplicate=False):
+            owner, first = owners.setdefault(id(parameter), (index, name))
+            if owner != index:
+                raise _shared(first, name)
+        for linear in linears_of(block, f"{path}.{index}"):
+            place = (id(getattr(linear.module, linear.parameter)), linear.expert)
+            if held.setdefault(place, linear.key) != linear.key:
+                raise _shared(held[place], linear.key)
+
+
+def _shared(first: str, second: str) -> ModelError:
+    return ModelError(
+        f"{first} and {second} are one parameter; expected blocks with weights of their own: give each its own "
+        "(copy.deepcopy) first"
+    )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, so that no dropout makes what is computed random; afterwards each in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
