@@ -23,9 +23,9 @@ from typing import Any
 
 import tawny
 from tawny.evaluation.perplexity import Windows, windows_of
+from tawny.machine import machine, versions
 from tawny.model.source import load_tokenizer, resolve
 from tawny.recipe import parse_override, resolve_recipe
-from tawny.record import machine, versions
 
 Keys = dict[str, Any]
 

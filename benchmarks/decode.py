@@ -43,13 +43,12 @@ from torch import Tensor, nn
 
 import tawny
 from tawny.evaluation.decode import Decoder, kernels
-from tawny.evaluation.speed import resident_memory
+from tawny.machine import machine, resident_memory, versions
 from tawny.model.skeleton import build_skeleton
 from tawny.packed import PackedLinear, PackedTensor, kernel_name, pack
 from tawny.packed.kernels import native
 from tawny.packed.model import pack_head
 from tawny.packed.step import find_blocks
-from tawny.record import machine, versions
 
 SPARSITIES = [0.5, 0.6, 0.7, 0.8]
 RESULTS = Path(__file__).parent / "results" / "decode.json"

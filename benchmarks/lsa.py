@@ -21,8 +21,8 @@ import torch
 
 from tawny.allocation.lsa import half_removal_error
 from tawny.calibration.statistics import Statistics
+from tawny.machine import machine, versions
 from tawny.patterns import Unstructured
-from tawny.record import machine, versions
 from tawny.solvers import SparseGPT
 
 RESULTS = Path(__file__).parent / "results" / "lsa.json"

@@ -374,7 +374,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    from tawny.record import machine, versions
+    from tawny.machine import machine, versions
 
     result = {"measurements": [], "errors": []}
     if options.results.exists() and not options.quick:

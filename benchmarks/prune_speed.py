@@ -166,8 +166,8 @@ def child(args: argparse.Namespace) -> None:
 
     import tawny.model.blocks
     import tawny.pruning.run  # both sides import it; it belongs to the baseline
+    from tawny.machine import peak_memory
     from tawny.model.source import resolve
-    from tawny.record import peak_memory
 
     torch.set_num_threads(args.threads)
     idle = peak_memory()
@@ -287,8 +287,8 @@ def main() -> None:
     import torch
 
     from tawny.calibration.text import load_text, sample_windows, tokenise
+    from tawny.machine import machine, versions
     from tawny.model.source import load_tokenizer, resolve
-    from tawny.record import machine, versions
 
     text = load_text(args.text, "calibration")
     windows = sample_windows(

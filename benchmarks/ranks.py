@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import tawny
+from tawny.machine import machine, versions
 from tawny.model.checkpoint import Checkpoint
-from tawny.record import machine, versions
 
 COMPUTE = {"wanda": "float32", "sparsegpt": "bfloat16"}
 

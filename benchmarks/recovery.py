@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import tawny
-from tawny.record import machine, versions
+from tawny.machine import machine, versions
 from tawny.watch import Silent
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
@@ -167,8 +167,8 @@ def child(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     import tawny.recovery.run
+    from tawny.machine import peak_memory
     from tawny.model.source import resolve
-    from tawny.record import peak_memory
 
     if args.threads:
         torch.set_num_threads(args.threads)

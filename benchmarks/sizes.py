@@ -27,15 +27,13 @@ KINDS: list[tuple[str, int | None, str | None]] = [
 VALUE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "int8": 1}
 LOAD = """
 import gc, sys, tawny
-def resident():
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+from tawny.machine import resident_memory
 tawny.load(sys.argv[1])
 gc.collect()
-before = resident()
+before = resident_memory()
 model = tawny.load(sys.argv[2])
 gc.collect()
-print(resident() - before)
+print(resident_memory() - before)
 """
 
 
@@ -63,7 +61,7 @@ def small_packed(folder: Path) -> Path:
 
 def measure(model: str, sparsity: float, work: Path) -> dict[str, Any]:
     import tawny
-    from tawny.record import machine, versions
+    from tawny.machine import machine, versions
 
     dense = work / "dense"
     tawny.prune(model, dense, sparsity=sparsity, allocator="uniform", solver="magnitude")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import tawny
-from tawny.record import machine, versions
+from tawny.machine import machine, versions
 
 
 def lm_evals_own(folder: Path, names: list[str], limit: int, sources: list[Any]) -> dict[str, float]:
@@ -33,18 +33,18 @@ def lm_evals_own(folder: Path, names: list[str], limit: int, sources: list[Any])
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from tawny.evaluation import tasks as ours
+    from tawny.evaluation.task_config import find_manager, load_task
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
-    manager = ours._manager(names)
+    manager = find_manager(names)
     made = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
             config = manager._factory._load_full_config(manager.task_index[name])
             for key in ("tag", "group"):
                 config.pop(key, None)
-            found, _ = ours._load(manager, name, sources)
+            found, _ = load_task(manager, name, sources)
             documents = found["tasks"][name]
             split = documents.config.test_split or documents.config.validation_split
             file = Path(scratch) / f"{name}.jsonl"
@@ -102,14 +102,15 @@ def main() -> None:
         args.results.write_text(text + "\n")
 
     if "equal" not in results:
-        from tawny.evaluation import tasks as ours
+        from tawny.evaluation.task_config import find_sources
+        from tawny.evaluation.tasks import task_names
         from tawny.model.source import resolve
 
-        folder, names = resolve(args.model), ours.task_names(args.tasks)
+        folder, names = resolve(args.model), task_names(args.tasks)
         mine = tawny.evaluate_tasks(
             folder, names, task_data=args.task_data, limit=args.limit, compute="float32", cache=False
         )
-        theirs = lm_evals_own(folder, names, args.limit, ours._sources(args.task_data))
+        theirs = lm_evals_own(folder, names, args.limit, find_sources(args.task_data))
         pairs = {task.name: {"tawny": task.value, "lm_eval": theirs[task.name]} for task in mine.tasks}
         results["equal"] = {
             "tasks": pairs,

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tawny.record import cpu_name
+from tawny.machine import cpu_name, free_memory, total_memory
 from tawny.tables import size
 
 # The instructions that forwards and kernels can make use of, as Linux names them (macOS has other names).
@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
         "optional": {name: _version(name) for name in _OPTIONAL},
         "cpu": _cpu(),
         "devices": _devices(),
-        "memory": _memory(),
+        "memory": {"total": total_memory(), "available": free_memory() or 0},
         "disk": _disk(),
         "kernels": _kernels(),
         "packaged": _packaged(),
@@ -94,18 +94,6 @@ def _devices() -> list[str]:
         return [*found, *(["mps"] if torch.backends.mps.is_available() else [])]
     except Exception:
         return []
-
-
-def _memory() -> dict[str, int]:
-    known: dict[str, int] = {}
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            name, _, rest = line.partition(":")
-            known[name] = int(rest.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        return {"total": pages * os.sysconf("SC_PAGE_SIZE") if pages else 0, "available": 0}
-    return {"total": known.get("MemTotal", 0), "available": known.get("MemAvailable", 0)}
 
 
 def _disk() -> dict[str, Any]:

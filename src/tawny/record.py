@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -154,16 +149,6 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def peak_memory() -> int:
-    """Peak resident bytes of this process so far."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        # ru_maxrss survives exec on Linux: a child would report its parent's peak as its own.
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def weight_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of every safetensors file in a folder."""
     found = {}
@@ -172,37 +157,3 @@ def weight_files(folder: Path) -> dict[str, dict[str, Any]]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     return found
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("tawny", "torch", "transformers", "safetensors", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads and memory of this machine."""
-    import torch
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return {
-        "cpu": cpu_name(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "memory": memory,
-    }

@@ -27,7 +27,7 @@ def test_odd_texts_have_prompts_too(paragraphs):
 
 def test_a_model_that_would_not_fit_is_left_alone_and_that_is_said(tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path / "m")
-    monkeypatch.setattr(samples, "_free_memory", lambda: 1000.0)
+    monkeypatch.setattr(samples, "free_memory", lambda: 1000)
     said = []
 
     class Hears(Silent):

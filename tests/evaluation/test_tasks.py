@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tawny
 from tawny.errors import RecipeError, TextError
-from tawny.evaluation import tasks as own
+from tawny.evaluation import task_config as own
+from tawny.evaluation.language_model import batch_sizes
 from tawny.evaluation.task_data import TaskData, names_of
-from tawny.evaluation.tasks import PRESETS, batch_sizes, evaluate_tasks, task_names
+from tawny.evaluation.tasks import PRESETS, evaluate_tasks, task_names
 from tests.evaluation.questions import FILES, tiny_folder, write_tasks
 
 
@@ -41,7 +42,7 @@ def lm_evals_own(task: str, data: Path, cache: Path):
     from lm_eval.api.task import ConfigurableTask
 
     known = {"lambada": "lambada_openai"}.get(task, task)
-    manager = own._manager([known])
+    manager = own.find_manager([known])
     config = manager._factory._load_full_config(manager.task_index[known])
     for key in ("tag", "group", "dataset_name"):
         config.pop(key, None)
@@ -57,7 +58,7 @@ def lm_evals_own(task: str, data: Path, cache: Path):
 @pytest.mark.parametrize("task", FILES)
 def test_what_is_asked_and_what_counts_as_right_is_what_lm_eval_asks(task, data, tmp_path):
     known, theirs = lm_evals_own(task, data, tmp_path)
-    loaded, _ = own._load(own._manager([known]), known, [TaskData(data)])
+    loaded, _ = own.load_task(own.find_manager([known]), known, [TaskData(data)])
     ours = loaded["tasks"][known]
     for each in (ours, theirs):
         each.build_all_requests(limit=None, rank=0, world_size=1)
@@ -149,7 +150,7 @@ def test_arrow_folders_and_split_names_are_found_too(tmp_path, data):
     kept = datasets.Dataset.from_list(rows)
     kept.save_to_disk(tmp_path / "boolq" / "none" / "validation")
     before = sorted(tmp_path.rglob("*"))
-    loaded, origin = own._load(own._manager(["boolq"]), "boolq", [TaskData(tmp_path, "a package")])
+    loaded, origin = own.load_task(own.find_manager(["boolq"]), "boolq", [TaskData(tmp_path, "a package")])
     assert origin["boolq"][0].startswith("a package: boolq") and origin["boolq"][1] == "validation"
     assert [doc["label"] for doc in loaded["tasks"]["boolq"].eval_docs] == [int(r["answer"]) for r in rows]
     assert sorted(tmp_path.rglob("*")) == before
@@ -158,10 +159,10 @@ def test_arrow_folders_and_split_names_are_found_too(tmp_path, data):
 def test_the_test_split_is_preferred_and_validation_is_said_when_it_stands_in(tmp_path, data):
     source = (data / FILES["arc_easy"][0]).read_text()
     (tmp_path / "arc_easy.validation.jsonl").write_text(source)
-    origin = own._load(own._manager(["arc_easy"]), "arc_easy", [TaskData(tmp_path)])[1]
+    origin = own.load_task(own.find_manager(["arc_easy"]), "arc_easy", [TaskData(tmp_path)])[1]
     assert origin["arc_easy"][1] == "validation"
     (tmp_path / "arc_easy.test.jsonl").write_text(source)
-    origin = own._load(own._manager(["arc_easy"]), "arc_easy", [TaskData(tmp_path)])[1]
+    origin = own.load_task(own.find_manager(["arc_easy"]), "arc_easy", [TaskData(tmp_path)])[1]
     assert origin["arc_easy"][1] == "test"
 
 
@@ -170,7 +171,7 @@ def test_two_copies_of_the_same_documents_are_refused_and_shards_are_not(tmp_pat
     import json
 
     def load():
-        return own._load(own._manager(["boolq"]), "boolq", [TaskData(tmp_path)])[0]["tasks"]["boolq"]
+        return own.load_task(own.find_manager(["boolq"]), "boolq", [TaskData(tmp_path)])[0]["tasks"]["boolq"]
 
     lines = (data / "boolq.validation.jsonl").read_bytes().splitlines(keepends=True)
     folder = tmp_path / "boolq" / "validation"

@@ -28,9 +28,9 @@ from typing import IO, Any
 
 from tawny.calibration.text import evaluation_windows, load_text, tokenise
 from tawny.errors import ModelError, TawnyError
+from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
-from tawny.record import machine, versions
 from tawny.watch import Watch, silent
 
 MOST_WINDOWS = 20  # where nobody says how many: enough for a standard error, few enough to wait for

@@ -28,11 +28,11 @@ from tawny.calibration.context import check_context
 from tawny.calibration.text import Text, check_windows, evaluation_windows, load_text, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import open_stack_of
+from tawny.machine import peak_memory
 from tawny.model.blocks import Stack
 from tawny.model.source import load_tokenizer
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
-from tawny.record import peak_memory
 from tawny.watch import Watch, silent
 
 # Logits are [tokens, vocabulary] in float32; so many tokens at once keep them near 100 MB for a large vocabulary.

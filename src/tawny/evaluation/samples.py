@@ -10,6 +10,7 @@ from pathlib import Path
 from tawny.calibration.text import Text
 from tawny.evaluation.sources import open_model
 from tawny.evaluation.speed import generate
+from tawny.machine import free_memory
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.precision import native_dtype
@@ -45,7 +46,8 @@ def text_samples(
     """
     folders = {"dense": resolve(dense, watch.say), "pruned": resolve(pruned, watch.say)}
     needed = max(file_bytes(folder) for folder in folders.values())
-    if needed > 0.6 * _free_memory():
+    free = free_memory()
+    if free is not None and needed > 0.6 * free:
         watch.say("no samples of text: they need the whole model in memory, and it would not fit")
         return []
     samples = [{"prompt": prompt} for prompt in prompts]
@@ -58,12 +60,3 @@ def text_samples(
             sample[name] = " ".join(made.text.split())
         del model
     return samples
-
-
-def _free_memory() -> float:
-    """Bytes that can be had without swapping; infinite where nobody can say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    except (OSError, StopIteration, ValueError):
-        return float("inf")

@@ -6,7 +6,7 @@ added to this process: resident memory afterwards minus before it was opened, in
 
 from __future__ import annotations
 
-__all__ = ["Generation", "Speed", "bench", "generate", "resident_memory"]
+__all__ = ["Generation", "Speed", "bench", "generate"]
 
 import contextlib
 import math
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tawny.calibration.context import context_of
 from tawny.errors import CheckpointError, RecipeError, TextError, UserError
 from tawny.evaluation.decode import Decoder, kernels
+from tawny.machine import peak_memory, resident_memory
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.structure import evaluating
 from tawny.packed.kernels.native import kernel_name
-from tawny.record import peak_memory
 from tawny.watch import Watch, silent
 
 
@@ -81,14 +81,6 @@ class Speed:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def resident_memory() -> int:
-    """Bytes of this process that are in memory now."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
-    return peak_memory()
 
 
 @contextlib.contextmanager

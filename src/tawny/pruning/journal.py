@@ -289,7 +289,7 @@ def tokens_identity(samples: Samples | None) -> str | None:
 
 def code_identity() -> dict[str, str]:
     """Versions of the libraries, and one hash of the sources that compute."""
-    from tawny.record import versions
+    from tawny.machine import versions
 
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()

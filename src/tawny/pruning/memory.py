@@ -14,11 +14,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tawny.calibration.statistics import Needs, hessian_bytes
 from tawny.errors import RecipeError
+from tawny.machine import free_memory, resident_memory
 from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
 from tawny.model.streams import CHUNK_TOKENS
@@ -119,7 +119,7 @@ class Demand:
         """Parts of each phase; those of every phase are the interpreter and what is outside the blocks."""
         stack = self.stack
         outside = outside_bytes(stack)
-        base = {"interpreter": max(resident() - outside, 0) or _INTERPRETER, "embeddings": outside}
+        base = {"interpreter": max(resident_memory() - outside, 0) or _INTERPRETER, "embeddings": outside}
         flat = [linear for linears in self.by_block for linear in linears]
         if not flat:
             return {"open": base}
@@ -300,22 +300,10 @@ def workspace(solver: Any, needs: Needs) -> tuple[int, int]:
     return per_weight, per_pair
 
 
-def resident() -> int:
-    """Resident bytes of this process now; 0 where that cannot be asked."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        import resource
-
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return 0
-
-
 def available() -> int | None:
-    """Bytes this process may still take, with what it has."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(int(free.split()[1]) * 1024 * 0.9) + resident()
-    return None
+    """Bytes this process may still take, with what it has; None where that cannot be asked."""
+    free = free_memory()
+    return None if free is None else int(free * 0.9) + resident_memory()
 
 
 def give_back() -> None:

@@ -30,6 +30,7 @@ from tawny.errors import (
     RecipeError,
     TawnyError,
 )
+from tawny.machine import machine, peak_memory, versions
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, select
@@ -55,7 +56,7 @@ from tawny.pruning.profiling import allocate, profile_samples, profile_walk
 from tawny.pruning.ranks import Ranks, is_lost
 from tawny.pruning.refine import holds_out
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
-from tawny.record import Clock, LinearRecord, Record, machine, peak_memory, versions, weight_files
+from tawny.record import Clock, LinearRecord, Record, weight_files
 from tawny.watch import Watch, silent
 
 if TYPE_CHECKING:

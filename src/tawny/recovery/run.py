@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import Interrupted, ModelError, NumericalError, RecipeError
+from tawny.machine import machine, peak_memory, versions
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.output import OutputFolder
@@ -32,7 +33,7 @@ from tawny.model.source import load_tokenizer, resolve
 from tawny.model.structure import evaluating
 from tawny.precision import native_dtype
 from tawny.pruning.journal import model_identity
-from tawny.record import Clock, finite, machine, peak_memory, versions
+from tawny.record import Clock, finite
 from tawny.recovery.data import Reading, check_ids, read
 from tawny.recovery.elsa import Elsa
 from tawny.recovery.objective import Losses, chunk_tokens, distil

@@ -1,0 +1,89 @@
+"""What this machine has and what this process takes of it; the one reader of `/proc`."""
+
+from __future__ import annotations
+
+__all__ = [
+    "cpu_name",
+    "free_memory",
+    "machine",
+    "peak_memory",
+    "resident_memory",
+    "total_memory",
+    "versions",
+]
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def _kilobytes(file: str, name: str) -> int | None:
+    """Bytes behind `name` in a file of lines like `VmRSS:   1024 kB`; None where there is no such file or line."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def total_memory() -> int:
+    """Bytes of memory; 0 where that cannot be asked."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where that cannot be asked."""
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; its peak where only that can be asked."""
+    now = _kilobytes("/proc/self/status", "VmRSS")
+    return peak_memory() if now is None else now
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process so far."""
+    # ru_maxrss survives exec on Linux: a child would report its parent's peak as its own.
+    peak = _kilobytes("/proc/self/status", "VmHWM")
+    if peak is not None:
+        return peak
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("tawny", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads and memory of this machine."""
+    import torch
+
+    return {
+        "cpu": cpu_name(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory": total_memory(),
+    }
