@@ -10,8 +10,9 @@ import torch
 import yaml
 
 import tawny
-from tawny.allocation.auto import Auto, seconds_of
-from tawny.allocation.profile import LinearInfo
+from tawny.allocation import ALLOCATORS
+from tawny.allocation.auto import FAMILIES, Auto, seconds_of
+from tawny.allocation.profile import LinearInfo, Profile
 from tawny.errors import MissingFeature, NumericalError, OutputError, RecipeError, TextError
 from tawny.model.blocks import live_stack, open_stack
 from tawny.model.streams import Samples
@@ -25,6 +26,8 @@ from tawny.pruning.search import needs_of_search
 from tawny.pruning.space import make_space
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS
+from tests.reference import allocators as reference
+from tests.reference.problems import lifelike
 from tests.tiny import tiny_model, tokens
 
 FEW = {"allocator.trials": 12, "allocator.offspring": 4, "allocator.levels": 3, "allocator.windows": 2}
@@ -372,6 +375,29 @@ def test_a_search_that_fails_gives_back_what_it_took(dense, tmp_path, monkeypatc
 def test_few_trials_see_every_family(tmp_path):
     pytest.importorskip("optuna")
     assert [p.name.split()[0] for p in grid(tmp_path, "one").ask(6)] == ["owl", "dlp", "atp"] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.6, 0.7, 0.85])
+def test_the_first_thing_tried_of_an_allocator_is_what_it_does_by_itself(family, target):
+    made = families_for(FAMILIES, target, 4)[family]
+    tried, alone = made.make(**made.grid[0]), ALLOCATORS[family]()
+    shapes = reference.model(4)
+    measures = []
+    for block in range(4):
+        linears = shapes.linears_of(block)
+        measures.append(
+            alone.measure({x.name: lifelike(*x.shape, seed=7 * block + i) for i, x in enumerate(linears)})
+        )
+    profile = Profile(shapes.linears, tuple(measures))
+    assert tried.allocate(profile, target) == pytest.approx(alone.allocate(profile, target))
+
+
+@pytest.mark.parametrize("target", [0.0, 0.999])
+def test_families_can_be_made_at_any_sparsity(target):
+    for made in families_for(FAMILIES, target, 1).values():
+        for values in made.grid:
+            made.make(**values)
 
 
 def test_the_allocation_that_is_written_is_one_that_was_scored(dense, tmp_path):

@@ -45,7 +45,7 @@ def _holds_a_password(url: str) -> bool:
 
 @dataclass(frozen=True)
 class Auto:
-    """Tries uniform, OWL, DLP, ATP and LSA on held-out text and refines the best; uniform if nothing is better.
+    """Tries uniform and every allocator of `candidates` on held-out text and refines the best; uniform if nothing is better.
 
     `trials` allocations in all, in rounds of `offspring`, put together from solutions at `levels` sparsities that are
     `step` apart; compared by the KL divergence to the dense model on up to `windows` windows of `length` tokens, and
@@ -61,7 +61,7 @@ class Auto:
     offspring: int = 16
     levels: int = 11
     step: float | None = None
-    candidates: str = "owl,dlp,atp,lsa"
+    candidates: str = ",".join(FAMILIES)
     windows: int = 8
     length: int = 512
     tokens: int = 32768

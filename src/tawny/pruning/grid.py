@@ -1,6 +1,6 @@
 """What a search tries first: each allocator over a grid of its strengths, then where Optuna expects more.
 
-The grid is fixed and holds the values of the papers; after it Optuna's TPE (seeded, so the same every time) proposes
+The grid is fixed, starts with what each allocator does when nothing is chosen, and holds the values of the papers; after it Optuna's TPE (seeded, so the same every time) proposes
 strengths between and beyond. A study may live in a storage that several machines share: each takes the next proposal
 that nobody has taken and tells its score to all, so a grid is done as many times faster as there are machines, and
 every machine goes on from the best of the whole study.
@@ -25,6 +25,7 @@ from tawny.allocation.dlp import Dlp
 from tawny.allocation.lsa import Lsa
 from tawny.allocation.owl import Owl
 from tawny.allocation.profile import Allocation
+from tawny.allocation.scores import half_band
 from tawny.errors import MissingFeature, RecipeError, TawnyError
 from tawny.pruning.evolution import Proposal
 
@@ -42,7 +43,7 @@ class Family:
         options: its options that these decide, for its name.
         choices: strengths that are one of a few values.
         ranges: strengths that are numbers within bounds.
-        grid: what is tried first.
+        grid: what is tried first, and first of it the strengths that the allocator has when none is given.
     """
 
     make: Callable[..., Any]
@@ -55,6 +56,9 @@ class Family:
 def families_for(names: Sequence[str], target: float, blocks: int) -> dict[str, Family]:
     """Families by name; what strengths make sense depends on the sparsity and the depth."""
     steepest = largest_beta(target, blocks)
+    band = half_band(target)  # of ATP and LSA where nobody chooses
+    nearest_end = min(target, 1 - target)
+    slope = min(1.0, band / nearest_end) if nearest_end > 0 else 0.0
     every = {
         "owl": Family(
             lambda M, strength: Owl(M=M, lambda_=strength),
@@ -75,14 +79,18 @@ def families_for(names: Sequence[str], target: float, blocks: int) -> dict[str, 
             ("beta",),
             {},
             {"strength": (0.0, 1.0)},
-            [{"strength": value} for value in (0.5, 0.25, 0.75)],
+            [{"strength": value} for value in dict.fromkeys((slope, 0.5, 0.25, 0.75))],
         ),
         "lsa": Family(
             lambda part, strength: Lsa(alpha=strength, granularity=part),
             ("granularity", "alpha"),
             {"part": ("block", "linear")},
             {"strength": (0.02, 0.3)},
-            [{"part": part, "strength": value} for value in (0.15, 0.05) for part in ("block", "linear")],
+            [
+                {"part": part, "strength": value}
+                for value in dict.fromkeys((band, 0.15, 0.05))
+                for part in ("block", "linear")
+            ],
         ),
         "alpha": Family(
             lambda strength: Alpha(epsilon=strength),

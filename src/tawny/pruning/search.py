@@ -1,7 +1,7 @@
 """The allocator `auto`: solve at several levels once, try allocations on held-out text, refine the best.
 
 1. One walk through the dense model: statistics, what allocators measure, every linear solved at every level (levels.py).
-2. Uniform, then OWL, DLP, ATP and LSA over a grid of strengths, then where Optuna expects more (grid.py).
+2. Uniform, then each candidate allocator over a grid of strengths, its defaults first, then where Optuna expects more (grid.py).
 3. Switches of budget between blocks and linears, generation by generation (evolution.py).
 4. The last few and uniform on windows that took no part so far; the best of these is the allocation.
 
