@@ -25,8 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     cells = Cells(args)
     wanted: list[Keys] = []
-    for seed, solver, sparsity, allocator in itertools.product(
-        args.seeds, args.solver, args.sparsity, args.allocator
+    for seed, sparsity, solver, allocator in itertools.product(
+        args.seeds, args.sparsity, args.solver, args.allocator
     ):
         keys: Keys = {"sparsity": sparsity, "allocator": allocator, "solver": solver, "seed": seed}
         if allocator == "auto" and args.trials is not None:

@@ -3,7 +3,8 @@
 A results file holds the setting that all its cells share (model, calibration, evaluation) and the cells by the recipe
 keys in which they differ. It is written after every cell, so a study can be stopped and taken up again, and two
 questions that need the same cell share it. Several processes may fill one file, each with cells of its own (other
-seeds, other solvers). Times are wall times of `tawny.prune`, and its own phases; a cell says how many threads it had.
+seeds, other solvers). `auto` searches once for solvers whose search is the same, and the allocation it found is given to each as a file,
+which gives the same bytes; its time counts in all of them. Times are wall times of `tawny.prune`, and its own phases; a cell says how many threads it had.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tawny.evaluation.perplexity import Windows, windows_of
 from tawny.machine import machine, versions
 from tawny.model.source import load_tokenizer, resolve
 from tawny.recipe import parse_override, resolve_recipe
+from tawny.solvers import SOLVERS
 
 Keys = dict[str, Any]
 
@@ -49,6 +52,21 @@ def parser_for(description: str | None, results: str) -> argparse.ArgumentParser
     return parser
 
 
+@dataclass(frozen=True)
+class Search:
+    """What a search found, for cells whose own search would be the same; it took `seconds`."""
+
+    allocation: dict[str, float]
+    winner: str
+    seconds: float
+
+
+def _same_search(keys: Keys) -> str:
+    """Name of all cells whose searches do the same: those of solvers that one solver stands in for."""
+    solver = str(keys.get("solver"))
+    return name_of({**keys, "solver": getattr(SOLVERS.get(solver), "stand_in", None) or solver})
+
+
 class Cells:
     """The cells of one results file.
 
@@ -63,6 +81,7 @@ class Cells:
         self.args = args
         self.started = time.monotonic()
         self.made = 0
+        self.searches: dict[str, Search] = {}
         setting = {
             "model": Path(args.model).name,
             "calibration": {"text": args.calibration, "samples": args.samples, "seqlen": args.seqlen},
@@ -135,15 +154,27 @@ class Cells:
                 path = Path(__file__).parents[1] / "recipes" / f"{keys['recipe']}.yaml"
                 recipe = resolve_recipe(path, [*options.items(), *map(parse_override, keys["changes"])])
                 options = {}
+            search = self.searches.get(_same_search(keys))
+            if search is not None:
+                path = folder / "allocation.json"
+                path.write_text(json.dumps(search.allocation), encoding="utf-8")
+                options = {k: v for k, v in options.items() if not k.startswith("allocator")}
+                options |= {"allocator": "file", "allocator.path": str(path)}
             record = tawny.prune(args.model, folder / "out", recipe=recipe, **options)
+            seconds, phases = time.perf_counter() - start, record.seconds
+            if search is not None:
+                seconds, phases = seconds + search.seconds, {**phases, "search": search.seconds}
+            elif record.search is not None:
+                search = Search(dict(record.allocation), record.search["winner"], phases["search"])
+                self.searches[_same_search(keys)] = search
             made = {
                 **keys,
-                "seconds": time.perf_counter() - start,
+                "seconds": seconds,
                 "threads": record.machine["threads"],
-                "phases": record.seconds,
+                "phases": phases,
                 "achieved": record.sparsity,
                 "mean_error": sum(x.error for x in record.linears) / len(record.linears),
-                "winner": (record.search or {}).get("winner"),
+                "winner": search.winner if search is not None else None,
                 "evaluation": self.evaluate(str(folder / "out")),
             }
             if with_lod:

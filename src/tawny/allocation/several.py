@@ -29,7 +29,28 @@ class Several:
         return any(allocator.measures_weights for allocator in self.allocators.values())
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        return {name: a.measure(linears) for name, a in self.allocators.items() if a.measures_weights}
+        return self._measure(linears, [])
+
+    def _measure(
+        self,
+        linears: Mapping[str, tuple[Tensor, Statistics | None]],
+        done: list[tuple[Allocator, dict[str, Any]]],
+    ) -> dict[str, Any]:
+        """Each allocator once: spectra that `alpha` wants and a blend of `alpha` too are taken for both."""
+        made: dict[str, Any] = {}
+        for name, allocator in self.allocators.items():
+            if not allocator.measures_weights:
+                continue
+            members = getattr(allocator, "members", None)
+            if isinstance(members, Several):
+                made[name] = members._measure(linears, done)
+                continue
+            known = next((measured for other, measured in done if other == allocator), None)
+            if known is None:
+                known = allocator.measure(linears)
+                done.append((allocator, known))
+            made[name] = known
+        return made
 
     def profile_of(self, name: str, walked: Profile) -> Profile:
         """What the walk measured for one of the allocators."""
