@@ -24,7 +24,7 @@ from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.allocation.several import Several
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Needs, Statistics, most
-from tawny.errors import NumericalError, RecipeError, TawnyError, nearest
+from tawny.errors import NumericalError, RecipeError, TawnyError
 from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
@@ -312,17 +312,13 @@ def profile(
 
 
 def _allocator(name: str, recipe: Recipe) -> Any:
-    if name not in ALLOCATORS:
-        raise RecipeError(
-            f"allocator {name!r} is unknown{nearest(name, ALLOCATORS)}: {', '.join(ALLOCATORS)}"
-        )
+    if recipe.allocator.name != name:
+        recipe = recipe.with_overrides([("allocator", name)])
     if getattr(ALLOCATORS[name], "searches", False):
         raise RecipeError(
             f"{name} tries allocations on a model, which a profile does not: prune with -a {name}"
         )
-    if recipe.allocator.name == name:
-        return recipe.make_allocator()
-    return recipe.with_overrides([("allocator", name)]).make_allocator()
+    return recipe.make_allocator()
 
 
 def _named_allocations(walked: Profile, several: Together, recipe: Recipe) -> dict[str, list[float]]:
