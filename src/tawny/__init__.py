@@ -66,7 +66,7 @@ _HOMES = {
     "Recipe": "tawny.recipe",
     "Record": "tawny.record",
     "Recovery": "tawny.recovery.settings",
-    "RecoveryRecord": "tawny.recovery.run",
+    "RecoveryRecord": "tawny.recovery.record",
     "SparsityCallback": "tawny.recovery.zeros",
     "Speed": "tawny.evaluation.speed",
     "TaskResults": "tawny.evaluation.tasks",
@@ -112,7 +112,8 @@ if TYPE_CHECKING:
     from tawny.recipe import Recipe, load_recipe
     from tawny.record import Record
     from tawny.recovery.gradual import recover_gradually
-    from tawny.recovery.run import RecoveryRecord, recover
+    from tawny.recovery.record import RecoveryRecord
+    from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
 

@@ -11,7 +11,7 @@ import pytest
 
 import tawny
 from tawny.errors import Interrupted, OutputError
-from tawny.recovery.run import Run
+from tawny.recovery.training import Run
 from tests.recovery.models import folder_keys
 
 RECIPE = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}

@@ -18,7 +18,8 @@ import tawny
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TextError
 from tawny.record import weight_files
 from tawny.recovery.data import read
-from tawny.recovery.run import RecoveryRecord, Run
+from tawny.recovery.record import RecoveryRecord
+from tawny.recovery.training import Run
 from tawny.report.push import push
 from tests.recovery.models import SHORT, dense_and_pruned, folder_keys, save_letters
 from tests.reference import distil as reference
@@ -589,7 +590,7 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
 def test_each_of_several_sharded_processes_holds_its_rows_only(pair, tmp_path):
     keys = {**folder_keys(pair), "tokens": 24 * 4, "shard": True}
     counting = (
-        "from pathlib import Path\nfrom tawny.recovery.run import Run\nfrom tawny.recovery.sharding import here\n"
+        "from pathlib import Path\nfrom tawny.recovery.training import Run\nfrom tawny.recovery.sharding import here\n"
         "train = Run.train\n"
         "def counted(run):\n"
         "    held = sum(here(p).numel() for b in run.student.stack.blocks for p in b.parameters())\n"

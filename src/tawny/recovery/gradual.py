@@ -20,7 +20,8 @@ from tawny.model.source import resolve
 from tawny.pruning.run import prune
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.recovery.processes import Processes
-from tawny.recovery.run import RecoveryRecord, draw, recover
+from tawny.recovery.record import RecoveryRecord, draw
+from tawny.recovery.run import recover
 from tawny.recovery.settings import Recovery
 from tawny.recovery.workfolder import WorkFolder, about_model, about_text, check_apart
 from tawny.recovery.writing import check_place, deliver, retell

@@ -7,13 +7,13 @@ __all__ = ["recover_packed"]
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from tawny.model.checkpoint import file_bytes
 from tawny.packed.convert import pack, unpack
 from tawny.recovery.processes import Processes
+from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
 from tawny.recovery.workfolder import (
     WorkFolder,
@@ -26,9 +26,6 @@ from tawny.recovery.workfolder import (
 )
 from tawny.recovery.writing import check_place, deliver, is_made, retell
 from tawny.watch import Watch
-
-if TYPE_CHECKING:
-    from tawny.recovery.run import RecoveryRecord
 
 
 def recover_packed(
@@ -43,7 +40,7 @@ def recover_packed(
     held_out: Tensor | None,
 ) -> RecoveryRecord:
     """`recover` for a packed folder. int8 values are trained through their rounding."""
-    from tawny.recovery.run import RecoveryRecord, draw, recover
+    from tawny.recovery.run import recover
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     if kind["values"] == "int8" and kind.get("group") is None and settings.train == "survivors":

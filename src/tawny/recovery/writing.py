@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +34,9 @@ from tawny.model.durable import writing
 from tawny.model.output import ALLOCATION, JOURNAL, OutputFolder, unfinished
 from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
+from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
-
-if TYPE_CHECKING:
-    from tawny.recovery.run import RecoveryRecord
 
 _OUTSIDE = "outside"
 _RUN = "run.json"

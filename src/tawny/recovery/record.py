@@ -1,0 +1,82 @@
+"""`recover.json`: everything a recovery's numbers can be traced to, and the page that shows it."""
+
+from __future__ import annotations
+
+__all__ = ["RecoveryRecord", "draw"]
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tawny.record import finite
+from tawny.watch import Watch
+
+
+@dataclass
+class RecoveryRecord:
+    """What `recover.json` holds; a number that is not finite is null there.
+
+    Attributes:
+        sparsity, zeros: after training; never fewer zeros than before.
+        start, best: measurements on the held-out windows; `best` is of what was written.
+        tokens_per_second: of the training steps alone.
+        stopped: why it ended: tokens, minutes, patience, or nan.
+        stages: of a gradual recovery, one a sparsity.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    teacher: str | None = None
+    out: str | None = None
+    text: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    compute: str = ""
+    sparsity: float = 0.0
+    zeros: int = 0
+    zeros_before: int = 0
+    prunable: int = 0
+    trained: int = 0
+    steps: int = 0
+    tokens: int = 0
+    start: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    measured: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    stopped: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+    teacher_tokens: int = 0
+    teacher_bytes: int = 0
+    processes: int = 1
+    peak_memory: int = 0
+    memory_before: int = 0
+    bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> RecoveryRecord:
+        """From a `recover.json`; what is null there is NaN here, since infinity and NaN cannot be told apart."""
+        told = cls(**json.loads(path.read_text(encoding="utf-8")))
+        for entry in (told.start, told.best, *told.measured, *told.curve):
+            entry.update({key: math.nan for key, value in entry.items() if value is None})
+        return told
+
+
+def draw(record: RecoveryRecord, folder: Path, watch: Watch) -> None:
+    """The page, when everything is known. The work is done: one that cannot be drawn is no failed run."""
+    from tawny.report.recovery import write_recovery
+
+    try:
+        write_recovery(record.to_dict(), folder)
+    except Exception as error:
+        watch.say(f"report.html could not be made: {type(error).__name__}: {error}")

@@ -1,0 +1,483 @@
+"""The loop of a recovery: losses against text and teacher, steps, measurements, states, and what is written at the end."""
+
+from __future__ import annotations
+
+__all__ = ["Run"]
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.errors import Interrupted, NumericalError
+from tawny.machine import machine, peak_memory, versions
+from tawny.model.blocks import Stack
+from tawny.model.output import OutputFolder
+from tawny.pruning.journal import model_identity
+from tawny.record import Clock
+from tawny.recovery.data import Reading
+from tawny.recovery.elsa import Elsa
+from tawny.recovery.objective import Losses, chunk_tokens, distil
+from tawny.recovery.processes import Processes
+from tawny.recovery.record import RecoveryRecord, draw
+from tawny.recovery.settings import Recovery
+from tawny.recovery.state import Progress, Shelf
+from tawny.recovery.student import Student
+from tawny.recovery.teacher import WALK_TOKENS, Teacher
+from tawny.recovery.workfolder import WorkFolder, about_model
+from tawny.recovery.writing import card, tell_run, write
+from tawny.watch import Watch
+
+_BETAS = (0.9, 0.95)
+_FINAL = 0.02  # of the peak learning rate, at the end of the cosine
+
+
+class Run:
+    """One recovery: what it works on, and where it stands."""
+
+    def __init__(
+        self,
+        settings: Recovery,
+        student: Student,
+        teacher: Stack | None,
+        reading: Reading,
+        processes: Processes,
+        output: OutputFolder | None,
+        watch: Watch,
+    ) -> None:
+        self.settings, self.student, self.reading = settings, student, reading
+        self.processes, self.output, self.watch = processes, output, watch
+        self._teacher_stack = teacher
+        self.teacher: Teacher | None = None
+        self.shelf = Shelf(None, "")
+        self._work: WorkFolder | None = None
+        self.source = ""
+        self.folder: Path | None = None
+        self.clock = Clock()
+        self.progress = Progress()
+        self.steps = settings.steps
+        self._begun = time.perf_counter()
+        self._resumed = 0
+        vocabulary = int(student.stack.config.get_text_config().vocab_size)
+        self.chunk = chunk_tokens(vocabulary, settings.chunk)
+        decayed = [t for c in student.coordinates if c.decays for t in c.tensors.values()]
+        others = [t for c in student.coordinates if not c.decays for t in c.tensors.values()]
+        groups = [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        fused = student.stack.device.type in ("cpu", "cuda")
+        self.optimiser = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            betas=_BETAS,
+            fused=fused,
+        )
+        self.tensors = decayed + others
+        self._parts = [t for c in student.coordinates if c.sharded for t in c.tensors.values()]
+        self._whole = [t for c in student.coordinates if not c.sharded for t in c.tensors.values()]
+        self.elsa = Elsa(student, settings, self.optimiser) if settings.method == "elsa" else None
+        self.record = RecoveryRecord(
+            settings=settings.to_mapping(),
+            text=reading.about,
+            versions=versions(),
+            machine=machine(),
+            compute=str(student.stack.compute).removeprefix("torch."),
+            zeros_before=sum(student.zeros.values()),
+            prunable=student.prunable,
+            trained=self._count_trained(),
+            processes=processes.count,
+        )
+
+    def shelve(self, folder: WorkFolder | None, overwrite: bool) -> None:
+        """Find the state of an earlier run, and the teacher's hidden states it made."""
+        model = None if self.folder is None else model_identity(self.folder)
+        teacher = self._teacher_stack
+        dense = model_identity(teacher.checkpoint.folder) if teacher and teacher.checkpoint else None
+        tokens = self.reading.about["tokens_sha256"]
+        self._work = folder
+        work = None if folder is None else folder.path
+        if folder is not None:
+            identity = {
+                "settings": self.settings.to_mapping(),
+                "model": about_model(self.folder),
+                "teacher": about_model(teacher.checkpoint.folder if teacher and teacher.checkpoint else None),
+                "text": tokens,
+                "processes": self.processes.count,
+            }
+            self.processes.once(lambda: folder.open(identity, overwrite))
+        key = self.settings.fingerprint(model, dense, tokens, self.processes.count)
+        self.shelf = Shelf(work, key, self.processes if self.processes.sharded else None)
+        if found := self.shelf.load(self.student.coordinates, self.optimiser, self.elsa):
+            self.progress, self._resumed = found, found.step
+            for one in self.student.coordinates:
+                one.write()
+            self.watch.say(
+                f"going on after step {found.step} of {self.steps}; remove {work} to start over instead"
+            )
+        if teacher is not None:
+            cache = None if work is None else work / f"teacher-{self.processes.rank}.bin"
+            name = self.settings.fingerprint(dense, tokens)
+            self.teacher = Teacher(teacher, self.reading.windows, cache, name)
+            self.teacher.share(self.student.stack)
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    def train(self) -> NumericalError | None:
+        """Step until the budget is spent; an error that leaves something worth writing is returned, not raised."""
+        timed = self.settings.minutes is not None
+        self._ticks = _Ticks(self.watch, 100 if timed else self.steps, "percent" if timed else "steps")
+        self._ticks.to(self._share())
+        if not self.progress.measured:
+            self._measure(0.0)
+        with _stopping(self.watch) as stop:
+            while (reason := self._over()) is None:
+                try:
+                    self._step()
+                except NumericalError as error:
+                    if self.progress.best is None or self.progress.best["step"] == 0:
+                        raise
+                    self.record.stopped = "nan"
+                    self.record.warnings.append(str(error))
+                    return error
+                at = self.progress.step
+                over = self._over()
+                if over:
+                    self._come_to_rest()
+                if at % self.settings.eval_every == 0 or over in ("tokens", "minutes"):
+                    self._measure(1.0 if over else self._share())
+                if self.processes.agree(float(stop.is_set())):
+                    self._save()
+                    raise Interrupted(
+                        f"stopped by Ctrl-C after step {self.progress.step}; the same command goes on from there"
+                    )
+                if at % self.settings.eval_every == 0 and not over:
+                    self._save()
+                self._ticks.to(self._share())
+        if self._come_to_rest():  # the minutes ended between two steps
+            self._measure(1.0)
+        self.record.stopped = reason
+        return None
+
+    def _come_to_rest(self) -> bool:
+        """Settle a mask that still moves when the budget is spent, since only a model with its zeros can be written."""
+        if self.elsa is None or self.elsa.settled:
+            return False
+        self.elsa.project()
+        self.elsa.settle()
+        for one in self.student.coordinates:
+            one.write()
+        if self.settings.settle:
+            self.record.warnings.append(
+                f"the mask came to rest only at the end, without the last {self.settings.settle:.0%} of training behind it: "
+                "give more --tokens or --minutes, or a larger -o settle"
+            )
+        return True
+
+    def _over(self) -> str | None:
+        settings, progress = self.settings, self.progress
+        if progress.step >= self.steps:
+            return "tokens"
+        if settings.minutes is not None and self._elapsed() >= settings.minutes * 60:
+            return "minutes"
+        moving = self.elsa is not None and not self.elsa.settled
+        if settings.patience and progress.stale >= settings.patience and not moving:
+            return "patience"
+        return None
+
+    def _elapsed(self) -> float:
+        return self.processes.agree(self.progress.seconds + time.perf_counter() - self._begun)
+
+    def _share(self, ahead: int = 0) -> float:
+        """How much of the run is over, by whichever budget ends first."""
+        share = (self.progress.step + ahead) / self.steps
+        if self.settings.minutes is not None:
+            share = max(share, self._elapsed() / (60 * self.settings.minutes))
+        return min(share, 1.0)
+
+    def _rate(self, share: float) -> float:
+        """Linear warm-up, then a cosine down to a fiftieth."""
+        settings = self.settings
+        if share < settings.warmup:
+            return settings.learning_rate * share / settings.warmup
+        phase = (share - settings.warmup) / max(1e-9, 1.0 - settings.warmup)
+        return settings.learning_rate * (_FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * phase)))
+
+    def _step(self) -> None:
+        settings, progress = self.settings, self.progress
+        self._ask_teacher()
+        share = self._share(ahead=1)
+        rate = self._rate(share)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        with self.clock("train"):
+            losses = self._gradients(self.processes.share(self.reading.rows(progress.step)))
+            gradients = [t.grad for t in self._whole if t.grad is not None]
+            self.processes.add(gradients)
+            losses = self.processes.add_losses(losses)
+            if self.elsa is not None:
+                self.elsa.before_step()
+            norm = self.processes.clip(self._whole, self._parts, settings.clip)
+            loss = (losses.next_token * (1 - self._kl) + losses.kl * self._kl) / losses.tokens
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NumericalError(
+                    f"the loss became {loss} (gradient norm {norm}) at step {progress.step + 1} with a learning rate of "
+                    f"{rate:.3g}; {self._kept()}: try a smaller --lr than {settings.learning_rate:g}"
+                )
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            progress.step += 1
+            if self.elsa is not None:
+                self.elsa.after_step(progress.step, share)
+            for one in self.student.coordinates:
+                one.write()
+        entry = {
+            "step": progress.step,
+            "tokens": progress.step * settings.batch * settings.seqlen,
+            "lr": rate,
+            "loss": losses.next_token / losses.tokens,
+            "kl": losses.kl / losses.tokens,
+            "norm": norm,
+        }
+        progress.curve.append(entry)
+        shown = f"loss {entry['loss']:.3f}, KL {entry['kl']:.3f}" if self._kl else f"loss {entry['loss']:.3f}"
+        self.watch.detail(shown, 0, 0)
+
+    @property
+    def _kl(self) -> float:
+        return self.settings.kl if self.teacher is not None else 0.0
+
+    def _kept(self) -> str:
+        best = self.progress.best
+        if best is None or best["step"] == 0:
+            return "nothing better than the start was reached, and nothing is written"
+        return f"the best model so far, of step {best['step']:.0f}, is kept"
+
+    def _gradients(self, rows: list[int]) -> Losses:
+        """Losses of this process's windows, their gradients left with the coordinates."""
+        settings = self.settings
+        total = Losses()
+        micro = settings.micro_batch or len(rows)
+        scale = 1.0 / (settings.batch * (settings.seqlen - 1))
+        for start in range(0, len(rows), max(1, micro)):
+            some = rows[start : start + micro]
+            ids_BT = self.reading.windows[some]
+            hidden_BTH = self.student.hidden(ids_BT)
+            losses, gradient_BTH = self._distil(ids_BT, hidden_BTH, some, scale)
+            total.add(losses)
+            if gradient_BTH is not None:
+                if self.processes.sharded:  # whose gradients are averaged
+                    gradient_BTH *= self.processes.count
+                torch.autograd.backward([hidden_BTH], [gradient_BTH])
+        return total
+
+    def _distil(
+        self, ids_BT: Tensor, hidden_BTH: Tensor, rows: list[int], scale: float | None
+    ) -> tuple[Losses, Tensor | None]:
+        teacher = self.teacher
+        return distil(
+            self.student.stack.tail,
+            None if teacher is None else teacher.logits,
+            ids_BT,
+            hidden_BTH,
+            None if teacher is None else teacher.hidden(rows),
+            kl=self._kl,
+            chunk=self.chunk,
+            scale=scale,
+        )
+
+    def _ask_teacher(self) -> None:
+        """Have the hidden states of this step's windows; if any are missing, those of the next steps too."""
+        if self.teacher is None:
+            return
+        now = self.processes.share(self.reading.rows(self.progress.step))
+        if not self.processes.any(bool(self.teacher.missing(now))):
+            return
+        ahead = max(1, WALK_TOKENS // (max(1, len(now)) * self.settings.seqlen))
+        ahead = min(ahead, self.steps - self.progress.step, self._steps_left())
+        wanted = [
+            row
+            for step in range(self.progress.step, self.progress.step + ahead)
+            for row in self.processes.share(self.reading.rows(step))
+        ]
+        self._make(wanted)
+
+    def _steps_left(self) -> int:
+        """As many as the minutes that are left allow at the speed so far; what is made early changes no result."""
+        if self.settings.minutes is None or not self.clock.seconds.get("train"):
+            return self.steps
+        done = max(1, len(self.progress.curve))
+        each = self._elapsed() / done
+        return max(1, math.ceil((self.settings.minutes * 60 - self._elapsed()) / each))
+
+    def _make(self, rows: list[int]) -> None:
+        assert self.teacher is not None
+        before, made = time.perf_counter(), self.teacher.tokens_made
+        with self.clock("teacher"):
+            self.teacher.make(rows, self.watch)
+        self.progress.teacher_seconds += time.perf_counter() - before
+        self.progress.teacher_tokens += self.teacher.tokens_made - made
+
+    @torch.no_grad()
+    def _measure(self, share: float) -> None:
+        """Perplexity, KL and agreement on the held-out windows; the best weights are kept."""
+        progress = self.progress
+        everything = self.reading.held_out
+        rows = self.processes.share(everything)
+        if self.teacher is not None:
+            self._make(rows)
+        with (
+            self.clock("measure"),
+            self.elsa.projected() if self.elsa is not None and self._moving else nullcontext(),
+        ):
+            total = Losses()
+            size = self.settings.micro_batch or self.settings.batch
+            for turn in range(self.processes.rounds(everything, size)):
+                some = rows[turn * size : (turn + 1) * size]
+                if not some:  # the others' forwards gather this process's rows
+                    self.student.hidden(self.reading.windows[everything[:1]])
+                    continue
+                ids_BT = self.reading.windows[some]
+                total.add(self._distil(ids_BT, self.student.hidden(ids_BT), some, None)[0])
+            total = self.processes.add_losses(total)
+        mean = total.next_token / total.tokens
+        entry = {
+            "step": float(progress.step),
+            "seconds": round(self._elapsed(), 1),
+            "perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "loss": mean,
+        }
+        if self.teacher is not None:
+            entry |= {"kl": total.kl / total.tokens, "top1": total.agree / total.tokens}
+        progress.measured.append(entry)
+        first = progress.measured[0]
+        line = f"step {progress.step}: held-out perplexity {entry['perplexity']:.2f}"
+        line += f" (from {first['perplexity']:.2f})" if progress.step else ""
+        if "kl" in entry:
+            line += f", KL {entry['kl']:.3f}, top-1 {entry['top1']:.1%}"
+        self.watch.say(line)
+        if self._moving:
+            return  # a mask that still moves is not a model
+        if progress.best is None or entry["perplexity"] < progress.best["perplexity"]:
+            progress.best, progress.stale = entry, 0
+            if self._keeps:
+                self.shelf.keep_best(self.student.coordinates)
+        else:
+            progress.stale += 1
+
+    @property
+    def _moving(self) -> bool:
+        return self.elsa is not None and not self.elsa.settled
+
+    def _save(self) -> None:
+        self.progress.seconds = self._elapsed()
+        self._begun = time.perf_counter()
+        if self.processes.first or self.processes.sharded:
+            with self.clock("save"):
+                self.shelf.save(self.progress, self.student.coordinates, self.optimiser, self.elsa)
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def finish(self, failure: NumericalError | None) -> RecoveryRecord:
+        """Go back to the best weights, count the zeros, write."""
+        record, progress = self.record, self.progress
+        if (
+            self._keeps
+            and progress.best is not None
+            and (failure is not None or progress.best["step"] != progress.step)
+        ):
+            self.shelf.restore_best(self.student.coordinates)
+        if progress.best is not None and progress.best["step"] == 0 and progress.step:
+            record.warnings.append(
+                f"no measurement was better than the start, so the model is unchanged: try another --lr than "
+                f"{self.settings.learning_rate:g}, or more text"
+            )
+        record.source = self.source
+        record.zeros = self.student.count_zeros()
+        record.sparsity = record.zeros / record.prunable
+        record.steps = progress.step
+        record.tokens = progress.step * self.settings.batch * self.settings.seqlen
+        record.start = progress.measured[0]
+        record.best = progress.best or progress.measured[-1]
+        record.measured, record.curve = progress.measured, progress.curve
+        record.teacher_tokens = progress.teacher_tokens
+        if self.teacher is not None:
+            record.teacher_bytes = progress.teacher_tokens * self.teacher.bytes_per_token
+        total = self._elapsed()
+        whole = self.shelf.join(self.student.coordinates) if self.processes.sharded else None
+        if self.output is not None:
+            with self.clock("write"):
+                record.out = str(self.output.out)
+                record.bytes = write(self.output, self.student, self.folder, whole)
+        steps = max(1, len(progress.curve))
+        here = max(0, steps - self._resumed)
+        trained = self.clock.seconds.get("train", 0.0)
+        record.tokens_per_second = (
+            here * self.settings.batch * self.settings.seqlen / trained if trained else 0.0
+        )
+        record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
+        record.seconds["total"] = round(total, 3)
+        record.peak_memory = peak_memory()
+        if self.output is not None:
+            self.output.write_text("recover.json", record.to_json())
+            tell_run(self.output.partial, record, self._zeros())
+            self.output.write_text("README.md", card(record, self.folder, self.output.partial))
+            draw(record, self.output.partial, self.watch)
+            self.output.finish()
+            if self._work is not None:
+                self._work.discard()
+        return record
+
+    def _zeros(self) -> dict[str, int] | None:
+        """Of every linear; where each process has its rows only, they are as many as before."""
+        return None if self.processes.sharded else self.student.count_zeros_each()
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether this process keeps weights of its own: the first one for all, or each its part."""
+        return self.processes.first or self.shelf.folder is None or self.processes.sharded
+
+    def _count_trained(self) -> int:
+        parts = sum(t.numel() for t in self._parts)
+        return sum(t.numel() for t in self._whole) + (self.processes.total(parts) if self._parts else 0)
+
+
+class _Ticks:
+    """A phase told in steps, or in hundredths where the clock decides how many there will be."""
+
+    def __init__(self, watch: Watch, total: int, unit: str) -> None:
+        self._watch, self._total, self._done = watch, total, 0
+        watch.phase("recovering", total, unit)
+
+    def to(self, share: float) -> None:
+        while self._done < math.floor(share * self._total + 1e-9):
+            self._done += 1
+            self._watch.step("recovering")
+
+
+@contextmanager
+def _stopping(watch: Watch) -> Iterator[threading.Event]:
+    """Ctrl-C ends the run behind the step it is in; a second one ends it at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(*_: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+        watch.say("finishing this step; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
