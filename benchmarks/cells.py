@@ -3,8 +3,9 @@
 A results file holds the setting that all its cells share (model, calibration, evaluation) and the cells by the recipe
 keys in which they differ. It is written after every cell, so a study can be stopped and taken up again, and two
 questions that need the same cell share it. Several processes may fill one file, each with cells of its own (other
-seeds, other solvers). `auto` searches once for solvers whose search is the same, and the allocation it found is given to each as a file,
-which gives the same bytes; its time counts in all of them. Times are wall times of `tawny.prune`, and its own phases; a cell says how many threads it had.
+seeds, other solvers). `auto` searches once for solvers whose search is the same, and the allocation it found is given to
+each as a file, which gives the same bytes; its time counts in all of them. Times are wall times of `tawny.prune`, and its
+own phases; a cell says on which CPU and with how many threads.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ class Cells:
                 **keys,
                 "seconds": seconds,
                 "threads": record.machine["threads"],
+                "cpu": record.machine["cpu"],
                 "phases": phases,
                 "achieved": record.sparsity,
                 "mean_error": sum(x.error for x in record.linears) / len(record.linears),

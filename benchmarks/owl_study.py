@@ -64,9 +64,7 @@ def questions(
         },
         "cost": {
             name: cell(name)
-            for name in (
-                *("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend", "auto"),
-            )
+            for name in ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend")
         },
     }
 

@@ -43,6 +43,7 @@ def pruned(value, allocator="owl", seed=0, **changes):
         "seed": seed,
         "seconds": 9.0,
         "threads": 1,
+        "cpu": "a processor",
         "phases": {"profile": 2.0, "total": 9.0},
         "achieved": 0.7,
         "mean_error": 0.1,
@@ -62,7 +63,18 @@ def test_the_table_of_allocators_takes_the_mean_over_seeds_and_says_what_each_co
     made = readme["allocators"](study(cells))
     assert "| wanda | 70% | 60.00 ± 3.00 | **34.00 ± 5.00** |" in made  # 5² = 3² + 4²
     assert "| wanda | 9 | 9 |" in made and "seeds: 2" in made and "1 thread each" in made
-    assert "**10.00 ± 0.50**" in made and "a processor, 2 threads" in made
+    assert "**10.00 ± 0.50**" in made and "a processor, 1 thread," in made
+
+
+def test_times_of_two_machines_stand_in_rows_of_their_own(readme):
+    cells = [
+        pruned(30.0, seconds=40.0),
+        pruned(30.0, "uniform", seconds=20.0),
+        pruned(30.0, seed=1, seconds=90.0, cpu="a slower one"),
+    ]
+    made = readme["allocators"](study(cells))
+    assert "| wanda, a processor | 20 | 40 |" in made and "| wanda, a slower one | – | 90 |" in made
+    assert "a processor and a slower one, 1 thread," in made
 
 
 def test_the_table_of_allocators_compares_auto_with_the_best_single_one_over_the_same_seeds(readme):

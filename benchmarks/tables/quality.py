@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from tables.shared import (
@@ -14,6 +15,7 @@ from tables.shared import (
     machine_line,
     over_seeds,
     plus_minus,
+    seconds_table,
     seeds_line,
     setting_line,
     threads_of,
@@ -61,18 +63,14 @@ def allocators(result: Mapping[str, Any]) -> str:
             lines.append(f"| {solver} | {sparsity:.0%} | {' | '.join(shown)} |")
         parts.append("\n".join(lines) + "\n")
     parts += _what_auto_brings(found, result["evaluation"]["texts"])
-    lines = [f"| seconds | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for solver in dict.fromkeys(solver for solver, _ in rows):
-        times = [
-            [c["seconds"] for c in cells if (c["solver"], c["allocator"]) == (solver, name)] for name in names
-        ]
-        # Other work may have shared the machine: it makes a run slower, never quicker.
-        shown = [f"{min(some):.0f}" if some else "–" for some in times]
-        lines.append(f"| {solver} | {' | '.join(shown)} |")
+    times = {
+        solver: [[c for c in cells if (c["solver"], c["allocator"]) == (solver, name)] for name in names]
+        for solver in dict.fromkeys(solver for solver, _ in rows)
+    }
+    # Other work may have shared the machine: it makes a run slower, never quicker.
     parts.append(
-        f"Whole runs, {threads_of(result)} each, the quickest over sparsities and seeds:\n\n"
-        + "\n".join(lines)
-        + "\n"
+        f"Whole runs, {threads_of(cells)} each, the quickest over sparsities and seeds:\n\n"
+        + seconds_table(names, times, min)
     )
     return "\n".join(parts) + f"\n{machine_and_note(result)}"
 
@@ -151,6 +149,7 @@ def _cells_of(result: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Mappin
     measured = {
         "seconds",
         "threads",
+        "cpu",
         "phases",
         "achieved",
         "mean_error",
@@ -203,15 +202,8 @@ def recipes(result: Mapping[str, Any]) -> str:
                 shown.append(plus_minus(over_seeds(cells, text)) + change)
             lines.append(f"| {name} | {' | '.join(shown)} |")
         parts.append("\n".join(lines) + "\n")
-    lines = [
-        f"| seconds | {' | '.join(f'{s:.0%}' for s in sparsities)} |",
-        f"|---|{'---|' * len(sparsities)}",
-    ]
-    for name in names:
-        times = [groups.get((name, sparsity), []) for sparsity in sparsities]
-        shown = [f"{sum(c['seconds'] for c in some) / len(some):.0f}" if some else "–" for some in times]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    parts.append("\n".join(lines) + "\n")
+    times = {name: [groups.get((name, sparsity), []) for sparsity in sparsities] for name in names}
+    parts.append(seconds_table([f"{s:.0%}" for s in sparsities], times, fmean))
     return "\n".join(parts) + f"\n{machine_and_note(result)}"
 
 
@@ -245,9 +237,6 @@ def solvers(result: Mapping[str, Any]) -> str:
             lines.append(f"| {name[1]} | {' | '.join(shown(some) if some else '–' for some in made)} |")
         return "\n".join(lines) + "\n"
 
-    def mean(cells: Sequence[Mapping[str, Any]], key: str) -> float:
-        return float(sum(cell[key] for cell in cells)) / len(cells)
-
     parts = [
         setting_line(result)
         + seeds_line({name[1]: [c for key, c in groups.items() if key[:2] == name] for name in names})
@@ -257,9 +246,10 @@ def solvers(result: Mapping[str, Any]) -> str:
         parts.append(f"Perplexity on {text}, dense **{dense}**:\n")
         parts.append(table("solver", lambda some, text=text: plus_minus(over_seeds(some, text))))
     parts.append("Share of a linear's output energy that was lost, mean over linears:\n")
-    parts.append(table("error", lambda some: f"{mean(some, 'mean_error'):.2%}"))
-    parts.append(f"Whole runs, {threads_of(result)} each:\n")
-    parts.append(table("seconds", lambda some: f"{mean(some, 'seconds'):.0f}"))
+    parts.append(table("error", lambda some: f"{fmean(cell['mean_error'] for cell in some):.2%}"))
+    times = {name[1]: [groups.get((*name, sparsity), []) for sparsity in sparsities] for name in names}
+    parts.append(f"Whole runs, {threads_of(result['cells'].values())} each:\n")
+    parts.append(seconds_table([f"{s:.0%}" for s in sparsities], times, fmean))
     return "\n".join(parts) + f"\n{machine_and_note(result)}"
 
 

@@ -33,9 +33,37 @@ def seeds_line(groups: Mapping[str, Iterable[Sequence[Any]]]) -> str:
     return f"Calibration seeds: {usual}{f' ({others})' if others else ''}{spread}.\n"
 
 
-def threads_of(result: Mapping[str, Any]) -> str:
-    counts = sorted({int(cell["threads"]) for cell in result["cells"].values()})
+def threads_of(cells: Iterable[Mapping[str, Any]]) -> str:
+    counts = sorted({int(cell["threads"]) for cell in cells})
     return f"{' or '.join(map(str, counts))} thread{'s' * (counts != [1])}"
+
+
+def cpus_of(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The CPUs that cells were made on, that of most of them first."""
+    return [cpu for cpu, _ in Counter(cell["cpu"] for cell in cells).most_common()]
+
+
+def seconds_table(
+    columns: Sequence[str],
+    rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    value: Callable[[Sequence[float]], float],
+) -> str:
+    """What whole runs took; times of two CPUs cannot be compared, so each has rows of its own.
+
+    Args:
+        rows: by label, the cells of each column.
+        value: of the seconds that cells of one CPU and one place in the table took.
+    """
+    cpus = cpus_of(cell for places in rows.values() for cells in places for cell in cells)
+    lines = [f"| seconds | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for cpu in cpus:
+        for label, places in rows.items():
+            times = [[cell["seconds"] for cell in cells if cell["cpu"] == cpu] for cells in places]
+            if any(times):
+                shown = [f"{value(some):.0f}" if some else "–" for some in times]
+                where = f", {cpu}" if len(cpus) > 1 else ""
+                lines.append(f"| {label}{where} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
 
 
 def setting_line(result: Mapping[str, Any]) -> str:
@@ -56,17 +84,28 @@ def bold_if(text: str, best: bool) -> str:
 
 
 def machine_line(result: Mapping[str, Any]) -> str:
-    machine, versions = result["machine"], result["versions"]
+    return _machine_line(result, [result["machine"]["cpu"]], [result["machine"]])
+
+
+def _machine_line(
+    result: Mapping[str, Any], cpus: Sequence[str], threads: Iterable[Mapping[str, Any]]
+) -> str:
+    versions = result["versions"]
     return (
-        f"<sub>{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, torch {versions['torch']}, "
+        f"<sub>{' and '.join(cpus)}, {threads_of(threads)}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, {result['date']}.</sub>\n"
     )
 
 
 def machine_and_note(result: Mapping[str, Any]) -> str:
-    """The machine, and what else must be known of these numbers."""
+    """The machine, or the machines where a study's cells say theirs, and what else must be known of these numbers."""
+    cells = result["cells"]
+    if isinstance(cells, Mapping):
+        line = _machine_line(result, cpus_of(cells.values()), cells.values())
+    else:
+        line = machine_line(result)
     note = f" {result['note'].capitalize()}." if result.get("note") else ""
-    return machine_line(result).removesuffix("</sub>\n") + f"{note}</sub>\n"
+    return line.removesuffix("</sub>\n") + f"{note}</sub>\n"
 
 
 def known_order(order: Sequence[str]) -> Callable[[str], tuple[int, str]]:
