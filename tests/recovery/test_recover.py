@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, R
 from tawny.record import weight_files
 from tawny.recovery.data import read
 from tawny.recovery.record import RecoveryRecord
+from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Run
 from tawny.report.push import push
 from tests.recovery.models import SHORT, dense_and_pruned, folder_keys, save_letters
@@ -127,6 +129,23 @@ def test_elsa_gives_no_zero_back_below_the_sparsity_that_the_model_has():
     assert record.zeros == record.zeros_before
     record = tawny.recover(pruned, dense, text=tokens(24), method="elsa", interval=2, sparsity=0.6, **SHORT)
     assert record.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_slow_teacher_is_asked_for_no_more_than_the_minutes_have_room_for(monkeypatch):
+    dense, pruned = dense_and_pruned()
+    make, asked = Teacher.make, []
+
+    def slowly(self, rows, watch):
+        asked.append(self.missing(rows))
+        time.sleep(0.05 * len(asked[-1]))
+        make(self, rows, watch)
+
+    monkeypatch.setattr(Teacher, "make", slowly)
+    longer = {**SHORT, "tokens": 40 * SHORT["tokens"]}
+    record = tawny.recover(pruned, dense, text=tokens(64), minutes=0.06, **longer)
+    assert record.stopped == "minutes" and len(asked[0])
+    # At 0.05 s a window a step of 4 takes 0.8 s with all its forwards: 3.6 s have room for five, of sixteen in all.
+    assert 0 < len(asked[1]) <= 5 * 4
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["in a step", "between two steps"])

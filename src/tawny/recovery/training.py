@@ -37,6 +37,7 @@ from tawny.watch import Watch
 
 _BETAS = (0.9, 0.95)
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
+_STEP_FORWARDS = 4  # the teacher's and the student's, and two for the gradients
 
 
 class Run:
@@ -310,12 +311,21 @@ class Run:
         self._make(wanted)
 
     def _steps_left(self) -> int:
-        """As many as the minutes that are left allow at the speed so far; what is made early changes no result."""
-        if self.settings.minutes is None or not self.clock.seconds.get("train"):
+        """As many as the minutes that are left allow at the speed so far; what is made early changes no result.
+
+        Before the first step that speed is guessed from the teacher's forwards of the held-out windows.
+        """
+        settings, progress = self.settings, self.progress
+        if settings.minutes is None:
             return self.steps
-        done = max(1, len(self.progress.curve))
-        each = self._elapsed() / done
-        return max(1, math.ceil((self.settings.minutes * 60 - self._elapsed()) / each))
+        if self.clock.seconds.get("train"):
+            each = self._elapsed() / max(1, len(progress.curve))
+        else:
+            a_token = self.processes.agree(progress.teacher_seconds / max(1, progress.teacher_tokens))
+            each = _STEP_FORWARDS * a_token * settings.batch * settings.seqlen / self.processes.count
+        if not each:
+            return self.steps
+        return max(1, math.ceil((settings.minutes * 60 - self._elapsed()) / each))
 
     def _make(self, rows: list[int]) -> None:
         assert self.teacher is not None
