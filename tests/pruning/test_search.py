@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tawny
 from tawny.allocation import ALLOCATORS
@@ -22,7 +24,7 @@ from tawny.pruning.grid import Grid, families_for
 from tawny.pruning.levels import LevelStore, Reference, Scorer, solve_levels
 from tawny.pruning.profiling import Together
 from tawny.pruning.run import demand_of
-from tawny.pruning.search import needs_of_search
+from tawny.pruning.search import needs_of_search, repeating
 from tawny.pruning.space import make_space
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS
@@ -275,6 +277,7 @@ def test_times_are_read_and_nonsense_is_refused():
         ({"candidates": "owl,dlpp"}, "did you mean 'dlp'"),
         ({"proxy": "wandaa"}, "did you mean 'wanda'"),
         ({"step": 0.7}, "share of the weights"),
+        ({"repeat": 0.6}, "from 0 to 0.5"),
         ({"study": "postgresql://me:secret@host/db"}, r"\$NAME"),
         ({"study": "postgresql://me:se/cr@t@host/db"}, r"\$NAME"),
         ({"study": "postgresql://me:$SECRET.@host/db"}, r"\$NAME"),
@@ -302,6 +305,31 @@ def test_a_fast_solver_stands_for_a_slow_one_while_allocations_are_compared(
     record = prune(dense, tmp_path / "out", solver=solver, **keys)
     assert record.search["solver"] == used
     assert record.recipe["solver"]["name"] == solver
+
+
+@given(
+    length=st.integers(1, 40),
+    count=st.integers(1, 5),
+    share=st.floats(0, 0.5),
+    masked=st.sets(st.integers(0, 4)),
+)
+def test_windows_end_with_a_passage_they_held_before(length, count, share, masked):
+    ids = torch.arange(count * length).reshape(count, length)
+    mask = torch.ones_like(ids)
+    mask[[window for window in masked if window < count], -1] = 0
+    size = int(length * share)
+    for told in (None, mask):
+        made = repeating(Samples(ids, told), share)
+        assert made.mask is told
+        for window, (before, after) in enumerate(zip(ids.tolist(), made.tokens.tolist(), strict=True)):
+            if told is not None and window in masked:
+                assert after == before
+                continue
+            kept = before[: length - size]
+            assert after[: length - size] == kept
+            # Tokens are all different, so a passage is where its first token is.
+            start = kept.index(after[length - size]) if size else 0
+            assert after[length - size :] == kept[start : start + size]
 
 
 def test_one_sample_leaves_nothing_to_compare_on():

@@ -49,9 +49,10 @@ class Auto:
 
     `trials` allocations in all, in rounds of `offspring`, put together from solutions at `levels` sparsities that are
     `step` apart; compared by the KL divergence to the dense model on up to `windows` windows of `length` tokens, and
-    decided on as many others. `tokens` of calibration make the solutions, by `proxy`; without it by the recipe's solver,
-    or by sparsegpt where that is alps. `budget` (10m) may end the search early, and then another run need not give the same bytes. `study` is
-    the URL of an Optuna storage that machines share.
+    decided on as many others. The last `repeat` of each window, a share, says again what stood before, so that copying
+    counts. `tokens` of calibration make the solutions, by `proxy`; without it by the recipe's solver, or by sparsegpt where
+    that is alps. `budget` (10m) may end the search early, and then another run need not give the same bytes. `study` is the
+    URL of an Optuna storage that machines share.
 
     Raises:
         RecipeError: an option is out of range, or it is asked to decide from a profile.
@@ -64,6 +65,7 @@ class Auto:
     candidates: str = ",".join(FAMILIES)
     windows: int = 8
     length: int = 512
+    repeat: float = 0.25
     tokens: int = 32768
     proxy: str | None = None
     budget: str | float | None = None
@@ -86,6 +88,10 @@ class Auto:
         if self.step is not None and not 0 < self.step < 0.5:
             raise RecipeError(
                 f"allocator.step is {self.step}; expected a share of the weights between two levels, such as 0.03"
+            )
+        if not 0 <= self.repeat <= 0.5:
+            raise RecipeError(
+                f"allocator.repeat is {self.repeat}; expected the share of a window that repeats what stood before, from 0 to 0.5"
             )
         for name in self.families:
             if name not in FAMILIES:

@@ -1,9 +1,9 @@
 """What a search tries first: each allocator over a grid of its strengths, then where Optuna expects more.
 
-The grid is fixed, starts with what each allocator does when nothing is chosen, and holds the values of the papers; after it Optuna's TPE (seeded, so the same every time) proposes
-strengths between and beyond. A study may live in a storage that several machines share: each takes the next proposal
-that nobody has taken and tells its score to all, so a grid is done as many times faster as there are machines, and
-every machine goes on from the best of the whole study.
+The grid is fixed, starts with what each allocator does when nothing is chosen, and holds the values of the papers; after
+it Optuna's TPE (seeded, so the same every time) proposes strengths between and beyond. A study may live in a storage that
+several machines share: each takes the next proposal that nobody has taken and tells its score to all, so a grid is done as
+many times faster as there are machines, and every machine goes on from the best of the whole study.
 """
 
 from __future__ import annotations

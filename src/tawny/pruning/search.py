@@ -5,14 +5,15 @@
 3. Switches of budget between blocks and linears, generation by generation (evolution.py).
 4. The last few and uniform on windows that took no part so far; the best of these is the allocation.
 
-The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text. The bound is
-a number of trials, so the same recipe gives the same bytes; a time budget, or a study that other machines join, may
-change what is tried, and the record says so.
+The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text. Each ends with a
+passage it held before, since copying from its context is what a model loses first on text it was not calibrated on. The
+bound is a number of trials, so the same recipe gives the same bytes; a time budget, or a study that other machines join,
+may change what is tried, and the record says so.
 """
 
 from __future__ import annotations
 
-__all__ = ["allocate_by_search", "cost_of_search", "needs_of_search", "write_search"]
+__all__ = ["allocate_by_search", "cost_of_search", "needs_of_search", "repeating", "write_search"]
 
 import hashlib
 import json
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 _MEASURED: dict[str, Callable[[], Any]] = {"dlp": Dlp, "lsa": Lsa, "alpha": Alpha, "blend": Blend}
 _DRAWN_M = "5"
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def allocate_by_search(run: Run) -> Allocation:
@@ -159,7 +161,8 @@ def _search(run: Run) -> dict[str, Any]:
             "shared": auto.study is not None,
             "levels": {"from": space.sparsity(0, space.low), "to": space.sparsity(0, space.high)}
             | {"count": len(space.levels), "bytes": store.bytes},
-            "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen},
+            "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen}
+            | {"repeated": int(held_out.seqlen * auto.repeat)},
             "solver": name_of_solver,
             "tokens_tried": scorer.tokens,
             "generations": finite(outcome.generations),
@@ -256,7 +259,24 @@ def _split(run: Run, auto: Auto) -> tuple[Samples, Samples]:
         length = samples.seqlen if mask is not None else min(auto.length, samples.seqlen)
         held_out = Samples(samples.tokens[cut:, :length], None if mask is None else mask[cut:])
         samples = samples.first(cut)
-    return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), held_out
+    return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), repeating(held_out, auto.repeat)
+
+
+def repeating(samples: Samples, share: float) -> Samples:
+    """Windows that end with a passage they held before, each from another place; `share` of each is that long.
+
+    In text of short documents hardly anything comes twice, so that it would not tell which models still copy. A window of
+    which a part is masked stays as it is.
+    """
+    tokens_WT = samples.tokens.clone()
+    count, length = tokens_WT.shape
+    size = int(length * share)
+    for window in range(count):
+        if samples.mask is None or bool(samples.mask[window].all()):
+            # Multiples of the golden ratio, modulo 1, spread any number of places evenly.
+            start = int((window + 1) * _GOLDEN % 1 * (length - 2 * size + 1))
+            tokens_WT[window, length - size :] = samples.tokens[window, start : start + size]
+    return Samples(tokens_WT, samples.mask)
 
 
 def _over(auto: Auto, started: float) -> str:
