@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from tawny.calibration.statistics import Accumulator
-from tawny.precision import bfloat16_products, native_dtype
+from tawny.precision import bfloat16_products, rounds_products
 
 HARDWARE = pytest.mark.skipif(
-    native_dtype() != torch.bfloat16
-    or not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
-    reason="this CPU multiplies no bfloat16, or this torch cannot be told to",
+    not rounds_products(), reason="this CPU has no AMX, or this torch cannot be told to use it"
 )
 
 

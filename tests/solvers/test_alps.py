@@ -213,7 +213,7 @@ def test_an_inverse_serves_larger_penalties_within_its_bound(grown: float) -> No
 
 
 def test_wide_weights_lose_no_more_with_few_inverses(monkeypatch) -> None:
-    W, statistics = lifelike(48, 96)
+    W, statistics = lifelike(96, 192)
     losses = []
     for reach in (-1.0, 0.75):
         monkeypatch.setattr(alps, "_REACH", reach)

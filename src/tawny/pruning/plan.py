@@ -20,7 +20,7 @@ from tawny.model.linears import check_selection, select
 from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
 from tawny.patterns import check_pattern
-from tawny.precision import DTYPES, native_dtype
+from tawny.precision import DTYPES, rounds_products
 from tawny.pruning.memory import available, distinct_inputs, parse_size, place
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
@@ -200,7 +200,7 @@ def _seconds(
     if solver_needs != "none":
         seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
     if solver_needs == "hessian":
-        seconds["statistics"] = tokens * _seconds_a_token(stack, fast)
+        seconds["statistics"] = tokens * _seconds_a_token(stack)
     seconds["solve"] = _solving(recipe.make_solver(), infos)
     if recipe.refit:
         seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)
@@ -212,11 +212,13 @@ def _seconds(
     return {"total": round(sum(seconds.values()), 1), **seconds}
 
 
-def _seconds_a_token(stack: Stack, speed: float) -> float:
+def _seconds_a_token(stack: Stack) -> float:
     """Of the Hessians of every block."""
     per_block = sum(w * w for w in distinct_inputs(stack.linears(0)))
-    # Inputs in bfloat16 are multiplied as such, so fast that converting them and adding up take as long again.
-    around = 1.3 if stack.compute == torch.float32 else 2.6
+    rounded = stack.compute == torch.bfloat16 and rounds_products()
+    speed = measured_speed(torch.bfloat16 if rounded else torch.float32)
+    # Inputs multiplied as bfloat16 are so fast that converting them and adding up take as long again.
+    around = 2.6 if rounded else 1.3
     return around * per_block * len(stack) / speed
 
 
@@ -226,7 +228,7 @@ def _solving(solver: Any, infos: tuple[LinearInfo, ...]) -> float:
         return sum(x.numel for x in infos) * 2e-8
     work = getattr(solver, "work", Work(tall=3.0, square=3.0))
     exact = measured_speed(torch.float32)
-    rounded = measured_speed(native_dtype()) if work.rounded else exact
+    rounded = measured_speed(torch.bfloat16) if work.rounded and rounds_products() else exact
     a_row, a_column = work.tall / exact + work.rounded / rounded, work.square / exact
     products = sum(2.0 * x.shape[1] ** 2 * (a_row * x.shape[0] + a_column * x.shape[1]) for x in infos)
     return products + sum(x.numel for x in infos) * work.passes * _PASS
@@ -246,7 +248,7 @@ def _seconds_of_search(
     tokens = min(cost["samples"], recipe.calibration.samples) * recipe.calibration.seqlen
     walk = tokens * forward / speed * _OVERHEAD
     if needs_of_search(recipe) == "hessian":
-        walk += tokens * _seconds_a_token(stack, speed)
+        walk += tokens * _seconds_a_token(stack)
     solver = stand_in(recipe.make_allocator(), recipe.solver.name, recipe.make_solver())[1]
     solve = _solving(solver, infos) * cost["levels"]
     return round(walk + solve + cost["tokens"] * (forward + logits) / speed * _OVERHEAD, 3)
