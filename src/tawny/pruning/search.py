@@ -6,7 +6,7 @@
 4. The last few and uniform on windows that took no part so far; the best of these is the allocation.
 
 The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text. Each ends with a
-passage it held before, since copying from its context is what a model loses first on text it was not calibrated on. The
+passage it held before, since in text of short documents it would hardly show what copying from its context a model lost. The
 bound is a number of trials, so the same recipe gives the same bytes; a time budget, or a study that other machines join,
 may change what is tried, and the record says so.
 """
