@@ -73,13 +73,13 @@ def update(
     B_RI: Tensor,
     zero_RI: Tensor | None,
     threshold: float,
-    rho: float,
-    before: float,
+    relaxed: float,
+    ratio: float,
     bounds: tuple[float, float],
     shift: int,
     counts: Tensor,
 ) -> bool:
-    """T ← B + (T − D)·before/ρ, and how many of the new |T| lie where; False where it cannot.
+    """T ← relaxed·B + (1 − relaxed)·D + ratio·(T − D), and how many of the new |T| lie where; False where it cannot.
 
     Args:
         bounds: (low, high), at least 0. counts: of `histogram`, added to: in column 0 how many |T| are at most low (a zero
@@ -94,8 +94,8 @@ def update(
         _address(zero_RI),
         T_RI.numel(),
         threshold,
-        rho,
-        before,
+        relaxed,
+        ratio,
         *bounds,
         shift,
         counts.data_ptr(),
