@@ -15,6 +15,7 @@ from tawny.packed.kernels import native
 from tawny.patterns import NM, Unstructured, keep_mask, matches, removed_count
 from tawny.solvers import SparseGPT, alps, reconstruction_error
 from tawny.solvers.alps import Alps, _ByThreshold
+from tawny.solvers.base import energy
 from tawny.solvers.refit import refit
 from tests.reference.alps import admm_mask
 from tests.reference.problems import lifelike
@@ -99,6 +100,13 @@ def test_weights_that_are_zero_go_first_and_stay_zero(pattern) -> None:
     if pattern.__class__ is Unstructured:
         assert not solution.mask[zero].any()
         assert int((~solution.mask).sum()) == W.numel() // 2
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_loss_it_reports_is_the_loss(pattern) -> None:
+    W, statistics = lifelike(24, 32)
+    solution = Alps().solve(W, statistics, pattern, 0.5)
+    assert solution.lost == pytest.approx(energy(W - solution.weight, statistics.hessian), rel=1e-3)
 
 
 def test_more_zeros_than_the_budget_leave_the_weight_alone() -> None:

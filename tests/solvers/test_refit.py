@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Unstructured
 from tawny.solvers import Magnitude, SparseGPT, Wanda
-from tawny.solvers.refit import refit
+from tawny.solvers.base import energy
+from tawny.solvers.refit import refit, refit_and_judge
 from tests.reference.problems import lifelike
 from tests.reference.refit import objective, refit_exactly
 
@@ -108,3 +109,13 @@ def test_a_hessian_that_is_not_finite_is_refused() -> None:
     statistics.hessian[2, 3] = torch.nan
     with pytest.raises(NumericalError, match="Hessian"):
         refit(W, W != 0, statistics.hessian)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 50])
+def test_it_knows_what_is_lost(steps: int, monkeypatch) -> None:
+    W, statistics = lifelike(24, 48)
+    mask = torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) > 0.6
+    monkeypatch.setattr("tawny.solvers.refit._CHUNK", 7 * 48)  # four chunks of rows
+    weight, lost = refit_and_judge(W, mask, statistics.hessian, steps=steps)
+    assert torch.equal(weight, refit(W, mask, statistics.hessian, steps=steps))
+    assert lost == pytest.approx(energy(W - weight, statistics.hessian), rel=1e-3)

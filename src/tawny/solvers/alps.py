@@ -51,7 +51,7 @@ from tawny.packed.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import bfloat16_products
 from tawny.solvers.base import Needs, Solution, Work, require_finite
-from tawny.solvers.refit import refit
+from tawny.solvers.refit import refit_and_judge
 
 __all__ = ["Alps", "Scaled"]
 
@@ -140,12 +140,9 @@ class Alps:
         mean = float(diagonal_I.mean()) or 1.0  # a matrix of zeros (an expert that saw no token)
         damp = self.damp
         for _ in range(1 + _RETRIES):
-            scale_I = (diagonal_I + damp * mean).clamp(min=1e-6 * mean).sqrt_()
-            lower_II = _factor(H_II, scale_I, damp * mean, _BEYOND)
-            if lower_II is not None:
-                scale_I /= torch.cholesky_inverse(lower_II).diagonal().sqrt()
-                lower_II = _factor(H_II, scale_I, damp * mean, self.rho)
-            if lower_II is not None:
+            scale_I = _scale(H_II, (diagonal_I + damp * mean).clamp(min=1e-6 * mean), damp * mean)
+            lower_II = None if scale_I is None else _factor(H_II, scale_I, damp * mean, self.rho)
+            if scale_I is not None and lower_II is not None:
                 return Scaled(H_II, scale_I, damp * mean, damp, self.rho, lower_II)
             damp *= 10
         raise NumericalError(
@@ -180,7 +177,7 @@ class Alps:
         T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
         keep_OI = support.mask(T_OI)
         T_OI /= scaled.scale_I
-        weight_OI = refit(
+        weight_OI, lost = refit_and_judge(
             W_OI,
             keep_OI,
             scaled.hessian_II,
@@ -189,7 +186,7 @@ class Alps:
             damp=scaled.damp,
             rounded=True,
         )
-        return Solution(weight_OI, keep_OI, notes)
+        return Solution(weight_OI, keep_OI, notes, lost)
 
     def _admm(
         self, W_OI: Tensor, scaled: Scaled, support: _ByThreshold | _ByMask
@@ -244,6 +241,13 @@ def _parts(T_OI: Tensor, size: int) -> list[slice]:
     """Slices of rows of about `size` weights."""
     rows = max(1, size // max(T_OI.shape[1], 1))
     return [slice(top, min(top + rows, len(T_OI))) for top in range(0, len(T_OI), rows)]
+
+
+def _scale(H_II: Tensor, squares_I: Tensor, ridge: float) -> Tensor | None:
+    """[in]: the root of what is left of each input's damped square once the others have made up for it; None like `_factor`."""
+    whole_I = squares_I.sqrt()
+    lower_II = _factor(H_II, whole_I, ridge, _BEYOND)
+    return None if lower_II is None else whole_I / torch.cholesky_inverse(lower_II).diagonal().sqrt()
 
 
 def _factor(H_II: Tensor, scale_I: Tensor, ridge: float, rho: float) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tawny.precision import bfloat16_products
 from tawny.solvers.base import require_finite
 
-__all__ = ["refit"]
+__all__ = ["refit", "refit_and_judge"]
 
 _CHUNK = 1 << 22  # weights whose six scratch copies live at once: 100 MB
 
@@ -54,6 +54,23 @@ def refit(
     Returns:
         A new weight `[out, in]` float32.
     """
+    return refit_and_judge(
+        W_OI, mask_OI, H_II, steps=steps, start=start, damp=damp, tolerance=tolerance, rounded=rounded
+    )[0]
+
+
+def refit_and_judge(
+    W_OI: Tensor,
+    mask_OI: Tensor,
+    H_II: Tensor,
+    *,
+    steps: int = 10,
+    start: Tensor | None = None,
+    damp: float = 0.01,
+    tolerance: float = 1e-6,
+    rounded: bool = False,
+) -> tuple[Tensor, float]:
+    """`refit`, and ‖X(W − Ŵ)ᵀ‖², which the descent comes to know on its way."""
     require_finite(H_II, "input's Hessian")
     diagonal_I = H_II.diagonal().to(torch.float32)
     ridge = damp * float(diagonal_I.mean())
@@ -61,15 +78,16 @@ def refit(
     inverse_I = torch.where(damped_I > 0, 1 / damped_I, 0.0)
     result_OI = torch.empty_like(W_OI, dtype=torch.float32)
     rows = max(1, _CHUNK // max(W_OI.shape[1], 1))
+    lost = 0.0
     for top in range(0, W_OI.shape[0], rows):
         part = slice(top, top + rows)
         W_RI = W_OI[part].to(torch.float32)
         free_RI = mask_OI[part] & (W_RI != 0)
         X_RI = torch.where(free_RI, W_RI if start is None else start[part].to(torch.float32), 0.0)
-        _descend(X_RI, W_RI, free_RI, H_II, ridge, inverse_I, steps, tolerance, rounded)
+        lost += _descend(X_RI, W_RI, free_RI, H_II, ridge, inverse_I, steps, tolerance, rounded)
         result_OI[part] = X_RI
     require_finite(result_OI, "refitted weight")
-    return result_OI
+    return result_OI, lost
 
 
 def _descend(
@@ -82,14 +100,18 @@ def _descend(
     steps: int,
     tolerance: float,
     rounded: bool,
-) -> None:
-    """Conjugate gradients on all rows at once, `X_RI` updated in place."""
+) -> float:
+    """Conjugate gradients on all rows at once, `X_RI` updated in place; tr((W − X)H(W − X)ᵀ) at the end."""
     free_RI = free_RI.to(W_RI.dtype)  # a product of floats is vectorised, one with a mask is not
 
     def times_H(D_RI: Tensor) -> Tensor:
         return torch.addmm(D_RI, D_RI, H_II, beta=ridge).mul_(free_RI)
 
-    residual_RI = times_H(W_RI - X_RI)  # minus half the gradient, on the free entries
+    gone_RI = W_RI - X_RI
+    residual_RI = torch.addmm(gone_RI, gone_RI, H_II, beta=ridge)
+    objective_R = _dot(gone_RI, residual_RI).double()
+    del gone_RI
+    residual_RI.mul_(free_RI)  # minus half the gradient, on the free entries
     step_RI = residual_RI * inverse_I
     size_R = _dot(residual_RI, step_RI)
     enough_R = size_R * tolerance**2
@@ -102,10 +124,13 @@ def _descend(
         # A row that has arrived, or whose direction H cannot see, stands still while the others go on.
         length_R = torch.where((curvature_R > 0) & (size_R > enough_R), size_R / curvature_R, 0.0)
         X_RI.addcmul_(step_RI, length_R)
+        objective_R -= length_R * size_R
         residual_RI.addcmul_(curved_RI, length_R, value=-1)
         scaled_RI = torch.mul(residual_RI, inverse_I, out=curved_RI)
         before_R, size_R = size_R, _dot(residual_RI, scaled_RI)
         step_RI.mul_(torch.where(before_R > 0, size_R / before_R, 0.0)).add_(scaled_RI)
+    gone_RI = W_RI - X_RI
+    return float((objective_R - ridge * _dot(gone_RI, gone_RI)).sum())
 
 
 def _dot(A_RI: Tensor, B_RI: Tensor) -> Tensor:
