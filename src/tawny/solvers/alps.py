@@ -16,7 +16,7 @@ What we do differently. The paper scales inputs to diag(H) = 1, so that the pena
 alike whatever the others can make up for. Here an input's scale is what the others cannot: its variance given all of them,
 1/[(H + λI)⁻¹]_jj, which is SparseGPT's measure of a weight (2301.00774). From there on ρ can start at 0.7 instead of 0.1,
 and with over-relaxation (α = 1.4 instead of 1; Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section
-3.4.3) three fifths of the iterations lose 0.5 to 3 % less.
+3.4.3) half of the iterations lose up to 4 % less.
 
 An inverse, made from a Cholesky factor, stands for an eigendecomposition, so that an iteration
 costs one product of a weight with a square matrix. Wide weights keep an inverse while ρ grows by up to 75 % and take two
