@@ -4,13 +4,15 @@ A results file holds the setting that all its cells share (model, calibration, e
 keys in which they differ. It is written after every cell, so a study can be stopped and taken up again, and two
 questions that need the same cell share it. Several processes may fill one file, each with cells of its own (other
 seeds, other solvers). `auto` searches once for solvers whose search is the same, and the allocation it found is given to
-each as a file, which gives the same bytes; its time counts in all of them. Times are wall times of `tawny.prune`, and its
-own phases; a cell says on which CPU and with how many threads.
+each as a file, which gives the same bytes; its time counts in all of them. What was found is kept in NAME.searches.json
+beside the results, so that a changed solver needs no new search; delete it when the search itself has changed. Times are wall times of
+`tawny.prune`, and its own phases; a cell says on which CPU and with how many threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import fcntl
 import functools
@@ -19,8 +21,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ class Search:
     allocation: dict[str, float]
     winner: str
     seconds: float
+    cpu: str
 
 
 def _same_search(keys: Keys) -> str:
@@ -82,7 +85,7 @@ class Cells:
         self.args = args
         self.started = time.monotonic()
         self.made = 0
-        self.searches: dict[str, Search] = {}
+        self.kept = args.results.with_suffix(".searches.json")
         setting = {
             "model": Path(args.model).name,
             "calibration": {"text": args.calibration, "samples": args.samples, "seqlen": args.seqlen},
@@ -105,18 +108,27 @@ class Cells:
         """Write the file, with the cells that others have put there since it was read."""
         path = self.args.results
         self.results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        with _alone(path):
             if path.exists():
                 theirs = json.loads(path.read_text(encoding="utf-8"))["cells"]
                 self.results["cells"] = theirs | self.results["cells"]
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-            beside.replace(path)
-        finally:
-            os.close(folder)
+            _write(path, json.dumps(self.results, indent=1))
+
+    def searches(self) -> dict[str, Search]:
+        """What searches found, by `_same_search`."""
+        if not self.kept.exists():
+            return {}
+        found = json.loads(self.kept.read_text(encoding="utf-8"))
+        return {name: Search(**each) for name, each in found.items()}
+
+    def keep(self, name: str, search: Search) -> None:
+        """Add a search to those kept, each on a line of its own."""
+        with _alone(self.kept):
+            found = {**self.searches(), name: search}
+            lines = (
+                f"{json.dumps(name)}: {json.dumps(asdict(each))}" for name, each in sorted(found.items())
+            )
+            _write(self.kept, "{\n" + ",\n".join(lines) + "\n}")
 
     def dense(self) -> dict[str, Any]:
         return {"evaluation": self.evaluate(self.args.model), "lod": self.lod(self.args.model)}
@@ -155,24 +167,27 @@ class Cells:
                 path = Path(__file__).parents[1] / "recipes" / f"{keys['recipe']}.yaml"
                 recipe = resolve_recipe(path, [*options.items(), *map(parse_override, keys["changes"])])
                 options = {}
-            search = self.searches.get(_same_search(keys))
+            # A named recipe is there to be timed whole.
+            search = None if recipe is not None else self.searches().get(_same_search(keys))
             if search is not None:
                 path = folder / "allocation.json"
                 path.write_text(json.dumps(search.allocation), encoding="utf-8")
                 options = {k: v for k, v in options.items() if not k.startswith("allocator")}
                 options |= {"allocator": "file", "allocator.path": str(path)}
             record = tawny.prune(args.model, folder / "out", recipe=recipe, **options)
-            seconds, phases = time.perf_counter() - start, record.seconds
+            seconds, phases, cpu = time.perf_counter() - start, record.seconds, record.machine["cpu"]
             if search is not None:
                 seconds, phases = seconds + search.seconds, {**phases, "search": search.seconds}
+                cpu = cpu if cpu == search.cpu else f"{search.cpu} (search), {cpu}"
             elif record.search is not None:
-                search = Search(dict(record.allocation), record.search["winner"], phases["search"])
-                self.searches[_same_search(keys)] = search
+                search = Search(dict(record.allocation), record.search["winner"], phases["search"], cpu)
+                if recipe is None:
+                    self.keep(_same_search(keys), search)
             made = {
                 **keys,
                 "seconds": seconds,
                 "threads": record.machine["threads"],
-                "cpu": record.machine["cpu"],
+                "cpu": cpu,
                 "phases": phases,
                 "achieved": record.sparsity,
                 "mean_error": sum(x.error for x in record.linears) / len(record.linears),
@@ -224,3 +239,22 @@ class Cells:
 def name_of(keys: Mapping[str, Any]) -> str:
     """The name of a cell: its keys, in one order."""
     return " ".join(f"{key}={keys[key]}" for key in sorted(keys))
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Meanwhile no other process writes results into this file's folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(path)
