@@ -65,8 +65,8 @@ def test_the_passes_are_what_torch_says(kernel, threads, size, zeros: bool) -> N
     assert torch.allclose(out, 0.3 * (D - W) - 0.2 * (T - D), atol=1e-6)
     bounds, shift, counts = (0.4375, 0.625), 7, admm.histogram(T.numel())
     moved = T.clone()
-    assert admm.update(moved, W, zero, 0.5, 1.4, 0.7, bounds, shift, counts)
-    assert torch.allclose(moved, 1.4 * W - 0.4 * D + 0.7 * (T - D), atol=1e-6)
+    assert admm.update(moved, W, zero, 0.5, 0.3, 0.2, bounds, shift, counts)
+    assert torch.allclose(moved, W + (T - D) * (0.2 / 0.3), atol=1e-6)
     assert torch.equal(counts.sum(0), spread(moved, zero, bounds, shift))
     seen = torch.zeros(size, dtype=torch.bool)
     for values in (T, moved, moved, -T):
@@ -100,7 +100,7 @@ def test_the_histogram_counts_every_weight_once(kernel, rows, columns, first, se
             slice(first, rows),
         ):  # what is added up over slices is that of the whole
             slice_of_zero = None if zero is None else zero[part]
-            admm.update(moved[part], B[part], slice_of_zero, 0.5, 1.4, 0.7, (low, high), shift, counts)
+            admm.update(moved[part], B[part], slice_of_zero, 0.5, 0.3, 0.2, (low, high), shift, counts)
     assert torch.equal(counts.sum(0), spread(moved, zero, (low, high), shift))
     assert counts.sum() == (moved.abs() <= high).sum() + (
         0 if zero is None else (zero & (moved.abs() > high)).sum()
@@ -110,7 +110,7 @@ def test_the_histogram_counts_every_weight_once(kernel, rows, columns, first, se
 def test_a_range_that_does_not_fit_the_bins_is_refused(kernel) -> None:
     T, B, _ = problem(3, 5, False)
     with pytest.raises(TawnyError, match="out of range"):
-        admm.update(T, B, None, 0.5, 1.4, 0.7, (0.25, 0.5), 6, admm.histogram(15))
+        admm.update(T, B, None, 0.5, 0.3, 0.2, (0.25, 0.5), 6, admm.histogram(15))
 
 
 def test_what_a_kernel_cannot_read_is_left_to_torch(kernel) -> None:

@@ -1,7 +1,6 @@
-"""The slow twin of `solvers/alps.py`: the iteration as it is written, in float64, by dense solves.
+"""The slow twin of `solvers/alps.py`: the paper's iteration as it is written, in float64, by dense solves.
 
-Unstructured over the matrix only. B, D and V are kept apart, selection is a sort. `beyond=None` and `relaxed=1` make it the
-paper's iteration, but for where it ends.
+Unstructured over the matrix only. B, D and V are kept apart, the inverse is never formed, selection is a sort.
 """
 
 from __future__ import annotations
@@ -11,26 +10,14 @@ from torch import Tensor
 
 
 def admm_mask(
-    W_OI: Tensor,
-    H_II: Tensor,
-    removed: int,
-    damp: float = 0.01,
-    rho: float = 0.7,
-    most: int = 300,
-    beyond: float | None = 0.05,
-    relaxed: float = 1.4,
+    W_OI: Tensor, H_II: Tensor, removed: int, damp: float = 0.01, rho: float = 0.1, most: int = 300
 ) -> Tensor:
     H = H_II.double()
     H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     scale = H.diagonal().sqrt()
     H = H / scale[:, None] / scale[None, :]
-    eye = torch.eye(len(H), dtype=torch.float64)
-    if beyond is not None:  # an input's variance given all others
-        alone = torch.stack(
-            [1 / torch.linalg.solve(H + beyond * eye, one)[j] for j, one in enumerate(eye)]
-        ).sqrt()
-        scale, H = scale * alone, H / alone[:, None] / alone[None, :]
     W = (W_OI.double() * scale).T.contiguous()  # [in, out], as in the paper
+    eye = torch.eye(len(H), dtype=torch.float64)
 
     def project(A: Tensor) -> Tensor:
         kept = A.abs().flatten().argsort(descending=True, stable=True)[: A.numel() - removed]
@@ -43,7 +30,6 @@ def admm_mask(
     D, V, support, grown = first, torch.zeros_like(W), first != 0, False
     for iteration in range(1, most + 1):
         B = torch.linalg.solve(H + rho * eye, H @ W - V + rho * D)
-        B = relaxed * B + (1 - relaxed) * D
         D = project(B + V / rho)
         V = V + rho * (B - D)
         if iteration % 3:
@@ -57,7 +43,7 @@ def admm_mask(
             if moved:
                 D, V, support = first, torch.zeros_like(W), first != 0
             continue
-        if moved < 2e-3:
+        if moved == 0 or (iteration >= 30 and moved < 3e-4):
             break
         grown = True
         rho *= 1.3 if moved > 0.1 else 1.2 if moved > 0.005 else 1.1

@@ -1,4 +1,4 @@
-"""ALPS against its iteration written plainly, against the paper's, against SparseGPT, and at its edges."""
+"""ALPS against its paper's iteration, against SparseGPT, and at its edges."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATTERNS = [Unstructured(), Unstructured("row"), NM(2, 4)]
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
-def test_it_finds_the_support_of_the_iteration_as_it_is_written(sparsity: float, monkeypatch) -> None:
+def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float, monkeypatch) -> None:
     W, statistics = lifelike(32, 48)
     monkeypatch.setattr(alps, "bfloat16_products", contextlib.nullcontext)
     monkeypatch.setattr(alps, "_REACH", -1.0)  # an inverse for every penalty
@@ -32,17 +32,6 @@ def test_it_finds_the_support_of_the_iteration_as_it_is_written(sparsity: float,
     wanted = admm_mask(W, statistics.hessian, removed_count(W.numel(), sparsity))
     # float32 against float64: a few weights at the threshold may differ
     assert int((found != wanted).sum()) <= 0.01 * int(wanted.sum())
-
-
-@pytest.mark.parametrize(("sparsity", "most"), [(0.5, 1.05), (0.7, 1.0), (0.8, 0.98)])
-def test_it_takes_fewer_iterations_than_the_paper_and_loses_as_little(sparsity: float, most: float) -> None:
-    W, statistics = lifelike(256, 256)
-    H = statistics.hessian
-    solution = Alps().solve(W, statistics, Unstructured(), sparsity)
-    mask = admm_mask(W, H, removed_count(W.numel(), sparsity), rho=0.1, beyond=None, relaxed=1.0)
-    paper = reconstruction_error(W, refit(W, mask, H, start=W * mask), H)
-    assert reconstruction_error(W, solution.weight, H) < most * paper
-    assert solution.notes["iterations"] <= 27  # the paper's take 30 or more
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -160,12 +149,11 @@ def test_the_threshold_near_the_last_one_is_the_threshold_over_everything(kernel
     seen = torch.zeros(T.shape, dtype=torch.bool)
     for scale in (0.0, 1e-3, 1e-2, 3.0, 1e-3):
         wanted = (T + scale * torch.rand(T.shape, generator=dice)).round(decimals=2)  # many ties
-        D = support.kept(T, slice(0, 40))
-        B = (wanted - (1 - alps._RELAXED) * D - (T - D) / 4) / alps._RELAXED
+        gone = (T - support.kept(T, slice(0, 40))) / 4
         support.begin(T)
         for top in range(0, 40, 7):
             rows = slice(top, min(top + 7, 40))
-            support.update(T[rows], B[rows], rows, 0.4, 0.1)
+            support.update(T[rows], wanted[rows] - gone[rows], rows, 0.4, 0.1)
         assert torch.allclose(T, wanted, atol=1e-6)
         support.finish(T)
         scores = T.abs() if zero is None else T.abs().masked_fill(zero, -1.0)

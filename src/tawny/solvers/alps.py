@@ -1,24 +1,19 @@
 """ALPS: choose the mask and the weights together by ADMM, then refit the survivors.
 
 Meng et al., "ALPS: improved optimization for highly sparse one-shot pruning for large language models",
-NeurIPS 2024, 2406.07831. With the inputs scaled, minimise ½‖X(W − B)ᵀ‖² subject to B = D, D within the pattern. One
-iteration for a penalty ρ:
+NeurIPS 2024, 2406.07831. With H and W scaled so that diag(H) = 1, minimise ½‖X(W − B)ᵀ‖² subject to B = D, D
+within the pattern. One iteration for a penalty ρ:
 
-    B = (W H − V + ρD)(H + ρI)⁻¹,   T = αB + (1 − α)D + V/ρ,   D = T where the pattern keeps it, else 0,   V ← ρ(T − D)
+    B = (W H − V + ρD)(H + ρI)⁻¹,   T = B + V/ρ,   D = T where the pattern keeps it, else 0,   V ← ρ(T − D)
 
 D and V are the two halves of T, so T and the mask are all the state there is. ρ grows every third
 iteration by 1.3, 1.2 or 1.1 as the support changed by > 10 %, > 0.5 % or > 0 of the survivors;
 before it has first grown, a small change means that ρ is too large to move anything, and it is divided by 5,
-from a fresh start if the support had moved. It ends when the support changes by less than 0.2 %, or at 300. Then
-masked conjugate gradients (`refit.py`) find the best values on the support.
+from a fresh start if the support had moved. It ends when the support stands still, or after iteration 30 when
+it changes by less than 0.03 %, or at 300. Then masked conjugate gradients (`refit.py`) find the
+best values on the support.
 
-What we do differently. The paper scales inputs to diag(H) = 1, so that the penalty and the choice of the support treat all
-alike whatever the others can make up for. Here an input's scale is what the others cannot: its variance given all of them,
-1/[(H + λI)⁻¹]_jj, which is SparseGPT's measure of a weight (2301.00774). From there on ρ can start at 0.7 instead of 0.1,
-and with over-relaxation (α = 1.4 instead of 1; Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, section
-3.4.3) half of the iterations lose up to 4 % less.
-
-An inverse, made from a Cholesky factor, stands for an eigendecomposition, so that an iteration
+What we do differently: an inverse, made from a Cholesky factor, instead of an eigendecomposition, so that an iteration
 costs one product of a weight with a square matrix. Wide weights keep an inverse while ρ grows by up to 75 % and take two
 products instead (`_Divider`). The product is of what B has left to go,
 
@@ -64,9 +59,7 @@ _WIDE = 0.75  # rows a column up to which another product costs less than anothe
 _REACH = 0.75  # how much ρ may grow, as a share, while an inverse serves
 _CHECK = 3  # iterations between two looks at the support
 _FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for everywhere
-_SETTLED = 2e-3  # a change of the support, as a share of the survivors, that ends the search
-_BEYOND = 0.05  # λ, as a share of an input's own square
-_RELAXED = 1.4  # α
+_SETTLED, _SETTLED_AFTER = 3e-4, 30
 _SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the support has long stopped to care
 
 
@@ -75,7 +68,7 @@ class Scaled:
     """What the linears that share an input share: the scaling of their Hessian, and one factor."""
 
     hessian_II: Tensor  # the caller's, unscaled and undamped
-    scale_I: Tensor  # √(H_jj + ridge), less what other inputs can make up for
+    scale_I: Tensor  # √(H_jj + ridge)
     ridge: float
     damp: float  # the damping that was needed
     rho: float
@@ -110,7 +103,7 @@ class Alps:
     """
 
     damp: float = 0.01
-    rho: float = 0.7
+    rho: float = 0.1
     iterations: int = 300
     steps: int = 4  # of conjugate gradients; the paper's 10 lower the loss by another 0.01 %
 
@@ -119,8 +112,8 @@ class Alps:
     bytes_per_weight: ClassVar[int] = 44  # measured, what judges the result included
     bytes_per_pair: ClassVar[int] = 10  # of inputs, beside the Hessian
     stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: a fraction of the time
-    # The descent; some factors and inverses; about 17 iterations, half of them with two products, and what lies between these.
-    work: ClassVar[Work] = Work(tall=2.0, square=7.0, rounded=27.0, passes=150.0)
+    # The descent; some factors and inverses; about 33 iterations, half of them with two products, and what lies between these.
+    work: ClassVar[Work] = Work(tall=2.0, square=8.0, rounded=49.0, passes=280.0)
 
     def __post_init__(self) -> None:
         for name in ("damp", "rho"):
@@ -140,9 +133,9 @@ class Alps:
         mean = float(diagonal_I.mean()) or 1.0  # a matrix of zeros (an expert that saw no token)
         damp = self.damp
         for _ in range(1 + _RETRIES):
-            scale_I = _scale(H_II, (diagonal_I + damp * mean).clamp(min=1e-6 * mean), damp * mean)
-            lower_II = None if scale_I is None else _factor(H_II, scale_I, damp * mean, self.rho)
-            if scale_I is not None and lower_II is not None:
+            scale_I = (diagonal_I + damp * mean).clamp(min=1e-6 * mean).sqrt_()
+            lower_II = _factor(H_II, scale_I, damp * mean, self.rho)
+            if lower_II is not None:
                 return Scaled(H_II, scale_I, damp * mean, damp, self.rho, lower_II)
             damp *= 10
         raise NumericalError(
@@ -218,7 +211,7 @@ class Alps:
             change = support.changes(T_OI) / survivors
             factor = 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1 if change > 0 else 1.0
             if grown or change > 0.005:
-                if change < _SETTLED:
+                if change == 0 or (iteration >= _SETTLED_AFTER and change < _SETTLED):
                     break
                 grown = True
                 rho *= factor
@@ -241,13 +234,6 @@ def _parts(T_OI: Tensor, size: int) -> list[slice]:
     """Slices of rows of about `size` weights."""
     rows = max(1, size // max(T_OI.shape[1], 1))
     return [slice(top, min(top + rows, len(T_OI))) for top in range(0, len(T_OI), rows)]
-
-
-def _scale(H_II: Tensor, squares_I: Tensor, ridge: float) -> Tensor | None:
-    """[in]: the root of what is left of each input's damped square once the others have made up for it; None like `_factor`."""
-    whole_I = squares_I.sqrt()
-    lower_II = _factor(H_II, whole_I, ridge, _BEYOND)
-    return None if lower_II is None else whole_I / torch.cholesky_inverse(lower_II).diagonal().sqrt()
 
 
 def _factor(H_II: Tensor, scale_I: Tensor, ridge: float, rho: float) -> Tensor | None:
@@ -352,12 +338,11 @@ class _Support:
             out_RI[part].add_(T_RI[part], alpha=-before).add_(D_PI, alpha=rho + before)
 
     def update(self, T_RI: Tensor, B_RI: Tensor, place: slice, rho: float, before: float) -> None:
-        """T ← αB + (1 − α)D + V/ρ, seen."""
+        """T ← B + V/ρ, seen."""
         for part in _parts(T_RI, _CACHED):
             within = _within(place, part)
-            D_PI = self.kept(T_RI[part], within)
-            T_RI[part].sub_(D_PI).mul_(before / rho).add_(D_PI, alpha=1 - _RELAXED)
-            T_RI[part].add_(B_RI[part], alpha=_RELAXED)
+            gone_PI = T_RI[part].sub_(self.kept(T_RI[part], within))
+            torch.add(B_RI[part], gone_PI, alpha=before / rho, out=T_RI[part])
             self.see(T_RI[part], within)
 
 
@@ -426,7 +411,7 @@ class _ByThreshold(_Support):
     def update(self, T_RI: Tensor, B_RI: Tensor, place: slice, rho: float, before: float) -> None:
         zero_RI, bounds = self._zero(place), (_float(self._low), _float(self._high))
         if not admm.update(
-            T_RI, B_RI, zero_RI, self.threshold, _RELAXED, before / rho, bounds, self._shift, self._counts
+            T_RI, B_RI, zero_RI, self.threshold, rho, before, bounds, self._shift, self._counts
         ):
             super().update(T_RI, B_RI, place, rho, before)
 

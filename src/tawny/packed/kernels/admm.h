@@ -42,11 +42,11 @@ struct Admm {
         memcpy(p->out + i, out, left * 4);
     }
 
-    // T ← relaxed·B + (1 − relaxed)·D + ratio·(T − D), and how the new |T| are spread: counts[0] of them are at most `low`, counts[1 + b] lie
+    // T ← B + (T − D)·before/ρ, and how the new |T| are spread: counts[0] of them are at most `low`, counts[1 + b] lie
     // between `low` and `high` in the bin b of 2^shift neighbouring floats. A weight that was zero counts as 0.
     static void update(const Pass* p, int64_t from, int64_t to, int64_t* counts) {
         V threshold = I::broadcast(p->threshold), low = I::broadcast(p->low), high = I::broadcast(p->high);
-        V relaxed = I::broadcast(p->relaxed), less = I::broadcast(1.0f - p->relaxed), ratio = I::broadcast(p->ratio);
+        V ratio = I::broadcast(p->before / p->rho), none = I::zero();
         const int32_t first = float_bits(p->low) + 1;
         int64_t above = 0, held = 0;
         // Values between the bounds wait here: counted where they are met, each would be a branch foretold wrongly.
@@ -58,8 +58,8 @@ struct Admm {
         };
         auto one = [&](float* values, const float* product, const uint8_t* zero) __attribute__((always_inline)) {
             V t = I::load(values);
-            V share = I::select(kept(t, threshold, zero), less, ratio);
-            t = I::fma(share, t, I::mul(relaxed, I::load(product)));
+            V share = I::select(kept(t, threshold, zero), none, ratio);
+            t = I::fma(share, t, I::load(product));
             I::store(values, t);
             M some = kept(t, low, zero);
             above += __builtin_popcount(I::bits(some));

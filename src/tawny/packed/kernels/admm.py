@@ -73,13 +73,13 @@ def update(
     B_RI: Tensor,
     zero_RI: Tensor | None,
     threshold: float,
-    relaxed: float,
-    ratio: float,
+    rho: float,
+    before: float,
     bounds: tuple[float, float],
     shift: int,
     counts: Tensor,
 ) -> bool:
-    """T ← relaxed·B + (1 − relaxed)·D + ratio·(T − D), and how many of the new |T| lie where; False where it cannot.
+    """T ← B + (T − D)·before/ρ, and how many of the new |T| lie where; False where it cannot.
 
     Args:
         bounds: (low, high), at least 0. counts: of `histogram`, added to: in column 0 how many |T| are at most low (a zero
@@ -94,8 +94,8 @@ def update(
         _address(zero_RI),
         T_RI.numel(),
         threshold,
-        relaxed,
-        ratio,
+        rho,
+        before,
         *bounds,
         shift,
         counts.data_ptr(),

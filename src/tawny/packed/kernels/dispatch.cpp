@@ -327,21 +327,21 @@ int32_t tawny_admm_right(const float* values, const float* weight, const uint8_t
                          float threshold, float rho, float before, int32_t threads) {
     if (!chosen) return 1;
     if (count < 0) return 2;
-    Pass p = {values, weight, nullptr, right, zero, nullptr, count, threshold, rho, before, 0.0f, 0.0f, 0.0f, 0.0f, 0};
+    Pass p = {values, weight, nullptr, right, zero, nullptr, count, threshold, rho, before, 0.0f, 0.0f, 0};
     PassJob job = {&p, 0, nullptr, 0, 0};
     run_pass(job, threads);
     return 0;
 }
 
-// T ← relaxed·B + (1 − relaxed)·D + ratio·(T − D). Added to `counts` [threads, 1 + bins]: how many |T| (0 for a weight that is `zero`) are at
+// T ← B + (T − D)·before/ρ. Added to `counts` [threads, 1 + bins]: how many |T| (0 for a weight that is `zero`) are at
 // most `low`, and how many above it and at most `high`, in bins of 2^shift neighbouring floats.
 int32_t tawny_admm_update(float* values, const float* product, const uint8_t* zero, int64_t count, float threshold,
-                          float relaxed, float ratio, float low, float high, int32_t shift, int64_t* counts,
-                          int64_t bins, int32_t threads) {
+                          float rho, float before, float low, float high, int32_t shift, int64_t* counts, int64_t bins,
+                          int32_t threads) {
     if (!chosen) return 1;
     if (count < 0 || threads < 1 || bins < 1 || shift < 0 || shift > 31 || !(low >= 0.0f && low <= high)) return 2;
     if (low < high && ((float_bits(high) - float_bits(low) - 1) >> shift) >= bins) return 2;
-    Pass p = {nullptr, nullptr, product, values, zero, nullptr, count, threshold, 0.0f, 0.0f, relaxed, ratio, low, high, shift};
+    Pass p = {nullptr, nullptr, product, values, zero, nullptr, count, threshold, rho, before, low, high, shift};
     PassJob job = {&p, 1, counts, 1 + bins, 0};
     run_pass(job, threads);
     return 0;
@@ -352,7 +352,7 @@ int32_t tawny_admm_support(const float* values, const uint8_t* zero, uint8_t* su
                            int64_t* changed, int32_t threads) {
     if (!chosen) return 1;
     if (count < 0) return 2;
-    Pass p = {values, nullptr, nullptr, nullptr, zero, support, count, threshold, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0};
+    Pass p = {values, nullptr, nullptr, nullptr, zero, support, count, threshold, 0.0f, 0.0f, 0.0f, 0.0f, 0};
     PassJob job = {&p, 2, nullptr, 0, 0};
     run_pass(job, threads);
     *changed = job.changed;

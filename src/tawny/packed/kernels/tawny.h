@@ -84,7 +84,7 @@ struct Pass {  // over contiguous weights, between two products of ALPS (admm.h)
     const uint8_t* zero;   // 1 where a weight was zero and stays so, or null
     uint8_t* support;      // 1 where T survived, when last looked at
     int64_t count;
-    float threshold, rho, before, relaxed, ratio, low, high;
+    float threshold, rho, before, low, high;
     int32_t shift;
 };
 
