@@ -29,6 +29,7 @@ from typing import Any
 import tawny
 from tawny.evaluation.perplexity import Windows, windows_of
 from tawny.machine import machine, versions
+from tawny.model.durable import write
 from tawny.model.source import load_tokenizer, resolve
 from tawny.recipe import parse_override, resolve_recipe
 from tawny.solvers import SOLVERS
@@ -63,6 +64,7 @@ class Search:
     winner: str
     seconds: float
     cpu: str
+    setting: dict[str, Any]  # the model and the calibration
 
 
 def _same_search(keys: Keys) -> str:
@@ -95,6 +97,7 @@ class Cells:
                 "windows": args.windows,
             },
         }
+        self.searched_on = {key: setting[key] for key in ("model", "calibration")}
         self.results: dict[str, Any] = {**setting, "dense": None, "cells": {}}
         if args.results.exists():
             self.results = json.loads(args.results.read_text(encoding="utf-8"))
@@ -112,14 +115,14 @@ class Cells:
             if path.exists():
                 theirs = json.loads(path.read_text(encoding="utf-8"))["cells"]
                 self.results["cells"] = theirs | self.results["cells"]
-            _write(path, json.dumps(self.results, indent=1))
+            write(path, (json.dumps(self.results, indent=1) + "\n").encode())
 
     def searches(self) -> dict[str, Search]:
-        """What searches found, by `_same_search`."""
+        """What searches on this model and calibration found, by `_same_search`."""
         if not self.kept.exists():
             return {}
         found = json.loads(self.kept.read_text(encoding="utf-8"))
-        return {name: Search(**each) for name, each in found.items()}
+        return {name: Search(**each) for name, each in found.items() if each["setting"] == self.searched_on}
 
     def keep(self, name: str, search: Search) -> None:
         """Add a search to those kept, each on a line of its own."""
@@ -128,7 +131,7 @@ class Cells:
             lines = (
                 f"{json.dumps(name)}: {json.dumps(asdict(each))}" for name, each in sorted(found.items())
             )
-            _write(self.kept, "{\n" + ",\n".join(lines) + "\n}")
+            write(self.kept, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     def dense(self) -> dict[str, Any]:
         return {"evaluation": self.evaluate(self.args.model), "lod": self.lod(self.args.model)}
@@ -180,7 +183,8 @@ class Cells:
                 seconds, phases = seconds + search.seconds, {**phases, "search": search.seconds}
                 cpu = cpu if cpu == search.cpu else f"{search.cpu} (search), {cpu}"
             elif record.search is not None:
-                search = Search(dict(record.allocation), record.search["winner"], phases["search"], cpu)
+                winner, took = record.search["winner"], phases["search"]
+                search = Search(dict(record.allocation), winner, took, cpu, self.searched_on)
                 if recipe is None:
                     self.keep(_same_search(keys), search)
             made = {
@@ -251,10 +255,3 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(path)

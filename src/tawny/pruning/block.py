@@ -25,7 +25,7 @@ from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.refine import refine
 from tawny.record import LinearRecord
 from tawny.solvers.base import Solution, reconstruction_error
-from tawny.solvers.refit import refit_and_judge
+from tawny.solvers.refit import refit
 
 if TYPE_CHECKING:
     from tawny.pruning.run import Run
@@ -154,9 +154,7 @@ class BlockRun:
                 assert statistics is not None and statistics.hessian is not None
                 notes["before_refit"] = lost
                 with run.clock("refit"):
-                    refitted, left = refit_and_judge(
-                        W_OI, solution.mask, statistics.hessian, start=solution.weight
-                    )
+                    refitted, left = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
                 better, _ = self._measure(W_OI, refitted, statistics, left)
                 if better < lost:  # its damped objective and the error here are not quite the same thing
                     solution.weight, lost = refitted, better

@@ -31,10 +31,11 @@ from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, raw, read_tensor
-from tawny.pruning.block import blind_statistics, pattern_at, relative_error
+from tawny.pruning.block import blind_statistics, pattern_at
 from tawny.pruning.memory import LOGIT_BYTES
 from tawny.pruning.space import Levels, Space
 from tawny.recipe import Recipe
+from tawny.solvers.base import energy
 from tawny.solvers.refit import refit
 from tawny.watch import Watch
 
@@ -247,8 +248,10 @@ def _solve_block(
                 )
                 weight_OI = solution.weight
                 if recipe.refit and known is not None and known.hessian is not None:
-                    refitted = refit(W_OI, solution.mask, known.hessian, start=weight_OI)
-                    before, after = (relative_error(W_OI, one, known)[0] for one in (weight_OI, refitted))
+                    before = solution.lost
+                    if before is None:
+                        before = energy(W_OI - weight_OI, known.hessian)
+                    refitted, after = refit(W_OI, solution.mask, known.hessian, start=weight_OI)
                     weight_OI = refitted if after < before else weight_OI
             except NumericalError as error:
                 raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error

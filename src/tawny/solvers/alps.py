@@ -46,7 +46,7 @@ from tawny.packed.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import bfloat16_products
 from tawny.solvers.base import Needs, Solution, Work, require_finite
-from tawny.solvers.refit import refit_and_judge
+from tawny.solvers.refit import refit
 
 __all__ = ["Alps", "Scaled"]
 
@@ -170,7 +170,7 @@ class Alps:
         T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
         keep_OI = support.mask(T_OI)
         T_OI /= scaled.scale_I
-        weight_OI, lost = refit_and_judge(
+        weight_OI, lost = refit(
             W_OI,
             keep_OI,
             scaled.hessian_II,

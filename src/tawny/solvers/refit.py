@@ -22,7 +22,7 @@ from torch import Tensor
 from tawny.precision import bfloat16_products
 from tawny.solvers.base import require_finite
 
-__all__ = ["refit", "refit_and_judge"]
+__all__ = ["refit"]
 
 _CHUNK = 1 << 22  # weights whose six scratch copies live at once: 100 MB
 
@@ -37,7 +37,7 @@ def refit(
     damp: float = 0.01,
     tolerance: float = 1e-6,
     rounded: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, float]:
     """The survivors of `mask_OI`, moved to where the pruned linear's output is nearest to the dense one's.
 
     Args:
@@ -52,25 +52,8 @@ def refit(
         rounding does to the residual adds up, and bounds how far it can shrink.
 
     Returns:
-        A new weight `[out, in]` float32.
+        A new weight `[out, in]` float32, and ‖X(W − Ŵ)ᵀ‖², which the descent comes to know on its way.
     """
-    return refit_and_judge(
-        W_OI, mask_OI, H_II, steps=steps, start=start, damp=damp, tolerance=tolerance, rounded=rounded
-    )[0]
-
-
-def refit_and_judge(
-    W_OI: Tensor,
-    mask_OI: Tensor,
-    H_II: Tensor,
-    *,
-    steps: int = 10,
-    start: Tensor | None = None,
-    damp: float = 0.01,
-    tolerance: float = 1e-6,
-    rounded: bool = False,
-) -> tuple[Tensor, float]:
-    """`refit`, and ‖X(W − Ŵ)ᵀ‖², which the descent comes to know on its way."""
     require_finite(H_II, "input's Hessian")
     diagonal_I = H_II.diagonal().to(torch.float32)
     ridge = damp * float(diagonal_I.mean())
@@ -129,7 +112,7 @@ def _descend(
         scaled_RI = torch.mul(residual_RI, inverse_I, out=curved_RI)
         before_R, size_R = size_R, _dot(residual_RI, scaled_RI)
         step_RI.mul_(torch.where(before_R > 0, size_R / before_R, 0.0)).add_(scaled_RI)
-    gone_RI = W_RI - X_RI
+    gone_RI = torch.sub(W_RI, X_RI, out=residual_RI)
     return float((objective_R - ridge * _dot(gone_RI, gone_RI)).sum())
 
 
