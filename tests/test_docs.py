@@ -75,6 +75,10 @@ def test_times_of_two_machines_stand_in_rows_of_their_own(readme):
     made = readme["allocators"](study(cells))
     assert "| wanda, a processor | 20 | 40 |" in made and "| wanda, a slower one | – | 90 |" in made
     assert "a processor and a slower one, 1 thread," in made
+    made = readme["allocators"](
+        study([pruned(30.0, seconds=40.0), pruned(30.0, seed=1, seconds=25.0, threads=2)])
+    )
+    assert "| wanda, 2 threads | 25 |" in made and "| wanda, 1 thread | 40 |" in made
 
 
 def test_the_table_of_allocators_compares_auto_with_the_best_single_one_over_the_same_seeds(readme):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import stdev
@@ -48,20 +49,25 @@ def seconds_table(
     rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
     value: Callable[[Sequence[float]], float],
 ) -> str:
-    """What whole runs took; times of two CPUs cannot be compared, so each has rows of its own.
+    """What whole runs took; times of two CPUs or two numbers of threads cannot be compared, so each has rows of its own.
 
     Args:
         rows: by label, the cells of each column.
-        value: of the seconds that cells of one CPU and one place in the table took.
+        value: of the seconds that cells of one machine and one place in the table took.
     """
-    cpus = cpus_of(cell for places in rows.values() for cells in places for cell in cells)
+    every = [cell for places in rows.values() for cells in places for cell in cells]
+    cpus, counts = cpus_of(every), sorted({int(cell["threads"]) for cell in every}, reverse=True)
     lines = [f"| seconds | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for cpu in cpus:
+    for cpu, count in itertools.product(cpus, counts):
+        where = f", {cpu}" * (len(cpus) > 1)
+        where += f", {count} thread{'s' * (count > 1)}" * (len(counts) > 1)
         for label, places in rows.items():
-            times = [[cell["seconds"] for cell in cells if cell["cpu"] == cpu] for cells in places]
+            times = [
+                [cell["seconds"] for cell in cells if (cell["cpu"], cell["threads"]) == (cpu, count)]
+                for cells in places
+            ]
             if any(times):
                 shown = [f"{value(some):.0f}" if some else "–" for some in times]
-                where = f", {cpu}" if len(cpus) > 1 else ""
                 lines.append(f"| {label}{where} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
