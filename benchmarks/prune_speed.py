@@ -211,8 +211,8 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
 
     from tawny.model.blocks import open_stack
     from tawny.model.source import resolve
-    from tawny.precision import native_dtype
-    from tawny.pruning.plan import _distinct_inputs
+    from tawny.precision import native_dtype, rounds_products
+    from tawny.pruning.memory import distinct_inputs
     from tawny.pruning.profiling import PROFILE_TOKENS
 
     torch.set_num_threads(args.threads)
@@ -232,14 +232,14 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     down = 2 * list(last.values())[-1]
     blocks = len(stack)
     forwards = blocks * ((tokens + min(tokens, PROFILE_TOKENS)) * per_token + tokens * (per_token - down))
-    width = sum(w * w for w in _distinct_inputs(stack))
+    width = sum(w * w for w in distinct_inputs(stack.linears(0)))
     native, single = peak(native_dtype()), peak(torch.float32)
     return {
         "peak_flops_forward": native,
         "peak_flops_float32": single,
         "forward_seconds": forwards / native,
         # Half of the symmetric product is enough.
-        "hessian_seconds": blocks * tokens * width / native,
+        "hessian_seconds": blocks * tokens * width / (native if rounds_products() else single),
     }
 
 

@@ -99,9 +99,9 @@ def speed_of(*dtypes: Any) -> dict[str, float]:
 
 def limit(record: Any, tokens: int, solver: str, fast: dict[str, float]) -> dict[str, float]:
     """Seconds that the unavoidable operations take at this machine's best speed."""
+    from tawny.precision import rounds_products
     from tawny.pruning.profiling import PROFILE_TOKENS
 
-    # Inputs in bfloat16 are multiplied as such in Hessians too.
     compute, exact = fast[f"torch.{record.compute}"], fast["torch.float32"]
     weights = sum(x.shape[0] * x.shape[1] for x in record.linears)
     last = sum(x.shape[0] * x.shape[1] for x in record.linears if x.block == record.linears[-1].block)
@@ -110,7 +110,8 @@ def limit(record: Any, tokens: int, solver: str, fast: dict[str, float]) -> dict
     made = {"forward": 2 * passes / compute, "statistics": 0.0, "solve": 0.0}
     if solver == "sparsegpt":
         inputs = {(x.block, x.stage): x.shape[1] for x in record.linears}
-        made["statistics"] = sum(tokens * width**2 for width in inputs.values()) / compute
+        products = sum(tokens * width**2 for width in inputs.values())
+        made["statistics"] = products / (compute if rounds_products() else exact)
         made["solve"] = sum(width**3 / 3 for width in inputs.values()) / exact
         made["solve"] += sum(x.shape[0] * x.shape[1] ** 2 for x in record.linears) / exact
     return made

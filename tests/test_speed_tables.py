@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import runpy
 import subprocess
 import sys
@@ -126,3 +128,19 @@ def test_a_benchmark_explains_itself(script):
     path = ROOT / "benchmarks" / f"{script}.py"
     done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--quick" in done.stdout and "--results" in done.stdout
+
+
+SCRIPTS = [
+    path for folder in ("benchmarks", "scripts", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_script_takes_from_tawny_is_there(path):
+    """Benchmarks import inside functions, where a moved name shows hours into a run."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tawny":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")

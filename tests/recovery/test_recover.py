@@ -6,8 +6,8 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TextError
 from tawny.record import weight_files
+from tawny.recovery import training
 from tawny.recovery.data import read
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.teacher import Teacher
@@ -133,14 +134,19 @@ def test_elsa_gives_no_zero_back_below_the_sparsity_that_the_model_has():
 
 def test_a_slow_teacher_is_asked_for_no_more_than_the_minutes_have_room_for(monkeypatch):
     dense, pruned = dense_and_pruned()
-    make, asked = Teacher.make, []
+    make, asked, seconds = Teacher.make, [], [0.0]
 
     def slowly(self, rows, watch):
         asked.append(self.missing(rows))
-        time.sleep(0.05 * len(asked[-1]))
+        seconds[0] += 0.05 * len(asked[-1])
         make(self, rows, watch)
 
+    def clock():
+        seconds[0] += 0.03  # students take time, too
+        return seconds[0]
+
     monkeypatch.setattr(Teacher, "make", slowly)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock))
     longer = {**SHORT, "tokens": 40 * SHORT["tokens"]}
     record = tawny.recover(pruned, dense, text=tokens(64), minutes=0.06, **longer)
     assert record.stopped == "minutes" and len(asked[0])
