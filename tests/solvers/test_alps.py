@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,8 +25,7 @@ PATTERNS = [Unstructured(), Unstructured("row"), NM(2, 4)]
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float, monkeypatch) -> None:
     W, statistics = lifelike(32, 48)
-    monkeypatch.setattr(alps, "bfloat16_products", contextlib.nullcontext)
-    monkeypatch.setattr(alps, "_REACH", -1.0)  # an inverse for every penalty
+    monkeypatch.setattr(alps, "native_dtype", lambda: torch.float32)  # and an inverse for every penalty
     found = Alps().solve(W, statistics, Unstructured(), sparsity).mask
     wanted = admm_mask(W, statistics.hessian, removed_count(W.numel(), sparsity))
     # float32 against float64: a few weights at the threshold may differ
@@ -153,7 +151,8 @@ def test_the_threshold_near_the_last_one_is_the_threshold_over_everything(kernel
         support.begin(T)
         for top in range(0, 40, 7):
             rows = slice(top, min(top + 7, 40))
-            support.update(T[rows], wanted[rows] - gone[rows], rows, 0.4, 0.1)
+            step = torch.full_like(T[rows], 0.5)
+            support.update(T[rows], wanted[rows] - gone[rows] - step, step, rows, 0.4, 0.1)
         assert torch.allclose(T, wanted, atol=1e-6)
         support.finish(T)
         scores = T.abs() if zero is None else T.abs().masked_fill(zero, -1.0)
@@ -184,51 +183,54 @@ def test_every_kernel_solves_like_plain_torch(kernel, zeros: bool) -> None:
     assert torch.equal(transposed.mask, found.mask)
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.8])
-def test_products_of_bfloat16_factors_lose_no_more(sparsity: float, monkeypatch) -> None:
-    W, statistics = lifelike(96, 112)
-    losses = []
-    for rounded in (False, True):
-
-        def divide(divider, A_RI, W_RI, scratch_RI, rounded=rounded) -> torch.Tensor:
-            A, inverse = A_RI, divider.inverse_II
-            if rounded:
-                A, inverse = A.bfloat16().float(), inverse.bfloat16().float()
-            return torch.add(W_RI, A @ inverse, out=scratch_RI)
-
-        monkeypatch.setattr(alps, "bfloat16_products", contextlib.nullcontext)
-        monkeypatch.setattr(alps._Divider, "__call__", divide)
-        solution = Alps().solve(W, statistics, Unstructured(), sparsity)
-        losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+@pytest.mark.parametrize("a", [0.01, 0.3, 1.0, 2.5])
+def test_the_polynomial_of_an_inverse_is_within_its_bound(a: float) -> None:
+    shares = np.polynomial.Polynomial(alps._nearest(a))
+    x = np.linspace(0, a, 1001)
+    bound = 1 / np.polynomial.Chebyshev.basis(alps._DEGREE + 1)(1 + 2 / a)
+    assert bound < 0.018
+    assert np.abs(1 - (1 + x) * shares(x)).max() == pytest.approx(bound, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("grown", [1.0, 1.1, 1.3, 1.75])
-def test_an_inverse_serves_larger_penalties_within_its_bound(grown: float) -> None:
-    W, statistics = lifelike(20, 48)
+@pytest.mark.parametrize("grown", [0.04, 0.2, 1.0, 1.1, 1.9, 3.4, 3.5, 13.0])
+def test_one_inverse_serves_all_penalties_near_it(grown: float, monkeypatch) -> None:
+    monkeypatch.setattr(alps, "native_dtype", lambda: torch.bfloat16)
+    _, statistics = lifelike(20, 48)
     scaled = Alps(rho=0.2).prepare(statistics)
-    divider = scaled.divider(0.2, 40).moved(0.2 * grown, 20)
-    A = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
-    found = divider(A.clone(), torch.zeros_like(W), torch.empty_like(W)).double()
-    exact = scaled.divider(0.2 * grown, 40).inverse_II.double()
-    # In the eigenvectors of H every coordinate is off by the bound at most.
-    vectors = torch.linalg.eigh(exact).eigenvectors
-    found, wanted = found @ vectors, A.double() @ exact @ vectors
-    a = grown - 1
-    assert ((found - wanted).abs() <= (a * a / (8 + 8 * a + a * a) + 0.02) * wanted.abs() + 1e-4).all()
-    assert divider.moved(0.2 * grown, 48) is None  # not wide
-    assert divider.moved(0.2 * 1.8, 20) is None and divider.moved(0.1, 20) is None
+    found = scaled.inverse(0.2 * grown).double()
+    H = scaled.hessian_II.double() + scaled.ridge * torch.eye(48)
+    H = H / scaled.scale_I.double() / scaled.scale_I.double()[:, None]
+    values, vectors = torch.linalg.eigh(H)
+    wanted = 1 / (values + 0.2 * grown)
+    off = vectors.T @ found @ vectors - torch.diag(wanted)
+    # bfloat16 rounds every entry by up to its 2⁻⁹th part
+    assert float(torch.linalg.matrix_norm(off, 2)) <= (0.018 + 2**-7) * float(wanted.max())
+    assert len(scaled.powers) <= 2
 
 
-def test_wide_weights_lose_no_more_with_few_inverses(monkeypatch) -> None:
-    W, statistics = lifelike(96, 192)
-    losses = []
-    for reach in (-1.0, 0.75):
-        monkeypatch.setattr(alps, "_REACH", reach)
-        solution = Alps().solve(W, statistics, Unstructured(), 0.6)
-        losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
-    assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+def test_few_inverses_and_bfloat16_lose_no_more(monkeypatch) -> None:
+    for rows, columns in ((96, 192), (160, 64)):
+        W, statistics = lifelike(rows, columns)
+        losses = []
+        for dtype in (torch.float32, torch.bfloat16):
+            monkeypatch.setattr(alps, "native_dtype", lambda dtype=dtype: dtype)
+            solution = Alps().solve(W, statistics, Unstructured(), 0.6)
+            losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
+        assert losses[0] != losses[1]
+        assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inverses_that_were_dropped_are_made_again_as_they_were(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(alps, "native_dtype", lambda: dtype)
+    W, statistics = lifelike(24, 40)
+    solutions = []
+    for kept in (1 << 28, 0):
+        monkeypatch.setattr(alps, "_KEPT", kept)
+        prepared = Alps().prepare(statistics)
+        solutions += [Alps().solve(weight, statistics, Unstructured(), 0.6, prepared) for weight in (W, W)]
+        assert (len(prepared.powers) > 1) == bool(kept)
+    assert all(torch.equal(solutions[0].weight, other.weight) for other in solutions[1:])
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (4, 32)])

@@ -90,7 +90,8 @@ class Demand:
         characters: of the text that is tokenised.
         in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
-        per_weight, per_pair: bytes a solver takes for each weight of a linear and each pair of its inputs.
+        per_weight, per_pair, beside: bytes a solver takes for each weight of a linear, for each pair of its inputs, and
+            whatever the linear.
         searched: samples that a search solves its levels with; 0 without one.
         search_needs: what it collects on them.
         held_out, candidates: bytes of hidden states that a search compares models by: the dense model's, and those of
@@ -110,6 +111,7 @@ class Demand:
     refining: bool
     per_weight: int
     per_pair: int
+    beside: int = 0
     searched: int = 0
     search_needs: Needs = "none"
     held_out: int = 0
@@ -140,7 +142,7 @@ class Demand:
         block = self._block_bytes()
         hidden = self.samples * self.seqlen * stack.hidden_bytes
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
-        work = max(self.per_weight * x.numel + self.per_pair * x.shape[1] ** 2 for x in flat)
+        work = max(self.per_weight * x.numel + self.per_pair * x.shape[1] ** 2 for x in flat) + self.beside
         if self.searched:  # nothing of it is spilled: its samples are few
             kept = self.searched * self.seqlen * stack.hidden_bytes + self.held_out
             phases["search"] = {
@@ -293,11 +295,11 @@ def distinct_inputs(linears: Sequence[Linear]) -> list[int]:
     return widths
 
 
-def workspace(solver: Any, needs: Needs) -> tuple[int, int]:
-    """Bytes a solver takes for each weight of a linear, and for each pair of its inputs."""
+def workspace(solver: Any, needs: Needs) -> tuple[int, int, int]:
+    """Bytes a solver takes for each weight of a linear, for each pair of its inputs, and whatever the linear."""
     per_weight = int(getattr(solver, "bytes_per_weight", 32))
     per_pair = int(getattr(solver, "bytes_per_pair", 8 if needs == "hessian" else 0))
-    return per_weight, per_pair
+    return per_weight, per_pair, int(getattr(solver, "bytes_beside", 0))
 
 
 def available() -> int | None:

@@ -20,7 +20,7 @@ from tawny.model.linears import check_selection, select
 from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
 from tawny.patterns import check_pattern
-from tawny.precision import DTYPES, rounds_products
+from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.pruning.memory import available, distinct_inputs, parse_size, place
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
@@ -228,8 +228,9 @@ def _solving(solver: Any, infos: tuple[LinearInfo, ...]) -> float:
         return sum(x.numel for x in infos) * 2e-8
     work = getattr(solver, "work", Work(tall=3.0, square=3.0))
     exact = measured_speed(torch.float32)
-    rounded = measured_speed(torch.bfloat16) if work.rounded and rounds_products() else exact
-    a_row, a_column = work.tall / exact + work.rounded / rounded, work.square / exact
+    rounded = measured_speed(native_dtype()) if work.rounded else exact
+    a_row = work.tall / exact + work.rounded / rounded
+    a_column = work.square / exact + work.rounded_square / rounded
     products = sum(2.0 * x.shape[1] ** 2 * (a_row * x.shape[0] + a_column * x.shape[1]) for x in infos)
     return products + sum(x.numel for x in infos) * work.passes * _PASS
 

@@ -622,7 +622,7 @@ def demand_of(
         if wanted and count
         else 0
     )
-    per_weight, per_pair = workspace(solver, needs)
+    per_weight, per_pair, beside = workspace(solver, needs)
     searching: dict[str, Any] = {}
     if getattr(allocator, "searches", False):
         from tawny.pruning.search import cost_of_search, needs_of_search
@@ -649,5 +649,6 @@ def demand_of(
         refining=refining,
         per_weight=per_weight,
         per_pair=per_pair,
+        beside=beside,
         **searching,
     )

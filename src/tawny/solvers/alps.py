@@ -13,50 +13,53 @@ from a fresh start if the support had moved. It ends when the support stands sti
 it changes by less than 0.03 %, or at 300. Then masked conjugate gradients (`refit.py`) find the
 best values on the support.
 
-What we do differently: an inverse, made from a Cholesky factor, instead of an eigendecomposition, so that an iteration
-costs one product of a weight with a square matrix. Wide weights keep an inverse while ρ grows by up to 75 % and take two
-products instead (`_Divider`). The product is of what B has left to go,
+What we do differently: an inverse (`inverse.py`) instead of an eigendecomposition, so that an iteration costs one
+product of a weight with a square matrix. The product is of what B has left to go,
 
-    B = W + (ρ(D − W) − V)(H + ρI)⁻¹,
+    B = W + S,   S = (ρ(D − W) − V)(H + ρI)⁻¹,
 
-the same B, but its rounding shrinks with the step: bfloat16 factors, several times faster where the hardware
-multiplies them, find the same support as float32 ones (losses differ in the fourth digit, either way). What is not
-that product is kept small: D is never stored, it is T where |T| is above a threshold; and the next threshold is read from
-a histogram of the values near the last one. So an iteration is a product between two passes over the weight, in chunks of
-rows. Compiled kernels do these (packed/kernels/admm.h); without them, and for other patterns, torch does, on parts that
-stay in the cache. Scratch memory: three copies of W, three of H, and two chunks.
+the same B, but its rounding shrinks with the step: where the hardware multiplies bfloat16, the factors and S are
+bfloat16, several times faster, and find the same support as float32 ones (losses differ in the fourth digit, either
+way); and one inverse serves several ρ (`Scaled`). What is not that product is kept small: D is never stored, it is T
+where |T| is above a threshold; and the next threshold is read from a histogram of the values near the last one. So an
+iteration is a product between two passes over the weight, in chunks of rows. Compiled kernels do these
+(packed/kernels/admm.h); without them, and for other patterns, torch does, on parts that stay in the cache. Scratch memory:
+three copies of W, what `Scaled` keeps, and two chunks.
 
 Promises: the exact budget in every scope and n:m; weights that are already zero go first and stay zero.
 
-Shapes: O = out, I = in, R = rows of a chunk.
+Shapes: O = out, I = in, R and C = rows of a chunk, P = rows of a part of one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
 from tawny.packed.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
-from tawny.precision import bfloat16_products
+from tawny.precision import native_dtype
 from tawny.solvers.base import Needs, Solution, Work, require_finite
+from tawny.solvers.inverse import invert
 from tawny.solvers.refit import refit
 
 __all__ = ["Alps", "Scaled"]
 
 _RETRIES = 3
 _CHUNK = 1 << 22  # weights a product takes at once,
-_ROWS = 1024  # or so many rows: every product rounds the whole inverse again
+_ROWS = 1024  # or so many rows: every product arranges the whole inverse again
 _CACHED = 1 << 16  # weights whose elementwise work stays in a core's cache
-_TALL = 0.3  # rows a column from which an inverse pays: products run at twice the speed of triangular solves
-_WIDE = 0.75  # rows a column up to which another product costs less than another inverse
-_REACH = 0.75  # how much ρ may grow, as a share, while an inverse serves
+_GROWTH = 3.5  # how much ρ grows while one inverse serves,
+_DEGREE = 3  # by a polynomial of this degree: 1.7 % off at most
+_KEPT = 1 << 28  # bytes of inverses and their powers that may wait for another weight with the same input
 _CHECK = 3  # iterations between two looks at the support
 _FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
@@ -65,29 +68,74 @@ _SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the suppo
 
 @dataclass
 class Scaled:
-    """What the linears that share an input share: the scaling of their Hessian, and one factor."""
+    """What the linears that share an input share: the scaling of their Hessian, and inverses.
+
+    Where the hardware multiplies bfloat16, one inverse serves while ρ grows by `_GROWTH`: its powers, each a product of
+    bfloat16 factors, give the inverses of those ρ (`_nearest`). Elsewhere a product of square matrices costs
+    more than an inverse, and every ρ has its own.
+    """
 
     hessian_II: Tensor  # the caller's, unscaled and undamped
     scale_I: Tensor  # √(H_jj + ridge)
     ridge: float
     damp: float  # the damping that was needed
     rho: float
-    lower_II: Tensor  # Cholesky factor of H' + ρI for this rho
-    inverse_II: Tensor | None = None  # of the same, once a tall weight has needed it
+    powers: dict[float, list[Tensor]] = field(default_factory=dict)  # X = (H' + ρI)⁻¹, X², … by ρ
 
-    def divider(self, rho: float, rows: int) -> _Divider | None:
-        """How to multiply a weight of so many rows by (H' + ρI)⁻¹; None where float32 cannot tell."""
-        tall = rows >= _TALL * len(self.scale_I)
-        if rho == self.rho:
-            if tall and self.inverse_II is None:
-                self.inverse_II = torch.cholesky_inverse(self.lower_II)
-            return _Divider(rho, None if tall else self.lower_II, self.inverse_II if tall else None)
-        lower_II = _factor(self.hessian_II, self.scale_I, self.ridge, rho)
-        if lower_II is None:
-            return None
-        return (
-            _Divider(rho, None, torch.cholesky_inverse(lower_II)) if tall else _Divider(rho, lower_II, None)
-        )
+    def inverse(self, rho: float) -> Tensor | None:
+        """(H' + ρI)⁻¹, in the dtype that the hardware multiplies fastest; None where float32 cannot tell."""
+        dtype = native_dtype() if self.hessian_II.device.type == "cpu" else torch.float32
+        near = self.rho * _GROWTH ** math.floor(math.log(rho / self.rho) / math.log(_GROWTH) + 1e-9)
+        if dtype is torch.float32 or near < _SMALLEST_RHO:
+            near = rho
+        powers = self.powers.get(near)
+        if powers is None:
+            X_II = self._exactly(near, dtype)
+            if X_II is None:
+                return None
+            powers = self.powers[near] = [X_II]
+        shift = rho - near
+        if shift < 1e-6 * near:
+            return powers[0]
+        while len(powers) <= _DEGREE:
+            powers.append(powers[-1] @ powers[0])
+        shares = [share * shift**power for power, share in enumerate(_nearest(shift / near))]
+        made_II = torch.empty_like(powers[0])
+        for part in _parts(made_II, 4 * _CACHED):
+            sum_PI = powers[0][part].to(torch.float32) * shares[0]
+            for power_II, share in zip(powers[1:], shares[1:], strict=True):
+                sum_PI.add_(power_II[part], alpha=share)
+            made_II[part] = sum_PI
+        return made_II
+
+    def forget(self, beside: int = 0) -> None:
+        """Drop the oldest inverses until those that stay, and so many bytes beside them, are few enough to wait."""
+        while beside + sum(X_II.nbytes for powers in self.powers.values() for X_II in powers) > _KEPT:
+            if not self.powers:
+                return
+            self.powers.pop(next(iter(self.powers)))
+
+    def _exactly(self, rho: float, dtype: torch.dtype) -> Tensor | None:
+        of_one = max((len(powers) for powers in self.powers.values()), default=0)
+        self.forget(of_one * next((powers[0].nbytes for powers in self.powers.values()), 0))
+        A_II = self.hessian_II / self.scale_I
+        A_II /= self.scale_I[:, None]
+        A_II.diagonal().add_(self.ridge / self.scale_I.square() + rho)
+        X_II = invert(A_II)
+        return None if X_II is None else X_II.to(dtype)
+
+
+def _nearest(a: float) -> list[float]:
+    """The polynomial p of degree `_DEGREE` that is nearest to 1/(1 + x) between 0 and a, as a share of it; from its constant on.
+
+    (1 + x)·p(x) = 1 − Tₙ(1 − 2x/a)/Tₙ(1 + 2/a) with the Chebyshev polynomial of n = degree + 1, so it is off by 1/Tₙ(1 + 2/a)
+    at most; for degree 3 that is 0.1 % for a = 0.8, and 1.7 % for 2.5. X(I + shift·X)⁻¹ is what is sought for H' + (ρ + shift)I, and shift·X has its
+    eigenvalues between 0 and shift/ρ.
+    """
+    chebyshev = Chebyshev.basis(_DEGREE + 1)
+    along = chebyshev.convert(kind=Polynomial)(Polynomial([1, -2 / a]))
+    quotient = (1 - along / chebyshev(1 + 2 / a)) // Polynomial([1, 1])
+    return [float(share) for share in quotient.coef]
 
 
 @dataclass(frozen=True)
@@ -109,11 +157,19 @@ class Alps:
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
-    bytes_per_weight: ClassVar[int] = 44  # measured, what judges the result included
-    bytes_per_pair: ClassVar[int] = 10  # of inputs, beside the Hessian
+    bytes_per_weight: ClassVar[int] = 28  # measured, what judges the result included
+    bytes_per_pair: ClassVar[int] = (
+        10  # of inputs, beside the Hessian: four powers of an inverse, and one for this ρ
+    )
+    bytes_beside: ClassVar[int] = 200_000_000  # inverses that wait
     stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: a fraction of the time
-    # The descent; some factors and inverses; about 33 iterations, half of them with two products, and what lies between these.
-    work: ClassVar[Work] = Work(tall=2.0, square=8.0, rounded=49.0, passes=280.0)
+
+    @property
+    def work(self) -> Work:
+        """A residual; about 33 iterations, four steps, and what lies between these; two inverses with powers, or eleven without."""
+        if native_dtype() is torch.bfloat16:
+            return Work(tall=1.2, square=1.4, rounded=37.0, rounded_square=6.0, passes=280.0)
+        return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)
 
     def __post_init__(self) -> None:
         for name in ("damp", "rho"):
@@ -134,9 +190,9 @@ class Alps:
         damp = self.damp
         for _ in range(1 + _RETRIES):
             scale_I = (diagonal_I + damp * mean).clamp(min=1e-6 * mean).sqrt_()
-            lower_II = _factor(H_II, scale_I, damp * mean, self.rho)
-            if lower_II is not None:
-                return Scaled(H_II, scale_I, damp * mean, damp, self.rho, lower_II)
+            scaled = Scaled(H_II, scale_I, damp * mean, damp, self.rho)
+            if scaled.inverse(self.rho) is not None:
+                return scaled
             damp *= 10
         raise NumericalError(
             f"the Hessian {list(H_II.shape)} cannot be factorised even with damping {damp / 10:g}; "
@@ -168,6 +224,7 @@ class Alps:
         kind = _ByThreshold if matrix else _ByMask
         support = kind(pattern, removed, zero_OI if zeros else None)
         T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
+        scaled.forget()  # the refit needs memory of its own
         keep_OI = support.mask(T_OI)
         T_OI /= scaled.scale_I
         weight_OI, lost = refit(
@@ -196,15 +253,16 @@ class Alps:
 
         T_OI = first()
         chunk = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))[0]
-        scratch = torch.empty_like(T_OI[chunk]), torch.empty_like(T_OI[chunk])
-        divider = scaled.divider(self.rho, len(W_OI))
+        inverse_II = scaled.inverse(self.rho)
+        assert inverse_II is not None  # `prepare` has made it
+        scratch = T_OI.new_empty((2, *T_OI[chunk].shape), dtype=inverse_II.dtype)
         survivors = max(support.changes(T_OI), 1)
         rho = before = self.rho
         grown = False
         iteration = 0
         for iteration in range(1, self.iterations + 1):
-            assert divider is not None
-            _iterate(T_OI, support, scaled_OI, divider, rho, before, scratch)
+            assert inverse_II is not None
+            _iterate(T_OI, support, scaled_OI, inverse_II, rho, before, scratch)
             before = rho
             if iteration % _CHECK:
                 continue
@@ -223,10 +281,10 @@ class Alps:
                     T_OI = first()
                     support.changes(T_OI)
                     before = rho
-            fresh = divider.moved(rho, len(W_OI)) or scaled.divider(rho, len(W_OI))
-            if fresh is None:
+            inverse_II = None  # before the next one needs its memory
+            inverse_II = scaled.inverse(rho)
+            if inverse_II is None:
                 break
-            divider = fresh
         return T_OI, iteration, rho
 
 
@@ -236,59 +294,14 @@ def _parts(T_OI: Tensor, size: int) -> list[slice]:
     return [slice(top, min(top + rows, len(T_OI))) for top in range(0, len(T_OI), rows)]
 
 
-def _factor(H_II: Tensor, scale_I: Tensor, ridge: float, rho: float) -> Tensor | None:
-    """Lower Cholesky factor of H' + ρI, H' = (H + ridge·I)/(scale scaleᵀ); None if not positive definite."""
-    A_II = H_II / scale_I
-    A_II /= scale_I[:, None]
-    A_II.diagonal().add_(ridge / scale_I.square() + rho)
-    lower_II: Tensor
-    lower_II, info = torch.linalg.cholesky_ex(A_II)
-    return None if int(info) or not bool(torch.isfinite(lower_II.diagonal()).all()) else lower_II
-
-
-@dataclass(frozen=True)
-class _Divider:
-    """(A, W) ↦ W + A (H' + (ρ + shift)I)⁻¹, by the inverse for ρ where there is one, else by solving against its factor.
-
-    With X = (H' + ρI)⁻¹ the inverse sought is X(I + shift·X)⁻¹, and shift·X has its eigenvalues between 0 and
-    a = shift/ρ. There, of all lines, 8(1 + a − x)/(8 + 8a + a²) is nearest to 1/(1 + x): by Chebyshev's polynomial it is
-    off by a²/(8 + 8a + a²) at most, 1 % for a = 0.3 and 4 % for 0.75.
-    """
-
-    rho: float
-    lower_II: Tensor | None
-    inverse_II: Tensor | None
-    shift: float = 0.0
-
-    def moved(self, rho: float, rows: int) -> _Divider | None:
-        """The same for another ρ, where that is near and costs less than a new inverse."""
-        if self.inverse_II is None or rows > _WIDE * len(self.inverse_II):
-            return None
-        near = self.rho <= rho <= (1 + _REACH) * self.rho
-        return replace(self, shift=rho - self.rho) if near else None
-
-    def __call__(self, A_RI: Tensor, W_RI: Tensor, scratch_RI: Tensor) -> Tensor:
-        """A and the scratch are written to; one of them is returned."""
-        if self.inverse_II is None:
-            assert self.lower_II is not None
-            return torch.add(W_RI, torch.cholesky_solve(A_RI.T, self.lower_II).T, out=scratch_RI)
-        if not self.shift:
-            return torch.addmm(W_RI, A_RI, self.inverse_II, out=scratch_RI)
-        a = self.shift / self.rho
-        scale = 8 / (8 + 8 * a + a * a)
-        AX_RI = torch.mm(A_RI, self.inverse_II, out=scratch_RI)
-        torch.addmm(W_RI, AX_RI, self.inverse_II, alpha=-scale * self.shift, out=A_RI)
-        return A_RI.add_(AX_RI, alpha=scale * (1 + a))
-
-
 def _iterate(
     T_OI: Tensor,
     support: _ByThreshold | _ByMask,
     W_OI: Tensor,
-    divider: _Divider,
+    inverse_II: Tensor,
     rho: float,
     before: float,
-    scratch: tuple[Tensor, Tensor],
+    scratch: Tensor,
 ) -> None:
     """One ADMM iteration, T in place, and the support of the new T.
 
@@ -297,11 +310,10 @@ def _iterate(
     support.begin(T_OI)
     for chunk in _parts(T_OI, scratch[0].numel()):
         T_CI, W_CI = T_OI[chunk], W_OI[chunk]
-        right_CI, B_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
+        right_CI, step_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
         support.right(T_CI, W_CI, chunk, rho, before, right_CI)
-        with bfloat16_products():
-            B_CI = divider(right_CI, W_CI, B_CI)
-        support.update(T_CI, B_CI, chunk, rho, before)
+        torch.mm(right_CI, inverse_II, out=step_CI)
+        support.update(T_CI, W_CI, step_CI, chunk, rho, before)
     support.finish(T_OI)
 
 
@@ -334,15 +346,17 @@ class _Support:
         """ρ(D − W) − V, with V = before·(T − D)."""
         for part in _parts(T_RI, _CACHED):
             D_PI = self.kept(T_RI[part], _within(place, part))
-            torch.mul(W_RI[part], -rho, out=out_RI[part])
-            out_RI[part].add_(T_RI[part], alpha=-before).add_(D_PI, alpha=rho + before)
+            right_PI = torch.mul(W_RI[part], -rho)
+            out_RI[part] = right_PI.add_(T_RI[part], alpha=-before).add_(D_PI, alpha=rho + before)
 
-    def update(self, T_RI: Tensor, B_RI: Tensor, place: slice, rho: float, before: float) -> None:
-        """T ← B + V/ρ, seen."""
+    def update(
+        self, T_RI: Tensor, W_RI: Tensor, S_RI: Tensor, place: slice, rho: float, before: float
+    ) -> None:
+        """T ← W + S + V/ρ, seen."""
         for part in _parts(T_RI, _CACHED):
             within = _within(place, part)
             gone_PI = T_RI[part].sub_(self.kept(T_RI[part], within))
-            torch.add(B_RI[part], gone_PI, alpha=before / rho, out=T_RI[part])
+            torch.add(W_RI[part] + S_RI[part], gone_PI, alpha=before / rho, out=T_RI[part])
             self.see(T_RI[part], within)
 
 
@@ -408,12 +422,14 @@ class _ByThreshold(_Support):
         if not admm.right(T_RI, W_RI, self._zero(place), self.threshold, rho, before, out_RI):
             super().right(T_RI, W_RI, place, rho, before, out_RI)
 
-    def update(self, T_RI: Tensor, B_RI: Tensor, place: slice, rho: float, before: float) -> None:
+    def update(
+        self, T_RI: Tensor, W_RI: Tensor, S_RI: Tensor, place: slice, rho: float, before: float
+    ) -> None:
         zero_RI, bounds = self._zero(place), (_float(self._low), _float(self._high))
         if not admm.update(
-            T_RI, B_RI, zero_RI, self.threshold, rho, before, bounds, self._shift, self._counts
+            T_RI, W_RI, S_RI, zero_RI, self.threshold, rho, before, bounds, self._shift, self._counts
         ):
-            super().update(T_RI, B_RI, place, rho, before)
+            super().update(T_RI, W_RI, S_RI, place, rho, before)
 
     def finish(self, T_OI: Tensor) -> None:
         totals = self._counts.sum(0).cumsum(0)

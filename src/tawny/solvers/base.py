@@ -53,13 +53,14 @@ class Work:
     Attributes:
         tall: products of the weight with a Hessian, `[out, in] · [in, in]`, in float32; or what takes as long.
         square: products of two Hessians, in float32; or what takes as long, such as factors and inverses.
-        rounded: tall products whose factors may be bfloat16.
+        rounded, rounded_square: products that are bfloat16 where the hardware multiplies it.
         passes: of elementwise work over the weight.
     """
 
     tall: float
     square: float
     rounded: float = 0.0
+    rounded_square: float = 0.0
     passes: float = 0.0
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tawny.precision import bfloat16_products
+from tawny.precision import native_dtype
 from tawny.solvers.base import require_finite
 
 __all__ = ["refit"]
@@ -48,8 +48,8 @@ def refit(
         is. start: where to begin, such as the solver's own result; the masked W when left out. damp: λ as a
         share of the mean of diag(H); keeps few or collinear inputs from being fitted too literally.
         tolerance: a row stops when its preconditioned residual has shrunk to this share of the first.
-        rounded: let factors of the products be bfloat16, but for those of the first residual. For few steps from a good start: what
-        rounding does to the residual adds up, and bounds how far it can shrink.
+        rounded: let the products be bfloat16 where the hardware is faster with it, but for that of the first residual. For
+            few steps from a good start: what rounding does to the residual adds up, and bounds how far it can shrink.
 
     Returns:
         A new weight `[out, in]` float32, and ‖X(W − Ŵ)ᵀ‖², which the descent comes to know on its way.
@@ -59,6 +59,9 @@ def refit(
     ridge = damp * float(diagonal_I.mean())
     damped_I = diagonal_I + ridge
     inverse_I = torch.where(damped_I > 0, 1 / damped_I, 0.0)
+    curvature_II = H_II
+    if rounded and H_II.device.type == "cpu":
+        curvature_II = H_II.to(native_dtype())
     result_OI = torch.empty_like(W_OI, dtype=torch.float32)
     rows = max(1, _CHUNK // max(W_OI.shape[1], 1))
     lost = 0.0
@@ -67,7 +70,7 @@ def refit(
         W_RI = W_OI[part].to(torch.float32)
         free_RI = mask_OI[part] & (W_RI != 0)
         X_RI = torch.where(free_RI, W_RI if start is None else start[part].to(torch.float32), 0.0)
-        lost += _descend(X_RI, W_RI, free_RI, H_II, ridge, inverse_I, steps, tolerance, rounded)
+        lost += _descend(X_RI, W_RI, free_RI, H_II, curvature_II, ridge, inverse_I, steps, tolerance)
         result_OI[part] = X_RI
     require_finite(result_OI, "refitted weight")
     return result_OI, lost
@@ -78,17 +81,23 @@ def _descend(
     W_RI: Tensor,
     free_RI: Tensor,
     H_II: Tensor,
+    curvature_II: Tensor,
     ridge: float,
     inverse_I: Tensor,
     steps: int,
     tolerance: float,
-    rounded: bool,
 ) -> float:
-    """Conjugate gradients on all rows at once, `X_RI` updated in place; tr((W − X)H(W − X)ᵀ) at the end."""
+    """Conjugate gradients on all rows at once, `X_RI` updated in place; tr((W − X)H(W − X)ᵀ) at the end.
+
+    `curvature_II` is H, in the dtype that directions are multiplied in.
+    """
     free_RI = free_RI.to(W_RI.dtype)  # a product of floats is vectorised, one with a mask is not
 
     def times_H(D_RI: Tensor) -> Tensor:
-        return torch.addmm(D_RI, D_RI, H_II, beta=ridge).mul_(free_RI)
+        if curvature_II.dtype == D_RI.dtype:
+            return torch.addmm(D_RI, D_RI, curvature_II, beta=ridge).mul_(free_RI)
+        product_RI = D_RI.to(curvature_II.dtype) @ curvature_II
+        return torch.add(product_RI, D_RI, alpha=ridge).mul_(free_RI)
 
     gone_RI = W_RI - X_RI
     residual_RI = torch.addmm(gone_RI, gone_RI, H_II, beta=ridge)
@@ -101,8 +110,7 @@ def _descend(
     for _ in range(steps):
         if bool((size_R <= enough_R).all()):
             break
-        with bfloat16_products(rounded):
-            curved_RI = times_H(step_RI)
+        curved_RI = times_H(step_RI)
         curvature_R = _dot(step_RI, curved_RI)
         # A row that has arrived, or whose direction H cannot see, stands still while the others go on.
         length_R = torch.where((curvature_R > 0) & (size_R > enough_R), size_R / curvature_R, 0.0)

@@ -21,30 +21,46 @@ struct Admm {
 
     // ρ(D − W) − before·(T − D): the right side of the product
     static void right(const Pass* p, int64_t from, int64_t to) {
+        if (p->kind == BF16) right_as<BF16, uint16_t>(p, from, to);
+        else right_as<F32, float>(p, from, to);
+    }
+
+    template <int KIND, class E>
+    static void right_as(const Pass* p, int64_t from, int64_t to) {
+        E* made = (E*)p->out;
         V threshold = I::broadcast(p->threshold);
         V rho = I::broadcast(p->rho), less = I::broadcast(-p->rho), gone = I::broadcast(-p->before);
-        auto one = [&](const float* values, const float* weight, const uint8_t* zero, float* out)
+        auto one = [&](const float* values, const float* weight, const uint8_t* zero, E* out)
             __attribute__((always_inline)) {
             V t = I::load(values);
             V share = I::select(kept(t, threshold, zero), rho, gone);
-            I::store(out, I::fma(share, t, I::mul(less, I::load(weight))));
+            I::store_kind(out, KIND, I::fma(share, t, I::mul(less, I::load(weight))));
         };
         int64_t i = from;
-        for (; i + W <= to; i += W) one(p->values + i, p->weight + i, p->zero ? p->zero + i : nullptr, p->out + i);
+        for (; i + W <= to; i += W) one(p->values + i, p->weight + i, p->zero ? p->zero + i : nullptr, made + i);
         if (i == to) return;
-        float values[W] = {}, weight[W] = {}, out[W];
+        float values[W] = {}, weight[W] = {};
+        E out[W];
         uint8_t zero[W] = {};
         size_t left = (size_t)(to - i);
         memcpy(values, p->values + i, left * 4);
         memcpy(weight, p->weight + i, left * 4);
         if (p->zero) memcpy(zero, p->zero + i, left);
         one(values, weight, zero, out);
-        memcpy(p->out + i, out, left * 4);
+        memcpy(made + i, out, left * sizeof(E));
     }
 
-    // T ← B + (T − D)·before/ρ, and how the new |T| are spread: counts[0] of them are at most `low`, counts[1 + b] lie
+    // T ← W + S + (T − D)·before/ρ, and how the new |T| are spread: counts[0] of them are at most `low`, counts[1 + b] lie
     // between `low` and `high` in the bin b of 2^shift neighbouring floats. A weight that was zero counts as 0.
     static void update(const Pass* p, int64_t from, int64_t to, int64_t* counts) {
+        if (p->kind == BF16) update_as<BF16, uint16_t>(p, from, to, counts);
+        else update_as<F32, float>(p, from, to, counts);
+    }
+
+    template <int KIND, class E>
+    static void update_as(const Pass* p, int64_t from, int64_t to, int64_t* counts) {
+        float* made = (float*)p->out;
+        const E* steps = (const E*)p->product;
         V threshold = I::broadcast(p->threshold), low = I::broadcast(p->low), high = I::broadcast(p->high);
         V ratio = I::broadcast(p->before / p->rho), none = I::zero();
         const int32_t first = float_bits(p->low) + 1;
@@ -56,10 +72,11 @@ struct Admm {
                 counts[1 + (((float_bits(near[k]) & 0x7fffffff) - first) >> p->shift)]++;
             held = 0;
         };
-        auto one = [&](float* values, const float* product, const uint8_t* zero) __attribute__((always_inline)) {
+        auto one = [&](float* values, const float* weight, const E* step, const uint8_t* zero)
+            __attribute__((always_inline)) {
             V t = I::load(values);
             V share = I::select(kept(t, threshold, zero), none, ratio);
-            t = I::fma(share, t, I::load(product));
+            t = I::fma(share, t, I::add(I::load(weight), I::load_kind(step, KIND, 0)));
             I::store(values, t);
             M some = kept(t, low, zero);
             above += __builtin_popcount(I::bits(some));
@@ -69,16 +86,18 @@ struct Admm {
             if (held >= HELD) count();
         };
         int64_t i = from;
-        for (; i + W <= to; i += W) one(p->out + i, p->product + i, p->zero ? p->zero + i : nullptr);
+        for (; i + W <= to; i += W) one(made + i, p->weight + i, steps + i, p->zero ? p->zero + i : nullptr);
         if (i < to) {
-            float values[W] = {}, product[W] = {};
+            float values[W] = {}, weight[W] = {};
+            E step[W] = {};
             uint8_t zero[W] = {};
             size_t left = (size_t)(to - i);
-            memcpy(values, p->out + i, left * 4);
-            memcpy(product, p->product + i, left * 4);
+            memcpy(values, made + i, left * 4);
+            memcpy(weight, p->weight + i, left * 4);
+            memcpy(step, steps + i, left * sizeof(E));
             if (p->zero) memcpy(zero, p->zero + i, left);
-            one(values, product, zero);  // the padding is 0, which is above nothing
-            memcpy(p->out + i, values, left * 4);
+            one(values, weight, step, zero);  // the padding is 0, which is above nothing
+            memcpy(made + i, values, left * 4);
         }
         count();
         counts[0] += to - from - above;

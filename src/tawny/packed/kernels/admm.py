@@ -1,7 +1,7 @@
 """What lies between ALPS's products (solvers/alps.py), by the compiled kernels: each pass reads and writes a weight once.
 
-Shapes: R = rows, I = in. Weights are contiguous float32, masks contiguous bool, all on the CPU; a mask of zeros may be None. Where
-that does not hold, or nothing was compiled, the answer says so and nothing was touched.
+Shapes: R = rows, I = in. Weights are contiguous float32, what goes into a product and comes out of it float32 or
+bfloat16, masks contiguous bool, all on the CPU; a mask of zeros may be None. Where that does not hold, or nothing was compiled, the answer says so and nothing was touched.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import native
 
 BINS = 1 << 15  # of a histogram: as many as stay in a core's cache
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _SHARE = 1 << 14  # weights a thread is worth waking for
 
 
@@ -30,6 +31,13 @@ def _usable(zero_RI: Tensor | None, *weights: Tensor) -> bool:
         and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
         and all(tensor.dtype is torch.float32 for tensor in weights)
     )
+
+
+def _kind(product_RI: Tensor) -> int | None:
+    """Of the elements of one side of a product, for the kernels; None if they do not take them."""
+    if product_RI.device.type != "cpu" or not product_RI.is_contiguous():
+        return None
+    return _KINDS.get(product_RI.dtype)
 
 
 def _address(zero_RI: Tensor | None) -> int | None:
@@ -51,13 +59,15 @@ def right(
     out_RI: Tensor,
 ) -> bool:
     """`out` = ρ(D − W) − before·(T − D), D = T where |T| > threshold and it is no zero, else 0; False where it cannot."""
-    if not _usable(zero_RI, T_RI, W_RI, out_RI):
+    kind = _kind(out_RI)
+    if kind is None or not _usable(zero_RI, T_RI, W_RI):
         return False
     code = native.library().tawny_admm_right(
         T_RI.data_ptr(),
         W_RI.data_ptr(),
         _address(zero_RI),
         out_RI.data_ptr(),
+        kind,
         T_RI.numel(),
         threshold,
         rho,
@@ -70,7 +80,8 @@ def right(
 
 def update(
     T_RI: Tensor,
-    B_RI: Tensor,
+    W_RI: Tensor,
+    S_RI: Tensor,
     zero_RI: Tensor | None,
     threshold: float,
     rho: float,
@@ -79,19 +90,22 @@ def update(
     shift: int,
     counts: Tensor,
 ) -> bool:
-    """T ← B + (T − D)·before/ρ, and how many of the new |T| lie where; False where it cannot.
+    """T ← W + S + (T − D)·before/ρ, and how many of the new |T| lie where; False where it cannot.
 
     Args:
         bounds: (low, high), at least 0. counts: of `histogram`, added to: in column 0 how many |T| are at most low (a zero
             counts as 0), in column 1 + b how many lie in (low, high], b = (bits(|T|) − bits(low) − 1) >> shift < BINS.
     """
-    if not _usable(zero_RI, T_RI, B_RI):
+    kind = _kind(S_RI)
+    if kind is None or not _usable(zero_RI, T_RI, W_RI):
         return False
     assert counts.dtype is torch.int64 and counts.is_contiguous() and counts.shape[1] == 1 + BINS
     code = native.library().tawny_admm_update(
         T_RI.data_ptr(),
-        B_RI.data_ptr(),
+        W_RI.data_ptr(),
+        S_RI.data_ptr(),
         _address(zero_RI),
+        kind,
         T_RI.numel(),
         threshold,
         rho,

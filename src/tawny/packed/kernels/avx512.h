@@ -17,6 +17,7 @@ struct Avx512 {
     static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
     static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
     static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+    static V add(V a, V b) { return _mm512_add_ps(a, b); }
     static V min(V a, V b) { return _mm512_min_ps(a, b); }
     static float reduce_min(V v) { return _mm512_reduce_min_ps(v); }
     static uint32_t equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }

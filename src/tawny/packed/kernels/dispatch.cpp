@@ -322,26 +322,27 @@ int32_t tawny_remove_half(const float* weight, const float* hessian, const float
 }
 
 // What ALPS does between its products, over `count` weights. D is T where |T| > threshold and not `zero` (null: none is).
-// right = ρ(D − W) − before·(T − D)
-int32_t tawny_admm_right(const float* values, const float* weight, const uint8_t* zero, float* right, int64_t count,
-                         float threshold, float rho, float before, int32_t threads) {
+// right = ρ(D − W) − before·(T − D), in the kind F32 or BF16
+int32_t tawny_admm_right(const float* values, const float* weight, const uint8_t* zero, void* right, int32_t kind,
+                         int64_t count, float threshold, float rho, float before, int32_t threads) {
     if (!chosen) return 1;
-    if (count < 0) return 2;
-    Pass p = {values, weight, nullptr, right, zero, nullptr, count, threshold, rho, before, 0.0f, 0.0f, 0};
+    if (count < 0 || (kind != F32 && kind != BF16)) return 2;
+    Pass p = {values, weight, nullptr, right, zero, nullptr, count, threshold, rho, before, 0.0f, 0.0f, 0, kind};
     PassJob job = {&p, 0, nullptr, 0, 0};
     run_pass(job, threads);
     return 0;
 }
 
-// T ← B + (T − D)·before/ρ. Added to `counts` [threads, 1 + bins]: how many |T| (0 for a weight that is `zero`) are at
+// T ← W + S + (T − D)·before/ρ, S in the kind F32 or BF16. Added to `counts` [threads, 1 + bins]: how many |T| (0 for a weight that is `zero`) are at
 // most `low`, and how many above it and at most `high`, in bins of 2^shift neighbouring floats.
-int32_t tawny_admm_update(float* values, const float* product, const uint8_t* zero, int64_t count, float threshold,
-                          float rho, float before, float low, float high, int32_t shift, int64_t* counts, int64_t bins,
-                          int32_t threads) {
+int32_t tawny_admm_update(float* values, const float* weight, const void* step, const uint8_t* zero, int32_t kind,
+                          int64_t count, float threshold, float rho, float before, float low, float high,
+                          int32_t shift, int64_t* counts, int64_t bins, int32_t threads) {
     if (!chosen) return 1;
+    if (kind != F32 && kind != BF16) return 2;
     if (count < 0 || threads < 1 || bins < 1 || shift < 0 || shift > 31 || !(low >= 0.0f && low <= high)) return 2;
     if (low < high && ((float_bits(high) - float_bits(low) - 1) >> shift) >= bins) return 2;
-    Pass p = {nullptr, nullptr, product, values, zero, nullptr, count, threshold, rho, before, low, high, shift};
+    Pass p = {nullptr, weight, step, values, zero, nullptr, count, threshold, rho, before, low, high, shift, kind};
     PassJob job = {&p, 1, counts, 1 + bins, 0};
     run_pass(job, threads);
     return 0;
@@ -352,7 +353,7 @@ int32_t tawny_admm_support(const float* values, const uint8_t* zero, uint8_t* su
                            int64_t* changed, int32_t threads) {
     if (!chosen) return 1;
     if (count < 0) return 2;
-    Pass p = {values, nullptr, nullptr, nullptr, zero, support, count, threshold, 0.0f, 0.0f, 0.0f, 0.0f, 0};
+    Pass p = {values, nullptr, nullptr, nullptr, zero, support, count, threshold, 0.0f, 0.0f, 0.0f, 0.0f, 0, F32};
     PassJob job = {&p, 2, nullptr, 0, 0};
     run_pass(job, threads);
     *changed = job.changed;

@@ -67,8 +67,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.tawny_dense.argtypes = [pointer, i64, i64, i32, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]
     found.tawny_remove_half.argtypes = [pointer] * 5 + [i64] * 4 + [i32]
-    found.tawny_admm_right.argtypes = [pointer] * 4 + [i64, f32, f32, f32, i32]
-    found.tawny_admm_update.argtypes = [pointer] * 3 + [i64] + [f32] * 5 + [i32, pointer, i64, i32]
+    found.tawny_admm_right.argtypes = [pointer] * 4 + [i32, i64, f32, f32, f32, i32]
+    found.tawny_admm_update.argtypes = [pointer] * 4 + [i32, i64] + [f32] * 5 + [i32, pointer, i64, i32]
     found.tawny_admm_support.argtypes = [pointer] * 3 + [i64, f32, pointer, i32]
     found.tawny_stream.argtypes = [pointer, i64, i32]
     found.tawny_stream.restype = ctypes.c_float

@@ -39,6 +39,10 @@ struct Portable {
         for (int j = 0; j < 8; j++) a.f[j] *= b.f[j];
         return a;
     }
+    static V add(V a, V b) {
+        for (int j = 0; j < 8; j++) a.f[j] += b.f[j];
+        return a;
+    }
     static V min(V a, V b) {
         for (int j = 0; j < 8; j++) a.f[j] = b.f[j] < a.f[j] ? b.f[j] : a.f[j];
         return a;

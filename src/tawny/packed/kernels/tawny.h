@@ -79,13 +79,13 @@ struct Removal {  // half of the columns of every row, greedily (greedy.h)
 struct Pass {  // over contiguous weights, between two products of ALPS (admm.h)
     const float* values;   // T
     const float* weight;   // W
-    const float* product;  // B
-    float* out;            // the right side of the next product, or T in place
+    const void* product;   // S, `kind`
+    void* out;             // the right side of the next product, `kind`; or T in place
     const uint8_t* zero;   // 1 where a weight was zero and stays so, or null
     uint8_t* support;      // 1 where T survived, when last looked at
     int64_t count;
     float threshold, rho, before, low, high;
-    int32_t shift;
+    int32_t shift, kind;   // kind: F32 or BF16
 };
 
 struct Kernels {
