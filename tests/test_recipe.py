@@ -99,6 +99,7 @@ def test_a_fingerprint_changes_with_every_key_and_with_nothing_else():
         "text=wiki",
         "samples=3",
         "seqlen=64",
+        "calibration.repeat=0.25",
         "seed=1",
         "include=*",
         "exclude=*",

@@ -35,19 +35,24 @@ def block(result: Mapping[str, Any]) -> str:
     """One block of a large model by each solver: time, what of it nothing can go below, and memory."""
     lines = [
         f"One block of the {result['shape'].upper()} shape, {result['samples']} × {result['seqlen']} tokens, 70%:\n",
-        "| forwards in | solver | whole run | × SparseGPT | solving | its products at peak | factors and inverses at peak | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| limit | forwards in | solver | whole run | × SparseGPT | solving | its products at peak | × products | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    first = {row["compute"]: row["total"] for row in result["rows"] if row["solver"] == "sparsegpt"}
+    first = {
+        (row["memory"], row["compute"]): row["total"]
+        for row in result["rows"]
+        if row["solver"] == "sparsegpt"
+    }
     for row in result["rows"]:
-        base = first.get(row["compute"])
+        base = first.get((row["memory"], row["compute"]))
+        floor = row["products_at_peak"] + row["factorising_at_peak"]
         times = f"{row['total'] / base:.2f}" if base else "–"
         lines.append(
-            f"| {row['compute']} | {row['solver']} | {row['total']:.0f} s | {times} | {row['solving']:.0f} s "
-            f"| {row['products_at_peak']:.0f} s | {row['factorising_at_peak']:.0f} s | {row['peak_memory'] / 1e9:.2f} GB |"
+            f"| {row['memory']} | {row['compute']} | {row['solver']} | {row['total']:.0f} s | {times} | {row['solving']:.0f} s "
+            f"| {floor:.0f} s | {row['solving'] / floor:.2f} | {row['peak_memory'] / 1e9:.2f} GB |"
         )
     speeds = result["rows"][-1]["speeds"]
-    peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s with {name[6:]} factors" for name, value in speeds.items())
+    peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name[6:]}" for name, value in speeds.items())
     machine = result["rows"][-1]["machine"]
     return (
         "\n".join(lines)

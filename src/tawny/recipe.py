@@ -92,11 +92,15 @@ class Choice:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Calibration:
-    """Which tokens the model is shown: `samples` seeded random windows of `seqlen` tokens of `text`."""
+    """Which tokens the model is shown: `samples` seeded random windows of `seqlen` tokens of `text`.
+
+    The last `repeat` of each, as a share, says again what stood before in it.
+    """
 
     text: Annotated[str, Field(min_length=1)] = "c4"
     samples: Annotated[int, Field(ge=1)] = 128
     seqlen: Annotated[int, Field(ge=2)] = 2048
+    repeat: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -24,7 +24,7 @@ from tawny.pruning.grid import Grid, families_for
 from tawny.pruning.levels import LevelStore, Reference, Scorer, solve_levels
 from tawny.pruning.profiling import Together
 from tawny.pruning.run import demand_of
-from tawny.pruning.search import needs_of_search, repeating
+from tawny.pruning.search import needs_of_search
 from tawny.pruning.space import make_space
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS
@@ -319,7 +319,7 @@ def test_windows_end_with_a_passage_they_held_before(length, count, share, maske
     mask[[window for window in masked if window < count], -1] = 0
     size = int(length * share)
     for told in (None, mask):
-        made = repeating(Samples(ids, told), share)
+        made = Samples(ids, told).repeating(share)
         assert made.mask is told
         for window, (before, after) in enumerate(zip(ids.tolist(), made.tokens.tolist(), strict=True)):
             if told is not None and window in masked:
@@ -330,6 +330,17 @@ def test_windows_end_with_a_passage_they_held_before(length, count, share, maske
             # Tokens are all different, so a passage is where its first token is.
             start = kept.index(after[length - size]) if size else 0
             assert after[length - size :] == kept[start : start + size]
+
+
+def test_calibration_can_repeat_itself(tmp_path, dense):
+    given = tokens(4, 24)
+    keys = {"sparsity": 0.6, "allocator": "uniform", "solver": "sparsegpt", "compute": "float32"}
+    tawny.prune(dense, tmp_path / "plain", calibration=given, **keys)
+    tawny.prune(dense, tmp_path / "option", calibration=given, **{"calibration.repeat": 0.25}, **keys)
+    tawny.prune(dense, tmp_path / "by-hand", calibration=Samples(given).repeating(0.25), **keys)
+    assert weights(tmp_path / "option") == weights(tmp_path / "by-hand") != weights(tmp_path / "plain")
+    with pytest.raises(RecipeError, match=r"calibration\.repeat.*0\.5"):
+        tawny.prune(dense, calibration=given, **{"calibration.repeat": 0.6}, **keys)
 
 
 def test_one_sample_leaves_nothing_to_compare_on():

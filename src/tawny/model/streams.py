@@ -18,6 +18,7 @@ from tawny.model.tensorfile import TensorWriter, entries, read_tensor, read_tens
 # Tokens a forward takes at once: enough rows for full-speed matrix products, few enough that the activations
 # between them stay in the last-level cache of a small machine (measured: 4096 is 15 % slower than 2048).
 CHUNK_TOKENS = 2048
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def samples_a_chunk(seqlen: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
@@ -54,6 +55,22 @@ class Samples:
     @property
     def seqlen(self) -> int:
         return int(self.tokens.shape[1])
+
+    def repeating(self, share: float) -> Samples:
+        """Samples that end with a passage they held before, each from another place; `share` of each is that long.
+
+        In text of short documents hardly anything comes twice, so that it neither tells which models still copy nor
+        trains them to. A sample of which a part is masked stays as it is.
+        """
+        tokens_ST = self.tokens.clone()
+        length = self.seqlen
+        size = int(length * share)
+        for sample in range(len(self)):
+            if self.mask is None or bool(self.mask[sample].all()):
+                # Multiples of the golden ratio, modulo 1, spread any number of places evenly.
+                start = int((sample + 1) * _GOLDEN % 1 * (length - 2 * size + 1))
+                tokens_ST[sample, length - size :] = self.tokens[sample, start : start + size]
+        return Samples(tokens_ST, self.mask)
 
     def first(self, count: int) -> Samples:
         return Samples(self.tokens[:count], None if self.mask is None else self.mask[:count])

@@ -362,7 +362,7 @@ class Run:
             check_context(self.stack.model, samples.seqlen)
             self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
             self.place(len(samples), samples.seqlen, 0)
-            return samples
+            return samples.repeating(recipe.calibration.repeat)
         from tawny.calibration.text import held_out_windows, load_text, sample_windows, tokenise
 
         check_context(self.stack.model, recipe.calibration.seqlen)
@@ -392,7 +392,7 @@ class Run:
             "samples": len(windows),
             "seqlen": recipe.calibration.seqlen,
         }
-        return Samples(windows)
+        return Samples(windows).repeating(recipe.calibration.repeat)
 
     def place(self, samples: int, seqlen: int, characters: int) -> None:
         """Decide what is kept in memory and what on disk.

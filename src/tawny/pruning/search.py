@@ -13,7 +13,7 @@ may change what is tried, and the record says so.
 
 from __future__ import annotations
 
-__all__ = ["allocate_by_search", "cost_of_search", "needs_of_search", "repeating", "write_search"]
+__all__ = ["allocate_by_search", "cost_of_search", "needs_of_search", "write_search"]
 
 import hashlib
 import json
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 _MEASURED: dict[str, Callable[[], Any]] = {"dlp": Dlp, "lsa": Lsa, "alpha": Alpha, "blend": Blend}
 _DRAWN_M = "5"
-_GOLDEN = (5**0.5 - 1) / 2
 
 
 def allocate_by_search(run: Run) -> Allocation:
@@ -259,24 +258,7 @@ def _split(run: Run, auto: Auto) -> tuple[Samples, Samples]:
         length = samples.seqlen if mask is not None else min(auto.length, samples.seqlen)
         held_out = Samples(samples.tokens[cut:, :length], None if mask is None else mask[cut:])
         samples = samples.first(cut)
-    return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), repeating(held_out, auto.repeat)
-
-
-def repeating(samples: Samples, share: float) -> Samples:
-    """Windows that end with a passage they held before, each from another place; `share` of each is that long.
-
-    In text of short documents hardly anything comes twice, so that it would not tell which models still copy. A window of
-    which a part is masked stays as it is.
-    """
-    tokens_WT = samples.tokens.clone()
-    count, length = tokens_WT.shape
-    size = int(length * share)
-    for window in range(count):
-        if samples.mask is None or bool(samples.mask[window].all()):
-            # Multiples of the golden ratio, modulo 1, spread any number of places evenly.
-            start = int((window + 1) * _GOLDEN % 1 * (length - 2 * size + 1))
-            tokens_WT[window, length - size :] = samples.tokens[window, start : start + size]
-    return Samples(tokens_WT, samples.mask)
+    return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), held_out.repeating(auto.repeat)
 
 
 def _over(auto: Auto, started: float) -> str:

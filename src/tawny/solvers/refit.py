@@ -24,7 +24,8 @@ from tawny.solvers.base import require_finite
 
 __all__ = ["refit"]
 
-_CHUNK = 1 << 22  # weights whose six scratch copies live at once: 100 MB
+_CHUNK = 1 << 22  # weights whose six scratch copies live at once: 100 MB,
+_ROWS = 1024  # or so many rows where products are bfloat16: each of these arranges the whole H again
 
 
 def refit(
@@ -63,7 +64,7 @@ def refit(
     if rounded and H_II.device.type == "cpu":
         curvature_II = H_II.to(native_dtype())
     result_OI = torch.empty_like(W_OI, dtype=torch.float32)
-    rows = max(1, _CHUNK // max(W_OI.shape[1], 1))
+    rows = max(_ROWS if curvature_II.dtype is torch.bfloat16 else 1, _CHUNK // max(W_OI.shape[1], 1))
     lost = 0.0
     for top in range(0, W_OI.shape[0], rows):
         part = slice(top, top + rows)
