@@ -117,6 +117,20 @@ def test_a_fingerprint_changes_with_every_key_and_with_nothing_else():
     assert base.with_overrides(["M=5"]).fingerprint() == prints[0]
 
 
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("calibration.repat", "repeat"),
+        ("refine.epoch", "epochs"),
+        ("allocator.bet", "beta"),
+        ("solver.dam", "damp"),
+    ],
+)
+def test_a_mistyped_key_of_any_section_is_refused_with_the_nearest(key, near):
+    with pytest.raises(RecipeError, match=f"{key} is not a known recipe key.*{near}"):
+        resolve_recipe(sparsity=0.5, **{key: 1})
+
+
 def test_a_fingerprint_is_the_same_on_every_machine():
     # Known from the outside, so that a change of the format is noticed: it would orphan every interrupted run.
     recipe = resolve_recipe(sparsity=0.5, allocator="uniform", solver="magnitude", text="wiki")

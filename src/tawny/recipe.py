@@ -485,7 +485,8 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
         if head not in sections:
             raise RecipeError(f"{key} is not a known recipe key{_suggest(head, sections)}")
         if _key(rest) not in sections[head]:
-            _refuse_of_others(key, [head], merged)
+            if head in _REGISTRIES:  # the other sections are one class each
+                _refuse_of_others(key, [head], merged)
             raise RecipeError(f"{key} is not a known recipe key{_suggest(_key(rest), sections[head])}")
         return head, _key(rest)
     if key in _top_level_keys():
