@@ -110,14 +110,14 @@ class Scaled:
 
     def forget(self, beside: int = 0) -> None:
         """Drop the oldest inverses until those that stay, and so many bytes beside them, are few enough to wait."""
-        while beside + sum(X_II.nbytes for powers in self.powers.values() for X_II in powers) > _KEPT:
-            if not self.powers:
-                return
-            self.powers.pop(next(iter(self.powers)))
+        while self.powers and beside + sum(self._sizes()) > _KEPT:
+            del self.powers[next(iter(self.powers))]
+
+    def _sizes(self) -> list[int]:
+        return [sum(X_II.nbytes for X_II in powers) for powers in self.powers.values()]
 
     def _exactly(self, rho: float, dtype: torch.dtype) -> Tensor | None:
-        of_one = max((len(powers) for powers in self.powers.values()), default=0)
-        self.forget(of_one * next((powers[0].nbytes for powers in self.powers.values()), 0))
+        self.forget(max(self._sizes(), default=0))
         A_II = self.hessian_II / self.scale_I
         A_II /= self.scale_I[:, None]
         A_II.diagonal().add_(self.ridge / self.scale_I.square() + rho)
@@ -126,11 +126,11 @@ class Scaled:
 
 
 def _nearest(a: float) -> list[float]:
-    """The polynomial p of degree `_DEGREE` that is nearest to 1/(1 + x) between 0 and a, as a share of it; from its constant on.
+    """Coefficients, from the constant on, of the polynomial that is nearest to 1/(1 + x) between 0 and a, as a share of it.
 
-    (1 + x)·p(x) = 1 − Tₙ(1 − 2x/a)/Tₙ(1 + 2/a) with the Chebyshev polynomial of n = degree + 1, so it is off by 1/Tₙ(1 + 2/a)
-    at most; for degree 3 that is 0.1 % for a = 0.8, and 1.7 % for 2.5. X(I + shift·X)⁻¹ is what is sought for H' + (ρ + shift)I, and shift·X has its
-    eigenvalues between 0 and shift/ρ.
+    With X = (H' + ρI)⁻¹, that of H' + (ρ + shift)I is X(I + shift·X)⁻¹, and shift·X has its eigenvalues between 0 and
+    a = shift/ρ. The polynomial p has (1 + x)·p(x) = 1 − Tₙ(1 − 2x/a)/Tₙ(1 + 2/a), with the Chebyshev polynomial of n, its
+    degree `_DEGREE` and one: it is off by 1/Tₙ(1 + 2/a) at most, for degree 3 by 0.1 % for a = 0.8 and 1.7 % for 2.5.
     """
     chebyshev = Chebyshev.basis(_DEGREE + 1)
     along = chebyshev.convert(kind=Polynomial)(Polynomial([1, -2 / a]))
@@ -166,7 +166,7 @@ class Alps:
 
     @property
     def work(self) -> Work:
-        """A residual; about 33 iterations, four steps, and what lies between these; two inverses with powers, or eleven without."""
+        """A residual; about 33 iterations, four steps, and what lies between; two inverses with powers, or eleven."""
         if native_dtype() is torch.bfloat16:
             return Work(tall=1.2, square=1.4, rounded=37.0, rounded_square=6.0, passes=280.0)
         return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)

@@ -1,8 +1,8 @@
 """The inverse of a positive definite matrix, by blocks of columns, in its own memory.
 
-LAPACK's two steps, a Cholesky factor A = LLᵀ and the inverse from it, with every operation but those on diagonal blocks a
-large matrix product: n³ operations at the speed of these. torch's own calls take twice as long from about 1500 columns on, and two
-more copies of the matrix: around the same LAPACK they copy triangles element by element.
+LAPACK's two steps, a Cholesky factor A = LLᵀ and the inverse from it, with every operation but those on diagonal blocks
+a large matrix product: n³ operations at the speed of these. torch's own calls take 1.4 to 2 times as long from about 1500
+columns on, and two more copies of the matrix: around the same LAPACK they copy triangles element by element.
 
 With L = [[L_k, 0], [P, L_B]] for a block k and all that follows it, D = L_k⁻¹ and Q = PD, the inverse X has
 

@@ -45,9 +45,9 @@ def refit(
         W_OI: the dense weight, float32.
         mask_OI: True where a weight survives.
         H_II: `XᵀX` of the linear's inputs, float32, undamped.
-        steps: conjugate gradient steps; each costs one product of a weight with H. 10 get most of what there
-        is. start: where to begin, such as the solver's own result; the masked W when left out. damp: λ as a
-        share of the mean of diag(H); keeps few or collinear inputs from being fitted too literally.
+        steps: conjugate gradient steps; each costs one product of a weight with H. 10 get most of what there is.
+        start: where to begin, such as the solver's own result; the masked W when left out.
+        damp: λ as a share of the mean of diag(H); keeps few or collinear inputs from being fitted too literally.
         tolerance: a row stops when its preconditioned residual has shrunk to this share of the first.
         rounded: let the products be bfloat16 where the hardware is faster with it, but for that of the first residual. For
             few steps from a good start: what rounding does to the residual adds up, and bounds how far it can shrink.
