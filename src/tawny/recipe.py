@@ -108,8 +108,8 @@ class Refine:
     """Block reconstruction after the solves of a block; `epochs` 0 leaves it out."""
 
     epochs: Annotated[int, Field(ge=0)] = 0
-    lr: Annotated[float, Field(gt=0, le=1)] = 0.01  # of a tensor's own root mean square, a step
-    batch: Annotated[int, Field(ge=1)] = 8  # samples a step
+    lr: Annotated[float, Field(gt=0, le=1)] = 0.005  # of a tensor's own root mean square, a step
+    batch: Annotated[int, Field(ge=1)] = 2  # samples a step
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.125  # share of the samples that choose the best epoch
     patience: Annotated[int, Field(ge=1)] = 2  # epochs without a better one until it ends
 
