@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ import torch
 import tawny
 from tawny.errors import RecipeError
 from tawny.model.blocks import open_stack
+from tawny.model.linears import linears_of
 from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.pruning import journal as journal_module
 from tawny.pruning import run as run_module
-from tawny.pruning.memory import distinct_inputs, parse_size
+from tawny.pruning.memory import parse_size, sharing_inputs
+from tawny.pruning.run import demand_of
+from tawny.recipe import resolve_recipe
 from tests.pruning.test_journal import PressesCtrlC, files
 from tests.tiny import tiny_model, tokens
 
@@ -108,11 +112,33 @@ def test_a_plan_says_where_hidden_states_go(dense, tmp_path):
 
 
 def test_inputs_are_guessed_by_module():
-    model = tiny_model("llama")
-    from tawny.model.linears import linears_of
+    groups = sharing_inputs(linears_of(tiny_model("llama").model.layers[0], "b"))
+    assert [[x.name.rpartition(".")[2] for x in group] for group in groups] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    groups = sharing_inputs(linears_of(tiny_model("gpt2").transformer.h[0], "b"))
+    assert [group[0].shape[1] for group in groups] == [32, 32, 32, 128]
 
-    assert sorted(distinct_inputs(linears_of(model.model.layers[0], "b"))) == [32, 32, 32, 48]
-    assert sorted(distinct_inputs(linears_of(tiny_model("gpt2").transformer.h[0], "b"))) == [32, 32, 32, 128]
+
+@pytest.mark.parametrize(
+    ("order", "bytes_of", "statistics", "solver"),
+    [
+        ("block", {}, 3 * 4 * 32**2 + 4 * 48**2, 0),
+        ("block", {(32, 48): 10**6}, 4 * 48**2, 10**6),  # down_proj, the last
+        ("block", {(48, 32): 10**6}, 4 * 32**2 + 4 * 48**2, 10**6),  # gate_proj and up_proj
+        ("data", {}, 4 * 48**2, 0),
+    ],
+)
+def test_hessians_of_linears_that_are_solved_are_not_counted(dense, order, bytes_of, statistics, solver):
+    stack = open_stack(dense, torch.bfloat16)
+    recipe = resolve_recipe(None, sparsity=0.5, allocator="uniform", solver="sparsegpt", order=order)
+    demand = demand_of(recipe, stack, [stack.linears(0)], recipe.make_solver(), recipe.make_allocator(), 0)
+    demand = replace(demand, workspace=lambda out, width: bytes_of.get((out, width), 0))
+    parts = demand.phases(spill=True, held=False)["solve"]
+    assert (parts["statistics"], parts["solver"]) == (statistics, solver)
 
 
 _MEASURE = """

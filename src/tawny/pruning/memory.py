@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,7 @@ class Demand:
         characters: of the text that is tokenised.
         in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
-        per_weight, per_pair, beside: bytes a solver takes for each weight of a linear, for each pair of its inputs, and
-            whatever the linear.
+        workspace: bytes a solver takes for a linear `[out, in]` (see `Solver`).
         searched: samples that a search solves its levels with; 0 without one.
         search_needs: what it collects on them.
         held_out, candidates: bytes of hidden states that a search compares models by: the dense model's, and those of
@@ -109,9 +108,7 @@ class Demand:
     characters: int
     in_data_order: bool
     refining: bool
-    per_weight: int
-    per_pair: int
-    beside: int = 0
+    workspace: Callable[[int, int], int]
     searched: int = 0
     search_needs: Needs = "none"
     held_out: int = 0
@@ -129,8 +126,10 @@ class Demand:
         largest = max(linear.numel for linear in flat)
         compute = stack.compute.itemsize
         chunk = max(1, CHUNK_TOKENS // max(self.seqlen, 1)) * self.seqlen
+        inputs = [sharing_inputs(linears) for linears in self.by_block]
         widths = max(
-            (distinct_inputs(linears) for linears in self.by_block), key=lambda w: sum(x * x for x in w)
+            ([group[0].shape[1] for group in groups] for groups in inputs),
+            key=lambda w: sum(x * x for x in w),
         )
         squares = [4 * width * width for width in widths]
         # While they are added up; then one after the other is rounded, and mirrored through a copy.
@@ -142,7 +141,7 @@ class Demand:
         block = self._block_bytes()
         hidden = self.samples * self.seqlen * stack.hidden_bytes
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
-        work = max(self.per_weight * x.numel + self.per_pair * x.shape[1] ** 2 for x in flat) + self.beside
+        work = max(self.workspace(*x.shape) for x in flat)
         if self.searched:  # nothing of it is spilled: its samples are few
             kept = self.searched * self.seqlen * stack.hidden_bytes + self.held_out
             phases["search"] = {
@@ -175,7 +174,6 @@ class Demand:
         if self.needs != "none" and self.in_data_order and held:
             walking["held"] = self.held()
         hessians = self.needs == "hessian"
-        together = max(squares) if self.in_data_order else sum(squares)
         if self.needs != "none":
             phases["observe"] = {
                 **walking,
@@ -184,7 +182,8 @@ class Demand:
                 if hessians
                 else 0,
             }
-        phases["solve"] = {**walking, "statistics": together if hessians else 0, "solver": work}
+        solving: Mapping[str, int] = max((self._solving(groups) for groups in inputs), key=_total)
+        phases["solve"] = {**walking, **solving}
         if self.refining:
             solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)
             phases["observe" if self.needs != "none" else "solve"]["solved"] = phases["solve"]["solved"] = (
@@ -192,6 +191,21 @@ class Demand:
             )
             phases["refine"] = {**walking, "refine": self._refine_bytes() + solved}
         return phases
+
+    def _solving(self, groups: Sequence[Sequence[Linear]]) -> dict[str, int]:
+        """For the linear of a block that takes most, with the Hessians that are still needed: its own and later ones."""
+        squares = [4 * group[0].shape[1] ** 2 if self.needs == "hessian" else 0 for group in groups]
+        return max(
+            (
+                {
+                    "statistics": squares[place] if self.in_data_order else sum(squares[place:]),
+                    "solver": max(self.workspace(*x.shape) for x in group),
+                }
+                for place, group in enumerate(groups)
+            ),
+            key=_total,
+            default={"statistics": 0, "solver": 0},
+        )
 
     def _refine_bytes(self) -> int:
         """For one block: master, momenta, gradient, mask, best state, and what backward keeps."""
@@ -222,7 +236,7 @@ class Demand:
     def peak(self, *, spill: bool, held: bool) -> tuple[int, dict[str, int]]:
         """Bytes of the largest phase, and its parts."""
         phases = self.phases(spill=spill, held=held)
-        largest = max(phases.values(), key=lambda parts: sum(parts.values()))
+        largest = max(phases.values(), key=_total)
         parts = dict(largest)
         parts["slack"] = int(_SLACK * (sum(parts.values()) - parts["interpreter"]))
         return sum(parts.values()), parts
@@ -259,6 +273,10 @@ def place(demand: Demand, budget: int | None, available: int | None = None) -> P
     )
 
 
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
+
+
 def _second(item: tuple[str, int]) -> int:
     return -item[1]
 
@@ -278,28 +296,31 @@ def held_bytes(stack: Stack, linears: Sequence[Linear], tokens: int) -> int:
     return tokens * 2 * (stack.hidden_bytes + widest)
 
 
-def distinct_inputs(linears: Sequence[Linear]) -> list[int]:
-    """Input widths of one block, shared inputs counted once.
+def sharing_inputs(linears: Sequence[Linear]) -> list[list[Linear]]:
+    """The linears of one block, together where they share an input, in the order they are solved in.
 
     Nothing has been run yet, so this is a guess: linears of one module and width share their input, but for the last
     of several, which works on what the others made (an output projection); experts share nothing.
     """
-    widths = [linear.shape[1] for linear in linears if linear.expert is not None]
-    modules: dict[str, list[int]] = {}
+    modules: dict[str, list[Linear]] = {}
     for linear in linears:
-        if linear.expert is None:
-            modules.setdefault(linear.name.rpartition(".")[0], []).append(linear.shape[1])
+        module = linear.name if linear.expert is not None else linear.name.rpartition(".")[0]
+        modules.setdefault(module, []).append(linear)
+    groups: list[list[Linear]] = []
     for held in modules.values():
         *first, last = held
-        widths += [*dict.fromkeys(first), last]
-    return widths
+        by_width: dict[int, list[Linear]] = {}
+        for linear in first:
+            by_width.setdefault(linear.shape[1], []).append(linear)
+        groups += [*by_width.values(), [last]]
+    return groups
 
 
-def workspace(solver: Any, needs: Needs) -> tuple[int, int, int]:
-    """Bytes a solver takes for each weight of a linear, for each pair of its inputs, and whatever the linear."""
-    per_weight = int(getattr(solver, "bytes_per_weight", 32))
-    per_pair = int(getattr(solver, "bytes_per_pair", 8 if needs == "hessian" else 0))
-    return per_weight, per_pair, int(getattr(solver, "bytes_beside", 0))
+def workspace(solver: Any, needs: Needs) -> Callable[[int, int], int]:
+    """Bytes a solver takes for a linear `[out, in]`: as it says, or a guess."""
+    own: Callable[[int, int], int] | None = getattr(solver, "workspace", None)
+    pair = 8 if needs == "hessian" else 0
+    return own or (lambda out, width: 32 * out * width + pair * width * width)
 
 
 def available() -> int | None:

@@ -21,7 +21,7 @@ from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
 from tawny.patterns import check_pattern
 from tawny.precision import DTYPES, native_dtype, rounds_products
-from tawny.pruning.memory import available, distinct_inputs, parse_size, place
+from tawny.pruning.memory import available, parse_size, place, sharing_inputs
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
 from tawny.pruning.search import cost_of_search, needs_of_search, stand_in
@@ -214,7 +214,7 @@ def _seconds(
 
 def _seconds_a_token(stack: Stack) -> float:
     """Of the Hessians of every block."""
-    per_block = sum(w * w for w in distinct_inputs(stack.linears(0)))
+    per_block = sum(group[0].shape[1] ** 2 for group in sharing_inputs(stack.linears(0)))
     rounded = stack.compute == torch.bfloat16 and rounds_products()
     speed = measured_speed(torch.bfloat16 if rounded else torch.float32)
     # Inputs multiplied as bfloat16 are so fast that converting them and adding up take as long again.

@@ -622,7 +622,6 @@ def demand_of(
         if wanted and count
         else 0
     )
-    per_weight, per_pair, beside = workspace(solver, needs)
     searching: dict[str, Any] = {}
     if getattr(allocator, "searches", False):
         from tawny.pruning.search import cost_of_search, needs_of_search
@@ -647,8 +646,6 @@ def demand_of(
         characters=characters if wanted else 0,
         in_data_order=recipe.order == "data",
         refining=refining,
-        per_weight=per_weight,
-        per_pair=per_pair,
-        beside=beside,
+        workspace=workspace(solver, needs),
         **searching,
     )

@@ -71,8 +71,8 @@ class Scaled:
     """What the linears that share an input share: the scaling of their Hessian, and inverses.
 
     Where the hardware multiplies bfloat16, one inverse serves while ρ grows by `_GROWTH`: its powers, each a product of
-    bfloat16 factors, give the inverses of those ρ (`_nearest`). Elsewhere a product of square matrices costs
-    more than an inverse, and every ρ has its own.
+    bfloat16 factors, give the inverses of those ρ (`_nearest`). Where all of them are too large to keep there are two, and
+    one more product for each ρ. Elsewhere a product of square matrices costs more than an inverse, and every ρ has its own.
     """
 
     hessian_II: Tensor  # the caller's, unscaled and undamped
@@ -97,15 +97,16 @@ class Scaled:
         shift = rho - near
         if shift < 1e-6 * near:
             return powers[0]
-        while len(powers) <= _DEGREE:
-            powers.append(powers[-1] @ powers[0])
         shares = [share * shift**power for power, share in enumerate(_nearest(shift / near))]
+        kept = _powers_kept(len(powers[0]), dtype)
+        while len(powers) < kept:
+            powers.append(powers[-1] @ powers[0])
         made_II = torch.empty_like(powers[0])
         for part in _parts(made_II, 4 * _CACHED):
-            sum_PI = powers[0][part].to(torch.float32) * shares[0]
-            for power_II, share in zip(powers[1:], shares[1:], strict=True):
-                sum_PI.add_(power_II[part], alpha=share)
-            made_II[part] = sum_PI
+            made_II[part] = _weighed(powers, shares[:kept], part)
+        if kept < len(shares):  # X⁴ = X²X², X³ = X²X
+            for part in _parts(made_II, max(_CHUNK, _ROWS * len(made_II))):
+                made_II[part].addmm_(_weighed(powers, shares[kept:], part).to(dtype), powers[-1])
         return made_II
 
     def forget(self, beside: int = 0) -> None:
@@ -123,6 +124,20 @@ class Scaled:
         A_II.diagonal().add_(self.ridge / self.scale_I.square() + rho)
         X_II = invert(A_II)
         return None if X_II is None else X_II.to(dtype)
+
+
+def _powers_kept(width: int, dtype: torch.dtype) -> int:
+    """How many powers of an inverse of so many inputs are in memory while it serves."""
+    whole = _DEGREE + 1
+    return whole if whole * width * width * dtype.itemsize <= _KEPT else whole // 2
+
+
+def _weighed(powers: list[Tensor], shares: list[float], rows: slice) -> Tensor:
+    """Σ share · power, float32, of some rows."""
+    sum_RI = powers[0][rows].to(torch.float32) * shares[0]
+    for power_II, share in zip(powers[1:], shares[1:], strict=True):
+        sum_RI.add_(power_II[rows], alpha=share)
+    return sum_RI
 
 
 def _nearest(a: float) -> list[float]:
@@ -157,11 +172,6 @@ class Alps:
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
-    bytes_per_weight: ClassVar[int] = 28  # measured, what judges the result included
-    bytes_per_pair: ClassVar[int] = (
-        10  # of inputs, beside the Hessian: four powers of an inverse, and one for this ρ
-    )
-    bytes_beside: ClassVar[int] = 200_000_000  # inverses that wait
     stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: a fraction of the time
 
     @property
@@ -178,6 +188,13 @@ class Alps:
         for name in ("iterations", "steps"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"solver.{name} is {getattr(self, name)}; expected a count")
+
+    def workspace(self, out: int, width: int) -> int:
+        """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured."""
+        size = native_dtype().itemsize
+        waiting = _KEPT if _powers_kept(width, native_dtype()) > _DEGREE else 0
+        searching = 13 * out * width + 8 * width**2 + 2 * size * max(_CHUNK, _ROWS * width)
+        return waiting + max(searching, 28 * out * width + size * width**2)
 
     def prepare(self, statistics: Statistics | None) -> Scaled:
         """Damp and scale the Hessian and factorise it for the first ρ, with more damping where it is needed."""

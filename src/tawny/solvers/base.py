@@ -65,7 +65,11 @@ class Work:
 
 
 class Solver(Protocol):
-    """The interface; a new solver is one file and one entry of SOLVERS."""
+    """The interface; a new solver is one file and one entry of SOLVERS.
+
+    It may also have `workspace(out, width) -> int`, the bytes that solving a linear of so many outputs and inputs takes
+    beside its stored weight and its Hessian, and `work`, what that costs (`Work`): without them plans guess.
+    """
 
     needs: ClassVar[Needs]
     default_scope: ClassVar[Scope]

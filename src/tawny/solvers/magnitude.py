@@ -29,7 +29,9 @@ class Magnitude:
 
     needs: ClassVar[Needs] = "none"
     default_scope: ClassVar[Scope] = "matrix"
-    bytes_per_weight: ClassVar[int] = 20  # measured, what judges the result included
+
+    def workspace(self, out: int, width: int) -> int:
+        return 20 * out * width  # measured, what judges the result included
 
     def prepare(self, statistics: Statistics | None) -> Any:
         return None

@@ -43,13 +43,15 @@ class RIA:
 
     needs: ClassVar[Needs] = "norms"
     default_scope: ClassVar[Scope] = "matrix"
-    bytes_per_weight: ClassVar[int] = 20  # measured, what judges the result included
 
     def __post_init__(self) -> None:
         if not 0 <= self.a <= 4:
             raise RecipeError(
                 f"solver.a is {self.a}; expected a power of the input's norm in [0, 4], such as 0.5"
             )
+
+    def workspace(self, out: int, width: int) -> int:
+        return 20 * out * width  # measured, what judges the result included
 
     def prepare(self, statistics: Statistics | None) -> Any:
         return input_norms(statistics).pow_(self.a)

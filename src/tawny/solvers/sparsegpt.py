@@ -83,8 +83,6 @@ class SparseGPT:
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
-    bytes_per_weight: ClassVar[int] = 29  # measured, what judges the result included
-    bytes_per_pair: ClassVar[int] = 4  # of inputs, beside the Hessian
     work: ClassVar[Work] = Work(
         tall=3.0, square=3.0
     )  # the column loop; the factor and inverse of the Hessian
@@ -98,6 +96,9 @@ class SparseGPT:
             raise RecipeError(
                 f"solver.group is {self.group}; expected a positive number of columns, such as 128"
             )
+
+    def workspace(self, out: int, width: int) -> int:
+        return 29 * out * width + 4 * width * width  # measured, what judges the result included
 
     def prepare(self, statistics: Statistics | None) -> Factor:
         """Factorise the damped Hessian, with more damping where it is needed."""

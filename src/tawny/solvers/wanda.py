@@ -36,7 +36,9 @@ class Wanda:
 
     needs: ClassVar[Needs] = "norms"
     default_scope: ClassVar[Scope] = "row"
-    bytes_per_weight: ClassVar[int] = 20  # measured, what judges the result included
+
+    def workspace(self, out: int, width: int) -> int:
+        return 20 * out * width  # measured, what judges the result included
 
     def prepare(self, statistics: Statistics | None) -> Any:
         return input_norms(statistics)
