@@ -34,9 +34,13 @@ def pruned(family="llama", dtype=torch.float32, **keys):
 
 
 def lost_of(got, wanted, held):
-    """Squared error over the square of the target, mean over the tokens of these samples."""
+    """Squared error over the target's, mean over the tokens of these samples; channels with more than the usual energy count as
+    much less as they have more."""
+    tokens = wanted.flatten(0, 1)
+    share = (tokens.square() / tokens.square().sum(-1, keepdim=True)).mean(0)
+    counts = torch.tensor([1 / max(float(own), float(share.median())) for own in share])
     shares = [
-        (torch.linalg.vector_norm(g - w) / torch.linalg.vector_norm(w)).square()
+        ((g - w).square() @ counts) / w.square().sum() / (share @ counts)
         for g, w in zip(got[held].flatten(0, 1), wanted[held].flatten(0, 1), strict=True)
     ]
     return float(torch.stack(shares).mean())
