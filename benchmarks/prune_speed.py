@@ -212,7 +212,7 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     from tawny.model.blocks import open_stack
     from tawny.model.source import resolve
     from tawny.precision import native_dtype, rounds_products
-    from tawny.pruning.memory import distinct_inputs
+    from tawny.pruning.memory import sharing_inputs
     from tawny.pruning.profiling import PROFILE_TOKENS
 
     torch.set_num_threads(args.threads)
@@ -232,7 +232,7 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     down = 2 * list(last.values())[-1]
     blocks = len(stack)
     forwards = blocks * ((tokens + min(tokens, PROFILE_TOKENS)) * per_token + tokens * (per_token - down))
-    width = sum(w * w for w in distinct_inputs(stack.linears(0)))
+    width = sum(group[0].shape[1] ** 2 for group in sharing_inputs(stack.linears(0)))
     native, single = peak(native_dtype()), peak(torch.float32)
     return {
         "peak_flops_forward": native,

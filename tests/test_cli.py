@@ -271,6 +271,7 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["prune", "m", "--out", "o", "-s", "0.5", "-o", "lamda=1"], "'lambda'"),
         (["prune", "m", "--out", "o", "-s", "0.6", "-p", "2:4"], "implies"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-c", "none.yaml"], "cannot be read"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-c", "bst"], "'best'"),
         (["prune", "m", "--out", "o", "-s", "0.5", "--eval", "wikitext"], "'wikitext2'"),
         (["prune", "m", "--out", "o", "-s", "much"], "tawny prune --help"),
         (["prune", "m"], "--out"),
@@ -359,6 +360,11 @@ def test_every_list_and_the_doctor_answer_in_both_forms(run):
         assert code == 0 and json.loads(out)
         code, out, _ = run(verb)
         assert code == 0 and out.strip() and "\x1b" not in out
+    told = {
+        entry["name"]: entry["summary"]
+        for entry in json.loads(run("list", "recipes", "--json")[1])["recipes"]
+    }
+    assert told["fast"].startswith("ALPS under") and "#" not in told["fast"]
     assert "sparsegpt" in run("list", "solvers")[1] and "owl" not in run("list", "solvers")[1]
 
 

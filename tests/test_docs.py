@@ -165,7 +165,7 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
         == "1.00 | 3.00 | 3.30 | 3.60 |"
     )
     assert rows["| perplexity, × dense: `tawny prune`"] == "1.00 | 2.00 | 2.20 | 2.40 |"
-    assert rows["| perplexity, × dense: `tawny prune -c recipes/best.yaml`"] == "1.00 | 1.50 | 1.65 | 1.80 |"
+    assert rows["| perplexity, × dense: `tawny prune -c best`"] == "1.00 | 1.50 | 1.65 | 1.80 |"
     assert (
         rows["| perplexity, × dense: `tawny prune`, then 10 minutes of `tawny recover`"]
         == "1.00 | 1.50 | 1.50 | 1.50 |"

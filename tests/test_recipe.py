@@ -15,6 +15,7 @@ from tawny.recipe import (
     bare_keys,
     dump_recipe,
     load_recipe,
+    named_recipes,
     option_keys,
     parse_override,
     resolve_recipe,
@@ -175,6 +176,17 @@ def test_a_bad_file_is_one_line_that_names_what_is_wrong(tmp_path, text, words):
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_recipes_that_come_with_tawny_have_names_and_a_file_of_that_name_goes_first(tmp_path, monkeypatch):
+    assert {path.stem for path in PRODUCTS} == set(named_recipes()) >= {"fast", "best"}
+    assert load_recipe("best") == load_recipe(PRODUCTS[0].parent / "best.yaml")
+    assert resolve_recipe("best", ["sparsity=0.7"]).sparsity == 0.7
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best").write_text("{sparsity: 0.1, solver: wanda}", encoding="utf-8")
+    assert load_recipe("best").solver.name == "wanda"
+    with pytest.raises(RecipeError, match=r"'fats' is neither a file nor one of best, fast, .*mean 'fast'"):
+        load_recipe("fats")
 
 
 def test_a_missing_file_and_a_binary_one_are_refused(tmp_path):

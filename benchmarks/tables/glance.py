@@ -12,7 +12,7 @@ _SPARSITIES = (0.5, 0.6, 0.7)
 _RECIPES = {
     "official-owl-sparsegpt-70": "OWL and SparseGPT, by its authors' choices",
     "fast": "`tawny prune`",
-    "best": "`tawny prune -c recipes/best.yaml`",
+    "best": "`tawny prune -c best`",
 }
 _PACKED = {"packed bf16": "packed bf16", "packed int8, int8 head": "packed int8, head too"}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 __all__ = ["catalogue"]
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tawny.allocation import ALLOCATORS
 from tawny.calibration.text import NAMED_TEXTS
-from tawny.recipe import Calibration, Recipe, Refine, option_keys
+from tawny.recipe import Calibration, Recipe, Refine, named_recipes, option_keys
 from tawny.solvers import SOLVERS
 
 _PATTERNS = {
@@ -44,6 +46,7 @@ _KEYS = {
 def catalogue() -> dict[str, list[dict[str, Any]]]:
     """Kinds of choices → their names, one line each, and their options with defaults."""
     return {
+        "recipes": [{"name": name, "summary": _told(path)} for name, path in named_recipes().items()],
         "allocators": _registered(ALLOCATORS),
         "solvers": _registered(SOLVERS),
         "patterns": _described(_PATTERNS),
@@ -53,6 +56,14 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
             for field in dataclasses.fields(Recipe)
         ],
     }
+
+
+def _told(path: Path) -> str:
+    """The comment that a recipe begins with."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
+    )
+    return " ".join(line.removeprefix("#").strip() for line in lines)
 
 
 def _registered(registry: Mapping[str, Any]) -> list[dict[str, Any]]:

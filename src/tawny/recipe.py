@@ -29,6 +29,7 @@ __all__ = [
     "bare_keys",
     "dump_recipe",
     "load_recipe",
+    "named_recipes",
     "option_keys",
     "parse_override",
     "resolve_recipe",
@@ -173,8 +174,13 @@ class Recipe:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """The recipe of a YAML file (or of the `run.json` of a finished run)."""
+    """The recipe of a YAML file, of the `run.json` of a finished run, or of a name (`named_recipes`)."""
     return Recipe.from_mapping(_read(path))
+
+
+def named_recipes() -> dict[str, Path]:
+    """The recipes that come with Tawny, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -192,7 +198,7 @@ def resolve_recipe(
     default_sparsity: float | None = None,
     **keys: Any,
 ) -> Recipe:
-    """Put a recipe together: a base (a recipe, mapping or file), then keyword keys, then overrides.
+    """Put a recipe together: a base (a recipe, mapping, file, or the name of one that comes with Tawny), then keyword keys, then overrides.
 
     A key that is None is unset. The whole is validated once, at the end, so that a base file may leave out
     what the keys supply. `default_sparsity` holds where nothing says one and no n:m implies it.
@@ -558,7 +564,13 @@ for _tag, _pattern, _first in (
 
 
 def _read(path: str | Path) -> Mapping[str, Any]:
-    path = Path(path)
+    path, named = Path(path), named_recipes()
+    if path.name == str(path) and not path.suffix and not path.is_file():
+        if str(path) not in named:
+            raise RecipeError(
+                f"recipe {str(path)!r} is neither a file nor one of {', '.join(named)}{nearest(str(path), named)}"
+            )
+        path = named[str(path)]
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

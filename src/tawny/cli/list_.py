@@ -1,4 +1,4 @@
-"""`tawny list`: what a recipe can name."""
+"""`tawny list`: recipes, and what a recipe can name."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from tawny.errors import UserError
 def list_(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="allocators, solvers, patterns, texts or keys. Default: all."),
+        typer.Argument(
+            metavar="[KIND]", help="recipes, allocators, solvers, patterns, texts or keys. Default: all."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what a recipe can name: allocators, solvers, patterns, texts, and its keys."""
+    """List recipes, and what a recipe can name: allocators, solvers, patterns, texts, and its keys."""
     with console_for(as_json) as console:
         from tawny.catalogue import catalogue
         from tawny.errors import nearest

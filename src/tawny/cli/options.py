@@ -60,7 +60,11 @@ PatternName = Annotated[
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
-        "-c", "--recipe", metavar="FILE", help="Recipe (YAML) to start from.", rich_help_panel=RECIPE
+        "-c",
+        "--recipe",
+        metavar="RECIPE",
+        help="Recipe to start from: a YAML file, or a name of `tawny list recipes`.",
+        rich_help_panel=RECIPE,
     ),
 ]
 Overrides = Annotated[

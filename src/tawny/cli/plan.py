@@ -25,7 +25,7 @@ from tawny.cli.root import RecipeCommand, app
     cls=RecipeCommand,
     epilog="\b\nExamples:\n"
     "  tawny plan smollm2 -s 0.7\n"
-    "  tawny plan ./model -c recipes/owl-sparsegpt-70.yaml --memory 6GB\n"
+    "  tawny plan ./model -c owl-sparsegpt-70 --memory 6GB\n"
     "  tawny plan ./model -s 0.6 -a uniform -m wanda -o 'exclude=*.down_proj' --json",
 )
 def plan(

@@ -47,7 +47,7 @@ EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few e
     epilog="\b\nExamples:\n"
     "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki\n"
     "  tawny prune Qwen/Qwen3-8B --out packed -s 0.7 -a owl -m wanda -o lambda=0.15 --pack bf16\n"
-    "  tawny prune ./model --out pruned -c recipes/owl-wanda-mixed-3-8.yaml",
+    "  tawny prune ./model --out pruned -c owl-wanda-mixed-3-8",
 )
 def prune(
     model: Model,
