@@ -198,7 +198,7 @@ def resolve_recipe(
     default_sparsity: float | None = None,
     **keys: Any,
 ) -> Recipe:
-    """Put a recipe together: a base (a recipe, mapping, file, or the name of one that comes with Tawny), then keyword keys, then overrides.
+    """Put a recipe together: a base (a recipe, mapping, file or name), then keyword keys, then overrides.
 
     A key that is None is unset. The whole is validated once, at the end, so that a base file may leave out
     what the keys supply. `default_sparsity` holds where nothing says one and no n:m implies it.
