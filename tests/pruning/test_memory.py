@@ -152,7 +152,9 @@ print(json.dumps([record.memory, record.peak_memory]))
 """
 
 
-@pytest.mark.parametrize("solver", ["sparsegpt", pytest.param("wanda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "solver", ["sparsegpt", *(pytest.param(x, marks=pytest.mark.slow) for x in ("wanda", "alps"))]
+)
 def test_the_estimate_is_what_is_measured(tmp_path, solver):
     wide = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 1, "vocab_size": 60_000}
     tiny_model("llama", **wide).save_pretrained(tmp_path / "dense")

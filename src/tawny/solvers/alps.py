@@ -192,7 +192,8 @@ class Alps:
     def workspace(self, out: int, width: int) -> int:
         """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured."""
         size = native_dtype().itemsize
-        waiting = _KEPT if _powers_kept(width, native_dtype()) > _DEGREE else 0
+        inverses = min(12 * size * width**2, _KEPT)  # two with their powers, or one for each ρ
+        waiting = inverses if _powers_kept(width, native_dtype()) > _DEGREE else 0
         searching = 13 * out * width + 8 * width**2 + 2 * size * max(_CHUNK, _ROWS * width)
         return waiting + max(searching, 28 * out * width + size * width**2)
 
