@@ -190,7 +190,11 @@ class Alps:
                 raise RecipeError(f"solver.{name} is {getattr(self, name)}; expected a count")
 
     def workspace(self, out: int, width: int) -> int:
-        """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured."""
+        """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured.
+
+        Looked for with three copies of the weight and what was seen of it, two chunks, and squares of inputs: for bfloat16
+        two powers, the inverse for this ρ and its copy in a product's order, for float32 the last two.
+        """
         size = native_dtype().itemsize
         inverses = min(12 * size * width**2, _KEPT)  # two with their powers, or one for each ρ
         waiting = inverses if _powers_kept(width, native_dtype()) > _DEGREE else 0
