@@ -7,7 +7,7 @@ One block of random weights with outliers is pruned to 70 % by each solver in a 
 the whole run's wall time and peak memory, and the time inside the solver beside the operations of its matrix
 products (torch's own formulas, by the dtype that factors are multiplied in) and of its factorisations (n³/3) and
 inverses (2n³/3). Divided by the speeds that this machine reaches on a large product in each dtype, measured
-before and after, they are the time nothing can go below.
+before and after, they are the time nothing can go below. Rows of other CPUs in the same file are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from large import HERE, SHAPES, write_checkpoint
+
+from tawny.machine import machine
 
 
 def child(arguments: argparse.Namespace) -> None:
@@ -133,6 +135,9 @@ def main() -> None:
         child(arguments)
         return
     setting = {"shape": arguments.shape, "samples": arguments.samples, "seqlen": arguments.seqlen}
+    before = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    same = all(before.get(key) == value for key, value in setting.items())
+    elsewhere = [row for row in before["rows"] if row["machine"]["cpu"] != machine()["cpu"]] if same else []
     model = write_checkpoint(arguments.work / f"{arguments.shape}-1", arguments.shape, 1)
     rows: list[dict[str, Any]] = []
     for compute, memory in itertools.product(arguments.compute, arguments.memory):
@@ -146,14 +151,15 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{solver} failed (exit code {done.returncode})")
             made = json.loads(done.stdout.splitlines()[-1])
-            rows.append({"solver": solver, "memory": memory, **made})
+            today = datetime.date.today().isoformat()
+            rows.append({"date": today, "solver": solver, "memory": memory, **made})
             floor = made["products_at_peak"], made["factorising_at_peak"]
             print(
                 f"{solver}, forwards in {made['compute']}, {memory}: {made['total']:.0f} s, solving {made['solving']:.0f} s; its products take "
                 f"{floor[0]:.0f} s at peak, factors and inverses {floor[1]:.0f} s; {made['peak_memory'] / 1e9:.2f} GB",
                 flush=True,
             )
-            result = {"date": datetime.date.today().isoformat(), **setting, "rows": rows}
+            result = {**setting, "rows": elsewhere + rows}
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

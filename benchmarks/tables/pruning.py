@@ -35,29 +35,27 @@ def block(result: Mapping[str, Any]) -> str:
     """One block of a large model by each solver: time, what of it nothing can go below, and memory."""
     lines = [
         f"One block of the {result['shape'].upper()} shape, {result['samples']} × {result['seqlen']} tokens, 70%:\n",
-        "| limit | forwards in | solver | whole run | × SparseGPT | solving | its products at peak | × products | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| CPU | limit | forwards in | solver | whole run | × SparseGPT | solving | its products at peak | × products | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    first = {
-        (row["memory"], row["compute"]): row["total"]
-        for row in result["rows"]
-        if row["solver"] == "sparsegpt"
-    }
+
+    def place(row: Mapping[str, Any]) -> tuple[str, str, str]:
+        return row["machine"]["cpu"], row["memory"], row["compute"]
+
+    first = {place(row): row["total"] for row in result["rows"] if row["solver"] == "sparsegpt"}
+    machines: dict[str, str] = {}
     for row in result["rows"]:
-        base = first.get((row["memory"], row["compute"]))
+        base = first.get(place(row))
         floor = row["products_at_peak"] + row["factorising_at_peak"]
         times = f"{row['total'] / base:.2f}" if base else "–"
         lines.append(
-            f"| {row['memory']} | {row['compute']} | {row['solver']} | {row['total']:.0f} s | {times} | {row['solving']:.0f} s "
+            f"| {' | '.join(place(row))} | {row['solver']} | {row['total']:.0f} s | {times} | {row['solving']:.0f} s "
             f"| {floor:.0f} s | {row['solving'] / floor:.2f} | {row['peak_memory'] / 1e9:.2f} GB |"
         )
-    speeds = result["rows"][-1]["speeds"]
-    peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name[6:]}" for name, value in speeds.items())
-    machine = result["rows"][-1]["machine"]
-    return (
-        "\n".join(lines)
-        + f"\n\n<sub>{machine['cpu']}, {machine['threads']} threads, {peaks}, {result['date']}.</sub>\n"
-    )
+        machine = row["machine"]
+        peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name[6:]}" for name, value in row["speeds"].items())
+        machines[machine["cpu"]] = f"{machine['cpu']}, {machine['threads']} threads, {peaks}, {row['date']}"
+    return "\n".join(lines) + f"\n\n<sub>{'; '.join(machines.values())}.</sub>\n"
 
 
 def lsa(result: Mapping[str, Any]) -> str:
