@@ -4,8 +4,8 @@
 
 Cells are made seed by seed and step by step, so that a run that is stopped leaves whole tables; the same command goes
 on (see cells.py). `mean_error` is the share of a linear's output energy that its solve and refit destroyed, averaged
-over linears; refining is measured by the block and lies beside it as `refined`: held-out loss after, as a share of
-the loss before. A tiny run:
+over linears: in refined rows behind refined blocks, and before the block itself is.
+`refine+repeat` refines on samples whose last quarter says again what stood before it. A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --sparsity 0.5 --solver wanda --epochs 1`.
 """
 
@@ -16,7 +16,7 @@ import itertools
 from cells import Cells, Keys, parser_for
 
 SOLVERS = ["wanda", "ria", "sparsegpt", "alps"]
-STEPS = ["alone", "refit", "refine", "refit+refine"]
+STEPS = ["alone", "refit", "refine", "refine+repeat", "refit+refine"]
 
 
 def keys_of(sparsity: float, allocator: str, solver: str, step: str, seed: int, epochs: int) -> Keys:
@@ -25,6 +25,8 @@ def keys_of(sparsity: float, allocator: str, solver: str, step: str, seed: int, 
         keys["refit"] = True
     if "refine" in step:
         keys["refine.epochs"] = epochs
+    if "repeat" in step:
+        keys["calibration.repeat"] = 0.25
     return keys
 
 

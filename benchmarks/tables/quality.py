@@ -21,6 +21,9 @@ from tables.shared import (
     threads_of,
 )
 
+# What follows a solver in the table's names: a word by the key that a cell has.
+STEPS = {"refit": "refit", "refine": "refine.epochs", "repeat": "calibration.repeat"}
+
 
 def tasks(result: Mapping[str, Any]) -> str:
     """Whether the dense model's accuracies are lm-eval's own, and the comparison as it was printed."""
@@ -223,7 +226,7 @@ def solvers(result: Mapping[str, Any]) -> str:
     """One table a text: a row a solver and what follows it, a column a sparsity; then errors of linears, and times."""
     groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
     for cell in result["cells"].values():
-        steps = [word for word, key in (("refit", "refit"), ("refine", "refine.epochs")) if cell.get(key)]
+        steps = [word for word, key in STEPS.items() if cell.get(key)]
         name = (cell["solver"], " + ".join([cell["solver"], *steps]))
         groups.setdefault((*name, cell["sparsity"]), []).append(cell)
     names = sorted({name[:2] for name in groups}, key=lambda name: (known_order(SOLVERS)(name[0]), name[1]))

@@ -543,6 +543,22 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
         tawny.recover_gradually(pair[0], pair[0], tmp_path / "more", [0.6, 0.4], recipe=recipe)
 
 
+@pytest.mark.parametrize("recipe", [None, {"calibration": {"text": "ptb"}}], ids=["none", "its own"])
+def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_path, monkeypatch, recipe):
+    asked = []
+
+    def pruning(source, out, *, recipe, watch):
+        asked.append((recipe.calibration.text, recipe.sparsity))
+        raise RecipeError("enough")
+
+    monkeypatch.setattr("tawny.recovery.gradual.prune", pruning)
+    with pytest.raises(RecipeError, match="enough"):
+        tawny.recover_gradually(
+            pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=recipe, settings=folder_keys(pair)
+        )
+    assert asked == [("ptb" if recipe else pair[2], 0.4)]
+
+
 def as_torchrun(folder, processes, call):
     """Run a call of tawny in several processes; the end of what they said, where one failed."""
     script = folder / "run.py"

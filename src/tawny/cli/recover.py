@@ -70,7 +70,7 @@ def recover(
         typer.Option(
             "--through",
             metavar="LIST",
-            help="Prune in steps, such as 0.4,0.55,0.7, and recover after each.",
+            help="Prune in steps, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says how.",
             rich_help_panel=RECIPE,
         ),
     ] = None,

@@ -49,7 +49,7 @@ def recover_gradually(
 
     Args:
         source: the dense model, or one pruned less than the first sparsity.
-        recipe: how to prune; its sparsity is replaced.
+        recipe: how to prune; its sparsity is replaced. Left out, pruning calibrates on the text that is trained on.
         settings: how to train; `tokens` and `minutes` are those of all steps together.
         overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
             this same one, which goes on.
@@ -68,6 +68,8 @@ def recover_gradually(
         )
     chosen = Recovery.make(settings)
     folder = resolve(source, watch.say)
+    if recipe is None:
+        recipe = {"calibration": {"text": chosen.text}}
     base = recipe.to_mapping() if isinstance(recipe, Recipe) else recipe
     recipes = [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
     work = WorkFolder(
