@@ -133,11 +133,9 @@ def test_a_mistyped_key_of_any_section_is_refused_with_the_nearest(key, near):
 
 
 def test_a_fingerprint_is_the_same_on_every_machine():
-    # Known from the outside, so that a change of the format is noticed: it would orphan every interrupted run.
+    # Written down, so that a change of the format is noticed: it would orphan every interrupted run.
     recipe = resolve_recipe(sparsity=0.5, allocator="uniform", solver="magnitude", text="wiki")
-    again = resolve_recipe(sparsity=0.5, allocator="uniform", solver="magnitude", text="wiki")
-    assert recipe.fingerprint() == again.fingerprint()
-    assert len(recipe.fingerprint()) == 64 and int(recipe.fingerprint(), 16)
+    assert recipe.fingerprint() == "5ec9e1f4d608a1db6e99670a9666e7a8ee7a804efeaee94fd6471aa2cfc4fed2"
 
 
 def test_two_of_four_in_yaml_stays_a_string(tmp_path):
@@ -221,7 +219,7 @@ def test_sparsity_must_be_given_or_implied():
 
 
 def test_n_of_m_refuses_another_sparsity_and_takes_its_own():
-    assert "implies" in refusal("pattern=2:4")
+    assert "was given, here or by a recipe: say -s 0.5, or" in refusal("pattern=2:4")
     assert resolve_recipe(sparsity=0.5, pattern="2:4").sparsity == 0.5
     assert resolve_recipe(sparsity=0.333, pattern="2:3").sparsity == 1 - 2 / 3
 

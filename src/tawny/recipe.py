@@ -292,7 +292,8 @@ def _section(value: Any, name: str, shorthand: str) -> dict[str, Any]:
         return {shorthand: str(value)}
     if isinstance(value, str) or (isinstance(value, int) and name == "refine"):
         return {shorthand: value}
-    raise RecipeError(f"{name}: {_show(value)} given, expected a {shorthand} or a mapping")
+    kind = "a count" if name == "refine" else "a text"
+    raise RecipeError(f"{name}: {_show(value)} given, expected {kind} ({shorthand}) or a mapping")
 
 
 def _lift_refit(values: dict[str, Any]) -> None:
@@ -347,7 +348,7 @@ def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
         if sparsity is not None and abs(sparsity - implied) > 1e-3:  # 0.333 is meant to be 2:3
             raise RecipeError(
                 f"pattern {pattern} keeps {parsed.n} of every {parsed.m} and so implies sparsity "
-                f"{implied:g}, but sparsity {sparsity:g} was given: leave it out or choose another pattern"
+                f"{implied:g}, but sparsity {sparsity:g} was given, here or by a recipe: say -s {implied:g}, or choose another pattern"
             )
         return pattern, implied
     if sparsity is None:

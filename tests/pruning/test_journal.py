@@ -16,6 +16,7 @@ import torch
 import tawny
 from tawny.errors import Interrupted, OutputError
 from tawny.model import output as output_module
+from tawny.packed.kernels import native
 from tawny.pruning import journal as journal_module
 from tawny.pruning.journal import Journal
 from tawny.watch import Silent
@@ -175,7 +176,8 @@ def test_other_arguments_are_refused_with_what_differs(dense, tmp_path, change, 
     assert prune(dense, tmp_path / "out").resumed == 1  # nothing was lost by asking
 
 
-def test_another_model_other_threads_and_another_allocation_file_are_refused(dense, tmp_path):
+@pytest.mark.skipif(native.kernel_name() == "torch", reason="needs the compiled kernels")
+def test_another_model_other_kernels_and_another_allocation_file_are_refused(dense, tmp_path):
     allocation = tmp_path / "allocation.yaml"
     allocation.write_text('"*": 0.6')
     options = {"allocator": "file", "allocator.path": str(allocation)}
@@ -189,6 +191,8 @@ def test_another_model_other_threads_and_another_allocation_file_are_refused(den
     with pytest.raises(OutputError, match=r"model config\.json changed"):
         prune(dense, tmp_path / "out", **options)
     (dense / "config.json").write_text(config)
+    with native.force("torch"), pytest.raises(OutputError, match=r'machine kernel was .*, now "torch"'):
+        prune(dense, tmp_path / "out", **options)
     assert prune(dense, tmp_path / "out", **options).resumed == 1
 
 

@@ -32,13 +32,24 @@ def dense(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "size"),
-    [("6GB", 6e9), ("6 gb", 6e9), ("2.5g", 2.5e9), ("800MB", 8e8), ("1GiB", 2**30), ("4096", 4096), (5, 5)],
+    [
+        ("6GB", 6e9),
+        ("6 gb", 6e9),
+        ("2.5g", 2.5e9),
+        ("800MB", 8e8),
+        ("1GiB", 2**30),
+        ("4096", 4096),
+        (5, 5),
+        (6e9, 6e9),
+    ],
 )
 def test_sizes_are_read_as_they_are_written(given, size):
     assert parse_size(given) == size
 
 
-@pytest.mark.parametrize("given", ["6XB", "much", "", "0", "-1GB"])
+@pytest.mark.parametrize(
+    "given", ["6XB", "much", "", "0", "-1GB", "9" * 400 + "GB", 0, -5, float("nan"), True]
+)
 def test_what_is_no_size_says_so(given):
     with pytest.raises(RecipeError, match="write for example 6GB"):
         parse_size(given)
@@ -105,6 +116,13 @@ def text_of(folder):
     return {"calibration.text": str(folder / "text.txt")}
 
 
+def test_a_plan_refuses_samples_longer_than_the_model_reads(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path / "dense")
+    for ask in (tawny.plan, lambda folder, **keys: tawny.prune(folder, tmp_path / "out", **keys)):
+        with pytest.raises(RecipeError, match="is more than the model's context of"):
+            ask(tmp_path / "dense", sparsity=0.5, seqlen=100_000, text="wiki")
+
+
 def test_a_plan_says_where_hidden_states_go(dense, tmp_path):
     made = tawny.plan(dense, memory="64GB", **text_of(tmp_path), **OPTIONS)
     assert made.hidden_states == "memory" and made.memory["smallest"] <= made.memory["peak"]
@@ -141,6 +159,27 @@ def test_hessians_of_linears_that_are_solved_are_not_counted(dense, order, bytes
     assert (parts["statistics"], parts["solver"]) == (statistics, solver)
 
 
+def test_scores_of_eager_attention_are_counted(tmp_path):
+    tiny_model("bloom", n_head=4).save_pretrained(tmp_path / "dense")
+    recipe = resolve_recipe(
+        None, sparsity=0.5, allocator="uniform", solver="wanda", seqlen=512, **{"refine.epochs": 1}
+    )
+    stack = open_stack(tmp_path / "dense", torch.float32)
+
+    def phases():
+        demand = demand_of(
+            recipe, stack, [stack.linears(0)], recipe.make_solver(), recipe.make_allocator(), 0
+        )
+        return demand.phases(spill=True, held=False)
+
+    eager = phases()
+    stack.config._attn_implementation = "sdpa"
+    fused = phases()
+    scores = 4 * 4 * 4 * 512**2  # samples in one forward, heads, float32
+    assert eager["observe"]["forward"] - fused["observe"]["forward"] == 3 * scores
+    assert eager["refine"]["refine"] - fused["refine"]["refine"] == 3 * scores
+
+
 _MEASURE = """
 import json, sys, torch
 from tests.tiny import tiny_model, tokens
@@ -152,12 +191,20 @@ print(json.dumps([record.memory, record.peak_memory]))
 """
 
 
+WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 1, "vocab_size": 60_000}
+EXPERTS = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 1, "num_experts": 64}
+
+
 @pytest.mark.parametrize(
-    "solver", ["sparsegpt", *(pytest.param(x, marks=pytest.mark.slow) for x in ("wanda", "alps"))]
+    ("family", "keys", "solver"),
+    [
+        ("llama", WIDE, "sparsegpt"),
+        ("qwen3_moe", {**EXPERTS, "mlp_only_layers": []}, "wanda"),  # fused when read, parted when written
+        *(pytest.param("llama", WIDE, x, marks=pytest.mark.slow) for x in ("wanda", "alps")),
+    ],
 )
-def test_the_estimate_is_what_is_measured(tmp_path, solver):
-    wide = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 1, "vocab_size": 60_000}
-    tiny_model("llama", **wide).save_pretrained(tmp_path / "dense")
+def test_the_estimate_is_what_is_measured(tmp_path, family, keys, solver):
+    tiny_model(family, **keys).save_pretrained(tmp_path / "dense")
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE, tmp_path / "dense", tmp_path / "out", solver, "4GB"],
         capture_output=True,

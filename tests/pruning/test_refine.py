@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import Interrupted, RecipeError, TextError
@@ -91,12 +92,48 @@ def test_a_live_model_stays_as_trainable_as_its_owner_left_it(family, fails, mon
 def test_what_is_trained_lies_where_the_forwards_run():
     """Another device, for which meta stands here, has the forwards; a norm was read on the CPU."""
     leaf = torch.nn.Parameter(torch.ones(4, device="meta"), requires_grad=False)
-    entry = refining._Trained("norm", leaf, torch.ones(4), torch.ones(4), masked=False)
+    entry = refining._Trained("norm", leaf, torch.ones(4), torch.ones(4), False, None)
     leaf.sum().backward()
     entry.step(0.1, 1)
     for tensor in (entry.master, entry.gradient, entry.first, entry.second, entry.best):
         assert tensor.is_meta
     entry.close()
+
+
+def test_modules_of_one_block_may_share_a_norm():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight = layer.input_layernorm.weight
+    record = tawny.prune(model, **KEYS | TRAINING | {"calibration": tokens(16, 24)})
+    assert record.refined[0]["best_epoch"] > 0
+    assert sum("layernorm" in name for name in record.refined[0]["also"]) == 1
+
+
+def test_losses_are_of_what_will_be_written(tmp_path):
+    """Of the first block, fed by what no dtype changes: embeddings that float16 holds."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.half().float()
+    model.save_pretrained(tmp_path / "dense")
+    ids, lost = tokens(16, 24), {}
+    keys = KEYS | TRAINING | {"calibration": ids, "calibration.samples": 16}
+    _, held = refining.holds_out(16, Refine(), 0)
+
+    def behind(folder):
+        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        caught = []
+        read.model.layers[0].register_forward_hook(
+            lambda module, args, out: caught.append(out if isinstance(out, torch.Tensor) else out[0])
+        )
+        with torch.no_grad():
+            read(ids)
+        return caught[0]
+
+    for dtype in (None, "float16"):
+        out = tmp_path / str(dtype)
+        record = tawny.prune(tmp_path / "dense", out, dtype=dtype, **keys)
+        lost[dtype] = record.refined[0]["after"]
+        assert lost[dtype] == pytest.approx(lost_of(behind(out), behind(tmp_path / "dense"), held), rel=1e-5)
+    assert lost["float16"] != pytest.approx(lost[None], rel=1e-5)  # or else this would show nothing
 
 
 def test_held_out_samples_never_get_worse_and_data_do_what_they_say():
@@ -244,9 +281,12 @@ def test_a_solver_that_sees_no_data_can_be_refined_and_excluded_blocks_are_left_
             assert torch.equal(value, dense[name]), name
 
 
-def test_one_sample_is_refused():
+def test_one_sample_is_refused(tmp_path):
     with pytest.raises(TextError, match="at least 2"):
         pruned(calibration=tokens(1, 24), **TRAINING)
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(TextError, match="at least 2"):
+        tawny.plan(tmp_path / "dense", sparsity=0.5, samples=1, seqlen=24, **TRAINING)
 
 
 def test_the_section_has_one_meaning_however_it_is_spelled():

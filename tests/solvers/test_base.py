@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Pattern, Unstructured, matches, removed_count
-from tawny.solvers import Magnitude, SparseGPT, Wanda, energy, reconstruction_error
+from tawny.solvers import RIA, Magnitude, SparseGPT, Wanda, energy, reconstruction_error
 from tests.reference.problems import lifelike
 
-SOLVERS = [Magnitude(), Wanda(), SparseGPT(), SparseGPT(group=8)]
+SOLVERS = [Magnitude(), Wanda(), RIA(), SparseGPT(), SparseGPT(group=8)]
 PATTERNS: list[Pattern] = [Unstructured(), Unstructured("row"), Unstructured("matrix"), NM(2, 4), NM(3, 8)]
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=str)
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)

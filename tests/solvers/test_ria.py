@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import NM, Unstructured, matches
 from tawny.solvers import Wanda
@@ -46,6 +47,14 @@ def test_zeros_go_first_and_rows_and_columns_of_zeros_are_no_trouble() -> None:
     assert not solution.mask[2].any() and not solution.mask[:, 3].any()
     assert torch.isfinite(solution.weight).all()
     assert not RIA().solve(torch.zeros(4, 8), lifelike(4, 8)[1], Unstructured(), 0.5).weight.any()
+
+
+def test_weights_of_inputs_that_never_fire_go_first_and_the_smaller_before_the_larger() -> None:
+    W = torch.tensor([[9.0, 8, 1, 2]])
+    unseen = Statistics(3, torch.zeros(4, dtype=torch.float64), None)
+    assert RIA().solve(W, unseen, NM(2, 4), 0.5).weight.tolist() == [[9, 8, 0, 0]]
+    heard = Statistics(3, torch.tensor([0, 1, 1, 1], dtype=torch.float64), None)
+    assert RIA().solve(W, heard, Unstructured(), 0.25).weight.tolist() == [[0, 8, 1, 2]]
 
 
 def test_what_cannot_be_used_is_refused() -> None:

@@ -178,6 +178,10 @@ class File:
             raise RecipeError(
                 "path is empty, expected the name of a YAML or JSON file: -o allocator.path=FILE"
             )
+        if not 0 <= self.tolerance <= 1:  # also refuses nan
+            raise RecipeError(f"allocator.tolerance is {self.tolerance}; expected a share in [0, 1]")
+        if self.step is not None and self.step < 1:
+            raise RecipeError(f"allocator.step is {self.step}; expected a number of weights")
         if self.sha256 is None and Path(self.path).is_file():
             # A file that is not there is reported when it is read: a recipe can be shown without it.
             object.__setattr__(self, "sha256", hashlib.sha256(self._bytes()).hexdigest())

@@ -77,12 +77,6 @@ def histogram(scores: Tensor) -> Tensor:
     return torch.bincount(_bits(scores) >> 16, minlength=BINS)
 
 
-def bin_edges(index: Sequence[int] | Tensor) -> Tensor:
-    """The smallest value of each bin (float64)."""
-    bits = torch.as_tensor(index, dtype=torch.int64).clamp(max=0x7F80) << 16
-    return bits.to(torch.int32).view(torch.float32).to(torch.float64)
-
-
 def exact_quantile(linears: Linears, score: Score, share: float = 0.5) -> float:
     """The order statistic of rank `⌊share·(n−1)⌋` of all scores together; 0.5 is the (lower) median, as torch's."""
     counts = torch.zeros(BINS, dtype=torch.int64)

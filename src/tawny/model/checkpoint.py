@@ -198,7 +198,7 @@ class Checkpoint:
     def store(
         self, unit: Unit, parameters: Mapping[str, torch.Tensor], model: Any
     ) -> dict[str, torch.Tensor]:
-        """The inverse of `load`: tensors under the names of the file.
+        """The inverse of `load`: tensors under the names of the file, views of the parameters where they can be.
 
         Raises:
             CheckpointError: transformers' own inverse mapping does not give back the names that were read.
@@ -213,7 +213,7 @@ class Checkpoint:
                 f"{unit.targets[0]!r} cannot be written back as the {len(unit.sources)} tensors it was read from "
                 f"(first {unit.sources[0]!r}); this layout is not supported yet"
             )
-        return {name: value.contiguous().clone() for name, value in made.items()}
+        return made
 
 
 def weight_paths(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from tawny.errors import NumericalError
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
-from tawny.precision import native_dtype
+from tawny.precision import DTYPES, native_dtype
 from tawny.pruning.memory import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.refine import refine
@@ -231,6 +231,7 @@ class BlockRun:
                 run.recipe.refine,
                 run.recipe.seed,
                 step=lambda done, total: run.watch.detail("refining", done, total),
+                dtype=DTYPES[run.recipe.dtype] if run.recipe.dtype else None,
             )
         self._solved = {}
         run.record.refined.append(asdict(made))

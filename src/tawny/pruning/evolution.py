@@ -81,7 +81,6 @@ class Outcome:
     Attributes:
         winner: the best on the deciding windows.
         uniform: the baseline, scored as finely.
-        best_proposal: the best that was proposed and not refined.
         trials: everything tried, in order.
         generations: score of the parent after each generation.
         cut_short: why not all trials were made, or "".
@@ -89,7 +88,6 @@ class Outcome:
 
     winner: Trial
     uniform: Trial
-    best_proposal: Trial
     trials: list[Trial]
     generations: list[float] = field(default_factory=list)
     cut_short: str = ""
@@ -116,7 +114,7 @@ def search(
     stopped: Callable[[], str] = lambda: "",
     step: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
-    """Try `trials` allocations and keep the best.
+    """Try `trials` allocations, beside the best that others who look for the same told of, and keep the best.
 
     Args:
         proposals: tried first, at most two thirds of all trials; uniform is always tried before them.
@@ -147,12 +145,10 @@ def search(
     last = list({id(trial): trial for trial in (uniform, *first[:3], parent)}.values())
     for trial, score in zip(last, evaluate([t.levels for t in last], list(deciding)), strict=True):
         trial.verdict = _finite(score)
-    best = [trial for trial in last if not trial.origin]
     step("decided")
     return Outcome(
         winner=min(last, key=_verdict),  # the first of equals: uniform
         uniform=uniform,
-        best_proposal=min(best, key=_verdict),
         trials=list(hunt.known.values()),
         generations=generations,
         cut_short=f"{cut} after {len(hunt.known)} of {trials} trials" if cut else "",

@@ -7,7 +7,7 @@ was never stopped. Between two commits nothing is relied on; it is done again.
 
 The identity holds everything the bytes depend on: the recipe; the model, as the
 names, sizes, times and headers of its files (reading all weights to hash them would cost minutes); the tokens; the
-sources of Tawny that compute and the libraries' versions; processor, threads and dtype. If any of it differs, the
+sources of Tawny that compute and the libraries' versions; processor, threads, kernel and dtype. If any of it differs, the
 journal refuses and says what.
 
 A commit costs what writing the hidden states costs, so one is made only when the work since the last one is worth it:
@@ -36,7 +36,19 @@ VERSION = 1
 # What commits may add to the time of the work between them.
 SHARE = 0.02
 # The rooms whose code decides bytes.
-_DECIDING = ("allocation", "calibration", "model", "pruning", "solvers", "patterns.py", "recipe.py")
+_DECIDING = (
+    "allocation",
+    "calibration",
+    "model",
+    "packed/kernels",
+    "pruning",
+    "solvers",
+    "patterns.py",
+    "precision.py",
+    "recipe.py",
+)
+
+_SOURCES = {".py", ".cpp", ".h"}
 
 T = TypeVar("T")
 
@@ -294,7 +306,8 @@ def code_identity() -> dict[str, str]:
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for name in _DECIDING:
-        for path in sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]:
+        files = [root / name] if (root / name).is_file() else (root / name).rglob("*")
+        for path in sorted(x for x in files if x.suffix in _SOURCES):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return {**versions(), "sources": digest.hexdigest()}
 

@@ -33,6 +33,7 @@ from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, raw, read_tensor
 from tawny.pruning.block import blind_statistics, pattern_at
 from tawny.pruning.memory import LOGIT_BYTES
+from tawny.pruning.profiling import LazyWeights
 from tawny.pruning.space import Levels, Space
 from tawny.recipe import Recipe
 from tawny.solvers.base import energy
@@ -161,15 +162,9 @@ def solve_levels(
             seen = observe(stream, index, linears, needs, advance=index < len(stack) - 1)
             dense.advance(index)
             stages.update({x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears})
-            weights = {x.name: stack.weight(x) for x in linears}
-            for name, weight in weights.items():
-                if not bool(torch.isfinite(weight).all()):
-                    raise NumericalError(
-                        f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
-                    )
-                digest.update(raw(weight))
+            inputs = LazyWeights(stack, linears, seen.statistics)
+            _add_up(digest, inputs)
             try:
-                inputs = {name: (weight, seen.statistics.get(name)) for name, weight in weights.items()}
                 measures.append(json.loads(json.dumps(measuring.measure(inputs))))
             except TawnyError as error:
                 raise type(error)(f"block {stack.name(index)}: {error}") from error
@@ -179,8 +174,7 @@ def solve_levels(
             _solve_block(
                 [by_name[x.name] for x in order],
                 places,
-                weights,
-                seen.statistics,
+                inputs,
                 space,
                 store,
                 index,
@@ -191,7 +185,7 @@ def solve_levels(
                 warnings=warnings,
             )
             first += len(linears)
-            del inputs, weights, seen
+            del inputs, seen
         watch.step(stack.name(index))
     infos = tuple(LinearInfo(x.name, x.shape, x.block, stages.get(x.name, "")) for x in space.linears)
     return Solved(
@@ -199,11 +193,20 @@ def solve_levels(
     )
 
 
+def _add_up(digest: Any, inputs: Mapping[str, tuple[Tensor, Statistics | None]]) -> None:
+    """The weights into the hash, refused where they are not finite."""
+    for name, (weight, _) in inputs.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericalError(
+                f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
+            )
+        digest.update(raw(weight))
+
+
 def _solve_block(
     linears: Sequence[Linear],
     places: Mapping[str, int],
-    weights: Mapping[str, Tensor],
-    statistics: Mapping[str, Statistics],
+    inputs: Mapping[str, tuple[Tensor, Statistics | None]],
     space: Space,
     store: LevelStore,
     index: int,
@@ -215,47 +218,43 @@ def _solve_block(
     warnings: list[str],
 ) -> None:
     """Every linear of one block at every level that removes something, a tensor at a time onto the disk."""
-    warnings += [
-        f"{x.name} saw no calibration token while allocations were tried"
-        for x in linears
-        if x.name in statistics and statistics[x.name].tokens == 0
-    ]
     wanted = [
-        (linear, level)
+        (linear, [level for level in space.levels if space.sparsity(places[linear.name], level) > 0])
         for linear in linears
-        for level in space.levels
-        if space.sparsity(places[linear.name], level) > 0
     ]
-    specs = {key_of(linear, level): (store.dtype, linear.shape) for linear, level in wanted}
+    specs = {key_of(x, level): (store.dtype, x.shape) for x, levels in wanted for level in levels}
     prepared: tuple[Statistics, Any] | None = None
+    done = 0
     with writing(store.path(index)), TensorWriter(store.path(index), specs) as writer:
-        for number, (linear, level) in enumerate(wanted):
-            watch.detail("solving", number, len(wanted))
-            W_OI = weights[linear.name]
-            sparsity = space.sparsity(places[linear.name], level)
-            known = statistics.get(linear.name)
+        for linear, levels in wanted:
+            W_OI, known = inputs[linear.name]
             if known is not None and known.tokens == 0:
+                warnings.append(f"{linear.name} saw no calibration token while allocations were tried")
                 known = blind_statistics(linear.shape[1], needs, W_OI.device)
             if known is not None and (prepared is None or prepared[0] is not known):
                 prepared = (known, solver.prepare(known))
-            try:
-                solution = solver.solve(
-                    W_OI,
-                    known,
-                    pattern_at(space.pattern, sparsity),
-                    sparsity,
-                    prepared=None if known is None or prepared is None else prepared[1],
-                )
-                weight_OI = solution.weight
-                if recipe.refit and known is not None and known.hessian is not None:
-                    before = solution.lost
-                    if before is None:
-                        before = energy(W_OI - weight_OI, known.hessian)
-                    refitted, after = refit(W_OI, solution.mask, known.hessian, start=weight_OI)
-                    weight_OI = refitted if after < before else weight_OI
-            except NumericalError as error:
-                raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
-            writer.write(key_of(linear, level), weight_OI.to(store.dtype).cpu())
+            for level in levels:
+                watch.detail("solving", done, len(specs))
+                sparsity = space.sparsity(places[linear.name], level)
+                try:
+                    solution = solver.solve(
+                        W_OI,
+                        known,
+                        pattern_at(space.pattern, sparsity),
+                        sparsity,
+                        prepared=None if known is None or prepared is None else prepared[1],
+                    )
+                    weight_OI = solution.weight
+                    if recipe.refit and known is not None and known.hessian is not None:
+                        before = solution.lost
+                        if before is None:
+                            before = energy(W_OI - weight_OI, known.hessian)
+                        refitted, after = refit(W_OI, solution.mask, known.hessian, start=weight_OI)
+                        weight_OI = refitted if after < before else weight_OI
+                except NumericalError as error:
+                    raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
+                writer.write(key_of(linear, level), weight_OI.to(store.dtype).cpu())
+                done += 1
 
 
 class Reference:

@@ -36,21 +36,23 @@ LOGIT_BYTES = 50_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def parse_size(given: str | int | None) -> int | None:
+def parse_size(given: str | float | None) -> int | None:
     """`6GB`, `512 MB`, `2.5g`, `4GiB` or bytes; GB = 10⁹.
 
     Raises:
         RecipeError: it is not a size.
     """
-    if given is None or isinstance(given, int):
-        return given
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*", given, re.IGNORECASE)
+    if given is None:
+        return None
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    text = f"{given:f}" if number else str(given)
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     try:
         assert found is not None
         unit = found[2].upper()
         scale = 1024 ** "_KMGT".index(unit) if found[3] and unit else _UNITS[unit]
         size = int(float(found[1]) * scale)
-    except (AssertionError, ValueError):
+    except (AssertionError, ValueError, OverflowError):
         raise RecipeError(f"memory {given!r} is not a size: write for example 6GB or 800MB") from None
     if size <= 0:
         raise RecipeError(f"memory {given!r} is nothing: write for example 6GB or 800MB")
@@ -137,7 +139,7 @@ class Demand:
         rounding = max(
             2 * square if square < grown else square for square, grown in zip(squares, growing, strict=True)
         )
-        forward = chunk * (4 * stack.hidden_bytes + widest * (4 + 3 * compute))
+        forward = chunk * (4 * stack.hidden_bytes + widest * (4 + 3 * compute)) + 3 * self._scores_bytes()
         block = self._block_bytes()
         hidden = self.samples * self.seqlen * stack.hidden_bytes
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
@@ -149,7 +151,8 @@ class Demand:
                 "block": block,
                 "hidden_states": kept,
                 "statistics": sum(growing) + rounding if self.search_needs == "hessian" else 0,
-                "solver": max(work, forward),
+                # Measuring takes the weight at hand in float32, its scores, and what counting them takes.
+                "solver": max(work, forward, 16 * largest),
             }
             phases["candidates"] = {
                 **base,
@@ -182,6 +185,7 @@ class Demand:
                 if hessians
                 else 0,
             }
+        phases["convert"] = {**walking, "conversion": self._conversion_bytes()}
         solving: Mapping[str, int] = max((self._solving(groups) for groups in inputs), key=_total)
         phases["solve"] = {**walking, **solving}
         if self.refining:
@@ -207,6 +211,16 @@ class Demand:
             default={"statistics": 0, "solver": 0},
         )
 
+    def _conversion_bytes(self) -> int:
+        """What fusing the tensors of a file into a parameter takes beside it, as experts are; parting them takes less."""
+        checkpoint = self.stack.checkpoint
+        if checkpoint is None:
+            return 0
+        converted = (unit.targets for unit in checkpoint.units if unit.converter is not None)
+        parameters = dict(self.stack.model.named_parameters())
+        largest = max((sum(parameters[x].numel() for x in targets) for targets in converted), default=0)
+        return 2 * largest * checkpoint.storage_dtype.itemsize
+
     def _refine_bytes(self) -> int:
         """For one block: master, momenta, gradient, mask, best state, and what backward keeps."""
         stack, checkpoint = self.stack, self.stack.checkpoint
@@ -215,7 +229,16 @@ class Demand:
         state = block * (16 + 1 + stored + stack.compute.itemsize)
         # Every linear keeps its input and gives an output, and about as much again is kept between them.
         widths = max(sum(sum(x.shape) for x in linears) for linears in self.by_block)
-        return state + 2 * max(CHUNK_TOKENS, self.seqlen) * widths * stack.compute.itemsize
+        kept = 2 * max(CHUNK_TOKENS, self.seqlen) * widths * stack.compute.itemsize
+        return state + kept + 3 * self._scores_bytes()
+
+    def _scores_bytes(self) -> int:
+        """Attention scores of the samples in one forward, float32, where the model holds whole matrices of them."""
+        config = self.stack.config.get_text_config()
+        if getattr(config, "_attn_implementation", None) != "eager":
+            return 0
+        samples = max(1, CHUNK_TOKENS // max(self.seqlen, 1))
+        return 4 * samples * int(config.num_attention_heads) * self.seqlen**2
 
     def held(self) -> int:
         """What suspended forwards hold in front of the widest stage: residual, its norm, and the stage's input twice."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tawny.allocation.profile import LinearInfo, Profile
+from tawny.calibration.context import check_context
 from tawny.calibration.text import NAMED_TEXTS, load_text
 from tawny.model.blocks import Stack, open_stack
 from tawny.model.linears import check_selection, select
@@ -23,6 +24,7 @@ from tawny.patterns import check_pattern
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.pruning.memory import available, parse_size, place, sharing_inputs
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
+from tawny.pruning.refine import holds_out
 from tawny.pruning.run import compute_dtype, demand_of, needs_of
 from tawny.pruning.search import cost_of_search, needs_of_search, stand_in
 from tawny.recipe import Recipe, resolve_recipe
@@ -111,6 +113,10 @@ def plan(
         allocation = allocate(allocator, Profile(infos), pattern, recipe.sparsity, rounded)
     prunable = sum(info.numel for info in infos)
     needs_data = needs != "none" or allocator.needs != "none" or recipe.refine.epochs > 0
+    if needs_data:
+        check_context(stack.model, recipe.calibration.seqlen)
+    if recipe.refine.epochs:
+        holds_out(recipe.calibration.samples, recipe.refine, recipe.seed)
     text = recipe.calibration.text
     fetched = text in NAMED_TEXTS and text != "wiki"  # a plan does not download
     characters = len(load_text(text, "calibration").text) if needs_data and not fetched else 0

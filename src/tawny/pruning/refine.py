@@ -20,7 +20,7 @@ What this file promises:
 - Some samples are held out and never trained on. The state that does best on them is kept, measured as it will be
   stored; where none does better than the start, every bit stays as it was.
 - Masters, momenta and sums of gradients are float32, forwards run in the dtype of the stack, and the result is
-  rounded to the dtype of the checkpoint once, at the end.
+  rounded to the dtype of the checkpoint, or to another that is to be written, once, at the end.
 - The same samples, options and seed give the same bytes.
 
 Steps are relative, as in Adafactor (1804.04235): a tensor moves by about `lr` times the root mean square of its own
@@ -99,6 +99,7 @@ def refine(
     options: Refine,
     seed: int,
     step: Callable[[int, int], None] = lambda done, total: None,
+    dtype: torch.dtype | None = None,
 ) -> Refined:
     """Train block `index`, which is loaded and pruned, in place.
 
@@ -109,13 +110,14 @@ def refine(
         solved: their weights in float32, before they were rounded; a missing one starts from the stored weight.
         seed: of the recipe.
         step: told how many of how many forwards are done.
+        dtype: that the block will be written in, where it is not the checkpoint's.
     """
     start = time.perf_counter()
     train, held = holds_out(len(inputs.samples), options, seed)
     pairs = _Pairs(stack, index, inputs, targets)
     with ExitStack() as stacked:
         stacked.enter_context(_borrowed(stack.blocks[index].parameters()))
-        trained = _trained(stack, index, linears, solved)
+        trained = _trained(stack, index, linears, solved, dtype)
         for entry in trained:
             stacked.callback(entry.close)
         leaves = {key: entry.leaf for entry in trained if (key := entry.expert) is not None}
@@ -261,8 +263,17 @@ def _weights(wanted_BTH: Tensor, mask_BT: Tensor | None) -> Tensor:
 class _Trained:
     """One tensor that is trained, in the orientation of its module."""
 
-    def __init__(self, name: str, leaf: Tensor, stored: Tensor, master: Tensor, masked: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        leaf: Tensor,
+        stored: Tensor,
+        master: Tensor,
+        masked: bool,
+        dtype: torch.dtype | None,
+    ) -> None:
         self.name, self.leaf, self.stored = name, leaf, stored
+        self.dtype = dtype or stored.dtype
         self.expert: tuple[int, int] | None = None
         survivors = int(torch.count_nonzero(master)) if masked else master.numel()
         self.size = max(_SMALLEST, float(torch.linalg.vector_norm(master)) / math.sqrt(max(survivors, 1)))
@@ -272,7 +283,7 @@ class _Trained:
         self.best = stored.to(leaf.device, copy=True)  # forwards may see the very memory of what is stored
         self.changed = False
         with torch.no_grad():
-            leaf.copy_(stored)  # a solver's weight may have reached the forwards unrounded
+            leaf.copy_(self._rounded(stored))  # a solver's weight may have reached the forwards unrounded
         leaf.requires_grad_(True)
         self._hook = leaf.register_post_accumulate_grad_hook(self._collect)  # type: ignore[no-untyped-call]
 
@@ -299,10 +310,14 @@ class _Trained:
     def show(self, *, stored: bool) -> None:
         """Let forwards see the master, or what will be stored of it."""
         with torch.no_grad():
-            self.leaf.copy_(self.master.to(self.stored.dtype) if stored else self.master)
+            self.leaf.copy_(self._rounded(self.master) if stored else self.master)
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        """As the checkpoint holds it once it has been through the dtype that will be written."""
+        return value.to(self.dtype).to(self.stored.dtype)
 
     def remember(self) -> None:
-        made = self.master.to(self.best.dtype)
+        made = self._rounded(self.master)
         self.changed = self.changed or not torch.equal(made, self.best)
         self.best.copy_(made)
 
@@ -332,7 +347,11 @@ def _borrowed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _trained(
-    stack: Stack, index: int, linears: Sequence[Linear], solved: Mapping[str, Tensor]
+    stack: Stack,
+    index: int,
+    linears: Sequence[Linear],
+    solved: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
 ) -> list[_Trained]:
     """The survivors of the pruned linears, and the block's norms and their biases."""
     made: list[_Trained] = []
@@ -344,21 +363,24 @@ def _trained(
             leaf, stored = parameter.data[linear.expert], stored[linear.expert]
         weight_OI = solved[linear.name] if linear.name in solved else stack.weight(linear)
         master = (weight_OI.T if linear.transposed else weight_OI).contiguous()
-        entry = _Trained(linear.name, leaf, stored, master, masked=True)
+        entry = _Trained(linear.name, leaf, stored, master, True, dtype)
         if linear.expert is not None:
             entry.expert = (id(parameter), linear.expert)
         made.append(entry)
     owners = {id(linear.module) for linear in linears}
+    seen: set[int] = set()  # modules of one block may share a norm
     for path, module in stack.blocks[index].named_modules():
         own = dict(module.named_parameters(recurse=False))
         # A router's or an excluded linear's bias belongs to what is left alone.
         if id(module) not in owners and any(value.dim() > 1 for value in own.values()):
             continue
         for leaf_name, value in own.items():
-            if value.dim() == 1 and value.is_floating_point():
+            if value.dim() == 1 and value.is_floating_point() and id(value) not in seen:
+                seen.add(id(value))
                 name = ".".join(filter(None, [stack.name(index), path, leaf_name]))
                 stored = stack.stored[name] if stack.checkpoint else value.data
-                made.append(_Trained(name, value, stored, stored.to(torch.float32, copy=True), masked=False))
+                master = stored.to(torch.float32, copy=True)
+                made.append(_Trained(name, value, stored, master, False, dtype))
     return made
 
 

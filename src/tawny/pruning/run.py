@@ -38,6 +38,7 @@ from tawny.model.output import OutputFolder, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
+from tawny.packed.kernels.native import kernel_name
 from tawny.patterns import Pattern, check_pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.pruning.block import BlockRun
@@ -306,6 +307,7 @@ class Run:
                 "cpu": machine["cpu"],
                 "threads": machine["threads"],
                 "processes": self.ranks.size,
+                "kernel": kernel_name(),
                 "compute": self.record.compute,
             },
         )

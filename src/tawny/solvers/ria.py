@@ -6,7 +6,8 @@ the score:
     score_ij = (|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|) · ‖X_j‖₂^a,   a = 0.5
 
 so that no input and no output loses all of its weights, as can happen to columns with small weights under
-Wanda. The scores of a whole matrix compete, as in the paper. The paper's channel permutation, which only
+Wanda. The scores of a whole matrix compete, as in the paper. Weights of an input that never fired go first, those with
+the smallest shares before the others. The paper's channel permutation, which only
 serves n:m, is not part of this.
 
 Shapes: O = out, I = in.
@@ -17,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
@@ -71,7 +73,11 @@ class RIA:
         size_OI = W_OI.abs()
         # Only rows and columns of zeros have no sum, and their weights' scores are set below.
         shares_I, shares_O = 1 / size_OI.sum(0).clamp_(min=1e-38), 1 / size_OI.sum(1).clamp_(min=1e-38)
-        scores_OI = size_OI.mul_(shares_I + shares_O[:, None]).mul_(powers_I)
+        scores_OI = size_OI.mul_(shares_I + shares_O[:, None])
+        silent_I = powers_I == 0
+        if silent_I.any():  # inputs that never fire: first of all, and by their shares among themselves
+            scores_OI[:, silent_I] = -1 / scores_OI[:, silent_I]
+        scores_OI.mul_(torch.where(silent_I, 1.0, powers_I))
         zeros_first(scores_OI, W_OI)
         keep_OI = keep_mask(scores_OI, pattern, removed_count(W_OI.numel(), sparsity))
         return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)
