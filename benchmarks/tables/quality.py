@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from tables.shared import (
@@ -101,9 +101,33 @@ def _what_auto_brings(
         if over_best:
             lines.append(
                 f"On {text}, `auto` beside the best single allocator of each row: {min(over_best):+.1%} to "
-                f"{max(over_best):+.1%}; beside uniform: {min(over_uniform):+.1%} to {max(over_uniform):+.1%}.\n"
+                f"{max(over_best):+.1%}; beside uniform: {min(over_uniform):+.1%} to {max(over_uniform):+.1%}. "
+                f"Beside any one of them everywhere, geometric mean over rows and seeds: {_beside_each(found, singles, text)}.\n"
             )
     return lines
+
+
+def _beside_each(
+    found: Mapping[tuple[Any, ...], Sequence[Mapping[str, Any]]], singles: Sequence[str], text: str
+) -> str:
+    """How far `auto` is from each single allocator, over all cells that differ in nothing else."""
+
+    def perplexities(name: str) -> dict[tuple[Any, ...], float]:
+        return {
+            (solver, sparsity, cell["seed"]): cell["evaluation"][text]["perplexity"]
+            for (solver, sparsity, allocator), cells in found.items()
+            if allocator == name
+            for cell in cells
+        }
+
+    searched, said = perplexities("auto"), []
+    for name in singles:
+        theirs = perplexities(name)
+        shared = searched.keys() & theirs.keys()
+        if shared:
+            ratio = geometric_mean(searched[key] / theirs[key] for key in sorted(shared))
+            said.append(f"{name} {ratio - 1:+.1%}")
+    return ", ".join(said)
 
 
 _QUESTIONS = {
