@@ -92,7 +92,7 @@ def test_a_live_model_stays_as_trainable_as_its_owner_left_it(family, fails, mon
 def test_what_is_trained_lies_where_the_forwards_run():
     """Another device, for which meta stands here, has the forwards; a norm was read on the CPU."""
     leaf = torch.nn.Parameter(torch.ones(4, device="meta"), requires_grad=False)
-    entry = refining._Trained("norm", leaf, torch.ones(4), torch.ones(4), False, None)
+    entry = refining._Trained("norm", leaf, torch.ones(4), torch.ones(4), masked=False, dtype=None)
     leaf.sum().backward()
     entry.step(0.1, 1)
     for tensor in (entry.master, entry.gradient, entry.first, entry.second, entry.best):

@@ -218,8 +218,8 @@ class Demand:
             return 0
         converted = (unit.targets for unit in checkpoint.units if unit.converter is not None)
         parameters = dict(self.stack.model.named_parameters())
-        largest = max((sum(parameters[x].numel() for x in targets) for targets in converted), default=0)
-        return 2 * largest * checkpoint.storage_dtype.itemsize
+        sizes = (sum(parameters[x].numel() for x in targets if x in parameters) for targets in converted)
+        return 2 * max(sizes, default=0) * checkpoint.storage_dtype.itemsize
 
     def _refine_bytes(self) -> int:
         """For one block: master, momenta, gradient, mask, best state, and what backward keeps."""
@@ -238,7 +238,7 @@ class Demand:
         if getattr(config, "_attn_implementation", None) != "eager":
             return 0
         samples = max(1, CHUNK_TOKENS // max(self.seqlen, 1))
-        return 4 * samples * int(config.num_attention_heads) * self.seqlen**2
+        return 4 * samples * int(getattr(config, "num_attention_heads", 0)) * self.seqlen**2
 
     def held(self) -> int:
         """What suspended forwards hold in front of the widest stage: residual, its norm, and the stage's input twice."""

@@ -269,6 +269,7 @@ class _Trained:
         leaf: Tensor,
         stored: Tensor,
         master: Tensor,
+        *,
         masked: bool,
         dtype: torch.dtype | None,
     ) -> None:
@@ -363,7 +364,7 @@ def _trained(
             leaf, stored = parameter.data[linear.expert], stored[linear.expert]
         weight_OI = solved[linear.name] if linear.name in solved else stack.weight(linear)
         master = (weight_OI.T if linear.transposed else weight_OI).contiguous()
-        entry = _Trained(linear.name, leaf, stored, master, True, dtype)
+        entry = _Trained(linear.name, leaf, stored, master, masked=True, dtype=dtype)
         if linear.expert is not None:
             entry.expert = (id(parameter), linear.expert)
         made.append(entry)
@@ -380,7 +381,7 @@ def _trained(
                 name = ".".join(filter(None, [stack.name(index), path, leaf_name]))
                 stored = stack.stored[name] if stack.checkpoint else value.data
                 master = stored.to(torch.float32, copy=True)
-                made.append(_Trained(name, value, stored, master, False, dtype))
+                made.append(_Trained(name, value, stored, master, masked=False, dtype=dtype))
     return made
 
 
