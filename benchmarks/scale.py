@@ -134,6 +134,7 @@ def main() -> None:
         child(arguments)
         return
     path, rows = Path(arguments.json), []
+    path.parent.mkdir(parents=True, exist_ok=True)
     for shape in arguments.shape or ["135m", "1.1b", "7b"]:
         blocks = arguments.blocks or BLOCKS.get(shape, 2)
         model = write_checkpoint(Path(arguments.work) / f"{shape}-{blocks}", shape, blocks)
@@ -150,6 +151,8 @@ def main() -> None:
                 made = json.loads(done.stdout.splitlines()[-1])
                 row = {"shape": shape, "blocks": blocks, "solver": solver, "samples": samples}
                 rows.append({**row, "seqlen": arguments.seqlen, **made})
+                today = datetime.date.today().isoformat()
+                path.write_text(json.dumps({"date": today, "rows": rows}, indent=1) + "\n")
                 share = sum(made["limit"].values()) / made["total"]
                 useful = (
                     sum(made["phases"][key] for key in ("forward", "statistics", "solve")) / made["total"]
@@ -162,8 +165,6 @@ def main() -> None:
                     + f"; {made['phases']}",
                     flush=True,
                 )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"date": datetime.date.today().isoformat(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
