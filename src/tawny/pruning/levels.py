@@ -163,7 +163,9 @@ def solve_levels(
             dense.advance(index)
             stages.update({x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears})
             inputs = LazyWeights(stack, linears, seen.statistics)
-            _add_up(digest, inputs)
+            for weight in inputs.finite():
+                digest.update(raw(weight))
+                del weight  # before the next one is made
             try:
                 measures.append(json.loads(json.dumps(measuring.measure(inputs))))
             except TawnyError as error:
@@ -191,16 +193,6 @@ def solve_levels(
     return Solved(
         Profile(infos, tuple(measures)), torch.cat(list(dense.hidden)), digest.hexdigest(), warnings
     )
-
-
-def _add_up(digest: Any, inputs: Mapping[str, tuple[Tensor, Statistics | None]]) -> None:
-    """The weights into the hash, refused where they are not finite."""
-    for name, (weight, _) in inputs.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise NumericalError(
-                f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
-            )
-        digest.update(raw(weight))
 
 
 def _solve_block(

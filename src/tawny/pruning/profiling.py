@@ -64,6 +64,20 @@ class LazyWeights(Mapping[str, tuple[Tensor, Statistics | None]]):
     def __len__(self) -> int:
         return len(self._linears)
 
+    def finite(self) -> Iterator[Tensor]:
+        """Each weight in turn.
+
+        Raises:
+            NumericalError: it holds a number that is not finite; names it.
+        """
+        for name in self:
+            weight, _ = self[name]
+            if not bool(torch.isfinite(weight).all()):
+                raise NumericalError(
+                    f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
+                )
+            yield weight
+
 
 def profile_walk(
     stack: Stack,
@@ -118,11 +132,8 @@ def profile_walk(
                         {x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears}
                     )
                 inputs = LazyWeights(stack, by_block[index], statistics)
-                for name, (weight, _) in inputs.items():
-                    if not bool(torch.isfinite(weight).all()):
-                        raise NumericalError(
-                            f"{name} {list(weight.shape)} holds NaN or infinite weights; check the checkpoint"
-                        )
+                for _ in inputs.finite():
+                    pass
                 try:
                     # What is measured goes through JSON at once, so that it is the same when it comes out of a journal.
                     measures.append(json.loads(json.dumps(allocator.measure(inputs) if ranks.first else {})))
