@@ -3,10 +3,10 @@
 A results file holds the setting that all its cells share (model, calibration, evaluation) and the cells by the recipe
 keys in which they differ. It is written after every cell, so a study can be stopped and taken up again, and two
 questions that need the same cell share it. Several processes may fill one file, each with cells of its own (other
-seeds, other solvers). `auto` searches once for solvers whose search is the same, and the allocation it found is given to
-each as a file, which gives the same bytes; its time counts in all of them. What was found is kept in NAME.searches.json
-beside the results, so that a changed solver needs no new search; delete it when the search itself has changed. Times are wall times of
-`tawny.prune`, and its own phases; a cell says on which CPU and with how many threads.
+seeds, other solvers). What `auto` found is kept in NAME.searches.json beside the results, and given to the same cell as a
+file when that is made again, which gives the same bytes; the time of the search counts in it. Delete it when the search
+itself has changed. Times are wall times of `tawny.prune`, and its own phases; a cell says on which CPU and with how many
+threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from tawny.machine import machine, versions
 from tawny.model.durable import write
 from tawny.model.source import load_tokenizer, resolve
 from tawny.recipe import parse_override, resolve_recipe
-from tawny.solvers import SOLVERS
 
 Keys = dict[str, Any]
 
@@ -58,19 +57,13 @@ def parser_for(description: str | None, results: str) -> argparse.ArgumentParser
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found, for cells whose own search would be the same; it took `seconds`."""
+    """What the search of a cell found; it took `seconds`."""
 
     allocation: dict[str, float]
     winner: str
     seconds: float
     cpu: str
     setting: dict[str, Any]  # the model and the calibration
-
-
-def _same_search(keys: Keys) -> str:
-    """Name of all cells whose searches do the same: those of solvers that one solver stands in for."""
-    solver = str(keys.get("solver"))
-    return name_of({**keys, "solver": getattr(SOLVERS.get(solver), "stand_in", None) or solver})
 
 
 class Cells:
@@ -118,7 +111,7 @@ class Cells:
             write(path, (json.dumps(self.results, indent=1) + "\n").encode())
 
     def searches(self) -> dict[str, Search]:
-        """What searches on this model and calibration found, by `_same_search`."""
+        """What searches on this model and calibration found, by the names of their cells."""
         if not self.kept.exists():
             return {}
         found = json.loads(self.kept.read_text(encoding="utf-8"))
@@ -171,7 +164,7 @@ class Cells:
                 recipe = resolve_recipe(path, [*options.items(), *map(parse_override, keys["changes"])])
                 options = {}
             # A named recipe is there to be timed whole.
-            search = None if recipe is not None else self.searches().get(_same_search(keys))
+            search = None if recipe is not None else self.searches().get(name_of(keys))
             if search is not None:
                 path = folder / "allocation.json"
                 path.write_text(json.dumps(search.allocation), encoding="utf-8")
@@ -186,7 +179,7 @@ class Cells:
                 winner, took = record.search["winner"], phases["search"]
                 search = Search(dict(record.allocation), winner, took, cpu, self.searched_on)
                 if recipe is None:
-                    self.keep(_same_search(keys), search)
+                    self.keep(name_of(keys), search)
             made = {
                 **keys,
                 "seconds": seconds,

@@ -213,3 +213,79 @@ def test_a_model_in_which_nothing_can_be_switched_ends_with_uniform(shapes):
     space = make_space(linears(1, shapes), Unstructured(), 0.5, 11)
     found = search(space, Offers([]), towards(space.uniform), **OPTIONS)
     assert found.winner is found.uniform
+
+
+def tilted(space):
+    return {x.name: 0.35 + 0.1 * x.block for x in space.linears}
+
+
+def proving(scores, seen):
+    """Prunes in earnest: made-up divergences, one when it is asked for."""
+
+    def prove(allocations, windows):
+        for allocation, score in zip(allocations, scores, strict=False):
+            seen.append((allocation, list(windows)))
+            yield score
+
+    return prove
+
+
+@pytest.mark.parametrize(
+    ("scores", "winner"), [([2.0, 1.0], "tilted"), ([1.0, 2.0], "uniform"), ([1.0, float("nan")], "uniform")]
+)
+def test_what_was_pruned_in_earnest_has_the_last_word(scores, winner):
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    wish, seen = tilted(space), []
+    found = search(
+        space,
+        Offers([Proposal("tilted", wish)]),
+        towards(space.nearest(wish)),
+        **{**OPTIONS, "trials": 2},
+        prove=proving(scores, seen),
+        finalists=3,
+    )
+    assert [w for _, w in seen] == [list(range(8, 16))] * 2 and seen[1][0] == wish
+    assert seen[0][0] == space.allocation(space.uniform)
+    assert found.winner.name == winner and found.uniform.proof == scores[0]
+    assert found.margin == pytest.approx(
+        max(0.0, scores[0] - scores[1]) / scores[0] if winner == "tilted" else 0
+    )
+
+
+@pytest.mark.parametrize(("finalists", "proven"), [(0, 0), (1, 2), (2, 3), (9, 5)])
+def test_as_many_are_pruned_in_earnest_as_asked_for_and_uniform(finalists, proven):
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    goal = space.nearest(tilted(space))
+    chance = random.Random(7)
+    for _ in range(30):  # away from all that is proposed, so that switches find something better
+        goal = space.mutated(goal, chance)
+    offers = Offers(
+        [Proposal(f"p{i}", {x.name: 0.5 + (x.block - 1.5) * i / 50 for x in space.linears}) for i in range(6)]
+    )
+    seen: list = []
+    found = search(
+        space, offers, towards(goal), **OPTIONS, prove=proving(range(9, 0, -1), seen), finalists=finalists
+    )
+    assert len(seen) == proven
+    told = [trial for trial in found.trials if trial.proof is not None]
+    assert len(told) == proven
+    if told:  # the last that was proven is the best of these made-up proofs, however bad its verdict
+        assert found.winner.proof == min(trial.proof for trial in told)
+        others = [t.verdict for t in found.trials if t.verdict is not None and t.proof is None]
+        assert all(t.verdict <= min(others, default=t.verdict) for t in told if t is not found.uniform)
+
+
+def test_finalists_that_there_is_no_time_for_are_decided_on_solutions():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    wish, seen = tilted(space), []
+    found = search(
+        space,
+        Offers([Proposal("tilted", wish)]),
+        towards(space.nearest(wish)),
+        **{**OPTIONS, "trials": 2},
+        stopped=lambda: "out of time" if seen else "",
+        prove=proving([1.0, 2.0], seen),
+        finalists=3,
+    )
+    assert len(seen) == 1 and all(trial.proof is None for trial in found.trials)
+    assert found.winner.name == "tilted" and "before its finalists" in found.cut_short

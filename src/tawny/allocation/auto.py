@@ -49,7 +49,8 @@ class Auto:
 
     `trials` allocations in all, in rounds of `offspring`, put together from solutions at `levels` sparsities that are
     `step` apart; compared by the KL divergence to the dense model on up to `windows` windows of `length` tokens, and
-    decided on as many others. The last `repeat` of each window, a share, says again what stood before, so that copying
+    decided on as many others. The best `finalists` of the last few, and uniform, are pruned in earnest by the recipe's solver, on
+    those tokens and without refining, and the last word is on these models; 0 leaves it with the solutions. The last `repeat` of each window, a share, says again what stood before, so that copying
     counts. `tokens` of calibration make the solutions, by `proxy`; without it by the recipe's solver, or by sparsegpt where
     that is alps. `budget` (10m) may end the search early, and then another run need not give the same bytes. `study` is the
     URL of an Optuna storage that machines share.
@@ -63,6 +64,7 @@ class Auto:
     levels: int = 11
     step: float | None = None
     candidates: str = ",".join(FAMILIES)
+    finalists: int = 3
     windows: int = 8
     length: int = 512
     repeat: float = 0.25
@@ -75,7 +77,15 @@ class Auto:
     searches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        least = {"trials": 1, "offspring": 1, "levels": 3, "windows": 1, "length": 2, "tokens": 1}
+        least = {
+            "finalists": 0,
+            "trials": 1,
+            "offspring": 1,
+            "levels": 3,
+            "windows": 1,
+            "length": 2,
+            "tokens": 1,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise RecipeError(

@@ -129,6 +129,40 @@ class BlockRun:
             self.run.ranks.add(seen.statistics)
         return seen
 
+    def solution(
+        self, linear: Linear, W_OI: Tensor, statistics: Statistics | None, target: float
+    ) -> tuple[Solution, tuple[float, str] | None, dict[str, Any]]:
+        """The linear solved at sparsity `target`, refitted where the recipe wants it and the error falls.
+
+        Returns:
+            The solution; its relative error and what that was measured by, if it had to be known; notes for the record.
+        """
+        run, notes, measured = self.run, {}, None
+        try:
+            with run.clock("solve"):
+                solution: Solution = run.solver.solve(
+                    W_OI,
+                    statistics,
+                    pattern_at(run.pattern, target),
+                    target,
+                    prepared=self._prepare(statistics),
+                )
+            if run.recipe.refit:
+                measured = self._measure(W_OI, solution.weight, statistics, solution.lost)
+            if measured is not None and measured[0] > 0:
+                assert statistics is not None and statistics.hessian is not None
+                notes["before_refit"] = measured[0]
+                with run.clock("refit"):
+                    refitted, left = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
+                better = self._measure(W_OI, refitted, statistics, left)
+                if (
+                    better[0] < measured[0]
+                ):  # its damped objective and the error here are not quite the same thing
+                    solution.weight, measured = refitted, better
+        except NumericalError as error:
+            raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
+        return solution, measured, notes
+
     def solve(self, linear: Linear, statistics: Statistics | None) -> None:
         """Prune one linear and record what became of it."""
         run, start = self.run, time.perf_counter()
@@ -138,28 +172,13 @@ class BlockRun:
         notes: dict[str, Any] = {}
         if statistics is not None:
             self.outliers.see([linear], {linear.name: statistics}, dense=False)
-        if statistics is not None and statistics.tokens == 0:
-            # An expert no token was routed to: nothing is known of its inputs, so weights alone decide.
-            statistics = blind_statistics(linear.shape[1], run.needs, W_OI.device)
+        known = self.known(linear, statistics)
+        if known is not statistics:
             notes["tokens"] = 0
             run.record.warnings.append(f"{linear.name} saw no calibration token; its weights alone decided")
         run.watch.detail(f"solving {linear.name.removeprefix(run.stack.name(self.index) + '.')}", 0, 0)
-        try:
-            with run.clock("solve"):
-                solution: Solution = run.solver.solve(
-                    W_OI, statistics, pattern, target, prepared=self._prepare(statistics)
-                )
-            lost, kind = self._measure(W_OI, solution.weight, statistics, solution.lost)
-            if run.recipe.refit and lost > 0:
-                assert statistics is not None and statistics.hessian is not None
-                notes["before_refit"] = lost
-                with run.clock("refit"):
-                    refitted, left = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
-                better, _ = self._measure(W_OI, refitted, statistics, left)
-                if better < lost:  # its damped objective and the error here are not quite the same thing
-                    solution.weight, lost = refitted, better
-        except NumericalError as error:
-            raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error
+        solution, measured, more = self.solution(linear, W_OI, known, target)
+        lost, kind = measured or self._measure(W_OI, solution.weight, known, solution.lost)
         stored = run.stack.set_weight(linear, solution.weight)
         if self.dense is not None:
             self._solved[linear.name] = solution.weight
@@ -177,9 +196,15 @@ class BlockRun:
                 error=lost,
                 error_kind=kind,
                 seconds=round(time.perf_counter() - start, 4),
-                notes={**solution.notes, **notes},
+                notes={**solution.notes, **notes, **more},
             )
         )
+
+    def known(self, linear: Linear, statistics: Statistics | None) -> Statistics | None:
+        """What a solve goes by: the statistics, or blind ones for an expert that no token was routed to."""
+        if statistics is not None and statistics.tokens == 0:
+            return blind_statistics(linear.shape[1], self.run.needs, self.run.stack.look(linear).device)
+        return statistics
 
     def exchange(
         self, linears: Sequence[Linear], owners: Sequence[int], statistics: Mapping[str, Statistics]

@@ -16,7 +16,7 @@ __all__ = ["Evaluate", "Outcome", "Proposal", "Proposals", "Trial", "search"]
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ from tawny.pruning.space import Levels, Space
 
 # Divergence of each candidate on the numbered windows. Candidates come together because they share work.
 Evaluate = Callable[[Sequence[Levels], Sequence[int]], Sequence[float]]
+# The same of models that are pruned in earnest, one when it is asked for.
+Prove = Callable[[Sequence[Allocation], Sequence[int]], Iterator[float]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Trial:
         score: divergence on the most windows it was given.
         windows: how many these were.
         verdict: divergence on the windows that decide, for the few that came so far.
+        proof: divergence on these windows of the model that was really pruned so, for the finalists.
         origin: name of the proposal it goes back to, "" for a proposal.
         depth: how many generations of switches lie between.
     """
@@ -69,9 +72,16 @@ class Trial:
     score: float
     windows: int
     verdict: float | None = None
+    proof: float | None = None
     origin: str = ""
     depth: int = 0
     allocation: Allocation | None = None
+
+    @property
+    def last_word(self) -> float:
+        """The proof where there is one, else the verdict; infinite without either."""
+        found = self.verdict if self.proof is None else self.proof
+        return math.inf if found is None else found
 
 
 @dataclass
@@ -79,7 +89,7 @@ class Outcome:
     """What a search found.
 
     Attributes:
-        winner: the best on the deciding windows.
+        winner: the best on the deciding windows, of those with a proof if there are any.
         uniform: the baseline, scored as finely.
         trials: everything tried, in order.
         generations: score of the parent after each generation.
@@ -95,7 +105,7 @@ class Outcome:
     @property
     def margin(self) -> float:
         """How much lower the winner's divergence is than uniform's, as a share of it."""
-        base, best = _verdict(self.uniform), _verdict(self.winner)
+        base, best = self.uniform.last_word, self.winner.last_word
         if not math.isfinite(base):
             return float(math.isfinite(best))
         return (base - best) / base if base > 0 else 0.0
@@ -113,6 +123,8 @@ def search(
     seed: int = 0,
     stopped: Callable[[], str] = lambda: "",
     step: Callable[[str], None] = lambda text: None,
+    prove: Prove | None = None,
+    finalists: int = 0,
 ) -> Outcome:
     """Try `trials` allocations, beside the best that others who look for the same told of, and keep the best.
 
@@ -123,6 +135,8 @@ def search(
         deciding: numbers of others, for the last word.
         stopped: says why to stop early; asked between rounds, never before the first.
         step: told after each round.
+        prove: prunes in earnest. Without it the deciding windows have the last word on what `evaluate` compares.
+        finalists: how many of the best are proven, beside uniform.
     """
     hunt = _Hunt(space, evaluate, random.Random(seed), list(windows), offspring, step)
     uniform = Trial("uniform", space.uniform, math.inf, 0, allocation=space.allocation(space.uniform))
@@ -146,17 +160,19 @@ def search(
     for trial, score in zip(last, evaluate([t.levels for t in last], list(deciding)), strict=True):
         trial.verdict = _finite(score)
     step("decided")
+    cut_short = f"{cut} after {len(hunt.known)} of {trials} trials" if cut else ""
+    if prove is not None and finalists and len(last) > 1 and not cut:
+        ranked = sorted(last[1:], key=lambda trial: trial.last_word)
+        last = [uniform, *ranked[:finalists]]
+        cut = hunt.prove(last, prove, list(deciding), stopped)
+        cut_short = f"{cut} before its finalists were pruned" if cut else ""
     return Outcome(
-        winner=min(last, key=_verdict),  # the first of equals: uniform
+        winner=min(last, key=lambda trial: trial.last_word),  # the first of equals: uniform
         uniform=uniform,
         trials=list(hunt.known.values()),
         generations=generations,
-        cut_short=f"{cut} after {len(hunt.known)} of {trials} trials" if cut else "",
+        cut_short=cut_short,
     )
-
-
-def _verdict(trial: Trial) -> float:
-    return math.inf if trial.verdict is None else trial.verdict
 
 
 def _finite(score: float) -> float:
@@ -224,6 +240,20 @@ class _Hunt:
         last = half[:4] if uniform in half[:4] else [*half[:4], uniform]
         self.score(last, self.windows)
         return sorted(last, key=lambda trial: trial.score)
+
+    def prove(
+        self, last: Sequence[Trial], prove: Prove, deciding: Sequence[int], stopped: Callable[[], str]
+    ) -> str:
+        """Give each its proof, or none of them where time is over before: they could not be compared. Says so."""
+        proofs = prove([t.allocation or self.space.allocation(t.levels) for t in last], deciding)
+        for trial in last:
+            reason = stopped()
+            if reason:
+                for each in last:
+                    each.proof = None
+                return reason
+            trial.proof = _finite(next(proofs))
+        return ""
 
     def generation(self, parent: Trial, count: int) -> Trial | None:
         """The best of `count` new children on all windows; None if there is nothing new to try."""

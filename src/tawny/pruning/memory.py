@@ -97,6 +97,7 @@ class Demand:
         search_needs: what it collects on them.
         held_out, candidates: bytes of hidden states that a search compares models by: the dense model's, and those of
             the models that go through the blocks together.
+        finals: a search prunes its finalists in earnest.
     """
 
     stack: Stack
@@ -115,6 +116,7 @@ class Demand:
     search_needs: Needs = "none"
     held_out: int = 0
     candidates: int = 0
+    finals: bool = False
 
     def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; those of every phase are the interpreter and what is outside the blocks."""
@@ -144,16 +146,25 @@ class Demand:
         hidden = self.samples * self.seqlen * stack.hidden_bytes
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
         work = max(self.workspace(*x.shape) for x in flat)
-        if self.searched:  # nothing of it is spilled: its samples are few
-            kept = self.searched * self.seqlen * stack.hidden_bytes + self.held_out
+        if self.searched:
+            # What is measured and what is held out are not spilled: they are few.
+            few = min(self.profiled, self.searched) * self.seqlen * stack.hidden_bytes + self.held_out
+            kept = few + (0 if spill else self.searched * self.seqlen * stack.hidden_bytes)
+            searching = {**base, "block": block, "hidden_states": kept}
+            gathered = self.search_needs == "hessian"
             phases["search"] = {
-                **base,
-                "block": block,
-                "hidden_states": kept,
-                "statistics": sum(growing) + rounding if self.search_needs == "hessian" else 0,
+                **searching,
+                "statistics": sum(growing) + rounding if gathered else 0,
                 # Measuring takes the weight at hand in float32, its scores, and what counting them takes.
                 "solver": max(work, forward, 16 * largest),
             }
+            if self.needs != "none" and self.in_data_order and held:
+                phases["search, in data order"] = {
+                    **searching,
+                    "held": held_bytes(stack, flat, self.searched * self.seqlen),
+                    "forward": forward,
+                    "statistics": max(growing) + rounding if gathered else 0,
+                }
             phases["candidates"] = {
                 **base,
                 "block": 2 * block,  # and its dense weights, put back where a level removes nothing
@@ -188,6 +199,14 @@ class Demand:
         phases["convert"] = {**walking, "conversion": self._conversion_bytes()}
         solving: Mapping[str, int] = max((self._solving(groups) for groups in inputs), key=_total)
         phases["solve"] = {**walking, **solving}
+        if self.finals:  # the same walk over the samples of the search; half of what was held out goes along
+            kept = 0 if spill else self.searched * self.seqlen * stack.hidden_bytes
+            for name in ("observe", "convert", "solve"):
+                if name in phases:
+                    phases[f"finals, {name}"] = {
+                        **phases[name],
+                        "hidden_states": kept + self.held_out * 3 // 2,
+                    }
         if self.refining:
             solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)
             phases["observe" if self.needs != "none" else "solve"]["solved"] = phases["solve"]["solved"] = (

@@ -138,6 +138,11 @@ def plan(
         )
         disk_of_search = cost["disk"]
         took = _seconds_of_search(stack, recipe, infos, cost)
+        if cost["finalists"]:
+            samples = min(cost["samples"], recipe.calibration.samples)
+            final = recipe.with_overrides([("refine.epochs", 0), ("calibration.samples", samples)])
+            took += cost["finalists"] * _seconds(stack, final, infos, needs, allocator)["total"]
+            took = round(took, 3)
         seconds = {**seconds, "total": round(seconds["total"] + took, 1), "search": took}
     written = sum(int(torch.Size(shape).numel()) for shape in checkpoint.shapes.values()) * itemsize
     return Plan(
@@ -195,8 +200,7 @@ def _seconds(
     tokens = recipe.calibration.samples * recipe.calibration.seqlen
     forward_flops = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
     fast, exact = measured_speed(stack.compute), measured_speed(torch.float32)
-    profiled = recipe.profile_samples or -(-PROFILE_TOKENS // recipe.calibration.seqlen)
-    profile_tokens = min(tokens, profiled * recipe.calibration.seqlen)
+    profile_tokens = _profile_tokens(recipe, tokens)
     seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
     searches = getattr(allocator, "searches", False)
     if allocator.needs != "none" and not searches:
@@ -216,6 +220,12 @@ def _seconds(
         seconds["refine"] = passes * tokens * forward_flops / fast * _OVERHEAD
     seconds = {phase: round(value, 1) for phase, value in seconds.items()}
     return {"total": round(sum(seconds.values()), 1), **seconds}
+
+
+def _profile_tokens(recipe: Recipe, tokens: int) -> int:
+    """How many of them what an allocator reads is measured on."""
+    profiled = recipe.profile_samples or -(-PROFILE_TOKENS // recipe.calibration.seqlen)
+    return min(tokens, profiled * recipe.calibration.seqlen)
 
 
 def _seconds_a_token(stack: Stack) -> float:
@@ -247,13 +257,13 @@ def _seconds_of_search(
     infos: tuple[LinearInfo, ...],
     cost: dict[str, int],
 ) -> float:
-    """One walk through the dense model, a solve a level, and forwards of the held-out tokens with their logits."""
+    """One walk behind pruned blocks and one of the dense model, a solve a level, and held-out tokens with their logits."""
     text = stack.config.get_text_config()
     logits = 2.0 * int(text.vocab_size) * int(text.hidden_size)
     forward = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
     speed = measured_speed(stack.compute)
     tokens = min(cost["samples"], recipe.calibration.samples) * recipe.calibration.seqlen
-    walk = tokens * forward / speed * _OVERHEAD
+    walk = (2 * tokens + _profile_tokens(recipe, tokens)) * forward / speed * _OVERHEAD
     if needs_of_search(recipe) == "hessian":
         walk += tokens * _seconds_a_token(stack)
     solver = stand_in(recipe.make_allocator(), recipe.solver.name, recipe.make_solver())[1]

@@ -635,6 +635,7 @@ def demand_of(
             "search_needs": needs_of_search(recipe),
             "held_out": cost["held_out"],
             "candidates": cost["candidates"],
+            "finals": cost["finalists"] > 0,
         }
     return Demand(
         stack=stack,

@@ -3,7 +3,8 @@
 1. One walk through the dense model: statistics, what allocators measure, every linear solved at every level (levels.py).
 2. Uniform, then each candidate allocator over a grid of strengths, its defaults first, then where Optuna expects more (grid.py).
 3. Switches of budget between blocks and linears, generation by generation (evolution.py).
-4. The last few and uniform on windows that took no part so far; the best of these is the allocation.
+4. The last few and uniform on windows that took no part so far.
+5. The best of these and uniform are pruned in earnest (rehearsal.py); the best model's allocation it is.
 
 The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text. Each ends with a
 passage it held before, since in text of short documents it would hardly show what copying from its context a model lost. The
@@ -37,14 +38,16 @@ from tawny.allocation.dlp import Dlp
 from tawny.allocation.lsa import Lsa
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.calibration.statistics import Needs, most
-from tawny.errors import TextError
+from tawny.errors import NumericalError, TextError
 from tawny.model.streams import Samples
 from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Trial, search
 from tawny.pruning.grid import OWL_MS, Grid, families_for
 from tawny.pruning.journal import tokens_identity
-from tawny.pruning.levels import HIDDEN_BYTES, LevelStore, Scorer, Solved, solve_levels, store_bytes
+from tawny.pruning.levels import LevelStore, Solved, solve_levels, store_bytes
 from tawny.pruning.profiling import Together, allocate, block_sparsities
+from tawny.pruning.rehearsal import rehearse
+from tawny.pruning.scoring import HIDDEN_BYTES, Scorer
 from tawny.pruning.space import Space, make_space
 from tawny.recipe import Recipe
 from tawny.record import finite
@@ -101,7 +104,7 @@ def _infos(run: Run) -> tuple[LinearInfo, ...]:
 
 
 def _search(run: Run) -> dict[str, Any]:
-    """Steps 1 to 4; what `run.json` says of them, and the allocation."""
+    """Steps 1 to 5; what `run.json` says of them, and the allocation."""
     started = time.monotonic()
     auto: Auto = run.allocator
     recipe = run.recipe
@@ -113,19 +116,22 @@ def _search(run: Run) -> dict[str, Any]:
     together = _measuring(auto)
     with _level_store(run, space) as store:
         solved = solve_levels(
-            run.stack,
-            run.by_block,
-            space,
-            store,
-            recipe=recipe,
-            solver=solver,
-            measuring=together,
-            samples=samples,
-            held_out=held_out,
-            watch=run.watch,
+            run, space, store, solver=solver, measuring=together, samples=samples, held_out=held_out
         )
         scorer = Scorer(run.stack, run.by_block, store, held_out, solved.hidden, run.watch)
         run.watch.phase("trying allocations", 2 + math.ceil(auto.trials / auto.offspring), "rounds")
+
+        def prove(allocations: Sequence[Allocation], windows: Sequence[int]) -> Iterator[float]:
+            run.watch.phase("pruning finalists", len(allocations) * len(run.stack))
+            for number, allocation in enumerate(allocations, 1):
+                name = f"{number} of {len(allocations)}"
+                try:
+                    behind = rehearse(run, allocation, samples, scorer.samples(windows), name)
+                except NumericalError:  # a model that breaks down loses
+                    yield math.inf
+                else:
+                    yield scorer.judge(behind, windows)
+
         grid = _grid(run, auto, together, solved, space, _study_name(run, solved.weights, samples, held_out))
         try:
             outcome = search(
@@ -139,6 +145,8 @@ def _search(run: Run) -> dict[str, Any]:
                 seed=recipe.seed,
                 stopped=lambda: _over(auto, started),
                 step=run.watch.step,
+                prove=prove,
+                finalists=auto.finalists,
             )
         except BaseException:
             grid.free()
@@ -295,6 +303,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "divergence": finite(trial.score),
         "windows": trial.windows,
         "verdict": finite(trial.verdict),
+        "proof": finite(trial.proof),
     }
 
 
@@ -302,12 +311,14 @@ def _says(outcome: Outcome) -> str:
     """The winner and its margin over uniform, in one line."""
     winner, uniform = outcome.winner, outcome.uniform
     tail = f"; {outcome.cut_short}" if outcome.cut_short else ""
+    finalists = sum(trial.proof is not None for trial in outcome.trials)
+    proven = f", {finalists} of them pruned in earnest" if finalists else ""
     if winner is uniform:
-        return f"auto: uniform wins, none of {len(outcome.trials)} allocations came nearer to the dense model{tail}"
+        return f"auto: uniform wins, none of {len(outcome.trials)} allocations came nearer to the dense model{proven}{tail}"
     return (
         f"auto: {_named(winner)} wins, {outcome.margin:.1%} nearer to the dense model than uniform "
-        f"(divergence {winner.verdict:.4f} against {uniform.verdict:.4f} nats a token, "
-        f"{len(outcome.trials)} tried){tail}"
+        f"(divergence {winner.last_word:.4f} against {uniform.last_word:.4f} nats a token, "
+        f"{len(outcome.trials)} tried{proven}){tail}"
     )
 
 
@@ -339,7 +350,7 @@ def cost_of_search(
     recipe: Recipe, linears: Sequence[LinearInfo], dtype: torch.dtype, hidden_bytes: int
 ) -> dict[str, int]:
     """What a search takes: `disk`, `candidates` and `held_out` (hidden states in memory) in bytes, `levels`, calibration
-    `samples`, and `tokens` through the whole model."""
+    `samples`, `tokens` through the whole model, and `finalists` that are pruned in earnest."""
     auto: Auto = recipe.make_allocator()
     space = make_space(tuple(linears), recipe.make_pattern(), recipe.sparsity, auto.levels, auto.step)
     length = min(auto.length, recipe.calibration.seqlen)
@@ -355,4 +366,5 @@ def cost_of_search(
         "samples": max(1, math.ceil(auto.tokens / recipe.calibration.seqlen)),
         "candidates": min(HIDDEN_BYTES, auto.offspring * all_windows * length * hidden_bytes * 2),
         "held_out": 2 * all_windows * length * hidden_bytes,
+        "finalists": auto.finalists and auto.finalists + 1,  # with uniform
     }
