@@ -38,7 +38,12 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "peers": peers,
         "recovery": recovery,
     },
-    "docs/allocators.md": {"allocators": allocators, "solvers": solvers, "owl_study": owl_study},
+    "docs/allocators.md": {
+        "allocators": allocators,
+        "allocators_gemma": allocators,
+        "solvers": solvers,
+        "owl_study": owl_study,
+    },
     "docs/scaling.md": {
         "large": large,
         "scale": scale,

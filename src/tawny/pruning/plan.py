@@ -178,9 +178,11 @@ def plan(
 
 def _notes(recipe: Recipe, undecided: bool, text_unknown: bool) -> list[str]:
     notes = []
+    options = recipe.allocator.options
     if getattr(recipe.make_allocator(), "searches", False):
+        earnest = f", prunes up to {options['finalists'] + 1} in earnest" if options["finalists"] else ""
         notes.append(
-            f"{recipe.allocator.name} tries up to {recipe.allocator.options['trials']} allocations on held-out text "
+            f"{recipe.allocator.name} tries up to {options['trials']} allocations on held-out text{earnest}, "
             "and keeps solutions of every linear on disk until it is over"
         )
     elif undecided:
