@@ -65,8 +65,8 @@ class Auto:
     step: float | None = None
     candidates: str = ",".join(FAMILIES)
     finalists: int = 3
-    windows: int = 8
-    length: int = 512
+    windows: int = 4
+    length: int = 1024
     repeat: float = 0.25
     tokens: int = 32768
     proxy: str | None = None
