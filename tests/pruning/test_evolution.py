@@ -230,10 +230,8 @@ def proving(scores, seen):
     return prove
 
 
-@pytest.mark.parametrize(
-    ("scores", "winner"), [([2.0, 1.0], "tilted"), ([1.0, 2.0], "uniform"), ([1.0, float("nan")], "uniform")]
-)
-def test_what_was_pruned_in_earnest_has_the_last_word(scores, winner):
+def search_for_tilted(scores, stopped=lambda seen: ""):
+    """Uniform and the proposal that is best by `evaluate`, both pruned in earnest; what was found, and what was asked."""
     space = make_space(linears(), Unstructured(), 0.5, 11)
     wish, seen = tilted(space), []
     found = search(
@@ -241,10 +239,19 @@ def test_what_was_pruned_in_earnest_has_the_last_word(scores, winner):
         Offers([Proposal("tilted", wish)]),
         towards(space.nearest(wish)),
         **{**OPTIONS, "trials": 2},
+        stopped=lambda: stopped(seen),
         prove=proving(scores, seen),
         finalists=3,
     )
-    assert [w for _, w in seen] == [list(range(8, 16))] * 2 and seen[1][0] == wish
+    return space, found, seen
+
+
+@pytest.mark.parametrize(
+    ("scores", "winner"), [([2.0, 1.0], "tilted"), ([1.0, 2.0], "uniform"), ([1.0, float("nan")], "uniform")]
+)
+def test_what_was_pruned_in_earnest_has_the_last_word(scores, winner):
+    space, found, seen = search_for_tilted(scores)
+    assert [w for _, w in seen] == [list(range(8, 16))] * 2 and seen[1][0] == tilted(space)
     assert seen[0][0] == space.allocation(space.uniform)
     assert found.winner.name == winner and found.uniform.proof == scores[0]
     assert found.margin == pytest.approx(
@@ -276,16 +283,6 @@ def test_as_many_are_pruned_in_earnest_as_asked_for_and_uniform(finalists, prove
 
 
 def test_finalists_that_there_is_no_time_for_are_decided_on_solutions():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
-    wish, seen = tilted(space), []
-    found = search(
-        space,
-        Offers([Proposal("tilted", wish)]),
-        towards(space.nearest(wish)),
-        **{**OPTIONS, "trials": 2},
-        stopped=lambda: "out of time" if seen else "",
-        prove=proving([1.0, 2.0], seen),
-        finalists=3,
-    )
+    _, found, seen = search_for_tilted([1.0, 2.0], stopped=lambda seen: "out of time" if seen else "")
     assert len(seen) == 1 and all(trial.proof is None for trial in found.trials)
     assert found.winner.name == "tilted" and "before its finalists" in found.cut_short

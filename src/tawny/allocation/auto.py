@@ -48,11 +48,12 @@ class Auto:
     """Tries uniform and every allocator of `candidates` on held-out text and refines the best; uniform if nothing is better.
 
     `trials` allocations in all, in rounds of `offspring`, put together from solutions at `levels` sparsities that are
-    `step` apart; compared by the KL divergence to the dense model on up to `windows` windows of `length` tokens, and
-    decided on as many others. The best `finalists` of the last few, and uniform, are pruned in earnest by the recipe's solver, on
-    those tokens and without refining, and the last word is on these models; 0 leaves it with the solutions. The last `repeat` of each window, a share, says again what stood before, so that copying
-    counts. `tokens` of calibration make the solutions, by `proxy`; without it by the recipe's solver, or by sparsegpt where
-    that is alps. `budget` (10m) may end the search early, and then another run need not give the same bytes. `study` is the
+    `step` apart; compared by the KL divergence to the dense model on up to `windows` windows of `length` tokens (or of as
+    many as a calibration sample has), and the last few on as many others. The last `repeat` of each window, a share, says
+    again what stood before, so that copying counts. `tokens` of calibration make the solutions, by `proxy`; without it by
+    the recipe's solver, or by sparsegpt where that is alps. The best `finalists` of the last few, and uniform, are pruned in
+    earnest, by the recipe's solver on these tokens, without refining; the last word is on those models (0: on what was put
+    together). `budget` (10m) may end the search early, and then another run need not give the same bytes. `study` is the
     URL of an Optuna storage that machines share.
 
     Raises:

@@ -155,9 +155,8 @@ class BlockRun:
                 with run.clock("refit"):
                     refitted, left = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
                 better = self._measure(W_OI, refitted, statistics, left)
-                if (
-                    better[0] < measured[0]
-                ):  # its damped objective and the error here are not quite the same thing
+                # Its damped objective and the error here are not quite the same thing.
+                if better[0] < measured[0]:
                     solution.weight, measured = refitted, better
         except NumericalError as error:
             raise NumericalError(f"{linear.name} {list(linear.shape)}: {error}") from error

@@ -12,7 +12,7 @@ decided on windows that took no part: uniform against the best of what was found
 
 from __future__ import annotations
 
-__all__ = ["Evaluate", "Outcome", "Proposal", "Proposals", "Trial", "search"]
+__all__ = ["Evaluate", "Outcome", "Proposal", "Proposals", "Prove", "Trial", "search"]
 
 import math
 import random

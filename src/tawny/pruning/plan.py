@@ -137,12 +137,7 @@ def plan(
             stack.hidden_bytes,
         )
         disk_of_search = cost["disk"]
-        took = _seconds_of_search(stack, recipe, infos, cost)
-        if cost["finalists"]:
-            samples = min(cost["samples"], recipe.calibration.samples)
-            final = recipe.with_overrides([("refine.epochs", 0), ("calibration.samples", samples)])
-            took += cost["finalists"] * _seconds(stack, final, infos, needs, allocator)["total"]
-            took = round(took, 3)
+        took = _seconds_of_search(stack, recipe, infos, cost, needs, allocator)
         seconds = {**seconds, "total": round(seconds["total"] + took, 1), "search": took}
     written = sum(int(torch.Size(shape).numel()) for shape in checkpoint.shapes.values()) * itemsize
     return Plan(
@@ -258,16 +253,21 @@ def _seconds_of_search(
     recipe: Recipe,
     infos: tuple[LinearInfo, ...],
     cost: dict[str, int],
+    solver_needs: str,
+    allocator: Any,
 ) -> float:
-    """One walk behind pruned blocks and one of the dense model, a solve a level, and held-out tokens with their logits."""
+    """One walk behind pruned blocks and one of the dense model, a solve a level, held-out tokens with their logits; finalists."""
     text = stack.config.get_text_config()
     logits = 2.0 * int(text.vocab_size) * int(text.hidden_size)
     forward = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
     speed = measured_speed(stack.compute)
-    tokens = min(cost["samples"], recipe.calibration.samples) * recipe.calibration.seqlen
+    samples = min(cost["samples"], recipe.calibration.samples)
+    tokens = samples * recipe.calibration.seqlen
     walk = (2 * tokens + _profile_tokens(recipe, tokens)) * forward / speed * _OVERHEAD
     if needs_of_search(recipe) == "hessian":
         walk += tokens * _seconds_a_token(stack)
     solver = stand_in(recipe.make_allocator(), recipe.solver.name, recipe.make_solver())[1]
     solve = _solving(solver, infos) * cost["levels"]
-    return round(walk + solve + cost["tokens"] * (forward + logits) / speed * _OVERHEAD, 3)
+    final = recipe.with_overrides([("refine.epochs", 0), ("calibration.samples", samples)])
+    earnest = cost["finalists"] * _seconds(stack, final, infos, solver_needs, allocator)["total"]
+    return round(walk + solve + earnest + cost["tokens"] * (forward + logits) / speed * _OVERHEAD, 3)

@@ -25,7 +25,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,12 +125,12 @@ def _search(run: Run) -> dict[str, Any]:
             run.watch.phase("pruning finalists", len(allocations) * len(run.stack))
             for number, allocation in enumerate(allocations, 1):
                 name = f"{number} of {len(allocations)}"
-                try:
+                score = math.inf  # a model that breaks down loses
+                with suppress(NumericalError):
                     behind = rehearse(run, allocation, samples, scorer.samples(windows), name)
-                except NumericalError:  # a model that breaks down loses
-                    yield math.inf
-                else:
-                    yield scorer.judge(behind, windows)
+                    score = scorer.judge(behind, windows)
+                    del behind  # its hidden states, before the next walk
+                yield score
 
         grid = _grid(run, auto, together, solved, space, _study_name(run, solved.weights, samples, held_out))
         try:
@@ -280,7 +280,7 @@ def _study_name(run: Run, weights: str, samples: Samples, held_out: Samples) -> 
     allocator = {
         key: value
         for key, value in recipe["allocator"].items()
-        if key not in ("trials", "offspring", "budget", "study")
+        if key not in ("trials", "offspring", "finalists", "budget", "study")
     }
     tokens = [tokens_identity(samples), tokens_identity(held_out)]
     known = [{**recipe, "allocator": allocator}, tokens, run.record.parameters, weights]
