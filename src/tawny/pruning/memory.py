@@ -123,97 +123,120 @@ class Demand:
         stack = self.stack
         outside = outside_bytes(stack)
         base = {"interpreter": max(resident_memory() - outside, 0) or _INTERPRETER, "embeddings": outside}
-        flat = [linear for linears in self.by_block for linear in linears]
-        if not flat:
+        if not self._flat:
             return {"open": base}
-        widest = max(linear.shape[1] for linear in flat)
-        largest = max(linear.numel for linear in flat)
-        compute = stack.compute.itemsize
-        chunk = max(1, CHUNK_TOKENS // max(self.seqlen, 1)) * self.seqlen
-        inputs = [sharing_inputs(linears) for linears in self.by_block]
-        widths = max(
-            ([group[0].shape[1] for group in groups] for groups in inputs),
-            key=lambda w: sum(x * x for x in w),
-        )
-        squares = [4 * width * width for width in widths]
-        # While they are added up; then one after the other is rounded, and mirrored through a copy.
-        growing = [hessian_bytes(width) for width in widths]
-        rounding = max(
-            2 * square if square < grown else square for square, grown in zip(squares, growing, strict=True)
-        )
-        forward = chunk * (4 * stack.hidden_bytes + widest * (4 + 3 * compute)) + 3 * self._scores_bytes()
-        block = self._block_bytes()
-        hidden = self.samples * self.seqlen * stack.hidden_bytes
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
-        work = max(self.workspace(*x.shape) for x in flat)
         if self.searched:
-            # What is measured and what is held out are not spilled: they are few.
-            few = min(self.profiled, self.searched) * self.seqlen * stack.hidden_bytes + self.held_out
-            kept = few + (0 if spill else self.searched * self.seqlen * stack.hidden_bytes)
-            searching = {**base, "block": block, "hidden_states": kept}
-            gathered = self.search_needs == "hessian"
-            phases["search"] = {
-                **searching,
-                "statistics": sum(growing) + rounding if gathered else 0,
-                # Measuring takes the weight at hand in float32, its scores, and what counting them takes.
-                "solver": max(work, forward, 16 * largest),
-            }
-            if self.needs != "none" and self.in_data_order and held:
-                phases["search, in data order"] = {
-                    **searching,
-                    "held": held_bytes(stack, flat, self.searched * self.seqlen),
-                    "forward": forward,
-                    "statistics": max(growing) + rounding if gathered else 0,
-                }
-            phases["candidates"] = {
-                **base,
-                "block": 2 * block,  # and its dense weights, put back where a level removes nothing
-                "hidden_states": self.held_out + self.candidates,
-                "forward": forward,
-                "logits": 4 * LOGIT_BYTES,
-            }
+            phases |= self._search_phases(base, spill=spill, held=held)
         elif self.measures:
             kept = min(self.profiled, self.samples) * self.seqlen * stack.hidden_bytes
+            observed = self.allocator_needs != "none"
             phases["profile"] = {
                 **base,
-                "block": block,
-                "hidden_states": 0 if spill or self.allocator_needs == "none" else kept,
-                # Copies in float32 of the weight at hand, its scores, and what counting them takes.
-                "forward": max(forward if self.allocator_needs != "none" else 0, 16 * largest),
-                "statistics": sum(growing) + rounding if self.allocator_needs == "hessian" else 0,
+                "block": self._block_bytes(),
+                "hidden_states": kept if observed and not spill else 0,
+                "forward": max(self._forward_bytes() if observed else 0, self._measuring_bytes()),
+                "statistics": self._observing(self.allocator_needs, at_once=True),
             }
-        walking = {**base, "block": block, "hidden_states": 0}
+        hidden = 0
         if self.needs != "none" or self.refining:
-            walking["hidden_states"] = 0 if spill else hidden * (2 if self.refining else 1)
+            hidden = 0 if spill else self.samples * self.seqlen * stack.hidden_bytes
+        walk = self._walk_phases(base, hidden * (2 if self.refining else 1), held=held)
+        if self.finals:  # the same walk over the samples of the search; half of what was held out goes along
+            searched = 0 if spill else self.searched * self.seqlen * stack.hidden_bytes
+            kept = searched + self.held_out * 3 // 2
+            phases |= {f"finals, {name}": {**parts, "hidden_states": kept} for name, parts in walk.items()}
+        phases |= walk
+        if self.refining:
+            solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)
+            for name in ("observe" if self.needs != "none" else "solve", "solve"):
+                phases[name]["solved"] = solved
+            refine = {"block": self._block_bytes(), "hidden_states": 2 * hidden}
+            refine |= {"held": walk["solve"]["held"]} if "held" in walk["solve"] else {}
+            phases["refine"] = {**base, **refine, "refine": self._refine_bytes() + solved}
+        return phases
+
+    def _search_phases(
+        self, base: Mapping[str, int], *, spill: bool, held: bool
+    ) -> dict[str, dict[str, int]]:
+        """Solving at each level, and comparing candidates; what is measured and held out is not spilled: it is little."""
+        stack, block = self.stack, self._block_bytes()
+        kept = min(self.profiled, self.searched) * self.seqlen * stack.hidden_bytes + self.held_out
+        kept += 0 if spill else self.searched * self.seqlen * stack.hidden_bytes
+        searching = {**base, "block": block, "hidden_states": kept}
+        work = max(self.workspace(*x.shape) for x in self._flat)
+        phases = {
+            "search": {
+                **searching,
+                "statistics": self._observing(self.search_needs, at_once=True),
+                "solver": max(work, self._forward_bytes(), self._measuring_bytes()),
+            }
+        }
+        if self.needs != "none" and self.in_data_order and held:
+            phases["search, in data order"] = {
+                **searching,
+                "held": held_bytes(stack, self._flat, self.searched * self.seqlen),
+                "forward": self._forward_bytes(),
+                "statistics": self._observing(self.search_needs, at_once=False),
+            }
+        phases["candidates"] = {
+            **base,
+            "block": 2 * block,  # and its dense weights, put back where a level removes nothing
+            "hidden_states": self.held_out + self.candidates,
+            "forward": self._forward_bytes(),
+            "logits": 4 * LOGIT_BYTES,
+        }
+        return phases
+
+    def _walk_phases(self, base: Mapping[str, int], hidden: int, *, held: bool) -> dict[str, dict[str, int]]:
+        """What is gone through for every block of a run; `hidden`: bytes of the hidden states in memory."""
+        walking = {**base, "block": self._block_bytes(), "hidden_states": hidden}
         if self.needs != "none" and self.in_data_order and held:
             walking["held"] = self.held()
-        hessians = self.needs == "hessian"
+        phases = {}
         if self.needs != "none":
             phases["observe"] = {
                 **walking,
-                "forward": forward,
-                "statistics": (max(growing) if self.in_data_order else sum(growing)) + rounding
-                if hessians
-                else 0,
+                "forward": self._forward_bytes(),
+                "statistics": self._observing(self.needs, at_once=not self.in_data_order),
             }
         phases["convert"] = {**walking, "conversion": self._conversion_bytes()}
-        solving: Mapping[str, int] = max((self._solving(groups) for groups in inputs), key=_total)
+        solving: Mapping[str, int] = max((self._solving(groups) for groups in self._inputs), key=_total)
         phases["solve"] = {**walking, **solving}
-        if self.finals:  # the same walk over the samples of the search; half of what was held out goes along
-            kept = 0 if spill else self.searched * self.seqlen * stack.hidden_bytes
-            for name in ("observe", "convert", "solve"):
-                if name in phases:
-                    phases[f"finals, {name}"] = {
-                        **phases[name],
-                        "hidden_states": kept + self.held_out * 3 // 2,
-                    }
-        if self.refining:
-            solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)
-            phases["observe" if self.needs != "none" else "solve"]["solved"] = phases["solve"]["solved"] = (
-                solved
-            )
-            phases["refine"] = {**walking, "refine": self._refine_bytes() + solved}
         return phases
+
+    @property
+    def _flat(self) -> list[Linear]:
+        return [linear for linears in self.by_block for linear in linears]
+
+    @property
+    def _inputs(self) -> list[list[list[Linear]]]:
+        """The linears of each block, together where they share an input."""
+        return [sharing_inputs(linears) for linears in self.by_block]
+
+    def _observing(self, needs: Needs, *, at_once: bool) -> int:
+        """Hessians while they are added up, all of a block or one stage's; one after the other is rounded and mirrored."""
+        if needs != "hessian":
+            return 0
+        by_block = ([group[0].shape[1] for group in groups] for groups in self._inputs)
+        widths = max(by_block, key=lambda widths: sum(width * width for width in widths))
+        growing = [hessian_bytes(width) for width in widths]
+        squares = [4 * width * width for width in widths]
+        rounding = max(
+            2 * square if square < grown else square for square, grown in zip(squares, growing, strict=True)
+        )
+        return (sum(growing) if at_once else max(growing)) + rounding
+
+    def _forward_bytes(self) -> int:
+        """For one chunk of samples: hidden states and what a block makes of them, widest input, scores."""
+        compute = self.stack.compute.itemsize
+        widest = max(linear.shape[1] for linear in self._flat)
+        chunk = max(1, CHUNK_TOKENS // max(self.seqlen, 1)) * self.seqlen
+        return chunk * (4 * self.stack.hidden_bytes + widest * (4 + 3 * compute)) + 3 * self._scores_bytes()
+
+    def _measuring_bytes(self) -> int:
+        """The weight at hand in float32, its scores, and what counting them takes."""
+        return 16 * max(linear.numel for linear in self._flat)
 
     def _solving(self, groups: Sequence[Sequence[Linear]]) -> dict[str, int]:
         """For the linear of a block that takes most, with the Hessians that are still needed: its own and later ones."""
