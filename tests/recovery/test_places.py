@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tawny
-from tawny.errors import Interrupted, OutputError
+from tawny.errors import Interrupted, OutputError, TextError
 from tawny.recovery.training import Run
 from tests.recovery.models import folder_keys
 
@@ -170,6 +170,18 @@ def test_an_empty_folder_is_used(pair, tmp_path):
     (tmp_path / "out.recovery").mkdir()
     tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
     assert not (tmp_path / "out.recovery").exists()
+
+
+@pytest.mark.parametrize("kind", ["steps", "packed"])
+def test_a_run_that_is_refused_before_it_made_anything_leaves_nothing(pair, packed, tmp_path, kind):
+    (tmp_path / "short.txt").write_text("too short a text")
+    text = {"text": str(tmp_path / "short.txt")}
+    with pytest.raises(TextError, match="tokens"):
+        if kind == "steps":
+            steps(pair, pair[0], pair[0], tmp_path / "out", recipe=None, **text)
+        else:
+            tawny.recover(packed, pair[0], tmp_path / "out", **folder_keys(pair, **text))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_an_identity_that_cannot_be_read_clears_nothing(pair, tmp_path):

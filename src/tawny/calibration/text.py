@@ -125,7 +125,7 @@ def sample_windows(
         needed = seqlen + samples - 1
         raise TextError(
             f"{name} has {ids.numel():,} tokens, but {samples} samples of {seqlen} need at least {needed:,} "
-            f"({needed - ids.numel():,} short): give a longer text, or a smaller --samples or --seqlen"
+            f"({needed - ids.numel():,} short): give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
         )
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(starts, (samples,), generator=generator)
@@ -151,7 +151,7 @@ def held_out_windows(
     if len(free) < 2:
         raise TextError(
             f"{samples} samples of {seqlen} tokens leave no {2 * length} of {ids.numel():,} tokens to compare models on: "
-            "give a longer text, or a smaller --samples or --seqlen"
+            "give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
         )
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed + 1))[:count]
     chosen = torch.tensor(free)[order.sort().values]

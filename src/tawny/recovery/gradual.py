@@ -93,24 +93,25 @@ def recover_gradually(
     stages: list[dict[str, Any]] = []
     with Processes(chosen.device) as processes:
         processes.once(begin)
-        here = folder
-        for number, share in enumerate(shares(len(sparsities))):
-            pruned, recovered = work.path / f"{number}-pruned", work.path / f"{number}-recovered"
-            watch.say(f"step {number + 1} of {len(sparsities)}: {sparsities[number]:.0%}")
-            if processes.decide(not pruned.exists() and not recovered.exists()):
-                prune(here, pruned, recipe=recipes[number], watch=watch)
-            if processes.decide(not recovered.exists()):
-                part = dataclasses.replace(
-                    chosen,
-                    tokens=max(1, round(chosen.tokens * share)),
-                    minutes=None if chosen.minutes is None else chosen.minutes * share,
-                )
-                recover(pruned, teacher, recovered, settings=part, watch=watch)
-            processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
-            record = RecoveryRecord.read(recovered / "recover.json")
-            kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
-            stages.append({key: getattr(record, key) for key in kept})
-            here = recovered
+        with work.unless_empty():
+            here = folder
+            for number, share in enumerate(shares(len(sparsities))):
+                pruned, recovered = work.path / f"{number}-pruned", work.path / f"{number}-recovered"
+                watch.say(f"step {number + 1} of {len(sparsities)}: {sparsities[number]:.0%}")
+                if processes.decide(not pruned.exists() and not recovered.exists()):
+                    prune(here, pruned, recipe=recipes[number], watch=watch)
+                if processes.decide(not recovered.exists()):
+                    part = dataclasses.replace(
+                        chosen,
+                        tokens=max(1, round(chosen.tokens * share)),
+                        minutes=None if chosen.minutes is None else chosen.minutes * share,
+                    )
+                    recover(pruned, teacher, recovered, settings=part, watch=watch)
+                processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
+                record = RecoveryRecord.read(recovered / "recover.json")
+                kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
+                stages.append({key: getattr(record, key) for key in kept})
+                here = recovered
         record.stages, record.source, record.out = stages, str(source), str(target)
 
         def end() -> None:

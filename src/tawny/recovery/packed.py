@@ -45,7 +45,7 @@ def recover_packed(
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     if kind["values"] == "int8" and kind.get("group") is None and settings.train == "survivors":
         settings = dataclasses.replace(settings, values="int8" if settings.method == "distill" else None)
-    work = WorkFolder(out, "unpacked", ("before", "after", "packed"))
+    work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
     check_apart(out, [work], {"model": source, "teacher": teacher})
     check_not_own_teacher(is_own_teacher(folder, teacher))
     before, after, packed = (work.path / name for name in ("before", "after", "packed"))
@@ -78,6 +78,7 @@ def recover_packed(
     with Processes(settings.device) as processes:
         processes.once(begin)
         if processes.decide(not after.exists()):
-            recover(before, teacher, after, settings=settings, watch=watch, text=text, held_out=held_out)
+            with work.unless_empty():
+                recover(before, teacher, after, settings=settings, watch=watch, text=text, held_out=held_out)
         processes.once(end)
     return RecoveryRecord.read(out / "recover.json")

@@ -22,14 +22,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from tawny.errors import ModelError, OutputError
+from tawny.errors import ModelError, OutputError, TawnyError
 from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.output import named, spare, unfinished
@@ -116,6 +116,16 @@ class WorkFolder:
             told = {"tawny": self.kind, "version": _VERSION, "overwrite": overwrite, "identity": now}
             text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
             durable.write(self.path / IDENTITY, text.encode())
+
+    @contextmanager
+    def unless_empty(self) -> Iterator[None]:
+        """Inside, behind `open`: a run that is refused before it made anything worth keeping leaves nothing behind."""
+        try:
+            yield
+        except TawnyError:
+            if self.path.is_dir() and not self._worth_keeping():
+                self.discard()
+            raise
 
     def discard(self) -> None:
         """Remove what Tawny made; what came in since it was checked stays."""
