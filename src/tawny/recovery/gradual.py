@@ -98,16 +98,12 @@ def recover_gradually(
             for number, share in enumerate(shares(len(sparsities))):
                 pruned, recovered = work.path / f"{number}-pruned", work.path / f"{number}-recovered"
                 watch.say(f"step {number + 1} of {len(sparsities)}: {sparsities[number]:.0%}")
-                if processes.decide(not pruned.exists() and not recovered.exists()):
-                    prune(here, pruned, recipe=recipes[number], watch=watch)
-                if processes.decide(not recovered.exists()):
-                    part = dataclasses.replace(
-                        chosen,
-                        tokens=max(1, round(chosen.tokens * share)),
-                        minutes=None if chosen.minutes is None else chosen.minutes * share,
-                    )
-                    recover(pruned, teacher, recovered, settings=part, watch=watch)
-                processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
+                part = dataclasses.replace(
+                    chosen,
+                    tokens=max(1, round(chosen.tokens * share)),
+                    minutes=None if chosen.minutes is None else chosen.minutes * share,
+                )
+                _prune_and_recover(processes, here, teacher, pruned, recovered, recipes[number], part, watch)
                 record = RecoveryRecord.read(recovered / "recover.json")
                 kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
                 stages.append({key: getattr(record, key) for key in kept})
@@ -122,3 +118,21 @@ def recover_gradually(
 
         processes.once(end)
     return record
+
+
+def _prune_and_recover(
+    processes: Processes,
+    source: Path,
+    teacher: str | Path,
+    pruned: Path,
+    recovered: Path,
+    recipe: Recipe,
+    settings: Recovery,
+    watch: Watch,
+) -> None:
+    """One step, or what is left of it; afterwards there is `recovered` alone."""
+    if processes.decide(not pruned.exists() and not recovered.exists()):
+        prune(source, pruned, recipe=recipe, watch=watch)
+    if processes.decide(not recovered.exists()):
+        recover(pruned, teacher, recovered, settings=settings, watch=watch)
+    processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
