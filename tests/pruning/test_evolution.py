@@ -282,6 +282,22 @@ def test_as_many_are_pruned_in_earnest_as_asked_for_and_uniform(finalists, prove
         assert all(t.verdict <= min(others, default=t.verdict) for t in told if t is not found.uniform)
 
 
+@pytest.mark.parametrize("finalists", [0, 2])
+def test_what_will_be_pruned_in_earnest_is_chosen_on_some_of_the_windows_that_decide(finalists):
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    score, asked, seen = towards(space.nearest(tilted(space))), [], []
+
+    def evaluate(candidates, windows):
+        asked.append(list(windows))
+        return score(candidates, windows)
+
+    options = {**OPTIONS, "trials": 2, "deciding": range(8, 40)}
+    offers = Offers([Proposal("tilted", tilted(space))])
+    search(space, offers, evaluate, **options, prove=proving([2.0, 1.0], seen), finalists=finalists)
+    assert asked[-1] == list(range(8, 16 if finalists else 40))
+    assert [w for _, w in seen] == [list(range(8, 40))] * finalists
+
+
 def test_finalists_that_there_is_no_time_for_are_decided_on_solutions():
     _, found, seen = search_for_tilted([1.0, 2.0], stopped=lambda seen: "out of time" if seen else "")
     assert len(seen) == 1 and all(trial.proof is None for trial in found.trials)

@@ -162,7 +162,7 @@ def test_a_proof_is_the_divergence_of_the_model_that_pruning_makes(
     assert placed == "live" or record.memory["hidden_states"] == placed
     assert not list((tmp_path).rglob("*.tmp"))
     proofs = [x["proof"] for x in record.search["trials"] if x["proof"] is not None]
-    # Of 8 samples 2 are held out for 2 × 2 windows; the later one decides, and the others calibrate.
+    # Of 8 samples a quarter is held out; the later of these two decides, and the others calibrate.
     [window] = Samples(given[6:]).repeating(0.25).tokens[1:]
     again = {"allocator": "file", "allocator.path": str(tmp_path / "out" / "allocation.yaml")}
     made = tawny.prune(
@@ -180,6 +180,13 @@ def test_a_proof_is_the_divergence_of_the_model_that_pruning_makes(
     assert record.search["trials"][0]["verdict"] == pytest.approx(
         record.search["trials"][0]["proof"], rel=1e-4
     )
+
+
+@pytest.mark.parametrize(("given", "searched", "deciding"), [(40, 2, 8), (20, 2, 3), (8, 1, 1), (2, 1, 0)])
+def test_more_windows_decide_than_are_searched_on_where_there_are_enough(given, searched, deciding):
+    record = prune(tiny_model("llama"), calibration=tokens(given, 24, seed=4))
+    held_out = record.search["held_out"]
+    assert (held_out["windows"], held_out["deciding"]) == (searched, deciding)
 
 
 def test_finalists_that_break_down_lose_and_do_not_end_the_search(dense, tmp_path, monkeypatch):

@@ -61,8 +61,8 @@ class Trial:
     Attributes:
         score: divergence on the most windows it was given.
         windows: how many these were.
-        verdict: divergence on the windows that decide, for the few that came so far.
-        proof: divergence on these windows of the model that was really pruned so, for the finalists.
+        verdict: divergence on windows that decide, for the few that came so far.
+        proof: divergence on all windows that decide of the model that was really pruned so, for the finalists.
         origin: name of the proposal it goes back to, "" for a proposal.
         depth: how many generations of switches lie between.
     """
@@ -132,7 +132,8 @@ def search(
         proposals: tried first, at most two thirds of all trials; uniform is always tried before them.
         evaluate: scores candidates on windows.
         windows: numbers of the windows to search on.
-        deciding: numbers of others, for the last word.
+        deciding: numbers of others, for the last word; where models are proven, candidates for that are chosen on as many
+            of these as there are `windows`.
         stopped: says why to stop early; asked between rounds, never before the first.
         step: told after each round.
         prove: prunes in earnest. Without it the deciding windows have the last word on what `evaluate` compares.
@@ -157,11 +158,13 @@ def search(
         generations.append(parent.score)
         step(f"best {parent.score:.4f}, uniform {uniform.score:.4f}")
     last = list({id(trial): trial for trial in (uniform, *first[:3], parent)}.values())
-    for trial, score in zip(last, evaluate([t.levels for t in last], list(deciding)), strict=True):
+    proving = prove is not None and finalists > 0
+    ranking = list(deciding[: len(windows)] if proving else deciding)
+    for trial, score in zip(last, evaluate([t.levels for t in last], ranking), strict=True):
         trial.verdict = _finite(score)
     step("decided")
     cut_short = f"{cut} after {len(hunt.known)} of {trials} trials" if cut else ""
-    if prove is not None and finalists and len(last) > 1 and not cut:
+    if prove is not None and proving and len(last) > 1 and not cut:
         ranked = sorted(last[1:], key=lambda trial: trial.last_word)
         last = [uniform, *ranked[:finalists]]
         cut = hunt.prove(last, prove, list(deciding), stopped)

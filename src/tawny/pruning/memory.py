@@ -142,9 +142,9 @@ class Demand:
         if self.needs != "none" or self.refining:
             hidden = 0 if spill else self.samples * self.seqlen * stack.hidden_bytes
         walk = self._walk_phases(base, hidden * (2 if self.refining else 1), held=held)
-        if self.finals:  # the same walk over the samples of the search; half of what was held out goes along
+        if self.finals:  # the same walk over the samples of the search; most of what was held out goes along
             searched = 0 if spill else self.searched * self.seqlen * stack.hidden_bytes
-            kept = searched + self.held_out * 3 // 2
+            kept = searched + self.held_out * 2
             phases |= {f"finals, {name}": {**parts, "hidden_states": kept} for name, parts in walk.items()}
         phases |= walk
         if self.refining:

@@ -382,7 +382,7 @@ class Run:
             wanted = recipe.calibration
             windows = sample_windows(ids, wanted.samples, wanted.seqlen, recipe.seed, f"text {text.name!r}")
             if getattr(self.allocator, "searches", False):
-                length, count = min(wanted.seqlen, self.allocator.length), 2 * self.allocator.windows
+                length, count = min(wanted.seqlen, self.allocator.length), self.allocator.held_out
                 self.held_out = held_out_windows(
                     ids, wanted.samples, wanted.seqlen, recipe.seed, length, count
                 )

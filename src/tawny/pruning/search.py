@@ -4,7 +4,8 @@
 2. Uniform, then each candidate allocator over a grid of strengths, its defaults first, then where Optuna expects more (grid.py).
 3. Switches of budget between blocks and linears, generation by generation (evolution.py).
 4. The last few and uniform on windows that took no part so far.
-5. The best of these and uniform are pruned in earnest (rehearsal.py); the best model's allocation it is.
+5. The best of these and uniform are pruned in earnest (rehearsal.py) and measured on more such windows; the best model's
+   allocation it is.
 
 The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text. Each ends with a
 passage it held before, since in text of short documents it would hardly show what copying from its context a model lost. The
@@ -111,7 +112,8 @@ def _search(run: Run) -> dict[str, Any]:
     space = make_space(_infos(run), run.pattern, recipe.sparsity, auto.levels, auto.step)
     samples, held_out = _split(run, auto)
     count = len(held_out)
-    windows, deciding = range(count - count // 2), range(count - count // 2, count)
+    searched = min(auto.windows, count - count // 2)  # a short text has no more
+    windows, deciding = range(searched), range(searched, count)
     name_of_solver, solver = stand_in(auto, recipe.solver.name, run.solver)
     together = _measuring(auto)
     with _level_store(run, space) as store:
@@ -252,11 +254,10 @@ def _split(run: Run, auto: Auto) -> tuple[Samples, Samples]:
     """Calibration samples for the solutions, and held-out windows."""
     assert run.samples is not None
     samples = run.samples
-    wanted = 2 * auto.windows
     if run.held_out is not None:
         held_out = Samples(run.held_out)
     else:  # tokens were given: some of them are kept back while allocations are tried
-        kept = min(wanted, len(samples) // 4) or 1
+        kept = min(auto.held_out, len(samples) // 4) or 1
         if len(samples) < 2:
             raise TextError(
                 "auto compares models on tokens held out of the calibration: give at least 2 samples"
@@ -359,12 +360,14 @@ def cost_of_search(
     tried = auto.trials * few + generations * (
         max(1, auto.offspring // 4) * max(1, all_windows // 2) + max(1, auto.offspring // 8) * all_windows
     )
+    proven = auto.finalists and auto.finalists + 1  # with uniform
+    deciding = (auto.held_out - all_windows) * (proven or 5) + (5 * all_windows if proven else 0)
     return {
         "disk": store_bytes(space, dtype),
         "levels": len(space.levels),
-        "tokens": (tried + 10 * all_windows) * length,
+        "tokens": (tried + 5 * all_windows + deciding + auto.held_out) * length,
         "samples": max(1, math.ceil(auto.tokens / recipe.calibration.seqlen)),
         "candidates": min(HIDDEN_BYTES, auto.offspring * all_windows * length * hidden_bytes * 2),
-        "held_out": 2 * all_windows * length * hidden_bytes,
-        "finalists": auto.finalists and auto.finalists + 1,  # with uniform
+        "held_out": auto.held_out * length * hidden_bytes,
+        "finalists": proven,
     }
