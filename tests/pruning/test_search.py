@@ -163,7 +163,7 @@ def test_a_proof_is_the_divergence_of_the_model_that_pruning_makes(
     assert not list((tmp_path).rglob("*.tmp"))
     proofs = [x["proof"] for x in record.search["trials"] if x["proof"] is not None]
     # Of 8 samples a quarter is held out; the later of these two decides, and the others calibrate.
-    [window] = Samples(given[6:]).repeating(0.25).tokens[1:]
+    [window] = Samples(given[6:]).repeating(0.125).tokens[1:]
     again = {"allocator": "file", "allocator.path": str(tmp_path / "out" / "allocation.yaml")}
     made = tawny.prune(
         dense, tmp_path / "again", sparsity=0.6, compute="float32", calibration=given[:6], **again, **changes

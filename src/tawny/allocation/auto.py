@@ -69,7 +69,7 @@ class Auto:
     finalists: int = 3
     windows: int = 4
     length: int = 1024
-    repeat: float = 0.25
+    repeat: float = 0.125
     tokens: int = 32768
     proxy: str | None = None
     budget: str | float | None = None
