@@ -24,7 +24,7 @@ from tawny.pruning import run as run_module
 from tawny.pruning import scoring as scoring_module
 from tawny.pruning import search as search_module
 from tawny.pruning.block import BlockRun
-from tawny.pruning.grid import Grid, families_for
+from tawny.pruning.grid import BLENDS, Grid, families_for
 from tawny.pruning.journal import Journal
 from tawny.pruning.levels import LevelStore, solve_levels
 from tawny.pruning.profiling import Together
@@ -534,6 +534,26 @@ def test_the_first_thing_tried_of_an_allocator_is_what_it_does_by_itself(family,
         )
     profile = Profile(shapes.linears, tuple(measures))
     assert tried.allocate(profile, target) == pytest.approx(alone.allocate(profile, target))
+
+
+def test_every_blend_that_is_tried_is_what_it_does_by_itself(monkeypatch):
+    """One profile serves all of them."""
+    options = {"allocator.candidates": "blend", "allocator.trials": 12, "allocator.finalists": 0}
+    kept = {}
+    real = search_module.allocate
+
+    def noting(allocator, *args):
+        kept[allocator.of] = real(allocator, *args)
+        return kept[allocator.of]
+
+    monkeypatch.setattr(search_module, "allocate", noting)
+    record = prune(tiny_model("llama"), calibration=tokens(8, 24, seed=4), **options)
+    names = {trial["name"] for trial in record.search["trials"]}
+    assert {f"blend of={of}" for of in BLENDS} <= names
+    for of in BLENDS:
+        options = {"sparsity": 0.6, "allocator": "blend", "allocator.of": of, "compute": "float32"}
+        alone = tawny.prune(tiny_model("llama"), calibration=tokens(8, 24, seed=4)[:6], **options)
+        assert kept[of] == pytest.approx(alone.allocation), of
 
 
 @pytest.mark.parametrize("target", [0.0, 0.999])

@@ -43,7 +43,7 @@ from tawny.errors import NumericalError, TextError
 from tawny.model.streams import Samples
 from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Trial, search
-from tawny.pruning.grid import OWL_MS, Grid, families_for
+from tawny.pruning.grid import BLENDS, OWL_MS, Grid, families_for
 from tawny.pruning.journal import tokens_identity
 from tawny.pruning.levels import LevelStore, Solved, solve_levels, store_bytes
 from tawny.pruning.profiling import Together, allocate, block_sparsities
@@ -57,7 +57,13 @@ from tawny.solvers import SOLVERS, Solver
 if TYPE_CHECKING:
     from tawny.pruning.run import Run
 
-_MEASURED: dict[str, Callable[[], Any]] = {"dlp": Dlp, "lsa": Lsa, "alpha": Alpha, "blend": Blend}
+_BLENDED = dict.fromkeys(name for of in BLENDS for name in of.split(","))
+_MEASURED: dict[str, Callable[[], Any]] = {
+    "dlp": Dlp,
+    "lsa": Lsa,
+    "alpha": Alpha,
+    "blend": lambda: Blend(",".join(_BLENDED)),
+}
 _DRAWN_M = "5"
 
 
