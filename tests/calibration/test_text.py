@@ -219,6 +219,12 @@ def test_held_out_windows_overlap_no_sample_and_not_each_other(seed):
     assert (windows.diff(dim=1) == 1).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_held_out_windows_are_from_all_of_the_text(seed):
+    first = held_out_windows(torch.arange(30000), 12, 100, seed, 50, 20)[:4, 0]
+    assert (first.max() - first.min()) > 10000
+
+
 def test_a_text_that_is_all_samples_leaves_nothing_to_hold_out():
     with pytest.raises(TextError, match="to compare models on"):
         held_out_windows(torch.arange(110), 10, 100, 0, 20, 4)

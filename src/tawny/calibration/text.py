@@ -137,6 +137,8 @@ def held_out_windows(
 ) -> torch.Tensor:
     """At most `count` windows of `length` tokens that overlap none of `sample_windows(ids, samples, seqlen, seed)`.
 
+    They come in an order of chance, so that some of them are from all of the text.
+
     Raises:
         TextError: the samples leave fewer than two.
     """
@@ -154,7 +156,7 @@ def held_out_windows(
             "give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
         )
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed + 1))[:count]
-    chosen = torch.tensor(free)[order.sort().values]
+    chosen = torch.tensor(free)[order]
     return ids[chosen[:, None] + torch.arange(length)]
 
 
