@@ -298,6 +298,20 @@ def test_what_will_be_pruned_in_earnest_is_chosen_on_some_of_the_windows_that_de
     assert [w for _, w in seen] == [list(range(8, 40))] * finalists
 
 
+def test_a_search_that_was_cut_short_is_decided_on_all_windows_that_decide():
+    space = make_space(linears(), Unstructured(), 0.5, 11)
+    score, asked = towards(space.nearest(tilted(space))), []
+
+    def evaluate(candidates, windows):
+        asked.append(list(windows))
+        return score(candidates, windows)
+
+    options = {**OPTIONS, "deciding": range(8, 40), "prove": proving([], []), "finalists": 3}
+    offers = Offers([Proposal("tilted", tilted(space))])
+    search(space, offers, evaluate, **options, stopped=lambda: "out of time")
+    assert asked[-1] == list(range(8, 40))
+
+
 def test_finalists_that_there_is_no_time_for_are_decided_on_solutions():
     _, found, seen = search_for_tilted([1.0, 2.0], stopped=lambda seen: "out of time" if seen else "")
     assert len(seen) == 1 and all(trial.proof is None for trial in found.trials)

@@ -186,7 +186,7 @@ from tests.tiny import tiny_model, tokens
 import tawny
 torch.set_num_threads(1)
 record = tawny.prune(sys.argv[1], sys.argv[2], calibration=tokens(64, 64), compute="float32", sparsity=0.5,
-                     allocator="uniform", solver=sys.argv[3], memory=sys.argv[4])
+                     solver=sys.argv[3], memory=sys.argv[4], **json.loads(sys.argv[5]))
 print(json.dumps([record.memory, record.peak_memory]))
 """
 
@@ -195,18 +195,38 @@ WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 1, "
 EXPERTS = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 1, "num_experts": 64}
 
 
+UNIFORM = {"allocator": "uniform"}
+SEARCHED = {"allocator": "auto", "allocator.finalists": 0, "allocator.trials": 8, "allocator.levels": 3}
+SEARCHED |= {"allocator.candidates": "owl,atp"}
+
+
 @pytest.mark.parametrize(
-    ("family", "keys", "solver"),
+    ("family", "keys", "solver", "allocator"),
     [
-        ("llama", WIDE, "sparsegpt"),
-        ("qwen3_moe", {**EXPERTS, "mlp_only_layers": []}, "wanda"),  # fused when read, parted when written
-        *(pytest.param("llama", WIDE, x, marks=pytest.mark.slow) for x in ("wanda", "alps")),
+        ("llama", WIDE, "sparsegpt", UNIFORM),
+        (
+            "qwen3_moe",
+            {**EXPERTS, "mlp_only_layers": []},
+            "wanda",
+            UNIFORM,
+        ),  # fused when read, parted when written
+        ("llama", {**WIDE, "vocab_size": 120_000, "tie_word_embeddings": False}, "wanda", SEARCHED),
+        *(pytest.param("llama", WIDE, x, UNIFORM, marks=pytest.mark.slow) for x in ("wanda", "alps")),
     ],
 )
-def test_the_estimate_is_what_is_measured(tmp_path, family, keys, solver):
+def test_the_estimate_is_what_is_measured(tmp_path, family, keys, solver, allocator):
     tiny_model(family, **keys).save_pretrained(tmp_path / "dense")
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, tmp_path / "dense", tmp_path / "out", solver, "4GB"],
+        [
+            sys.executable,
+            "-c",
+            _MEASURE,
+            tmp_path / "dense",
+            tmp_path / "out",
+            solver,
+            "4GB",
+            json.dumps(allocator),
+        ],
         capture_output=True,
         text=True,
     )

@@ -31,7 +31,7 @@ from tawny.pruning.profiling import Together
 from tawny.pruning.ranks import Ranks
 from tawny.pruning.run import Run, demand_of
 from tawny.pruning.scoring import Reference, Scorer
-from tawny.pruning.search import needs_of_search
+from tawny.pruning.search import needs_of_search, stand_in
 from tawny.pruning.space import make_space
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS
@@ -238,6 +238,8 @@ def test_finalists_can_be_left_out_and_cost_what_a_plan_says(dense, tmp_path, mo
     assert with_them.seconds["search"] > without.seconds["search"]
     with pytest.raises(RecipeError, match=r"allocator\.finalists"):
         Auto(finalists=-1)
+    with pytest.raises(RecipeError, match=r"allocator\.finalists is 5; expected a whole number from 0 to 4"):
+        Auto(finalists=5)
 
 
 # --- the parts ---------------------------------------------------------------------------------------------
@@ -405,6 +407,13 @@ def test_a_fast_solver_stands_for_a_slow_one_while_allocations_are_compared(
     record = prune(dense, tmp_path / "out", solver=solver, **keys)
     assert record.search["solver"] == used
     assert record.recipe["solver"]["name"] == solver
+
+
+def test_a_solver_that_stands_for_itself_keeps_its_options():
+    own = SOLVERS["alps"](iterations=5)
+    assert stand_in(Auto(proxy="alps"), "alps", own) == ("alps", own)
+    name, other = stand_in(Auto(proxy="wanda"), "alps", own)
+    assert name == "wanda" and isinstance(other, SOLVERS["wanda"])
 
 
 @given(
@@ -607,14 +616,43 @@ def test_a_search_is_planned_by_what_its_candidates_and_solver_collect(dense, ca
     assert tawny.plan(dense, recipe=recipe, calibration="wiki").seconds["profile"] == 0
 
 
+def test_a_search_is_estimated_by_the_tokens_it_is_given_and_by_what_solves_its_levels(dense):
+    stack = open_stack(dense, torch.float32, "cpu")
+    by_block = [stack.linears(index) for index in range(len(stack))]
+
+    def demand(samples=None, mask=False, **options):
+        recipe = resolve_recipe(None, **{"sparsity": 0.6, "allocator": "auto", "solver": "wanda", **options})
+        made = recipe.make_solver(), recipe.make_allocator()
+        given = None
+        if samples:
+            ids = tokens(*samples)
+            given = Samples(ids, torch.ones_like(ids) if mask else None)
+        return demand_of(recipe, stack, by_block, *made, 1, samples, given=given)
+
+    assert demand((512, 128)).searched == 32768 // 128 and demand().searched == 32768 // 2048
+    assert demand((40, 128)).held_out == demand((40, 64)).held_out * 2 == 10 * 128 * stack.hidden_bytes
+    whole, cut = demand((80, 4096), mask=True), demand((80, 4096))
+    assert whole.held_out == 4 * cut.held_out and whole.candidates == 4 * cut.candidates
+
+    def solver_bytes(**options):
+        return demand(**options).phases(spill=True, held=False)["search"]["solver"]
+
+    wide = {"calibration.seqlen": 16}  # so that no forward is larger
+    assert solver_bytes(**{"allocator.proxy": "alps"}, **wide) > solver_bytes(**wide)
+    held = demand(solver="magnitude", order="data", **{"allocator.proxy": "sparsegpt"}).phases(
+        spill=True, held=True
+    )
+    assert "search, in data order" in held
+
+
 def test_a_budget_counts_what_a_search_holds(dense, tmp_path):
     options = {"sparsity": 0.6, "allocator": "auto", "solver": "wanda", "compute": "float32", **FEW}
     more = {**options, "allocator.windows": 4000}
     few, many = (tawny.plan(dense, calibration="wiki", **k).memory["smallest"] for k in (options, more))
-    assert many > few + 2 * 3998 * 512 * 32 * 4
+    assert many > few + 5 * 3998 * 1024 * 32 * 4
     for call in (
         lambda **k: tawny.plan(dense, calibration="wiki", **k),
-        lambda **k: tawny.prune(dense, tmp_path / "out", calibration=tokens(), **k),
+        lambda **k: tawny.prune(dense, tmp_path / "out", calibration=tokens(8000, 1024), **k),
     ):
         with pytest.raises(RecipeError, match=r"cannot hold this run.*at least"):
             call(memory=few, **more)

@@ -184,6 +184,30 @@ def test_a_run_that_is_refused_before_it_made_anything_leaves_nothing(pair, pack
     assert not list(tmp_path.glob("out*"))
 
 
+def test_nothing_of_another_model_is_trained(pair, packed, tmp_path, monkeypatch):
+    """Its run died once it was unpacked."""
+    tawny.prune(pair[0], tmp_path / "other", recipe={**RECIPE, "sparsity": 0.3})
+    tawny.pack(tmp_path / "other", tmp_path / "pkB", "f32")
+    recover, seen = tawny.recover, []
+
+    def dies(*args, **keys):
+        raise MemoryError
+
+    monkeypatch.setattr("tawny.recovery.run.recover", dies)
+    with pytest.raises(MemoryError):
+        recover(packed, pair[0], tmp_path / "out", **folder_keys(pair))
+    assert (tmp_path / "out.unpacked" / "before").exists()
+
+    def noting(source, *args, **keys):
+        seen.append((Path(source) / "model.safetensors").read_bytes())
+        return recover(source, *args, **keys)
+
+    monkeypatch.setattr("tawny.recovery.run.recover", noting)
+    recover(tmp_path / "pkB", pair[0], tmp_path / "out", **folder_keys(pair))
+    tawny.unpack(tmp_path / "pkB", tmp_path / "own")
+    assert seen == [(tmp_path / "own" / "model.safetensors").read_bytes()]
+
+
 def test_an_identity_that_cannot_be_read_clears_nothing(pair, tmp_path):
     (tmp_path / "out.recovery").mkdir()
     (tmp_path / "out.recovery" / "identity.json").write_text('{"tawny": "something else"}')

@@ -25,6 +25,7 @@ from tawny.errors import RecipeError, nearest
 # Whose strengths can be tried beside uniform, which always is.
 FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha", "blend")
 _DECIDING = 4
+_FINALISTS = 4
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
@@ -79,8 +80,12 @@ class Auto:
     searches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not 0 <= self.finalists <= _FINALISTS:
+            raise RecipeError(
+                f"allocator.finalists is {self.finalists}; expected a whole number from 0 to {_FINALISTS}, which is how many "
+                "a search ends with beside uniform"
+            )
         least = {
-            "finalists": 0,
             "trials": 1,
             "offspring": 1,
             "levels": 3,

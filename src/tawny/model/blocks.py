@@ -127,6 +127,13 @@ class Stack:
         name = next((n for n, module in self.model.named_modules() if module is head), None)
         return None if name is None or f"{name}.weight" in shared else f"{name}.weight"
 
+    @property
+    def late_bytes(self) -> int:
+        """What `load_head` will read, in memory."""
+        parameters = dict(self.model.named_parameters())
+        numbers: int = sum(parameters[name].numel() for unit in self._late for name in unit.targets)
+        return numbers * self.compute.itemsize
+
     def load_head(self) -> None:
         """Read the head, if it still waits."""
         assert self.checkpoint is not None or not self._late

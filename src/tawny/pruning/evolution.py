@@ -158,13 +158,13 @@ def search(
         generations.append(parent.score)
         step(f"best {parent.score:.4f}, uniform {uniform.score:.4f}")
     last = list({id(trial): trial for trial in (uniform, *first[:3], parent)}.values())
-    proving = prove is not None and finalists > 0
+    proving = prove is not None and finalists > 0 and not cut
     ranking = list(deciding[: len(windows)] if proving else deciding)
     for trial, score in zip(last, evaluate([t.levels for t in last], ranking), strict=True):
         trial.verdict = _finite(score)
     step("decided")
     cut_short = f"{cut} after {len(hunt.known)} of {trials} trials" if cut else ""
-    if prove is not None and proving and len(last) > 1 and not cut:
+    if prove is not None and proving and len(last) > 1:
         ranked = sorted(last[1:], key=lambda trial: trial.last_word)
         last = [uniform, *ranked[:finalists]]
         cut = hunt.prove(last, prove, list(deciding), stopped)

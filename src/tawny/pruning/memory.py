@@ -95,6 +95,7 @@ class Demand:
         workspace: bytes a solver takes for a linear `[out, in]` (see `Solver`).
         searched: samples that a search solves its levels with; 0 without one.
         search_needs: what it collects on them.
+        level_needs, level_workspace: `needs` and `workspace` of what solves its levels, which need not be the solver.
         held_out, candidates: bytes of hidden states that a search compares models by: the dense model's, and those of
             the models that go through the blocks together.
         finals: a search prunes its finalists in earnest.
@@ -114,6 +115,8 @@ class Demand:
     workspace: Callable[[int, int], int]
     searched: int = 0
     search_needs: Needs = "none"
+    level_needs: Needs = "none"
+    level_workspace: Callable[[int, int], int] = lambda out, width: 0
     held_out: int = 0
     candidates: int = 0
     finals: bool = False
@@ -128,6 +131,7 @@ class Demand:
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
         if self.searched:
             phases |= self._search_phases(base, spill=spill, held=held)
+            base["head"] = stack.late_bytes  # read to compare candidates, and there from then on
         elif self.measures:
             kept = min(self.profiled, self.samples) * self.seqlen * stack.hidden_bytes
             observed = self.allocator_needs != "none"
@@ -164,7 +168,7 @@ class Demand:
         kept = min(self.profiled, self.searched) * self.seqlen * stack.hidden_bytes + self.held_out
         kept += 0 if spill else self.searched * self.seqlen * stack.hidden_bytes
         searching = {**base, "block": block, "hidden_states": kept}
-        work = max(self.workspace(*x.shape) for x in self._flat)
+        work = max(self.level_workspace(*x.shape) for x in self._flat)
         phases = {
             "search": {
                 **searching,
@@ -172,20 +176,20 @@ class Demand:
                 "solver": max(work, self._forward_bytes(), self._measuring_bytes()),
             }
         }
-        if self.needs != "none" and self.in_data_order and held:
+        if self.level_needs != "none" and self.in_data_order and held:
             phases["search, in data order"] = {
                 **searching,
                 "held": held_bytes(stack, self._flat, self.searched * self.seqlen),
                 "forward": self._forward_bytes(),
                 "statistics": self._observing(self.search_needs, at_once=False),
             }
+        comparing = {**base, "head": stack.late_bytes, "hidden_states": self.held_out + self.candidates}
         phases["candidates"] = {
-            **base,
+            **comparing,
             "block": 2 * block,  # and its dense weights, put back where a level removes nothing
-            "hidden_states": self.held_out + self.candidates,
             "forward": self._forward_bytes(),
-            "logits": 4 * LOGIT_BYTES,
         }
+        phases["comparison"] = {**comparing, "logits": 4 * LOGIT_BYTES}
         return phases
 
     def _walk_phases(self, base: Mapping[str, int], hidden: int, *, held: bool) -> dict[str, dict[str, int]]:

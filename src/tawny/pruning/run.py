@@ -363,7 +363,7 @@ class Run:
             )
             check_context(self.stack.model, samples.seqlen)
             self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
-            self.place(len(samples), samples.seqlen, 0)
+            self.place(len(samples), samples.seqlen, 0, given=samples)
             return samples.repeating(recipe.calibration.repeat)
         from tawny.calibration.text import held_out_windows, load_text, sample_windows, tokenise
 
@@ -396,7 +396,7 @@ class Run:
         }
         return Samples(windows).repeating(recipe.calibration.repeat)
 
-    def place(self, samples: int, seqlen: int, characters: int) -> None:
+    def place(self, samples: int, seqlen: int, characters: int, *, given: Samples | None = None) -> None:
         """Decide what is kept in memory and what on disk.
 
         Raises:
@@ -407,7 +407,14 @@ class Run:
         # What one process takes: its share of the samples.
         samples = self.ranks.largest_part(samples, seqlen)
         demand = demand_of(
-            self.recipe, self.stack, self.by_block, self.solver, self.allocator, characters, (samples, seqlen)
+            self.recipe,
+            self.stack,
+            self.by_block,
+            self.solver,
+            self.allocator,
+            characters,
+            (samples, seqlen),
+            given=given,
         )
         self.placement = place(demand, self.budget, available())
         self.record.memory = {
@@ -613,8 +620,10 @@ def demand_of(
     allocator: Any,
     characters: int,
     samples: tuple[int, int] | None = None,
+    *,
+    given: Samples | None = None,
 ) -> Demand:
-    """What a run asks of memory; `samples` (count, tokens) where they are not the recipe's."""
+    """What a run asks of memory; `samples` (count, tokens) where they are not the recipe's, `given` where no text is."""
     needs = needs_of(recipe, solver)
     refining = recipe.refine.epochs > 0
     wanted = needs != "none" or allocator.needs != "none" or refining
@@ -626,13 +635,16 @@ def demand_of(
     )
     searching: dict[str, Any] = {}
     if getattr(allocator, "searches", False):
-        from tawny.pruning.search import cost_of_search, needs_of_search
+        from tawny.pruning.search import cost_of_search, needs_of_search, stand_in
 
         infos = [LinearInfo(x.name, x.shape, i) for i, linears in enumerate(by_block) for x in linears]
-        cost = cost_of_search(recipe, infos, stack.compute, stack.hidden_bytes)
+        cost = cost_of_search(recipe, infos, stack.compute, stack.hidden_bytes, given=given)
+        by = stand_in(allocator, recipe.solver.name, solver)[1]
         searching = {
             "searched": min(cost["samples"], count),
             "search_needs": needs_of_search(recipe),
+            "level_needs": needs_of(recipe, by),
+            "level_workspace": workspace(by, needs_of(recipe, by)),
             "held_out": cost["held_out"],
             "candidates": cost["candidates"],
             "finals": cost["finalists"] > 0,

@@ -44,11 +44,11 @@ from tawny.model.streams import Samples
 from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Trial, search
 from tawny.pruning.grid import BLENDS, OWL_MS, Grid, families_for
-from tawny.pruning.journal import tokens_identity
+from tawny.pruning.journal import code_identity, tokens_identity
 from tawny.pruning.levels import LevelStore, Solved, solve_levels, store_bytes
 from tawny.pruning.profiling import Together, allocate, block_sparsities
 from tawny.pruning.rehearsal import rehearse
-from tawny.pruning.scoring import HIDDEN_BYTES, Scorer
+from tawny.pruning.scoring import Scorer, hidden_of
 from tawny.pruning.space import Space, make_space
 from tawny.recipe import Recipe
 from tawny.record import finite
@@ -90,7 +90,7 @@ def allocate_by_search(run: Run) -> Allocation:
 def stand_in(auto: Auto, name: str, solver: Solver) -> tuple[str, Solver]:
     """What makes the solutions that a search puts together: `proxy`, or what the solver names as fast and alike."""
     other = auto.proxy or getattr(solver, "stand_in", None)
-    return (name, solver) if other is None else (other, SOLVERS[other]())
+    return (name, solver) if other in (None, name) else (other, SOLVERS[other]())
 
 
 def needs_of_search(recipe: Recipe) -> Needs:
@@ -118,7 +118,7 @@ def _search(run: Run) -> dict[str, Any]:
     space = make_space(_infos(run), run.pattern, recipe.sparsity, auto.levels, auto.step)
     samples, held_out = _split(run, auto)
     count = len(held_out)
-    searched = min(auto.windows, count - count // 2)  # a short text has no more
+    searched = _searched(auto, count)
     windows, deciding = range(searched), range(searched, count)
     name_of_solver, solver = stand_in(auto, recipe.solver.name, run.solver)
     together = _measuring(auto)
@@ -263,17 +263,27 @@ def _split(run: Run, auto: Auto) -> tuple[Samples, Samples]:
     if run.held_out is not None:
         held_out = Samples(run.held_out)
     else:  # tokens were given: some of them are kept back while allocations are tried
-        kept = min(auto.held_out, len(samples) // 4) or 1
+        kept, length = _held_back(auto, samples)
         if len(samples) < 2:
             raise TextError(
                 "auto compares models on tokens held out of the calibration: give at least 2 samples"
             )
         cut = len(samples) - kept
         mask = samples.mask
-        length = samples.seqlen if mask is not None else min(auto.length, samples.seqlen)
         held_out = Samples(samples.tokens[cut:, :length], None if mask is None else mask[cut:])
         samples = samples.first(cut)
     return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), held_out.repeating(auto.repeat)
+
+
+def _searched(auto: Auto, held_out: int) -> int:
+    """How many of the held-out windows are searched on; a short text leaves no more than half."""
+    return min(auto.windows, held_out - held_out // 2)
+
+
+def _held_back(auto: Auto, samples: Samples) -> tuple[int, int]:
+    """How many windows of how many tokens are kept back of samples that were given; those with a mask are not cut."""
+    length = samples.seqlen if samples.mask is not None else min(auto.length, samples.seqlen)
+    return min(auto.held_out, len(samples) // 4) or 1, length
 
 
 def _over(auto: Auto, started: float) -> str:
@@ -283,14 +293,15 @@ def _over(auto: Auto, started: float) -> str:
 
 def _study_name(run: Run, weights: str, samples: Samples, held_out: Samples) -> str:
     """Everything that a score depends on, and nothing else; `weights` is the hash of what is pruned."""
-    recipe = run.recipe.to_mapping()
+    recipe = {key: value for key, value in run.recipe.to_mapping().items() if key != "refine"}
     allocator = {
         key: value
         for key, value in recipe["allocator"].items()
         if key not in ("trials", "offspring", "finalists", "budget", "study")
     }
     tokens = [tokens_identity(samples), tokens_identity(held_out)]
-    known = [{**recipe, "allocator": allocator}, tokens, run.record.parameters, weights]
+    computed = {"compute": str(run.stack.compute), **code_identity()}
+    known = [{**recipe, "allocator": allocator, **computed}, tokens, run.record.parameters, weights]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     return f"tawny-{digest[:16]}"
 
@@ -354,26 +365,48 @@ def write_search(run: Run) -> None:
 
 
 def cost_of_search(
-    recipe: Recipe, linears: Sequence[LinearInfo], dtype: torch.dtype, hidden_bytes: int
+    recipe: Recipe,
+    linears: Sequence[LinearInfo],
+    dtype: torch.dtype,
+    hidden_bytes: int,
+    *,
+    given: Samples | None = None,
 ) -> dict[str, int]:
     """What a search takes: `disk`, `candidates` and `held_out` (hidden states in memory) in bytes, `levels`, calibration
-    `samples`, `tokens` through the whole model, and `finalists` that are pruned in earnest."""
+    `samples`, `tokens` through the whole model, and `finalists` that are pruned in earnest.
+
+    Args:
+        dtype: of the solutions that are kept.
+        hidden_bytes: of one token.
+        given: samples in the place of the recipe's text.
+    """
     auto: Auto = recipe.make_allocator()
     space = make_space(tuple(linears), recipe.make_pattern(), recipe.sparsity, auto.levels, auto.step)
-    length = min(auto.length, recipe.calibration.seqlen)
-    few, all_windows = max(1, auto.windows // 4), auto.windows
+    seqlen = recipe.calibration.seqlen if given is None else given.seqlen
+    held_out, length = auto.held_out, min(auto.length, seqlen)
+    if given is not None:
+        held_out, length = _held_back(auto, given)
+    all_windows = _searched(auto, held_out)
+    few = max(1, all_windows // 4)
     generations = math.ceil(auto.trials / 3 / auto.offspring)
     tried = auto.trials * few + generations * (
         max(1, auto.offspring // 4) * max(1, all_windows // 2) + max(1, auto.offspring // 8) * all_windows
     )
     proven = auto.finalists and auto.finalists + 1  # with uniform
-    deciding = (auto.held_out - all_windows) * (proven or 5) + (5 * all_windows if proven else 0)
+    ranking = all_windows if proven else held_out - all_windows
+    rounds = [
+        (auto.offspring + len(auto.families), few),
+        (max(4, auto.trials // 4), max(1, all_windows // 2)),
+        (max(5, auto.offspring // 8), all_windows),
+        (5, ranking),
+    ]
+    deciding = (held_out - all_windows) * (proven or 5) + (5 * all_windows if proven else 0)
     return {
         "disk": store_bytes(space, dtype),
         "levels": len(space.levels),
-        "tokens": (tried + 5 * all_windows + deciding + auto.held_out) * length,
-        "samples": max(1, math.ceil(auto.tokens / recipe.calibration.seqlen)),
-        "candidates": min(HIDDEN_BYTES, auto.offspring * all_windows * length * hidden_bytes * 2),
-        "held_out": auto.held_out * length * hidden_bytes,
+        "tokens": (tried + 5 * all_windows + deciding + held_out) * length,
+        "samples": max(1, math.ceil(auto.tokens / seqlen)),
+        "candidates": max(hidden_of(n, windows * length * hidden_bytes) for n, windows in rounds),
+        "held_out": held_out * length * hidden_bytes,
         "finalists": proven,
     }

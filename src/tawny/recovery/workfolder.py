@@ -88,6 +88,8 @@ class WorkFolder:
     def open(self, identity: Mapping[str, Any], overwrite: bool) -> None:
         """Go on with what is there, or begin; `overwrite` discards another run, and one that began without it.
 
+        Of another run that made nothing worth keeping nothing is left either: this one must not build on it.
+
         Args:
             identity: what decides the result, in JSON types; models from `about_model`.
 
@@ -109,7 +111,7 @@ class WorkFolder:
             )
         if self.out.exists() and not overwrite:  # what the other run was allowed, this one is not
             raise OutputError(f"{self.out} exists; choose another --out or pass --overwrite")
-        if found is not None and overwrite:
+        if found is not None and (overwrite or differing):
             self.discard()
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
