@@ -24,8 +24,8 @@ from tawny.errors import RecipeError, nearest
 
 # Whose strengths can be tried beside uniform, which always is.
 FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha", "blend")
-_DECIDING = 4
-_FINALISTS = 4
+_DECIDING = 4  # windows to decide on, for each to search on
+_FINALISTS = 4  # three proposals and what was refined: what pruning/evolution.py ends with
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 

@@ -137,7 +137,7 @@ def held_out_windows(
 ) -> torch.Tensor:
     """At most `count` windows of `length` tokens that overlap none of `sample_windows(ids, samples, seqlen, seed)`.
 
-    They come in an order of chance, so that some of them are from all of the text.
+    They come in an order of chance, so that the first few are from all of the text, too.
 
     Raises:
         TextError: the samples leave fewer than two.
