@@ -15,8 +15,8 @@ from tawny.model.linears import linears_of
 from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.pruning import journal as journal_module
 from tawny.pruning import run as run_module
+from tawny.pruning.demand import demand_of
 from tawny.pruning.memory import parse_size, sharing_inputs
-from tawny.pruning.run import demand_of
 from tawny.recipe import resolve_recipe
 from tests.pruning.test_journal import PressesCtrlC, files
 from tests.tiny import tiny_model, tokens

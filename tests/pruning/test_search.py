@@ -24,14 +24,15 @@ from tawny.pruning import run as run_module
 from tawny.pruning import scoring as scoring_module
 from tawny.pruning import search as search_module
 from tawny.pruning.block import BlockRun
+from tawny.pruning.demand import demand_of
 from tawny.pruning.grid import BLENDS, Grid, families_for
 from tawny.pruning.journal import Journal
 from tawny.pruning.levels import LevelStore, solve_levels
 from tawny.pruning.profiling import Together
 from tawny.pruning.ranks import Ranks
-from tawny.pruning.run import Run, demand_of
+from tawny.pruning.run import Run
 from tawny.pruning.scoring import Reference, Scorer
-from tawny.pruning.search import needs_of_search, stand_in
+from tawny.pruning.search_cost import needs_of_search, stand_in
 from tawny.pruning.space import make_space
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS

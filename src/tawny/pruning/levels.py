@@ -8,7 +8,7 @@ what is lost before them, and a model put together from such says little of one 
 
 from __future__ import annotations
 
-__all__ = ["LevelStore", "Solved", "solve_levels", "store_bytes"]
+__all__ = ["LevelStore", "Solved", "solve_levels"]
 
 import hashlib
 import json
@@ -33,17 +33,8 @@ from tawny.pruning.block import BlockRun
 from tawny.pruning.profiling import LazyWeights, profile_samples
 from tawny.pruning.rehearsal import Rehearsal, dense_again
 from tawny.pruning.run import Run
+from tawny.pruning.search_cost import store_bytes
 from tawny.pruning.space import Space
-
-
-def store_bytes(space: Space, dtype: torch.dtype) -> int:
-    """Bytes that the solutions of all levels take; a level that removes nothing takes none."""
-    return sum(
-        x.numel * dtype.itemsize
-        for i, x in enumerate(space.linears)
-        for level in space.levels
-        if space.sparsity(i, level) > 0
-    )
 
 
 class LevelStore:

@@ -22,11 +22,12 @@ from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
 from tawny.patterns import check_pattern
 from tawny.precision import DTYPES, native_dtype, rounds_products
+from tawny.pruning.demand import demand_of, needs_of
 from tawny.pruning.memory import available, parse_size, place, sharing_inputs
 from tawny.pruning.profiling import PROFILE_TOKENS, allocate
 from tawny.pruning.refine import holds_out
-from tawny.pruning.run import compute_dtype, demand_of, needs_of
-from tawny.pruning.search import cost_of_search, needs_of_search, stand_in
+from tawny.pruning.run import compute_dtype
+from tawny.pruning.search_cost import cost_of_search, needs_of_search, stand_in
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.solvers.base import Work
 from tawny.watch import Watch, silent

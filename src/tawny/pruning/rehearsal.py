@@ -19,8 +19,9 @@ from tawny.errors import NumericalError
 from tawny.model import durable
 from tawny.model.streams import Samples, Stream
 from tawny.pruning.block import BlockRun
+from tawny.pruning.demand import needs_of
 from tawny.pruning.journal import Journal
-from tawny.pruning.run import Run, needs_of
+from tawny.pruning.run import Run
 from tawny.watch import Silent, Watch
 
 

@@ -9,7 +9,7 @@ kept in a journal, and the same command goes on from it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tawny.allocation.profile import Allocation, LinearInfo, Profile
+from tawny.allocation.profile import Allocation, Profile
 from tawny.calibration.context import check_context
 from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Needs, Statistics
@@ -42,18 +42,17 @@ from tawny.packed.kernels.native import kernel_name
 from tawny.patterns import Pattern, check_pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.pruning.block import BlockRun
+from tawny.pruning.demand import demand_of, needs_of
 from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
 from tawny.pruning.memory import (
-    Demand,
     Placement,
     available,
     give_back,
     parse_size,
     place,
-    workspace,
 )
 from tawny.pruning.outliers import DEFAULT_M
-from tawny.pruning.profiling import allocate, profile_samples, profile_walk
+from tawny.pruning.profiling import allocate, profile_walk
 from tawny.pruning.ranks import Ranks, is_lost
 from tawny.pruning.refine import holds_out
 from tawny.recipe import Recipe, dump_recipe, resolve_recipe
@@ -604,63 +603,3 @@ class Run:
         config.pop("torch_dtype", None)
         config["dtype"] = self.recipe.dtype
         self.output.write_text("config.json", json.dumps(config, indent=2) + "\n")
-
-
-def needs_of(recipe: Recipe, solver: Any) -> Needs:
-    """What calibration has to yield for the solves of a recipe."""
-    needs: Needs = "hessian" if recipe.refit else solver.needs
-    return needs
-
-
-def demand_of(
-    recipe: Recipe,
-    stack: Stack,
-    by_block: Sequence[Sequence[Linear]],
-    solver: Any,
-    allocator: Any,
-    characters: int,
-    samples: tuple[int, int] | None = None,
-    *,
-    given: Samples | None = None,
-) -> Demand:
-    """What a run asks of memory; `samples` (count, tokens) where they are not the recipe's, `given` where no text is."""
-    needs = needs_of(recipe, solver)
-    refining = recipe.refine.epochs > 0
-    wanted = needs != "none" or allocator.needs != "none" or refining
-    count, seqlen = samples or (recipe.calibration.samples, recipe.calibration.seqlen)
-    profiled = (
-        len(profile_samples(Samples(torch.zeros(count, seqlen, dtype=torch.int8)), recipe))
-        if wanted and count
-        else 0
-    )
-    searching: dict[str, Any] = {}
-    if getattr(allocator, "searches", False):
-        from tawny.pruning.search import cost_of_search, needs_of_search, stand_in
-
-        infos = [LinearInfo(x.name, x.shape, i) for i, linears in enumerate(by_block) for x in linears]
-        cost = cost_of_search(recipe, infos, stack.compute, stack.hidden_bytes, given=given)
-        by = stand_in(allocator, recipe.solver.name, solver)[1]
-        searching = {
-            "searched": min(cost["samples"], count),
-            "search_needs": needs_of_search(recipe),
-            "level_needs": needs_of(recipe, by),
-            "level_workspace": workspace(by, needs_of(recipe, by)),
-            "held_out": cost["held_out"],
-            "candidates": cost["candidates"],
-            "finals": cost["finalists"] > 0,
-        }
-    return Demand(
-        stack=stack,
-        by_block=by_block,
-        needs=needs,
-        allocator_needs=allocator.needs,
-        measures=allocator.measures_weights,
-        samples=count if wanted else 0,
-        seqlen=seqlen if wanted else 0,
-        profiled=profiled,
-        characters=characters if wanted else 0,
-        in_data_order=recipe.order == "data",
-        refining=refining,
-        workspace=workspace(solver, needs),
-        **searching,
-    )

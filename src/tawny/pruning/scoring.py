@@ -6,7 +6,7 @@ that agree on the first blocks go through them together. Memory is that of pruni
 
 from __future__ import annotations
 
-__all__ = ["Reference", "Scorer", "hidden_of"]
+__all__ = ["Reference", "Scorer"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,21 +20,11 @@ from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.pruning.levels import LevelStore
 from tawny.pruning.memory import LOGIT_BYTES
+from tawny.pruning.search_cost import candidates_at_once
 from tawny.pruning.space import Levels
 from tawny.watch import Watch
 
 _CACHED_BYTES = 8_000_000  # of float32 logits that softmax and product read again before they leave the cache
-_HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
-
-
-def _at_once(size: int) -> int:
-    """How many candidates with hidden states of so many bytes go through a block together: each before and behind it."""
-    return max(1, _HIDDEN_BYTES // (2 * size))
-
-
-def hidden_of(candidates: int, size: int) -> int:
-    """Bytes of hidden states while so many candidates are compared, `size` each: theirs, and the embedded tokens."""
-    return (2 * min(candidates, _at_once(size)) + 1) * size
 
 
 class Reference:
@@ -95,7 +85,7 @@ class Scorer:
         """The score of each candidate on the numbered windows; infinite where a model has broken down."""
         rows, samples = list(windows), self.samples(windows)
         size = len(rows) * samples.seqlen * self.stack.hidden_bytes
-        at_once = _at_once(size)
+        at_once = candidates_at_once(size)
         # Neighbours in this order agree on the most blocks.
         order = sorted(range(len(candidates)), key=lambda i: candidates[i])
         scores = [math.inf] * len(candidates)

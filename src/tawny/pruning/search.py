@@ -15,7 +15,7 @@ may change what is tried, and the record says so.
 
 from __future__ import annotations
 
-__all__ = ["allocate_by_search", "cost_of_search", "needs_of_search", "write_search"]
+__all__ = ["allocate_by_search", "write_search"]
 
 import hashlib
 import json
@@ -25,45 +25,32 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tawny.allocation.alpha import Alpha
 from tawny.allocation.auto import Auto, seconds_of
-from tawny.allocation.blend import Blend
-from tawny.allocation.dlp import Dlp
-from tawny.allocation.lsa import Lsa
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
-from tawny.calibration.statistics import Needs, most
 from tawny.errors import NumericalError, TextError
 from tawny.model.streams import Samples
 from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Trial, search
-from tawny.pruning.grid import BLENDS, OWL_MS, Grid, families_for
+from tawny.pruning.grid import Grid, families_for
 from tawny.pruning.journal import code_identity, tokens_identity
-from tawny.pruning.levels import LevelStore, Solved, solve_levels, store_bytes
+from tawny.pruning.levels import LevelStore, Solved, solve_levels
 from tawny.pruning.profiling import Together, allocate, block_sparsities
 from tawny.pruning.rehearsal import rehearse
-from tawny.pruning.scoring import Scorer, hidden_of
+from tawny.pruning.scoring import Scorer
+from tawny.pruning.search_cost import held_back, measuring, searched_windows, stand_in, store_bytes
 from tawny.pruning.space import Space, make_space
-from tawny.recipe import Recipe
 from tawny.record import finite
-from tawny.solvers import SOLVERS, Solver
 
 if TYPE_CHECKING:
     from tawny.pruning.run import Run
 
-_BLENDED = dict.fromkeys(name for of in BLENDS for name in of.split(","))
-_MEASURED: dict[str, Callable[[], Any]] = {
-    "dlp": Dlp,
-    "lsa": Lsa,
-    "alpha": Alpha,
-    "blend": lambda: Blend(",".join(_BLENDED)),
-}
 _DRAWN_M = "5"
 
 
@@ -87,25 +74,6 @@ def allocate_by_search(run: Run) -> Allocation:
     return allocation
 
 
-def stand_in(auto: Auto, name: str, solver: Solver) -> tuple[str, Solver]:
-    """What makes the solutions that a search puts together: `proxy`, or what the solver names as fast and alike."""
-    other = auto.proxy or getattr(solver, "stand_in", None)
-    return (name, solver) if other in (None, name) else (other, SOLVERS[other]())
-
-
-def needs_of_search(recipe: Recipe) -> Needs:
-    """What the walk of a search collects: for the solutions, the refit of each, and the candidates."""
-    auto: Auto = recipe.make_allocator()
-    solver = stand_in(auto, recipe.solver.name, recipe.make_solver())[1]
-    refit: Needs = "hessian" if recipe.refit else "none"
-    return most([solver.needs, _measuring(auto).needs, refit])
-
-
-def _measuring(auto: Auto) -> Together:
-    """What the candidates of a search read from a block."""
-    return Together({name: _MEASURED[name]() for name in auto.families if name in _MEASURED}, OWL_MS)
-
-
 def _infos(run: Run) -> tuple[LinearInfo, ...]:
     return tuple(LinearInfo(x.name, x.shape, i) for i, linears in enumerate(run.by_block) for x in linears)
 
@@ -118,10 +86,10 @@ def _search(run: Run) -> dict[str, Any]:
     space = make_space(_infos(run), run.pattern, recipe.sparsity, auto.levels, auto.step)
     samples, held_out = _split(run, auto)
     count = len(held_out)
-    searched = _searched(auto, count)
+    searched = searched_windows(auto, count)
     windows, deciding = range(searched), range(searched, count)
     name_of_solver, solver = stand_in(auto, recipe.solver.name, run.solver)
-    together = _measuring(auto)
+    together = measuring(auto)
     with _level_store(run, space) as store:
         solved = solve_levels(
             run, space, store, solver=solver, measuring=together, samples=samples, held_out=held_out
@@ -263,7 +231,7 @@ def _split(run: Run, auto: Auto) -> tuple[Samples, Samples]:
     if run.held_out is not None:
         held_out = Samples(run.held_out)
     else:  # tokens were given: some of them are kept back while allocations are tried
-        kept, length = _held_back(auto, samples)
+        kept, length = held_back(auto, samples)
         if len(samples) < 2:
             raise TextError(
                 "auto compares models on tokens held out of the calibration: give at least 2 samples"
@@ -273,17 +241,6 @@ def _split(run: Run, auto: Auto) -> tuple[Samples, Samples]:
         held_out = Samples(samples.tokens[cut:, :length], None if mask is None else mask[cut:])
         samples = samples.first(cut)
     return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), held_out.repeating(auto.repeat)
-
-
-def _searched(auto: Auto, held_out: int) -> int:
-    """How many of the held-out windows are searched on; a short text leaves no more than half."""
-    return min(auto.windows, held_out - held_out // 2)
-
-
-def _held_back(auto: Auto, samples: Samples) -> tuple[int, int]:
-    """How many windows of how many tokens are kept back of samples that were given; those with a mask are not cut."""
-    length = samples.seqlen if samples.mask is not None else min(auto.length, samples.seqlen)
-    return min(auto.held_out, len(samples) // 4) or 1, length
 
 
 def _over(auto: Auto, started: float) -> str:
@@ -362,51 +319,3 @@ def write_search(run: Run) -> None:
             M=_DRAWN_M,
             title=run.source,
         )
-
-
-def cost_of_search(
-    recipe: Recipe,
-    linears: Sequence[LinearInfo],
-    dtype: torch.dtype,
-    hidden_bytes: int,
-    *,
-    given: Samples | None = None,
-) -> dict[str, int]:
-    """What a search takes: `disk`, `candidates` and `held_out` (hidden states in memory) in bytes, `levels`, calibration
-    `samples`, `tokens` through the whole model, and `finalists` that are pruned in earnest.
-
-    Args:
-        dtype: of the solutions that are kept.
-        hidden_bytes: of one token.
-        given: samples in the place of the recipe's text.
-    """
-    auto: Auto = recipe.make_allocator()
-    space = make_space(tuple(linears), recipe.make_pattern(), recipe.sparsity, auto.levels, auto.step)
-    seqlen = recipe.calibration.seqlen if given is None else given.seqlen
-    held_out, length = auto.held_out, min(auto.length, seqlen)
-    if given is not None:
-        held_out, length = _held_back(auto, given)
-    all_windows = _searched(auto, held_out)
-    few = max(1, all_windows // 4)
-    generations = math.ceil(auto.trials / 3 / auto.offspring)
-    tried = auto.trials * few + generations * (
-        max(1, auto.offspring // 4) * max(1, all_windows // 2) + max(1, auto.offspring // 8) * all_windows
-    )
-    proven = auto.finalists and auto.finalists + 1  # with uniform
-    ranking = all_windows if proven else held_out - all_windows
-    rounds = [
-        (auto.offspring + len(auto.families), few),
-        (max(4, auto.trials // 4), max(1, all_windows // 2)),
-        (max(5, auto.offspring // 8), all_windows),
-        (5, ranking),
-    ]
-    deciding = (held_out - all_windows) * (proven or 5) + (5 * all_windows if proven else 0)
-    return {
-        "disk": store_bytes(space, dtype),
-        "levels": len(space.levels),
-        "tokens": (tried + 5 * all_windows + deciding + held_out) * length,
-        "samples": max(1, math.ceil(auto.tokens / seqlen)),
-        "candidates": max(hidden_of(n, windows * length * hidden_bytes) for n, windows in rounds),
-        "held_out": held_out * length * hidden_bytes,
-        "finalists": proven,
-    }
