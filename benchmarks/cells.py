@@ -81,7 +81,7 @@ class Cells:
         self.started = time.monotonic()
         self.made = 0
         self.kept = args.results.with_suffix(".searches.json")
-        setting = {
+        setting: dict[str, Any] = {
             "model": Path(args.model).name,
             "calibration": {"text": args.calibration, "samples": args.samples, "seqlen": args.seqlen},
             "evaluation": {
@@ -90,6 +90,9 @@ class Cells:
                 "windows": args.windows,
             },
         }
+        if any(windows.bos for windows in self.windows.values()):
+            for part in ("calibration", "evaluation"):
+                setting[part]["bos"] = True
         self.searched_on = {key: setting[key] for key in ("model", "calibration")}
         self.results: dict[str, Any] = {**setting, "dense": None, "cells": {}}
         if args.results.exists():

@@ -135,7 +135,7 @@ def test_a_mistyped_key_of_any_section_is_refused_with_the_nearest(key, near):
 def test_a_fingerprint_is_the_same_on_every_machine():
     # Written down, so that a change of the format is noticed: it would orphan every interrupted run.
     recipe = resolve_recipe(sparsity=0.5, allocator="uniform", solver="magnitude", text="wiki")
-    assert recipe.fingerprint() == "5ec9e1f4d608a1db6e99670a9666e7a8ee7a804efeaee94fd6471aa2cfc4fed2"
+    assert recipe.fingerprint() == "f5c16f67a0a06880a17e33e95328c607c8e740eefe9ff521aedfa7f412409b8c"
 
 
 def test_two_of_four_in_yaml_stays_a_string(tmp_path):
@@ -325,6 +325,14 @@ def test_compat_is_handed_down_to_the_classes_that_know_it():
     only = resolve_recipe({"sparsity": 0.5, "allocator": "owl"}, ["allocator.compat=official"])
     assert only.compat is None and only.make_allocator().compat == "official"
     assert Recipe.from_mapping(only.to_mapping()) == only
+
+
+def test_only_what_the_official_code_does_leaves_bos_out_unasked():
+    assert resolve_recipe(sparsity=0.5).bos is None
+    assert resolve_recipe(sparsity=0.5, compat="official").bos is False
+    for bos in (True, False):
+        for compat in ([], ["compat=official"]):
+            assert resolve_recipe({"sparsity": 0.5}, [f"calibration.bos={bos}", *compat]).bos is bos
 
 
 def test_short_names_of_dtypes_and_torch_dtypes_are_taken():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def tiny_tokenizer() -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+def tiny_tokenizer(*, begins: bool = False) -> Any:
+    """`begins`: it puts BOS before a text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     from tests.tiny import VOCABULARY
@@ -16,6 +17,8 @@ def tiny_tokenizer() -> Any:
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made.decoder = decoders.Fuse()
+    if begins:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="?"
     )

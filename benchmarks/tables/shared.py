@@ -74,9 +74,10 @@ def seconds_table(
 
 def setting_line(result: Mapping[str, Any]) -> str:
     seen, measured = result["calibration"], result["evaluation"]
+    begun = ", each begun with BOS" if measured.get("bos") else ""
     return (
         f"{result['model']}, calibrated on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']}, measured on "
-        f"{measured['windows']} windows of {measured['seqlen']} tokens. ± is the standard error over windows.\n"
+        f"{measured['windows']} windows of {measured['seqlen']} tokens{begun}. ± is the standard error over windows.\n"
     )
 
 

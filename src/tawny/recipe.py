@@ -95,13 +95,15 @@ class Choice:
 class Calibration:
     """Which tokens the model is shown: `samples` seeded random windows of `seqlen` tokens of `text`.
 
-    The last `repeat` of each, as a share, says again what stood before in it.
+    The last `repeat` of each, as a share, says again what stood before in it. `bos`: each begins with BOS, or only what
+    stands at the beginning of the text; as the tokenizer begins a text if None, but as the papers do under `compat: official`.
     """
 
     text: Annotated[str, Field(min_length=1)] = "c4"
     samples: Annotated[int, Field(ge=1)] = 128
     seqlen: Annotated[int, Field(ge=2)] = 2048
     repeat: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    bos: bool | None = None
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -136,6 +138,12 @@ class Recipe:
     profile_samples: Annotated[int, Field(ge=1)] | None = None
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
     version: Literal[1] = 1
+
+    @property
+    def bos(self) -> bool | None:
+        """`calibration.bos`; under `compat: official` windows do not begin with BOS unless it says so."""
+        given = self.calibration.bos
+        return False if given is None and self.compat == "official" else given
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Recipe:

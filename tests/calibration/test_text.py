@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.calibration import text as module
-from tawny.calibration.text import evaluation_windows, held_out_windows, load_text, sample_windows, tokenise
-from tawny.errors import TextError
+from tawny.calibration.text import (
+    evaluation_windows,
+    first_token,
+    held_out_windows,
+    load_text,
+    sample_windows,
+    tokenise,
+)
+from tawny.errors import RecipeError, TextError
 
 
 class Letters:
@@ -21,10 +28,23 @@ class Letters:
 
     calls = 0
 
-    def __call__(self, text, return_attention_mask, verbose):
+    bos_token_id = 1
+
+    def __call__(self, text, return_attention_mask, verbose, add_special_tokens=True):
         assert not verbose, "a corpus longer than the context is no reason for a warning"
         Letters.calls += 1
-        return {"input_ids": [1, *map(ord, text)]}
+        return {"input_ids": [*[1] * add_special_tokens, *map(ord, text)]}
+
+
+class Bare(Letters):
+    """One that knows BOS and leaves it to others, as many do."""
+
+    def __call__(self, text, return_attention_mask, verbose, add_special_tokens=True):
+        return {"input_ids": [*map(ord, text)]}
+
+
+class Without(Bare):
+    bos_token_id = None
 
 
 def test_a_txt_file_is_one_document_as_it_is(tmp_path):
@@ -155,6 +175,51 @@ def test_a_text_is_tokenised_once_whole_with_its_special_tokens(tmp_path):
     before = Letters.calls
     ids = tokenise(load_text(tmp_path / "a.txt"), Letters())
     assert ids.tolist() == [1, 97, 98, 99] and ids.dtype == torch.int64 and Letters.calls == before + 1
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text_unless_told_otherwise():
+    assert [first_token(each) for each in (Letters(), Bare(), Without(), object())] == [1, None, None, None]
+    assert [first_token(each, False) for each in (Letters(), Bare(), Without())] == [None] * 3
+    assert [first_token(each, True) for each in (Letters(), Bare())] == [1, 1]
+    with pytest.raises(RecipeError, match="this tokenizer has no BOS"):
+        first_token(Without(), True)
+    assert tokenise("abc", Letters(), bos=1).tolist() == [97, 98, 99]  # every window has its own
+
+
+@settings(deadline=None, max_examples=50)
+@given(length=st.integers(60, 200), seqlen=st.integers(2, 20), seed=st.integers(0, 9))
+def test_with_bos_a_window_is_bos_and_one_token_less_of_the_text(length, seqlen, seed):
+    ids = torch.arange(100, 100 + length)
+    makers = [
+        lambda size, **bos: sample_windows(ids, 3, size, seed, **bos),
+        lambda size, **bos: evaluation_windows(ids, size, 3, **bos),
+        lambda size, **bos: evaluation_windows(ids, size, 3, stride=1, **bos),
+    ]
+    for make in makers:
+        if seqlen == 2:  # a window of the text alone has two tokens at least
+            assert make(seqlen, bos=1).shape == (3, 2)
+            continue
+        begun = make(seqlen, bos=1)
+        assert (begun[:, 0] == 1).all() and torch.equal(begun[:, 1:], make(seqlen - 1))
+    apart = evaluation_windows(ids, seqlen, bos=1, stride=seqlen)  # no more than all of the text
+    assert torch.equal(apart[:, 1:].flatten(), ids[: len(apart) * (seqlen - 1)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_held_out_windows_with_bos_overlap_no_sample(seed):
+    ids = torch.arange(100, 3100)
+    taken = set(sample_windows(ids, 12, 100, seed, bos=1)[:, 1:].flatten().tolist())
+    windows = held_out_windows(ids, 12, 100, seed, 50, 6, bos=1)
+    assert windows.shape == (6, 50) and (windows[:, 0] == 1).all()
+    assert not taken & set(windows[:, 1:].flatten().tolist())
+    assert (windows[:, 1:].diff(dim=1) == 1).all()
+
+
+def test_too_short_a_text_is_told_the_length_that_was_asked_for():
+    with pytest.raises(TextError, match="2 windows of 8 need 14"):
+        evaluation_windows(torch.arange(13), 8, 2, bos=1)
+    with pytest.raises(TextError, match="2 samples of 8 need at least 8"):
+        sample_windows(torch.arange(7), 2, 8, 0, bos=1)
 
 
 @settings(deadline=None, max_examples=50)

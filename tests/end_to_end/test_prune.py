@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.allocation import ALLOCATORS
+from tawny.calibration.text import sample_windows, tokenise
 from tawny.errors import ModelError, NumericalError, OutputError, PatternError, RecipeError
 from tawny.model.blocks import open_stack
 from tawny.model.checkpoint import Checkpoint
@@ -17,6 +19,7 @@ from tawny.model.structure import find_stack
 from tawny.solvers import SOLVERS
 from tests.reference import official_flow
 from tests.tiny import FAMILIES, tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
 
 
 def prunable(model):
@@ -384,3 +387,30 @@ def test_padding_does_not_count_in_statistics():
         tawny.prune(model, sparsity=0.6, solver="wanda", compute="float32", calibration=(padded, mask))
         made.append(prunable(model))
     assert all(torch.equal(made[0][name] == 0, made[1][name] == 0) for name in made[0])
+
+
+def test_samples_begin_as_the_tokenizer_begins_a_text_but_not_as_the_papers_do(tmp_path):
+    text, dense = tmp_path / "text.txt", tmp_path / "dense"
+    text.write_text("The owl hunts at night. " * 20)
+    tiny_model("llama").save_pretrained(dense)
+    tokenizer = tiny_tokenizer(begins=True)
+    tokenizer.save_pretrained(dense)
+    keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "wanda", "compute": "float32"}
+    read = {"calibration": str(text), "samples": 4, "seqlen": 16}
+
+    def pruned(name, **more):
+        record = tawny.prune(dense, tmp_path / name, **keys, **more)
+        return record, load_file(tmp_path / name / "model.safetensors")
+
+    record, weights = pruned("begun", **read)
+    assert record.text["bos"] is True
+    bare = tokenise(text.read_text(), tokenizer, bos=1)
+    same = pruned("given", calibration=sample_windows(bare, 4, 16, 0, bos=1))[1]
+    assert weights.keys() == same.keys() and all(torch.equal(weights[key], same[key]) for key in same)
+    papers, others = pruned("papers", **read, bos=False)
+    assert papers.text["bos"] is False
+    whole = tokenise(text.read_text(), tokenizer)
+    same = pruned("whole", calibration=sample_windows(whole, 4, 16, 0))[1]
+    assert all(torch.equal(others[key], same[key]) for key in same)
+    assert any(not torch.equal(others[key], weights[key]) for key in same)
+    assert pruned("official", **read, compat="official")[0].text["bos"] is False

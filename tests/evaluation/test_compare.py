@@ -68,6 +68,7 @@ def setting(text, **changes):
         "task_data": None,
         "limit": None,
         "speed": True,
+        "bos": None,
         "threads": 1,
         "rounds": 1,
         "prompt_tokens": 8,

@@ -91,6 +91,38 @@ def test_the_recipe_says_which_tokens_of_overlapping_windows_count(tmp_path):
     assert recipe(windows=1, stride=8) == (f"1 window of 24 tokens, {apart}", 23)
 
 
+@pytest.mark.parametrize("stride", [None, 9])
+def test_every_window_begins_with_bos_where_the_tokenizer_begins_a_text_with_it(stride, tmp_path):
+    text, model = tmp_path / "text.txt", tiny_model("llama")
+    text.write_text("The owl hunts at night. " * 20)
+    tokenizer = tiny_tokenizer(begins=True)
+    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
+    total, count = 0.0, 0
+    for number in range(3):
+        start = number * (stride or 23)
+        window = torch.cat([torch.tensor([1]), ids[start : start + 23]])
+        with torch.no_grad():
+            log_p = model(window[None]).logits[0, :-1].log_softmax(-1)
+        losses = -log_p[torch.arange(23), window[1:]]
+        counted = losses if number == 0 or stride is None else losses[-stride:]
+        total, count = total + float(counted.sum()), count + len(counted)
+    keys = {"tokenizer": tokenizer, "seqlen": 24, "windows": 3, "compute": "float32"}
+    made = tawny.evaluate(model, str(text), stride=stride, **keys)
+    assert made.loss == pytest.approx(total / count, rel=1e-4)
+    assert made.bos and made.tokens == count and made.stride == (stride or 23)
+    assert ("each begun with BOS" in made.recipe) and ("apart" in made.recipe) == (stride is not None)
+    assert made.bits_per_byte == pytest.approx(made.loss / math.log(2), rel=1e-6)  # a byte a token
+    whole = torch.tensor(tokenizer(text.read_text())["input_ids"])[: 3 * 24].view(3, 24)
+    papers = tawny.evaluate(model, str(text), bos=False, **keys)
+    assert papers.loss == tawny.evaluate(model, whole, compute="float32").loss
+    assert not papers.bos and "BOS" not in papers.recipe
+    apart = tawny.agreement(model, model, str(text), **keys)
+    assert apart.perplexity.loss == pytest.approx(tawny.evaluate(model, str(text), **keys).loss, rel=1e-6)
+    with pytest.raises(RecipeError, match="has no BOS"):
+        tokenizer.bos_token = None
+        tawny.evaluate(model, str(text), bos=True, **keys)
+
+
 def test_inspection_counts_zeros_and_recognises_patterns(tmp_path):
     model = tiny_model("llama")
     tawny.prune(

@@ -27,6 +27,7 @@ from tawny.report.push import push
 from tests.recovery.models import SHORT, dense_and_pruned, folder_keys, save_letters
 from tests.reference import distil as reference
 from tests.tiny import FAMILIES, tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
 
 
 def zeros(model):
@@ -701,11 +702,23 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
         data, "load_text", lambda name, split: type("T", (), {"name": name, "sha256": "", "split": split})
     )
     monkeypatch.setattr(
-        data, "tokenise", lambda text, tokenizer: long if text.split == "calibration" else short
+        data, "tokenise", lambda text, tokenizer, bos: long if text.split == "calibration" else short
     )
     reading = read(tawny.Recovery.make(text="wiki", seqlen=10, batch=2, eval_windows=3), None)
     held = reading.windows[reading.held_out]
     assert held[:, 0].tolist() == [2070, 2080, 2090]
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_what_is_trained_and_measured_on_begins_as_the_tokenizer_begins_a_text(tmp_path, bos):
+    text = tmp_path / "text.txt"
+    text.write_text("The owl hunts at night. " * 20)
+    for begins in (True, False):
+        made = read(
+            tawny.Recovery.make(text=str(text), seqlen=10, batch=2, bos=bos), tiny_tokenizer(begins=begins)
+        )
+        begun = begins if bos is None else bos
+        assert made.about["bos"] is begun and bool((made.windows[:, 0] == 1).all()) is begun
 
 
 def test_what_cannot_be_sharded_is_refused(pair):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import check_device, check_file, console_for
-from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Compute, Limit, TaskFolder, Tasks, check_compute
+from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
 from tawny.cli.options import OUTPUT, AsJson, Device, Threads
 from tawny.cli.root import app
 
@@ -48,6 +48,7 @@ def compare(
             rich_help_panel=TEXT,
         ),
     ] = None,
+    bos: Bos = None,
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
@@ -87,6 +88,7 @@ def compare(
                 text=None if text == "none" else text,
                 seqlen=seqlen,
                 windows=windows,
+                bos=bos,
                 tasks=tasks,
                 task_data=task_data,
                 limit=limit,

@@ -17,6 +17,15 @@ TEXT, TASKS = "On a text", "On questions"
 DEFAULT_TEXT = "wikitext2"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin each window with BOS, or, as the papers do, none but the first. "
+        "Default: as the tokenizer begins a text.",
+        rich_help_panel=TEXT,
+    ),
+]
 Tasks = Annotated[
     str | None,
     typer.Option(
@@ -98,11 +107,12 @@ def eval_(
         typer.Option(
             "--stride",
             metavar="N",
-            help="Tokens from one window to the next. Default: --seqlen, so that none overlap.",
+            help="Tokens from one window to the next. Default: a window's, so that none overlap.",
             min=1,
             rich_help_panel=TEXT,
         ),
     ] = None,
+    bos: Bos = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -135,6 +145,7 @@ def eval_(
                 "seqlen": seqlen,
                 "windows": windows,
                 "stride": stride,
+                "bos": bos,
                 "compute": compute,
                 "device": device or "cpu",
             }

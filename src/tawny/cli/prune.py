@@ -198,12 +198,14 @@ def _made_for(dense: Path, out: Path) -> bool:
 
 def _windows(model: str, text: str, recipe: Recipe) -> int:
     """How many windows to compare on; asked before the work, since too short a text should not cost a whole run."""
-    from tawny.calibration.text import evaluation_windows, load_text, tokenise
+    from tawny.calibration.text import evaluation_windows, first_token, load_text, tokenise
     from tawny.model.source import load_tokenizer, resolve
 
     loaded = load_text(text, "evaluation")
-    ids = tokenise(loaded, load_tokenizer(resolve(model)))
-    available = evaluation_windows(ids, recipe.calibration.seqlen, name=f"text {loaded.name!r}")
+    tokenizer = load_tokenizer(resolve(model))
+    first = first_token(tokenizer, recipe.bos)
+    ids = tokenise(loaded, tokenizer, first)
+    available = evaluation_windows(ids, recipe.calibration.seqlen, name=f"text {loaded.name!r}", bos=first)
     return min(EVAL_WINDOWS, len(available))
 
 
@@ -222,6 +224,7 @@ def _compare(
                 text,
                 seqlen=recipe.calibration.seqlen,
                 windows=windows,
+                bos=recipe.bos,
                 device=recipe.device,
                 watch=watch,
             )

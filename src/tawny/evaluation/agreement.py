@@ -76,6 +76,7 @@ def agreement(
     seqlen: int = 2048,
     windows: int | None = None,
     stride: int | None = None,
+    bos: bool | None = None,
     tokenizer: Any = None,
     compute: str = "auto",
     device: str = "cpu",
@@ -102,7 +103,7 @@ def agreement(
         check_context(model, tokens_a_window(text, seqlen))
     if not isinstance(text, Tensor) and tokenizer is None:
         tokenizer = _shared_tokenizer(called, dense_folder, folder)
-    made = windows_of(text, seqlen, windows, stride, tokenizer)
+    made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
             stream_through(dense_stack, made.ids, watch, "dense model"),

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tawny.calibration.text import evaluation_windows, load_text, tokenise
+from tawny.calibration.text import evaluation_windows, first_token, load_text, tokenise
 from tawny.errors import ModelError, TawnyError
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
@@ -61,6 +61,7 @@ def compare(
     text: str | None = "wikitext2",
     seqlen: int = 2048,
     windows: int | None = None,
+    bos: bool | None = None,
     tasks: str | Sequence[str] | None = None,
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -79,6 +80,7 @@ def compare(
         sources: folders (dense or packed), hub ids, `.gguf` files or `smollm2`; the first is what others differ from.
         text: for perplexity and KL divergence; None leaves them out.
         windows: how many from the start of the text; at most 20 if None.
+        bos: as for `evaluate`.
         tasks: as for `evaluate_tasks`; none if None.
         speed: also prefill and decoding speed.
         rounds, prompt_tokens: as for `bench`.
@@ -98,11 +100,12 @@ def compare(
 
         tasks = check_tasks(tasks)
     if text is not None:
-        windows = _windows(named, text, seqlen, windows)
+        windows = _windows(named, text, seqlen, windows, bos)
     setting: dict[str, Any] = {
         "text": text,
         "seqlen": seqlen,
         "windows": windows,
+        "bos": bos,
         "tasks": tasks,
         "task_data": None if task_data is None else str(task_data),
         "limit": limit,
@@ -137,7 +140,7 @@ def short_names(sources: Sequence[str]) -> list[str]:
     return list(sources)
 
 
-def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None) -> int:
+def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None, bos: bool | None) -> int:
     """How many windows all models are asked; found out before the first of them is measured."""
     loaded = load_text(text, "evaluation")
     failed: TawnyError | None = None
@@ -147,8 +150,9 @@ def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None
         except TawnyError as error:  # its column will say so
             failed = failed or error
             continue
-        ids = tokenise(loaded, tokenizer)
-        found = evaluation_windows(ids, seqlen, windows, f"text {loaded.name!r}")
+        first = first_token(tokenizer, bos)
+        ids = tokenise(loaded, tokenizer, first)
+        found = evaluation_windows(ids, seqlen, windows, f"text {loaded.name!r}", bos=first)
         return len(found) if windows is not None else min(MOST_WINDOWS, len(found))
     raise failed or ModelError("nothing to compare: give one or more models")
 
@@ -255,7 +259,7 @@ def measure(
     row["file_bytes"] = size
     row.update(part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, watch)) or {})
     row.update(part("sparsity", lambda: _sparsity(folder)) or {})
-    keys = {key: setting[key] for key in ("seqlen", "windows", "compute", "device")}
+    keys = {key: setting[key] for key in ("seqlen", "windows", "bos", "compute", "device")}
     if setting["text"] is not None:
         measured = None
         if against is not None:

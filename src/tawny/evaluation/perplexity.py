@@ -1,13 +1,15 @@
 """Perplexity over windows of a text, walked block by block: one block's weights are in memory at a time.
 
-The text is joined and tokenised once; the first N windows of `seqlen` tokens are taken and the tail is dropped. In
+The text is joined and tokenised once; the first N windows of `seqlen` tokens are taken and the tail is dropped. Where
+the tokenizer puts BOS before a text, each window begins with it. In
 each window every token but the first is predicted. With a stride below `seqlen` windows overlap, and of each but the
 first only its last `stride` tokens count, so that every one of them has at least `seqlen - stride` before it.
 Losses are taken in float32 and averaged over all tokens that count.
 `stderr` is perplexity × sd(mean loss of a window) / √N: how far another N windows of such text might move it.
 
 This is how the papers measure: WikiText-2's test split joined by blank lines, PTB's by spaces, the first 256 windows
-of 1,100 documents of C4's validation split joined by spaces, all with windows of 2048 that do not overlap.
+of 1,100 documents of C4's validation split joined by spaces, all with windows of 2048 that do not overlap and, whatever
+the tokenizer, no BOS in windows but the first (`bos=False`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.calibration.context import check_context
-from tawny.calibration.text import Text, check_windows, evaluation_windows, load_text, tokenise
+from tawny.calibration.text import Text, check_windows, evaluation_windows, first_token, load_text, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import open_stack_of
 from tawny.machine import peak_memory
@@ -51,7 +53,8 @@ class Perplexity:
         peak_memory: bytes, of the whole process so far.
         bits_per_byte: total loss in bits over the UTF-8 bytes of the windows' text, which compares models with
             different tokenizers; 0 when only tokens were given.
-        stride: tokens from one window's start to the next's.
+        stride: tokens of the text from one window's start to the next's.
+        bos: whether each window begins with BOS, which is none of the text.
         recipe: all of the above in words.
     """
 
@@ -68,6 +71,7 @@ class Perplexity:
     peak_memory: int
     bits_per_byte: float = 0.0
     stride: int = 0
+    bos: bool = False
     recipe: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +89,7 @@ class Windows:
     stride: int
     text: Text | None = None
     size: int = 0  # UTF-8 bytes of what is predicted; 0 when only tokens were given
+    bos: bool = False  # the first token of each is none of the text
 
     def first(self, index: int) -> int:
         """Position of the first token of a window that counts."""
@@ -102,13 +107,13 @@ class Windows:
         if self.text is not None and self.text.documents > 1:
             by = {" ": "a space", "\n\n": "a blank line"}.get(self.text.separator, repr(self.text.separator))
             joined = f"{self.text.documents:,} documents joined by {by}, tokenised once; "
-        overlaps = self.stride < seqlen and count > 1
+        overlaps = self.stride < seqlen - self.bos and count > 1
         overlap = f", {self.stride} apart, all of the first and the last {self.stride} of each other counted"
         # Of a window that overlaps the one before, the first token is never among the last that count.
         whose = "the first" if overlaps else "a"
         return (
             f"{joined}{'the first ' * (count > 1)}{count} window{'s' * (count > 1)} of {seqlen} tokens"
-            f"{overlap * overlaps}, {whose} window's first token not predicted, loss in float32"
+            f"{(', each begun with BOS' if count > 1 else ' begun with BOS') * self.bos}{overlap * overlaps}, {whose} window's first token not predicted, loss in float32"
         )
 
 
@@ -123,12 +128,14 @@ def windows_of(
     windows: int | None,
     stride: int | None,
     tokenizer: Any,
+    bos: bool | None = None,
 ) -> Windows:
     """Windows of a text, or of tokens that are windows already.
 
     Raises:
         TextError: the text does not hold one window, or not as many as asked for.
-        RecipeError: a stride outside 1…seqlen, no window, or windows too short to predict anything.
+        RecipeError: a stride outside 1…seqlen, no window, windows too short to predict anything, or a BOS that the
+            tokenizer does not have.
     """
     check_windows(tokens_a_window(text, seqlen), windows)
     if isinstance(text, Tensor):
@@ -139,13 +146,15 @@ def windows_of(
             f"--stride {stride} is outside 1…{seqlen}: windows would leave out or repeat tokens"
         )
     loaded = load_text(text, "evaluation")
-    ids = evaluation_windows(tokenise(loaded, tokenizer), seqlen, windows, f"text {loaded.name!r}", stride)
+    first = first_token(tokenizer, bos)
+    tokens = tokenise(loaded, tokenizer, first)
+    ids = evaluation_windows(tokens, seqlen, windows, f"text {loaded.name!r}", stride, first)
     if windows is None and loaded.most_windows is not None:
         ids = ids[: loaded.most_windows]
-    step = stride or seqlen
+    step = min(stride or seqlen, seqlen - (first is not None))
     parts = [row if i == 0 else row[seqlen - step :] for i, row in enumerate(ids)]
     size = sum(len(tokenizer.decode(part.tolist(), skip_special_tokens=True).encode()) for part in parts)
-    return Windows(ids, step, loaded, size)
+    return Windows(ids, step, loaded, size, first is not None)
 
 
 # --- losses ------------------------------------------------------------------------------------------------
@@ -218,6 +227,7 @@ def summarise(windows: Windows, losses: Tensor, compute: str, seconds: float) ->
         peak_memory=peak_memory(),
         bits_per_byte=mean * predicted / math.log(2) / windows.size if windows.size else 0.0,
         stride=windows.stride,
+        bos=windows.bos,
         recipe=windows.recipe(),
     )
 
@@ -229,6 +239,7 @@ def evaluate(
     seqlen: int = 2048,
     windows: int | None = None,
     stride: int | None = None,
+    bos: bool | None = None,
     tokenizer: Any = None,
     compute: str = "auto",
     device: str = "cpu",
@@ -241,7 +252,9 @@ def evaluate(
         text: name or path of a text, or tokens `[windows, seqlen]`.
         seqlen: tokens a window.
         windows: how many from the start of the text; all that fit if None.
-        stride: tokens from one window's start to the next's; `seqlen` if None.
+        stride: tokens from one window's start to the next's; those of a window if None.
+        bos: begin each window with BOS, or none but the first, as the papers do; as the tokenizer begins a text if None.
+            Tokens are taken as they are.
         tokenizer: needed for a live module and a text.
         compute: dtype of forwards: auto, float32, bfloat16 or float16.
         watch: told about progress.
@@ -260,7 +273,7 @@ def evaluate(
                 "a live model needs tokenizer=… to read a text, or text=tokens [windows, seqlen]"
             )
         tokenizer = load_tokenizer(folder)
-    made = windows_of(text, seqlen, windows, stride, tokenizer)
+    made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
     with evaluating(stack.model):
         losses = window_losses(stack, made.ids, watch, made.stride)
     compute_name = str(stack.compute).removeprefix("torch.")

@@ -364,7 +364,7 @@ class Run:
             self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
             self.place(len(samples), samples.seqlen, 0, given=samples)
             return samples.repeating(recipe.calibration.repeat)
-        from tawny.calibration.text import held_out_windows, load_text, sample_windows, tokenise
+        from tawny.calibration.text import first_token, held_out_windows, load_text, sample_windows, tokenise
 
         check_context(self.stack.model, recipe.calibration.seqlen)
         if tokenizer is None:
@@ -377,13 +377,16 @@ class Run:
         with self.clock("text"):
             text = load_text(recipe.calibration.text, "calibration")
             self.place(recipe.calibration.samples, recipe.calibration.seqlen, len(text.text))
-            ids = tokenise(text, tokenizer)
             wanted = recipe.calibration
-            windows = sample_windows(ids, wanted.samples, wanted.seqlen, recipe.seed, f"text {text.name!r}")
+            first = first_token(tokenizer, recipe.bos)
+            ids = tokenise(text, tokenizer, first)
+            windows = sample_windows(
+                ids, wanted.samples, wanted.seqlen, recipe.seed, f"text {text.name!r}", first
+            )
             if getattr(self.allocator, "searches", False):
                 length, count = min(wanted.seqlen, self.allocator.length), self.allocator.held_out
                 self.held_out = held_out_windows(
-                    ids, wanted.samples, wanted.seqlen, recipe.seed, length, count
+                    ids, wanted.samples, wanted.seqlen, recipe.seed, length, count, first
                 )
         give_back()
         self.record.text = {
@@ -392,6 +395,7 @@ class Run:
             "tokens": int(ids.numel()),
             "samples": len(windows),
             "seqlen": recipe.calibration.seqlen,
+            "bos": first is not None,
         }
         return Samples(windows).repeating(recipe.calibration.repeat)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.calibration.text import NAMED_TEXTS, evaluation_windows, load_text, tokenise
+from tawny.calibration.text import NAMED_TEXTS, evaluation_windows, first_token, load_text, tokenise
 from tawny.errors import TextError
 from tawny.model.streams import Samples
 from tawny.recovery.settings import Recovery
@@ -75,13 +75,15 @@ def read(
     else:
         loaded = load_text(settings.text, "calibration")
         name = f"text {loaded.name!r}"
-        ids = tokenise(loaded, tokenizer)
-        windows = _windows(ids, settings, name)
+        first = first_token(tokenizer, settings.bos)
+        ids = tokenise(loaded, tokenizer, first)
+        windows = _windows(ids, settings, name, first)
         about = {"name": loaded.name, "sha256": loaded.sha256, "tokens": int(ids.numel())}
+        about["bos"] = first is not None
         if loaded.name in NAMED_TEXTS:
             measured = load_text(settings.text, "evaluation")
             held_out = evaluation_windows(
-                tokenise(measured, tokenizer), settings.seqlen, name=f"{name} held out"
+                tokenise(measured, tokenizer, first), settings.seqlen, name=f"{name} held out", bos=first
             )[
                 -settings.eval_windows :
             ]  # evaluations read it from its beginning, and must not have been chosen by
@@ -126,9 +128,9 @@ def _check_held_out(held_out: Tensor, seqlen: int) -> None:
         )
 
 
-def _windows(ids: Tensor, settings: Recovery, name: str) -> Tensor:
+def _windows(ids: Tensor, settings: Recovery, name: str, bos: int | None) -> Tensor:
     try:
-        return evaluation_windows(ids, settings.seqlen, name=name)
+        return evaluation_windows(ids, settings.seqlen, name=name, bos=bos)
     except TextError:
         needed = (settings.batch + 1) * settings.seqlen
         raise TextError(

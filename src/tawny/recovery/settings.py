@@ -49,6 +49,7 @@ class Recovery:
         method: `distill` keeps the mask; `elsa` moves it under an exact budget.
         train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask.
         text: what is read; a named text has a part of its own to be measured on, a file gives its end for that.
+        bos: begin each window with BOS, or none but the first; as the tokenizer begins a text if None.
         tokens: read in all, again and again if the text is shorter.
         minutes: ends the run and its schedule earlier, evaluations and the teacher's forwards included.
         seqlen, batch, micro_batch: tokens a window, windows an optimiser step, windows a forward.
@@ -73,6 +74,7 @@ class Recovery:
     method: Literal["distill", "elsa"] = "distill"
     train: Literal["survivors", "norms", "lora"] = "survivors"
     text: Annotated[str, Field(min_length=1)] = "c4"
+    bos: bool | None = None
     tokens: Annotated[Count, Field(ge=1)] = 2_000_000
     minutes: Positive | None = None
     seqlen: Annotated[int, Field(ge=2)] = 512
