@@ -91,8 +91,7 @@ class Cells:
             },
         }
         if any(windows.bos for windows in self.windows.values()):
-            for part in ("calibration", "evaluation"):
-                setting[part]["bos"] = True
+            setting["evaluation"]["bos"] = True
         self.searched_on = {key: setting[key] for key in ("model", "calibration")}
         self.results: dict[str, Any] = {**setting, "dense": None, "cells": {}}
         if args.results.exists():
@@ -189,6 +188,7 @@ class Cells:
                 "threads": record.machine["threads"],
                 "cpu": cpu,
                 "phases": phases,
+                "bos": bool(record.text.get("bos")),  # of its samples; that of its windows is in the setting
                 "achieved": record.sparsity,
                 "mean_error": sum(x.error for x in record.linears) / len(record.linears),
                 "winner": search.winner if search is not None else None,

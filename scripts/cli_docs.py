@@ -38,7 +38,7 @@ def _verb(name: str, command: Any) -> str:
     usage = " ".join(["tawny", name, *(str(p.metavar) for p in arguments), *needed, "[OPTIONS]"])
     rows = [f"| `{p.metavar}` | {_cell(p.help)} |" for p in arguments]
     for option in options:
-        flags = ", ".join(f"`{flag}`" for flag in option.opts)
+        flags = ", ".join(f"`{flag}`" for flag in [*option.opts, *option.secondary_opts])
         value = f" {option.metavar}" if option.metavar else ""
         need = " (required)" if option.required else ""
         rows.append(f"| {flags}{value} | {_cell(option.help)}{need} |")

@@ -27,7 +27,7 @@ _KEYS = {
     "allocator": "how blocks share the budget, and its options",
     "solver": "how a linear is pruned, and its options",
     "pattern": "which masks are legal",
-    "calibration": "text, samples, seqlen",
+    "calibration": "text, samples, seqlen, repeat, bos",
     "seed": "chooses the windows of text",
     "include": "globs of linears to prune, of all",
     "exclude": "globs of linears to leave alone",

@@ -87,6 +87,11 @@ def perplexity_text(result: Mapping[str, Any]) -> str:
     return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error else "")
 
 
+def begun(of: Mapping[str, Any]) -> str:
+    """What stands behind a number of windows or samples, of which `bos` says whether each begins with BOS."""
+    return ", each begun with BOS" if of.get("bos") else ""
+
+
 # --- frames ----------------------------------------------------------------------------------------------
 
 _READABLE = 16  # columns a name needs when it goes on over several lines
@@ -216,7 +221,9 @@ def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
 
 def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Table:
     """Dense beside pruned; each has the keys of a perplexity, and `sparsity` where it is known."""
-    title = f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens"
+    title = (
+        f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens{begun(dense)}"
+    )
     made = _table("", "dense", "pruned", "change", title=title)
     ratio = pruned["perplexity"] / dense["perplexity"]
     made.add_row("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")

@@ -38,3 +38,25 @@ def test_a_prune_that_measures_ends_with_a_report_of_both_models(folder, packed,
     assert ("import tawny" in page) == packed
     assert "| perplexity |" in (out / "README.md").read_text(encoding="utf-8")
     assert json.loads((out / "run.json").read_text())["generated"] == record["generated"]
+
+
+@pytest.mark.parametrize("compat", [None, "official"])
+def test_what_is_measured_begins_with_bos_whatever_the_samples_do_and_says_so(
+    folder, compat, monkeypatch, capsys
+):
+    tiny_tokenizer(begins=True).save_pretrained(folder / "dense")
+    text, out = folder / "text.txt", folder / "out"
+    arguments = ["prune", folder / "dense", "--out", out, "-s", "0.5", "--calibration", text, "--eval", text]
+    arguments += ["--samples", "2", "--seqlen", "32", *(["-o", "compat=official"] if compat else [])]
+    monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    shown, err = capsys.readouterr()
+    assert not caught.value.code, err
+    record = json.loads((out / "run.json").read_text())
+    assert record["text"]["bos"] is (compat is None)
+    assert all(record["evaluation"][name]["bos"] for name in ("dense", "pruned"))
+    assert "windows of 32 tokens, each begun with BOS" in " ".join(shown.split())
+    said = 2 if compat is None else 1  # of the samples, and of the windows
+    for name in ("README.md", "report.html"):
+        assert (out / name).read_text(encoding="utf-8").count("each begun with BOS") == said

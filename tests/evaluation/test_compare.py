@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -11,6 +12,8 @@ from tawny.cli import main
 from tawny.evaluation import compare as module
 from tawny.evaluation.compare import measure, short_names
 from tests.evaluation.questions import tiny_folder
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +191,19 @@ def test_names_are_as_short_as_they_can_be():
     assert short_names(["/x/a", "/y/b"]) == ["a", "b"]
     assert short_names(["/x/a", "/y/a", "smollm2"]) == ["x/a", "y/a", "smollm2"]
     assert short_names(["a"]) == ["a"]
+
+
+def test_every_model_is_measured_on_windows_that_begin_alike(tmp_path, here, run):
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    text.write_text("The owl hunts at night. " * 20)
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer(begins=True).save_pretrained(folder)
+    shutil.copytree(folder, tmp_path / "other")
+    both = [folder, tmp_path / "other"]
+    for flags, begun in (([], True), (["--bos"], True), (["--no-bos"], False)):
+        code, out, _ = run(*both, "--text", text, "--seqlen", 24, "--no-speed", *flags, "--json")
+        assert code == 0
+        measured = [model["perplexity"] for model in json.loads(out)["models"]]
+        assert [each["bos"] for each in measured] == [begun] * 2
+        alone = tawny.evaluate(folder, str(text), seqlen=24, windows=measured[0]["windows"], bos=begun)
+        assert measured[0]["perplexity"] == pytest.approx(alone.perplexity, rel=1e-6)

@@ -116,8 +116,18 @@ def test_every_window_begins_with_bos_where_the_tokenizer_begins_a_text_with_it(
     papers = tawny.evaluate(model, str(text), bos=False, **keys)
     assert papers.loss == tawny.evaluate(model, whole, compute="float32").loss
     assert not papers.bos and "BOS" not in papers.recipe
-    apart = tawny.agreement(model, model, str(text), **keys)
-    assert apart.perplexity.loss == pytest.approx(tawny.evaluate(model, str(text), **keys).loss, rel=1e-6)
+    for bos in (None, False):
+        apart = tawny.agreement(model, model, str(text), bos=bos, **keys)
+        alone = tawny.evaluate(model, str(text), bos=bos, **keys)
+        assert apart.perplexity.loss == pytest.approx(alone.loss, rel=1e-6)
+    longest = [tawny.evaluate(model, str(text), stride=most, **keys) for most in (None, 23, 24)]
+    assert {(each.loss, each.stride, each.recipe) for each in longest} == {
+        (longest[0].loss, 23, longest[0].recipe)
+    }
+    assert (
+        "1 window of 24 tokens begun with BOS, a"
+        in tawny.evaluate(model, str(text), **{**keys, "windows": 1}).recipe
+    )
     with pytest.raises(RecipeError, match="has no BOS"):
         tokenizer.bos_token = None
         tawny.evaluate(model, str(text), bos=True, **keys)

@@ -17,7 +17,7 @@ from tawny.allocation.auto import FAMILIES, Auto, seconds_of
 from tawny.allocation.profile import LinearInfo, Profile
 from tawny.errors import MissingFeature, NumericalError, OutputError, RecipeError, TextError
 from tawny.model.blocks import live_stack, open_stack
-from tawny.model.streams import Samples
+from tawny.model.streams import Samples, repeated_tokens
 from tawny.patterns import Unstructured
 from tawny.pruning import levels as levels_module
 from tawny.pruning import run as run_module
@@ -39,6 +39,7 @@ from tawny.solvers import SOLVERS
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike
 from tests.tiny import tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
 
 FEW = {"allocator.trials": 12, "allocator.offspring": 4, "allocator.levels": 3, "allocator.windows": 2}
 FEW |= {"allocator.candidates": "owl,atp"}
@@ -422,14 +423,16 @@ def test_a_solver_that_stands_for_itself_keeps_its_options():
     count=st.integers(1, 5),
     share=st.floats(0, 0.5),
     masked=st.sets(st.integers(0, 4)),
+    begun=st.booleans(),
 )
-def test_windows_end_with_a_passage_they_held_before(length, count, share, masked):
+def test_windows_end_with_a_passage_they_held_before(length, count, share, masked, begun):
     ids = torch.arange(count * length).reshape(count, length)
     mask = torch.ones_like(ids)
     mask[[window for window in masked if window < count], -1] = 0
-    size = int(length * share)
+    size = min(int(length * share), (length - begun) // 2)
+    assert repeated_tokens(length, share, begun=begun) == size
     for told in (None, mask):
-        made = Samples(ids, told).repeating(share)
+        made = Samples(ids, told).repeating(share, begun=begun)
         assert made.mask is told
         for window, (before, after) in enumerate(zip(ids.tolist(), made.tokens.tolist(), strict=True)):
             if told is not None and window in masked:
@@ -438,8 +441,35 @@ def test_windows_end_with_a_passage_they_held_before(length, count, share, maske
             kept = before[: length - size]
             assert after[: length - size] == kept
             # Tokens are all different, so a passage is where its first token is.
-            start = kept.index(after[length - size]) if size else 0
+            start = kept.index(after[length - size]) if size else 1
+            assert start >= begun  # BOS is said once
             assert after[length - size :] == kept[start : start + size]
+
+
+def test_what_a_search_compares_on_begins_as_its_samples_do(tmp_path, dense, monkeypatch):
+    (tmp_path / "text.txt").write_text("The owl hunts at night. " * 40)
+    seen = []
+
+    def splitting(run, auto, split=search_module._split):
+        seen.append(split(run, auto))
+        return seen[-1]
+
+    monkeypatch.setattr(search_module, "_split", splitting)
+    for begins in (True, False):
+        tiny_tokenizer(begins=begins).save_pretrained(dense)
+        keys = {"samples": 4, "seqlen": 24, "allocator.trials": 4, "allocator.repeat": 0.5}
+        tawny.prune(
+            dense,
+            tmp_path / f"out-{begins}",
+            sparsity=0.6,
+            allocator="auto",
+            solver="wanda",
+            compute="float32",
+            calibration=str(tmp_path / "text.txt"),
+            **keys,
+        )
+        for part in seen.pop():
+            assert bool((part.tokens[:, 0] == 1).all()) is begins and not (part.tokens[:, 1:] == 1).any()
 
 
 def test_calibration_can_repeat_itself(tmp_path, dense):

@@ -549,15 +549,20 @@ def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_
     asked = []
 
     def pruning(source, out, *, recipe, watch):
-        asked.append((recipe.calibration.text, recipe.sparsity))
+        asked.append((recipe.calibration.text, recipe.calibration.bos, recipe.sparsity))
         raise RecipeError("enough")
 
     monkeypatch.setattr("tawny.recovery.gradual.prune", pruning)
     with pytest.raises(RecipeError, match="enough"):
         tawny.recover_gradually(
-            pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=recipe, settings=folder_keys(pair)
+            pair[0],
+            pair[0],
+            tmp_path / "out",
+            [0.4, 0.6],
+            recipe=recipe,
+            settings=folder_keys(pair, bos=False),
         )
-    assert asked == [("ptb" if recipe else pair[2], 0.4)]
+    assert asked == [("ptb", None, 0.4) if recipe else (pair[2], False, 0.4)]
 
 
 def as_torchrun(folder, processes, call):
@@ -704,9 +709,13 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
     monkeypatch.setattr(
         data, "tokenise", lambda text, tokenizer, bos: long if text.split == "calibration" else short
     )
-    reading = read(tawny.Recovery.make(text="wiki", seqlen=10, batch=2, eval_windows=3), None)
+    settings = tawny.Recovery.make(text="wiki", seqlen=10, batch=2, eval_windows=3)
+    reading = read(settings, None)
     held = reading.windows[reading.held_out]
     assert held[:, 0].tolist() == [2070, 2080, 2090]
+    reading = read(settings, tiny_tokenizer(begins=True))
+    held = reading.windows[reading.held_out]
+    assert held[:, :2].tolist() == [[1, 2072], [1, 2081], [1, 2090]]
 
 
 @pytest.mark.parametrize("bos", [None, True, False])

@@ -189,23 +189,23 @@ def held_out_windows(
     Raises:
         TextError: the samples leave fewer than two.
     """
-    seqlen, length = seqlen - (bos is not None), length - (bos is not None)
-    starts = ids.numel() - seqlen + 1
+    of_sample, of_window = seqlen - (bos is not None), length - (bos is not None)
+    starts = ids.numel() - of_sample + 1
     first = torch.randint(starts, (samples,), generator=torch.Generator().manual_seed(seed))
-    taken = sorted((start, start + seqlen) for start in set(first.tolist()))
+    taken = sorted((start, start + of_sample) for start in set(first.tolist()))
     free: list[int] = []
     end = 0
     for start, stop in [*taken, (ids.numel(), ids.numel())]:
-        free += range(end, start - length + 1, length)
+        free += range(end, start - of_window + 1, of_window)
         end = max(end, stop)
     if len(free) < 2:
         raise TextError(
-            f"{samples} samples of {seqlen} tokens leave no {2 * length} of {ids.numel():,} tokens to compare models on: "
+            f"{samples} samples of {seqlen} tokens leave no {2 * of_window} of {ids.numel():,} tokens to compare models on: "
             "give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
         )
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed + 1))[:count]
     chosen = torch.tensor(free)[order]
-    return _behind(bos, ids[chosen[:, None] + torch.arange(length)])
+    return _behind(bos, ids[chosen[:, None] + torch.arange(of_window)])
 
 
 def check_windows(seqlen: int, windows: int | None = None) -> None:
@@ -232,8 +232,8 @@ def evaluation_windows(
 ) -> torch.Tensor:
     """The first `windows` (default: all) windows, `[windows, seqlen]`, each `stride` after the one before.
 
-    Without a stride they do not overlap. With `bos` it is the first token of each, and a stride that leaves out none of
-    the text is `seqlen - 1` at most.
+    Without a stride they do not overlap. With `bos` it is the first token of each, before `seqlen - 1` of the text, and a
+    longer stride counts as that: none of the text is left out.
 
     Raises:
         TextError: the tokens do not hold one window, or not as many as asked for.

@@ -203,7 +203,7 @@ def _windows(model: str, text: str, recipe: Recipe) -> int:
 
     loaded = load_text(text, "evaluation")
     tokenizer = load_tokenizer(resolve(model))
-    first = first_token(tokenizer, recipe.bos)
+    first = first_token(tokenizer)
     ids = tokenise(loaded, tokenizer, first)
     available = evaluation_windows(ids, recipe.calibration.seqlen, name=f"text {loaded.name!r}", bos=first)
     return min(EVAL_WINDOWS, len(available))
@@ -224,7 +224,6 @@ def _compare(
                 text,
                 seqlen=recipe.calibration.seqlen,
                 windows=windows,
-                bos=recipe.bos,
                 device=recipe.device,
                 watch=watch,
             )

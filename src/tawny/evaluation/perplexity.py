@@ -2,7 +2,7 @@
 
 The text is joined and tokenised once; the first N windows of `seqlen` tokens are taken and the tail is dropped. Where
 the tokenizer puts BOS before a text, each window begins with it. In
-each window every token but the first is predicted. With a stride below `seqlen` windows overlap, and of each but the
+each window every token but the first is predicted. With a stride below what a window holds of the text windows overlap, and of each but the
 first only its last `stride` tokens count, so that every one of them has at least `seqlen - stride` before it.
 Losses are taken in float32 and averaged over all tokens that count.
 `stderr` is perplexity × sd(mean loss of a window) / √N: how far another N windows of such text might move it.
@@ -54,7 +54,7 @@ class Perplexity:
         bits_per_byte: total loss in bits over the UTF-8 bytes of the windows' text, which compares models with
             different tokenizers; 0 when only tokens were given.
         stride: tokens of the text from one window's start to the next's.
-        bos: whether each window begins with BOS, which is none of the text.
+        bos: whether each window begins with BOS, which is none of the text; False for tokens that were given.
         recipe: all of the above in words.
     """
 
@@ -252,7 +252,7 @@ def evaluate(
         text: name or path of a text, or tokens `[windows, seqlen]`.
         seqlen: tokens a window.
         windows: how many from the start of the text; all that fit if None.
-        stride: tokens from one window's start to the next's; those of a window if None.
+        stride: tokens from one window's start to the next's; what a window holds of the text if None, which is also the most.
         bos: begin each window with BOS, or none but the first, as the papers do; as the tokenizer begins a text if None.
             Tokens are taken as they are.
         tokenizer: needed for a live module and a text.

@@ -26,6 +26,11 @@ def samples_a_chunk(seqlen: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
     return max(1, chunk_tokens // seqlen)
 
 
+def repeated_tokens(length: int, share: float, *, begun: bool = False) -> int:
+    """How many tokens at the end of a sample say again what stood before in it (`Samples.repeating`)."""
+    return min(int(length * share), (length - begun) // 2)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Calibration or evaluation tokens.
@@ -56,19 +61,21 @@ class Samples:
     def seqlen(self) -> int:
         return int(self.tokens.shape[1])
 
-    def repeating(self, share: float) -> Samples:
+    def repeating(self, share: float, *, begun: bool = False) -> Samples:
         """Samples that end with a passage they held before, each from another place; `share` of each is that long.
 
         In text of short documents hardly anything comes twice, so that it neither tells which models still copy nor
-        trains them to. A sample of which a part is masked stays as it is.
+        trains them to. A sample of which a part is masked stays as it is. `begun`: each begins with BOS, which is not
+        part of any passage.
         """
         tokens_ST = self.tokens.clone()
         length = self.seqlen
-        size = int(length * share)
+        size = repeated_tokens(length, share, begun=begun)
+        first = int(begun)
         for sample in range(len(self)):
             if self.mask is None or bool(self.mask[sample].all()):
                 # Multiples of the golden ratio, modulo 1, spread any number of places evenly.
-                start = int((sample + 1) * _GOLDEN % 1 * (length - 2 * size + 1))
+                start = first + int((sample + 1) * _GOLDEN % 1 * (length - first - 2 * size + 1))
                 tokens_ST[sample, length - size :] = self.tokens[sample, start : start + size]
         return Samples(tokens_ST, self.mask)
 

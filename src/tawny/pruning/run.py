@@ -91,7 +91,8 @@ def prune(
         overwrite: replace an existing `out` once the new one is complete, and start over what is unfinished.
         memory: peak memory of the whole process that may not be passed (`"6GB"`); the result does not depend on it.
         tokenizer: for a live module calibrated on text.
-        calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or the name or path of a text.
+        calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, taken as they are, or the name or path of a
+            text, whose samples begin with BOS as `calibration.bos` says.
 
     Returns:
         The record that `run.json` holds.
@@ -397,7 +398,7 @@ class Run:
             "seqlen": recipe.calibration.seqlen,
             "bos": first is not None,
         }
-        return Samples(windows).repeating(recipe.calibration.repeat)
+        return Samples(windows).repeating(recipe.calibration.repeat, begun=first is not None)
 
     def place(self, samples: int, seqlen: int, characters: int, *, given: Samples | None = None) -> None:
         """Decide what is kept in memory and what on disk.

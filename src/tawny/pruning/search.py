@@ -35,7 +35,7 @@ import torch
 from tawny.allocation.auto import Auto, seconds_of
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.errors import NumericalError, TextError
-from tawny.model.streams import Samples
+from tawny.model.streams import Samples, repeated_tokens
 from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Trial, search
 from tawny.pruning.grid import Grid, families_for
@@ -145,7 +145,7 @@ def _search(run: Run) -> dict[str, Any]:
             "levels": {"from": space.sparsity(0, space.low), "to": space.sparsity(0, space.high)}
             | {"count": len(space.levels), "bytes": store.bytes},
             "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen}
-            | {"repeated": int(held_out.seqlen * auto.repeat)},
+            | {"repeated": repeated_tokens(held_out.seqlen, auto.repeat, begun=_begun(run))},
             "solver": name_of_solver,
             "tokens_tried": scorer.tokens,
             "generations": finite(outcome.generations),
@@ -240,7 +240,14 @@ def _split(run: Run, auto: Auto) -> tuple[Samples, Samples]:
         mask = samples.mask
         held_out = Samples(samples.tokens[cut:, :length], None if mask is None else mask[cut:])
         samples = samples.first(cut)
-    return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), held_out.repeating(auto.repeat)
+    return samples.first(max(1, math.ceil(auto.tokens / samples.seqlen))), held_out.repeating(
+        auto.repeat, begun=_begun(run)
+    )
+
+
+def _begun(run: Run) -> bool:
+    """Whether the windows of the text begin with BOS; tokens that were given are taken as they are."""
+    return bool(run.record.text.get("bos"))
 
 
 def _over(auto: Auto, started: float) -> str:

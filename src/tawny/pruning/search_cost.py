@@ -88,7 +88,7 @@ def candidates_at_once(size: int) -> int:
     return max(1, _HIDDEN_BYTES // (2 * size))
 
 
-def hidden_of(candidates: int, size: int) -> int:
+def _hidden_of(candidates: int, size: int) -> int:
     """Bytes of hidden states while so many candidates are compared, `size` each: theirs, and the embedded tokens."""
     return (2 * min(candidates, candidates_at_once(size)) + 1) * size
 
@@ -135,7 +135,7 @@ def cost_of_search(
         "levels": len(space.levels),
         "tokens": (tried + 5 * all_windows + deciding + held_out) * length,
         "samples": max(1, math.ceil(auto.tokens / seqlen)),
-        "candidates": max(hidden_of(n, windows * length * hidden_bytes) for n, windows in rounds),
+        "candidates": max(_hidden_of(n, windows * length * hidden_bytes) for n, windows in rounds),
         "held_out": held_out * length * hidden_bytes,
         "finalists": proven,
     }

@@ -132,7 +132,7 @@ def _windows(ids: Tensor, settings: Recovery, name: str, bos: int | None) -> Ten
     try:
         return evaluation_windows(ids, settings.seqlen, name=name, bos=bos)
     except TextError:
-        needed = (settings.batch + 1) * settings.seqlen
+        needed = (settings.batch + 1) * (settings.seqlen - (bos is not None))
         raise TextError(
             f"{name} has {ids.numel():,} tokens; a batch of {settings.batch} × {settings.seqlen} and a window to measure "
             f"on need {needed:,}: give a longer text, or a smaller -o batch or --seqlen"

@@ -69,7 +69,7 @@ def recover_gradually(
     chosen = Recovery.make(settings)
     folder = resolve(source, watch.say)
     if recipe is None:
-        recipe = {"calibration": {"text": chosen.text}}
+        recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos}}
     base = recipe.to_mapping() if isinstance(recipe, Recipe) else recipe
     recipes = [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
     work = WorkFolder(

@@ -37,7 +37,7 @@ from tawny.model.source import resolve
 from tawny.pruning.journal import differences, model_identity, tensor_digest
 
 IDENTITY = "identity.json"
-_VERSION = 1
+_VERSION = 2  # 1: windows of text did not begin with BOS
 # Parts of whatever is being made under one of our names, which a process that died may have left.
 _BESIDE = ("", ".tmp", ".partial", ".recovery")
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tawny.record import measured_numbers
-from tawny.tables import duration, percent, perplexity_text, size
+from tawny.tables import begun, duration, percent, perplexity_text, size
 
 CARD = "README.md"
 # Facts about what the weights are made of. Results (`model-index`) and widgets are the dense model's own.
@@ -199,7 +199,7 @@ def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
     if dense.get("bits_per_byte") and pruned.get("bits_per_byte"):
         rows.append(f"| bits per byte | {dense['bits_per_byte']:.4f} | {pruned['bits_per_byte']:.4f} |")
     note = (
-        f"{dense['windows']} windows of {dense['seqlen']} tokens of {_inline(str(dense['text']))}, text sha256 "
+        f"{dense['windows']} windows of {dense['seqlen']} tokens of {_inline(str(dense['text']))}{begun(dense)}, text sha256 "
         f"`{dense['text_sha256']}`, computed in {dense['compute']}; ± is the standard error over windows."
     )
     if recovered:
@@ -230,7 +230,7 @@ def _trace(record: Mapping[str, Any]) -> str:
         hashed = f", sha256 `{text['sha256']}`" if text.get("sha256") else ""
         lines.append(
             f"Calibrated on {text.get('samples', '?')} × {text.get('seqlen', '?')} tokens of "
-            f"{_inline(str(text.get('name')))}{hashed}."
+            f"{_inline(str(text.get('name')))}{hashed}{begun(text)}."
         )
     else:
         lines.append("No calibration text was needed.")

@@ -26,7 +26,7 @@ from tawny.record import measured_numbers
 from tawny.report.card import recovery_words
 from tawny.report.figures import DepthRow, depth_figure
 from tawny.report.pages import render, write_beside
-from tawny.tables import duration, percent, perplexity_text, size
+from tawny.tables import begun, duration, percent, perplexity_text, size
 
 NAME = "report.html"
 _PHASES = {
@@ -152,7 +152,7 @@ def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 "calibration",
-                f"{text.get('samples', '?')} × {text.get('seqlen', '?')} tokens of {text.get('name')}",
+                f"{text.get('samples', '?')} × {text.get('seqlen', '?')} tokens of {text.get('name')}{begun(text)}",
             )
         )
     else:
@@ -333,7 +333,7 @@ def _comparison(measured: Mapping[str, Any]) -> dict[str, Any] | None:
     rows.append(("time to evaluate", duration(dense["seconds"]), duration(pruned["seconds"]), ""))
     note = (
         f"{dense['windows']} windows of {dense['seqlen']} tokens of {dense['text']} "
-        f"(sha256 {dense['text_sha256'][:12]}), computed in {dense['compute']}; ± is the standard error over windows."
+        f"(sha256 {dense['text_sha256'][:12]}){begun(dense)}, computed in {dense['compute']}; ± is the standard error over windows."
     )
     return {"rows": rows, "note": note}
 
