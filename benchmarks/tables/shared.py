@@ -111,7 +111,8 @@ def machine_and_note(result: Mapping[str, Any]) -> str:
         line = _machine_line(result, cpus_of(cells.values()), cells.values())
     else:
         line = machine_line(result)
-    note = f" {result['note'].capitalize()}." if result.get("note") else ""
+    said = result.get("note", "")
+    note = f" {said[0].upper()}{said[1:]}." if said else ""
     return line.removesuffix("</sub>\n") + f"{note}</sub>\n"
 
 
