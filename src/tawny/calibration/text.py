@@ -182,9 +182,8 @@ def held_out_windows(
 ) -> torch.Tensor:
     """At most `count` windows of `length` tokens that overlap none of `sample_windows(ids, samples, seqlen, seed)`.
 
-    With `bos` it is the first token of each, as it is of the samples.
-
-    They come in an order of chance, so that the first few are from all of the text, too.
+    They come in an order of chance, so that the first few are from all of the text, too. With `bos` it is the first token
+    of each, as it is of the samples.
 
     Raises:
         TextError: the samples leave fewer than two.

@@ -1,9 +1,9 @@
 """Perplexity over windows of a text, walked block by block: one block's weights are in memory at a time.
 
 The text is joined and tokenised once; the first N windows of `seqlen` tokens are taken and the tail is dropped. Where
-the tokenizer puts BOS before a text, each window begins with it. In
-each window every token but the first is predicted. With a stride below what a window holds of the text windows overlap, and of each but the
-first only its last `stride` tokens count, so that every one of them has at least `seqlen - stride` before it.
+the tokenizer puts BOS before a text, each window begins with it. In each window every token but the first is predicted.
+With a stride below what a window holds of the text windows overlap, and of each but the first only its last `stride`
+tokens count, so that every one of them has at least `seqlen - stride` before it.
 Losses are taken in float32 and averaged over all tokens that count.
 `stderr` is perplexity × sd(mean loss of a window) / √N: how far another N windows of such text might move it.
 
