@@ -286,7 +286,8 @@ def main() -> None:
         return
     import torch
 
-    from tawny.calibration.text import load_text, sample_windows, tokenise
+    from tawny.calibration.text import load_text
+    from tawny.calibration.windows import sample_windows, tokenise
     from tawny.machine import machine, versions
     from tawny.model.source import load_tokenizer, resolve
 

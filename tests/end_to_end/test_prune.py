@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.allocation import ALLOCATORS
-from tawny.calibration.text import sample_windows, tokenise
+from tawny.calibration.windows import sample_windows, tokenise
 from tawny.errors import ModelError, NumericalError, OutputError, PatternError, RecipeError
 from tawny.model.blocks import open_stack
 from tawny.model.checkpoint import Checkpoint
@@ -404,12 +404,12 @@ def test_samples_begin_as_the_tokenizer_begins_a_text_but_not_as_the_papers_do(t
 
     record, weights = pruned("begun", **read)
     assert record.text["bos"] is True
-    bare = tokenise(text.read_text(), tokenizer, bos=1)
-    same = pruned("given", calibration=sample_windows(bare, 4, 16, 0, bos=1))[1]
+    begun = tokenise(text.read_text(), tokenizer)
+    same = pruned("given", calibration=sample_windows(begun, 4, 16, 0))[1]
     assert weights.keys() == same.keys() and all(torch.equal(weights[key], same[key]) for key in same)
     papers, others = pruned("papers", **read, bos=False)
     assert papers.text["bos"] is False
-    whole = tokenise(text.read_text(), tokenizer)
+    whole = tokenise(text.read_text(), tokenizer, bos=False)
     same = pruned("whole", calibration=sample_windows(whole, 4, 16, 0))[1]
     assert all(torch.equal(others[key], same[key]) for key in same)
     assert any(not torch.equal(others[key], weights[key]) for key in same)

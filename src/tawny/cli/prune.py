@@ -198,15 +198,13 @@ def _made_for(dense: Path, out: Path) -> bool:
 
 def _windows(model: str, text: str, recipe: Recipe) -> int:
     """How many windows to compare on; asked before the work, since too short a text should not cost a whole run."""
-    from tawny.calibration.text import evaluation_windows, first_token, load_text, tokenise
+    from tawny.calibration.text import load_text
+    from tawny.evaluation.perplexity import count_windows
     from tawny.model.source import load_tokenizer, resolve
 
     loaded = load_text(text, "evaluation")
     tokenizer = load_tokenizer(resolve(model))
-    first = first_token(tokenizer)
-    ids = tokenise(loaded, tokenizer, first)
-    available = evaluation_windows(ids, recipe.calibration.seqlen, name=f"text {loaded.name!r}", bos=first)
-    return min(EVAL_WINDOWS, len(available))
+    return count_windows(loaded, recipe.calibration.seqlen, None, tokenizer, most=EVAL_WINDOWS)
 
 
 def _compare(

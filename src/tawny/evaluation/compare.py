@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tawny.calibration.text import evaluation_windows, first_token, load_text, tokenise
+from tawny.calibration.text import load_text
 from tawny.errors import ModelError, TawnyError
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
@@ -142,6 +142,8 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None, bos: bool | None) -> int:
     """How many windows all models are asked; found out before the first of them is measured."""
+    from tawny.evaluation.perplexity import count_windows  # not where a process of its own would load it
+
     loaded = load_text(text, "evaluation")
     failed: TawnyError | None = None
     for source in sources:
@@ -150,10 +152,7 @@ def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None
         except TawnyError as error:  # its column will say so
             failed = failed or error
             continue
-        first = first_token(tokenizer, bos)
-        ids = tokenise(loaded, tokenizer, first)
-        found = evaluation_windows(ids, seqlen, windows, f"text {loaded.name!r}", bos=first)
-        return len(found) if windows is not None else min(MOST_WINDOWS, len(found))
+        return count_windows(loaded, seqlen, windows, tokenizer, bos, most=MOST_WINDOWS)
     raise failed or ModelError("nothing to compare: give one or more models")
 
 

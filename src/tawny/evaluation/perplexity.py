@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from tawny.calibration.context import check_context
-from tawny.calibration.text import Text, check_windows, evaluation_windows, first_token, load_text, tokenise
+from tawny.calibration.text import Text, load_text
+from tawny.calibration.windows import check_windows, evaluation_windows, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import open_stack_of
 from tawny.machine import peak_memory
@@ -146,15 +147,27 @@ def windows_of(
             f"--stride {stride} is outside 1…{seqlen}: windows would leave out or repeat tokens"
         )
     loaded = load_text(text, "evaluation")
-    first = first_token(tokenizer, bos)
-    tokens = tokenise(loaded, tokenizer, first)
-    ids = evaluation_windows(tokens, seqlen, windows, f"text {loaded.name!r}", stride, first)
+    tokens = tokenise(loaded, tokenizer, bos)
+    ids = evaluation_windows(tokens, seqlen, windows, stride)
     if windows is None and loaded.most_windows is not None:
         ids = ids[: loaded.most_windows]
-    step = min(stride or seqlen, seqlen - (first is not None))
+    step = min(stride or seqlen, tokens.of_text(seqlen))
     parts = [row if i == 0 else row[seqlen - step :] for i, row in enumerate(ids)]
     size = sum(len(tokenizer.decode(part.tolist(), skip_special_tokens=True).encode()) for part in parts)
-    return Windows(ids, step, loaded, size, first is not None)
+    return Windows(ids, step, loaded, size, tokens.bos is not None)
+
+
+def count_windows(
+    text: Text, seqlen: int, windows: int | None, tokenizer: Any, bos: bool | None = None, *, most: int
+) -> int:
+    """How many windows of a text are read: `windows`, or at most `most`; asked before work that a short text should not cost.
+
+    Raises:
+        TextError: the text does not hold one window, or not as many as asked for.
+        RecipeError: numbers that `check_windows` refuses, or a BOS that the tokenizer does not have.
+    """
+    found = evaluation_windows(tokenise(text, tokenizer, bos), seqlen, windows)
+    return len(found) if windows is not None else min(most, len(found))
 
 
 # --- losses ------------------------------------------------------------------------------------------------

@@ -365,7 +365,8 @@ class Run:
             self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
             self.place(len(samples), samples.seqlen, 0, given=samples)
             return samples.repeating(recipe.calibration.repeat)
-        from tawny.calibration.text import first_token, held_out_windows, load_text, sample_windows, tokenise
+        from tawny.calibration.text import load_text
+        from tawny.calibration.windows import held_out_windows, sample_windows, tokenise
 
         check_context(self.stack.model, recipe.calibration.seqlen)
         if tokenizer is None:
@@ -379,26 +380,23 @@ class Run:
             text = load_text(recipe.calibration.text, "calibration")
             self.place(recipe.calibration.samples, recipe.calibration.seqlen, len(text.text))
             wanted = recipe.calibration
-            first = first_token(tokenizer, recipe.bos)
-            ids = tokenise(text, tokenizer, first)
-            windows = sample_windows(
-                ids, wanted.samples, wanted.seqlen, recipe.seed, f"text {text.name!r}", first
-            )
+            tokens = tokenise(text, tokenizer, recipe.bos)
+            windows = sample_windows(tokens, wanted.samples, wanted.seqlen, recipe.seed)
             if getattr(self.allocator, "searches", False):
                 length, count = min(wanted.seqlen, self.allocator.length), self.allocator.held_out
                 self.held_out = held_out_windows(
-                    ids, wanted.samples, wanted.seqlen, recipe.seed, length, count, first
+                    tokens, wanted.samples, wanted.seqlen, recipe.seed, length, count
                 )
         give_back()
         self.record.text = {
             "name": text.name,
             "sha256": text.sha256,
-            "tokens": int(ids.numel()),
+            "tokens": len(tokens),
             "samples": len(windows),
             "seqlen": recipe.calibration.seqlen,
-            "bos": first is not None,
+            "bos": tokens.bos is not None,
         }
-        return Samples(windows).repeating(recipe.calibration.repeat, begun=first is not None)
+        return Samples(windows).repeating(recipe.calibration.repeat, begun=tokens.bos is not None)
 
     def place(self, samples: int, seqlen: int, characters: int, *, given: Samples | None = None) -> None:
         """Decide what is kept in memory and what on disk.

@@ -10,13 +10,14 @@ from __future__ import annotations
 __all__ = ["Reading", "check_ids", "read"]
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tawny.calibration.text import NAMED_TEXTS, evaluation_windows, first_token, load_text, tokenise
+from tawny.calibration.text import NAMED_TEXTS, load_text
+from tawny.calibration.windows import TokenisedText, evaluation_windows, tokenise
 from tawny.errors import TextError
 from tawny.model.streams import Samples
 from tawny.recovery.settings import Recovery
@@ -74,19 +75,16 @@ def read(
         name = "the tokens given"
     else:
         loaded = load_text(settings.text, "calibration")
-        name = f"text {loaded.name!r}"
-        first = first_token(tokenizer, settings.bos)
-        ids = tokenise(loaded, tokenizer, first)
-        windows = _windows(ids, settings, name, first)
-        about = {"name": loaded.name, "sha256": loaded.sha256, "tokens": int(ids.numel())}
-        about["bos"] = first is not None
+        tokens = tokenise(loaded, tokenizer, settings.bos)
+        name = tokens.name
+        windows = _windows(tokens, settings)
+        about = {"name": loaded.name, "sha256": loaded.sha256, "tokens": len(tokens)}
+        about["bos"] = tokens.bos is not None
         if loaded.name in NAMED_TEXTS:
             measured = load_text(settings.text, "evaluation")
-            held_out = evaluation_windows(
-                tokenise(measured, tokenizer, first), settings.seqlen, name=f"{name} held out", bos=first
-            )[
-                -settings.eval_windows :
-            ]  # evaluations read it from its beginning, and must not have been chosen by
+            unseen = replace(tokenise(measured, tokenizer, settings.bos), name=f"{name} held out")
+            # Evaluations read it from its beginning, and must not have been chosen by.
+            held_out = evaluation_windows(unseen, settings.seqlen)[-settings.eval_windows :]
     if held_out is None:
         count = min(settings.eval_windows, max(1, round(len(windows) * _HELD_OUT)))
         windows, held_out = windows[:-count], windows[-count:]
@@ -128,12 +126,12 @@ def _check_held_out(held_out: Tensor, seqlen: int) -> None:
         )
 
 
-def _windows(ids: Tensor, settings: Recovery, name: str, bos: int | None) -> Tensor:
+def _windows(text: TokenisedText, settings: Recovery) -> Tensor:
     try:
-        return evaluation_windows(ids, settings.seqlen, name=name, bos=bos)
+        return evaluation_windows(text, settings.seqlen)
     except TextError:
-        needed = (settings.batch + 1) * (settings.seqlen - (bos is not None))
+        needed = (settings.batch + 1) * text.of_text(settings.seqlen)
         raise TextError(
-            f"{name} has {ids.numel():,} tokens; a batch of {settings.batch} × {settings.seqlen} and a window to measure "
+            f"{text.name} has {len(text):,} tokens; a batch of {settings.batch} × {settings.seqlen} and a window to measure "
             f"on need {needed:,}: give a longer text, or a smaller -o batch or --seqlen"
         ) from None
