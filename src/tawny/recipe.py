@@ -52,6 +52,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from tawny.errors import RecipeError, TawnyError, nearest
+from tawny.recipe_yaml import dump_yaml, parse_yaml
 
 Storage = Literal["float32", "bfloat16", "float16"]
 _DTYPE_ALIASES = {
@@ -193,10 +194,7 @@ def named_recipes() -> dict[str, Path]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    dumped: str = yaml.dump(
-        recipe.to_mapping(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100
-    )
-    return dumped
+    return dump_yaml(recipe.to_mapping())
 
 
 def resolve_recipe(
@@ -232,7 +230,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"-o {text!r} is not KEY=VALUE: write for example -o seed=1")
     try:
-        parsed = yaml.load(value, Loader=_Loader)
+        parsed = parse_yaml(value)
     except yaml.YAMLError:
         parsed = value.strip()
     return key.strip(), parsed
@@ -537,39 +535,7 @@ def _refuse_of_others(key: str, sections: Iterable[str], merged: Mapping[str, An
             )
 
 
-# --- YAML ------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: PyYAML's own rules read 2:4 as the number 124, 1e-3 as text and `no` as false."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key!r} is given twice", problem_mark=node.value[index][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either set of rules would not read back as text, so that other YAML readers agree."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$", list("-+0123456789")),
-    (
-        "float",
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf))$|^\.(?:nan|NaN)$",
-        list("-+0123456789."),
-    ),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+# --- files ---------------------------------------------------------------------------------------------
 
 
 def _read(path: str | Path) -> Mapping[str, Any]:
@@ -588,7 +554,7 @@ def _read(path: str | Path) -> Mapping[str, Any]:
         raise RecipeError(f"recipe {str(path)!r} is not text: give a YAML file") from None
     try:
         # A run.json holds generated words too, and JSON allows characters that YAML does not.
-        loaded = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        loaded = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
     except json.JSONDecodeError as error:
         raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except yaml.MarkedYAMLError as error:

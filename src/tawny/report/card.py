@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from tawny.recipe_yaml import dump_yaml
 from tawny.record import measured_numbers
 from tawny.tables import begun, duration, percent, perplexity_text, size
 
@@ -219,7 +220,7 @@ def _intended() -> str:
 
 
 def _recipe(record: Mapping[str, Any]) -> str:
-    made = yaml.safe_dump(dict(record["recipe"]), sort_keys=False).strip()
+    made = dump_yaml(record["recipe"]).strip()
     return f"## Recipe\n\n```yaml\n{made}\n```"
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tawny.recipe_yaml import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import recovery_words
 from tawny.report.figures import DepthRow, depth_figure
@@ -83,7 +84,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "memory": _memory(record),
         "load": _load(record),
         "command": _command(record),
-        "recipe_yaml": _yaml(recipe),
+        "recipe_yaml": dump_yaml(recipe).strip(),
         "trace": _trace(record),
         "files": [
             {"name": name, "size": size(file["bytes"]), "sha256": file["sha256"]}
@@ -393,12 +394,6 @@ def _command(record: Mapping[str, Any]) -> str:
     dense = shlex.quote(f"{record['out']}-again-dense")
     kinds = "".join(f" --{key} {packed[key]}" for key in ("values", "group", "head") if packed.get(key))
     return f"tawny prune {source} --out {dense}{how}\ntawny pack {dense} --out {again}{kinds}"
-
-
-def _yaml(recipe: Mapping[str, Any]) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(dict(recipe), sort_keys=False, default_flow_style=None, width=88)).strip()
 
 
 def _trace(record: Mapping[str, Any]) -> list[tuple[str, str]]:
