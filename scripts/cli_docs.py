@@ -41,11 +41,18 @@ def _verb(name: str, command: Any) -> str:
         flags = ", ".join(f"`{flag}`" for flag in [*option.opts, *option.secondary_opts])
         value = f" {option.metavar}" if option.metavar else ""
         need = " (required)" if option.required else ""
-        rows.append(f"| {flags}{value} | {_cell(option.help)}{need} |")
+        rows.append(f"| {flags}{value} | {_cell(option.help)}{_default(option)}{need} |")
     table = "\n".join(["| | |", "|---|---|", *rows])
     return (
         f"## {name}\n\n{command.help.strip()}\n\n```\n{usage}\n```\n\n{table}\n\n{_examples(command.epilog)}"
     )
+
+
+def _default(option: Any) -> str:
+    """What the drawn help adds of itself: a default that is in no help text."""
+    if option.required or option.default is None or isinstance(option.default, bool):
+        return ""
+    return f" Default: {option.default}."
 
 
 def _cell(text: str) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shlex
 import subprocess
@@ -416,6 +417,18 @@ def test_the_verbs_work_on_a_real_folder_from_plan_to_inspection(run, model, tex
         "prune", model, "--out", out, "-c", out / "run.json", "-s", 0.25, "--overwrite", "--json"
     )
     assert code == 0 and json.loads(shown)["sparsity"] == pytest.approx(0.25, abs=1e-3), err
+
+
+def test_who_needs_no_text_says_so_and_who_packs_nothing_too(run, model, tmp_path):
+    no_text = ("-s", 0.01, "-m", "magnitude", "-a", "uniform")
+    for arguments in (["plan", model], ["prune", model, "--out", tmp_path / "out"]):
+        code, shown, err = run(*arguments, *no_text)
+        words = " ".join(shown.split())
+        assert code == 0 and "no text needed" in words and "calibrated" not in words and "()" not in words, (
+            err
+        )
+    code, shown, err = run("pack", tmp_path / "out", "--out", tmp_path / "packed", "--values", "f32")
+    assert code == 0 and re.search(r"packed\W+nothing", shown) and "zeros," not in shown, err
 
 
 def test_a_search_that_ends_packed_keeps_its_allocation_and_pictures(run, model, text, tmp_path):

@@ -144,6 +144,7 @@ def large(result: Mapping[str, Any]) -> str:
     machine = None
     for key, entry in result.items():
         shape, blocks = key.rsplit("-", 1)
+        plural = "block" if blocks == "1" else "blocks"
         for solver, row in entry.items():
             if solver == "plan":
                 for name, plan in row.items():
@@ -155,7 +156,7 @@ def large(result: Mapping[str, Any]) -> str:
                 continue
             machine, asked = row["machine"], row["arguments"]
             lines.append(
-                f"| {shape.upper()} shape, {blocks} blocks | owl + {solver}, {asked['samples']} × {asked['seqlen']} "
+                f"| {shape.upper()} shape, {blocks} {plural} | owl + {solver}, {asked['samples']} × {asked['seqlen']} "
                 f"| {asked['memory']} | {row['memory']['estimate'] / 1e9:.2f} GB | {row['peak_memory'] / 1e9:.2f} GB "
                 f"| {row['memory']['hidden_states']} | {row['seconds']['total'] / 60:.0f} min | {row['written'] / 1e9:.1f} GB |"
             )

@@ -158,9 +158,9 @@ def record_tables(record: Mapping[str, Any]) -> list[Table | Text]:
     seconds = record["seconds"]
     total = seconds.get("total", sum(seconds.values()))
     rows = [
-        ("recipe", _recipe_words(record["recipe"])),
+        ("recipe", _recipe_words(record["recipe"], bool(record["text"]))),
         ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
-        ("time", f"{duration(total)} ({_parts(seconds, 'total', duration)})"),
+        ("time", f"{duration(total)}{_parts(seconds, 'total', duration)}"),
         ("peak memory", _peak_words(record)),
     ]
     if refined := record.get("refined"):
@@ -270,7 +270,7 @@ def recovery_tables(record: Mapping[str, Any]) -> list[Table]:
             f"{record['trained']:,} values ({settings['train']}, {settings['method']}) on {record['tokens']:,} tokens "
             f"in {record['steps']:,} steps; ended by {record['stopped']}",
         ),
-        ("time", f"{duration(seconds['total'])} ({_parts(seconds, 'total', duration)})"),
+        ("time", f"{duration(seconds['total'])}{_parts(seconds, 'total', duration)}"),
         ("speed", f"{record['tokens_per_second']:,.0f} tokens/s while training"),
         ("peak memory", size(record["peak_memory"])),
     ]
@@ -414,12 +414,12 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     share = plan["prunable"] / max(plan["parameters"], 1)
     rows = [
         ("model", f"{plan['source']}: {plan['parameters']:,} parameters in {len(plan['blocks'])} blocks"),
-        ("recipe", _recipe_words(recipe)),
+        ("recipe", _recipe_words(recipe, plan["reads_text"])),
         ("prunable", f"{plan['prunable']:,} weights in {len(plan['linears'])} linears ({percent(share, 0)})"),
         ("removed", f"{plan['removed']:,} weights ({percent(recipe['sparsity'])})"),
         ("peak memory", _memory_words(plan)),
         ("disk", f"{size(disk['checkpoint'])} written, {size(disk['peak'])} while it is being written"),
-        ("time", f"about {duration(seconds['total'])} ({_parts(seconds, 'total', duration)})"),
+        ("time", f"about {duration(seconds['total'])}{_parts(seconds, 'total', duration)}"),
     ]
     if disk.get("search"):
         rows.append(("search", f"{size(disk['search'])} of solutions on disk until it is over"))
@@ -433,28 +433,30 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
 
 def _memory_words(plan: Mapping[str, Any]) -> str:
     memory = {key: value for key, value in plan["memory"].items() if key != "smallest"}
-    words = f"about {size(memory['peak'])} ({_parts(memory, 'peak', size)})"
+    words = f"about {size(memory['peak'])}{_parts(memory, 'peak', size)}"
     smallest = plan["memory"].get("smallest", memory["peak"])
     if plan.get("hidden_states") == "disk":
         return f"{words}; hidden states on disk"
     return f"{words}; {size(smallest)} with hidden states on disk" if smallest < memory["peak"] else words
 
 
-def _recipe_words(recipe: Mapping[str, Any]) -> str:
+def _recipe_words(recipe: Mapping[str, Any], reads_text: bool) -> str:
     text = recipe["calibration"]
     steps = " + refit" if recipe.get("refit") else ""
     if epochs := recipe.get("refine", {}).get("epochs"):
         steps += f" + {epochs} epoch{'s' * (epochs != 1)} a block"
+    seen = f"calibrated on {text['samples']} × {text['seqlen']} tokens of {text['text']}"
     return (
         f"{recipe['allocator']['name']} + {recipe['solver']['name']}{steps}, {recipe['pattern']}, "
-        f"calibrated on {text['samples']} × {text['seqlen']} tokens of {text['text']}"
+        f"{seen if reads_text else 'no text needed'}"
     )
 
 
 def _parts(sums: Mapping[str, Any], total: str, show: Any) -> str:
-    """The largest parts of a sum, by name."""
+    """The largest parts of a sum by name, in brackets behind it."""
     parts = sorted(((v, k) for k, v in sums.items() if k != total and v > 0), reverse=True)
-    return ", ".join(f"{key.replace('_', ' ')} {show(value)}" for value, key in parts[:4])
+    words = ", ".join(f"{key.replace('_', ' ')} {show(value)}" for value, key in parts[:4])
+    return words and f" ({words})"
 
 
 def inspection_tables(inspection: Mapping[str, Any]) -> list[Table]:
@@ -492,8 +494,10 @@ def pack_tables(report: Mapping[str, Any]) -> list[Table]:
         ("values", kind + (f", head {report['head']}" if report["head"] else "")),
         (
             "packed",
-            f"{report['packed']} weights, {percent(1 - sum(kept) / max(sum(weights), 1), 1)} zeros, "
-            f"{8 * sum(linear['bytes'] for linear in packed) / max(sum(weights), 1):.2f} bits each",
+            f"{report['packed']} weights, {percent(1 - sum(kept) / sum(weights), 1)} zeros, "
+            f"{8 * sum(linear['bytes'] for linear in packed) / sum(weights):.2f} bits each"
+            if packed
+            else "nothing",
         ),
     ]
     if report["dense"]:

@@ -19,7 +19,9 @@ from tawny.cli.root import app
     "  tawny push packed someone/smollm2-owl-50-packed --json"
 )
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that prune or pack finished.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that prune, pack or recover finished.")
+    ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
     *,
     dry_run: Annotated[

@@ -48,6 +48,7 @@ class Plan:
         memory: estimated peak bytes of the whole process, the smallest budget that would do, and the parts of the peak.
         disk: bytes written at the peak (hidden states that resuming needs among them), and of the finished checkpoint.
         hidden_states: where they are kept, "memory" or "disk".
+        reads_text: whether calibration text is needed at all.
         seconds: estimated, by phase.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
     hidden_states: str = "memory"
+    reads_text: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -169,6 +171,7 @@ def plan(
         },
         seconds=seconds,
         notes=rounded + _notes(recipe, allocation is None, needs_data and fetched),
+        reads_text=needs_data,
     )
 
 
