@@ -55,7 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny_config(family: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[family](
-        **{**FAMILIES[family], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
+        **{**FAMILIES.get(family, _GATED), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **changes}
     )
 
 

@@ -375,7 +375,8 @@ def test_samples_longer_than_a_table_of_positions_are_refused(family, tmp_path):
     tawny.prune(tiny_model("llama"), sparsity=0.5, solver="wanda", calibration=tokens(2, 200))
 
 
-def test_padding_does_not_count_in_statistics():
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_padding_does_not_count_in_statistics(family):
     ids = tokens(4, 24)
     mask = torch.ones_like(ids)
     mask[:, :6] = 0
@@ -383,10 +384,38 @@ def test_padding_does_not_count_in_statistics():
     other[:, :6] = 7  # other padding, same text
     made = []
     for padded in (ids, other):
-        model = tiny_model("llama")
-        tawny.prune(model, sparsity=0.6, solver="wanda", compute="float32", calibration=(padded, mask))
-        made.append(prunable(model))
-    assert all(torch.equal(made[0][name] == 0, made[1][name] == 0) for name in made[0])
+        model = tiny_model(family)
+        keys = {"sparsity": 0.6, "allocator": "uniform", "solver": "sparsegpt", "compute": "float32"}
+        tawny.prune(model, calibration=(padded, mask), **keys)
+        made.append(model.state_dict())
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_one_expert_may_be_pruned_that_no_token_reaches():
+    for expert in range(4):
+        model = tiny_model("mixtral")
+        keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "wanda"}
+        record = tawny.prune(model, include=[f"experts.*.{expert}"], calibration=tokens(3, 2), **keys)
+        assert record.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_experts_that_are_stored_the_other_way_keep_n_of_m_inputs(family):
+    gate_up, down = (48, 32), (32, 24)  # (out, in); both families store [experts, in, out]
+    model = tiny_model(
+        family,
+        hidden_size=32,
+        intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        **({"interleave_moe_layer_step": 1, "intermediate_size_mlp": 24} if family == "llama4_text" else {}),
+    )
+    record = tawny.prune(model, pattern="2:4", allocator="uniform", solver="magnitude", include=["experts.*"])
+    assert {entry.shape for entry in record.linears} == {gate_up, down}
+    for name, weight in model.named_parameters():
+        if weight.dim() == 3:
+            groups = weight.transpose(1, 2).reshape(-1, 4)
+            assert ((groups != 0).sum(1) == 2).all(), name
 
 
 def test_samples_begin_as_the_tokenizer_begins_a_text_but_not_as_the_papers_do(tmp_path):

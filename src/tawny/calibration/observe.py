@@ -57,15 +57,18 @@ class _Input:
 
 
 class _ExpertSlices(TorchFunctionMode):
-    """Reports `F.linear(x, fused[e])` for the fused parameters it is given."""
+    """Reports `F.linear(x, fused[e])` for the fused parameters it is given, and which tokens `x` was gathered from last."""
 
     def __init__(
-        self, fused: Mapping[int, tuple[Tensor, str]], seen: Callable[[str, int, Tensor], None]
+        self,
+        fused: Mapping[int, tuple[Tensor, str]],
+        seen: Callable[[str, int, Tensor, Tensor | None], None],
     ) -> None:
         super().__init__()
         self._fused = fused  # by id of the parameter
         self._seen = seen
         self._slices: dict[int, tuple[str, int, Tensor]] = {}
+        self._gathered: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -74,9 +77,12 @@ class _ExpertSlices(TorchFunctionMode):
             if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
                 # The slice is kept alive so that its id stays its own until the forward ends.
                 self._slices[id(made)] = (self._fused[id(args[0])][1], int(index), made)
+        elif func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[0].dim() == 2:
+            if args[1].dim() == 1 and args[1].dtype == torch.int64:
+                self._gathered = args[1]
         elif func is nn.functional.linear and len(args) > 1 and id(args[1]) in self._slices:
             key, expert, _ = self._slices[id(args[1])]
-            self._seen(key, expert, args[0])
+            self._seen(key, expert, args[0], self._gathered)
         return made
 
 
@@ -126,15 +132,23 @@ class _Watcher:
         if not self.learning and linear is self.last:
             raise _Enough
 
-    def expert_called(self, key: str, expert: int, x: Tensor) -> None:
+    def expert_called(self, key: str, expert: int, x: Tensor, gathered: Tensor | None) -> None:
+        if key not in self._stage_of_key:  # also by an expert that is not pruned
+            self._stage_of_key[key] = self._next_stage()
         linear = self.experts.get((key, expert))
         if linear is None:
             return
         if linear.name not in self.input_of:
-            if key not in self._stage_of_key:
-                self._stage_of_key[key] = self._next_stage()
             self._new(linear, self._stage_of_key[key], x)
-        self._count(self.input_of[linear.name], x)
+        x = x.reshape(-1, x.shape[-1])
+        if self.valid is not None:
+            if gathered is None or gathered.numel() != len(x):
+                raise ModelError(
+                    f"{linear.name} is not seen to gather its tokens, so padding among them cannot be left out: "
+                    "give samples without padding, or exclude the experts"
+                )
+            x = x[self.valid.reshape(-1)[gathered]]
+        self._add(self.input_of[linear.name], x)
 
     def ready(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """In a forward whose stages are known: count the input of a stage's first linear, and say it was one."""
@@ -162,12 +176,14 @@ class _Watcher:
         return made
 
     def _count(self, source: _Input, x: Tensor) -> None:
-        if source.accumulator is None:
-            return
         rows = x.reshape(-1, x.shape[-1])
         if self.valid is not None and rows.shape[0] == self.valid.numel():
             rows = rows[self.valid.reshape(-1)]
-        source.accumulator.add(rows)
+        self._add(source, rows)
+
+    def _add(self, source: _Input, rows: Tensor) -> None:
+        if source.accumulator is not None:
+            source.accumulator.add(rows)
 
     def learnt(self) -> None:
         """After the first chunk: everything must have been seen, and the last plain linear ends a forward."""

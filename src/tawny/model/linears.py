@@ -1,7 +1,7 @@
 """Which weights of a block can be pruned, and how each is read and written as `[out, in]`.
 
 Prunable are the weights of `nn.Linear` and of transformers' transposed `Conv1D`, and fused experts
-(`[experts, out, in]` parameters), expert by expert. Routers and gates are not: they are recognised by what they
+(`[experts, out, in]` parameters, or `[experts, in, out]`), expert by expert. Routers and gates are not: they are recognised by what they
 produce, one number an expert (or a single one), beside the experts themselves.
 """
 
@@ -88,13 +88,33 @@ def linears_of(block: nn.Module, prefix: str) -> list[Linear]:
                 transposed = isinstance(module, Conv1D)
                 found.append(Linear(name, f"{name}.weight", module, "weight", None, transposed))
             continue
-        for parameter, value in module.named_parameters(recurse=False):
-            if value.dim() == 3 and min(value.shape) > 1:
-                found += [
-                    Linear(f"{name}.{parameter}.{e}", f"{name}.{parameter}", module, parameter, e)
-                    for e in range(value.shape[0])
-                ]
+        fused = {
+            parameter: tuple(value.shape)
+            for parameter, value in module.named_parameters(recurse=False)
+            if value.dim() == 3 and min(value.shape) > 1
+        }
+        transposed = _experts_transposed(module, list(fused.values()))
+        found += [
+            Linear(f"{name}.{parameter}.{e}", f"{name}.{parameter}", module, parameter, e, transposed)
+            for parameter, shape in fused.items()
+            for e in range(shape[0])
+        ]
     return found
+
+
+def _experts_transposed(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether fused experts are stored `[experts, in, out]`: as the module says, or else by their shapes.
+
+    The second of two parameters gives back the width that the first takes. Where both readings fit, as with experts
+    without a gate, it is the common one.
+    """
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    if len(shapes) != 2:
+        return False
+    (_, a, b), (_, c, d) = shapes
+    return b != c and a == d
 
 
 def prunable_numel(block: nn.Module) -> int:
