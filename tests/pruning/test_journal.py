@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tawny
-from tawny.errors import Interrupted, OutputError
+from tawny.errors import CheckpointError, Interrupted, OutputError
 from tawny.model import output as output_module
 from tawny.packed.kernels import native
 from tawny.pruning import journal as journal_module
@@ -147,6 +147,22 @@ def test_ctrl_c_keeps_finished_blocks_and_the_same_call_goes_on(dense, tmp_path)
     record = prune(dense, tmp_path / "out")
     assert record.resumed == 1 and files(tmp_path / "out") == files(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_source_that_cannot_be_read_for_a_moment_costs_no_work(dense, tmp_path):
+    prune(dense, tmp_path / "whole")
+    interrupted(dense, tmp_path / "out")
+
+    class MovesAway(Silent):
+        def step(self, text: str) -> None:
+            if dense.exists():
+                dense.rename(tmp_path / "away")
+
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        prune(dense, tmp_path / "out", watch=MovesAway())
+    (tmp_path / "away").rename(dense)
+    assert prune(dense, tmp_path / "out").resumed == 2
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_ctrl_c_before_anything_is_finished_leaves_nothing(dense, tmp_path):

@@ -9,6 +9,11 @@ import pytest
 import torch
 
 import tawny
+from tawny.allocation.alpha import Alpha
+from tawny.allocation.blend import Blend
+from tawny.allocation.dlp import Dlp
+from tawny.allocation.owl import Owl
+from tawny.allocation.profile import measuring_bytes
 from tawny.errors import RecipeError
 from tawny.model.blocks import open_stack
 from tawny.model.linears import linears_of
@@ -157,6 +162,35 @@ def test_hessians_of_linears_that_are_solved_are_not_counted(dense, order, bytes
     demand = replace(demand, workspace=lambda out, width: bytes_of.get((out, width), 0))
     parts = demand.phases(spill=True, held=False)["solve"]
     assert (parts["statistics"], parts["solver"]) == (statistics, solver)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "least"),
+    [
+        ("mistral", {"sliding_window": 16}, 5 * 512**2),
+        ("mistral", {"sliding_window": 512}, 0),
+        ("falcon", {"multi_query": True, "num_attention_heads": 8}, 4 * 8 * 512**2),
+    ],
+)
+def test_masks_of_a_window_and_scores_of_one_key_head_are_counted(tmp_path, family, changes, least):
+    tiny_model(family, **changes).save_pretrained(tmp_path / "dense")
+    stack = open_stack(tmp_path / "dense", torch.float32)
+    recipe = resolve_recipe(None, sparsity=0.5, allocator="uniform", solver="wanda", seqlen=512)
+    demand = demand_of(recipe, stack, [stack.linears(0)], recipe.make_solver(), recipe.make_allocator(), 0)
+    plain = 2048 * (4 * stack.hidden_bytes + max(x.shape[1] for x in stack.linears(0)) * 16)
+    extra = demand.phases(spill=True, held=False)["observe"]["forward"] - plain
+    assert extra >= 4 * least and (extra == 0) == (least == 0)
+
+
+def test_what_an_allocator_takes_is_counted_for_its_block():
+    shapes = [(64, 32), (32, 64), (64, 64)]
+    whole = sum(out * width for out, width in shapes)
+    owl, official = Owl(), Owl(compat="official")
+    assert measuring_bytes(owl, shapes) == 16 * 64**2
+    assert measuring_bytes(official, shapes) == measuring_bytes(owl, shapes) + 8 * whole
+    assert measuring_bytes(Blend(of="dlp,alpha"), shapes) == max(
+        measuring_bytes(Dlp(), shapes), measuring_bytes(Alpha(), shapes)
+    )
 
 
 def test_scores_of_eager_attention_are_counted(tmp_path):

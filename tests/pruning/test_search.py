@@ -490,8 +490,27 @@ def test_one_sample_leaves_nothing_to_compare_on():
 
 def test_without_optuna_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr(search_module, "solve_levels", _too_late)
     with pytest.raises(MissingFeature, match=r"tawny\[search\]"):
         prune(tiny_model("llama"))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("sqlite:////nowhere/study.db", "cannot be opened"),
+        ("sqlite:///$NOT_SET", "NOT_SET, which is not set"),
+    ],
+)
+def test_a_study_that_cannot_be_opened_is_told_of_before_the_work(monkeypatch, url, said):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(search_module, "solve_levels", _too_late)
+    with pytest.raises(RecipeError, match=said):
+        prune(tiny_model("llama"), **{"allocator.study": url})
+
+
+def _too_late(*_: object, **__: object) -> None:
+    raise AssertionError("levels were solved first")
 
 
 def test_machines_share_a_study(dense, tmp_path, monkeypatch):

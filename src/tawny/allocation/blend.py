@@ -67,6 +67,10 @@ class Blend:
         counted = (getattr(member, "work", None) for member in self.members.allocators.values())
         return float(sum(work(linears) for work in counted if work is not None))
 
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Its members measure one after the other."""
+        return self.members.workspace(shapes)
+
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         return self.members.measure(linears)
 

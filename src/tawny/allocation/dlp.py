@@ -12,10 +12,12 @@ from __future__ import annotations
 
 __all__ = ["Dlp"]
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
@@ -46,12 +48,16 @@ class Dlp:
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha {self.alpha} given, expected half the band of sparsities, in [0, 1]")
 
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """A weight and its scores in float32, their bits twice, and 64-bit bins to count them by; measured."""
+        return 28 * max(map(math.prod, shapes), default=0)
+
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         total, count = 0.0, 0
         if not linears:  # everything in the block is excluded
             return {"median_score": 0.0, "mean_score": 0.0}
         for _, scores_OI in score_sets(linears, wanda_scores):
-            total += float(scores_OI.double().sum())
+            total += float(scores_OI.sum(dtype=torch.float64))
             count += scores_OI.numel()
         return {"median_score": exact_quantile(linears, wanda_scores, 0.5), "mean_score": total / count}
 

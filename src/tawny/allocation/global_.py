@@ -15,8 +15,9 @@ from __future__ import annotations
 
 __all__ = ["Global"]
 
+import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -45,6 +46,10 @@ class Global:
     score: Literal["wanda", "magnitude"] = "wanda"
     needs: ClassVar[Needs] = "norms"
     measures_weights: ClassVar[bool] = True
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """A weight and its scores in float32, and 64-bit bins to count them by; measured."""
+        return 20 * max(map(math.prod, shapes), default=0)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         counted = {}

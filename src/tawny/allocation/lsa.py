@@ -20,7 +20,8 @@ from __future__ import annotations
 
 __all__ = ["Lsa", "half_removal_error"]
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -108,6 +109,10 @@ class Lsa:
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha {self.alpha} given, expected half the band of sparsities, in [0, 1]")
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Linears that share their input as one weight, and what was removed of it: twice the largest, as gate and up are."""
+        return 24 * max(map(math.prod, shapes), default=0)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         sharing: dict[int, list[str]] = {}

@@ -16,7 +16,7 @@ blocks unweighted, no repair where a ratio leaves [0, 1] (one that is not positi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -69,6 +69,11 @@ class Owl:
             raise RecipeError(
                 f"allocator.granularity is {self.granularity}; the official code knows one ratio a block: leave compat out"
             )
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """A weight in float32 and parts of its scores; the official mean is over all scores of a block at once."""
+        whole = 8 * sum(map(math.prod, shapes)) if self.compat == "official" else 0
+        return whole + 16 * max(map(math.prod, shapes), default=0)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         made = measure_outliers(linears, (self.M,), official=self.compat == "official")

@@ -6,7 +6,8 @@ linears. Both are plain data: a profile can be journalled, printed and allocated
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Needs, Statistics
 
-__all__ = ["Allocation", "Allocator", "LinearInfo", "Profile"]
+__all__ = ["Allocation", "Allocator", "LinearInfo", "Profile", "measuring_bytes"]
 
 Allocation = dict[str, float]
 """{linear name: sparsity}"""
@@ -58,7 +59,11 @@ class Profile:
 
 
 class Allocator(Protocol):
-    """The interface; a new allocator is one file and one entry of ALLOCATORS, its fields are its options."""
+    """The interface; a new allocator is one file and one entry of ALLOCATORS, its fields are its options.
+
+    It may also have `workspace(shapes) -> int`, the bytes that measuring a block of linears of these shapes takes beside
+    its stored weights and statistics: without it plans guess (`measuring_bytes`).
+    """
 
     @property
     def needs(self) -> Needs:
@@ -77,3 +82,9 @@ class Allocator(Protocol):
     def allocate(self, profile: Profile, target: float) -> Allocation:
         """A sparsity for every linear of the profile, its parameter-weighted mean being the target."""
         ...
+
+
+def measuring_bytes(allocator: Allocator, shapes: Sequence[tuple[int, int]]) -> int:
+    """What measuring a block takes: as the allocator says, or the weight at hand in float32, its scores, and counting them."""
+    own: Callable[[Sequence[tuple[int, int]]], int] | None = getattr(allocator, "workspace", None)
+    return own(shapes) if own is not None else 16 * max(map(math.prod, shapes), default=0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 __all__ = ["Several"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from tawny.allocation.profile import Allocator, Profile
+from tawny.allocation.profile import Allocator, Profile, measuring_bytes
 from tawny.calibration.statistics import Needs, Statistics, most
 
 
@@ -27,6 +27,11 @@ class Several:
     @property
     def measures_weights(self) -> bool:
         return any(allocator.measures_weights for allocator in self.allocators.values())
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """They measure one after the other."""
+        measuring = (allocator for allocator in self.allocators.values() if allocator.measures_weights)
+        return max((measuring_bytes(allocator, shapes) for allocator in measuring), default=0)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         return self._measure(linears, [])

@@ -1,4 +1,4 @@
-"""How many tokens a model can be shown at once.
+"""Which tokens a model can be shown, and how many at once.
 
 A model with a table of positions (learned, or made at the start) fails beyond its last row. Rotary angles and ALiBi
 exist for any position, and such a model may be shown more than it was trained on. The table is found by its shape,
@@ -7,13 +7,13 @@ never by a model's name.
 
 from __future__ import annotations
 
-__all__ = ["check_context", "context_of", "hard_context_of"]
+__all__ = ["check_context", "check_ids", "context_of", "hard_context_of"]
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tawny.errors import RecipeError
+from tawny.errors import RecipeError, TextError
 
 _EXTRA_ROWS = 2  # OPT's table has two that no token uses
 
@@ -52,4 +52,23 @@ def check_context(model: Any, seqlen: int) -> None:
     if limit is not None and seqlen > limit:
         raise RecipeError(
             f"seqlen {seqlen} is more than the model's context of {limit}; give --seqlen {limit}"
+        )
+
+
+def check_ids(model: Any, tokens: Tensor) -> None:
+    """Refuse tokens that the model has no embedding for, which torch would tell by an index.
+
+    Args:
+        tokens: integers of any shape, not empty.
+
+    Raises:
+        TextError: an id is none of the model's.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    words = int(rows if rows is not None else model.config.get_text_config(decoder=True).vocab_size)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= words:
+        raise TextError(
+            f"the text holds token id {low if low < 0 else high} and the model has {words:,} words, ids 0 to {words - 1}: "
+            "tokenise it with the model's own tokenizer"
         )

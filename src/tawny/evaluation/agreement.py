@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import check_context
+from tawny.calibration.context import check_context, check_ids
 from tawny.errors import ModelError
 from tawny.evaluation.perplexity import (
     Perplexity,
@@ -104,6 +104,8 @@ def agreement(
     if not isinstance(text, Tensor) and tokenizer is None:
         tokenizer = _shared_tokenizer(called, dense_folder, folder)
     made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
+    for model in (dense_stack.model, stack.model):
+        check_ids(model, made.ids)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
             stream_through(dense_stack, made.ids, watch, "dense model"),

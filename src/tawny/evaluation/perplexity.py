@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import check_context
+from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.text import Text, load_text
 from tawny.calibration.windows import check_windows, evaluation_windows, tokenise
 from tawny.errors import ModelError, RecipeError
@@ -287,6 +287,7 @@ def evaluate(
             )
         tokenizer = load_tokenizer(folder)
     made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
+    check_ids(stack.model, made.ids)
     with evaluating(stack.model):
         losses = window_losses(stack, made.ids, watch, made.stride)
     compute_name = str(stack.compute).removeprefix("torch.")

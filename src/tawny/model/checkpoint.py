@@ -77,10 +77,12 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise CheckpointError(
                 f"{path} is truncated or not a safetensors file ({error}); fetch it again"
             ) from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from error
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -97,6 +99,17 @@ class Checkpoint:
                 f"{self.folder} stores its weights as {name}; expected float weights: dequantise the model first"
             )
         return known[name]
+
+    def bytes_in(self, dtype: torch.dtype | None) -> int:
+        """Bytes of all tensors, floats in `dtype` if there is one."""
+
+        def size(entry: Entry) -> int:
+            own = DTYPES.get(entry.dtype)
+            if dtype is None or own is None or not own.is_floating_point:
+                return entry.bytes
+            return int(torch.Size(entry.shape).numel()) * dtype.itemsize
+
+        return sum(map(size, self.places.values()))
 
     def dtype_of(self, key: str) -> torch.dtype:
         """The dtype one tensor is stored in."""

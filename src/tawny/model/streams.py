@@ -44,6 +44,11 @@ class Samples:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for value, name in ((self.tokens, "calibration"), (self.mask, "attention mask")):
+            if value is not None and not isinstance(value, Tensor):
+                raise TextError(
+                    f"{name} is a {type(value).__name__}; expected a torch tensor [samples, tokens], or the name or path of a text"
+                )
         shape = list(self.tokens.shape)
         if self.tokens.dim() != 2 or 0 in shape or self.tokens.is_floating_point():
             raise TextError(

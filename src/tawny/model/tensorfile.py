@@ -61,7 +61,7 @@ def entries(path: Path) -> dict[str, Entry]:
     """The tensors of a file.
 
     Raises:
-        CheckpointError: the file is truncated or not safetensors.
+        CheckpointError: the file cannot be read, is truncated or not safetensors.
     """
     try:
         with path.open("rb") as file:
@@ -80,7 +80,9 @@ def entries(path: Path) -> dict[str, Entry]:
         }
         if max((entry.stop for entry in found.values()), default=8 + size) != end:
             raise ValueError("its length is not what its header says")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
     return found
 

@@ -7,16 +7,14 @@ __all__ = ["demand_of", "needs_of"]
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from tawny.allocation.profile import LinearInfo
+from tawny.allocation.profile import LinearInfo, measuring_bytes
 from tawny.calibration.statistics import Needs
 from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples
 from tawny.pruning.memory import Demand, workspace
-from tawny.pruning.profiling import profile_samples
-from tawny.pruning.search_cost import cost_of_search, needs_of_search, stand_in
+from tawny.pruning.profiling import profile_count
+from tawny.pruning.search_cost import cost_of_search, measuring, needs_of_search, stand_in
 from tawny.recipe import Recipe
 
 
@@ -42,13 +40,11 @@ def demand_of(
     refining = recipe.refine.epochs > 0
     wanted = needs != "none" or allocator.needs != "none" or refining
     count, seqlen = samples or (recipe.calibration.samples, recipe.calibration.seqlen)
-    profiled = (
-        len(profile_samples(Samples(torch.zeros(count, seqlen, dtype=torch.int8)), recipe))
-        if wanted and count
-        else 0
-    )
+    profiled = profile_count(recipe, count, seqlen) if wanted and count else 0
     searching: dict[str, Any] = {}
+    measurer: Any = allocator
     if getattr(allocator, "searches", False):
+        measurer = measuring(allocator)
         infos = [LinearInfo(x.name, x.shape, i) for i, linears in enumerate(by_block) for x in linears]
         cost = cost_of_search(recipe, infos, stack.compute, stack.hidden_bytes, given=given)
         by = stand_in(allocator, recipe.solver.name, solver)[1]
@@ -74,5 +70,6 @@ def demand_of(
         in_data_order=recipe.order == "data",
         refining=refining,
         workspace=workspace(solver, needs),
+        measuring=lambda shapes: measuring_bytes(measurer, shapes),
         **searching,
     )

@@ -106,6 +106,46 @@ def families_for(names: Sequence[str], target: float, blocks: int) -> dict[str, 
     return {name: every[name] for name in names}
 
 
+def check_study(storage: str | None, *, opened: bool = True) -> None:
+    """What a `Grid` will ask of Optuna and of a shared study, before there is work to lose.
+
+    Args:
+        opened: whether to see if the storage opens, which makes one of a file that is not there.
+
+    Raises:
+        MissingFeature: Optuna is not installed.
+        RecipeError: the storage cannot be opened, or names an environment variable that is not set.
+    """
+    optuna = _optuna()
+    if storage is None:
+        return
+    url = _filled(storage)
+    if not opened:
+        return
+    try:
+        optuna.study.get_all_study_names(storage=url)
+    except Exception as error:  # each database's driver has exceptions of its own
+        raise _unopened(storage, error) from error
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise MissingFeature(
+            "the allocator auto needs Optuna: pip install 'tawny[search]' (or choose another, such as -a owl)"
+        ) from None
+    return optuna
+
+
+def _unopened(storage: str | None, error: Exception) -> RecipeError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return RecipeError(
+        f"allocator.study {storage!r} cannot be opened ({reason[:160]}); expected a storage of Optuna such as "
+        "sqlite:///search.db"
+    )
+
+
 class Grid:
     """The proposals of one search, driven by an Optuna study through ask and tell.
 
@@ -134,12 +174,7 @@ class Grid:
         name: str = "tawny",
         owner: str = "",
     ) -> None:
-        try:
-            import optuna
-        except ImportError:
-            raise MissingFeature(
-                "the allocator auto needs Optuna: pip install 'tawny[search]' (or choose another, such as -a owl)"
-            ) from None
+        optuna = _optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.families, self.allocate, self.owner = families, allocate, owner
         rows = [
@@ -166,11 +201,7 @@ class Grid:
                 if values not in held:
                     self.study.enqueue_trial(values)
         except Exception as error:  # each database's driver has exceptions of its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RecipeError(
-                f"allocator.study {storage!r} cannot be opened ({reason[:160]}); expected a storage of Optuna such as "
-                "sqlite:///search.db"
-            ) from error
+            raise _unopened(storage, error) from error
 
     def ask(self, count: int) -> list[Proposal]:
         proposals: list[Proposal] = []

@@ -93,6 +93,7 @@ class Demand:
         in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
         workspace: bytes a solver takes for a linear `[out, in]` (see `Solver`).
+        measuring: bytes an allocator takes for the linears of a block (see `Allocator`).
         searched: samples that a search solves its levels with; 0 without one.
         search_needs: what it collects on them.
         level_needs, level_workspace: `needs` and `workspace` of what solves its levels, which need not be the solver.
@@ -113,6 +114,7 @@ class Demand:
     in_data_order: bool
     refining: bool
     workspace: Callable[[int, int], int]
+    measuring: Callable[[Sequence[tuple[int, int]]], int]
     searched: int = 0
     search_needs: Needs = "none"
     level_needs: Needs = "none"
@@ -235,12 +237,12 @@ class Demand:
         """For one chunk of samples: hidden states and what a block makes of them, widest input, scores."""
         compute = self.stack.compute.itemsize
         widest = max(linear.shape[1] for linear in self._flat)
-        chunk = max(1, CHUNK_TOKENS // max(self.seqlen, 1)) * self.seqlen
-        return chunk * (4 * self.stack.hidden_bytes + widest * (4 + 3 * compute)) + 3 * self._scores_bytes()
+        chunk = self._chunk_samples() * self.seqlen
+        attention = 3 * self._scores_bytes() + self._mask_bytes()
+        return chunk * (4 * self.stack.hidden_bytes + widest * (4 + 3 * compute)) + attention
 
     def _measuring_bytes(self) -> int:
-        """The weight at hand in float32, its scores, and what counting them takes."""
-        return 16 * max(linear.numel for linear in self._flat)
+        return max(self.measuring([x.shape for x in linears]) for linears in self.by_block)
 
     def _solving(self, groups: Sequence[Sequence[Linear]]) -> dict[str, int]:
         """For the linear of a block that takes most, with the Hessians that are still needed: its own and later ones."""
@@ -276,15 +278,30 @@ class Demand:
         # Every linear keeps its input and gives an output, and about as much again is kept between them.
         widths = max(sum(sum(x.shape) for x in linears) for linears in self.by_block)
         kept = 2 * max(CHUNK_TOKENS, self.seqlen) * widths * stack.compute.itemsize
-        return state + kept + 3 * self._scores_bytes()
+        return state + kept + 3 * self._scores_bytes() + self._mask_bytes()
 
     def _scores_bytes(self) -> int:
-        """Attention scores of the samples in one forward, float32, where the model holds whole matrices of them."""
+        """Attention scores of the samples in one forward, float32, where the model holds whole matrices of them.
+
+        It does so if its attention is eager, and if one key head is broadcast to all queries, which torch has no fused
+        kernel for.
+        """
         config = self.stack.config.get_text_config()
-        if getattr(config, "_attn_implementation", None) != "eager":
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        if not eager and not getattr(config, "multi_query", False):
             return 0
-        samples = max(1, CHUNK_TOKENS // max(self.seqlen, 1))
-        return 4 * samples * int(getattr(config, "num_attention_heads", 0)) * self.seqlen**2
+        return 4 * self._chunk_samples() * int(getattr(config, "num_attention_heads", 0)) * self.seqlen**2
+
+    def _mask_bytes(self) -> int:
+        """The mask of a window of attention that samples are longer than: as booleans, and added to scores in float32."""
+        window = getattr(self.stack.config.get_text_config(), "sliding_window", None)
+        if not isinstance(window, int) or window >= self.seqlen:
+            return 0
+        return 5 * self._chunk_samples() * self.seqlen**2
+
+    def _chunk_samples(self) -> int:
+        """Samples in one forward."""
+        return max(1, CHUNK_TOKENS // max(self.seqlen, 1))
 
     def held(self) -> int:
         """What suspended forwards hold in front of the widest stage: residual, its norm, and the stage's input twice."""

@@ -23,10 +23,11 @@ from tawny.model.source import resolve
 from tawny.patterns import check_pattern
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.pruning.demand import demand_of, needs_of
+from tawny.pruning.grid import check_study
+from tawny.pruning.inputs import check_dense, compute_dtype
 from tawny.pruning.memory import available, parse_size, place, sharing_inputs
-from tawny.pruning.profiling import PROFILE_TOKENS, allocate
+from tawny.pruning.profiling import allocate, profile_count
 from tawny.pruning.refine import holds_out
-from tawny.pruning.run import compute_dtype
 from tawny.pruning.search_cost import cost_of_search, needs_of_search, stand_in
 from tawny.recipe import Recipe, resolve_recipe
 from tawny.solvers.base import Work
@@ -100,6 +101,7 @@ def plan(
     """
     recipe = resolve_recipe(recipe, **keys)
     folder = resolve(source, watch.say)
+    check_dense(source, folder)
     stack = open_stack(folder, compute_dtype(recipe), recipe.device)
     every = [stack.linears(index) for index in range(len(stack))]
     chosen = [select(linears, recipe.include, recipe.exclude) for linears in every]
@@ -124,15 +126,16 @@ def plan(
     fetched = text in NAMED_TEXTS and text != "wiki"  # a plan does not download
     characters = len(load_text(text, "calibration").text) if needs_data and not fetched else 0
     tokens = recipe.calibration.samples * recipe.calibration.seqlen if needs_data else 0
+    streams = 2 if recipe.refine.epochs else 1  # behind pruned blocks, and behind dense ones
     placement = place(
         demand_of(recipe, stack, chosen, solver, allocator, characters), parse_size(memory), available()
     )
     checkpoint = stack.checkpoint
     assert checkpoint is not None
-    itemsize = (DTYPES[recipe.dtype] if recipe.dtype else checkpoint.storage_dtype).itemsize
     seconds = _seconds(stack, recipe, infos, needs, allocator)
     disk_of_search = 0
     if getattr(allocator, "searches", False):
+        check_study(allocator.study, opened=False)
         cost = cost_of_search(
             recipe,
             infos,
@@ -142,7 +145,7 @@ def plan(
         disk_of_search = cost["disk"]
         took = _seconds_of_search(stack, recipe, infos, cost, needs, allocator)
         seconds = {**seconds, "total": round(seconds["total"] + took, 1), "search": took}
-    written = sum(int(torch.Size(shape).numel()) for shape in checkpoint.shapes.values()) * itemsize
+    written = checkpoint.bytes_in(DTYPES[recipe.dtype] if recipe.dtype else None)
     return Plan(
         source=str(source),
         recipe=recipe.to_mapping(),
@@ -164,9 +167,9 @@ def plan(
         disk={
             # The solutions of a search are gone before the first block is written.
             "peak": max(written + min(written, SHARD_BYTES), disk_of_search)
-            + (3 if placement.spill else 2) * tokens * stack.hidden_bytes,
+            + (3 if placement.spill else 2) * streams * tokens * stack.hidden_bytes,
             "checkpoint": written,
-            "hidden_states": tokens * stack.hidden_bytes,
+            "hidden_states": streams * tokens * stack.hidden_bytes,
             "search": disk_of_search,
         },
         seconds=seconds,
@@ -201,7 +204,7 @@ def _seconds(
     tokens = recipe.calibration.samples * recipe.calibration.seqlen
     forward_flops = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
     fast, exact = measured_speed(stack.compute), measured_speed(torch.float32)
-    profile_tokens = _profile_tokens(recipe, tokens)
+    profile_tokens = _profile_tokens(recipe)
     seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
     searches = getattr(allocator, "searches", False)
     if allocator.needs != "none" and not searches:
@@ -223,10 +226,10 @@ def _seconds(
     return {"total": round(sum(seconds.values()), 1), **seconds}
 
 
-def _profile_tokens(recipe: Recipe, tokens: int) -> int:
-    """How many of them what an allocator reads is measured on."""
-    profiled = recipe.profile_samples or -(-PROFILE_TOKENS // recipe.calibration.seqlen)
-    return min(tokens, profiled * recipe.calibration.seqlen)
+def _profile_tokens(recipe: Recipe, samples: int | None = None) -> int:
+    """How many tokens, of all samples or so many, what an allocator reads is measured on."""
+    count, seqlen = recipe.calibration.samples if samples is None else samples, recipe.calibration.seqlen
+    return profile_count(recipe, count, seqlen) * seqlen
 
 
 def _seconds_a_token(stack: Stack) -> float:
@@ -267,7 +270,7 @@ def _seconds_of_search(
     speed = measured_speed(stack.compute)
     samples = min(cost["samples"], recipe.calibration.samples)
     tokens = samples * recipe.calibration.seqlen
-    walk = (2 * tokens + _profile_tokens(recipe, tokens)) * forward / speed * _OVERHEAD
+    walk = (2 * tokens + _profile_tokens(recipe, samples)) * forward / speed * _OVERHEAD
     if needs_of_search(recipe) == "hessian":
         walk += tokens * _seconds_a_token(stack)
     solver = stand_in(recipe.make_allocator(), recipe.solver.name, recipe.make_solver())[1]

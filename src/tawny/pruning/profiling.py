@@ -39,12 +39,17 @@ PROFILE_TOKENS = 8192
 
 
 def profile_samples(samples: Samples, recipe: Recipe) -> Samples:
-    """The subset the profile is taken on: the recipe's count, or enough for `PROFILE_TOKENS` tokens."""
+    """The subset the profile is taken on."""
+    return samples.first(profile_count(recipe, len(samples), samples.seqlen))
+
+
+def profile_count(recipe: Recipe, samples: int, seqlen: int) -> int:
+    """How many of the samples a profile takes: the recipe's count, or enough for `PROFILE_TOKENS` tokens."""
     if recipe.profile_samples is not None:
-        return samples.first(recipe.profile_samples)
+        return min(samples, recipe.profile_samples)
     if recipe.compat == "official":
         return samples
-    return samples.first(math.ceil(PROFILE_TOKENS / samples.seqlen))
+    return min(samples, math.ceil(PROFILE_TOKENS / seqlen))
 
 
 class LazyWeights(Mapping[str, tuple[Tensor, Statistics | None]]):
@@ -235,6 +240,10 @@ class Together(Several):
     def measures_weights(self) -> bool:
         return True
 
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Outliers are counted before the others measure."""
+        return max(super().workspace(shapes), 16 * max(map(math.prod, shapes), default=0))
+
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         if self.Ms:
@@ -281,6 +290,7 @@ def profile(
         UserError: something asked for cannot be done.
         NumericalError: a weight or an activation is not finite.
     """
+    from tawny.pruning.inputs import text_or_tokens
     from tawny.pruning.run import open_run
 
     start = time.perf_counter()
@@ -288,8 +298,7 @@ def profile(
     for M in Ms:
         if not 0 < M < math.inf:
             raise RecipeError(f"M is {M:g}; expected a positive multiple of the mean score, such as 5 (-M 5)")
-    named = {"calibration.text": calibration} if isinstance(calibration, str) else {}
-    given = None if isinstance(calibration, str) else calibration
+    named, given = text_or_tokens(calibration)
     recipe = resolve_recipe(recipe, default_sparsity=0.5, **named, **keys)
     named_allocators = {name: _allocator(name, recipe) for name in dict.fromkeys(allocators)}
     several = Together(named_allocators, Ms)

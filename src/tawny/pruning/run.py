@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from tawny.allocation.profile import Allocation, Profile
-from tawny.calibration.context import check_context
+from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import (
     Interrupted,
     LostProcess,
     ModelError,
+    NumericalError,
     OutputError,
     RecipeError,
-    TawnyError,
+    UserError,
 )
 from tawny.machine import machine, peak_memory, versions
 from tawny.model.blocks import Stack, live_stack, open_stack
-from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, select
 from tawny.model.output import OutputFolder, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
@@ -40,9 +40,10 @@ from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
 from tawny.packed.kernels.native import kernel_name
 from tawny.patterns import Pattern, check_pattern
-from tawny.precision import DTYPES, native_dtype
+from tawny.precision import DTYPES
 from tawny.pruning.block import BlockRun
 from tawny.pruning.demand import demand_of, needs_of
+from tawny.pruning.inputs import check_dense, check_live, compute_dtype, samples_of, text_or_tokens
 from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
 from tawny.pruning.memory import (
     Placement,
@@ -102,8 +103,7 @@ def prune(
         NumericalError: a weight, activation or factorisation is not usable; names the linear.
         Interrupted: the user pressed Ctrl-C; finished blocks are kept, and nothing unfinished looks finished.
     """
-    named: dict[str, Any] = {"calibration.text": calibration} if isinstance(calibration, str) else {}
-    given = None if isinstance(calibration, str) else calibration
+    named, given = text_or_tokens(calibration)
     recipe = resolve_recipe(recipe, **named, **keys)
     with open_run(
         recipe,
@@ -146,19 +146,19 @@ def open_run(
     before = peak_memory()
     output: OutputFolder | None = None
     journal, begun = Journal(None), False
+    run: Run | None = None
     ranks = Ranks(recipe.device, alone=isinstance(source, nn.Module) or measuring is not None)
     watch = watch if ranks.first else silent
     try:
         if isinstance(source, nn.Module):
             folder, stack = None, live_stack(source)
+            check_live(recipe, stack)
         elif out is None and measuring is None:
             raise RecipeError(f"pruning {source} needs a folder to write to: give out=… (or --out DIR)")
         else:
             folder = resolve(source, watch.say)
-            if measuring is None and is_packed(folder):
-                raise ModelError(
-                    f"{source} is packed; `tawny unpack` it first and prune the dense checkpoint"
-                )
+            if measuring is None:
+                check_dense(source, folder)
             stack = open_stack(folder, compute_dtype(recipe), ranks.device)
         if out is not None and ranks.first:
             output, journal = open_output(Path(out), folder, overwrite)
@@ -192,11 +192,18 @@ def open_run(
     except LostProcess as error:
         raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
     except KeyboardInterrupt as error:
-        raise Interrupted(f"stopped by Ctrl-C; the source is untouched and {_kept(journal)}") from error
-    except TawnyError as error:
-        # What fails for good fails again: there is nothing to go on with. A full disk can be mended.
-        if begun and output is not None and not isinstance(error, OutputError):
+        changed = len(run.record.linears) if run is not None and run.folder is None else 0
+        left = f"the source is untouched and {_kept(journal)}"
+        if changed:
+            left = f"{changed} linears of the live model are pruned already: load it anew"
+        raise Interrupted(f"stopped by Ctrl-C; {left}") from error
+    except NumericalError:  # fails again: there is nothing to go on with
+        if begun and output is not None:
             output.discard()
+        raise
+    except UserError:  # a full disk, a file out of reach: that can be mended
+        if begun and journal.progress:
+            watch.say(f"{_kept(journal)}, once it can")
         raise
     finally:
         ranks.deafen()
@@ -213,6 +220,11 @@ def _kept(journal: Journal) -> str:
 def open_output(out: Path, folder: Path | None, overwrite: bool) -> tuple[OutputFolder, Journal]:
     """The folder to write and the journal of what is in it already; a live module has no journal."""
     work = unfinished(out)
+    if folder is None and not overwrite and Journal(work).found:
+        raise OutputError(
+            f"{work} holds an unfinished run, and a live model cannot go on with one: finish that, pass overwrite=True, "
+            "or choose another out"
+        )
     if folder is None or overwrite:
         made = OutputFolder(out, overwrite=overwrite, source=folder)
         return made, Journal(None if folder is None else made.work)
@@ -223,11 +235,6 @@ def open_output(out: Path, folder: Path | None, overwrite: bool) -> tuple[Output
     )
     journal.reload()
     return output, journal
-
-
-def compute_dtype(recipe: Recipe) -> torch.dtype:
-    """dtype of forwards: the recipe's, or what the machine multiplies natively."""
-    return native_dtype() if recipe.compute == "auto" else DTYPES[recipe.compute]
 
 
 @dataclass
@@ -354,14 +361,9 @@ class Run:
         """
         recipe = self.recipe
         if given is not None:
-            samples = (
-                given
-                if isinstance(given, Samples)
-                else Samples(*given)
-                if isinstance(given, tuple)
-                else Samples(given)
-            )
+            samples = samples_of(given)
             check_context(self.stack.model, samples.seqlen)
+            check_ids(self.stack.model, samples.tokens)
             self.record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
             self.place(len(samples), samples.seqlen, 0, given=samples)
             return samples.repeating(recipe.calibration.repeat)
@@ -387,6 +389,7 @@ class Run:
                 self.held_out = held_out_windows(
                     tokens, wanted.samples, wanted.seqlen, recipe.seed, length, count
                 )
+        check_ids(self.stack.model, windows)
         give_back()
         self.record.text = {
             "name": text.name,
@@ -571,6 +574,7 @@ class Run:
         else:
             self.stack.model.save_pretrained(self.output.partial)
             self.record.bytes = sum(p.stat().st_size for p in self.output.partial.glob("*.safetensors"))
+            self.record.storage = str(self.stack.compute).removeprefix("torch.")
         self.output.write_text("recipe.yaml", dump_recipe(self.recipe))
 
     def _plan_shards(self) -> list[dict[str, Any]]:

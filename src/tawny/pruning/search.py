@@ -38,7 +38,7 @@ from tawny.errors import NumericalError, TextError
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Trial, search
-from tawny.pruning.grid import Grid, families_for
+from tawny.pruning.grid import Grid, check_study, families_for
 from tawny.pruning.journal import code_identity, tokens_identity
 from tawny.pruning.levels import LevelStore, Solved, solve_levels
 from tawny.pruning.profiling import Together, allocate, block_sparsities
@@ -82,6 +82,7 @@ def _search(run: Run) -> dict[str, Any]:
     """Steps 1 to 5; what `run.json` says of them, and the allocation."""
     started = time.monotonic()
     auto: Auto = run.allocator
+    check_study(auto.study)
     recipe = run.recipe
     space = make_space(_infos(run), run.pattern, recipe.sparsity, auto.levels, auto.step)
     samples, held_out = _split(run, auto)

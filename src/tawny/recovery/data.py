@@ -7,7 +7,7 @@ uninterrupted one would have.
 
 from __future__ import annotations
 
-__all__ = ["Reading", "check_ids", "read"]
+__all__ = ["Reading", "read"]
 
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -101,20 +101,6 @@ def read(
     both = torch.cat([windows, held_out])
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
     return Reading(both, len(windows), settings.batch, settings.seed, about)
-
-
-def check_ids(reading: Reading, words: int) -> None:
-    """Refuse tokens that the model has no embedding for, which torch would tell by an index.
-
-    Raises:
-        TextError: an id is none of the model's.
-    """
-    low, high = int(reading.windows.min()), int(reading.windows.max())
-    if low < 0 or high >= words:
-        raise TextError(
-            f"the text holds token id {low if low < 0 else high} and the model has {words:,} words, ids 0 to {words - 1}: "
-            "tokenise it with the model's own tokenizer"
-        )
 
 
 def _check_held_out(held_out: Tensor, seqlen: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tawny.calibration.context import check_ids
 from tawny.errors import Interrupted, ModelError, RecipeError
 from tawny.machine import peak_memory
 from tawny.model.blocks import Stack, live_stack, open_stack
@@ -27,7 +28,7 @@ from tawny.model.output import OutputFolder
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.structure import evaluating
 from tawny.precision import native_dtype
-from tawny.recovery.data import check_ids, read
+from tawny.recovery.data import read
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
@@ -161,7 +162,7 @@ def _open_run(
             output = _reserve(Path(out), overwrite, folder, work)
         watch.say(f"reading {'tokens' if text is not None else f'text {settings.text}'}")
         reading = read(settings, tokenizer, text, held_out)
-        check_ids(reading, int(stack.config.get_text_config().vocab_size))
+        check_ids(stack.model, reading.windows)
         student = Student(stack, settings, processes)
         check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
         run = Run(settings, student, teacher_stack, reading, processes, output, watch)
