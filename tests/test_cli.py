@@ -285,6 +285,8 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["profile", "m", "-M", "5", "-M", "-1"], "M is -1; expected a positive"),
         (["profile", "m", "-M", "nan"], "M is nan; expected a positive"),
         (["profile", "m", "--plot", "/no/such/folder/x.png"], "does not exist"),
+        (["profile", "m", "--plot", "/proc/x.png"], "nothing can be written in its folder"),
+        (["compare", "m", "--html", "/proc/x.html"], "nothing can be written in its folder"),
         (["list", "solver"], "'solvers'"),
         (["inspect", "/no/such/folder"], "no such folder"),
         (["generate", "m", "hi", "--seed", "9" * 23], f"{'9' * 23} given, expected 0 to"),

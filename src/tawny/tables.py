@@ -94,6 +94,8 @@ def begun(of: Mapping[str, Any]) -> str:
 
 # --- frames ----------------------------------------------------------------------------------------------
 
+# Metrics of tasks that are shares of the questions.
+SHARES = ("acc", "acc_norm", "exact_match")
 _READABLE = 16  # columns a name needs when it goes on over several lines
 _FRAME = 3  # columns between two columns of a table
 
@@ -353,13 +355,9 @@ def tasks_tables(result: Mapping[str, Any]) -> list[Table]:
     made = _table(*columns, left=(0, len(columns) - 1))
     for task in tasks:
         norm = task["metrics"].get("acc_norm")
-        accuracy = task["metric"] in ("acc", "acc_norm", "exact_match")
         made.add_row(
             task["name"],
-            share_text(task["value"], task["stderr"])
-            if accuracy
-            else f"{task['metric']} {task['value']:.4g}"
-            + (f" ± {task['stderr']:.2g}" * bool(task["stderr"])),
+            score_text(task) if task["metric"] in SHARES else f"{task['metric']} {score_text(task)}",
             *([share_text(norm["value"], norm["stderr"]) if norm else ""] if normed else []),
             f"{task['examples']:,}" + ", kept" * bool(task["cached"]),
             f"{task['data']} ({task['split']})" if task["split"] else task["data"],
@@ -369,11 +367,19 @@ def tasks_tables(result: Mapping[str, Any]) -> list[Table]:
         ("computed in", f"{result['compute']}, log-probabilities in float32"),
         ("time", duration(result["seconds"])),
     ]
-    if len(tasks) > 1 and all(task["metric"] == "acc" for task in tasks):
+    if len(tasks) > 1 and result["mean"] is not None:
         rows.insert(0, ("mean", f"{share_text(result['mean'], result['stderr'])} % over {len(tasks)} tasks"))
     if result["limit"]:
         rows.insert(1, ("limit", f"the first {result['limit']} documents of each task"))
     return [made, _facts(rows)]
+
+
+def score_text(task: Mapping[str, Any]) -> str:
+    """What a task measured: shares in %, anything else as it is."""
+    value, stderr = task["value"], task["stderr"]
+    if task["metric"] in SHARES:
+        return share_text(value, stderr)
+    return f"{value:.4g}" + f" ± {stderr:.2g}" * bool(stderr)
 
 
 def profile_tables(report: Mapping[str, Any]) -> list[Table]:

@@ -193,6 +193,32 @@ def test_a_model_is_compared_once(monkeypatch):
     assert len(calls) == 1
 
 
+def _hooked(module):
+    module.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def _hooked_before(module):
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+
+
+def _replaced(module):
+    forward = module.forward
+    module.forward = lambda x: forward(x * 1.5)
+
+
+@compiled
+@pytest.mark.parametrize("change", [_hooked, _hooked_before, _replaced])
+@pytest.mark.parametrize("known", [False, True])
+def test_what_a_user_has_changed_of_a_module_is_done(change, known):
+    model, ids = tiny_model("llama"), tokens(1, 12)[0]
+    plain = logits(model, None, ids)[0] if known else None
+    change(model.model.layers[1].mlp.up_proj)
+    made, path = logits(model, None, ids)
+    assert path == "model" and torch.equal(made, logits(model, False, ids)[0])
+    if plain is not None:
+        assert not torch.allclose(made, plain)
+
+
 @compiled
 def test_without_our_kernels_nothing_is_built():
     model = tiny_model("llama")

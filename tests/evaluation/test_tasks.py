@@ -16,7 +16,7 @@ from tawny.errors import RecipeError, TextError
 from tawny.evaluation import task_config as own
 from tawny.evaluation.language_model import batch_sizes
 from tawny.evaluation.task_data import TaskData, names_of
-from tawny.evaluation.tasks import PRESETS, evaluate_tasks, task_names
+from tawny.evaluation.tasks import PRESETS, check_tasks, evaluate_tasks, task_names
 from tests.evaluation.questions import FILES, tiny_folder, write_tasks
 
 
@@ -201,6 +201,10 @@ def test_names_are_forgiving_and_presets_are_spelt_out():
         task_names(" , ")
 
 
+def test_a_task_whose_name_looks_like_a_usual_one_is_found():
+    assert check_tasks("arc_challenge_chat,rte") == ["arc_challenge_chat", "rte"]
+
+
 def test_mistakes_are_one_line_that_says_what_to_do(model, data, tmp_path):
     with pytest.raises(RecipeError, match=r"'boolk' is unknown.*did you mean 'boolq'"):
         evaluate_tasks(model, "boolk", task_data=data)
@@ -240,7 +244,7 @@ def test_batches_hold_as_many_tokens_as_they_may():
     assert batch_sizes([], 20) == []
 
 
-def test_the_verb_prints_one_document_or_a_table(model, data, monkeypatch, capsys):
+def test_the_verb_prints_one_document_or_a_table(model, data, monkeypatch, capsys, tmp_path):
     import sys
 
     from tawny.cli import main
@@ -257,8 +261,12 @@ def test_the_verb_prints_one_document_or_a_table(model, data, monkeypatch, capsy
     assert "rte: acc" in err
     code, out, _ = run("--tasks", "rte,arc_easy", "--task-data", data, "--limit", 4)
     assert code == 0 and "arc_easy" in out and "kept" in out and "over 2 tasks" in out
-    code, _, err = run("--tasks", "rtee", "--task-data", data)
-    assert code == 2 and "did you mean 'rte'" in err and err.count("\n") == 1
+    text = tmp_path / "text.txt"
+    text.write_text("The owl hunts at night. " * 100)
+    for wrong in (("--tasks", "rtee", "--task-data", data), ("--tasks", "rte", "--task-data", "nowhere")):
+        code, _, err = run(*wrong, "--text", text, "--seqlen", 16)  # before perplexity is measured
+        assert code == 2 and err.count("\n") == 1
+        assert ("did you mean 'rte'" if wrong[1] == "rtee" else "no such folder") in err
 
 
 def test_a_machine_without_lm_eval_is_told_what_to_install(model, monkeypatch):

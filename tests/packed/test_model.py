@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tawny
-from tawny.errors import ModelError, UserError
+from tawny.errors import ModelError, NumericalError, UserError
 from tawny.model.linears import linears_of
 from tawny.model.structure import find_stack
 from tawny.packed import DenseLinear, PackedLinear
@@ -45,6 +45,20 @@ def test_a_packed_model_computes_what_the_dense_one_computes(family):
     assert any(isinstance(module, PackedLinear) for module in packed.modules())
     for ids in (tokens(2, 24), tokens(1, 1)):
         torch.testing.assert_close(logits(packed, ids), logits(dense, ids), atol=2e-4, rtol=2e-4)
+
+
+def test_a_model_that_cannot_be_packed_whole_is_not_saved_half(tmp_path):
+    model = pruned("llama")
+    model.model.layers[-1].mlp.down_proj.weight.data[0, 0] = 1e6
+    with pytest.raises(NumericalError, match=r"20 linears of the model are packed already: load it anew"):
+        tawny.pack_model(model, "f16")
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "half")
+    headless = pruned("llama")
+    headless.lm_head = torch.nn.Identity()
+    with pytest.raises(UserError, match="has no linear head"):
+        tawny.pack_model(headless, "bf16", head="int8")
+    assert not any(isinstance(module, PackedLinear) for module in headless.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,6 +25,7 @@ from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Run
 from tawny.report.push import push
+from tawny.watch import Silent
 from tests.recovery.models import SHORT, dense_and_pruned, folder_keys, save_letters
 from tests.reference import distil as reference
 from tests.tiny import FAMILIES, tiny_model, tokens
@@ -719,6 +720,43 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
     reading = read(settings, None)
     held = reading.windows[reading.held_out]
     assert held[:, :2].tolist() == [[1, 2072], [1, 2081], [1, 2090]]
+
+
+def test_a_live_teacher_is_told_from_another(pair, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first, second = tiny_model("llama"), tiny_model("llama", seed=5)
+
+    def stopping(self):
+        self._save()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_step", stopping)
+        with pytest.raises(Interrupted, match="goes on"):
+            tawny.recover(pair[1], first, out, **folder_keys(pair))
+    with pytest.raises(OutputError, match="teacher changed"):
+        tawny.recover(pair[1], second, out, **folder_keys(pair))
+    said: list[str] = []
+    watch = Silent()
+    watch.say = said.append
+    tawny.recover(pair[1], first, out, watch=watch, **folder_keys(pair))
+    assert any("going on after step" in line for line in said)
+
+
+def test_a_text_may_be_a_path_and_nothing_else_is_passed_over(pair, tmp_path):
+    keys = {key: value for key, value in folder_keys(pair).items() if key != "text"}
+    record = tawny.recover(pair[1], pair[0], tmp_path / "out", text=Path(pair[2]), **keys)
+    assert record.text["name"] == pair[2]
+    for wrong in ([[1, 2, 3]], tokens().numpy()):
+        with pytest.raises(TextError, match="expected a name, a path, or a torch tensor"):
+            tawny.recover(pair[1], pair[0], tmp_path / "no", text=wrong, **keys)
+
+
+def test_a_model_that_is_refused_stays_trainable():
+    dense, _ = dense_and_pruned()
+    with pytest.raises(ModelError, match="no sparsity to keep"):
+        tawny.recover(dense, tiny_model("llama"), text=tokens(8, 24), **SHORT)
+    assert all(parameter.requires_grad for parameter in dense.parameters())
 
 
 @pytest.mark.parametrize("bos", [None, True, False])

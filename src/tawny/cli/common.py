@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,5 +90,13 @@ def check_file(option: str, path: Path | None, *endings: str) -> None:
         raise OutputError(f"{option} {path} does not end in {' or '.join(endings)}: name such a file")
     if path.is_dir():
         raise OutputError(f"{option} {path} is a folder: name a file, in it or beside it")
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise OutputError(f"{option} {path}: its folder does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{option} {path}: nothing can be written in its folder ({error.strerror}); name a file in another"
+        ) from None

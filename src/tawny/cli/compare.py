@@ -99,10 +99,10 @@ def compare(
                 cache=not no_cache,
                 watch=watch,
             ).to_dict()
+        from tawny.tables import compare_tables
+
+        console.result(result, compare_tables)
         for file, make in ((markdown, to_markdown), (html, to_html)):
             if file is not None:
                 write(result, file, make)
                 console.note(f"written to {file}")
-        from tawny.tables import compare_tables
-
-        console.result(result, compare_tables)

@@ -139,6 +139,12 @@ def eval_(
         check_device(device or "cpu")
         import tawny
 
+        if tasks is not None:  # before a perplexity that an unknown task would throw away
+            from tawny.evaluation.task_config import find_sources
+            from tawny.evaluation.tasks import check_tasks
+
+            check_tasks(tasks)
+            find_sources(_expanded(task_data))
         measured: dict[str, Any] = {}
         if text is not None or against is not None or tasks is None:
             keys: dict[str, Any] = {

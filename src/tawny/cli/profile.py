@@ -100,11 +100,11 @@ def profile(
                 allocators=[name.strip() for name in (allocators or "").split(",") if name.strip()],
                 watch=watch,
             ).to_dict()
+        from tawny.tables import profile_tables
+
+        console.result(report, profile_tables)
         if plot is not None:
             from tawny.report.plot import plot_profile
 
             plot_profile(report, plot)
             console.note(f"drawn to {plot}")
-        from tawny.tables import profile_tables
-
-        console.result(report, profile_tables)

@@ -198,12 +198,16 @@ def _made_for(dense: Path, out: Path) -> bool:
 
 def _windows(model: str, text: str, recipe: Recipe) -> int:
     """How many windows to compare on; asked before the work, since too short a text should not cost a whole run."""
+    from tawny.calibration.context import check_context
     from tawny.calibration.text import load_text
     from tawny.evaluation.perplexity import count_windows
+    from tawny.model.blocks import open_stack
     from tawny.model.source import load_tokenizer, resolve
 
     loaded = load_text(text, "evaluation")
-    tokenizer = load_tokenizer(resolve(model))
+    folder = resolve(model)
+    check_context(open_stack(folder).model, recipe.calibration.seqlen)
+    tokenizer = load_tokenizer(folder)
     return count_windows(loaded, recipe.calibration.seqlen, None, tokenizer, most=EVAL_WINDOWS)
 
 

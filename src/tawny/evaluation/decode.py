@@ -43,11 +43,7 @@ def kernels(model: nn.Module) -> Iterator[None]:
         made: dict[int, DenseLinear] = {}
         for parent in model.modules():
             for name, child in parent.named_children():
-                if (
-                    type(child) is nn.Linear
-                    and child.weight.device.type == "cpu"
-                    and not child._forward_hooks
-                ):
+                if type(child) is nn.Linear and child.weight.device.type == "cpu" and not _changed(child):
                     fast = made.setdefault(id(child), DenseLinear.from_linear(child))
                     swapped.append((parent, name, child))
                     parent._modules[name] = fast.train(child.training)
@@ -56,6 +52,11 @@ def kernels(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in swapped:
             parent._modules[name] = child
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether a call of the module does more, or other things, than its class says: hooks, or a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _reserved_layer() -> type:
@@ -168,6 +169,8 @@ class Decoder:
         known = _proved.get(self.model, 0)
         reserved = all(getattr(layer, "memory", None) is not None for layer in self.cache.layers)
         if known is None or not reserved or self.device.type != "cpu" or self.length == self.capacity:
+            return None
+        if any(map(_changed, self.model.modules())):  # since it was proved, maybe
             return None
         quick = Step.build(self.model, [layer.memory for layer in self.cache.layers], self.capacity)
         if quick is None:

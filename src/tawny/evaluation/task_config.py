@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["INSTALL", "MEANING", "PRESETS", "find_manager", "find_sources", "load_task", "quiet"]
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -51,18 +52,21 @@ def find_manager(names: Sequence[str]) -> Any:
     }
     manager = TaskManager(include_defaults=False, include_path=sorted(map(str, folders)))
     if any(name not in manager.task_index for name in wanted):
-        close = nearest(
-            next(n for n in wanted if n not in manager.task_index), [*_FOLDERS, *PRESETS, "lambada"]
-        )
-        if not close:
-            manager = TaskManager()
-            unknown = next((name for name in wanted if name not in manager.task_index), None)
-            if unknown is None:
-                return manager
-            close = nearest(unknown, manager.all_tasks)
-        unknown = next(name for name in wanted if name not in manager.task_index)
+        manager = _everything()
+        unknown = next((name for name in wanted if name not in manager.task_index), None)
+        if unknown is None:
+            return manager
+        close = nearest(unknown, [*_FOLDERS, *PRESETS, "lambada"]) or nearest(unknown, manager.all_tasks)
         raise RecipeError(f"task {unknown!r} is unknown to lm-eval {metadata.version('lm-eval')}{close}")
     return manager
+
+
+@functools.cache
+def _everything() -> Any:
+    """lm-eval's index of all its tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _is_usual(name: str) -> bool:

@@ -76,12 +76,15 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class TaskResults:
-    """Tasks of one model, and their mean with its standard error (tasks taken as independent)."""
+    """Tasks of one model, and their mean with its standard error (tasks taken as independent).
+
+    There is a mean of accuracies only; it is None where a task has another metric.
+    """
 
     source: str
     tasks: list[TaskResult]
-    mean: float
-    stderr: float
+    mean: float | None
+    stderr: float | None
     limit: int | None
     compute: str
     batch_tokens: int
@@ -190,11 +193,12 @@ def evaluate_tasks(
         else:
             done.append(TaskResult(**{**found, "name": name, "cached": True}))
         watch.say(_line(done[-1]))
+    alike = all(task.metric == "acc" for task in done)
     return TaskResults(
         source=str(source) if folder is not None else type(source).__name__,
         tasks=done,
-        mean=sum(task.value for task in done) / len(done),
-        stderr=math.sqrt(sum(task.stderr**2 for task in done)) / len(done),
+        mean=sum(task.value for task in done) / len(done) if alike else None,
+        stderr=math.sqrt(sum(task.stderr**2 for task in done)) / len(done) if alike else None,
         limit=limit,
         compute=str(dtype).removeprefix("torch."),
         batch_tokens=lm.tokens if lm is not None else 0,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.errors import ModelError, UserError
+from tawny.errors import ModelError, NumericalError, UserError
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import find_stack
 from tawny.packed import format
@@ -96,28 +96,44 @@ def pack_model(
             "values and head together"
         )
     path, blocks = find_stack(model)
+    _check_head(model, head)
     dense: list[str] = []
     experts: set[str] = set()
     packed = 0
     watch.phase("packing", len(blocks))
-    for index, block in enumerate(blocks):
-        for linear in linears_of(block, f"{path}.{index}"):
-            if linear.expert is not None:
-                experts.add(linear.key)
-                continue
-            with format.naming(linear.name):
-                made, _ = pack_or_not(
-                    linear.view(getattr(linear.module, linear.parameter).data), values, group
-                )
-            replace_linear(model, linear, made)
-            packed += made is not None
-            if made is None:
-                dense.append(linear.name)
-        watch.step(f"{path}.{index}")
-    _head(model, head)
+    try:
+        for index, block in enumerate(blocks):
+            for linear in linears_of(block, f"{path}.{index}"):
+                if linear.expert is not None:
+                    experts.add(linear.key)
+                    continue
+                with format.naming(linear.name):
+                    made, _ = pack_or_not(
+                        linear.view(getattr(linear.module, linear.parameter).data), values, group
+                    )
+                replace_linear(model, linear, made)
+                packed += made is not None
+                if made is None:
+                    dense.append(linear.name)
+            watch.step(f"{path}.{index}")
+        _head(model, head)
+    except BaseException as error:
+        if packed:
+            keep_from_saving(model, values, group, head)
+            if isinstance(error, NumericalError):
+                raise NumericalError(
+                    f"{error}; {packed} linears of the model are packed already: load it anew first"
+                ) from error
+        raise
     keep_from_saving(model, values, group, head)
     tell(watch, packed, len(dense), len(experts))
     return model
+
+
+def _check_head(model: Any, values: Values | None) -> None:
+    """Refuse to pack a head that is none, or no linear."""
+    if values is not None and not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear head to pack; leave head out")
 
 
 def tell(watch: Watch, packed: int, dense: int, experts: int) -> None:
@@ -173,8 +189,7 @@ def _head(model: Any, values: Values | None) -> None:
         if outside is not None:
             keep_dense(model, outside)
         return
-    if not isinstance(head, nn.Linear) or outside is None:
-        raise UserError(f"{type(model).__name__} has no linear head to pack; leave head out")
+    assert isinstance(head, nn.Linear) and outside is not None  # as checked at the beginning
     with format.naming(outside):
         packed = pack_head(head.weight.data, values)
     made = PackedLinear(packed, None if head.bias is None else head.bias.detach())

@@ -80,7 +80,7 @@ def read(
         windows = _windows(tokens, settings)
         about = {"name": loaded.name, "sha256": loaded.sha256, "tokens": len(tokens)}
         about["bos"] = tokens.bos is not None
-        if loaded.name in NAMED_TEXTS:
+        if held_out is None and loaded.name in NAMED_TEXTS:
             measured = load_text(settings.text, "evaluation")
             unseen = replace(tokenise(measured, tokenizer, settings.bos), name=f"{name} held out")
             # Evaluations read it from its beginning, and must not have been chosen by.

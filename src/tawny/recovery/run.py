@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.calibration.context import check_ids
-from tawny.errors import Interrupted, ModelError, RecipeError
+from tawny.errors import Interrupted, ModelError, RecipeError, TextError
 from tawny.machine import peak_memory
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
@@ -64,7 +64,7 @@ def recover(
     watch: Watch = silent,
     overwrite: bool = False,
     tokenizer: Any = None,
-    text: Tensor | str | None = None,
+    text: Tensor | str | Path | None = None,
     held_out: Tensor | None = None,
     **keys: Any,
 ) -> RecoveryRecord:
@@ -80,15 +80,19 @@ def recover(
             this same one, which goes on.
         tokenizer: for a live module and a text.
         text: name or path of a text, or tokens `[windows, seqlen]`.
-        held_out: tokens `[windows, seqlen]` to measure on, with tokens to train on.
+        held_out: tokens `[windows, seqlen]` to measure on, instead of a part of the text.
 
     Raises:
         UserError: something asked for cannot be done; one line says what can.
         NumericalError: the loss became NaN; the best model so far is written, if any was better than the start.
         Interrupted: the user pressed Ctrl-C; the same command goes on.
     """
-    if isinstance(text, str):
-        keys["text"] = text
+    if isinstance(text, str | Path):
+        keys["text"] = str(text)
+    elif text is not None and not isinstance(text, Tensor):
+        raise TextError(
+            f"text is a {type(text).__name__}; expected a name, a path, or a torch tensor [windows, seqlen]"
+        )
     chosen = Recovery.make(settings, **keys)
     given = text if isinstance(text, Tensor) else None
     if given is not None and given.dim() == 2:

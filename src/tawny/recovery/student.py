@@ -36,6 +36,15 @@ class Student:
         self.linears: list[Linear] = []
         self.zeros: dict[str, int] = {}
         self._flags = [(p, p.requires_grad) for p in stack.model.parameters()]
+        self._handles: list[Any] = []
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        stack, settings, processes = self.stack, self.settings, self.processes
         stack.model.requires_grad_(False)
         for index in range(len(stack)):
             stack.load(index)

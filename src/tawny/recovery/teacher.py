@@ -82,6 +82,8 @@ class Teacher:
                 if not same or parameter.is_meta or parameter.dim() < 2 or other is parameter:
                     continue
                 assert other is not None
+                if other.is_meta:  # read when it is needed
+                    continue
                 if not name.startswith(self.stack.path + ".") and torch.equal(parameter, other):
                     parameter.data = other.data
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tawny.errors import Interrupted, NumericalError
 from tawny.machine import machine, peak_memory, versions
@@ -101,7 +101,11 @@ class Run:
         """Find the state of an earlier run, and the teacher's hidden states it made."""
         model = None if self.folder is None else model_identity(self.folder)
         teacher = self._teacher_stack
-        dense = model_identity(teacher.checkpoint.folder) if teacher and teacher.checkpoint else None
+        known: str | Path | nn.Module | None = None
+        if teacher is not None:
+            known = teacher.checkpoint.folder if teacher.checkpoint else teacher.model
+        about_teacher = about_model(known)
+        dense = about_teacher and about_teacher["files"]
         tokens = self.reading.about["tokens_sha256"]
         self._work = folder
         work = None if folder is None else folder.path
@@ -109,7 +113,7 @@ class Run:
             identity = {
                 "settings": self.settings.to_mapping(),
                 "model": about_model(self.folder),
-                "teacher": about_model(teacher.checkpoint.folder if teacher and teacher.checkpoint else None),
+                "teacher": about_teacher,
                 "text": tokens,
                 "processes": self.processes.count,
             }

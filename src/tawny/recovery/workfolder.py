@@ -27,6 +27,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tawny.errors import ModelError, OutputError, TawnyError
@@ -190,13 +191,21 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 
 def about_model(model: str | Path | nn.Module | None) -> dict[str, Any] | None:
-    """A model in an identity: where it is and what its files are; of a live one only its class can be told."""
+    """A model in an identity: where it is and what its files are; of a live one its class and what its tensors hold."""
     if model is None:
         return None
     if isinstance(model, nn.Module):
-        return {"folder": type(model).__name__, "files": None}
+        return {"folder": type(model).__name__, "files": _tensors_sha256(model)}
     folder = resolve(model)
     return {"folder": str(folder.resolve()), "files": model_identity(folder)}
+
+
+def _tensors_sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def about_text(name: str, tokens: Tensor | None = None) -> str:

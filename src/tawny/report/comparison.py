@@ -40,7 +40,7 @@ class Line:
 
 def lines_of(result: Mapping[str, Any]) -> list[Line]:
     """Every line that at least one model has a number for."""
-    from tawny.tables import kl_text, percent, perplexity_text, share_text, size
+    from tawny.tables import SHARES, kl_text, percent, perplexity_text, share_text, size
 
     models: Sequence[Mapping[str, Any]] = result["models"]
     lines = [Line("kind", "", tuple(Cell(str(m.get("kind", _NOTHING))) for m in models))]
@@ -75,8 +75,13 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
     first = models[0]["name"]
     add(f"KL from {first}", "nats a token", lambda m: _agreed(m, "kl", kl_text), "lower")
     add(f"same next token as {first}", "%", lambda m: _agreed(m, "top1", share_text), "higher")
-    for name in dict.fromkeys(task["name"] for m in models for task in m.get("tasks", {}).get("tasks", ())):
-        add(name, "%", partial(_task, name=name), "higher", _points)
+    asked = [task for m in models for task in m.get("tasks", {}).get("tasks", ())]
+    for name, metric in {task["name"]: task["metric"] for task in asked}.items():
+        read = partial(_task, name=name, metric=metric)
+        if metric in SHARES:
+            add(name, "%", read, "higher", _points)
+        else:  # whether less of it is better only its authors know
+            add(name, metric, read)
     if any(len(model.get("tasks", {}).get("tasks", ())) > 1 for model in models):
         add(
             "mean of the tasks",
@@ -134,13 +139,13 @@ def _positive(value: float, digits: str) -> Found | None:
     return (value, format(value, digits)) if value > 0 else None
 
 
-def _task(model: Mapping[str, Any], name: str) -> Found | None:
-    from tawny.tables import share_text
+def _task(model: Mapping[str, Any], name: str, metric: str) -> Found | None:
+    from tawny.tables import score_text
 
     task = next((task for task in model["tasks"]["tasks"] if task["name"] == name), None)
-    if task is None or task["metric"] != "acc":
+    if task is None or task["metric"] != metric:
         return None
-    return task["value"], share_text(task["value"], task["stderr"])
+    return task["value"], score_text(task)
 
 
 def _speed(model: Mapping[str, Any], kind: str) -> Found:
