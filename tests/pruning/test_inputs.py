@@ -9,7 +9,7 @@ import torch
 
 import tawny
 from tawny.errors import Interrupted, ModelError, OutputError, RecipeError, TextError
-from tawny.watch import Silent
+from tests.pruning.test_journal import PressesCtrlC
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
 
@@ -77,23 +77,13 @@ def test_a_live_model_says_what_it_is_stored_as(tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["storage"] == "float32"
 
 
-class StopsAfter(Silent):
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def step(self, text: str) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 def test_a_live_model_that_was_stopped_is_said_to_be_changed():
     model = tiny_model("llama")
     with pytest.raises(Interrupted, match="7 linears of the live model are pruned already"):
-        tawny.prune(model, calibration=tokens(), watch=StopsAfter(1), **KEYS)
+        tawny.prune(model, calibration=tokens(), watch=PressesCtrlC(1), **KEYS)
     assert (model.model.layers[0].mlp.up_proj.weight == 0).any()
     with pytest.raises(Interrupted, match="source is untouched"):
-        tawny.profile(tiny_model("llama"), calibration=tokens(), watch=StopsAfter(1))
+        tawny.profile(tiny_model("llama"), calibration=tokens(), watch=PressesCtrlC(1))
 
 
 def test_a_live_model_does_not_throw_away_what_another_run_has_finished(tmp_path, monkeypatch):
@@ -103,7 +93,7 @@ def test_a_live_model_does_not_throw_away_what_another_run_has_finished(tmp_path
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match="are kept"):
-        tawny.prune(tmp_path / "dense", out, calibration=tokens(), watch=StopsAfter(2), **KEYS)
+        tawny.prune(tmp_path / "dense", out, calibration=tokens(), watch=PressesCtrlC(2), **KEYS)
     with pytest.raises(OutputError, match="holds an unfinished run, and a live model cannot go on with one"):
         tawny.prune(tiny_model("llama"), out, calibration=tokens(), **KEYS)
     assert tawny.prune(tmp_path / "dense", out, calibration=tokens(), **KEYS).resumed == 1
