@@ -156,6 +156,24 @@ def test_what_fails_for_one_model_is_said_and_the_others_stay(models, text, tmp_
         assert "nowhere" in shown and "no such folder" in shown
 
 
+def test_tasks_of_any_metric_are_compared_and_no_mean_mixes_them():
+    from tawny.report.comparison import lines_of
+
+    def asked(*tasks, mean=None):
+        keys = ("name", "metric", "value", "stderr")
+        found = [dict(zip(keys, task, strict=True)) for task in tasks]
+        return {"tasks": found, "mean": mean, "stderr": None if mean is None else 0.01}
+
+    piqa, arc = ("piqa", "acc", 0.7, 0.01), ("arc_easy", "acc", 0.6, 0.01)
+    others = ("gsm8k", "exact_match", 0.5, 0.01), ("wikitext", "word_perplexity", 25.0, 0.0)
+    mixed = {"models": [{"name": "a", "tasks": asked(piqa, *others)}, {"name": "b"}]}
+    lines = {line.name: (line.unit, line.cells[0].text) for line in lines_of(mixed)}
+    assert lines["piqa"] == ("%", "70.0 ± 1.0") and lines["gsm8k"] == ("%", "50.0 ± 1.0")
+    assert lines["wikitext"] == ("word_perplexity", "25") and "mean of the tasks" not in lines
+    alike = {"models": [{"name": "a", "tasks": asked(piqa, arc, mean=0.65)}]}
+    assert "mean of the tasks" in {line.name for line in lines_of(alike)}
+
+
 def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path, here, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # libraries that are imported meanwhile set it to theirs
     given = (*models, "--text", text, "--seqlen", 48, "--windows", 2, "--no-speed", "--compute", "float32")

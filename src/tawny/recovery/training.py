@@ -102,7 +102,7 @@ class Run:
         model = None if self.folder is None else model_identity(self.folder)
         teacher = self._teacher_stack
         known: str | Path | nn.Module | None = None
-        if teacher is not None:
+        if teacher is not None and folder is not None:  # else nothing is kept that could be another's
             known = teacher.checkpoint.folder if teacher.checkpoint else teacher.model
         about_teacher = about_model(known)
         dense = about_teacher and about_teacher["files"]
