@@ -12,7 +12,6 @@ from __future__ import annotations
 
 __all__ = ["Dlp"]
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile
+from tawny.allocation.profile import Profile, largest
 from tawny.allocation.scores import band, exact_quantile, score_sets, wanda_scores
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import RecipeError
@@ -50,7 +49,7 @@ class Dlp:
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """A weight and its scores in float32, their bits twice, and 64-bit bins to count them by; measured."""
-        return 28 * max(map(math.prod, shapes), default=0)
+        return 28 * largest(shapes)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         total, count = 0.0, 0

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 __all__ = ["Global"]
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile
+from tawny.allocation.profile import Profile, largest
 from tawny.allocation.scores import BINS, Score, histogram, magnitude_scores, score_sets, wanda_scores
 from tawny.calibration.statistics import Needs, Statistics
 
@@ -49,7 +48,7 @@ class Global:
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """A weight and its scores in float32, and 64-bit bins to count them by; measured."""
-        return 20 * max(map(math.prod, shapes), default=0)
+        return 20 * largest(shapes)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         counted = {}

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 __all__ = ["Lsa", "half_removal_error"]
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile
+from tawny.allocation.profile import Profile, largest
 from tawny.allocation.scores import band, half_band
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
@@ -112,7 +111,7 @@ class Lsa:
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Linears that share their input as one weight, and what was removed of it: twice the largest, as gate and up are."""
-        return 24 * max(map(math.prod, shapes), default=0)
+        return 24 * largest(shapes)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         sharing: dict[int, list[str]] = {}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation import budget
-from tawny.allocation.profile import Allocation, Profile
+from tawny.allocation.profile import Allocation, Profile, largest
 from tawny.allocation.scores import magnitude_parts
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
@@ -73,7 +73,7 @@ class Owl:
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """A weight in float32 and parts of its scores; the official mean is over all scores of a block at once."""
         whole = 8 * sum(map(math.prod, shapes)) if self.compat == "official" else 0
-        return whole + 16 * max(map(math.prod, shapes), default=0)
+        return whole + 16 * largest(shapes)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         made = measure_outliers(linears, (self.M,), official=self.compat == "official")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Needs, Statistics
 
-__all__ = ["Allocation", "Allocator", "LinearInfo", "Profile", "measuring_bytes"]
+__all__ = ["Allocation", "Allocator", "LinearInfo", "Profile", "largest", "measuring_bytes"]
 
 Allocation = dict[str, float]
 """{linear name: sparsity}"""
@@ -84,7 +84,12 @@ class Allocator(Protocol):
         ...
 
 
+def largest(shapes: Sequence[tuple[int, int]]) -> int:
+    """Weights of the largest linear of a block; 0 where there is none."""
+    return max(map(math.prod, shapes), default=0)
+
+
 def measuring_bytes(allocator: Allocator, shapes: Sequence[tuple[int, int]]) -> int:
     """What measuring a block takes: as the allocator says, or the weight at hand in float32, its scores, and counting them."""
     own: Callable[[Sequence[tuple[int, int]]], int] | None = getattr(allocator, "workspace", None)
-    return own(shapes) if own is not None else 16 * max(map(math.prod, shapes), default=0)
+    return own(shapes) if own is not None else 16 * largest(shapes)

@@ -106,7 +106,7 @@ class _Watcher:
         self.last: Linear | None = None
 
     def begin(self, valid: Tensor | None) -> None:
-        self.valid = valid
+        self.valid = None if valid is None or bool(valid.all()) else valid
         self._this_forward = []
 
     def module_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

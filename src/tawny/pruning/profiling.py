@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tawny.allocation import ALLOCATORS
 from tawny.allocation.budget import given_nm, mixed_nm, spread_in_blocks
 from tawny.allocation.owl import Owl, measure_outliers
-from tawny.allocation.profile import Allocation, LinearInfo, Profile
+from tawny.allocation.profile import Allocation, LinearInfo, Profile, largest
 from tawny.allocation.several import Several
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Needs, Statistics, most
@@ -242,7 +242,7 @@ class Together(Several):
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Outliers are counted before the others measure."""
-        return max(super().workspace(shapes), 16 * max(map(math.prod, shapes), default=0))
+        return max(super().workspace(shapes), 16 * largest(shapes))
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
