@@ -56,14 +56,13 @@ from tawny.pruning.outliers import DEFAULT_M
 from tawny.pruning.profiling import allocate, profile_walk
 from tawny.pruning.ranks import Ranks, is_lost
 from tawny.pruning.refine import holds_out
-from tawny.recipe import Recipe, dump_recipe, resolve_recipe
+from tawny.pruning.writing import write_pages, write_rest
+from tawny.recipe import Recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, weight_files
 from tawny.watch import Watch, silent
 
 if TYPE_CHECKING:
     from tawny.calibration.text import Text
-
-_OUTSIDE = "outside"
 
 
 def prune(
@@ -529,7 +528,7 @@ class Run:
         assert len(done) == sum(map(len, self.by_block))
         if self.output is not None:
             with self.clock("write"):
-                self._write_outside()
+                write_rest(self)
             with self.clock("hash"):
                 record.files = weight_files(self.output.partial)
             if record.search is not None:
@@ -541,72 +540,10 @@ class Run:
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         if self.output is not None:
             self.output.write_text("run.json", record.to_json())
-            self._report()
+            write_pages(self)
             self.output.finish()
         return record
-
-    def _report(self) -> None:
-        """The model card and the page, when everything is known."""
-        from tawny.report.card import CARD, front_matter, model_card
-        from tawny.report.html import NAME, write_report
-
-        assert self.output is not None
-        folder, output, record = self.folder, self.output, self.record.to_dict()
-
-        def write_card() -> None:
-            card = folder / CARD if folder is not None else None
-            base = card.read_text(encoding="utf-8-sig", errors="replace") if card and card.is_file() else ""
-            output.write_text(CARD, model_card(record, front_matter(base)))
-
-        for name, make in ((CARD, write_card), (NAME, lambda: write_report(record, output.partial))):
-            try:
-                make()
-            except Exception as error:
-                # The work is done: a page that cannot be made must not look like a failed run.
-                self.watch.say(f"{name} could not be made: {type(error).__name__}: {error}")
-
-    def _write_outside(self) -> None:
-        assert self.output is not None
-        if self.folder is not None and self.stack.checkpoint is not None:
-            self.record.bytes = self.output.assemble(self.journal.once("shards", self._plan_shards))
-            self.output.carry(self.folder)
-            self._storage_in_config()
-        else:
-            self.stack.model.save_pretrained(self.output.partial)
-            self.record.bytes = sum(p.stat().st_size for p in self.output.partial.glob("*.safetensors"))
-            self.record.storage = str(self.stack.compute).removeprefix("torch.")
-        self.output.write_text("recipe.yaml", dump_recipe(self.recipe))
-
-    def _plan_shards(self) -> list[dict[str, Any]]:
-        """Write what is in no block, and say which tensors go into which shard."""
-        checkpoint = self.stack.checkpoint
-        assert self.output is not None and checkpoint is not None
-        inside = {
-            key
-            for index in range(len(self.stack))
-            for unit in checkpoint.units_of(self.stack.name(index))
-            for key in unit.sources
-        }
-        # Tensors no parameter uses travel too: what Tawny does not prune, it does not judge.
-        outside = [key for key in checkpoint.files if key not in inside]
-        dtype = DTYPES[self.recipe.dtype] if self.recipe.dtype else None
-        self.output.write_outside(_OUTSIDE, checkpoint, outside, dtype)
-        return self.output.plan_shards([_OUTSIDE, *(f"{index:05d}" for index in range(len(self.stack)))])
 
     def stored(self, value: Tensor) -> Tensor:
         wanted = self.recipe.dtype
         return value.to(DTYPES[wanted]) if wanted and value.is_floating_point() else value
-
-    def _storage_in_config(self) -> None:
-        checkpoint = self.stack.checkpoint
-        assert self.output is not None and checkpoint is not None
-        self.record.storage = self.recipe.dtype or str(checkpoint.storage_dtype).removeprefix("torch.")
-        if self.recipe.dtype is None:
-            return
-        import json
-
-        path = self.output.partial / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)
-        config["dtype"] = self.recipe.dtype
-        self.output.write_text("config.json", json.dumps(config, indent=2) + "\n")
