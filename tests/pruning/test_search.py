@@ -31,6 +31,7 @@ from tawny.pruning.levels import LevelStore, solve_levels
 from tawny.pruning.profiling import Together
 from tawny.pruning.ranks import Ranks
 from tawny.pruning.run import Run
+from tawny.pruning.scores import Scores
 from tawny.pruning.scoring import Reference, Scorer
 from tawny.pruning.search_cost import needs_of_search, stand_in
 from tawny.pruning.space import make_space
@@ -121,6 +122,110 @@ def test_the_live_model_is_dense_while_it_is_searched_and_ends_like_its_folder(d
     assert by_hand.allocation == by_folder.allocation
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(value, written[name]) for name, value in live.state_dict().items())
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize(
+    ("phase", "steps"),
+    [("solving at each level", 2), ("trying allocations", 3), ("pruning finalists", 5)],
+)
+def test_a_search_that_was_stopped_goes_on_and_gives_the_same(
+    dense, tmp_path, monkeypatch, phase, steps, spilled
+):
+    from tawny.errors import Interrupted
+    from tawny.watch import Silent
+
+    class Counts(Silent):
+        def __init__(self, stop=None):
+            self.stop, self.seen, self.name = stop, {}, ""
+
+        def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+            self.name = name
+
+        def step(self, text: str) -> None:
+            self.seen[self.name] = self.seen.get(self.name, 0) + 1
+            if self.stop == (self.name, self.seen[self.name]):
+                raise KeyboardInterrupt
+
+    options = {"allocator.candidates": "owl,dlp", "allocator.trials": 20, "solver": "sparsegpt"}
+    if spilled:
+        monkeypatch.setattr(Run, "spill", _spilled)
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    scored, measure = [], Scorer._measure
+    monkeypatch.setattr(
+        Scorer, "_measure", lambda self, some, rows: scored.append(1) or measure(self, some, rows)
+    )
+    whole = prune(dense, tmp_path / "whole", **options)
+    needed = len(scored)
+    with pytest.raises(Interrupted, match=r"blocks? solved at each level are kept"):
+        prune(dense, tmp_path / "out", watch=Counts((phase, steps)), **options)
+    again = Counts()
+    resumed = prune(dense, tmp_path / "out", watch=again, **options)
+    assert resumed.search == whole.search and resumed.resumed == 1
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+    assert (again.seen.get("solving at each level", 0) == 0) == (phase != "solving at each level")
+    assert len(scored) == 2 * needed  # nothing twice
+    blocks = (1 + len([t for t in whole.search["trials"] if t["proof"] is not None][1:])) * 3
+    assert again.seen["pruning finalists"] == blocks - 3 * (phase == "pruning finalists")
+
+
+def _spilled(run, walk, stream="pruned"):
+    return None if run.journal.folder is None else run.journal.folder / "hidden" / f"{walk}.{stream}"
+
+
+def test_a_search_on_other_held_out_text_is_another_one(dense, tmp_path, monkeypatch):
+    from tawny.errors import Interrupted
+    from tawny.watch import Silent
+
+    class Stops(Silent):
+        def step(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    tiny_tokenizer().save_pretrained(dense)
+    text = "\n\n".join(" ".join(str(n * k % 997) for n in range(60)) for k in range(1, 40))
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    options = {"calibration": None, "calibration.text": str(path), "calibration.samples": 4}
+    options |= {"calibration.seqlen": 24}
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    held = []
+    load = Run.load_samples
+
+    def changed(run, *args):
+        samples = load(run, *args)
+        if held:
+            run.held_out = run.held_out.roll(1, 0)
+        held.append(1)
+        return samples
+
+    monkeypatch.setattr(Run, "load_samples", changed)
+    with pytest.raises(Interrupted):
+        prune(dense, tmp_path / "out", watch=Stops(), **options)
+    with pytest.raises(OutputError, match="held-out text changed"):
+        prune(dense, tmp_path / "out", **options)
+
+
+def test_solutions_that_a_search_goes_on_from_must_be_there(dense, tmp_path, monkeypatch):
+    from tawny.errors import Interrupted
+    from tawny.watch import Silent
+
+    class Stops(Silent):
+        def step(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+        prune(dense, tmp_path / "out", watch=Stops())
+    lost = tmp_path / "out.partial" / "search" / "00000.safetensors"
+    kept = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(
+        OutputError, match=r"00000.safetensors, which an unfinished search goes on from, is missing"
+    ):
+        prune(dense, tmp_path / "out")
+    lost.write_bytes(kept)
+    assert prune(dense, tmp_path / "out").resumed == 2
 
 
 def test_a_run_that_was_stopped_after_its_search_does_not_search_again(dense, tmp_path, monkeypatch):
@@ -292,7 +397,33 @@ def test_a_score_is_the_divergence_of_the_whole_model_put_together_by_hand(tmp_p
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     assert score == pytest.approx(expected, rel=1e-4)
     store.close()
+    store.remove()
     assert not (tmp_path / "search").exists()
+
+
+def test_what_is_known_of_a_window_is_not_measured_again(tmp_path):
+    stack, by_block, space, store, held_out, solved = parts(tiny_model("llama"), tmp_path)
+    path = tmp_path / "scores.jsonl"
+    scores = Scores(path)
+    scorer = Scorer(stack, by_block, store, held_out, solved.hidden, tawny.watch.silent, scores)
+    one, other = space.uniform, (1, -1, *space.uniform[2:])
+    scorer([one, other], [1])
+    spent = scores.tokens
+    found = scorer([one, other], [0, 1, 3])
+    assert scores.tokens == 3 * spent
+    assert scorer([other], [3, 0]) == scorer([other], [3, 0])
+    assert scores.tokens == 3 * spent
+    again = Scores(path)
+    assert [again.mean(levels, [0, 1, 3]) for levels in (one, other)] == found
+    assert again.tokens == scores.tokens and again.lacking(one, [2, 3]) == (2,)
+    # A line that was cut off counts for nothing, and what comes after it is read again.
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    cut = Scores(path)
+    assert cut.lacking(one, [0, 1, 3]) == (0, 3)
+    cut.prove({"a": 0.5}, float("inf"))
+    assert Scores(path).proof({"a": 0.5}) == float("inf") and Scores(path).proof({"a": 0.6}) is None
+    assert Scores(path).lacking(one, [1]) == ()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -313,9 +444,9 @@ def test_candidates_that_share_blocks_score_as_they_would_alone_and_cost_less(tm
     base = space.uniform
     others = [tuple(k + (i == place) for i, k in enumerate(base)) for place in (0, 9, len(base) - 1)]
     together = scorer([base, *others, base], [0, 1, 2])
-    spent, scorer.tokens = scorer.tokens, 0
+    spent, scorer.scores = scorer.scores.tokens, Scores()
     assert together == [scorer([one], [0, 1, 2])[0] for one in (base, *others, base)]
-    assert spent < scorer.tokens
+    assert spent < scorer.scores.tokens
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -33,6 +33,8 @@ from tawny.model.streams import Samples, Stream
 from tawny.pruning.ranks import Ranks
 
 VERSION = 1
+# The walk of a search, which solves at several levels.
+LEVELS = "levels"
 # What commits may add to the time of the work between them.
 SHARE = 0.02
 # The rooms whose code decides bytes.
@@ -123,9 +125,11 @@ class Journal:
 
     def kept_words(self) -> str:
         """`3 finished blocks`, for a person."""
-        pruned, profiled = self.walk("prune")[0], self.walk("profile")[0]
+        pruned, profiled, solved = (self.walk(name)[0] for name in ("prune", "profile", LEVELS))
         if not pruned and not profiled and self.state.get("once"):
             return "the results of a search"
+        if solved and not pruned:
+            return f"{solved} block{'s' * (solved != 1)} solved at each level"
         count, kind = (pruned, "finished") if pruned else (profiled, "profiled")
         return f"{count} {kind} block{'s' * (count != 1)}"
 
@@ -199,6 +203,15 @@ class Journal:
             durable.remove(self.folder / "hidden" / name)
         self._last = time.perf_counter()
         self._spent = self._last - start
+
+    def forget(self, walk: str) -> None:
+        """A walk whose results are no longer needed."""
+        if walk in self.state.get("walks", {}):
+            left = self.state["walks"].pop(walk)["hidden"].values()
+            self._save()
+            for name in left:
+                if self.folder is not None:
+                    durable.remove(self.folder / "hidden" / name)
 
     def _save(self) -> None:
         if self.folder is None or not self._ranks.first:

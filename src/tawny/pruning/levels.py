@@ -8,7 +8,7 @@ what is lost before them, and a model put together from such says little of one 
 
 from __future__ import annotations
 
-__all__ = ["LevelStore", "Solved", "solve_levels"]
+__all__ = ["LevelStore", "Solved", "outside_digest", "solve_levels"]
 
 import hashlib
 import json
@@ -16,20 +16,23 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tawny.allocation.profile import LinearInfo, Profile
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import OutputError, TawnyError
+from tawny.model import durable
+from tawny.model.blocks import Stack
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, raw, read_tensor
 from tawny.pruning.block import BlockRun
+from tawny.pruning.journal import LEVELS
 from tawny.pruning.profiling import LazyWeights, profile_samples
 from tawny.pruning.rehearsal import Rehearsal, dense_again
 from tawny.pruning.run import Run
@@ -38,23 +41,36 @@ from tawny.pruning.space import Space
 
 
 class LevelStore:
-    """One file a block in `folder`, which is removed by `close`.
+    """One file a block in `folder`.
+
+    Args:
+        kept: of how many blocks the solutions are there already; whatever else is in the folder goes, unless there are any.
 
     Raises:
-        OutputError: the disk has not enough room.
+        OutputError: the disk has not enough room, or what is said to be there is not.
     """
 
-    def __init__(self, folder: Path, space: Space, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, space: Space, dtype: torch.dtype, *, kept: int = 0) -> None:
         self.folder, self.dtype = folder, dtype
         self.bytes = store_bytes(space, dtype)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
         with writing(folder):
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+        there = 0
+        for path in map(self.path, range(kept)):
+            if not path.is_file():
+                raise OutputError(
+                    f"{path}, which an unfinished search goes on from, is missing; put it back, or pass --overwrite to "
+                    "start over"
+                )
+            there += sum(entry.bytes for entry in entries(path).values())
         free = free_bytes(folder)
-        if free < self.bytes:
-            self.close()
+        if free < self.bytes - there:
+            if not kept:
+                self.remove()
             raise OutputError(
-                f"the solutions a search compares take {self.bytes / 1e9:.1f} GB, and {folder.parent} has "
+                f"the solutions a search compares take {(self.bytes - there) / 1e9:.1f} GB, and {folder.parent} has "
                 f"{free / 1e9:.1f} GB free: choose fewer allocator.levels, or another place"
             )
         self._file: IO[bytes] | None = None
@@ -81,8 +97,10 @@ class LevelStore:
         self._file, self._entries = None, {}
 
     def close(self) -> None:
-        if hasattr(self, "_file"):
-            self._turn()
+        """Let go of the files."""
+        self._turn()
+
+    def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -97,7 +115,7 @@ class Solved:
     Attributes:
         profile: measures of every block, for the allocators.
         hidden: `[windows, tokens, hidden]` of the dense model behind its last block.
-        weights: SHA-256 of all weights that were solved.
+        weights: SHA-256 of the weights of all blocks.
         warnings: linears that saw no token.
     """
 
@@ -132,47 +150,106 @@ def solve_levels(
         NumericalError: a weight or an activation is not finite; names the linear.
     """
     stack = run.stack
-    walk = Rehearsal(run, samples, run.watch, solver)
-    dense = Stream(stack, held_out)
-    measured = None
-    if measuring.needs != "none":
-        measured = Stream(stack, profile_samples(samples, run.recipe))
-    stages: dict[str, str] = {}
-    measures: list[dict[str, Any]] = []
-    digest = hashlib.sha256()
+    walk = _Walk(run, samples, held_out, store, solver=solver, measuring=measuring)
     uniform = {x.name: space.sparsity(i, 0) for i, x in enumerate(space.linears)}
-    run.watch.phase("solving at each level", len(stack))
+    run.watch.phase("solving at each level", len(stack) - walk.dense.depth)
     for block in walk.blocks(uniform):
         with dense_again(block):
-            dense.advance(block.index)
-            measures.append(_measure(block, measured, measuring, digest, stages))
+            walk.dense.advance(block.index)
+            walk.measure(block)
             _solve_block(block, space, store)
             block.advance()
-    infos = tuple(LinearInfo(x.name, x.shape, x.block, stages.get(x.name, "")) for x in space.linears)
-    hidden = torch.cat(list(dense.hidden))
-    return Solved(Profile(infos, tuple(measures)), hidden, digest.hexdigest(), walk.record.warnings)
+    infos = tuple(LinearInfo(x.name, x.shape, x.block, walk.stages.get(x.name, "")) for x in space.linears)
+    hidden = torch.cat(list(walk.dense.hidden))
+    weights = hashlib.sha256("".join(walk.digests).encode()).hexdigest()
+    return Solved(Profile(infos, tuple(walk.measures)), hidden, weights, walk.record.warnings)
 
 
-def _measure(
-    block: BlockRun, stream: Stream | None, measuring: Any, digest: Any, stages: dict[str, str]
-) -> dict[str, Any]:
-    """What `measuring` says of a dense block, in JSON types; its weights go into the digest, its stages into `stages`."""
-    stack = block.run.stack
-    statistics: Mapping[str, Statistics] = {}
-    if stream is not None:
-        last = block.index == len(stack) - 1
-        seen = observe(stream, block.index, block.linears, measuring.needs, advance=not last)
-        stages.update({x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears})
-        statistics = seen.statistics
-    inputs = LazyWeights(stack, block.linears, statistics)
-    for weight in inputs.finite():
-        digest.update(raw(weight))
-        del weight  # before the next one is made
-    try:
-        made: dict[str, Any] = json.loads(json.dumps(measuring.measure(inputs)))
-    except TawnyError as error:
-        raise type(error)(f"block {stack.name(block.index)}: {error}") from error
-    return made
+class _Walk(Rehearsal):
+    """Block by block in the journal of the run that searches.
+
+    Attributes:
+        dense: the held-out windows on their way through the dense model.
+        measured: what allocators are shown of it, if any wants to see it.
+        measures: of every block so far, in JSON types.
+        stages: of every linear that was observed.
+        digests: SHA-256 of every block's weights.
+    """
+
+    walk: ClassVar[str] = LEVELS
+
+    def __init__(
+        self, of: Run, samples: Samples, held_out: Samples, store: LevelStore, *, solver: Any, measuring: Any
+    ) -> None:
+        super().__init__(of, samples, of.watch, solver)
+        self.journal, self.store, self.measuring = of.journal, store, measuring
+        done, found = self.journal.walk(self.walk)
+        self.measures: list[dict[str, Any]] = found.get("measures", [])
+        self.stages: dict[str, str] = found.get("stages", {})
+        self.digests: list[str] = found.get("digests", [])
+        self._durable = done
+        self.dense = self._resumed("held_out", held_out, done)
+        self.measured = None
+        if measuring.needs != "none" and done < len(of.stack):
+            self.measured = self._resumed("measured", profile_samples(samples, of.recipe), done)
+
+    def _resumed(self, name: str, samples: Samples, done: int) -> Stream:
+        return Stream(self.stack, samples, depth=done, saved=self.journal.hidden(self.walk, name))
+
+    def measure(self, block: BlockRun) -> None:
+        """What the allocators read from a dense block, and the hash of it."""
+        stack = self.stack
+        statistics: Mapping[str, Statistics] = {}
+        if self.measured is not None:
+            last = block.index == len(stack) - 1
+            needs = self.measuring.needs
+            seen = observe(self.measured, block.index, block.linears, needs, advance=not last)
+            self.stages.update({x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears})
+            statistics = seen.statistics
+        digest = _digest(stack.blocks[block.index])
+        inputs = LazyWeights(stack, block.linears, statistics)
+        for weight in inputs.finite():
+            digest.update(raw(weight))
+            del weight  # before the next one is made
+        self.digests.append(digest.hexdigest())
+        try:
+            self.measures.append(json.loads(json.dumps(self.measuring.measure(inputs))))
+        except TawnyError as error:
+            raise type(error)(f"block {stack.name(block.index)}: {error}") from error
+
+    def commit(self, blocks: int, streams: Mapping[str, Stream | None]) -> None:
+        if self.journal.folder is None:
+            return
+        for path in map(self.store.path, range(self._durable, blocks)):
+            with writing(path):
+                durable.sync(path)
+        self._durable = blocks
+        found = {
+            "measures": self.measures,
+            "stages": self.stages,
+            "digests": self.digests,
+            "warnings": self.record.warnings,
+        }
+        kept = {**streams, "held_out": self.dense}
+        if blocks < len(self.stack):
+            kept["measured"] = self.measured
+        self.of.note_cost()
+        self.journal.commit(self.walk, blocks, found, kept)
+
+
+def _digest(module: nn.Module, without: str = "") -> hashlib._Hash:
+    """SHA-256 of a module's tensors as they are used; `without` those of its part of that name."""
+    digest = hashlib.sha256()
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if not (without and name.startswith(f"{without}.")):
+            digest.update(name.encode() + raw(value))
+    return digest
+
+
+def outside_digest(stack: Stack) -> str:
+    """SHA-256 of what is in no block, on which every score depends as well."""
+    stack.load_head()
+    return _digest(stack.model, stack.path).hexdigest()
 
 
 def _solve_block(block: BlockRun, space: Space, store: LevelStore) -> None:

@@ -55,16 +55,16 @@ class Rehearsal(Run):
         self.by_block, self.placement, self.samples = of.by_block, of.placement, samples
         if solver is not None:
             self.solver, self.needs = solver, needs_of(recipe, solver)
-        self._of = of
+        self.of = of
 
     def spill(self, walk: str, stream: str = "pruned") -> Path | None:
-        return self._of.spill("rehearsal", stream)
+        return self.of.spill("rehearsal", stream)
 
     def blocks(self, allocation: Mapping[str, float]) -> Iterator[BlockRun]:
         try:
             yield from super().blocks(allocation)
         finally:
-            spilled = self.spill("prune")
+            spilled = self.spill(self.walk)
             for left in [] if spilled is None else spilled.parent.glob(f"{spilled.name}.*"):
                 durable.remove(left)
 

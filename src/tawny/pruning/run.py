@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from tawny.precision import DTYPES
 from tawny.pruning.block import BlockRun
 from tawny.pruning.demand import demand_of, needs_of
 from tawny.pruning.inputs import check_dense, check_live, compute_dtype, samples_of, text_or_tokens
-from tawny.pruning.journal import Journal, code_identity, model_identity, tokens_identity
+from tawny.pruning.journal import Journal, code_identity, model_identity, tensor_digest, tokens_identity
 from tawny.pruning.memory import (
     Placement,
     available,
@@ -240,6 +240,8 @@ def open_output(out: Path, folder: Path | None, overwrite: bool) -> tuple[Output
 class Run:
     """One pruning run: what it works on, and what it has recorded so far."""
 
+    walk: ClassVar[str] = "prune"  # what its journal calls the walk that `blocks` makes
+
     recipe: Recipe
     source: str
     folder: Path | None
@@ -324,6 +326,8 @@ class Run:
             return
         if self.ranks.first:
             self.journal.require("text", tokens_identity(self.samples))
+            if self.held_out is not None:
+                self.journal.require("held-out text", tensor_digest(self.held_out).hexdigest())
             self.journal.begin(overwrite=overwrite)
         self.journal.state = self.ranks.same(self.journal.state)
         self.record.resumed = self.journal.state["resumed"]
@@ -465,7 +469,7 @@ class Run:
 
     def blocks(self, allocation: Mapping[str, float]) -> Iterator[BlockRun]:
         """Load, hand out and drop each block in turn, behind those an earlier run has finished."""
-        done, found = self.journal.walk("prune")
+        done, found = self.journal.walk(self.walk)
         self.record.linears = [LinearRecord.from_dict(entry) for entry in found.get("linears", [])]
         self.record.warnings += found.get("warnings", [])
         self.record.refined = found.get("refined", [])
@@ -491,7 +495,7 @@ class Run:
 
     def _stream(self, name: str, done: int) -> Stream:
         assert self.samples is not None
-        saved, spill = self.journal.hidden("prune", name), self.spill("prune", name)
+        saved, spill = self.journal.hidden(self.walk, name), self.spill(self.walk, name)
         return Stream(self.stack, self.ranks.part(self.samples), depth=done, saved=saved, spill=spill)
 
     def commit(self, blocks: int, streams: Mapping[str, Stream | None]) -> None:
@@ -504,10 +508,18 @@ class Run:
             "warnings": record.warnings,
             "refined": record.refined,
         }
-        elapsed = time.perf_counter() - self.started
-        self.journal.state["seconds"] = {**self.clock.seconds, "total": elapsed}
+        self.note_cost()
+        self.journal.commit(self.walk, blocks, found, streams)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds so far, those of a run that was stopped included."""
+        return time.perf_counter() - self.started
+
+    def note_cost(self) -> None:
+        """Tell the journal what the run has taken so far, before it is written."""
+        self.journal.state["seconds"] = {**self.clock.seconds, "total": self.elapsed}
         self.journal.state["peak_memory"] = max(peak_memory(), self.record.peak_memory)
-        self.journal.commit("prune", blocks, found, streams)
 
     def spread(self, block: BlockRun, stage: Stage, statistics: Mapping[str, Statistics]) -> None:
         """Solve every linear of a stage; of several processes each solves some, and tells the others."""
@@ -536,7 +548,7 @@ class Run:
 
                 write_search(self)
         record.peak_memory = max(peak_memory(), record.peak_memory)
-        self.clock.seconds["total"] = time.perf_counter() - self.started
+        self.clock.seconds["total"] = self.elapsed
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         if self.output is not None:
             self.output.write_text("run.json", record.to_json())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = ["Reference", "Scorer"]
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.pruning.levels import LevelStore
 from tawny.pruning.memory import LOGIT_BYTES
+from tawny.pruning.scores import Scores, Sums, mean
 from tawny.pruning.search_cost import candidates_at_once
 from tawny.pruning.space import Levels
 from tawny.watch import Watch
@@ -35,19 +35,27 @@ class Reference:
     """
 
     def __init__(self, logits_TV: Tensor) -> None:
-        log_p = nn.functional.log_softmax(logits_TV.float(), dim=-1)
-        self.p = log_p.exp()
-        self.negative_entropy: Tensor = torch.linalg.vecdot(self.p, log_p)
+        self.p = torch.empty(logits_TV.shape, dtype=torch.float32, device=logits_TV.device)
+        self.negative_entropy: Tensor = self.p.new_empty(len(logits_TV))
+        for some in _cached(logits_TV):
+            log_p = nn.functional.log_softmax(logits_TV[some].float(), dim=-1)
+            torch.exp(log_p, out=self.p[some])
+            self.negative_entropy[some] = torch.linalg.vecdot(self.p[some], log_p)
 
     def divergence(self, logits_TV: Tensor) -> Tensor:
         """`[tokens]`: the Kullback–Leibler divergence Σ p·(log p − log q) of a model from the dense one, in nats."""
-        count, size = logits_TV.shape
         made: Tensor = self.negative_entropy.clone()
-        rows = max(1, _CACHED_BYTES // (4 * size))
-        for some in (slice(start, start + rows) for start in range(0, count, rows)):
+        for some in _cached(logits_TV):
             log_q = nn.functional.log_softmax(logits_TV[some].float(), dim=-1)
             made[some] -= torch.linalg.vecdot(self.p[some], log_q)
         return made
+
+
+def _cached(logits_TV: Tensor) -> list[slice]:
+    """Rows that fit the cache together."""
+    count, size = logits_TV.shape
+    rows = max(1, _CACHED_BYTES // (4 * size))
+    return [slice(start, start + rows) for start in range(0, count, rows)]
 
 
 @dataclass
@@ -63,6 +71,7 @@ class Scorer:
 
     Args:
         hidden: `[windows, tokens, hidden]` behind the dense model's last block.
+        scores: what is known already, and where what is measured is kept.
     """
 
     def __init__(
@@ -73,33 +82,41 @@ class Scorer:
         held_out: Samples,
         hidden: Tensor,
         watch: Watch,
+        scores: Scores | None = None,
     ) -> None:
         self.stack, self.by_block, self.store, self.watch = stack, by_block, store, watch
         self.held_out, self.hidden = held_out, hidden
-        self.tokens = 0  # that went through the model so far, for the record
+        self.scores = scores or Scores()
         vocabulary = int(stack.config.get_text_config().vocab_size)
         self._tokens_at_once = max(16, LOGIT_BYTES // (4 * vocabulary))
 
     @torch.no_grad()
     def __call__(self, candidates: Sequence[Levels], windows: Sequence[int]) -> list[float]:
         """The score of each candidate on the numbered windows; infinite where a model has broken down."""
-        rows, samples = list(windows), self.samples(windows)
-        size = len(rows) * samples.seqlen * self.stack.hidden_bytes
-        at_once = candidates_at_once(size)
+        lacking: dict[tuple[int, ...], list[Levels]] = {}
+        for levels in dict.fromkeys(candidates):
+            lacking.setdefault(self.scores.lacking(levels, windows), []).append(levels)
+        for rows, some in lacking.items():
+            if rows:
+                self._measure(some, rows)
+        return [self.scores.mean(levels, windows) for levels in candidates]
+
+    def _measure(self, candidates: Sequence[Levels], rows: Sequence[int]) -> None:
+        """Each candidate on the numbered windows."""
+        samples = self.samples(rows)
+        at_once = candidates_at_once(len(rows) * samples.seqlen * self.stack.hidden_bytes)
         # Neighbours in this order agree on the most blocks.
-        order = sorted(range(len(candidates)), key=lambda i: candidates[i])
-        scores = [math.inf] * len(candidates)
+        order = sorted(candidates)
         for start in range(0, len(order), at_once):
             some = order[start : start + at_once]
             stream = Stream(self.stack, samples)
-            parts = self._walk(stream, {i: candidates[i] for i in some})
-            for i, score in self._compare(stream, rows, parts).items():
-                scores[i] = score
-        return scores
+            parts = self._walk(stream, dict(enumerate(some)))
+            found = self._compare(stream, rows, parts)
+            self.scores.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
 
     def judge(self, stream: Stream, windows: Sequence[int]) -> float:
         """The score of a model that the numbered windows have gone through: `stream` is behind its last block."""
-        return self._compare(stream, list(windows), [_Part([0], list(stream.hidden))])[0]
+        return mean(self._compare(stream, windows, [_Part([0], list(stream.hidden))])[0])
 
     def samples(self, windows: Sequence[int]) -> Samples:
         """The numbered windows."""
@@ -132,20 +149,20 @@ class Scorer:
                             for chunk, hidden in enumerate(part.hidden)
                         ]
                         parts.append(_Part(members, made))
-                        self.tokens += stream.samples.tokens.numel()
+                        self.scores.tokens += stream.samples.tokens.numel()
                         done += 1
                         self.watch.detail(f"block {index}", done, total)
         return parts
 
-    def _compare(self, stream: Stream, rows: Sequence[int], parts: Sequence[_Part]) -> dict[int, float]:
-        """Mean divergence of each candidate; the dense logits of some tokens are made once for all of them."""
-        sums = torch.zeros(len(parts), dtype=torch.float64)
-        count = 0
+    def _compare(self, stream: Stream, rows: Sequence[int], parts: Sequence[_Part]) -> dict[int, list[Sums]]:
+        """Divergence of each candidate on each window; the dense logits of some tokens are made once for all of them."""
+        made: list[list[Sums]] = [[] for _ in parts]
         tokens = stream.samples.tokens
         for chunk, window in enumerate(stream.slices):
             for row in range(window.start, window.stop):
                 valid = None if stream.samples.mask is None else stream.samples.mask[row].bool()
-                count += tokens.shape[1] if valid is None else int(valid.sum())
+                count = tokens.shape[1] if valid is None else int(valid.sum())
+                sums: list[list[float]] = [[] for _ in parts]
                 for start in range(0, tokens.shape[1], self._tokens_at_once):
                     some = slice(start, start + self._tokens_at_once)
                     ids = tokens[row : row + 1, some]
@@ -154,13 +171,10 @@ class Scorer:
                         hidden = part.hidden[chunk][row - window.start, some][None]
                         lost = dense.divergence(self.stack.logits(ids, hidden)[0])
                         kept = lost if valid is None else lost[valid[some].to(lost.device)]
-                        sums[number] += float(kept.sum(dtype=torch.float64))
-        means = (sums / max(1, count)).tolist()
-        return {
-            i: float(mean) if math.isfinite(mean) else math.inf
-            for part, mean in zip(parts, means, strict=True)
-            for i in part.members
-        }
+                        sums[number].append(float(kept.sum(dtype=torch.float64)))
+                for found, values in zip(made, sums, strict=True):
+                    found.append(Sums(count, tuple(values)))
+        return {i: found for part, found in zip(parts, made, strict=True) for i in part.members}
 
 
 class _Assembled:

@@ -23,7 +23,6 @@ import math
 import shutil
 import socket
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,10 +38,11 @@ from tawny.model.streams import Samples, repeated_tokens
 from tawny.patterns import NM
 from tawny.pruning.evolution import Outcome, Trial, search
 from tawny.pruning.grid import Grid, check_study, families_for
-from tawny.pruning.journal import code_identity, tokens_identity
-from tawny.pruning.levels import LevelStore, Solved, solve_levels
+from tawny.pruning.journal import LEVELS, code_identity, tokens_identity
+from tawny.pruning.levels import LevelStore, Solved, outside_digest, solve_levels
 from tawny.pruning.profiling import Together, allocate, block_sparsities
 from tawny.pruning.rehearsal import rehearse
+from tawny.pruning.scores import Scores
 from tawny.pruning.scoring import Scorer
 from tawny.pruning.search_cost import held_back, measuring, searched_windows, stand_in, store_bytes
 from tawny.pruning.space import Space, make_space
@@ -55,7 +55,7 @@ _DRAWN_M = "5"
 
 
 def allocate_by_search(run: Run) -> Allocation:
-    """The allocation that a run's `auto` finds; kept in the journal, so that it is found once.
+    """The allocation that a run's `auto` finds; kept in the journal, so that it is found once, and so is the way to it.
 
     Raises:
         TextError: nothing is left of the text to compare models on.
@@ -63,6 +63,9 @@ def allocate_by_search(run: Run) -> Allocation:
         OutputError: the disk has no room for the solutions.
     """
     found = run.journal.once("search", lambda: _search(run))
+    run.journal.forget(LEVELS)
+    if run.output is not None:
+        shutil.rmtree(_place(run.output.work), ignore_errors=True)
     run.record.search = found["search"]
     if run.journal.walk("prune")[0] == 0:  # later, the finished blocks bring them along
         run.record.warnings += found["warnings"]
@@ -80,7 +83,6 @@ def _infos(run: Run) -> tuple[LinearInfo, ...]:
 
 def _search(run: Run) -> dict[str, Any]:
     """Steps 1 to 5; what `run.json` says of them, and the allocation."""
-    started = time.monotonic()
     auto: Auto = run.allocator
     check_study(auto.study)
     recipe = run.recipe
@@ -92,21 +94,27 @@ def _search(run: Run) -> dict[str, Any]:
     name_of_solver, solver = stand_in(auto, recipe.solver.name, run.solver)
     together = measuring(auto)
     with _level_store(run, space) as store:
+        scores = _scores(run, store)
         solved = solve_levels(
             run, space, store, solver=solver, measuring=together, samples=samples, held_out=held_out
         )
-        scorer = Scorer(run.stack, run.by_block, store, held_out, solved.hidden, run.watch)
+        scorer = Scorer(run.stack, run.by_block, store, held_out, solved.hidden, run.watch, scores)
         run.watch.phase("trying allocations", 2 + math.ceil(auto.trials / auto.offspring), "rounds")
 
         def prove(allocations: Sequence[Allocation], windows: Sequence[int]) -> Iterator[float]:
             run.watch.phase("pruning finalists", len(allocations) * len(run.stack))
             for number, allocation in enumerate(allocations, 1):
                 name = f"{number} of {len(allocations)}"
+                known = scores.proof(allocation)
+                if known is not None:
+                    yield known
+                    continue
                 score = math.inf  # a model that breaks down loses
                 with suppress(NumericalError):
                     behind = rehearse(run, allocation, samples, scorer.samples(windows), name)
                     score = scorer.judge(behind, windows)
                     del behind  # its hidden states, before the next walk
+                scores.prove(allocation, score)
                 yield score
 
         grid = _grid(run, auto, together, solved, space, _study_name(run, solved.weights, samples, held_out))
@@ -120,7 +128,7 @@ def _search(run: Run) -> dict[str, Any]:
                 windows=windows,
                 deciding=deciding or windows,
                 seed=recipe.seed,
-                stopped=lambda: _over(auto, started),
+                stopped=lambda: _over(auto, run.elapsed - scores.began),
                 step=run.watch.step,
                 prove=prove,
                 finalists=auto.finalists,
@@ -148,7 +156,7 @@ def _search(run: Run) -> dict[str, Any]:
             "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen}
             | {"repeated": repeated_tokens(held_out.seqlen, auto.repeat, begun=_begun(run))},
             "solver": name_of_solver,
-            "tokens_tried": scorer.tokens,
+            "tokens_tried": scores.tokens,
             "generations": finite(outcome.generations),
             "trials": [_row(trial) for trial in outcome.trials],
             "blocks": {name: block_sparsities(a, solved.profile) for name, a in pictured.items()},
@@ -159,7 +167,7 @@ def _search(run: Run) -> dict[str, Any]:
 
 @contextmanager
 def _level_store(run: Run, space: Space) -> Iterator[LevelStore]:
-    """Room for the solutions beside the output, for as long as the search takes."""
+    """Room for the solutions beside the output; where a journal is kept, they outlive a search that was stopped."""
     folder = Path(tempfile.mkdtemp(prefix="tawny-")) if run.output is None else run.output.work
     if run.output is None:
         run.watch.say(
@@ -172,7 +180,7 @@ def _level_store(run: Run, space: Space) -> Iterator[LevelStore]:
         f"{_level(space, space.high)}: {size:.2g} GB in {folder} until it is over"
     )
     try:
-        store = LevelStore(folder / "search", space, dtype)
+        store = LevelStore(_place(folder), space, dtype, kept=run.journal.walk(LEVELS)[0])
         try:
             yield store
         finally:
@@ -180,6 +188,21 @@ def _level_store(run: Run, space: Space) -> Iterator[LevelStore]:
     finally:
         if run.output is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place(work: Path) -> Path:
+    return work / "search"
+
+
+def _scores(run: Run, store: LevelStore) -> Scores:
+    """What an earlier run of this search has measured; the time it took counts."""
+    kept = run.journal.folder is not None
+    scores = Scores(store.folder / "scores.jsonl" if kept else None, lambda: run.elapsed)
+    committed = run.journal.state.get("seconds", {}).get("total", 0.0)
+    reached = max(scores.reached, committed)
+    run.started -= reached - committed
+    run.clock.seconds["search"] = reached - scores.began
+    return scores
 
 
 def _grid(run: Run, auto: Auto, together: Together, solved: Solved, space: Space, name: str) -> Grid:
@@ -251,13 +274,13 @@ def _begun(run: Run) -> bool:
     return bool(run.record.text.get("bos"))
 
 
-def _over(auto: Auto, started: float) -> str:
-    over = auto.budget is not None and time.monotonic() - started > seconds_of(auto.budget)
+def _over(auto: Auto, spent: float) -> str:
+    over = auto.budget is not None and spent > seconds_of(auto.budget)
     return f"the budget of {auto.budget} ended the search" if over else ""
 
 
 def _study_name(run: Run, weights: str, samples: Samples, held_out: Samples) -> str:
-    """Everything that a score depends on, and nothing else; `weights` is the hash of what is pruned."""
+    """Everything that a score depends on, and nothing else; `weights` is the hash of the blocks."""
     recipe = {key: value for key, value in run.recipe.to_mapping().items() if key != "refine"}
     allocator = {
         key: value
@@ -266,7 +289,8 @@ def _study_name(run: Run, weights: str, samples: Samples, held_out: Samples) -> 
     }
     tokens = [tokens_identity(samples), tokens_identity(held_out)]
     computed = {"compute": str(run.stack.compute), **code_identity()}
-    known = [{**recipe, "allocator": allocator, **computed}, tokens, run.record.parameters, weights]
+    own = [run.record.parameters, weights, outside_digest(run.stack)]
+    known = [{**recipe, "allocator": allocator, **computed}, tokens, *own]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     return f"tawny-{digest[:16]}"
 
