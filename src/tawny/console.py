@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from rich.console import Console as Rich
@@ -77,7 +77,8 @@ class Console:
             line = f"rank {os.environ['RANK']}: {line}"
         self._err.print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
         if self.as_json:
-            print(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=False))
+            with suppress(OSError):  # stdout may be what failed
+                print(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=False), flush=True)
 
     # --- progress ----------------------------------------------------------------------------------
 

@@ -575,7 +575,8 @@ def doctor_tables(report: Mapping[str, Any]) -> list[Table]:
 def generation_tables(made: Mapping[str, Any]) -> list[Table]:
     """What a text took; the text itself has been streamed."""
     speed = made["decode_tokens_per_second"]
-    count = f"{len(made['tokens'])} tokens ({'the model ended it' if made['finish'] == 'stop' else 'as many as asked for'})"
+    ends = {"stop": "the model ended it", "context": "as many as its context holds"}
+    count = f"{len(made['tokens'])} tokens ({ends.get(made['finish'], 'as many as asked for')})"
     return [
         _facts(
             [

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import tawny
-from tawny.errors import CheckpointError, RecipeError, TextError, UserError
+from tawny.errors import CheckpointError, NumericalError, RecipeError, TextError, UserError
 from tawny.evaluation.decode import Decoder, kernels
 from tawny.evaluation.speed import _Choice, _Text
 from tawny.packed import DenseLinear
@@ -32,6 +33,60 @@ def test_greedy_text_is_that_of_transformers(family):
     assert made.decode_tokens_per_second > 0 and made.first_token_seconds > 0
 
 
+@pytest.mark.parametrize("family", ["openai-gpt", "rwkv"])
+def test_a_model_without_keys_and_values_reads_the_whole_text(family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "n_embd": 32, "n_layer": 2}
+    sizes |= {"n_head": 2, "attention_hidden_size": 32, "context_length": 64}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    ids, expected = tokens(1, 7)[0] % 64, []
+    with torch.no_grad():
+        for _ in range(10):
+            expected.append(
+                int(
+                    model(torch.cat([ids, torch.tensor(expected, dtype=torch.long)])[None])
+                    .logits[0, -1]
+                    .argmax()
+                )
+            )
+    assert tawny.generate(model, ids, max_tokens=10).tokens == expected
+    assert tawny.bench(model, prompt_tokens=5, tokens=3, rounds=1).path == "model"
+
+
+def test_a_model_with_a_cache_of_its_own_gets_that_back():
+    model = tiny_model("llama")
+    forward, given = model.forward, []
+
+    def own(input_ids=None, past_key_values=None, **rest):
+        if past_key_values is not None and past_key_values not in given:
+            raise ValueError("it uses a cache of its own")
+        made = forward(input_ids=input_ids, past_key_values=past_key_values, **rest)
+        given.append(made.past_key_values)
+        return made
+
+    ids = tokens(1, 7)[0]
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    expected = tawny.generate(model, ids, max_tokens=8).tokens
+    model.forward = own
+    assert tawny.generate(model, ids, max_tokens=8).tokens == expected
+
+
+def test_one_text_a_model_at_a_time():
+    """The proof of the quick path hooks modules that another thread's text would go through."""
+    for seed in range(4):
+        model = tiny_model("llama", seed)
+        model.generation_config.eos_token_id = model.config.eos_token_id = None
+        ids = [tokens(1, 7, seed=n)[0] for n in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            made = list(
+                pool.map(lambda one, model=model: tawny.generate(model, one, max_tokens=12).tokens, ids)
+            )
+        assert made == [own_greedy(model, one, 12) for one in ids]
+
+
 def test_a_token_that_ends_the_text_is_not_part_of_it():
     model = tiny_model("llama")
     ids = tokens(1, 7)[0]
@@ -48,7 +103,7 @@ def test_a_text_ends_where_the_context_does():
     model = tiny_model("llama")
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     made = tawny.generate(model, tokens(1, 120)[0], max_tokens=50)
-    assert len(made.tokens) == 8 and made.finish == "length"
+    assert len(made.tokens) == 8 and made.finish == "context"
     with pytest.raises(TextError, match="context is 128"):
         tawny.generate(model, tokens(1, 128)[0])
 
@@ -117,7 +172,8 @@ class Bytes:
     def apply_chat_template(self, turns, tokenize, add_generation_prompt):
         return f"<{turns[0]['content']}>"
 
-    def decode(self, ids, skip_special_tokens):
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        assert not clean_up_tokenization_spaces  # it would change what has been said
         return bytes(ids).decode(errors="replace")
 
 
@@ -194,6 +250,47 @@ def test_our_kernels_are_only_there_inside():
     with kernels(model):
         assert any(isinstance(m, DenseLinear) for m in model.modules())
     assert [type(m) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("quick", [None, False])
+def test_memory_grows_with_the_text(quick):
+    model, ids = tiny_model("llama"), tokens(1, 40)[0]
+    with torch.inference_mode(), kernels(model):
+        made = []
+        for reserve in (None, 9, 5):
+            decoder = Decoder(model, 40, quick, reserve)
+            decoder.prefill(ids[:6])
+            made.append(torch.stack([decoder.step(int(token)).clone() for token in ids[6:]]))
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def test_an_endless_wish_costs_what_the_text_costs():
+    model = tiny_model("bloom")  # has no context
+    model.generation_config.eos_token_id = None
+    stop = tawny.generate(model, tokens(1, 5)[0], max_tokens=4).tokens[-1]
+    model.generation_config.eos_token_id = stop
+    assert tawny.generate(model, tokens(1, 5)[0], max_tokens=10**18).finish == "stop"
+    with pytest.raises(RecipeError, match="tokens 1000000000000 is not possible"):
+        tawny.bench(model, tokens=10**12)
+
+
+def test_a_prompt_the_model_cannot_read_is_named():
+    model = tiny_model("llama")
+    for wrong in (torch.tensor([3, 999]), torch.tensor([-1])):
+        with pytest.raises(TextError, match="token id"):
+            tawny.generate(model, wrong)
+    with pytest.raises(TextError, match=r"torch\.float32; give token ids"):
+        tawny.generate(model, torch.tensor([1.0]))
+    with pytest.raises(TextError, match=r"not valid UTF-8 \(at character 2\)"):
+        tawny.generate(model, "a\udcffb", tokenizer=Bytes())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_model_is_told_and_not_an_empty_text(temperature):
+    model = tiny_model("llama")
+    model.lm_head.weight.data[3, 0] = math.nan
+    with pytest.raises(NumericalError, match="logits hold nan"):
+        tawny.generate(model, tokens(1, 5)[0], temperature=temperature)
 
 
 def test_a_full_decoder_says_so():

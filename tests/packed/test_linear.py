@@ -102,10 +102,10 @@ def reference_of(module: PackedLinear, x: torch.Tensor) -> torch.Tensor:
 
 def test_casting_a_model_changes_the_bias_and_never_the_packed_tensors():
     packed = PackedLinear.from_linear(linear(), "int8", 128)
-    before = {name: t.clone() for name, t in packed.named_buffers()}
+    before = {name: t.clone() for name, t in packed.packed.tensors.items()}
     packed.to(torch.float16).bfloat16().double().half()
-    assert packed.bias is not None and packed.bias.dtype is torch.float16
-    for name, tensor in packed.named_buffers():
+    assert packed.bias is not None and packed.bias.dtype is torch.float16 is packed.weight.dtype
+    for name, tensor in packed.packed.tensors.items():
         assert tensor.dtype is before[name].dtype and torch.equal(tensor, before[name])
     packed.to("meta")
     assert packed.masks.is_meta and packed.bias.is_meta

@@ -9,7 +9,7 @@ from torch import nn
 
 import tawny
 from tawny.errors import ModelError, NumericalError, UserError
-from tawny.model.linears import linears_of
+from tawny.model.linears import is_plain, linears_of
 from tawny.model.structure import find_stack
 from tawny.packed import DenseLinear, PackedLinear
 from tawny.packed.embedding import PackedEmbedding
@@ -141,6 +141,75 @@ def test_fused_experts_stay_dense_and_are_told():
 
     tawny.pack_model(pruned("mixtral"), "bf16", watch=Watch())
     assert any("fused expert" in line for line in said) and any("packed" in line for line in said)
+
+
+class Doubling(torch.nn.Linear):
+    """A subclass that does more than its name says."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Reordered(torch.nn.Linear):
+    """A subclass whose own forward is the same product (as Falcon's)."""
+
+    def forward(self, x):
+        return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+@pytest.mark.parametrize("kind", ["class", "hook", "pre-hook", "forward", "pruning"])
+def test_a_linear_that_does_more_than_multiply_stays_as_it_is(kind):
+    model = pruned("llama")
+    owner, ids = model.model.layers[1].mlp, tokens(1, 8)
+    old = owner.up_proj
+    if kind == "class":
+        old.__class__ = Doubling
+    elif kind == "hook":
+        old.register_forward_hook(lambda module, args, output: output * 2)
+    elif kind == "pre-hook":
+        old.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    elif kind == "forward":
+        old.forward = lambda x: 2 * torch.nn.functional.linear(x, old.weight)
+    else:
+        from torch.nn.utils import prune
+
+        prune.l1_unstructured(old, "weight", 0.02)
+    owner.gate_proj.__class__ = Reordered
+    expected = logits(model, ids)
+    tawny.pack_model(model, "f32")
+    assert owner.up_proj is old and isinstance(owner.gate_proj, PackedLinear)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_that_does_more_than_multiply_is_kept_and_not_packed():
+    model, ids = pruned("llama"), tokens(1, 8)
+    model.lm_head.__class__ = Doubling
+    with pytest.raises(UserError, match="a Doubling, does more than multiply by its weight"):
+        tawny.pack_model(model, "f32", head="f32")
+    expected = logits(model, ids)
+    torch.testing.assert_close(logits(tawny.pack_model(model, "f32"), ids), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_plain_is_found_out_without_weights():
+    class Grouped(torch.nn.Linear):
+        def forward(self, x):
+            return torch.cat([x, x], -1)
+
+    assert not is_plain(Grouped(8, 16)) and is_plain(Reordered(8, 16)) and is_plain(torch.nn.Linear(8, 16))
+    assert not is_plain(Doubling(8, 16, device="meta")) and is_plain(Reordered(8, 16, device="meta"))
+
+
+def test_a_packed_linear_tells_the_type_of_its_model(tmp_path):
+    """Some models look at `linear.weight.dtype`."""
+    model = tawny.pack_model(pruned("llama").to(torch.bfloat16), "int8", head="int8")
+    proj = model.model.layers[0].self_attn.q_proj
+    assert proj.weight.dtype is torch.bfloat16 is model.lm_head.weight.dtype
+    assert model.float().model.layers[0].self_attn.q_proj.weight.dtype is torch.float32
+    pruned("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tawny.pack(tmp_path / "dense", tmp_path / "packed", "bf16")
+    loaded = tawny.load(tmp_path / "packed")
+    assert loaded.model.layers[0].self_attn.q_proj.weight.dtype is torch.bfloat16
+    assert not any(name.endswith("q_proj.weight") for name in loaded.state_dict())
 
 
 def test_routers_are_not_packed():

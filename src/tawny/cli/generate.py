@@ -76,7 +76,7 @@ def generate(
 
         made = tawny.generate(
             model,
-            sys.stdin.read() if prompt == "-" else prompt,
+            sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
+import io
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,9 @@ def _root(
 
 def main() -> None:
     """The entry point of the `tawny` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
     try:
         code = app(standalone_mode=False)
     except Exception as error:

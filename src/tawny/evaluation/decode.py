@@ -3,14 +3,15 @@
 A `Decoder` holds one sequence. `prefill` runs the model's own forward over the prompt; `step` takes one token and
 returns the logits of the next. Three things make a step cheaper than transformers' own, each only where it applies:
 
-- Keys and values go into memory set aside once, and are not copied whole for each token. Layers that keep a window of
-  the past, or something else than keys and values, keep transformers' own cache.
+- Keys and values go into memory set aside beforehand, and are not copied whole for each token. Layers that keep a window
+  of the past, or something else than keys and values, keep transformers' own cache.
 - Plain linears run our dense matrix-vector kernel (`kernels()` puts it in place and takes it out again).
 - A model whose blocks are the usual ones is handed, block by block, to one C++ call a token (packed/step.py). It
   is used only after it agreed with the model's own forward, where the text is and where it may end; see
   `Decoder._prove`.
 
-Everything else is the model's own forward, so every decoder that transformers runs can be decoded here.
+Everything else is the model's own forward, so every decoder that transformers runs can be decoded here: one that keeps a
+cache of its own gets that back, and one that keeps none reads the whole text again for each token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import UserError
+from tawny.model.linears import changed, is_plain
 from tawny.packed.kernels import native
 from tawny.packed.linear import DenseLinear
 from tawny.packed.step import Step, find_blocks, find_rotary
@@ -43,7 +45,7 @@ def kernels(model: nn.Module) -> Iterator[None]:
         made: dict[int, DenseLinear] = {}
         for parent in model.modules():
             for name, child in parent.named_children():
-                if type(child) is nn.Linear and child.weight.device.type == "cpu" and not _changed(child):
+                if type(child) is nn.Linear and child.weight.device.type == "cpu" and is_plain(child):
                     fast = made.setdefault(id(child), DenseLinear.from_linear(child))
                     swapped.append((parent, name, child))
                     parent._modules[name] = fast.train(child.training)
@@ -52,11 +54,6 @@ def kernels(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in swapped:
             parent._modules[name] = child
-
-
-def _changed(module: nn.Module) -> bool:
-    """Whether a call of the module does more, or other things, than its class says: hooks, or a forward of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _reserved_layer() -> type:
@@ -68,7 +65,7 @@ def _reserved_layer() -> type:
 
         def __init__(self, capacity: int) -> None:
             super().__init__()
-            self.capacity, self.length = capacity, 0
+            self.capacity, self.length = max(1, capacity), 0
             self.memory: tuple[Tensor, Tensor] | None = None
 
         def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -81,12 +78,22 @@ def _reserved_layer() -> type:
                 self.is_initialized = True
             end = self.length + keys.shape[-2]
             if end > self.capacity:
-                raise UserError(f"{end} tokens do not fit a cache for {self.capacity}")
+                self.grow(end)
             for memory, new in zip(self.memory, (keys, values), strict=True):
                 memory[:, self.length : end] = new.transpose(1, 2)
             self.length = end
             self.keys, self.values = (memory[:, :end].transpose(1, 2) for memory in self.memory)
             return self.keys, self.values
+
+        def grow(self, least: int) -> None:
+            """At least twice as much memory, so that a text of any length is copied twice at most."""
+            self.capacity = max(least, 2 * self.capacity)
+            if self.memory is not None:
+                grown = [t.new_empty(t.shape[0], self.capacity, *t.shape[2:]) for t in self.memory]
+                for new, old in zip(grown, self.memory, strict=True):
+                    new[:, : self.length] = old[:, : self.length]
+                self.memory = grown[0], grown[1]
+                self.rewind(self.length)
 
         def get_seq_length(self) -> int:
             return self.length
@@ -103,9 +110,12 @@ class Decoder:
     """One sequence of at most `capacity` tokens. Use it under `torch.inference_mode()`.
 
     quick: None tries the C++ path and keeps it if it proves equal; False never does.
+    reserve: tokens to set memory aside for at first; None: for all of `capacity`.
     """
 
-    def __init__(self, model: Any, capacity: int, quick: bool | None = None) -> None:
+    def __init__(
+        self, model: Any, capacity: int, quick: bool | None = None, reserve: int | None = None
+    ) -> None:
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
@@ -116,15 +126,14 @@ class Decoder:
         kind = _reserved_layer()
         for index, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
-                self.cache.layers[index] = kind(capacity)
+                self.cache.layers[index] = kind(capacity if reserve is None else min(capacity, reserve))
         parameters = inspect.signature(model.forward).parameters
         # Transformers is renaming the argument; a model of either age must decode.
-        self._arguments: dict[str, Any] = {
-            "cache" if "cache" in parameters else "past_key_values": self.cache,
-            "use_cache": True,
-        }
+        self._cached = "cache" if "cache" in parameters else "past_key_values"
+        self._arguments: dict[str, Any] = {self._cached: self.cache, "use_cache": True}
         if "logits_to_keep" in parameters:
             self._arguments["logits_to_keep"] = 1
+        self._read: Tensor | None = None  # everything so far, for a model without a cache
         self._want_quick = quick is not False
         self._quick: Step | None = None
 
@@ -135,7 +144,27 @@ class Decoder:
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Logits `[vocabulary]` after a prompt `[tokens]`."""
-        return self._forward(ids.view(1, -1))
+        ids = ids.view(1, -1)
+        try:
+            logits = self._forward(ids)
+        except ValueError:  # a model that refuses any cache but its own
+            return self._prefill_by_its_own(ids)
+        return logits if _holds_something(self.cache) else self._prefill_by_its_own(ids)
+
+    def _prefill_by_its_own(self, ids: Tensor) -> Tensor:
+        """With the cache that the model makes, or without any."""
+        self.length, self._want_quick = 0, False
+        del self._arguments[self._cached]
+        made = self._run(ids)
+        self.length = ids.shape[1]
+        cache = getattr(made, "past_key_values", None)
+        if cache is None:
+            self._read = ids
+            self._arguments["use_cache"] = False
+        else:
+            self._arguments[self._cached] = cache
+        logits: Tensor = made.logits[0, -1]
+        return logits
 
     def step(self, token: int) -> Tensor:
         """Logits `[vocabulary]` after one more token; the next step may overwrite them."""
@@ -145,6 +174,12 @@ class Decoder:
         if self._quick is None:
             return self._forward(torch.tensor([[token]]))
         self._check_room(1)
+        if self.length == self._quick.capacity:
+            for layer in self.cache.layers:
+                layer.rewind(self.length)
+                layer.grow(self.length + 1)
+            self._quick, self._want_quick = None, True
+            return self.step(token)
         logits = self._quick(token, self.length)
         self.length += 1
         return logits
@@ -157,10 +192,15 @@ class Decoder:
 
     def _forward(self, ids: Tensor) -> Tensor:
         self._check_room(ids.shape[1])
-        made = self.model(input_ids=ids.to(self.device), **self._arguments)
-        self.length += ids.shape[1]
+        if self._read is not None:
+            ids = self._read = torch.cat([self._read, ids], 1)
+        made = self._run(ids)
+        self.length = ids.shape[1] if self._read is not None else self.length + ids.shape[1]
         logits: Tensor = made.logits[0, -1]
         return logits
+
+    def _run(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids.to(self.device), **self._arguments)
 
     # --- the quick path ------------------------------------------------------------------------------------
 
@@ -170,25 +210,30 @@ class Decoder:
         reserved = all(getattr(layer, "memory", None) is not None for layer in self.cache.layers)
         if known is None or not reserved or self.device.type != "cpu" or self.length == self.capacity:
             return None
-        if any(map(_changed, self.model.modules())):  # since it was proved, maybe
+        for layer in self.cache.layers:
+            if layer.capacity == self.length:
+                layer.grow(self.length + 1)
+        room = min(self.capacity, *(layer.capacity for layer in self.cache.layers))
+        if any(map(changed, self.model.modules())):  # since it was proved, maybe
             return None
-        quick = Step.build(self.model, [layer.memory for layer in self.cache.layers], self.capacity)
+        memory = [(layer.memory[0][:, :room], layer.memory[1][:, :room]) for layer in self.cache.layers]
+        quick = Step.build(self.model, memory, room)
         if quick is None:
             return None
-        if known < self.capacity:
-            proved = self._prove(quick, token)
-            _proved[self.model] = self.capacity if proved else None
+        if known < room:
+            proved = self._prove(quick, token, room - 1)
+            _proved[self.model] = room if proved else None
             return quick if proved else None
         return quick
 
-    def _prove(self, quick: Step, token: int) -> bool:
+    def _prove(self, quick: Step, token: int, far: int) -> bool:
         """Whether the quick path may make the logits of every position from the next to the last there is room for.
 
         A model may do something that depends on the position and shows only far from the text's beginning (Ministral 3
         scales its queries). So the two paths are compared at both ends, and the model is asked whether it uses the
         position for anything but rotary angles.
         """
-        near, far = self.length, self.capacity - 1
+        near = self.length
         # Only the far end is new where less room was proved before.
         if not _proved.get(self.model) and not self._agree(quick, token):
             return False
@@ -263,6 +308,18 @@ class Decoder:
         self.length = length
         for layer in self.cache.layers:
             layer.rewind(length)
+
+
+def _holds_something(cache: Any) -> bool:
+    """Whether a model has put anything into the cache it was given."""
+    for layer in cache.layers:
+        states = (
+            getattr(layer, "is_conv_states_initialized", {}),
+            getattr(layer, "is_recurrent_states_initialized", {}),
+        )
+        if getattr(layer, "is_initialized", False) or any(any(found.values()) for found in states):
+            return True
+    return False
 
 
 # Capacity up to which a model's quick path has proved equal; None where it has not.

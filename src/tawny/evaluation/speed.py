@@ -11,17 +11,19 @@ __all__ = ["Generation", "Speed", "bench", "generate"]
 import contextlib
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import context_of
-from tawny.errors import CheckpointError, RecipeError, TextError, UserError
+from tawny.calibration.context import check_ids, context_of
+from tawny.errors import CheckpointError, NumericalError, RecipeError, TextError, UserError
 from tawny.evaluation.decode import Decoder, kernels
 from tawny.machine import peak_memory, resident_memory
 from tawny.model.checkpoint import file_bytes
@@ -30,12 +32,15 @@ from tawny.model.structure import evaluating
 from tawny.packed.kernels.native import kernel_name
 from tawny.watch import Watch, silent
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True)
 class Generation:
     """A text and what it took.
 
-    finish: `stop` (the model ended it) or `length`. Speeds are None where there was nothing to measure.
+    finish: `stop` (the model ended it), `length` (as many tokens as were asked for) or `context` (as many as the model
+        has room for). Speeds are None where there was nothing to measure.
     path: `blocks` where one C++ call made each token, `model` where the model's own forward did.
     """
 
@@ -154,8 +159,11 @@ def generate(
 
     Raises:
         ModelError, CheckpointError: no model there.
-        TextError: an empty prompt, several at once, or one longer than the model's context.
+        TextError: an empty prompt, several at once, one longer than the model's context, or tokens that the model has not.
+        NumericalError: the model gives NaN.
     """
+    if isinstance(prompt, str):
+        _check_text(prompt)
     if max_tokens < 1:
         raise RecipeError(f"max_tokens {max_tokens} is not possible; give 1 or more")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -178,9 +186,12 @@ def generate(
             raise TextError(
                 f"the prompt has {len(ids)} tokens and the model's context is {limit}; shorten it"
             )
+        check_ids(live, ids)
         room = max_tokens if limit is None else min(max_tokens, limit - len(ids))
-        with torch.inference_mode(), evaluating(live), kernels(live):
+        with _alone(live), torch.inference_mode(), evaluating(live), kernels(live):
             made = _continue(live, ids, room, _Choice(temperature, top_p, seed), tokenizer, on_text)
+        if made["finish"] == "length" and room < max_tokens:
+            made["finish"] = "context"
         return Generation(
             **made,
             prompt_tokens=len(ids),
@@ -198,7 +209,9 @@ def _tokens(prompt: str | Tensor, tokenizer: Any, chat: bool | None) -> tuple[Te
             raise TextError(
                 f"the prompt is a tensor of shape {list(prompt.shape)}; give one prompt, [tokens] or [1, tokens]"
             )
-        ids, chat = prompt.reshape(-1), False
+        if prompt.dtype not in _INTEGERS:
+            raise TextError(f"the prompt is a tensor of {prompt.dtype}; give token ids, torch.long")
+        ids, chat = prompt.reshape(-1).long(), False
     else:
         if tokenizer is None:
             raise UserError("a live model needs tokenizer=… to read a text, or a prompt of tokens")
@@ -218,6 +231,28 @@ def _tokens(prompt: str | Tensor, tokenizer: Any, chat: bool | None) -> tuple[Te
     return ids, chat
 
 
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the prompt is not valid UTF-8 (at character {error.start + 1}); encode it anew"
+        ) from None
+
+
+@contextlib.contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """One text a model at a time: its modules are exchanged, and hooked while the quick path is proved."""
+    with _locking:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        yield
+
+
+_locking = threading.Lock()
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
 class _Choice:
     """Which token comes next."""
 
@@ -226,10 +261,15 @@ class _Choice:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> int:
+        highest = float(logits.max())
+        if not math.isfinite(highest):
+            raise NumericalError(
+                f"the model's logits hold {highest}; check its weights, or open it in another dtype"
+            )
         if self.temperature == 0:
             return int(logits.argmax())
         # In float64 and below zero: divided by a tiny temperature they go to -infinity, and the likeliest stays.
-        below = logits.double().cpu() - float(logits.max())
+        below = logits.double().cpu() - highest
         shares = torch.softmax(below / self.temperature, -1)
         if self.top_p == 1:
             return int(torch.multinomial(shares, 1, generator=self.generator))
@@ -271,7 +311,8 @@ class _Text:
             self.said = whole
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        # Tidied up, a text would change behind what has been given out.
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _continue(
@@ -283,7 +324,7 @@ def _continue(
     on_text: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     ends, text = _ends(model, tokenizer), _Text(tokenizer, on_text)
-    decoder = Decoder(model, len(ids) + room)
+    decoder = Decoder(model, len(ids) + room, reserve=len(ids) + _RESERVE)
     start = time.perf_counter()
     token = choose(decoder.prefill(ids))
     first = time.perf_counter() - start
@@ -311,8 +352,12 @@ def _continue(
     }
 
 
+_RESERVE = 1024  # tokens a text has memory for at first; few texts are as long as they may be
+
+
 # --- bench -----------------------------------------------------------------------------------------------
 
+_MOST = 10_000_000
 _UNTIMED = 1  # token decoded before the timed ones in each round: it finds out which path is taken
 
 
@@ -340,8 +385,8 @@ def bench(
         quick: False decodes with the model's own forward only.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("tokens", tokens), ("rounds", rounds)):
-        if value < 1:
-            raise RecipeError(f"{name} {value} is not possible; give 1 or more")
+        if not 1 <= value <= _MOST:
+            raise RecipeError(f"{name} {value} is not possible; give 1 to {_MOST:,}")
     with _threads(threads) as used:
         before, size = resident_memory(), None
         if isinstance(source, nn.Module):
@@ -386,7 +431,7 @@ def _rounds(
     ids = torch.randint(0, vocabulary, (prompt_tokens,), generator=generator)
     prefill, decode, path = [], [], "model"
     watch.phase("measuring", rounds + 1)
-    with torch.inference_mode(), evaluating(model), kernels(model):
+    with _alone(model), torch.inference_mode(), evaluating(model), kernels(model):
         for number in range(rounds + 1):
             decoder = Decoder(model, prompt_tokens + _UNTIMED + tokens, quick)
             begin = time.perf_counter()

@@ -7,6 +7,8 @@ produce, one number an expert (or a single one), beside the experts themselves.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -48,6 +50,11 @@ class Linear:
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        made: torch.dtype = getattr(self.module, self.parameter).dtype
+        return made
 
     def view(self, parameter: torch.Tensor) -> torch.Tensor:
         """The `[out, in]` view of this linear inside a tensor shaped like its parameter."""
@@ -115,6 +122,45 @@ def _experts_transposed(module: nn.Module, shapes: Sequence[tuple[int, ...]]) ->
         return False
     (_, a, b), (_, c, d) = shapes
     return b != c and a == d
+
+
+def changed(module: nn.Module) -> bool:
+    """Whether a call of the module does more, or other things, than its class says: hooks, or a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of a linear is x·Wᵀ + b and nothing else, so that another product may take its place.
+
+    A class with a forward of its own is asked for the product of a random weight of the same shape.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or changed(module):
+        return False
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    chance = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=chance)
+
+    probe = copy.copy(module)
+    probe._parameters = {
+        name: None if value is None else nn.Parameter(random(*value.shape), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    made: Any = probe._parameters["weight"]
+    W_OI: torch.Tensor = made.T if isinstance(module, Conv1D) else made
+    x = random(1, 3, W_OI.shape[1])
+    with torch.no_grad(), contextlib.suppress(Exception):
+        made = probe(x)
+        expected = nn.functional.linear(x, W_OI, probe._parameters.get("bias"))
+        return (
+            isinstance(made, torch.Tensor)
+            and made.shape == expected.shape
+            and torch.allclose(made, expected, 1e-3, 1e-3)
+        )
+    return False
 
 
 def prunable_numel(block: nn.Module) -> int:

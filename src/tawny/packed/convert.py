@@ -21,7 +21,7 @@ from torch import Tensor
 from tawny.errors import CheckpointError, ModelError, UserError
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed
 from tawny.model.durable import writing
-from tawny.model.linears import Linear, linears_of
+from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.output import ALLOCATION, OutputFolder
 from tawny.model.source import resolve
 from tawny.model.structure import find_stack
@@ -130,15 +130,15 @@ class _Packing:
     def block(self, index: int) -> None:
         name = f"{self.path}.{index}"
         found = linears_of(self.blocks[index], name)
-        by_key = {linear.key: linear for linear in found if linear.expert is None}
-        fused = {linear.key for linear in found if linear.expert is not None}
+        by_key = {linear.key: linear for linear in found if linear.expert is None and is_plain(linear.module)}
+        own = {linear.key for linear in found} - by_key.keys()
         for unit in self.checkpoint.units_of(name):
             linear = by_key.get(unit.targets[0])
             if linear is not None and unit.converter is None:
                 self._linear(unit, linear)
                 continue
             for target in unit.targets:
-                if target in by_key or target in fused:
+                if target in by_key or target in own:
                     self.untouched.append(target)
             self._as_it_is(unit.sources)
 
@@ -201,8 +201,8 @@ class _Packing:
         found = [units[key] for key in keys if key in units]
         head = None if outside is None else self.model.get_submodule(outside)
         plain = bool(found) and all(unit.converter is None for unit in found)
-        if outside is None or not isinstance(head, torch.nn.Linear) or not plain:
-            raise UserError(f"{type(self.model).__name__} has no linear head to pack; leave --head out")
+        if outside is None or not isinstance(head, torch.nn.Linear) or not plain or not is_plain(head):
+            raise UserError(f"{type(self.model).__name__} has no plain linear head to pack; leave --head out")
         weights = [self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in found]
         if len(weights) == 2 and not torch.equal(*weights):
             weights, found, tied = (

@@ -28,8 +28,12 @@ _TENSORS = ("masks", "values", "offsets", "scales", "sums")
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + bias with W packed."""
+    """y = x Wᵀ + bias with W packed.
 
+    `weight` is empty: it tells a model that asks what type its linears are of, and follows `model.to(dtype)`.
+    """
+
+    weight: Tensor
     masks: Tensor
     values: Tensor
     offsets: Tensor
@@ -37,7 +41,9 @@ class PackedLinear(nn.Module):
     sums: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, packed: PackedTensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, packed: PackedTensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.kind: Values = packed.values
@@ -45,6 +51,9 @@ class PackedLinear(nn.Module):
         for name in _TENSORS:
             self.register_buffer(name, packed.tensors.get(name))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        told = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
+        empty = torch.empty(0, packed.shape[1], dtype=told, device="cpu")
+        self.register_buffer("weight", empty, persistent=False)
         self._call: ops.Call | None = None
 
     @classmethod
@@ -53,12 +62,14 @@ class PackedLinear(nn.Module):
     ) -> PackedLinear:
         """Pack an `nn.Linear`, or a transformers `Conv1D` (which stores its weight transposed)."""
         W_OI = getattr(linear, "weight", None)
-        if not isinstance(W_OI, Tensor) or W_OI.dim() != 2:
+        if not isinstance(W_OI, Tensor) or W_OI.dim() != 2 or isinstance(linear, PackedLinear):
             raise UserError(f"{type(linear).__name__} has no weight matrix to pack; expected a linear")
         if not isinstance(linear, nn.Linear):
             W_OI = W_OI.T
         bias = getattr(linear, "bias", None)
-        module = cls(format.pack(W_OI, values, group), None if bias is None else bias.detach().clone())
+        module = cls(
+            format.pack(W_OI, values, group), None if bias is None else bias.detach().clone(), W_OI.dtype
+        )
         return module.train(linear.training)
 
     @classmethod
@@ -78,6 +89,7 @@ class PackedLinear(nn.Module):
         return cls(
             PackedTensor(tensors, shape, values, group),
             torch.empty(shape[0], dtype=dtype, device=device) if bias else None,
+            dtype,
         )
 
     def fill(self, packed: PackedTensor) -> None:
@@ -144,8 +156,9 @@ class PackedLinear(nn.Module):
             moved: Tensor = fn(tensor)
             return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
 
-        bias, self.bias = self.bias, None
+        (bias, weight), self.bias = (self.bias, self.weight), None
         super()._apply(keep_type, recurse)  # type: ignore[no-untyped-call]
+        self.weight = fn(weight)
         self.bias = None if bias is None else nn.Parameter(fn(bias.data), requires_grad=False)
         return self
 

@@ -2,6 +2,7 @@
 
 Blocks and linears are found by structure, as pruning finds them. A linear whose zeros are too few to pay stays dense
 and decodes through our dense kernel; fused experts stay as they are, because the model multiplies them itself.
+So does a linear that does more than multiply: one with hooks, or of a class with a forward of its own.
 Embedding and head stay dense unless `head` is given; a tied embedding is then served from the packed head's storage.
 """
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import ModelError, NumericalError, UserError
-from tawny.model.linears import Linear, linears_of
+from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.structure import find_stack
 from tawny.packed import format
 from tawny.packed.embedding import serve_from
@@ -98,14 +99,14 @@ def pack_model(
     path, blocks = find_stack(model)
     _check_head(model, head)
     dense: list[str] = []
-    experts: set[str] = set()
+    untouched: set[str] = set()
     packed = 0
     watch.phase("packing", len(blocks))
     try:
         for index, block in enumerate(blocks):
             for linear in linears_of(block, f"{path}.{index}"):
-                if linear.expert is not None:
-                    experts.add(linear.key)
+                if linear.expert is not None or not is_plain(linear.module):
+                    untouched.add(linear.key)
                     continue
                 with format.naming(linear.name):
                     made, _ = pack_or_not(
@@ -126,20 +127,28 @@ def pack_model(
                 ) from error
         raise
     keep_from_saving(model, values, group, head)
-    tell(watch, packed, len(dense), len(experts))
+    tell(watch, packed, len(dense), len(untouched))
     return model
 
 
 def _check_head(model: Any, values: Values | None) -> None:
     """Refuse to pack a head that is none, or no linear."""
-    if values is not None and not isinstance(model.get_output_embeddings(), nn.Linear):
+    head = model.get_output_embeddings()
+    if values is not None and not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear head to pack; leave head out")
+    if values is not None and not is_plain(head):
+        raise UserError(
+            f"the head of {type(model).__name__}, a {type(head).__name__}, does more than multiply by its weight and "
+            "cannot be packed; leave head out"
+        )
 
 
-def tell(watch: Watch, packed: int, dense: int, experts: int) -> None:
+def tell(watch: Watch, packed: int, dense: int, untouched: int) -> None:
     watch.say(f"{packed} linears packed, {dense} left dense because their zeros are too few to pay")
-    if experts:
-        watch.say(f"{experts} fused expert weights stay dense: the model multiplies them itself")
+    if untouched:
+        watch.say(
+            f"{untouched} weights stay as they are, such as fused experts: the model multiplies them itself"
+        )
 
 
 def replace_linear(model: nn.Module, linear: Linear, packed: PackedTensor | None) -> None:
@@ -149,14 +158,14 @@ def replace_linear(model: nn.Module, linear: Linear, packed: PackedTensor | None
     if packed is None:
         keep_dense(model, linear.name)
         return
-    made = PackedLinear(packed, None if bias is None else bias.detach())
+    made = PackedLinear(packed, None if bias is None else bias.detach(), linear.dtype)
     model.set_submodule(linear.name, made.train(old.training))
 
 
 def keep_dense(model: nn.Module, name: str) -> None:
     """Let a linear that stays dense decode through our kernel. Transposed storage would need a copy: it stays."""
     old = model.get_submodule(name)
-    if isinstance(old, nn.Linear):
+    if isinstance(old, nn.Linear) and is_plain(old):
         made = DenseLinear.from_linear(old)
         setattr(made, "weight", old.weight)  # noqa: B010 - the very same parameter: a tied one stays tied
         model.set_submodule(name, made.train(old.training))
@@ -192,7 +201,7 @@ def _head(model: Any, values: Values | None) -> None:
     assert isinstance(head, nn.Linear) and outside is not None  # as checked at the beginning
     with format.naming(outside):
         packed = pack_head(head.weight.data, values)
-    made = PackedLinear(packed, None if head.bias is None else head.bias.detach())
+    made = PackedLinear(packed, None if head.bias is None else head.bias.detach(), head.weight.dtype)
     install_head(model, outside, inside if tied else None, made)
 
 

@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -111,8 +110,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
             ):  # every weight is there; transformers must not miss what no file holds
                 made.register_buffer("masks", made.masks, persistent=False)
             # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
-            made.__dict__["weight"] = nothing = torch.empty(0)
-            nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+            made.weight._is_hf_initialized = True  # type: ignore[attr-defined]
             if entry.embedding is None:
                 model.set_submodule(name, made)
                 _untie(model, f"{name}.weight")
@@ -126,7 +124,6 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.folder is not None
         for name, entry in self.folder.linears.items():
             module = model.get_submodule(name)
-            del module.__dict__["weight"]
             if "masks" not in entry.tensors:
                 module.register_buffer("masks", format.full_masks(entry.shape).to(module.values.device))
         self.folder.verify(hashes=_verify.get())

@@ -117,6 +117,7 @@ class Step:
             return None
 
     def __init__(self, model: Any, memory: Sequence[tuple[Tensor, Tensor]], capacity: int) -> None:
+        self.capacity = capacity
         self._library = native.library()
         self._library.tawny_step_sizes.restype = ctypes.c_int64
         self._library.tawny_step.argtypes = [_Pointer, _Size, _Flag]
