@@ -183,9 +183,9 @@ def test_a_model_is_compared_once(monkeypatch):
     model, ids, calls = tiny_model("llama"), tokens(1, 12)[0], []
     prove = Decoder._prove
 
-    def counted(self, quick, token):
+    def counted(self, quick, token, far):
         calls.append(token)
-        return prove(self, quick, token)
+        return prove(self, quick, token, far)
 
     monkeypatch.setattr(Decoder, "_prove", counted)
     for _ in range(3):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,34 @@ class _Stop(Exception):
     """Ends a forward whose remaining result nobody uses."""
 
 
+class _Other:
+    """What a stand-in gives beside the hidden states: nothing that can be computed with, and told apart."""
+
+
+# What a block may return: hidden states, or a tuple that begins with them.
+_ITEMS = (0, 1, 2, 3)
+# How a model fails that is given too few or too many.
+_ITEMS_MISFIT = (ValueError, TypeError, IndexError, AttributeError)
+
+
 @dataclass
 class Call:
     """What a model hands to one block beside the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self._empty = [v for v in self.values() if isinstance(v, (MutableMapping, MutableSequence)) and not v]
+
+    def values(self) -> Iterator[Any]:
+        yield from self.args
+        yield from self.kwargs.values()
+
+    @property
+    def was_added_to(self) -> bool:
+        """Whether a block has put something, for later ones to find, into what it was called with."""
+        return any(len(value) for value in self._empty)
 
 
 class Stack:
@@ -59,7 +81,8 @@ class Stack:
         self.stored: dict[str, Tensor] = {}
         self._late: list[Unit] = []
         self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
-        self._tuple_output = False
+        self._items = 0
+        self._checked = False
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._calls_depend_on_data: bool | None = None
         if checkpoint is not None:
@@ -224,37 +247,90 @@ class Stack:
         finally:
             config._experts_implementation = before
 
-    def _output(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._tuple_output else hidden
+    def _output(self, hidden: Tensor, after: Sequence[Any] = ()) -> Any:
+        if not self._items:
+            return hidden
+        return (hidden, *(after or [None] * (self._items - 1)))
 
     @torch.no_grad()
     def _capture(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, list[Call]]:
         tokens_BT = tokens_BT.to(self.device)
         mask_BT = None if mask_BT is None else mask_BT.to(self.device)
-        for style in (self._tuple_output, not self._tuple_output):
-            self._tuple_output = style
+        for items in sorted(_ITEMS, key=lambda items: items != self._items):
+            self._items = items
             calls: list[Call] = []
             seen: list[Tensor] = []
-
-            def make(index: int, calls: list[Call] = calls, seen: list[Tensor] = seen) -> Callable[..., Any]:
-                def record(*args: Any, **kwargs: Any) -> Any:
-                    rest = dict(kwargs)
-                    hidden = args[0] if args else rest.pop("hidden_states")
-                    calls.append(Call(tuple(args[1:]), rest))
-                    seen.append(hidden)
-                    if index == len(self) - 1 or hidden.shape != seen[0].shape:
-                        raise _Stop
-                    return self._output(hidden)
-
-                return record
-
-            with self._stand_ins(make), contextlib.suppress(_Stop):
-                self.model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
-            if len(calls) == len(self) and all(h.shape == seen[0].shape for h in seen):
+            try:
+                self._pass_through(tokens_BT, mask_BT, calls, seen, len(self))
+            except _ITEMS_MISFIT:
+                if not calls:
+                    raise
+                continue
+            if len(calls) == len(self) and all(_same(hidden, seen[0]) for hidden in seen):
+                if not self._checked:
+                    self._check_body(tokens_BT[:1, :8], seen[0], calls)
                 return seen[0], calls
         raise ModelError(
             f"{type(self.model).__name__} does not pass hidden states straight from block to block; "
             "expected a decoder whose blocks run one after another"
+        )
+
+    def _pass_through(
+        self, tokens_BT: Tensor, mask_BT: Tensor | None, calls: list[Call], seen: list[Tensor], most: int
+    ) -> None:
+        """Run the model with stand-ins for its blocks, up to the call after which there are `most`, or to its head."""
+        after = [_Other() for _ in range(self._items - 1)]
+
+        def make(index: int) -> Callable[..., Any]:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                rest = dict(kwargs)
+                hidden = args[0] if args else rest.pop("hidden_states")
+                calls.append(Call(tuple(args[1:]), rest))
+                seen.append(hidden)
+                if len(calls) == most or not isinstance(hidden, Tensor) or hidden.shape != seen[0].shape:
+                    raise _Stop
+                return self._output(hidden, after)
+
+            return record
+
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        head = self.model.get_output_embeddings()
+        hook = None if head is None else head.register_forward_pre_hook(stop)
+        try:
+            with self._stand_ins(make), contextlib.suppress(_Stop):
+                self.model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _check_body(self, tokens_BT: Tensor, hidden: Tensor, calls: Sequence[Call]) -> None:
+        """Refuse a model whose blocks do not make it up, once: they run again, or hand each other more.
+
+        Raises:
+            ModelError: says what blocks do that cannot be replayed one at a time.
+        """
+        name = type(self.model).__name__
+        found: list[Call] = []
+        self._pass_through(tokens_BT, None, found, [], 2 * len(self))
+        if len(found) > len(self):
+            raise ModelError(
+                f"the blocks {self.path} of {name} run more than once a forward; expected a decoder whose blocks run one "
+                "after another"
+            )
+        if hidden.dim() != 3:
+            raise ModelError(
+                f"blocks of {name} pass on hidden states of shape {list(hidden.shape)}; expected [batch, tokens, hidden]"
+            )
+        if any(isinstance(value, _Other) for call in calls for value in call.values()):
+            raise self._hand_more()
+        self._checked = True
+
+    def _hand_more(self) -> ModelError:
+        return ModelError(
+            f"blocks of {type(self.model).__name__} hand each other more than hidden states; expected a decoder whose "
+            "blocks depend on nothing else of those before them"
         )
 
     def enter(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -287,15 +363,21 @@ class Stack:
 
     @torch.no_grad()
     def forward(self, index: int, hidden_BTH: Tensor, call: Call) -> Tensor:
-        """Output of block `index`, which must be loaded."""
+        """Output of block `index`, which must be loaded.
+
+        Raises:
+            ModelError: the block leaves something for later blocks beside its output.
+        """
         return self.differentiable(index, hidden_BTH, call)
 
     def differentiable(self, index: int, hidden_BTH: Tensor, call: Call) -> Tensor:
         """`forward`, with a graph behind it where gradients are enabled."""
         with self._plain_experts() if self._fused else contextlib.nullcontext():
             made = self.blocks[index](hidden_BTH, *call.args, **call.kwargs)
-        self._tuple_output = not isinstance(made, Tensor)
-        output: Tensor = made[0] if self._tuple_output else made
+        if call.was_added_to:
+            raise self._hand_more()
+        self._items = 0 if isinstance(made, Tensor) else len(made)
+        output: Tensor = made[0] if self._items else made
         return output
 
     @torch.no_grad()
@@ -376,6 +458,14 @@ def live_stack(model: Any) -> Stack:
             f"parameter {meta!r} of the live model is on the meta device; load its weights first"
         )
     check_unshared(model)
+    path, blocks = find_stack(model)
+    for index, block in enumerate(blocks):
+        for linear in linears_of(block, f"{path}.{index}"):
+            if linear.parameter not in linear.module._parameters:
+                raise ModelError(
+                    f"{linear.name}.{linear.parameter} is computed anew for each forward, so that nothing can be written "
+                    "into it; make it a plain parameter first (torch.nn.utils.prune.remove, remove_parametrizations)"
+                )
     parameter = next(model.parameters())
     return Stack(model, None, parameter.dtype, str(parameter.device))
 

@@ -1,8 +1,9 @@
 """Which weights of a block can be pruned, and how each is read and written as `[out, in]`.
 
 Prunable are the weights of `nn.Linear` and of transformers' transposed `Conv1D`, and fused experts
-(`[experts, out, in]` parameters, or `[experts, in, out]`), expert by expert. Routers and gates are not: they are recognised by what they
-produce, one number an expert (or a single one), beside the experts themselves.
+(`[experts, out, in]` parameters, or `[experts, in, out]`), expert by expert, where something scores as many. Routers and
+gates are not: they are recognised by what they produce, one number an expert (or a single one), beside the experts
+themselves. Nor are step sizes of a state-space layer.
 """
 
 from __future__ import annotations
@@ -68,14 +69,40 @@ def _is_gate(module: nn.Module, parents: Sequence[nn.Module]) -> bool:
         return False
     counts = {
         len(sub) for parent in parents[-2:] for sub in parent.children() if isinstance(sub, nn.ModuleList)
-    } | {
-        int(p.shape[0])
-        for parent in parents[-2:]
-        for sub in parent.children()
-        for p in sub.parameters(recurse=False)
-        if p.dim() == 3
-    }
+    } | {shape[0] for parent in parents[-2:] for sub in parent.children() for shape in _stacked(sub).values()}
     return bool(counts) and module.out_features in counts | {1}
+
+
+def _is_step_size(module: nn.Module, parents: Sequence[nn.Module]) -> bool:
+    """A linear that makes the step sizes of a state-space layer, which multiplies by its weight itself: its outputs are
+    the rows of a matrix that its owner holds."""
+    if not isinstance(module, nn.Linear) or not parents:
+        return False
+    held = [p for p in parents[-1].parameters(recurse=False) if p.dim() == 2]
+    return any(int(p.shape[0]) == module.out_features for p in held)
+
+
+def _stacked(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's own parameters that are matrices in a row, which a convolution's is not."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {}
+    return {
+        name: tuple(value.shape)
+        for name, value in module.named_parameters(recurse=False)
+        if value.dim() == 3 and min(value.shape) > 1
+    }
+
+
+def _are_scored(module: nn.Module, count: int, parents: Sequence[nn.Module]) -> bool:
+    """Whether something beside a module scores that many experts; a router may score some more that are no matrices."""
+    own = {id(p) for p in module.parameters(recurse=False)}
+    return any(
+        count <= int(size) <= 2 * count
+        for parent in parents[-2:]
+        for p in parent.parameters()
+        if p.dim() == 2 and id(p) not in own
+        for size in (p.shape[0], p.shape[1])
+    )
 
 
 def _walk(
@@ -91,14 +118,12 @@ def linears_of(block: nn.Module, prefix: str) -> list[Linear]:
     found: list[Linear] = []
     for name, module, parents in _walk(block, prefix, ()):
         if isinstance(module, (nn.Linear, Conv1D)):
-            if not _is_gate(module, parents):
+            if not _is_gate(module, parents) and not _is_step_size(module, parents):
                 transposed = isinstance(module, Conv1D)
                 found.append(Linear(name, f"{name}.weight", module, "weight", None, transposed))
             continue
         fused = {
-            parameter: tuple(value.shape)
-            for parameter, value in module.named_parameters(recurse=False)
-            if value.dim() == 3 and min(value.shape) > 1
+            name: shape for name, shape in _stacked(module).items() if _are_scored(module, shape[0], parents)
         }
         transposed = _experts_transposed(module, list(fused.values()))
         found += [

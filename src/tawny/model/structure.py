@@ -30,9 +30,24 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 best = (size, path, module)
     if best is None:
         raise ModelError(
-            f"{type(model).__name__} holds no list of blocks with linear weights; expected a decoder"
+            f"{type(model).__name__} holds no list of blocks with linear weights; expected a decoder whose blocks are all "
+            "of one class"
         )
-    return best[1], best[2]
+    size, path, blocks = best
+    everywhere = prunable_numel(model) - sum(map(prunable_numel, _ends(model)))
+    if size < everywhere / 2:
+        raise ModelError(
+            f"{path}, the largest list of blocks of {type(model).__name__}, holds {size:,} of its {everywhere:,} linear "
+            "weights; expected a decoder that is one stack of blocks of one class"
+        )
+    return path, blocks
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """The head, where the model says which it is."""
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if ask is not None else None
+    return [] if head is None else [head]
 
 
 def check_unshared(model: nn.Module) -> None:

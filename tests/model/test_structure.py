@@ -1,0 +1,134 @@
+"""Which blocks and linears a model turns out to have, and which models are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tawny
+from tawny.errors import ModelError
+from tawny.model.blocks import live_stack
+from tests.tiny import tiny_model, tokens
+
+MIXED = {
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_ff_dim": 48,
+        "block_multiple_of": 8,
+    },
+    "mamba": {"state_size": 8, "time_step_rank": 4, "conv_kernel": 4},
+    "recurrent_gemma": {
+        "lru_width": 32,
+        "attention_window_size": 8,
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "head_dim": 8,
+    },
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+}
+
+
+def names(model, index=0):
+    stack = live_stack(model)
+    return {linear.name.removeprefix(stack.name(index) + ".") for linear in stack.linears(index)}
+
+
+@pytest.mark.parametrize(
+    ("family", "there", "not_there"),
+    [
+        ("lfm2", {"conv.in_proj", "conv.out_proj"}, {"conv.conv"}),
+        ("mamba", {"mixer.in_proj", "mixer.x_proj", "mixer.out_proj"}, {"mixer.dt_proj"}),
+        ("recurrent_gemma", {"temporal_block.linear_x", "temporal_block.linear_out"}, {"rg_lru"}),
+        ("mixtral", {"mlp.experts.gate_up_proj.3"}, {"mlp.gate"}),
+    ],
+)
+def test_a_convolution_is_no_expert_and_what_lies_beside_it_no_router(family, there, not_there):
+    found = names(tiny_model(family, **MIXED.get(family, {})))
+    assert there <= found
+    assert not any(
+        name == no or name.startswith(f"{no}.") or f".{no}." in name for name in found for no in not_there
+    )
+
+
+@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+def test_blocks_of_two_kinds_are_pruned_as_they_run(family, solver):
+    model, ids = tiny_model(family, **MIXED[family]), tokens(4, 24)
+    stack = live_stack(model)
+    with torch.no_grad():
+        hidden = stack.enter(ids)
+        for index, call in enumerate(stack.calls(ids)):
+            hidden = stack.forward(index, hidden, call)
+        own = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(stack.logits(ids, hidden), own, rtol=1e-4, atol=1e-4)
+    record = tawny.prune(model, sparsity=0.5, solver=solver, allocator="uniform", calibration=ids)
+    assert record.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_blocks_that_run_twice_are_refused():
+    model = tiny_model("llama")
+    once = model.model.forward
+
+    def twice(input_ids=None, **rest):
+        return once(inputs_embeds=once(input_ids=input_ids, **rest).last_hidden_state, **rest)
+
+    model.model.forward = twice
+    with pytest.raises(ModelError, match="run more than once a forward"):
+        tawny.prune(model, sparsity=0.5, calibration=tokens(2, 16))
+
+
+def test_blocks_between_which_something_happens_are_refused():
+    model = tiny_model("llama")
+
+    class Halving(type(model.model.layers[1])):
+        def __call__(self, hidden_states, *args, **rest):
+            return super().__call__(hidden_states / 2, *args, **rest)
+
+    for layer in model.model.layers:
+        layer.__class__ = Halving
+    with pytest.raises(ModelError, match="straight from block to block"):
+        tawny.prune(model, sparsity=0.5, calibration=tokens(2, 16))
+
+
+def test_blocks_that_leave_something_for_later_ones_are_refused():
+    options = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 256,
+        "hidden_size_per_layer_input": 8,
+        "sliding_window": 8,
+        "global_head_dim": 16,
+    }
+    with pytest.raises(ModelError, match="hand each other more than hidden states"):
+        tawny.prune(tiny_model("gemma4_text", **options), sparsity=0.5, calibration=tokens(2, 16))
+
+
+def test_a_list_that_is_a_small_part_of_the_model_is_no_stack():
+    model = tiny_model("llama")
+    for layer in model.model.layers[1:]:
+        layer.__class__ = type("Other", (type(layer),), {})
+    model.model.layers[0].mlp.extra = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+    with pytest.raises(ModelError, match="holds 128 of its 23,168 linear weights"):
+        tawny.prune(model, sparsity=0.5, calibration=tokens(2, 16))
+
+
+@pytest.mark.parametrize("how", ["pruning", "weight norm"])
+def test_a_weight_that_is_computed_is_refused(how):
+    model = tiny_model("llama")
+    linear = model.model.layers[1].mlp.up_proj
+    if how == "pruning":
+        from torch.nn.utils import prune
+
+        prune.l1_unstructured(linear, "weight", 0.3)
+    else:
+        nn.utils.parametrizations.weight_norm(linear)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight is computed anew"):
+        tawny.prune(model, sparsity=0.5, calibration=tokens(2, 16))
