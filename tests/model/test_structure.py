@@ -76,7 +76,7 @@ def test_blocks_that_run_twice_are_refused():
     model = tiny_model("llama")
     once = model.model.forward
 
-    def twice(input_ids=None, **rest):
+    def twice(input_ids=None, inputs_embeds=None, **rest):
         return once(inputs_embeds=once(input_ids=input_ids, **rest).last_hidden_state, **rest)
 
     model.model.forward = twice
