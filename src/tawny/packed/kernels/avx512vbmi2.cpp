@@ -60,6 +60,7 @@ inline __attribute__((always_inline)) void prefetch(const uint8_t* values, const
 int32_t form(int32_t kind, int32_t input, int64_t tokens, int64_t cols) {
     // Two tokens an expansion; with more, a tile is faster. Longer sums of products of bytes do not fit 32 bits.
     if (kind == INT8 && tokens <= 20 && cols <= 65536) return FORM_I16;
+    if (kind == INT8 && tokens <= 2) return FORM_F32;  // so few are given no tile
     return input == BF16 && (kind == BF16 || kind == INT8) ? FORM_BF16 : FORM_F32;
 }
 
