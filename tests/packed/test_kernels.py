@@ -188,6 +188,19 @@ def test_sixteen_bit_activations_stand_an_outlier(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("values,group", [("int8", None), ("int8", 128)])
+def test_tiny_activations_are_not_lost(kernel, values, group):
+    packed = pack(weight((8, 128), 0.5), values, group)
+    with native.force(kernel):
+        for dtype in (torch.float32, torch.bfloat16):
+            for tiny in (1e-33, 1e-36):
+                x = (activations(2, 128, torch.float32) * tiny).to(dtype)
+                y = ops.packed_linear(x, *packed_arguments(packed), None, *packed.shape).double()
+                exact = x.double() @ unpack(packed).double().T
+                assert (y - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_kernels_agree_with_plain_torch(kernel, dtype):
     with native.force(kernel):

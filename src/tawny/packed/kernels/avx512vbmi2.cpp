@@ -92,11 +92,13 @@ void prepare_i16(const void* x, int32_t kind, int64_t tokens, int64_t cols, void
         }
         float largest = _mm512_reduce_max_ps(most), bad = _mm512_reduce_add_ps(poison);
         scales[t] = largest / 32767.0f + bad;  // a NaN here makes the whole token NaN, as a matrix product would
-        __m512 inverse = _mm512_set1_ps(largest > 0 ? 32767.0f / largest : 0.0f);
+        // In two steps for tiny activations, where 32767 / largest would be infinite.
+        float lift = largest < 0x1p-100f ? 0x1p64f : 1.0f;
+        __m512 first = _mm512_set1_ps(lift), inverse = _mm512_set1_ps(largest > 0 ? 32767.0f / (largest * lift) : 0.0f);
         uint8_t* row = (uint8_t*)data + t * blocks * 128;
         for (int64_t b = 0; b < blocks; b++)
             for (int j = 0; j < 64; j += 16) {
-                __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load(b * 64 + j), inverse));
+                __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(load(b * 64 + j), first), inverse));
                 __m512i high = _mm512_add_epi32(_mm512_srai_epi32(q, 8), _mm512_set1_epi32(128));
                 _mm_store_si128((__m128i*)(row + b * 128 + j), _mm512_cvtepi32_epi8(high));
                 _mm_store_si128((__m128i*)(row + b * 128 + 64 + j), _mm512_cvtepi32_epi8(q));
