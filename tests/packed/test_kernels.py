@@ -149,6 +149,30 @@ def test_a_product_does_not_depend_on_the_number_of_threads(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dense_product_does_not_depend_on_the_number_of_threads(kernel, dtype):
+    """Over sums that cancel: what is left of them is the order in which they were added up."""
+    before = torch.get_num_threads()
+    try:
+        with native.force(kernel):
+            for rows, columns in [(66, 512), (67, 515)]:
+                order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+                half = weight((rows, columns), 0.0).to(dtype)
+                W = torch.cat([half, half[:, order]], 1)
+                for tokens in range(1, ops.DENSE_DIRECT + 1):
+                    half = activations(tokens, columns, dtype)
+                    x = torch.cat([half, -half[:, order]], 1)
+                    found = []
+                    for threads in (1, 2, 3):
+                        torch.set_num_threads(threads)
+                        found.append(ops.dense_linear(x, W, None))
+                    if kernel != "torch":
+                        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_activations_may_be_unaligned_strided_or_three_dimensional(kernel):
     packed = pack(weight((20, 128), 0.6), "bf16")
     wide = torch.randn(2, 3, 259)

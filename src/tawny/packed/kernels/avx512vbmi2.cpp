@@ -443,7 +443,8 @@ void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, 
 
 template <int S, int T>
 void dense_rows(const Dense& d, const Input& x, const Output& out, int64_t first, int64_t step) {
-    constexpr int U = S * T >= 8 ? 2 : 4;
+    // From T alone: which row is left without a partner depends on the threads, its sum must not.
+    constexpr int U = T >= 4 ? 2 : 4;
     __m512 sum[S][T][U];
     const uint16_t* w[S];
     for (int s = 0; s < S; s++) w[s] = (const uint16_t*)d.weight + (first + s * step) * d.cols;
