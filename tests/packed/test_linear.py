@@ -164,6 +164,24 @@ def test_a_dense_linear_shares_its_weight_and_computes_the_same():
         assert torch.allclose(dense(x).float(), module(x).float(), atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_may_be_strided_and_must_fit(dtype):
+    W = weight((24, 96), 0.6).to(dtype)
+    strided = torch.randn(24, 2).to(dtype)[:, 1]
+    assert not strided.is_contiguous()
+    for make in (lambda bias: PackedLinear(pack(W, "f32"), bias), lambda bias: DenseLinear(W, bias)):
+        for tokens in (1, 4, 40):
+            x = torch.randn(tokens, 96).to(dtype)
+            for bias in (strided, strided[:1].expand(24)):
+                assert torch.equal(make(bias)(x), make(bias.contiguous())(x))
+        with pytest.raises(UserError, match=r"bias of shape \(23,\) does not fit a weight of 24 rows"):
+            make(strided[:23])
+        module = make(strided)
+        module.bias.data = strided[:23]
+        with pytest.raises(UserError, match="does not fit"):
+            module(x[:1])
+
+
 def test_a_packed_linear_says_what_it_is():
     assert "values=int8, group=128" in repr(PackedLinear.from_linear(linear(), "int8", 128))
     assert torch.equal(unpack(pack(torch.eye(3), "f32")), torch.eye(3))

@@ -27,6 +27,13 @@ BREAK_EVEN: dict[str, float] = {"bf16": 0.10, "f16": 0.10, "f32": 0.10, "int8": 
 _TENSORS = ("masks", "values", "offsets", "scales", "sums")
 
 
+def _bias(bias: Tensor | None, rows: int) -> nn.Parameter | None:
+    if bias is None:
+        return None
+    ops.check_bias(bias, rows)
+    return nn.Parameter(bias, requires_grad=False)
+
+
 class PackedLinear(nn.Module):
     """y = x Wᵀ + bias with W packed.
 
@@ -50,7 +57,7 @@ class PackedLinear(nn.Module):
         self.group = packed.group
         for name in _TENSORS:
             self.register_buffer(name, packed.tensors.get(name))
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.register_parameter("bias", _bias(bias, self.out_features))
         told = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
         empty = torch.empty(0, packed.shape[1], dtype=told, device="cpu")
         self.register_buffer("weight", empty, persistent=False)
@@ -187,7 +194,7 @@ class DenseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = _bias(bias, self.out_features)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> DenseLinear:

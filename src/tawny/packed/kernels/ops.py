@@ -10,7 +10,7 @@ Results do not depend on the number of threads; they do depend, in the last bits
 
 from __future__ import annotations
 
-__all__ = ["DIRECT", "Call", "dense_linear", "expand", "packed_linear", "remove_half"]
+__all__ = ["DIRECT", "Call", "check_bias", "dense_linear", "expand", "packed_linear", "remove_half"]
 
 import ctypes
 import math
@@ -98,6 +98,18 @@ def expand(
     return out
 
 
+def check_bias(bias: Tensor, rows: int) -> None:
+    """Refuse a bias that is not one value a row."""
+    if bias.shape != (rows,):
+        raise UserError(f"a bias of shape {tuple(bias.shape)} does not fit a weight of {rows} rows")
+
+
+def _readable(bias: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """A bias as the C functions read it."""
+    check_bias(bias, rows)
+    return (bias if bias.dtype is dtype else bias.to(dtype)).contiguous()
+
+
 def packed_linear(
     x: Tensor,
     masks: Tensor,
@@ -119,8 +131,8 @@ def packed_linear(
         return reference.packed_linear(x, packed, None if bias is None else bias.to(x.dtype))
     x = x.contiguous()
     tokens = x.numel() // cols
-    if bias is not None and bias.dtype is not x.dtype:
-        bias = bias.to(x.dtype)
+    if bias is not None:
+        bias = _readable(bias, rows, x.dtype)
     weight = _weight(masks, values, offsets, scales, sums, rows, cols)
     if tokens > DIRECT:
         y = _expand_then_multiply(x.view(tokens, cols), weight, masks.shape[0], bias)
@@ -185,7 +197,9 @@ class Call:
         tokens = x.numel() // self.cols
         if tokens > DIRECT or dtype not in _FLOATS or shape[-1] != self.cols or not x.is_contiguous():
             return None
-        if bias is not None and bias.dtype is not dtype:
+        if bias is not None and not (
+            bias.dtype is dtype and bias.numel() == self.rows and bias.is_contiguous()
+        ):
             return None
         y = x.new_empty((*shape[:-1], self.rows))
         code = self._library.tawny_packed_at(
@@ -255,8 +269,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ):
         return torch.nn.functional.linear(x, weight, bias)
     x = x.contiguous()
-    if bias is not None and bias.dtype is not x.dtype:
-        bias = bias.to(x.dtype)
+    if bias is not None:
+        bias = _readable(bias, rows, x.dtype)
     y = x.new_empty((*x.shape[:-1], rows))
     code = native.library().tawny_dense(
         weight.data_ptr(),
