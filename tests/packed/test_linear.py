@@ -6,6 +6,7 @@ from copy import deepcopy as copy_module
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from tawny.errors import UserError
 from tawny.packed import DenseLinear, PackedLinear, pack, pack_linear, unpack
@@ -120,6 +121,48 @@ def test_gradients_reach_the_activations_and_match_the_dense_layer():
         (got,) = torch.autograd.grad((packed(x) * y).sum(), x)
         (expected,) = torch.autograd.grad((module(x) * y).sum(), x)
         assert torch.allclose(got, expected, atol=1e-5)
+
+
+def both() -> list[tuple[PackedLinear | DenseLinear, nn.Linear]]:
+    """A packed linear and one that stays dense, with what they are to compute."""
+    module = linear()
+    return [(PackedLinear.from_linear(module, "f32"), module), (DenseLinear.from_linear(module), module)]
+
+
+def test_trained_parameters_get_gradients_from_activations_without():
+    for ours, theirs in both():
+        names = ["bias"] if isinstance(ours, PackedLinear) else ["weight", "bias"]
+        x, y = torch.randn(1, 96), torch.randn(1, 24)
+        for name in names:
+            ours.requires_grad_(False)
+            getattr(ours, name).requires_grad_(True)
+            (got,) = torch.autograd.grad((ours(x) * y).sum(), getattr(ours, name))
+            (expected,) = torch.autograd.grad((theirs(x) * y).sum(), getattr(theirs, name))
+            assert torch.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_traced_one_computes_the_same():
+    for ours, theirs in both():
+        traced = torch.jit.trace(ours, (torch.randn(2, 96),))
+        x = torch.randn(2, 96)
+        assert torch.allclose(traced(x), theirs(x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_function_transforms_and_forward_mode_see_through():
+    x, t = torch.randn(3, 96), torch.randn(3, 96)
+    for ours, theirs in both():
+        transforms = (
+            lambda f: torch.vmap(f)(x),
+            lambda f: torch.func.jvp(f, (x,), (t,))[1],
+            lambda f: torch.vmap(torch.func.grad(lambda one: f(one).square().sum()))(x),
+        )
+        for transform in transforms:
+            assert torch.allclose(transform(ours), transform(theirs), atol=1e-4)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, t))).tangent
+        assert tangent is not None and torch.allclose(tangent, t @ theirs.weight.T, atol=1e-5)
 
 
 def test_a_model_with_packed_linears_compiles_and_exports():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..errors import UserError
 from . import format
@@ -127,7 +128,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         buffers, bias = self._buffers, self._parameters["bias"]
-        plain = _plain(x)
+        plain = _plain(x, bias)
         if plain and native.chosen() and x.device.type == "cpu":
             if (call := self._call) is None or not call.fits(buffers):
                 call = self._prepare()
@@ -136,6 +137,9 @@ class PackedLinear(nn.Module):
         arguments = (x, *(buffers[name] for name in _TENSORS), bias, self.out_features, self.in_features)
         if plain:
             return ops.packed_linear(*arguments)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling() and _transformed():
+            W_OI = torch.ops.tawny.expand(*arguments[1:6], *self.shape, x.dtype)
+            return nn.functional.linear(x, W_OI, None if bias is None else bias.to(x.dtype))
         result: Tensor = torch.ops.tawny.packed_linear(*arguments)
         return result
 
@@ -175,14 +179,25 @@ class PackedLinear(nn.Module):
         return f"in_features={columns}, out_features={out}, values={self.kind}{group}, bias={self.bias is not None}"
 
 
-def _plain(x: Tensor) -> bool:
-    """An ordinary eager call: nothing traces, fakes or differentiates, so torch's dispatcher adds only time."""
+# Looked up once: a token asks a hundred times.
+_tracing, _transforming = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
+
+
+def _plain(x: Tensor, *parameters: Tensor | None) -> bool:
+    """An ordinary eager call: nothing traces, fakes, transforms or differentiates, so torch's dispatcher adds only time."""
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)))
         and not torch._C._len_torch_dispatch_stack()
+        and _tracing() is None
+        and not _transformed()
     )
+
+
+def _transformed() -> bool:
+    """Inside of torch.func or forward-mode differentiation, which see through torch's own product and not through ours."""
+    return _transforming() is not None or forward_ad._current_level >= 0
 
 
 class DenseLinear(nn.Module):
@@ -202,8 +217,10 @@ class DenseLinear(nn.Module):
         return cls(linear.weight.data, None if linear.bias is None else linear.bias.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _plain(x):
+        if _plain(x, self.weight, self.bias):
             return ops.dense_linear(x, self.weight, self.bias)
+        if not torch.compiler.is_compiling() and _transformed():
+            return nn.functional.linear(x, self.weight, self.bias)
         result: Tensor = torch.ops.tawny.dense_linear(x, self.weight, self.bias)
         return result
 
