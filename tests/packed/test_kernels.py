@@ -295,6 +295,16 @@ def test_the_environment_forces_a_kernel():
         assert run.stdout.strip() == name
 
 
+def test_a_library_without_our_kernels_is_refused():
+    import _ctypes
+
+    code = "from tawny.packed import kernel_name; kernel_name()"
+    environment = os.environ | {"TAWNY_KERNEL_LIBRARY": _ctypes.__file__}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert "UserError: TAWNY_KERNEL_LIBRARY=" in last and "expected the path of a built _native" in last
+
+
 @pytest.mark.skipif(
     "sanitize" not in os.environ.get("TAWNY_KERNEL_LIBRARY", ""), reason="needs a sanitized build"
 )

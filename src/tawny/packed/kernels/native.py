@@ -46,7 +46,7 @@ _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out o
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if sys.byteorder != "little":
         return None, "packed weights are little-endian and this machine is not"
-    path = os.environ.get("TAWNY_KERNEL_LIBRARY")  # another build, for example one with sanitizers
+    given = path = os.environ.get("TAWNY_KERNEL_LIBRARY")  # another build, for example one with sanitizers
     if not path:
         spec = importlib.util.find_spec("tawny.packed.kernels._native")
         path = spec.origin if spec else None
@@ -56,6 +56,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         found = ctypes.CDLL(path)
     except OSError as error:
         return None, f"the compiled kernels do not load: {error}"
+    if given and not hasattr(found, "tawny_abi"):
+        raise UserError(
+            f"TAWNY_KERNEL_LIBRARY={given!r} holds no kernels of tawny; expected the path of a built _native.abi3.so"
+        )
     if found.tawny_abi() != ABI:
         return None, "the compiled kernels belong to another version of tawny; reinstall"
     pointer, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
