@@ -231,6 +231,8 @@ def test_what_cannot_be_packed_is_refused():
         tawny.pack_model(tiny_model("llama"), "bf16", group=128)
     with pytest.raises(ModelError, match="blocks"):
         tawny.pack_model(nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"not torch\.float8_e4m3fn; dequantise it first"):
+        tawny.pack_model(tiny_model("llama").to(torch.float8_e4m3fn), "bf16")
     with pytest.raises(ModelError, match="meta"):
         tawny.pack_model(tiny_model("llama").to("meta"))
 

@@ -210,10 +210,10 @@ class _Packing:
                 found[:1],
                 False,
             )  # stored apart and different: not tied after all
-        sparsity = 1 - int(torch.count_nonzero(weights[0])) / weights[0].numel()
         sources = [unit.sources[0] for unit in found]
         with format.naming(outside):
             packed = pack_head(weights[0], values)
+        sparsity = 1 - int(torch.count_nonzero(weights[0])) / weights[0].numel()
         self._add(outside, packed, sources, False, sparsity, inside if tied else None)
         self.done.update(sources)
 

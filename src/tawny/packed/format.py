@@ -19,6 +19,7 @@ __all__ = [
     "PackedTensor",
     "cheaper_whole",
     "check",
+    "check_dtype",
     "full_masks",
     "naming",
     "pack",
@@ -200,6 +201,14 @@ def naming(name: str) -> Iterator[None]:
         raise NumericalError(f"{name}: {error}") from error
 
 
+def check_dtype(W_OI: Tensor) -> None:
+    """Refuse what is not a weight by itself: integers, and floats of 8 bits, whose scales are somewhere else."""
+    if not W_OI.is_floating_point() or W_OI.dtype.itemsize < 2:
+        raise UserError(
+            f"a weight to pack is a float tensor of 16 bits or more, not {W_OI.dtype}; dequantise it first"
+        )
+
+
 def pack(
     W_OI: Tensor, values: Values = "bf16", group: int | None = None, whole: bool = False
 ) -> PackedTensor:
@@ -213,8 +222,7 @@ def pack(
     _known(values, group)
     if W_OI.dim() != 2 or 0 in W_OI.shape:
         raise UserError(f"a packed weight is a matrix with at least one weight, not {tuple(W_OI.shape)}")
-    if not W_OI.is_floating_point():
-        raise UserError(f"a weight to pack is a float tensor, not {W_OI.dtype}")
+    check_dtype(W_OI)
     W_OI = W_OI.detach().cpu()
     shape = (W_OI.shape[0], W_OI.shape[1])
     if values == "int8":

@@ -50,6 +50,7 @@ def check_values(values: str, group: int | None, head: str | None) -> None:
 
 def pack_or_not(W_OI: Tensor, values: Values, group: int | None = None) -> tuple[PackedTensor | None, float]:
     """The packed weight, or None where dense is cheaper; and its share of zeros."""
+    format.check_dtype(W_OI)
     sparsity = 1.0 - int(torch.count_nonzero(W_OI)) / W_OI.numel()
     if not worth_packing(sparsity, values):
         return None, sparsity
@@ -58,6 +59,7 @@ def pack_or_not(W_OI: Tensor, values: Values, group: int | None = None) -> tuple
 
 def pack_head(W_OI: Tensor, values: Values) -> PackedTensor:
     """A head is packed whatever its zeros: it is asked for to save bytes, and int8 alone does."""
+    format.check_dtype(W_OI)
     density = int(torch.count_nonzero(W_OI)) / W_OI.numel()
     return format.pack(W_OI, values, None, whole=format.cheaper_whole(density, values))
 
