@@ -101,6 +101,15 @@ def test_int8_of_extreme_rows_stays_finite():
         assert bool(((unpack(packed) - W).abs() <= W.abs().amax(1, keepdim=True) / 127 + 1e-38).all())
 
 
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_int8_of_the_largest_weights_is_finite_in_their_own_type(dtype, group):
+    for share in (1.0, 0.9966):
+        W = torch.tensor([[share], [-share]], dtype=dtype) * torch.finfo(dtype).max
+        found = unpack(pack(W, "int8", group), dtype)
+        assert torch.allclose(found.double(), W.double(), rtol=0.01)
+
+
 def test_n_of_m_needs_nothing_special():
     W = weight((8, 256), 0.0).view(8, -1, 4)
     W[..., :2] = 0

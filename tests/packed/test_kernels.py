@@ -122,6 +122,17 @@ def test_expanding_gives_the_dense_weight(kernel, values, group):
                 assert torch.equal(found, unpack(packed, dtype))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("group", [None, 128])
+def test_expanding_keeps_the_largest_weights_finite(kernel, group):
+    for dtype in DTYPES:
+        W = weight((5, 70), 0.5).sign().to(dtype) * torch.finfo(dtype).max
+        packed = pack(W, "int8", group)
+        with native.force(kernel):
+            found = ops.expand(*packed_arguments(packed), *packed.shape, dtype)
+        assert bool(found.isfinite().all()) and torch.equal(found, unpack(packed, dtype))
+
+
 def test_the_plain_torch_twin_expands_any_range_of_groups():
     packed = pack(uneven((21, 200)), "int8", 128)
     dense = unpack(packed)

@@ -323,6 +323,10 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
             scale_GBR = scales.view(groups, 1, ROWS)
         W_GBRC = W_GBRC * scale_GBR.unsqueeze(-1)
     W_OI = _deinterleave(W_GBRC, packed.shape)
+    if packed.values == "int8":
+        # A scale that was rounded up may carry the largest weight past what is finite.
+        largest = torch.finfo(dtype or torch.float32).max
+        W_OI.clamp_(-largest, largest)
     return W_OI if dtype is None else W_OI.to(dtype)
 
 

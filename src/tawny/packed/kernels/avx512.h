@@ -19,6 +19,7 @@ struct Avx512 {
     static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
     static V add(V a, V b) { return _mm512_add_ps(a, b); }
     static V min(V a, V b) { return _mm512_min_ps(a, b); }
+    static V max(V a, V b) { return _mm512_max_ps(a, b); }
     static float reduce_min(V v) { return _mm512_reduce_min_ps(v); }
     static uint32_t equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
     static M above(V v, V bound) { return _mm512_cmp_ps_mask(_mm512_abs_ps(v), bound, _CMP_GT_OQ); }

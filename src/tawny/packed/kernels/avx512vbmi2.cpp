@@ -210,7 +210,10 @@ inline __m512i widen_bytes_to_bf16(__m256i bytes) {  // exact: |q| <= 128 has 8 
 inline __m512i scale_bytes_to_bf16(__m256i bytes, __m512 scale) {
     __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
     __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
+    __m512 most = _mm512_set1_ps(largest(BF16));
+    low = _mm512_range_ps(_mm512_mul_ps(low, scale), most, 2);  // the smaller magnitude with the product's sign
+    high = _mm512_range_ps(_mm512_mul_ps(high, scale), most, 2);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
 // One group as 16-bit words [4, stride]. INT8 becomes bfloat16: times its scale when `scaled`, else the integer itself

@@ -68,6 +68,11 @@ inline uint16_t float_to_f16(float value) {  // round to nearest, ties to even
     return (uint16_t)(sign | ((rest - (112u << 23)) >> 13));
 }
 
+// The largest finite number of a kind. A scale that was rounded up may carry the largest weight past it.
+constexpr float largest(int32_t kind) {
+    return kind == F16 ? 65504.0f : kind == BF16 ? 0x1.fep127f : 0x1.fffffep127f;
+}
+
 inline float load_float(const void* data, int32_t kind, int64_t i) {
     if (kind == F32) return ((const float*)data)[i];
     uint16_t bits = ((const uint16_t*)data)[i];
@@ -281,6 +286,7 @@ struct Generic {
     template <int KIND>
     static void expand_rows(const Packed& p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
         int64_t size = value_size(kind);
+        V least = I::broadcast(-largest(kind)), most = I::broadcast(largest(kind));
         for (int64_t g = from; g < to; g++) {
             const uint8_t* values = values_of(p, g);
             const uint64_t* masks = p.masks + g * p.blocks * 4;
@@ -293,7 +299,7 @@ struct Generic {
                     uint8_t* place = (uint8_t*)out + ((row - from * 4) * stride + b * 64) * size;
                     alignas(64) float buffer[64];
                     values = walk<KIND>(masks[b * 4 + r], values, [&](int j, V w) __attribute__((always_inline)) {
-                        if (KIND == INT8) w = I::mul(w, scale);
+                        if (KIND == INT8) w = I::max(I::min(I::mul(w, scale), most), least);
                         if (inside && left >= 64) I::store_kind(place + j * size, kind, w);
                         else I::store(buffer + j, w);
                     });

@@ -47,6 +47,10 @@ struct Portable {
         for (int j = 0; j < 8; j++) a.f[j] = b.f[j] < a.f[j] ? b.f[j] : a.f[j];
         return a;
     }
+    static V max(V a, V b) {
+        for (int j = 0; j < 8; j++) a.f[j] = b.f[j] > a.f[j] ? b.f[j] : a.f[j];
+        return a;
+    }
     static float reduce_min(V v) {
         float least = v.f[0];
         for (float f : v.f) least = f < least ? f : least;
