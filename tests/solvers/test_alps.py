@@ -122,13 +122,39 @@ def test_a_hessian_that_is_not_positive_gets_more_damping_and_the_note_says_so()
         Alps().solve(W, statistics, Unstructured(), 0.5)
 
 
-def test_what_is_not_finite_or_out_of_range_is_refused() -> None:
+def test_what_is_not_finite_is_refused() -> None:
     W, statistics = lifelike(4, 8)
     statistics.hessian[0, 0] = torch.nan
     with pytest.raises(NumericalError, match="Hessian"):
         Alps().solve(W, statistics, Unstructured(), 0.5)
-    with pytest.raises(RecipeError, match=r"solver\.rho"):
-        Alps(rho=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rho", 0),
+        ("rho", 1e30),
+        ("rho", 1e-320),
+        ("rho", float("nan")),
+        ("damp", 0),
+        ("damp", 1e36),
+        ("iterations", -1),
+        ("iterations", 2**31),
+        ("steps", 10**20),
+    ],
+)
+def test_options_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(RecipeError, match=rf"solver\.{name} is .*; expected"):
+        Alps(**{name: value})
+
+
+@pytest.mark.parametrize("rho", [1e-6, 1e6])
+@pytest.mark.parametrize("damp", [1e-300, 1e6])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_options_at_the_ends_of_their_ranges_solve(pattern, damp: float, rho: float) -> None:
+    W, statistics = lifelike(8, 16)
+    solution = Alps(damp=damp, rho=rho).solve(W, statistics, pattern, 0.5)
+    assert int(solution.mask.sum()) == W.numel() // 2 and torch.isfinite(solution.weight).all()
 
 
 @pytest.fixture(params=native.available())

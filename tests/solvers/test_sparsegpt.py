@@ -183,7 +183,9 @@ def test_the_damped_loss_is_what_the_factor_says() -> None:
     assert energy(W, H) == pytest.approx(float((W @ R).square().sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"damp": -0.1}, {"damp": float("nan")}, {"group": 0}])
+@pytest.mark.parametrize(
+    "options", [{"damp": -0.1}, {"damp": float("nan")}, {"damp": 1e308}, {"group": 0}, {"group": 10**20 - 1}]
+)
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="expected"):
         SparseGPT(**options)

@@ -182,12 +182,15 @@ class Alps:
         return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)
 
     def __post_init__(self) -> None:
-        for name in ("damp", "rho"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise RecipeError(f"solver.{name} is {getattr(self, name)}; expected a positive number")
+        if not 0 < self.damp <= 1e6:
+            raise RecipeError(
+                f"solver.damp is {self.damp}; expected a positive number up to 1e6, such as 0.01"
+            )
+        if not 1e-6 <= self.rho <= 1e6:
+            raise RecipeError(f"solver.rho is {self.rho}; expected a number in [1e-6, 1e6], such as 0.1")
         for name in ("iterations", "steps"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"solver.{name} is {getattr(self, name)}; expected a count")
+            if not 0 <= getattr(self, name) < 2**31:
+                raise RecipeError(f"solver.{name} is {getattr(self, name)}; expected a count below 2**31")
 
     def workspace(self, out: int, width: int) -> int:
         """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured.

@@ -88,13 +88,11 @@ class SparseGPT:
     )  # the column loop; the factor and inverse of the Hessian
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp < float("inf"):
+        if not 0 <= self.damp <= 1e6:
+            raise RecipeError(f"solver.damp is {self.damp}; expected a number in [0, 1e6], such as 0.01")
+        if not 1 <= self.group < 2**31:
             raise RecipeError(
-                f"solver.damp is {self.damp}; expected a number that is not negative, such as 0.01"
-            )
-        if self.group < 1:
-            raise RecipeError(
-                f"solver.group is {self.group}; expected a positive number of columns, such as 128"
+                f"solver.group is {self.group}; expected a positive number of columns below 2**31, such as 128"
             )
 
     def workspace(self, out: int, width: int) -> int:
