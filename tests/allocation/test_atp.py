@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tawny.allocation import Atp, LinearInfo, Profile
 from tawny.allocation.atp import largest_beta
 from tawny.errors import RecipeError
+from tawny.recipe import resolve_recipe
 from tests.reference import allocators as reference
 
 
@@ -45,7 +46,12 @@ def test_blocks_of_unequal_size_still_meet_the_budget() -> None:
     assert sorted(found.values()) == list(found.values())
 
 
-@pytest.mark.parametrize("beta", [-0.01, 0.2, float("nan")])
-def test_a_step_out_of_range_is_refused_with_the_range(beta: float) -> None:
+def test_a_step_too_large_for_the_model_is_refused_with_the_range() -> None:
     with pytest.raises(RecipeError, match=r"in \[0, 0\.15\] for sparsity 0\.7 over 5 blocks"):
-        Atp(beta=beta).allocate(reference.model(5), 0.7)
+        Atp(beta=0.2).allocate(reference.model(5), 0.7)
+
+
+@pytest.mark.parametrize("beta", ["-0.01", ".nan", ".inf", "1e400"])
+def test_a_step_that_none_can_be_is_refused_when_the_recipe_is_made(beta: str) -> None:
+    with pytest.raises(RecipeError, match=r"allocator\.beta is .*; expected a step"):
+        resolve_recipe({"sparsity": 0.5}, [f"allocator.beta={beta}"])

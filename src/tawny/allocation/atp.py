@@ -14,6 +14,7 @@ from __future__ import annotations
 
 __all__ = ["Atp", "largest_beta"]
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,6 +47,12 @@ class Atp:
     needs: ClassVar[Needs] = "none"
     measures_weights: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.beta is not None and not 0 <= self.beta < math.inf:
+            raise RecipeError(
+                f"allocator.beta is {self.beta}; expected a step that is not negative, such as 0.01"
+            )
+
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         return {}
 
@@ -55,7 +62,7 @@ class Atp:
         band = 2 * half_band(target) / (blocks - 1) if blocks > 1 else 0.0
         beta = min(band, limit) if self.beta is None else self.beta
         # The slack lets a search that steps up to the limit reach it in spite of rounding.
-        if not -1e-9 <= beta <= limit + 1e-9:
+        if beta > limit + 1e-9:
             raise RecipeError(
                 f"beta {beta} given, expected a step in [0, {limit:.4g}] for sparsity {target:.4g} over {blocks} blocks"
             )
