@@ -32,6 +32,7 @@ __all__ = [
     "TextError",
     "UserError",
     "nearest",
+    "short",
 ]
 
 from collections.abc import Iterable
@@ -95,3 +96,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def short(text: str) -> str:
+    """At most 60 characters of a text, on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "..."

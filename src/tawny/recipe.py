@@ -51,7 +51,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from tawny.errors import RecipeError, TawnyError, nearest
+from tawny.errors import RecipeError, TawnyError, nearest, short
 from tawny.recipe_yaml import dump_yaml, parse_yaml
 
 Storage = Literal["float32", "bfloat16", "float16"]
@@ -411,8 +411,7 @@ def _one_line(error: ValidationError, prefix: str = "") -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short(repr(value))
 
 
 # --- keys ------------------------------------------------------------------------------------------------

@@ -92,12 +92,22 @@ def test_evopress_levels_become_weights_more_or_less(allocate) -> None:
         ('"*": -0.1', r"q_proj has -0\.1, expected a share"),
         ('"*": {a: 1}', "expected a sparsity"),
         ('{"*": true}', "expected a sparsity"),
+        ('{"*": [[0.5]]}', r"a\.yaml: \* has a list or a mapping, expected a sparsity"),
+        ('"*": &a [*a]', r"a\.yaml:1: \* has a list or a mapping, expected a sparsity"),
+        ("? [a, b]: 0.6", r"a\.yaml:1: a list or a mapping is given a value"),
+        ("{a: 0.5, ? {b: c} : 0.6}", r"a\.yaml:1: a list or a mapping is given a value"),
+        ('{"*": ' + "[" * 5000 + "]" * 5000 + "}", r"a\.yaml: nested too deeply"),
+        ('"*": ' + "[" * 5000 + "]" * 5000, r"a\.yaml: nested too deeply"),
+        ('"*": ' + "x" * 3000, r"\* has 'x{56}\.\.\., expected a sparsity"),
+        ('"*": ' + "7" * 3000, r"q_proj has 7{57}\.\.\., expected a share"),
+        ("x" * 100 + ": 1\n" + "x" * 100 + ": 1", r":2: x{57}\.\.\. is given twice"),
+        ('"*": 0.5\n"a\\nb": 0.6', ":2: no prunable linear is called a b"),
     ],
 )
 def test_what_is_wrong_is_said_with_file_and_line(allocate, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as error:
         allocate(text)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
@@ -106,6 +116,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="it is not text"):
         File(path=str(tmp_path / "b")).allocate(PROFILE, 0.5)
+    with pytest.raises(RecipeError, match=r"'a\\x00b' cannot be read: embedded null byte"):
+        File(path="a\x00b").allocate(PROFILE, 0.5)
+    with pytest.raises(RecipeError, match=r"a' cannot be read: File name too long"):
+        File(path="a" * 5000).allocate(PROFILE, 0.5)
 
 
 def test_levels_beyond_a_linear_are_refused(allocate) -> None:

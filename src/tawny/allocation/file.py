@@ -25,6 +25,7 @@ __all__ = ["Entry", "File", "read_entries", "resolve"]
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from tawny.allocation.profile import Allocation, Profile
 from tawny.calibration.statistics import Needs, Statistics
-from tawny.errors import RecipeError, nearest
+from tawny.errors import RecipeError, nearest, short
 from tawny.patterns import removed_count
 
 
@@ -61,7 +62,7 @@ def read_entries(text: str, name: str = "the allocation") -> list[Entry]:
     for entry in entries:
         if entry.pattern in first:
             raise RecipeError(
-                f"{entry.where}: {entry.pattern} is given twice, first as {first[entry.pattern].text}"
+                f"{entry.where}: {short(entry.pattern)} is given twice, first as {short(first[entry.pattern].text)}"
             )
         first[entry.pattern] = entry
     return entries
@@ -77,10 +78,14 @@ def _no_mapping(what: str) -> RecipeError:
     )
 
 
+def _no_number(where: str, pattern: str, what: str) -> RecipeError:
+    return RecipeError(f"{where}: {short(pattern)} has {what}, expected a sparsity such as 0.7")
+
+
 def _from_json(text: str, name: str) -> list[Entry] | None:
     try:
         pairs = json.loads(text, object_pairs_hook=_Object)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # a YAML flow mapping also starts with a brace
     for key, value in pairs:
         if key == "allocation":
@@ -88,7 +93,10 @@ def _from_json(text: str, name: str) -> list[Entry] | None:
                 raise _no_mapping(f"{name}: allocation")
             pairs = value
             break
-    return [Entry(str(key), str(value), name) for key, value in pairs]
+    for key, value in pairs:
+        if isinstance(value, list):
+            raise _no_number(name, key, "a list or a mapping")
+    return [Entry(key, str(value), name) for key, value in pairs]
 
 
 def _from_yaml(text: str, name: str) -> list[Entry]:
@@ -99,6 +107,8 @@ def _from_yaml(text: str, name: str) -> list[Entry]:
         raise RecipeError(f"{name}{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: nested too deeply, expected lines such as '\"*\": 0.7'") from None
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.value == "allocation":
@@ -108,11 +118,16 @@ def _from_yaml(text: str, name: str) -> list[Entry]:
                 break
     elif node is not None:
         raise _no_mapping(name)
-    # Scalars are read as they were written: YAML would make 1:30 a number and 70% a text.
-    return [
-        Entry(str(key.value), str(value.value), f"{name}:{key.start_mark.line + 1}")
-        for key, value in (node.value if node else [])
-    ]
+    entries = []
+    for key, value in node.value if node else []:
+        where = f"{name}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"{where}: a list or a mapping is given a value, expected the name of a linear")
+        if not isinstance(value, yaml.ScalarNode):
+            raise _no_number(where, key.value, "a list or a mapping")
+        # As it was written: YAML would make 1:30 a number and 70% a text.
+        entries.append(Entry(key.value, value.value, where))
+    return entries
 
 
 def resolve(entries: Sequence[Entry], profile: Profile) -> dict[str, Entry]:
@@ -125,7 +140,7 @@ def resolve(entries: Sequence[Entry], profile: Profile) -> dict[str, Entry]:
             chosen.update(dict.fromkeys(hits, entry))
             if exact and not hits and not any(fnmatchcase(n, entry.pattern) for n in names):
                 raise RecipeError(
-                    f"{entry.where}: no prunable linear is called {entry.pattern}{nearest(entry.pattern, names)}"
+                    f"{entry.where}: no prunable linear is called {short(entry.pattern)}{nearest(entry.pattern, names)}"
                 )
     missing = [name for name in names if name not in chosen]
     if missing:
@@ -141,9 +156,7 @@ def _number(entry: Entry) -> float:
     try:
         return float(entry.text)
     except ValueError:
-        raise RecipeError(
-            f"{entry.where}: {entry.pattern} has {entry.text!r}, expected a sparsity such as 0.7"
-        ) from None
+        raise _no_number(entry.where, entry.pattern, short(repr(entry.text))) from None
 
 
 def _are_levels(entries: Sequence[Entry], path: str) -> bool:
@@ -182,7 +195,7 @@ class File:
             raise RecipeError(f"allocator.tolerance is {self.tolerance}; expected a share in [0, 1]")
         if self.step is not None and self.step < 1:
             raise RecipeError(f"allocator.step is {self.step}; expected a number of weights")
-        if self.sha256 is None and Path(self.path).is_file():
+        if self.sha256 is None and os.path.isfile(self.path):  # noqa: PTH113 - never raises, whatever the name
             # A file that is not there is reported when it is read: a recipe can be shown without it.
             object.__setattr__(self, "sha256", hashlib.sha256(self._bytes()).hexdigest())
 
@@ -201,9 +214,8 @@ class File:
                 value = (removed_count(linear.numel, target) + value * step) / linear.numel
             if not 0 <= value <= 1:  # also refuses nan
                 hint = f", did you mean {value / 100:g}?" if step is None and 1 < value <= 100 else ""
-                says = (
-                    f"level {entry.text}, which is sparsity {value:.4g}" if step is not None else entry.text
-                )
+                text = short(entry.text)
+                says = f"level {text}, which is sparsity {value:.4g}" if step is not None else text
                 raise RecipeError(
                     f"{entry.where}: {linear.name} has {says}, expected a share of the weights in [0, 1]{hint}"
                 )
@@ -214,8 +226,9 @@ class File:
     def _bytes(self) -> bytes:
         try:
             return Path(self.path).read_bytes()
-        except OSError as error:
-            raise RecipeError(f"the allocation {self.path!r} cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"the allocation {self.path!r} cannot be read: {reason}") from None
 
     def _checked_text(self) -> str:
         content = self._bytes()
