@@ -51,6 +51,10 @@ def test_pack_and_unpack_say_what_they_did_and_undo_each_other(run, dense, tmp_p
     assert code == 2 and "packed already" in err
     code, _, err = run("pack", dense, "--out", packed, "--values", "int7")
     assert code == 2 and "'int8'" in err
+    code, out, _ = run("pack", dense, "--out", packed, "--overwrite", "--head", "BF16", "--json")
+    assert code == 0 and json.loads(out)["head"] == "bf16"
+    code, _, err = run("pack", dense, "--out", packed, "--overwrite", "--head", "BFloat16")
+    assert code == 2 and "did you mean 'bf16'?" in err
 
 
 def test_prune_with_pack_writes_one_packed_folder_with_its_record(run, dense, tmp_path):

@@ -149,7 +149,7 @@ def folder_named(text: str) -> Path:
 
 
 def packed_values(text: str) -> Values:
-    """A kind of packed values by name.
+    """A kind of packed values by name, in capitals or not.
 
     Raises:
         UserError: there is no such kind.
@@ -157,9 +157,10 @@ def packed_values(text: str) -> Values:
     from tawny.errors import UserError, nearest
     from tawny.packed.format import Values
 
-    if text not in get_args(Values):
+    kind = text.lower()
+    if kind not in get_args(Values):
         raise UserError(
-            f"packed values {text!r} are not known{nearest(text, get_args(Values))}; "
+            f"packed values {text!r} are not known{nearest(kind, get_args(Values))}; "
             f"choose one of {', '.join(get_args(Values))}"
         )
-    return cast(Values, text)
+    return cast(Values, kind)
