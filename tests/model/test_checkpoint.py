@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import tawny
 from tawny.errors import CheckpointError
@@ -62,3 +64,17 @@ def test_a_lone_file_of_any_name_counts_where_nothing_says_otherwise(tmp_path):
     (tmp_path / "weights.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors"):
         file_bytes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "dtype,name", [(torch.uint16, "U16"), (torch.uint32, "U32"), (torch.complex64, "C64")]
+)
+def test_a_dtype_that_is_not_supported_is_called_that(dtype, name, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    save_file({**load_file(path), "extra": torch.zeros(4, dtype=dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"'extra' in .* is stored as {name}, which is not supported"):
+        Checkpoint(tmp_path / "dense").read(["extra"])
+    with pytest.raises(CheckpointError, match=f"{name}, which is not supported"):
+        tawny.pack(tmp_path / "dense", tmp_path / "packed", "f32")
+    assert not list(tmp_path.glob("packed*"))

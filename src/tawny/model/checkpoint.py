@@ -117,7 +117,8 @@ class Checkpoint:
             return DTYPES[self.dtypes[key]]
         except KeyError:
             raise CheckpointError(
-                f"{key!r} in {self.folder} is stored as {self.dtypes[key]}; expected floats"
+                f"{key!r} in {self.folder} is stored as {self.dtypes[key]}, which is not supported; "
+                f"expected one of {', '.join(DTYPES)}: convert it first"
             ) from None
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -130,6 +131,7 @@ class Checkpoint:
             try:
                 with path.open("rb") as file:
                     for name in names:
+                        self.dtype_of(name)  # says so if it is none of ours
                         tensors[name] = read_tensor(file, self.places[name])
             except (OSError, KeyError) as error:
                 raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from error
