@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "check_device",
     "cpu_name",
     "free_memory",
     "machine",
@@ -18,6 +19,8 @@ import resource
 import sys
 from pathlib import Path
 from typing import Any
+
+from tawny.errors import MissingFeature
 
 
 def _kilobytes(file: str, name: str) -> int | None:
@@ -87,3 +90,20 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory": total_memory(),
     }
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine lacks, before any work is done.
+
+    Raises:
+        MissingFeature: nothing can be put there.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise MissingFeature(
+            f"device {device!r} cannot be used ({reason}): `tawny doctor` lists those that can"
+        ) from None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tawny
-from tawny.errors import CheckpointError, ModelError, OutputError, UserError
+from tawny.errors import CheckpointError, MissingFeature, ModelError, OutputError, UserError
 from tawny.packed.folder import INDEX, PackedFolder
 from tests.packed.test_model import logits, pruned
 from tests.tiny import FAMILIES, tokens
@@ -47,6 +47,13 @@ def test_a_dense_folder_loads_the_same_way(tmp_path):
     dense = saved(tmp_path / "dense")
     twin = AutoModelForCausalLM.from_pretrained(dense)
     assert torch.equal(logits(tawny.load(dense), tokens(1, 4)), logits(twin.eval(), tokens(1, 4)))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "xyz"])
+def test_a_device_this_machine_lacks_is_refused_in_one_line(device, packed_llama):
+    for use in (tawny.load, lambda folder, device: tawny.evaluate(folder, tokens(1, 4), device=device)):
+        with pytest.raises(MissingFeature, match=rf"device '{device}' cannot be used \(.*\): `tawny doctor`"):
+            use(packed_llama, device=device)
 
 
 ORDERS = {

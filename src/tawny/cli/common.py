@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tawny.errors import MissingFeature, NumericalError, OutputError, TawnyError
+from tawny.errors import NumericalError, OutputError, TawnyError
+from tawny.machine import check_device
 from tawny.watch import speaks
 
 if TYPE_CHECKING:
@@ -68,18 +69,6 @@ def recipe_from(
     chosen = resolve_recipe(recipe, option or (), default_sparsity=default_sparsity, **named)
     check_device(chosen.device)
     return chosen
-
-
-def check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise MissingFeature(
-            f"device {device!r} cannot be used ({reason}): `tawny doctor` lists those that can"
-        ) from None
 
 
 def check_file(option: str, path: Path | None, *endings: str) -> None:

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from tawny.cli.common import check_device, check_file, console_for
+from tawny.cli.common import check_file, console_for
 from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
 from tawny.cli.options import OUTPUT, AsJson, Device, Threads
 from tawny.cli.root import app
+from tawny.machine import check_device
 
 
 @app.command(

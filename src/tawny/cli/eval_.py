@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tawny.cli.common import check_device, console_for
+from tawny.cli.common import console_for
 from tawny.cli.options import OUTPUT, AsJson, Device, Model
 from tawny.cli.root import app
+from tawny.machine import check_device
 
 # Panels of `--help`.
 TEXT, TASKS = "On a text", "On questions"

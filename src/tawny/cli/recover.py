@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from tawny.cli.common import check_device, console_for
+from tawny.cli.common import console_for
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named
 from tawny.cli.root import app
+from tawny.machine import check_device
 
 TRAINING = "Training"
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import CheckpointError, ModelError
+from tawny.machine import check_device
 from tawny.model.checkpoint import Checkpoint, Unit, is_packed, open_checkpoint
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import check_unshared, find_stack
@@ -427,11 +428,13 @@ def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "
     Raises:
         ModelError: not a decoder-only model.
         CheckpointError: files are missing, truncated or do not fit the configuration.
+        MissingFeature: this machine lacks the device.
     """
     from transformers import AutoConfig
 
     from tawny.model.skeleton import build_skeleton
 
+    check_device(device)
     checkpoint = open_checkpoint(folder)
     dtype = compute or native_dtype()
     try:

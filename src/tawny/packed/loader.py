@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tawny.errors import CheckpointError, ModelError, TawnyError, UserError
+from tawny.machine import check_device
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.tensorfile import natural
@@ -38,6 +39,7 @@ def load(
     Raises:
         CheckpointError: a packed folder is damaged, or weights of the model are in no file: names the tensor.
         ModelError: the folder cannot be opened as a causal language model.
+        MissingFeature: this machine lacks the device.
     """
     from transformers import AutoModelForCausalLM
 
@@ -45,6 +47,7 @@ def load(
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    check_device(device)
     folder = resolve(source)
     packed = is_packed(folder)
     from tawny.packed.quantizer import verification
