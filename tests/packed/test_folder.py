@@ -356,7 +356,80 @@ def lost_place(index):
     del index["weight_map"][f"{UP}.masks"]
 
 
+def overlapping_source(index):
+    def lower(header):
+        entry = max((h for h in header.values() if "shape" in h), key=lambda h: h["data_offsets"])
+        entry["data_offsets"] = [place - 64 for place in entry["data_offsets"]]
+
+    header_of(index, lower)
+
+
+def shifted_source(by):
+    def far(index):
+        def shift(header):
+            entry = max((h for h in header.values() if "shape" in h), key=lambda h: h["data_offsets"])
+            entry["data_offsets"] = [place + by for place in entry["data_offsets"]]
+
+        header_of(index, shift)
+
+    return far
+
+
+def renamed_source(name):
+    def rename(index):
+        index["source"][0]["file"] = name
+
+    return rename
+
+
+def source_twice(index):
+    index["source"].append({"file": index["source"][0]["file"], "header": "{}"})
+
+
+def source_tensor_twice(index):
+    header = index["source"][0]["header"]
+    index["source"][0]["header"] = header.rstrip()[:-1] + ',"__metadata__":{}}'
+
+
+def source_of_no_file(index):
+    index["source_index"] = json.dumps({"weight_map": {"a": "b.safetensors"}})
+
+
+def deep_source(index):
+    index["source"][0]["header"] = "[" * 200_000
+
+
+def place_of(value):
+    def change(index):
+        index["weight_map"][f"{UP}.masks"] = value
+
+    return change
+
+
+def table_of(key, value):
+    def change(index):
+        index[key] = value
+
+    return change
+
+
+# What transformers stumbles over itself, before it asks us.
+OF_TRANSFORMERS = [
+    *(place_of(value) for value in (None, 5, [])),
+    *(table_of(key, value) for key in ("weight_map", "metadata") for value in (None, 5, [])),
+]
 DAMAGES = [
+    *OF_TRANSFORMERS,
+    overlapping_source,
+    *(shifted_source(by) for by in (10**9, 2**63)),
+    *(
+        renamed_source(name)
+        for name in ("config.json", "a\0.safetensors", "\ud800.safetensors", "../model.safetensors")
+    ),
+    source_twice,
+    source_tensor_twice,
+    source_of_no_file,
+    deep_source,
     lost_shard_of_nothing,
     source_as_text,
     source_without_file,
@@ -381,10 +454,11 @@ def test_a_damaged_index_is_refused_in_one_line_by_all_who_read_it(damage, packe
     edit_index(folder, damage)
     readers = [
         lambda: tawny.load(folder, verify=False),
-        lambda: AutoModelForCausalLM.from_pretrained(folder),
         lambda: tawny.unpack(folder, tmp_path / "y"),
         lambda: tawny.inspect(folder),
     ]
+    if damage not in OF_TRANSFORMERS:
+        readers.append(lambda: AutoModelForCausalLM.from_pretrained(folder))
     for read in readers:
         with pytest.raises(CheckpointError) as caught:
             read()
@@ -435,3 +509,35 @@ def test_a_shard_without_tensors_is_refused_whether_it_is_there_or_not(packed_ti
     (folder / "packed-00009-of-00009.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="packed-00009"):
         PackedFolder(folder)
+
+
+@pytest.mark.parametrize("name", [INDEX, "packed-00001-of-00001.safetensors"])
+def test_json_that_is_nested_without_end_is_refused(name, packed_tied, tmp_path):
+    folder = copy(packed_tied, tmp_path / "x")
+    deep = b"[" * 200_000
+    whole = (folder / name).read_bytes()
+    if name == INDEX:
+        (folder / name).write_bytes(deep)
+    else:
+        (folder / name).write_bytes(struct.pack("<Q", len(deep)) + deep + whole[8:])
+        edit_index(folder, lambda index: index["shards"].update({name: (folder / name).stat().st_size}))
+    for read in (tawny.load, tawny.inspect, lambda source: tawny.unpack(source, tmp_path / "y")):
+        with pytest.raises(CheckpointError, match="recursion"):
+            read(folder)
+
+
+@pytest.mark.parametrize("text", ["null", "5"])
+def test_a_configuration_that_is_none_is_refused(text, tmp_path):
+    dense = saved(tmp_path / "dense")
+    (dense / "config.json").write_text(text)
+    for read in (tawny.load, tawny.inspect, lambda source: tawny.pack(source, tmp_path / "y")):
+        with pytest.raises(ModelError):
+            read(dense)
+
+
+def test_a_setting_called_like_a_method_does_no_harm(packed_llama, tmp_path):
+    folder = copy(packed_llama, tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["to_dict"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tawny.load(folder).config.quantization_config.values == "bf16"

@@ -439,7 +439,7 @@ def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "
     dtype = compute or native_dtype()
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
     if is_packed(folder):
         del config.quantization_config  # its weights are read unpacked

@@ -250,7 +250,7 @@ def weight_paths(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError("its weight_map names no files")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{index} is not a valid safetensors index ({error}); fetch the checkpoint again"
             ) from error
@@ -284,7 +284,7 @@ def is_packed(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return bool(config["quantization_config"]["quant_method"] == "tawny")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -82,7 +82,7 @@ def entries(path: Path) -> dict[str, Entry]:
             raise ValueError("its length is not what its header says")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
     return found
 

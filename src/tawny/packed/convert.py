@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tawny.errors import CheckpointError, ModelError, UserError
-from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed
+from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.output import ALLOCATION, OutputFolder
@@ -104,7 +104,7 @@ class _Packing:
 
         try:
             config = AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
         if getattr(config, "quantization_config", None):
             method = dict(config.quantization_config).get("quant_method", "an unknown method")
@@ -252,13 +252,18 @@ def pack(
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
     try:
         writer = PackedWriter(output.partial)
+        files = weight_paths(folder)  # one without tensors, too: the index names it
+        for path in files:
+            if path.parent != folder or path.suffix != ".safetensors":
+                raise CheckpointError(
+                    f"{folder}: its index names {str(path)!r}; expected *.safetensors in the folder: save it again"
+                )
         work = _Packing(folder, writer, values, group, head)
         watch.phase("packing", len(work.blocks))
         for index in range(len(work.blocks)):
             work.block(index)
             watch.step(f"{work.path}.{index}")
         work.ends()
-        files = sorted(set(work.checkpoint.files.values()))
         headers = [{"file": path.name, "header": read_header(path)[1]} for path in files]
         index_file = folder / _DENSE_INDEX
         total = writer.finish(
@@ -320,8 +325,6 @@ def unpack(
     try:
         for part in packed.source:
             name, text = part["file"], part["header"]
-            if Path(name).name != name:
-                raise CheckpointError(f"{folder}: its index names a file {name!r} outside the folder")
             entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
             watch.phase(f"unpacking {name}", len(entries), "tensors")
             with writing(output.partial / name), (output.partial / name).open("wb") as file:

@@ -41,10 +41,37 @@ def read_header(path: Path) -> tuple[dict[str, Any], str, int]:
                 raise ValueError("its header is longer than the file")
             text = file.read(length).decode()
             entries = json.loads(text)
-    except (OSError, ValueError, struct.error) as error:
+        entries.pop("__metadata__", None)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
-    entries.pop("__metadata__", None)
     return entries, text, 8 + length
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are different, and words."""
+    for key, _ in pairs:
+        key.encode()
+    if len(made := dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return made
+
+
+def _source_entries(text: str) -> dict[str, dict[str, Any]]:
+    """Tensors of a stored header; whatever is wrong with one that safetensors would not read is raised."""
+    text.encode()
+    entries: dict[str, dict[str, Any]] = json.loads(text, object_pairs_hook=_once)
+    metadata: Any = entries.pop("__metadata__", None)
+    if not text.startswith("{"):
+        raise ValueError("a header of the dense checkpoint begins with something else than a brace")
+    if metadata is not None:
+        "".join(metadata.values()).encode()
+    place = 0
+    for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if not all(type(number) is int for number in (begin, end, *entry["shape"])) or begin != place:
+            raise ValueError(f"{key!r} does not begin in the dense checkpoint where the one before it ends")
+        place = end
+    return entries
 
 
 @dataclass(frozen=True)
@@ -103,7 +130,7 @@ class PackedFolder:
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
             version = index["metadata"]["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is missing or not an index of a packed folder ({error}); pack the model again"
             ) from error
@@ -123,7 +150,15 @@ class PackedFolder:
             self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.tensors}
             self._check_files()
             self._check_whole(index["weight_map"])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, UserError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+            UserError,
+        ) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged ({error!r}); pack the model again") from error
@@ -189,15 +224,12 @@ class PackedFolder:
         if not all(entry.sources for entry in self.linears.values()):
             raise ValueError("a weight has no source")
         left = set(self.tensors) - self.packed_names
+        self._check_source_files()
         for part in self.source:
-            if not isinstance(part["file"], str):
-                raise ValueError(f"source names a file {part['file']!r}")
-            for key, header in json.loads(part["header"]).items():
-                if key == "__metadata__":
-                    continue
+            for key, header in _source_entries(part["header"]).items():
                 entry = made.pop(key, None)
                 begin, end = header["data_offsets"]
-                shape, dtype = list(header["shape"]), header["dtype"]
+                shape, dtype = header["shape"], header["dtype"]
                 if entry is not None:
                     expected = list(entry.shape)[::-1] if entry.transposed else list(entry.shape)
                     fits = (shape, dtype) == (expected, entry.storage)
@@ -217,6 +249,21 @@ class PackedFolder:
             raise self._refuse(next(iter(made)), "is packed, though the dense checkpoint had no such tensor")
         if left:
             raise self._refuse(min(left), "belongs to no weight of the index")
+
+    def _check_source_files(self) -> None:
+        """The dense checkpoint's files are those that its index names, or stand without one, in one folder."""
+        names = [part["file"] for part in self.source]
+        for name in names:
+            name.encode()
+            if "\0" in name or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"source names a file {name!r}")
+        if self.source_index is not None:
+            self.source_index.encode()
+            named = {str(Path(name)) for name in json.loads(self.source_index)["weight_map"].values()}
+        else:
+            named = {"model.safetensors"} if "model.safetensors" in names else set(names)
+        if not names or len(set(names)) < len(names) or named != set(names):
+            raise ValueError("source names other files than the dense checkpoint had")
 
     def _check_files(self) -> None:
         by_shard: dict[str, list[str]] = {shard: [] for shard in self.shards}

@@ -19,6 +19,7 @@ from tawny.machine import check_device
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.tensorfile import natural
+from tawny.packed.folder import PackedFolder
 from tawny.precision import DTYPES
 
 
@@ -52,6 +53,8 @@ def load(
     packed = is_packed(folder)
     from tawny.packed.quantizer import verification
 
+    if packed:
+        PackedFolder(folder)  # names what is wrong with an index that transformers would stumble over
     try:
         with verification(hashes=verify):
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -59,7 +62,7 @@ def load(
             )
     except TawnyError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = CheckpointError if packed else ModelError
         raise kind(f"{source} cannot be opened: {reason}") from error

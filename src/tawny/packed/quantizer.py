@@ -59,7 +59,8 @@ class TawnyConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.group = group
         self.head = head
         rest.pop("quant_method", None)
-        self.__dict__.update(rest)
+        # What is called like a method would stand in its place.
+        self.__dict__.update({key: value for key, value in rest.items() if not hasattr(type(self), key)})
 
 
 class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
