@@ -81,11 +81,12 @@ def test_the_bytes_are_those_the_format_promises(tmp_path):
 def test_a_sharded_checkpoint_comes_back_shard_by_shard(tmp_path):
     pruned("qwen2").save_pretrained(tmp_path / "dense", max_shard_size="40KB")
     assert len(bytes_of(tmp_path / "dense")) > 2
+    index = tmp_path / "dense" / "model.safetensors.index.json"
+    index.write_bytes(index.read_bytes().replace(b"\n", b"\r\n"))
     tawny.pack(tmp_path / "dense", tmp_path / "packed", "f32", head="f32")
     tawny.unpack(tmp_path / "packed", tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "dense")
-    name = "model.safetensors.index.json"
-    assert (tmp_path / "again" / name).read_text() == (tmp_path / "dense" / name).read_text()
+    assert (tmp_path / "again" / index.name).read_bytes() == index.read_bytes()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(plain.eval(), tokens(1, 4)), logits(pruned("qwen2"), tokens(1, 4)))
 

@@ -266,9 +266,8 @@ def pack(
         work.ends()
         headers = [{"file": path.name, "header": read_header(path)[1]} for path in files]
         index_file = folder / _DENSE_INDEX
-        total = writer.finish(
-            headers, index_file.read_text(encoding="utf-8") if index_file.is_file() else None
-        )
+        # Decoded from bytes: reading it as text would change its line ends.
+        total = writer.finish(headers, index_file.read_bytes().decode() if index_file.is_file() else None)
         output.carry(folder)
         output.carry_named(folder, _ALSO_CARRIED)
         method = {
@@ -336,7 +335,8 @@ def unpack(
                     total += entry["data_offsets"][1] - entry["data_offsets"][0]
                     watch.step(key)
         if packed.source_index is not None:
-            output.write_text(_DENSE_INDEX, packed.source_index)
+            with writing(output.partial / _DENSE_INDEX):
+                (output.partial / _DENSE_INDEX).write_bytes(packed.source_index.encode())
         output.carry(folder)
         output.carry_named(folder, _ALSO_CARRIED)
         _config(output, folder, None)
