@@ -91,24 +91,6 @@ def test_a_sharded_checkpoint_comes_back_shard_by_shard(tmp_path):
     assert torch.equal(logits(plain.eval(), tokens(1, 4)), logits(pruned("qwen2"), tokens(1, 4)))
 
 
-def test_linears_whose_weight_serves_several_blocks_stay_dense(tmp_path):
-    changes = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1}
-    heads = {"n_mamba_heads": 8, "mamba_headdim": 8, "num_key_value_heads": 4, "attention_head_dim": 16}
-    sizes = {"mamba_expand": 2, "mamba_d_state": 8, "mamba_ngroups": 1, "adapter_rank": 4}
-    model = pruned("zamba2", **changes, **heads, **sizes)
-    model.save_pretrained(tmp_path / "dense")
-    report = tawny.pack(tmp_path / "dense", tmp_path / "packed", "f32")
-    assert {form.why for form in report.linears} == {"other modules share its weight"}
-    ids = tokens(1, 6)
-    loaded = tawny.load(tmp_path / "packed")
-    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), atol=2e-4, rtol=2e-4)
-    name = report.linears[0].name
-    other = name.replace("layers.1.", "layers.3.")
-    assert loaded.get_submodule(name).weight is loaded.get_submodule(other).weight
-    tawny.unpack(tmp_path / "packed", tmp_path / "again")
-    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "dense")
-
-
 def test_many_small_shards_are_as_good_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr("tawny.packed.convert.PackedWriter", lambda path: PackedWriter(path, limit=20_000))
     dense = saved(tmp_path / "dense")

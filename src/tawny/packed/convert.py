@@ -114,10 +114,6 @@ class _Packing:
         self.model: Any = build_skeleton(config, torch.float32)
         self.checkpoint.map_to(self.model)
         self.path, self.blocks = find_stack(self.model)
-        # Of a weight that serves several modules there is one tensor, and a packed module serves only itself.
-        stored = {target for unit in self.checkpoint.units for target in unit.targets}
-        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-        self.shared = {name for pair in tied.items() if not stored.issuperset(pair) for name in pair}
         self.linears: list[LinearForm] = []
         self.untouched: list[str] = []
         self.done: set[str] = set()
@@ -152,13 +148,10 @@ class _Packing:
         W_OI = linear.view(stored)
         with format.naming(linear.name):
             packed, sparsity = pack_or_not(W_OI, self.values, self.group)
-        shared = unit.targets[0] in self.shared
-        if packed is None or shared:
+        if packed is None:
             self.writer.add(source, stored)
             self.writer.dense.append(linear.name)
             why = f"{sparsity:.1%} zeros are too few for {self.values}"
-            if shared:
-                why = "other modules share its weight"
             self.linears.append(LinearForm(linear.name, linear.shape, sparsity, "dense", stored.nbytes, why))
         else:
             self._add(linear.name, packed, [source], linear.transposed, sparsity)
@@ -290,10 +283,7 @@ def pack(
         kinds = {"values": values, "group": group, "head": head}
         _record(output, folder, {**kinds, "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]
-        shared = sum(form.name + ".weight" in work.shared for form in dense)
-        tell(watch, len(work.linears) - len(dense), len(dense) - shared, len(work.untouched))
-        if shared:
-            watch.say(f"{shared} linears stay dense because other modules share their weights")
+        tell(watch, len(work.linears) - len(dense), len(dense), len(work.untouched))
         output.finish()
     finally:
         output.discard()
