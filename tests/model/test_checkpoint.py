@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import tawny
 from tawny.errors import CheckpointError
+from tawny.model.blocks import open_stack
 from tawny.model.checkpoint import INDEX, Checkpoint, file_bytes, weight_paths
 from tests.packed.test_model import pruned
-from tests.tiny import tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,54 @@ def test_a_dtype_that_is_not_supported_is_called_that(dtype, name, tmp_path):
     with pytest.raises(CheckpointError, match=f"{name}, which is not supported"):
         tawny.pack(tmp_path / "dense", tmp_path / "packed", "f32")
     assert not list(tmp_path.glob("packed*"))
+
+
+def rewrite(folder, change):
+    """Change the tensors of the one file in `folder`, given and returned by name."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def without(*words):
+    return lambda found: {key: value for key, value in found.items() if not all(w in key for w in words)}
+
+
+def shortened(*words):
+    return lambda found: {
+        key: value[:-1].contiguous() if all(w in key for w in words) else value
+        for key, value in found.items()
+    }
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_an_expert_that_is_missing_or_misshapen_is_named_before_the_work(family, tmp_path):
+    names = ("w1", "w2", "w3") if family == "mixtral" else ("gate_proj", "down_proj", "up_proj")
+    last = "layers.2."
+    tiny_model(family).save_pretrained(tmp_path / "whole")
+    for number, name in ((3, names[0]), (0, names[1]), (2, names[1]), (3, names[1]), (1, names[2])):
+        words = (last, f"experts.{number}.{name}.")
+        for change, said in ((without, "lacks"), (shortened, "has shape")):
+            folder = tmp_path / f"{number}{name}{change.__name__}"
+            shutil.copytree(tmp_path / "whole", folder)
+            rewrite(folder, change(*words))
+            with pytest.raises(CheckpointError, match=said) as caught:
+                open_stack(folder, torch.float32)
+            assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [shortened("layers.1.", "w2"), without("layers.1.", "w3"), without("layers.1.", "w1")]
+)
+def test_experts_that_are_all_wrong_are_refused_with_the_shape_they_should_form(change, tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(
+        CheckpointError, match=r"'model\.layers\.1\.mlp\.experts\..* do not form the shape \[4, "
+    ):
+        open_stack(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_has_the_shapes_of_the_model(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    assert open_stack(tmp_path, torch.float32).checkpoint.units

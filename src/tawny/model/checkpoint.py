@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,17 @@ def _touch(places: list[tuple[Path, Entry]]) -> None:
                 file.seek(place.start)
                 for _ in range(0, place.bytes, _PIECE):
                     file.readinto(piece)
+
+
+def _gap(keys: list[str], count: int) -> str | None:
+    """The first name that is missing from `keys`, which differ in one number, below `count`."""
+    parts = [key.split(".") for key in keys]
+    places = [place for place, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1]
+    if len(places) != 1:
+        return None
+    before, after = parts[0][: places[0]], parts[0][places[0] + 1 :]
+    names = (".".join([*before, str(number), *after]) for number in range(count))
+    return next((name for name in names if name not in keys), None)
 
 
 @dataclass
@@ -87,8 +99,6 @@ class Checkpoint:
     @property
     def storage_dtype(self) -> torch.dtype:
         """The dtype most weights are stored in."""
-        from collections import Counter
-
         sizes: Counter[str] = Counter()
         for key, shape in self.shapes.items():
             sizes[self.dtypes[key]] += int(torch.Size(shape).numel())
@@ -141,7 +151,7 @@ class Checkpoint:
         """Work out which stored tensors form which parameters and buffers of `model`.
 
         Raises:
-            CheckpointError: parameters of the model are in no file.
+            CheckpointError: parameters of the model are in no file, or do not have its shapes.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -177,11 +187,43 @@ class Checkpoint:
                 f"{self.folder} lacks {len(absent)} weights of the model, first {absent[0]!r}; fetch the checkpoint again"
             )
         for unit in self.units:
-            stored, expected = self.shapes[unit.sources[0]], tuple(wanted[unit.targets[0]].shape)
-            if unit.converter is None and stored != expected:
+            self._check_shapes(unit, model, {name: tuple(wanted[name].shape) for name in unit.targets})
+
+    def _check_shapes(self, unit: Unit, model: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+        first, target = unit.sources[0], unit.targets[0]
+        if unit.converter is None:
+            if self.shapes[first] != expected[target]:
                 raise CheckpointError(
-                    f"{unit.sources[0]!r} in {self.folder} has shape {list(stored)}, config.json implies {list(expected)}"
+                    f"{first!r} in {self.folder} has shape {list(self.shapes[first])}, config.json implies {list(expected[target])}"
                 )
+            return
+        try:
+            empty = {key: torch.empty(self.shapes[key], device="meta") for key in unit.sources}
+            made = {name: tuple(value.shape) for name, value in self._convert(unit, empty, model).items()}
+        except NotImplementedError:  # a step that looks at numbers
+            return
+        except (RuntimeError, ValueError, LookupError):
+            made = {}
+        if any(made.get(name) != shape for name, shape in expected.items()):
+            raise CheckpointError(self._misfit(unit, expected[target]))
+
+    def _misfit(self, unit: Unit, expected: tuple[int, ...]) -> str:
+        """Which of the tensors that form one parameter is the wrong one, as far as their names and shapes tell."""
+        by_pattern: dict[str, list[str]] = {}
+        for key, pattern in zip(unit.sources, unit.patterns, strict=True):
+            by_pattern.setdefault(pattern, []).append(key)
+        for keys in by_pattern.values():
+            absent = _gap(keys, expected[0])
+            if absent is not None:
+                return f"{self.folder} lacks {absent!r}; fetch the checkpoint again"
+            usual, _ = Counter(self.shapes[key] for key in keys).most_common(1)[0]
+            odd = next((key for key in keys if self.shapes[key] != usual), None)
+            if odd is not None:
+                return f"{odd!r} in {self.folder} has shape {list(self.shapes[odd])}, others like it {list(usual)}; fetch the checkpoint again"
+        return (
+            f"the {len(unit.sources)} tensors of {unit.targets[0]!r} in {self.folder}, first {unit.sources[0]!r}, "
+            f"do not form the shape {list(expected)} that config.json implies; fetch the checkpoint again"
+        )
 
     def units_of(self, prefix: str) -> list[Unit]:
         """Units whose first parameter lies under the module path `prefix`."""
@@ -202,6 +244,9 @@ class Checkpoint:
         stored = self.read(unit.sources)
         if unit.converter is None:
             return {unit.targets[0]: stored[unit.sources[0]]}
+        return self._convert(unit, stored, model)
+
+    def _convert(self, unit: Unit, stored: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
         from copy import deepcopy
 
         converter = deepcopy(unit.converter)
