@@ -32,6 +32,7 @@ __all__ = [
     "TextError",
     "UserError",
     "nearest",
+    "one_line",
     "short",
 ]
 
@@ -102,3 +103,11 @@ def short(text: str) -> str:
     """At most 60 characters of a text, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(error: Exception) -> str:
+    """What another library says is wrong, short enough for a line; its kind says more than the value of a KeyError."""
+    import textwrap
+
+    said = textwrap.shorten(str(error), 300, placeholder=" …")
+    return f"{type(error).__name__}: {said}" if said and isinstance(error, LookupError) else said or type(error).__name__

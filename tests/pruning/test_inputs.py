@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -75,6 +76,22 @@ def test_a_live_model_says_what_it_is_stored_as(tmp_path):
     record = tawny.prune(tiny_model("llama"), tmp_path / "out", calibration=tokens(), **KEYS, **own)
     assert record.storage == record.compute == "float32"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["storage"] == "float32"
+
+
+def test_a_live_model_that_cannot_be_saved_is_refused_before_it_is_changed(tmp_path):
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    model.generation_config.temperature = 0.5  # transformers saves it with do_sample only
+    teacher = {"teacher": tiny_model("llama", seed=1), "text": tokens()}
+    for job, keys in ((tawny.prune, {"calibration": tokens(), **KEYS}), (tawny.recover, teacher)):
+        with pytest.raises(ModelError, match=r"cannot be saved: .*temperature.*generation_config") as caught:
+            job(model, out=tmp_path / "out", **keys)
+        assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert tawny.prune(model, calibration=tokens(), **KEYS).zeros
+    model.generation_config.do_sample = True
+    tawny.prune(model, tmp_path / "out", calibration=tokens(), **KEYS)
+    assert (tmp_path / "out" / "generation_config.json").is_file()
 
 
 def test_a_live_model_that_was_stopped_is_said_to_be_changed():

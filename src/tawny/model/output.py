@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from tawny.errors import OutputError
+from tawny.errors import ModelError, OutputError, one_line
 from tawny.model import durable
 from tawny.model.checkpoint import INDEX, Checkpoint
 from tawny.model.durable import writing
@@ -51,6 +51,23 @@ def unfinished(out: Path) -> Path:
     """Where what will be `out` is written: `OUT.partial`, beside it."""
     out = named(out)
     return out.with_name(out.name + ".partial")
+
+
+def check_savable(model: Any) -> None:
+    """Refuse a live model whose settings transformers would not write beside its weights.
+
+    Raises:
+        ModelError: its generation config contradicts itself.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None or not hasattr(model, "save_pretrained") or not model.can_generate():
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"the live model cannot be saved: {one_line(error)}; change model.generation_config, or leave out=… out"
+        ) from error
 
 
 class ShardWriter:

@@ -34,7 +34,7 @@ from tawny.errors import (
 from tawny.machine import machine, peak_memory, versions
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.linears import Linear, check_selection, select
-from tawny.model.output import OutputFolder, unfinished
+from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
@@ -152,6 +152,8 @@ def open_run(
         if isinstance(source, nn.Module):
             folder, stack = None, live_stack(source)
             check_live(recipe, stack)
+            if out is not None:
+                check_savable(source)
         elif out is None and measuring is None:
             raise RecipeError(f"pruning {source} needs a folder to write to: give out=… (or --out DIR)")
         else:

@@ -24,7 +24,7 @@ from tawny.errors import Interrupted, ModelError, RecipeError, TextError
 from tawny.machine import peak_memory
 from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
-from tawny.model.output import OutputFolder
+from tawny.model.output import OutputFolder, check_savable
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.structure import evaluating
 from tawny.precision import native_dtype
@@ -145,6 +145,7 @@ def _open_run(
             check_apart(Path(out), [work], {"model": source, "teacher": teacher})
             if folder is None:  # a live model's run leaves nothing to go on from
                 work = None
+                check_savable(source)
         own = is_own_teacher(folder, teacher)
         brought = settings.method == "elsa" and settings.sparsity is not None
         check_not_own_teacher(own and not settings.control and not brought)
