@@ -110,4 +110,8 @@ def one_line(error: Exception) -> str:
     import textwrap
 
     said = textwrap.shorten(str(error), 300, placeholder=" …")
-    return f"{type(error).__name__}: {said}" if said and isinstance(error, LookupError) else said or type(error).__name__
+    return (
+        f"{type(error).__name__}: {said}"
+        if said and isinstance(error, LookupError)
+        else said or type(error).__name__
+    )

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tawny
-from tawny.errors import CheckpointError
+from tawny.errors import CheckpointError, ModelError
 from tawny.model.blocks import open_stack
 from tawny.model.checkpoint import INDEX, Checkpoint, file_bytes, weight_paths
 from tests.packed.test_model import pruned
@@ -130,3 +130,32 @@ def test_experts_that_are_all_wrong_are_refused_with_the_shape_they_should_form(
 def test_what_transformers_saves_has_the_shapes_of_the_model(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
     assert open_stack(tmp_path, torch.float32).checkpoint.units
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_act", "bogus", "KeyError: 'bogus'"),
+        ("layer_types", ["full_attention"] * 5, "layer_types"),
+        ("attn_implementation", "flash_attention_2", "[Ff]lash"),
+        ("dtype", "float99", "float99"),
+        ("num_hidden_layers", None, ""),
+        ("hidden_size", "abc", "abc"),
+        ("hidden_size", -4, ""),
+        ("num_attention_heads", 0, ""),
+        ("rope_parameters", {"rope_type": "bogus"}, "bogus"),
+        ("quantization_config", "x", ""),
+        ("model_type", "mymodel", "mymodel"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_one_line(key, value, said, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
+    for job in (lambda *where: tawny.prune(*where, **keys), tawny.pack):
+        with pytest.raises(
+            ModelError, match=rf"config\.json cannot be used: .*{said}.*; correct it"
+        ) as caught:
+            job(tmp_path / "model", tmp_path / "out")
+        assert "\n" not in str(caught.value) and len(list(tmp_path.iterdir())) == 1

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tawny.errors import CheckpointError, ModelError
 from tawny.machine import check_device
-from tawny.model.checkpoint import Checkpoint, Unit, is_packed, open_checkpoint
+from tawny.model.checkpoint import Checkpoint, Unit, open_checkpoint
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import check_unshared, find_stack
 from tawny.precision import native_dtype
@@ -426,27 +426,16 @@ def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "
     """The checkpoint in `folder` as a stack; only what is outside the blocks is read.
 
     Raises:
-        ModelError: not a decoder-only model.
+        ModelError: not a decoder-only model, or a configuration that cannot be used.
         CheckpointError: files are missing, truncated or do not fit the configuration.
         MissingFeature: this machine lacks the device.
     """
-    from transformers import AutoConfig
-
-    from tawny.model.skeleton import build_skeleton
+    from tawny.model.skeleton import open_skeleton
 
     check_device(device)
     checkpoint = open_checkpoint(folder)
     dtype = compute or native_dtype()
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
-    if is_packed(folder):
-        del config.quantization_config  # its weights are read unpacked
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "an unknown method")
-        raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")
-    return Stack(build_skeleton(config, dtype), checkpoint, dtype, device)
+    return Stack(open_skeleton(folder, dtype), checkpoint, dtype, device)
 
 
 def live_stack(model: Any) -> Stack:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from tawny.errors import ModelError
+from tawny.errors import ModelError, one_line
+from tawny.model.checkpoint import is_packed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -66,3 +68,27 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     with _parameters_on_meta(), initialization.no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
+
+
+def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """`build_skeleton` of what `config.json` in `folder` describes; a packed folder is taken as the dense one.
+
+    Raises:
+        ModelError: it describes no decoder-only causal language model, a quantised one, or one that cannot be built.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if is_packed(folder):
+            del config.quantization_config  # its weights are read unpacked
+        if getattr(config, "quantization_config", None):
+            method = dict(config.quantization_config).get("quant_method", "an unknown method")
+            raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")
+        return build_skeleton(config, dtype)
+    except ModelError:
+        raise
+    except Exception as error:  # a wrong value fails wherever a model happens to use it
+        raise ModelError(
+            f"{folder}/config.json cannot be used: {one_line(error)}; correct it, or fetch it again"
+        ) from error

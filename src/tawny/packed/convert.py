@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.errors import CheckpointError, ModelError, UserError
+from tawny.errors import CheckpointError, UserError
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
@@ -98,20 +98,11 @@ class _Packing:
     def __init__(
         self, folder: Path, writer: PackedWriter, values: Values, group: int | None, head: Values | None
     ):
-        from transformers import AutoConfig
+        from tawny.model.skeleton import open_skeleton
 
-        from tawny.model.skeleton import build_skeleton
-
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
-        if getattr(config, "quantization_config", None):
-            method = dict(config.quantization_config).get("quant_method", "an unknown method")
-            raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")
         self.writer, self.values, self.group, self.head = writer, values, group, head
         self.checkpoint = Checkpoint(folder)
-        self.model: Any = build_skeleton(config, torch.float32)
+        self.model: Any = open_skeleton(folder, torch.float32)
         self.checkpoint.map_to(self.model)
         self.path, self.blocks = find_stack(self.model)
         self.linears: list[LinearForm] = []
