@@ -12,7 +12,7 @@ from tawny.errors import CheckpointError, ModelError
 from tawny.model.blocks import open_stack
 from tawny.model.checkpoint import INDEX, Checkpoint, file_bytes, weight_paths
 from tests.packed.test_model import pruned
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, tiny_model, tokens
 
 
 @pytest.mark.parametrize(
@@ -159,3 +159,24 @@ def test_a_configuration_that_cannot_be_used_is_one_line(key, value, said, tmp_p
         ) as caught:
             job(tmp_path / "model", tmp_path / "out")
         assert "\n" not in str(caught.value) and len(list(tmp_path.iterdir())) == 1
+
+
+PRUNING = {"sparsity": 0.5, "allocator": "uniform", "solver": "wanda", "calibration": tokens()}
+
+
+def test_masks_beside_the_weights_do_not_say_how_weights_are_stored(tmp_path):
+    masks = {f"gpt_neox.layers.{i}.attention.bias": torch.ones(1, 1, 256, 256).byte() for i in range(3)}
+    tiny_model("gpt_neox", dtype=torch.float16).save_pretrained(tmp_path / "model")
+    rewrite(tmp_path / "model", lambda found: {**found, **masks})
+    assert tawny.prune(tmp_path / "model", tmp_path / "out", **PRUNING).storage == "float16"
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() >= masks.keys()
+
+
+def test_linears_in_float8_are_still_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    rewrite(
+        tmp_path / "model",
+        lambda found: {k: v.to(torch.float8_e4m3fn) if "proj" in k else v for k, v in found.items()},
+    )
+    with pytest.raises(CheckpointError, match="stores its weights as F8_E4M3"):
+        tawny.prune(tmp_path / "model", tmp_path / "out", **PRUNING)

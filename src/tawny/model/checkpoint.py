@@ -75,6 +75,7 @@ class Checkpoint:
         self.places: dict[str, Entry] = {}
         self.units: list[Unit] = []
         self._unit_of: dict[str, Unit] = {}
+        self._parameters: set[str] = set()
         for path in weight_paths(folder):
             with self._open(path) as file:
                 for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
@@ -98,10 +99,12 @@ class Checkpoint:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """The dtype most weights are stored in."""
+        """The dtype most weights are stored in; a mask that lies beside them is none of them."""
         sizes: Counter[str] = Counter()
-        for key, shape in self.shapes.items():
-            sizes[self.dtypes[key]] += int(torch.Size(shape).numel())
+        for unit in self.units:
+            if self._parameters.intersection(unit.targets):
+                for key in unit.sources:
+                    sizes[self.dtypes[key]] += int(torch.Size(self.shapes[key]).numel())
         name = sizes.most_common(1)[0][0]
         known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         if name not in known:
@@ -179,6 +182,7 @@ class Checkpoint:
                     if named in wanted and named not in unit.targets:
                         unit.targets.append(named)
         self.units = list(grouped.values())
+        self._parameters = {name for name, _ in model.named_parameters()}
         self._unit_of = {target: unit for unit in self.units for target in unit.targets}
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         absent = [n for n, _ in model.named_parameters() if n not in self._unit_of and n not in tied]
