@@ -180,3 +180,23 @@ def test_linears_in_float8_are_still_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="stores its weights as F8_E4M3"):
         tawny.prune(tmp_path / "model", tmp_path / "out", **PRUNING)
+
+
+def test_a_tied_weight_may_lie_under_the_name_of_the_head(tmp_path):
+    model = tiny_model("qwen2")
+    model.save_pretrained(tmp_path / "usual")
+    model.save_pretrained(tmp_path / "head")
+    rewrite(
+        tmp_path / "head",
+        lambda found: {k.replace("model.embed_tokens", "lm_head"): v for k, v in found.items()},
+    )
+    tensors = {}
+    for name in ("usual", "head"):
+        tawny.prune(tmp_path / name, tmp_path / f"{name}-out", compute="float32", **PRUNING)
+        tensors[name] = load_file(tmp_path / f"{name}-out" / "model.safetensors")
+    tensors["usual"]["lm_head.weight"] = tensors["usual"].pop("model.embed_tokens.weight")
+    assert tensors["usual"].keys() == tensors["head"].keys()
+    assert all(torch.equal(value, tensors["head"][key]) for key, value in tensors["usual"].items())
+    tawny.pack(tmp_path / "head-out", tmp_path / "packed", "f32", head="f32")
+    losses = [tawny.evaluate(tmp_path / name, tokens()).loss for name in ("usual-out", "head-out", "packed")]
+    assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2], rel=1e-3)

@@ -74,7 +74,6 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         self.places: dict[str, Entry] = {}
         self.units: list[Unit] = []
-        self._unit_of: dict[str, Unit] = {}
         self._parameters: set[str] = set()
         for path in weight_paths(folder):
             with self._open(path) as file:
@@ -181,11 +180,15 @@ class Checkpoint:
                     named = target.replace(first, other)
                     if named in wanted and named not in unit.targets:
                         unit.targets.append(named)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for twin, name in dict(tied).items():  # either of two that are one may be the one in the file
+            if name not in grouped and twin in grouped and grouped[twin].converter is None:
+                grouped[name] = grouped.pop(twin)
+                grouped[name].targets = [name]
         self.units = list(grouped.values())
         self._parameters = {name for name, _ in model.named_parameters()}
-        self._unit_of = {target: unit for unit in self.units for target in unit.targets}
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        absent = [n for n, _ in model.named_parameters() if n not in self._unit_of and n not in tied]
+        found = {target for unit in self.units for target in unit.targets}
+        absent = [n for n, _ in model.named_parameters() if n not in found and n not in tied]
         if absent:
             raise CheckpointError(
                 f"{self.folder} lacks {len(absent)} weights of the model, first {absent[0]!r}; fetch the checkpoint again"

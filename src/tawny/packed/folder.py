@@ -363,7 +363,6 @@ class PackedCheckpoint(Checkpoint):
         self.dtypes = {}
         self.places = {}
         self.units = []
-        self._unit_of = {}
         self._parameters = set()
         self._made: dict[str, PackedLinearEntry] = {
             source: entry for entry in self.packed.linears.values() for source in entry.sources
