@@ -200,3 +200,14 @@ def test_a_tied_weight_may_lie_under_the_name_of_the_head(tmp_path):
     tawny.pack(tmp_path / "head-out", tmp_path / "packed", "f32", head="f32")
     losses = [tawny.evaluate(tmp_path / name, tokens()).loss for name in ("usual-out", "head-out", "packed")]
     assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2], rel=1e-3)
+
+
+def dtypes(folder):
+    return {key: value.dtype for key, value in load_file(folder / "model.safetensors").items()}
+
+
+def test_float_buffers_are_computed_with_in_the_dtype_of_the_forwards(tmp_path):
+    kinds = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    tiny_model("minimax", **kinds).save_pretrained(tmp_path / "model")
+    tawny.prune(tmp_path / "model", tmp_path / "out", compute="bfloat16", **PRUNING)
+    assert dtypes(tmp_path / "model") == dtypes(tmp_path / "out")

@@ -117,7 +117,9 @@ class Stack:
                 made = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
                 owner._parameters[leaf] = made
             else:
-                owner._buffers[leaf] = value.to(self.device)
+                built = owner._buffers.get(leaf)  # in the dtype its model computes with
+                dtype = built.dtype if built is not None and value.is_floating_point() else value.dtype
+                owner._buffers[leaf] = value.to(self.device, dtype)
 
     def _load_outside(self) -> None:
         """Embeddings and norm: everything that is in no block, and stays in memory; the head waits for `logits`."""
