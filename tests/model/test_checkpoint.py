@@ -211,3 +211,14 @@ def test_float_buffers_are_computed_with_in_the_dtype_of_the_forwards(tmp_path):
     tiny_model("minimax", **kinds).save_pretrained(tmp_path / "model")
     tawny.prune(tmp_path / "model", tmp_path / "out", compute="bfloat16", **PRUNING)
     assert dtypes(tmp_path / "model") == dtypes(tmp_path / "out")
+
+
+def test_every_expert_is_written_in_the_dtype_it_was_stored_in(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    rewrite(
+        tmp_path / "model",
+        lambda found: {k: v.half() if ".1." in k and "3.w2" in k else v for k, v in found.items()},
+    )
+    tawny.prune(tmp_path / "model", tmp_path / "out", **PRUNING)
+    assert set(dtypes(tmp_path / "model").values()) == {torch.float32, torch.float16}
+    assert dtypes(tmp_path / "model") == dtypes(tmp_path / "out")

@@ -265,7 +265,7 @@ class Checkpoint:
     def store(
         self, unit: Unit, parameters: Mapping[str, torch.Tensor], model: Any
     ) -> dict[str, torch.Tensor]:
-        """The inverse of `load`: tensors under the names of the file, views of the parameters where they can be.
+        """The inverse of `load`: tensors under the names of the file, in its dtypes, views of the parameters where they can be.
 
         Raises:
             CheckpointError: transformers' own inverse mapping does not give back the names that were read.
@@ -280,7 +280,8 @@ class Checkpoint:
                 f"{unit.targets[0]!r} cannot be written back as the {len(unit.sources)} tensors it was read from "
                 f"(first {unit.sources[0]!r}); this layout is not supported yet"
             )
-        return made
+        # Those of several dtypes were made one parameter of the widest.
+        return {key: value.to(self.dtype_of(key)) for key, value in made.items()}
 
 
 def weight_paths(folder: Path) -> list[Path]:
