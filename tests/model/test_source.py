@@ -167,3 +167,15 @@ def test_a_part_of_a_split_file_is_refused_in_one_line(tmp_path, cache):
 def test_a_whole_file_that_was_split_into_one_part_is_no_part(tmp_path):
     shutil.move(write(tmp_path / "m.gguf"), tmp_path / "m-00001-of-00001.gguf")
     assert re.match("m-00001-of-00001-", convert_gguf(tmp_path / "m-00001-of-00001.gguf").name)
+
+
+@pytest.mark.parametrize("key", [b"tokenizer.ggml.tokens", b"tokenizer.ggml.model"])
+def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights_are_converted(
+    key, tmp_path, cache, monkeypatch
+):
+    path = write(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes().replace(key, key[:-1] + b"X"))
+    monkeypatch.setattr(gguf, "dequantize", lambda *_: pytest.fail("a tensor was converted"))
+    with pytest.raises(CheckpointError, match=r"m\.gguf .*tokenizer") as caught:
+        convert_gguf(path)
+    assert "\n" not in str(caught.value) and not list(cache.glob("*"))

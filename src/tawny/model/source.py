@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tawny.errors import CheckpointError, MissingFeature, ModelError
+from tawny.errors import CheckpointError, MissingFeature, ModelError, one_line
 
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
@@ -117,7 +117,7 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
 
     Raises:
         CheckpointError: the file is a part of a split model, cannot be read as GGUF, lacks weights of the model, or
-            transformers does not know its architecture.
+            transformers does not know its architecture or its tokenizer.
     """
     part = _PART.search(path.stem)
     if part and int(part[1]) > 1:
@@ -187,6 +187,13 @@ def _write_converted(path: Path, folder: Path) -> None:
         parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
     except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
         raise CheckpointError(f"{path} cannot be opened as a GGUF model: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # whatever a tokenizer's converter fails at, before the long part
+        raise CheckpointError(
+            f"{path} holds a tokenizer that transformers cannot read ({one_line(error)}); give a safetensors folder of the model"
+        ) from error
+    tokenizer.save_pretrained(folder)
     model = build_skeleton(config, torch.bfloat16)
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     processor = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)(
@@ -221,7 +228,6 @@ def _write_converted(path: Path, folder: Path) -> None:
         Checkpoint(folder).map_to(model)
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be converted: {error}".replace(str(folder), "it")) from error
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     config.dtype = torch.bfloat16
     # config.json last: its presence is what marks the cached folder as complete.
     values = config.to_dict()
