@@ -10,7 +10,9 @@ import pytest
 
 from tawny.calibration import text as module
 from tawny.calibration.text import load_text
+from tawny.calibration.windows import tokenise
 from tawny.errors import TextError
+from tests.tokenizer import tiny_tokenizer
 
 
 def test_a_txt_file_is_one_document_as_it_is(tmp_path):
@@ -142,3 +144,12 @@ def test_c4_is_evaluated_as_the_papers_do_and_calibrated_on_documents(monkeypatc
     evaluated, calibrated = load_text("c4", "evaluation"), load_text("c4")
     assert evaluated.text == "one two" and evaluated.most_windows == 256
     assert calibrated.text == "one\n\ntwo" and calibrated.most_windows is None
+
+
+def test_half_a_character_in_jsonl_is_replaced(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "owl \ud83d night"}' + "\n" + r'{"text": "\ud83e\udd89 whole"}')
+    text = load_text(path)
+    assert text.text == "owl \ufffd night\n\n\U0001f989 whole"
+    assert text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
+    assert len(tokenise(text, tiny_tokenizer()))

