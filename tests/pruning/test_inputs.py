@@ -33,6 +33,8 @@ def test_a_path_is_that_of_a_text(tmp_path):
         (tokens().numpy(), "calibration is a ndarray; expected a torch tensor"),
         ((tokens(), tokens().tolist()), "attention mask is a list; expected a torch tensor"),
         ((tokens(),), r"a tuple of 1; expected \(tokens, attention mask\)"),
+        (tokens() > 9, r"\[4, 24\] torch.bool; expected integer tokens"),
+        (tokens().to(torch.complex64), "torch.complex64; expected integer tokens"),
         (tokens() + 10_000, "the model has 256 words, ids 0 to 255: tokenise it with the model's own"),
         (tokens() - 10_000, "ids 0 to 255"),
     ],
@@ -40,6 +42,16 @@ def test_a_path_is_that_of_a_text(tmp_path):
 def test_what_are_no_tokens_of_the_model_are_refused(given, said):
     with pytest.raises(TextError, match=said):
         tawny.prune(tiny_model("llama"), calibration=given, **KEYS)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32])
+def test_tokens_may_be_any_integers(kind):
+    made = []
+    for given in (tokens(), tokens().to(kind)):
+        model = tiny_model("llama")
+        tawny.prune(model, calibration=given, **KEYS)
+        made.append([*model.state_dict().values(), torch.tensor(tawny.evaluate(model, given).loss)])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_told_of(tmp_path):

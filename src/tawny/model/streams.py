@@ -36,7 +36,7 @@ class Samples:
     """Calibration or evaluation tokens.
 
     Attributes:
-        tokens: `[samples, tokens]` int64.
+        tokens: `[samples, tokens]` int64, given as any integers.
         mask: `[samples, tokens]`, true for real tokens, or None when nothing is padding.
     """
 
@@ -50,14 +50,17 @@ class Samples:
                     f"{name} is a {type(value).__name__}; expected a torch tensor [samples, tokens], or the name or path of a text"
                 )
         shape = list(self.tokens.shape)
-        if self.tokens.dim() != 2 or 0 in shape or self.tokens.is_floating_point():
+        kind = self.tokens.dtype
+        integers = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+        if self.tokens.dim() != 2 or 0 in shape or not integers:
             raise TextError(
-                f"calibration has shape {shape} {self.tokens.dtype}; expected integer tokens [samples, tokens]"
+                f"calibration has shape {shape} {kind}; expected integer tokens [samples, tokens]"
             )
         if self.mask is not None and self.mask.shape != self.tokens.shape:
             raise TextError(
                 f"attention mask has shape {list(self.mask.shape)}, tokens {shape}; expected the same"
             )
+        object.__setattr__(self, "tokens", self.tokens.to(torch.int64))
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
