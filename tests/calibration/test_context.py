@@ -34,6 +34,19 @@ def test_a_table_that_the_model_makes_itself_ends_it_too():
     assert context_of(model) == hard_context_of(model) == 64
 
 
+def test_a_table_that_is_made_in_every_forward_ends_it_too():
+    from transformers import AutoModelForCausalLM, MptConfig
+
+    model = AutoModelForCausalLM.from_config(
+        MptConfig(vocab_size=256, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+    )
+    assert context_of(model) == hard_context_of(model) == 64
+    keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "wanda"}
+    with pytest.raises(RecipeError, match="context of 64; give --seqlen 64"):
+        tawny.prune(model, calibration=tokens(2, 65), **keys)
+    assert tawny.prune(model, calibration=tokens(2, 64), **keys).zeros
+
+
 def test_widths_that_happen_to_be_the_context_are_no_table():
     model = tiny_model("llama", hidden_size=128, intermediate_size=128, max_position_embeddings=128)
     for parameter in model.parameters():

@@ -15,20 +15,25 @@ from torch import Tensor, nn
 
 from tawny.errors import RecipeError, TextError
 
+_ALIBI = "max_seq_len"  # of models that make a table of ALiBi as long as that in every forward (MPT)
 _EXTRA_ROWS = 2  # OPT's table has two that no token uses
 
 
 def context_of(model: Any) -> int | None:
     """Tokens the model is made for, by its configuration; None if that does not say."""
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return _said(model, "max_position_embeddings") or _said(model, _ALIBI)
+
+
+def _said(model: Any, name: str) -> int | None:
+    found = getattr(model.config.get_text_config(decoder=True), name, None)
     return found if isinstance(found, int) and found > 0 else None
 
 
 def hard_context_of(model: Any) -> int | None:
     """Tokens beyond which the model has no position to give; None where there is no such end."""
     limit = context_of(model)
-    if limit is None:
-        return None
+    if limit is None or not _said(model, "max_position_embeddings"):
+        return limit
     words = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
