@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tawny.errors import ModelError, one_line
+from tawny.errors import ModelError, TawnyError, one_line
 from tawny.model.checkpoint import is_packed
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             method = dict(config.quantization_config).get("quant_method", "an unknown method")
             raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")
         return build_skeleton(config, dtype)
-    except ModelError:
+    except TawnyError:
         raise
     except Exception as error:  # a wrong value fails wherever a model happens to use it
         raise ModelError(
