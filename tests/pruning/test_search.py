@@ -746,6 +746,14 @@ def test_every_blend_that_is_tried_is_what_it_does_by_itself(monkeypatch):
         assert kept[of] == pytest.approx(alone.allocation), of
 
 
+@pytest.mark.parametrize("excluded", ["layers.0.*", "layers.2.*"])
+def test_depth_is_counted_where_something_is_pruned(excluded):
+    options = {"allocator.candidates": "atp", "allocator.trials": 2, "exclude": [excluded]}
+    tried = prune(tiny_model("llama"), solver="magnitude", **options).search["blocks"]
+    [atp] = [blocks for name, blocks in tried.items() if name.startswith("atp")]
+    assert [share for share in atp if share] == pytest.approx([0.5, 0.7], abs=1e-3)
+
+
 @pytest.mark.parametrize("target", [0.0, 0.999])
 def test_families_can_be_made_at_any_sparsity(target):
     for made in families_for(FAMILIES, target, 1).values():

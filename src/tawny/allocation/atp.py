@@ -7,7 +7,8 @@ held-out text.
 
 Without trials (`beta` unset) the progression spans the band of sparsities that LSA found best at that target: ± 0.15
 at 70 % (.55 to .85), ± 0.10 at 60 %, ± 0.04 at 50 %. A fixed share of the legal range does not do: half of it is ± 0.25
-at 50 %, and much worse than uniform there (docs/log.md). Blocks of unequal size are centred by parameters.
+at 50 %, and much worse than uniform there (docs/log.md). Blocks of unequal size are centred by parameters, and
+depth is counted from the first block that holds linears to the last.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Atp:
         return {}
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
-        blocks = profile.blocks
+        first, blocks = profile.span.start, len(profile.span)
         limit = largest_beta(target, blocks)
         band = 2 * half_band(target) / (blocks - 1) if blocks > 1 else 0.0
         beta = min(band, limit) if self.beta is None else self.beta
@@ -66,5 +67,5 @@ class Atp:
             raise RecipeError(
                 f"beta {beta} given, expected a step in [0, {limit:.4g}] for sparsity {target:.4g} over {blocks} blocks"
             )
-        raw = {info.name: target + beta * (info.block - (blocks - 1) / 2) for info in profile.linears}
+        raw = {info.name: target + beta * (info.block - first - (blocks - 1) / 2) for info in profile.linears}
         return exact(raw, profile.sizes, target)

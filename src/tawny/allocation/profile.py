@@ -47,6 +47,12 @@ class Profile:
         return max([len(self.measures), *(linear.block + 1 for linear in self.linears)])
 
     @property
+    def span(self) -> range:
+        """From the first block that holds linears to the last."""
+        held = [linear.block for linear in self.linears]
+        return range(min(held), max(held) + 1) if held else range(0)
+
+    @property
     def sizes(self) -> dict[str, int]:
         return {linear.name: linear.numel for linear in self.linears}
 

@@ -214,7 +214,7 @@ def _grid(run: Run, auto: Auto, together: Together, solved: Solved, space: Space
         return space.within(allocate(allocator, own, run.pattern, recipe.sparsity))
 
     return Grid(
-        families_for(auto.families, recipe.sparsity, len(run.stack)),
+        families_for(auto.families, recipe.sparsity, len(profile.span)),
         allocation_of,
         seed=recipe.seed,
         extra=min(16, auto.trials // 8),
