@@ -37,6 +37,7 @@ from tawny.pruning.search_cost import needs_of_search, stand_in
 from tawny.pruning.space import make_space
 from tawny.recipe import resolve_recipe
 from tawny.solvers import SOLVERS
+from tawny.watch import Silent
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike
 from tests.tiny import tiny_model, tokens
@@ -845,6 +846,28 @@ def test_a_budget_counts_what_a_search_holds(dense, tmp_path):
     ):
         with pytest.raises(RecipeError, match=r"cannot hold this run.*at least"):
             call(memory=few, **more)
+
+
+class Hears(Silent):
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(dense, tmp_path, monkeypatch):
+    def broken(_, path, **__):
+        path.write_text("half")
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("tawny.report.plot.plot_allocations", broken)
+    watch = Hears()
+    prune(dense, tmp_path / "out", watch=watch)
+    for kind in ("png", "svg"):
+        assert f"allocation.{kind} could not be made: ValueError: no ink" in watch.said
+    assert [path.name for path in (tmp_path / "out").glob("allocation.*")] == ["allocation.yaml"]
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_the_last_line_says_who_won():

@@ -26,6 +26,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ from tawny.pruning.scores import Scores
 from tawny.pruning.scoring import Scorer
 from tawny.pruning.search_cost import held_back, measuring, searched_windows, stand_in, store_bytes
 from tawny.pruning.space import Space, make_space
+from tawny.pruning.writing import or_say
 from tawny.record import finite
 
 if TYPE_CHECKING:
@@ -331,23 +333,27 @@ def _says(outcome: Outcome) -> str:
 
 def write_search(run: Run) -> None:
     """`allocation.yaml`, which `-a file` reads, and its picture, beside the weights."""
-    found = run.record.search
-    if found is None or run.output is None:
+    found, output = run.record.search, run.output
+    if found is None or output is None:
         return
-    from tawny.report.plot import plot_allocations
+
+    def draw(name: str) -> None:
+        from tawny.report.plot import plot_allocations
+
+        plot_allocations(
+            found["blocks"],
+            output.partial / name,
+            sparsity=run.recipe.sparsity,
+            outliers=found["outliers"],
+            M=_DRAWN_M,
+            title=run.source,
+        )
 
     lines = [
         f"# {found['says']}",
         "# Use it again: tawny prune MODEL -s SPARSITY -a file -o allocator.path=allocation.yaml",
         *(f"{name}: {value!r}" for name, value in run.record.allocation.items()),
     ]
-    run.output.write_text("allocation.yaml", "\n".join(lines) + "\n")
-    for suffix in ("png", "svg"):
-        plot_allocations(
-            found["blocks"],
-            run.output.partial / f"allocation.{suffix}",
-            sparsity=run.recipe.sparsity,
-            outliers=found["outliers"],
-            M=_DRAWN_M,
-            title=run.source,
-        )
+    output.write_text("allocation.yaml", "\n".join(lines) + "\n")
+    for name in ("allocation.png", "allocation.svg"):
+        or_say(run, name, partial(draw, name))

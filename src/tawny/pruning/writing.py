@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["write_pages", "write_rest"]
+__all__ = ["or_say", "write_pages", "write_rest"]
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tawny.precision import DTYPES
@@ -42,12 +43,18 @@ def write_pages(run: Run) -> None:
         base = card.read_text(encoding="utf-8-sig", errors="replace") if card and card.is_file() else ""
         output.write_text(CARD, model_card(record, front_matter(base)))
 
-    for name, make in ((CARD, write_card), (NAME, lambda: write_report(record, output.partial))):
-        try:
-            make()
-        except Exception as error:
-            # The work is done: a page that cannot be made must not look like a failed run.
-            run.watch.say(f"{name} could not be made: {type(error).__name__}: {error}")
+    or_say(run, CARD, write_card)
+    or_say(run, NAME, lambda: write_report(record, output.partial))
+
+
+def or_say(run: Run, name: str, make: Callable[[], object]) -> None:
+    """Make a page or a picture. The work is done: one that cannot be made must not look like a failed run."""
+    assert run.output is not None
+    try:
+        make()
+    except Exception as error:
+        (run.output.partial / name).unlink(missing_ok=True)
+        run.watch.say(f"{name} could not be made: {type(error).__name__}: {error}")
 
 
 def _plan_shards(run: Run) -> list[dict[str, Any]]:
