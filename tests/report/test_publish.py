@@ -91,7 +91,7 @@ def test_the_run_json_of_another_program_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("makes", "fails", "left"),
-    [("card.model_card", "README.md", "report.html"), ("html.write_report", "report.html", "README.md")],
+    [("model_card", "README.md", "report.html"), ("write_report", "report.html", "README.md")],
 )
 def test_what_cannot_be_told_of_a_run_does_not_fail_it(tmp_path, monkeypatch, makes, fails, left):
     said = []
@@ -103,7 +103,7 @@ def test_what_cannot_be_told_of_a_run_does_not_fail_it(tmp_path, monkeypatch, ma
     def broken(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(f"tawny.report.{makes}", broken)
+    monkeypatch.setattr(f"tawny.pruning.writing.{makes}", broken)
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     out = tmp_path / "out"
     tawny.prune(tmp_path / "dense", out, sparsity=0.5, allocator="uniform", solver="magnitude", watch=Hears())
