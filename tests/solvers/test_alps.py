@@ -96,6 +96,23 @@ def test_the_loss_it_reports_is_the_loss(pattern) -> None:
     assert solution.lost == pytest.approx(energy(W - solution.weight, statistics.hessian), rel=1e-3)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("rows", ["equal", "constant", "zeros"])
+def test_fewer_survivors_than_equal_weights_are_no_obstacle(rows: str, kernel: bool, monkeypatch) -> None:
+    if not kernel:
+        monkeypatch.setattr(alps.admm, "changes", lambda *_: None)
+    W, statistics = lifelike(128, 64)
+    W = torch.full_like(W, 0.02) if rows == "constant" else W[:1].repeat(128, 1)
+    if rows == "zeros":
+        W[:, ::2] = 0
+    H = statistics.hessian
+    solution = Alps().solve(W, statistics, Unstructured(), 0.99)
+    assert int((~solution.mask).sum()) == removed_count(W.numel(), 0.99)
+    assert solution.lost == pytest.approx(energy(W - solution.weight, H), rel=1e-3)
+    other = SparseGPT().solve(W, statistics, Unstructured(), 0.99)
+    assert solution.lost < reconstruction_error(W, other.weight, H) * energy(W, H)
+
+
 def test_more_zeros_than_the_budget_leave_the_weight_alone() -> None:
     W, statistics = lifelike(8, 16)
     W[:, ::2] = 0

@@ -247,8 +247,11 @@ class Alps:
             keep_OI = keep_mask(zeros_first(W_OI.abs(), W_OI), pattern, removed)
             return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI, notes)
         kind = _ByThreshold if matrix else _ByMask
-        support = kind(pattern, removed, zero_OI if zeros else None)
+        support: _ByThreshold | _ByMask = kind(pattern, removed, zero_OI if zeros else None)
         T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
+        if support.empty:
+            support = _ByMask(pattern, removed, support.zero_OI)
+            T_OI, notes["iterations"], notes["rho"] = self._admm(W_OI, scaled, support)
         scaled.forget()  # the refit needs memory of its own
         keep_OI = support.mask(T_OI)
         T_OI /= scaled.scale_I
@@ -292,6 +295,8 @@ class Alps:
             if iteration % _CHECK:
                 continue
             change = support.changes(T_OI) / survivors
+            if support.empty:
+                break
             factor = 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1 if change > 0 else 1.0
             if grown or change > 0.005:
                 if change == 0 or (iteration >= _SETTLED_AFTER and change < _SETTLED):
@@ -347,6 +352,11 @@ class _Support:
 
     def __init__(self, pattern: Pattern, removed: int, zero_OI: Tensor | None) -> None:
         self.pattern, self.removed, self.zero_OI = pattern, removed, zero_OI
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing stays, although something should."""
+        return False
 
     def mask(self, T_OI: Tensor) -> Tensor:
         """The largest |T|, exactly as many as the budget leaves; what is zero in W goes first."""
@@ -404,6 +414,11 @@ class _ByThreshold(_Support):
         self._reach = _FARTHEST  # how far, as a share, the next threshold may be from this one
         self._drifts: list[float] = []
         self._seen_OI: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        """More weights are the largest, all the same, than the budget leaves."""
+        return self._seen_OI is not None and not bool(self._seen_OI.any())
 
     def _scores(self, T_RI: Tensor, place: slice) -> np.ndarray[Any, np.dtype[np.float32]]:
         scores_RI = T_RI.abs()
