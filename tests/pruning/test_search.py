@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.allocation.auto import FAMILIES, Auto, seconds_of
 from tawny.allocation.profile import LinearInfo, Profile
-from tawny.errors import MissingFeature, NumericalError, OutputError, RecipeError, TextError
+from tawny.errors import Interrupted, MissingFeature, NumericalError, OutputError, RecipeError, TextError
 from tawny.model.blocks import live_stack, open_stack
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.patterns import Unstructured
@@ -674,10 +676,17 @@ def test_models_that_differ_in_their_weights_alone_share_no_study(tmp_path):
     assert len(optuna.get_all_study_names(url)) == 2
 
 
-def grid(tmp_path, owner, extra=0):
+def grid(tmp_path, owner, extra=0, **more):
     families = families_for(("owl", "dlp", "atp"), 0.6, 4)
-    url = f"sqlite:///{tmp_path}/study.db"
-    return Grid(families, lambda family, allocator: {}, seed=0, extra=extra, storage=url, owner=owner)
+    url = f"sqlite:///{tmp_path}/study.db?timeout=0.05"
+    return Grid(families, lambda family, allocator: {}, seed=0, extra=extra, storage=url, owner=owner, **more)
+
+
+def locked(tmp_path):
+    """The database of a study, taken by another program."""
+    taken = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    taken.execute("BEGIN EXCLUSIVE")
+    return taken
 
 
 def everything(asked):
@@ -704,6 +713,87 @@ def test_a_search_that_fails_gives_back_what_it_took(dense, tmp_path, monkeypatc
     [name] = optuna.get_all_study_names(url)
     states = {t.state.name for t in optuna.load_study(study_name=name, storage=url).trials}
     assert states == {"FAIL", "WAITING"}
+
+
+@pytest.mark.parametrize("first", ["ask", "tell", "of_others"])
+def test_a_search_whose_study_fails_goes_on_with_what_it_knows(tmp_path, first):
+    pytest.importorskip("optuna")
+    said = []
+    mine = grid(tmp_path, "one", extra=3, say=said.append)
+    asked = mine.ask(4)
+    mine.tell(asked[0], 2.0)
+    with closing(locked(tmp_path)):
+        if first == "of_others":
+            assert mine.of_others() == []
+        if first == "ask":
+            asked += mine.ask(1)
+        for number, proposal in enumerate(asked[1:]):
+            mine.tell(proposal, 1.0 + number)
+        asked += [p for batch in iter(lambda: mine.ask(100), []) for p in batch]
+    assert len(said) == 1 and "locked" in said[0] and "locked" in mine.failed
+    grid_size = sum(len(made.grid) for made in mine.families.values())
+    assert len(asked) == grid_size + 3 and len({p.name for p in asked[:grid_size]}) == grid_size
+    assert 2.0 in [trial.value for trial in mine.study.trials]
+
+
+def test_a_study_that_fails_is_said_and_recorded_and_the_model_is_pruned(dense, tmp_path):
+    pytest.importorskip("optuna")
+    taken = []
+
+    class Locks(Hears):
+        def step(self, text):
+            if not taken and text.startswith("best"):
+                taken.append(locked(tmp_path))
+
+    watch = Locks()
+    study = f"sqlite:///{tmp_path}/study.db?timeout=0.05"
+    record = prune(dense, tmp_path / "out", watch=watch, **{"allocator.study": study})
+    taken[0].close()
+    assert record.search["shared"] and "locked" in record.search["study_failed"]
+    assert sum("goes on without it" in text for text in watch.said) == 1
+    assert len(record.search["trials"]) == FEW["allocator.trials"]
+
+
+def test_a_study_that_fails_does_not_hide_what_stopped_the_search(dense, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    taken = []
+
+    def stopped(*_):
+        taken.append(locked(tmp_path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scorer, "__call__", stopped)
+    study = f"sqlite:///{tmp_path}/study.db?timeout=0.05"
+    with pytest.raises(Interrupted):
+        prune(dense, tmp_path / "out", **{"allocator.study": study})
+    taken[0].close()
+
+
+def test_machines_that_begin_a_study_at_once_enqueue_its_grid_once(tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    grid(tmp_path, "one")
+    real, created = Grid._trials, optuna.create_study
+    looked, refused = [], []
+
+    def stale(self, states):  # as it was before the other machine enqueued anything
+        looked.append("WAITING" in states)
+        return [] if looked.count(True) == 1 else real(self, states)
+
+    def busy(**options):
+        refused.append(1)
+        if len(refused) == 1:
+            raise RuntimeError("table studies already exists")
+        return created(**options)
+
+    monkeypatch.setattr(Grid, "_trials", stale)
+    monkeypatch.setattr(optuna, "create_study", busy)
+    second = grid(tmp_path, "two")
+    waiting = [t for t in second.study.trials if t.state.name == "WAITING"]
+    assert [t.number for t in waiting] == list(range(len(waiting))) and len(second.study.trials) > len(
+        waiting
+    )
+    assert len(waiting) == sum(len(made.grid) for made in second.families.values())
+    assert len(refused) == 2 and second.shared
 
 
 def test_few_trials_see_every_family(tmp_path):

@@ -3,7 +3,8 @@
 The grid is fixed, starts with what each allocator does when nothing is chosen, and holds the values of the papers; after
 it Optuna's TPE (seeded, so the same every time) proposes strengths between and beyond. A study may live in a storage that
 several machines share: each takes the next proposal that nobody has taken and tells its score to all, so a grid is done as
-many times faster as there are machines, and every machine goes on from the best of the whole study.
+many times faster as there are machines, and every machine goes on from the best of the whole study. A study only decides what
+is tried: a machine whose storage fails goes on alone.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ __all__ = ["BLENDS", "OWL_MS", "Grid", "families_for"]
 
 import itertools
 import os
+import random
 import re
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp, largest_beta
@@ -29,8 +33,10 @@ from tawny.allocation.scores import half_band
 from tawny.errors import MissingFeature, RecipeError, TawnyError
 from tawny.pruning.evolution import Proposal
 
+T = TypeVar("T")
 Values = dict[str, Any]
 _COUNTING = ("WAITING", "RUNNING", "COMPLETE")
+_TRIES = 5  # two machines that make the same tables are in each other's way
 OWL_MS = (3.0, 5.0, 7.0, 10.0)
 # The default first; half of the slope of depth was better than all of it on text unlike the calibration's.
 BLENDS = (Blend.of, "atp,owl", "atp,uniform", "alpha,owl")
@@ -123,9 +129,12 @@ def check_study(storage: str | None, *, opened: bool = True) -> None:
     if not opened:
         return
     try:
-        optuna.study.get_all_study_names(storage=url)
+        _patiently(lambda: optuna.study.get_all_study_names(storage=url))
     except Exception as error:  # each database's driver has exceptions of its own
-        raise _unopened(storage, error) from error
+        raise RecipeError(
+            f"allocator.study {storage!r} cannot be opened ({_reason(error)}); expected a storage of Optuna such as "
+            "sqlite:///search.db"
+        ) from error
 
 
 def _optuna() -> Any:
@@ -138,12 +147,19 @@ def _optuna() -> Any:
     return optuna
 
 
-def _unopened(storage: str | None, error: Exception) -> RecipeError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return RecipeError(
-        f"allocator.study {storage!r} cannot be opened ({reason[:160]}); expected a storage of Optuna such as "
-        "sqlite:///search.db"
-    )
+def _patiently(act: Callable[[], T]) -> T:
+    """What it gives, tried a few times."""
+    for _ in range(_TRIES - 1):
+        try:
+            return act()
+        except Exception:
+            time.sleep(random.SystemRandom().uniform(0.02, 0.2))  # the seed of no search is touched
+    return act()
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error  # Optuna's own words are about any failure of a database
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:160]
 
 
 class Grid:
@@ -157,10 +173,14 @@ class Grid:
         storage: URL of a shared study, environment variables in it filled in; None keeps it in memory.
         name: of the study: everything that a score depends on, so that only like joins like.
         owner: who asks: what it asked for before and never told, in a run that was stopped, is free again.
+        say: told once when the storage fails.
+
+    Attributes:
+        failed: why the storage was given up, or "".
 
     Raises:
         MissingFeature: Optuna is not installed.
-        RecipeError: the storage cannot be opened, or names an environment variable that is not set.
+        RecipeError: the storage names an environment variable that is not set.
     """
 
     def __init__(
@@ -173,10 +193,12 @@ class Grid:
         storage: str | None = None,
         name: str = "tawny",
         owner: str = "",
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        optuna = _optuna()
+        self._optuna = optuna = _optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.families, self.allocate, self.owner = families, allocate, owner
+        self.families, self.allocate, self.owner, self.say = families, allocate, owner, say
+        self.failed = ""
         rows = [
             [
                 {"allocator": family, **{f"{family}.{key}": value for key, value in values.items()}}
@@ -185,41 +207,94 @@ class Grid:
             for family, made in families.items()
         ]
         # In turn, so that few trials see a bit of everything.
-        fixed = [values for turn in itertools.zip_longest(*rows) for values in turn if values is not None]
-        self.left = len(fixed) + extra if families else 0
+        self._fixed = [
+            values for turn in itertools.zip_longest(*rows) for values in turn if values is not None
+        ]
+        self.left = len(self._fixed) + extra if families else 0
         self.shared = storage is not None
-        self._failed = optuna.trial.TrialState.FAIL
-        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=len(fixed))
+        self._asked: list[Any] = []
+        self._told: list[tuple[Any, float]] = []
+        self._sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=len(self._fixed))
         url = None if storage is None else _filled(storage)
-        try:
-            self.study = optuna.create_study(
-                storage=url, study_name=name, sampler=sampler, load_if_exists=True
-            )
-            self.free()
-            held = [t.system_attrs.get("fixed_params", t.params) for t in self._trials(_COUNTING)]
-            for values in fixed:
-                if values not in held:
-                    self.study.enqueue_trial(values)
-        except Exception as error:  # each database's driver has exceptions of its own
-            raise _unopened(storage, error) from error
+        self._surely(lambda: _patiently(lambda: self._open(url, name)), lambda: None)
 
     def ask(self, count: int) -> list[Proposal]:
         proposals: list[Proposal] = []
         while self.left > 0 and len(proposals) < count:
             self.left -= 1
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a grid whose values another version had
-                trial = self.study.ask()
-                if self.shared:
-                    trial.set_user_attr("owner", self.owner)
-                family = trial.suggest_categorical("allocator", list(self.families))
-                values = self._suggest(family, trial)
+            family, values, trial = self._surely(self._next)
+            self._asked.append(trial)
             proposals.append(self._proposal(family, values, trial))
         return proposals
 
     def tell(self, proposal: Proposal, score: float) -> None:
         if proposal.token is not None:
-            self.study.tell(proposal.token, score, skip_if_finished=True)
+            self._surely(lambda: self._tell(proposal.token, score))
+            self._told.append((proposal.token, score))
+
+    def _open(self, url: str | None, name: str) -> None:
+        self.study = self._optuna.create_study(
+            storage=url, study_name=name, sampler=self._sampler, load_if_exists=True
+        )
+        self.free()
+        held = [_values(trial) for trial in self._trials(_COUNTING)]
+        for values in self._fixed:
+            if values not in held:
+                self.study.enqueue_trial(values)
+        if self.shared:
+            self._thin()
+
+    def _thin(self) -> None:
+        """Of what two machines have enqueued at once, leave what was first."""
+        kept: list[Values] = []
+        for trial in sorted(self._trials(_COUNTING), key=lambda t: (t.state.name == "WAITING", t.number)):
+            if _values(trial) not in kept:
+                kept.append(_values(trial))
+            elif trial.state.name == "WAITING":
+                with suppress(
+                    self._optuna.exceptions.UpdateFinishedTrialError
+                ):  # the other machine was faster
+                    self.study._storage.set_trial_state_values(
+                        trial._trial_id, self._optuna.trial.TrialState.FAIL
+                    )
+
+    def _surely(self, act: Callable[[], T], alone: Callable[[], T] | None = None) -> T:
+        """What it gives; where the shared storage fails, what it gives without that."""
+        try:
+            return act()
+        except Exception as error:  # each database's driver has exceptions of its own
+            if not self.shared:
+                raise
+            self._part(error)
+        return (alone or act)()
+
+    def _part(self, error: Exception) -> None:
+        """Go on in memory, with what this machine has asked for and told."""
+        self.shared, self.failed = False, _reason(error)
+        self.say(f"allocator.study cannot be used any more ({self.failed}): the search goes on without it")
+        self.study = self._optuna.create_study(sampler=self._sampler)
+        for trial, score in self._told:
+            self._tell(trial, score)
+        tried = [trial.params for trial in self._asked]
+        for values in self._fixed:
+            if values not in tried:
+                self.study.enqueue_trial(values)
+
+    def _next(self) -> tuple[str, Values, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a grid whose values another version had
+            trial = self.study.ask()
+            if self.shared:
+                trial.set_user_attr("owner", self.owner)
+            family = trial.suggest_categorical("allocator", list(self.families))
+            return family, self._suggest(family, trial), trial
+
+    def _tell(self, trial: Any, score: float) -> None:
+        if trial.study is self.study:
+            self.study.tell(trial, score, skip_if_finished=True)
+        else:  # it was asked for where it can no longer be told
+            made = self._optuna.trial.create_trial
+            self.study.add_trial(made(params=trial.params, distributions=trial.distributions, value=score))
 
     def _trials(self, states: Sequence[str]) -> list[Any]:
         return [t for t in self.study.get_trials(deepcopy=False) if t.state.name in states]
@@ -228,14 +303,14 @@ class Grid:
         """Give up what this owner has asked for and not told, in a run that was stopped."""
         for trial in self._trials(["RUNNING"]):
             if trial.user_attrs.get("owner") == self.owner:
-                self.study.tell(trial.number, state=self._failed)
+                self.study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
 
     def of_others(self) -> list[Proposal]:
         """The best of each family that any machine has told of; empty for a study of one's own."""
         if not self.shared:
             return []
         best: dict[str, tuple[float, Values]] = {}
-        for trial in self._trials(["COMPLETE"]):
+        for trial in self._surely(lambda: self._trials(["COMPLETE"]), list):
             family = trial.params.get("allocator")
             if family in self.families:
                 values = {
@@ -264,6 +339,11 @@ class Grid:
         except TawnyError as error:
             raise type(error)(f"while trying {family} {named}: {error}") from error
         return Proposal(f"{family} {named}", allocation, token)
+
+
+def _values(trial: Any) -> Values:
+    found: Values = trial.system_attrs.get("fixed_params", trial.params)
+    return found
 
 
 def _filled(storage: str) -> str:

@@ -136,7 +136,8 @@ def _search(run: Run) -> dict[str, Any]:
                 finalists=auto.finalists,
             )
         except BaseException:
-            grid.free()
+            with suppress(Exception):  # the study may be what has failed
+                grid.free()
             raise
     winner = outcome.winner
     allocation = space.allocation(winner.levels)
@@ -153,6 +154,7 @@ def _search(run: Run) -> dict[str, Any]:
             "says": _says(outcome),
             "cut_short": outcome.cut_short,
             "shared": auto.study is not None,
+            "study_failed": grid.failed,
             "levels": {"from": space.sparsity(0, space.low), "to": space.sparsity(0, space.high)}
             | {"count": len(space.levels), "bytes": store.bytes},
             "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen}
@@ -222,6 +224,7 @@ def _grid(run: Run, auto: Auto, together: Together, solved: Solved, space: Space
         extra=min(16, auto.trials // 8),
         storage=auto.study,
         name=name,
+        say=run.watch.say,
         owner=f"{socket.gethostname()}:{run.output.work.resolve()}" if run.output else uuid.uuid4().hex,
     )
 
