@@ -960,6 +960,25 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(dense, tmp_path, m
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.parametrize("changes", [{"sparsity": 0.995}, {"pattern": "1:4", "sparsity": None}])
+def test_a_sparsity_that_leaves_nothing_to_search_is_said(dense, tmp_path, changes):
+    watch = Hears()
+    record = prune(dense, tmp_path / "out", watch=watch, **changes)
+    share = "75.0%" if "pattern" in changes else "99.5%"
+    assert record.search["says"] == (
+        f"auto: uniform, since a sparsity of {share} leaves no room for other allocations"
+    )
+    assert record.search["levels"]["count"] == 1 and any("at 1 level from" in text for text in watch.said)
+
+
+def test_a_step_that_leaves_nothing_to_search_is_refused_before_the_work(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "solve_levels", _too_late)
+    for model, out in ((dense, tmp_path / "out"), (tiny_model("llama"), None)):
+        with pytest.raises(RecipeError, match=r"allocator\.step is 0\.4.*expected at most 0\.389$"):
+            prune(model, out, **{"allocator.step": 0.4})
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_the_last_line_says_who_won():
     from tawny.tables import record_tables
 

@@ -151,7 +151,7 @@ def _search(run: Run) -> dict[str, Any]:
         "search": {
             "winner": _named(winner),
             "margin": outcome.margin,
-            "says": _says(outcome),
+            "says": _says(outcome, space),
             "cut_short": outcome.cut_short,
             "shared": auto.study is not None,
             "study_failed": grid.failed,
@@ -180,7 +180,7 @@ def _level_store(run: Run, space: Space) -> Iterator[LevelStore]:
     dtype = _dtype(run)
     size = store_bytes(space, dtype) / 1e9
     run.watch.say(
-        f"the search solves each linear at {len(space.levels)} levels from {_level(space, space.low)} to "
+        f"the search solves each linear at {len(space.levels)} level{'s' * (len(space.levels) > 1)} from {_level(space, space.low)} to "
         f"{_level(space, space.high)}: {size:.2g} GB in {folder} until it is over"
     )
     try:
@@ -319,12 +319,14 @@ def _row(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _says(outcome: Outcome) -> str:
+def _says(outcome: Outcome, space: Space) -> str:
     """The winner and its margin over uniform, in one line."""
     winner, uniform = outcome.winner, outcome.uniform
     tail = f"; {outcome.cut_short}" if outcome.cut_short else ""
     finalists = sum(trial.proof is not None for trial in outcome.trials)
     proven = f", {finalists} of them pruned in earnest" if finalists else ""
+    if len(space.levels) == 1:
+        return f"auto: uniform, since a sparsity of {space.target:.1%} leaves no room for other allocations{tail}"
     if winner is uniform:
         return f"auto: uniform wins, none of {len(outcome.trials)} allocations came nearer to the dense model{proven}{tail}"
     return (
