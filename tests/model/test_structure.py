@@ -9,6 +9,7 @@ from torch import nn
 import tawny
 from tawny.errors import ModelError
 from tawny.model.blocks import live_stack
+from tawny.model.linears import linears_of
 from tests.tiny import tiny_model, tokens
 
 MIXED = {
@@ -97,18 +98,63 @@ def test_blocks_between_which_something_happens_are_refused():
         tawny.prune(model, sparsity=0.5, calibration=tokens(2, 16))
 
 
-def test_blocks_that_leave_something_for_later_ones_are_refused():
-    options = {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "vocab_size_per_layer_input": 256,
-        "hidden_size_per_layer_input": 8,
-        "sliding_window": 8,
-        "global_head_dim": 16,
-    }
+def gemma4(shared):
+    return tiny_model(
+        "gemma4_text",
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=shared,
+        vocab_size_per_layer_input=256,
+        hidden_size_per_layer_input=8,
+        sliding_window=8,
+        global_head_dim=16,
+    )
+
+
+def test_blocks_that_need_what_earlier_ones_left_are_refused():
     with pytest.raises(ModelError, match="hand each other more than hidden states"):
-        tawny.prune(tiny_model("gemma4_text", **options), sparsity=0.5, calibration=tokens(2, 16))
+        tawny.prune(gemma4(2), sparsity=0.5, calibration=tokens(2, 16))
+
+
+def test_what_a_block_leaves_and_nobody_reads_is_no_harm():
+    model, ids = gemma4(0), tokens(3, 16)
+    stack = live_stack(model)
+    with torch.no_grad():
+        hidden = stack.enter(ids)
+        for index in range(len(stack)):
+            hidden = stack.forward(index, hidden, stack.calls(ids)[index])
+        torch.testing.assert_close(stack.logits(ids, hidden), model(input_ids=ids, use_cache=False).logits)
+    assert tawny.prune(model, sparsity=0.5, calibration=ids).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_model_that_does_not_say_which_its_head_is_is_pruned():
+    class Wrapped(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner, self.config = model, model.config
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def forward(self, **given):
+            return self.inner(**given)
+
+    ids = tokens(2, 16)
+    record = tawny.prune(Wrapped(tiny_model("llama")), sparsity=0.5, calibration=ids)
+    assert record.zeros == tawny.prune(tiny_model("llama"), sparsity=0.5, calibration=ids).zeros
+
+
+def test_a_linear_beside_a_matrix_is_no_step_size():
+    class Mixer(nn.Module):
+        def __init__(self, convolved):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 8)
+            self.A_log = nn.Parameter(torch.zeros(8, 4))
+            if convolved:
+                self.conv = nn.Conv1d(8, 8, 3, groups=8)
+
+    found = [[x.name for x in linears_of(Mixer(convolved), "m")] for convolved in (False, True)]
+    assert found == [["m.up", "m.down"], ["m.down"]]
 
 
 def test_a_list_that_is_a_small_part_of_the_model_is_no_stack():
@@ -130,5 +176,9 @@ def test_a_weight_that_is_computed_is_refused(how):
         prune.l1_unstructured(linear, "weight", 0.3)
     else:
         nn.utils.parametrizations.weight_norm(linear)
+    ids = tokens(2, 16)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight is computed anew"):
-        tawny.prune(model, sparsity=0.5, calibration=tokens(2, 16))
+        tawny.prune(model, sparsity=0.5, calibration=ids)
+    # To be read, or left alone, it may be made by anything.
+    assert tawny.profile(model, sparsity=0.5, allocators=["owl"], calibration=ids)
+    assert tawny.prune(model, sparsity=0.5, calibration=ids, exclude=["layers.1.mlp.up_proj"]).zeros

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
+import time
 from contextlib import closing
 
 import pytest
@@ -158,7 +159,9 @@ def test_a_search_that_was_stopped_goes_on_and_gives_the_same(
     monkeypatch.setattr(
         Scorer, "_measure", lambda self, some, rows: scored.append(1) or measure(self, some, rows)
     )
+    began = time.perf_counter()
     whole = prune(dense, tmp_path / "whole", **options)
+    assert whole.seconds["search"] <= whole.seconds["total"] <= time.perf_counter() - began
     needed = len(scored)
     with pytest.raises(Interrupted, match=r"blocks? solved at each level are kept"):
         prune(dense, tmp_path / "out", watch=Counts((phase, steps)), **options)

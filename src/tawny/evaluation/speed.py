@@ -28,11 +28,10 @@ from tawny.evaluation.decode import Decoder, kernels
 from tawny.machine import peak_memory, resident_memory
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
+from tawny.model.streams import holds_integers
 from tawny.model.structure import evaluating
 from tawny.packed.kernels.native import kernel_name
 from tawny.watch import Watch, silent
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def _tokens(prompt: str | Tensor, tokenizer: Any, chat: bool | None) -> tuple[Te
             raise TextError(
                 f"the prompt is a tensor of shape {list(prompt.shape)}; give one prompt, [tokens] or [1, tokens]"
             )
-        if prompt.dtype not in _INTEGERS:
+        if not holds_integers(prompt):
             raise TextError(f"the prompt is a tensor of {prompt.dtype}; give token ids, torch.long")
         ids, chat = prompt.reshape(-1).long(), False
     else:

@@ -24,7 +24,7 @@ from tawny.errors import CheckpointError, ModelError
 from tawny.machine import check_device
 from tawny.model.checkpoint import Checkpoint, Unit, open_checkpoint
 from tawny.model.linears import Linear, linears_of
-from tawny.model.structure import check_unshared, find_stack
+from tawny.model.structure import check_unshared, find_stack, head_of
 from tawny.precision import native_dtype
 
 
@@ -50,16 +50,12 @@ class Call:
     kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self._empty = [v for v in self.values() if isinstance(v, (MutableMapping, MutableSequence)) and not v]
+        # Into these a block may put something for later ones.
+        self.empty = [v for v in self.values() if isinstance(v, (MutableMapping, MutableSequence)) and not v]
 
     def values(self) -> Iterator[Any]:
         yield from self.args
         yield from self.kwargs.values()
-
-    @property
-    def was_added_to(self) -> bool:
-        """Whether a block has put something, for later ones to find, into what it was called with."""
-        return any(len(value) for value in self._empty)
 
 
 class Stack:
@@ -271,7 +267,7 @@ class Stack:
                 continue
             if len(calls) == len(self) and all(_same(hidden, seen[0]) for hidden in seen):
                 if not self._checked:
-                    self._check_body(tokens_BT[:1, :8], seen[0], calls)
+                    self._check_body(tokens_BT[:1, :8], tokens_BT.shape, seen[0], calls)
                 return seen[0], calls
         raise ModelError(
             f"{type(self.model).__name__} does not pass hidden states straight from block to block; "
@@ -299,7 +295,7 @@ class Stack:
         def stop(*_: Any) -> None:
             raise _Stop
 
-        head = self.model.get_output_embeddings()
+        head = head_of(self.model)
         hook = None if head is None else head.register_forward_pre_hook(stop)
         try:
             with self._stand_ins(make), contextlib.suppress(_Stop):
@@ -308,7 +304,9 @@ class Stack:
             if hook is not None:
                 hook.remove()
 
-    def _check_body(self, tokens_BT: Tensor, hidden: Tensor, calls: Sequence[Call]) -> None:
+    def _check_body(
+        self, tokens_BT: Tensor, shape: torch.Size, hidden: Tensor, calls: Sequence[Call]
+    ) -> None:
         """Refuse a model whose blocks do not make it up, once: they run again, or hand each other more.
 
         Raises:
@@ -316,15 +314,19 @@ class Stack:
         """
         name = type(self.model).__name__
         found: list[Call] = []
-        self._pass_through(tokens_BT, None, found, [], 2 * len(self))
+        try:
+            self._pass_through(tokens_BT, None, found, [], 2 * len(self))
+        except _ITEMS_MISFIT as error:
+            raise self._hand_more() from error
         if len(found) > len(self):
             raise ModelError(
                 f"the blocks {self.path} of {name} run more than once a forward; expected a decoder whose blocks run one "
                 "after another"
             )
-        if hidden.dim() != 3:
+        if hidden.shape[:2] != shape:
             raise ModelError(
-                f"blocks of {name} pass on hidden states of shape {list(hidden.shape)}; expected [batch, tokens, hidden]"
+                f"blocks of {name} pass on hidden states of shape {list(hidden.shape)} for tokens of shape {list(shape)}; "
+                "expected [batch, tokens, hidden]"
             )
         if any(isinstance(value, _Other) for call in calls for value in call.values()):
             raise self._hand_more()
@@ -369,16 +371,21 @@ class Stack:
         """Output of block `index`, which must be loaded.
 
         Raises:
-            ModelError: the block leaves something for later blocks beside its output.
+            ModelError: the block asks for something that an earlier one leaves beside its output.
         """
         return self.differentiable(index, hidden_BTH, call)
 
     def differentiable(self, index: int, hidden_BTH: Tensor, call: Call) -> Tensor:
         """`forward`, with a graph behind it where gradients are enabled."""
-        with self._plain_experts() if self._fused else contextlib.nullcontext():
-            made = self.blocks[index](hidden_BTH, *call.args, **call.kwargs)
-        if call.was_added_to:
-            raise self._hand_more()
+        try:
+            with self._plain_experts() if self._fused else contextlib.nullcontext():
+                made = self.blocks[index](hidden_BTH, *call.args, **call.kwargs)
+        except LookupError as error:
+            if call.empty:  # it looks for what an earlier one has left
+                raise self._hand_more() from error
+            raise
+        for value in call.empty:
+            value.clear()
         self._items = 0 if isinstance(made, Tensor) else len(made)
         output: Tensor = made[0] if self._items else made
         return output
@@ -452,14 +459,6 @@ def live_stack(model: Any) -> Stack:
             f"parameter {meta!r} of the live model is on the meta device; load its weights first"
         )
     check_unshared(model)
-    path, blocks = find_stack(model)
-    for index, block in enumerate(blocks):
-        for linear in linears_of(block, f"{path}.{index}"):
-            if linear.parameter not in linear.module._parameters:
-                raise ModelError(
-                    f"{linear.name}.{linear.parameter} is computed anew for each forward, so that nothing can be written "
-                    "into it; make it a plain parameter first (torch.nn.utils.prune.remove, remove_parametrizations)"
-                )
     parameter = next(model.parameters())
     return Stack(model, None, parameter.dtype, str(parameter.device))
 

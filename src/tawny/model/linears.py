@@ -74,9 +74,11 @@ def _is_gate(module: nn.Module, parents: Sequence[nn.Module]) -> bool:
 
 
 def _is_step_size(module: nn.Module, parents: Sequence[nn.Module]) -> bool:
-    """A linear that makes the step sizes of a state-space layer, which multiplies by its weight itself: its outputs are
-    the rows of a matrix that its owner holds."""
-    if not isinstance(module, nn.Linear) or not parents:
+    """A linear that makes the step sizes of a state-space layer, which multiplies by its weight itself: of few numbers one
+    for each row of a matrix that its owner holds, beside a convolution."""
+    if not isinstance(module, nn.Linear) or not parents or module.in_features >= module.out_features:
+        return False
+    if not any(isinstance(sub, nn.modules.conv._ConvNd) for sub in parents[-1].children()):
         return False
     held = [p for p in parents[-1].parameters(recurse=False) if p.dim() == 2]
     return any(int(p.shape[0]) == module.out_features for p in held)
@@ -174,6 +176,9 @@ def is_plain(module: nn.Module) -> bool:
         name: None if value is None else nn.Parameter(random(*value.shape), requires_grad=False)
         for name, value in module._parameters.items()
     }
+    probe._buffers = {
+        name: None if value is None else value.clone() for name, value in module._buffers.items()
+    }
     made: Any = probe._parameters["weight"]
     W_OI: torch.Tensor = made.T if isinstance(module, Conv1D) else made
     x = random(1, 3, W_OI.shape[1])
@@ -212,6 +217,20 @@ def select(linears: Sequence[Linear], include: Sequence[str], exclude: Sequence[
         for linear in linears
         if (not include or matches(linear.name, include)) and not matches(linear.name, exclude)
     ]
+
+
+def check_writable(linears: Sequence[Linear]) -> None:
+    """Refuse linears of a live model whose weight a hook or a parametrisation makes.
+
+    Raises:
+        ModelError: names the first.
+    """
+    for linear in linears:
+        if linear.parameter not in linear.module._parameters:
+            raise ModelError(
+                f"{linear.name}.{linear.parameter} is computed anew for each forward, so that nothing can be written into "
+                "it; make it a plain parameter first (torch.nn.utils.prune.remove, remove_parametrizations), or exclude it"
+            )
 
 
 def check_selection(

@@ -31,6 +31,11 @@ def repeated_tokens(length: int, share: float, *, begun: bool = False) -> int:
     return min(int(length * share), (length - begun) // 2)
 
 
+def holds_integers(tokens: Tensor) -> bool:
+    kind = tokens.dtype
+    return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Calibration or evaluation tokens.
@@ -50,11 +55,9 @@ class Samples:
                     f"{name} is a {type(value).__name__}; expected a torch tensor [samples, tokens], or the name or path of a text"
                 )
         shape = list(self.tokens.shape)
-        kind = self.tokens.dtype
-        integers = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
-        if self.tokens.dim() != 2 or 0 in shape or not integers:
+        if self.tokens.dim() != 2 or 0 in shape or not holds_integers(self.tokens):
             raise TextError(
-                f"calibration has shape {shape} {kind}; expected integer tokens [samples, tokens]"
+                f"calibration has shape {shape} {self.tokens.dtype}; expected integer tokens [samples, tokens]"
             )
         if self.mask is not None and self.mask.shape != self.tokens.shape:
             raise TextError(

@@ -5,7 +5,7 @@ The stack is the `nn.ModuleList` of same-class modules that holds most linear we
 
 from __future__ import annotations
 
-__all__ = ["check_unshared", "evaluating", "find_stack"]
+__all__ = ["check_unshared", "evaluating", "find_stack", "head_of"]
 
 import contextlib
 from collections.abc import Iterator
@@ -34,7 +34,8 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "of one class"
         )
     size, path, blocks = best
-    everywhere = prunable_numel(model) - sum(map(prunable_numel, _ends(model)))
+    base, head = getattr(model, "base_model", model), head_of(model)
+    everywhere = prunable_numel(base) - (prunable_numel(head) if base is model and head is not None else 0)
     if size < everywhere / 2:
         raise ModelError(
             f"{path}, the largest list of blocks of {type(model).__name__}, holds {size:,} of its {everywhere:,} linear "
@@ -43,11 +44,11 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, blocks
 
 
-def _ends(model: nn.Module) -> list[nn.Module]:
+def head_of(model: nn.Module) -> nn.Module | None:
     """The head, where the model says which it is."""
     ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if ask is not None else None
-    return [] if head is None else [head]
+    head: nn.Module | None = ask() if ask is not None else None
+    return head
 
 
 def check_unshared(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ from tawny.errors import (
 )
 from tawny.machine import machine, peak_memory, versions
 from tawny.model.blocks import Stack, live_stack, open_stack
-from tawny.model.linears import Linear, check_selection, select
+from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.streams import Samples, Stream
@@ -354,6 +354,7 @@ class Run:
             chosen, [linear for linears in every for linear in linears], recipe.include, recipe.exclude
         )
         if check:
+            check_writable(chosen)
             check_pattern(self.pattern, {linear.name: linear.shape for linear in chosen})
         self.record.prunable = sum(linear.numel for linear in chosen)
         self.record.parameters = sum(p.numel() for p in self.stack.model.parameters())

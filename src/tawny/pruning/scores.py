@@ -52,7 +52,7 @@ class Scores:
 
     Attributes:
         began: seconds of the run when the search began.
-        reached: seconds of the run when the last line of an earlier search was written.
+        reached: seconds of the run when the last line of an earlier search was written; 0 without one.
         tokens: that went through the model so far.
     """
 
@@ -61,7 +61,7 @@ class Scores:
         self.tokens = 0
         self._windows: dict[tuple[str, int], Sums] = {}
         self._proofs: dict[str, float] = {}
-        self.began = self.reached = clock()
+        self.began, self.reached = clock(), 0.0
         if path is not None and not self._read(path):
             self._append({"began": self.began})
 

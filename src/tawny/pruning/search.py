@@ -203,9 +203,8 @@ def _scores(run: Run, store: LevelStore) -> Scores:
     kept = run.journal.folder is not None
     scores = Scores(store.folder / "scores.jsonl" if kept else None, lambda: run.elapsed)
     committed = run.journal.state.get("seconds", {}).get("total", 0.0)
-    reached = max(scores.reached, committed)
-    run.started -= reached - committed
-    run.clock.seconds["search"] = reached - scores.began
+    run.started -= max(0.0, scores.reached - committed)
+    run.clock.seconds["search"] = max(0.0, max(scores.reached, committed) - scores.began)
     return scores
 
 
