@@ -47,8 +47,8 @@ from tawny.pruning.scores import Scores
 from tawny.pruning.scoring import Scorer
 from tawny.pruning.search_cost import held_back, measuring, searched_windows, stand_in, store_bytes
 from tawny.pruning.space import Space, make_space
-from tawny.pruning.writing import or_say
 from tawny.record import finite
+from tawny.report.pages import or_say
 
 if TYPE_CHECKING:
     from tawny.pruning.run import Run
@@ -360,4 +360,4 @@ def write_search(run: Run) -> None:
     ]
     output.write_text("allocation.yaml", "\n".join(lines) + "\n")
     for name in ("allocation.png", "allocation.svg"):
-        or_say(run, name, partial(draw, name))
+        or_say(output.partial / name, partial(draw, name), run.watch)

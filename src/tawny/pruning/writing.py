@@ -5,13 +5,13 @@ from __future__ import annotations
 __all__ = ["or_say", "write_pages", "write_rest"]
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tawny.precision import DTYPES
 from tawny.recipe import dump_recipe
 from tawny.report.card import CARD, front_matter, model_card
 from tawny.report.html import NAME, write_report
+from tawny.report.pages import or_say
 
 if TYPE_CHECKING:
     from tawny.pruning.run import Run
@@ -43,18 +43,8 @@ def write_pages(run: Run) -> None:
         base = card.read_text(encoding="utf-8-sig", errors="replace") if card and card.is_file() else ""
         output.write_text(CARD, model_card(record, front_matter(base)))
 
-    or_say(run, CARD, write_card)
-    or_say(run, NAME, lambda: write_report(record, output.partial))
-
-
-def or_say(run: Run, name: str, make: Callable[[], object]) -> None:
-    """Make a page or a picture. The work is done: one that cannot be made must not look like a failed run."""
-    assert run.output is not None
-    try:
-        make()
-    except Exception as error:
-        (run.output.partial / name).unlink(missing_ok=True)
-        run.watch.say(f"{name} could not be made: {type(error).__name__}: {error}")
+    or_say(output.partial / CARD, write_card, run.watch)
+    or_say(output.partial / NAME, lambda: write_report(record, output.partial), run.watch)
 
 
 def _plan_shards(run: Run) -> list[dict[str, Any]]:

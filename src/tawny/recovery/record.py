@@ -73,10 +73,9 @@ class RecoveryRecord:
 
 
 def draw(record: RecoveryRecord, folder: Path, watch: Watch) -> None:
-    """The page, when everything is known. The work is done: one that cannot be drawn is no failed run."""
+    """The page, when everything is known."""
+    from tawny.report.html import NAME
+    from tawny.report.pages import or_say
     from tawny.report.recovery import write_recovery
 
-    try:
-        write_recovery(record.to_dict(), folder)
-    except Exception as error:
-        watch.say(f"report.html could not be made: {type(error).__name__}: {error}")
+    or_say(folder / NAME, lambda: write_recovery(record.to_dict(), folder), watch)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["render", "write_beside"]
+__all__ = ["or_say", "render", "write_beside"]
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tawny.watch import Watch
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -23,6 +26,15 @@ def render(template: str, **view: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(view)
+
+
+def or_say(path: Path, make: Callable[[], object], watch: Watch) -> None:
+    """Make a page or a picture. The work is done: one that cannot be made must not look like a failed run."""
+    try:
+        make()
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        watch.say(f"{path.name} could not be made: {type(error).__name__}: {error}")
 
 
 def write_beside(path: Path, text: str) -> Path:
