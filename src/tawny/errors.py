@@ -31,6 +31,7 @@ __all__ = [
     "TawnyError",
     "TextError",
     "UserError",
+    "first_line",
     "nearest",
     "one_line",
     "short",
@@ -103,6 +104,11 @@ def short(text: str) -> str:
     """At most 60 characters of a text, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says first of what is wrong, or the kind of error where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: Exception) -> str:

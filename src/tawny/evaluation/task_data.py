@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tawny.errors import TextError
+from tawny.errors import TextError, first_line
 
 _SPLITS = ("train", "validation", "test", "dev")
 _FORMATS = re.compile(r"\.(jsonl|jsonl\.gz|arrow)$")
@@ -144,7 +144,7 @@ class TaskData:
             except TextError:
                 raise
             except Exception as error:  # pyarrow and datasets raise a dozen unrelated kinds
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 raise TextError(
                     f"{path} cannot be read as documents of task {task!r}: {reason[:160]}"
                 ) from error

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tawny.errors import CheckpointError, MissingFeature, ModelError, one_line
+from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, one_line
 
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
@@ -105,7 +105,7 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
             f"{repo!r} is no folder here and the hub cannot be reached; give a local folder"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"{repo!r} cannot be fetched from the hub: {reason}") from error
     return _checked_folder(folder)
 
@@ -253,7 +253,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{folder} has no usable tokenizer ({reason}); copy the tokenizer files of the model there"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tawny.errors import CheckpointError, ModelError, TawnyError, UserError
+from tawny.errors import CheckpointError, ModelError, TawnyError, UserError, first_line
 from tawny.machine import check_device
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
@@ -63,7 +63,7 @@ def load(
     except TawnyError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         kind = CheckpointError if packed else ModelError
         raise kind(f"{source} cannot be opened: {reason}") from error
     if absent := sorted(found["missing_keys"], key=natural):

@@ -30,7 +30,7 @@ from tawny.allocation.lsa import Lsa
 from tawny.allocation.owl import Owl
 from tawny.allocation.profile import Allocation
 from tawny.allocation.scores import half_band
-from tawny.errors import MissingFeature, RecipeError, TawnyError
+from tawny.errors import MissingFeature, RecipeError, TawnyError, first_line
 from tawny.pruning.evolution import Proposal
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ def _patiently(act: Callable[[], T]) -> T:
 
 def _reason(error: Exception) -> str:
     cause = error.__cause__ or error  # Optuna's own words are about any failure of a database
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:160]
+    return first_line(cause)[:160]
 
 
 class Grid:

@@ -13,7 +13,7 @@ __all__ = ["LevelStore", "Solved", "outside_digest", "solve_levels"]
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -206,7 +206,9 @@ class _Walk(Rehearsal):
             seen = observe(self.measured, block.index, block.linears, needs, advance=not last)
             self.stages.update({x.name: str(n) for n, stage in enumerate(seen.stages) for x in stage.linears})
             statistics = seen.statistics
-        digest = _digest(stack.blocks[block.index])
+        # Linears as they are stored, and so solved; all else as it is computed with.
+        own = {id(getattr(linear.module, linear.parameter)) for linear in block.linears}
+        digest = _digest(stack.blocks[block.index], own)
         inputs = LazyWeights(stack, block.linears, statistics)
         for weight in inputs.finite():
             digest.update(raw(weight))
@@ -237,11 +239,11 @@ class _Walk(Rehearsal):
         self.journal.commit(self.walk, blocks, found, kept)
 
 
-def _digest(module: nn.Module, without: str = "") -> hashlib._Hash:
-    """SHA-256 of a module's tensors as they are used; `without` those of its part of that name."""
+def _digest(module: nn.Module, without: Container[int]) -> hashlib._Hash:
+    """SHA-256 of a module's tensors as they are used, `without` some, given by `id`."""
     digest = hashlib.sha256()
     for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if not (without and name.startswith(f"{without}.")):
+        if id(value) not in without:
             digest.update(name.encode() + raw(value))
     return digest
 
@@ -249,7 +251,8 @@ def _digest(module: nn.Module, without: str = "") -> hashlib._Hash:
 def outside_digest(stack: Stack) -> str:
     """SHA-256 of what is in no block, on which every score depends as well."""
     stack.load_head()
-    return _digest(stack.model, stack.path).hexdigest()
+    inside = {id(value) for part in (stack.blocks.parameters(), stack.blocks.buffers()) for value in part}
+    return _digest(stack.model, inside).hexdigest()
 
 
 def _solve_block(block: BlockRun, space: Space, store: LevelStore) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tawny.errors import CheckpointError, MissingFeature, OutputError
+from tawny.errors import CheckpointError, MissingFeature, OutputError, first_line
 from tawny.record import weight_files
 from tawny.report.card import CARD, front_matter
 from tawny.watch import Watch, silent
@@ -161,6 +161,6 @@ def _upload(folder: Path, repo: str, files: list[str], private: bool, message: s
     except LocalTokenNotFoundError as error:
         raise MissingFeature("the hub does not know who you are: run `hf auth login` first") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise OutputError(f"{repo} cannot be uploaded to: {reason}") from error
     return str(url)
