@@ -5,8 +5,10 @@
     python benchmarks/decode.py --quick               # every path of the script on a tiny shape: seconds, nothing kept
 
 Shapes: `1.1b` (LLaMA-shaped, 22 blocks, 2048/5632, 32 heads over 4, vocabulary 32,000), `7b` (32 blocks, 4096/11008,
-32 heads), both of random weights pruned by magnitude, built block by block, and `smollm2`, the packaged real model,
-pruned here with OWL and Wanda. Every block of a random model has the bytes of its own that it would have in a real one.
+32 heads), both of random weights pruned by magnitude, built block by block; `qwen3-moe` and `gpt-oss`, two blocks of
+mixtures of experts with the widths and experts of Qwen3-30B-A3B and gpt-oss-20b, and a vocabulary as much smaller; and
+`smollm2`, the packaged real model, pruned here with OWL and Wanda. Every block and every expert of a random model has
+the bytes of its own that it would have in a real one.
 
 Variants: `transformers` (its own forward, cache and linears), `dense` (our decoder with our best dense kernel, the
 honest baseline), and `packed` with bfloat16, int8 or float32 values, embedding and head dense unless the name says
@@ -44,8 +46,10 @@ from torch import Tensor, nn
 import tawny
 from tawny.evaluation.decode import Decoder, kernels
 from tawny.machine import machine, resident_memory, versions
+from tawny.model.linears import linears_of
 from tawny.model.skeleton import build_skeleton
 from tawny.packed import PackedLinear, PackedTensor, kernel_name, pack
+from tawny.packed.experts import PackedExperts, install_experts
 from tawny.packed.kernels import native
 from tawny.packed.model import pack_head
 from tawny.packed.step import find_blocks
@@ -53,7 +57,7 @@ from tawny.packed.step import find_blocks
 SPARSITIES = [0.5, 0.6, 0.7, 0.8]
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 SHARED = 4  # blocks of a `dense shared` model that have memory of their own
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {},
     "1.1b": {
         "num_hidden_layers": 22,
@@ -71,6 +75,33 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32,
         "vocab_size": 32000,
     },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 2,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 6336,  # 151,936 · 2 / 48
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 2,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 16768,  # 201,088 · 2 / 24
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    },
 }
 TINY = {
     "num_hidden_layers": 6,
@@ -80,8 +111,22 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 500,
 }
+TINY_EXPERTS = {
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 32,
+}
 # tokens of prompt, tokens decoded, rounds
-EFFORT = {"smollm2": (128, 32, 7), "1.1b": (128, 12, 5), "7b": (128, 6, 3), "quick": (8, 3, 2)}
+EFFORT = {
+    "smollm2": (128, 32, 7),
+    "1.1b": (128, 12, 5),
+    "7b": (128, 6, 3),
+    "qwen3-moe": (128, 64, 5),
+    "gpt-oss": (128, 64, 5),
+    "quick": (8, 3, 2),
+}
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
@@ -138,31 +183,43 @@ def magnitude_pruned(shape: tuple[int, int], sparsity: float, generator: torch.G
     return W_OI.mul_(0.7 / math.sqrt(shape[1] * (1 - sparsity)))
 
 
-def random_model(settings: dict[str, int], cell: Cell) -> Any:
-    from transformers import LlamaConfig
+def copied(packed: PackedTensor) -> PackedTensor:
+    tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
+    return PackedTensor(tensors, packed.shape, packed.values, packed.group)
+
+
+def random_model(settings: dict[str, Any], cell: Cell) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     dtype = DTYPES[cell.dtype]
-    model: Any = build_skeleton(
-        LlamaConfig(**settings, max_position_embeddings=2048, tie_word_embeddings=False), dtype
-    )
+    keys = {"max_position_embeddings": 2048, "tie_word_embeddings": False, **settings}
+    model: Any = build_skeleton(CONFIG_MAPPING[keys.pop("model_type", "llama")](**keys), dtype)
     generator = torch.Generator().manual_seed(0)
     blocks = find_blocks(model)[1]
     own = SHARED if "shared" in cell.variant else len(blocks)
-    linears = [name for name, module in blocks[0].named_modules() if isinstance(module, nn.Linear)]
-    for name in linears:
-        shape = tuple(blocks[0].get_submodule(name).weight.shape)
-        W_OI = magnitude_pruned(shape, cell.sparsity or 0.0, generator)
+    linears = linears_of(blocks[0], "")
+    for linear in linears:
+        if linear.expert:
+            continue  # made with the first of its parameter
+        key = linear.key.removeprefix(".")
+        name, _, leaf = key.rpartition(".")
+        W_OI = magnitude_pruned(linear.shape, cell.sparsity or 0.0, generator)
+        count = 0 if linear.expert is None else sum(x.key == linear.key for x in linears)
         if cell.values:
             packed = pack(W_OI, cell.values)  # type: ignore[arg-type]
             for block in blocks:
-                tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
-                made = PackedLinear(PackedTensor(tensors, packed.shape, packed.values, packed.group))
-                block.set_submodule(name, made)
+                if count:
+                    each = [copied(packed) for _ in range(count)]
+                    install_experts(block, key, PackedExperts(each, linear.transposed, dtype))
+                else:
+                    block.set_submodule(name, PackedLinear(copied(packed)))
         else:
-            W_OI = W_OI.to(dtype)
+            W_OI = (W_OI.T if linear.transposed else W_OI).to(dtype)
             for index, block in enumerate(blocks):
-                weight = blocks[index % own].get_submodule(name).weight if index >= own else W_OI.clone()
-                block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+                weight = W_OI.expand(count, *W_OI.shape).contiguous() if count else W_OI.clone()
+                if index >= own:
+                    weight = getattr(blocks[index % own].get_submodule(name), leaf)
+                setattr(block.get_submodule(name), leaf, nn.Parameter(weight, requires_grad=False))
     for path, parameter in model.named_parameters():
         if parameter.is_meta:  # embedding, norms, head
             owner, _, leaf = path.rpartition(".")
@@ -280,7 +337,7 @@ def build(shape: str, settings: dict[str, int], cell: Cell, folder: Path) -> Var
 def measure(shape: str, number: int, threads: int, quick: bool, folder: Path) -> list[dict[str, Any]]:
     """All cells of one group, in turns."""
     torch.set_num_threads(threads)
-    settings = TINY if quick else SHAPES[shape]
+    settings = (TINY | (TINY_EXPERTS if "model_type" in SHAPES[shape] else {})) if quick else SHAPES[shape]
     prompt_tokens, tokens, rounds = EFFORT["quick" if quick else shape]
     group = cells_of(shape)[number]
     # What the first model of a process imports and sets up is not that model's memory.
@@ -385,9 +442,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--shape", action="append", choices=list(SHAPES), help="repeatable; default: all three"
-    )
+    parser.add_argument("--shape", action="append", choices=list(SHAPES), help="repeatable; default: all")
     parser.add_argument("--threads", default=str(os.cpu_count() or 1), help="comma separated")
     parser.add_argument("--only", type=int, help="stop after so many new groups")
     parser.add_argument("--again", action="store_true", help="measure what is in the results, too")
@@ -400,7 +455,7 @@ def main() -> None:
         shape, number, threads = options.group.split(",")
         print(json.dumps(measure(shape, int(number), int(threads), options.quick, options.folder)))
         return
-    shapes = options.shape or (["1.1b", "7b"] if options.quick else list(SHAPES))
+    shapes = options.shape or (["1.1b", "7b", "qwen3-moe"] if options.quick else list(SHAPES))
     made = 0
     with tempfile.TemporaryDirectory(prefix="tawny-decode-") as temporary:
         for shape in shapes:

@@ -10,7 +10,13 @@ from typing import Any
 
 SOLVERS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 ALLOCATORS = ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend", "auto")
-SHAPE_NAMES = {"1.1b": "LLaMA-shaped, 1.1B", "7b": "LLaMA-shaped, 7B", "smollm2": "SmolLM2-135M"}
+SHAPE_NAMES = {
+    "1.1b": "LLaMA-shaped, 1.1B",
+    "7b": "LLaMA-shaped, 7B",
+    "smollm2": "SmolLM2-135M",
+    "qwen3-moe": "128 experts, two blocks of the shape of Qwen3-30B-A3B",
+    "gpt-oss": "32 experts, two blocks of the shape of gpt-oss-20b",
+}
 
 
 def over_seeds(cells: Sequence[Mapping[str, Any]], text: str) -> dict[str, float]:

@@ -509,7 +509,7 @@ def pack_tables(report: Mapping[str, Any]) -> list[Table]:
     if report["dense"]:
         rows.append(("dense", f"{report['dense']} linears with too few zeros to pay"))
     if report["untouched"]:
-        rows.append(("untouched", f"{len(report['untouched'])} fused or converted weights stay as they are"))
+        rows.append(("untouched", f"{len(report['untouched'])} weights stay as they are"))
     rows += [
         ("time", duration(report["seconds"])),
         ("written", f"{report['out']}: `tawny.load`, or `import tawny` before transformers, opens it"),

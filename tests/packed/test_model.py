@@ -14,7 +14,6 @@ from tawny.model.structure import find_stack
 from tawny.packed import DenseLinear, PackedLinear
 from tawny.packed.embedding import PackedEmbedding
 from tawny.packed.kernels import native
-from tawny.watch import Silent
 from tests.tiny import FAMILIES, tiny_model, tokens
 
 
@@ -130,17 +129,6 @@ def test_a_tied_head_that_stays_dense_stays_tied():
     packed = tawny.pack_model(pruned("qwen2"), "bf16")
     assert packed.lm_head.weight is packed.model.embed_tokens.weight
     assert isinstance(packed.lm_head, DenseLinear)
-
-
-def test_fused_experts_stay_dense_and_are_told():
-    said: list[str] = []
-
-    class Watch(Silent):
-        def say(self, text):
-            said.append(text)
-
-    tawny.pack_model(pruned("mixtral"), "bf16", watch=Watch())
-    assert any("fused expert" in line for line in said) and any("packed" in line for line in said)
 
 
 class Doubling(torch.nn.Linear):

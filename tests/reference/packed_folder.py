@@ -19,7 +19,7 @@ def numbers(data: bytes, dtype: str) -> list[float]:
 
 
 def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
-    """Name in the dense checkpoint, and dense weight [out][in], of every packed weight."""
+    """Name in the dense checkpoint, and dense weight [out][in], of every packed weight; NAME[i] where several share one."""
     index = json.loads((folder / "packed.safetensors.index.json").read_text())
     assert index["metadata"]["format"] == "tawny" and index["metadata"]["version"] == 1
 
@@ -51,5 +51,10 @@ def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
                             scale = scales[(g * S + b // 2) * 4 + r] if linear["group"] else scales[row]
                         dense[row][column] = values[n] * scale
                         n += 1
-        for source in linear["sources"]:
-            yield source, dense
+        if "index" in linear:
+            yield f"{linear['sources'][0]}[{linear['index']}]", dense
+        first = 0
+        for source, rows in zip(linear["sources"], linear.get("rows", [out] * 2), strict=False):
+            if "index" not in linear:
+                yield source, dense[first : first + rows]
+            first += rows if "rows" in linear else 0

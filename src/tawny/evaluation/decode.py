@@ -5,7 +5,8 @@ returns the logits of the next. Three things make a step cheaper than transforme
 
 - Keys and values go into memory set aside beforehand, and are not copied whole for each token. Layers that keep a window
   of the past, or something else than keys and values, keep transformers' own cache.
-- Plain linears run our dense matrix-vector kernel (`kernels()` puts it in place and takes it out again).
+- Plain linears run our dense matrix-vector kernel (`kernels()` puts it in place and takes it out again), and experts
+  that transformers runs are run by packed/experts.py.
 - A model whose blocks are the usual ones is handed, block by block, to one C++ call a token (packed/step.py). It
   is used only after it agreed with the model's own forward, where the text is and where it may end; see
   `Decoder._prove`.
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from tawny.errors import UserError
 from tawny.model.linears import changed, is_plain
+from tawny.packed.experts import METHOD, run_by_tawny, runs_experts
 from tawny.packed.kernels import native
 from tawny.packed.linear import DenseLinear
 from tawny.packed.step import Step, find_blocks, find_rotary
@@ -39,8 +41,12 @@ TOLERANCE = 3.0
 
 @contextlib.contextmanager
 def kernels(model: nn.Module) -> Iterator[None]:
-    """Inside, linears that are plain `nn.Linear` on the CPU run our dense kernel; weights are shared, not copied."""
+    """Inside, linears that are plain `nn.Linear` on the CPU run our dense kernel; weights are shared, not copied.
+
+    So do fused experts, where transformers lets a module's experts be run by others.
+    """
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    before: list[tuple[Any, str | None]] = []
     if native.chosen():
         made: dict[int, DenseLinear] = {}
         for parent in model.modules():
@@ -49,9 +55,15 @@ def kernels(model: nn.Module) -> Iterator[None]:
                     fast = made.setdefault(id(child), DenseLinear.from_linear(child))
                     swapped.append((parent, name, child))
                     parent._modules[name] = fast.train(child.training)
+        for module in model.modules():
+            if (config := runs_experts(module)) is not None and config._experts_implementation != METHOD:
+                before.append((config, config._experts_implementation))
+                run_by_tawny(config)
     try:
         yield
     finally:
+        for config, theirs in before:
+            config._experts_implementation = theirs
         for parent, name, child in swapped:
             parent._modules[name] = child
 

@@ -206,7 +206,7 @@ class Checkpoint:
             return
         try:
             empty = {key: torch.empty(self.shapes[key], device="meta") for key in unit.sources}
-            made = {name: tuple(value.shape) for name, value in self._convert(unit, empty, model).items()}
+            made = {name: tuple(value.shape) for name, value in self.convert(unit, empty, model).items()}
         except NotImplementedError:  # a step that looks at numbers
             return
         except (RuntimeError, ValueError, LookupError):
@@ -248,12 +248,12 @@ class Checkpoint:
 
     def load(self, unit: Unit, model: Any) -> dict[str, torch.Tensor]:
         """Parameters of one unit, by name, in the stored dtype."""
-        stored = self.read(unit.sources)
+        return self.convert(unit, self.read(unit.sources), model)
+
+    def convert(self, unit: Unit, stored: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+        """Parameters of one unit, by name, from its tensors as they are stored."""
         if unit.converter is None:
             return {unit.targets[0]: stored[unit.sources[0]]}
-        return self._convert(unit, stored, model)
-
-    def _convert(self, unit: Unit, stored: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
         from copy import deepcopy
 
         converter = deepcopy(unit.converter)

@@ -1,7 +1,7 @@
 """`pack` and `unpack`: a dense checkpoint folder into a packed one and back, one tensor at a time.
 
-Packing never holds more than one shard of a few hundred megabytes; unpacking one tensor. The headers of the dense
-files are kept in the packed index, so unpacking writes those files again byte for byte: for float kinds that hold
+Packing never holds more than one shard of a few hundred megabytes and one parameter, which may be all experts of a
+block; unpacking one tensor. The headers of the dense files are kept in the packed index, so unpacking writes those files again byte for byte: for float kinds that hold
 what the dense checkpoint stored, the files are identical.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 __all__ = ["PackReport", "UnpackReport", "pack", "unpack"]
 
+import itertools
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,16 @@ from tawny.packed.folder import (
     read_header,
 )
 from tawny.packed.format import PackedTensor, Values
-from tawny.packed.model import LinearForm, check_values, ends_of, pack_head, pack_or_not, tell
+from tawny.packed.model import (
+    LinearForm,
+    check_values,
+    ends_of,
+    experts_by_parameter,
+    pack_experts_or_not,
+    pack_head,
+    pack_or_not,
+    tell,
+)
 from tawny.packed.writer import PackedWriter
 from tawny.record import weight_files
 from tawny.watch import Watch, silent
@@ -92,6 +103,69 @@ class UnpackReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint holds one expert: in tensors of its own, whose rows follow each other, or at `index` in a common one."""
+
+    sources: list[str]
+    rows: tuple[int, ...] | None = None
+    index: int | None = None
+
+
+def _places(
+    unit: Unit, stored: Mapping[str, Tensor], fused: Tensor, experts: Sequence[Linear]
+) -> list[_Place] | None:
+    """Where each expert of a fused parameter comes from; None where the parameter is not just its tensors put together.
+
+    That is found by comparing weights, so that nothing need be known of what transformers does to a layout.
+    """
+    if any(experts[number].expert != number for number in range(len(experts))) or len(fused) != len(experts):
+        return None
+    if len({value.dtype for value in stored.values()}) > 1:
+        return None
+    if len(unit.sources) == 1:
+        (source,) = unit.sources
+        same = _same(stored[source], fused)
+        return [_Place(unit.sources, index=number) for number in range(len(experts))] if same else None
+    by_pattern: dict[str, list[str]] = {}
+    for source, pattern in zip(unit.sources, unit.patterns, strict=True):
+        by_pattern.setdefault(pattern, []).append(source)
+    if {len(sources) for sources in by_pattern.values()} != {len(experts)}:
+        return None
+    for order in itertools.permutations(by_pattern.values()):
+        made = [list(sources) for sources in zip(*order, strict=True)]
+        if all(
+            _is_put_together(expert.view(fused), expert, of, stored)
+            for expert, of in zip(experts, made, strict=True)
+        ):
+            return [
+                _Place(of, rows=_rows(expert, of, stored)) for expert, of in zip(experts, made, strict=True)
+            ]
+    return None
+
+
+def _rows(expert: Linear, sources: Sequence[str], stored: Mapping[str, Tensor]) -> tuple[int, ...]:
+    return tuple(int(stored[source].shape[1 if expert.transposed else 0]) for source in sources)
+
+
+def _is_put_together(
+    W_OI: Tensor, expert: Linear, sources: Sequence[str], stored: Mapping[str, Tensor]
+) -> bool:
+    if any(stored[source].dim() != 2 for source in sources):
+        return False
+    parts = [stored[source].T if expert.transposed else stored[source] for source in sources]
+    rows = [len(part) for part in parts]
+    return sum(rows) == len(W_OI) and all(map(_same, parts, torch.split(W_OI, rows)))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, NaN too."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.dtype.itemsize)
+    if a.shape != b.shape or a.dtype is not b.dtype or whole is None:
+        return False
+    return torch.equal(a.view(whole), b.view(whole))
+
+
 class _Packing:
     """One checkpoint on its way into a packed folder."""
 
@@ -108,7 +182,6 @@ class _Packing:
         self.linears: list[LinearForm] = []
         self.untouched: list[str] = []
         self.done: set[str] = set()
-        self.experts: set[str] = set()
 
     @property
     def source_bytes(self) -> int:
@@ -123,7 +196,11 @@ class _Packing:
         found = linears_of(self.blocks[index], name)
         by_key = {linear.key: linear for linear in found if linear.expert is None and is_plain(linear.module)}
         own = {linear.key for linear in found} - by_key.keys()
+        fused = experts_by_parameter(found)
         for unit in self.checkpoint.units_of(name):
+            if len(unit.targets) == 1 and unit.targets[0] in fused:
+                self._experts(unit, fused[unit.targets[0]])
+                continue
             linear = by_key.get(unit.targets[0])
             if linear is not None and unit.converter is None:
                 self._linear(unit, linear)
@@ -148,6 +225,27 @@ class _Packing:
             self._add(linear.name, packed, [source], linear.transposed, sparsity)
         self.done.add(source)
 
+    def _experts(self, unit: Unit, experts: list[Linear]) -> None:
+        """All experts of one fused parameter, however the file holds them."""
+        stored = self.checkpoint.read(unit.sources)
+        fused = self.checkpoint.convert(unit, stored, self.model)[unit.targets[0]]
+        places = _places(unit, stored, fused, experts)
+        if places is None:
+            self.untouched.append(unit.targets[0])
+            self._as_it_is(unit.sources)
+            return
+        packed, sparsity = pack_experts_or_not(fused, experts, self.values, self.group)
+        if packed is None:
+            size = sum(value.nbytes for value in stored.values()) // len(experts)
+            why = f"{sparsity:.1%} zeros are too few for {self.values}"
+            self.linears += [LinearForm(x.name, x.shape, sparsity, "dense", size, why) for x in experts]
+            self._as_it_is(unit.sources)
+            return
+        for expert, place, made in zip(experts, places, packed, strict=True):
+            own = 1.0 - int(torch.count_nonzero(expert.view(fused))) / expert.numel
+            self._add(expert.name, made, place.sources, expert.transposed, own, part=place)
+        self.done.update(unit.sources)
+
     def _add(
         self,
         name: str,
@@ -156,6 +254,7 @@ class _Packing:
         transposed: bool,
         sparsity: float,
         embedding: str | None = None,
+        part: _Place | None = None,
     ) -> None:
         storage = self.checkpoint.dtypes[sources[0]]
         entry = PackedLinearEntry(
@@ -168,6 +267,8 @@ class _Packing:
             transposed,
             storage,
             embedding,
+            None if part is None else part.rows,
+            None if part is None else part.index,
         )
         size = self.writer.add_packed(packed, entry)
         self.linears.append(LinearForm(name, packed.shape, sparsity, "packed", size))
@@ -310,7 +411,6 @@ def unpack(
         raise CheckpointError(f"{source} is not a packed folder; there is nothing to unpack")
     packed = PackedFolder(folder)
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
-    made = {source: entry for entry in packed.linears.values() for source in entry.sources}
     total = 0
     try:
         for part in packed.source:
@@ -322,7 +422,7 @@ def unpack(
                 file.write(len(header).to_bytes(8, "little") + header)
                 for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
                     file.seek(8 + len(header) + entry["data_offsets"][0])
-                    file.write(raw(_dense(packed, key, made.get(key), entry)))
+                    file.write(raw(_dense(packed, key, entry)))
                     total += entry["data_offsets"][1] - entry["data_offsets"][0]
                     watch.step(key)
         if packed.source_index is not None:
@@ -352,13 +452,9 @@ def holds(values: str, storage: str) -> bool:
     return DTYPES[storage] == format.DTYPES[values] or (values == "f32" and storage in ("BF16", "F16"))
 
 
-def _dense(packed: PackedFolder, key: str, entry: PackedLinearEntry | None, header: dict[str, Any]) -> Tensor:
+def _dense(packed: PackedFolder, key: str, header: dict[str, Any]) -> Tensor:
     dtype = DTYPES[header["dtype"]]
-    if entry is None:
-        found = packed.read(key)
-    else:
-        found = format.unpack(packed.read_packed(entry.name), dtype)
-        found = found.T.contiguous() if entry.transposed else found
+    found = packed.read_source(key, dtype) if key in packed.made else packed.read(key)
     if list(found.shape) != header["shape"] or found.dtype != dtype:
         raise CheckpointError(
             f"{packed.folder}: {key!r} has another shape than the checkpoint that was packed"

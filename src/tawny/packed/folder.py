@@ -80,6 +80,8 @@ class PackedLinearEntry:
 
     Attributes:
         sources: names of the tensors it was made from, in the dense checkpoint (two where a tied pair was stored twice).
+        rows: of an expert whose projections are stored apart: how many rows each of `sources` has, which follow each other.
+        index: of an expert that is stored together with others: its place in the one source.
         transposed: the dense checkpoint stores `[in, out]`.
         storage: safetensors name of the type the dense checkpoint stores.
         embedding: module path of the embedding that is served from this weight, if any.
@@ -95,7 +97,27 @@ class PackedLinearEntry:
     transposed: bool
     storage: str
     embedding: str | None = None
+    rows: tuple[int, ...] | None = None
+    index: int | None = None
     tensors: tuple[str, ...] = ()
+
+    @property
+    def parameter(self) -> str | None:
+        """The fused parameter that an expert is part of; None for a weight that is no expert's."""
+        return None if self.rows is None and self.index is None else self.name.rpartition(".")[0]
+
+    def shape_of(self, source: str | None = None) -> tuple[int, int]:
+        """As it is stored in the dense checkpoint; or of that part of it which is in one of its sources."""
+        out = self.shape[0]
+        if source is not None and self.rows is not None:
+            out = self.rows[self.sources.index(source)]
+        return (self.shape[1], out) if self.transposed else (out, self.shape[1])
+
+    def part_of(self, source: str, W_OI: Tensor) -> Tensor:
+        """What a tensor of the dense checkpoint holds of this weight, as it is stored there."""
+        if self.rows is not None:
+            W_OI = torch.split(W_OI, list(self.rows))[self.sources.index(source)]
+        return W_OI.T.contiguous() if self.transposed else W_OI
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -107,6 +129,8 @@ class PackedLinearEntry:
             "transposed": self.transposed,
             "storage": self.storage,
             "embedding": self.embedding,
+            **({} if self.rows is None else {"rows": list(self.rows)}),
+            **({} if self.index is None else {"index": self.index}),
         }
 
     def wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -147,6 +171,13 @@ class PackedFolder:
             self.source_index: str | None = index["source_index"]
             self._check_tensors()
             self.linears = {name: self._entry(name, entry) for name, entry in index["linears"].items()}
+            self.made: dict[
+                str, list[PackedLinearEntry]
+            ] = {}  # what each tensor of the dense checkpoint became
+            for linear in self.linears.values():
+                for source in linear.sources:
+                    self.made.setdefault(source, []).append(linear)
+            self.experts = self._experts()
             self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.tensors}
             self._check_files()
             self._check_whole(index["weight_map"])
@@ -182,7 +213,10 @@ class PackedFolder:
             bool(entry["transposed"]),
             entry["storage"],
             entry["embedding"],
+            None if (rows := entry.get("rows")) is None else tuple(rows),
+            entry.get("index"),
         )
+        self._check_expert(made)
         wanted = made.wanted()
         for key, (dtype, shape) in wanted.items():
             tensor = self.tensors.get(f"{name}.{key}")
@@ -190,6 +224,36 @@ class PackedFolder:
                 found = "nothing" if tensor is None else f"{tensor['dtype']} {tensor['shape']}"
                 raise self._refuse(f"{name}.{key}", f"{found} where {NAMES[dtype]} {list(shape)} belongs")
         return PackedLinearEntry(**{**made.__dict__, "tensors": tuple(wanted)})
+
+    def _check_expert(self, entry: PackedLinearEntry) -> None:
+        """What the index says of an expert's place has the types, and the numbers, that it needs."""
+        rows, index = entry.rows, entry.index
+        if rows is not None:
+            fits = index is None and len(rows) == len(entry.sources) == len(set(entry.sources))
+            fits = fits and all(type(count) is int and count > 0 for count in rows)
+            if not fits or sum(rows) != entry.shape[0]:
+                raise ValueError(f"{entry.name}: rows {rows} of {entry.shape[0]}, sources {entry.sources}")
+        if index is not None and (type(index) is not int or index < 0 or len(entry.sources) != 1):
+            raise ValueError(f"{entry.name}: index {index!r} in {entry.sources}")
+        if entry.parameter is not None and (
+            entry.embedding is not None or not entry.name.rpartition(".")[2].isdecimal()
+        ):
+            raise ValueError(f"{entry.name}: an expert, with embedding {entry.embedding!r}")
+
+    def _experts(self) -> dict[str, list[PackedLinearEntry]]:
+        """Experts by the fused parameter they are part of, in their order."""
+        found: dict[str, dict[str, PackedLinearEntry]] = {}
+        for entry in self.linears.values():
+            if entry.parameter is not None:
+                found.setdefault(entry.parameter, {})[entry.name] = entry
+        made = {
+            key: [entries[f"{key}.{number}"] for number in range(len(entries))]
+            for key, entries in found.items()
+        }
+        for key, entries in made.items():
+            if len({(entry.shape, entry.transposed) for entry in entries}) > 1:
+                raise ValueError(f"the experts of {key} have several shapes")
+        return made
 
     def _refuse(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(
@@ -218,21 +282,26 @@ class PackedFolder:
         """
         if shards != {name: entry["shard"] for name, entry in self.tensors.items()}:
             raise ValueError("weight_map and tensors differ")
-        made = {source: entry for entry in self.linears.values() for source in entry.sources}
-        if sum(len(entry.sources) for entry in self.linears.values()) != len(made):
-            raise ValueError("two weights have one source")
+        made = dict(self.made)
+        for source, entries in made.items():
+            places: list[Any] = [entry.index for entry in entries]
+            if places != [None] and set(places) != set(range(len(entries))):
+                raise ValueError(f"two weights have one source, {source!r}, or one of its experts has none")
         if not all(entry.sources for entry in self.linears.values()):
             raise ValueError("a weight has no source")
         left = set(self.tensors) - self.packed_names
         self._check_source_files()
         for part in self.source:
             for key, header in _source_entries(part["header"]).items():
-                entry = made.pop(key, None)
+                entries = made.pop(key, [])
                 begin, end = header["data_offsets"]
                 shape, dtype = header["shape"], header["dtype"]
-                if entry is not None:
-                    expected = list(entry.shape)[::-1] if entry.transposed else list(entry.shape)
-                    fits = (shape, dtype) == (expected, entry.storage)
+                if entries:
+                    together = [len(entries)] if entries[0].index is not None else []
+                    fits = all(
+                        (shape, dtype) == ([*together, *entry.shape_of(key)], entry.storage)
+                        for entry in entries
+                    )
                 elif key in left:
                     left.remove(key)
                     stored = self.tensors[key]
@@ -338,6 +407,16 @@ class PackedFolder:
             return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         return torch.frombuffer(buffer, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
 
+    def read_source(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the dense checkpoint whose weights are packed; in the type of their values if `dtype` is None."""
+        parts = {}
+        for entry in self.made[key]:
+            W_OI = format.unpack(self.read_packed(entry.name), dtype)
+            parts[entry.index] = entry.part_of(key, W_OI)
+        if None in parts:
+            return parts[None]
+        return torch.stack([parts[index] for index in range(len(parts))])
+
     def read_packed(self, name: str, hashes: bool = True) -> PackedTensor:
         """One packed weight, checked."""
         entry = self.linears[name]
@@ -364,16 +443,13 @@ class PackedCheckpoint(Checkpoint):
         self.places = {}
         self.units = []
         self._parameters = set()
-        self._made: dict[str, PackedLinearEntry] = {
-            source: entry for entry in self.packed.linears.values() for source in entry.sources
-        }
         for part in self.packed.source:
             for key, entry in json.loads(part["header"]).items():
                 if key == "__metadata__":
                     continue
                 self.shapes[key] = tuple(entry["shape"])
-                if key in self._made:
-                    values = self._made[key].values
+                if key in self.packed.made:
+                    values = self.packed.made[key][0].values
                     self.files[key] = folder / INDEX
                     self.dtypes[key] = "F32" if values == "int8" else NAMES[format.DTYPES[values]]
                 else:
@@ -381,12 +457,5 @@ class PackedCheckpoint(Checkpoint):
                     self.dtypes[key] = entry["dtype"]
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        for key in keys:
-            entry = self._made.get(key)
-            if entry is None:
-                made[key] = self.packed.read(key)
-                continue
-            W_OI = format.unpack(self.packed.read_packed(entry.name))
-            made[key] = W_OI.T.contiguous() if entry.transposed else W_OI
-        return made
+        packed = self.packed
+        return {key: packed.read_source(key) if key in packed.made else packed.read(key) for key in keys}

@@ -200,6 +200,16 @@ def _transformed() -> bool:
     return _transforming() is not None or forward_ad._current_level >= 0
 
 
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias with a dense weight `[out, in]`, by our matrix-vector kernel where it applies."""
+    if _plain(x, weight, bias):
+        return ops.dense_linear(x, weight, bias)
+    if not torch.compiler.is_compiling() and _transformed():
+        return nn.functional.linear(x, weight, bias)
+    result: Tensor = torch.ops.tawny.dense_linear(x, weight, bias)
+    return result
+
+
 class DenseLinear(nn.Module):
     """y = x Wᵀ + bias with W dense and our matrix-vector kernel: for linears that stay dense, and as a baseline."""
 
@@ -217,12 +227,7 @@ class DenseLinear(nn.Module):
         return cls(linear.weight.data, None if linear.bias is None else linear.bias.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _plain(x, self.weight, self.bias):
-            return ops.dense_linear(x, self.weight, self.bias)
-        if not torch.compiler.is_compiling() and _transformed():
-            return nn.functional.linear(x, self.weight, self.bias)
-        result: Tensor = torch.ops.tawny.dense_linear(x, self.weight, self.bias)
-        return result
+        return multiply(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -1,8 +1,8 @@
 """Pack the linears of a live transformers model, in place.
 
 Blocks and linears are found by structure, as pruning finds them. A linear whose zeros are too few to pay stays dense
-and decodes through our dense kernel; fused experts stay as they are, because the model multiplies them itself.
-So does a linear that does more than multiply: one with hooks, or of a class with a forward of its own.
+and decodes through our dense kernel. Fused experts are packed one by one, all of a parameter or none (experts.py).
+A linear that does more than multiply stays as it is: one with hooks, or of a class with a forward of its own.
 Embedding and head stay dense unless `head` is given; a tied embedding is then served from the packed head's storage.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = ["LinearForm", "pack_model"]
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.structure import find_stack
 from tawny.packed import format
 from tawny.packed.embedding import serve_from
+from tawny.packed.experts import PackedExperts, install_experts
 from tawny.packed.format import PackedTensor, Values
 from tawny.packed.linear import DenseLinear, PackedLinear, worth_packing
 from tawny.watch import Watch, silent
@@ -57,6 +59,32 @@ def pack_or_not(W_OI: Tensor, values: Values, group: int | None = None) -> tuple
     return format.pack(W_OI, values, group, whole=format.cheaper_whole(1 - sparsity, values)), sparsity
 
 
+def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
+    """The experts among `linears`, by the name of the fused parameter that holds them."""
+    found: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if linear.expert is not None:
+            found.setdefault(linear.key, []).append(linear)
+    return found
+
+
+def pack_experts_or_not(
+    fused: Tensor, experts: Sequence[Linear], values: Values, group: int | None = None
+) -> tuple[list[PackedTensor] | None, float]:
+    """All experts of one fused parameter packed, or None where dense is cheaper; and the parameter's share of zeros."""
+    format.check_dtype(fused)
+    sparsity = 1.0 - int(torch.count_nonzero(fused)) / fused.numel()
+    if not worth_packing(sparsity, values):
+        return None, sparsity
+    made = []
+    for expert in experts:
+        W_OI = expert.view(fused)
+        density = int(torch.count_nonzero(W_OI)) / W_OI.numel()
+        with format.naming(expert.name):
+            made.append(format.pack(W_OI, values, group, whole=format.cheaper_whole(density, values)))
+    return made, sparsity
+
+
 def pack_head(W_OI: Tensor, values: Values) -> PackedTensor:
     """A head is packed whatever its zeros: it is asked for to save bytes, and int8 alone does."""
     format.check_dtype(W_OI)
@@ -74,6 +102,8 @@ def pack_model(
     watch: Watch = silent,
 ) -> Any:
     """Replace the linears of a model's blocks by packed ones, one at a time, in place.
+
+    Packed experts are run by Tawny: `config._experts_implementation` becomes "tawny".
 
     Args:
         model: a transformers decoder with its weights in memory.
@@ -106,8 +136,11 @@ def pack_model(
     watch.phase("packing", len(blocks))
     try:
         for index, block in enumerate(blocks):
-            for linear in linears_of(block, f"{path}.{index}"):
-                if linear.expert is not None or not is_plain(linear.module):
+            linears = linears_of(block, f"{path}.{index}")
+            for linear in linears:
+                if linear.expert is not None:
+                    continue
+                if not is_plain(linear.module):
                     untouched.add(linear.key)
                     continue
                 with format.naming(linear.name):
@@ -118,6 +151,14 @@ def pack_model(
                 packed += made is not None
                 if made is None:
                     dense.append(linear.name)
+            for key, experts in experts_by_parameter(linears).items():
+                fused = getattr(experts[0].module, experts[0].parameter).data
+                all_of_them, _ = pack_experts_or_not(fused, experts, values, group)
+                if all_of_them is None:
+                    dense += [expert.name for expert in experts]
+                    continue
+                install_experts(model, key, PackedExperts(all_of_them, experts[0].transposed, fused.dtype))
+                packed += len(experts)
             watch.step(f"{path}.{index}")
         _head(model, head)
     except BaseException as error:
@@ -149,7 +190,8 @@ def tell(watch: Watch, packed: int, dense: int, untouched: int) -> None:
     watch.say(f"{packed} linears packed, {dense} left dense because their zeros are too few to pay")
     if untouched:
         watch.say(
-            f"{untouched} weights stay as they are, such as fused experts: the model multiplies them itself"
+            f"{untouched} weights stay as they are: their modules do more than multiply, or their file holds them in a "
+            "layout that is not packed"
         )
 
 

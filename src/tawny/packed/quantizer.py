@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tawny.errors import CheckpointError
 from tawny.packed import format
-from tawny.packed.folder import INDEX, METHOD, PackedCheckpoint, PackedFolder
+from tawny.packed.experts import PackedExperts, install_experts
+from tawny.packed.folder import INDEX, METHOD, PackedCheckpoint, PackedFolder, PackedLinearEntry
 from tawny.packed.linear import PackedLinear
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,10 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
         from tawny.packed.model import install_head
 
         self.folder = folder = _fitting(model, Path(checkpoint_files[0]).parent)
+        _install_experts(model, folder)
         for name, entry in folder.linears.items():
+            if entry.parameter is not None:
+                continue
             old = model.get_submodule(name)
             made = PackedLinear.empty(
                 entry.shape,
@@ -106,10 +110,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
                 old.weight.dtype,
                 "meta",
             )
-            if (
-                "masks" not in entry.tensors
-            ):  # every weight is there; transformers must not miss what no file holds
-                made.register_buffer("masks", made.masks, persistent=False)
+            _expect(made, entry)
             # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
             made.weight._is_hf_initialized = True  # type: ignore[attr-defined]
             if entry.embedding is None:
@@ -154,6 +155,24 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
+def _expect(made: PackedLinear, entry: PackedLinearEntry) -> None:
+    """Where every weight is there, transformers must not miss masks that no file holds."""
+    if "masks" not in entry.tensors:
+        made.register_buffer("masks", made.masks, persistent=False)
+
+
+def _install_experts(model: Any, folder: PackedFolder) -> None:
+    """Packed experts, empty yet, in the place of the fused parameters that the folder holds packed."""
+    for key, parameter in list(model.named_parameters()):
+        if (entries := folder.experts.get(key)) is None:
+            continue
+        empty = [PackedLinear.empty(e.shape, e.nnz, e.values, e.group, device="meta").packed for e in entries]
+        made = PackedExperts(empty, entries[0].transposed, parameter.dtype)
+        for expert, entry in zip(made, entries, strict=True):
+            _expect(expert, entry)
+        install_experts(model, key, made)
+
+
 def _fitting(model: Any, path: Path) -> PackedFolder:
     """The packed folder, once every weight it names has been found in the model, and every weight of the model in it.
 
@@ -171,7 +190,19 @@ def _fitting(model: Any, path: Path) -> PackedFolder:
             f"{path}: {what}; the packed folder is damaged or of another model: pack it again"
         )
 
+    parameters = dict(model.named_parameters())
+    for name, entries in folder.experts.items():
+        shape = (len(entries), *entries[0].shape_of())
+        if name not in parameters or tuple(parameters[name].shape) != shape:
+            raise refuse(
+                f"the model has no parameter {name!r} of shape {list(shape)}, whose experts are packed"
+            )
+        for source in (source for entry in entries for source in entry.sources):
+            if targets.get(source) != [name]:
+                raise refuse(f"{name!r} is packed in the place of {targets.get(source)}")
     for name, entry in folder.linears.items():
+        if entry.parameter is not None:
+            continue
         weights = {f"{name}.weight"} | ({f"{entry.embedding}.weight"} if entry.embedding else set())
         for module in (name, entry.embedding):
             if module is not None and getattr(modules.get(module), "weight", None) is None:
