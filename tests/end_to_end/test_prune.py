@@ -21,6 +21,20 @@ from tests.reference import official_flow
 from tests.tiny import FAMILIES, tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
 
+_WIDTHS = {"hidden_size": 32, "intermediate_size": 24}
+# Families whose experts are stored [experts, in, out], with four of them.
+TRANSPOSED = {
+    "gpt_oss": {**_WIDTHS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "aria_text": {**_WIDTHS, "moe_num_experts": 4, "moe_topk": 2},
+    "llama4_text": {
+        **_WIDTHS,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 24,
+    },
+}
+
 
 def prunable(model):
     """Every prunable weight by the name of its linear, `[out, in]`."""
@@ -375,7 +389,7 @@ def test_samples_longer_than_a_table_of_positions_are_refused(family, tmp_path):
     tawny.prune(tiny_model("llama"), sparsity=0.5, solver="wanda", calibration=tokens(2, 200))
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", *TRANSPOSED])
 def test_padding_does_not_count_in_statistics(family):
     ids = tokens(4, 24)
     mask = torch.ones_like(ids)
@@ -384,8 +398,10 @@ def test_padding_does_not_count_in_statistics(family):
     other[:, :6] = 7  # other padding, same text
     made = []
     for padded in (ids, other):
-        model = tiny_model(family)
-        keys = {"sparsity": 0.6, "allocator": "uniform", "solver": "sparsegpt", "compute": "float32"}
+        # An activation rounds its last rows otherwise than whole vectors of them, and padding moves rows about among
+        # those of an expert; in float64 that is lost before statistics are taken in float32.
+        model = tiny_model(family, dtype=torch.float64, **TRANSPOSED.get(family, {}))
+        keys = {"sparsity": 0.6, "allocator": "uniform", "solver": "sparsegpt"}
         tawny.prune(model, calibration=(padded, mask), **keys)
         made.append(model.state_dict())
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
@@ -399,17 +415,10 @@ def test_one_expert_may_be_pruned_that_no_token_reaches():
         assert record.sparsity == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("family", TRANSPOSED)
 def test_experts_that_are_stored_the_other_way_keep_n_of_m_inputs(family):
-    gate_up, down = (48, 32), (32, 24)  # (out, in); both families store [experts, in, out]
-    model = tiny_model(
-        family,
-        hidden_size=32,
-        intermediate_size=24,
-        num_local_experts=4,
-        num_experts_per_tok=1,
-        **({"interleave_moe_layer_step": 1, "intermediate_size_mlp": 24} if family == "llama4_text" else {}),
-    )
+    gate_up, down = (48, 32), (32, 24)  # (out, in)
+    model = tiny_model(family, **TRANSPOSED[family])
     record = tawny.prune(model, pattern="2:4", allocator="uniform", solver="magnitude", include=["experts.*"])
     assert {entry.shape for entry in record.linears} == {gate_up, down}
     for name, weight in model.named_parameters():

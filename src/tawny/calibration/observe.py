@@ -2,14 +2,14 @@
 
 Linears that receive the very same tensor (q/k/v, gate/up) form a stage and share one set of statistics. That is
 found by watching a forward, never by name: a hook on each linear compares the tensor it gets with those seen before
-in the same forward. Fused experts are not modules; the slices of their parameter are followed instead, so each
-expert gets statistics of exactly the tokens that were routed to it.
+in the same forward. Fused experts are not modules; products with the memory of their parameter are watched instead,
+so each expert gets statistics of exactly the tokens that were routed to it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,34 +56,72 @@ class _Input:
     accumulator: Accumulator | None = None
 
 
-class _ExpertSlices(TorchFunctionMode):
-    """Reports `F.linear(x, fused[e])` for the fused parameters it is given, and which tokens `x` was gathered from last."""
+# Which axes of its second factor a product takes as inputs and outputs.
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    nn.functional.linear: (-1, -2),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), (-2, -1)),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), (-2, -1)),
+}
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """A parameter that holds experts, as `[experts, out, in]` or transposed."""
+
+    key: str
+    parameter: Tensor
+    transposed: bool
+
+    def first(self, w: Tensor, inputs: int, outputs: int) -> int | None:
+        """The first expert in `w`, which has its inputs and outputs on these axes; None if it is not one or all of these.
+
+        A view is known by its memory, whatever made it. Strides tell a square matrix from its transpose, whose inputs
+        are not those that are pruned.
+        """
+        if w.dim() not in (2, 3):
+            return None
+        P, own = self.parameter, (1, 2) if self.transposed else (2, 1)
+        axes = [(inputs, own[0]), (outputs, own[1]), *([(0, 0)] if w.dim() == 3 else [])]
+        if not all(w.shape[i] == P.shape[j] and w.stride(i) == P.stride(j) for i, j in axes):
+            return None
+        first, rest = divmod(w.data_ptr() - P.data_ptr(), P.stride(0) * P.element_size())
+        return first if rest == 0 and 0 <= first < len(P) else None
+
+
+class _ExpertProducts(TorchFunctionMode):
+    """Reports products with the fused parameters it is given: of rows with one expert, and which tokens those were
+    gathered from last, or of all experts at once with rows for each."""
 
     def __init__(
         self,
-        fused: Mapping[int, tuple[Tensor, str]],
-        seen: Callable[[str, int, Tensor, Tensor | None], None],
+        fused: Sequence[_Fused],
+        one: Callable[[str, int, Tensor, Tensor | None], None],
+        every: Callable[[str, Tensor], None],
     ) -> None:
         super().__init__()
-        self._fused = fused  # by id of the parameter
-        self._seen = seen
-        self._slices: dict[int, tuple[str, int, Tensor]] = {}
+        self._fused = fused
+        self._one, self._every = one, every
         self._gathered: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if func is Tensor.__getitem__ and id(args[0]) in self._fused:
-            index = args[1]
-            if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-                # The slice is kept alive so that its id stays its own until the forward ends.
-                self._slices[id(made)] = (self._fused[id(args[0])][1], int(index), made)
-        elif func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[0].dim() == 2:
-            if args[1].dim() == 1 and args[1].dtype == torch.int64:
-                self._gathered = args[1]
-        elif func is nn.functional.linear and len(args) > 1 and id(args[1]) in self._slices:
-            key, expert, _ = self._slices[id(args[1])]
-            self._seen(key, expert, args[0], self._gathered)
+        if func in _PRODUCTS and len(args) > 1:
+            self._look(args[0], args[1], *_PRODUCTS[func])
+        elif (
+            func is Tensor.__getitem__
+            and isinstance(index := args[1], Tensor)
+            and (args[0].dim(), index.dim(), index.dtype) == (2, 1, torch.int64)
+        ):
+            self._gathered = index
         return made
+
+    def _look(self, x: Tensor, w: Tensor, inputs: int, outputs: int) -> None:
+        for fused in self._fused:
+            expert = fused.first(w, inputs, outputs)
+            if expert is not None and w.dim() == 2:
+                self._one(fused.key, expert, x, self._gathered)
+            elif expert is not None and x.dim() == 3 and len(x) == len(w):
+                self._every(fused.key, x)
 
 
 class _Watcher:
@@ -133,22 +171,44 @@ class _Watcher:
             raise _Enough
 
     def expert_called(self, key: str, expert: int, x: Tensor, gathered: Tensor | None) -> None:
+        """One expert multiplies the rows of the tokens in `gathered`."""
+        x = x.reshape(-1, x.shape[-1])
+        if self.valid is not None and (key, expert) in self.experts:
+            if gathered is None or gathered.numel() != len(x):
+                raise self._hides_tokens(self.experts[key, expert])
+            x = x[self.valid.reshape(-1)[gathered]]
+        self._expert_receives(key, expert, x)
+
+    def experts_called(self, key: str, x_ETI: Tensor) -> None:
+        """Every expert multiplies a row for every token, which is zero where the token was not routed to it.
+
+        A row of zeros adds nothing to norms or Hessians, whatever made it one. It must not be counted as a token
+        either: an expert that saw none is pruned by its weights alone and said to be, and would otherwise be solved by a
+        Hessian of zeros.
+        """
+        valid = None if self.valid is None else self.valid.reshape(-1)
+        for expert, x_TI in enumerate(x_ETI):
+            if valid is not None and (key, expert) in self.experts:
+                if len(valid) != len(x_TI):
+                    raise self._hides_tokens(self.experts[key, expert])
+                x_TI = x_TI[valid]
+            self._expert_receives(key, expert, x_TI[x_TI.any(-1)])
+
+    def _expert_receives(self, key: str, expert: int, x_TI: Tensor) -> None:
         if key not in self._stage_of_key:  # also by an expert that is not pruned
             self._stage_of_key[key] = self._next_stage()
         linear = self.experts.get((key, expert))
         if linear is None:
             return
         if linear.name not in self.input_of:
-            self._new(linear, self._stage_of_key[key], x)
-        x = x.reshape(-1, x.shape[-1])
-        if self.valid is not None:
-            if gathered is None or gathered.numel() != len(x):
-                raise ModelError(
-                    f"{linear.name} is not seen to gather its tokens, so padding among them cannot be left out: "
-                    "give samples without padding, or exclude the experts"
-                )
-            x = x[self.valid.reshape(-1)[gathered]]
-        self._add(self.input_of[linear.name], x)
+            self._new(linear, self._stage_of_key[key], x_TI)
+        self._add(self.input_of[linear.name], x_TI)
+
+    def _hides_tokens(self, linear: Linear) -> ModelError:
+        return ModelError(
+            f"{linear.name} is not seen to gather its tokens, so padding among them cannot be left out: "
+            "give samples without padding, or exclude the experts"
+        )
 
     def ready(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """In a forward whose stages are known: count the input of a stage's first linear, and say it was one."""
@@ -253,13 +313,16 @@ class _Watcher:
             for linear in self.linears
             if linear.expert is None
         ]
-        fused = {}
-        for linear in self.linears:
-            if linear.expert is not None:
-                parameter = getattr(linear.module, linear.parameter)
-                fused[id(parameter)] = (parameter, linear.key)
+        fused = {
+            linear.key: _Fused(linear.key, getattr(linear.module, linear.parameter), linear.transposed)
+            for linear in self.experts.values()
+        }
         try:
-            with _ExpertSlices(fused, self.expert_called) if fused else contextlib.nullcontext():
+            with (
+                _ExpertProducts(list(fused.values()), self.expert_called, self.experts_called)
+                if fused
+                else contextlib.nullcontext()
+            ):
                 yield
         finally:
             for handle in handles:

@@ -120,9 +120,10 @@ def refine(
         trained = _trained(stack, index, linears, solved, dtype)
         for entry in trained:
             stacked.callback(entry.close)
-        leaves = {key: entry.leaf for entry in trained if (key := entry.expert) is not None}
-        if leaves:
-            stacked.enter_context(_ExpertLeaves(leaves))
+        if any(entry.expert is not None for entry in trained):
+            leaves = _ExpertLeaves(trained)
+            stacked.callback(leaves.close)
+            stacked.enter_context(leaves)
         before = pairs.loss(held)
         made = Refined(index, before, before)
         if before > 0 and math.isfinite(before):
@@ -275,7 +276,7 @@ class _Trained:
     ) -> None:
         self.name, self.leaf, self.stored = name, leaf, stored
         self.dtype = dtype or stored.dtype
-        self.expert: tuple[int, int] | None = None
+        self.expert: tuple[nn.Parameter, int] | None = None  # what holds it, and where
         survivors = int(torch.count_nonzero(master)) if masked else master.numel()
         self.size = max(_SMALLEST, float(torch.linalg.vector_norm(master)) / math.sqrt(max(survivors, 1)))
         self.master = master.to(leaf.device)  # a norm comes from where the checkpoint was read
@@ -366,7 +367,7 @@ def _trained(
         master = (weight_OI.T if linear.transposed else weight_OI).contiguous()
         entry = _Trained(linear.name, leaf, stored, master, masked=True, dtype=dtype)
         if linear.expert is not None:
-            entry.expert = (id(parameter), linear.expert)
+            entry.expert = (parameter, linear.expert)
         made.append(entry)
     owners = {id(linear.module) for linear in linears}
     seen: set[int] = set()  # modules of one block may share a norm
@@ -386,18 +387,38 @@ def _trained(
 
 
 class _ExpertLeaves(TorchFunctionMode):
-    """Gives `fused[e]` a leaf of its own: the gradient of a plain slice is as large as all experts together."""
+    """Gives `fused[e]` a leaf of its own: the gradient of a plain slice is as large as all experts together.
 
-    def __init__(self, leaves: Mapping[tuple[int, int], Tensor]) -> None:
+    Where all experts are used at once so is the gradient, and the parameter is the leaf: its experts share out what it gets.
+    """
+
+    def __init__(self, trained: Iterable[_Trained]) -> None:
         super().__init__()
-        self._leaves = leaves
-        self._fused = {parameter for parameter, _ in leaves}
+        self._experts: dict[int, dict[int, _Trained]] = {}  # by id of the parameter
+        self._hooks: list[Any] = []
+        for entry in trained:
+            if entry.expert is None:
+                continue
+            fused, place = entry.expert
+            if id(fused) not in self._experts:
+                fused.requires_grad_(True)
+                self._hooks.append(fused.register_post_accumulate_grad_hook(self._share_out))  # type: ignore[no-untyped-call]
+            self._experts.setdefault(id(fused), {})[place] = entry
+
+    def _share_out(self, fused: Tensor) -> None:
+        assert fused.grad is not None
+        for place, entry in self._experts[id(fused)].items():
+            entry.gradient += fused.grad[place]
+        fused.grad = None
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__ and id(args[0]) in self._fused:
+        if func is Tensor.__getitem__ and (experts := self._experts.get(id(args[0]))) is not None:
             place = args[1]
             if isinstance(place, int) or (isinstance(place, Tensor) and place.dim() == 0):
-                leaf = self._leaves.get((id(args[0]), int(place)))
-                if leaf is not None:
-                    return leaf
+                entry = experts.get(int(place))
+                return args[0].detach()[place] if entry is None else entry.leaf
         return func(*args, **(kwargs or {}))
