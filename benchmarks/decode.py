@@ -5,9 +5,8 @@
     python benchmarks/decode.py --quick               # every path of the script on a tiny shape: seconds, nothing kept
 
 Shapes: `1.1b` (LLaMA-shaped, 22 blocks, 2048/5632, 32 heads over 4, vocabulary 32,000), `7b` (32 blocks, 4096/11008,
-32 heads), both of random weights pruned by magnitude, built block by block; `qwen3-moe` and `gpt-oss`, two blocks of
-mixtures of experts with the widths and experts of Qwen3-30B-A3B and gpt-oss-20b, and a vocabulary as much smaller; and
-`smollm2`, the packaged real model, pruned here with OWL and Wanda. Every block and every expert of a random model has
+32 heads), both of random weights pruned by magnitude, built block by block; `qwen3-moe`, two blocks of a mixture with the
+widths and experts of Qwen3-30B-A3B and a vocabulary as much smaller; and `smollm2`, the packaged real model, pruned here with OWL and Wanda. Every block and every expert of a random model has
 the bytes of its own that it would have in a real one.
 
 Variants: `transformers` (its own forward, cache and linears), `dense` (our decoder with our best dense kernel, the
@@ -88,20 +87,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "vocab_size": 6336,  # 151,936 · 2 / 48
     },
-    "gpt-oss": {
-        "model_type": "gpt_oss",
-        "num_hidden_layers": 2,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 16768,  # 201,088 · 2 / 24
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    },
 }
 TINY = {
     "num_hidden_layers": 6,
@@ -124,7 +109,6 @@ EFFORT = {
     "1.1b": (128, 12, 5),
     "7b": (128, 6, 3),
     "qwen3-moe": (128, 64, 5),
-    "gpt-oss": (128, 64, 5),
     "quick": (8, 3, 2),
 }
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}

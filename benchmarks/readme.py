@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.glance import glance
+from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
 from tables.quality import allocators, owl_study, recipes, recovery, solvers, tasks
 from tables.speed import decode, kernels, peers, sizes
@@ -44,6 +45,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "solvers": solvers,
         "owl_study": owl_study,
     },
+    "docs/models.md": {"families": families},
     "docs/scaling.md": {
         "large": large,
         "scale": scale,

@@ -15,7 +15,6 @@ SHAPE_NAMES = {
     "7b": "LLaMA-shaped, 7B",
     "smollm2": "SmolLM2-135M",
     "qwen3-moe": "128 experts, two blocks of the shape of Qwen3-30B-A3B",
-    "gpt-oss": "32 experts, two blocks of the shape of gpt-oss-20b",
 }
 
 

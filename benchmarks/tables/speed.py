@@ -40,7 +40,7 @@ def decode(result: Mapping[str, Any]) -> str:
     parts.append(
         "*Dense, tuned* is the same model with our best dense matrix–vector kernel in the same decoder: the honest "
         "baseline. *transformers* is its own forward, cache and linears. Ratios are of medians taken in turns in one "
-        "process; random weights stand in for the LLaMA shapes, pruned by magnitude. File sizes of those count tensors.\n"
+        "process; random weights stand in for all but SmolLM2, pruned by magnitude. File sizes of those count tensors.\n"
     )
     for shape in dict.fromkeys(row["shape"] for row in rows):
         own = [

@@ -99,6 +99,35 @@ def test_other_models_are_left_to_their_own_forward(family):
     assert path == "model" and made.isfinite().all()
 
 
+COUNTING = {
+    "roberta": {"is_decoder": True},  # whose positions begin behind its padding token
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "minimax": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "block_size": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("family", COUNTING)
+def test_models_that_do_not_ask_their_cache_where_they_are_are_told(family):
+    model, ids = tiny_model(family, **COUNTING[family]), tokens(1, 14)[0]
+    whole = model(input_ids=ids[None], use_cache=False).logits[0]
+    with torch.inference_mode():
+        decoder = Decoder(model, 14)
+        made = [decoder.prefill(ids[:8]), *(decoder.step(int(token)).clone() for token in ids[8:])]
+    torch.testing.assert_close(torch.stack(made), whole[7:], atol=1e-4, rtol=1e-4)
+
+
 @compiled
 @pytest.mark.parametrize(
     "change", [{"residual_multiplier": 0.5}, {"logits_scaling": 2.0}, {"attention_multiplier": 1.0}]

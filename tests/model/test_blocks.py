@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, NumericalError
@@ -49,6 +50,25 @@ def test_streamed_blocks_equal_the_models_own_forward(family, tmp_path):
         [stack.logits(ids[part], h) for part, h in zip(stream.slices, stream.hidden, strict=True)]
     )
     torch.testing.assert_close(made, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_routers_compute_in_float32_as_transformers_keeps_them(tmp_path):
+    keys = {
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "v_head_dim": 8,
+    }
+    keys |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+    keys |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4}
+    tiny_model("deepseek_v3", **keys).save_pretrained(tmp_path)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    stack = open_stack(tmp_path, torch.bfloat16)
+    stack.load(1)
+    ours, theirs = (dict(model.named_parameters()) for model in (stack.model, own))
+    kinds = {name: (ours[name].dtype, value.dtype) for name, value in theirs.items() if ".layers.1." in name}
+    assert all(mine is other for mine, other in kinds.values())
+    assert {mine for mine, _ in kinds.values()} == {torch.bfloat16, torch.float32}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "opt", "gpt2"])
@@ -186,6 +206,15 @@ def test_an_encoder_is_refused(tmp_path):
     BertForMaskedLM(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="not a causal decoder"):
         open_stack(tmp_path)
+
+
+def test_a_model_that_does_not_compute_in_sixteen_bits_says_what_to_try(tmp_path):
+    tiny_model("xlstm", num_heads=4, num_blocks=3, chunk_size=8).save_pretrained(tmp_path / "dense")
+    keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "wanda", "calibration": tokens()}
+    with pytest.raises(ModelError, match=r"does not compute in bfloat16 \(.*\); try -o compute=float32$"):
+        tawny.prune(tmp_path / "dense", tmp_path / "out", compute="bfloat16", **keys)
+    record = tawny.prune(tmp_path / "dense", tmp_path / "out", compute="float32", **keys)
+    assert record.sparsity == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_truncated_shard_is_one_clear_error(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tawny
-from tawny.errors import CheckpointError
+from tawny.errors import CheckpointError, ModelError
 from tawny.evaluation.decode import Decoder, kernels
-from tawny.model.checkpoint import Checkpoint
+from tawny.model.checkpoint import Checkpoint, Unit
+from tawny.model.linears import linears_of
 from tawny.packed import format
-from tawny.packed.experts import PackedExpert, PackedExperts
+from tawny.packed.convert import _places
+from tawny.packed.experts import PackedExpert, PackedExperts, run_experts
 from tawny.packed.folder import PackedCheckpoint, PackedFolder
 from tawny.packed.linear import PackedLinear
 from tawny.watch import Silent
@@ -67,6 +70,13 @@ def packed_experts(model) -> dict[str, PackedExperts]:
 def packed_mixtral(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("mixtral")
     tawny.pack(saved(base / "dense", "mixtral"), base / "packed", "f32")
+    return base / "packed"
+
+
+@pytest.fixture(scope="module")
+def packed_gpt_oss(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("gpt_oss")
+    tawny.pack(saved(base / "dense", "gpt_oss"), base / "packed", "f32")
     return base / "packed"
 
 
@@ -168,11 +178,15 @@ def test_what_is_no_such_product_gets_the_dense_weight(transposed):
     assert torch.equal(experts[torch.tensor([2, 0])], fused[[2, 0]]) and torch.equal(experts[1:], fused[1:])
     assert torch.equal(torch.einsum("eab->ab", experts), torch.einsum("eab->ab", fused))
     assert torch.equal(torch.mul(experts[1], 2), fused[1] * 2)
+    assert torch.equal(experts.transpose(1, 2), fused.transpose(1, 2)) and experts.numel() == fused.numel()
+    assert torch.equal(experts[0].T, fused[0].T) and not hasattr(experts, "unknown")
+    with pytest.raises(IndexError):
+        experts[3]
     x = torch.randn(3, 5, fused.shape[1])
     close(torch.bmm(x, experts), torch.bmm(x, fused))
     wide = torch.randn(5, fused.shape[2])
     if not transposed:  # not the way this parameter is stored, and computed all the same
-        close(torch.randn(2, 12).new_ones(2, 12) @ experts[0], torch.ones(2, 12) @ fused[0])
+        close(torch.ones(2, 12) @ experts[0], torch.ones(2, 12) @ fused[0])
     else:
         close(nn.functional.linear(wide, experts[0]), nn.functional.linear(wide, fused[0]))
 
@@ -209,18 +223,50 @@ def test_tawnys_way_to_run_experts_is_that_of_the_models_own_loop(family):
         close(ours, logits(model, ids))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_dense_experts_decode_by_tawny_and_are_given_back(family):
+@pytest.mark.parametrize("family,ours", [("mixtral", True), ("gpt_oss", False)])
+def test_dense_experts_decode_by_tawny_where_that_is_quicker_and_are_given_back(family, ours):
     model = mixture(family)
     before, ids = model.config._experts_implementation, tokens(1, 9)
     with torch.inference_mode():
         expected = logits(model, ids)[0, -1]
         with kernels(model):
-            assert model.config._experts_implementation == "tawny"
+            assert model.config._experts_implementation == ("tawny" if ours else before)
             decoder = Decoder(model, 9)
             decoder.prefill(ids[0, :-1])
             close(decoder.step(int(ids[0, -1])), expected)
     assert model.config._experts_implementation == before != "tawny"
+    elsewhere = mixture(family).to("meta")
+    with kernels(elsewhere):
+        assert elsewhere.config._experts_implementation == before
+
+
+def module_with(experts: int, **attributes):
+    """What transformers' decorator makes of a module of experts, as far as `run_experts` looks."""
+    module = nn.Module()
+    generator = torch.Generator().manual_seed(3)
+    for name, shape in (("up_proj", (experts, 6, 4)), ("down_proj", (experts, 4, 6))):
+        setattr(module, name, nn.Parameter(torch.randn(shape, generator=generator)))
+    module.act_fn = nn.functional.silu
+    plain = {"has_gate": False, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
+    for name, value in (plain | {"num_experts": experts} | attributes).items():
+        setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_tokens_that_go_nowhere_and_norms_behind_experts(count):
+    module = module_with(3, has_post_expert_norm=True, post_expert_norm=nn.functional.normalize)
+    x, weights = torch.randn(count, 4), torch.rand(count, 2)
+    numbers = torch.tensor([[1, 3], [3, 3], [0, 2]])[:count]  # three is none of 0, 1, 2
+    expected = torch.zeros(count, 4)
+    for token in range(count):
+        for place, expert in enumerate(numbers[token].tolist()):
+            if expert < 3:
+                y = nn.functional.silu(x[token] @ module.up_proj[expert].T) @ module.down_proj[expert].T
+                expected[token] += nn.functional.normalize(y[None])[0] * weights[token, place]
+    with torch.no_grad():
+        close(run_experts(module, x, numbers, weights), expected)
+        assert not run_experts(module, x[:1], numbers[:1, :0], weights[:1, :0]).any()
 
 
 def test_experts_partly_packed_run_as_well():
@@ -234,15 +280,17 @@ def test_experts_partly_packed_run_as_well():
         torch.testing.assert_close(logits(packed, ids), logits(dense, ids), atol=2e-4, rtol=2e-4)
 
 
-def test_a_packed_mixture_survives_copies_pickles_and_gradients():
-    dense = mixture("mixtral")
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_packed_mixture_survives_copies_pickles_and_gradients(family):
+    dense = mixture(family)
     packed = tawny.pack_model(deepcopy(dense), "f32")
     ids = tokens(1, 6)
     expected = logits(packed, ids)
-    ALL_EXPERTS_FUNCTIONS._global_mapping.pop("tawny")
+    ALL_EXPERTS_FUNCTIONS._global_mapping.pop("tawny", None)
     for twin in (pickle.loads(pickle.dumps(packed)), deepcopy(packed)):
         assert torch.equal(logits(twin, ids), expected)
     gradients = []
+    packed(input_ids=ids)  # with gradients on, and none wanted
     for model in (packed, dense.requires_grad_(False)):
         x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         model(inputs_embeds=x).logits.square().mean().backward()
@@ -262,6 +310,9 @@ def test_few_zeros_leave_all_experts_of_a_parameter_dense(tmp_path):
     experts = [form for form in report.linears if "experts" in form.name]
     assert len(experts) == 24 and {form.form for form in experts} == {"dense"}
     assert all("too few" in form.why for form in experts)
+    assert any("left dense because their zeros are too few" in line for line in said)
+    method = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert method["linears"] == {"packed": report.packed, "dense": report.dense}
     assert not packed_experts(tawny.load(tmp_path / "packed"))
     assert not packed_experts(tawny.pack_model(mixture("mixtral", sparsity=0.02), "bf16"))
     tawny.unpack(tmp_path / "packed", tmp_path / "again")
@@ -302,6 +353,9 @@ def test_a_layout_that_is_not_just_put_together_stays_as_it_is(tmp_path, monkeyp
 EXPERT = "model.layers.1.mlp.experts.gate_up_proj.2"
 
 
+OTHER = EXPERT.replace(".2", ".3")
+
+
 def rows_of(value):
     def change(index):
         index["linears"][EXPERT]["rows"] = value
@@ -333,9 +387,26 @@ def rename(index, name):
 
 
 def source_of_another_expert(index):
-    linears = index["linears"]
-    other = EXPERT.replace(".2", ".3")
-    linears[EXPERT]["sources"] = linears[other]["sources"]
+    index["linears"][EXPERT]["sources"] = index["linears"][OTHER]["sources"]
+
+
+def swapped(key):
+    def change(index):
+        one, other = index["linears"][EXPERT], index["linears"][OTHER]
+        one[key], other[key] = other[key], one[key]
+
+    return change
+
+
+def projections_swapped(index):
+    index["linears"][EXPERT]["sources"].reverse()
+
+
+def index_is(value):
+    def change(index):
+        index["linears"][EXPERT]["index"] = value
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -357,9 +428,63 @@ def test_a_damaged_index_of_experts_is_refused_in_one_line(damage, packed_mixtra
         lambda: tawny.unpack(folder, tmp_path / "y"),
         lambda: tawny.inspect(folder),
     ):
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(CheckpointError, match=r"pack the model again|copy or pack it again") as caught:
             read()
-        assert "pack" in str(caught.value) and "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [*(index_is(value) for value in (0, 4, -1, "2", 2.0, True, None)), swapped("index"), rows_of([48, 16])],
+)
+def test_a_damaged_place_among_experts_is_refused_in_one_line(damage, packed_gpt_oss, tmp_path):
+    folder = copy(packed_gpt_oss, tmp_path / "x")
+    edit_index(folder, damage)
+    for read in (tawny.load, tawny.inspect, lambda folder: tawny.unpack(folder, tmp_path / "y")):
+        with pytest.raises(CheckpointError, match=r"pack the model again|copy or pack it again") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [swapped("sources"), projections_swapped])
+def test_experts_out_of_the_order_of_their_sources_are_refused_where_a_model_is_known(
+    damage, packed_mixtral, tmp_path
+):
+    folder = copy(packed_mixtral, tmp_path / "x")
+    edit_index(folder, damage)
+    for load in (tawny.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match="not in the order of their sources"):
+            load(folder)
+
+
+def test_sources_in_any_order_and_nan_are_put_together():
+    linears = [
+        x for x in linears_of(mixture("mixtral").model.layers[0], "b") if x.parameter == "gate_up_proj"
+    ]
+    fused = torch.randn(4, 96, 32)
+    fused[1, 5, 5] = float("nan")
+    stored = {
+        f"{e}.{name}": part for e in range(4) for name, part in zip("gu", fused[e].split(48), strict=True)
+    }
+    sources = [f"{e}.{name}" for name in "ug" for e in range(4)]
+    unit = Unit(sources, ["b.gate_up_proj"], patterns=[source[-1] for source in sources])
+    places = _places(unit, stored, fused, linears)
+    assert [place.sources for place in places] == [[f"{e}.g", f"{e}.u"] for e in range(4)]
+    assert {place.rows for place in places} == {(48, 48)}
+    assert _places(unit, stored, fused + 1, linears) is None
+    assert _places(unit, stored, fused, linears[::-1]) is None
+    assert _places(unit, stored | {"3.u": stored["3.u"].half()}, fused, linears) is None
+
+
+@pytest.mark.parametrize("family", ["hunyuan_v1_moe", "qwen2_moe", "mixtral"])
+def test_a_packed_live_model_is_not_pruned(family):
+    keys = {"num_experts": 4, "moe_topk": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = tawny.pack_model(pruned(family, **({} if family == "mixtral" else keys)), "f32")
+    before = deepcopy(model.state_dict())
+    for use in (partial(tawny.prune, sparsity=0.5, solver="magnitude", allocator="uniform"), tawny.profile):
+        with pytest.raises(ModelError, match="is packed"):
+            use(model, calibration=tokens(2, 8))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_experts_of_another_model_are_refused_by_name(packed_mixtral, tmp_path):

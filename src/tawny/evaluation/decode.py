@@ -21,7 +21,7 @@ __all__ = ["Decoder", "kernels"]
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from tawny.errors import UserError
 from tawny.model.linears import changed, is_plain
-from tawny.packed.experts import METHOD, run_by_tawny, runs_experts
+from tawny.packed.experts import METHOD, run_by_tawny, runs_experts, runs_faster
 from tawny.packed.kernels import native
 from tawny.packed.linear import DenseLinear
 from tawny.packed.step import Step, find_blocks, find_rotary
@@ -43,7 +43,7 @@ TOLERANCE = 3.0
 def kernels(model: nn.Module) -> Iterator[None]:
     """Inside, linears that are plain `nn.Linear` on the CPU run our dense kernel; weights are shared, not copied.
 
-    So do fused experts, where transformers lets a module's experts be run by others.
+    So do fused experts that are stored `[out, in]`, where transformers lets a module's experts be run by others.
     """
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     before: list[tuple[Any, str | None]] = []
@@ -56,7 +56,8 @@ def kernels(model: nn.Module) -> Iterator[None]:
                     swapped.append((parent, name, child))
                     parent._modules[name] = fast.train(child.training)
         for module in model.modules():
-            if (config := runs_experts(module)) is not None and config._experts_implementation != METHOD:
+            config = runs_experts(module)
+            if config is not None and config._experts_implementation != METHOD and runs_faster(module):
                 before.append((config, config._experts_implementation))
                 run_by_tawny(config)
     try:
@@ -145,6 +146,15 @@ class Decoder:
         self._arguments: dict[str, Any] = {self._cached: self.cache, "use_cache": True}
         if "logits_to_keep" in parameters:
             self._arguments["logits_to_keep"] = 1
+        kinds = getattr(config, "layer_types", None) or ()
+        plain = all(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
+        plain &= not any("linear" in kind or "attention" not in kind for kind in kinds)
+        self._takes_positions = "position_ids" in parameters
+        self._told = (
+            self._takes_positions
+            and not plain
+            and _must_be_told(model, self._cached, lambda: DynamicCache(config=config))
+        )
         self._read: Tensor | None = None  # everything so far, for a model without a cache
         self._want_quick = quick is not False
         self._quick: Step | None = None
@@ -159,13 +169,13 @@ class Decoder:
         ids = ids.view(1, -1)
         try:
             logits = self._forward(ids)
-        except ValueError:  # a model that refuses any cache but its own
+        except (ValueError, AttributeError):  # a model that takes no cache but its own
             return self._prefill_by_its_own(ids)
         return logits if _holds_something(self.cache) else self._prefill_by_its_own(ids)
 
     def _prefill_by_its_own(self, ids: Tensor) -> Tensor:
         """With the cache that the model makes, or without any."""
-        self.length, self._want_quick = 0, False
+        self.length, self._want_quick, self._told = 0, False, False
         del self._arguments[self._cached]
         made = self._run(ids)
         self.length = ids.shape[1]
@@ -175,6 +185,7 @@ class Decoder:
             self._arguments["use_cache"] = False
         else:
             self._arguments[self._cached] = cache
+            self._told = self._takes_positions and _must_be_told(self.model, self._cached, None)
         logits: Tensor = made.logits[0, -1]
         return logits
 
@@ -212,7 +223,11 @@ class Decoder:
         return logits
 
     def _run(self, ids: Tensor) -> Any:
-        return self.model(input_ids=ids.to(self.device), **self._arguments)
+        more = dict(self._arguments)
+        if self._told:
+            positions = torch.arange(self.length, self.length + ids.shape[1], device=self.device)
+            more["position_ids"] = positions[None]
+        return self.model(input_ids=ids.to(self.device), **more)
 
     # --- the quick path ------------------------------------------------------------------------------------
 
@@ -320,6 +335,39 @@ class Decoder:
         self.length = length
         for layer in self.cache.layers:
             layer.rewind(length)
+
+
+def _must_be_told(model: nn.Module, cached: str, cache: Callable[[], Any] | None) -> bool:
+    """Whether a model gives a token behind a cache the right position only if it is told it.
+
+    Some ask the first layer how much the cache holds, which knows nothing of it where it is no attention. Others must not
+    be told, since their positions begin past a padding token. So the second of two tokens is compared with both read at once.
+
+    Args:
+        cached: what the model calls its cache.
+        cache: makes one; None for a model that makes its own.
+    """
+    known = _telling.setdefault(model, {})
+    own = cache is None
+    if own not in known:
+        ids = torch.tensor([[1, 2]], device=next(model.parameters()).device)
+
+        def distance(whole: Tensor, **more: Any) -> float:
+            given = {} if cache is None else {cached: cache()}
+            first = model(input_ids=ids[:, :1], use_cache=True, **given)
+            held = given or {cached: first.past_key_values}
+            second = model(input_ids=ids[:, 1:], use_cache=True, **held, **more)
+            return float((second.logits[0, -1] - whole).float().norm())
+
+        with torch.no_grad(), contextlib.suppress(Exception):  # one that cannot be asked so is not told
+            whole = model(input_ids=ids, use_cache=False).logits[0, -1]
+            told = distance(whole, position_ids=torch.ones_like(ids[:, :1]))
+            known[own] = told < distance(whole) / 2
+        known.setdefault(own, False)
+    return known[own]
+
+
+_telling: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 
 
 def _holds_something(cache: Any) -> bool:

@@ -11,6 +11,7 @@ whatever it does to logits run on them.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.errors import CheckpointError, ModelError
+from tawny.errors import CheckpointError, ModelError, first_line
 from tawny.machine import check_device
 from tawny.model.checkpoint import Checkpoint, Unit, open_checkpoint
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import check_unshared, find_stack, head_of
 from tawny.precision import native_dtype
+
+
+def _is_of_types(error: RuntimeError) -> bool:
+    """Whether torch refuses to compute with tensors of several types."""
+    return any(words in str(error) for words in ("scalar type", "same dtype"))
 
 
 class _Stop(Exception):
@@ -109,13 +115,19 @@ class Stack:
             path, _, leaf = key.rpartition(".")
             owner = self.model.get_submodule(path)
             if leaf in owner._parameters:
-                dtype = self.compute if value.is_floating_point() else value.dtype
+                dtype = self._dtype_of(key) if value.is_floating_point() else value.dtype
                 made = nn.Parameter(value.to(self.device, dtype), requires_grad=False)
                 owner._parameters[leaf] = made
             else:
                 built = owner._buffers.get(leaf)  # in the dtype its model computes with
                 dtype = built.dtype if built is not None and value.is_floating_point() else value.dtype
                 owner._buffers[leaf] = value.to(self.device, dtype)
+
+    def _dtype_of(self, key: str) -> torch.dtype:
+        """What a parameter computes in: some, such as routers, transformers keeps in float32 whatever the rest is in."""
+        plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.compute)
+        kept = (dtype for glob, dtype in plan.items() if re.search(glob.replace("*", ".*"), key))
+        return next(kept, self.compute)
 
     def _load_outside(self) -> None:
         """Embeddings and norm: everything that is in no block, and stays in memory; the head waits for `logits`."""
@@ -384,6 +396,13 @@ class Stack:
             if call.empty:  # it looks for what an earlier one has left
                 raise self._hand_more() from error
             raise
+        except RuntimeError as error:
+            if self.checkpoint is None or self.compute is torch.float32 or not _is_of_types(error):
+                raise
+            raise ModelError(
+                f"{self.name(index)} of {type(self.model).__name__} does not compute in {str(self.compute).removeprefix('torch.')} "
+                f"({first_line(error)}); try -o compute=float32"
+            ) from error
         for value in call.empty:
             value.clear()
         self._items = 0 if isinstance(made, Tensor) else len(made)

@@ -1,7 +1,7 @@
 """`pack` and `unpack`: a dense checkpoint folder into a packed one and back, one tensor at a time.
 
-Packing never holds more than one shard of a few hundred megabytes and one parameter, which may be all experts of a
-block; unpacking one tensor. The headers of the dense files are kept in the packed index, so unpacking writes those files again byte for byte: for float kinds that hold
+Packing never holds more than one shard of a few hundred megabytes and one parameter; where that is all experts of a
+block, whose file holds each apart, it is there twice for a moment. Unpacking holds one tensor. The headers of the dense files are kept in the packed index, so unpacking writes those files again byte for byte: for float kinds that hold
 what the dense checkpoint stored, the files are identical.
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -37,14 +38,16 @@ from tawny.packed.folder import (
     read_header,
 )
 from tawny.packed.format import PackedTensor, Values
+from tawny.packed.linear import worth_packing
 from tawny.packed.model import (
     LinearForm,
     check_values,
     ends_of,
     experts_by_parameter,
-    pack_experts_or_not,
+    pack_expert,
     pack_head,
     pack_or_not,
+    sparsities_of,
     tell,
 )
 from tawny.packed.writer import PackedWriter
@@ -234,15 +237,17 @@ class _Packing:
             self.untouched.append(unit.targets[0])
             self._as_it_is(unit.sources)
             return
-        packed, sparsity = pack_experts_or_not(fused, experts, self.values, self.group)
-        if packed is None:
-            size = sum(value.nbytes for value in stored.values()) // len(experts)
-            why = f"{sparsity:.1%} zeros are too few for {self.values}"
-            self.linears += [LinearForm(x.name, x.shape, sparsity, "dense", size, why) for x in experts]
+        size = sum(value.nbytes for value in stored.values()) // len(experts)
+        del stored
+        sparsities = sparsities_of(fused, experts)
+        if not worth_packing(mean(sparsities), self.values):
+            why = f"{mean(sparsities):.1%} zeros are too few for {self.values}"
+            for expert, own in zip(experts, sparsities, strict=True):
+                self.linears.append(LinearForm(expert.name, expert.shape, own, "dense", size, why))
             self._as_it_is(unit.sources)
             return
-        for expert, place, made in zip(experts, places, packed, strict=True):
-            own = 1.0 - int(torch.count_nonzero(expert.view(fused))) / expert.numel
+        for expert, place, own in zip(experts, places, sparsities, strict=True):
+            made = pack_expert(fused, expert, own, self.values, self.group)
             self._add(expert.name, made, place.sources, expert.transposed, own, part=place)
         self.done.update(unit.sources)
 
@@ -368,7 +373,7 @@ def pack(
             "values": values,
             "group": group,
             "head": head,
-            "linears": {"packed": len(writer.linears), "dense": len(writer.dense)},
+            "linears": {"packed": len(writer.linears), "dense": sum(x.form == "dense" for x in work.linears)},
         }
         _config(output, folder, method)
         _card(output, folder, _NOTE.format(values=values))

@@ -19,6 +19,7 @@ __all__ = [
     "run_by_tawny",
     "run_experts",
     "runs_experts",
+    "runs_faster",
 ]
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .format import PackedTensor
+from .kernels.ops import FLOATS
 from .linear import PackedLinear, multiply
 
 METHOD = "tawny"  # what transformers calls this way to run experts
@@ -56,6 +58,9 @@ class PackedExpert(PackedLinear):
             if func in _MATMULS and weight.transposed:
                 return weight(args[0])
         return _on_dense(func, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return _asked(self, name, super().__getattr__)
 
     def as_stored(self) -> Tensor:
         """The dense weight as the fused parameter held it."""
@@ -96,9 +101,12 @@ class PackedExperts(nn.Module):
     def __getitem__(self, index: Any) -> Any:
         """An expert by its number; of several at once the dense weights."""
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
-            number = int(index)
-            return self._modules[str(number + len(self) if number < 0 else number)]
+            number = range(len(self))[int(index)]  # IndexError past the last, from the end if negative
+            return self._modules[str(number)]
         return self.as_stored()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return _asked(self, name, super().__getattr__)
 
     @property
     def transposed(self) -> bool:
@@ -141,12 +149,20 @@ class PackedExperts(nn.Module):
 
     def _each(self, x_ETI: Tensor) -> Tensor:
         """x[e] @ W[e] for each expert. Tokens that were not routed to it arrive as zeros, and leave as zeros unread."""
-        y_ETO = x_ETI.new_zeros(*x_ETI.shape[:2], self.shape[2])
-        for expert, x_TI, y_TO in zip(self, x_ETI, y_ETO, strict=True):
-            routed = (x_TI != 0).any(-1)
-            if routed.any():
-                y_TO[routed] = expert(x_TI[routed])
-        return y_ETO
+        made = []
+        for expert, x_TI in zip(self, x_ETI, strict=True):
+            (routed,) = torch.where((x_TI != 0).any(-1))
+            y_TO = x_TI.new_zeros(len(x_TI), self.shape[2])
+            made.append(y_TO.index_copy(0, routed, expert(x_TI[routed])) if len(routed) else y_TO)
+        return torch.stack(made)
+
+
+# What a model may do to experts before it multiplies them, and is then done to the dense ones.
+_ASKED = ("T", "mT", "t", "transpose", "permute", "contiguous", "view", "reshape", "unbind", "ndim", "numel")
+
+
+def _asked(stand_in: Any, name: str, otherwise: Any) -> Any:
+    return getattr(stand_in.as_stored(), name) if name in _ASKED else otherwise(name)
 
 
 def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
@@ -161,7 +177,7 @@ def install_experts(model: nn.Module, key: str, experts: PackedExperts) -> None:
     path, _, name = key.rpartition(".")
     owner = model.get_submodule(path)
     delattr(owner, name)
-    owner.add_module(name, experts)
+    owner.add_module(name, experts.train(owner.training))
     if (config := runs_experts(owner)) is not None:
         run_by_tawny(config)
 
@@ -171,6 +187,17 @@ def runs_experts(module: nn.Module) -> Any:
     config = getattr(module, "config", None)
     decorated = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
     return config if decorated and hasattr(config, "_experts_implementation") else None
+
+
+def runs_faster(module: nn.Module) -> bool:
+    """Whether `run_experts` is the quickest way to run a module whose experts are dense: ours are the products of 16 and
+    32 bits on a CPU with experts stored `[out, in]`."""
+    fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    return (
+        bool(fused)
+        and not module.is_transposed
+        and all(p.device.type == "cpu" and p.dtype in FLOATS for p in fused)
+    )
 
 
 def run_by_tawny(config: Any) -> None:
@@ -208,7 +235,7 @@ def run_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
 
     sums_TH = torch.zeros_like(hidden_states)
     if len(hidden_states) == 1:
-        numbers = top_k_index[0].tolist()
+        numbers = top_k_index[0].tolist() or [self.num_experts]
         # Past the last expert are those that stand for none.
         each = [made(e, hidden_states) if e < self.num_experts else sums_TH for e in numbers]
         weighted_KH = torch.cat(each) * top_k_weights[0, :, None]

@@ -235,9 +235,7 @@ class PackedFolder:
                 raise ValueError(f"{entry.name}: rows {rows} of {entry.shape[0]}, sources {entry.sources}")
         if index is not None and (type(index) is not int or index < 0 or len(entry.sources) != 1):
             raise ValueError(f"{entry.name}: index {index!r} in {entry.sources}")
-        if entry.parameter is not None and (
-            entry.embedding is not None or not entry.name.rpartition(".")[2].isdecimal()
-        ):
+        if entry.parameter is not None and entry.embedding is not None:
             raise ValueError(f"{entry.name}: an expert, with embedding {entry.embedding!r}")
 
     def _experts(self) -> dict[str, list[PackedLinearEntry]]:
@@ -251,8 +249,10 @@ class PackedFolder:
             for key, entries in found.items()
         }
         for key, entries in made.items():
-            if len({(entry.shape, entry.transposed) for entry in entries}) > 1:
-                raise ValueError(f"the experts of {key} have several shapes")
+            if len({(e.shape, e.transposed, e.values, e.group, e.storage, e.rows) for e in entries}) > 1:
+                raise ValueError(f"the experts of {key} are of several kinds")
+            if any(entry.index not in (None, number) for number, entry in enumerate(entries)):
+                raise ValueError(f"the experts of {key} are not in the order of their source")
         return made
 
     def _refuse(self, name: str, what: str) -> CheckpointError:
@@ -409,13 +409,16 @@ class PackedFolder:
 
     def read_source(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the dense checkpoint whose weights are packed; in the type of their values if `dtype` is None."""
-        parts = {}
+        whole: Tensor | None = None
         for entry in self.made[key]:
-            W_OI = format.unpack(self.read_packed(entry.name), dtype)
-            parts[entry.index] = entry.part_of(key, W_OI)
-        if None in parts:
-            return parts[None]
-        return torch.stack([parts[index] for index in range(len(parts))])
+            part = entry.part_of(key, format.unpack(self.read_packed(entry.name), dtype))
+            if entry.index is None:
+                return part
+            if whole is None:
+                whole = part.new_empty(len(self.made[key]), *part.shape)
+            whole[entry.index] = part
+        assert whole is not None
+        return whole
 
     def read_packed(self, name: str, hashes: bool = True) -> PackedTensor:
         """One packed weight, checked."""

@@ -12,6 +12,7 @@ __all__ = ["LinearForm", "pack_model"]
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -68,21 +69,20 @@ def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
     return found
 
 
-def pack_experts_or_not(
-    fused: Tensor, experts: Sequence[Linear], values: Values, group: int | None = None
-) -> tuple[list[PackedTensor] | None, float]:
-    """All experts of one fused parameter packed, or None where dense is cheaper; and the parameter's share of zeros."""
+def sparsities_of(fused: Tensor, experts: Sequence[Linear]) -> list[float]:
+    """Each expert's share of zeros."""
     format.check_dtype(fused)
-    sparsity = 1.0 - int(torch.count_nonzero(fused)) / fused.numel()
-    if not worth_packing(sparsity, values):
-        return None, sparsity
-    made = []
-    for expert in experts:
-        W_OI = expert.view(fused)
-        density = int(torch.count_nonzero(W_OI)) / W_OI.numel()
-        with format.naming(expert.name):
-            made.append(format.pack(W_OI, values, group, whole=format.cheaper_whole(density, values)))
-    return made, sparsity
+    return [1.0 - int(torch.count_nonzero(fused[x.expert])) / x.numel for x in experts]
+
+
+def pack_expert(
+    fused: Tensor, expert: Linear, sparsity: float, values: Values, group: int | None
+) -> PackedTensor:
+    """One expert of a fused parameter; all are packed where their mean sparsity is worth it."""
+    with format.naming(expert.name):
+        return format.pack(
+            expert.view(fused), values, group, whole=format.cheaper_whole(1 - sparsity, values)
+        )
 
 
 def pack_head(W_OI: Tensor, values: Values) -> PackedTensor:
@@ -153,11 +153,15 @@ def pack_model(
                     dense.append(linear.name)
             for key, experts in experts_by_parameter(linears).items():
                 fused = getattr(experts[0].module, experts[0].parameter).data
-                all_of_them, _ = pack_experts_or_not(fused, experts, values, group)
-                if all_of_them is None:
+                sparsities = sparsities_of(fused, experts)
+                if not worth_packing(mean(sparsities), values):
                     dense += [expert.name for expert in experts]
                     continue
-                install_experts(model, key, PackedExperts(all_of_them, experts[0].transposed, fused.dtype))
+                each = [
+                    pack_expert(fused, x, own, values, group)
+                    for x, own in zip(experts, sparsities, strict=True)
+                ]
+                install_experts(model, key, PackedExperts(each, experts[0].transposed, fused.dtype))
                 packed += len(experts)
             watch.step(f"{path}.{index}")
         _head(model, head)

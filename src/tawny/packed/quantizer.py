@@ -11,7 +11,7 @@ __all__ = ["METHOD", "TawnyConfig", "TawnyQuantizer", "register", "verification"
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tawny.errors import CheckpointError
+from tawny.model.tensorfile import natural
 from tawny.packed import format
 from tawny.packed.experts import PackedExperts, install_experts
 from tawny.packed.folder import INDEX, METHOD, PackedCheckpoint, PackedFolder, PackedLinearEntry
@@ -200,6 +201,8 @@ def _fitting(model: Any, path: Path) -> PackedFolder:
         for source in (source for entry in entries for source in entry.sources):
             if targets.get(source) != [name]:
                 raise refuse(f"{name!r} is packed in the place of {targets.get(source)}")
+        if entries[0].rows is not None and not _in_order(entries, checkpoint):
+            raise refuse(f"the experts of {name!r} are not in the order of their sources")
     for name, entry in folder.linears.items():
         if entry.parameter is not None:
             continue
@@ -214,6 +217,18 @@ def _fitting(model: Any, path: Path) -> PackedFolder:
         if name not in modules:
             raise refuse(f"the model has no linear {name!r}, which the index calls dense")
     return folder
+
+
+def _in_order(entries: Sequence[PackedLinearEntry], checkpoint: PackedCheckpoint) -> bool:
+    """Whether the e-th expert consists of the e-th of each kind of source, the kinds in one order for all."""
+    pattern_of = {s: p for unit in checkpoint.units for s, p in zip(unit.sources, unit.patterns, strict=True)}
+    kinds = [pattern_of[source] for source in entries[0].sources]
+    columns = zip(*(entry.sources for entry in entries), strict=True)
+    return all(
+        [pattern_of[source] for source in column] == [kind] * len(column)
+        and list(column) == sorted(column, key=natural)
+        for kind, column in zip(kinds, columns, strict=True)
+    )
 
 
 def _untie(model: Any, weight: str) -> None:

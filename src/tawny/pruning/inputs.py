@@ -13,6 +13,7 @@ from tawny.errors import ModelError, RecipeError, TextError
 from tawny.model.blocks import Stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.streams import Samples
+from tawny.packed.linear import PackedLinear
 from tawny.precision import DTYPES, native_dtype
 from tawny.recipe import Recipe
 
@@ -50,11 +51,16 @@ def check_dense(source: str | Path, folder: Path) -> None:
 
 
 def check_live(recipe: Recipe, stack: Stack) -> None:
-    """Refuse keys that would change how a live model is kept or computes: it stays as it is.
+    """Refuse keys that would change how a live model is kept or computes: it stays as it is. Refuse a packed one.
 
     Raises:
+        ModelError: linears of the model are packed.
         RecipeError: one of them says another thing than the model does.
     """
+    if any(isinstance(module, PackedLinear) for module in stack.model.modules()):
+        raise ModelError(
+            f"the live {type(stack.model).__name__} is packed: what is packed is not pruned or profiled; load the dense model"
+        )
     own = str(stack.compute).removeprefix("torch.")
     for key, given in (
         ("dtype", recipe.dtype),

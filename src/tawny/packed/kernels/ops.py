@@ -28,7 +28,7 @@ from . import native, reference
 DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
 DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faster
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-_FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+FLOATS = (torch.bfloat16, torch.float32, torch.float16)
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "int8"}
 
 
@@ -195,7 +195,7 @@ class Call:
         """None where this path does not apply, and the general one must be taken."""
         dtype, shape = x.dtype, x.shape
         tokens = x.numel() // self.cols
-        if tokens > DIRECT or dtype not in _FLOATS or shape[-1] != self.cols or not x.is_contiguous():
+        if tokens > DIRECT or dtype not in FLOATS or shape[-1] != self.cols or not x.is_contiguous():
             return None
         if bias is not None and not (
             bias.dtype is dtype and bias.numel() == self.rows and bias.is_contiguous()
