@@ -4,10 +4,11 @@
     python benchmarks/decode.py --shape 7b --only 1   # a piece; results are merged
     python benchmarks/decode.py --quick               # every path of the script on a tiny shape: seconds, nothing kept
 
-Shapes: `1.1b` (LLaMA-shaped, 22 blocks, 2048/5632, 32 heads over 4, vocabulary 32,000), `7b` (32 blocks, 4096/11008,
-32 heads), both of random weights pruned by magnitude, built block by block; `qwen3-moe`, two blocks of a mixture with the
-widths and experts of Qwen3-30B-A3B and a vocabulary as much smaller; and `smollm2`, the packaged real model, pruned here with OWL and Wanda. Every block and every expert of a random model has
-the bytes of its own that it would have in a real one.
+Shapes: `1.1b` (LLaMA-shaped, 22 blocks, 2048/5632, 32 heads over 4, vocabulary 32,000) and `7b` (32 blocks,
+4096/11008, 32 heads), both of random weights pruned by magnitude, built block by block; `qwen3-moe`, made so too, two
+blocks of a mixture with the widths and experts of Qwen3-30B-A3B and a vocabulary as much smaller; and `smollm2`, the
+packaged real model, pruned here with OWL and Wanda. Every block and every expert of a random model has the bytes of its
+own that it would have in a real one.
 
 Variants: `transformers` (its own forward, cache and linears), `dense` (our decoder with our best dense kernel, the
 honest baseline), and `packed` with bfloat16, int8 or float32 values, embedding and head dense unless the name says

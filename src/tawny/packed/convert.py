@@ -1,8 +1,9 @@
 """`pack` and `unpack`: a dense checkpoint folder into a packed one and back, one tensor at a time.
 
 Packing never holds more than one shard of a few hundred megabytes and one parameter; where that is all experts of a
-block, whose file holds each apart, it is there twice for a moment. Unpacking holds one tensor. The headers of the dense files are kept in the packed index, so unpacking writes those files again byte for byte: for float kinds that hold
-what the dense checkpoint stored, the files are identical.
+block, whose file holds each apart, it is there twice for a moment. Unpacking holds one tensor. The headers of the dense
+files are kept in the packed index, so unpacking writes those files again byte for byte: for float kinds that hold what
+the dense checkpoint stored, the files are identical.
 """
 
 from __future__ import annotations

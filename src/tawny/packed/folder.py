@@ -171,9 +171,8 @@ class PackedFolder:
             self.source_index: str | None = index["source_index"]
             self._check_tensors()
             self.linears = {name: self._entry(name, entry) for name, entry in index["linears"].items()}
-            self.made: dict[
-                str, list[PackedLinearEntry]
-            ] = {}  # what each tensor of the dense checkpoint became
+            # What each tensor of the dense checkpoint became.
+            self.made: dict[str, list[PackedLinearEntry]] = {}
             for linear in self.linears.values():
                 for source in linear.sources:
                     self.made.setdefault(source, []).append(linear)
