@@ -52,6 +52,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# State-space layers beside attention; not among the families that every test goes through.
+BAMBA = {
+    "attn_layer_indices": [1],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+
 
 def tiny_config(family: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[family](

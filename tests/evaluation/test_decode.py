@@ -12,7 +12,7 @@ from tawny.packed import pack_linear
 from tawny.packed.kernels import native
 from tawny.packed.step import Step, find_blocks
 from tests.evaluation.greedy import compare, greedy
-from tests.tiny import tiny_model, tokens
+from tests.tiny import BAMBA, tiny_model, tokens
 
 LEVELS = [name for name in native.available() if name != "torch"]
 compiled = pytest.mark.skipif(
@@ -101,14 +101,7 @@ def test_other_models_are_left_to_their_own_forward(family):
 
 COUNTING = {
     "roberta": {"is_decoder": True},  # whose positions begin behind its padding token
-    "bamba": {
-        "attn_layer_indices": [1],
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
-    },
+    "bamba": BAMBA,
     "minimax": {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "block_size": 8,

@@ -10,7 +10,7 @@ import tawny
 from tawny.errors import ModelError
 from tawny.model.blocks import live_stack
 from tawny.model.linears import linears_of
-from tests.tiny import tiny_model, tokens
+from tests.tiny import BAMBA, tiny_model, tokens
 
 MIXED = {
     "lfm2": {
@@ -25,14 +25,7 @@ MIXED = {
         "block_types": ["recurrent", "recurrent", "attention"],
         "head_dim": 8,
     },
-    "bamba": {
-        "attn_layer_indices": [1],
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
-    },
+    "bamba": BAMBA,
 }
 
 

@@ -20,10 +20,10 @@ from tawny.evaluation.decode import Decoder, kernels
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import linears_of
 from tawny.packed import format
-from tawny.packed.convert import _places
 from tawny.packed.experts import PackedExpert, PackedExperts, run_experts
 from tawny.packed.folder import PackedCheckpoint, PackedFolder
 from tawny.packed.linear import PackedLinear
+from tawny.packed.places import places_of
 from tawny.watch import Silent
 from tests.packed.test_folder import bytes_of, copy, edit_index
 from tests.packed.test_model import greedy, logits, pruned
@@ -269,6 +269,19 @@ def test_tokens_that_go_nowhere_and_norms_behind_experts(count):
         assert not run_experts(module, x[:1], numbers[:1, :0], weights[:1, :0]).any()
 
 
+def test_packed_experts_of_a_module_that_does_not_say_enough_run_by_its_own_loop():
+    dense = mixture("mixtral")
+    for block in dense.model.layers:
+        del block.mlp.experts.has_post_expert_norm  # as in versions that know of none
+    with kernels(dense):
+        assert dense.config._experts_implementation not in ("tawny", "eager")
+    packed = tawny.pack_model(deepcopy(dense), "f32")
+    assert packed.config._experts_implementation == "eager"
+    ids = tokens(2, 24)
+    dense.config._experts_implementation = "eager"
+    torch.testing.assert_close(logits(packed, ids), logits(dense, ids), atol=2e-4, rtol=2e-4)
+
+
 def test_experts_partly_packed_run_as_well():
     dense = mixture("mixtral")
     for block in dense.model.layers:
@@ -468,12 +481,12 @@ def test_sources_in_any_order_and_nan_are_put_together():
     }
     sources = [f"{e}.{name}" for name in "ug" for e in range(4)]
     unit = Unit(sources, ["b.gate_up_proj"], patterns=[source[-1] for source in sources])
-    places = _places(unit, stored, fused, linears)
+    places = places_of(unit, stored, fused, linears)
     assert [place.sources for place in places] == [[f"{e}.g", f"{e}.u"] for e in range(4)]
     assert {place.rows for place in places} == {(48, 48)}
-    assert _places(unit, stored, fused + 1, linears) is None
-    assert _places(unit, stored, fused, linears[::-1]) is None
-    assert _places(unit, stored | {"3.u": stored["3.u"].half()}, fused, linears) is None
+    assert places_of(unit, stored, fused + 1, linears) is None
+    assert places_of(unit, stored, fused, linears[::-1]) is None
+    assert places_of(unit, stored | {"3.u": stored["3.u"].half()}, fused, linears) is None
 
 
 @pytest.mark.parametrize("family", ["hunyuan_v1_moe", "qwen2_moe", "mixtral"])

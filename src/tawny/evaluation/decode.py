@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from tawny.errors import UserError
 from tawny.model.linears import changed, is_plain
-from tawny.packed.experts import METHOD, run_by_tawny, runs_experts, runs_faster
+from tawny.packed.experts import dense_experts
 from tawny.packed.kernels import native
 from tawny.packed.linear import DenseLinear
 from tawny.packed.step import Step, find_blocks, find_rotary
@@ -46,7 +46,6 @@ def kernels(model: nn.Module) -> Iterator[None]:
     So do fused experts that are stored `[out, in]`, where transformers lets a module's experts be run by others.
     """
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    before: list[tuple[Any, str | None]] = []
     if native.chosen():
         made: dict[int, DenseLinear] = {}
         for parent in model.modules():
@@ -55,16 +54,10 @@ def kernels(model: nn.Module) -> Iterator[None]:
                     fast = made.setdefault(id(child), DenseLinear.from_linear(child))
                     swapped.append((parent, name, child))
                     parent._modules[name] = fast.train(child.training)
-        for module in model.modules():
-            config = runs_experts(module)
-            if config is not None and config._experts_implementation != METHOD and runs_faster(module):
-                before.append((config, config._experts_implementation))
-                run_by_tawny(config)
     try:
-        yield
+        with dense_experts(model) if native.chosen() else contextlib.nullcontext():
+            yield
     finally:
-        for config, theirs in before:
-            config._experts_implementation = theirs
         for parent, name, child in swapped:
             parent._modules[name] = child
 

@@ -12,16 +12,15 @@ does with less between the products of one token.
 from __future__ import annotations
 
 __all__ = [
-    "METHOD",
+    "IMPLEMENTATION",
     "PackedExpert",
     "PackedExperts",
+    "dense_experts",
     "install_experts",
-    "run_by_tawny",
     "run_experts",
-    "runs_experts",
-    "runs_faster",
 ]
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from .format import PackedTensor
 from .kernels.ops import FLOATS
 from .linear import PackedLinear, multiply
 
-METHOD = "tawny"  # what transformers calls this way to run experts
+IMPLEMENTATION = "tawny"  # what transformers calls this way to run experts
 _MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
@@ -178,32 +177,43 @@ def install_experts(model: nn.Module, key: str, experts: PackedExperts) -> None:
     owner = model.get_submodule(path)
     delattr(owner, name)
     owner.add_module(name, experts.train(owner.training))
-    if (config := runs_experts(owner)) is not None:
-        run_by_tawny(config)
+    config: Any = getattr(owner, "config", None)
+    if hasattr(config, "_experts_implementation"):
+        # Of transformers' own ways only the plain loop takes one expert after the other.
+        config._experts_implementation = IMPLEMENTATION if _can_run(owner) else "eager"
 
 
-def runs_experts(module: nn.Module) -> Any:
-    """The configuration that says how a module's experts are run; None where it runs none, or only in its own way."""
-    config = getattr(module, "config", None)
-    decorated = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-    return config if decorated and hasattr(config, "_experts_implementation") else None
+@contextlib.contextmanager
+def dense_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, dense experts are run by `run_experts` where that is the quickest way.
+
+    Our dense product is one of 16 and 32 bits on a CPU, with weights stored `[out, in]`.
+    """
+    before: list[tuple[Any, str | None]] = []
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if not fused or not _can_run(module) or module.is_transposed:
+            continue
+        if not all(p.device.type == "cpu" and p.dtype in FLOATS for p in fused):
+            continue
+        theirs = getattr(config, "_experts_implementation", IMPLEMENTATION)
+        if theirs != IMPLEMENTATION:
+            before.append((config, theirs))
+            _register()
+            config._experts_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        for config, theirs in before:
+            config._experts_implementation = theirs
 
 
-def runs_faster(module: nn.Module) -> bool:
-    """Whether `run_experts` is the quickest way to run a module whose experts are dense: ours are the products of 16 and
-    32 bits on a CPU with experts stored `[out, in]`."""
-    fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-    return (
-        bool(fused)
-        and not module.is_transposed
-        and all(p.device.type == "cpu" and p.dtype in FLOATS for p in fused)
+def _can_run(module: nn.Module) -> bool:
+    """Whether transformers lets others run the experts of a module, and says of it what `run_experts` must know."""
+    return all(hasattr(module, f"has_{what}") for what in ("gate", "bias", "post_expert_norm")) and hasattr(
+        module, "is_transposed"
     )
-
-
-def run_by_tawny(config: Any) -> None:
-    """Have transformers run the experts of modules with this configuration by `run_experts`."""
-    _register()
-    config._experts_implementation = METHOD
 
 
 def run_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -251,4 +261,4 @@ def run_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
 def _register() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(METHOD, run_experts)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
