@@ -119,7 +119,7 @@ def child(arguments: argparse.Namespace) -> None:
     import torch
 
     import tawny
-    from tawny.console import Console
+    from tawny.cli.console import Console
 
     model, out, solver = arguments.child
     generator = torch.Generator().manual_seed(0)

@@ -164,7 +164,7 @@ def child(args: argparse.Namespace) -> None:
     import transformers  # noqa: F401 - both sides import it; it belongs to the baseline
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    import tawny.model.blocks
+    import tawny.model.stack
     import tawny.pruning.run  # both sides import it; it belongs to the baseline
     from tawny.machine import peak_memory
     from tawny.model.source import resolve
@@ -209,10 +209,10 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     """Matrix products no such method can avoid, at the speed this machine shows on a large one just now."""
     import torch
 
-    from tawny.model.blocks import open_stack
     from tawny.model.source import resolve
+    from tawny.model.stack import open_stack
     from tawny.precision import native_dtype, rounds_products
-    from tawny.pruning.memory import sharing_inputs
+    from tawny.pruning.memory_plan import sharing_inputs
     from tawny.pruning.profiling import PROFILE_TOKENS
 
     torch.set_num_threads(args.threads)

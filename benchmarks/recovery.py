@@ -31,7 +31,7 @@ from typing import Any
 
 import tawny
 from tawny.machine import machine, versions
-from tawny.watch import Silent
+from tawny.progress import Silent
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 KINDS = ("one-shot", "reconstructed", "recovered", "lora-reprune", "control")

@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from pathlib import Path
 
 import tawny
-from tawny.console import Console
+from tawny.cli.console import Console
 from tawny.evaluation.samples import text_samples
 from tawny.report.comparison import to_html, write
 from tawny.report.publish import publish

@@ -117,7 +117,7 @@ def test_a_process_that_dies_is_a_reason_and_no_crash(models, text, monkeypatch)
 
 
 def tawny_silent():
-    from tawny.watch import silent
+    from tawny.progress import silent
 
     return silent
 

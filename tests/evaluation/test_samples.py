@@ -4,7 +4,7 @@ import pytest
 
 from tawny.calibration.text import Text
 from tawny.evaluation import samples
-from tawny.watch import Silent
+from tawny.progress import Silent
 from tests.tiny import tiny_model
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tawny
+from tawny.decoding.decoder import Decoder, kernels
 from tawny.errors import CheckpointError, ModelError
-from tawny.evaluation.decode import Decoder, kernels
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import linears_of
 from tawny.packed import format
@@ -24,7 +24,7 @@ from tawny.packed.experts import PackedExpert, PackedExperts, run_experts
 from tawny.packed.folder import PackedCheckpoint, PackedFolder
 from tawny.packed.linear import PackedLinear
 from tawny.packed.places import places_of
-from tawny.watch import Silent
+from tawny.progress import Silent
 from tests.packed.test_folder import bytes_of, copy, edit_index
 from tests.packed.test_model import greedy, logits, pruned
 from tests.reference import packed_folder

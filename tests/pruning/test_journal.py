@@ -15,11 +15,11 @@ import torch
 
 import tawny
 from tawny.errors import CheckpointError, Interrupted, OutputError
+from tawny.kernels import native
 from tawny.model import output as output_module
-from tawny.packed.kernels import native
+from tawny.progress import Silent
 from tawny.pruning import journal as journal_module
 from tawny.pruning.journal import Journal
-from tawny.watch import Silent
 from tests.tiny import tiny_model, tokens
 
 EXEMPT = {"run.json", "README.md", "report.html"}

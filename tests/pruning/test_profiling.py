@@ -11,9 +11,9 @@ import torch
 import tawny
 from tawny.allocation import Alpha, LinearInfo
 from tawny.errors import Interrupted, RecipeError
+from tawny.progress import Silent
 from tawny.pruning import plan as plan_module
 from tawny.pruning.journal import Journal
-from tawny.watch import Silent
 from tests.tiny import tiny_model, tokens
 
 

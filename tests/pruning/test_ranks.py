@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 import tawny
 from tawny.pruning import journal
 from tawny.cli.common import console_for
-from tawny.watch import Silent
+from tawny.progress import Silent
 from tests.tiny import tokens
 journal.SHARE = float("inf")
 dense, out, solver, dying = sys.argv[1:5]

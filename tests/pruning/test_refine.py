@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.errors import Interrupted, RecipeError, TextError
 from tawny.model.checkpoint import Checkpoint
+from tawny.progress import Silent
 from tawny.pruning import journal
 from tawny.pruning import refine as refining
-from tawny.recipe import Recipe, Refine, resolve_recipe
-from tawny.watch import Silent
+from tawny.recipe.schema import Recipe, Refine, resolve_recipe
 from tests.end_to_end.test_prune import prunable
 from tests.tiny import tiny_model, tokens
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.calibration.windows import TokenisedText
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TextError
+from tawny.progress import Silent
 from tawny.record import weight_files
 from tawny.recovery import training
 from tawny.recovery.data import read
@@ -25,7 +26,6 @@ from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Run
 from tawny.report.push import push
-from tawny.watch import Silent
 from tests.recovery.models import SHORT, dense_and_pruned, folder_keys, save_letters
 from tests.reference import distil as reference
 from tests.tiny import FAMILIES, tiny_model, tokens

@@ -10,8 +10,8 @@ import pytest
 
 import tawny
 from tawny.cli import main
+from tawny.progress import Silent
 from tawny.report.publish import refresh
-from tawny.watch import Silent
 from tests.recovery.models import prose, save_pair
 from tests.tiny import tiny_model
 

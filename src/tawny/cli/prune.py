@@ -30,14 +30,14 @@ from tawny.cli.options import (
     packed_values,
 )
 from tawny.cli.root import RecipeCommand, app
-from tawny.watch import speaks
+from tawny.progress import speaks
 
 if TYPE_CHECKING:
-    from tawny.console import Console
+    from tawny.cli.console import Console
     from tawny.packed.format import Values
-    from tawny.recipe import Recipe
+    from tawny.progress import Watch
+    from tawny.recipe.schema import Recipe
     from tawny.record import Record
-    from tawny.watch import Watch
 
 EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few enough to wait for
 
@@ -201,8 +201,8 @@ def _windows(model: str, text: str, recipe: Recipe) -> int:
     from tawny.calibration.context import check_context
     from tawny.calibration.text import load_text
     from tawny.evaluation.perplexity import count_windows
-    from tawny.model.blocks import open_stack
     from tawny.model.source import load_tokenizer, resolve
+    from tawny.model.stack import open_stack
 
     loaded = load_text(text, "evaluation")
     folder = resolve(model)

@@ -36,10 +36,10 @@ from tawny.evaluation.perplexity import (
     windows_of,
 )
 from tawny.evaluation.sources import open_stack_of
-from tawny.model.blocks import Stack
 from tawny.model.source import load_tokenizer
+from tawny.model.stack import Stack
 from tawny.model.structure import evaluating
-from tawny.watch import Watch, silent
+from tawny.progress import Watch, silent
 
 
 @dataclass(frozen=True)

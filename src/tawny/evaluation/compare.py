@@ -31,7 +31,7 @@ from tawny.errors import ModelError, TawnyError
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
-from tawny.watch import Watch, silent
+from tawny.progress import Watch, silent
 
 MOST_WINDOWS = 20  # where nobody says how many: enough for a standard error, few enough to wait for
 
@@ -276,7 +276,7 @@ def measure(
 
 def _speed(folder: Path, setting: dict[str, Any], watch: Watch) -> dict[str, Any]:
     """What `bench` measures; without it, only the memory of an opened model that has worked once."""
-    from tawny.evaluation.speed import bench
+    from tawny.evaluation.bench import bench
 
     full = setting["speed"]
     made = bench(
@@ -295,8 +295,8 @@ def _sparsity(folder: Path) -> dict[str, Any]:
     """Exact zeros over prunable weights, block by block."""
     import torch
 
-    from tawny.model.blocks import open_stack
     from tawny.model.checkpoint import is_packed
+    from tawny.model.stack import open_stack
 
     stack = open_stack(folder, torch.float32)
     zeros = total = 0

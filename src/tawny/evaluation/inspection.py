@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.model.blocks import Stack, open_stack
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
+from tawny.model.stack import Stack, open_stack
 from tawny.patterns import matches
-from tawny.watch import Watch, silent
+from tawny.progress import Watch, silent
 
 # Tried from the strictest; the first that holds is reported.
 _N_OF_M = [(n, m) for m in (4, 8, 16) for n in range(1, m)]

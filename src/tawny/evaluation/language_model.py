@@ -15,7 +15,7 @@ from tawny.evaluation.sources import open_model
 from tawny.evaluation.task_config import INSTALL, quiet
 from tawny.machine import free_memory, total_memory
 from tawny.model.source import load_tokenizer
-from tawny.watch import Watch, silent
+from tawny.progress import Watch, silent
 
 _BATCH_TOKENS = 2048  # full-speed matrix products whose activations still fit the last-level cache
 _UNKNOWN_MEMORY = 4_000_000_000  # taken as free where the system says nothing

@@ -32,11 +32,11 @@ from tawny.calibration.windows import check_windows, evaluation_windows, tokenis
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import open_stack_of
 from tawny.machine import peak_memory
-from tawny.model.blocks import Stack
 from tawny.model.source import load_tokenizer
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
-from tawny.watch import Watch, silent
+from tawny.progress import Watch, silent
 
 # Logits are [tokens, vocabulary] in float32; so many tokens at once keep them near 100 MB for a large vocabulary.
 _LOGIT_BYTES = 100_000_000

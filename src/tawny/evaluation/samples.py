@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tawny.calibration.text import Text
+from tawny.evaluation.bench import generate
 from tawny.evaluation.sources import open_model
-from tawny.evaluation.speed import generate
 from tawny.machine import free_memory
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.precision import native_dtype
-from tawny.watch import Watch, silent
+from tawny.progress import Watch, silent
 
 WORDS = 10  # of a prompt
 TOKENS = 40  # of an answer

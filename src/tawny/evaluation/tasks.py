@@ -39,7 +39,7 @@ from tawny.evaluation.language_model import ask, language_model
 from tawny.evaluation.sources import compute_dtype, fingerprint
 from tawny.evaluation.task_config import MEANING, PRESETS, find_manager, find_sources, load_task, quiet
 from tawny.model.source import cache_folder, resolve
-from tawny.watch import Watch, silent
+from tawny.progress import Watch, silent
 
 _CACHE_FORMAT = 1
 

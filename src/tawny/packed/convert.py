@@ -51,8 +51,8 @@ from tawny.packed.model import (
 )
 from tawny.packed.places import Place, places_of
 from tawny.packed.writer import PackedWriter
+from tawny.progress import Watch, silent
 from tawny.record import weight_files
-from tawny.watch import Watch, silent
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.

@@ -26,7 +26,7 @@ from tawny.packed.embedding import serve_from
 from tawny.packed.experts import PackedExperts, install_experts
 from tawny.packed.format import PackedTensor, Values
 from tawny.packed.linear import DenseLinear, PackedLinear, worth_packing
-from tawny.watch import Watch, silent
+from tawny.progress import Watch, silent
 
 
 @dataclass(frozen=True)

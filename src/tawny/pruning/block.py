@@ -20,7 +20,7 @@ from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
 from tawny.precision import DTYPES, native_dtype
-from tawny.pruning.memory import HELD_BYTES, held_bytes
+from tawny.pruning.memory_plan import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.refine import refine
 from tawny.record import LinearRecord

@@ -41,13 +41,14 @@ SHARE = 0.02
 _DECIDING = (
     "allocation",
     "calibration",
+    "kernels",
     "model",
-    "packed/kernels",
     "pruning",
     "solvers",
     "patterns.py",
     "precision.py",
-    "recipe.py",
+    "recipe",
+    "search",
 )
 
 _SOURCES = {".py", ".cpp", ".h"}

@@ -25,14 +25,14 @@ from tawny.allocation.several import Several
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Needs, Statistics, most
 from tawny.errors import NumericalError, RecipeError, TawnyError
-from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import NM, Pattern
+from tawny.progress import Watch, silent
 from tawny.pruning.journal import Journal
 from tawny.pruning.ranks import Ranks
-from tawny.recipe import Recipe, resolve_recipe
-from tawny.watch import Watch, silent
+from tawny.recipe.schema import Recipe, resolve_recipe
 
 # Tokens after which the outlier shares of a model no longer move its sparsities by more than 0.005.
 PROFILE_TOKENS = 8192

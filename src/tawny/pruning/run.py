@@ -31,21 +31,22 @@ from tawny.errors import (
     RecipeError,
     UserError,
 )
+from tawny.kernels.native import kernel_name
 from tawny.machine import machine, peak_memory, versions
-from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
+from tawny.model.stack import Stack, live_stack, open_stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
-from tawny.packed.kernels.native import kernel_name
 from tawny.patterns import Pattern, check_pattern
 from tawny.precision import DTYPES
+from tawny.progress import Watch, silent
 from tawny.pruning.block import BlockRun
 from tawny.pruning.demand import demand_of, needs_of
 from tawny.pruning.inputs import check_dense, check_live, compute_dtype, samples_of, text_or_tokens
 from tawny.pruning.journal import Journal, code_identity, model_identity, tensor_digest, tokens_identity
-from tawny.pruning.memory import (
+from tawny.pruning.memory_plan import (
     Placement,
     available,
     give_back,
@@ -57,9 +58,8 @@ from tawny.pruning.profiling import allocate, profile_walk
 from tawny.pruning.ranks import Ranks, is_lost
 from tawny.pruning.refine import holds_out
 from tawny.pruning.writing import write_pages, write_rest
-from tawny.recipe import Recipe, resolve_recipe
+from tawny.recipe.schema import Recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, weight_files
-from tawny.watch import Watch, silent
 
 if TYPE_CHECKING:
     from tawny.calibration.text import Text
@@ -444,7 +444,7 @@ class Run:
     def allocate(self) -> Allocation:
         """Sparsity of every linear: the profile walk, where the allocator wants one, and its decision."""
         if getattr(self.allocator, "searches", False):
-            from tawny.pruning.search import allocate_by_search
+            from tawny.search.run import allocate_by_search
 
             with self.clock("search"):
                 self.record.allocation = allocate_by_search(self)
@@ -547,7 +547,7 @@ class Run:
             with self.clock("hash"):
                 record.files = weight_files(self.output.partial)
             if record.search is not None:
-                from tawny.pruning.search import write_search
+                from tawny.search.run import write_search
 
                 write_search(self)
         record.peak_memory = max(peak_memory(), record.peak_memory)

@@ -17,15 +17,15 @@ from typing import Any
 
 from tawny.errors import RecipeError
 from tawny.model.source import resolve
+from tawny.progress import Watch, silent
 from tawny.pruning.run import prune
-from tawny.recipe import Recipe, resolve_recipe
+from tawny.recipe.schema import Recipe, resolve_recipe
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.run import recover
 from tawny.recovery.settings import Recovery
 from tawny.recovery.workfolder import WorkFolder, about_model, about_text, check_apart
 from tawny.recovery.writing import check_place, deliver, retell
-from tawny.watch import Watch, silent
 
 
 def shares(count: int) -> list[float]:

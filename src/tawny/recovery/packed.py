@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tawny.model.checkpoint import file_bytes
 from tawny.packed.convert import pack, unpack
+from tawny.progress import Watch
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
@@ -25,7 +26,6 @@ from tawny.recovery.workfolder import (
     is_own_teacher,
 )
 from tawny.recovery.writing import check_place, deliver, is_made, retell
-from tawny.watch import Watch
 
 
 def recover_packed(

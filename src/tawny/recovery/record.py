@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tawny.progress import Watch
 from tawny.record import finite
-from tawny.watch import Watch
 
 
 @dataclass

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from tawny.calibration.context import check_ids
 from tawny.errors import Interrupted, ModelError, RecipeError, TextError
 from tawny.machine import peak_memory
-from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.output import OutputFolder, check_savable
 from tawny.model.source import load_tokenizer, resolve
+from tawny.model.stack import Stack, live_stack, open_stack
 from tawny.model.structure import evaluating
 from tawny.precision import native_dtype
+from tawny.progress import Watch, silent
 from tawny.recovery.data import read
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
@@ -42,7 +43,6 @@ from tawny.recovery.workfolder import (
     is_own_teacher,
 )
 from tawny.recovery.writing import check_no_pruning
-from tawny.watch import Watch, silent
 
 # What lies in OUT.recovery: states, the best weights, parts to be joined, the teacher's hidden states and their index.
 _SHELVED = (

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from tawny.errors import ModelError
-from tawny.model.blocks import Stack
 from tawny.model.durable import writing
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
-from tawny.watch import Watch
+from tawny.progress import Watch
 
 # Windows made in one walk: each walk reads every block once, and holds this many tokens' hidden states.
 WALK_TOKENS = 32_768

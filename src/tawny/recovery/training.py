@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tawny.errors import Interrupted, NumericalError
 from tawny.machine import machine, peak_memory, versions
-from tawny.model.blocks import Stack
 from tawny.model.output import OutputFolder
+from tawny.model.stack import Stack
+from tawny.progress import Watch
 from tawny.pruning.journal import model_identity
 from tawny.record import Clock
 from tawny.recovery.data import Reading
@@ -33,7 +34,6 @@ from tawny.recovery.student import Student
 from tawny.recovery.teacher import WALK_TOKENS, Teacher
 from tawny.recovery.workfolder import WorkFolder, about_model
 from tawny.recovery.writing import card, tell_run, write
-from tawny.watch import Watch
 
 _BETAS = (0.9, 0.95)
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tawny.watch import Watch
+from tawny.progress import Watch
 
 _TEMPLATES = Path(__file__).with_name("templates")
 

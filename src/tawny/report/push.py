@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import CheckpointError, MissingFeature, OutputError, first_line
+from tawny.progress import Watch, silent
 from tawny.record import weight_files
 from tawny.report.card import CARD, front_matter
-from tawny.watch import Watch, silent
 
 _LEFT_OUT = (".partial", ".new", ".tmp", ".old", ".lock")
 
