@@ -63,7 +63,7 @@ def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> N
     def linears(block: Any) -> dict[str, Any]:
         return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
-    def watch(block: Any, inputs: Any, kwargs: dict[str, Any], hessian: bool) -> dict[str, Any]:
+    def progress(block: Any, inputs: Any, kwargs: dict[str, Any], hessian: bool) -> dict[str, Any]:
         stats: dict[str, Any] = {}
         count: dict[str, int] = {}
 
@@ -128,7 +128,7 @@ def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> N
         inputs, kwargs = first_inputs()
         made = torch.zeros_like(inputs)
         for block in blocks:
-            norms = watch(block, inputs, kwargs, hessian=False)
+            norms = progress(block, inputs, kwargs, hessian=False)
             outputs(block, inputs, made, kwargs)
             scores = torch.cat(
                 [(m.weight.abs() * norms[n].sqrt()).flatten() for n, m in linears(block).items()]
@@ -143,7 +143,7 @@ def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> N
         inputs, kwargs = first_inputs()
         made = torch.zeros_like(inputs)
         for block, ratio in zip(blocks, ratios, strict=True):
-            stats = watch(block, inputs, kwargs, hessian=solver == "sparsegpt")
+            stats = progress(block, inputs, kwargs, hessian=solver == "sparsegpt")
             for name, module in linears(block).items():
                 W = module.weight.data
                 if solver == "wanda":

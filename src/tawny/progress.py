@@ -6,7 +6,7 @@ import os
 from typing import Protocol
 
 
-class Watch(Protocol):
+class Progress(Protocol):
     """A listener. All calls are cheap and may come often."""
 
     def phase(self, name: str, total: int, unit: str = "blocks") -> None:
@@ -38,7 +38,7 @@ class Silent:
         pass
 
 
-silent: Watch = Silent()
+silent: Progress = Silent()
 
 
 def started_by_torchrun() -> bool:

@@ -35,11 +35,11 @@ def perplexity(value=20.0, **changes):
 
 def test_json_is_one_document_on_stdout_and_nothing_else(capsys):
     console = Console(as_json=True)
-    with console.watching() as watch:
-        watch.say("reading")
-        watch.phase("pruning", 2)
-        watch.step("0")
-        watch.step("1")
+    with console.progress() as progress:
+        progress.say("reading")
+        progress.phase("pruning", 2)
+        progress.step("0")
+        progress.step("1")
     console.result({"perplexity": math.inf, "nested": [math.nan, 1.5, (1, 2)]}, no_tables)
     out, err = capsys.readouterr()
     assert json.loads(out) == {"perplexity": None, "nested": [None, 1.5, [1, 2]]}
@@ -49,13 +49,13 @@ def test_json_is_one_document_on_stdout_and_nothing_else(capsys):
 def test_piped_progress_is_a_few_plain_lines(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 2))  # two seconds pass whenever anybody looks
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
-    with Console().watching() as watch:
-        watch.phase("pruning", 40)
+    with Console().progress() as progress:
+        progress.phase("pruning", 40)
         for index in range(40):
-            watch.detail("solving", index, 3)
-            watch.step(str(index))
-        watch.phase("evaluating", 1)
-        watch.step("0")
+            progress.detail("solving", index, 3)
+            progress.step(str(index))
+        progress.phase("evaluating", 1)
+        progress.step("0")
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and "\x1b" not in err and "\r" not in err
@@ -69,12 +69,12 @@ def test_a_terminal_gets_a_bar_an_inner_line_and_a_line_for_each_finished_walk(m
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(module.sys, "stderr", stream)
-    with Console().watching() as watch:
-        watch.phase("pruning", 2)
-        watch.step("0")
-        watch.detail("solving mlp.down_proj", 1, 3)
-        watch.live.refresh()
-        watch.step("1")
+    with Console().progress() as progress:
+        progress.phase("pruning", 2)
+        progress.step("0")
+        progress.detail("solving mlp.down_proj", 1, 3)
+        progress.live.refresh()
+        progress.step("1")
     shown = stream.getvalue()
     assert "1/2" in shown and "left" in shown and "solving mlp.down_proj 1/3" in shown
     assert "pruning: 2 blocks in" in shown

@@ -327,7 +327,7 @@ def test_ctrl_c_leaves_nothing_that_looks_finished(tmp_path):
             sparsity=0.5,
             allocator="uniform",
             solver="magnitude",
-            watch=PressesCtrlC(),
+            progress=PressesCtrlC(),
         )
     assert not (tmp_path / "out").exists()
 

@@ -314,12 +314,12 @@ def test_a_packed_mixture_survives_copies_pickles_and_gradients(family):
 def test_few_zeros_leave_all_experts_of_a_parameter_dense(tmp_path):
     said: list[str] = []
 
-    class Watch(Silent):
+    class Progress(Silent):
         def say(self, text):
             said.append(text)
 
     dense = saved(tmp_path / "dense", "mixtral", sparsity=0.02)
-    report = tawny.pack(dense, tmp_path / "packed", "bf16", watch=Watch())
+    report = tawny.pack(dense, tmp_path / "packed", "bf16", progress=Progress())
     experts = [form for form in report.linears if "experts" in form.name]
     assert len(experts) == 24 and {form.form for form in experts} == {"dense"}
     assert all("too few" in form.why for form in experts)

@@ -97,7 +97,7 @@ def test_the_bytes_do_not_depend_on_the_budget(dense, tmp_path, monkeypatch, ord
     assert files(tmp_path / "rich") == files(tmp_path / "poor")
     # And a run that was stopped under one budget goes on under another.
     with pytest.raises(tawny.TawnyError, match="kept"):
-        tawny.prune(dense, tmp_path / "mixed", watch=PressesCtrlC(5), **options)
+        tawny.prune(dense, tmp_path / "mixed", progress=PressesCtrlC(5), **options)
     monkeypatch.undo()
     assert tawny.prune(dense, tmp_path / "mixed", memory="64GB", **options).resumed == 1
     assert files(tmp_path / "rich") == files(tmp_path / "mixed")

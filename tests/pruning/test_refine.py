@@ -329,7 +329,7 @@ def test_a_stopped_run_goes_on_with_both_streams(tmp_path, monkeypatch):
     keys = KEYS | TRAINING | {"calibration": tokens(8, 24)}
     whole = tawny.prune(tmp_path / "dense", tmp_path / "whole", **keys)
     with pytest.raises(Interrupted):
-        tawny.prune(tmp_path / "dense", tmp_path / "out", watch=PressesCtrlC(), **keys)
+        tawny.prune(tmp_path / "dense", tmp_path / "out", progress=PressesCtrlC(), **keys)
     record = tawny.prune(tmp_path / "dense", tmp_path / "out", **keys)
     assert record.resumed == 1
     a, b = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))

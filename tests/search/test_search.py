@@ -164,9 +164,9 @@ def test_a_search_that_was_stopped_goes_on_and_gives_the_same(
     assert whole.seconds["search"] <= whole.seconds["total"] <= time.perf_counter() - began
     needed = len(scored)
     with pytest.raises(Interrupted, match=r"blocks? solved at each level are kept"):
-        prune(dense, tmp_path / "out", watch=Counts((phase, steps)), **options)
+        prune(dense, tmp_path / "out", progress=Counts((phase, steps)), **options)
     again = Counts()
-    resumed = prune(dense, tmp_path / "out", watch=again, **options)
+    resumed = prune(dense, tmp_path / "out", progress=again, **options)
     assert resumed.search == whole.search and resumed.resumed == 1
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
@@ -207,7 +207,7 @@ def test_a_search_on_other_held_out_text_is_another_one(dense, tmp_path, monkeyp
 
     monkeypatch.setattr(Run, "load_samples", changed)
     with pytest.raises(Interrupted):
-        prune(dense, tmp_path / "out", watch=Stops(), **options)
+        prune(dense, tmp_path / "out", progress=Stops(), **options)
     with pytest.raises(OutputError, match="held-out text changed"):
         prune(dense, tmp_path / "out", **options)
 
@@ -222,7 +222,7 @@ def test_solutions_that_a_search_goes_on_from_must_be_there(dense, tmp_path, mon
 
     with pytest.raises(Interrupted):
         monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
-        prune(dense, tmp_path / "out", watch=Stops())
+        prune(dense, tmp_path / "out", progress=Stops())
     lost = tmp_path / "out.partial" / "search" / "00000.safetensors"
     kept = lost.read_bytes()
     lost.unlink()
@@ -252,7 +252,7 @@ def test_a_run_that_was_stopped_after_its_search_does_not_search_again(dense, tm
     whole = prune(dense, tmp_path / "whole")
     monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
     with pytest.raises(Interrupted, match="kept"):
-        prune(dense, tmp_path / "out", watch=Stops())
+        prune(dense, tmp_path / "out", progress=Stops())
     monkeypatch.setattr(search_module, "solve_levels", None)
     resumed = prune(dense, tmp_path / "out")
     assert resumed.search == whole.search and weights(tmp_path / "out") == weights(tmp_path / "whole")
@@ -748,12 +748,12 @@ def test_a_study_that_fails_is_said_and_recorded_and_the_model_is_pruned(dense, 
             if not taken and text.startswith("best"):
                 taken.append(locked(tmp_path))
 
-    watch = Locks()
+    progress = Locks()
     study = f"sqlite:///{tmp_path}/study.db?timeout=0.05"
-    record = prune(dense, tmp_path / "out", watch=watch, **{"allocator.study": study})
+    record = prune(dense, tmp_path / "out", progress=progress, **{"allocator.study": study})
     taken[0].close()
     assert record.search["shared"] and "locked" in record.search["study_failed"]
-    assert sum("goes on without it" in text for text in watch.said) == 1
+    assert sum("goes on without it" in text for text in progress.said) == 1
     assert len(record.search["trials"]) == FEW["allocator.trials"]
 
 
@@ -955,23 +955,23 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(dense, tmp_path, m
         raise ValueError("no ink")
 
     monkeypatch.setattr("tawny.report.plot.plot_allocations", broken)
-    watch = Hears()
-    prune(dense, tmp_path / "out", watch=watch)
+    progress = Hears()
+    prune(dense, tmp_path / "out", progress=progress)
     for kind in ("png", "svg"):
-        assert f"allocation.{kind} could not be made: ValueError: no ink" in watch.said
+        assert f"allocation.{kind} could not be made: ValueError: no ink" in progress.said
     assert [path.name for path in (tmp_path / "out").glob("allocation.*")] == ["allocation.yaml"]
     assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("changes", [{"sparsity": 0.995}, {"pattern": "1:4", "sparsity": None}])
 def test_a_sparsity_that_leaves_nothing_to_search_is_said(dense, tmp_path, changes):
-    watch = Hears()
-    record = prune(dense, tmp_path / "out", watch=watch, **changes)
+    progress = Hears()
+    record = prune(dense, tmp_path / "out", progress=progress, **changes)
     share = "75.0%" if "pattern" in changes else "99.5%"
     assert record.search["says"] == (
         f"auto: uniform, since a sparsity of {share} leaves no room for other allocations"
     )
-    assert record.search["levels"]["count"] == 1 and any("at 1 level from" in text for text in watch.said)
+    assert record.search["levels"]["count"] == 1 and any("at 1 level from" in text for text in progress.said)
 
 
 def test_a_step_that_leaves_nothing_to_search_is_refused_before_the_work(dense, tmp_path, monkeypatch):

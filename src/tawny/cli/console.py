@@ -30,7 +30,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tawny.progress import Watch, silent, speaks
+from tawny.progress import Progress, silent, speaks
 from tawny.record import finite
 from tawny.tables import duration, stacked
 
@@ -83,8 +83,8 @@ class Console:
     # --- progress ----------------------------------------------------------------------------------
 
     @contextmanager
-    def watching(self) -> Iterator[Watch]:
-        """A watch that shows progress until the end of the `with`."""
+    def progress(self) -> Iterator[Progress]:
+        """Progress that is shown until the end of the `with`."""
         if not speaks():
             yield silent
         elif self._err.is_terminal and not self._err.is_dumb_terminal:

@@ -157,10 +157,10 @@ def recover(
         check_device(settings.device)
         import tawny
 
-        with console.watching() as watch:
+        with console.progress() as progress:
             if through is None:
                 record = tawny.recover(
-                    model, teacher, out, settings=settings, watch=watch, overwrite=overwrite
+                    model, teacher, out, settings=settings, progress=progress, overwrite=overwrite
                 )
             else:
                 record = tawny.recover_gradually(
@@ -170,7 +170,7 @@ def recover(
                     _sparsities(through),
                     recipe=recipe,
                     settings=settings,
-                    watch=watch,
+                    progress=progress,
                     overwrite=overwrite,
                 )
         from tawny.tables import recovery_tables

@@ -31,7 +31,7 @@ from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.streams import holds_integers
 from tawny.model.structure import evaluating
-from tawny.progress import Watch, silent
+from tawny.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def generate(
     tokenizer: Any = None,
     threads: int | None = None,
     on_text: Callable[[str], None] | None = None,
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> Generation:
     """Continue a prompt.
 
@@ -174,7 +174,7 @@ def generate(
             live: Any = model
             before = resident_memory()
         else:
-            folder = resolve(model, watch.say)
+            folder = resolve(model, progress.say)
             tokenizer = tokenizer or load_tokenizer(folder)
             _prepare(folder)
             before = resident_memory()
@@ -369,7 +369,7 @@ def bench(
     threads: int | None = None,
     seed: int = 0,
     quick: bool | None = None,
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> Speed:
     """Tokens a second of a model on this machine, decoding one sequence of random tokens.
 
@@ -391,7 +391,7 @@ def bench(
         if isinstance(source, nn.Module):
             model: Any = source
         else:
-            folder = resolve(source, watch.say)
+            folder = resolve(source, progress.say)
             size = file_bytes(folder)
             _prepare(folder)
             before = resident_memory()
@@ -402,7 +402,7 @@ def bench(
                 f"{prompt_tokens} + {_UNTIMED} (not timed) + {tokens} tokens are more than the model's context of "
                 f"{limit}; ask for fewer"
             )
-        prefill, decode, path = _rounds(model, prompt_tokens, tokens, rounds, seed, quick, watch)
+        prefill, decode, path = _rounds(model, prompt_tokens, tokens, rounds, seed, quick, progress)
         resident = max(0, resident_memory() - before)
     return Speed(
         decode_tokens_per_second=statistics.median(decode),
@@ -423,13 +423,19 @@ def bench(
 
 
 def _rounds(
-    model: Any, prompt_tokens: int, tokens: int, rounds: int, seed: int, quick: bool | None, watch: Watch
+    model: Any,
+    prompt_tokens: int,
+    tokens: int,
+    rounds: int,
+    seed: int,
+    quick: bool | None,
+    progress: Progress,
 ) -> tuple[list[float], list[float], str]:
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (prompt_tokens,), generator=generator)
     prefill, decode, path = [], [], "model"
-    watch.phase("measuring", rounds + 1)
+    progress.phase("measuring", rounds + 1)
     with _alone(model), torch.inference_mode(), evaluating(model), kernels(model):
         for number in range(rounds + 1):
             decoder = Decoder(model, prompt_tokens + _UNTIMED + tokens, quick)
@@ -445,7 +451,7 @@ def _rounds(
                 prefill.append(prompt_tokens / (filled - begin))
                 decode.append(tokens / (end - start))
             path = decoder.path
-            watch.step(f"round {number}")
+            progress.step(f"round {number}")
     return prefill, decode, path
 
 

@@ -120,7 +120,7 @@ class Journal:
         self._save()
 
     @property
-    def progress(self) -> bool:
+    def has_progress(self) -> bool:
         """Whether anything is finished that would be lost."""
         return bool(self.state.get("walks") or self.state.get("once"))
 

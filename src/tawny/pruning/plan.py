@@ -22,7 +22,7 @@ from tawny.model.source import resolve
 from tawny.model.stack import Stack, open_stack
 from tawny.patterns import check_pattern
 from tawny.precision import DTYPES, native_dtype, rounds_products
-from tawny.progress import Watch, silent
+from tawny.progress import Progress, silent
 from tawny.pruning.demand import demand_of, needs_of
 from tawny.pruning.inputs import check_dense, compute_dtype
 from tawny.pruning.memory_plan import available, parse_size, place, sharing_inputs
@@ -91,7 +91,7 @@ def plan(
     *,
     recipe: Recipe | None = None,
     memory: str | int | None = None,
-    watch: Watch = silent,
+    progress: Progress = silent,
     **keys: Any,
 ) -> Plan:
     """What `prune` would do with the same arguments.
@@ -100,7 +100,7 @@ def plan(
         UserError: as `prune` would, for everything that can be known without work.
     """
     recipe = resolve_recipe(recipe, **keys)
-    folder = resolve(source, watch.say)
+    folder = resolve(source, progress.say)
     check_dense(source, folder)
     stack = open_stack(folder, compute_dtype(recipe), recipe.device)
     every = [stack.linears(index) for index in range(len(stack))]

@@ -152,7 +152,7 @@ def solve_levels(
     stack = run.stack
     walk = _Walk(run, samples, held_out, store, solver=solver, measuring=measuring)
     uniform = {x.name: space.sparsity(i, 0) for i, x in enumerate(space.linears)}
-    run.watch.phase("solving at each level", len(stack) - walk.dense.depth)
+    run.progress.phase("solving at each level", len(stack) - walk.dense.depth)
     for block in walk.blocks(uniform):
         with dense_again(block):
             walk.dense.advance(block.index)
@@ -181,7 +181,7 @@ class _Walk(Rehearsal):
     def __init__(
         self, of: Run, samples: Samples, held_out: Samples, store: LevelStore, *, solver: Any, measuring: Any
     ) -> None:
-        super().__init__(of, samples, of.watch, solver)
+        super().__init__(of, samples, of.progress, solver)
         self.journal, self.store, self.measuring = of.journal, store, measuring
         done, found = self.journal.walk(self.walk)
         self.measures: list[dict[str, Any]] = found.get("measures", [])
@@ -281,7 +281,7 @@ def _solve_block(block: BlockRun, space: Space, store: LevelStore) -> None:
                         f"{linear.name} saw no calibration token while allocations were tried"
                     )
                 for level, sparsity in levels[linear.name].items():
-                    run.watch.detail("solving", done, len(specs))
+                    run.progress.detail("solving", done, len(specs))
                     solution, _, _ = block.solution(linear, W_OI, known, sparsity)
                     writer.write(key_of(linear, level), solution.weight.to(store.dtype).cpu())
                     if level == 0:

@@ -18,7 +18,7 @@ from tawny.allocation.profile import Allocation
 from tawny.errors import NumericalError
 from tawny.model import durable
 from tawny.model.streams import Samples, Stream
-from tawny.progress import Silent, Watch
+from tawny.progress import Progress, Silent
 from tawny.pruning.block import BlockRun
 from tawny.pruning.demand import needs_of
 from tawny.pruning.journal import Journal
@@ -28,14 +28,14 @@ from tawny.pruning.run import Run
 class _Steps(Silent):
     """Passes on the steps of a walk that is part of a longer phase."""
 
-    def __init__(self, watch: Watch, name: str) -> None:
-        self._watch, self._name = watch, name
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
 
     def step(self, text: str) -> None:
-        self._watch.step(f"{self._name}, {text}" if self._name else text)
+        self._progress.step(f"{self._name}, {text}" if self._name else text)
 
     def detail(self, text: str, done: int, total: int) -> None:
-        self._watch.detail(text, done, total)
+        self._progress.detail(text, done, total)
 
 
 class Rehearsal(Run):
@@ -48,9 +48,11 @@ class Rehearsal(Run):
         name: told with every step.
     """
 
-    def __init__(self, of: Run, samples: Samples, watch: Watch, solver: Any = None, name: str = "") -> None:
+    def __init__(
+        self, of: Run, samples: Samples, progress: Progress, solver: Any = None, name: str = ""
+    ) -> None:
         recipe = of.recipe.with_overrides([("refine.epochs", 0)])
-        steps = _Steps(watch, name)
+        steps = _Steps(progress, name)
         super().__init__(recipe, of.source, of.folder, of.stack, None, steps, Journal(None), of.ranks)
         self.by_block, self.placement, self.samples = of.by_block, of.placement, samples
         if solver is not None:
@@ -81,7 +83,7 @@ def rehearse(
     Raises:
         NumericalError: a solve or a pruned block gives NaN or infinity.
     """
-    walk = Rehearsal(run, samples, run.watch, name=name)
+    walk = Rehearsal(run, samples, run.progress, name=name)
     stream = Stream(run.stack, held_out)
     for block in walk.blocks(allocation):
         with dense_again(block):

@@ -74,7 +74,7 @@ def allocate_by_search(run: Run) -> Allocation:
     run.record.profile = {"blocks": found["measures"]}
     infos = _infos(run)
     run.profile = Profile(infos, tuple(found["measures"]))
-    run.watch.say(found["search"]["says"])
+    run.progress.say(found["search"]["says"])
     allocation: Allocation = found["allocation"]
     return allocation
 
@@ -100,11 +100,11 @@ def _search(run: Run) -> dict[str, Any]:
         solved = solve_levels(
             run, space, store, solver=solver, measuring=together, samples=samples, held_out=held_out
         )
-        scorer = Scorer(run.stack, run.by_block, store, held_out, solved.hidden, run.watch, scores)
-        run.watch.phase("trying allocations", 2 + math.ceil(auto.trials / auto.offspring), "rounds")
+        scorer = Scorer(run.stack, run.by_block, store, held_out, solved.hidden, run.progress, scores)
+        run.progress.phase("trying allocations", 2 + math.ceil(auto.trials / auto.offspring), "rounds")
 
         def prove(allocations: Sequence[Allocation], windows: Sequence[int]) -> Iterator[float]:
-            run.watch.phase("pruning finalists", len(allocations) * len(run.stack))
+            run.progress.phase("pruning finalists", len(allocations) * len(run.stack))
             for number, allocation in enumerate(allocations, 1):
                 name = f"{number} of {len(allocations)}"
                 known = scores.proof(allocation)
@@ -131,7 +131,7 @@ def _search(run: Run) -> dict[str, Any]:
                 deciding=deciding or windows,
                 seed=recipe.seed,
                 stopped=lambda: _over(auto, run.elapsed - scores.began),
-                step=run.watch.step,
+                step=run.progress.step,
                 prove=prove,
                 finalists=auto.finalists,
             )
@@ -174,12 +174,12 @@ def _level_store(run: Run, space: Space) -> Iterator[LevelStore]:
     """Room for the solutions beside the output; where a journal is kept, they outlive a search that was stopped."""
     folder = Path(tempfile.mkdtemp(prefix="tawny-")) if run.output is None else run.output.work
     if run.output is None:
-        run.watch.say(
+        run.progress.say(
             "a live model without an output keeps the solutions of its search in the temporary folder"
         )
     dtype = _dtype(run)
     size = store_bytes(space, dtype) / 1e9
-    run.watch.say(
+    run.progress.say(
         f"the search solves each linear at {len(space.levels)} level{'s' * (len(space.levels) > 1)} from {_level(space, space.low)} to "
         f"{_level(space, space.high)}: {size:.2g} GB in {folder} until it is over"
     )
@@ -223,7 +223,7 @@ def _grid(run: Run, auto: Auto, together: Together, solved: Solved, space: Space
         extra=min(16, auto.trials // 8),
         storage=auto.study,
         name=name,
-        say=run.watch.say,
+        say=run.progress.say,
         owner=f"{socket.gethostname()}:{run.output.work.resolve()}" if run.output else uuid.uuid4().hex,
     )
 
@@ -360,4 +360,4 @@ def write_search(run: Run) -> None:
     ]
     output.write_text("allocation.yaml", "\n".join(lines) + "\n")
     for name in ("allocation.png", "allocation.svg"):
-        or_say(output.partial / name, partial(draw, name), run.watch)
+        or_say(output.partial / name, partial(draw, name), run.progress)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
-from tawny.progress import Watch
+from tawny.progress import Progress
 from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.search.cost import candidates_at_once
 from tawny.search.levels import LevelStore
@@ -81,10 +81,10 @@ class Scorer:
         store: LevelStore,
         held_out: Samples,
         hidden: Tensor,
-        watch: Watch,
+        progress: Progress,
         scores: Scores | None = None,
     ) -> None:
-        self.stack, self.by_block, self.store, self.watch = stack, by_block, store, watch
+        self.stack, self.by_block, self.store, self.progress = stack, by_block, store, progress
         self.held_out, self.hidden = held_out, hidden
         self.scores = scores or Scores()
         vocabulary = int(stack.config.get_text_config().vocab_size)
@@ -151,7 +151,7 @@ class Scorer:
                         parts.append(_Part(members, made))
                         self.scores.tokens += stream.samples.tokens.numel()
                         done += 1
-                        self.watch.detail(f"block {index}", done, total)
+                        self.progress.detail(f"block {index}", done, total)
         return parts
 
     def _compare(self, stream: Stream, rows: Sequence[int], parts: Sequence[_Part]) -> dict[int, list[Sums]]:
