@@ -51,8 +51,11 @@ SETTINGS = {  # Both sides run at once, so their threads must not spin while the
 # A side imports the libraries once and forks for every job: each has a process of its own, and none waits for imports.
 SIDE = """
 import json, os, sys, time
-import torch, transformers, tawny
+import matplotlib.backends.backend_svg, matplotlib.pyplot, rich.table, torch, tawny
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.models.llama import modeling_llama
 from tawny.cli import main
+get_checkpoint_conversion_mapping("llama")  # kept from then on
 for name in tawny.__all__:
     getattr(tawny, name)
 for line in sys.stdin:
