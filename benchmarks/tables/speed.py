@@ -125,7 +125,7 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> str:
     bf16, int8 = 2 * 0.3 + mask, 0.3 + mask
     lines = [
         "Two warnings. **The number of bytes decides decoding speed, and 4-bit weights have few bytes.** At 70 % sparsity a "
-        f"weight takes {bf16:.3f} bytes packed as bf16 and {int8:.3f} packed as int8. llama.cpp's dense Q4_0 takes {q4:.4f}. Packed "
+        f"weight takes {bf16:.3f} bytes packed as bf16 and {int8:.3f} as int8. llama.cpp's dense Q4_0 takes {q4:.4f}. Packed "
         f"int8 is smaller than Q4_0 only above {1 - (q4 - mask):.0%} sparsity, packed bf16 only above "
         f"{1 - (q4 - mask) / 2:.0%}."
     ]
