@@ -33,7 +33,7 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv found: install one, or make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard src/tawny/packed/kernels/*.cpp src/tawny/packed/kernels/*.h) | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard src/tawny/kernels/*.cpp src/tawny/kernels/*.h) | $(VENV)/bin/python
 	$(PIP) install -e '.[dev]'
 	@touch $@
 
@@ -58,7 +58,7 @@ test-browser: $(VENV)/.installed
 test-sanitize: $(VENV)/.installed
 	cmake -S . -B build/sanitize -G Ninja -DTAWNY_SANITIZE=ON && cmake --build build/sanitize
 	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so):$$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	TAWNY_KERNEL_LIBRARY=$(CURDIR)/build/sanitize/_native.abi3.so $(BIN)/python -m pytest -p no:cacheprovider tests/packed/test_kernels.py tests/packed/test_admm.py tests/packed/test_format.py tests/evaluation/test_decode.py
+	TAWNY_KERNEL_LIBRARY=$(CURDIR)/build/sanitize/_native.abi3.so $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/packed/test_format.py tests/decoding
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check --quiet .

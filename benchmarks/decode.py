@@ -44,15 +44,17 @@ import torch
 from torch import Tensor, nn
 
 import tawny
-from tawny.evaluation.decode import Decoder, kernels
+from tawny.decoding.decoder import Decoder, kernels
+from tawny.decoding.step import find_blocks
+from tawny.kernels import native
+from tawny.kernels.native import kernel_name
 from tawny.machine import machine, resident_memory, versions
 from tawny.model.linears import linears_of
 from tawny.model.skeleton import build_skeleton
-from tawny.packed import PackedLinear, PackedTensor, kernel_name, pack
 from tawny.packed.experts import PackedExperts, install_experts
-from tawny.packed.kernels import native
+from tawny.packed.format import PackedTensor, pack
+from tawny.packed.linear import PackedLinear
 from tawny.packed.model import pack_head
-from tawny.packed.step import find_blocks
 
 SPARSITIES = [0.5, 0.6, 0.7, 0.8]
 RESULTS = Path(__file__).parent / "results" / "decode.json"

@@ -53,7 +53,7 @@ from tawny.machine import machine, versions
 from tawny.model.durable import write
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import find_stack
-from tawny.packed import PackedLinear
+from tawny.packed.linear import PackedLinear
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 SPARSITY = 0.5

@@ -32,9 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.packed import DenseLinear, PackedLinear, PackedTensor, kernel_name, pack
-from tawny.packed.kernels import native
-from tawny.packed.kernels.ops import DENSE_DIRECT
+from tawny.kernels import native
+from tawny.kernels.native import kernel_name
+from tawny.kernels.ops import DENSE_DIRECT
+from tawny.packed.format import PackedTensor, pack
+from tawny.packed.linear import DenseLinear, PackedLinear
 
 SHAPES = ["4096x4096", "11008x4096", "2048x5632", "576x1536"]
 SPARSITIES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]

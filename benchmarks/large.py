@@ -119,13 +119,13 @@ def child(arguments: argparse.Namespace) -> None:
     import torch
 
     import tawny
-    from tawny.console import Console
+    from tawny.cli.console import Console
 
     model, out, solver = arguments.child
     generator = torch.Generator().manual_seed(0)
     vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(3, vocabulary, (arguments.samples, arguments.seqlen), generator=generator)
-    with Console().watching() as watch:
+    with Console().progress() as progress:
         record = tawny.prune(
             model,
             out,
@@ -135,7 +135,7 @@ def child(arguments: argparse.Namespace) -> None:
             calibration=tokens,
             memory=arguments.memory,
             overwrite=True,
-            watch=watch,
+            progress=progress,
         )
     kept = record.to_dict()
     wanted = (

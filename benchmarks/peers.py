@@ -215,7 +215,9 @@ def chain_worker(shape: str, threads: int, rounds: int, sparsity: float) -> dict
     """The same chain with torch, our dense and our packed float32 linears, in turns."""
     import torch
 
-    from tawny.packed import DenseLinear, PackedLinear, PackedTensor, kernel_name, pack
+    from tawny.kernels.native import kernel_name
+    from tawny.packed.format import PackedTensor, pack
+    from tawny.packed.linear import DenseLinear, PackedLinear
 
     torch.set_num_threads(threads)
     made = [

@@ -63,7 +63,7 @@ def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> N
     def linears(block: Any) -> dict[str, Any]:
         return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
-    def watch(block: Any, inputs: Any, kwargs: dict[str, Any], hessian: bool) -> dict[str, Any]:
+    def progress(block: Any, inputs: Any, kwargs: dict[str, Any], hessian: bool) -> dict[str, Any]:
         stats: dict[str, Any] = {}
         count: dict[str, int] = {}
 
@@ -128,7 +128,7 @@ def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> N
         inputs, kwargs = first_inputs()
         made = torch.zeros_like(inputs)
         for block in blocks:
-            norms = watch(block, inputs, kwargs, hessian=False)
+            norms = progress(block, inputs, kwargs, hessian=False)
             outputs(block, inputs, made, kwargs)
             scores = torch.cat(
                 [(m.weight.abs() * norms[n].sqrt()).flatten() for n, m in linears(block).items()]
@@ -143,7 +143,7 @@ def official(folder: str, ids: Any, solver: str, sparsity: float, out: str) -> N
         inputs, kwargs = first_inputs()
         made = torch.zeros_like(inputs)
         for block, ratio in zip(blocks, ratios, strict=True):
-            stats = watch(block, inputs, kwargs, hessian=solver == "sparsegpt")
+            stats = progress(block, inputs, kwargs, hessian=solver == "sparsegpt")
             for name, module in linears(block).items():
                 W = module.weight.data
                 if solver == "wanda":
@@ -164,7 +164,7 @@ def child(args: argparse.Namespace) -> None:
     import transformers  # noqa: F401 - both sides import it; it belongs to the baseline
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    import tawny.model.blocks
+    import tawny.model.stack
     import tawny.pruning.run  # both sides import it; it belongs to the baseline
     from tawny.machine import peak_memory
     from tawny.model.source import resolve
@@ -209,10 +209,10 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     """Matrix products no such method can avoid, at the speed this machine shows on a large one just now."""
     import torch
 
-    from tawny.model.blocks import open_stack
     from tawny.model.source import resolve
+    from tawny.model.stack import open_stack
     from tawny.precision import native_dtype, rounds_products
-    from tawny.pruning.memory import sharing_inputs
+    from tawny.pruning.memory_plan import sharing_inputs
     from tawny.pruning.profiling import PROFILE_TOKENS
 
     torch.set_num_threads(args.threads)

@@ -31,7 +31,7 @@ from typing import Any
 
 import tawny
 from tawny.machine import machine, versions
-from tawny.watch import Silent
+from tawny.progress import Silent
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 KINDS = ("one-shot", "reconstructed", "recovered", "lora-reprune", "control")
@@ -93,7 +93,7 @@ def recover(source: str, out: Path, minutes: float, args: argparse.Namespace, **
     if not out.exists():
         given = dict(item.split("=", 1) for item in args.option)
         settings = {"text": args.text, "minutes": minutes, "tokens": "1000M", **given, **keys}
-        tawny.recover(source, args.model, out, settings=settings, watch=Say())
+        tawny.recover(source, args.model, out, settings=settings, progress=Say())
     record = json.loads((out / "recover.json").read_text())
     kept = (
         "steps",

@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from pathlib import Path
 
 import tawny
-from tawny.console import Console
+from tawny.cli.console import Console
 from tawny.evaluation.samples import text_samples
 from tawny.report.comparison import to_html, write
 from tawny.report.publish import publish
@@ -38,7 +38,7 @@ def main() -> None:
     chosen = options.parse_args()
     packed = chosen.out.with_name(chosen.out.name + "-packed")
     console = Console()
-    with console.watching() as watch:
+    with console.progress() as progress:
         record = tawny.prune(
             chosen.model,
             chosen.out,
@@ -47,27 +47,27 @@ def main() -> None:
             samples=chosen.samples,
             seqlen=chosen.seqlen,
             overwrite=True,
-            watch=watch,
+            progress=progress,
         )
         dense, pruned = (
             tawny.evaluate(
-                model, chosen.text, seqlen=chosen.seqlen, windows=chosen.windows, watch=watch
+                model, chosen.text, seqlen=chosen.seqlen, windows=chosen.windows, progress=progress
             ).to_dict()
             for model in (chosen.model, chosen.out)
         )
         record.evaluation = {"dense": dense, "pruned": {**pruned, "sparsity": record.sparsity}}
-        record.generated = text_samples(chosen.model, chosen.out, [chosen.prompt], watch=watch)
+        record.generated = text_samples(chosen.model, chosen.out, [chosen.prompt], progress=progress)
         report = publish(record, chosen.out)
     console.result(record.to_dict(), record_tables)
-    with console.watching() as watch:
-        tawny.pack(chosen.out, packed, overwrite=True, watch=watch)
+    with console.progress() as progress:
+        tawny.pack(chosen.out, packed, overwrite=True, progress=progress)
         compared = tawny.compare(
             [chosen.model, chosen.out, packed],
             text=chosen.text,
             seqlen=chosen.seqlen,
             windows=chosen.windows,
             prompt_tokens=min(128, chosen.seqlen // 2),
-            watch=watch,
+            progress=progress,
         ).to_dict()
     page = chosen.out / "compare.html"
     write(compared, page, to_html)

@@ -65,7 +65,7 @@ def _signature(name: str, function: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             lines.append("*")
             starred = True
-        shown = str(parameter).replace("<tawny.watch.Silent object at", "silent <")
+        shown = str(parameter).replace("<tawny.progress.Silent object at", "silent <")
         shown = re.sub(r"silent < 0x[0-9a-f]+>", "silent", shown)
         # Annotations are strings, just as the source has them; defaults that are texts keep their quotes.
         lines.append(re.sub(r"^([^:=]+): '([^']*)'", r"\1: \2", shown).replace("'", '"'))

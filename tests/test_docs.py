@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tawny.recipe import load_recipe
+from tawny.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -58,30 +58,30 @@ _HOMES = {
     "Agreement": "tawny.evaluation.agreement",
     "Comparison": "tawny.evaluation.compare",
     "agreement": "tawny.evaluation.agreement",
-    "Generation": "tawny.evaluation.speed",
+    "Generation": "tawny.evaluation.bench",
     "Inspection": "tawny.evaluation.inspection",
     "Perplexity": "tawny.evaluation.perplexity",
     "Plan": "tawny.pruning.plan",
     "Profile": "tawny.allocation.profile",
-    "Recipe": "tawny.recipe",
+    "Recipe": "tawny.recipe.schema",
     "Record": "tawny.record",
     "Recovery": "tawny.recovery.settings",
     "RecoveryRecord": "tawny.recovery.record",
     "SparsityCallback": "tawny.recovery.zeros",
-    "Speed": "tawny.evaluation.speed",
+    "Speed": "tawny.evaluation.bench",
     "TaskResults": "tawny.evaluation.tasks",
     "TawnyError": "tawny.errors",
     "UserError": "tawny.errors",
-    "bench": "tawny.evaluation.speed",
+    "bench": "tawny.evaluation.bench",
     "compare": "tawny.evaluation.compare",
     "evaluate": "tawny.evaluation.perplexity",
     "evaluate_tasks": "tawny.evaluation.tasks",
-    "generate": "tawny.evaluation.speed",
+    "generate": "tawny.evaluation.bench",
     "inspect": "tawny.evaluation.inspection",
     "keep_sparsity": "tawny.recovery.zeros",
-    "load_recipe": "tawny.recipe",
+    "load_recipe": "tawny.recipe.schema",
     "merge_adapter": "tawny.recovery.zeros",
-    "load": "tawny.packed.loader",
+    "load": "tawny.packed.opening",
     "pack": "tawny.packed.convert",
     "pack_linear": "tawny.packed.linear",
     "pack_model": "tawny.packed.model",
@@ -97,19 +97,19 @@ if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.agreement import Agreement, agreement
+    from tawny.evaluation.bench import Generation, Speed, bench, generate
     from tawny.evaluation.compare import Comparison, compare
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.perplexity import Perplexity, evaluate
-    from tawny.evaluation.speed import Generation, Speed, bench, generate
     from tawny.evaluation.tasks import TaskResults, evaluate_tasks
     from tawny.packed.convert import pack, unpack
     from tawny.packed.linear import pack_linear
-    from tawny.packed.loader import load
     from tawny.packed.model import pack_model
+    from tawny.packed.opening import load
     from tawny.pruning.plan import Plan, plan
     from tawny.pruning.profiling import profile
     from tawny.pruning.run import prune
-    from tawny.recipe import Recipe, load_recipe
+    from tawny.recipe.schema import Recipe, load_recipe
     from tawny.record import Record
     from tawny.recovery.gradual import recover_gradually
     from tawny.recovery.record import RecoveryRecord
@@ -132,6 +132,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-from tawny import _hook  # noqa: E402
+from tawny.packed import import_hook  # noqa: E402
 
-_hook.install()  # packed folders open through plain transformers, whichever of the two is imported first
+import_hook.install()  # packed folders open through plain transformers, whichever of the two is imported first

@@ -104,7 +104,7 @@ def _disk() -> dict[str, Any]:
 def _kernels() -> dict[str, Any]:
     """The compiled kernels of packed models; without them they run in plain torch, slowly."""
     try:
-        from tawny.packed.kernels import native
+        from tawny.kernels import native
 
         return {
             "available": list(native.available()),

@@ -9,7 +9,7 @@ import pytest
 
 from tawny.allocation import File, LinearInfo, Profile
 from tawny.errors import RecipeError
-from tawny.recipe import Recipe
+from tawny.recipe.schema import Recipe
 from tests.reference import allocators as reference
 
 NAMES = [f"model.layers.{block}.{part}" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]

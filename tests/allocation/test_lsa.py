@@ -11,7 +11,7 @@ from tawny.allocation import LinearInfo, Lsa, Profile
 from tawny.allocation.lsa import half_removal_error
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
-from tawny.packed.kernels import native
+from tawny.kernels import native
 from tests.reference import allocators as reference
 from tests.reference.lsa import half_removal_error_by_trial
 from tests.reference.problems import lifelike

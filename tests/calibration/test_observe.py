@@ -9,7 +9,7 @@ from tawny.calibration import statistics
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Accumulator
 from tawny.errors import ModelError
-from tawny.model.blocks import live_stack
+from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, Stream
 from tests.end_to_end.test_prune import TRANSPOSED
 from tests.tiny import FAMILIES, tiny_model, tokens

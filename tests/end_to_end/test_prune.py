@@ -13,8 +13,8 @@ import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.calibration.windows import sample_windows, tokenise
 from tawny.errors import ModelError, NumericalError, OutputError, PatternError, RecipeError
-from tawny.model.blocks import open_stack
 from tawny.model.checkpoint import Checkpoint
+from tawny.model.stack import open_stack
 from tawny.model.structure import find_stack
 from tawny.solvers import SOLVERS
 from tests.reference import official_flow
@@ -313,7 +313,7 @@ def test_a_path_without_out_is_refused(tmp_path):
 
 def test_ctrl_c_leaves_nothing_that_looks_finished(tmp_path):
     from tawny.errors import Interrupted
-    from tawny.watch import Silent
+    from tawny.progress import Silent
 
     class PressesCtrlC(Silent):
         def step(self, text: str) -> None:
@@ -327,7 +327,7 @@ def test_ctrl_c_leaves_nothing_that_looks_finished(tmp_path):
             sparsity=0.5,
             allocator="uniform",
             solver="magnitude",
-            watch=PressesCtrlC(),
+            progress=PressesCtrlC(),
         )
     assert not (tmp_path / "out").exists()
 

@@ -44,9 +44,9 @@ def text(tmp_path_factory):
 def here(monkeypatch):
     """In this process: the processes themselves have a test of their own."""
 
-    def run(job, watch):
+    def run(job, progress):
         torch.set_num_threads(1)
-        return measure(job["source"], job["against"], job["setting"], watch)
+        return measure(job["source"], job["against"], job["setting"], progress)
 
     monkeypatch.setattr(module, "_in_a_process", run)
 
@@ -117,7 +117,7 @@ def test_a_process_that_dies_is_a_reason_and_no_crash(models, text, monkeypatch)
 
 
 def tawny_silent():
-    from tawny.watch import silent
+    from tawny.progress import silent
 
     return silent
 

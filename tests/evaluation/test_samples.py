@@ -4,7 +4,7 @@ import pytest
 
 from tawny.calibration.text import Text
 from tawny.evaluation import samples
-from tawny.watch import Silent
+from tawny.progress import Silent
 from tests.tiny import tiny_model
 
 
@@ -34,7 +34,7 @@ def test_a_model_that_would_not_fit_is_left_alone_and_that_is_said(tmp_path, mon
         def say(self, text: str) -> None:
             said.append(text)
 
-    assert samples.text_samples(tmp_path / "m", tmp_path / "m", ["a"], watch=Hears()) == []
+    assert samples.text_samples(tmp_path / "m", tmp_path / "m", ["a"], progress=Hears()) == []
     assert "would not fit" in said[-1]
 
 

@@ -134,11 +134,11 @@ def test_the_progress_has_a_phase_a_task_and_a_step_a_batch(model, data):
         def say(self, text):
             self.said.append(text)
 
-    watch = Seen()
-    evaluate_tasks(model, "rte,openbookqa", task_data=data, watch=watch, batch_tokens=200)
-    assert [name for name, _ in watch.phases] == ["rte", "openbookqa"]
-    assert watch.steps == sum(total for _, total in watch.phases) > 2
-    assert any("rte: acc" in line for line in watch.said)
+    progress = Seen()
+    evaluate_tasks(model, "rte,openbookqa", task_data=data, progress=progress, batch_tokens=200)
+    assert [name for name, _ in progress.phases] == ["rte", "openbookqa"]
+    assert progress.steps == sum(total for _, total in progress.phases) > 2
+    assert any("rte: acc" in line for line in progress.said)
 
 
 def test_arrow_folders_and_split_names_are_found_too(tmp_path, data):

@@ -8,8 +8,8 @@ from torch import nn
 
 import tawny
 from tawny.errors import ModelError
-from tawny.model.blocks import live_stack
 from tawny.model.linears import linears_of
+from tawny.model.stack import live_stack
 from tests.tiny import BAMBA, tiny_model, tokens
 
 MIXED = {

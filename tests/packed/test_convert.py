@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import NumericalError
-from tawny.packed import PackedLinear
 from tawny.packed.folder import INDEX, PackedCheckpoint
+from tawny.packed.linear import PackedLinear
 from tawny.packed.writer import PackedWriter
 from tests.packed.test_folder import bytes_of, saved
 from tests.packed.test_model import greedy, logits, pruned

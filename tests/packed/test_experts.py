@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tawny
+from tawny.decoding.decoder import Decoder, kernels
 from tawny.errors import CheckpointError, ModelError
-from tawny.evaluation.decode import Decoder, kernels
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import linears_of
 from tawny.packed import format
@@ -24,7 +24,7 @@ from tawny.packed.experts import PackedExpert, PackedExperts, run_experts
 from tawny.packed.folder import PackedCheckpoint, PackedFolder
 from tawny.packed.linear import PackedLinear
 from tawny.packed.places import places_of
-from tawny.watch import Silent
+from tawny.progress import Silent
 from tests.packed.test_folder import bytes_of, copy, edit_index
 from tests.packed.test_model import greedy, logits, pruned
 from tests.reference import packed_folder
@@ -314,12 +314,12 @@ def test_a_packed_mixture_survives_copies_pickles_and_gradients(family):
 def test_few_zeros_leave_all_experts_of_a_parameter_dense(tmp_path):
     said: list[str] = []
 
-    class Watch(Silent):
+    class Progress(Silent):
         def say(self, text):
             said.append(text)
 
     dense = saved(tmp_path / "dense", "mixtral", sparsity=0.02)
-    report = tawny.pack(dense, tmp_path / "packed", "bf16", watch=Watch())
+    report = tawny.pack(dense, tmp_path / "packed", "bf16", progress=Progress())
     experts = [form for form in report.linears if "experts" in form.name]
     assert len(experts) == 24 and {form.form for form in experts} == {"dense"}
     assert all("too few" in form.why for form in experts)

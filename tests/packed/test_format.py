@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.errors import CheckpointError, NumericalError, UserError
-from tawny.packed import PackedTensor, check, format, pack, packed_bytes, unpack
-from tawny.packed.format import shapes
+from tawny.packed import format
+from tawny.packed.format import PackedTensor, check, pack, packed_bytes, shapes, unpack
 from tests.packed.cases import KINDS, SHAPES, SPARSITIES, uneven, weight
 from tests.reference.packed import read
 
@@ -192,7 +192,7 @@ BREAKS = [value for name, value in sorted(globals().items()) if name.startswith(
 @pytest.mark.parametrize("damage", BREAKS, ids=lambda f: f.__name__)
 def test_damage_is_refused_with_the_name_of_the_weight(damage, native, monkeypatch):
     if not native:
-        monkeypatch.setattr("tawny.packed.kernels.native._load", lambda: (None, "test"))
+        monkeypatch.setattr("tawny.kernels.native._load", lambda: (None, "test"))
     packed = pack(weight((6, 70), 0.5), "int8")
     check(packed)
     damage(packed.tensors)

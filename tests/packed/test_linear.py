@@ -9,8 +9,9 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from tawny.errors import UserError
-from tawny.packed import DenseLinear, PackedLinear, pack, pack_linear, unpack
-from tawny.packed.kernels import native
+from tawny.kernels import native
+from tawny.packed.format import pack, unpack
+from tawny.packed.linear import DenseLinear, PackedLinear, pack_linear
 from tests.packed.cases import KINDS, weight
 
 

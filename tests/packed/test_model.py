@@ -9,11 +9,11 @@ from torch import nn
 
 import tawny
 from tawny.errors import ModelError, NumericalError, UserError
+from tawny.kernels import native
 from tawny.model.linears import is_plain, linears_of
 from tawny.model.structure import find_stack
-from tawny.packed import DenseLinear, PackedLinear
 from tawny.packed.embedding import PackedEmbedding
-from tawny.packed.kernels import native
+from tawny.packed.linear import DenseLinear, PackedLinear
 from tests.tiny import FAMILIES, tiny_model, tokens
 
 

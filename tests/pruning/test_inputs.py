@@ -109,10 +109,10 @@ def test_a_live_model_that_cannot_be_saved_is_refused_before_it_is_changed(tmp_p
 def test_a_live_model_that_was_stopped_is_said_to_be_changed():
     model = tiny_model("llama")
     with pytest.raises(Interrupted, match="7 linears of the live model are pruned already"):
-        tawny.prune(model, calibration=tokens(), watch=PressesCtrlC(1), **KEYS)
+        tawny.prune(model, calibration=tokens(), progress=PressesCtrlC(1), **KEYS)
     assert (model.model.layers[0].mlp.up_proj.weight == 0).any()
     with pytest.raises(Interrupted, match="source is untouched"):
-        tawny.profile(tiny_model("llama"), calibration=tokens(), watch=PressesCtrlC(1))
+        tawny.profile(tiny_model("llama"), calibration=tokens(), progress=PressesCtrlC(1))
 
 
 def test_a_live_model_does_not_throw_away_what_another_run_has_finished(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_live_model_does_not_throw_away_what_another_run_has_finished(tmp_path
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match="are kept"):
-        tawny.prune(tmp_path / "dense", out, calibration=tokens(), watch=PressesCtrlC(2), **KEYS)
+        tawny.prune(tmp_path / "dense", out, calibration=tokens(), progress=PressesCtrlC(2), **KEYS)
     with pytest.raises(OutputError, match="holds an unfinished run, and a live model cannot go on with one"):
         tawny.prune(tiny_model("llama"), out, calibration=tokens(), **KEYS)
     assert tawny.prune(tmp_path / "dense", out, calibration=tokens(), **KEYS).resumed == 1

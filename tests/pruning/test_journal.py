@@ -15,11 +15,11 @@ import torch
 
 import tawny
 from tawny.errors import CheckpointError, Interrupted, OutputError
+from tawny.kernels import native
 from tawny.model import output as output_module
-from tawny.packed.kernels import native
+from tawny.progress import Silent
 from tawny.pruning import journal as journal_module
 from tawny.pruning.journal import Journal
-from tawny.watch import Silent
 from tests.tiny import tiny_model, tokens
 
 EXEMPT = {"run.json", "README.md", "report.html"}
@@ -138,7 +138,7 @@ def interrupted(dense: Path, out: Path, steps: int = 5, **options) -> None:
     with pytest.raises(
         Interrupted, match=r"source is untouched and 2 finished blocks are kept in .*out\.partial"
     ):
-        prune(dense, out, watch=PressesCtrlC(steps), **options)
+        prune(dense, out, progress=PressesCtrlC(steps), **options)
 
 
 def test_ctrl_c_keeps_finished_blocks_and_the_same_call_goes_on(dense, tmp_path):
@@ -159,7 +159,7 @@ def test_a_source_that_cannot_be_read_for_a_moment_costs_no_work(dense, tmp_path
                 dense.rename(tmp_path / "away")
 
     with pytest.raises(CheckpointError, match="cannot be read"):
-        prune(dense, tmp_path / "out", watch=MovesAway())
+        prune(dense, tmp_path / "out", progress=MovesAway())
     (tmp_path / "away").rename(dense)
     assert prune(dense, tmp_path / "out").resumed == 2
     assert files(tmp_path / "out") == files(tmp_path / "whole")
@@ -167,7 +167,7 @@ def test_a_source_that_cannot_be_read_for_a_moment_costs_no_work(dense, tmp_path
 
 def test_ctrl_c_before_anything_is_finished_leaves_nothing(dense, tmp_path):
     with pytest.raises(Interrupted, match="nothing was finished"):
-        prune(dense, tmp_path / "out", watch=Immediately())
+        prune(dense, tmp_path / "out", progress=Immediately())
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -281,7 +281,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_is_finished(dense, tmp_path,
     with pytest.raises(OutputError, match="disk is full" if code == errno.ENOSPC else "read-only"):
         prune(dense, tmp_path / "out")
     monkeypatch.setattr(os, "fsync", sync)
-    assert Journal(tmp_path / "out.partial").progress and not list(tmp_path.rglob("*.tmp"))
+    assert Journal(tmp_path / "out.partial").has_progress and not list(tmp_path.rglob("*.tmp"))
     assert prune(dense, tmp_path / "out").resumed == 1
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -296,9 +296,9 @@ def test_two_runs_never_write_one_folder_at_once(dense, tmp_path):
                     prune(dense, tmp_path / "out")
                 self.said = str(caught.value)
 
-    watch = StartsAnother()
-    prune(dense, tmp_path / "out", watch=watch)
-    assert "another process is writing" in watch.said
+    progress = StartsAnother()
+    prune(dense, tmp_path / "out", progress=progress)
+    assert "another process is writing" in progress.said
 
 
 def test_a_folder_with_foreign_files_is_never_cleared(dense, tmp_path):

@@ -11,9 +11,9 @@ import torch
 import tawny
 from tawny.allocation import Alpha, LinearInfo
 from tawny.errors import Interrupted, RecipeError
+from tawny.progress import Silent
 from tawny.pruning import plan as plan_module
 from tawny.pruning.journal import Journal
-from tawny.watch import Silent
 from tests.tiny import tiny_model, tokens
 
 
@@ -137,7 +137,7 @@ def test_it_is_said_once_though_a_run_is_stopped_and_resumed(tmp_path, monkeypat
     monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
     keys = {**KEYS, "allocator": "er", "pattern": "2:4"}
     with pytest.raises(Interrupted, match="kept"):
-        tawny.prune(tmp_path / "dense", tmp_path / "out", watch=Stops(), **keys)
+        tawny.prune(tmp_path / "dense", tmp_path / "out", progress=Stops(), **keys)
     record = tawny.prune(tmp_path / "dense", tmp_path / "out", **keys)
     assert record.resumed == 1 and len(record.warnings) == 1 and "one n of 4" in record.warnings[0]
 

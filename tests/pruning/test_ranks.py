@@ -24,12 +24,12 @@ torch.set_num_threads(1)
 import tawny
 from tawny.pruning import journal
 from tawny.cli.common import console_for
-from tawny.watch import Silent
+from tawny.progress import Silent
 from tests.tiny import tokens
 journal.SHARE = float("inf")
 dense, out, solver, dying = sys.argv[1:5]
 
-class Watch(Silent):
+class Progress(Silent):
     def step(self, text):
         pass
 
@@ -43,7 +43,7 @@ if dying and os.environ.get("RANK") == "1":
     run.BlockRun.write = last
 with console_for(False):
     tawny.prune(dense, out, sparsity=0.6, allocator="owl", solver=solver, compute="float32",
-                calibration=tokens(16, 512), watch=Watch())
+                calibration=tokens(16, 512), progress=Progress())
 """
 
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.errors import Interrupted, RecipeError, TextError
 from tawny.model.checkpoint import Checkpoint
+from tawny.progress import Silent
 from tawny.pruning import journal
 from tawny.pruning import refine as refining
-from tawny.recipe import Recipe, Refine, resolve_recipe
-from tawny.watch import Silent
+from tawny.recipe.schema import Recipe, Refine, resolve_recipe
 from tests.end_to_end.test_prune import prunable
 from tests.tiny import tiny_model, tokens
 
@@ -329,7 +329,7 @@ def test_a_stopped_run_goes_on_with_both_streams(tmp_path, monkeypatch):
     keys = KEYS | TRAINING | {"calibration": tokens(8, 24)}
     whole = tawny.prune(tmp_path / "dense", tmp_path / "whole", **keys)
     with pytest.raises(Interrupted):
-        tawny.prune(tmp_path / "dense", tmp_path / "out", watch=PressesCtrlC(), **keys)
+        tawny.prune(tmp_path / "dense", tmp_path / "out", progress=PressesCtrlC(), **keys)
     record = tawny.prune(tmp_path / "dense", tmp_path / "out", **keys)
     assert record.resumed == 1
     a, b = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))

@@ -54,7 +54,7 @@ def stopped(monkeypatch, call, after=3):
     step = Run._step
 
     def stopping(self):
-        if self.progress.step == after:
+        if self.standing.step == after:
             self._save()
             raise KeyboardInterrupt
         step(self)
@@ -69,7 +69,7 @@ def begun(monkeypatch):
     """The steps at which trainings of later calls begin."""
     found = []
     train = Run.train
-    monkeypatch.setattr(Run, "train", lambda self: (found.append(self.progress.step), train(self))[1])
+    monkeypatch.setattr(Run, "train", lambda self: (found.append(self.standing.step), train(self))[1])
     return found
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.calibration.windows import TokenisedText
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TextError
+from tawny.progress import Silent
 from tawny.record import weight_files
 from tawny.recovery import training
 from tawny.recovery.data import read
@@ -25,7 +26,6 @@ from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Run
 from tawny.report.push import push
-from tawny.watch import Silent
 from tests.recovery.models import SHORT, dense_and_pruned, folder_keys, save_letters
 from tests.reference import distil as reference
 from tests.tiny import FAMILIES, tiny_model, tokens
@@ -139,10 +139,10 @@ def test_a_slow_teacher_is_asked_for_no_more_than_the_minutes_have_room_for(monk
     dense, pruned = dense_and_pruned()
     make, asked, seconds = Teacher.make, [], [0.0]
 
-    def slowly(self, rows, watch):
+    def slowly(self, rows, progress):
         asked.append(self.missing(rows))
         seconds[0] += 0.05 * len(asked[-1])
-        make(self, rows, watch)
+        make(self, rows, progress)
 
     def clock():
         seconds[0] += 0.03  # students take time, too
@@ -165,9 +165,9 @@ def test_elsa_comes_to_rest_when_the_minutes_end_before_its_mask_has(monkeypatch
     asked = []
 
     def ended(self):
-        asked.append(self.progress.step)
+        asked.append(self.standing.step)
         # Asked behind a step and again before the next one.
-        return "minutes" if self.progress.step == 3 and (not between or asked.count(3) > 1) else over(self)
+        return "minutes" if self.standing.step == 3 and (not between or asked.count(3) > 1) else over(self)
 
     monkeypatch.setattr(Run, "_over", ended)
     record = tawny.recover(
@@ -218,7 +218,7 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_curve_and_bytes(pair, tmp
     for stop_at in (2, 5):
 
         def stopping(self, stop_at=stop_at):
-            if self.progress.step == stop_at:
+            if self.standing.step == stop_at:
                 self._save()
                 raise KeyboardInterrupt
             step(self)
@@ -300,8 +300,8 @@ def test_what_is_not_finite_is_null_in_what_is_written(pair, tmp_path, monkeypat
 
     def diverged(self, share):
         measure(self, share)
-        if self.progress.step == 0:
-            self.progress.measured[0] |= {"perplexity": float("inf"), "kl": float("nan")}
+        if self.standing.step == 0:
+            self.standing.measured[0] |= {"perplexity": float("inf"), "kl": float("nan")}
 
     monkeypatch.setattr(Run, "_measure", diverged)
     tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
@@ -367,7 +367,7 @@ def explode(monkeypatch, at):
 
     def nan(self, rows):
         losses = gradients(self, rows)
-        if self.progress.step == at:
+        if self.standing.step == at:
             losses.next_token = float("nan")
         return losses
 
@@ -550,7 +550,7 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
 def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_path, monkeypatch, recipe):
     asked = []
 
-    def pruning(source, out, *, recipe, watch):
+    def pruning(source, out, *, recipe, progress):
         asked.append((recipe.calibration.text, recipe.calibration.bos, recipe.sparsity))
         raise RecipeError("enough")
 
@@ -616,10 +616,10 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
     together(tmp_path, 2, whole)
     dying = (
         "import os\nfrom tawny.recovery.state import Shelf\nsave = Shelf.save\n"
-        "def save_or_die(shelf, progress, *rest):\n"
-        "    if progress.step == 4 and shelf.parts.rank == 1:\n"
+        "def save_or_die(shelf, standing, *rest):\n"
+        "    if standing.step == 4 and shelf.parts.rank == 1:\n"
         "        os._exit(9)\n"
-        "    save(shelf, progress, *rest)\n"
+        "    save(shelf, standing, *rest)\n"
         "Shelf.save = save_or_die\n"
     )
     call = whole.replace("whole", "parts")
@@ -737,9 +737,9 @@ def test_a_live_teacher_is_told_from_another(pair, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="teacher changed"):
         tawny.recover(pair[1], second, out, **folder_keys(pair))
     said: list[str] = []
-    watch = Silent()
-    watch.say = said.append
-    tawny.recover(pair[1], first, out, watch=watch, **folder_keys(pair))
+    progress = Silent()
+    progress.say = said.append
+    tawny.recover(pair[1], first, out, progress=progress, **folder_keys(pair))
     assert any("going on after step" in line for line in said)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tawny.packed import PackedTensor
+from tawny.packed.format import PackedTensor
 
 
 def read(packed: PackedTensor) -> list[list[float]]:

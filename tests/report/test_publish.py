@@ -10,8 +10,8 @@ import pytest
 
 import tawny
 from tawny.cli import main
+from tawny.progress import Silent
 from tawny.report.publish import refresh
-from tawny.watch import Silent
 from tests.recovery.models import prose, save_pair
 from tests.tiny import tiny_model
 
@@ -106,6 +106,8 @@ def test_what_cannot_be_told_of_a_run_does_not_fail_it(tmp_path, monkeypatch, ma
     monkeypatch.setattr(f"tawny.pruning.writing.{makes}", broken)
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     out = tmp_path / "out"
-    tawny.prune(tmp_path / "dense", out, sparsity=0.5, allocator="uniform", solver="magnitude", watch=Hears())
+    tawny.prune(
+        tmp_path / "dense", out, sparsity=0.5, allocator="uniform", solver="magnitude", progress=Hears()
+    )
     assert f"{fails} could not be made: RuntimeError: no ink" in said
     assert (out / "model.safetensors").is_file() and (out / left).is_file()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
-from tawny.packed.kernels import native
+from tawny.kernels import native
 from tawny.patterns import NM, Unstructured, keep_mask, matches, removed_count
 from tawny.solvers import SparseGPT, alps, reconstruction_error
 from tawny.solvers.alps import Alps, _ByThreshold

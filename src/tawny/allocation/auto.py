@@ -1,6 +1,6 @@
 """`auto`: try the others on held-out text, refine the best, keep uniform where nothing beats it there. Only its options live here.
 
-What is tried and how is `pruning/search.py`: this allocator cannot decide from a profile, it needs the model itself.
+What is tried and how is `search/run.py`: this allocator cannot decide from a profile, it needs the model itself.
 The ideas are EvoPress's (Sieberling 2025, ICML, 2410.14649): solve every linear at several sparsities once, put
 candidates together from these solutions, compare them with the dense model by KL divergence on a few tokens first and
 on more for the best, and improve by moving a step of budget from one place to another.

@@ -10,7 +10,7 @@ the linears of a block; importance is `1 − e_l/Σe`, mapped to a band of densi
 10, 20, …, 80 % is .06 .02 .04 .02 .04 .10 .15 .12 in the paper, linear in between here.
 
 Earlier groups are carried over by one product a group. Within a group a compiled kernel takes a row at a time, its costs
-in a few vectors (packed/kernels/greedy.h). Without one, all rows are treated at once, in tiles that stay in the cache:
+in a few vectors (kernels/greedy.h). Without one, all rows are treated at once, in tiles that stay in the cache:
 64 steps a group, each a row-wise argmin, one gathered row of H per row of W and one multiply-add.
 
 Shapes: O = out, I = in, R = rows of a tile, K = columns of a group.
@@ -32,7 +32,7 @@ from tawny.allocation.profile import Profile, largest
 from tawny.allocation.scores import band, half_band
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
-from tawny.packed.kernels.ops import remove_half
+from tawny.kernels.ops import remove_half
 
 _TILE = 2048  # rows whose scores, weights and scratch (1 MB each) share a core's cache
 _GONE = 1e38  # a finite "infinity": an inf would turn into NaN when an update touches it

@@ -367,7 +367,7 @@ def observe(
     Args:
         stream: hidden states in front of the block.
         index: the block.
-        linears: those to watch; experts of one fused parameter count one by one.
+        linears: those to progress; experts of one fused parameter count one by one.
         needs: "none" finds only the stages, from one chunk.
         advance: keep the outputs as the new hidden states. Without it a forward ends as soon as the last watched
             linear has received its input.

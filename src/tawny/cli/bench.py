@@ -46,14 +46,14 @@ def bench(
     with console_for(as_json) as console:
         import tawny
 
-        with console.watching() as watch:
+        with console.progress() as progress:
             measured = tawny.bench(
                 model,
                 prompt_tokens=prompt_tokens,
                 tokens=tokens,
                 rounds=rounds,
                 threads=threads,
-                watch=watch,
+                progress=progress,
             ).to_dict()
         from tawny.tables import speed_tables
 

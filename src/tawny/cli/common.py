@@ -14,17 +14,17 @@ import typer
 
 from tawny.errors import NumericalError, OutputError, TawnyError
 from tawny.machine import check_device
-from tawny.watch import speaks
+from tawny.progress import speaks
 
 if TYPE_CHECKING:
-    from tawny.console import Console
-    from tawny.recipe import Recipe
+    from tawny.cli.console import Console
+    from tawny.recipe.schema import Recipe
 
 
 @contextmanager
 def console_for(as_json: bool) -> Iterator[Console]:
     """A console for the body of a verb; whatever goes wrong in it becomes one line and an exit code."""
-    from tawny.console import Console
+    from tawny.cli.console import Console
 
     # The library reports what matters itself; warnings of others are noise between a user and a result.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -63,7 +63,7 @@ def recipe_from(
     recipe: Path | None, option: list[str] | None, *, default_sparsity: float | None = None, **keys: Any
 ) -> Recipe:
     """A file, then the named options, then `-o`; a default sparsity where none of them says or implies one."""
-    from tawny.recipe import resolve_recipe
+    from tawny.recipe.schema import resolve_recipe
 
     named = {key.replace("calibration_", "calibration."): value for key, value in keys.items()}
     chosen = resolve_recipe(recipe, option or (), default_sparsity=default_sparsity, **named)

@@ -83,7 +83,7 @@ def compare(
         import tawny
         from tawny.report.comparison import to_html, to_markdown, write
 
-        with console.watching() as watch:
+        with console.progress() as progress:
             result = tawny.compare(
                 models,
                 text=None if text == "none" else text,
@@ -98,7 +98,7 @@ def compare(
                 compute=compute,
                 device=device or "cpu",
                 cache=not no_cache,
-                watch=watch,
+                progress=progress,
             ).to_dict()
         from tawny.tables import compare_tables
 

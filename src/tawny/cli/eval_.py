@@ -156,14 +156,18 @@ def eval_(
                 "compute": compute,
                 "device": device or "cpu",
             }
-            with console.watching() as watch:
+            with console.progress() as progress:
                 if against is None:
-                    measured = tawny.evaluate(model, text or DEFAULT_TEXT, watch=watch, **keys).to_dict()
+                    measured = tawny.evaluate(
+                        model, text or DEFAULT_TEXT, progress=progress, **keys
+                    ).to_dict()
                 else:
-                    compared = tawny.agreement(model, against, text or DEFAULT_TEXT, watch=watch, **keys)
+                    compared = tawny.agreement(
+                        model, against, text or DEFAULT_TEXT, progress=progress, **keys
+                    )
                     measured = agreement_dict(compared.to_dict())
         if tasks is not None:
-            with console.watching() as watch:
+            with console.progress() as progress:
                 measured["tasks"] = tawny.evaluate_tasks(
                     model,
                     tasks,
@@ -172,7 +176,7 @@ def eval_(
                     compute=compute,
                     device=device or "cpu",
                     cache=not no_cache,
-                    watch=watch,
+                    progress=progress,
                 ).to_dict()
         from tawny.tables import evaluation_tables
 

@@ -18,8 +18,8 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     with console_for(as_json) as console:
         import tawny
 
-        with console.watching() as watch:
-            found = tawny.inspect(model, watch=watch).to_dict()
+        with console.progress() as progress:
+            found = tawny.inspect(model, progress=progress).to_dict()
         from tawny.tables import inspection_tables
 
         console.result(found, inspection_tables)

@@ -26,8 +26,8 @@ def list_(
 ) -> None:
     """List recipes, and what a recipe can name: allocators, solvers, patterns, texts, and its keys."""
     with console_for(as_json) as console:
-        from tawny.catalogue import catalogue
         from tawny.errors import nearest
+        from tawny.recipe.catalogue import catalogue
         from tawny.tables import listing_tables
 
         listing = catalogue()

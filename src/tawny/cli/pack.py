@@ -61,7 +61,7 @@ def pack(
     with console_for(as_json) as console:
         import tawny
 
-        with console.watching() as watch:
+        with console.progress() as progress:
             report = tawny.pack(
                 model,
                 out,
@@ -69,7 +69,7 @@ def pack(
                 group,
                 None if head is None else packed_values(head),
                 overwrite=overwrite,
-                watch=watch,
+                progress=progress,
             )
         from tawny.report.publish import refresh
         from tawny.tables import pack_tables

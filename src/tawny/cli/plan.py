@@ -59,8 +59,8 @@ def plan(
         )
         import tawny
 
-        with console.watching() as watch:
-            made = tawny.plan(model, recipe=chosen, memory=memory, watch=watch).to_dict()
+        with console.progress() as progress:
+            made = tawny.plan(model, recipe=chosen, memory=memory, progress=progress).to_dict()
         from tawny.tables import plan_tables
 
         console.result(made, plan_tables)

@@ -92,13 +92,13 @@ def profile(
         )
         import tawny
 
-        with console.watching() as watch:
+        with console.progress() as progress:
             report = tawny.profile(
                 model,
                 recipe=chosen,
                 Ms=multiples or (3, 5, 7, 10),
                 allocators=[name.strip() for name in (allocators or "").split(",") if name.strip()],
-                watch=watch,
+                progress=progress,
             ).to_dict()
         from tawny.tables import profile_tables
 

@@ -30,14 +30,14 @@ from tawny.cli.options import (
     packed_values,
 )
 from tawny.cli.root import RecipeCommand, app
-from tawny.watch import speaks
+from tawny.progress import speaks
 
 if TYPE_CHECKING:
-    from tawny.console import Console
+    from tawny.cli.console import Console
     from tawny.packed.format import Values
-    from tawny.recipe import Recipe
+    from tawny.progress import Progress
+    from tawny.recipe.schema import Recipe
     from tawny.record import Record
-    from tawny.watch import Watch
 
 EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few enough to wait for
 
@@ -119,13 +119,13 @@ def prune(
         windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
         import tawny
 
-        with console.watching() as watch:
+        with console.progress() as progress:
             if values is None:
                 record = tawny.prune(
-                    model, out, recipe=chosen, watch=watch, overwrite=overwrite, memory=memory
+                    model, out, recipe=chosen, progress=progress, overwrite=overwrite, memory=memory
                 )
             else:
-                record = _prune_and_pack(model, out, chosen, values, watch, overwrite, memory)
+                record = _prune_and_pack(model, out, chosen, values, progress, overwrite, memory)
         if not speaks():  # what follows is done by the first of several processes
             return
         if evaluate is not None:
@@ -141,7 +141,13 @@ def prune(
 
 
 def _prune_and_pack(
-    model: str, out: Path, recipe: Recipe, values: Values, watch: Watch, overwrite: bool, memory: str | None
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    values: Values,
+    progress: Progress,
+    overwrite: bool,
+    memory: str | None,
 ) -> Record:
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
@@ -164,13 +170,13 @@ def _prune_and_pack(
             f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out} "
             f"--values {values}` goes on, --overwrite starts over"
         )
-    record = tawny.prune(model, dense, recipe=recipe, watch=watch, overwrite=overwrite, memory=memory)
+    record = tawny.prune(model, dense, recipe=recipe, progress=progress, overwrite=overwrite, memory=memory)
     if not speaks():
         return record
     _mark(dense, out)
-    report = tawny.pack(dense, out, values, overwrite=overwrite, watch=watch)
+    report = tawny.pack(dense, out, values, overwrite=overwrite, progress=progress)
     shutil.rmtree(dense)
-    watch.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")
+    progress.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")
     record.out, record.bytes = str(out), report.bytes
     stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
     record.packed, record.files = stored["packed"], stored["files"]
@@ -201,8 +207,8 @@ def _windows(model: str, text: str, recipe: Recipe) -> int:
     from tawny.calibration.context import check_context
     from tawny.calibration.text import load_text
     from tawny.evaluation.perplexity import count_windows
-    from tawny.model.blocks import open_stack
     from tawny.model.source import load_tokenizer, resolve
+    from tawny.model.stack import open_stack
 
     loaded = load_text(text, "evaluation")
     folder = resolve(model)
@@ -219,15 +225,15 @@ def _compare(
 
     measured: dict[str, Any] = {}
     for name, source in (("dense", model), ("pruned", str(out))):
-        with console.watching() as watch:
-            watch.say(f"measuring the {name} model on {text}")
+        with console.progress() as progress:
+            progress.say(f"measuring the {name} model on {text}")
             result = tawny.evaluate(
                 source,
                 text,
                 seqlen=recipe.calibration.seqlen,
                 windows=windows,
                 device=recipe.device,
-                watch=watch,
+                progress=progress,
             )
         measured[name] = result.to_dict()
     return measured
@@ -238,5 +244,5 @@ def _samples(console: Console, model: str, out: Path, text: str) -> list[dict[st
     from tawny.calibration.text import load_text
     from tawny.evaluation.samples import prompts_from, text_samples
 
-    with console.watching() as watch:
-        return text_samples(model, out, prompts_from(load_text(text, "evaluation")), watch=watch)
+    with console.progress() as progress:
+        return text_samples(model, out, prompts_from(load_text(text, "evaluation")), progress=progress)

@@ -44,9 +44,9 @@ def push(
     with console_for(as_json) as console:
         from tawny.report.push import push as push_folder
 
-        with console.watching() as watch:
+        with console.progress() as progress:
             report = push_folder(
-                folder, repo, private=private, dry_run=dry_run, message=message, watch=watch
+                folder, repo, private=private, dry_run=dry_run, message=message, progress=progress
             ).to_dict()
         from tawny.tables import push_tables
 

@@ -134,7 +134,7 @@ def recover(
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""
     with console_for(as_json) as console:
         from tawny.errors import RecipeError
-        from tawny.recipe import parse_override
+        from tawny.recipe.schema import parse_override
         from tawny.recovery.settings import Recovery
 
         if recipe is not None and through is None:
@@ -157,10 +157,10 @@ def recover(
         check_device(settings.device)
         import tawny
 
-        with console.watching() as watch:
+        with console.progress() as progress:
             if through is None:
                 record = tawny.recover(
-                    model, teacher, out, settings=settings, watch=watch, overwrite=overwrite
+                    model, teacher, out, settings=settings, progress=progress, overwrite=overwrite
                 )
             else:
                 record = tawny.recover_gradually(
@@ -170,7 +170,7 @@ def recover(
                     _sparsities(through),
                     recipe=recipe,
                     settings=settings,
-                    watch=watch,
+                    progress=progress,
                     overwrite=overwrite,
                 )
         from tawny.tables import recovery_tables

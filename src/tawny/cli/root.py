@@ -58,7 +58,7 @@ def _is_slip(name: str, known: set[str]) -> bool:
     """Whether a name is rather one of the options', misspelt, than a recipe key."""
     if "." in name or not get_close_matches(name, known, cutoff=0.8):
         return False
-    from tawny.recipe import bare_keys
+    from tawny.recipe.schema import bare_keys
 
     return name[2:].replace("-", "_") not in bare_keys()
 
@@ -87,7 +87,7 @@ def main() -> None:
             raise
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "tawny"
-        from tawny.console import Console
+        from tawny.cli.console import Console
 
         code = getattr(error, "exit_code", 2)
         Console("--json" in sys.argv).error(

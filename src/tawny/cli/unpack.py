@@ -36,8 +36,8 @@ def unpack(
     with console_for(as_json) as console:
         import tawny
 
-        with console.watching() as watch:
-            report = tawny.unpack(packed, out, overwrite=overwrite, watch=watch)
+        with console.progress() as progress:
+            report = tawny.unpack(packed, out, overwrite=overwrite, progress=progress)
         from tawny.report.publish import refresh
         from tawny.tables import unpack_tables
 

@@ -36,10 +36,10 @@ from tawny.evaluation.perplexity import (
     windows_of,
 )
 from tawny.evaluation.sources import open_stack_of
-from tawny.model.blocks import Stack
 from tawny.model.source import load_tokenizer
+from tawny.model.stack import Stack
 from tawny.model.structure import evaluating
-from tawny.watch import Watch, silent
+from tawny.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def agreement(
     tokenizer: Any = None,
     compute: str = "auto",
     device: str = "cpu",
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> Agreement:
     """Compare a model with its dense one on a text; arguments are those of `tawny.evaluate`.
 
@@ -89,7 +89,7 @@ def agreement(
         TextError: the text does not hold one window, or not as many as asked for.
     """
     start = time.perf_counter()
-    opened = [open_stack_of(model, compute, device, watch.say) for model in (dense, source)]
+    opened = [open_stack_of(model, compute, device, progress.say) for model in (dense, source)]
     (dense_stack, dense_folder), (stack, folder) = opened
     called, own = (
         type(model).__name__ if isinstance(model, nn.Module) else str(model) for model in (dense, source)
@@ -108,10 +108,10 @@ def agreement(
         check_ids(model, made.ids)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
-            stream_through(dense_stack, made.ids, watch, "dense model"),
-            stream_through(stack, made.ids, watch, "pruned model"),
+            stream_through(dense_stack, made.ids, progress, "dense model"),
+            stream_through(stack, made.ids, progress, "pruned model"),
         ]
-        sums = _compare(made, (dense_stack, stack), streams, watch)
+        sums = _compare(made, (dense_stack, stack), streams, progress)
     means = sums / made.counts()
     spread = means.std(1) / math.sqrt(means.shape[1]) if means.shape[1] > 1 else torch.zeros(4)
     weights = made.counts() / made.counts().sum()
@@ -130,12 +130,12 @@ def agreement(
     )
 
 
-def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], watch: Watch) -> Tensor:
+def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], progress: Progress) -> Tensor:
     """Sums over each window's tokens, `[4, windows]` float64: KL, equal top-1, dense loss, loss."""
     sums = torch.zeros(4, len(made.ids), dtype=torch.float64)
     # Twice the logits of a perplexity are held at once, and their difference.
     vocabulary = 3 * vocabulary_of(stacks[0])
-    watch.phase("comparing", len(made.ids), "windows")
+    progress.phase("comparing", len(made.ids), "windows")
     for index in range(len(made.ids)):
         for inputs, targets in pieces(int(made.ids.shape[1]), made.first(index), vocabulary):
             p, q = (
@@ -147,7 +147,7 @@ def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], wat
             sums[1, index] += (p.argmax(-1) == q.argmax(-1)).sum().double().cpu()
             sums[2, index] -= p.gather(1, target).double().sum().cpu()
             sums[3, index] -= q.gather(1, target).double().sum().cpu()
-        watch.step(f"window {index}")
+        progress.step(f"window {index}")
     return sums
 
 

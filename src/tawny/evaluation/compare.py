@@ -31,7 +31,7 @@ from tawny.errors import ModelError, TawnyError
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
-from tawny.watch import Watch, silent
+from tawny.progress import Progress, silent
 
 MOST_WINDOWS = 20  # where nobody says how many: enough for a standard error, few enough to wait for
 
@@ -72,7 +72,7 @@ def compare(
     compute: str = "auto",
     device: str = "cpu",
     cache: bool = True,
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> Comparison:
     """Measure models side by side.
 
@@ -119,12 +119,12 @@ def compare(
     }
     models: list[dict[str, Any]] = []
     for name, called in zip(named, short_names(named), strict=True):
-        watch.say(f"measuring {called} ({len(models) + 1} of {len(named)})")
+        progress.say(f"measuring {called} ({len(models) + 1} of {len(named)})")
         against = named[0] if models else None
-        row = _in_a_process({"source": name, "against": against, "setting": setting}, watch)
+        row = _in_a_process({"source": name, "against": against, "setting": setting}, progress)
         models.append({"source": name, "name": called, **row})
         for part, message in row["errors"].items():
-            watch.say(f"{called}: no {part}: {message}")
+            progress.say(f"{called}: no {part}: {message}")
     if all("file_bytes" not in row for row in models):
         raise ModelError(f"none of the models could be opened: {models[0]['errors'].get('model', 'unknown')}")
     return Comparison(models, setting, time.perf_counter() - start, machine(), versions())
@@ -159,7 +159,7 @@ def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None
 # --- the parent's side: one process a model -----------------------------------------------------------------
 
 
-def _in_a_process(job: dict[str, Any], watch: Watch) -> dict[str, Any]:
+def _in_a_process(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Run `measure` in a fresh interpreter, pass its progress on, and return its row, whatever becomes of it."""
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     row: dict[str, Any] | None = None
@@ -183,7 +183,7 @@ def _in_a_process(job: dict[str, Any], watch: Watch) -> dict[str, Any]:
                 if event == "row":
                     row = values[0]
                 else:
-                    getattr(watch, event)(*values)
+                    getattr(progress, event)(*values)
             child.wait()
         finally:
             if child.poll() is None:
@@ -205,7 +205,7 @@ def _in_a_process(job: dict[str, Any], watch: Watch) -> dict[str, Any]:
 
 
 class _Telling:
-    """A watch that writes what it hears as lines of JSON."""
+    """Progress that writes what it hears as lines of JSON."""
 
     def __init__(self, out: IO[str]) -> None:
         self.out = out
@@ -231,7 +231,7 @@ class _Telling:
 
 
 def measure(
-    source: str, against: str | None, setting: dict[str, Any], watch: Watch = silent
+    source: str, against: str | None, setting: dict[str, Any], progress: Progress = silent
 ) -> dict[str, Any]:
     """All numbers of one model; a part that fails leaves its reason under `errors`."""
     errors: dict[str, str] = {}
@@ -249,34 +249,36 @@ def measure(
             errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return None
 
-    folder: Path | None = part("model", lambda: resolve(source, watch.say))
+    folder: Path | None = part("model", lambda: resolve(source, progress.say))
     if folder is None:
         return row
     size = part("model", lambda: file_bytes(folder))
     if size is None:
         return row
     row["file_bytes"] = size
-    row.update(part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, watch)) or {})
+    row.update(
+        part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, progress)) or {}
+    )
     row.update(part("sparsity", lambda: _sparsity(folder)) or {})
     keys = {key: setting[key] for key in ("seqlen", "windows", "bos", "compute", "device")}
     if setting["text"] is not None:
         measured = None
         if against is not None:
-            measured = part("agreement", lambda: _agreement(folder, against, setting["text"], keys, watch))
+            measured = part("agreement", lambda: _agreement(folder, against, setting["text"], keys, progress))
         if measured is None:  # the first model, or one whose tokens are others
-            measured = part("perplexity", lambda: _perplexity(folder, setting["text"], keys, watch))
+            measured = part("perplexity", lambda: _perplexity(folder, setting["text"], keys, progress))
         if measured is not None:
             row["perplexity"] = measured
     if setting["tasks"] is not None:
-        found = part("tasks", lambda: _tasks(folder, setting, watch))
+        found = part("tasks", lambda: _tasks(folder, setting, progress))
         if found is not None:
             row["tasks"] = found
     return row
 
 
-def _speed(folder: Path, setting: dict[str, Any], watch: Watch) -> dict[str, Any]:
+def _speed(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """What `bench` measures; without it, only the memory of an opened model that has worked once."""
-    from tawny.evaluation.speed import bench
+    from tawny.evaluation.bench import bench
 
     full = setting["speed"]
     made = bench(
@@ -285,7 +287,7 @@ def _speed(folder: Path, setting: dict[str, Any], watch: Watch) -> dict[str, Any
         tokens=32 if full else 1,
         rounds=setting["rounds"] if full else 1,
         threads=setting["threads"],
-        watch=watch if full else silent,
+        progress=progress if full else silent,
     ).to_dict()
     row = {"resident_bytes": made["resident_bytes"]}
     return {**row, "speed": made} if full else row
@@ -295,8 +297,8 @@ def _sparsity(folder: Path) -> dict[str, Any]:
     """Exact zeros over prunable weights, block by block."""
     import torch
 
-    from tawny.model.blocks import open_stack
     from tawny.model.checkpoint import is_packed
+    from tawny.model.stack import open_stack
 
     stack = open_stack(folder, torch.float32)
     zeros = total = 0
@@ -312,24 +314,26 @@ def _sparsity(folder: Path) -> dict[str, Any]:
     return {"sparsity": share, "prunable": total, "kind": kind}
 
 
-def _perplexity(folder: Path, text: str, keys: dict[str, Any], watch: Watch) -> dict[str, Any]:
+def _perplexity(folder: Path, text: str, keys: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from tawny.evaluation.perplexity import evaluate
 
-    return evaluate(folder, text, watch=watch, **keys).to_dict()
+    return evaluate(folder, text, progress=progress, **keys).to_dict()
 
 
-def _agreement(folder: Path, against: str, text: str, keys: dict[str, Any], watch: Watch) -> dict[str, Any]:
+def _agreement(
+    folder: Path, against: str, text: str, keys: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     from tawny.evaluation.agreement import agreement
 
-    found = agreement(folder, against, text, watch=watch, **keys).to_dict()
+    found = agreement(folder, against, text, progress=progress, **keys).to_dict()
     return {**found.pop("perplexity"), "agreement": found}
 
 
-def _tasks(folder: Path, setting: dict[str, Any], watch: Watch) -> dict[str, Any]:
+def _tasks(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from tawny.evaluation.tasks import evaluate_tasks
 
     keys = {key: setting[key] for key in ("task_data", "limit", "compute", "device", "cache")}
-    return evaluate_tasks(folder, setting["tasks"], watch=watch, **keys).to_dict()
+    return evaluate_tasks(folder, setting["tasks"], progress=progress, **keys).to_dict()
 
 
 def main() -> None:
@@ -342,9 +346,9 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(job["setting"]["threads"])
-    watch = _Telling(out)
+    progress = _Telling(out)
     try:
-        watch.row(measure(job["source"], job["against"], job["setting"], watch))
+        progress.row(measure(job["source"], job["against"], job["setting"], progress))
     except (KeyboardInterrupt, BrokenPipeError):  # the parent has stopped, and says so
         sys.exit(1)
 

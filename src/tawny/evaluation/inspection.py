@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.model.blocks import Stack, open_stack
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
+from tawny.model.stack import Stack, open_stack
 from tawny.patterns import matches
-from tawny.watch import Watch, silent
+from tawny.progress import Progress, silent
 
 # Tried from the strictest; the first that holds is reported.
 _N_OF_M = [(n, m) for m in (4, 8, 16) for n in range(1, m)]
@@ -78,17 +78,17 @@ def tied(weight_OI: Tensor) -> int:
 
 
 @torch.no_grad()
-def inspect(source: str | Path, *, watch: Watch = silent) -> Inspection:
+def inspect(source: str | Path, *, progress: Progress = silent) -> Inspection:
     """Read every prunable linear of a checkpoint and count.
 
     Raises:
         ModelError: not a decoder.
         CheckpointError: files are missing, truncated or do not fit the configuration.
     """
-    folder = resolve(source, watch.say)
+    folder = resolve(source, progress.say)
     stack: Stack = open_stack(folder, torch.float32)
     found: list[LinearInspection] = []
-    watch.phase("inspecting", len(stack))
+    progress.phase("inspecting", len(stack))
     for index in range(len(stack)):
         with stack.block(index):
             for linear in stack.linears(index):
@@ -105,7 +105,7 @@ def inspect(source: str | Path, *, watch: Watch = silent) -> Inspection:
                         ties,
                     )
                 )
-        watch.step(stack.name(index))
+        progress.step(stack.name(index))
     prunable = sum(x.shape[0] * x.shape[1] for x in found)
     zeros = sum(x.zeros for x in found)
     return Inspection(

@@ -1,4 +1,4 @@
-"""lm-eval's model class over an opened model, with batches that suit this machine and progress to a watch."""
+"""lm-eval's model class over an opened model, with batches that suit this machine and progress reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tawny.evaluation.sources import open_model
 from tawny.evaluation.task_config import INSTALL, quiet
 from tawny.machine import free_memory, total_memory
 from tawny.model.source import load_tokenizer
-from tawny.watch import Watch, silent
+from tawny.progress import Progress, silent
 
 _BATCH_TOKENS = 2048  # full-speed matrix products whose activations still fit the last-level cache
 _UNKNOWN_MEMORY = 4_000_000_000  # taken as free where the system says nothing
@@ -29,7 +29,7 @@ def language_model(
     tokenizer: Any,
     batch_tokens: int | None,
 ) -> Any:
-    """lm-eval's model class over the opened model, with batches by tokens and progress to a watch."""
+    """lm-eval's model class over the opened model, with batches by tokens and progress reports."""
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
@@ -37,7 +37,7 @@ def language_model(
     model = source if folder is None else open_model(folder, dtype, device)
 
     class Watched(HFLM):  # type: ignore[misc]
-        watch: Watch = silent
+        progress: Progress = silent
         label = ""
         tokens = 0
 
@@ -47,7 +47,7 @@ def language_model(
                 self._sizes = batch_sizes(
                     [len(a) + len(b) - 1 for _, a, b in n_reordered_requests], self.tokens
                 )
-                self.watch.phase(self.label, len(self._starts()), "batches")
+                self.progress.phase(self.label, len(self._starts()), "batches")
             return self._sizes[pos]
 
         def _starts(self) -> list[int]:
@@ -59,7 +59,7 @@ def language_model(
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             made = super()._model_call(inps, *args, **kwargs)
-            self.watch.step(f"{inps.shape[0]} × {inps.shape[1]} tokens")
+            self.progress.step(f"{inps.shape[0]} × {inps.shape[1]} tokens")
             return made
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:

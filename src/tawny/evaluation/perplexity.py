@@ -32,11 +32,11 @@ from tawny.calibration.windows import check_windows, evaluation_windows, tokenis
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import open_stack_of
 from tawny.machine import peak_memory
-from tawny.model.blocks import Stack
 from tawny.model.source import load_tokenizer
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
-from tawny.watch import Watch, silent
+from tawny.progress import Progress, silent
 
 # Logits are [tokens, vocabulary] in float32; so many tokens at once keep them near 100 MB for a large vocabulary.
 _LOGIT_BYTES = 100_000_000
@@ -173,14 +173,14 @@ def count_windows(
 # --- losses ------------------------------------------------------------------------------------------------
 
 
-def stream_through(stack: Stack, ids: Tensor, watch: Watch, phase: str = "evaluating") -> Stream:
+def stream_through(stack: Stack, ids: Tensor, progress: Progress, phase: str = "evaluating") -> Stream:
     """The windows behind the last block, whose weights are then the only ones not needed any more."""
     stream = Stream(stack, Samples(ids))
-    watch.phase(phase, len(stack))
+    progress.phase(phase, len(stack))
     for index in range(len(stack)):
         with stack.block(index):
             stream.advance(index)
-        watch.step(stack.name(index))
+        progress.step(stack.name(index))
     return stream
 
 
@@ -205,10 +205,12 @@ def logits_of(stack: Stack, stream: Stream, index: int, inputs: slice) -> Tensor
 
 
 @torch.no_grad()
-def window_losses(stack: Stack, windows: Tensor, watch: Watch = silent, stride: int | None = None) -> Tensor:
+def window_losses(
+    stack: Stack, windows: Tensor, progress: Progress = silent, stride: int | None = None
+) -> Tensor:
     """Mean loss `[windows]` (float64, nats) of each window of tokens `[windows, seqlen]`."""
     made = Windows(windows, stride or int(windows.shape[1]))
-    stream = stream_through(stack, windows, watch)
+    stream = stream_through(stack, windows, progress)
     losses = torch.zeros(len(windows), dtype=torch.float64)
     for index in range(len(windows)):
         for inputs, targets in pieces(int(windows.shape[1]), made.first(index), vocabulary_of(stack)):
@@ -256,7 +258,7 @@ def evaluate(
     tokenizer: Any = None,
     compute: str = "auto",
     device: str = "cpu",
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> Perplexity:
     """Perplexity of a model on a text.
 
@@ -270,7 +272,7 @@ def evaluate(
             Tokens are taken as they are.
         tokenizer: needed for a live module and a text.
         compute: dtype of forwards: auto, float32, bfloat16 or float16.
-        watch: told about progress.
+        progress: told how far the work is.
 
     Raises:
         TextError: the text does not hold one window, or not as many as asked for.
@@ -278,7 +280,7 @@ def evaluate(
         ModelError: not a decoder; or a live module without tokenizer.
     """
     start = time.perf_counter()
-    stack, folder = open_stack_of(source, compute, device, watch.say)
+    stack, folder = open_stack_of(source, compute, device, progress.say)
     check_context(stack.model, tokens_a_window(text, seqlen))
     if not isinstance(text, Tensor) and tokenizer is None:
         if folder is None:
@@ -289,6 +291,6 @@ def evaluate(
     made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
     check_ids(stack.model, made.ids)
     with evaluating(stack.model):
-        losses = window_losses(stack, made.ids, watch, made.stride)
+        losses = window_losses(stack, made.ids, progress, made.stride)
     compute_name = str(stack.compute).removeprefix("torch.")
     return summarise(made, losses, compute_name, time.perf_counter() - start)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tawny.calibration.text import Text
+from tawny.evaluation.bench import generate
 from tawny.evaluation.sources import open_model
-from tawny.evaluation.speed import generate
 from tawny.machine import free_memory
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.precision import native_dtype
-from tawny.watch import Watch, silent
+from tawny.progress import Progress, silent
 
 WORDS = 10  # of a prompt
 TOKENS = 40  # of an answer
@@ -37,22 +37,22 @@ def text_samples(
     prompts: Sequence[str],
     *,
     tokens: int = TOKENS,
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> list[dict[str, str]]:
     """`[{"prompt", "dense", "pruned"}, …]`: both models' likeliest continuations, so that anyone gets the same words.
 
     Text needs a whole model in memory, which pruning does not: where it would not fit, the list is empty and the
-    watch is told why.
+    progress is told why.
     """
-    folders = {"dense": resolve(dense, watch.say), "pruned": resolve(pruned, watch.say)}
+    folders = {"dense": resolve(dense, progress.say), "pruned": resolve(pruned, progress.say)}
     needed = max(file_bytes(folder) for folder in folders.values())
     free = free_memory()
     if free is not None and needed > 0.6 * free:
-        watch.say("no samples of text: they need the whole model in memory, and it would not fit")
+        progress.say("no samples of text: they need the whole model in memory, and it would not fit")
         return []
     samples = [{"prompt": prompt} for prompt in prompts]
     for name, folder in folders.items():
-        watch.say(f"letting the {name} model write")
+        progress.say(f"letting the {name} model write")
         tokenizer = load_tokenizer(folder)
         model = open_model(folder, native_dtype())
         for sample in samples:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tawny.errors import RecipeError
-from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.source import resolve
-from tawny.packed.loader import load
+from tawny.model.stack import Stack, live_stack, open_stack
+from tawny.packed.opening import load
 from tawny.precision import DTYPES, native_dtype
 
 # Written beside the weights, and no part of what the model computes.

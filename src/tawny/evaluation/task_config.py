@@ -182,7 +182,7 @@ def _fetch(download: Any, task: str, known: Sequence[str], sources: Sequence[Tas
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval without its log and bars: stderr belongs to the watch, stdout to one JSON document."""
+    """lm-eval without its log and bars: stderr belongs to the progress, stdout to one JSON document."""
     import datasets
     import lm_eval.api.task as api
 

@@ -39,7 +39,7 @@ from tawny.evaluation.language_model import ask, language_model
 from tawny.evaluation.sources import compute_dtype, fingerprint
 from tawny.evaluation.task_config import MEANING, PRESETS, find_manager, find_sources, load_task, quiet
 from tawny.model.source import cache_folder, resolve
-from tawny.watch import Watch, silent
+from tawny.progress import Progress, silent
 
 _CACHE_FORMAT = 1
 
@@ -136,7 +136,7 @@ def evaluate_tasks(
     device: str = "cpu",
     batch_tokens: int | None = None,
     cache: bool = True,
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> TaskResults:
     """Accuracy of a model on lm-eval tasks.
 
@@ -149,7 +149,7 @@ def evaluate_tasks(
         compute: dtype of forwards: auto, float32, bfloat16 or float16. A live model keeps its own.
         batch_tokens: most tokens (padding included) in one forward; chosen by memory if None.
         cache: keep and reuse results; never done for a live model, whose bytes nobody can name.
-        watch: told about progress.
+        progress: told how far the work is.
 
     Raises:
         MissingFeature: lm-eval is not installed.
@@ -169,7 +169,7 @@ def evaluate_tasks(
             raise ModelError("a live model needs tokenizer=… to be asked questions")
         dtype = next(source.parameters()).dtype
     else:
-        folder = resolve(source, watch.say)
+        folder = resolve(source, progress.say)
         dtype = compute_dtype(compute)
     lm: Any = None
     identity = fingerprint(folder) if cache and folder is not None else ""
@@ -182,9 +182,9 @@ def evaluate_tasks(
         found = _kept(kept)
         if found is None:
             if lm is None:
-                watch.say(f"opening the model for {len(names)} task{'s' * (len(names) > 1)}")
+                progress.say(f"opening the model for {len(names)} task{'s' * (len(names) > 1)}")
                 lm = language_model(source, folder, dtype, device, tokenizer, batch_tokens)
-            lm.watch, lm.label = watch, name
+            lm.progress, lm.label = progress, name
             measured = ask(lm, loaded, limit)
             found = _result(name, known, measured, loaded["tasks"], origin, question)
             found = {**found, "seconds": time.perf_counter() - began}
@@ -192,7 +192,7 @@ def evaluate_tasks(
             done.append(TaskResult(**found))
         else:
             done.append(TaskResult(**{**found, "name": name, "cached": True}))
-        watch.say(_line(done[-1]))
+        progress.say(_line(done[-1]))
     alike = all(task.metric == "acc" for task in done)
     return TaskResults(
         source=str(source) if folder is not None else type(source).__name__,

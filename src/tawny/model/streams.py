@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tawny.errors import NumericalError, TextError
 from tawny.model import durable
-from tawny.model.blocks import Call, Stack, chunks_of
+from tawny.model.stack import Call, Stack, chunks_of
 from tawny.model.tensorfile import TensorWriter, entries, read_tensor, read_tensors, write_tensors
 
 # Tokens a forward takes at once: enough rows for full-speed matrix products, few enough that the activations

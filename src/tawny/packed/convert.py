@@ -51,8 +51,8 @@ from tawny.packed.model import (
 )
 from tawny.packed.places import Place, places_of
 from tawny.packed.writer import PackedWriter
+from tawny.progress import Progress, silent
 from tawny.record import weight_files
-from tawny.watch import Watch, silent
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.
@@ -260,7 +260,7 @@ def pack(
     head: Values | None = None,
     *,
     overwrite: bool = False,
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> PackReport:
     """Pack a checkpoint: masks and survivors instead of matrices with zeros.
 
@@ -271,7 +271,7 @@ def pack(
         group: with int8, 128 for a scale each 128 columns; None for one a row.
         head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it.
         overwrite: replace an existing `out`.
-        watch: told about progress.
+        progress: told how far the work is.
 
     Raises:
         UserError: unknown values or group, or the model has no linear head.
@@ -280,7 +280,7 @@ def pack(
     """
     started = time.perf_counter()
     check_values(values, group, head)
-    folder = resolve(source, watch.say)
+    folder = resolve(source, progress.say)
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
@@ -293,10 +293,10 @@ def pack(
                     f"{folder}: its index names {str(path)!r}; expected *.safetensors in the folder: save it again"
                 )
         work = _Packing(folder, writer, values, group, head)
-        watch.phase("packing", len(work.blocks))
+        progress.phase("packing", len(work.blocks))
         for index in range(len(work.blocks)):
             work.block(index)
-            watch.step(f"{work.path}.{index}")
+            progress.step(f"{work.path}.{index}")
         work.ends()
         headers = [{"file": path.name, "header": read_header(path)[1]} for path in files]
         index_file = folder / _DENSE_INDEX
@@ -317,7 +317,7 @@ def pack(
         kinds = {"values": values, "group": group, "head": head}
         _record(output, folder, {**kinds, "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]
-        tell(watch, len(work.linears) - len(dense), len(dense), len(work.untouched))
+        tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched))
         output.finish()
     finally:
         output.discard()
@@ -339,7 +339,7 @@ def pack(
 
 
 def unpack(
-    source: str | Path, out: str | Path, *, overwrite: bool = False, watch: Watch = silent
+    source: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = silent
 ) -> UnpackReport:
     """Write the dense checkpoint a packed folder was made from; plain transformers opens it.
 
@@ -348,7 +348,7 @@ def unpack(
         OutputError: `out` exists or cannot be written.
     """
     started = time.perf_counter()
-    folder = resolve(source, watch.say)
+    folder = resolve(source, progress.say)
     if not is_packed(folder):
         raise CheckpointError(f"{source} is not a packed folder; there is nothing to unpack")
     packed = PackedFolder(folder)
@@ -358,7 +358,7 @@ def unpack(
         for part in packed.source:
             name, text = part["file"], part["header"]
             entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
-            watch.phase(f"unpacking {name}", len(entries), "tensors")
+            progress.phase(f"unpacking {name}", len(entries), "tensors")
             with writing(output.partial / name), (output.partial / name).open("wb") as file:
                 header = text.encode()
                 file.write(len(header).to_bytes(8, "little") + header)
@@ -366,7 +366,7 @@ def unpack(
                     file.seek(8 + len(header) + entry["data_offsets"][0])
                     file.write(raw(_dense(packed, key, entry)))
                     total += entry["data_offsets"][1] - entry["data_offsets"][0]
-                    watch.step(key)
+                    progress.step(key)
         if packed.source_index is not None:
             with writing(output.partial / _DENSE_INDEX):
                 (output.partial / _DENSE_INDEX).write_bytes(packed.source_index.encode())

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels import native, ops, reference
-from .linear import _TENSORS, PackedLinear
+from tawny.kernels import native, ops, reference
+from tawny.packed.linear import _TENSORS, PackedLinear
 
 
 def gather_rows(

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .format import PackedTensor
-from .kernels.ops import FLOATS
-from .linear import PackedLinear, multiply
+from tawny.kernels.ops import FLOATS
+from tawny.packed.format import PackedTensor
+from tawny.packed.linear import PackedLinear, multiply
 
 IMPLEMENTATION = "tawny"  # what transformers calls this way to run experts
 _MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)

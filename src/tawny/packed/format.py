@@ -36,7 +36,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, NumericalError, UserError
+from tawny.errors import CheckpointError, NumericalError, UserError
 
 VERSION = 1
 ROWS = 4  # rows of a group
@@ -336,7 +336,7 @@ def check(packed: PackedTensor, name: str = "weight") -> None:
     Checks version, dtypes, shapes, the offsets against the population of every mask, that no bit is set in the
     padding, and that the scales are finite. It does not know what the values should be: that is a hash's task.
     """
-    from .kernels import native
+    from tawny.kernels import native
 
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{name}: {what}; the packed file is damaged or was written by something else")

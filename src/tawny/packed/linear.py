@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..errors import UserError
-from . import format
-from .format import PackedTensor, Values
-from .kernels import native, ops
+from tawny.errors import UserError
+from tawny.kernels import native, ops
+from tawny.packed import format
+from tawny.packed.format import PackedTensor, Values
 
 # Sparsity from which a packed matrix-vector product beats our best dense one (benchmarks/kernels.py, batch 1).
 BREAK_EVEN: dict[str, float] = {"bf16": 0.10, "f16": 0.10, "f32": 0.10, "int8": 0.0}

@@ -26,7 +26,7 @@ from tawny.packed.embedding import serve_from
 from tawny.packed.experts import PackedExperts, install_experts
 from tawny.packed.format import PackedTensor, Values
 from tawny.packed.linear import DenseLinear, PackedLinear, worth_packing
-from tawny.watch import Watch, silent
+from tawny.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def pack_model(
     group: int | None = None,
     head: Values | None = None,
     *,
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> Any:
     """Replace the linears of a model's blocks by packed ones, one at a time, in place.
 
@@ -110,7 +110,7 @@ def pack_model(
         values: kind of the survivors: bf16, f16, f32 or int8.
         group: with int8, 128 for a scale each 128 columns; None for one a row.
         head: kind of values to pack the head in too, whatever its zeros (int8 is what saves bytes).
-        watch: told what stays dense, and why.
+        progress: told what stays dense, and why.
 
     Returns:
         The model itself.
@@ -133,7 +133,7 @@ def pack_model(
     dense: list[str] = []
     untouched: set[str] = set()
     packed = 0
-    watch.phase("packing", len(blocks))
+    progress.phase("packing", len(blocks))
     try:
         for index, block in enumerate(blocks):
             linears = linears_of(block, f"{path}.{index}")
@@ -163,7 +163,7 @@ def pack_model(
                 ]
                 install_experts(model, key, PackedExperts(each, experts[0].transposed, fused.dtype))
                 packed += len(experts)
-            watch.step(f"{path}.{index}")
+            progress.step(f"{path}.{index}")
         _head(model, head)
     except BaseException as error:
         if packed:
@@ -174,7 +174,7 @@ def pack_model(
                 ) from error
         raise
     keep_from_saving(model, values, group, head)
-    tell(watch, packed, len(dense), len(untouched))
+    tell(progress, packed, len(dense), len(untouched))
     return model
 
 
@@ -190,10 +190,10 @@ def _check_head(model: Any, values: Values | None) -> None:
         )
 
 
-def tell(watch: Watch, packed: int, dense: int, untouched: int) -> None:
-    watch.say(f"{packed} linears packed, {dense} left dense because their zeros are too few to pay")
+def tell(progress: Progress, packed: int, dense: int, untouched: int) -> None:
+    progress.say(f"{packed} linears packed, {dense} left dense because their zeros are too few to pay")
     if untouched:
-        watch.say(
+        progress.say(
             f"{untouched} weights stay as they are: their modules do more than multiply, or their file holds them in a "
             "layout that is not packed"
         )

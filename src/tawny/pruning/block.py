@@ -20,7 +20,7 @@ from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
 from tawny.precision import DTYPES, native_dtype
-from tawny.pruning.memory import HELD_BYTES, held_bytes
+from tawny.pruning.memory_plan import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import DEFAULT_M, OutlierCount
 from tawny.pruning.refine import refine
 from tawny.record import LinearRecord
@@ -54,7 +54,7 @@ class BlockRun:
         """Let the dense samples pass, before anything is pruned: their outputs are what refining aims at."""
         if self.dense is not None:
             with self.run.clock("forward"):
-                self.dense.advance(self.index, lambda: self.run.watch.detail("dense outputs", 0, 0))
+                self.dense.advance(self.index, lambda: self.run.progress.detail("dense outputs", 0, 0))
 
     def stages(self, order: str) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
         """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
@@ -97,7 +97,7 @@ class BlockRun:
         def step() -> None:
             nonlocal done
             done += 1
-            self.run.watch.detail("observing", done, total)
+            self.run.progress.detail("observing", done, total)
 
         walk = in_lockstep(
             stream, self.index, stages, self.run.needs, finish=finish, exact=self.run.ranks.several, step=step
@@ -121,7 +121,7 @@ class BlockRun:
         def step() -> None:
             nonlocal done
             done += 1
-            self.run.watch.detail("observing", done, total)
+            self.run.progress.detail("observing", done, total)
 
         with self.run.clock("observe"):
             seen = observe(self.stream, self.index, linears, needs, exact=self.run.ranks.several, step=step)
@@ -175,7 +175,7 @@ class BlockRun:
         if known is not statistics:
             notes["tokens"] = 0
             run.record.warnings.append(f"{linear.name} saw no calibration token; its weights alone decided")
-        run.watch.detail(f"solving {linear.name.removeprefix(run.stack.name(self.index) + '.')}", 0, 0)
+        run.progress.detail(f"solving {linear.name.removeprefix(run.stack.name(self.index) + '.')}", 0, 0)
         solution, measured, more = self.solution(linear, W_OI, known, target)
         lost, kind = measured or self._measure(W_OI, solution.weight, known, solution.lost)
         stored = run.stack.set_weight(linear, solution.weight)
@@ -254,7 +254,7 @@ class BlockRun:
                 self._solved,
                 run.recipe.refine,
                 run.recipe.seed,
-                step=lambda done, total: run.watch.detail("refining", done, total),
+                step=lambda done, total: run.progress.detail("refining", done, total),
                 dtype=DTYPES[run.recipe.dtype] if run.recipe.dtype else None,
             )
         self._solved = {}
@@ -275,7 +275,7 @@ class BlockRun:
         if self.stream is None or self._advanced or self.index == len(self.run.stack) - 1:
             return
         with self.run.clock("forward"):
-            self.stream.advance(self.index, lambda: self.run.watch.detail("advancing", 0, 0))
+            self.stream.advance(self.index, lambda: self.run.progress.detail("advancing", 0, 0))
 
     def _count_outliers(self) -> None:
         """Note in the record how many outliers every linear of the block had and has."""

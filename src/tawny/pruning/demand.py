@@ -9,13 +9,13 @@ from typing import Any
 
 from tawny.allocation.profile import LinearInfo, measuring_bytes
 from tawny.calibration.statistics import Needs
-from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples
-from tawny.pruning.memory import Demand, workspace
+from tawny.pruning.memory_plan import Demand, workspace
 from tawny.pruning.profiling import profile_count
-from tawny.pruning.search_cost import cost_of_search, measuring, needs_of_search, stand_in
-from tawny.recipe import Recipe
+from tawny.recipe.schema import Recipe
+from tawny.search.cost import cost_of_search, measuring, needs_of_search, stand_in
 
 
 def needs_of(recipe: Recipe, solver: Any) -> Needs:

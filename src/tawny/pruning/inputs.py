@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from tawny.errors import ModelError, RecipeError, TextError
-from tawny.model.blocks import Stack
 from tawny.model.checkpoint import is_packed
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples
 from tawny.packed.linear import PackedLinear
 from tawny.precision import DTYPES, native_dtype
-from tawny.recipe import Recipe
+from tawny.recipe.schema import Recipe
 
 
 def text_or_tokens(calibration: Any) -> tuple[dict[str, Any], Any]:

@@ -41,13 +41,14 @@ SHARE = 0.02
 _DECIDING = (
     "allocation",
     "calibration",
+    "kernels",
     "model",
-    "packed/kernels",
     "pruning",
     "solvers",
     "patterns.py",
     "precision.py",
-    "recipe.py",
+    "recipe",
+    "search",
 )
 
 _SOURCES = {".py", ".cpp", ".h"}
@@ -119,7 +120,7 @@ class Journal:
         self._save()
 
     @property
-    def progress(self) -> bool:
+    def has_progress(self) -> bool:
         """Whether anything is finished that would be lost."""
         return bool(self.state.get("walks") or self.state.get("once"))
 

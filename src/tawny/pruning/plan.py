@@ -16,22 +16,22 @@ import torch
 from tawny.allocation.profile import LinearInfo, Profile
 from tawny.calibration.context import check_context
 from tawny.calibration.text import NAMED_TEXTS, load_text
-from tawny.model.blocks import Stack, open_stack
 from tawny.model.linears import check_selection, select
 from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
+from tawny.model.stack import Stack, open_stack
 from tawny.patterns import check_pattern
 from tawny.precision import DTYPES, native_dtype, rounds_products
+from tawny.progress import Progress, silent
 from tawny.pruning.demand import demand_of, needs_of
-from tawny.pruning.grid import check_study
 from tawny.pruning.inputs import check_dense, compute_dtype
-from tawny.pruning.memory import available, parse_size, place, sharing_inputs
+from tawny.pruning.memory_plan import available, parse_size, place, sharing_inputs
 from tawny.pruning.profiling import allocate, profile_count
 from tawny.pruning.refine import holds_out
-from tawny.pruning.search_cost import cost_of_search, needs_of_search, stand_in
-from tawny.recipe import Recipe, resolve_recipe
+from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.search.cost import cost_of_search, needs_of_search, stand_in
+from tawny.search.grid import check_study
 from tawny.solvers.base import Work
-from tawny.watch import Watch, silent
 
 # Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.
 _OVERHEAD = 1.7
@@ -91,7 +91,7 @@ def plan(
     *,
     recipe: Recipe | None = None,
     memory: str | int | None = None,
-    watch: Watch = silent,
+    progress: Progress = silent,
     **keys: Any,
 ) -> Plan:
     """What `prune` would do with the same arguments.
@@ -100,7 +100,7 @@ def plan(
         UserError: as `prune` would, for everything that can be known without work.
     """
     recipe = resolve_recipe(recipe, **keys)
-    folder = resolve(source, watch.say)
+    folder = resolve(source, progress.say)
     check_dense(source, folder)
     stack = open_stack(folder, compute_dtype(recipe), recipe.device)
     every = [stack.linears(index) for index in range(len(stack))]

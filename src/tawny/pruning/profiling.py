@@ -25,14 +25,14 @@ from tawny.allocation.several import Several
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Needs, Statistics, most
 from tawny.errors import NumericalError, RecipeError, TawnyError
-from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.patterns import NM, Pattern
+from tawny.progress import Progress, silent
 from tawny.pruning.journal import Journal
 from tawny.pruning.ranks import Ranks
-from tawny.recipe import Recipe, resolve_recipe
-from tawny.watch import Watch, silent
+from tawny.recipe.schema import Recipe, resolve_recipe
 
 # Tokens after which the outlier shares of a model no longer move its sparsities by more than 0.005.
 PROFILE_TOKENS = 8192
@@ -90,7 +90,7 @@ def profile_walk(
     allocator: Any,
     samples: Samples | None,
     recipe: Recipe,
-    watch: Watch,
+    progress: Progress,
     journal: Journal | None = None,
     spill: Path | None = None,
     ranks: Ranks | None = None,
@@ -122,7 +122,7 @@ def profile_walk(
             shared = profile_samples(samples, recipe)
             shared = samples.first(ranks.size) if len(shared) < ranks.size else shared
             stream = Stream(stack, ranks.part(shared), depth=done, saved=saved, spill=spill)
-        watch.phase("profiling", len(stack) - done)
+        progress.phase("profiling", len(stack) - done)
         for index in range(done, len(stack)):
             last = index == len(stack) - 1
             with torch.no_grad(), stack.block(index):
@@ -149,7 +149,7 @@ def profile_walk(
             if last or journal.due():
                 kept = {} if last or stream is None else {"pruned": stream}
                 journal.commit("profile", index + 1, {"stages": stages, "measures": measures}, kept)
-            watch.step(stack.name(index))
+            progress.step(stack.name(index))
     infos = tuple(
         LinearInfo(linear.name, linear.shape, index, stages.get(linear.name, ""))
         for index, linears in enumerate(by_block)
@@ -271,7 +271,7 @@ def profile(
     recipe: Recipe | None = None,
     Ms: Sequence[float] = (3, 5, 7, 10),
     allocators: Sequence[str] = (),
-    watch: Watch = silent,
+    progress: Progress = silent,
     tokenizer: Any = None,
     calibration: Any = None,
     **keys: Any,
@@ -306,13 +306,13 @@ def profile(
         recipe,
         source,
         None,
-        watch,
+        progress,
         overwrite=False,
         tokenizer=tokenizer,
         calibration=given,
         measuring=several,
     ) as run:
-        walked = profile_walk(run.stack, run.by_block, several, run.samples, recipe, watch)
+        walked = profile_walk(run.stack, run.by_block, several, run.samples, recipe, progress)
     sizes = [walked.parameters(block) for block in range(walked.blocks)]
     return ProfileReport(
         source=run.source,

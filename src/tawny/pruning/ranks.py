@@ -20,10 +20,10 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import LostProcess, UserError
-from tawny.group import close_group, open_group
-from tawny.model.blocks import chunks_of
+from tawny.model.stack import chunks_of
 from tawny.model.streams import Samples, samples_a_chunk
-from tawny.watch import started_by_torchrun
+from tawny.process_group import close_group, open_group
+from tawny.progress import started_by_torchrun
 
 T = TypeVar("T")
 

@@ -46,10 +46,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tawny.errors import TextError
-from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
+from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Stream
-from tawny.recipe import Refine
+from tawny.recipe.schema import Refine
 
 _BETAS = (0.9, 0.95)  # a run has tens of steps, not thousands: the second momentum forgets within one
 _EPSILON = 1e-12

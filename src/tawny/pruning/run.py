@@ -31,21 +31,22 @@ from tawny.errors import (
     RecipeError,
     UserError,
 )
+from tawny.kernels.native import kernel_name
 from tawny.machine import machine, peak_memory, versions
-from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
+from tawny.model.stack import Stack, live_stack, open_stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
-from tawny.packed.kernels.native import kernel_name
 from tawny.patterns import Pattern, check_pattern
 from tawny.precision import DTYPES
+from tawny.progress import Progress, silent
 from tawny.pruning.block import BlockRun
 from tawny.pruning.demand import demand_of, needs_of
 from tawny.pruning.inputs import check_dense, check_live, compute_dtype, samples_of, text_or_tokens
 from tawny.pruning.journal import Journal, code_identity, model_identity, tensor_digest, tokens_identity
-from tawny.pruning.memory import (
+from tawny.pruning.memory_plan import (
     Placement,
     available,
     give_back,
@@ -57,9 +58,8 @@ from tawny.pruning.profiling import allocate, profile_walk
 from tawny.pruning.ranks import Ranks, is_lost
 from tawny.pruning.refine import holds_out
 from tawny.pruning.writing import write_pages, write_rest
-from tawny.recipe import Recipe, resolve_recipe
+from tawny.recipe.schema import Recipe, resolve_recipe
 from tawny.record import Clock, LinearRecord, Record, weight_files
-from tawny.watch import Watch, silent
 
 if TYPE_CHECKING:
     from tawny.calibration.text import Text
@@ -70,7 +70,7 @@ def prune(
     out: str | Path | None = None,
     *,
     recipe: Recipe | None = None,
-    watch: Watch = silent,
+    progress: Progress = silent,
     overwrite: bool = False,
     memory: str | int | None = None,
     tokenizer: Any = None,
@@ -87,7 +87,7 @@ def prune(
         out: folder to write; needed for a path, optional for a live module (then nothing is written).
         recipe: everything that decides the result; `keys` override single entries of it
             (`sparsity=0.6, allocator="owl", solver="wanda"`, or dotted: `**{"solver.damp": 0.1}`).
-        watch: told about progress.
+        progress: told how far the work is.
         overwrite: replace an existing `out` once the new one is complete, and start over what is unfinished.
         memory: peak memory of the whole process that may not be passed (`"6GB"`); the result does not depend on it.
         tokenizer: for a live module calibrated on text.
@@ -108,7 +108,7 @@ def prune(
         recipe,
         source,
         out,
-        watch,
+        progress,
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,
@@ -130,7 +130,7 @@ def open_run(
     recipe: Recipe,
     source: str | Path | nn.Module,
     out: str | Path | None,
-    watch: Watch,
+    progress: Progress,
     *,
     overwrite: bool,
     tokenizer: Any,
@@ -147,7 +147,7 @@ def open_run(
     journal, begun = Journal(None), False
     run: Run | None = None
     ranks = Ranks(recipe.device, alone=isinstance(source, nn.Module) or measuring is not None)
-    watch = watch if ranks.first else silent
+    progress = progress if ranks.first else silent
     try:
         if isinstance(source, nn.Module):
             folder, stack = None, live_stack(source)
@@ -157,7 +157,7 @@ def open_run(
         elif out is None and measuring is None:
             raise RecipeError(f"pruning {source} needs a folder to write to: give out=… (or --out DIR)")
         else:
-            folder = resolve(source, watch.say)
+            folder = resolve(source, progress.say)
             if measuring is None:
                 check_dense(source, folder)
             stack = open_stack(folder, compute_dtype(recipe), ranks.device)
@@ -165,7 +165,7 @@ def open_run(
             output, journal = open_output(Path(out), folder, overwrite)
         journal.join(ranks, unfinished(Path(out)) if out is not None and ranks.size > 1 else None)
         name = str(source) if folder else type(source).__name__
-        run = Run(recipe, name, folder, stack, output, watch, journal, ranks)
+        run = Run(recipe, name, folder, stack, output, progress, journal, ranks)
         run.check_shared()
         run.record.memory_before = before
         run.budget = parse_size(memory)
@@ -203,17 +203,17 @@ def open_run(
             output.discard()
         raise
     except UserError:  # a full disk, a file out of reach: that can be mended
-        if begun and journal.progress:
-            watch.say(f"{_kept(journal)}, once it can")
+        if begun and journal.has_progress:
+            progress.say(f"{_kept(journal)}, once it can")
         raise
     finally:
         ranks.deafen()
         if output is not None:
-            output.release() if journal.progress or (journal.found and not begun) else output.discard()
+            output.release() if journal.has_progress or (journal.found and not begun) else output.discard()
 
 
 def _kept(journal: Journal) -> str:
-    if not journal.progress:
+    if not journal.has_progress:
         return "nothing was finished yet"
     return f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
 
@@ -249,7 +249,7 @@ class Run:
     folder: Path | None
     stack: Stack
     output: OutputFolder | None
-    watch: Watch
+    progress: Progress
     journal: Journal
     ranks: Ranks
 
@@ -336,8 +336,8 @@ class Run:
         self.clock.seconds.update(self.journal.state.get("seconds", {}))
         self.started -= self.clock.seconds.pop("total", 0.0)
         self.record.peak_memory = int(self.journal.state.get("peak_memory", 0))
-        if self.journal.progress:
-            self.watch.say(f"going on with {self.journal.folder}, behind {self.journal.kept_words()}")
+        if self.journal.has_progress:
+            self.progress.say(f"going on with {self.journal.folder}, behind {self.journal.kept_words()}")
 
     def find_linears(self, *, check: bool = True) -> None:
         """Choose what is pruned, and refuse a pattern that does not fit it.
@@ -383,7 +383,7 @@ class Run:
                     "a live model needs tokens to be calibrated on: give calibration=tokens or tokenizer=…"
                 )
             tokenizer = load_tokenizer(self.folder)
-        self.watch.say(f"reading calibration text {recipe.calibration.text}")
+        self.progress.say(f"reading calibration text {recipe.calibration.text}")
         with self.clock("text"):
             text = load_text(recipe.calibration.text, "calibration")
             self.place(recipe.calibration.samples, recipe.calibration.seqlen, len(text.text))
@@ -444,7 +444,7 @@ class Run:
     def allocate(self) -> Allocation:
         """Sparsity of every linear: the profile walk, where the allocator wants one, and its decision."""
         if getattr(self.allocator, "searches", False):
-            from tawny.pruning.search import allocate_by_search
+            from tawny.search.run import allocate_by_search
 
             with self.clock("search"):
                 self.record.allocation = allocate_by_search(self)
@@ -456,7 +456,7 @@ class Run:
                 self.allocator,
                 self.samples,
                 self.recipe,
-                self.watch,
+                self.progress,
                 self.journal,
                 self.spill("profile"),
                 self.ranks,
@@ -484,7 +484,7 @@ class Run:
             with self.clock("forward"):
                 stream = self._stream("pruned", done)
                 dense = self._stream("dense", done) if refining else None
-        self.watch.phase("pruning", count - done)
+        self.progress.phase("pruning", count - done)
         for index in range(done, count):
             with self.clock("read"):
                 self.stack.load(index)
@@ -494,7 +494,7 @@ class Run:
                 with self.clock("write"):
                     streams = {} if index == count - 1 else {"pruned": stream, "dense": dense}
                     self.commit(index + 1, streams)
-            self.watch.step(self.stack.name(index))
+            self.progress.step(self.stack.name(index))
 
     def _stream(self, name: str, done: int) -> Stream:
         assert self.samples is not None
@@ -547,7 +547,7 @@ class Run:
             with self.clock("hash"):
                 record.files = weight_files(self.output.partial)
             if record.search is not None:
-                from tawny.pruning.search import write_search
+                from tawny.search.run import write_search
 
                 write_search(self)
         record.peak_memory = max(peak_memory(), record.peak_memory)

@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tawny.precision import DTYPES
-from tawny.recipe import dump_recipe
+from tawny.recipe.schema import dump_recipe
 from tawny.report.card import CARD, front_matter, model_card
 from tawny.report.html import NAME, write_report
 from tawny.report.pages import or_say
@@ -43,8 +43,8 @@ def write_pages(run: Run) -> None:
         base = card.read_text(encoding="utf-8-sig", errors="replace") if card and card.is_file() else ""
         output.write_text(CARD, model_card(record, front_matter(base)))
 
-    or_say(output.partial / CARD, write_card, run.watch)
-    or_say(output.partial / NAME, lambda: write_report(record, output.partial), run.watch)
+    or_say(output.partial / CARD, write_card, run.progress)
+    or_say(output.partial / NAME, lambda: write_report(record, output.partial), run.progress)
 
 
 def _plan_shards(run: Run) -> list[dict[str, Any]]:

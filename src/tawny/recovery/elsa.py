@@ -102,12 +102,12 @@ class Elsa:
                 gradient.add_(distance, alpha=self.settings.penalty)
 
     @torch.no_grad()
-    def after_step(self, step: int, progress: float) -> None:
+    def after_step(self, step: int, share: float) -> None:
         """Project when it is time; settle when the run's last part begins."""
         if self.settled:
             for part in self.parts:
                 part.vector.mul_(self._kept[part.name])
-        elif progress >= 1.0 - self.settings.settle:
+        elif share >= 1.0 - self.settings.settle:
             self.project()
             self.settle()
         elif step % self.settings.interval == 0:

@@ -17,15 +17,15 @@ from typing import Any
 
 from tawny.errors import RecipeError
 from tawny.model.source import resolve
+from tawny.progress import Progress, silent
 from tawny.pruning.run import prune
-from tawny.recipe import Recipe, resolve_recipe
+from tawny.recipe.schema import Recipe, resolve_recipe
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.run import recover
 from tawny.recovery.settings import Recovery
 from tawny.recovery.workfolder import WorkFolder, about_model, about_text, check_apart
 from tawny.recovery.writing import check_place, deliver, retell
-from tawny.watch import Watch, silent
 
 
 def shares(count: int) -> list[float]:
@@ -42,7 +42,7 @@ def recover_gradually(
     *,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     settings: Recovery | Mapping[str, Any] | None = None,
-    watch: Watch = silent,
+    progress: Progress = silent,
     overwrite: bool = False,
 ) -> RecoveryRecord:
     """Prune `source` to each of `sparsities` in turn and recover it after each.
@@ -67,7 +67,7 @@ def recover_gradually(
             f"gradual sparsities {list(sparsities)} do not rise; expected such as 0.4,0.55,0.65,0.7"
         )
     chosen = Recovery.make(settings)
-    folder = resolve(source, watch.say)
+    folder = resolve(source, progress.say)
     if recipe is None:
         recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos}}
     base = recipe.to_mapping() if isinstance(recipe, Recipe) else recipe
@@ -97,13 +97,15 @@ def recover_gradually(
             here = folder
             for number, share in enumerate(shares(len(sparsities))):
                 pruned, recovered = work.path / f"{number}-pruned", work.path / f"{number}-recovered"
-                watch.say(f"step {number + 1} of {len(sparsities)}: {sparsities[number]:.0%}")
+                progress.say(f"step {number + 1} of {len(sparsities)}: {sparsities[number]:.0%}")
                 part = dataclasses.replace(
                     chosen,
                     tokens=max(1, round(chosen.tokens * share)),
                     minutes=None if chosen.minutes is None else chosen.minutes * share,
                 )
-                _prune_and_recover(processes, here, teacher, pruned, recovered, recipes[number], part, watch)
+                _prune_and_recover(
+                    processes, here, teacher, pruned, recovered, recipes[number], part, progress
+                )
                 record = RecoveryRecord.read(recovered / "recover.json")
                 kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
                 stages.append({key: getattr(record, key) for key in kept})
@@ -112,7 +114,7 @@ def recover_gradually(
 
         def end() -> None:
             retell(here, record, source=str(source), base=folder)
-            draw(record, here, watch)
+            draw(record, here, progress)
             deliver(here, target, overwrite or work.consent, folder)
             work.discard()
 
@@ -128,11 +130,11 @@ def _prune_and_recover(
     recovered: Path,
     recipe: Recipe,
     settings: Recovery,
-    watch: Watch,
+    progress: Progress,
 ) -> None:
     """One step, or what is left of it; afterwards there is `recovered` alone."""
     if processes.decide(not pruned.exists() and not recovered.exists()):
-        prune(source, pruned, recipe=recipe, watch=watch)
+        prune(source, pruned, recipe=recipe, progress=progress)
     if processes.decide(not recovered.exists()):
-        recover(pruned, teacher, recovered, settings=settings, watch=watch)
+        recover(pruned, teacher, recovered, settings=settings, progress=progress)
     processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))

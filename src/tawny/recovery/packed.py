@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tawny.model.checkpoint import file_bytes
 from tawny.packed.convert import pack, unpack
+from tawny.progress import Progress
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
@@ -25,7 +26,6 @@ from tawny.recovery.workfolder import (
     is_own_teacher,
 )
 from tawny.recovery.writing import check_place, deliver, is_made, retell
-from tawny.watch import Watch
 
 
 def recover_packed(
@@ -34,7 +34,7 @@ def recover_packed(
     teacher: str | Path | nn.Module | None,
     out: Path,
     settings: Recovery,
-    watch: Watch,
+    progress: Progress,
     overwrite: bool,
     text: Tensor | None,
     held_out: Tensor | None,
@@ -62,13 +62,21 @@ def recover_packed(
         check_place(out, overwrite or work.consent, folder)
         work.open(identity, overwrite)
         if not before.exists():
-            unpack(folder, before, watch=watch)
+            unpack(folder, before, progress=progress)
 
     def end() -> None:
         record = RecoveryRecord.read(after / "recover.json")
         record.source, record.out = str(source), str(out)
-        draw(record, after, watch)
-        pack(after, packed, kind["values"], kind.get("group"), kind.get("head"), overwrite=True, watch=watch)
+        draw(record, after, progress)
+        pack(
+            after,
+            packed,
+            kind["values"],
+            kind.get("group"),
+            kind.get("head"),
+            overwrite=True,
+            progress=progress,
+        )
         record.bytes = file_bytes(packed)
         # What packing changed is told by the card too, unless a person wrote it.
         retell(packed, record, base=packed if is_made(after) else None)
@@ -79,6 +87,8 @@ def recover_packed(
         processes.once(begin)
         if processes.decide(not after.exists()):
             with work.unless_empty():
-                recover(before, teacher, after, settings=settings, watch=watch, text=text, held_out=held_out)
+                recover(
+                    before, teacher, after, settings=settings, progress=progress, text=text, held_out=held_out
+                )
         processes.once(end)
     return RecoveryRecord.read(out / "recover.json")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.group import close_group, open_group
+from tawny.process_group import close_group, open_group
 from tawny.recovery.objective import Losses
 
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tawny.progress import Progress
 from tawny.record import finite
-from tawny.watch import Watch
 
 
 @dataclass
@@ -72,10 +72,10 @@ class RecoveryRecord:
         return told
 
 
-def draw(record: RecoveryRecord, folder: Path, watch: Watch) -> None:
+def draw(record: RecoveryRecord, folder: Path, progress: Progress) -> None:
     """The page, when everything is known."""
     from tawny.report.html import NAME
     from tawny.report.pages import or_say
     from tawny.report.recovery import write_recovery
 
-    or_say(folder / NAME, lambda: write_recovery(record.to_dict(), folder), watch)
+    or_say(folder / NAME, lambda: write_recovery(record.to_dict(), folder), progress)

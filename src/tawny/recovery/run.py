@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from tawny.calibration.context import check_ids
 from tawny.errors import Interrupted, ModelError, RecipeError, TextError
 from tawny.machine import peak_memory
-from tawny.model.blocks import Stack, live_stack, open_stack
 from tawny.model.checkpoint import is_packed
 from tawny.model.output import OutputFolder, check_savable
 from tawny.model.source import load_tokenizer, resolve
+from tawny.model.stack import Stack, live_stack, open_stack
 from tawny.model.structure import evaluating
 from tawny.precision import native_dtype
+from tawny.progress import Progress, silent
 from tawny.recovery.data import read
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
@@ -42,7 +43,6 @@ from tawny.recovery.workfolder import (
     is_own_teacher,
 )
 from tawny.recovery.writing import check_no_pruning
-from tawny.watch import Watch, silent
 
 # What lies in OUT.recovery: states, the best weights, parts to be joined, the teacher's hidden states and their index.
 _SHELVED = (
@@ -61,7 +61,7 @@ def recover(
     out: str | Path | None = None,
     *,
     settings: Recovery | Mapping[str, Any] | None = None,
-    watch: Watch = silent,
+    progress: Progress = silent,
     overwrite: bool = False,
     tokenizer: Any = None,
     text: Tensor | str | Path | None = None,
@@ -75,7 +75,7 @@ def recover(
         teacher: the dense model, as a folder, hub id, `.gguf` file, `smollm2` or live module; None only with `kl=0`.
         out: folder to write; needed for a path, optional for a live module.
         settings: how; `keys` override single entries (`minutes=30, lr=2e-4, train="lora"`).
-        watch: told about progress.
+        progress: told how far the work is.
         overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
             this same one, which goes on.
         tokenizer: for a live module and a text.
@@ -100,12 +100,14 @@ def recover(
     if (
         out is not None
         and not isinstance(source, nn.Module)
-        and is_packed(folder := resolve(source, watch.say))
+        and is_packed(folder := resolve(source, progress.say))
     ):
         from tawny.recovery.packed import recover_packed
 
-        return recover_packed(source, folder, teacher, Path(out), chosen, watch, overwrite, given, held_out)
-    with _open_run(chosen, source, teacher, out, watch, overwrite, tokenizer, given, held_out) as run:
+        return recover_packed(
+            source, folder, teacher, Path(out), chosen, progress, overwrite, given, held_out
+        )
+    with _open_run(chosen, source, teacher, out, progress, overwrite, tokenizer, given, held_out) as run:
         failure = run.train()
         record = run.finish(failure)
     if failure is not None:
@@ -119,7 +121,7 @@ def _open_run(
     source: str | Path | nn.Module,
     teacher: str | Path | nn.Module | None,
     out: str | Path | None,
-    watch: Watch,
+    progress: Progress,
     overwrite: bool,
     tokenizer: Any,
     text: Tensor | None,
@@ -139,7 +141,7 @@ def _open_run(
                 f"batch={settings.batch} among {processes.count} processes with shard=true: expected a multiple, "
                 "because all of them take part in every forward"
             )
-        folder = None if isinstance(source, nn.Module) else resolve(source, watch.say)
+        folder = None if isinstance(source, nn.Module) else resolve(source, progress.say)
         if out is not None:
             work = WorkFolder(Path(out), "recovery", _SHELVED, kept=("state*.safetensors",))
             check_apart(Path(out), [work], {"model": source, "teacher": teacher})
@@ -149,7 +151,7 @@ def _open_run(
         own = is_own_teacher(folder, teacher)
         brought = settings.method == "elsa" and settings.sparsity is not None
         check_not_own_teacher(own and not settings.control and not brought)
-        stack, teacher_stack = _stacks(settings, source, folder, teacher, watch)
+        stack, teacher_stack = _stacks(settings, source, folder, teacher, progress)
         # Dropout would make the curve depend on more than its settings.
         modes.enter_context(evaluating(stack.model))
         if teacher_stack is not None:
@@ -165,12 +167,12 @@ def _open_run(
             check_tokenizers(tokenizer, load_tokenizer(resolve(teacher)))
         if out is not None and processes.first:
             output = _reserve(Path(out), overwrite, folder, work)
-        watch.say(f"reading {'tokens' if text is not None else f'text {settings.text}'}")
+        progress.say(f"reading {'tokens' if text is not None else f'text {settings.text}'}")
         reading = read(settings, tokenizer, text, held_out)
         check_ids(stack.model, reading.windows)
         student = Student(stack, settings, processes)
         check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
-        run = Run(settings, student, teacher_stack, reading, processes, output, watch)
+        run = Run(settings, student, teacher_stack, reading, processes, output, progress)
         run.source, run.folder = (str(source), folder) if folder else (type(source).__name__, None)
         if teacher is not None:
             run.record.teacher = type(teacher).__name__ if isinstance(teacher, nn.Module) else str(teacher)
@@ -213,7 +215,7 @@ def _stacks(
     source: str | Path | nn.Module,
     folder: Path | None,
     teacher: str | Path | nn.Module | None,
-    watch: Watch,
+    progress: Progress,
 ) -> tuple[Stack, Stack | None]:
     """Both models; of a teacher on disk only what lies outside its blocks is read."""
     compute = native_dtype() if settings.compute == "auto" else getattr(torch, settings.compute)
@@ -228,7 +230,7 @@ def _stacks(
     if isinstance(teacher, nn.Module):
         check_not_own_teacher(teacher is source)
         return stack, live_stack(teacher)
-    return stack, open_stack(resolve(teacher, watch.say), compute, str(stack.device))
+    return stack, open_stack(resolve(teacher, progress.say), compute, str(stack.device))
 
 
 def _reserve(out: Path, overwrite: bool, folder: Path | None, work: WorkFolder | None) -> OutputFolder:

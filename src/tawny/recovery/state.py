@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Progress", "Shelf"]
+__all__ = ["Shelf", "Standing"]
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Progress:
+class Standing:
     """Everything about a run but its tensors.
 
     Attributes:
@@ -89,7 +89,7 @@ class Shelf:
 
     def load(
         self, coordinates: Sequence[Coordinates], optimiser: torch.optim.Optimizer, more: Any
-    ) -> Progress | None:
+    ) -> Standing | None:
         """Put tensors, moments and whatever `more` holds back; None if there is no state."""
         path = self._state()
         if path is None:
@@ -106,11 +106,11 @@ class Shelf:
                         optimiser.state[tensor] = {"step": steps, **moments}
             if more is not None:
                 more.load({key[5:]: file.get_tensor(key) for key in names if key.startswith("more|")})
-        return Progress(**json.loads(found["progress"]))
+        return Standing(**json.loads(found["standing"]))
 
     def save(
         self,
-        progress: Progress,
+        standing: Standing,
         coordinates: Sequence[Coordinates],
         optimiser: torch.optim.Optimizer,
         more: Any,
@@ -127,12 +127,12 @@ class Shelf:
                     steps = float(state["step"])
         if more is not None:
             tensors |= {f"more|{name}": tensor for name, tensor in more.tensors().items()}
-        metadata = {"key": self.key, "progress": json.dumps(asdict(progress)), "optimiser_steps": str(steps)}
+        metadata = {"key": self.key, "standing": json.dumps(asdict(standing)), "optimiser_steps": str(steps)}
         if self.parts is None:
             self._write("state.safetensors", tensors, metadata)
             return
         before = self._states()
-        self._write(name := f"state{self._tag}-{progress.step}.safetensors", tensors, metadata)
+        self._write(name := f"state{self._tag}-{standing.step}.safetensors", tensors, metadata)
         self.parts.all_of(None)  # an older part goes when every newer one is there
         for path in before:
             if path.name != name:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again
 
 from tawny.errors import ModelError
-from tawny.model.blocks import Stack
 from tawny.model.linears import Linear
+from tawny.model.stack import Stack
 from tawny.recovery.coordinates import Coordinates, Factors, Survivors, attach
 from tawny.recovery.processes import Processes
 from tawny.recovery.settings import Recovery

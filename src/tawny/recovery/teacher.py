@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from tawny.errors import ModelError
-from tawny.model.blocks import Stack
 from tawny.model.durable import writing
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
-from tawny.watch import Watch
+from tawny.progress import Progress
 
 # Windows made in one walk: each walk reads every block once, and holds this many tokens' hidden states.
 WALK_TOKENS = 32_768
@@ -95,20 +95,20 @@ class Teacher:
         return [row for row in dict.fromkeys(rows) if not self._done[row]]
 
     @torch.no_grad()
-    def make(self, rows: Sequence[int], watch: Watch) -> None:
+    def make(self, rows: Sequence[int], progress: Progress) -> None:
         """Walk the blocks for those of `rows` that are not there yet."""
         left = self.missing(rows)
         size = max(1, WALK_TOKENS // self._shape[1])
         for start in range(0, len(left), size):
-            self._walk(left[start : start + size], watch)
+            self._walk(left[start : start + size], progress)
 
-    def _walk(self, rows: list[int], watch: Watch) -> None:
+    def _walk(self, rows: list[int], progress: Progress) -> None:
         stream = Stream(self.stack, Samples(self.windows[rows]))
         blocks = len(self.stack)
         for index in range(blocks):
             with self.stack.block(index):
                 stream.advance(index)
-            watch.detail(f"teacher, {len(rows)} windows", index + 1, blocks)
+            progress.detail(f"teacher, {len(rows)} windows", index + 1, blocks)
         for part, hidden in zip(stream.slices, stream.hidden, strict=True):
             for row, state_TH in zip(rows[part], hidden, strict=True):
                 self._put(row, state_TH.to(torch.bfloat16).cpu())

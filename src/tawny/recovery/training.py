@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tawny.errors import Interrupted, NumericalError
 from tawny.machine import machine, peak_memory, versions
-from tawny.model.blocks import Stack
 from tawny.model.output import OutputFolder
+from tawny.model.stack import Stack
+from tawny.progress import Progress
 from tawny.pruning.journal import model_identity
 from tawny.record import Clock
 from tawny.recovery.data import Reading
@@ -28,12 +29,11 @@ from tawny.recovery.objective import Losses, chunk_tokens, distil
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
-from tawny.recovery.state import Progress, Shelf
+from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.student import Student
 from tawny.recovery.teacher import WALK_TOKENS, Teacher
 from tawny.recovery.workfolder import WorkFolder, about_model
 from tawny.recovery.writing import card, tell_run, write
-from tawny.watch import Watch
 
 _BETAS = (0.9, 0.95)
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
@@ -51,10 +51,10 @@ class Run:
         reading: Reading,
         processes: Processes,
         output: OutputFolder | None,
-        watch: Watch,
+        progress: Progress,
     ) -> None:
         self.settings, self.student, self.reading = settings, student, reading
-        self.processes, self.output, self.watch = processes, output, watch
+        self.processes, self.output, self.progress = processes, output, progress
         self._teacher_stack = teacher
         self.teacher: Teacher | None = None
         self.shelf = Shelf(None, "")
@@ -62,7 +62,7 @@ class Run:
         self.source = ""
         self.folder: Path | None = None
         self.clock = Clock()
-        self.progress = Progress()
+        self.standing = Standing()
         self.steps = settings.steps
         self._begun = time.perf_counter()
         self._resumed = 0
@@ -121,10 +121,10 @@ class Run:
         key = self.settings.fingerprint(model, dense, tokens, self.processes.count)
         self.shelf = Shelf(work, key, self.processes if self.processes.sharded else None)
         if found := self.shelf.load(self.student.coordinates, self.optimiser, self.elsa):
-            self.progress, self._resumed = found, found.step
+            self.standing, self._resumed = found, found.step
             for one in self.student.coordinates:
                 one.write()
-            self.watch.say(
+            self.progress.say(
                 f"going on after step {found.step} of {self.steps}; remove {work} to start over instead"
             )
         if teacher is not None:
@@ -138,21 +138,21 @@ class Run:
     def train(self) -> NumericalError | None:
         """Step until the budget is spent; an error that leaves something worth writing is returned, not raised."""
         timed = self.settings.minutes is not None
-        self._ticks = _Ticks(self.watch, 100 if timed else self.steps, "percent" if timed else "steps")
+        self._ticks = _Ticks(self.progress, 100 if timed else self.steps, "percent" if timed else "steps")
         self._ticks.to(self._share())
-        if not self.progress.measured:
+        if not self.standing.measured:
             self._measure(0.0)
-        with _stopping(self.watch) as stop:
+        with _stopping(self.progress) as stop:
             while (reason := self._over()) is None:
                 try:
                     self._step()
                 except NumericalError as error:
-                    if self.progress.best is None or self.progress.best["step"] == 0:
+                    if self.standing.best is None or self.standing.best["step"] == 0:
                         raise
                     self.record.stopped = "nan"
                     self.record.warnings.append(str(error))
                     return error
-                at = self.progress.step
+                at = self.standing.step
                 over = self._over()
                 if over:
                     self._come_to_rest()
@@ -161,7 +161,7 @@ class Run:
                 if self.processes.agree(float(stop.is_set())):
                     self._save()
                     raise Interrupted(
-                        f"stopped by Ctrl-C after step {self.progress.step}; the same command goes on from there"
+                        f"stopped by Ctrl-C after step {self.standing.step}; the same command goes on from there"
                     )
                 if at % self.settings.eval_every == 0 and not over:
                     self._save()
@@ -187,22 +187,22 @@ class Run:
         return True
 
     def _over(self) -> str | None:
-        settings, progress = self.settings, self.progress
-        if progress.step >= self.steps:
+        settings, standing = self.settings, self.standing
+        if standing.step >= self.steps:
             return "tokens"
         if settings.minutes is not None and self._elapsed() >= settings.minutes * 60:
             return "minutes"
         moving = self.elsa is not None and not self.elsa.settled
-        if settings.patience and progress.stale >= settings.patience and not moving:
+        if settings.patience and standing.stale >= settings.patience and not moving:
             return "patience"
         return None
 
     def _elapsed(self) -> float:
-        return self.processes.agree(self.progress.seconds + time.perf_counter() - self._begun)
+        return self.processes.agree(self.standing.seconds + time.perf_counter() - self._begun)
 
     def _share(self, ahead: int = 0) -> float:
         """How much of the run is over, by whichever budget ends first."""
-        share = (self.progress.step + ahead) / self.steps
+        share = (self.standing.step + ahead) / self.steps
         if self.settings.minutes is not None:
             share = max(share, self._elapsed() / (60 * self.settings.minutes))
         return min(share, 1.0)
@@ -216,14 +216,14 @@ class Run:
         return settings.learning_rate * (_FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * phase)))
 
     def _step(self) -> None:
-        settings, progress = self.settings, self.progress
+        settings, standing = self.settings, self.standing
         self._ask_teacher()
         share = self._share(ahead=1)
         rate = self._rate(share)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with self.clock("train"):
-            losses = self._gradients(self.processes.share(self.reading.rows(progress.step)))
+            losses = self._gradients(self.processes.share(self.reading.rows(standing.step)))
             gradients = [t.grad for t in self._whole if t.grad is not None]
             self.processes.add(gradients)
             losses = self.processes.add_losses(losses)
@@ -233,34 +233,34 @@ class Run:
             loss = (losses.next_token * (1 - self._kl) + losses.kl * self._kl) / losses.tokens
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NumericalError(
-                    f"the loss became {loss} (gradient norm {norm}) at step {progress.step + 1} with a learning rate of "
+                    f"the loss became {loss} (gradient norm {norm}) at step {standing.step + 1} with a learning rate of "
                     f"{rate:.3g}; {self._kept()}: try a smaller --lr than {settings.learning_rate:g}"
                 )
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
-            progress.step += 1
+            standing.step += 1
             if self.elsa is not None:
-                self.elsa.after_step(progress.step, share)
+                self.elsa.after_step(standing.step, share)
             for one in self.student.coordinates:
                 one.write()
         entry = {
-            "step": progress.step,
-            "tokens": progress.step * settings.batch * settings.seqlen,
+            "step": standing.step,
+            "tokens": standing.step * settings.batch * settings.seqlen,
             "lr": rate,
             "loss": losses.next_token / losses.tokens,
             "kl": losses.kl / losses.tokens,
             "norm": norm,
         }
-        progress.curve.append(entry)
+        standing.curve.append(entry)
         shown = f"loss {entry['loss']:.3f}, KL {entry['kl']:.3f}" if self._kl else f"loss {entry['loss']:.3f}"
-        self.watch.detail(shown, 0, 0)
+        self.progress.detail(shown, 0, 0)
 
     @property
     def _kl(self) -> float:
         return self.settings.kl if self.teacher is not None else 0.0
 
     def _kept(self) -> str:
-        best = self.progress.best
+        best = self.standing.best
         if best is None or best["step"] == 0:
             return "nothing better than the start was reached, and nothing is written"
         return f"the best model so far, of step {best['step']:.0f}, is kept"
@@ -302,14 +302,14 @@ class Run:
         """Have the hidden states of this step's windows; if any are missing, those of the next steps too."""
         if self.teacher is None:
             return
-        now = self.processes.share(self.reading.rows(self.progress.step))
+        now = self.processes.share(self.reading.rows(self.standing.step))
         if not self.processes.any(bool(self.teacher.missing(now))):
             return
         ahead = max(1, WALK_TOKENS // (max(1, len(now)) * self.settings.seqlen))
-        ahead = min(ahead, self.steps - self.progress.step, self._steps_left())
+        ahead = min(ahead, self.steps - self.standing.step, self._steps_left())
         wanted = [
             row
-            for step in range(self.progress.step, self.progress.step + ahead)
+            for step in range(self.standing.step, self.standing.step + ahead)
             for row in self.processes.share(self.reading.rows(step))
         ]
         self._make(wanted)
@@ -319,13 +319,13 @@ class Run:
 
         Before the first step that speed is guessed from the teacher's forwards of the held-out windows.
         """
-        settings, progress = self.settings, self.progress
+        settings, standing = self.settings, self.standing
         if settings.minutes is None:
             return self.steps
         if self.clock.seconds.get("train"):
-            each = self._elapsed() / max(1, len(progress.curve))
+            each = self._elapsed() / max(1, len(standing.curve))
         else:
-            a_token = self.processes.agree(progress.teacher_seconds / max(1, progress.teacher_tokens))
+            a_token = self.processes.agree(standing.teacher_seconds / max(1, standing.teacher_tokens))
             each = _STEP_FORWARDS * a_token * settings.batch * settings.seqlen / self.processes.count
         if not each:
             return self.steps
@@ -335,14 +335,14 @@ class Run:
         assert self.teacher is not None
         before, made = time.perf_counter(), self.teacher.tokens_made
         with self.clock("teacher"):
-            self.teacher.make(rows, self.watch)
-        self.progress.teacher_seconds += time.perf_counter() - before
-        self.progress.teacher_tokens += self.teacher.tokens_made - made
+            self.teacher.make(rows, self.progress)
+        self.standing.teacher_seconds += time.perf_counter() - before
+        self.standing.teacher_tokens += self.teacher.tokens_made - made
 
     @torch.no_grad()
     def _measure(self, share: float) -> None:
         """Perplexity, KL and agreement on the held-out windows; the best weights are kept."""
-        progress = self.progress
+        standing = self.standing
         everything = self.reading.held_out
         rows = self.processes.share(everything)
         if self.teacher is not None:
@@ -363,52 +363,52 @@ class Run:
             total = self.processes.add_losses(total)
         mean = total.next_token / total.tokens
         entry = {
-            "step": float(progress.step),
+            "step": float(standing.step),
             "seconds": round(self._elapsed(), 1),
             "perplexity": math.exp(mean) if mean < 700 else math.inf,
             "loss": mean,
         }
         if self.teacher is not None:
             entry |= {"kl": total.kl / total.tokens, "top1": total.agree / total.tokens}
-        progress.measured.append(entry)
-        first = progress.measured[0]
-        line = f"step {progress.step}: held-out perplexity {entry['perplexity']:.2f}"
-        line += f" (from {first['perplexity']:.2f})" if progress.step else ""
+        standing.measured.append(entry)
+        first = standing.measured[0]
+        line = f"step {standing.step}: held-out perplexity {entry['perplexity']:.2f}"
+        line += f" (from {first['perplexity']:.2f})" if standing.step else ""
         if "kl" in entry:
             line += f", KL {entry['kl']:.3f}, top-1 {entry['top1']:.1%}"
-        self.watch.say(line)
+        self.progress.say(line)
         if self._moving:
             return  # a mask that still moves is not a model
-        if progress.best is None or entry["perplexity"] < progress.best["perplexity"]:
-            progress.best, progress.stale = entry, 0
+        if standing.best is None or entry["perplexity"] < standing.best["perplexity"]:
+            standing.best, standing.stale = entry, 0
             if self._keeps:
                 self.shelf.keep_best(self.student.coordinates)
         else:
-            progress.stale += 1
+            standing.stale += 1
 
     @property
     def _moving(self) -> bool:
         return self.elsa is not None and not self.elsa.settled
 
     def _save(self) -> None:
-        self.progress.seconds = self._elapsed()
+        self.standing.seconds = self._elapsed()
         self._begun = time.perf_counter()
         if self.processes.first or self.processes.sharded:
             with self.clock("save"):
-                self.shelf.save(self.progress, self.student.coordinates, self.optimiser, self.elsa)
+                self.shelf.save(self.standing, self.student.coordinates, self.optimiser, self.elsa)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
     def finish(self, failure: NumericalError | None) -> RecoveryRecord:
         """Go back to the best weights, count the zeros, write."""
-        record, progress = self.record, self.progress
+        record, standing = self.record, self.standing
         if (
             self._keeps
-            and progress.best is not None
-            and (failure is not None or progress.best["step"] != progress.step)
+            and standing.best is not None
+            and (failure is not None or standing.best["step"] != standing.step)
         ):
             self.shelf.restore_best(self.student.coordinates)
-        if progress.best is not None and progress.best["step"] == 0 and progress.step:
+        if standing.best is not None and standing.best["step"] == 0 and standing.step:
             record.warnings.append(
                 f"no measurement was better than the start, so the model is unchanged: try another --lr than "
                 f"{self.settings.learning_rate:g}, or more text"
@@ -416,21 +416,21 @@ class Run:
         record.source = self.source
         record.zeros = self.student.count_zeros()
         record.sparsity = record.zeros / record.prunable
-        record.steps = progress.step
-        record.tokens = progress.step * self.settings.batch * self.settings.seqlen
-        record.start = progress.measured[0]
-        record.best = progress.best or progress.measured[-1]
-        record.measured, record.curve = progress.measured, progress.curve
-        record.teacher_tokens = progress.teacher_tokens
+        record.steps = standing.step
+        record.tokens = standing.step * self.settings.batch * self.settings.seqlen
+        record.start = standing.measured[0]
+        record.best = standing.best or standing.measured[-1]
+        record.measured, record.curve = standing.measured, standing.curve
+        record.teacher_tokens = standing.teacher_tokens
         if self.teacher is not None:
-            record.teacher_bytes = progress.teacher_tokens * self.teacher.bytes_per_token
+            record.teacher_bytes = standing.teacher_tokens * self.teacher.bytes_per_token
         total = self._elapsed()
         whole = self.shelf.join(self.student.coordinates) if self.processes.sharded else None
         if self.output is not None:
             with self.clock("write"):
                 record.out = str(self.output.out)
                 record.bytes = write(self.output, self.student, self.folder, whole)
-        steps = max(1, len(progress.curve))
+        steps = max(1, len(standing.curve))
         here = max(0, steps - self._resumed)
         trained = self.clock.seconds.get("train", 0.0)
         record.tokens_per_second = (
@@ -443,7 +443,7 @@ class Run:
             self.output.write_text("recover.json", record.to_json())
             tell_run(self.output.partial, record, self._zeros())
             self.output.write_text("README.md", card(record, self.folder, self.output.partial))
-            draw(record, self.output.partial, self.watch)
+            draw(record, self.output.partial, self.progress)
             self.output.finish()
             if self._work is not None:
                 self._work.discard()
@@ -466,18 +466,18 @@ class Run:
 class _Ticks:
     """A phase told in steps, or in hundredths where the clock decides how many there will be."""
 
-    def __init__(self, watch: Watch, total: int, unit: str) -> None:
-        self._watch, self._total, self._done = watch, total, 0
-        watch.phase("recovering", total, unit)
+    def __init__(self, progress: Progress, total: int, unit: str) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        progress.phase("recovering", total, unit)
 
     def to(self, share: float) -> None:
         while self._done < math.floor(share * self._total + 1e-9):
             self._done += 1
-            self._watch.step("recovering")
+            self._progress.step("recovering")
 
 
 @contextmanager
-def _stopping(watch: Watch) -> Iterator[threading.Event]:
+def _stopping(progress: Progress) -> Iterator[threading.Event]:
     """Ctrl-C ends the run behind the step it is in; a second one ends it at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -488,7 +488,7 @@ def _stopping(watch: Watch) -> Iterator[threading.Event]:
     def first(*_: Any) -> None:
         stop.set()
         signal.signal(signal.SIGINT, before)
-        watch.say("finishing this step; Ctrl-C again stops at once")
+        progress.say("finishing this step; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, first)
     try:

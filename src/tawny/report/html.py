@@ -22,7 +22,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tawny.recipe_yaml import dump_yaml
+from tawny.recipe.yaml_text import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import recovery_words
 from tawny.report.figures import DepthRow, depth_figure
@@ -397,7 +397,7 @@ def _command(record: Mapping[str, Any]) -> str:
 
 
 def _trace(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    from tawny.recipe import Recipe
+    from tawny.recipe.schema import Recipe
 
     machine, text = record["machine"], record["text"]
     rows = [

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tawny.watch import Watch
+from tawny.progress import Progress
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -28,13 +28,13 @@ def render(template: str, **view: Any) -> str:
     return environment.get_template(template).render(view)
 
 
-def or_say(path: Path, make: Callable[[], object], watch: Watch) -> None:
+def or_say(path: Path, make: Callable[[], object], progress: Progress) -> None:
     """Make a page or a picture. The work is done: one that cannot be made must not look like a failed run."""
     try:
         make()
     except Exception as error:
         path.unlink(missing_ok=True)
-        watch.say(f"{path.name} could not be made: {type(error).__name__}: {error}")
+        progress.say(f"{path.name} could not be made: {type(error).__name__}: {error}")
 
 
 def write_beside(path: Path, text: str) -> Path:

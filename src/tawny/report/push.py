@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import CheckpointError, MissingFeature, OutputError, first_line
+from tawny.progress import Progress, silent
 from tawny.record import weight_files
 from tawny.report.card import CARD, front_matter
-from tawny.watch import Watch, silent
 
 _LEFT_OUT = (".partial", ".new", ".tmp", ".old", ".lock")
 
@@ -46,7 +46,7 @@ def push(
     private: bool = False,
     dry_run: bool = False,
     message: str | None = None,
-    watch: Watch = silent,
+    progress: Progress = silent,
 ) -> PushReport:
     """Upload a folder that Tawny finished.
 
@@ -61,7 +61,7 @@ def push(
     """
     folder = Path(folder)
     _check_repo(repo)
-    watch.say(f"checking {folder}")
+    progress.say(f"checking {folder}")
     record = check_folder(folder)
     metadata = _check_card(folder)
     files = {
@@ -79,7 +79,7 @@ def push(
     report = PushReport(repo, files, sum(files.values()), private, dry_run, notes)
     if dry_run:
         return report
-    url = _upload(folder, repo, list(files), private, message or "Upload a model pruned by Tawny", watch)
+    url = _upload(folder, repo, list(files), private, message or "Upload a model pruned by Tawny", progress)
     return PushReport(**{**report.to_dict(), "url": url})
 
 
@@ -149,12 +149,14 @@ def _check_repo(repo: str) -> None:
         raise OutputError(f"{repo!r} names no owner; give OWNER/NAME")
 
 
-def _upload(folder: Path, repo: str, files: list[str], private: bool, message: str, watch: Watch) -> str:
+def _upload(
+    folder: Path, repo: str, files: list[str], private: bool, message: str, progress: Progress
+) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
-    watch.say(f"uploading {len(files)} files to {repo}")
+    progress.say(f"uploading {len(files)} files to {repo}")
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=files, commit_message=message)

@@ -23,7 +23,7 @@ bfloat16, several times faster, and find the same support as float32 ones (losse
 way); and one inverse serves several ρ (`Scaled`). What is not that product is kept small: D is never stored, it is T
 where |T| is above a threshold; and the next threshold is read from a histogram of the values near the last one. So an
 iteration is a product between two passes over the weight, in chunks of rows. Compiled kernels do these
-(packed/kernels/admm.h); without them, and for other patterns, torch does, on parts that stay in the cache. Scratch memory:
+(kernels/admm.h); without them, and for other patterns, torch does, on parts that stay in the cache. Scratch memory:
 three copies of W, what `Scaled` keeps, and two chunks.
 
 Promises: the exact budget in every scope and n:m; weights that are already zero go first and stay zero.
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
-from tawny.packed.kernels import admm
+from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
 from tawny.solvers.base import Needs, Solution, Work, require_finite

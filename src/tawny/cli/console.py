@@ -1,0 +1,226 @@
+"""The only file that talks to the terminal: progress, tables, errors.
+
+What it promises:
+
+- Results go to stdout, progress and errors to stderr. On a terminal progress is one bar over blocks with the
+  time left, and one inner line; anywhere else it is plain lines, a few seconds apart.
+- With `--json`, stdout holds exactly one JSON document: the result's `to_dict()`, or `{"error": …}`.
+- An error is one line.
+
+Tables (tables.py) are drawn from the same dictionaries that `--json` prints, so both show the same numbers.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Console"]
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+from rich.console import Console as Rich
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tawny.progress import Progress, silent, speaks
+from tawny.record import finite
+from tawny.tables import duration, stacked
+
+_QUIET_SECONDS = 5.0  # between plain progress lines
+_WIDE = 200  # columns where nobody's window limits them
+
+
+class Console:
+    """Where a verb sends what it has to say."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._out = _rich(sys.stdout)
+        self._err = _rich(sys.stderr)
+
+    # --- results -----------------------------------------------------------------------------------
+
+    def result(
+        self, result: Mapping[str, Any], draw: Callable[[Mapping[str, Any]], Sequence[RenderableType]]
+    ) -> None:
+        """Print the JSON document, or else the tables that `draw` makes of it."""
+        if not speaks():
+            return
+        if self.as_json:
+            print(json.dumps(finite(result), indent=2, ensure_ascii=False, default=str))
+            return
+        print(_drawn(self._out, draw(result)))
+
+    def aside(self, tables: Sequence[RenderableType]) -> None:
+        """Tables on stderr, where stdout holds something else that people pipe on."""
+        if not self.as_json:
+            print(_drawn(self._err, tables), file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        """One line for a person; it never gets between a program and its JSON."""
+        if not speaks():
+            return
+        self._err.print(text, soft_wrap=True)
+
+    def error(self, message: str, exit_code: int = 1) -> None:
+        """One line on stderr, and the same as the JSON document."""
+        line = " ".join(message.split()) or "unknown"
+        if not speaks():
+            line = f"rank {os.environ['RANK']}: {line}"
+        self._err.print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
+        if self.as_json:
+            with suppress(OSError):  # stdout may be what failed
+                print(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=False), flush=True)
+
+    # --- progress ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Progress that is shown until the end of the `with`."""
+        if not speaks():
+            yield silent
+        elif self._err.is_terminal and not self._err.is_dumb_terminal:
+            shown = _BarWatch()
+            with Live(shown, console=self._err, refresh_per_second=8, transient=True) as live:
+                shown.live = live
+                yield shown
+                shown.close()
+        else:
+            plain = _LineWatch(sys.stderr)
+            yield plain
+            plain.close()
+
+
+class _Walk:
+    """One phase: how far, how long, how long still."""
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done, self.start = 0, time.monotonic()
+        self.end: float | None = None  # of the last step: what comes between two phases belongs to neither
+
+    def step(self) -> None:
+        self.done += 1
+        if self.done >= self.total:
+            self.end = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return (self.end or time.monotonic()) - self.start
+
+    def left(self) -> str:
+        """Blocks are alike, so the mean so far is the best guess; nothing is known before the first."""
+        if not self.done or self.done >= self.total:
+            return ""
+        return f"about {duration(self.elapsed / self.done * (self.total - self.done))} left"
+
+    def summary(self) -> str:
+        return f"{self.name}: {self.done} {self.unit} in {duration(self.elapsed)}"
+
+
+class _BarWatch:
+    """A bar over blocks and an inner line, redrawn in place; finished phases leave one line behind."""
+
+    def __init__(self) -> None:
+        self.live: Live | None = None
+        self._walk: _Walk | None = None
+        self._inner = ""
+
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+        self.close()
+        self._walk = _Walk(name, total, unit)
+
+    def step(self, text: str) -> None:
+        if self._walk is not None:
+            self._walk.step()
+        self._inner = ""
+
+    def detail(self, text: str, done: int, total: int) -> None:
+        self._inner = f"{text} {done}/{total}" if total else text
+
+    def say(self, text: str) -> None:
+        if self.live is not None:
+            self.live.console.print(text)
+
+    def close(self) -> None:
+        if self._walk is not None:
+            self.say(self._walk.summary())
+        self._walk, self._inner = None, ""
+
+    def __rich__(self) -> RenderableType:
+        walk = self._walk
+        if walk is None:
+            return Text("")
+        outer = Table.grid(padding=(0, 1))
+        outer.add_row(
+            Text(walk.name, style="bold"),
+            ProgressBar(total=max(walk.total, 1), completed=walk.done, width=32),
+            f"{walk.done}/{walk.total}",
+            Text(duration(walk.elapsed), style="dim"),
+            Text(walk.left(), style="cyan"),
+        )
+        return Group(outer, Text("  " + (self._inner or "…"), style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+class _LineWatch:
+    """Plain lines, at most one every few seconds and one at the end of a phase."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._walk: _Walk | None = None
+        self._last = 0.0
+
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+        self.close()
+        self._walk = _Walk(name, total, unit)
+        self._print(f"{name}: {total} {unit}")
+
+    def step(self, text: str) -> None:
+        walk = self._walk
+        if walk is None:
+            return
+        walk.step()
+        if walk.done < walk.total and time.monotonic() - self._last >= _QUIET_SECONDS:
+            self._print(
+                f"{walk.name}: {walk.done}/{walk.total} after {duration(walk.elapsed)}, {walk.left()}"
+            )
+
+    def detail(self, text: str, done: int, total: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self._print(text)
+
+    def close(self) -> None:
+        if self._walk is not None:
+            self._print(self._walk.summary())
+        self._walk = None
+
+    def _print(self, line: str) -> None:
+        self._last = time.monotonic()
+        print(line, file=self._stream, flush=True)
+
+
+def _drawn(rich: Rich, tables: Sequence[RenderableType]) -> str:
+    with rich.capture() as captured:
+        for table in tables:
+            rich.print(stacked(table, rich.width) if isinstance(table, Table) else table)
+            rich.print()
+    # Tables are padded to their width, which a window does not show and a file should not hold.
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+
+
+def _rich(stream: TextIO) -> Rich:
+    # Where there is no window its width must not cut names; COLUMNS still decides if it is set.
+    wide = None if stream.isatty() or os.environ.get("COLUMNS") else _WIDE
+    # Names of files, texts and tasks come from outside: `[red]` or `:owl:` in one is neither a style nor a picture.
+    return Rich(file=stream, width=wide, highlight=False, markup=False, emoji=False, stderr=False)

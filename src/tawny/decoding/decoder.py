@@ -1,0 +1,399 @@
+"""Text from a model on a CPU with as little as possible between its matrix products.
+
+A `Decoder` holds one sequence. `prefill` runs the model's own forward over the prompt; `step` takes one token and
+returns the logits of the next. Three things make a step cheaper than transformers' own, each only where it applies:
+
+- Keys and values go into memory set aside beforehand, and are not copied whole for each token. Layers that keep a window
+  of the past, or something else than keys and values, keep transformers' own cache.
+- Plain linears run our dense matrix-vector kernel (`kernels()` puts it in place and takes it out again), and experts
+  that transformers runs are run by packed/experts.py.
+- A model whose blocks are the usual ones is handed, block by block, to one C++ call a token (packed/step.py). It
+  is used only after it agreed with the model's own forward, where the text is and where it may end; see
+  `Decoder._prove`.
+
+Everything else is the model's own forward: one that refuses transformers' cache gets its own back, and one that keeps
+none reads the whole text again for each token.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Decoder", "kernels"]
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tawny.decoding.step import Step, find_blocks, find_rotary
+from tawny.errors import UserError
+from tawny.kernels import native
+from tawny.model.linears import changed, is_plain
+from tawny.packed.experts import dense_experts
+from tawny.packed.linear import DenseLinear
+
+# How far the quick path may be from the model's own logits, in units of what one rounding of each block's output does.
+TOLERANCE = 3.0
+
+
+@contextlib.contextmanager
+def kernels(model: nn.Module) -> Iterator[None]:
+    """Inside, linears that are plain `nn.Linear` on the CPU run our dense kernel; weights are shared, not copied.
+
+    So do fused experts that are stored `[out, in]`, where transformers lets a module's experts be run by others.
+    """
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    if native.chosen():
+        made: dict[int, DenseLinear] = {}
+        for parent in model.modules():
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear and child.weight.device.type == "cpu" and is_plain(child):
+                    fast = made.setdefault(id(child), DenseLinear.from_linear(child))
+                    swapped.append((parent, name, child))
+                    parent._modules[name] = fast.train(child.training)
+    try:
+        with dense_experts(model) if native.chosen() else contextlib.nullcontext():
+            yield
+    finally:
+        for parent, name, child in swapped:
+            parent._modules[name] = child
+
+
+def _reserved_layer() -> type:
+    """The class of a cache layer that writes into reserved memory; made late, because importing transformers is slow."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Reserved(DynamicLayer):  # type: ignore[misc]
+        """Keys and values `[1, heads, capacity, dim]`, stored token after token, of which `length` are filled."""
+
+        def __init__(self, capacity: int) -> None:
+            super().__init__()
+            self.capacity, self.length = max(1, capacity), 0
+            self.memory: tuple[Tensor, Tensor] | None = None
+
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if self.memory is None:
+                self.dtype, self.device = keys.dtype, keys.device
+                made = [
+                    t.new_empty(t.shape[0], self.capacity, t.shape[1], t.shape[3]) for t in (keys, values)
+                ]
+                self.memory = made[0], made[1]
+                self.is_initialized = True
+            end = self.length + keys.shape[-2]
+            if end > self.capacity:
+                self.grow(end)
+            for memory, new in zip(self.memory, (keys, values), strict=True):
+                memory[:, self.length : end] = new.transpose(1, 2)
+            self.length = end
+            self.keys, self.values = (memory[:, :end].transpose(1, 2) for memory in self.memory)
+            return self.keys, self.values
+
+        def grow(self, least: int) -> None:
+            """At least twice as much memory, so that a text of any length is copied twice at most."""
+            self.capacity = max(least, 2 * self.capacity)
+            if self.memory is not None:
+                grown = [t.new_empty(t.shape[0], self.capacity, *t.shape[2:]) for t in self.memory]
+                for new, old in zip(grown, self.memory, strict=True):
+                    new[:, : self.length] = old[:, : self.length]
+                self.memory = grown[0], grown[1]
+                self.rewind(self.length)
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+        def rewind(self, length: int) -> None:
+            self.length = length
+            if self.memory is not None:
+                self.keys, self.values = (memory[:, :length].transpose(1, 2) for memory in self.memory)
+
+    return Reserved
+
+
+class Decoder:
+    """One sequence of at most `capacity` tokens. Use it under `torch.inference_mode()`.
+
+    quick: None tries the C++ path and keeps it if it proves equal; False never does.
+    reserve: tokens to set memory aside for at first; None: for all of `capacity`.
+    """
+
+    def __init__(
+        self, model: Any, capacity: int, quick: bool | None = None, reserve: int | None = None
+    ) -> None:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        self.model, self.capacity, self.length = model, capacity, 0
+        self.device = next(model.parameters()).device
+        config = model.config.get_text_config(decoder=True)
+        self.cache = DynamicCache(config=config)
+        kind = _reserved_layer()
+        for index, layer in enumerate(self.cache.layers):
+            if type(layer) is DynamicLayer:
+                self.cache.layers[index] = kind(capacity if reserve is None else min(capacity, reserve))
+        parameters = inspect.signature(model.forward).parameters
+        # Transformers is renaming the argument; a model of either age must decode.
+        self._cached = "cache" if "cache" in parameters else "past_key_values"
+        self._arguments: dict[str, Any] = {self._cached: self.cache, "use_cache": True}
+        if "logits_to_keep" in parameters:
+            self._arguments["logits_to_keep"] = 1
+        kinds = getattr(config, "layer_types", None) or ()
+        plain = all(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
+        plain &= not any("linear" in kind or "attention" not in kind for kind in kinds)
+        self._takes_positions = "position_ids" in parameters
+        self._told = (
+            self._takes_positions
+            and not plain
+            and _must_be_told(model, self._cached, lambda: DynamicCache(config=config))
+        )
+        self._read: Tensor | None = None  # everything so far, for a model without a cache
+        self._want_quick = quick is not False
+        self._quick: Step | None = None
+
+    @property
+    def path(self) -> str:
+        """`blocks` once the C++ path is in use, else `model`."""
+        return "model" if self._quick is None else "blocks"
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Logits `[vocabulary]` after a prompt `[tokens]`."""
+        ids = ids.view(1, -1)
+        try:
+            logits = self._forward(ids)
+        except (ValueError, AttributeError):  # a model that takes no cache but its own
+            return self._prefill_by_its_own(ids)
+        return logits if _holds_something(self.cache) else self._prefill_by_its_own(ids)
+
+    def _prefill_by_its_own(self, ids: Tensor) -> Tensor:
+        """With the cache that the model makes, or without any."""
+        self.length, self._want_quick, self._told = 0, False, False
+        del self._arguments[self._cached]
+        made = self._run(ids)
+        self.length = ids.shape[1]
+        cache = getattr(made, "past_key_values", None)
+        if cache is None:
+            self._read = ids
+            self._arguments["use_cache"] = False
+        else:
+            self._arguments[self._cached] = cache
+            self._told = self._takes_positions and _must_be_told(self.model, self._cached, None)
+        logits: Tensor = made.logits[0, -1]
+        return logits
+
+    def step(self, token: int) -> Tensor:
+        """Logits `[vocabulary]` after one more token; the next step may overwrite them."""
+        if self._want_quick:
+            self._want_quick = False
+            self._quick = self._trusted(token)
+        if self._quick is None:
+            return self._forward(torch.tensor([[token]]))
+        self._check_room(1)
+        if self.length == self._quick.capacity:
+            for layer in self.cache.layers:
+                layer.rewind(self.length)
+                layer.grow(self.length + 1)
+            self._quick, self._want_quick = None, True
+            return self.step(token)
+        logits = self._quick(token, self.length)
+        self.length += 1
+        return logits
+
+    def _check_room(self, more: int) -> None:
+        if self.length + more > self.capacity:
+            raise UserError(
+                f"{self.length + more} tokens are more than the {self.capacity} there is room for"
+            )
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        self._check_room(ids.shape[1])
+        if self._read is not None:
+            ids = self._read = torch.cat([self._read, ids], 1)
+        made = self._run(ids)
+        self.length = ids.shape[1] if self._read is not None else self.length + ids.shape[1]
+        logits: Tensor = made.logits[0, -1]
+        return logits
+
+    def _run(self, ids: Tensor) -> Any:
+        more = dict(self._arguments)
+        if self._told:
+            positions = torch.arange(self.length, self.length + ids.shape[1], device=self.device)
+            more["position_ids"] = positions[None]
+        return self.model(input_ids=ids.to(self.device), **more)
+
+    # --- the quick path ------------------------------------------------------------------------------------
+
+    def _trusted(self, token: int) -> Step | None:
+        """The quick path, if this model's has proved equal up to the last position there is room for."""
+        known = _proved.get(self.model, 0)
+        reserved = all(getattr(layer, "memory", None) is not None for layer in self.cache.layers)
+        if known is None or not reserved or self.device.type != "cpu" or self.length == self.capacity:
+            return None
+        for layer in self.cache.layers:
+            if layer.capacity == self.length:
+                layer.grow(self.length + 1)
+        room = min(self.capacity, *(layer.capacity for layer in self.cache.layers))
+        if any(map(changed, self.model.modules())):  # since it was proved, maybe
+            return None
+        memory = [(layer.memory[0][:, :room], layer.memory[1][:, :room]) for layer in self.cache.layers]
+        quick = Step.build(self.model, memory, room)
+        if quick is None:
+            return None
+        if known < room:
+            proved = self._prove(quick, token, room - 1)
+            _proved[self.model] = room if proved else None
+            return quick if proved else None
+        return quick
+
+    def _prove(self, quick: Step, token: int, far: int) -> bool:
+        """Whether the quick path may make the logits of every position from the next to the last there is room for.
+
+        A model may do something that depends on the position and shows only far from the text's beginning (Ministral 3
+        scales its queries). So the two paths are compared at both ends, and the model is asked whether it uses the
+        position for anything but rotary angles.
+        """
+        near = self.length
+        # Only the far end is new where less room was proved before.
+        if not _proved.get(self.model) and not self._agree(quick, token):
+            return False
+        if near == far:
+            return True
+        if not self._only_angles_move(token, far):
+            return False
+        self._fill(near, far)
+        self._rewind(far)
+        agreed = self._agree(quick, token)
+        self._rewind(near)
+        return agreed
+
+    def _only_angles_move(self, token: int, far: int) -> bool:
+        """Whether a token's logits stay the same to the bit at a far position, its rotary angles held still.
+
+        Comparing the two paths would not do in 16 bits, where a few per cent in a query's scale look like rounding.
+        """
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return False
+        near, ids = self.length, torch.tensor([[token]])
+        held, moved = (self._forward_at(ids, near, position) for position in (near, far))
+        return torch.equal(held, moved)
+
+    def _forward_at(self, ids: Tensor, angles: int, position: int) -> Tensor:
+        """Logits after one token at `position` with the angles of another position; it is forgotten again."""
+        length = self.length
+
+        def hold(module: nn.Module, args: Any, output: Any) -> Any:
+            # Of its first argument it takes only the type.
+            return module.forward(output[0], torch.tensor([[angles]]))
+
+        hook = find_rotary(self.model).register_forward_hook(hold)
+        try:
+            made = self.model(input_ids=ids, position_ids=torch.tensor([[position]]), **self._arguments)
+        finally:
+            hook.remove()
+        self._rewind(length)
+        logits: Tensor = made.logits[0, -1]
+        return logits
+
+    def _fill(self, near: int, far: int) -> None:
+        """Put the prompt's keys and values, disturbed so that no two are alike, where those to come will be."""
+        generator = torch.Generator().manual_seed(0)
+        for layer in self.cache.layers:
+            for memory in layer.memory:
+                known = memory[:, torch.arange(near, far) % near].float()
+                noise = torch.randn(known.shape, generator=generator)
+                memory[:, near:far] = known + noise * memory[:, :near].float().square().mean().sqrt()
+
+    def _agree(self, quick: Step, token: int) -> bool:
+        """Whether both paths give the next token the same logits, up to rounding.
+
+        They do the same sums in another order and round at other places, so they never agree to the bit. How much
+        rounding may move the logits is measured: the model's own forward runs a second time with the output of every
+        block changed by half a unit in the last place, up or down at random: the most one rounding can do there. The
+        two paths must not be further apart than `TOLERANCE` times the change that makes (norms over the
+        vocabulary). A missing scale, norm, bias or mask moves logits by tens of per cent, hundreds of times as much.
+        """
+        position = self.length
+        logits = quick(token, position).clone()
+        ids = torch.tensor([[token]])
+        with _rounded_once_more(self.model):
+            noisy = self._forward(ids).float()
+        self._rewind(position)
+        own = self._forward(ids).float()
+        self._rewind(position)
+        unit = float((noisy - own).norm()) + 1e-5 * float((own - own.mean()).norm())
+        return bool((logits - own).norm() <= TOLERANCE * unit)
+
+    def _rewind(self, length: int) -> None:
+        self.length = length
+        for layer in self.cache.layers:
+            layer.rewind(length)
+
+
+def _must_be_told(model: nn.Module, cached: str, cache: Callable[[], Any] | None) -> bool:
+    """Whether a model gives a token behind a cache the right position only if it is told it.
+
+    Some ask the first layer how much the cache holds, which knows nothing of it where it is no attention. Others must not
+    be told, since their positions begin past a padding token. So the second of two tokens is compared with both read at once.
+
+    Args:
+        cached: what the model calls its cache.
+        cache: makes one; None for a model that makes its own.
+    """
+    known = _telling.setdefault(model, {})
+    own = cache is None
+    if own not in known:
+        ids = torch.tensor([[1, 2]], device=next(model.parameters()).device)
+
+        def distance(whole: Tensor, **more: Any) -> float:
+            given = {} if cache is None else {cached: cache()}
+            first = model(input_ids=ids[:, :1], use_cache=True, **given)
+            held = given or {cached: first.past_key_values}
+            second = model(input_ids=ids[:, 1:], use_cache=True, **held, **more)
+            return float((second.logits[0, -1] - whole).float().norm())
+
+        with torch.no_grad(), contextlib.suppress(Exception):  # one that cannot be asked so is not told
+            whole = model(input_ids=ids, use_cache=False).logits[0, -1]
+            told = distance(whole, position_ids=torch.ones_like(ids[:, :1]))
+            known[own] = told < distance(whole) / 2
+        known.setdefault(own, False)
+    return known[own]
+
+
+_telling: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+
+
+def _holds_something(cache: Any) -> bool:
+    """Whether a model has put anything into the cache it was given."""
+    for layer in cache.layers:
+        states = (
+            getattr(layer, "is_conv_states_initialized", {}),
+            getattr(layer, "is_recurrent_states_initialized", {}),
+        )
+        if getattr(layer, "is_initialized", False) or any(any(found.values()) for found in states):
+            return True
+    return False
+
+
+# Capacity up to which a model's quick path has proved equal; None where it has not.
+_proved: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _rounded_once_more(model: nn.Module) -> Iterator[None]:
+    """Inside, every block's output is multiplied by 1 ± half a unit in the last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        signs = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1)
+        half = torch.finfo(hidden.dtype).eps / 2
+        changed = (hidden.double() * (1 + signs * half)).to(hidden.dtype)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    hooks = [block.register_forward_hook(disturb) for block in find_blocks(model)[1]]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

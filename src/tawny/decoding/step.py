@@ -1,0 +1,298 @@
+"""One token through a whole decoder in one C++ call, for models whose blocks have the usual shape.
+
+Decoding a small model in Python spends most of its time between the matrix products. Where a block is
+
+    x += Wo · attention(rotary(Wq n), rotary(Wk n), Wv n)     n = rms_norm(x)
+    x += Wdown · (silu(Wgate n) * (Wup n))                    n = rms_norm(x)
+
+`Step.build` describes all blocks to the library once (kernels/step.h), and a call then makes the logits of the next
+token. What is looked at is which modules there are and what shapes they have, never a model's name. That is a guess: a
+model may scale, cap or add something that no module shows, or only far from the text's beginning. So a `Step` must be
+compared with the model's own forward before it is trusted (decoding/decoder.py does).
+
+Between products everything is float32; into products goes the model's own dtype, as in its own forward.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Step", "find_blocks", "find_rotary"]
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tawny.errors import ModelError
+from tawny.kernels import native, ops
+from tawny.packed.linear import DenseLinear, PackedLinear
+
+_ROTARIES = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # those whose angles do not depend on the length of the text
+_Pointer, _Size, _Flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *[(name, _Pointer) for name in ("packed", "weight", "bias")],
+        *[(name, _Size) for name in ("rows", "cols")],
+        *[(name, _Flag) for name in ("kind", "unused")],
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *[(name, _Product) for name in ("query", "key", "value", "output", "gate", "up", "down")],
+        *[(name, _Pointer) for name in ("norm_attention", "norm_mlp", "norm_query", "norm_key")],
+        *[(name, _Pointer) for name in ("keys", "values")],
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [
+        ("blocks", _Pointer),
+        ("norm", _Pointer),
+        ("head", _Product),
+        *[(name, _Pointer) for name in ("cosine", "sine", "hidden", "wide", "narrow", "scores", "logits")],
+        ("input", _Pointer),
+        *[(n, _Size) for n in ("count", "width", "heads", "kv_heads", "dim", "rotated", "inner", "capacity")],
+        *[(name, ctypes.c_float) for name in ("eps", "scale")],
+        *[(name, _Flag) for name in ("kind", "unused")],
+    ]
+
+
+class _Other(Exception):
+    """The model is not of the usual shape."""
+
+
+def _need(condition: object) -> None:
+    if not condition:
+        raise _Other
+
+
+def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The list of same-class modules that holds most of the model's bytes, packed or not, and the module it is in."""
+    best: tuple[int, nn.Module, nn.ModuleList] | None = None
+    for parent in model.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1:
+                held = sum(t.nbytes for t in (*child.parameters(), *child.buffers()))
+                if best is None or held > best[0]:
+                    best = held, parent, child
+    if best is None:
+        raise ModelError(f"{type(model).__name__} holds no list of blocks; expected a decoder")
+    return best[1], best[2]
+
+
+def find_rotary(model: nn.Module) -> Any:
+    """The module that makes the rotary angles of a model that has a `Step`."""
+    return _rotary(find_blocks(model)[0])
+
+
+def _rotary(base: nn.Module) -> Any:
+    return _only(base, lambda module: "inv_freq" in module._buffers)
+
+
+class Step:
+    """Calls of the library for one model and one cache; keeps alive whatever it has the address of."""
+
+    @staticmethod
+    def build(model: Any, memory: Sequence[tuple[Tensor, Tensor]], capacity: int) -> Step | None:
+        """None where the model, the machine or the library does not allow it.
+
+        Args:
+            model: a causal model on the CPU whose linears are `PackedLinear` and `DenseLinear`.
+            memory: keys and values `[1, capacity, heads, dim]` of each block.
+        """
+        if not (native.chosen() and hasattr(native.library(), "tawny_step")):
+            return None
+        try:
+            return Step(model, memory, capacity)
+        except (_Other, ModelError, AttributeError, TypeError):
+            return None
+
+    def __init__(self, model: Any, memory: Sequence[tuple[Tensor, Tensor]], capacity: int) -> None:
+        self.capacity = capacity
+        self._library = native.library()
+        self._library.tawny_step_sizes.restype = ctypes.c_int64
+        self._library.tawny_step.argtypes = [_Pointer, _Size, _Flag]
+        found = self._library.tawny_step_sizes()
+        _need(found == ctypes.sizeof(_Decoder) << 32 | ctypes.sizeof(_Block))
+        self._alive: list[Any] = [memory]
+        base, blocks = find_blocks(model)
+        self._embedding = model.get_input_embeddings()
+        norm = _only(base, _is_norm)
+        first = _parts(blocks[0])
+        dtype: torch.dtype = norm.weight.dtype
+        self._dtype = dtype
+        _need(dtype in ops.KINDS and len(memory) == len(blocks))
+        dim = int(first["attention"].head_dim)
+        heads, kv_heads = (first[name].out_features // dim for name in ("query", "key"))
+        width, inner = first["query"].in_features, first["gate"].out_features
+        cosine, sine = self._angles(base, capacity, dtype)
+        described = (_Block * len(blocks))()
+        for index, block in enumerate(blocks):
+            keys, values = memory[index]
+            parts = _parts(block)
+            _need(parts["attention"].layer_idx == index and int(parts["attention"].head_dim) == dim)
+            for tensor in (keys, values):
+                _need(
+                    tensor.shape == (1, capacity, kv_heads, dim)
+                    and tensor.dtype == dtype
+                    and tensor.is_contiguous()
+                )
+            wanted = {
+                "query": (heads * dim, width),
+                "key": (kv_heads * dim, width),
+                "value": (kv_heads * dim, width),
+                "output": (width, heads * dim),
+                "gate": (inner, width),
+                "up": (inner, width),
+                "down": (width, inner),
+            }
+            place = described[index]
+            for name, shape in wanted.items():
+                _need((parts[name].out_features, parts[name].in_features) == shape)
+                setattr(place, name, self._product(parts[name]))
+            for name in ("norm_attention", "norm_mlp", "norm_query", "norm_key"):
+                if (module := parts.get(name)) is not None:
+                    _need(module.weight.shape == ((dim,) if name in ("norm_query", "norm_key") else (width,)))
+                    _need(_eps(module) == _eps(norm))
+                    setattr(place, name, self._floats(module.weight))
+            place.keys, place.values = keys.data_ptr(), values.data_ptr()
+        head = model.get_output_embeddings()
+        _need(head.in_features == width and norm.weight.shape == (width,))
+        self._hidden = torch.zeros(width)
+        self.logits = torch.zeros(head.out_features)
+        widest = max(width, inner, heads * dim)
+        # A whole number of vectors, aligned, so that products take it as it is.
+        input_ = self._aligned(-(-widest // 64) * 64, dtype)
+        wide = torch.zeros(max(2 * inner, (heads + 2 * kv_heads) * dim))
+        narrow, scores = torch.zeros(width), torch.zeros(heads * capacity)
+        self._alive += [described, wide, narrow, scores, cosine, sine, model]
+        attention = first["attention"]
+        self._decoder = _Decoder(
+            blocks=ctypes.addressof(described),
+            norm=self._floats(norm.weight),
+            head=self._product(head),
+            cosine=cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            hidden=self._hidden.data_ptr(),
+            wide=wide.data_ptr(),
+            narrow=narrow.data_ptr(),
+            scores=scores.data_ptr(),
+            logits=self.logits.data_ptr(),
+            input=input_,
+            count=len(blocks),
+            width=width,
+            heads=heads,
+            kv_heads=kv_heads,
+            dim=dim,
+            rotated=cosine.shape[1],
+            inner=inner,
+            capacity=capacity,
+            eps=_eps(norm),
+            scale=float(getattr(attention, "scaling", dim**-0.5)),
+            kind=ops.KINDS[dtype],
+        )
+        self._at = ctypes.addressof(self._decoder)
+
+    def __call__(self, token: int, position: int) -> Tensor:
+        """Logits `[vocabulary]`, float32, after `token`; the next call overwrites them."""
+        self._hidden.copy_(self._embedding(torch.tensor([token]))[0])
+        code = self._library.tawny_step(self._at, position, torch.get_num_threads())
+        if code:
+            native.raise_for(code, f"decoding the token at position {position}")
+        return self.logits
+
+    def _product(self, linear: nn.Module) -> _Product:
+        bias = None if linear.bias is None else self._floats(linear.bias)  # type: ignore[arg-type]
+        rows, cols = linear.out_features, linear.in_features
+        if isinstance(linear, PackedLinear):
+            call = linear.prepared()
+            _need(call is not None)
+            assert call is not None
+            self._alive.append(call)
+            return _Product(call.address, None, bias, rows, cols, ops.KINDS[linear.values.dtype])
+        _need(isinstance(linear, DenseLinear))
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        _need(weight.is_contiguous() and weight.device.type == "cpu" and weight.dtype is self._dtype)
+        return _Product(None, weight.data_ptr(), bias, rows, cols, ops.KINDS[weight.dtype])
+
+    def _floats(self, tensor: Tensor) -> int:
+        made = tensor.detach().to("cpu", torch.float32).contiguous()
+        self._alive.append(made)
+        return made.data_ptr()
+
+    def _aligned(self, count: int, dtype: torch.dtype) -> int:
+        memory = torch.zeros(count * dtype.itemsize + 64, dtype=torch.uint8)
+        self._alive.append(memory)
+        return -(-memory.data_ptr() // 64) * 64
+
+    def _angles(self, base: nn.Module, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine `[capacity, rotated]`, rounded as the model itself rounds them."""
+        rotary = _rotary(base)
+        _need(getattr(rotary, "rope_type", None) in _ROTARIES)
+        made = rotary(torch.zeros(1, dtype=dtype), torch.arange(capacity)[None])
+        cosine, sine = (part[0].float().contiguous() for part in made)
+        _need(cosine.shape == sine.shape and cosine.shape[0] == capacity)
+        return cosine, sine
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A scale for each channel and nothing else."""
+    names = list(module._parameters)
+    return names == ["weight"] and module.weight.dim() == 1  # type: ignore[operator]
+
+
+def _eps(norm: nn.Module) -> float:
+    value = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if value is None else value)  # type: ignore[arg-type]
+
+
+def _only(parent: nn.Module, wanted: Any) -> Any:
+    found = [child for child in parent.children() if wanted(child)]
+    _need(len(found) == 1)
+    return found[0]
+
+
+def _parts(block: nn.Module) -> dict[str, Any]:
+    """The modules of a block by what they do; `_Other` if there are more or fewer."""
+    found: dict[str, Any] = {}
+    norms = []
+    for child in block.children():
+        names = set(child._modules)
+        if names >= {"q_proj", "k_proj", "v_proj", "o_proj"}:
+            _need(names <= {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
+            found["attention"] = child
+            found |= {
+                "query": child.q_proj,
+                "key": child.k_proj,
+                "value": child.v_proj,
+                "output": child.o_proj,
+            }
+            found |= {
+                "norm_query": getattr(child, "q_norm", None),
+                "norm_key": getattr(child, "k_norm", None),
+            }
+        elif names >= {"gate_proj", "up_proj", "down_proj"}:
+            _need(names <= {"gate_proj", "up_proj", "down_proj", "act_fn"} and _is_silu(child.act_fn))
+            found |= {"gate": child.gate_proj, "up": child.up_proj, "down": child.down_proj}
+        else:
+            _need(_is_norm(child))
+            norms.append(child)
+    _need(len(norms) == 2 and "attention" in found and "gate" in found)
+    found["norm_attention"], found["norm_mlp"] = (
+        norms  # in the order they were made, which is that of their use
+    )
+    return found
+
+
+def _is_silu(function: Any) -> bool:
+    x = torch.linspace(-6, 6, 49)
+    return torch.allclose(function(x), nn.functional.silu(x), atol=1e-6)

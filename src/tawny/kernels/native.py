@@ -1,0 +1,206 @@
+"""The compiled kernels: finding the library, choosing an instruction set, sharing torch's threads, calling.
+
+The library has a C ABI and is called through ctypes (a few microseconds, less than torch's own dispatcher). It links
+no OpenMP runtime: `GOMP_parallel` is taken from the one that torch loaded, whatever file name its wheel gave it, so
+that there is one pool of threads in the process and `torch.set_num_threads` rules both.
+
+`TAWNY_KERNEL=avx512vbmi2|avx512f|avx2|portable|torch` forces a choice; otherwise the best the CPU and the operating
+system support. `torch` is the fallback in plain torch, also used when the library was not built.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "LEVELS",
+    "available",
+    "check",
+    "chosen",
+    "force",
+    "kernel_name",
+    "library",
+    "stream",
+    "why_not_native",
+]
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tawny.errors import MissingFeature, TawnyError, UserError, nearest
+
+LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2")  # index = level in the library
+ABI = 5
+_ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if sys.byteorder != "little":
+        return None, "packed weights are little-endian and this machine is not"
+    given = path = os.environ.get("TAWNY_KERNEL_LIBRARY")  # another build, for example one with sanitizers
+    if not path:
+        spec = importlib.util.find_spec("tawny.kernels._native")
+        path = spec.origin if spec else None
+    if not path:
+        return None, "the kernels were not compiled when tawny was installed; reinstall with a C++ compiler"
+    try:
+        found = ctypes.CDLL(path)
+    except OSError as error:
+        return None, f"the compiled kernels do not load: {error}"
+    if given and not hasattr(found, "tawny_abi"):
+        raise UserError(
+            f"TAWNY_KERNEL_LIBRARY={given!r} holds no kernels of tawny; expected the path of a built _native.abi3.so"
+        )
+    if found.tawny_abi() != ABI:
+        return None, "the compiled kernels belong to another version of tawny; reinstall"
+    pointer, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+    weight = [pointer] * 5 + [i64, i64, i32, i32]
+    found.tawny_packed.argtypes = [*weight, pointer, pointer, pointer, i32, i64, i32]
+    found.tawny_packed_at.argtypes = [pointer, pointer, pointer, pointer, i32, i64, i32]
+    found.tawny_describe.argtypes = [pointer, *weight]
+    found.tawny_expand.argtypes = [*weight, i64, i64, pointer, i32, i64, i32]
+    found.tawny_dense.argtypes = [pointer, i64, i64, i32, pointer, pointer, pointer, i32, i64, i32]
+    found.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]
+    found.tawny_remove_half.argtypes = [pointer] * 5 + [i64] * 4 + [i32]
+    found.tawny_admm_right.argtypes = [pointer] * 4 + [i32, i64, f32, f32, f32, i32]
+    found.tawny_admm_update.argtypes = [pointer] * 4 + [i32, i64] + [f32] * 5 + [i32, pointer, i64, i32]
+    found.tawny_admm_support.argtypes = [pointer] * 3 + [i64, f32, pointer, i32]
+    found.tawny_stream.argtypes = [pointer, i64, i32]
+    found.tawny_stream.restype = ctypes.c_float
+    found.tawny_set_openmp.argtypes = [pointer] * 3
+    found.tawny_set_openmp.restype = None
+    _share_threads(found)
+    return found, None
+
+
+def _share_threads(found: ctypes.CDLL) -> None:
+    """Hand over the entry points of the OpenMP runtime torch loaded; without one, kernels run on one thread."""
+    runtime = _openmp_of_torch()
+    if runtime is None:
+        return
+    try:
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        entries = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in names]
+    except AttributeError:
+        return
+    found.tawny_set_openmp(*entries)
+
+
+def _openmp_of_torch() -> ctypes.CDLL | None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    loaded = _openmp_in(maps.read_text(errors="surrogateescape"))
+    home = str(Path(torch.__file__).parent.parent)  # beside torch too: some wheels keep it in torch.libs
+    for path in sorted(loaded, key=lambda p: not p.startswith(home)):
+        with contextlib.suppress(OSError):  # replaced since it was loaded
+            return ctypes.CDLL(path)
+    return None
+
+
+def _openmp_in(maps: str) -> set[str]:
+    """Paths of the OpenMP runtimes among the mapped files; they may hold spaces."""
+    name = r"lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\d]*"
+    return set(re.findall(rf"^(?:\S+ +){{5}}(/.*/{name})$", maps, re.MULTILINE))
+
+
+def why_not_native() -> str | None:
+    """Why the compiled kernels cannot be used here, or None: for `tawny doctor`."""
+    return _load()[1]
+
+
+@cache
+def available() -> tuple[str, ...]:
+    """Kernels this CPU can run, best first; `torch` is always last."""
+    found, _ = _load()
+    bits = found.tawny_supported() if found else 0
+    return (*[name for level, name in reversed(list(enumerate(LEVELS))) if bits >> level & 1], "torch")
+
+
+_choice: str | None = None
+
+
+def kernel_name() -> str:
+    """The kernel in use."""
+    global _choice
+    if _choice is None:
+        _choice = _choose(os.environ.get("TAWNY_KERNEL") or None)
+    return _choice
+
+
+def _choose(wanted: str | None) -> str:
+    if wanted is not None and wanted not in (*LEVELS, "torch"):
+        raise UserError(
+            f"TAWNY_KERNEL={wanted!r} is no kernel{nearest(wanted, (*LEVELS, 'torch'))}; "
+            f"this machine has {', '.join(available())}"
+        )
+    if wanted is not None and wanted not in available():
+        reason = why_not_native() or "the CPU or the operating system lacks it"
+        raise MissingFeature(
+            f"kernel {wanted!r} cannot run here ({reason}); available: {', '.join(available())}"
+        )
+    name = wanted or available()[0]
+    found, _ = _load()
+    if name != "torch" and found is not None:
+        found.tawny_choose(LEVELS.index(name))
+    return name
+
+
+@contextlib.contextmanager
+def force(name: str) -> Iterator[None]:
+    """Use one kernel inside the block: for tests and benchmarks, not for threads running at the same time."""
+    global _choice
+    before = kernel_name()
+    _choice = _choose(name)
+    try:
+        yield
+    finally:
+        _choice = _choose(before)
+
+
+def chosen() -> bool:
+    """True when a compiled kernel is in use."""
+    return kernel_name() != "torch"
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library with a kernel chosen."""
+    found, reason = _load()
+    if found is None:
+        raise MissingFeature(f"no compiled kernels: {reason}")
+    kernel_name()
+    return found
+
+
+def raise_for(code: int, what: str) -> None:
+    if code:
+        raise TawnyError(f"{what}: {_ERRORS.get(code, f'error {code}')}")
+
+
+def check(masks: Tensor, offsets: Tensor, shape: tuple[int, int], nnz: int) -> str | None:
+    """The first thing wrong with masks and offsets, or None."""
+    found, _ = _load()
+    if found is None or masks.device.type != "cpu":
+        from tawny.kernels import reference
+
+        return reference.check(masks, offsets, shape, nnz)
+    faults = {
+        1: "offsets do not run from 0 to the number of survivors",
+        2: "the masks' population and the offsets disagree",
+        3: "a mask bit is set in the padding",
+    }
+    return faults.get(found.tawny_check(masks.data_ptr(), offsets.data_ptr(), *shape, nnz))
+
+
+def stream(data: Tensor, threads: int) -> None:
+    """Read every byte of a tensor once: the streaming limit, for benchmarks."""
+    library().tawny_stream(data.data_ptr(), data.numel() * data.element_size() // 4, threads)

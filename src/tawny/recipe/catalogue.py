@@ -1,0 +1,101 @@
+"""What a recipe can name, read from the registries themselves, so that it cannot fall behind them."""
+
+from __future__ import annotations
+
+__all__ = ["catalogue"]
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tawny.allocation import ALLOCATORS
+from tawny.calibration.text import NAMED_TEXTS
+from tawny.recipe.schema import Calibration, Recipe, Refine, named_recipes, option_keys
+from tawny.solvers import SOLVERS
+
+_PATTERNS = {
+    "unstructured": "any mask; the budget is kept per row or per matrix, as the solver's paper has it",
+    "row": "any mask with the same count in every row",
+    "matrix": "any mask with the count of the whole matrix",
+    "2:4": "two kept of every four along the input, and so sparsity 0.5; any n:m whose m divides the width",
+}
+_FILES = {"FILE.txt, FILE.jsonl": "your own; one document, or one a line under 'text' (also .gz)"}
+_KEYS = {
+    "sparsity": "share of prunable weights to remove, in [0, 1)",
+    "allocator": "how blocks share the budget, and its options",
+    "solver": "how a linear is pruned, and its options",
+    "pattern": "which masks are legal",
+    "calibration": "text, samples, seqlen, repeat, bos",
+    "seed": "chooses the windows of text",
+    "include": "globs of linears to prune, of all",
+    "exclude": "globs of linears to leave alone",
+    "dtype": "storage of the result; nothing is the checkpoint's own",
+    "compute": "of the forwards; auto is bfloat16 where the machine has it",
+    "order": "block: all linears see the dense block; data: each sees the ones before it pruned",
+    "refit": "move the survivors of each mask to their least squares (also solver.refit)",
+    "refine": "epochs of training what a pruned block has left to give the dense block's outputs, and how",
+    "compat": "official: the numbers of the papers' own code",
+    "profile_samples": "how many samples the profile uses; nothing is enough for a steady one",
+    "device": "where blocks run",
+    "version": "of the recipe format",
+}
+
+
+def catalogue() -> dict[str, list[dict[str, Any]]]:
+    """Kinds of choices → their names, one line each, and their options with defaults."""
+    return {
+        "recipes": [{"name": name, "summary": _told(path)} for name, path in named_recipes().items()],
+        "allocators": _registered(ALLOCATORS),
+        "solvers": _registered(SOLVERS),
+        "patterns": _described(_PATTERNS),
+        "texts": _described({**NAMED_TEXTS, **_FILES}),
+        "keys": [
+            {"name": field.name, "summary": _KEYS.get(field.name, ""), "options": _key_default(field)}
+            for field in dataclasses.fields(Recipe)
+        ],
+    }
+
+
+def _told(path: Path) -> str:
+    """The comment that a recipe begins with."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
+    )
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
+def _registered(registry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "summary": (kind.__doc__ or "").strip().split("\n", 1)[0],
+            "options": _options(kind),
+        }
+        for name, kind in registry.items()
+    ]
+
+
+def _described(texts: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "summary": summary} for name, summary in texts.items()]
+
+
+def _options(kind: Any) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    return {key: _default(fields[name]) for key, name in option_keys(kind).items()}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _key_default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    sections: dict[str, Any] = {"calibration": Calibration, "refine": Refine}
+    if field.name in sections:
+        return {inner.name: inner.default for inner in dataclasses.fields(sections[field.name])}
+    if field.default is dataclasses.MISSING:
+        return {}
+    return {"default": field.default}

@@ -1,0 +1,459 @@
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tawny
+from tawny.cli import main
+from tawny.cli.common import recipe_from
+from tawny.cli.root import _spelled_out
+from tawny.errors import ModelError, NumericalError, OutputError
+from tawny.evaluation.perplexity import Perplexity
+from tawny.record import Record
+
+VERBS = [
+    "prune",
+    "recover",
+    "plan",
+    "profile",
+    "eval",
+    "compare",
+    "inspect",
+    "pack",
+    "unpack",
+    "generate",
+    "bench",
+    "push",
+    "list",
+    "doctor",
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line as a user does; returns exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def measured(value: float = 20.0) -> Perplexity:
+    return Perplexity(value, 0.5, 3.0, 4, 64, 252, 1.0, "wiki", "ab" * 32, "float32", 10**9)
+
+
+def answering(monkeypatch, name, result):
+    """Replace a library call; the arguments it was given are kept."""
+    calls = []
+
+    def call(*args, **keys):
+        calls.append((args, keys))
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    monkeypatch.setattr(tawny, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_three_examples_and_has_at_most_sixteen_options(run, verb):
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    options, _, examples = out.partition("Examples:")
+    lines = [line.strip() for line in examples.strip().splitlines()]
+    assert len(lines) == 3 and all(line.startswith("tawny ") for line in lines)
+    listed = [line for line in options.splitlines() if line.startswith("  -")]
+    assert "--json" in options and len(listed) <= 17  # --help itself is not one of ours
+
+
+def test_the_help_of_all_lists_the_verbs(run):
+    code, out, _ = run("--help")
+    assert code == 0 and all(f"  {verb} " in out for verb in VERBS)
+
+
+def test_help_imports_no_heavy_library():
+    script = (
+        "import sys; from tawny.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    for arguments in (["--help"], ["prune", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "[]", done
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "tawny", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"tawny {tawny.__version__}"
+
+
+def test_the_page_of_the_docs_is_what_the_command_line_says():
+    script = runpy.run_path(str(ROOT / "scripts" / "cli_docs.py"))
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page == script["render"](), "stale: run `make docs`"
+
+
+def test_every_example_of_the_help_is_a_valid_command_line():
+    script = runpy.run_path(str(ROOT / "scripts" / "cli_docs.py"))
+    root = script["typer"].main.get_command(script["app"])
+    for name, command in root.commands.items():
+        for line in script["_examples"](command.epilog).splitlines()[1:-1]:
+            arguments = shlex.split(line.partition(" | ")[0])[2:]
+            context = command.make_context(name, arguments)
+            given = context.params
+            if {"allocator", "option"} <= given.keys():
+                keys = ("sparsity", "allocator", "solver", "pattern")
+                recipe_from(given["recipe"], given["option"], **{key: given[key] for key in keys})
+
+
+def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
+    record = Record(recipe={}, out=str(tmp_path / "out"))
+    calls = answering(monkeypatch, "prune", record)
+    code, out, err = run(
+        *("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "-a", "uniform", "-m", "wanda"),
+        *("--calibration", "wiki", "--samples", 3, "--seqlen", 64, "-o", "seed=5", "-o", "dtype=bfloat16"),
+        *("--memory", "6GB", "-o", "include=*.mlp.*", "-o", "order=data", "--overwrite", "--json"),
+    )
+    assert code == 0, err
+    (args, keys) = calls[0]
+    recipe = keys["recipe"]
+    assert args == ("model", tmp_path / "out") and keys["overwrite"] is True
+    assert keys["memory"] == "6GB"
+    assert (recipe.sparsity, recipe.allocator.name, recipe.solver.name) == (0.6, "uniform", "wanda")
+    assert recipe.calibration.text == "wiki" and recipe.calibration.samples == 3
+    assert recipe.calibration.seqlen == 64 and recipe.seed == 5 and recipe.dtype == "bfloat16"
+    assert recipe.include == ("*.mlp.*",) and recipe.order == "data"
+    assert json.loads(out) == json.loads(record.to_json())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--seed", "7"), {"seed": 7}),
+        (("--seed=7", "--order", "data"), {"seed": 7, "order": "data"}),
+        (("--profile-samples", 3, "--include=*.mlp.*"), {"profile_samples": 3, "include": ("*.mlp.*",)}),
+    ],
+)
+def test_any_recipe_key_is_an_option_too(run, monkeypatch, words, expected):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
+    recipe = calls[0][1]["recipe"]
+    assert code == 0, err
+    assert {key: getattr(recipe, key) for key in expected} == expected
+
+
+def test_an_allocators_own_key_is_an_option_too(run, monkeypatch):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    code, _, err = run(
+        "prune", "m", "--out", "o", "-s", 0.5, "-a", "owl", "--M", "7", "--solver.damp=0.1", "--json"
+    )
+    recipe = calls[0][1]["recipe"]
+    assert code == 0, err
+    assert recipe.allocator.options["M"] == 7 and recipe.solver.options["damp"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "key", ["allocator.M", "M", "allocator.beta", "allocator.path", "solver.a", "solver.rho"]
+)
+def test_a_recipe_key_is_never_taken_for_a_slip_of_an_option(key):
+    known = {"--allocator", "--solver", "--calibration", "-M", "--device"}
+    assert list(_spelled_out([f"--{key}", "7"], known)) == ["-o", f"{key}=7"]
+    assert list(_spelled_out([f"--{key}=7"], known)) == ["-o", f"{key}=7"]
+
+
+def test_dotted_keys_reach_the_recipe(run, monkeypatch):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    words = ("-a", "owl", "--allocator.M", "7", "--calibration.text", "t.txt", "--calibration.samples=3")
+    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
+    assert code == 0, err
+    recipe = calls[0][1]["recipe"]
+    assert recipe.allocator.options["M"] == 7
+    assert (recipe.calibration.text, recipe.calibration.samples) == ("t.txt", 3)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("prune", "m", "--json"), ("inspect", "--json"), ("--json", "list"), ("prun", "--json")]
+)
+def test_a_usage_error_with_json_is_the_document(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2 and err.count("\n") == 1
+    document = json.loads(out)
+    assert document["exit_code"] == 2 and err == f"error: {document['error']}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb", "name"),
+    [
+        (("compare", "m", "--html"), "compare", "page.html"),
+        (("compare", "m", "--markdown"), "compare", "page.md"),
+        (("profile", "m", "--plot"), "profile", "page.svg"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_measuring(
+    run, monkeypatch, tmp_path, arguments, verb, name
+):
+    calls = answering(monkeypatch, verb, SimpleNamespace(to_dict=dict))
+    (tmp_path / name).mkdir()
+    code, out, err = run(*arguments, tmp_path / name)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "is a folder: name a file" in err
+    assert calls == []
+
+
+def test_the_time_of_a_search_is_an_option_of_the_allocator_that_searches(run, monkeypatch, tmp_path):
+    calls = answering(monkeypatch, "prune", Record(recipe={}, search={"says": "auto: uniform wins"}))
+    options = ("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "--budget", "10m", "--json")
+    assert run(*options, "-a", "auto")[0] == 0
+    assert calls[0][1]["recipe"].allocator.options["budget"] == "10m"
+    code, _, err = run(*options, "-a", "owl")
+    assert code == 2 and "budget" in err
+
+
+def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_path):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    path = tmp_path / "r.yaml"
+    path.write_text("sparsity: 0.7\nseed: 4\nsolver: wanda\n")
+    code, _, err = run("prune", "m", "--out", "o", "-c", path, "-s", 0.5, "-o", "seed=9", "--json")
+    recipe = calls[0][1]["recipe"]
+    assert code == 0, err
+    assert (recipe.sparsity, recipe.seed, recipe.solver.name) == (0.5, 9, "wanda")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "sparsity"),
+    [
+        (None, (), 0.7),
+        (None, ("-s", 0.3), 0.3),
+        (None, ("-o", "pattern=2:4"), 0.5),
+        ("sparsity: 0.6", (), 0.6),
+        ("sparsity: 0.6", ("-s", 0.3), 0.3),
+        ("seed: 4", (), 0.7),
+        ("seed: 4", ("-s", 0.3), 0.3),
+        ("pattern: '3:8'", (), 0.625),
+        ("seed: 4", ("-o", "sparsity=0.2"), 0.2),
+    ],
+)
+def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_the_default(
+    run, monkeypatch, tmp_path, recipe, arguments, sparsity
+):
+    calls = answering(monkeypatch, "profile", SimpleNamespace(to_dict=dict))
+    if recipe is not None:
+        (tmp_path / "r.yaml").write_text(recipe)
+        arguments = ("-c", tmp_path / "r.yaml", *arguments)
+    code, _, err = run("profile", "m", *arguments, "--json")
+    assert code == 0, err
+    assert calls[0][1]["recipe"].sparsity == sparsity
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prune", "m", "--out", "o"], "sparsity is missing"),
+        (["prune", "m", "--out", "o", "-s", "60"], "0.6?"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-m", "sparsgpt"], "'sparsegpt'"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-o", "lamda=1"], "'lambda'"),
+        (["prune", "m", "--out", "o", "-s", "0.6", "-p", "2:4"], "implies"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-c", "none.yaml"], "cannot be read"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-c", "bst"], "'best'"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "--eval", "wikitext"], "'wikitext2'"),
+        (["prune", "m", "--out", "o", "-s", "much"], "tawny prune --help"),
+        (["prune", "m"], "--out"),
+        (["prune", "m", "--out", "o", "--sparsty", "0.5"], "--sparsity"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "--sede", "3"], "seed"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "--order"], "--order"),
+        (["prun"], "prune"),
+        (["eval", "m", "--compute", "int8"], "bfloat16"),
+        (["eval", "m", "--windows", "0"], "--windows"),
+        (["profile", "m", "--plot", "x.pdf"], ".svg"),
+        (["profile", "m", "-s", "0.7", "-o", "pattern=2:4"], "implies"),
+        (["profile", "m", "-M", "0"], "M is 0; expected a positive"),
+        (["profile", "m", "-M", "5", "-M", "-1"], "M is -1; expected a positive"),
+        (["profile", "m", "-M", "nan"], "M is nan; expected a positive"),
+        (["profile", "m", "--plot", "/no/such/folder/x.png"], "does not exist"),
+        (["profile", "m", "--plot", "/proc/x.png"], "nothing can be written in its folder"),
+        (["compare", "m", "--html", "/proc/x.html"], "nothing can be written in its folder"),
+        (["list", "solver"], "'solvers'"),
+        (["inspect", "/no/such/folder"], "no such folder"),
+        (["generate", "m", "hi", "--seed", "9" * 23], f"{'9' * 23} given, expected 0 to"),
+        (["generate", "m", "hi", "--seed", "-1"], "-1 given, expected 0 to"),
+        (["generate", "m", "hi", "--threads", "100000"], "100000 given, expected 1 to 1024"),
+        (["bench", "m", "--threads", "0"], "0 given, expected 1 to 1024"),
+        (["compare", "m", "--threads", "2000"], "2000 given, expected 1 to 1024"),
+        (["prune", "m", "--out", "", "-s", "0.5"], "give a folder to write"),
+        (["recover", "m", "--out", ""], "give a folder to write"),
+        (["pack", "m", "--out", ""], "give a folder to write"),
+        (["unpack", "m", "--out", ""], "give a folder to write"),
+        (["recover", "m", "--teacher", "t", "--out", "o", "-c", "none.yaml"], "add --through"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(run, arguments, words):
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ") and words in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ModelError("not a decoder"), 2, "not a decoder"),
+        (OutputError("taken"), 2, "taken"),
+        (NumericalError("model.layers.0.q: NaN"), 1, "model.layers.0.q: NaN"),
+        (KeyboardInterrupt(), 1, "Ctrl-C"),
+        (OSError(28, "No space left on device", "shard"), 1, "No space left on device: shard"),
+        (MemoryError(), 1, "out of memory"),
+        (ValueError("two\nlines"), 1, "unexpected ValueError: two lines"),
+    ],
+)
+def test_a_failure_is_one_line_and_its_exit_code(run, monkeypatch, error, code, words):
+    answering(monkeypatch, "inspect", error)
+    got, out, err = run("inspect", "m")
+    assert (got, out, err.count("\n")) == (code, "", 1) and words in err
+    got, out, err = run("inspect", "m", "--json")
+    assert got == code and words in json.loads(out)["error"]
+
+
+def test_a_bug_can_be_seen_in_full(run, monkeypatch):
+    answering(monkeypatch, "inspect", ValueError("deep"))
+    monkeypatch.setenv("TAWNY_DEBUG", "1")
+    with pytest.raises(ValueError, match="deep"):
+        run("inspect", "m")
+
+
+def test_a_device_this_machine_lacks_is_the_users_mistake(run, monkeypatch):
+    answering(monkeypatch, "evaluate", measured())
+
+    def refuse(*args, **keys):
+        raise RuntimeError("no such device\nat all")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    code, _, err = run("eval", "m", "--device", "xpu")
+    assert code == 2 and "'xpu'" in err and "tawny doctor" in err and err.count("\n") == 1
+
+
+def test_eval_prints_the_keys_that_programs_read(run, monkeypatch):
+    calls = answering(monkeypatch, "evaluate", measured())
+    code, out, _ = run("eval", "m", "--text", "wiki", "--seqlen", 64, "--windows", 4, "--json")
+    assert code == 0
+    assert {"perplexity", "stderr", "windows", "tokens", "seconds", "text_sha256"} <= set(json.loads(out))
+    assert calls[0][0] == ("m", "wiki") and calls[0][1]["windows"] == 4
+    for flags, bos in (([], None), (["--bos"], True), (["--no-bos"], False)):
+        assert run("eval", "m", *flags)[0] == 0 and calls[-1][1]["bos"] is bos
+    assert "20.00 ± 0.50" in run("eval", "m")[1]
+
+
+def test_every_list_and_the_doctor_answer_in_both_forms(run):
+    for verb in ("list", "doctor"):
+        code, out, _ = run(verb, "--json")
+        assert code == 0 and json.loads(out)
+        code, out, _ = run(verb)
+        assert code == 0 and out.strip() and "\x1b" not in out
+    told = {
+        entry["name"]: entry["summary"]
+        for entry in json.loads(run("list", "recipes", "--json")[1])["recipes"]
+    }
+    assert told["fast"].startswith("ALPS under") and "#" not in told["fast"]
+    assert "sparsegpt" in run("list", "solvers")[1] and "owl" not in run("list", "solvers")[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny llama with a tokenizer of bytes, as a folder."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.tiny import VOCABULARY, tiny_model
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    letters = Tokenizer(WordLevel({chr(i + 32): i for i in range(VOCABULARY)}, unk_token="?"))
+    letters.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics.values())[:40_000], encoding="utf-8")
+    return path
+
+
+def test_the_verbs_work_on_a_real_folder_from_plan_to_inspection(run, model, text, tmp_path):
+    out = tmp_path / "pruned"
+    data = ("--calibration", text, "--samples", 4, "--seqlen", 32, "-o", "compute=float32")
+    code, shown, err = run("plan", model, "-s", 0.5, *data)
+    assert code == 0 and "prunable" in shown, err
+    code, shown, err = run("profile", model, *data, "--plot", tmp_path / "p.svg")
+    assert code == 0 and "M=5" in shown and (tmp_path / "p.svg").stat().st_size > 1000, err
+    code, shown, err = run("prune", model, "--out", out, "-s", 0.5, *data, "--eval", text)
+    assert code == 0 and "dense" in shown and "± " in shown, err
+    record = json.loads((out / "run.json").read_text())
+    assert record["evaluation"]["pruned"]["perplexity"] > 0 and record["recipe"]["sparsity"] == 0.5
+    assert not list(out.glob("*.new")) and not list(tmp_path.glob("*.partial"))
+    code, shown, err = run("inspect", out, "--json")
+    found = json.loads(shown)
+    assert code == 0 and found["sparsity"] == pytest.approx(0.5, abs=1e-3), err
+    assert {"name", "shape", "zeros", "sparsity", "pattern"} <= set(found["linears"][0])
+    code, _, err = run("prune", model, "--out", out, "-s", 0.5, *data)
+    assert code == 2 and "--overwrite" in err
+    code, shown, err = run(
+        "prune", model, "--out", out, "-c", out / "run.json", "-s", 0.25, "--overwrite", "--json"
+    )
+    assert code == 0 and json.loads(shown)["sparsity"] == pytest.approx(0.25, abs=1e-3), err
+
+
+def test_who_needs_no_text_says_so_and_who_packs_nothing_too(run, model, tmp_path):
+    no_text = ("-s", 0.01, "-m", "magnitude", "-a", "uniform")
+    for arguments in (["plan", model], ["prune", model, "--out", tmp_path / "out"]):
+        code, shown, err = run(*arguments, *no_text)
+        words = " ".join(shown.split())
+        assert code == 0 and "no text needed" in words and "calibrated" not in words and "()" not in words, (
+            err
+        )
+    code, shown, err = run("pack", tmp_path / "out", "--out", tmp_path / "packed", "--values", "f32")
+    assert code == 0 and re.search(r"packed\W+nothing", shown) and "zeros," not in shown, err
+
+
+def test_a_search_that_ends_packed_keeps_its_allocation_and_pictures(run, model, text, tmp_path):
+    data = ("--calibration", text, "--samples", 4, "--seqlen", 32, "-o", "compute=float32")
+    auto = ("-a", "auto", "-m", "wanda", "-o", "trials=3", "-o", "levels=3", "-o", "windows=1")
+    code, _, err = run("prune", model, "--out", tmp_path / "o", "-s", 0.7, *auto, *data, "--pack", "f32")
+    assert code == 0, err
+    assert {f"allocation.{kind}" for kind in ("yaml", "png", "svg")} <= {
+        path.name for path in (tmp_path / "o").iterdir()
+    }
+
+
+def test_too_little_text_says_how_short(run, model, text, tmp_path):
+    code, _, err = run("eval", model, "--text", text, "--seqlen", 4096, "--windows", 50)
+    assert code == 2 and "short" in err
+    (tmp_path / "tiny.txt").write_text("a few words")
+    code, _, err = run(
+        "prune", model, "--out", tmp_path / "o", "-s", 0.5, "--calibration", tmp_path / "tiny.txt"
+    )
+    assert code == 2 and "short" in err and not (tmp_path / "o").exists()
+    # Said before the work, not after it.
+    data = ("--calibration", text, "--samples", 2, "--seqlen", 32)
+    code, _, err = run(
+        "prune", model, "--out", tmp_path / "o", "-s", 0.5, *data, "--eval", tmp_path / "tiny.txt"
+    )
+    assert code == 2 and "short" in err and not (tmp_path / "o").exists()

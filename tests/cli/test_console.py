@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tawny import tables
+from tawny.cli import console as module
+from tawny.cli.console import Console
+
+
+def no_tables(result):
+    raise AssertionError("a program that reads JSON needs no tables drawn")
+
+
+def perplexity(value=20.0, **changes):
+    return {
+        "perplexity": value,
+        "stderr": 0.5,
+        "windows": 4,
+        "seqlen": 64,
+        "tokens": 252,
+        "seconds": 2.0,
+        "text": "wiki",
+        "text_sha256": "ab" * 32,
+        "compute": "float32",
+        "peak_memory": 10**9,
+        **changes,
+    }
+
+
+def test_json_is_one_document_on_stdout_and_nothing_else(capsys):
+    console = Console(as_json=True)
+    with console.progress() as progress:
+        progress.say("reading")
+        progress.phase("pruning", 2)
+        progress.step("0")
+        progress.step("1")
+    console.result({"perplexity": math.inf, "nested": [math.nan, 1.5, (1, 2)]}, no_tables)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"perplexity": None, "nested": [None, 1.5, [1, 2]]}
+    assert "reading" in err and "pruning: 2 blocks" in err
+
+
+def test_piped_progress_is_a_few_plain_lines(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 2))  # two seconds pass whenever anybody looks
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    with Console().progress() as progress:
+        progress.phase("pruning", 40)
+        for index in range(40):
+            progress.detail("solving", index, 3)
+            progress.step(str(index))
+        progress.phase("evaluating", 1)
+        progress.step("0")
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and "\x1b" not in err and "\r" not in err
+    assert lines[0] == "pruning: 40 blocks" and lines[-1].startswith("evaluating: 1 blocks in ")
+    assert 3 < len(lines) < 40 and any("left" in line for line in lines)
+
+
+def test_a_terminal_gets_a_bar_an_inner_line_and_a_line_for_each_finished_walk(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(module.sys, "stderr", stream)
+    with Console().progress() as progress:
+        progress.phase("pruning", 2)
+        progress.step("0")
+        progress.detail("solving mlp.down_proj", 1, 3)
+        progress.live.refresh()
+        progress.step("1")
+    shown = stream.getvalue()
+    assert "1/2" in shown and "left" in shown and "solving mlp.down_proj 1/3" in shown
+    assert "pruning: 2 blocks in" in shown
+
+
+def test_an_error_is_one_line_whatever_it_says(capsys):
+    Console().error("bad [bold]value[/]\n  in " + "a long " * 60 + "text", 2)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("error: bad [bold]value[/] in a long")
+
+
+def test_an_error_with_json_is_the_document(capsys):
+    Console(as_json=True).error("no such folder", 2)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": "no such folder", "exit_code": 2} and "no such folder" in err
+
+
+def inspected(name, **changes):
+    """What `tawny inspect` found in a model of one linear."""
+    linear = {"name": name, "shape": (32, 32), "zeros": 512, "sparsity": 0.5, "pattern": "unstructured"}
+    found = {"sparsity": 0.5, "prunable": 9, "blocks": 1, "parameters": 9, "tied_head": False, "bytes": 9}
+    return {"linears": [{**linear, "ties": 511, **changes}], **found}
+
+
+def test_tables_are_plain_when_piped_and_names_stay_whole(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # parallel test workers are given one
+    name = "model.layers.29.some.deeply.nested.module.of.a.long.name.self_attn.q_proj"
+    found = inspected(name, shape=(576, 576), zeros=10, pattern="2:4")
+    Console().result(found, tables.inspection_tables)
+    out = capsys.readouterr().out
+    assert name in out and "576×576" in out and "50.00 %" in out and "\x1b" not in out
+    assert all(line == line.rstrip() for line in out.splitlines()) and "\n\n\n" not in out
+
+
+def test_dense_and_pruned_stand_side_by_side(capsys):
+    pruned = perplexity(30.0, sparsity=0.5)
+    Console().result({}, lambda _: [tables.comparison_table(perplexity(), pruned)])
+    out = capsys.readouterr().out
+    assert "dense" in out and "pruned" in out
+    assert "20.00 ± 0.50" in out and "30.00 ± 0.50" in out and "× 1.50" in out and "50.00 %" in out
+
+
+def test_a_single_window_has_no_standard_error():
+    assert tables.perplexity_text(perplexity(stderr=0.0)) == "20.00"
+
+
+def test_an_allocation_has_a_row_a_block_weighted_by_size(capsys):
+    rows = [
+        {"block": 0, "shape": (10, 10), "sparsity": 0.2, "error": 0.1},
+        {"block": 0, "shape": (10, 30), "sparsity": 0.6, "error": 0.3},
+        {"block": 1, "shape": (10, 10), "sparsity": 1.0, "error": 0.0},
+    ]
+    Console().result({}, lambda _: [tables.allocation_table(rows)])
+    out = capsys.readouterr().out
+    assert "50.00 %" in out and "0.2500" in out and "100.00 %" in out
+
+
+@given(st.floats(0, 1e7))
+def test_durations_are_short(seconds):
+    assert 3 <= len(tables.duration(seconds)) <= 13
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (65, "1 min 05 s"), (3600, "1 h 00 min")],
+)
+def test_durations_round_to_words(seconds, words):
+    assert tables.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (269e6, "269 MB"), (1.114e9, "1.11 GB"), (5e15, "5000 TB")],
+)
+def test_sizes_are_decimal(count, words):
+    assert tables.size(count) == words
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True), st.integers(1, 40))
+def test_a_bar_never_leaves_its_width(share, width):
+    assert 0 <= len(tables.bar(share, width)) <= width
+
+
+def test_brackets_and_colons_of_a_name_are_letters(capsys):
+    console = Console()
+    dense = perplexity(text="x[/y].txt")
+    console.result({}, lambda _: [tables.comparison_table(dense, perplexity(30.0, text="x[/y].txt"))])
+    console.result({}, lambda _: tables.perplexity_tables(perplexity(text="[red]t:owl:.txt", seconds=1.0)))
+    files = {
+        "files": {"[bold]a:owl:.txt": 1},
+        "bytes": 1,
+        "url": "",
+        "repo": "a/b",
+        "notes": [],
+        "dry_run": True,
+    }
+    console.result(files, tables.push_tables)
+    console.note("written to [red]:owl:.html")
+    console.error("[/no] such :owl:")
+    out, err = capsys.readouterr()
+    assert "perplexity on x[/y].txt, 4 windows" in out
+    assert "[red]t:owl:.txt" in out and "[bold]a:owl:.txt" in out
+    assert err.splitlines() == ["written to [red]:owl:.html", "error: [/no] such :owl:"]
+
+
+@pytest.mark.parametrize("columns", [40, 50, 60, 66])
+def test_a_narrow_window_shows_every_name_and_number_whole(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "model.layers.0.self_attn.q_proj"
+    found = inspected(name)
+    Console().result(found, tables.inspection_tables)
+    out = capsys.readouterr().out
+    for words in (
+        f"linear {name}",
+        "shape 32×32",
+        "zeros 512",
+        "sparsity 50.00 %",
+        "pattern unstructured",
+        "ties 511",
+    ):
+        assert words in out
+    assert max(map(len, out.splitlines())) <= columns
+
+
+def test_a_window_that_is_wide_enough_shows_a_table_with_names_on_a_few_lines(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "67")
+    made = tables.inspection_tables(inspected("model.layers.0.self_attn.q_proj"))
+    assert tables.stacked(made[0], 67) is made[0] and tables.stacked(made[1], 10) is made[1]
+    Console().result({}, lambda _: made)
+    out = capsys.readouterr().out
+    assert "model.layers.0.s" in out and "unstructured" in out and "511" in out

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tawny.decoding.decoder import Decoder, kernels
+from tawny.decoding.step import Step, find_blocks
+from tawny.evaluation import decode
+from tawny.kernels import native
+from tawny.packed.linear import pack_linear
+from tests.decoding.greedy import compare, greedy
+from tests.tiny import BAMBA, tiny_model, tokens
+
+LEVELS = [name for name in native.available() if name != "torch"]
+compiled = pytest.mark.skipif(
+    not LEVELS or not hasattr(native.library(), "tawny_step"), reason="needs the compiled kernels"
+)
+
+
+def prune(model, sparsity=0.7, seed=0):
+    """Zeros at random in every linear of every block."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in find_blocks(model)[1].modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data[torch.rand(module.weight.shape, generator=generator) < sparsity] = 0
+    return model
+
+
+def packed(model, values="bf16"):
+    """A copy with every linear of its blocks packed."""
+    made = copy.deepcopy(model)
+    for module in list(find_blocks(made)[1].modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, pack_linear(child, values))
+    return made
+
+
+def logits(model, quick, ids, more=6):
+    """Of each token after a prompt, and the path that made the last."""
+    with torch.inference_mode(), kernels(model):
+        decoder = Decoder(model, len(ids), quick)
+        decoder.prefill(ids[:-more])
+        made = [decoder.step(int(token)).float().clone() for token in ids[-more:]]
+    return torch.stack(made), decoder.path
+
+
+@compiled
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_call_a_token_gives_the_models_own_logits(level, dtype):
+    ids = tokens(1, 20)[0]
+    for family, changes in (
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"head_dim": 64, "hidden_size": 72, "intermediate_size": 200}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
+    ):
+        model = tiny_model(family, dtype=dtype, **changes)
+        with native.force(level):
+            quick, path = logits(model, None, ids)
+            own, slow = logits(model, False, ids)
+        assert (path, slow) == ("blocks", "model"), (family, changes)
+        bound = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+        assert (quick - own).norm() <= bound * own.norm(), (family, changes)
+
+
+@compiled
+@pytest.mark.parametrize("values", ["bf16", "f32", "int8"])
+def test_packed_linears_run_in_the_one_call_too(values):
+    ids = tokens(1, 20)[0]
+    dtype = torch.float32 if values == "f32" else torch.bfloat16
+    model = packed(prune(tiny_model("llama", dtype=dtype)), values)
+    (quick, path), (own, _) = logits(model, None, ids), logits(model, False, ids)
+    assert path == "blocks" and (quick - own).norm() <= 0.06 * own.norm()
+
+
+@compiled
+def test_threads_do_not_change_a_bit_of_the_one_call():
+    model = packed(prune(tiny_model("llama", hidden_size=256, head_dim=64, intermediate_size=512)), "f32")
+    ids = tokens(1, 60)[0]
+    alone, path = logits(model, None, ids)
+    torch.set_num_threads(2)
+    try:
+        shared, _ = logits(model, None, ids)
+    finally:
+        torch.set_num_threads(1)
+    assert path == "blocks" and torch.equal(alone, shared)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "phi", "opt", "gpt2", "bloom", "mixtral"])
+def test_other_models_are_left_to_their_own_forward(family):
+    ids = tokens(1, 12)[0]
+    made, path = logits(tiny_model(family), None, ids, more=2)
+    assert path == "model" and made.isfinite().all()
+
+
+COUNTING = {
+    "roberta": {"is_decoder": True},  # whose positions begin behind its padding token
+    "bamba": BAMBA,
+    "minimax": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "block_size": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("family", COUNTING)
+def test_models_that_do_not_ask_their_cache_where_they_are_are_told(family):
+    model, ids = tiny_model(family, **COUNTING[family]), tokens(1, 14)[0]
+    whole = model(input_ids=ids[None], use_cache=False).logits[0]
+    with torch.inference_mode():
+        decoder = Decoder(model, 14)
+        made = [decoder.prefill(ids[:8]), *(decoder.step(int(token)).clone() for token in ids[8:])]
+    torch.testing.assert_close(torch.stack(made), whole[7:], atol=1e-4, rtol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize(
+    "change", [{"residual_multiplier": 0.5}, {"logits_scaling": 2.0}, {"attention_multiplier": 1.0}]
+)
+def test_what_no_module_shows_is_found_by_comparing(change):
+    from transformers import AutoModelForCausalLM, GraniteConfig
+
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        **{"attention_multiplier": 8**-0.5, **change},
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = tokens(1, 12)[0]
+    made, path = logits(model, None, ids, more=3)
+    own, _ = logits(model, False, ids, more=3)
+    # The attention's scale is a plain number of the module, and is taken from there.
+    assert path == ("blocks" if "attention_multiplier" in change else "model")
+    torch.testing.assert_close(made, own, rtol=1e-4, atol=1e-4)
+
+
+def positional(dtype=torch.float32):
+    """A model that scales its queries by their position, from the 16th token on."""
+    from transformers import AutoModelForCausalLM, Ministral3Config
+
+    torch.manual_seed(0)
+    config = Ministral3Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        sliding_window=None,
+        initializer_range=0.3,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.1,
+        },
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_depends_on_the_position_is_found_before_the_text_gets_there(dtype):
+    ids, model = tokens(1, 60)[0], positional(dtype)
+    assert logits(model, None, ids[:12])[1] == "blocks"  # proved for 12 tokens only
+    made, path = logits(model, None, ids, more=50)
+    own, _ = logits(model, False, ids, more=50)
+    assert path == "model" and torch.equal(made, own)
+
+
+@compiled
+def test_the_far_comparison_finds_wrong_angles_and_leaves_the_cache_as_it_was(monkeypatch):
+    ids, angles = tokens(1, 60)[0], Step._angles
+
+    def late(self, *args):
+        cosine, sine = angles(self, *args)
+        cosine[40:] = -cosine[40:]
+        return cosine, sine
+
+    monkeypatch.setattr(Step, "_angles", late)
+    model = tiny_model("llama")
+    made, path = logits(model, None, ids, more=50)
+    assert path == "model" and torch.equal(made, logits(model, False, ids, more=50)[0])
+
+
+@compiled
+def test_a_model_is_compared_once(monkeypatch):
+    model, ids, calls = tiny_model("llama"), tokens(1, 12)[0], []
+    prove = Decoder._prove
+
+    def counted(self, quick, token, far):
+        calls.append(token)
+        return prove(self, quick, token, far)
+
+    monkeypatch.setattr(Decoder, "_prove", counted)
+    for _ in range(3):
+        assert logits(model, None, ids)[1] == "blocks"
+    assert len(calls) == 1
+
+
+def _hooked(module):
+    module.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def _hooked_before(module):
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+
+
+def _replaced(module):
+    forward = module.forward
+    module.forward = lambda x: forward(x * 1.5)
+
+
+@compiled
+@pytest.mark.parametrize("change", [_hooked, _hooked_before, _replaced])
+@pytest.mark.parametrize("known", [False, True])
+def test_what_a_user_has_changed_of_a_module_is_done(change, known):
+    model, ids = tiny_model("llama"), tokens(1, 12)[0]
+    plain = logits(model, None, ids)[0] if known else None
+    change(model.model.layers[1].mlp.up_proj)
+    made, path = logits(model, None, ids)
+    assert path == "model" and torch.equal(made, logits(model, False, ids)[0])
+    if plain is not None:
+        assert not torch.allclose(made, plain)
+
+
+@compiled
+def test_without_our_kernels_nothing_is_built():
+    model = tiny_model("llama")
+    with native.force("torch"):
+        assert Step.build(model, [], 8) is None
+        assert logits(model, None, tokens(1, 12)[0])[1] == "model"
+
+
+def test_the_noise_hooks_leave_no_trace():
+    model, ids = tiny_model("llama"), tokens(1, 6)
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+        with decode._rounded_once_more(model):
+            during = model(input_ids=ids).logits
+        assert not torch.equal(before, during) and torch.equal(before, model(input_ids=ids).logits)
+
+
+def test_packed_says_what_dense_with_zeros_says():
+    """20 prompts × 64 tokens; how a tie is judged stands in tests/evaluation/greedy.py."""
+    model = prune(tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2))
+    found = compare(model, packed(model), list(tokens(20, 8)), 64)
+    assert found.positions == 1280 and not found.faults, found
+    assert found.ties <= 0.02 * found.positions, found
+
+
+def test_the_comparison_finds_a_wrong_weight():
+    model = prune(tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2))
+    wrong = copy.deepcopy(model)
+    wrong.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
+    assert compare(model, packed(wrong), list(tokens(3, 8)), 16).faults
+
+
+@pytest.mark.slow
+def test_packed_says_what_dense_with_zeros_says_on_a_real_model():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tawny.model.source import packaged_gguf, resolve
+
+    if packaged_gguf() is None:
+        pytest.skip("the packaged model is not installed")
+    folder = resolve("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    for module in find_blocks(model)[1].modules():
+        if isinstance(module, nn.Linear):
+            W = module.weight.data
+            W[W.abs() <= W.abs().float().flatten().kthvalue(W.numel() // 2).values] = 0
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    subjects = ["owls", "rivers", "glass", "Rome", "numbers", "bread", "winter", "ships", "violins", "maps"]
+    prompts = [
+        torch.tensor(tokenizer(text)["input_ids"])
+        for subject in subjects
+        for text in (f"The history of {subject} began", f"Question: what are {subject} good for? Answer:")
+    ]
+    found = compare(model, packed(model), prompts, 64)
+    assert found.positions == 1280 and not found.faults, found
+    assert greedy(model, prompts[0], 4)[0]
