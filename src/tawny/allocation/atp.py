@@ -7,7 +7,7 @@ held-out text.
 
 Without trials (`beta` unset) the progression spans the band of sparsities that LSA found best at that target: ± 0.15
 at 70 % (.55 to .85), ± 0.10 at 60 %, ± 0.04 at 50 %. A fixed share of the legal range does not do: half of it is ± 0.25
-at 50 %, and much worse than uniform there (docs/log.md). Blocks of unequal size are centred by parameters, and
+at 50 %, and much worse than uniform there (docs/log/atp-slope.md). Blocks of unequal size are centred by parameters, and
 depth is counted from the first block that holds linears to the last.
 """
 

@@ -4,7 +4,7 @@
 
 Each allocation meets the budget, so their mean does. What allocators agree on stays, and what only one of them wants is
 halved. Whether that helps depends on the model: of depth and spectra the mean was the better choice for one, and the worse for
-another (docs/log.md), so it is there to be tried, and `auto` tries it.
+another (docs/log/blend.md), so it is there to be tried, and `auto` tries it.
 """
 
 from __future__ import annotations
