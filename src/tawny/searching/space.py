@@ -1,5 +1,8 @@
 """The allocations a search moves in: a tuple of levels, one whole number a linear.
 
+What a level means is a `Choice`, and only this file knows which there are. The rest of the room solves choices, compares
+tuples of levels and moves in them.
+
 Level k means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being proportional to
 their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or from one block
 to another of the same shape, keeps the budget to the weight.
@@ -7,12 +10,14 @@ to another of the same shape, keeps the budget to the weight.
 
 from __future__ import annotations
 
-__all__ = ["Levels", "Space", "make_space"]
+__all__ = ["Choice", "Levels", "Space", "make_space"]
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import LinearInfo
@@ -21,6 +26,13 @@ from tawny.patterns import NM, Pattern
 
 Levels = tuple[int, ...]
 _HIGHEST = 0.99  # sparsity of the last level; a linear without weights is not worth a solution
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one linear gets at one level."""
+
+    sparsity: float
 
 
 @dataclass(frozen=True)
@@ -50,12 +62,30 @@ class Space:
     def levels(self) -> range:
         return range(self.low, self.high + 1)
 
-    def sparsity(self, index: int, level: int) -> float:
+    def choice(self, index: int, level: int) -> Choice:
         """Of one linear at one level."""
         if isinstance(self.pattern, NM):
-            return 1.0 - (self.pattern.n - level) / self.pattern.m
+            return Choice(1.0 - (self.pattern.n - level) / self.pattern.m)
         numel = self.linears[index].numel
-        return min(1.0, max(0.0, self.target + level * self.steps[index] / numel))
+        return Choice(min(1.0, max(0.0, self.target + level * self.steps[index] / numel)))
+
+    def sparsity(self, index: int, level: int) -> float:
+        return self.choice(index, level).sparsity
+
+    def told(self, level: int) -> str:
+        """A level of the first linear, for a person."""
+        if isinstance(self.pattern, NM):
+            return f"{self.pattern.n - level}:{self.pattern.m}"
+        return f"{self.sparsity(0, level):.1%}" if self.linears else "0%"
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Bytes that the solutions of all levels take; a level that removes nothing takes none."""
+        return sum(
+            linear.numel * dtype.itemsize
+            for i, linear in enumerate(self.linears)
+            for level in self.levels
+            if self.sparsity(i, level) > 0
+        )
 
     def excess(self, levels: Levels) -> int:
         """Weights that are removed beyond the budget."""
@@ -181,7 +211,7 @@ def make_space(
         fits = next((s for s in smaller if _stepped(linears, pattern, target, half, s).high), None)
         if fits is not None:
             raise RecipeError(
-                f"allocator.step is {step:g}, which leaves no level between 0 and {_HIGHEST:g} on one side of sparsity "
+                f"search.step is {step:g}, which leaves no level between 0 and {_HIGHEST:g} on one side of sparsity "
                 f"{target:g}; expected at most {fits:g}"
             )
     return made

@@ -10,40 +10,11 @@ import torch
 
 import tawny
 from tawny.allocation import Dlp
-from tawny.allocation.profile import LinearInfo
 from tawny.model.stack import Stack, live_stack
-from tawny.model.streams import Samples
-from tawny.patterns import Unstructured
-from tawny.pruning.journal import Journal
-from tawny.pruning.profiling import Together
-from tawny.pruning.ranks import Ranks
-from tawny.pruning.run import Run
-from tawny.recipe.schema import resolve_recipe
-from tawny.search.levels import LevelStore, solve_levels
-from tawny.search.space import make_space
+from tests.searching.parts import solved_levels
 from tests.tiny import tiny_model, tokens
 
-
-def solved_levels(model, folder, *, sparsity=0.5, step=0.1, solver="wanda", candidates=None):
-    """All blocks at the levels of a search, and the space they are in."""
-    stack = live_stack(model)
-    by_block = [stack.linears(index) for index in range(len(stack))]
-    infos = tuple(LinearInfo(x.name, x.shape, i) for i, some in enumerate(by_block) for x in some)
-    space = make_space(infos, Unstructured(), sparsity, 3, step)
-    recipe = resolve_recipe(sparsity=sparsity, solver=solver)
-    run = Run(recipe, "tiny", None, stack, None, tawny.progress.silent, Journal(None), Ranks(alone=True))
-    run.by_block = by_block
-    store = LevelStore(folder, space, torch.float32)
-    solved = solve_levels(
-        run,
-        space,
-        store,
-        solver=recipe.make_solver(),
-        measuring=Together(candidates or {}, (5.0,)),
-        samples=Samples(tokens(4, 24)),
-        held_out=Samples(tokens(2, 16, seed=9)),
-    )
-    return space, solved, store
+LEVELS = {"count": 3, "step": 0.1, "windows": 2}
 
 
 def test_one_weight_of_a_block_is_in_float32_at_a_time(tmp_path, monkeypatch):
@@ -60,7 +31,7 @@ def test_one_weight_of_a_block_is_in_float32_at_a_time(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(Stack, "weight", counted)
-    solved_levels(tiny_model("llama"), tmp_path / "search", candidates={"dlp": Dlp()})
+    solved_levels(tiny_model("llama"), tmp_path / "levels", candidates={"dlp": Dlp()}, **LEVELS)
     assert 1 <= most <= 2  # the next one is made before a loop's variable lets go of the last
 
 
@@ -69,7 +40,9 @@ def test_a_linear_that_saw_no_token_is_named_once_whatever_the_levels_are(sparsi
     model = tiny_model("mixtral")
     for layer in model.model.layers:
         layer.mlp.gate.weight.data.zero_()  # equal logits: top-2 always picks the same two experts
-    space, solved, _ = solved_levels(model, tmp_path / "search", sparsity=sparsity, step=step)
+    _, space, _, _, solved = solved_levels(
+        model, tmp_path / "levels", sparsity=sparsity, **{**LEVELS, "step": step}
+    )
     assert (space.sparsity(0, space.low) == 0) == (sparsity == step)
     named = [warning.partition(" ")[0] for warning in solved.warnings]
     assert len(named) == len(set(named)) == 3 * 2 * 2
@@ -81,7 +54,7 @@ def test_the_solutions_of_the_target_are_the_weights_of_a_uniform_run(solver, tm
     """So each linear was solved for what it receives behind pruned blocks, and behind pruned stages of its own."""
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _, _, store = solved_levels(model, tmp_path / "search", sparsity=0.6, solver=solver)
+    _, _, store, _, _ = solved_levels(model, tmp_path / "levels", sparsity=0.6, solver=solver, **LEVELS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     pruned = tiny_model("llama")
     options = {"sparsity": 0.6, "allocator": "uniform", "solver": solver, "compute": "float32"}

@@ -7,7 +7,7 @@ mean is the same whether its windows were measured together, apart, or before a 
 
 from __future__ import annotations
 
-__all__ = ["Scores", "Sums", "mean"]
+__all__ = ["Measured", "Sums", "mean"]
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from typing import Any
 
 from tawny.allocation.profile import Allocation
 from tawny.model.durable import writing
-from tawny.search.space import Levels
+from tawny.searching.space import Levels
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def mean(parts: Iterable[Sums]) -> float:
     return found if math.isfinite(found) else math.inf
 
 
-class Scores:
+class Measured:
     """Divergences by candidate and window, and the proofs of finalists.
 
     Args:

@@ -6,7 +6,7 @@ that agree on the first blocks go through them together. Memory is that of pruni
 
 from __future__ import annotations
 
-__all__ = ["Reference", "Scorer"]
+__all__ = ["Divergence", "Reference"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import LOGIT_BYTES
-from tawny.search.cost import candidates_at_once
-from tawny.search.levels import LevelStore
-from tawny.search.scores import Scores, Sums, mean
-from tawny.search.space import Levels
+from tawny.pruning.session import Job
+from tawny.searching.cost import candidates_at_once
+from tawny.searching.levels import LevelStore
+from tawny.searching.measured import Measured, Sums, mean
+from tawny.searching.space import Levels
 
 _CACHED_BYTES = 8_000_000  # of float32 logits that softmax and product read again before they leave the cache
 
@@ -66,28 +67,27 @@ class _Part:
     hidden: list[Tensor]
 
 
-class Scorer:
+class Divergence:
     """`evaluate` of a search: the mean divergence from the dense model, a token, on held-out windows.
 
     Args:
         hidden: `[windows, tokens, hidden]` behind the dense model's last block.
-        scores: what is known already, and where what is measured is kept.
+        measured: what is known already, and where what is measured is kept.
     """
 
     def __init__(
         self,
-        stack: Stack,
-        by_block: Sequence[Sequence[Linear]],
+        job: Job,
         store: LevelStore,
         held_out: Samples,
         hidden: Tensor,
         progress: Progress,
-        scores: Scores | None = None,
+        measured: Measured | None = None,
     ) -> None:
-        self.stack, self.by_block, self.store, self.progress = stack, by_block, store, progress
+        self.stack, self.by_block, self.store, self.progress = job.stack, job.by_block, store, progress
         self.held_out, self.hidden = held_out, hidden
-        self.scores = scores or Scores()
-        vocabulary = int(stack.config.get_text_config().vocab_size)
+        self.measured = measured or Measured()
+        vocabulary = int(job.stack.config.get_text_config().vocab_size)
         self._tokens_at_once = max(16, LOGIT_BYTES // (4 * vocabulary))
 
     @torch.no_grad()
@@ -95,11 +95,11 @@ class Scorer:
         """The score of each candidate on the numbered windows; infinite where a model has broken down."""
         lacking: dict[tuple[int, ...], list[Levels]] = {}
         for levels in dict.fromkeys(candidates):
-            lacking.setdefault(self.scores.lacking(levels, windows), []).append(levels)
+            lacking.setdefault(self.measured.lacking(levels, windows), []).append(levels)
         for rows, some in lacking.items():
             if rows:
                 self._measure(some, rows)
-        return [self.scores.mean(levels, windows) for levels in candidates]
+        return [self.measured.mean(levels, windows) for levels in candidates]
 
     def _measure(self, candidates: Sequence[Levels], rows: Sequence[int]) -> None:
         """Each candidate on the numbered windows."""
@@ -112,7 +112,7 @@ class Scorer:
             stream = Stream(self.stack, samples)
             parts = self._walk(stream, dict(enumerate(some)))
             found = self._compare(stream, rows, parts)
-            self.scores.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
+            self.measured.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
 
     def judge(self, stream: Stream, windows: Sequence[int]) -> float:
         """The score of a model that the numbered windows have gone through: `stream` is behind its last block."""
@@ -149,7 +149,7 @@ class Scorer:
                             for chunk, hidden in enumerate(part.hidden)
                         ]
                         parts.append(_Part(members, made))
-                        self.scores.tokens += stream.samples.tokens.numel()
+                        self.measured.tokens += stream.samples.tokens.numel()
                         done += 1
                         self.progress.detail(f"block {index}", done, total)
         return parts

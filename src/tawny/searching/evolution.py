@@ -1,9 +1,7 @@
 """Move a budget around until the model is best: candidates, then budget-preserving switches (EvoPress, 2410.14649).
 
-Everything here is a pure function of `evaluate`, the candidates, the number of trials and the seed: what a model is, this
-file does not know, and its tests give it a made-up `evaluate`.
-
-An allocation is a tuple of levels (space.py).
+Everything here is a pure function of the space, the candidates, `evaluate`, the number of trials and the seed. This file does
+not know what a model is, nor what a level means. Its tests give it a made-up `evaluate`.
 
 Scores are divergences, lower is better. Many candidates see few windows of text, the best of them more, and only the
 last few all; the small samples are drawn anew in every generation, so that nothing is fitted to one of them. The end is
@@ -12,16 +10,16 @@ decided on windows that took no part: uniform against the best of what was found
 
 from __future__ import annotations
 
-__all__ = ["Evaluate", "Outcome", "Proposal", "Proposals", "Prove", "Trial", "search"]
+__all__ = ["Outcome", "Proposal", "Trial", "evolve"]
 
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import islice
 
 from tawny.allocation.budget import Allocation
-from tawny.search.space import Levels, Space
+from tawny.searching.space import Levels, Space
 
 # Divergence of each candidate on the numbered windows. Candidates come together because they share work.
 Evaluate = Callable[[Sequence[Levels], Sequence[int]], Sequence[float]]
@@ -31,27 +29,10 @@ Prove = Callable[[Sequence[Allocation], Sequence[int]], Iterator[float]]
 
 @dataclass(frozen=True)
 class Proposal:
-    """Something to try: an allocation with a name, and a token its proposer knows it by."""
+    """Something to try first: an allocation with a name."""
 
     name: str
     allocation: Allocation
-    token: Any = None
-
-
-class Proposals(Protocol):
-    """Where the first candidates come from."""
-
-    def ask(self, count: int) -> list[Proposal]:
-        """At most `count` proposals; none when there are no more."""
-        ...
-
-    def of_others(self) -> list[Proposal]:
-        """What others, who look for the same, found best so far."""
-        ...
-
-    def tell(self, proposal: Proposal, score: float) -> None:
-        """How it did on the first windows."""
-        ...
 
 
 @dataclass
@@ -111,9 +92,9 @@ class Outcome:
         return (base - best) / base if base > 0 else 0.0
 
 
-def search(
+def evolve(
     space: Space,
-    proposals: Proposals,
+    proposals: Iterator[Proposal],
     evaluate: Evaluate,
     *,
     trials: int,
@@ -126,7 +107,7 @@ def search(
     prove: Prove | None = None,
     finalists: int = 0,
 ) -> Outcome:
-    """Try `trials` allocations, beside the best that others who look for the same told of, and keep the best.
+    """Try `trials` allocations and keep the best.
 
     Args:
         proposals: tried first, at most two thirds of all trials; uniform is always tried before them.
@@ -205,32 +186,19 @@ class _Hunt:
         for trial, score in zip(new, scores, strict=True):
             trial.score, trial.windows = _finite(score), len(windows)
 
-    def propose(self, proposals: Proposals, most: int, stopped: Callable[[], str]) -> str:
-        """Try what is proposed, in rounds, each score being told before the next round is asked for."""
-        asked, over = 0, False
-        while not over:
-            batch = proposals.ask(min(self.offspring, most - asked)) if asked < most else []
-            asked += len(batch)
-            over = not batch or asked >= most
-            if over and most:
-                batch += proposals.of_others()
-            if not batch:
-                break
+    def propose(self, proposals: Iterator[Proposal], most: int, stopped: Callable[[], str]) -> str:
+        """Try at most so many of what is proposed, in rounds; why that was stopped, or ""."""
+        proposals = islice(proposals, most)
+        while batch := list(islice(proposals, self.offspring)):
             made = []
             for proposal in batch:
                 levels = self.space.nearest(proposal.allocation)
-                if levels not in self.known:
-                    self.known[levels] = Trial(
-                        proposal.name, levels, math.inf, 0, allocation=proposal.allocation
-                    )
-                made.append(self.known[levels])
+                new = Trial(proposal.name, levels, math.inf, 0, allocation=proposal.allocation)
+                made.append(self.known.setdefault(levels, new))
             self.score(made, self.few())
-            for proposal, trial in zip(batch, made, strict=True):
-                proposals.tell(proposal, trial.score)
             best = min(self.known.values(), key=lambda trial: trial.score)
             self.step(f"best {best.score:.4f}, {best.name}")
-            reason = stopped()
-            if reason:
+            if reason := stopped():
                 return reason
         return ""
 
