@@ -983,7 +983,7 @@ def test_a_step_that_leaves_nothing_to_search_is_refused_before_the_work(dense, 
 
 
 def test_the_last_line_says_who_won():
-    from tawny.tables import record_tables
+    from tawny.cli.prune import record_tables
 
     record = prune(tiny_model("llama")).to_dict()
     assert str(record_tables(record)[-1]) == record["search"]["says"]

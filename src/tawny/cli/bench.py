@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, facts, table
 from tawny.cli.options import DATA, AsJson, Model, Threads
 from tawny.cli.root import app
+from tawny.words import size
 
 
 @app.command(
@@ -55,6 +58,25 @@ def bench(
                 threads=threads,
                 progress=progress,
             ).to_dict()
-        from tawny.tables import speed_tables
-
         console.result(measured, speed_tables)
+
+
+def speed_tables(speed: Mapping[str, Any]) -> list[Frame]:
+    """Tokens a second with their spread, and bytes."""
+    made = table("", "tokens/s", "quartiles", "ms a token")
+    for key, name in (("decode", "decode"), ("prefill", "prefill")):
+        value, (low, high) = speed[f"{key}_tokens_per_second"], speed[f"{key}_quartiles"]
+        made.add(name, f"{value:,.1f}", f"{low:,.1f} – {high:,.1f}", f"{1000 / value:,.2f}")
+    packed = ", ".join(f"{count} {kind}" for kind, count in speed["packed"].items())
+    rows = [
+        (
+            "measured",
+            f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out",
+        ),
+        ("weights", speed["dtype"] + (f", packed linears: {packed}" if packed else ", no packed linear")),
+        ("memory", size(speed["resident_bytes"])),
+        ("with", f"{speed['threads']} threads, kernel {speed['kernel']}"),
+    ]
+    if speed["file_bytes"] is not None:
+        rows.insert(2, ("files", size(speed["file_bytes"])))
+    return [made, facts(rows)]

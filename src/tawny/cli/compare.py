@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import check_file, console_for
 from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
+from tawny.cli.frames import Frame, Marked, facts
 from tawny.cli.options import OUTPUT, AsJson, Device, Threads
 from tawny.cli.root import app
 from tawny.machine import check_device
+from tawny.words import duration
 
 
 @app.command(
@@ -100,10 +103,23 @@ def compare(
                 cache=not no_cache,
                 progress=progress,
             ).to_dict()
-        from tawny.tables import compare_tables
-
         console.result(result, compare_tables)
         for file, make in ((markdown, to_markdown), (html, to_html)):
             if file is not None:
                 write(result, file, make)
                 console.note(f"written to {file}")
+
+
+def compare_tables(result: Mapping[str, Any]) -> list[Frame]:
+    """What `tawny compare` measured: a line a number, a column a model; the best of each line is bold."""
+    from tawny.report.comparison import caption, failures, lines_of
+
+    names = [model["name"] for model in result["models"]]
+    made = Frame(("", *names), wrapped=range(len(names) + 1))
+    for line in lines_of(result):
+        cells = [Marked(cell.text, cell.change, cell.best) for cell in line.cells]
+        made.add(line.name + (f", {line.unit}" if line.unit else ""), *cells)
+    rows = [("", sentence) for sentence in caption(result)]
+    rows += [("missing", f"{model}: {part}: {why}") for model, part, why in failures(result)]
+    rows.append(("time", duration(result["seconds"])))
+    return [made, facts(rows)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, facts, table
 from tawny.cli.options import OUTPUT, AsJson, Device, Model
 from tawny.cli.root import app
 from tawny.machine import check_device
+from tawny.words import SHARES, duration, kl_text, perplexity_text, score_text, share_text, size
 
 # Panels of `--help`.
 TEXT, TASKS = "On a text", "On questions"
@@ -178,8 +181,6 @@ def eval_(
                     cache=not no_cache,
                     progress=progress,
                 ).to_dict()
-        from tawny.tables import evaluation_tables
-
         console.result(measured, evaluation_tables)
 
 
@@ -190,3 +191,63 @@ def agreement_dict(found: dict[str, Any]) -> dict[str, Any]:
 
 def _expanded(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).expanduser())
+
+
+def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
+    """What `tawny.evaluate` measured; `agreement` where a dense model stood beside it."""
+    speed = result["tokens"] / max(result["seconds"], 1e-9)
+    rows = [("perplexity", perplexity_text(result))]
+    if result.get("bits_per_byte"):
+        rows.append(("bits per byte", f"{result['bits_per_byte']:.4f}"))
+    if agreement := result.get("agreement"):
+        dense = agreement["dense"]
+        rows += [
+            ("dense perplexity", f"{perplexity_text(dense)} ({agreement['against']})"),
+            ("KL from dense", f"{kl_text(agreement['kl'], agreement['kl_stderr'])} nats a token"),
+            ("same next token", f"{share_text(agreement['top1'], agreement['top1_stderr'])} %"),
+        ]
+    rows.append(("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"))
+    rows.append(
+        ("windows", f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)")
+    )
+    if result.get("recipe"):
+        rows.append(("recipe", result["recipe"]))
+    rows += [
+        ("computed in", result["compute"]),
+        ("time", f"{duration(result['seconds'])} ({speed:,.0f} tokens/s)"),
+        ("peak memory", size(result["peak_memory"])),
+    ]
+    return [facts(rows)]
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[Frame]:
+    """What `tawny eval` measured: a perplexity, tasks, or both."""
+    tables = perplexity_tables(result) if "perplexity" in result else []
+    return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
+
+
+def tasks_tables(result: Mapping[str, Any]) -> list[Frame]:
+    """Accuracy of every task in percent, and the mean of those that have one."""
+    tasks = result["tasks"]
+    normed = any("acc_norm" in task["metrics"] for task in tasks)
+    columns = ["task", "accuracy, %", *(["normalised"] if normed else []), "examples", "documents"]
+    made = table(*columns, left=(0, len(columns) - 1))
+    for task in tasks:
+        norm = task["metrics"].get("acc_norm")
+        made.add(
+            task["name"],
+            score_text(task) if task["metric"] in SHARES else f"{task['metric']} {score_text(task)}",
+            *([share_text(norm["value"], norm["stderr"]) if norm else ""] if normed else []),
+            f"{task['examples']:,}" + ", kept" * bool(task["cached"]),
+            f"{task['data']} ({task['split']})" if task["split"] else task["data"],
+        )
+    rows = [
+        ("lm-eval", f"{result['lm_eval']}, zero-shot unless a task says otherwise"),
+        ("computed in", f"{result['compute']}, log-probabilities in float32"),
+        ("time", duration(result["seconds"])),
+    ]
+    if len(tasks) > 1 and result["mean"] is not None:
+        rows.insert(0, ("mean", f"{share_text(result['mean'], result['stderr'])} % over {len(tasks)} tasks"))
+    if result["limit"]:
+        rows.insert(1, ("limit", f"the first {result['limit']} documents of each task"))
+    return [made, facts(rows)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, facts
 from tawny.cli.options import RECIPE, AsJson, Model, Threads
 from tawny.cli.root import app
+from tawny.words import duration, size
 
 
 def _possible_seed(seed: int) -> int:
@@ -85,10 +88,32 @@ def generate(
             threads=threads,
             on_text=None if as_json else show,
         ).to_dict()
-        from tawny.tables import generation_tables
 
         if as_json:
             console.result(made, generation_tables)
         else:
             show("\n")
             console.aside(generation_tables(made))
+
+
+def generation_tables(made: Mapping[str, Any]) -> list[Frame]:
+    """What a text took; the text itself has been streamed."""
+    speed = made["decode_tokens_per_second"]
+    ends = {"stop": "the model ended it", "context": "as many as its context holds"}
+    count = f"{len(made['tokens'])} tokens ({ends.get(made['finish'], 'as many as asked for')})"
+    return [
+        facts(
+            [
+                ("decoded", count + ("" if speed is None else f", {speed:,.1f} tokens/s")),
+                (
+                    "first token",
+                    f"{duration(made['first_token_seconds'])} after {made['prompt_tokens']} tokens of prompt",
+                ),
+                (
+                    "memory",
+                    f"{size(made['resident_bytes'])} for the model, {size(made['peak_bytes'])} at most",
+                ),
+                ("with", f"{made['threads']} threads, kernel {made['kernel']}"),
+            ]
+        )
+    ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, facts
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, packed_values
 from tawny.cli.root import app
+from tawny.words import duration, percent, size
 
 
 @app.command(
@@ -72,8 +75,35 @@ def pack(
                 progress=progress,
             )
         from tawny.report.publish import refresh
-        from tawny.tables import pack_tables
 
         refresh(out)
-
         console.result(report.to_dict(), pack_tables)
+
+
+def pack_tables(report: Mapping[str, Any]) -> list[Frame]:
+    """What packing saved, and what it could not pack."""
+    linears = report["linears"]
+    packed = [linear for linear in linears if linear["form"] == "packed"]
+    weights = [linear["shape"][0] * linear["shape"][1] for linear in packed]
+    kept = [w * (1 - linear["sparsity"]) for w, linear in zip(weights, packed, strict=True)]
+    kind = report["values"] + (f", a scale each {report['group']} columns" if report["group"] else "")
+    rows = [
+        ("size", f"{size(report['bytes'])}, {percent(report['ratio'], 1)} of {size(report['source_bytes'])}"),
+        ("values", kind + (f", head {report['head']}" if report["head"] else "")),
+        (
+            "packed",
+            f"{report['packed']} weights, {percent(1 - sum(kept) / sum(weights), 1)} zeros, "
+            f"{8 * sum(linear['bytes'] for linear in packed) / sum(weights):.2f} bits each"
+            if packed
+            else "nothing",
+        ),
+    ]
+    if report["dense"]:
+        rows.append(("dense", f"{report['dense']} linears with too few zeros to pay"))
+    if report["untouched"]:
+        rows.append(("untouched", f"{len(report['untouched'])} weights stay as they are"))
+    rows += [
+        ("time", duration(report["seconds"])),
+        ("written", f"{report['out']}: `tawny.load`, or `import tawny` before transformers, opens it"),
+    ]
+    return [facts(rows)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from tawny.cli.common import console_for, recipe_from
+from tawny.cli.frames import Frame, facts, parts
 from tawny.cli.options import (
     AllocatorName,
     AsJson,
@@ -19,6 +23,8 @@ from tawny.cli.options import (
     Sparsity,
 )
 from tawny.cli.root import RecipeCommand, app
+from tawny.cli.tables_of_pruning import allocation_table, recipe_words
+from tawny.words import duration, percent, size
 
 
 @app.command(
@@ -61,6 +67,36 @@ def plan(
 
         with console.progress() as progress:
             made = tawny.plan(model, recipe=chosen, memory=memory, progress=progress).to_dict()
-        from tawny.tables import plan_tables
-
         console.result(made, plan_tables)
+
+
+def plan_tables(plan: Mapping[str, Any]) -> list[Frame]:
+    """What would be pruned, and what it would take."""
+    recipe, disk, seconds = (plan[key] for key in ("recipe", "disk", "seconds"))
+    share = plan["prunable"] / max(plan["parameters"], 1)
+    rows = [
+        ("model", f"{plan['source']}: {plan['parameters']:,} parameters in {len(plan['blocks'])} blocks"),
+        ("recipe", recipe_words(recipe, plan["reads_text"])),
+        ("prunable", f"{plan['prunable']:,} weights in {len(plan['linears'])} linears ({percent(share, 0)})"),
+        ("removed", f"{plan['removed']:,} weights ({percent(recipe['sparsity'])})"),
+        ("peak memory", _memory_words(plan)),
+        ("disk", f"{size(disk['checkpoint'])} written, {size(disk['peak'])} while it is being written"),
+        ("time", f"about {duration(seconds['total'])}{parts(seconds, 'total', duration)}"),
+    ]
+    if disk.get("search"):
+        rows.append(("search", f"{size(disk['search'])} of solutions on disk until it is over"))
+    rows += [("note", note) for note in plan["notes"]]
+    tables = [facts(rows)]
+    if plan["allocation"] is not None:
+        linears = [{**linear, "sparsity": plan["allocation"][linear["name"]]} for linear in plan["linears"]]
+        tables.insert(0, allocation_table(linears))
+    return tables
+
+
+def _memory_words(plan: Mapping[str, Any]) -> str:
+    memory = {key: value for key, value in plan["memory"].items() if key != "smallest"}
+    words = f"about {size(memory['peak'])}{parts(memory, 'peak', size)}"
+    smallest = plan["memory"].get("smallest", memory["peak"])
+    if plan.get("hidden_states") == "disk":
+        return f"{words}; hidden states on disk"
+    return f"{words}; {size(smallest)} with hidden states on disk" if smallest < memory["peak"] else words

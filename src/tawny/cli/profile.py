@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import check_file, console_for, recipe_from
+from tawny.cli.frames import Frame, facts, table
 from tawny.cli.options import (
     OUTPUT,
     RECIPE,
@@ -22,6 +24,7 @@ from tawny.cli.options import (
     SeqLen,
 )
 from tawny.cli.root import RecipeCommand, app
+from tawny.words import bar, duration, percent
 
 SPARSITY = 0.7
 
@@ -100,11 +103,41 @@ def profile(
                 allocators=[name.strip() for name in (allocators or "").split(",") if name.strip()],
                 progress=progress,
             ).to_dict()
-        from tawny.tables import profile_tables
-
         console.result(report, profile_tables)
         if plot is not None:
             from tawny.report.plot import plot_profile
 
             plot_profile(report, plot)
             console.note(f"drawn to {plot}")
+
+
+def profile_tables(report: Mapping[str, Any]) -> list[Frame]:
+    """The layerwise outlier distribution, each block's share of outliers for each M, with bars for one M."""
+    shares: Mapping[str, Sequence[float]] = report["shares"]
+    Ms = list(shares)
+    drawn = "5" if "5" in Ms else Ms[len(Ms) // 2]  # the paper's choice at high sparsity
+    # One allocation, that of the M whose bars are drawn, keeps the table narrow; --json has them all.
+    allocations = {k: v for k, v in report["allocations"].items() if "=" not in k or k.endswith(f"={drawn}")}
+    zeros = any(share > 0.01 for share in report["zeros"])  # a pruned model; a few zeros are in any dense one
+    columns = ["block", *(f"M={M}" for M in Ms), "mean score", "max score", ""]
+    made = table(
+        *columns,
+        *(["zeros"] if zeros else []),
+        *(f"{name} at {percent(report['sparsity'], 0)}" for name in allocations),
+        title=f"weights whose |W|·‖X‖ is above M times the block's mean, in % (bars: M={drawn})",
+        left=(len(columns) - 1,),
+    )
+    most = max(shares[drawn], default=0.0) or 1.0
+    for block, share in enumerate(shares[drawn]):
+        made.add(
+            str(block),
+            *(f"{shares[M][block]:.3f}" for M in Ms),
+            f"{report['mean_score'][block]:.4g}",
+            f"{report['max_score'][block]:.4g}",
+            bar(share / most, 16),
+            *([percent(report["zeros"][block])] if zeros else []),
+            *(percent(ratios[block]) for ratios in allocations.values()),
+        )
+    text = report["text"]
+    seen = f", {text['name']}" if text.get("name") else ""
+    return [made, facts([("measured", f"{report['source']}{seen}, in {duration(report['seconds'])}")])]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for, recipe_from
+from tawny.cli.frames import Frame, Shown, facts, parts, table
 from tawny.cli.options import (
     OUTPUT,
     AllocatorName,
@@ -30,7 +32,9 @@ from tawny.cli.options import (
     packed_values,
 )
 from tawny.cli.root import RecipeCommand, app
+from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.progress import speaks
+from tawny.words import begun, duration, percent, perplexity_text, size
 
 if TYPE_CHECKING:
     from tawny.cli.console import Console
@@ -135,8 +139,6 @@ def prune(
             from tawny.report.publish import publish
 
             console.note(f"report: {publish(record, out)}")
-        from tawny.tables import record_tables
-
         console.result(record.to_dict(), record_tables)
 
 
@@ -246,3 +248,59 @@ def _samples(console: Console, model: str, out: Path, text: str) -> list[dict[st
 
     with console.progress() as progress:
         return text_samples(model, out, prompts_from(load_text(text, "evaluation")), progress=progress)
+
+
+def record_tables(record: Mapping[str, Any]) -> list[Shown]:
+    """What `tawny prune` did: the sparsity of every block, the sums, and dense beside pruned if measured."""
+    seconds = record["seconds"]
+    total = seconds.get("total", sum(seconds.values()))
+    rows = [
+        ("recipe", recipe_words(record["recipe"], bool(record["text"]))),
+        ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
+        ("time", f"{duration(total)}{parts(seconds, 'total', duration)}"),
+        ("peak memory", _peak_words(record)),
+    ]
+    if refined := record.get("refined"):
+        better = sum(made["best_epoch"] > 0 for made in refined)
+        left = [made["after"] / made["before"] for made in refined if made["before"] > 0]
+        if left:
+            share = percent(sum(left) / len(left))
+            rows.append(
+                ("refined", f"{better} of {len(refined)} blocks; {share} of their held-out loss is left")
+            )
+    if record["out"]:
+        packed = record.get("packed")
+        share = (
+            f", {percent(packed['ratio'], 1)} of the dense {size(packed['source_bytes'])}" if packed else ""
+        )
+        rows.append(("written", f"{record['out']} ({size(record['bytes'])}{share})"))
+    rows += [("warning", warning) for warning in record["warnings"][:5]]
+    if len(record["warnings"]) > 5:
+        rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
+    tables: list[Shown] = [allocation_table(record["linears"]), facts(rows)]
+    if {"dense", "pruned"} <= set(record["evaluation"]):
+        tables.append(comparison_table(record["evaluation"]["dense"], record["evaluation"]["pruned"]))
+    if record.get("search"):  # the last line: who won, and by how much
+        tables.append(record["search"]["says"])
+    return tables
+
+
+def _peak_words(record: Mapping[str, Any]) -> str:
+    expected = record.get("memory", {}).get("estimate")
+    return size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")
+
+
+def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Frame:
+    """Dense beside pruned; each has the keys of a perplexity, and `sparsity` where it is known."""
+    title = (
+        f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens{begun(dense)}"
+    )
+    made = table("", "dense", "pruned", "change", title=title)
+    ratio = pruned["perplexity"] / dense["perplexity"]
+    made.add("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")
+    rows = (("sparsity", "sparsity", percent), ("seconds", "time to evaluate", duration))
+    for key, name, show in rows:
+        values = [result.get(key) for result in (dense, pruned)]
+        if any(value is not None for value in values):
+            made.add(name, *("–" if value is None else show(value) for value in values), "")
+    return made

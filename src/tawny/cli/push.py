@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, facts, table
 from tawny.cli.options import OUTPUT, AsJson
 from tawny.cli.root import app
+from tawny.words import size
 
 
 @app.command(
@@ -48,6 +51,14 @@ def push(
             report = push_folder(
                 folder, repo, private=private, dry_run=dry_run, message=message, progress=progress
             ).to_dict()
-        from tawny.tables import push_tables
-
         console.result(report, push_tables)
+
+
+def push_tables(report: Mapping[str, Any]) -> list[Frame]:
+    """What was, or would be, uploaded."""
+    made = table("file", "size")
+    for name, count in report["files"].items():
+        made.add(name, size(count))
+    done = report["url"] or f"nothing was uploaded: the folder and its card are fit for {report['repo']}"
+    rows = [("in all", size(report["bytes"])), *(("note", note) for note in report["notes"])]
+    return [made, facts([*rows, ("dry run" if report["dry_run"] else "uploaded", done)])]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, facts, parts, table
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named
 from tawny.cli.root import app
 from tawny.machine import check_device
+from tawny.words import duration, percent, size
 
 TRAINING = "Training"
 
@@ -173,8 +176,6 @@ def recover(
                     progress=progress,
                     overwrite=overwrite,
                 )
-        from tawny.tables import recovery_tables
-
         console.result(record.to_dict(), recovery_tables)
 
 
@@ -185,3 +186,48 @@ def _sparsities(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise RecipeError(f"--through {text!r} is no list of sparsities; give such as 0.4,0.55,0.7") from None
+
+
+def recovery_tables(record: Mapping[str, Any]) -> list[Frame]:
+    """What `tawny recover` did: the measurements on the way, and the sums."""
+    settings, text = record["settings"], record["text"]
+    title = f"on {text['held_out']} held-out windows of {text['seqlen']} tokens of {text['name']}"
+    taught = any("kl" in entry for entry in record["measured"])
+    made = table(
+        "step", "time", "perplexity", *(["KL", "top-1"] if taught else []), "", title=title, left=(5,)
+    )
+    measured = record["measured"]
+    # A long run measures often; ten rows show its course.
+    shown = measured if len(measured) <= 12 else [*measured[:: -(-len(measured) // 10)], measured[-1]]
+    for entry in shown:
+        best = "best" if entry["step"] == record["best"]["step"] else ""
+        taught_cells = [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
+        made.add(
+            f"{entry['step']:.0f}",
+            duration(entry["seconds"]),
+            f"{entry['perplexity']:,.2f}",
+            *taught_cells,
+            best,
+        )
+    seconds = record["seconds"]
+    rows = [
+        (
+            "perplexity",
+            f"{record['start']['perplexity']:,.2f} → {record['best']['perplexity']:,.2f} "
+            f"(× {record['best']['perplexity'] / record['start']['perplexity']:.3f})",
+        ),
+        ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
+        ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
+        (
+            "trained",
+            f"{record['trained']:,} values ({settings['train']}, {settings['method']}) on {record['tokens']:,} tokens "
+            f"in {record['steps']:,} steps; ended by {record['stopped']}",
+        ),
+        ("time", f"{duration(seconds['total'])}{parts(seconds, 'total', duration)}"),
+        ("speed", f"{record['tokens_per_second']:,.0f} tokens/s while training"),
+        ("peak memory", size(record["peak_memory"])),
+    ]
+    if record["out"]:
+        rows.append(("written", f"{record['out']} ({size(record['bytes'])})"))
+    rows += [("warning", warning) for warning in record["warnings"]]
+    return [made, facts(rows)]
