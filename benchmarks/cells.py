@@ -31,7 +31,7 @@ from tawny.evaluation.perplexity import Windows, windows_of
 from tawny.machine import machine, versions
 from tawny.model.durable import write
 from tawny.model.source import load_tokenizer, resolve
-from tawny.recipe.schema import parse_override, resolve_recipe
+from tawny.recipe.merge import parse_override, resolve_recipe
 
 Keys = dict[str, Any]
 

@@ -22,7 +22,7 @@ from tawny.pruning import journal as journal_module
 from tawny.pruning import run as run_module
 from tawny.pruning.demand import demand_of
 from tawny.pruning.memory_plan import parse_size, sharing_inputs
-from tawny.recipe.schema import resolve_recipe
+from tawny.recipe.merge import resolve_recipe
 from tests.pruning.test_journal import PressesCtrlC, files
 from tests.tiny import tiny_model, tokens
 

@@ -16,7 +16,8 @@ from tawny.model.checkpoint import Checkpoint
 from tawny.progress import Silent
 from tawny.pruning import journal
 from tawny.pruning import refine as refining
-from tawny.recipe.schema import Recipe, Refine, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe, Refine
 from tests.end_to_end.test_prune import prunable
 from tests.tiny import tiny_model, tokens
 

@@ -10,16 +10,9 @@ from hypothesis import strategies as st
 
 from tawny.allocation import ALLOCATORS
 from tawny.errors import PatternError, RecipeError, UserError
-from tawny.recipe.schema import (
-    Recipe,
-    bare_keys,
-    dump_recipe,
-    load_recipe,
-    named_recipes,
-    option_keys,
-    parse_override,
-    resolve_recipe,
-)
+from tawny.recipe.files import dump_recipe, load_recipe, named_recipes
+from tawny.recipe.merge import bare_keys, parse_override, resolve_recipe
+from tawny.recipe.schema import Recipe, option_keys
 from tawny.solvers import SOLVERS
 
 # Classes with an option that must be given cannot be named alone.
@@ -111,11 +104,11 @@ def test_a_fingerprint_changes_with_every_key_and_with_nothing_else():
         "profile_samples=2",
         "device=cuda",
     ]
-    prints = [base.fingerprint(), *(base.with_overrides([change]).fingerprint() for change in changes)]
+    prints = [base.fingerprint(), *(resolve_recipe(base, [change]).fingerprint() for change in changes)]
     assert len(set(prints)) == len(prints)
     spelt = {"solver": "sparsegpt", "allocator": {"name": "owl"}, "seed": 0, "sparsity": 0.6}
     assert resolve_recipe(spelt).fingerprint() == prints[0]
-    assert base.with_overrides(["M=5"]).fingerprint() == prints[0]
+    assert resolve_recipe(base, ["M=5"]).fingerprint() == prints[0]
 
 
 @pytest.mark.parametrize(
@@ -226,8 +219,8 @@ def test_n_of_m_refuses_another_sparsity_and_takes_its_own():
 
 def test_one_n_of_m_may_replace_another():
     base = resolve_recipe(pattern="2:4")
-    assert base.with_overrides(["pattern=1:4"]).sparsity == 0.75
-    assert base.with_overrides(["pattern=unstructured"]).sparsity == 0.5
+    assert resolve_recipe(base, ["pattern=1:4"]).sparsity == 0.75
+    assert resolve_recipe(base, ["pattern=unstructured"]).sparsity == 0.5
 
 
 @pytest.mark.parametrize(
@@ -268,8 +261,9 @@ def test_a_bad_pattern_is_refused_before_any_work():
 
 
 def test_overrides_may_be_dotted_or_bare():
-    recipe = resolve_recipe(sparsity=0.6, allocator="owl", solver="sparsegpt").with_overrides(
-        ["M=7", "allocator.lambda=0.2", "damp=0.1", "samples=3", "calibration.seqlen=64"]
+    recipe = resolve_recipe(
+        {"sparsity": 0.6, "allocator": "owl", "solver": "sparsegpt"},
+        ["M=7", "allocator.lambda=0.2", "damp=0.1", "samples=3", "calibration.seqlen=64"],
     )
     assert recipe.make_allocator() == ALLOCATORS["owl"](M=7, lambda_=0.2)
     assert recipe.make_solver() == SOLVERS["sparsegpt"](damp=0.1)
@@ -286,8 +280,8 @@ def test_a_bare_key_that_two_sections_know_is_refused(monkeypatch):
 
 def test_another_solver_does_not_inherit_the_options_of_the_first():
     base = resolve_recipe({"sparsity": 0.5, "solver": {"name": "sparsegpt", "damp": 0.1}})
-    assert "damp" not in base.with_overrides(["solver=wanda"]).solver.options
-    assert base.with_overrides(["solver=sparsegpt"]).solver.options["damp"] == 0.1
+    assert "damp" not in resolve_recipe(base, ["solver=wanda"]).solver.options
+    assert resolve_recipe(base, ["solver=sparsegpt"]).solver.options["damp"] == 0.1
 
 
 def test_the_order_of_a_name_and_its_options_does_not_matter():
@@ -378,3 +372,27 @@ def test_a_name_that_is_no_text_is_refused_though_an_option_follows_it(section):
 def test_bare_keys_are_those_that_some_recipe_knows_without_their_section():
     assert {"seed", "text", "epochs", "M", "lambda", "damp", "rho"} <= bare_keys()
     assert "name" not in bare_keys() and "lambda_" not in bare_keys()
+
+
+@pytest.mark.parametrize("name", ["allocation.yaml", "./a", "a.json"])
+def test_the_path_of_an_allocation_is_taken_where_the_name_of_an_allocator_is(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text('"*": 0.6\n', encoding="utf-8")
+    expected = resolve_recipe(sparsity=0.6, allocator={"name": "file", "path": name})
+    assert expected.allocator.options["sha256"]
+    for value in (name, Path(name), {"name": name}):
+        assert resolve_recipe(sparsity=0.6, allocator=value).allocator.name == "file"
+    assert resolve_recipe({"sparsity": 0.6}, [f"allocator={name}"]) == expected
+    assert load_recipe(written(tmp_path, f"sparsity: 0.6\nallocator: {name}\n")) == expected
+    looser = resolve_recipe({"sparsity": 0.6}, [f"allocator={name}", "tolerance=0.01"])
+    assert looser.allocator.options["tolerance"] == 0.01
+    Path("other.yaml").write_text('"*": 0.5\n', encoding="utf-8")
+    other = resolve_recipe(expected, allocator="other.yaml").allocator.options
+    assert other["path"] == "other.yaml" and other["sha256"] != expected.allocator.options["sha256"]
+
+
+@pytest.mark.parametrize("name", ["owll", "owl.yaml", "no/such/file"])
+def test_an_allocator_that_is_neither_a_name_nor_a_file_is_refused_with_both(name):
+    message = refusal(f"allocator={name}")
+    assert f"allocator {name!r} is neither a file nor one of uniform, " in message
+    assert "owl" not in name or "mean 'owl'" in message

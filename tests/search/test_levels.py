@@ -18,7 +18,7 @@ from tawny.pruning.journal import Journal
 from tawny.pruning.profiling import Together
 from tawny.pruning.ranks import Ranks
 from tawny.pruning.run import Run
-from tawny.recipe.schema import resolve_recipe
+from tawny.recipe.merge import resolve_recipe
 from tawny.search.levels import LevelStore, solve_levels
 from tawny.search.space import make_space
 from tests.tiny import tiny_model, tokens

@@ -33,7 +33,7 @@ from tawny.pruning.journal import Journal
 from tawny.pruning.profiling import Together
 from tawny.pruning.ranks import Ranks
 from tawny.pruning.run import Run
-from tawny.recipe.schema import resolve_recipe
+from tawny.recipe.merge import resolve_recipe
 from tawny.search.cost import needs_of_search, stand_in
 from tawny.search.grid import BLENDS, Grid, families_for
 from tawny.search.levels import LevelStore, solve_levels

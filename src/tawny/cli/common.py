@@ -63,7 +63,7 @@ def recipe_from(
     recipe: Path | None, option: list[str] | None, *, default_sparsity: float | None = None, **keys: Any
 ) -> Recipe:
     """A file, then the named options, then `-o`; a default sparsity where none of them says or implies one."""
-    from tawny.recipe.schema import resolve_recipe
+    from tawny.recipe.merge import resolve_recipe
 
     named = {key.replace("calibration_", "calibration."): value for key, value in keys.items()}
     chosen = resolve_recipe(recipe, option or (), default_sparsity=default_sparsity, **named)

@@ -137,7 +137,7 @@ def recover(
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""
     with console_for(as_json) as console:
         from tawny.errors import RecipeError
-        from tawny.recipe.schema import parse_override
+        from tawny.recipe.merge import parse_override
         from tawny.recovery.settings import Recovery
 
         if recipe is not None and through is None:

@@ -58,7 +58,7 @@ def _is_slip(name: str, known: set[str]) -> bool:
     """Whether a name is rather one of the options', misspelt, than a recipe key."""
     if "." in name or not get_close_matches(name, known, cutoff=0.8):
         return False
-    from tawny.recipe.schema import bare_keys
+    from tawny.recipe.merge import bare_keys
 
     return name[2:].replace("-", "_") not in bare_keys()
 

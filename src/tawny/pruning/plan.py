@@ -28,7 +28,8 @@ from tawny.pruning.inputs import check_dense, compute_dtype
 from tawny.pruning.memory_plan import available, parse_size, place, sharing_inputs
 from tawny.pruning.profiling import allocate, profile_count
 from tawny.pruning.refine import holds_out
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 from tawny.search.cost import cost_of_search, needs_of_search, stand_in
 from tawny.search.grid import check_study
 from tawny.solvers.base import Work
@@ -275,6 +276,6 @@ def _seconds_of_search(
         walk += tokens * _seconds_a_token(stack)
     solver = stand_in(recipe.make_allocator(), recipe.solver.name, recipe.make_solver())[1]
     solve = _solving(solver, infos) * cost["levels"]
-    final = recipe.with_overrides([("refine.epochs", 0), ("calibration.samples", samples)])
+    final = resolve_recipe(recipe, [("refine.epochs", 0), ("calibration.samples", samples)])
     earnest = cost["finalists"] * _seconds(stack, final, infos, solver_needs, allocator)["total"]
     return round(walk + solve + earnest + cost["tokens"] * (forward + logits) / speed * _OVERHEAD, 3)

@@ -32,7 +32,8 @@ from tawny.patterns import NM, Pattern
 from tawny.progress import Progress, silent
 from tawny.pruning.journal import Journal
 from tawny.pruning.ranks import Ranks
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 
 # Tokens after which the outlier shares of a model no longer move its sparsities by more than 0.005.
 PROFILE_TOKENS = 8192
@@ -333,7 +334,7 @@ def profile(
 
 def _allocator(name: str, recipe: Recipe) -> Any:
     if recipe.allocator.name != name:
-        recipe = recipe.with_overrides([("allocator", name)])
+        recipe = resolve_recipe(recipe, [("allocator", name)])
     if getattr(ALLOCATORS[name], "searches", False):
         raise RecipeError(
             f"{name} tries allocations on a model, which a profile does not: prune with -a {name}"

@@ -58,7 +58,8 @@ from tawny.pruning.profiling import allocate, profile_walk
 from tawny.pruning.ranks import Ranks, is_lost
 from tawny.pruning.refine import holds_out
 from tawny.pruning.writing import write_pages, write_rest
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 from tawny.record import Clock, LinearRecord, Record, weight_files
 
 if TYPE_CHECKING:

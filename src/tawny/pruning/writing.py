@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tawny.precision import DTYPES
-from tawny.recipe.schema import dump_recipe
+from tawny.recipe.files import dump_recipe
 from tawny.report.card import CARD, front_matter, model_card
 from tawny.report.html import NAME, write_report
 from tawny.report.pages import or_say

@@ -12,7 +12,8 @@ from typing import Any
 
 from tawny.allocation import ALLOCATORS
 from tawny.calibration.text import NAMED_TEXTS
-from tawny.recipe.schema import Calibration, Recipe, Refine, named_recipes, option_keys
+from tawny.recipe.files import named_recipes
+from tawny.recipe.schema import Calibration, Recipe, Refine, option_keys
 from tawny.solvers import SOLVERS
 
 _PATTERNS = {

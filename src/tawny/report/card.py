@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tawny.recipe.yaml_text import dump_yaml
+from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.words import begun, duration, percent, perplexity_text, size
 

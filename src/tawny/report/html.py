@@ -22,7 +22,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tawny.recipe.yaml_text import dump_yaml
+from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import recovery_words
 from tawny.report.figures import DepthRow, depth_figure

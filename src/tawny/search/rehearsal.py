@@ -23,6 +23,7 @@ from tawny.pruning.block import BlockRun
 from tawny.pruning.demand import needs_of
 from tawny.pruning.journal import Journal
 from tawny.pruning.run import Run
+from tawny.recipe.merge import resolve_recipe
 
 
 class _Steps(Silent):
@@ -51,7 +52,7 @@ class Rehearsal(Run):
     def __init__(
         self, of: Run, samples: Samples, progress: Progress, solver: Any = None, name: str = ""
     ) -> None:
-        recipe = of.recipe.with_overrides([("refine.epochs", 0)])
+        recipe = resolve_recipe(of.recipe, [("refine.epochs", 0)])
         steps = _Steps(progress, name)
         super().__init__(recipe, of.source, of.folder, of.stack, None, steps, Journal(None), of.ranks)
         self.by_block, self.placement, self.samples = of.by_block, of.placement, samples
