@@ -14,8 +14,7 @@ import torch
 
 import tawny
 from tawny.cli import main
-from tawny.cli.common import recipe_from
-from tawny.cli.root import _spelled_out
+from tawny.cli.recipe_options import SHARED, Given, _spelled_out
 from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
@@ -116,10 +115,8 @@ def test_every_example_of_the_help_is_a_valid_command_line():
         for line in script["_examples"](command.epilog).splitlines()[1:-1]:
             arguments = shlex.split(line.partition(" | ")[0])[2:]
             context = command.make_context(name, arguments)
-            given = context.params
-            if {"allocator", "option"} <= given.keys():
-                keys = ("sparsity", "allocator", "solver", "pattern")
-                recipe_from(given["recipe"], given["option"], **{key: given[key] for key in keys})
+            if SHARED.keys() <= context.params.keys():
+                Given({name: context.params[name] for name in SHARED}).recipe()
 
 
 def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
@@ -175,6 +172,15 @@ def test_a_recipe_key_is_never_taken_for_a_slip_of_an_option(key):
     known = {"--allocator", "--solver", "--calibration", "-M", "--device"}
     assert list(_spelled_out([f"--{key}", "7"], known)) == ["-o", f"{key}=7"]
     assert list(_spelled_out([f"--{key}=7"], known)) == ["-o", f"{key}=7"]
+
+
+def test_the_file_of_an_allocation_is_given_in_the_place_of_an_allocator(run, monkeypatch, tmp_path):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    (tmp_path / "a.yaml").write_text("'*': 0.5")
+    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, "-a", tmp_path / "a.yaml", "--json")
+    assert code == 0, err
+    allocator = calls[0][1]["recipe"].allocator
+    assert (allocator.name, allocator.options["path"]) == ("file", str(tmp_path / "a.yaml"))
 
 
 def test_dotted_keys_reach_the_recipe(run, monkeypatch):
@@ -267,6 +273,7 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["prune", "m", "--out", "o", "-s", "60"], "0.6?"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-m", "sparsgpt"], "'sparsegpt'"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-o", "lamda=1"], "'lambda'"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-a", "none.yaml"], "neither a file nor one of uniform"),
         (["prune", "m", "--out", "o", "-s", "0.6", "-p", "2:4"], "implies"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-c", "none.yaml"], "cannot be read"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-c", "bst"], "'best'"),

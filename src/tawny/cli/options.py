@@ -17,46 +17,6 @@ MOST_THREADS = 1024  # OpenMP ends the process where the system refuses it a thr
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2 (packaged).")
 ]
-Sparsity = Annotated[
-    float | None,
-    typer.Option(
-        "-s",
-        "--sparsity",
-        metavar="SHARE",
-        help="Share of weights to remove, in [0, 1).",
-        rich_help_panel=RECIPE,
-    ),
-]
-AllocatorName = Annotated[
-    str | None,
-    typer.Option(
-        "-a",
-        "--allocator",
-        metavar="NAME",
-        help="How blocks share the budget. Default: atp.",
-        rich_help_panel=RECIPE,
-    ),
-]
-SolverName = Annotated[
-    str | None,
-    typer.Option(
-        "-m",
-        "--solver",
-        metavar="NAME",
-        help="How a linear is pruned. Default: alps.",
-        rich_help_panel=RECIPE,
-    ),
-]
-PatternName = Annotated[
-    str | None,
-    typer.Option(
-        "-p",
-        "--pattern",
-        metavar="PATTERN",
-        help="Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
-        rich_help_panel=RECIPE,
-    ),
-]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
@@ -66,37 +26,6 @@ RecipeFile = Annotated[
         help="Recipe to start from: a YAML file, or a name of `tawny list recipes`.",
         rich_help_panel=RECIPE,
     ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-o",
-        "--option",
-        metavar="KEY=VALUE",
-        help="Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
-        rich_help_panel=RECIPE,
-    ),
-]
-CalibrationText = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="TEXT",
-        help="c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.",
-        rich_help_panel=DATA,
-    ),
-]
-Samples = Annotated[
-    int | None,
-    typer.Option("--samples", metavar="N", help="Windows of text. Default: 128.", rich_help_panel=DATA),
-]
-SeqLen = Annotated[
-    int | None,
-    typer.Option("--seqlen", metavar="N", help="Tokens a window. Default: 2048.", rich_help_panel=DATA),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help="Chooses the windows. Default: 0.", rich_help_panel=DATA),
 ]
 Device = Annotated[
     str | None,

@@ -5,64 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tawny.cli.common import console_for, recipe_from
+from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, parts
-from tawny.cli.options import (
-    AllocatorName,
-    AsJson,
-    CalibrationText,
-    Device,
-    Memory,
-    Model,
-    Overrides,
-    PatternName,
-    RecipeFile,
-    Samples,
-    SeqLen,
-    SolverName,
-    Sparsity,
-)
-from tawny.cli.root import RecipeCommand, app
+from tawny.cli.options import AsJson, Device, Memory, Model
+from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.words import duration, percent, size
 
 
-@app.command(
-    cls=RecipeCommand,
-    epilog="\b\nExamples:\n"
-    "  tawny plan smollm2 -s 0.7\n"
-    "  tawny plan ./model -c owl-sparsegpt-70 --memory 6GB\n"
-    "  tawny plan ./model -s 0.6 -a uniform -m wanda -o 'exclude=*.down_proj' --json",
+@recipe_verb(
+    "tawny plan smollm2 -s 0.7",
+    "tawny plan ./model -c owl-sparsegpt-70 --memory 6GB",
+    "tawny plan ./model -s 0.6 -a uniform -m wanda -o 'exclude=*.down_proj' --json",
 )
 def plan(
     model: Model,
-    sparsity: Sparsity = None,
-    allocator: AllocatorName = None,
-    solver: SolverName = None,
-    pattern: PatternName = None,
-    recipe: RecipeFile = None,
-    option: Overrides = None,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    seqlen: SeqLen = None,
+    *,
+    given: Given,
     device: Device = None,
     memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the same `tawny prune` would do, and what it would take, without doing it."""
     with console_for(as_json) as console:
-        chosen = recipe_from(
-            recipe,
-            option,
-            sparsity=sparsity,
-            allocator=allocator,
-            solver=solver,
-            pattern=pattern,
-            calibration_text=calibration,
-            calibration_samples=samples,
-            calibration_seqlen=seqlen,
-            device=device,
-        )
+        chosen = given.recipe(device=device)
         import tawny
 
         with console.progress() as progress:

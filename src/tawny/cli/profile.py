@@ -8,36 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
-from tawny.cli.common import check_file, console_for, recipe_from
+from tawny.cli.common import check_file, console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import (
-    OUTPUT,
-    RECIPE,
-    AsJson,
-    CalibrationText,
-    Device,
-    Model,
-    Overrides,
-    RecipeFile,
-    Samples,
-    Seed,
-    SeqLen,
-)
-from tawny.cli.root import RecipeCommand, app
+from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model
+from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import bar, duration, percent
 
 SPARSITY = 0.7
 
 
-@app.command(
-    cls=RecipeCommand,
-    epilog="\b\nExamples:\n"
-    "  tawny profile smollm2 --calibration wiki --samples 16 --seqlen 1024\n"
-    "  tawny profile ./model -s 0.7 --allocators owl,dlp,atp,uniform --plot allocation.png\n"
-    "  tawny profile pruned --calibration wiki --json",
+@recipe_verb(
+    "tawny profile smollm2 --calibration wiki --samples 16 --seqlen 1024",
+    "tawny profile ./model -s 0.7 --allocators owl,dlp,atp,uniform --plot allocation.png",
+    "tawny profile pruned --calibration wiki --json",
+    without=("sparsity", "allocator", "solver", "pattern"),
 )
 def profile(
     model: Model,
+    *,
     multiples: Annotated[
         list[float] | None,
         typer.Option(
@@ -66,12 +54,11 @@ def profile(
             rich_help_panel=RECIPE,
         ),
     ] = None,
-    recipe: RecipeFile = None,
-    option: Overrides = None,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    seqlen: SeqLen = None,
-    seed: Seed = None,
+    given: Given,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", help="Chooses the windows. Default: 0.", rich_help_panel=DATA),
+    ] = None,
     device: Device = None,
     plot: Annotated[
         Path | None,
@@ -82,17 +69,7 @@ def profile(
     """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""
     with console_for(as_json) as console:
         check_file("--plot", plot, ".png", ".svg")
-        chosen = recipe_from(
-            recipe,
-            option,
-            sparsity=sparsity,
-            default_sparsity=SPARSITY,
-            calibration_text=calibration,
-            calibration_samples=samples,
-            calibration_seqlen=seqlen,
-            seed=seed,
-            device=device,
-        )
+        chosen = given.recipe(sparsity=sparsity, default_sparsity=SPARSITY, seed=seed, device=device)
         import tawny
 
         with console.progress() as progress:

@@ -11,27 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tawny.cli.common import console_for, recipe_from
+from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, Shown, facts, parts, table
-from tawny.cli.options import (
-    OUTPUT,
-    AllocatorName,
-    AsJson,
-    CalibrationText,
-    Device,
-    Memory,
-    Model,
-    Overrides,
-    PatternName,
-    RecipeFile,
-    Samples,
-    SeqLen,
-    SolverName,
-    Sparsity,
-    folder_named,
-    packed_values,
-)
-from tawny.cli.root import RecipeCommand, app
+from tawny.cli.options import OUTPUT, AsJson, Device, Memory, Model, folder_named, packed_values
+from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.progress import speaks
 from tawny.words import begun, duration, percent, perplexity_text, size
@@ -46,25 +29,15 @@ if TYPE_CHECKING:
 EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few enough to wait for
 
 
-@app.command(
-    cls=RecipeCommand,
-    epilog="\b\nExamples:\n"
-    "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki\n"
-    "  tawny prune Qwen/Qwen3-8B --out packed -s 0.7 -a owl -m wanda -o lambda=0.15 --pack bf16\n"
-    "  tawny prune ./model --out pruned -c owl-wanda-mixed-3-8",
+@recipe_verb(
+    "tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki",
+    "tawny prune Qwen/Qwen3-8B --out packed -s 0.7 -a owl -m wanda -o lambda=0.15 --pack bf16",
+    "tawny prune ./model --out pruned -c owl-wanda-mixed-3-8",
 )
 def prune(
     model: Model,
     *,
-    sparsity: Sparsity = None,
-    allocator: AllocatorName = None,
-    solver: SolverName = None,
-    pattern: PatternName = None,
-    recipe: RecipeFile = None,
-    option: Overrides = None,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    seqlen: SeqLen = None,
+    given: Given,
     out: Annotated[
         Path,
         typer.Option(
@@ -107,18 +80,7 @@ def prune(
 ) -> None:
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""
     with console_for(as_json) as console:
-        chosen = recipe_from(
-            recipe,
-            option,
-            sparsity=sparsity,
-            allocator=allocator,
-            solver=solver,
-            pattern=pattern,
-            calibration_text=calibration,
-            calibration_samples=samples,
-            calibration_seqlen=seqlen,
-            device=device,
-        )
+        chosen = given.recipe(device=device)
         values = None if pack is None else packed_values(pack)
         windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
         import tawny

@@ -250,7 +250,7 @@ def as_section(section: str, value: Any) -> dict[str, Any]:
             f"{section}: {show(value)} given, expected {kind} ({SHORTHANDS[section]}) or a mapping"
         )
     if section == "allocator" and _is_path(name := given.get("name")):
-        if not os.path.isfile(name):  # noqa: PTH113 - never raises, whatever the name
+        if not os.path.isfile(str(name)):  # noqa: PTH113 - never raises, whatever the name
             raise unknown_name(section, str(name))
         # The hash of another file does not hold for this one.
         given = {"sha256": None, **given, "name": "file", "path": name}
