@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import typer
-
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import DATA, AsJson, Model, Threads
+from tawny.cli.options import DATA, AsJson, Model, Threads, option
 from tawny.cli.root import app
 from tawny.words import size
 
@@ -22,26 +20,9 @@ from tawny.words import size
 )
 def bench(
     model: Model,
-    prompt_tokens: Annotated[
-        int,
-        typer.Option(
-            "--prompt-tokens", metavar="N", help="Tokens of the prompt.", min=1, rich_help_panel=DATA
-        ),
-    ] = 128,
-    tokens: Annotated[
-        int,
-        typer.Option("--tokens", metavar="N", help="Tokens decoded in a round.", min=1, rich_help_panel=DATA),
-    ] = 32,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            "--rounds",
-            metavar="N",
-            help="Measured rounds, after one to warm up.",
-            min=1,
-            rich_help_panel=DATA,
-        ),
-    ] = 5,
+    prompt_tokens: Annotated[int, option("--prompt-tokens N", "Tokens of the prompt.", DATA, min=1)] = 128,
+    tokens: Annotated[int, option("--tokens N", "Tokens decoded in a round.", DATA, min=1)] = 32,
+    rounds: Annotated[int, option("--rounds N", "Measured rounds, after one to warm up.", DATA, min=1)] = 5,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:

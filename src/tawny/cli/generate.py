@@ -10,7 +10,7 @@ import typer
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts
-from tawny.cli.options import RECIPE, AsJson, Model, Threads
+from tawny.cli.options import RECIPE, AsJson, Model, Threads, option
 from tawny.cli.root import app
 from tawny.words import duration, size
 
@@ -30,41 +30,13 @@ def _possible_seed(seed: int) -> int:
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")],
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            "-n", "--max-tokens", metavar="N", help="Most tokens to make.", min=1, rich_help_panel=RECIPE
-        ),
-    ] = 128,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "-t", "--temperature", metavar="T", help="0 takes the likeliest token.", rich_help_panel=RECIPE
-        ),
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", metavar="P", help="Draw from the likeliest P of probability.", rich_help_panel=RECIPE
-        ),
-    ] = 1.0,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            help="Chooses the draws.",
-            callback=_possible_seed,
-            rich_help_panel=RECIPE,
-        ),
-    ] = 0,
+    max_tokens: Annotated[int, option("-n --max-tokens N", "Most tokens to make.", RECIPE, min=1)] = 128,
+    temperature: Annotated[float, option("-t --temperature T", "0 takes the likeliest token.", RECIPE)] = 0.0,
+    top_p: Annotated[float, option("--top-p P", "Draw from the likeliest P of probability.", RECIPE)] = 1.0,
+    seed: Annotated[int, option("--seed N", "Chooses the draws.", RECIPE, callback=_possible_seed)] = 0,
     chat: Annotated[
         bool,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Put the prompt into the model's chat template, if it has one.",
-            rich_help_panel=RECIPE,
-        ),
+        option("--chat/--no-chat", "Put the prompt into the model's chat template, if it has one.", RECIPE),
     ] = True,
     threads: Threads = None,
     as_json: AsJson = False,

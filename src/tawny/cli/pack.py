@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, packed_values
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, option, packed_values
 from tawny.cli.root import app
 from tawny.words import duration, percent, size
 
@@ -25,38 +23,19 @@ def pack(
     model: Model,
     *,
     values: Annotated[
-        str,
-        typer.Option(
-            "--values",
-            metavar="KIND",
-            help="Surviving weights as bf16, f16, f32 or int8.",
-            rich_help_panel=RECIPE,
-        ),
+        str, option("--values KIND", "Surviving weights as bf16, f16, f32 or int8.", RECIPE)
     ] = "bf16",
     group: Annotated[
         int | None,
-        typer.Option(
-            "--group",
-            metavar="128",
-            help="With int8: a scale for each 128 columns instead of one a row.",
-            rich_help_panel=RECIPE,
-        ),
+        option("--group 128", "With int8: a scale for each 128 columns instead of one a row.", RECIPE),
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(
-            "--head",
-            metavar="KIND",
-            help="Pack the head too, int8 say; a tied embedding is then served from it.",
-            rich_help_panel=RECIPE,
+        option(
+            "--head KIND", "Pack the head too, int8 say; a tied embedding is then served from it.", RECIPE
         ),
     ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder to write.", parser=folder_named, rich_help_panel=OUTPUT
-        ),
-    ],
+    out: Annotated[Path, option("--out DIR", "Folder to write.", OUTPUT, parser=folder_named)],
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from tawny.cli.common import check_file, console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model
+from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, option
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import bar, duration, percent
 
@@ -28,42 +26,28 @@ def profile(
     *,
     multiples: Annotated[
         list[float] | None,
-        typer.Option(
-            "-M",
-            metavar="M",
-            help="Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.",
-            rich_help_panel=RECIPE,
-        ),
+        option("-M M", "Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.", RECIPE),
     ] = None,
     allocators: Annotated[
         str | None,
-        typer.Option(
-            "--allocators",
-            metavar="NAMES",
-            help="Whose sparsities to show, such as owl,dlp,uniform. Default: owl for each M.",
-            rich_help_panel=RECIPE,
+        option(
+            "--allocators NAMES",
+            "Whose sparsities to show, such as owl,dlp,uniform. Default: owl for each M.",
+            RECIPE,
         ),
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(
-            "-s",
-            "--sparsity",
-            metavar="SHARE",
-            help=f"For the sparsities the allocators give. Default: the recipe's or pattern's, else {SPARSITY:g}.",
-            rich_help_panel=RECIPE,
+        option(
+            "-s --sparsity SHARE",
+            f"For the sparsities the allocators give. Default: the recipe's or pattern's, else {SPARSITY:g}.",
+            RECIPE,
         ),
     ] = None,
     given: Given,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", help="Chooses the windows. Default: 0.", rich_help_panel=DATA),
-    ] = None,
+    seed: Annotated[int | None, option("--seed N", "Chooses the windows. Default: 0.", DATA)] = None,
     device: Device = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", help="Also draw it, as .png or .svg.", rich_help_panel=OUTPUT),
-    ] = None,
+    plot: Annotated[Path | None, option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""

@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, Shown, facts, parts, table
-from tawny.cli.options import OUTPUT, AsJson, Device, Memory, Model, folder_named, packed_values
+from tawny.cli.options import OUTPUT, AsJson, Device, Memory, Model, folder_named, option, packed_values
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.progress import speaks
@@ -39,41 +37,27 @@ def prune(
     *,
     given: Given,
     out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="Folder to write the pruned model to.",
-            parser=folder_named,
-            rich_help_panel=OUTPUT,
-        ),
+        Path, option("--out DIR", "Folder to write the pruned model to.", OUTPUT, parser=folder_named)
     ],
     device: Device = None,
     memory: Memory = None,
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace a finished folder; start an unfinished one over.",
-            rich_help_panel=OUTPUT,
-        ),
+        bool, option("--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT)
     ] = False,
     pack: Annotated[
         str | None,
-        typer.Option(
-            "--pack",
-            metavar="KIND",
-            help="Write a packed folder (bf16, f16, f32, int8) instead of a dense one; see `tawny pack`.",
-            rich_help_panel=OUTPUT,
+        option(
+            "--pack KIND",
+            "Write a packed folder (bf16, f16, f32, int8) instead of a dense one; see `tawny pack`.",
+            OUTPUT,
         ),
     ] = None,
     evaluate: Annotated[
         str | None,
-        typer.Option(
-            "--eval",
-            metavar="TEXT",
-            help=f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.",
-            rich_help_panel=OUTPUT,
+        option(
+            "--eval TEXT",
+            f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.",
+            OUTPUT,
         ),
     ] = None,
     as_json: AsJson = False,

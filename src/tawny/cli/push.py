@@ -10,7 +10,7 @@ import typer
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import OUTPUT, AsJson
+from tawny.cli.options import OUTPUT, AsJson, option
 from tawny.cli.root import app
 from tawny.words import size
 
@@ -28,19 +28,10 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
     *,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check the folder and its card and list the files; no network.",
-            rich_help_panel=OUTPUT,
-        ),
+        bool, option("--dry-run", "Check the folder and its card and list the files; no network.", OUTPUT)
     ] = False,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=OUTPUT)
-    ] = False,
-    message: Annotated[
-        str | None, typer.Option("--message", metavar="TEXT", help="Of the commit.", rich_help_panel=OUTPUT)
-    ] = None,
+    private: Annotated[bool, option("--private", "Make a new repository private.", OUTPUT)] = False,
+    message: Annotated[str | None, option("--message TEXT", "Of the commit.", OUTPUT)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload a finished model to the Hugging Face hub, with its card and report."""

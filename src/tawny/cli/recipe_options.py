@@ -20,10 +20,9 @@ from difflib import get_close_matches
 from inspect import Parameter
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer.core import TyperCommand
 
-from tawny.cli.options import DATA, RECIPE, RecipeFile
+from tawny.cli.options import DATA, RECIPE, RecipeFile, option
 from tawny.cli.root import app
 from tawny.machine import check_device
 
@@ -31,72 +30,41 @@ if TYPE_CHECKING:
     from tawny.recipe.schema import Recipe
 
 Sparsity = Annotated[
-    float | None,
-    typer.Option(
-        "-s",
-        "--sparsity",
-        metavar="SHARE",
-        help="Share of weights to remove, in [0, 1).",
-        rich_help_panel=RECIPE,
-    ),
+    float | None, option("-s --sparsity SHARE", "Share of weights to remove, in [0, 1).", RECIPE)
 ]
 AllocatorName = Annotated[
     str | None,
-    typer.Option(
-        "-a",
-        "--allocator",
-        metavar="NAME",
-        help="How blocks share the budget: a name, or the file of an allocation. Default: atp.",
-        rich_help_panel=RECIPE,
+    option(
+        "-a --allocator NAME",
+        "How blocks share the budget: a name, or the file of an allocation. Default: atp.",
+        RECIPE,
     ),
 ]
 SolverName = Annotated[
-    str | None,
-    typer.Option(
-        "-m",
-        "--solver",
-        metavar="NAME",
-        help="How a linear is pruned. Default: alps.",
-        rich_help_panel=RECIPE,
-    ),
+    str | None, option("-m --solver NAME", "How a linear is pruned. Default: alps.", RECIPE)
 ]
 PatternName = Annotated[
     str | None,
-    typer.Option(
-        "-p",
-        "--pattern",
-        metavar="PATTERN",
-        help="Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
-        rich_help_panel=RECIPE,
+    option(
+        "-p --pattern PATTERN",
+        "Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
+        RECIPE,
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
-        "-o",
-        "--option",
-        metavar="KEY=VALUE",
-        help="Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
-        rich_help_panel=RECIPE,
+    option(
+        "-o --option KEY=VALUE",
+        "Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
+        RECIPE,
     ),
 ]
 CalibrationText = Annotated[
     str | None,
-    typer.Option(
-        "--calibration",
-        metavar="TEXT",
-        help="c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.",
-        rich_help_panel=DATA,
-    ),
+    option("--calibration TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", DATA),
 ]
-Samples = Annotated[
-    int | None,
-    typer.Option("--samples", metavar="N", help="Windows of text. Default: 128.", rich_help_panel=DATA),
-]
-SeqLen = Annotated[
-    int | None,
-    typer.Option("--seqlen", metavar="N", help="Tokens a window. Default: 2048.", rich_help_panel=DATA),
-]
+Samples = Annotated[int | None, option("--samples N", "Windows of text. Default: 128.", DATA)]
+SeqLen = Annotated[int | None, option("--seqlen N", "Tokens a window. Default: 2048.", DATA)]
 # Parameter → its option, in the order of the help.
 SHARED: dict[str, Any] = {
     "sparsity": Sparsity,
@@ -104,7 +72,7 @@ SHARED: dict[str, Any] = {
     "solver": SolverName,
     "pattern": PatternName,
     "recipe": RecipeFile,
-    "option": Overrides,
+    "overrides": Overrides,
     "calibration": CalibrationText,
     "samples": Samples,
     "seqlen": SeqLen,
@@ -122,7 +90,7 @@ class Given:
         from tawny.recipe.merge import resolve_recipe
 
         named = dict(self.values)
-        base, overrides = named.pop("recipe"), named.pop("option") or ()
+        base, overrides = named.pop("recipe"), named.pop("overrides") or ()
         for key in ("samples", "seqlen"):  # bare, an allocator's option might have the same name
             named[f"calibration.{key}"] = named.pop(key)
         made = resolve_recipe(base, overrides, default_sparsity=default_sparsity, **named, **keys)
@@ -134,7 +102,7 @@ def recipe_verb(
     *examples: str, without: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a verb that takes a recipe: its parameter `given` becomes the shared options but those in `without`."""
-    shared = {name: option for name, option in SHARED.items() if name not in without}
+    shared = {name: kind for name, kind in SHARED.items() if name not in without}
 
     def register(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
@@ -146,8 +114,8 @@ def recipe_verb(
             if parameter.name != "given":
                 parameters.append(parameter)
                 continue
-            for name, option in shared.items():
-                parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option))
+            for name, kind in shared.items():
+                parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         epilog = "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
         return app.command(cls=RecipeCommand, epilog=epilog)(command)

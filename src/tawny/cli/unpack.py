@@ -10,7 +10,7 @@ import typer
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts
-from tawny.cli.options import OUTPUT, AsJson, Overwrite, folder_named
+from tawny.cli.options import OUTPUT, AsJson, Overwrite, folder_named, option
 from tawny.cli.root import app
 from tawny.words import duration, size
 
@@ -26,12 +26,7 @@ def unpack(
         str, typer.Argument(metavar="PACKED", help="Folder or hub id that `tawny pack` wrote.")
     ],
     *,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder to write.", parser=folder_named, rich_help_panel=OUTPUT
-        ),
-    ],
+    out: Annotated[Path, option("--out DIR", "Folder to write.", OUTPUT, parser=folder_named)],
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
