@@ -29,53 +29,45 @@ from tawny.machine import check_device
 if TYPE_CHECKING:
     from tawny.recipe.schema import Recipe
 
-Sparsity = Annotated[
-    float | None, option("-s --sparsity SHARE", "Share of weights to remove, in [0, 1).", RECIPE)
-]
-AllocatorName = Annotated[
-    str | None,
-    option(
-        "-a --allocator NAME",
-        "How blocks share the budget: a name, or the file of an allocation. Default: atp.",
-        RECIPE,
-    ),
-]
-SolverName = Annotated[
-    str | None, option("-m --solver NAME", "How a linear is pruned. Default: alps.", RECIPE)
-]
-PatternName = Annotated[
-    str | None,
-    option(
-        "-p --pattern PATTERN",
-        "Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
-        RECIPE,
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    option(
-        "-o --option KEY=VALUE",
-        "Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
-        RECIPE,
-    ),
-]
-CalibrationText = Annotated[
-    str | None,
-    option("--calibration TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", DATA),
-]
-Samples = Annotated[int | None, option("--samples N", "Windows of text. Default: 128.", DATA)]
-SeqLen = Annotated[int | None, option("--seqlen N", "Tokens a window. Default: 2048.", DATA)]
 # Parameter → its option, in the order of the help.
 SHARED: dict[str, Any] = {
-    "sparsity": Sparsity,
-    "allocator": AllocatorName,
-    "solver": SolverName,
-    "pattern": PatternName,
+    "sparsity": Annotated[
+        float | None, option("-s --sparsity SHARE", "Share of weights to remove, in [0, 1).", RECIPE)
+    ],
+    "allocator": Annotated[
+        str | None,
+        option(
+            "-a --allocator NAME",
+            "How blocks share the budget: a name, or the file of an allocation. Default: atp.",
+            RECIPE,
+        ),
+    ],
+    "solver": Annotated[
+        str | None, option("-m --solver NAME", "How a linear is pruned. Default: alps.", RECIPE)
+    ],
+    "pattern": Annotated[
+        str | None,
+        option(
+            "-p --pattern PATTERN",
+            "Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
+            RECIPE,
+        ),
+    ],
     "recipe": RecipeFile,
-    "overrides": Overrides,
-    "calibration": CalibrationText,
-    "samples": Samples,
-    "seqlen": SeqLen,
+    "overrides": Annotated[
+        list[str] | None,
+        option(
+            "-o --option KEY=VALUE",
+            "Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
+            RECIPE,
+        ),
+    ],
+    "calibration": Annotated[
+        str | None,
+        option("--calibration TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", DATA),
+    ],
+    "samples": Annotated[int | None, option("--samples N", "Windows of text. Default: 128.", DATA)],
+    "seqlen": Annotated[int | None, option("--seqlen N", "Tokens a window. Default: 2048.", DATA)],
 }
 
 

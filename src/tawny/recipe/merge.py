@@ -18,6 +18,8 @@ import yaml
 from tawny.errors import RecipeError, nearest
 from tawny.recipe.files import parse_yaml, read_mapping
 from tawny.recipe.schema import (
+    NAMED,
+    SECTIONS,
     SHORTHANDS,
     Recipe,
     as_list,
@@ -32,8 +34,6 @@ from tawny.recipe.schema import (
     top_level_keys,
     unknown_name,
 )
-
-_NAMED = ("allocator", "solver")  # sections whose name decides what their options are
 
 
 def resolve_recipe(
@@ -77,12 +77,15 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def bare_keys() -> set[str]:
     """Every key that can be written without its section, whichever allocator and solver are chosen."""
-    sections = [key for section in SHORTHANDS if section not in _NAMED for key in section_keys(section)]
-    return {*top_level_keys(), *sections, *_options_of_all()}
+    return {
+        *top_level_keys(),
+        *(key for section in SECTIONS for key in section_keys(section)),
+        *_options_of_all(),
+    }
 
 
 def _options_of_all() -> list[str]:
-    return [key for section in _NAMED for kind in registry(section).values() for key in option_keys(kind)]
+    return [key for section in NAMED for kind in registry(section).values() for key in option_keys(kind)]
 
 
 def _pair(override: str | tuple[str, Any]) -> tuple[str, Any]:
@@ -102,11 +105,11 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
     pairs = [(key.removesuffix(".name"), value) for key, value in changes]
     pairs = [("refit" if key == "solver.refit" else key, value) for key, value in pairs]
     seen: set[str] = set()
-    for key, value in sorted(pairs, key=lambda pair: (pair[0] != "compat", pair[0] not in _NAMED)):
+    for key, value in sorted(pairs, key=lambda pair: (pair[0] != "compat", pair[0] not in NAMED)):
         if key in SHORTHANDS:
             new = as_section(key, value)
             # An allocator or solver of another name has other options.
-            other = key in _NAMED and new.get("name", _chosen(key, merged)) != _chosen(key, merged)
+            other = key in NAMED and new.get("name", _chosen(key, merged)) != _chosen(key, merged)
             merged[key] = new if other else {**merged[key], **new}
             lift_refit(merged)
             continue
@@ -125,8 +128,8 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
     """Where a key lives: `("seed",)` or `("allocator", "M")`."""
     sections: dict[str, list[str]] = {}
     for section in SHORTHANDS:
-        name = _chosen(section, merged) if section in _NAMED else None
-        if section in _NAMED and not isinstance(name, str):
+        name = _chosen(section, merged) if section in NAMED else None
+        if section in NAMED and not isinstance(name, str):
             raise unknown_name(section, name)
         sections[section] = section_keys(section, name)  # none of an unknown name, which validation reports
     head, dot, rest = key.partition(".")
@@ -144,7 +147,7 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
     if len(homes) > 1:
         raise RecipeError(f"{key} is ambiguous: write {' or '.join(f'{home}.{word}' for home in homes)}")
     if not homes:
-        _refuse_of_others(key, _NAMED, merged)
+        _refuse_of_others(key, NAMED, merged)
         everything = [*top_level_keys(), *(name for names in sections.values() for name in names)]
         near = nearest(word, [*everything, *_options_of_all()])
         raise RecipeError(f"{key} is not a known recipe key{near or suggest(word, everything)}")
@@ -154,7 +157,7 @@ def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
 def _refuse_of_others(key: str, sections: Iterable[str], merged: Mapping[str, Any]) -> None:
     """Refuse an option of a class that was not chosen, by that class's name."""
     option = plain_key(key.rpartition(".")[2])
-    for section in _NAMED:
+    for section in NAMED:
         owners = [name for name, kind in registry(section).items() if option in option_keys(kind)]
         if owners and section in sections:
             raise RecipeError(

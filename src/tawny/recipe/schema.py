@@ -141,7 +141,7 @@ class Recipe:
             raise RecipeError(f"a recipe is a mapping of keys to values, not {show(mapping)}")
         values = dict(mapping)
         for key in values:
-            home = next((section for section in _SECTIONS if key in section_keys(section)), None)
+            home = next((section for section in SECTIONS if key in section_keys(section)), None)
             if home is not None and key not in top_level_keys():
                 raise RecipeError(f"{key} belongs under {home}: in a recipe ({home}: {{{key}: ...}})")
         _refuse_unknown(values, top_level_keys(), "recipe key")
@@ -156,9 +156,9 @@ class Recipe:
         ):  # before it is handed down, so that the error names the right key
             raise RecipeError(f"compat: {show(compat)} given, expected official or nothing")
         lift_refit(values)
-        for section, kind in _SECTIONS.items():
+        for section, kind in SECTIONS.items():
             values[section] = validated(kind, as_section(section, values.get(section)), "recipe key", section)
-        for section in _REGISTRIES:
+        for section in NAMED:
             values[section] = _choice(section, as_section(section, values.get(section)), compat)
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
         return validated(cls, values, "recipe key")
@@ -166,7 +166,7 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON and YAML types, every default spelled out."""
         plain: dict[str, Any] = TypeAdapter(Recipe).dump_python(self, mode="json")
-        for section in _REGISTRIES:
+        for section in NAMED:
             options = dict(plain[section]["options"])
             if options.get("compat", self.compat) == self.compat:
                 options.pop("compat", None)  # handed down again on the way in
@@ -192,8 +192,8 @@ class Recipe:
 
 # --- sections --------------------------------------------------------------------------------------------
 
-_REGISTRIES = ("allocator", "solver")
-_SECTIONS: dict[str, type[Any]] = {"calibration": Calibration, "refine": Refine}
+NAMED = ("allocator", "solver")  # sections whose name decides what their options are
+SECTIONS: dict[str, type[Any]] = {"calibration": Calibration, "refine": Refine}
 # Section → the key that a bare value is for: `solver: wanda` is `solver: {name: wanda}`.
 SHORTHANDS = {"allocator": "name", "solver": "name", "calibration": "text", "refine": "epochs"}
 # The best for its time of what benchmarks/recipes.py has measured, and what `compat: official` is about.
@@ -222,7 +222,7 @@ def top_level_keys() -> list[str]:
 
 def section_keys(section: str, name: Any = None) -> list[str]:
     """The keys of a section; those of `allocator` and `solver` depend on the name that is chosen."""
-    kind = _SECTIONS[section] if section in _SECTIONS else registry(section).get(name)
+    kind = SECTIONS[section] if section in SECTIONS else registry(section).get(name)
     return [] if kind is None else list(option_keys(kind))
 
 
