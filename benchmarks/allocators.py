@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7])
     parser.add_argument("--allocator", nargs="+", default=ALLOCATORS)
     parser.add_argument("--solver", nargs="+", default=["wanda", "sparsegpt", "alps"])
-    parser.add_argument("--trials", type=int, default=None, help="of auto; its default if left out")
+    parser.add_argument(
+        "--trials", type=int, default=None, help="of a search (auto); its default if left out"
+    )
     args = parser.parse_args()
     cells = Cells(args)
     wanted: list[Keys] = []
@@ -30,7 +32,7 @@ def main() -> None:
     ):
         keys: Keys = {"sparsity": sparsity, "allocator": allocator, "solver": solver, "seed": seed}
         if allocator == "auto" and args.trials is not None:
-            keys["allocator.trials"] = args.trials
+            keys["search.trials"] = args.trials
         wanted.append(keys)
     cells.run(wanted)
 

@@ -3,7 +3,7 @@
 A results file holds the setting that all its cells share (model, calibration, evaluation) and the cells by the recipe
 keys in which they differ. It is written after every cell, so a study can be stopped and taken up again, and two
 questions that need the same cell share it. Several processes may fill one file, each with cells of its own (other
-seeds, other solvers). What `auto` found is kept in NAME.searches.json beside the results, and given to the same cell as a
+seeds, other solvers). `auto` is what `tawny.search` finds; it is kept in NAME.searches.json beside the results, and given to the same cell as a
 file when that is made again, which gives the same bytes; the time of the search counts in it. Delete it when the search
 itself has changed. Times are wall times of `tawny.prune`, and its own phases; a cell says on which CPU and with how many
 threads.
@@ -31,7 +31,7 @@ from tawny.evaluation.perplexity import Windows, windows_of
 from tawny.machine import machine, versions
 from tawny.model.durable import write
 from tawny.model.source import load_tokenizer, resolve
-from tawny.recipe.schema import parse_override, resolve_recipe
+from tawny.recipe.merge import parse_override, resolve_recipe
 
 Keys = dict[str, Any]
 
@@ -165,23 +165,20 @@ class Cells:
                 path = Path(__file__).parents[1] / "recipes" / f"{keys['recipe']}.yaml"
                 recipe = resolve_recipe(path, [*options.items(), *map(parse_override, keys["changes"])])
                 options = {}
-            # A named recipe is there to be timed whole.
-            search = None if recipe is not None else self.searches().get(name_of(keys))
-            if search is not None:
+            search = None
+            if options.get("allocator") == "auto":
+                del options["allocator"]
+                search = self.searches().get(name_of(keys)) or self.search(name_of(keys), options)
                 path = folder / "allocation.json"
                 path.write_text(json.dumps(search.allocation), encoding="utf-8")
-                options = {k: v for k, v in options.items() if not k.startswith("allocator")}
-                options |= {"allocator": "file", "allocator.path": str(path)}
+                options = {k: v for k, v in options.items() if not k.startswith("search.")}
+                options["allocator"] = str(path)
+                start = time.perf_counter()
             record = tawny.prune(args.model, folder / "out", recipe=recipe, **options)
             seconds, phases, cpu = time.perf_counter() - start, record.seconds, record.machine["cpu"]
             if search is not None:
                 seconds, phases = seconds + search.seconds, {**phases, "search": search.seconds}
                 cpu = cpu if cpu == search.cpu else f"{search.cpu} (search), {cpu}"
-            elif record.search is not None:
-                winner, took = record.search["winner"], phases["search"]
-                search = Search(dict(record.allocation), winner, took, cpu, self.searched_on)
-                if recipe is None:
-                    self.keep(name_of(keys), search)
             made = {
                 **keys,
                 "seconds": seconds,
@@ -201,6 +198,14 @@ class Cells:
         numbers = ", ".join(f"{k} {v['perplexity']:.2f}" for k, v in made["evaluation"].items())
         print(f"{name_of(keys)}: {numbers} ({made['seconds']:.0f} s)", flush=True)
         return made
+
+    def search(self, name: str, options: Mapping[str, Any]) -> Search:
+        """Search an allocation for a cell, and keep it."""
+        found = tawny.search(self.args.model, **options)
+        seconds, cpu = found.seconds["total"], found.machine["cpu"]
+        search = Search(found.allocation, found.winner, seconds, cpu, self.searched_on)
+        self.keep(name, search)
+        return search
 
     def evaluate(self, model: str) -> dict[str, dict[str, Any]]:
         made = {}

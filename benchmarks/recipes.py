@@ -15,7 +15,7 @@ from pathlib import Path
 from cells import Cells, Keys, parser_for
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-PRODUCTS = ["official-owl-sparsegpt-70", "fast", "best", "searched"]
+PRODUCTS = ["official-owl-sparsegpt-70", "fast", "best"]
 
 
 def keys_of(product: str, sparsity: float, seed: int) -> Keys:

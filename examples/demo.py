@@ -17,11 +17,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from pathlib import Path
 
 import tawny
+from tawny.cli.compare import compare_tables
 from tawny.cli.console import Console
+from tawny.cli.prune import record_tables
 from tawny.evaluation.samples import text_samples
 from tawny.report.comparison import to_html, write
 from tawny.report.publish import publish
-from tawny.tables import compare_tables, record_tables
 
 PROMPT = "The owl is a bird that"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tawny.recipe.schema import load_recipe
+from tawny.recipe.files import load_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -82,7 +82,7 @@ _HOMES = {
     "generate": "tawny.evaluation.bench",
     "inspect": "tawny.evaluation.inspection",
     "keep_sparsity": "tawny.recovery.zeros",
-    "load_recipe": "tawny.recipe.schema",
+    "load_recipe": "tawny.recipe.files",
     "merge_adapter": "tawny.recovery.zeros",
     "load": "tawny.packed.opening",
     "pack": "tawny.packed.convert",
@@ -113,7 +113,8 @@ if TYPE_CHECKING:
     from tawny.pruning.plan import Plan, plan
     from tawny.pruning.profile import profile
     from tawny.pruning.run import prune
-    from tawny.recipe.schema import Recipe, load_recipe
+    from tawny.recipe.files import load_recipe
+    from tawny.recipe.schema import Recipe
     from tawny.record import Record
     from tawny.recovery.gradual import recover_gradually
     from tawny.recovery.record import RecoveryRecord

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tawny.allocation import Atp, LinearInfo, Profile
 from tawny.allocation.atp import largest_beta
 from tawny.errors import RecipeError
-from tawny.recipe.schema import resolve_recipe
+from tawny.recipe.merge import resolve_recipe
 from tests.reference import allocators as reference
 
 

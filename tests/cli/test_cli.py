@@ -14,8 +14,7 @@ import torch
 
 import tawny
 from tawny.cli import main
-from tawny.cli.common import recipe_from
-from tawny.cli.root import _spelled_out
+from tawny.cli.recipe_options import SHARED, Given, _spelled_out
 from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
@@ -116,10 +115,8 @@ def test_every_example_of_the_help_is_a_valid_command_line():
         for line in script["_examples"](command.epilog).splitlines()[1:-1]:
             arguments = shlex.split(line.partition(" | ")[0])[2:]
             context = command.make_context(name, arguments)
-            given = context.params
-            if {"allocator", "option"} <= given.keys():
-                keys = ("sparsity", "allocator", "solver", "pattern")
-                recipe_from(given["recipe"], given["option"], **{key: given[key] for key in keys})
+            if SHARED.keys() <= context.params.keys():
+                Given({name: context.params[name] for name in SHARED}).recipe()
 
 
 def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
@@ -177,6 +174,15 @@ def test_a_recipe_key_is_never_taken_for_a_slip_of_an_option(key):
     assert list(_spelled_out([f"--{key}=7"], known)) == ["-o", f"{key}=7"]
 
 
+def test_the_file_of_an_allocation_is_given_in_the_place_of_an_allocator(run, monkeypatch, tmp_path):
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+    (tmp_path / "a.yaml").write_text("'*': 0.5")
+    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, "-a", tmp_path / "a.yaml", "--json")
+    assert code == 0, err
+    allocator = calls[0][1]["recipe"].allocator
+    assert (allocator.name, allocator.options["path"]) == ("file", str(tmp_path / "a.yaml"))
+
+
 def test_dotted_keys_reach_the_recipe(run, monkeypatch):
     calls = answering(monkeypatch, "prune", Record(recipe={}))
     words = ("-a", "owl", "--allocator.M", "7", "--calibration.text", "t.txt", "--calibration.samples=3")
@@ -215,13 +221,15 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_measuring(
     assert calls == []
 
 
-def test_the_time_of_a_search_is_an_option_of_the_allocator_that_searches(run, monkeypatch, tmp_path):
-    calls = answering(monkeypatch, "prune", Record(recipe={}, search={"says": "auto: uniform wins"}))
-    options = ("prune", "model", "--out", tmp_path / "out", "-s", 0.6, "--budget", "10m", "--json")
-    assert run(*options, "-a", "auto")[0] == 0
-    assert calls[0][1]["recipe"].allocator.options["budget"] == "10m"
-    code, _, err = run(*options, "-a", "owl")
-    assert code == 2 and "budget" in err
+def test_options_of_a_search_are_told_from_those_of_its_recipe(run, monkeypatch, tmp_path):
+    calls = answering(monkeypatch, "search", SimpleNamespace(to_dict=dict))
+    options = ("-s", 0.6, "--budget", "10m", "-o", "search.trials=7", "-o", "seed=3", "--json")
+    code, _, err = run("search", "model", "--out", tmp_path / "a.yaml", *options)
+    given = calls[0][1]
+    assert code == 0, err
+    assert (given["settings"].budget, given["settings"].trials, given["recipe"].seed) == ("10m", 7, 3)
+    code, _, err = run("search", "model", "--out", tmp_path / "a.yaml", "-s", 0.6, "-o", "search.trial=7")
+    assert code == 2 and "did you mean 'trials'" in err and err.count("\n") == 1
 
 
 def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_path):
@@ -267,6 +275,7 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["prune", "m", "--out", "o", "-s", "60"], "0.6?"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-m", "sparsgpt"], "'sparsegpt'"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-o", "lamda=1"], "'lambda'"),
+        (["prune", "m", "--out", "o", "-s", "0.5", "-a", "none.yaml"], "neither a file nor one of uniform"),
         (["prune", "m", "--out", "o", "-s", "0.6", "-p", "2:4"], "implies"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-c", "none.yaml"], "cannot be read"),
         (["prune", "m", "--out", "o", "-s", "0.5", "-c", "bst"], "'best'"),
@@ -433,14 +442,22 @@ def test_who_needs_no_text_says_so_and_who_packs_nothing_too(run, model, tmp_pat
     assert code == 0 and re.search(r"packed\W+nothing", shown) and "zeros," not in shown, err
 
 
-def test_a_search_that_ends_packed_keeps_its_allocation_and_pictures(run, model, text, tmp_path):
-    data = ("--calibration", text, "--samples", 4, "--seqlen", 32, "-o", "compute=float32")
-    auto = ("-a", "auto", "-m", "wanda", "-o", "trials=3", "-o", "levels=3", "-o", "windows=1")
-    code, _, err = run("prune", model, "--out", tmp_path / "o", "-s", 0.7, *auto, *data, "--pack", "f32")
+def test_what_a_search_writes_is_an_allocator_of_prune(run, model, text, tmp_path):
+    out = tmp_path / "allocation.yaml"
+    data = ("--calibration", text, "--samples", 4, "--seqlen", 32, "-o", "compute=float32", "-m", "wanda")
+    few = ("--trials", 3, "-o", "search.levels=3", "-o", "search.windows=1")
+    code, shown, err = run("search", model, "--out", out, "-s", 0.7, *data, *few)
     assert code == 0, err
-    assert {f"allocation.{kind}" for kind in ("yaml", "png", "svg")} <= {
-        path.name for path in (tmp_path / "o").iterdir()
-    }
+    told = json.loads(out.with_suffix(".json").read_text())
+    assert " ".join(shown.split()).endswith(" ".join(told["says"].split()))
+    assert {f"allocation.{kind}" for kind in ("yaml", "json", "png", "svg")} <= set(names_in(tmp_path))
+    code, _, err = run("prune", model, "--out", tmp_path / "o", "-s", 0.7, *data, "-a", out)
+    assert code == 0, err
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["allocation"] == told["allocation"]
+
+
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
 
 
 def test_too_little_text_says_how_short(run, model, text, tmp_path):

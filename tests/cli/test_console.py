@@ -5,12 +5,16 @@ import json
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from rich.table import Table
+from rich.text import Text
 
-from tawny import tables
 from tawny.cli import console as module
-from tawny.cli.console import Console
+from tawny.cli.console import Console, drawn
+from tawny.cli.eval_ import perplexity_tables
+from tawny.cli.inspect import inspection_tables
+from tawny.cli.prune import comparison_table
+from tawny.cli.push import push_tables
+from tawny.cli.tables_of_pruning import allocation_table
 
 
 def no_tables(result):
@@ -104,7 +108,7 @@ def test_tables_are_plain_when_piped_and_names_stay_whole(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)  # parallel test workers are given one
     name = "model.layers.29.some.deeply.nested.module.of.a.long.name.self_attn.q_proj"
     found = inspected(name, shape=(576, 576), zeros=10, pattern="2:4")
-    Console().result(found, tables.inspection_tables)
+    Console().result(found, inspection_tables)
     out = capsys.readouterr().out
     assert name in out and "576×576" in out and "50.00 %" in out and "\x1b" not in out
     assert all(line == line.rstrip() for line in out.splitlines()) and "\n\n\n" not in out
@@ -112,14 +116,10 @@ def test_tables_are_plain_when_piped_and_names_stay_whole(capsys, monkeypatch):
 
 def test_dense_and_pruned_stand_side_by_side(capsys):
     pruned = perplexity(30.0, sparsity=0.5)
-    Console().result({}, lambda _: [tables.comparison_table(perplexity(), pruned)])
+    Console().result({}, lambda _: [comparison_table(perplexity(), pruned)])
     out = capsys.readouterr().out
     assert "dense" in out and "pruned" in out
     assert "20.00 ± 0.50" in out and "30.00 ± 0.50" in out and "× 1.50" in out and "50.00 %" in out
-
-
-def test_a_single_window_has_no_standard_error():
-    assert tables.perplexity_text(perplexity(stderr=0.0)) == "20.00"
 
 
 def test_an_allocation_has_a_row_a_block_weighted_by_size(capsys):
@@ -128,42 +128,16 @@ def test_an_allocation_has_a_row_a_block_weighted_by_size(capsys):
         {"block": 0, "shape": (10, 30), "sparsity": 0.6, "error": 0.3},
         {"block": 1, "shape": (10, 10), "sparsity": 1.0, "error": 0.0},
     ]
-    Console().result({}, lambda _: [tables.allocation_table(rows)])
+    Console().result({}, lambda _: [allocation_table(rows)])
     out = capsys.readouterr().out
     assert "50.00 %" in out and "0.2500" in out and "100.00 %" in out
-
-
-@given(st.floats(0, 1e7))
-def test_durations_are_short(seconds):
-    assert 3 <= len(tables.duration(seconds)) <= 13
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (65, "1 min 05 s"), (3600, "1 h 00 min")],
-)
-def test_durations_round_to_words(seconds, words):
-    assert tables.duration(seconds) == words
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (269e6, "269 MB"), (1.114e9, "1.11 GB"), (5e15, "5000 TB")],
-)
-def test_sizes_are_decimal(count, words):
-    assert tables.size(count) == words
-
-
-@given(st.floats(allow_nan=True, allow_infinity=True), st.integers(1, 40))
-def test_a_bar_never_leaves_its_width(share, width):
-    assert 0 <= len(tables.bar(share, width)) <= width
 
 
 def test_brackets_and_colons_of_a_name_are_letters(capsys):
     console = Console()
     dense = perplexity(text="x[/y].txt")
-    console.result({}, lambda _: [tables.comparison_table(dense, perplexity(30.0, text="x[/y].txt"))])
-    console.result({}, lambda _: tables.perplexity_tables(perplexity(text="[red]t:owl:.txt", seconds=1.0)))
+    console.result({}, lambda _: [comparison_table(dense, perplexity(30.0, text="x[/y].txt"))])
+    console.result({}, lambda _: perplexity_tables(perplexity(text="[red]t:owl:.txt", seconds=1.0)))
     files = {
         "files": {"[bold]a:owl:.txt": 1},
         "bytes": 1,
@@ -172,7 +146,7 @@ def test_brackets_and_colons_of_a_name_are_letters(capsys):
         "notes": [],
         "dry_run": True,
     }
-    console.result(files, tables.push_tables)
+    console.result(files, push_tables)
     console.note("written to [red]:owl:.html")
     console.error("[/no] such :owl:")
     out, err = capsys.readouterr()
@@ -186,7 +160,7 @@ def test_a_narrow_window_shows_every_name_and_number_whole(capsys, monkeypatch, 
     monkeypatch.setenv("COLUMNS", str(columns))
     name = "model.layers.0.self_attn.q_proj"
     found = inspected(name)
-    Console().result(found, tables.inspection_tables)
+    Console().result(found, inspection_tables)
     out = capsys.readouterr().out
     for words in (
         f"linear {name}",
@@ -202,8 +176,9 @@ def test_a_narrow_window_shows_every_name_and_number_whole(capsys, monkeypatch, 
 
 def test_a_window_that_is_wide_enough_shows_a_table_with_names_on_a_few_lines(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "67")
-    made = tables.inspection_tables(inspected("model.layers.0.self_attn.q_proj"))
-    assert tables.stacked(made[0], 67) is made[0] and tables.stacked(made[1], 10) is made[1]
+    made = inspection_tables(inspected("model.layers.0.self_attn.q_proj"))
+    assert isinstance(drawn(made[0], 67), Table) and isinstance(drawn(made[1], 10), Table)
+    assert isinstance(drawn(made[0], 66), Text)
     Console().result({}, lambda _: made)
     out = capsys.readouterr().out
     assert "model.layers.0.s" in out and "unstructured" in out and "511" in out

@@ -49,8 +49,7 @@ def prunable(model):
 
 
 def allocators_of_shapes_and_norms():
-    # auto, which tries others, has tests of its own in tests/pruning.
-    return [name for name in ALLOCATORS if name not in ("file", "auto")]
+    return [name for name in ALLOCATORS if name != "file"]
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "row", "matrix", "2:4", "3:8"])

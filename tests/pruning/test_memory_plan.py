@@ -21,7 +21,7 @@ from tawny.pruning import journal as journal_module
 from tawny.pruning import session as session_module
 from tawny.pruning.memory_plan import Load, parse_size, sharing_inputs
 from tawny.pruning.session import demand_of, prepare
-from tawny.recipe.schema import resolve_recipe
+from tawny.recipe.merge import resolve_recipe
 from tawny.solvers.sparsegpt import SparseGPT
 from tests.pruning.test_journal import PressesCtrlC, files
 from tests.tiny import tiny_model, tokens

@@ -16,7 +16,8 @@ from tawny.model.checkpoint import Checkpoint
 from tawny.progress import Silent
 from tawny.pruning import journal
 from tawny.pruning import refine as refining
-from tawny.recipe.schema import Recipe, Refine, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe, Refine
 from tests.end_to_end.test_prune import prunable
 from tests.tiny import tiny_model, tokens
 
@@ -338,12 +339,10 @@ def test_a_stopped_run_goes_on_with_both_streams(tmp_path, monkeypatch):
 
 
 def test_the_summary_says_what_was_refined_and_how_much_it_helped():
-    from tawny.tables import record_tables
+    from tawny.cli.prune import record_tables
 
     _, record = pruned(refit=True, **TRAINING)
     facts = record_tables(record.to_dict())[-1]
-    cells = [
-        cell.plain if hasattr(cell, "plain") else cell for column in facts.columns for cell in column.cells
-    ]
+    cells = [cell for row in facts.rows for cell in row]
     assert any("uniform + wanda + refit + 2 epochs a block" in cell for cell in cells)
     assert any("of 3 blocks" in cell and "held-out loss is left" in cell for cell in cells)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tawny
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 from tawny.solvers import SOLVERS
 from tests.end_to_end.test_prune import prunable
 from tests.tiny import tiny_model, tokens

@@ -408,14 +408,14 @@ def test_a_run_that_gets_no_better_leaves_the_model_unchanged(pair, tmp_path):
     ("keys", "words"),
     [
         ({"tokns": 3}, "did you mean 'tokens'"),
-        ({"tokens": "many"}, "tokens='many'"),
+        ({"tokens": "many"}, "tokens: 'many'"),
         ({"train": "all"}, "'survivors'"),
         ({"method": "elsa", "train": "lora"}, "goes with train=survivors"),
         ({"values": "int8", "train": "norms"}, "goes with train=survivors"),
         ({"micro_batch": 9}, "more than batch"),
-        ({"minutes": float("inf")}, "minutes=inf.*finite"),
-        ({"lr": float("nan")}, "lr=nan"),
-        ({"clip": float("inf")}, "clip=inf.*finite"),
+        ({"minutes": float("inf")}, "minutes: inf.*finite"),
+        ({"lr": float("nan")}, "lr: nan"),
+        ({"clip": float("inf")}, "clip: inf.*finite"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(keys, words):

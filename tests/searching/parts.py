@@ -10,7 +10,7 @@ from tawny.model.streams import Samples
 from tawny.pruning.journal import Journal
 from tawny.pruning.ranks import Ranks
 from tawny.pruning.session import Job, Session, prepare
-from tawny.recipe.schema import resolve_recipe
+from tawny.recipe.merge import resolve_recipe
 from tawny.record import Clock, Record
 from tawny.searching.levels import LevelStore, Solved, solve_levels
 from tawny.searching.space import Space, make_space

@@ -311,10 +311,10 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
         ({"levels": 1}, "greater than or equal to 3"),
         ({"candidates": "owl,dlpp"}, "did you mean 'dlp'"),
         ({"proxy": "wandaa"}, "did you mean 'wanda'"),
-        ({"step": 0.7}, r"search\.step is 0\.7"),
-        ({"repeat": 0.6}, r"search\.repeat is 0\.6"),
-        ({"finalists": 5}, r"search\.finalists is 5"),
-        ({"trial": 5}, r"search\.trial is unknown.*trials"),
+        ({"step": 0.7}, r"search\.step: 0\.7"),
+        ({"repeat": 0.6}, r"search\.repeat: 0\.6"),
+        ({"finalists": 5}, r"search\.finalists: 5"),
+        ({"trial": 5}, r"search\.trial is not a known search key.*trials"),
     ],
 )
 def test_settings_out_of_range_are_refused(keys, words):

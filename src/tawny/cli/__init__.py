@@ -15,6 +15,7 @@ from tawny.cli.root import app, main
 # One import a line: importing a verb registers it, and this is the order of the help.
 # isort: off
 from tawny.cli import prune  # noqa: F401
+from tawny.cli import search  # noqa: F401
 from tawny.cli import recover  # noqa: F401
 from tawny.cli import plan  # noqa: F401
 from tawny.cli import profile  # noqa: F401

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from tawny.cli.common import console_for
-from tawny.cli.options import DATA, AsJson, Model, Threads
+from tawny.cli.frames import Frame, facts, table
+from tawny.cli.options import DATA, AsJson, Model, Threads, option
 from tawny.cli.root import app
+from tawny.words import size
 
 
 @app.command(
@@ -19,26 +20,9 @@ from tawny.cli.root import app
 )
 def bench(
     model: Model,
-    prompt_tokens: Annotated[
-        int,
-        typer.Option(
-            "--prompt-tokens", metavar="N", help="Tokens of the prompt.", min=1, rich_help_panel=DATA
-        ),
-    ] = 128,
-    tokens: Annotated[
-        int,
-        typer.Option("--tokens", metavar="N", help="Tokens decoded in a round.", min=1, rich_help_panel=DATA),
-    ] = 32,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            "--rounds",
-            metavar="N",
-            help="Measured rounds, after one to warm up.",
-            min=1,
-            rich_help_panel=DATA,
-        ),
-    ] = 5,
+    prompt_tokens: Annotated[int, option("--prompt-tokens N", "Tokens of the prompt.", DATA, min=1)] = 128,
+    tokens: Annotated[int, option("--tokens N", "Tokens decoded in a round.", DATA, min=1)] = 32,
+    rounds: Annotated[int, option("--rounds N", "Measured rounds, after one to warm up.", DATA, min=1)] = 5,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -55,6 +39,25 @@ def bench(
                 threads=threads,
                 progress=progress,
             ).to_dict()
-        from tawny.tables import speed_tables
-
         console.result(measured, speed_tables)
+
+
+def speed_tables(speed: Mapping[str, Any]) -> list[Frame]:
+    """Tokens a second with their spread, and bytes."""
+    made = table("", "tokens/s", "quartiles", "ms a token")
+    for key, name in (("decode", "decode"), ("prefill", "prefill")):
+        value, (low, high) = speed[f"{key}_tokens_per_second"], speed[f"{key}_quartiles"]
+        made.add(name, f"{value:,.1f}", f"{low:,.1f} – {high:,.1f}", f"{1000 / value:,.2f}")
+    packed = ", ".join(f"{count} {kind}" for kind, count in speed["packed"].items())
+    rows = [
+        (
+            "measured",
+            f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out",
+        ),
+        ("weights", speed["dtype"] + (f", packed linears: {packed}" if packed else ", no packed linear")),
+        ("memory", size(speed["resident_bytes"])),
+        ("with", f"{speed['threads']} threads, kernel {speed['kernel']}"),
+    ]
+    if speed["file_bytes"] is not None:
+        rows.insert(2, ("files", size(speed["file_bytes"])))
+    return [made, facts(rows)]

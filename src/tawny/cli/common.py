@@ -8,17 +8,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from tawny.errors import NumericalError, OutputError, TawnyError
-from tawny.machine import check_device
 from tawny.progress import speaks
 
 if TYPE_CHECKING:
     from tawny.cli.console import Console
-    from tawny.recipe.schema import Recipe
 
 
 @contextmanager
@@ -57,18 +55,6 @@ def console_for(as_json: bool) -> Iterator[Console]:
 def fail(console: Console, message: str, exit_code: int) -> None:
     console.error(message, exit_code)
     raise typer.Exit(exit_code)
-
-
-def recipe_from(
-    recipe: Path | None, option: list[str] | None, *, default_sparsity: float | None = None, **keys: Any
-) -> Recipe:
-    """A file, then the named options, then `-o`; a default sparsity where none of them says or implies one."""
-    from tawny.recipe.schema import resolve_recipe
-
-    named = {key.replace("calibration_", "calibration."): value for key, value in keys.items()}
-    chosen = resolve_recipe(recipe, option or (), default_sparsity=default_sparsity, **named)
-    check_device(chosen.device)
-    return chosen
 
 
 def check_file(option: str, path: Path | None, *endings: str) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import check_file, console_for
 from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
-from tawny.cli.options import OUTPUT, AsJson, Device, Threads
+from tawny.cli.frames import Frame, Marked, facts
+from tawny.cli.options import OUTPUT, AsJson, Device, Threads, option
 from tawny.cli.root import app
 from tawny.machine import check_device
+from tawny.words import duration
 
 
 @app.command(
@@ -28,49 +31,25 @@ def compare(
         ),
     ],
     text: Annotated[
-        str,
-        typer.Option(
-            "--text",
-            metavar="TEXT",
-            help="c4, wikitext2, ptb, wiki, a .txt/.jsonl file, or none.",
-            rich_help_panel=TEXT,
-        ),
+        str, option("--text TEXT", "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, or none.", TEXT)
     ] = DEFAULT_TEXT,
-    seqlen: Annotated[
-        int, typer.Option("--seqlen", metavar="N", help="Tokens a window.", min=2, rich_help_panel=TEXT)
-    ] = 2048,
+    seqlen: Annotated[int, option("--seqlen N", "Tokens a window.", TEXT, min=2)] = 2048,
     windows: Annotated[
         int | None,
-        typer.Option(
-            "--windows",
-            metavar="N",
-            help="How many from the start of the text. Default: up to 20.",
-            min=1,
-            rich_help_panel=TEXT,
-        ),
+        option("--windows N", "How many from the start of the text. Default: up to 20.", TEXT, min=1),
     ] = None,
     bos: Bos = None,
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Ask again what was asked before.", rich_help_panel=TASKS)
-    ] = False,
-    no_speed: Annotated[
-        bool, typer.Option("--no-speed", help="Leave prefill and decoding speed out.", rich_help_panel=OUTPUT)
-    ] = False,
+    no_cache: Annotated[bool, option("--no-cache", "Ask again what was asked before.", TASKS)] = False,
+    no_speed: Annotated[bool, option("--no-speed", "Leave prefill and decoding speed out.", OUTPUT)] = False,
     threads: Threads = None,
     compute: Compute = "auto",
     device: Device = None,
-    markdown: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Also write a .md table.", rich_help_panel=OUTPUT),
-    ] = None,
+    markdown: Annotated[Path | None, option("--markdown FILE", "Also write a .md table.", OUTPUT)] = None,
     html: Annotated[
-        Path | None,
-        typer.Option(
-            "--html", metavar="FILE", help="Also write a self-contained .html page.", rich_help_panel=OUTPUT
-        ),
+        Path | None, option("--html FILE", "Also write a self-contained .html page.", OUTPUT)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -100,10 +79,23 @@ def compare(
                 cache=not no_cache,
                 progress=progress,
             ).to_dict()
-        from tawny.tables import compare_tables
-
         console.result(result, compare_tables)
         for file, make in ((markdown, to_markdown), (html, to_html)):
             if file is not None:
                 write(result, file, make)
                 console.note(f"written to {file}")
+
+
+def compare_tables(result: Mapping[str, Any]) -> list[Frame]:
+    """What `tawny compare` measured: a line a number, a column a model; the best of each line is bold."""
+    from tawny.report.comparison import caption, failures, lines_of
+
+    names = [model["name"] for model in result["models"]]
+    made = Frame(("", *names), wrapped=range(len(names) + 1))
+    for line in lines_of(result):
+        cells = [Marked(cell.text, cell.change, cell.best) for cell in line.cells]
+        made.add(line.name + (f", {line.unit}" if line.unit else ""), *cells)
+    rows = [("", sentence) for sentence in caption(result)]
+    rows += [("missing", f"{model}: {part}: {why}") for model, part, why in failures(result)]
+    rows.append(("time", duration(result["seconds"])))
+    return [made, facts(rows)]

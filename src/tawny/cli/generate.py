@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import RECIPE, AsJson, Model, Threads
+from tawny.cli.frames import Frame, facts
+from tawny.cli.options import RECIPE, AsJson, Model, Threads, option
 from tawny.cli.root import app
+from tawny.words import duration, size
 
 
 def _possible_seed(seed: int) -> int:
@@ -27,41 +30,13 @@ def _possible_seed(seed: int) -> int:
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")],
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            "-n", "--max-tokens", metavar="N", help="Most tokens to make.", min=1, rich_help_panel=RECIPE
-        ),
-    ] = 128,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "-t", "--temperature", metavar="T", help="0 takes the likeliest token.", rich_help_panel=RECIPE
-        ),
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", metavar="P", help="Draw from the likeliest P of probability.", rich_help_panel=RECIPE
-        ),
-    ] = 1.0,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            help="Chooses the draws.",
-            callback=_possible_seed,
-            rich_help_panel=RECIPE,
-        ),
-    ] = 0,
+    max_tokens: Annotated[int, option("-n --max-tokens N", "Most tokens to make.", RECIPE, min=1)] = 128,
+    temperature: Annotated[float, option("-t --temperature T", "0 takes the likeliest token.", RECIPE)] = 0.0,
+    top_p: Annotated[float, option("--top-p P", "Draw from the likeliest P of probability.", RECIPE)] = 1.0,
+    seed: Annotated[int, option("--seed N", "Chooses the draws.", RECIPE, callback=_possible_seed)] = 0,
     chat: Annotated[
         bool,
-        typer.Option(
-            "--chat/--no-chat",
-            help="Put the prompt into the model's chat template, if it has one.",
-            rich_help_panel=RECIPE,
-        ),
+        option("--chat/--no-chat", "Put the prompt into the model's chat template, if it has one.", RECIPE),
     ] = True,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -85,10 +60,32 @@ def generate(
             threads=threads,
             on_text=None if as_json else show,
         ).to_dict()
-        from tawny.tables import generation_tables
 
         if as_json:
             console.result(made, generation_tables)
         else:
             show("\n")
             console.aside(generation_tables(made))
+
+
+def generation_tables(made: Mapping[str, Any]) -> list[Frame]:
+    """What a text took; the text itself has been streamed."""
+    speed = made["decode_tokens_per_second"]
+    ends = {"stop": "the model ended it", "context": "as many as its context holds"}
+    count = f"{len(made['tokens'])} tokens ({ends.get(made['finish'], 'as many as asked for')})"
+    return [
+        facts(
+            [
+                ("decoded", count + ("" if speed is None else f", {speed:,.1f} tokens/s")),
+                (
+                    "first token",
+                    f"{duration(made['first_token_seconds'])} after {made['prompt_tokens']} tokens of prompt",
+                ),
+                (
+                    "memory",
+                    f"{size(made['resident_bytes'])} for the model, {size(made['peak_bytes'])} at most",
+                ),
+                ("with", f"{made['threads']} threads, kernel {made['kernel']}"),
+            ]
+        )
+    ]

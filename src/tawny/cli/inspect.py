@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, facts, table
 from tawny.cli.options import AsJson, Model
 from tawny.cli.root import app
+from tawny.words import percent, size
 
 
 @app.command(
@@ -20,6 +25,27 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 
         with console.progress() as progress:
             found = tawny.inspect(model, progress=progress).to_dict()
-        from tawny.tables import inspection_tables
-
         console.result(found, inspection_tables)
+
+
+def inspection_tables(inspection: Mapping[str, Any]) -> list[Frame]:
+    made = table("linear", "shape", "zeros", "sparsity", "pattern", "ties", left=(0, 4))
+    for linear in inspection["linears"]:
+        made.add(
+            linear["name"],
+            "×".join(map(str, linear["shape"])),
+            f"{linear['zeros']:,}",
+            percent(linear["sparsity"]),
+            linear["pattern"],
+            f"{linear['ties']:,}",
+        )
+    rows = [
+        ("sparsity", f"{percent(inspection['sparsity'])} of {inspection['prunable']:,} prunable weights"),
+        ("linears", f"{len(inspection['linears'])} in {inspection['blocks']} blocks"),
+        (
+            "parameters",
+            f"{inspection['parameters']:,}{', head tied to the embedding' * inspection['tied_head']}",
+        ),
+        ("files", size(inspection["bytes"])),
+    ]
+    return [made, facts(rows)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, table
 from tawny.cli.options import AsJson
 from tawny.cli.root import app
-from tawny.errors import UserError
+from tawny.errors import UserError, nearest
 
 
 @app.command(
@@ -26,9 +28,7 @@ def list_(
 ) -> None:
     """List recipes, and what a recipe can name: allocators, solvers, patterns, texts, and its keys."""
     with console_for(as_json) as console:
-        from tawny.errors import nearest
         from tawny.recipe.catalogue import catalogue
-        from tawny.tables import listing_tables
 
         listing = catalogue()
         if kind is not None:
@@ -38,3 +38,18 @@ def list_(
                 )
             listing = {kind: listing[kind]}
         console.result(listing, listing_tables)
+
+
+def listing_tables(listing: Mapping[str, Any]) -> list[Frame]:
+    """One table a kind of choice."""
+    tables = []
+    for kind, entries in listing.items():
+        optioned = any(entry.get("options") for entry in entries)
+        heads = ("name", *(["options"] if optioned else []), "what it is")
+        made = table(*heads, title=kind, left=range(len(heads)))
+        for entry in entries:
+            options = entry.get("options", {}).items()
+            told = " ".join(f"{key}={'none' if value is None else value}" for key, value in options)
+            made.add(entry["name"], *([told] if optioned else []), entry["summary"])
+        tables.append(made)
+    return tables

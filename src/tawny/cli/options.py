@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -14,96 +14,25 @@ if TYPE_CHECKING:
 RECIPE, DATA, OUTPUT = "What to do", "Calibration", "Output and machine"
 MOST_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
 
+
+def option(names: str, help: str, panel: str, **more: Any) -> Any:
+    """A typer option from its names and the word for its value, such as `-s --sparsity SHARE`."""
+    words = names.split()
+    flags = [word for word in words if word.startswith("-")]
+    metavar = words[-1] if len(words) > len(flags) else None
+    return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=panel, **more)
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2 (packaged).")
 ]
-Sparsity = Annotated[
-    float | None,
-    typer.Option(
-        "-s",
-        "--sparsity",
-        metavar="SHARE",
-        help="Share of weights to remove, in [0, 1).",
-        rich_help_panel=RECIPE,
-    ),
-]
-AllocatorName = Annotated[
-    str | None,
-    typer.Option(
-        "-a",
-        "--allocator",
-        metavar="NAME",
-        help="How blocks share the budget. Default: atp.",
-        rich_help_panel=RECIPE,
-    ),
-]
-SolverName = Annotated[
-    str | None,
-    typer.Option(
-        "-m",
-        "--solver",
-        metavar="NAME",
-        help="How a linear is pruned. Default: alps.",
-        rich_help_panel=RECIPE,
-    ),
-]
-PatternName = Annotated[
-    str | None,
-    typer.Option(
-        "-p",
-        "--pattern",
-        metavar="PATTERN",
-        help="Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
-        rich_help_panel=RECIPE,
-    ),
-]
 RecipeFile = Annotated[
     Path | None,
-    typer.Option(
-        "-c",
-        "--recipe",
-        metavar="RECIPE",
-        help="Recipe to start from: a YAML file, or a name of `tawny list recipes`.",
-        rich_help_panel=RECIPE,
+    option(
+        "-c --recipe RECIPE", "Recipe to start from: a YAML file, or a name of `tawny list recipes`.", RECIPE
     ),
 ]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-o",
-        "--option",
-        metavar="KEY=VALUE",
-        help="Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
-        rich_help_panel=RECIPE,
-    ),
-]
-CalibrationText = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="TEXT",
-        help="c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.",
-        rich_help_panel=DATA,
-    ),
-]
-Samples = Annotated[
-    int | None,
-    typer.Option("--samples", metavar="N", help="Windows of text. Default: 128.", rich_help_panel=DATA),
-]
-SeqLen = Annotated[
-    int | None,
-    typer.Option("--seqlen", metavar="N", help="Tokens a window. Default: 2048.", rich_help_panel=DATA),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help="Chooses the windows. Default: 0.", rich_help_panel=DATA),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps … Default: cpu.", rich_help_panel=OUTPUT
-    ),
-]
+Device = Annotated[str | None, option("--device DEVICE", "cpu, cuda, cuda:1, mps … Default: cpu.", OUTPUT)]
 
 
 def _possible_threads(count: int | None) -> int | None:
@@ -115,30 +44,16 @@ def _possible_threads(count: int | None) -> int | None:
 
 
 Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        metavar="N",
-        help="Default: torch's own choice.",
-        callback=_possible_threads,
-        rich_help_panel=OUTPUT,
-    ),
+    int | None, option("--threads N", "Default: torch's own choice.", OUTPUT, callback=_possible_threads)
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(
-        "--memory",
-        metavar="SIZE",
-        help="Peak memory not to pass, such as 6GB; the result does not depend on it.",
-        rich_help_panel=OUTPUT,
+    option(
+        "--memory SIZE", "Peak memory not to pass, such as 6GB; the result does not depend on it.", OUTPUT
     ),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a finished folder.", rich_help_panel=OUTPUT)
-]
+AsJson = Annotated[bool, option("--json", "Print one JSON document on stdout.", OUTPUT)]
+Overwrite = Annotated[bool, option("--overwrite", "Replace a finished folder.", OUTPUT)]
 
 
 def folder_named(text: str) -> Path:

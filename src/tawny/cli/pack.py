@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Annotated, Any
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, packed_values
+from tawny.cli.frames import Frame, facts
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, option, packed_values
 from tawny.cli.root import app
+from tawny.words import duration, percent, size
 
 
 @app.command(
@@ -22,38 +23,19 @@ def pack(
     model: Model,
     *,
     values: Annotated[
-        str,
-        typer.Option(
-            "--values",
-            metavar="KIND",
-            help="Surviving weights as bf16, f16, f32 or int8.",
-            rich_help_panel=RECIPE,
-        ),
+        str, option("--values KIND", "Surviving weights as bf16, f16, f32 or int8.", RECIPE)
     ] = "bf16",
     group: Annotated[
         int | None,
-        typer.Option(
-            "--group",
-            metavar="128",
-            help="With int8: a scale for each 128 columns instead of one a row.",
-            rich_help_panel=RECIPE,
-        ),
+        option("--group 128", "With int8: a scale for each 128 columns instead of one a row.", RECIPE),
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(
-            "--head",
-            metavar="KIND",
-            help="Pack the head too, int8 say; a tied embedding is then served from it.",
-            rich_help_panel=RECIPE,
+        option(
+            "--head KIND", "Pack the head too, int8 say; a tied embedding is then served from it.", RECIPE
         ),
     ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder to write.", parser=folder_named, rich_help_panel=OUTPUT
-        ),
-    ],
+    out: Annotated[Path, option("--out DIR", "Folder to write.", OUTPUT, parser=folder_named)],
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,8 +54,35 @@ def pack(
                 progress=progress,
             )
         from tawny.report.publish import refresh
-        from tawny.tables import pack_tables
 
         refresh(out)
-
         console.result(report.to_dict(), pack_tables)
+
+
+def pack_tables(report: Mapping[str, Any]) -> list[Frame]:
+    """What packing saved, and what it could not pack."""
+    linears = report["linears"]
+    packed = [linear for linear in linears if linear["form"] == "packed"]
+    weights = [linear["shape"][0] * linear["shape"][1] for linear in packed]
+    kept = [w * (1 - linear["sparsity"]) for w, linear in zip(weights, packed, strict=True)]
+    kind = report["values"] + (f", a scale each {report['group']} columns" if report["group"] else "")
+    rows = [
+        ("size", f"{size(report['bytes'])}, {percent(report['ratio'], 1)} of {size(report['source_bytes'])}"),
+        ("values", kind + (f", head {report['head']}" if report["head"] else "")),
+        (
+            "packed",
+            f"{report['packed']} weights, {percent(1 - sum(kept) / sum(weights), 1)} zeros, "
+            f"{8 * sum(linear['bytes'] for linear in packed) / sum(weights):.2f} bits each"
+            if packed
+            else "nothing",
+        ),
+    ]
+    if report["dense"]:
+        rows.append(("dense", f"{report['dense']} linears with too few zeros to pay"))
+    if report["untouched"]:
+        rows.append(("untouched", f"{len(report['untouched'])} weights stay as they are"))
+    rows += [
+        ("time", duration(report["seconds"])),
+        ("written", f"{report['out']}: `tawny.load`, or `import tawny` before transformers, opens it"),
+    ]
+    return [facts(rows)]

@@ -2,94 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
-
-from tawny.cli.common import check_file, console_for, recipe_from
-from tawny.cli.options import (
-    OUTPUT,
-    RECIPE,
-    AsJson,
-    CalibrationText,
-    Device,
-    Model,
-    Overrides,
-    RecipeFile,
-    Samples,
-    Seed,
-    SeqLen,
-)
-from tawny.cli.root import RecipeCommand, app
+from tawny.cli.common import check_file, console_for
+from tawny.cli.frames import Frame, facts, table
+from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, option
+from tawny.cli.recipe_options import Given, recipe_verb
+from tawny.words import bar, duration, percent
 
 SPARSITY = 0.7
 
 
-@app.command(
-    cls=RecipeCommand,
-    epilog="\b\nExamples:\n"
-    "  tawny profile smollm2 --calibration wiki --samples 16 --seqlen 1024\n"
-    "  tawny profile ./model -s 0.7 --allocators owl,dlp,atp,uniform --plot allocation.png\n"
-    "  tawny profile pruned --calibration wiki --json",
+@recipe_verb(
+    "tawny profile smollm2 --calibration wiki --samples 16 --seqlen 1024",
+    "tawny profile ./model -s 0.7 --allocators owl,dlp,atp,uniform --plot allocation.png",
+    "tawny profile pruned --calibration wiki --json",
+    without=("sparsity", "allocator", "solver", "pattern"),
 )
 def profile(
     model: Model,
+    *,
     multiples: Annotated[
         list[float] | None,
-        typer.Option(
-            "-M",
-            metavar="M",
-            help="Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.",
-            rich_help_panel=RECIPE,
-        ),
+        option("-M M", "Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.", RECIPE),
     ] = None,
     allocators: Annotated[
         str | None,
-        typer.Option(
-            "--allocators",
-            metavar="NAMES",
-            help="Whose sparsities to show, such as owl,dlp,uniform. Default: owl for each M.",
-            rich_help_panel=RECIPE,
+        option(
+            "--allocators NAMES",
+            "Whose sparsities to show, such as owl,dlp,uniform. Default: owl for each M.",
+            RECIPE,
         ),
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(
-            "-s",
-            "--sparsity",
-            metavar="SHARE",
-            help=f"For the sparsities the allocators give. Default: the recipe's or pattern's, else {SPARSITY:g}.",
-            rich_help_panel=RECIPE,
+        option(
+            "-s --sparsity SHARE",
+            f"For the sparsities the allocators give. Default: the recipe's or pattern's, else {SPARSITY:g}.",
+            RECIPE,
         ),
     ] = None,
-    recipe: RecipeFile = None,
-    option: Overrides = None,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    seqlen: SeqLen = None,
-    seed: Seed = None,
+    given: Given,
+    seed: Annotated[int | None, option("--seed N", "Chooses the windows. Default: 0.", DATA)] = None,
     device: Device = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", help="Also draw it, as .png or .svg.", rich_help_panel=OUTPUT),
-    ] = None,
+    plot: Annotated[Path | None, option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""
     with console_for(as_json) as console:
         check_file("--plot", plot, ".png", ".svg")
-        chosen = recipe_from(
-            recipe,
-            option,
-            sparsity=sparsity,
-            default_sparsity=SPARSITY,
-            calibration_text=calibration,
-            calibration_samples=samples,
-            calibration_seqlen=seqlen,
-            seed=seed,
-            device=device,
-        )
+        chosen = given.recipe(sparsity=sparsity, default_sparsity=SPARSITY, seed=seed, device=device)
         import tawny
 
         with console.progress() as progress:
@@ -100,11 +64,41 @@ def profile(
                 allocators=[name.strip() for name in (allocators or "").split(",") if name.strip()],
                 progress=progress,
             ).to_dict()
-        from tawny.tables import profile_tables
-
         console.result(report, profile_tables)
         if plot is not None:
             from tawny.report.plot import plot_profile
 
             plot_profile(report, plot)
             console.note(f"drawn to {plot}")
+
+
+def profile_tables(report: Mapping[str, Any]) -> list[Frame]:
+    """The layerwise outlier distribution, each block's share of outliers for each M, with bars for one M."""
+    shares: Mapping[str, Sequence[float]] = report["shares"]
+    Ms = list(shares)
+    drawn = "5" if "5" in Ms else Ms[len(Ms) // 2]  # the paper's choice at high sparsity
+    # One allocation, that of the M whose bars are drawn, keeps the table narrow; --json has them all.
+    allocations = {k: v for k, v in report["allocations"].items() if "=" not in k or k.endswith(f"={drawn}")}
+    zeros = any(share > 0.01 for share in report["zeros"])  # a pruned model; a few zeros are in any dense one
+    columns = ["block", *(f"M={M}" for M in Ms), "mean score", "max score", ""]
+    made = table(
+        *columns,
+        *(["zeros"] if zeros else []),
+        *(f"{name} at {percent(report['sparsity'], 0)}" for name in allocations),
+        title=f"weights whose |W|·‖X‖ is above M times the block's mean, in % (bars: M={drawn})",
+        left=(len(columns) - 1,),
+    )
+    most = max(shares[drawn], default=0.0) or 1.0
+    for block, share in enumerate(shares[drawn]):
+        made.add(
+            str(block),
+            *(f"{shares[M][block]:.3f}" for M in Ms),
+            f"{report['mean_score'][block]:.4g}",
+            f"{report['max_score'][block]:.4g}",
+            bar(share / most, 16),
+            *([percent(report["zeros"][block])] if zeros else []),
+            *(percent(ratios[block]) for ratios in allocations.values()),
+        )
+    text = report["text"]
+    seen = f", {text['name']}" if text.get("name") else ""
+    return [made, facts([("measured", f"{report['source']}{seen}, in {duration(report['seconds'])}")])]

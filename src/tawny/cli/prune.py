@@ -5,32 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from tawny.cli.common import console_for, recipe_from
-from tawny.cli.options import (
-    OUTPUT,
-    AllocatorName,
-    AsJson,
-    CalibrationText,
-    Device,
-    Memory,
-    Model,
-    Overrides,
-    PatternName,
-    RecipeFile,
-    Samples,
-    SeqLen,
-    SolverName,
-    Sparsity,
-    folder_named,
-    packed_values,
-)
-from tawny.cli.root import RecipeCommand, app
+from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, Shown, facts, parts, table
+from tawny.cli.options import OUTPUT, AsJson, Device, Memory, Model, folder_named, option, packed_values
+from tawny.cli.recipe_options import Given, recipe_verb
+from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.progress import speaks
+from tawny.words import begun, duration, percent, perplexity_text, size
 
 if TYPE_CHECKING:
     from tawny.cli.console import Console
@@ -42,79 +27,44 @@ if TYPE_CHECKING:
 EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few enough to wait for
 
 
-@app.command(
-    cls=RecipeCommand,
-    epilog="\b\nExamples:\n"
-    "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki\n"
-    "  tawny prune Qwen/Qwen3-8B --out packed -s 0.7 -a owl -m wanda -o lambda=0.15 --pack bf16\n"
-    "  tawny prune ./model --out pruned -c owl-wanda-mixed-3-8",
+@recipe_verb(
+    "tawny prune smollm2 --out pruned -s 0.5 --calibration wiki --eval wiki",
+    "tawny prune Qwen/Qwen3-8B --out packed -s 0.7 -a owl -m wanda -o lambda=0.15 --pack bf16",
+    "tawny prune ./model --out pruned -c owl-wanda-mixed-3-8",
 )
 def prune(
     model: Model,
     *,
-    sparsity: Sparsity = None,
-    allocator: AllocatorName = None,
-    solver: SolverName = None,
-    pattern: PatternName = None,
-    recipe: RecipeFile = None,
-    option: Overrides = None,
-    calibration: CalibrationText = None,
-    samples: Samples = None,
-    seqlen: SeqLen = None,
+    given: Given,
     out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="Folder to write the pruned model to.",
-            parser=folder_named,
-            rich_help_panel=OUTPUT,
-        ),
+        Path, option("--out DIR", "Folder to write the pruned model to.", OUTPUT, parser=folder_named)
     ],
     device: Device = None,
     memory: Memory = None,
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace a finished folder; start an unfinished one over.",
-            rich_help_panel=OUTPUT,
-        ),
+        bool, option("--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT)
     ] = False,
     pack: Annotated[
         str | None,
-        typer.Option(
-            "--pack",
-            metavar="KIND",
-            help="Write a packed folder (bf16, f16, f32, int8) instead of a dense one; see `tawny pack`.",
-            rich_help_panel=OUTPUT,
+        option(
+            "--pack KIND",
+            "Write a packed folder (bf16, f16, f32, int8) instead of a dense one; see `tawny pack`.",
+            OUTPUT,
         ),
     ] = None,
     evaluate: Annotated[
         str | None,
-        typer.Option(
-            "--eval",
-            metavar="TEXT",
-            help=f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.",
-            rich_help_panel=OUTPUT,
+        option(
+            "--eval TEXT",
+            f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.",
+            OUTPUT,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""
     with console_for(as_json) as console:
-        chosen = recipe_from(
-            recipe,
-            option,
-            sparsity=sparsity,
-            allocator=allocator,
-            solver=solver,
-            pattern=pattern,
-            calibration_text=calibration,
-            calibration_samples=samples,
-            calibration_seqlen=seqlen,
-            device=device,
-        )
+        chosen = given.recipe(device=device)
         values = None if pack is None else packed_values(pack)
         windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
         import tawny
@@ -135,8 +85,6 @@ def prune(
             from tawny.report.publish import publish
 
             console.note(f"report: {publish(record, out)}")
-        from tawny.tables import record_tables
-
         console.result(record.to_dict(), record_tables)
 
 
@@ -246,3 +194,57 @@ def _samples(console: Console, model: str, out: Path, text: str) -> list[dict[st
 
     with console.progress() as progress:
         return text_samples(model, out, prompts_from(load_text(text, "evaluation")), progress=progress)
+
+
+def record_tables(record: Mapping[str, Any]) -> list[Shown]:
+    """What `tawny prune` did: the sparsity of every block, the sums, and dense beside pruned if measured."""
+    seconds = record["seconds"]
+    total = seconds.get("total", sum(seconds.values()))
+    rows = [
+        ("recipe", recipe_words(record["recipe"], bool(record["text"]))),
+        ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
+        ("time", f"{duration(total)}{parts(seconds, 'total', duration)}"),
+        ("peak memory", _peak_words(record)),
+    ]
+    if refined := record.get("refined"):
+        better = sum(made["best_epoch"] > 0 for made in refined)
+        left = [made["after"] / made["before"] for made in refined if made["before"] > 0]
+        if left:
+            share = percent(sum(left) / len(left))
+            rows.append(
+                ("refined", f"{better} of {len(refined)} blocks; {share} of their held-out loss is left")
+            )
+    if record["out"]:
+        packed = record.get("packed")
+        share = (
+            f", {percent(packed['ratio'], 1)} of the dense {size(packed['source_bytes'])}" if packed else ""
+        )
+        rows.append(("written", f"{record['out']} ({size(record['bytes'])}{share})"))
+    rows += [("warning", warning) for warning in record["warnings"][:5]]
+    if len(record["warnings"]) > 5:
+        rows.append(("", f"and {len(record['warnings']) - 5} more warnings in run.json"))
+    tables: list[Shown] = [allocation_table(record["linears"]), facts(rows)]
+    if {"dense", "pruned"} <= set(record["evaluation"]):
+        tables.append(comparison_table(record["evaluation"]["dense"], record["evaluation"]["pruned"]))
+    return tables
+
+
+def _peak_words(record: Mapping[str, Any]) -> str:
+    expected = record.get("memory", {}).get("estimate")
+    return size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")
+
+
+def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Frame:
+    """Dense beside pruned; each has the keys of a perplexity, and `sparsity` where it is known."""
+    title = (
+        f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens{begun(dense)}"
+    )
+    made = table("", "dense", "pruned", "change", title=title)
+    ratio = pruned["perplexity"] / dense["perplexity"]
+    made.add("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")
+    rows = (("sparsity", "sparsity", percent), ("seconds", "time to evaluate", duration))
+    for key, name, show in rows:
+        values = [result.get(key) for result in (dense, pruned)]
+        if any(value is not None for value in values):
+            made.add(name, *("–" if value is None else show(value) for value in values), "")
+    return made

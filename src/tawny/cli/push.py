@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, AsJson
+from tawny.cli.frames import Frame, facts, table
+from tawny.cli.options import OUTPUT, AsJson, option
 from tawny.cli.root import app
+from tawny.words import size
 
 
 @app.command(
@@ -25,19 +28,10 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
     *,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check the folder and its card and list the files; no network.",
-            rich_help_panel=OUTPUT,
-        ),
+        bool, option("--dry-run", "Check the folder and its card and list the files; no network.", OUTPUT)
     ] = False,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=OUTPUT)
-    ] = False,
-    message: Annotated[
-        str | None, typer.Option("--message", metavar="TEXT", help="Of the commit.", rich_help_panel=OUTPUT)
-    ] = None,
+    private: Annotated[bool, option("--private", "Make a new repository private.", OUTPUT)] = False,
+    message: Annotated[str | None, option("--message TEXT", "Of the commit.", OUTPUT)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Upload a finished model to the Hugging Face hub, with its card and report."""
@@ -48,6 +42,14 @@ def push(
             report = push_folder(
                 folder, repo, private=private, dry_run=dry_run, message=message, progress=progress
             ).to_dict()
-        from tawny.tables import push_tables
-
         console.result(report, push_tables)
+
+
+def push_tables(report: Mapping[str, Any]) -> list[Frame]:
+    """What was, or would be, uploaded."""
+    made = table("file", "size")
+    for name, count in report["files"].items():
+        made.add(name, size(count))
+    done = report["url"] or f"nothing was uploaded: the folder and its card are fit for {report['repo']}"
+    rows = [("in all", size(report["bytes"])), *(("note", note) for note in report["notes"])]
+    return [made, facts([*rows, ("dry run" if report["dry_run"] else "uploaded", done)])]

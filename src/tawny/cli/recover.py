@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named
+from tawny.cli.frames import Frame, facts, parts, table
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named, option
 from tawny.cli.root import app
 from tawny.machine import check_device
+from tawny.words import duration, percent, size
 
 TRAINING = "Training"
 
@@ -26,122 +29,78 @@ def recover(
     *,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            "--teacher",
-            metavar="DENSE",
-            help="The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
-            rich_help_panel=RECIPE,
+        option(
+            "--teacher DENSE",
+            "The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
+            RECIPE,
         ),
     ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder to write to.", parser=folder_named, rich_help_panel=OUTPUT
-        ),
-    ],
+    out: Annotated[Path, option("--out DIR", "Folder to write to.", OUTPUT, parser=folder_named)],
     method: Annotated[
         str | None,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help="distill keeps the mask; elsa moves it under an exact budget. Default: distill.",
-            rich_help_panel=RECIPE,
+        option(
+            "--method NAME",
+            "distill keeps the mask; elsa moves it under an exact budget. Default: distill.",
+            RECIPE,
         ),
     ] = None,
     train: Annotated[
         str | None,
-        typer.Option(
-            "--train",
-            metavar="WHAT",
-            help="survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
-            rich_help_panel=RECIPE,
+        option(
+            "--train WHAT",
+            "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
+            RECIPE,
         ),
     ] = None,
     values: Annotated[
-        str | None,
-        typer.Option(
-            "--values",
-            metavar="KIND",
-            help="int8: train through the packed format's rounding.",
-            rich_help_panel=RECIPE,
-        ),
+        str | None, option("--values KIND", "int8: train through the packed format's rounding.", RECIPE)
     ] = None,
     through: Annotated[
         str | None,
-        typer.Option(
-            "--through",
-            metavar="LIST",
-            help="Prune in steps, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says how.",
-            rich_help_panel=RECIPE,
+        option(
+            "--through LIST",
+            "Prune in steps, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says how.",
+            RECIPE,
         ),
     ] = None,
     recipe: RecipeFile = None,
-    option: Annotated[
+    overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "-o",
-            "--option",
-            metavar="KEY=VALUE",
-            help="Any other setting, such as batch=8 or kl=0.9 (docs/recovery.md); repeatable.",
-            rich_help_panel=RECIPE,
+        option(
+            "-o --option KEY=VALUE",
+            "Any other setting, such as batch=8 or kl=0.9 (docs/recovery.md); repeatable.",
+            RECIPE,
         ),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(
-            "--text",
-            metavar="TEXT",
-            help="c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.",
-            rich_help_panel=TRAINING,
-        ),
+        option("--text TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", TRAINING),
     ] = None,
     tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--tokens",
-            metavar="N",
-            help="How many to read, such as 500k. Default: 2M.",
-            rich_help_panel=TRAINING,
-        ),
+        str | None, option("--tokens N", "How many to read, such as 500k. Default: 2M.", TRAINING)
     ] = None,
     minutes: Annotated[
-        float | None,
-        typer.Option(
-            "--minutes", metavar="M", help="End after so long, if that is earlier.", rich_help_panel=TRAINING
-        ),
+        float | None, option("--minutes M", "End after so long, if that is earlier.", TRAINING)
     ] = None,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(
-            "--seqlen", metavar="N", help="Tokens a window. Default: 512.", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option("--lr", metavar="RATE", help="Highest learning rate.", rich_help_panel=TRAINING),
-    ] = None,
+    seqlen: Annotated[int | None, option("--seqlen N", "Tokens a window. Default: 512.", TRAINING)] = None,
+    lr: Annotated[float | None, option("--lr RATE", "Highest learning rate.", TRAINING)] = None,
     device: Device = None,
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace a finished folder, discard an unfinished run.",
-            rich_help_panel=OUTPUT,
-        ),
+        bool, option("--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT)
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""
     with console_for(as_json) as console:
         from tawny.errors import RecipeError
-        from tawny.recipe.schema import parse_override
+        from tawny.recipe.merge import parse_override
         from tawny.recovery.settings import Recovery
 
         if recipe is not None and through is None:
             raise RecipeError(
                 f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
             )
-        named = dict(parse_override(given) for given in option or ())
+        named = dict(parse_override(given) for given in overrides or ())
         keys = {
             "method": method,
             "train": train,
@@ -173,8 +132,6 @@ def recover(
                     progress=progress,
                     overwrite=overwrite,
                 )
-        from tawny.tables import recovery_tables
-
         console.result(record.to_dict(), recovery_tables)
 
 
@@ -185,3 +142,48 @@ def _sparsities(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise RecipeError(f"--through {text!r} is no list of sparsities; give such as 0.4,0.55,0.7") from None
+
+
+def recovery_tables(record: Mapping[str, Any]) -> list[Frame]:
+    """What `tawny recover` did: the measurements on the way, and the sums."""
+    settings, text = record["settings"], record["text"]
+    title = f"on {text['held_out']} held-out windows of {text['seqlen']} tokens of {text['name']}"
+    taught = any("kl" in entry for entry in record["measured"])
+    made = table(
+        "step", "time", "perplexity", *(["KL", "top-1"] if taught else []), "", title=title, left=(5,)
+    )
+    measured = record["measured"]
+    # A long run measures often; ten rows show its course.
+    shown = measured if len(measured) <= 12 else [*measured[:: -(-len(measured) // 10)], measured[-1]]
+    for entry in shown:
+        best = "best" if entry["step"] == record["best"]["step"] else ""
+        taught_cells = [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
+        made.add(
+            f"{entry['step']:.0f}",
+            duration(entry["seconds"]),
+            f"{entry['perplexity']:,.2f}",
+            *taught_cells,
+            best,
+        )
+    seconds = record["seconds"]
+    rows = [
+        (
+            "perplexity",
+            f"{record['start']['perplexity']:,.2f} → {record['best']['perplexity']:,.2f} "
+            f"(× {record['best']['perplexity'] / record['start']['perplexity']:.3f})",
+        ),
+        ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
+        ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
+        (
+            "trained",
+            f"{record['trained']:,} values ({settings['train']}, {settings['method']}) on {record['tokens']:,} tokens "
+            f"in {record['steps']:,} steps; ended by {record['stopped']}",
+        ),
+        ("time", f"{duration(seconds['total'])}{parts(seconds, 'total', duration)}"),
+        ("speed", f"{record['tokens_per_second']:,.0f} tokens/s while training"),
+        ("peak memory", size(record["peak_memory"])),
+    ]
+    if record["out"]:
+        rows.append(("written", f"{record['out']} ({size(record['bytes'])})"))
+    rows += [("warning", warning) for warning in record["warnings"]]
+    return [made, facts(rows)]

@@ -6,13 +6,9 @@ __all__ = ["app", "main"]
 
 import io
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 app = typer.Typer(
     name="tawny",
@@ -28,39 +24,6 @@ app = typer.Typer(
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class RecipeCommand(TyperCommand):
-    """A verb that takes a recipe: `--KEY VALUE` for a recipe key that has no option of its own is `-o KEY=VALUE`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
-        return super().parse_args(ctx, list(_spelled_out(args, known | set(ctx.help_option_names))))
-
-
-def _spelled_out(args: Sequence[str], known: set[str]) -> Iterator[str]:
-    words = deque(args)
-    while words:
-        word = words.popleft()
-        name, equals, value = word.partition("=")
-        if word == "--":
-            yield from (word, *words)
-            return
-        # What looks like a slip in an option's own name, or lacks a value, is left to the parser, which says so.
-        without_value = not equals and (not words or words[0].startswith("--"))
-        if not name.startswith("--") or name in known or without_value or _is_slip(name, known):
-            yield word
-        else:
-            yield from ("-o", f"{name[2:].replace('-', '_')}={value if equals else words.popleft()}")
-
-
-def _is_slip(name: str, known: set[str]) -> bool:
-    """Whether a name is rather one of the options', misspelt, than a recipe key."""
-    if "." in name or not get_close_matches(name, known, cutoff=0.8):
-        return False
-    from tawny.recipe.schema import bare_keys
-
-    return name[2:].replace("-", "_") not in bare_keys()
 
 
 @app.callback(invoke_without_command=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, AsJson, Overwrite, folder_named
+from tawny.cli.frames import Frame, facts
+from tawny.cli.options import OUTPUT, AsJson, Overwrite, folder_named, option
 from tawny.cli.root import app
+from tawny.words import duration, size
 
 
 @app.command(
@@ -23,12 +26,7 @@ def unpack(
         str, typer.Argument(metavar="PACKED", help="Folder or hub id that `tawny pack` wrote.")
     ],
     *,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder to write.", parser=folder_named, rich_help_panel=OUTPUT
-        ),
-    ],
+    out: Annotated[Path, option("--out DIR", "Folder to write.", OUTPUT, parser=folder_named)],
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -39,8 +37,21 @@ def unpack(
         with console.progress() as progress:
             report = tawny.unpack(packed, out, overwrite=overwrite, progress=progress)
         from tawny.report.publish import refresh
-        from tawny.tables import unpack_tables
 
         refresh(out)
-
         console.result(report.to_dict(), unpack_tables)
+
+
+def unpack_tables(report: Mapping[str, Any]) -> list[Frame]:
+    exact = (
+        "identical to the checkpoint that was packed, bit for bit"
+        if report["exact"]
+        else "as the packed values stand for them; what rounding took does not come back"
+    )
+    rows = [
+        ("size", f"{size(report['bytes'])} from {size(report['source_bytes'])} packed"),
+        ("weights", exact),
+        ("time", duration(report["seconds"])),
+        ("written", report["out"]),
+    ]
+    return [facts(rows)]

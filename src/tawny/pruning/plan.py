@@ -24,7 +24,8 @@ from tawny.pruning.memory_plan import Load, available, parse_size, place, sharin
 from tawny.pruning.profiling import allocate
 from tawny.pruning.refine import holds_out
 from tawny.pruning.session import Job, demand_of, prepare, profile_count
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 from tawny.solvers.base import Solver
 
 # Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.

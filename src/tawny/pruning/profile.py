@@ -20,7 +20,8 @@ from tawny.errors import RecipeError
 from tawny.progress import Progress, silent
 from tawny.pruning.profiling import allocate, block_sparsities, profile_walk
 from tawny.pruning.session import Purpose, open_session, text_or_tokens
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def profile(
 
 def _allocator(name: str, recipe: Recipe) -> Allocator:
     if recipe.allocator.name != name:
-        recipe = recipe.with_overrides([("allocator", name)])
+        recipe = resolve_recipe(recipe, allocator=name)
     made: Allocator = recipe.make_allocator()
     return made
 

@@ -27,7 +27,8 @@ from tawny.pruning.refine import holds_out
 from tawny.pruning.session import Purpose, Session, demand_of, open_output, open_session, text_or_tokens
 from tawny.pruning.walk import solve_stage, walk_blocks
 from tawny.pruning.writing import write_pages, write_rest
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 from tawny.record import LinearRecord, Record, weight_files
 
 WALK = "prune"  # what the journal calls it

@@ -9,7 +9,7 @@ from typing import Any
 
 from tawny.precision import DTYPES
 from tawny.pruning.session import Session
-from tawny.recipe.schema import dump_recipe
+from tawny.recipe.files import dump_recipe
 from tawny.report.card import CARD, front_matter, model_card
 from tawny.report.html import NAME, write_report
 from tawny.report.pages import or_say

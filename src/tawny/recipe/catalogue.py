@@ -12,7 +12,8 @@ from typing import Any
 
 from tawny.allocation import ALLOCATORS
 from tawny.calibration.text import NAMED_TEXTS
-from tawny.recipe.schema import Calibration, Recipe, Refine, named_recipes, option_keys
+from tawny.recipe.files import named_recipes
+from tawny.recipe.schema import SECTIONS, Recipe, option_keys
 from tawny.solvers import SOLVERS
 
 _PATTERNS = {
@@ -93,9 +94,6 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _key_default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    sections: dict[str, Any] = {"calibration": Calibration, "refine": Refine}
-    if field.name in sections:
-        return {inner.name: inner.default for inner in dataclasses.fields(sections[field.name])}
-    if field.default is dataclasses.MISSING:
-        return {}
-    return {"default": field.default}
+    if field.name in SECTIONS:
+        return _options(SECTIONS[field.name])
+    return {} if field.default is dataclasses.MISSING else {"default": field.default}

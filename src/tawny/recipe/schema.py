@@ -3,7 +3,7 @@
 A recipe is made of frozen dataclasses and is the same thing as a YAML file:
 
     sparsity: 0.7
-    allocator: {name: owl, M: 5, lambda: 0.08}     # or just `allocator: owl`
+    allocator: {name: owl, M: 5, lambda: 0.08}     # or `allocator: owl`, or `allocator: allocation.yaml`
     solver: sparsegpt
     pattern: unstructured                          # 2:4 stays the text "2:4"
     calibration: {text: c4, samples: 128, seqlen: 2048}
@@ -11,58 +11,44 @@ A recipe is made of frozen dataclasses and is the same thing as a YAML file:
 What this file promises:
 
 - A recipe that exists is valid: names are in the registries, options are fields of the class they are for,
-  numbers are in range. Whatever is wrong is one `RecipeError` line with the key, the value, the nearest name.
+  numbers are in range. A mistake is one `RecipeError` line with the key, the value and the nearest name.
 - `Recipe.from_mapping(recipe.to_mapping()) == recipe`, with every default spelled out, so that a recipe kept
   in `run.json` means the same to a later version whose defaults moved.
 - `fingerprint()` is the same on every machine for the same recipe and differs for any other.
 
-Keys may be written dotted (`allocator.M=7`), or bare (`M=7`) where only one section knows them.
+merge.py puts a recipe together from a base and changes; files.py reads and writes it.
 """
 
 from __future__ import annotations
 
-__all__ = [
-    "Calibration",
-    "Choice",
-    "Recipe",
-    "Refine",
-    "bare_keys",
-    "dump_recipe",
-    "load_recipe",
-    "named_recipes",
-    "option_keys",
-    "parse_override",
-    "resolve_recipe",
-]
+__all__ = ["Calibration", "Choice", "Recipe", "Refine", "option_keys", "validated"]
 
-import copy
 import dataclasses
 import hashlib
 import json
 import keyword
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tawny.errors import RecipeError, TawnyError, nearest, short
-from tawny.recipe.yaml_text import dump_yaml, parse_yaml
+
+if TYPE_CHECKING:
+    from tawny.patterns import Pattern
+
+T = TypeVar("T")
 
 Storage = Literal["float32", "bfloat16", "float16"]
 _DTYPE_ALIASES = {
-    "fp32": "float32",
-    "f32": "float32",
-    "float": "float32",
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
     "bf16": "bfloat16",
-    "fp16": "float16",
-    "f16": "float16",
-    "half": "float16",
 }
 _CONFIG = ConfigDict(extra="forbid")
 
@@ -72,13 +58,13 @@ def _long_dtype(value: Any) -> Any:
     return None if value is None else _DTYPE_ALIASES.get(text, text)
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
 Dtype = Annotated[Storage | None, BeforeValidator(_long_dtype)]
 Compute = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_long_dtype)]
-Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
+Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)]
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -88,16 +74,14 @@ class Choice:
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
 
-    def to_mapping(self) -> dict[str, Any]:
-        return {"name": self.name, **self.options}
-
 
 @dataclass(frozen=True, config=_CONFIG)
 class Calibration:
     """Which tokens the model is shown: `samples` seeded random windows of `seqlen` tokens of `text`.
 
-    The last `repeat` of each, as a share, says again what stood before in it. `bos`: each begins with BOS, or only what
-    stands at the beginning of the text; as the tokenizer begins a text if None, but as the papers do under `compat: official`.
+    The last share `repeat` of each window repeats what stood before it. `bos` true begins each window with BOS; false
+    leaves BOS to the window at the beginning of the text. None does what the tokenizer does, and what the papers do under
+    `compat: official`.
     """
 
     text: Annotated[str, Field(min_length=1)] = "c4"
@@ -148,22 +132,46 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Recipe:
-        """The only door: validates everything, raises a `RecipeError` of one line."""
-        return _validate(mapping)
+        """The only door.
+
+        Raises:
+            RecipeError: anything in it is wrong.
+        """
+        if not isinstance(mapping, Mapping):
+            raise RecipeError(f"a recipe is a mapping of keys to values, not {show(mapping)}")
+        values = dict(mapping)
+        for key in values:
+            home = next((section for section in SECTIONS if key in section_keys(section)), None)
+            if home is not None and key not in top_level_keys():
+                raise RecipeError(f"{key} belongs under {home}: in a recipe ({home}: {{{key}: ...}})")
+        _refuse_unknown(values, top_level_keys(), "recipe key")
+        if values.get("version", 1) != 1:
+            raise RecipeError(
+                f"version {show(values['version'])} of recipes is unknown to this Tawny, which reads 1"
+            )
+        compat = values.get("compat")
+        if compat not in (
+            None,
+            "official",
+        ):  # before it is handed down, so that the error names the right key
+            raise RecipeError(f"compat: {show(compat)} given, expected official or nothing")
+        lift_refit(values)
+        for section, kind in SECTIONS.items():
+            values[section] = validated(kind, as_section(section, values.get(section)), "recipe key", section)
+        for section in NAMED:
+            values[section] = _choice(section, as_section(section, values.get(section)), compat)
+        values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
+        return validated(cls, values, "recipe key")
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON and YAML types, every default spelled out."""
-        plain: dict[str, Any] = _recipe_adapter().dump_python(self, mode="json")
-        for section in _REGISTRIES:
+        plain: dict[str, Any] = TypeAdapter(Recipe).dump_python(self, mode="json")
+        for section in NAMED:
             options = dict(plain[section]["options"])
             if options.get("compat", self.compat) == self.compat:
                 options.pop("compat", None)  # handed down again on the way in
-            plain[section] = {"name": plain[section]["name"], **{_key(k): v for k, v in options.items()}}
+            plain[section] = {"name": plain[section]["name"], **{plain_key(k): v for k, v in options.items()}}
         return plain
-
-    def with_overrides(self, overrides: Iterable[str | tuple[str, Any]]) -> Recipe:
-        """A new recipe with `KEY=VALUE` texts (or pairs) applied, as `tawny prune -o` does."""
-        return _validate(_merge(self.to_mapping(), map(_pair, overrides)))
 
     def fingerprint(self) -> str:
         """64 hex digits that name this recipe: the SHA-256 of its canonical JSON."""
@@ -171,81 +179,31 @@ class Recipe:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def make_allocator(self) -> Any:
-        return _registry("allocator")[self.allocator.name](**self.allocator.options)
+        return registry("allocator")[self.allocator.name](**self.allocator.options)
 
     def make_solver(self) -> Any:
-        return _registry("solver")[self.solver.name](**self.solver.options)
+        return registry("solver")[self.solver.name](**self.solver.options)
 
-    def make_pattern(self) -> Any:
+    def make_pattern(self) -> Pattern:
         from tawny.patterns import parse_pattern
 
         return parse_pattern(self.pattern)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """The recipe of a YAML file, of the `run.json` of a finished run, or of a name (`named_recipes`)."""
-    return Recipe.from_mapping(_read(path))
+# --- sections --------------------------------------------------------------------------------------------
 
-
-def named_recipes() -> dict[str, Path]:
-    """The recipes that come with Tawny, by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return dump_yaml(recipe.to_mapping())
-
-
-def resolve_recipe(
-    base: Recipe | Mapping[str, Any] | str | Path | None = None,
-    overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
-    *,
-    default_sparsity: float | None = None,
-    **keys: Any,
-) -> Recipe:
-    """Put a recipe together: a base (a recipe, mapping, file or name), then keyword keys, then overrides.
-
-    A key that is None is unset. The whole is validated once, at the end, so that a base file may leave out
-    what the keys supply. `default_sparsity` holds where nothing says one and no n:m implies it.
-    """
-    if base is None:
-        mapping: Mapping[str, Any] = {}
-    elif isinstance(base, Recipe):
-        mapping = base.to_mapping()
-    elif isinstance(base, Mapping):
-        mapping = base
-    else:
-        mapping = _read(base)
-    later = overrides.items() if isinstance(overrides, Mapping) else map(_pair, overrides)
-    merged = _merge(mapping, [*((k, v) for k, v in keys.items() if v is not None), *later])
-    if merged.get("sparsity") is None and ":" not in str(merged.get("pattern")):
-        merged["sparsity"] = default_sparsity
-    return _validate(merged)
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`allocator.M=7` → `("allocator.M", 7)`; a value that is not valid YAML is plain text (`*.mlp.*`)."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"-o {text!r} is not KEY=VALUE: write for example -o seed=1")
-    try:
-        parsed = parse_yaml(value)
-    except yaml.YAMLError:
-        parsed = value.strip()
-    return key.strip(), parsed
-
-
-# --- validation ------------------------------------------------------------------------------------------
-
-_REGISTRIES = ("allocator", "solver")
-# The best for its time of what benchmarks/recipes.py has measured.
+NAMED = ("allocator", "solver")  # sections whose name decides what their options are
+SECTIONS: dict[str, type[Any]] = {"calibration": Calibration, "refine": Refine}
+# Section → the key that a bare value is for: `solver: wanda` is `solver: {name: wanda}`.
+SHORTHANDS = {"allocator": "name", "solver": "name", "calibration": "text", "refine": "epochs"}
+# The best for its time of what benchmarks/recipes.py has measured, and what `compat: official` is about.
 _DEFAULT_NAMES = {"allocator": "atp", "solver": "alps"}
-_OFFICIAL_NAMES = {"allocator": "owl", "solver": "sparsegpt"}  # what `compat: official` is about
-_SECTIONS: dict[str, tuple[Any, str]] = {"calibration": (Calibration, "text"), "refine": (Refine, "epochs")}
+_OFFICIAL_NAMES = {"allocator": "owl", "solver": "sparsegpt"}
+_ALLOCATION_FILES = (".yaml", ".yml", ".json", ".txt")
 
 
-def _registry(section: str) -> Mapping[str, Any]:
+def registry(section: str) -> Mapping[str, Any]:
+    """The classes that `allocator` or `solver` can name."""
     # Imported here: the numerics bring torch along, which the command line's help must not wait for.
     from tawny.allocation import ALLOCATORS
     from tawny.solvers import SOLVERS
@@ -254,55 +212,58 @@ def _registry(section: str) -> Mapping[str, Any]:
     return registries[section]
 
 
-@cache
-def _recipe_adapter() -> TypeAdapter[Recipe]:
-    return TypeAdapter(Recipe)
+def default_name(section: str, compat: Any) -> str:
+    return (_OFFICIAL_NAMES if compat == "official" else _DEFAULT_NAMES)[section]
 
 
-def _validate(mapping: Mapping[str, Any]) -> Recipe:
-    if not isinstance(mapping, Mapping):
-        raise RecipeError(f"a recipe is a mapping of keys to values, not {_show(mapping)}")
-    values = dict(mapping)
-    for key in values:
-        home = next((name for name in _SECTIONS if key in _section_keys(name)), None)
-        if home is not None and key not in _top_level_keys():
-            raise RecipeError(f"{key} belongs under {home}: in a recipe ({home}: {{{key}: ...}})")
-    _refuse_unknown(values, _top_level_keys(), "recipe key")
-    if values.get("version", 1) != 1:
-        raise RecipeError(
-            f"version {_show(values['version'])} of recipes is unknown to this Tawny, which reads version 1"
-        )
-    for name, (_, shorthand) in _SECTIONS.items():
-        values[name] = _section(values.get(name), name, shorthand)
-        _refuse_unknown(values[name], _section_keys(name), "recipe key", f"{name}.")
-    compat = values.get("compat")
-    if compat not in (None, "official"):  # before it is handed down, so that the error names the right key
-        raise RecipeError(f"compat: {_show(compat)} given, expected official or nothing")
-    _lift_refit(values)
-    for section in _REGISTRIES:
-        values[section] = _choice(section, values.get(section), compat)
-    values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
-    try:
-        return _recipe_adapter().validate_python(values)
-    except ValidationError as error:
-        raise RecipeError(_one_line(error)) from None
+def top_level_keys() -> list[str]:
+    return [field.name for field in dataclasses.fields(Recipe)]
 
 
-def _section(value: Any, name: str, shorthand: str) -> dict[str, Any]:
-    """`solver: wanda` is short for `solver: {name: wanda}`; a section left empty is its defaults."""
+def section_keys(section: str, name: Any = None) -> list[str]:
+    """The keys of a section; those of `allocator` and `solver` depend on the name that is chosen."""
+    kind = SECTIONS[section] if section in SECTIONS else registry(section).get(name)
+    return [] if kind is None else list(option_keys(kind))
+
+
+def option_keys(kind: Any) -> dict[str, str]:
+    """Recipe key → field name of a dataclass, of a solver or allocator for example; its fields are its options."""
+    return {plain_key(field.name): field.name for field in dataclasses.fields(kind) if field.init}
+
+
+def plain_key(field: str) -> str:
+    """The recipe key of a field: `lambda_` is only called so because Python owns the word."""
+    return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field
+
+
+def as_section(section: str, value: Any) -> dict[str, Any]:
+    """A section as a mapping: a bare value is its shorthand, and the path of an allocation is the allocator `file`."""
     if value is None:
-        return {}
-    if isinstance(value, Mapping):
-        return {str(k): v for k, v in value.items()}
-    if isinstance(value, Path):
-        return {shorthand: str(value)}
-    if isinstance(value, str) or (isinstance(value, int) and name == "refine"):
-        return {shorthand: value}
-    kind = "a count" if name == "refine" else "a text"
-    raise RecipeError(f"{name}: {_show(value)} given, expected {kind} ({shorthand}) or a mapping")
+        given = {}
+    elif isinstance(value, Mapping):
+        given = {str(key): item for key, item in value.items()}
+    elif isinstance(value, str | Path) or (isinstance(value, int) and section == "refine"):
+        given = {SHORTHANDS[section]: value}
+    else:
+        kind = "a count" if section == "refine" else "a text"
+        raise RecipeError(
+            f"{section}: {show(value)} given, expected {kind} ({SHORTHANDS[section]}) or a mapping"
+        )
+    if section == "allocator" and _is_path(name := given.get("name")):
+        if not os.path.isfile(str(name)):  # noqa: PTH113 - never raises, whatever the name
+            raise unknown_name(section, str(name))
+        # The hash of another file does not hold for this one.
+        given = {"sha256": None, **given, "name": "file", "path": name}
+    return {key: str(item) if isinstance(item, Path) else item for key, item in given.items()}
 
 
-def _lift_refit(values: dict[str, Any]) -> None:
+def _is_path(name: Any) -> bool:
+    if not isinstance(name, str):
+        return isinstance(name, Path)
+    return name.endswith(_ALLOCATION_FILES) or "/" in name or os.sep in name
+
+
+def lift_refit(values: dict[str, Any]) -> None:
     """`solver: {name: wanda, refit: true}` is `refit: true`: it is done to a mask, whoever chose it."""
     if isinstance(values.get("solver"), Mapping) and "refit" in values["solver"]:
         given = dict(values["solver"])
@@ -310,35 +271,23 @@ def _lift_refit(values: dict[str, Any]) -> None:
         values["solver"] = given
 
 
-def _default_name(section: str, compat: Any) -> str:
-    return (_OFFICIAL_NAMES if compat == "official" else _DEFAULT_NAMES)[section]
+def _choice(section: str, given: dict[str, Any], compat: Any) -> Choice:
+    name = given.pop("name", None) or default_name(section, compat)
+    if not isinstance(name, str) or name not in registry(section):
+        raise unknown_name(section, name)
+    known = option_keys(registry(section)[name])
+    if "compat" in known and given.get("compat") is None:
+        given["compat"] = compat
+    built = validated(registry(section)[name], given, f"option of {section} {name!r}", section)
+    return Choice(name, {field: getattr(built, field) for field in known.values()})
 
 
-def _choice(section: str, value: Any, compat: Any) -> dict[str, Any]:
-    registry = _registry(section)
-    given = _section(value, section, shorthand="name")
-    name = given.pop("name", None) or _default_name(section, compat)
-    if not isinstance(name, str) or name not in registry:
-        raise _unknown_name(section, name)
-    kind = registry[name]
-    known = option_keys(kind)
-    _refuse_unknown(
-        {_key(k): v for k, v in given.items()}, known, f"option of {section} {name!r}", f"{section}."
-    )
-    options = {known[_key(k)]: v for k, v in given.items()}
-    if "compat" in known and options.get("compat") is None:
-        options["compat"] = compat
-    try:
-        built = TypeAdapter(kind).validate_python(options)
-    except ValidationError as error:
-        raise RecipeError(_one_line(error, section)) from None
-    except TawnyError as error:
-        raise RecipeError(str(error)) from None  # a class names its own fields, as `allocator.M`
-    return {"name": name, "options": {field: getattr(built, field) for field in known.values()}}
-
-
-def _unknown_name(section: str, name: Any) -> RecipeError:
-    return RecipeError(f"{section} {_show(name)} is unknown{_suggest(str(name), _registry(section))}")
+def unknown_name(section: str, name: Any) -> RecipeError:
+    names = list(registry(section))
+    if section == "allocator" and isinstance(name, str):
+        near = nearest(name, names)
+        return RecipeError(f"allocator {show(name)} is neither a file nor one of {', '.join(names)}{near}")
+    return RecipeError(f"{section} {show(name)} is unknown{suggest(str(name), names)}")
 
 
 def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
@@ -346,9 +295,9 @@ def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
 
     pattern = values.get("pattern") or "unstructured"
     if not isinstance(pattern, str):
-        raise RecipeError(f"pattern: {_show(pattern)} given, expected a text such as unstructured or 2:4")
+        raise RecipeError(f"pattern: {show(pattern)} given, expected a text such as unstructured or 2:4")
     parsed = parse_pattern(pattern)
-    sparsity = _number(values.get("sparsity"))
+    sparsity = _share(values.get("sparsity"))
     if isinstance(parsed, NM):
         implied = 1 - parsed.n / parsed.m
         if sparsity is not None and abs(sparsity - implied) > 1e-3:  # 0.333 is meant to be 2:3
@@ -364,7 +313,7 @@ def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
     return pattern, sparsity
 
 
-def _number(value: Any) -> float | None:
+def _share(value: Any) -> float | None:
     if value is None:
         return None
     try:
@@ -372,26 +321,49 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if 1 <= number <= 100:
-        raise RecipeError(
-            f"sparsity {value} is outside [0, 1): it is a share of the weights{_share_hint(number)}"
-        )
+        hint = f"did you mean {number / 100:g}?" if 1 < number < 100 else "and something must be left"
+        raise RecipeError(f"sparsity {value} is outside [0, 1): it is a share of the weights, {hint}")
     if not 0 <= number < 1:
-        raise RecipeError(f"sparsity {_show(value)} is not a number in [0, 1): give a share such as 0.6")
+        raise RecipeError(f"sparsity {show(value)} is not a number in [0, 1): give a share such as 0.6")
     return number
 
 
-def _share_hint(number: float) -> str:
-    return f", did you mean {number / 100:g}?" if 1 < number < 100 else ", and something must be left"
+# --- validation ------------------------------------------------------------------------------------------
+
+
+def validated(kind: type[T], values: Mapping[str, Any], what: str, section: str = "") -> T:
+    """An instance of a dataclass, made from plain values.
+
+    Args:
+        kind: a dataclass whose annotations pydantic understands.
+        values: by key; those left out have their defaults.
+        what: a key is called in errors, such as `recipe key`.
+        section: stands before the key in errors.
+
+    Raises:
+        RecipeError: one line for the first key that is unknown, or whose value does not fit.
+    """
+    known = option_keys(kind)
+    given = {plain_key(str(key)): value for key, value in values.items()}
+    _refuse_unknown(given, known, what, section and f"{section}.")
+    try:
+        made: T = TypeAdapter(kind).validate_python({known[key]: value for key, value in given.items()})
+    except ValidationError as error:
+        raise RecipeError(_one_line(error, section)) from None
+    except TawnyError as error:
+        raise RecipeError(str(error)) from None  # a class names its own fields, as `allocator.M`
+    return made
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], what: str, prefix: str = "") -> None:
     known = list(known)
     for key in given:
         if key not in known:
-            raise RecipeError(f"{prefix}{key} is not a known {what}{_suggest(str(key), known)}")
+            raise RecipeError(f"{prefix}{key} is not a known {what}{suggest(str(key), known)}")
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The nearest of the known names in brackets, or all of them."""
     names = list(known)
     folded = {name.lower(): name for name in names}  # `m` and `Lambda` are as near as it gets
     if word.lower() in folded:
@@ -403,168 +375,12 @@ def _one_line(error: ValidationError, prefix: str = "") -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     # The branch of a union leaves parts in the location that are no key.
     parts = [str(p) for p in first["loc"] if isinstance(p, int) or re.fullmatch(r"[A-Za-z_]\w*", str(p))]
-    place = ".".join(filter(None, [prefix, *map(_key, parts)]))
+    place = ".".join(filter(None, [prefix, *map(plain_key, parts)]))
     if first["type"] in ("missing", "missing_argument"):
         return f"{place} is missing: give it a value (-o {place}=…)"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {_show(first['input'])} given, {message[:1].lower()}{message[1:]}"
+    return f"{place}: {show(first['input'])} given, {message[:1].lower()}{message[1:]}"
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     return short(repr(value))
-
-
-# --- keys ------------------------------------------------------------------------------------------------
-
-
-def _key(field: str) -> str:
-    """The recipe key of a field: `lambda_` is only called so because Python owns the word."""
-    return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field
-
-
-def _top_level_keys() -> list[str]:
-    return [field.name for field in dataclasses.fields(Recipe)]
-
-
-def _section_keys(section: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(_SECTIONS[section][0])]
-
-
-def option_keys(kind: Any) -> dict[str, str]:
-    """Recipe key → field name of a solver or allocator class; its fields are its options."""
-    return {_key(field.name): field.name for field in dataclasses.fields(kind) if field.init}
-
-
-def bare_keys() -> set[str]:
-    """Every key that can be written without its section, whichever allocator and solver are chosen."""
-    kinds = [kind for section in _REGISTRIES for kind in _registry(section).values()]
-    inner = [key for section in _SECTIONS for key in _section_keys(section)]
-    return {*_top_level_keys(), *inner, *(key for kind in kinds for key in option_keys(kind))}
-
-
-def _pair(override: str | tuple[str, Any]) -> tuple[str, Any]:
-    return parse_override(override) if isinstance(override, str) else override
-
-
-def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Apply dotted, bare and whole-section keys; names first, since they decide which options there are."""
-    merged: dict[str, Any] = copy.deepcopy(dict(base))
-    shorthands = {**dict.fromkeys(_REGISTRIES, "name"), **{name: s for name, (_, s) in _SECTIONS.items()}}
-    for section, shorthand in shorthands.items():
-        merged[section] = _section(merged.get(section), section, shorthand)
-    _lift_refit(merged)
-    pairs = [(key.removesuffix(".name"), value) for key, value in changes]
-    pairs = [("refit" if key == "solver.refit" else key, value) for key, value in pairs]
-    seen: set[str] = set()
-    for key, value in sorted(pairs, key=lambda pair: (pair[0] != "compat", pair[0] not in _REGISTRIES)):
-        if key in _REGISTRIES:
-            new = _section(value, key, "name")
-            known_name = merged[key].get("name") or _default_name(key, merged.get("compat"))
-            same = new.get("name", known_name) == known_name
-            merged[key] = {**merged[key], **new} if same else new  # another class has other options
-            _lift_refit(merged)
-        elif key in _SECTIONS:
-            merged[key].update(_section(value, key, shorthands[key]))
-        else:
-            path = _locate(key, merged)
-            target = merged if len(path) == 1 else merged[path[0]]
-            again = path[-1] in ("include", "exclude") and path[-1] in seen  # -o include=A -o include=B
-            target[path[-1]] = [*_as_list(target[path[-1]]), *_as_list(value)] if again else value
-            seen.add(path[-1])
-    if (
-        "pattern" in seen
-        and "sparsity" not in seen
-        and ":" in str(base.get("pattern"))
-        and ":" in str(merged["pattern"])
-    ):
-        merged["sparsity"] = None  # the base's was implied by its n:m, the new pattern implies another
-    return merged
-
-
-def _locate(key: str, merged: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where a key lives: `("seed",)` or `("allocator", "M")`."""
-    sections: dict[str, list[str]] = {name: _section_keys(name) for name in _SECTIONS}
-    for section in _REGISTRIES:
-        name = merged[section].get("name") or _default_name(section, merged.get("compat"))
-        if not isinstance(name, str):
-            raise _unknown_name(section, name)
-        kind = _registry(section).get(name)
-        sections[section] = (
-            list(option_keys(kind)) if kind else []
-        )  # an unknown name is reported by _validate
-    head, dot, rest = key.partition(".")
-    if dot:
-        if head not in sections:
-            raise RecipeError(f"{key} is not a known recipe key{_suggest(head, sections)}")
-        if _key(rest) not in sections[head]:
-            if head in _REGISTRIES:  # the other sections are one class each
-                _refuse_of_others(key, [head], merged)
-            raise RecipeError(f"{key} is not a known recipe key{_suggest(_key(rest), sections[head])}")
-        return head, _key(rest)
-    if key in _top_level_keys():
-        return (key,)
-    homes = [section for section, names in sections.items() if _key(key) in names]
-    if len(homes) > 1:
-        choices = " or ".join(f"{home}.{_key(key)}" for home in homes)
-        raise RecipeError(f"{key} is ambiguous: write {choices}")
-    if not homes:
-        _refuse_of_others(key, _REGISTRIES, merged)
-        everything = [*_top_level_keys(), *(name for names in sections.values() for name in names)]
-        others = [
-            name
-            for section in _REGISTRIES
-            for kind in _registry(section).values()
-            for name in option_keys(kind)
-        ]
-        near = nearest(_key(key), [*everything, *others])
-        raise RecipeError(f"{key} is not a known recipe key{near or _suggest(_key(key), everything)}")
-    return homes[0], _key(key)
-
-
-def _refuse_of_others(key: str, sections: Iterable[str], merged: Mapping[str, Any]) -> None:
-    """Refuse an option of a class that was not chosen, by that class's name."""
-    option = _key(key.rpartition(".")[2])
-    for section in sections:
-        owners = [name for name, kind in _registry(section).items() if option in option_keys(kind)]
-        if owners:
-            chosen = merged[section].get("name") or _default_name(section, merged.get("compat"))
-            raise RecipeError(
-                f"{key} is an option of {section} {' or '.join(owners)}, and the {section} is {chosen}: "
-                f"give {section}={owners[0]} too"
-            )
-
-
-# --- files ---------------------------------------------------------------------------------------------
-
-
-def _read(path: str | Path) -> Mapping[str, Any]:
-    path, named = Path(path), named_recipes()
-    if path.name == str(path) and not path.suffix and not path.is_file():
-        if str(path) not in named:
-            raise RecipeError(
-                f"recipe {str(path)!r} is neither a file nor one of {', '.join(named)}{nearest(str(path), named)}"
-            )
-        path = named[str(path)]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"recipe {str(path)!r} is not text: give a YAML file") from None
-    try:
-        # A run.json holds generated words too, and JSON allows characters that YAML does not.
-        loaded = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except yaml.MarkedYAMLError as error:
-        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("recipe"), Mapping):
-        loaded = loaded["recipe"]  # a run.json holds its recipe under this key
-    if not isinstance(loaded, Mapping):
-        raise RecipeError(
-            f"recipe {str(path)!r} holds {_show(loaded)}: a recipe is a mapping of keys to values"
-        )
-    return loaded

@@ -19,7 +19,8 @@ from tawny.errors import RecipeError
 from tawny.model.source import resolve
 from tawny.progress import Progress, silent
 from tawny.pruning.run import prune
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.run import recover

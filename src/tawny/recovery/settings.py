@@ -16,10 +16,11 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from tawny.errors import RecipeError, nearest
+from tawny.errors import RecipeError
+from tawny.recipe.schema import validated
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
 LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
@@ -112,18 +113,7 @@ class Recovery:
         """
         values = dict(base) if isinstance(base, Mapping) else {} if base is None else dataclasses.asdict(base)
         values.update({key: value for key, value in keys.items() if value is not None})
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise RecipeError(f"recovery key {key!r} is unknown{nearest(key, known)}: {', '.join(known)}")
-        try:
-            made: Recovery = TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "recovery"
-            raise RecipeError(
-                f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-            ) from None
+        made = validated(cls, values, "recovery key")
         if made.method == "elsa" and (made.train != "survivors" or made.values):
             raise RecipeError(
                 "method=elsa moves the mask of all weights; it goes with train=survivors and no values"

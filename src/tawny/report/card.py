@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from tawny.recipe.yaml_text import dump_yaml
+from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
-from tawny.tables import begun, duration, percent, perplexity_text, size
+from tawny.words import begun, duration, percent, perplexity_text, size
 
 CARD = "README.md"
 # Facts about what the weights are made of. Results (`model-index`) and widgets are the dense model's own.

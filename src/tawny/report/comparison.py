@@ -1,6 +1,6 @@
 """A comparison as lines of text, Markdown and one self-contained HTML page: the same cells in each.
 
-`lines_of` decides what is shown and what is best; tables.py draws it for a terminal, this file for documents.
+`lines_of` decides what is shown and what is best; cli/compare.py shows it in a terminal, this file for documents.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tawny.report.pages import render, write_beside
+from tawny.words import SHARES, kl_text, percent, perplexity_text, score_text, share_text, size
 
 _NOTHING = "–"
 Better = Literal["lower", "higher"]
@@ -40,8 +41,6 @@ class Line:
 
 def lines_of(result: Mapping[str, Any]) -> list[Line]:
     """Every line that at least one model has a number for."""
-    from tawny.tables import SHARES, kl_text, percent, perplexity_text, share_text, size
-
     models: Sequence[Mapping[str, Any]] = result["models"]
     lines = [Line("kind", "", tuple(Cell(str(m.get("kind", _NOTHING))) for m in models))]
 
@@ -140,8 +139,6 @@ def _positive(value: float, digits: str) -> Found | None:
 
 
 def _task(model: Mapping[str, Any], name: str, metric: str) -> Found | None:
-    from tawny.tables import score_text
-
     task = next((task for task in model["tasks"]["tasks"] if task["name"] == name), None)
     if task is None or task["metric"] != metric:
         return None

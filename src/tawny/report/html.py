@@ -22,12 +22,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tawny.recipe.yaml_text import dump_yaml
+from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import recovery_words
 from tawny.report.figures import DepthRow, depth_figure
 from tawny.report.pages import render, write_beside
-from tawny.tables import begun, duration, percent, perplexity_text, size
+from tawny.words import begun, duration, percent, perplexity_text, size
 
 NAME = "report.html"
 _PHASES = {

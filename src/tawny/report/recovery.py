@@ -18,7 +18,7 @@ from markupsafe import Markup
 from tawny.report.figures import PALETTE, style_of, to_page
 from tawny.report.html import NAME
 from tawny.report.pages import render, write_beside
-from tawny.tables import duration, percent, size
+from tawny.words import duration, percent, size
 
 _PANEL = 170
 _DOTS = 400  # points a curve keeps: more than the picture has room for

@@ -41,7 +41,8 @@ from tawny.progress import Progress, silent, started_by_torchrun
 from tawny.pruning.memory_plan import Load
 from tawny.pruning.profiling import allocate, block_sparsities
 from tawny.pruning.session import Job, Purpose, Session, open_session, text_or_tokens
-from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 from tawny.record import finite
 from tawny.report.pages import or_say
 from tawny.searching.candidates import allocators_to_try, surveyed
@@ -141,7 +142,7 @@ def search(
     of_recipe, own = parted({**named, **keys})
     if of_recipe.get("allocator") is not None:
         raise RecipeError("a search finds the allocation itself: leave the allocator out")
-    recipe = resolve_recipe(recipe, allocator="uniform", **of_recipe).with_overrides([("refine.epochs", 0)])
+    recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
     settings = Settings.make(settings, **own)
 
     def held_out(job: Job, tokens: TokenisedText) -> Tensor:

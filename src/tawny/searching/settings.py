@@ -6,12 +6,13 @@ __all__ = ["FAMILIES", "Settings"]
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from tawny.errors import RecipeError, nearest
+from tawny.recipe.schema import validated
 
 # Whose strengths are tried beside uniform, which always is.
 FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha", "blend")
@@ -62,17 +63,8 @@ class Settings:
         """
         from tawny.solvers import SOLVERS
 
-        known = [field.name for field in fields(cls)]
-        for key in keys:
-            if key not in known:
-                raise RecipeError(f"search.{key} is unknown{nearest(key, known)}: {', '.join(known)}")
         given = {key: value for key, value in keys.items() if value is not None}
-        try:
-            made: Settings = TypeAdapter(cls).validate_python({**(asdict(base) if base else {}), **given})
-        except ValidationError as error:
-            first = error.errors()[0]
-            said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-            raise RecipeError(f"search.{first['loc'][0]} is {first['input']!r}: {said}") from None
+        made = validated(cls, {**(asdict(base) if base else {}), **given}, "search key", "search")
         if made.levels % 2 == 0:
             raise RecipeError(
                 f"search.levels is {made.levels}; expected an odd number: as many below the target as above it"

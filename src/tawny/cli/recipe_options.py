@@ -1,0 +1,157 @@
+"""The options that make a recipe, written once for prune, plan, profile and search.
+
+    @recipe_verb("tawny plan smollm2 -s 0.7", ...)
+    def plan(model: Model, *, given: Given, device: Device = None, as_json: AsJson = False) -> None:
+        recipe = given.recipe(device=device)
+
+`recipe_verb` puts the shared options where `given` stands in the signature, and hands their values over in it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SHARED", "Given", "recipe_verb"]
+
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import Parameter
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer.core import TyperCommand
+
+from tawny.cli.options import DATA, RECIPE, RecipeFile, option
+from tawny.cli.root import app
+from tawny.machine import check_device
+
+if TYPE_CHECKING:
+    from tawny.recipe.schema import Recipe
+
+# Parameter → its option, in the order of the help.
+SHARED: dict[str, Any] = {
+    "sparsity": Annotated[
+        float | None, option("-s --sparsity SHARE", "Share of weights to remove, in [0, 1).", RECIPE)
+    ],
+    "allocator": Annotated[
+        str | None,
+        option(
+            "-a --allocator NAME",
+            "How blocks share the budget: a name, or the file of an allocation. Default: atp.",
+            RECIPE,
+        ),
+    ],
+    "solver": Annotated[
+        str | None, option("-m --solver NAME", "How a linear is pruned. Default: alps.", RECIPE)
+    ],
+    "pattern": Annotated[
+        str | None,
+        option(
+            "-p --pattern PATTERN",
+            "Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
+            RECIPE,
+        ),
+    ],
+    "recipe": RecipeFile,
+    "overrides": Annotated[
+        list[str] | None,
+        option(
+            "-o --option KEY=VALUE",
+            "Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
+            RECIPE,
+        ),
+    ],
+    "calibration": Annotated[
+        str | None,
+        option("--calibration TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", DATA),
+    ],
+    "samples": Annotated[int | None, option("--samples N", "Windows of text. Default: 128.", DATA)],
+    "seqlen": Annotated[int | None, option("--seqlen N", "Tokens a window. Default: 2048.", DATA)],
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """The values of the shared options; None is unset."""
+
+    values: Mapping[str, Any]  # by the parameters of SHARED
+
+    def recipe(self, *, default_sparsity: float | None = None, **keys: Any) -> Recipe:
+        """The recipe of the file, then the named options and `keys`, then `-o`."""
+        from tawny.recipe.merge import resolve_recipe
+
+        named = dict(self.values)
+        base, overrides = named.pop("recipe"), named.pop("overrides") or ()
+        for key in ("samples", "seqlen"):  # bare, an allocator's option might have the same name
+            named[f"calibration.{key}"] = named.pop(key)
+        made = resolve_recipe(base, overrides, default_sparsity=default_sparsity, **named, **keys)
+        check_device(made.device)
+        return made
+
+    def parted(self, prefix: str) -> tuple[Given, dict[str, Any]]:
+        """Without the overrides whose keys begin with `prefix`, and those, without it."""
+        from tawny.recipe.merge import parse_override
+
+        every = self.values["overrides"] or ()
+        own = dict(parse_override(text.removeprefix(prefix)) for text in every if text.startswith(prefix))
+        rest = [text for text in every if not text.startswith(prefix)]
+        return Given({**self.values, "overrides": rest}), own
+
+
+def recipe_verb(
+    *examples: str, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a verb that takes a recipe: its parameter `given` becomes the shared options but those in `without`."""
+    shared = {name: kind for name, kind in SHARED.items() if name not in without}
+
+    def register(verb: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(verb)
+        def command(**values: Any) -> None:
+            verb(given=Given({name: values.pop(name) for name in shared}), **values)
+
+        parameters: list[Parameter] = []
+        for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+            if parameter.name != "given":
+                parameters.append(parameter)
+                continue
+            for name, kind in shared.items():
+                parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        epilog = "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
+        return app.command(cls=RecipeCommand, epilog=epilog)(command)
+
+    return register
+
+
+class RecipeCommand(TyperCommand):
+    """A verb that takes a recipe: `--KEY VALUE` for a recipe key that has no option of its own is `-o KEY=VALUE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
+        return super().parse_args(ctx, list(_spelled_out(args, known | set(ctx.help_option_names))))
+
+
+def _spelled_out(args: Sequence[str], known: set[str]) -> Iterator[str]:
+    words = deque(args)
+    while words:
+        word = words.popleft()
+        name, equals, value = word.partition("=")
+        if word == "--":
+            yield from (word, *words)
+            return
+        # What looks like a slip in an option's own name, or lacks a value, is left to the parser, which says so.
+        without_value = not equals and (not words or words[0].startswith("--"))
+        if not name.startswith("--") or name in known or without_value or _is_slip(name, known):
+            yield word
+        else:
+            yield from ("-o", f"{name[2:].replace('-', '_')}={value if equals else words.popleft()}")
+
+
+def _is_slip(name: str, known: set[str]) -> bool:
+    """Whether a name is rather one of the options', misspelt, than a recipe key."""
+    if "." in name or not get_close_matches(name, known, cutoff=0.8):
+        return False
+    from tawny.recipe.merge import bare_keys
+
+    return name[2:].replace("-", "_") not in bare_keys()

@@ -1,0 +1,92 @@
+"""`tawny search`: the allocation that keeps a model nearest to the dense one, found by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from tawny.cli.common import console_for
+from tawny.cli.frames import Shown, facts, parts, table
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, Memory, Model, option
+from tawny.cli.recipe_options import Given, recipe_verb
+from tawny.words import duration, percent, size
+
+_SHOWN = 5  # of everything that was tried
+
+
+@recipe_verb(
+    "tawny search smollm2 --out allocation.yaml -s 0.6 --calibration wiki --samples 32 --seqlen 1024",
+    "tawny search ./model --out allocation.yaml -s 0.7 -m sparsegpt --budget 20m -o search.candidates=owl,atp",
+    "tawny prune ./model --out pruned -s 0.7 -m sparsegpt -a allocation.yaml",
+    without=("allocator",),
+)
+def search(
+    model: Model,
+    *,
+    given: Given,
+    trials: Annotated[
+        int | None, option("--trials N", "Allocations to try in all. Default: 160.", RECIPE)
+    ] = None,
+    budget: Annotated[
+        str | None, option("--budget TIME", "Stop trying after a time such as 20m or 2h.", RECIPE)
+    ] = None,
+    out: Annotated[
+        Path,
+        option(
+            "--out FILE", "Allocation to write, such as allocation.yaml; a picture goes beside it.", OUTPUT
+        ),
+    ],
+    device: Device = None,
+    memory: Memory = None,
+    overwrite: Annotated[
+        bool, option("--overwrite", "Replace a finished file; start an unfinished search over.", OUTPUT)
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try allocations on MODEL and write the best one, for `tawny prune -a FILE`. Uniform wins ties.
+
+    More of the search is set by -o search.KEY=VALUE: offspring, levels, step, candidates, finalists, windows, length, repeat,
+    tokens, proxy.
+    """
+    with console_for(as_json) as console:
+        recipe, own = given.parted("search.")
+        chosen = recipe.recipe(device=device)
+        import tawny
+        from tawny.searching.settings import Settings
+
+        settings = Settings.make(**{"trials": trials, "budget": budget} | own)
+        with console.progress() as progress:
+            found = tawny.search(
+                model,
+                out,
+                recipe=chosen,
+                settings=settings,
+                progress=progress,
+                overwrite=overwrite,
+                memory=memory,
+            )
+        console.result(found.to_dict(), search_tables)
+
+
+def search_tables(found: Mapping[str, Any]) -> list[Shown]:
+    """The last few that were tried, the sums, and who won."""
+    made = table("tried", "divergence", "pruned in earnest", title="nearest to the dense model, nats a token")
+    decided = [trial for trial in found["trials"] if trial["verdict"] is not None]
+    for trial in sorted(decided, key=lambda trial: trial["proof"] or trial["verdict"])[:_SHOWN]:
+        proof = "–" if trial["proof"] is None else f"{trial['proof']:.4f}"
+        made.add(trial["name"], f"{trial['verdict']:.4f}", proof)
+    held_out, levels = found["held_out"], found["levels"]
+    rows = [
+        ("tried", f"{len(found['trials'])} allocations, solved by {found['solver']}"),
+        ("levels", f"{levels['count']} from {percent(levels['from'])} to {percent(levels['to'])}"),
+        (
+            "held out",
+            f"{held_out['windows']} windows of {held_out['tokens']} tokens, {held_out['deciding']} more to decide",
+        ),
+        ("time", f"{duration(found['seconds']['total'])}{parts(found['seconds'], 'total', duration)}"),
+        ("peak memory", size(found["peak_memory"])),
+    ]
+    if found["out"]:
+        rows.append(("written", f"{found['out']}; its picture and all that was tried are beside it"))
+    return [made, facts(rows + [("warning", warning) for warning in found["warnings"][:5]]), found["says"]]

@@ -1,0 +1,49 @@
+"""What prune and plan show alike: the recipe in a line, and the sparsity of every block."""
+
+from __future__ import annotations
+
+__all__ = ["allocation_table", "recipe_words"]
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tawny.cli.frames import Frame, table
+from tawny.words import bar, percent
+
+
+def recipe_words(recipe: Mapping[str, Any], reads_text: bool) -> str:
+    text = recipe["calibration"]
+    steps = " + refit" if recipe.get("refit") else ""
+    if epochs := recipe.get("refine", {}).get("epochs"):
+        steps += f" + {epochs} epoch{'s' * (epochs != 1)} a block"
+    seen = f"calibrated on {text['samples']} × {text['seqlen']} tokens of {text['text']}"
+    return (
+        f"{recipe['allocator']['name']} + {recipe['solver']['name']}{steps}, {recipe['pattern']}, "
+        f"{seen if reads_text else 'no text needed'}"
+    )
+
+
+def allocation_table(linears: Sequence[Mapping[str, Any]]) -> Frame:
+    """Sparsity block by block, with the reconstruction error where it is known.
+
+    Args:
+        linears: with `block`, `shape`, `sparsity`, and maybe `error` and `pattern`.
+    """
+    blocks: dict[int, list[Mapping[str, Any]]] = {}
+    for linear in linears:
+        blocks.setdefault(linear["block"], []).append(linear)
+    errors = any("error" in linear for linear in linears)
+    made = table("block", "linears", "sparsity", "", *(["error"] if errors else []), left=(3,))
+    for block, members in sorted(blocks.items()):
+        weights = [linear["shape"][0] * linear["shape"][1] for linear in members]
+        share = _mean([linear["sparsity"] for linear in members], weights)
+        # The pattern is worth its place only where blocks may differ in it.
+        patterns = {linear.get("pattern", "") for linear in members}
+        pattern = f"  {patterns.pop()}" if len(patterns) == 1 and ":" in next(iter(patterns)) else ""
+        error = [f"{_mean([linear['error'] for linear in members], weights):.4f}"] if errors else []
+        made.add(str(block), str(len(members)), percent(share) + pattern, bar(share), *error)
+    return made
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / max(sum(weights), 1)

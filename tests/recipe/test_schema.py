@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+
+from tawny.allocation import ALLOCATORS
+from tawny.errors import PatternError, RecipeError
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe, option_keys
+from tawny.solvers import SOLVERS
+from tests.recipe.recipes import ALLOCATORS_ALONE, refusal
+
+
+def test_defaults_are_atp_alps_unstructured():
+    recipe = resolve_recipe(sparsity=0.6)
+    assert (recipe.allocator.name, recipe.solver.name, recipe.pattern) == ("atp", "alps", "unstructured")
+    assert (recipe.calibration.samples, recipe.calibration.seqlen, recipe.seed) == (128, 2048, 0)
+
+
+def test_a_fingerprint_changes_with_every_key_and_with_nothing_else():
+    base = resolve_recipe(sparsity=0.6, allocator="owl", solver="sparsegpt")
+    changes = [
+        "sparsity=0.5",
+        "allocator=uniform",
+        "allocator.M=7",
+        "lambda=0.1",
+        "solver=wanda",
+        "solver.damp=0.1",
+        "pattern=row",
+        "text=wiki",
+        "samples=3",
+        "seqlen=64",
+        "calibration.repeat=0.25",
+        "seed=1",
+        "include=*",
+        "exclude=*",
+        "dtype=float32",
+        "compute=float32",
+        "order=data",
+        "compat=official",
+        "profile_samples=2",
+        "device=cuda",
+    ]
+    prints = [base.fingerprint(), *(resolve_recipe(base, [change]).fingerprint() for change in changes)]
+    assert len(set(prints)) == len(prints)
+    spelt = {"solver": "sparsegpt", "allocator": {"name": "owl"}, "seed": 0, "sparsity": 0.6}
+    assert resolve_recipe(spelt).fingerprint() == prints[0]
+    assert resolve_recipe(base, ["M=5"]).fingerprint() == prints[0]
+
+
+def test_a_fingerprint_is_the_same_on_every_machine():
+    # Written down, so that a change of the format is noticed: it would orphan every interrupted run.
+    recipe = resolve_recipe(sparsity=0.5, allocator="uniform", solver="magnitude", text="wiki")
+    assert recipe.fingerprint() == "f5c16f67a0a06880a17e33e95328c607c8e740eefe9ff521aedfa7f412409b8c"
+
+
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, 60, "nan", "inf", "much", [0.5]])
+def test_sparsity_outside_zero_to_one_is_refused(value):
+    message = refusal(sparsity=value)
+    assert "sparsity" in message and str(value).strip("[]") in message
+
+
+def test_a_percentage_is_recognised():
+    assert "0.6?" in refusal(sparsity=60)
+
+
+def test_sparsity_must_be_given_or_implied():
+    with pytest.raises(RecipeError, match=r"-s 0\.6"):
+        resolve_recipe()
+    assert resolve_recipe(pattern="1:4").sparsity == 0.75
+
+
+def test_n_of_m_refuses_another_sparsity_and_takes_its_own():
+    assert "was given, here or by a recipe: say -s 0.5, or" in refusal("pattern=2:4")
+    assert resolve_recipe(sparsity=0.5, pattern="2:4").sparsity == 0.5
+    assert resolve_recipe(sparsity=0.333, pattern="2:3").sparsity == 1 - 2 / 3
+
+
+def test_a_bad_pattern_is_refused_before_any_work():
+    with pytest.raises(PatternError):
+        resolve_recipe(pattern="5:4")
+
+
+def test_compat_is_handed_down_to_the_classes_that_know_it():
+    recipe = resolve_recipe(sparsity=0.5, solver="wanda", compat="official")
+    assert recipe.make_allocator().compat == "official" and recipe.make_solver().compat == "official"
+    assert "compat" not in recipe.to_mapping()["solver"]
+    named = resolve_recipe(sparsity=0.5, compat="official")
+    assert (named.allocator.name, named.solver.name) == ("owl", "sparsegpt")
+    assert resolve_recipe({"sparsity": 0.5}, ["M=7", "compat=official"]).allocator.options["M"] == 7
+    only = resolve_recipe({"sparsity": 0.5, "allocator": "owl"}, ["allocator.compat=official"])
+    assert only.compat is None and only.make_allocator().compat == "official"
+    assert Recipe.from_mapping(only.to_mapping()) == only
+
+
+def test_only_what_the_official_code_does_leaves_bos_out_unasked():
+    assert resolve_recipe(sparsity=0.5).bos is None
+    assert resolve_recipe(sparsity=0.5, compat="official").bos is False
+    for bos in (True, False):
+        for compat in ([], ["compat=official"]):
+            assert resolve_recipe({"sparsity": 0.5}, [f"calibration.bos={bos}", *compat]).bos is bos
+
+
+def test_short_names_of_dtypes_and_torch_dtypes_are_taken():
+    import torch
+
+    assert resolve_recipe(sparsity=0.5, dtype="bf16").dtype == "bfloat16"
+    assert resolve_recipe(sparsity=0.5, dtype=torch.float16).dtype == "float16"
+
+
+def test_every_option_of_every_class_is_a_key():
+    for section, registry, names in (
+        ("allocator", ALLOCATORS, ALLOCATORS_ALONE),
+        ("solver", SOLVERS, sorted(SOLVERS)),
+    ):
+        for name in names:
+            mapping = resolve_recipe(sparsity=0.5, **{section: name}).to_mapping()[section]
+            assert set(option_keys(registry[name])) - {"compat"} == set(mapping) - {"name", "compat"}
