@@ -213,7 +213,7 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     from tawny.model.stack import open_stack
     from tawny.precision import native_dtype, rounds_products
     from tawny.pruning.memory_plan import sharing_inputs
-    from tawny.pruning.profiling import PROFILE_TOKENS
+    from tawny.pruning.prepare import PROFILE_TOKENS
 
     torch.set_num_threads(args.threads)
 
@@ -246,7 +246,7 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
 def profile_subset(args: argparse.Namespace, windows: Any) -> dict[str, float]:
     """How far the block sparsities from the default subset of the samples are from those of all samples."""
     import tawny
-    from tawny.pruning.profiling import PROFILE_TOKENS
+    from tawny.pruning.prepare import PROFILE_TOKENS
 
     few = -(-PROFILE_TOKENS // args.seqlen)
     made = [

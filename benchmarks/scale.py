@@ -100,7 +100,7 @@ def speed_of(*dtypes: Any) -> dict[str, float]:
 def limit(record: Any, tokens: int, solver: str, fast: dict[str, float]) -> dict[str, float]:
     """Seconds that the unavoidable operations take at this machine's best speed."""
     from tawny.precision import rounds_products
-    from tawny.pruning.profiling import PROFILE_TOKENS
+    from tawny.pruning.prepare import PROFILE_TOKENS
 
     compute, exact = fast[f"torch.{record.compute}"], fast["torch.float32"]
     weights = sum(x.shape[0] * x.shape[1] for x in record.linears)

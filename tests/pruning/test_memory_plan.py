@@ -20,7 +20,7 @@ from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.pruning import journal as journal_module
 from tawny.pruning import session as session_module
 from tawny.pruning.memory_plan import Load, parse_size, sharing_inputs
-from tawny.pruning.session import demand_of, prepare
+from tawny.pruning.prepare import demand_of, prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.solvers.sparsegpt import SparseGPT
 from tests.pruning.test_journal import PressesCtrlC, files

@@ -8,8 +8,9 @@ import tawny
 from tawny.allocation.joint import Joint, Survey
 from tawny.model.streams import Samples
 from tawny.pruning.journal import Journal
+from tawny.pruning.prepare import Job, prepare
 from tawny.pruning.ranks import Ranks
-from tawny.pruning.session import Job, Session, prepare
+from tawny.pruning.session import Session
 from tawny.recipe.merge import resolve_recipe
 from tawny.record import Clock, Record
 from tawny.searching.levels import LevelStore, Solved, solve_levels

@@ -8,7 +8,7 @@ import torch
 import tawny
 from tawny.model.streams import Samples
 from tawny.pruning.memory_plan import Load
-from tawny.pruning.session import prepare
+from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.searching.cost import SearchDemand, solver_of_levels
 from tawny.searching.settings import Settings

@@ -22,8 +22,9 @@ from tawny.patterns import NM, Pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.pruning.memory_plan import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import OutlierCount
+from tawny.pruning.prepare import Job
 from tawny.pruning.refine import refine
-from tawny.pruning.session import Job, Session
+from tawny.pruning.session import Session
 from tawny.record import LinearRecord
 from tawny.solvers.base import Solution, reconstruction_error
 from tawny.solvers.refit import refit

@@ -21,9 +21,9 @@ from tawny.model.stack import Stack
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, available, parse_size, place, sharing_inputs
+from tawny.pruning.prepare import Job, demand_of, prepare, profile_count
 from tawny.pruning.profiling import allocate
 from tawny.pruning.refine import holds_out
-from tawny.pruning.session import Job, demand_of, prepare, profile_count
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.solvers.base import Solver

@@ -25,7 +25,8 @@ from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
-from tawny.pruning.session import Session, profile_count
+from tawny.pruning.prepare import profile_count
+from tawny.pruning.session import Session
 
 WALK = "profile"  # what the journal calls it
 

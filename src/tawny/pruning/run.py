@@ -22,9 +22,10 @@ from tawny.errors import RecipeError
 from tawny.machine import peak_memory
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress, silent
+from tawny.pruning.prepare import demand_of
 from tawny.pruning.profiling import allocate, profile_walk
 from tawny.pruning.refine import holds_out
-from tawny.pruning.session import Purpose, Session, demand_of, open_output, open_session, text_or_tokens
+from tawny.pruning.session import Purpose, Session, open_output, open_session, text_or_tokens
 from tawny.pruning.walk import solve_stage, walk_blocks
 from tawny.pruning.writing import write_pages, write_rest
 from tawny.recipe.merge import resolve_recipe

@@ -11,7 +11,7 @@ from typing import Any
 from tawny.calibration.statistics import Needs, most
 from tawny.model.streams import Samples
 from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load, held_bytes
-from tawny.pruning.session import Job, demand_of
+from tawny.pruning.prepare import Job, demand_of
 from tawny.searching.candidates import surveyed
 from tawny.searching.settings import Settings
 from tawny.solvers import SOLVERS

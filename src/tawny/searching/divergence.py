@@ -19,7 +19,7 @@ from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import LOGIT_BYTES
-from tawny.pruning.session import Job
+from tawny.pruning.prepare import Job
 from tawny.searching.cost import candidates_at_once
 from tawny.searching.levels import LevelStore
 from tawny.searching.measured import Measured, Sums, mean

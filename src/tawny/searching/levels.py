@@ -30,8 +30,9 @@ from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, read_tensor
 from tawny.pruning.block import LoadedBlock
+from tawny.pruning.prepare import profile_count
 from tawny.pruning.profiling import LazyWeights, measured, places, with_stages
-from tawny.pruning.session import Session, profile_count
+from tawny.pruning.session import Session
 from tawny.pruning.walk import walk_blocks
 from tawny.searching.rehearsal import dense_again, rehearsing
 from tawny.searching.space import Choice, Space

@@ -39,8 +39,9 @@ from tawny.model import durable
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.progress import Progress, silent, started_by_torchrun
 from tawny.pruning.memory_plan import Load
+from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import allocate, block_sparsities
-from tawny.pruning.session import Job, Purpose, Session, open_session, text_or_tokens
+from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.record import finite
