@@ -68,7 +68,7 @@ def test_one_allocator_blended_with_nothing_is_itself() -> None:
         ("atp,alfa", "alpha"),
         ("atp,blend", "'blend'"),
         ("atp,file", "'file'"),
-        ("atp,file", "'file'"),
+        ("atp,auto", "'auto'"),
     ],
 )
 def test_what_cannot_be_blended_is_refused(of: str, says: str) -> None:
