@@ -20,6 +20,7 @@ __all__ = [
     "Generation",
     "Inspection",
     "Perplexity",
+    "Piece",
     "Plan",
     "Profile",
     "Recipe",
@@ -51,6 +52,7 @@ __all__ = [
     "prune",
     "recover",
     "recover_gradually",
+    "stream",
     "unpack",
 ]
 
@@ -58,9 +60,10 @@ _HOMES = {
     "Agreement": "tawny.evaluation.agreement",
     "Comparison": "tawny.evaluation.compare",
     "agreement": "tawny.evaluation.agreement",
-    "Generation": "tawny.evaluation.bench",
+    "Generation": "tawny.decoding.generation",
     "Inspection": "tawny.evaluation.inspection",
     "Perplexity": "tawny.evaluation.perplexity",
+    "Piece": "tawny.decoding.stream",
     "Plan": "tawny.pruning.plan",
     "Profile": "tawny.allocation.profile",
     "Recipe": "tawny.recipe.schema",
@@ -76,7 +79,7 @@ _HOMES = {
     "compare": "tawny.evaluation.compare",
     "evaluate": "tawny.evaluation.perplexity",
     "evaluate_tasks": "tawny.evaluation.tasks",
-    "generate": "tawny.evaluation.bench",
+    "generate": "tawny.decoding.generation",
     "inspect": "tawny.evaluation.inspection",
     "keep_sparsity": "tawny.recovery.zeros",
     "load_recipe": "tawny.recipe.schema",
@@ -88,6 +91,7 @@ _HOMES = {
     "plan": "tawny.pruning.plan",
     "profile": "tawny.pruning.profiling",
     "prune": "tawny.pruning.run",
+    "stream": "tawny.decoding.stream",
     "unpack": "tawny.packed.convert",
     "recover": "tawny.recovery.run",
     "recover_gradually": "tawny.recovery.gradual",
@@ -95,9 +99,11 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
+    from tawny.decoding.generation import Generation, generate
+    from tawny.decoding.stream import Piece, stream
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.agreement import Agreement, agreement
-    from tawny.evaluation.bench import Generation, Speed, bench, generate
+    from tawny.evaluation.bench import Speed, bench
     from tawny.evaluation.compare import Comparison, compare
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.perplexity import Perplexity, evaluate

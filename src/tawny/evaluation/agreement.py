@@ -66,6 +66,11 @@ class Agreement:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def under_perplexity(self) -> dict[str, Any]:
+        """The model's perplexity as `Perplexity.to_dict` gives it, and all else under `agreement`."""
+        found = self.to_dict()
+        return {**found.pop("perplexity"), "agreement": found}
+
 
 @torch.no_grad()
 def agreement(
