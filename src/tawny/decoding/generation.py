@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from tawny.decoding import opening
-from tawny.decoding.stream import begin
+from tawny.decoding.sampling import Sampler
+from tawny.decoding.stream import Continuation
 from tawny.decoding.text import Prompt, Tokenizer, decode
 from tawny.kernels.native import kernel_name
 from tawny.machine import peak_memory
@@ -67,16 +68,14 @@ def generate(
         on_text: called with each piece of text as it comes.
     """
     with opening.threads(threads) as used:
-        text = begin(
+        text = Continuation(
             model,
             prompt,
+            Sampler(temperature, top_p, seed),
             max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
             chat=chat,
             tokenizer=tokenizer,
-            thread_count=None,
+            threads=threads,
             progress=progress,
         )
         with contextlib.closing(text.pieces()) as pieces:

@@ -14,7 +14,7 @@ What this file promises:
 
 from __future__ import annotations
 
-__all__ = ["Continuation", "Piece", "begin", "stream"]
+__all__ = ["Continuation", "Piece", "stream"]
 
 import contextlib
 import time
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tawny.calibration.context import check_ids, context_of
+from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
-from tawny.decoding.opening import Opened, open_model, ready, threads
 from tawny.decoding.sampling import Sampler
 from tawny.decoding.text import Prompt, TextPieces, Tokenizer, check_prompt, end_tokens, tokens_of
 from tawny.errors import RecipeError, TextError
@@ -53,27 +53,38 @@ class Piece:
 
 
 class Continuation:
-    """One prompt to be continued, and what that has taken so far; `begin` makes it."""
+    """One prompt to be continued, and what that has taken so far; arguments are those of `stream`."""
 
     def __init__(
         self,
-        opened: Opened,
-        tokenizer: Tokenizer | None,
-        ids: Tensor,
-        chat: bool,
-        max_tokens: int,
+        model: str | Path | nn.Module,
+        prompt: Prompt,
         choose: Sampler,
-        thread_count: int | None,
+        *,
+        max_tokens: int,
+        chat: bool | None,
+        tokenizer: Tokenizer | None,
+        threads: int | None,
+        progress: Progress,
     ) -> None:
-        self.opened, self.tokenizer, self.ids, self.chat = opened, tokenizer, ids, chat
-        self.choose, self.thread_count = choose, thread_count
-        limit = context_of(opened.model)
-        if limit is not None and len(ids) >= limit:
+        check_prompt(prompt)
+        if max_tokens < 1:
+            raise RecipeError(f"max_tokens {max_tokens} is not possible; give 1 or more")
+        self.choose, self.threads = choose, threads
+        with opening.threads(threads):
+            if not isinstance(model, nn.Module):
+                model = resolve(model, progress.say)
+                tokenizer = tokenizer or load_tokenizer(model)
+            self.tokenizer = tokenizer
+            self.ids, self.chat = tokens_of(prompt, tokenizer, chat)
+            self.opened = opening.open_model(model)
+        limit = context_of(self.opened.model)
+        if limit is not None and len(self.ids) >= limit:
             raise TextError(
-                f"the prompt has {len(ids)} tokens and the model's context is {limit}; shorten it"
+                f"the prompt has {len(self.ids)} tokens and the model's context is {limit}; shorten it"
             )
-        check_ids(opened.model, ids)
-        self.room = max_tokens if limit is None else min(max_tokens, limit - len(ids))
+        check_ids(self.opened.model, self.ids)
+        self.room = max_tokens if limit is None else min(max_tokens, limit - len(self.ids))
         self.finish = "length" if self.room == max_tokens else "context"
         self.tokens: list[int] = []
         self.seconds: list[float] = []  # the prompt's, then each step's
@@ -83,7 +94,7 @@ class Continuation:
         """The text; ask for it once."""
         model = self.opened.model
         ends, text = end_tokens(model, self.tokenizer), TextPieces(self.tokenizer)
-        with ready(model) as lock:
+        with opening.ready(model) as lock:
             with self._alone(lock):
                 decoder = Decoder(model, len(self.ids) + self.room, reserve=len(self.ids) + _RESERVE)
             while len(self.tokens) < self.room:
@@ -102,34 +113,8 @@ class Continuation:
 
     @contextlib.contextmanager
     def _alone(self, lock: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-        with lock, torch.inference_mode(), threads(self.thread_count):
+        with lock, torch.inference_mode(), opening.threads(self.threads):
             yield
-
-
-def begin(
-    model: str | Path | nn.Module,
-    prompt: Prompt,
-    *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    chat: bool | None,
-    tokenizer: Tokenizer | None,
-    thread_count: int | None,
-    progress: Progress,
-) -> Continuation:
-    """Check what is asked for and open the model; arguments are those of `stream`."""
-    check_prompt(prompt)
-    if max_tokens < 1:
-        raise RecipeError(f"max_tokens {max_tokens} is not possible; give 1 or more")
-    choose = Sampler(temperature, top_p, seed)
-    with threads(thread_count):
-        if not isinstance(model, nn.Module):
-            model = resolve(model, progress.say)
-            tokenizer = tokenizer or load_tokenizer(model)
-        ids, chat = tokens_of(prompt, tokenizer, chat)
-        return Continuation(open_model(model), tokenizer, ids, chat, max_tokens, choose, thread_count)
 
 
 def stream(
@@ -163,15 +148,13 @@ def stream(
         TextError: an empty prompt, several at once, one longer than the model's context, or tokens that the model has not.
         NumericalError: the model gives NaN; raised by the generator.
     """
-    return begin(
+    return Continuation(
         model,
         prompt,
+        Sampler(temperature, top_p, seed),
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
         chat=chat,
         tokenizer=tokenizer,
-        thread_count=threads,
+        threads=threads,
         progress=progress,
     ).pieces()

@@ -5,9 +5,9 @@ What this file promises:
 - One process a model, one after the other: resident memory is that model's, and nobody else's threads are in its
   speed. Speed and memory come first in it, before anything else has touched the process.
 - All models predict the same windows and answer the same questions. KL divergence is from the first model.
-- What fails for one model (a damaged file, another tokenizer, no memory) is said in its column; the rest goes on.
+- A failure of one model (a damaged file, another tokenizer, no memory) is said in its column, and the rest goes on.
 
-The measuring is that of `bench`, `evaluate`, `agreement` and `evaluate_tasks`; here it is only brought together.
+`bench`, `evaluate`, `agreement` and `evaluate_tasks` measure; this file brings their numbers together.
 """
 
 from __future__ import annotations
@@ -193,10 +193,9 @@ def _in_a_process(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
             return row
         noise.seek(0)
         last = [line.strip() for line in noise.read().splitlines() if line.strip()][-1:]
-        reason = (
-            f"killed by signal {-child.returncode}" if child.returncode < 0 else "".join(last) or "no answer"
-        )
-        if child.returncode == -9:
+        code = child.returncode
+        reason = f"killed by signal {-code}" if code < 0 else "".join(last) or "no answer"
+        if code == -9:
             reason += " (out of memory?)"
         return {"errors": {"model": f"its process ended early: {reason}"}}
 
