@@ -62,8 +62,9 @@ def reserved_layer() -> type:
 
 
 def cache_in(made: Any) -> Any:
-    """The cache that a forward gives back, under its new name in transformers or its old one."""
-    return made.cache if hasattr(made, "cache") else getattr(made, "past_key_values", None)
+    """The cache in a forward's output, under its name in transformers of today or of yesterday; None if there is none."""
+    held = vars(made)  # asking for the old name would bring a warning
+    return held.get("cache", held.get("past_key_values"))
 
 
 def holds_something(cache: Any) -> bool:
