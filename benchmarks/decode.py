@@ -44,8 +44,9 @@ import torch
 from torch import Tensor, nn
 
 import tawny
-from tawny.decoding.decoder import Decoder, kernels
+from tawny.decoding.decoder import Decoder
 from tawny.decoding.step import find_blocks
+from tawny.decoding.swapped import kernels
 from tawny.kernels import native
 from tawny.kernels.native import kernel_name
 from tawny.machine import machine, resident_memory, versions

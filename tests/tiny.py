@@ -85,3 +85,10 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
 def tokens(samples: int = 4, length: int = 24, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (samples, length), generator=generator)
+
+
+def endless(family, seed=0):
+    """A tiny model that never ends its text."""
+    model = tiny_model(family, seed)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    return model

@@ -21,6 +21,7 @@ __all__ = [
     "Generation",
     "Inspection",
     "Perplexity",
+    "Piece",
     "Plan",
     "Profile",
     "Recipe",
@@ -53,6 +54,7 @@ __all__ = [
     "recover",
     "recover_gradually",
     "search",
+    "stream",
     "unpack",
 ]
 
@@ -61,9 +63,10 @@ _HOMES = {
     "Comparison": "tawny.evaluation.compare",
     "agreement": "tawny.evaluation.agreement",
     "Found": "tawny.searching.run",
-    "Generation": "tawny.evaluation.bench",
+    "Generation": "tawny.decoding.generation",
     "Inspection": "tawny.evaluation.inspection",
     "Perplexity": "tawny.evaluation.perplexity",
+    "Piece": "tawny.decoding.stream",
     "Plan": "tawny.pruning.plan",
     "Profile": "tawny.allocation.profile",
     "Recipe": "tawny.recipe.schema",
@@ -79,7 +82,7 @@ _HOMES = {
     "compare": "tawny.evaluation.compare",
     "evaluate": "tawny.evaluation.perplexity",
     "evaluate_tasks": "tawny.evaluation.tasks",
-    "generate": "tawny.evaluation.bench",
+    "generate": "tawny.decoding.generation",
     "inspect": "tawny.evaluation.inspection",
     "keep_sparsity": "tawny.recovery.zeros",
     "load_recipe": "tawny.recipe.files",
@@ -92,6 +95,7 @@ _HOMES = {
     "profile": "tawny.pruning.profile",
     "prune": "tawny.pruning.run",
     "search": "tawny.searching.run",
+    "stream": "tawny.decoding.stream",
     "unpack": "tawny.packed.convert",
     "recover": "tawny.recovery.run",
     "recover_gradually": "tawny.recovery.gradual",
@@ -99,9 +103,11 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
+    from tawny.decoding.generation import Generation, generate
+    from tawny.decoding.stream import Piece, stream
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.agreement import Agreement, agreement
-    from tawny.evaluation.bench import Generation, Speed, bench, generate
+    from tawny.evaluation.bench import Speed, bench
     from tawny.evaluation.compare import Comparison, compare
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.perplexity import Perplexity, evaluate

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tawny.decoding.decoder import Decoder, kernels
+from tawny.decoding.decoder import Decoder
+from tawny.decoding.swapped import kernels
 
 
 @dataclass

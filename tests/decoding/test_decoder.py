@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from tawny.decoding.decoder import Decoder, kernels
+from tawny.decoding.decoder import Decoder, _rounded_once_more
 from tawny.decoding.step import Step, find_blocks
-from tawny.evaluation import decode
+from tawny.decoding.swapped import kernels
+from tawny.errors import UserError
 from tawny.kernels import native
-from tawny.packed.linear import pack_linear
+from tawny.packed.linear import DenseLinear, pack_linear
 from tests.decoding.greedy import compare, greedy
 from tests.tiny import BAMBA, tiny_model, tokens
 
@@ -253,13 +254,13 @@ def test_the_noise_hooks_leave_no_trace():
     model, ids = tiny_model("llama"), tokens(1, 6)
     with torch.inference_mode():
         before = model(input_ids=ids).logits
-        with decode._rounded_once_more(model):
+        with _rounded_once_more(model):
             during = model(input_ids=ids).logits
         assert not torch.equal(before, during) and torch.equal(before, model(input_ids=ids).logits)
 
 
 def test_packed_says_what_dense_with_zeros_says():
-    """20 prompts × 64 tokens; how a tie is judged stands in tests/evaluation/greedy.py."""
+    """20 prompts × 64 tokens; how a tie is judged stands in tests/decoding/greedy.py."""
     model = prune(tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2))
     found = compare(model, packed(model), list(tokens(20, 8)), 64)
     assert found.positions == 1280 and not found.faults, found
@@ -297,3 +298,33 @@ def test_packed_says_what_dense_with_zeros_says_on_a_real_model():
     found = compare(model, packed(model), prompts, 64)
     assert found.positions == 1280 and not found.faults, found
     assert greedy(model, prompts[0], 4)[0]
+
+
+def test_our_kernels_are_only_there_inside():
+    model = tiny_model("llama")
+    before = [type(m) for m in model.modules()]
+    with kernels(model):
+        assert any(isinstance(m, DenseLinear) for m in model.modules())
+    assert [type(m) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("quick", [None, False])
+def test_memory_grows_with_the_text(quick):
+    model, ids = tiny_model("llama"), tokens(1, 40)[0]
+    with torch.inference_mode(), kernels(model):
+        made = []
+        for reserve in (None, 9, 5):
+            decoder = Decoder(model, 40, quick, reserve)
+            decoder.prefill(ids[:6])
+            made.append(torch.stack([decoder.step(int(token)).clone() for token in ids[6:]]))
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def test_a_full_decoder_says_so():
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        decoder = Decoder(model, 6)
+        decoder.prefill(tokens(1, 5)[0])
+        decoder.step(4)
+        with pytest.raises(UserError, match="room for"):
+            decoder.step(4)

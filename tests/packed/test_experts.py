@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tawny
-from tawny.decoding.decoder import Decoder, kernels
+from tawny.decoding.decoder import Decoder
+from tawny.decoding.swapped import kernels
 from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import linears_of

@@ -8,6 +8,8 @@ so each expert gets statistics of exactly the tokens that were routed to it.
 
 from __future__ import annotations
 
+__all__ = ["Input", "Observation", "Stage", "first_argument", "observe", "padding"]
+
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,13 +49,50 @@ class _Enough(Exception):
     """Everything asked for has been seen; the rest of this forward is not needed."""
 
 
-@dataclass
-class _Input:
-    """One distinct input tensor of a block, and who receives it."""
+class Input:
+    """One distinct input tensor of a block: the linears that receive it, in call order, and its statistics."""
 
-    stage: int
-    linears: list[Linear]
-    accumulator: Accumulator | None = None
+    def __init__(self, linears: Sequence[Linear], needs: Needs, device: torch.device, stage: int = 0) -> None:
+        self.stage, self.linears = stage, list(linears)
+        width = linears[0].shape[1]
+        self._statistics = None if needs == "none" else Accumulator(width, needs, device)
+
+    def count(self, x: Tensor, valid: Tensor | None) -> None:
+        """Add the rows of `x`, without padding where `valid` says so."""
+        rows = x.reshape(-1, x.shape[-1])
+        if valid is not None and rows.shape[0] == valid.numel():
+            rows = rows[valid.reshape(-1)]
+        self.add(rows)
+
+    def add(self, rows_TI: Tensor) -> None:
+        if self._statistics is not None:
+            self._statistics.add(rows_TI)
+
+    def finish(self, exact: bool) -> dict[str, Statistics]:
+        """By linear name; they are not kept here any longer.
+
+        Raises:
+            NumericalError: an activation was not finite.
+        """
+        if self._statistics is None:
+            return {}
+        made, self._statistics = self._statistics.finish(exact), None
+        if not bool(torch.isfinite(made.squared_norms).all()):
+            raise NumericalError(
+                f"{self.linears[0].name} receives NaN or infinite activations; try -o compute=float32, or check the checkpoint"
+            )
+        return {linear.name: made for linear in self.linears}
+
+
+def padding(stream: Stream, chunk: int) -> Tensor | None:
+    """Which tokens of a chunk are none, if any: `stream.valid`, or None where all count."""
+    valid = stream.valid(chunk)
+    return None if valid is None or bool(valid.all()) else valid
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return found
 
 
 class _Watcher:
@@ -62,26 +101,26 @@ class _Watcher:
         self.needs = needs
         self.exact = exact
         self.device = device
-        self.inputs: list[_Input] = []
+        self.inputs: list[Input] = []
         self.by_module = {id(linear.module): linear for linear in linears if linear.expert is None}
         self.experts = {
             (linear.key, linear.expert): linear for linear in linears if linear.expert is not None
         }
-        self.input_of: dict[str, _Input] = {}
+        self.input_of: dict[str, Input] = {}
         self.valid: Tensor | None = None
         self.learning = True  # the first chunk teaches who shares an input; later ones only count it once
         self._stage_of_key: dict[str, int] = {}
         self._stages = 0
-        self._this_forward: list[tuple[Tensor, int, _Input]] = []
+        self._this_forward: list[tuple[Tensor, int, Input]] = []
         self.last: Linear | None = None
 
     def begin(self, valid: Tensor | None) -> None:
-        self.valid = None if valid is None or bool(valid.all()) else valid
+        self.valid = valid
         self._this_forward = []
 
     def module_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         linear = self.by_module[id(module)]
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_argument(args, kwargs)
         if self.learning and linear.name not in self.input_of:
             shared = next(
                 (known for t, version, known in self._this_forward if _same_tensor(t, version, x)), None
@@ -98,7 +137,7 @@ class _Watcher:
                 f"{linear.name} is called for some samples and not for others; exclude it to go on"
             )
         if source.linears[0] is linear:
-            self._count(source, x)
+            source.count(x, self.valid)
         if not self.learning and linear is self.last:
             raise _Enough
 
@@ -134,7 +173,7 @@ class _Watcher:
             return
         if linear.name not in self.input_of:
             self._new(linear, self._stage_of_key[key], x_TI)
-        self._add(self.input_of[linear.name], x_TI)
+        self.input_of[linear.name].add(x_TI)
 
     def _hides_tokens(self, linear: Linear) -> ModelError:
         return ModelError(
@@ -142,40 +181,19 @@ class _Watcher:
             "give samples without padding, or exclude the experts"
         )
 
-    def ready(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """In a forward whose stages are known: count the input of a stage's first linear, and say it was one."""
-        linear = self.by_module[id(module)]
-        source = self.input_of[linear.name]
-        if source.linears[0] is not linear:
-            return False
-        self._count(source, args[0] if args else next(iter(kwargs.values())))
-        return True
-
     def _next_stage(self) -> int:
         self._stages += 1
         return self._stages - 1
 
-    def _new(self, linear: Linear, stage: int, x: Tensor) -> _Input:
+    def _new(self, linear: Linear, stage: int, x: Tensor) -> Input:
         if x.shape[-1] != linear.shape[1]:
             raise ModelError(
                 f"{linear.name} {list(linear.shape)} received inputs of width {x.shape[-1]}; expected {linear.shape[1]}"
             )
-        made = _Input(stage, [linear])
-        if self.needs != "none":
-            made.accumulator = Accumulator(linear.shape[1], self.needs, self.device)
+        made = Input([linear], self.needs, self.device, stage)
         self.inputs.append(made)
         self.input_of[linear.name] = made
         return made
-
-    def _count(self, source: _Input, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        if self.valid is not None and rows.shape[0] == self.valid.numel():
-            rows = rows[self.valid.reshape(-1)]
-        self._add(source, rows)
-
-    def _add(self, source: _Input, rows: Tensor) -> None:
-        if source.accumulator is not None:
-            source.accumulator.add(rows)
 
     def learnt(self) -> None:
         """After the first chunk: everything must have been seen, and the last plain linear ends a forward."""
@@ -195,9 +213,8 @@ class _Watcher:
         stages = [Stage() for _ in range(self._stages)]
         for source in self.inputs:
             stages[source.stage].linears += source.linears
-        for linear in (
-            self.linears
-        ):  # experts that no token reached belong to the stage of their parameter all the same
+        # Experts that no token reached belong to the stage of their parameter all the same.
+        for linear in self.linears:
             if linear.expert is not None and linear.name not in self.input_of:
                 stages[self._stage_of_key[linear.key]].linears.append(linear)
         order = {linear.name: i for i, linear in enumerate(self.linears)}
@@ -206,37 +223,12 @@ class _Watcher:
                 stage.linears.sort(key=lambda linear: order[linear.name])
         statistics: dict[str, Statistics] = {}
         for source in self.inputs:
-            statistics.update(self._finished(source))
+            statistics.update(source.finish(self.exact))
         if self.needs != "none":
             for linear in self.linears:
                 if linear.name not in statistics:
-                    statistics[linear.name] = Accumulator(linear.shape[1], self.needs, self.device).finish(
-                        self.exact
-                    )
+                    statistics |= Input([linear], self.needs, self.device).finish(self.exact)
         return Observation(statistics, [stage for stage in stages if stage.linears])
-
-    def _finished(self, source: _Input) -> dict[str, Statistics]:
-        if source.accumulator is None:
-            return {}
-        made = source.accumulator.finish(self.exact)
-        if not bool(torch.isfinite(made.squared_norms).all()):
-            raise NumericalError(
-                f"{source.linears[0].name} receives NaN or infinite activations; try -o compute=float32, or check the checkpoint"
-            )
-        source.accumulator = None
-        return {linear.name: made for linear in source.linears}
-
-    def adopt(self, stage: Stage, number: int) -> None:
-        """Take a stage as known: its linears share the input of the first one called."""
-        made = _Input(number, list(stage.linears))
-        if self.needs != "none":
-            made.accumulator = Accumulator(stage.linears[0].shape[1], self.needs, self.device)
-        self.inputs.append(made)
-        self.input_of.update({linear.name: made for linear in stage.linears})
-
-    def statistics_of(self, stage: Stage) -> dict[str, Statistics]:
-        """Complete statistics of one adopted stage; they are not kept here any longer."""
-        return self._finished(self.input_of[stage.linears[0].name])
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -259,86 +251,6 @@ class _Watcher:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def can_suspend(stages: Sequence[Stage], linears: Sequence[Linear]) -> bool:
-    """Whether forwards can be held in front of each stage: experts inside one fused module cannot."""
-    return bool(stages) and all(linear.expert is None for linear in linears)
-
-
-def in_lockstep(
-    stream: Stream,
-    index: int,
-    stages: Sequence[Stage],
-    needs: Needs,
-    *,
-    finish: bool,
-    exact: bool = False,
-    step: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Stage, dict[str, Statistics]]]:
-    """Run every chunk through block `index` once, all of them held in front of each stage in turn.
-
-    When all chunks have arrived at a stage its statistics are complete and it is handed out; what the caller makes of
-    its weights is what the forwards go on with. So each stage is observed behind the already pruned ones, and one
-    forward a block does what observing and advancing would take two for. The price is memory: what a forward holds
-    in front of a stage (residual and activations) is held for all samples at once.
-
-    Args:
-        stream: hidden states in front of the block; replaced by its outputs if `finish`.
-        index: the block, loaded.
-        stages: as `observe` found them; none may hold experts of a fused module.
-        needs: what statistics to collect.
-        finish: run to the end of the block; otherwise nothing behind the last stage is computed.
-        exact: leave Hessians unrounded (`Accumulator.finish`).
-    """
-    from greenlet import getcurrent, greenlet
-
-    main = getcurrent()
-    watcher = _Watcher(
-        [linear for stage in stages for linear in stage.linears], needs, stream.stack.device, exact
-    )
-    watcher.learning = False
-    for number, stage in enumerate(stages):
-        watcher.adopt(stage, number)
-    chunk_of: dict[Any, int] = {}
-
-    def hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        chunk = chunk_of.get(getcurrent())
-        if chunk is not None:
-            watcher.begin(stream.valid(chunk))
-            if watcher.ready(module, args, kwargs):
-                main.switch()
-
-    def forward(chunk: int) -> Tensor:
-        return stream.stack.forward(index, stream.hidden[chunk], stream.call(index, chunk))
-
-    handles = [
-        linear.module.register_forward_pre_hook(hold, with_kwargs=True)
-        for stage in stages
-        for linear in stage.linears
-    ]
-    runs = [greenlet(forward) for _ in range(len(stream))]
-    chunk_of.update({run: chunk for chunk, run in enumerate(runs)})
-    try:
-        for number, stage in enumerate(stages):
-            for chunk, run in enumerate(runs):
-                run.switch(chunk) if number == 0 else run.switch()
-                if run.dead:
-                    raise ModelError(
-                        f"{stage.linears[0].name} was not reached by every sample; try -o order=block"
-                    )
-                step()
-            yield stage, watcher.statistics_of(stage)
-        if finish:
-            for chunk, run in enumerate(runs):
-                stream.replace(index, chunk, run.switch())
-                step()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for run in runs:
-            if run and not run.dead:
-                run.throw()  # ends a forward nobody needs any more
 
 
 def _same_tensor(a: Tensor, version: int, b: Tensor) -> bool:
@@ -367,7 +279,7 @@ def observe(
     Args:
         stream: hidden states in front of the block.
         index: the block.
-        linears: those to progress; experts of one fused parameter count one by one.
+        linears: those to watch; experts of one fused parameter count one by one.
         needs: "none" finds only the stages, from one chunk.
         advance: keep the outputs as the new hidden states. Without it a forward ends as soon as the last watched
             linear has received its input.
@@ -383,7 +295,7 @@ def observe(
         return Observation({}, [])
     with watcher.attached():
         for chunk, hidden in enumerate(stream.hidden):
-            watcher.begin(stream.valid(chunk))
+            watcher.begin(padding(stream, chunk))
             if advance and watcher.last is not None:
                 watcher.last = None
             with contextlib.suppress(_Enough):

@@ -130,10 +130,9 @@ def eval_(
                         model, text or DEFAULT_TEXT, progress=progress, **keys
                     ).to_dict()
                 else:
-                    compared = tawny.agreement(
+                    measured = tawny.agreement(
                         model, against, text or DEFAULT_TEXT, progress=progress, **keys
-                    )
-                    measured = agreement_dict(compared.to_dict())
+                    ).under_perplexity()
         if tasks is not None:
             with console.progress() as progress:
                 measured["tasks"] = tawny.evaluate_tasks(
@@ -147,11 +146,6 @@ def eval_(
                     progress=progress,
                 ).to_dict()
         console.result(measured, evaluation_tables)
-
-
-def agreement_dict(found: dict[str, Any]) -> dict[str, Any]:
-    """A perplexity as it is without `--against`, and what was found beside it under `agreement`."""
-    return {**found.pop("perplexity"), "agreement": found}
 
 
 def _expanded(folder: str | None) -> str | None:

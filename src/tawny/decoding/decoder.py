@@ -1,23 +1,22 @@
-"""Text from a model on a CPU with as little as possible between its matrix products.
+"""One sequence of tokens: a prompt, its keys and values, and a step a token.
 
-A `Decoder` holds one sequence. `prefill` runs the model's own forward over the prompt; `step` takes one token and
-returns the logits of the next. Three things make a step cheaper than transformers' own, each only where it applies:
+`prefill` runs the model's own forward over the prompt; `step` takes one token and returns the logits of the next.
+A decoder knows no text, file or console, and any number of them may take turns on one model. Three things make a step
+cheaper than transformers' own, each only where it applies:
 
-- Keys and values go into memory set aside beforehand, and are not copied whole for each token. Layers that keep a window
-  of the past, or something else than keys and values, keep transformers' own cache.
-- Plain linears run our dense matrix-vector kernel (`kernels()` puts it in place and takes it out again), and experts
-  that transformers runs are run by packed/experts.py.
-- A model whose blocks are the usual ones is handed, block by block, to one C++ call a token (packed/step.py). It
-  is used only after it agreed with the model's own forward, where the text is and where it may end; see
-  `Decoder._prove`.
+- Keys and values go into reserved memory (cache.py). Layers that keep a window of the past, or something else than keys
+  and values, keep transformers' own cache.
+- Plain linears and experts run our products while `kernels(model)` is entered (swapped.py).
+- A model whose blocks are the usual ones makes a token in one C++ call (step.py). The call is used only after it agreed
+  with the model's own forward, where the text is and where it may end; see `Decoder._prove`.
 
-Everything else is the model's own forward: one that refuses transformers' cache gets its own back, and one that keeps
+Everything else is the model's own forward. A model that refuses transformers' cache gets its own back, and one that keeps
 none reads the whole text again for each token.
 """
 
 from __future__ import annotations
 
-__all__ = ["Decoder", "kernels"]
+__all__ = ["Decoder"]
 
 import contextlib
 import inspect
@@ -28,88 +27,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from tawny.decoding.cache import cache_in, holds_something, reserved_layer
 from tawny.decoding.step import Step, find_blocks, find_rotary
 from tawny.errors import UserError
-from tawny.kernels import native
-from tawny.model.linears import changed, is_plain
-from tawny.packed.experts import dense_experts
-from tawny.packed.linear import DenseLinear
+from tawny.model.linears import changed
 
 # How far the quick path may be from the model's own logits, in units of what one rounding of each block's output does.
 TOLERANCE = 3.0
-
-
-@contextlib.contextmanager
-def kernels(model: nn.Module) -> Iterator[None]:
-    """Inside, linears that are plain `nn.Linear` on the CPU run our dense kernel; weights are shared, not copied.
-
-    So do fused experts that are stored `[out, in]`, where transformers lets a module's experts be run by others.
-    """
-    swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    if native.chosen():
-        made: dict[int, DenseLinear] = {}
-        for parent in model.modules():
-            for name, child in parent.named_children():
-                if type(child) is nn.Linear and child.weight.device.type == "cpu" and is_plain(child):
-                    fast = made.setdefault(id(child), DenseLinear.from_linear(child))
-                    swapped.append((parent, name, child))
-                    parent._modules[name] = fast.train(child.training)
-    try:
-        with dense_experts(model) if native.chosen() else contextlib.nullcontext():
-            yield
-    finally:
-        for parent, name, child in swapped:
-            parent._modules[name] = child
-
-
-def _reserved_layer() -> type:
-    """The class of a cache layer that writes into reserved memory; made late, because importing transformers is slow."""
-    from transformers.cache_utils import DynamicLayer
-
-    class Reserved(DynamicLayer):  # type: ignore[misc]
-        """Keys and values `[1, heads, capacity, dim]`, stored token after token, of which `length` are filled."""
-
-        def __init__(self, capacity: int) -> None:
-            super().__init__()
-            self.capacity, self.length = max(1, capacity), 0
-            self.memory: tuple[Tensor, Tensor] | None = None
-
-        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if self.memory is None:
-                self.dtype, self.device = keys.dtype, keys.device
-                made = [
-                    t.new_empty(t.shape[0], self.capacity, t.shape[1], t.shape[3]) for t in (keys, values)
-                ]
-                self.memory = made[0], made[1]
-                self.is_initialized = True
-            end = self.length + keys.shape[-2]
-            if end > self.capacity:
-                self.grow(end)
-            for memory, new in zip(self.memory, (keys, values), strict=True):
-                memory[:, self.length : end] = new.transpose(1, 2)
-            self.length = end
-            self.keys, self.values = (memory[:, :end].transpose(1, 2) for memory in self.memory)
-            return self.keys, self.values
-
-        def grow(self, least: int) -> None:
-            """At least twice as much memory, so that a text of any length is copied twice at most."""
-            self.capacity = max(least, 2 * self.capacity)
-            if self.memory is not None:
-                grown = [t.new_empty(t.shape[0], self.capacity, *t.shape[2:]) for t in self.memory]
-                for new, old in zip(grown, self.memory, strict=True):
-                    new[:, : self.length] = old[:, : self.length]
-                self.memory = grown[0], grown[1]
-                self.rewind(self.length)
-
-        def get_seq_length(self) -> int:
-            return self.length
-
-        def rewind(self, length: int) -> None:
-            self.length = length
-            if self.memory is not None:
-                self.keys, self.values = (memory[:, :length].transpose(1, 2) for memory in self.memory)
-
-    return Reserved
 
 
 class Decoder:
@@ -129,7 +53,7 @@ class Decoder:
         self.device = next(model.parameters()).device
         config = model.config.get_text_config(decoder=True)
         self.cache = DynamicCache(config=config)
-        kind = _reserved_layer()
+        kind = reserved_layer()
         for index, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
                 self.cache.layers[index] = kind(capacity if reserve is None else min(capacity, reserve))
@@ -164,7 +88,7 @@ class Decoder:
             logits = self._forward(ids)
         except (ValueError, AttributeError):  # a model that takes no cache but its own
             return self._prefill_by_its_own(ids)
-        return logits if _holds_something(self.cache) else self._prefill_by_its_own(ids)
+        return logits if holds_something(self.cache) else self._prefill_by_its_own(ids)
 
     def _prefill_by_its_own(self, ids: Tensor) -> Tensor:
         """With the cache that the model makes, or without any."""
@@ -172,7 +96,7 @@ class Decoder:
         del self._arguments[self._cached]
         made = self._run(ids)
         self.length = ids.shape[1]
-        cache = getattr(made, "past_key_values", None)
+        cache = cache_in(made)
         if cache is None:
             self._read = ids
             self._arguments["use_cache"] = False
@@ -348,7 +272,7 @@ def _must_be_told(model: nn.Module, cached: str, cache: Callable[[], Any] | None
         def distance(whole: Tensor, **more: Any) -> float:
             given = {} if cache is None else {cached: cache()}
             first = model(input_ids=ids[:, :1], use_cache=True, **given)
-            held = given or {cached: first.past_key_values}
+            held = given or {cached: cache_in(first)}
             second = model(input_ids=ids[:, 1:], use_cache=True, **held, **more)
             return float((second.logits[0, -1] - whole).float().norm())
 
@@ -361,18 +285,6 @@ def _must_be_told(model: nn.Module, cached: str, cache: Callable[[], Any] | None
 
 
 _telling: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
-
-
-def _holds_something(cache: Any) -> bool:
-    """Whether a model has put anything into the cache it was given."""
-    for layer in cache.layers:
-        states = (
-            getattr(layer, "is_conv_states_initialized", {}),
-            getattr(layer, "is_recurrent_states_initialized", {}),
-        )
-        if getattr(layer, "is_initialized", False) or any(any(found.values()) for found in states):
-            return True
-    return False
 
 
 # Capacity up to which a model's quick path has proved equal; None where it has not.

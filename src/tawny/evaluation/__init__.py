@@ -1,1 +1,1 @@
-"""Measuring models: perplexity over streamed blocks, and what a checkpoint really holds."""
+"""Measurements of a model: quality on texts and questions, speed, memory, and the zeros it holds."""

@@ -1,8 +1,8 @@
 """How far a pruned model has moved from its dense one, token by token: KL divergence and top-1 agreement.
 
-Perplexity asks only for the one token the text happens to hold; a model may lose much of what it knew and still give
-that token its share. `KL(dense ‖ pruned)` compares the whole distributions, so it shows damage earlier and with less
-noise: each token of text is its own control. Top-1 agreement is how often both would say the same next token.
+Perplexity reads only the probability of the token that the text holds, and a model may lose much of what it knew while
+that stays. `KL(dense ‖ pruned)` compares whole distributions, so it shows damage earlier and with less noise. Top-1
+agreement is how often both models would say the same next token.
 
 Both models see the same windows (perplexity.py) and are walked block by block, one after the other; then logits are
 made a few hundred tokens at a time. Divergences are taken in float32 and added up in float64, in nats a token.
@@ -65,6 +65,11 @@ class Agreement:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def under_perplexity(self) -> dict[str, Any]:
+        """The model's perplexity as `Perplexity.to_dict` gives it, and all else under `agreement`."""
+        found = self.to_dict()
+        return {**found.pop("perplexity"), "agreement": found}
 
 
 @torch.no_grad()

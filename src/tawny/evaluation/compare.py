@@ -5,9 +5,9 @@ What this file promises:
 - One process a model, one after the other: resident memory is that model's, and nobody else's threads are in its
   speed. Speed and memory come first in it, before anything else has touched the process.
 - All models predict the same windows and answer the same questions. KL divergence is from the first model.
-- What fails for one model (a damaged file, another tokenizer, no memory) is said in its column; the rest goes on.
+- A failure of one model (a damaged file, another tokenizer, no memory) is said in its column, and the rest goes on.
 
-The measuring is that of `bench`, `evaluate`, `agreement` and `evaluate_tasks`; here it is only brought together.
+`bench`, `evaluate`, `agreement` and `evaluate_tasks` measure; this file brings their numbers together.
 """
 
 from __future__ import annotations
@@ -193,10 +193,9 @@ def _in_a_process(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
             return row
         noise.seek(0)
         last = [line.strip() for line in noise.read().splitlines() if line.strip()][-1:]
-        reason = (
-            f"killed by signal {-child.returncode}" if child.returncode < 0 else "".join(last) or "no answer"
-        )
-        if child.returncode == -9:
+        code = child.returncode
+        reason = f"killed by signal {-code}" if code < 0 else "".join(last) or "no answer"
+        if code == -9:
             reason += " (out of memory?)"
         return {"errors": {"model": f"its process ended early: {reason}"}}
 
@@ -256,23 +255,16 @@ def measure(
     if size is None:
         return row
     row["file_bytes"] = size
-    row.update(
-        part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, progress)) or {}
-    )
-    row.update(part("sparsity", lambda: _sparsity(folder)) or {})
-    keys = {key: setting[key] for key in ("seqlen", "windows", "bos", "compute", "device")}
+    row |= part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, progress)) or {}
+    row |= part("sparsity", lambda: _sparsity(folder)) or {}
     if setting["text"] is not None:
-        measured = None
-        if against is not None:
-            measured = part("agreement", lambda: _agreement(folder, against, setting["text"], keys, progress))
-        if measured is None:  # the first model, or one whose tokens are others
-            measured = part("perplexity", lambda: _perplexity(folder, setting["text"], keys, progress))
-        if measured is not None:
-            row["perplexity"] = measured
+        found = against and part("agreement", lambda: _text(folder, against, setting, progress))
+        # The first model, or one whose tokens are others.
+        found = found or part("perplexity", lambda: _text(folder, None, setting, progress))
+        row |= {"perplexity": found} if found else {}
     if setting["tasks"] is not None:
         found = part("tasks", lambda: _tasks(folder, setting, progress))
-        if found is not None:
-            row["tasks"] = found
+        row |= {"tasks": found} if found else {}
     return row
 
 
@@ -308,32 +300,27 @@ def _sparsity(folder: Path) -> dict[str, Any]:
                 zeros += int((stack.weight(linear) == 0).sum())
                 total += linear.numel
     share = zeros / max(1, total)
-    kind = (
-        "packed" if is_packed(folder) else "pruned" if share > 0.01 else "dense"
-    )  # a few zeros are in any model
+    # A few zeros are in any model.
+    kind = "packed" if is_packed(folder) else "pruned" if share > 0.01 else "dense"
     return {"sparsity": share, "prunable": total, "kind": kind}
 
 
-def _perplexity(folder: Path, text: str, keys: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _text(folder: Path, against: str | None, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Perplexity, and with `against` the distance from that model as well."""
+    from tawny.evaluation.agreement import agreement
     from tawny.evaluation.perplexity import evaluate
 
-    return evaluate(folder, text, progress=progress, **keys).to_dict()
-
-
-def _agreement(
-    folder: Path, against: str, text: str, keys: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
-    from tawny.evaluation.agreement import agreement
-
-    found = agreement(folder, against, text, progress=progress, **keys).to_dict()
-    return {**found.pop("perplexity"), "agreement": found}
+    keys = {key: setting[key] for key in ("text", "seqlen", "windows", "bos", "compute", "device")}
+    if against is None:
+        return evaluate(folder, progress=progress, **keys).to_dict()
+    return agreement(folder, against, progress=progress, **keys).under_perplexity()
 
 
 def _tasks(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from tawny.evaluation.tasks import evaluate_tasks
 
-    keys = {key: setting[key] for key in ("task_data", "limit", "compute", "device", "cache")}
-    return evaluate_tasks(folder, setting["tasks"], progress=progress, **keys).to_dict()
+    keys = {key: setting[key] for key in ("tasks", "task_data", "limit", "compute", "device", "cache")}
+    return evaluate_tasks(folder, progress=progress, **keys).to_dict()
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tawny.calibration.text import Text
-from tawny.evaluation.bench import generate
+from tawny.decoding.generation import generate
 from tawny.evaluation.sources import open_model
 from tawny.machine import free_memory
 from tawny.model.checkpoint import file_bytes

@@ -116,24 +116,17 @@ def _local_documents(sources: Sequence[TaskData], origin: dict[str, tuple[str, s
             origin[config.task] = f"hub: {hub}", config.test_split or config.validation_split or ""
             _fetch(lambda: original(self, dataset_kwargs, **kwargs), config.task, known, sources)
             return
-        split = next(
-            (s for s in (config.test_split, config.validation_split, "") if s is not None and s in found),
-            None,
-        )
-        if split is None:
-            split = next((s for s in ("validation", "test") if s in found), None)
+        asked = config.test_split or config.validation_split
+        wanted = [config.test_split, config.validation_split, "", "validation", "test"]
+        split = next((name for name in wanted if name is not None and name in found), None)
         if split is None:
             raise TextError(
-                f"task {config.task!r} needs its {config.test_split or config.validation_split} split, but "
+                f"task {config.task!r} needs its {asked} split, but "
                 f"{data.called} has only {', '.join(sorted(found))}: add {known[0]}.validation.jsonl"
             )
         documents = data.load(config.task, found[split])
-        origin[config.task] = found[split].where, split or config.test_split or config.validation_split
-        if (
-            config.test_split is not None
-            and config.validation_split is not None
-            and split == config.validation_split
-        ):
+        origin[config.task] = found[split].where, split or asked
+        if config.test_split is not None and split == config.validation_split:
             config.test_split = None  # lm-eval asks the test split where there is one; here there is not
         shots = self.fewshot_cfg.split or config.training_split
         if config.num_fewshot and shots not in found:
@@ -141,12 +134,7 @@ def _local_documents(sources: Sequence[TaskData], origin: dict[str, tuple[str, s
                 f"task {config.task!r} shows {config.num_fewshot} examples first, from the {shots} split, but "
                 f"{data.called} has no such split: add {known[0]}.{shots}.jsonl"
             )
-        splits = {
-            config.training_split,
-            config.validation_split,
-            config.test_split,
-            self.fewshot_cfg.split,
-        } - {None}
+        splits = {config.training_split, config.validation_split, config.test_split, self.fewshot_cfg.split}
         asked = config.test_split or config.validation_split
         # A split nobody will ask is empty, never a stand-in: examples must not leak into prompts.
         self.dataset = {
@@ -155,7 +143,7 @@ def _local_documents(sources: Sequence[TaskData], origin: dict[str, tuple[str, s
             else data.load(config.task, found[name])
             if name in found
             else documents.select([])
-            for name in splits
+            for name in splits - {None}
         }
 
     ConfigurableTask.download = download

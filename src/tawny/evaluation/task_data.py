@@ -90,10 +90,7 @@ class TaskData:
         self._files: dict[str, dict[str, list[Path]]] = {}
         for path in sorted(self.folder.rglob("*")):
             # `datasets` may have left its own cache-*.arrow beside the data.
-            known = path.name.endswith((".jsonl", ".jsonl.gz", ".arrow")) and not path.name.startswith(
-                "cache-"
-            )
-            if known and path.is_file():
+            if _FORMATS.search(path.name) and not path.name.startswith("cache-") and path.is_file():
                 name, split = self._parse(path)
                 self._files.setdefault(name, {}).setdefault(split, []).append(path)
 
@@ -165,11 +162,7 @@ def _copy_of(path: Path) -> tuple[Path, str]:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8") as file
-    ):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -12,7 +12,7 @@ What this file promises:
 - Each task's result is kept under a fingerprint of the model's files and one of everything the model is asked, so a
   run that was stopped goes on where it was, and a changed prompt, limit or file is measured anew.
 
-The preset `owl7` are the seven tasks of the Wanda and OWL papers, which report `acc`, not `acc_norm`.
+The preset `owl7` is the seven tasks of the Wanda and OWL papers, which report `acc`, not `acc_norm`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def evaluate_tasks(
         tokenizer: needed for a live model.
         compute: dtype of forwards: auto, float32, bfloat16 or float16. A live model keeps its own.
         batch_tokens: most tokens (padding included) in one forward; chosen by memory if None.
-        cache: keep and reuse results; never done for a live model, whose bytes nobody can name.
+        cache: keep and reuse results; never for a live model, which has no files to know it by.
         progress: told how far the work is.
 
     Raises:
@@ -180,18 +180,17 @@ def evaluate_tasks(
         question = _fingerprint(loaded["tasks"], limit, dtype)
         kept = cache_folder() / "tasks" / f"{_sha(identity, question)[:32]}.json" if identity else None
         found = _kept(kept)
-        if found is None:
+        if found is not None:
+            done.append(TaskResult(**{**found, "name": name, "cached": True}))
+        else:
             if lm is None:
                 progress.say(f"opening the model for {len(names)} task{'s' * (len(names) > 1)}")
                 lm = language_model(source, folder, dtype, device, tokenizer, batch_tokens)
             lm.progress, lm.label = progress, name
-            measured = ask(lm, loaded, limit)
-            found = _result(name, known, measured, loaded["tasks"], origin, question)
-            found = {**found, "seconds": time.perf_counter() - began}
-            _keep(kept, found)
-            done.append(TaskResult(**found))
-        else:
-            done.append(TaskResult(**{**found, "name": name, "cached": True}))
+            made = _result(name, known, ask(lm, loaded, limit), loaded["tasks"], origin, question)
+            made = {**made, "seconds": time.perf_counter() - began}
+            _keep(kept, made)
+            done.append(TaskResult(**made))
         progress.say(_line(done[-1]))
     alike = all(task.metric == "acc" for task in done)
     return TaskResults(
@@ -209,9 +208,8 @@ def evaluate_tasks(
 
 def _line(task: TaskResult) -> str:
     spread = f" ± {task.stderr:.4f}" if math.isfinite(task.stderr) and task.stderr else ""
-    return f"{task.name}: {task.metric} {task.value:.4f}{spread} on {task.examples} examples" + (
-        " (kept from before)" if task.cached else ""
-    )
+    kept = " (kept from before)" if task.cached else ""
+    return f"{task.name}: {task.metric} {task.value:.4f}{spread} on {task.examples} examples{kept}"
 
 
 def _fingerprint(tasks: Mapping[str, Any], limit: int | None, dtype: torch.dtype) -> str:
@@ -254,6 +252,10 @@ def _result(
         raise RecipeError(f"task {name!r} gives no number that could be shown: name one of its members")
     metric = "acc" if "acc" in metrics else next(iter(metrics))
     where = list(dict.fromkeys(origin[task][0] for task in tasks if task in origin))
+    values_of = {task: _metrics(measured["results"][task]).get(metric, {}) for task in tasks}
+    subtasks = {
+        task: found.get("value", math.nan) for task, found in values_of.items() if list(tasks) != [known]
+    }
     return {
         "name": name,
         "metric": metric,
@@ -265,11 +267,7 @@ def _result(
         "data": where[0] + (f" and {len(where) - 1} more" if where[1:] else "") if where else "",
         "version": str(measured["versions"].get(known, "")),
         "metrics": metrics,
-        "subtasks": {}
-        if list(tasks) == [known]
-        else {
-            task: _metrics(measured["results"][task]).get(metric, {}).get("value", math.nan) for task in tasks
-        },
+        "subtasks": subtasks,
         "fingerprint": question,
     }
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.calibration.observe import Observation, Stage, can_suspend, in_lockstep, observe
+from tawny.calibration.observe import Observation, Stage, observe
 from tawny.calibration.statistics import Statistics
+from tawny.calibration.suspended import can_suspend, in_lockstep
 from tawny.errors import NumericalError
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream

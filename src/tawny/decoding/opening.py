@@ -1,0 +1,111 @@
+"""A model made ready to be decoded: opened, its memory counted, its plain linears run by our kernels.
+
+`ready` may be entered by any number of sequences of one model at once, in any threads. The first puts the kernels in
+place, the last takes them out again. Between steps nothing is locked and nothing of torch is changed.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Opened", "open_model", "ready", "threads"]
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from tawny.decoding.swapped import kernels
+from tawny.errors import RecipeError
+from tawny.machine import resident_memory
+from tawny.model.structure import evaluating
+from tawny.packed.opening import load
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A causal model, and the process's memory before it was opened."""
+
+    model: Any
+    before: int
+
+    def added(self) -> int:
+        """Bytes that the model has added to the process so far."""
+        return max(0, resident_memory() - self.before)
+
+
+def open_model(source: Path | nn.Module) -> Opened:
+    """A folder (dense or packed) or a live causal model, in its own dtype."""
+    if isinstance(source, nn.Module):
+        return Opened(source, resident_memory())
+    _import_code(source)
+    before = resident_memory()
+    return Opened(load(source), before)
+
+
+def _import_code(folder: Path) -> None:
+    """Import what opening the model will import, so that memory measured afterwards is the model's."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would run through the text
+    with contextlib.suppress(Exception):  # whatever is wrong with the folder, opening it says so better
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """Inside, torch uses so many threads, or as many as before if None."""
+    if count is not None and count < 1:
+        raise RecipeError(f"threads {count} is not possible; give 1 or more")
+    before = torch.get_num_threads()
+    changes = count not in (None, before)  # setting the same number would still cost oneDNN its cache
+    if changes:
+        torch.set_num_threads(count)  # type: ignore[arg-type]
+    try:
+        yield torch.get_num_threads()
+    finally:
+        if changes:
+            torch.set_num_threads(before)
+
+
+@dataclass
+class _Ready:
+    """How many decode a model, and what undoes its being ready."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    users: int = 0
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+_all: WeakKeyDictionary[nn.Module, _Ready] = WeakKeyDictionary()
+_locking = threading.Lock()
+
+
+@contextlib.contextmanager
+def ready(model: nn.Module) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """Inside, a model is in eval mode and runs our kernels. Its forwards must be run under the lock that this gives.
+
+    One forward a model at a time: the proof of the quick path hooks its modules.
+    """
+    with _locking:
+        shared = _all.setdefault(model, _Ready())
+    with shared.lock:
+        if not shared.users:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(evaluating(model))
+                stack.enter_context(kernels(model))
+                shared.undo = stack.pop_all()
+        shared.users += 1
+    try:
+        yield shared.lock
+    finally:
+        with shared.lock:
+            shared.users -= 1
+            if not shared.users:
+                shared.undo.close()

@@ -1,0 +1,153 @@
+"""From a prompt or a chat to tokens, and from tokens back to text as they come.
+
+A piece of text is given out once its last character is whole: a character of several bytes may take several tokens.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Message",
+    "Prompt",
+    "TextPieces",
+    "Tokenizer",
+    "check_prompt",
+    "decode",
+    "end_tokens",
+    "tokens_of",
+]
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tawny.errors import CheckpointError, TextError, UserError, first_line
+from tawny.model.streams import holds_integers
+
+Message = Mapping[str, Any]  # as chat templates take it: {"role": "user", "content": "…"}
+Prompt = str | Tensor | Sequence[Message]
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
+
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any: ...
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """Refuse what is no prompt, before a model is opened for it.
+
+    Raises:
+        TextError: several prompts at once, no ids, a message without role or content, or a text that is no valid UTF-8.
+    """
+    if isinstance(prompt, Tensor):
+        if prompt.dim() not in (1, 2) or (prompt.dim() == 2 and len(prompt) != 1):
+            raise TextError(
+                f"the prompt is a tensor of shape {list(prompt.shape)}; give one prompt, [tokens] or [1, tokens]"
+            )
+        if not holds_integers(prompt):
+            raise TextError(f"the prompt is a tensor of {prompt.dtype}; give token ids, torch.long")
+        return
+    for message in _messages(prompt):
+        if not {"role", "content"} <= message.keys():
+            raise TextError(f"a message has the keys {sorted(message)}; give role and content")
+        try:
+            str(message["content"]).encode()
+        except UnicodeEncodeError as error:
+            raise TextError(
+                f"the prompt is not valid UTF-8 (at character {error.start + 1}); encode it anew"
+            ) from None
+
+
+def _messages(prompt: str | Sequence[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool | None) -> tuple[Tensor, bool]:
+    """Tokens `[tokens]` of a prompt that `check_prompt` has let pass, and whether the chat template made them.
+
+    Args:
+        chat: put a text into the chat template; None does so where there is one. Messages always go there.
+
+    Raises:
+        TextError: the prompt holds no token, or the template refuses it.
+        CheckpointError: the tokenizer has no chat template.
+    """
+    if isinstance(prompt, Tensor):
+        ids, chat = prompt.reshape(-1).long(), False
+    elif tokenizer is None:
+        raise UserError("a live model needs tokenizer=… to read a text, or a prompt of tokens")
+    else:
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        chat = chat or not isinstance(prompt, str) or (chat is None and has_template)
+        if chat and not has_template:
+            raise CheckpointError("the tokenizer has no chat template; leave chat out")
+        if isinstance(prompt, str) and not chat:
+            read = tokenizer(prompt)
+        else:
+            read = tokenizer(_templated(tokenizer, prompt), add_special_tokens=False)
+        ids = torch.tensor(read["input_ids"], dtype=torch.long)
+    if not len(ids):
+        raise TextError("the prompt holds no token; give at least one word")
+    return ids, chat
+
+
+def _templated(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
+    from jinja2 import TemplateError
+
+    messages = _messages(prompt)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:  # many templates refuse roles or their order
+        raise TextError(f"the model's chat template refuses the messages: {first_line(error)}") from None
+
+
+def end_tokens(model: Any, tokenizer: Tokenizer | None) -> set[int]:
+    """Tokens that end a text: what the model's generation settings say, else its configuration, else the tokenizer."""
+    owners = (getattr(model, "generation_config", None), model.config, tokenizer)
+    found = next((e for o in owners if (e := getattr(o, "eos_token_id", None)) is not None), None)
+    return set() if found is None else {found} if isinstance(found, int) else set(found)
+
+
+class TextPieces:
+    """The text of tokens that come one at a time. Without a tokenizer every text is empty."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self._ids: list[int] = []  # since `_said` begins
+        self._said = ""
+
+    def add(self, token: int) -> str:
+        """The characters that this token makes whole."""
+        if self.tokenizer is None:
+            return ""
+        self._ids.append(token)
+        whole = decode(self.tokenizer, self._ids)
+        piece = "" if whole.endswith("�") else self._new(whole)
+        # Decoding starts again at a line's end, or a long text would cost its square. It starts with the last
+        # token of that line, because some decoders drop a space from the front of whatever they are given.
+        if whole.endswith("\n") and (last := decode(self.tokenizer, self._ids[-1:])).endswith("\n"):
+            self._ids, self._said = self._ids[-1:], last
+        return piece
+
+    def rest(self) -> str:
+        """What is left when no token comes any more; half a character is a `�`."""
+        return "" if self.tokenizer is None else self._new(decode(self.tokenizer, self._ids))
+
+    def _new(self, whole: str) -> str:
+        if len(whole) <= len(self._said):
+            return ""
+        piece, self._said = whole[len(self._said) :], whole
+        return piece
+
+
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    # Tidied up, a text would change behind what has been given out.
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

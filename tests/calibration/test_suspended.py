@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import torch
+
+from tawny.calibration.observe import observe
+from tawny.calibration.suspended import can_suspend, in_lockstep
+from tawny.model.stack import live_stack
+from tawny.model.streams import Samples, Stream
+from tests.tiny import tiny_model, tokens
+
+
+def test_forwards_that_are_held_see_what_repeated_ones_see():
+    stack = live_stack(tiny_model("llama"))
+    linears = stack.linears(0)
+    held, repeated = (Stream(stack, Samples(tokens(200, 24))) for _ in range(2))
+    stages = observe(repeated, 0, linears, "none").stages
+    assert can_suspend(stages, linears) and len(held) > 1
+    with torch.no_grad():
+        for stage, found in in_lockstep(held, 0, stages, "hessian", finish=True):
+            again = observe(repeated, 0, stage.linears, "hessian").statistics
+            assert found.keys() == again.keys()
+            assert all(torch.equal(found[name].hessian, again[name].hessian) for name in found)
+            for linear in stage.linears:  # what the next stages see, in both
+                stack.weight(linear).mul_(0.5)
+        observe(repeated, 0, linears, "none", advance=True)
+    assert all(torch.equal(a, b) for a, b in zip(held.hidden, repeated.hidden, strict=True))
+
+
+def test_a_walk_that_is_dropped_leaves_no_hook():
+    stack = live_stack(tiny_model("llama"))
+    stream, linears = Stream(stack, Samples(tokens(200, 24))), stack.linears(0)
+    walk = in_lockstep(stream, 0, observe(stream, 0, linears, "none").stages, "norms", finish=False)
+    next(walk)
+    assert any(linear.module._forward_pre_hooks for linear in linears)
+    walk.close()
+    assert not any(linear.module._forward_pre_hooks for linear in linears)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tawny
+from tawny.decoding.text import TextPieces, decode
+from tawny.errors import CheckpointError, TextError, UserError
+from tests.decoding.tokenizers import Bytes, llama_2_tokenizer
+from tests.tiny import tiny_model, tokens
+
+
+def test_streamed_pieces_are_whole_letters_and_make_up_the_text():
+    said, text = "owl – 猫頭鷹\n夜 and\nmore", TextPieces(Bytes())
+    pieces = [piece for token in said.encode() if (piece := text.add(token))]
+    assert said == "".join(pieces) and text.rest() == ""
+    assert not any("�" in piece for piece in pieces) and len(pieces) > 10
+
+
+def test_streamed_lines_keep_the_spaces_they_begin_with():
+    said = ["▁def", "▁f", "():", "<0x0A>", "▁▁▁▁▁▁▁", "▁x", "<0x0A>", "</s>", "▁y", "<0x0A>", "<0x0A>", "▁z"]
+    words = list(dict.fromkeys(["</s>", *said]))
+    tokenizer, ids = llama_2_tokenizer(words), [words.index(word) for word in said]
+    text = TextPieces(tokenizer)
+    pieces = [*map(text.add, ids), text.rest()]
+    assert decode(tokenizer, ids) == "".join(pieces) == "def f():\n        x\n y\n\n z"
+
+
+def test_a_text_needs_a_tokenizer_and_a_chat_a_template():
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="tokenizer="):
+        tawny.generate(model, "hello")
+    with pytest.raises(TextError, match="no token"):
+        tawny.generate(model, torch.tensor([], dtype=torch.long))
+
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(CheckpointError, match="no chat template"):
+        tawny.generate(model, "hello", tokenizer=Bare(), chat=True)
+
+
+def test_the_chat_template_is_used_when_there_is_one():
+    model = tiny_model("llama")
+    made = {chat: tawny.generate(model, "hi", tokenizer=Bytes(), chat=chat) for chat in (None, True, False)}
+    assert [made[c].prompt_tokens for c in (None, True, False)] == [4, 4, 2]
+    assert made[None].chat and not made[False].chat
+
+
+def test_a_prompt_of_tokens_is_one_prompt():
+    model, ids = tiny_model("llama"), tokens(1, 5)
+    assert (
+        tawny.generate(model, ids, max_tokens=3).tokens == tawny.generate(model, ids[0], max_tokens=3).tokens
+    )
+    with pytest.raises(TextError, match=r"shape \[2, 5\]; give one prompt"):
+        tawny.generate(model, tokens(2, 5))
+
+
+def test_a_prompt_the_model_cannot_read_is_named():
+    model = tiny_model("llama")
+    for wrong in (torch.tensor([3, 999]), torch.tensor([-1])):
+        with pytest.raises(TextError, match="token id"):
+            tawny.generate(model, wrong)
+    with pytest.raises(TextError, match=r"torch\.float32; give token ids"):
+        tawny.generate(model, torch.tensor([1.0]))
+    with pytest.raises(TextError, match=r"not valid UTF-8 \(at character 2\)"):
+        tawny.generate(model, "a\udcffb", tokenizer=Bytes())
