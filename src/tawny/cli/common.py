@@ -14,7 +14,7 @@ import typer
 
 from tawny.errors import NumericalError, OutputError, TawnyError
 from tawny.machine import check_device
-from tawny.progress import speaks
+from tawny.process_group import speaks
 
 if TYPE_CHECKING:
     from tawny.cli.console import Console

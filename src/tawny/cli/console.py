@@ -30,7 +30,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tawny.progress import Progress, silent, speaks
+from tawny.process_group import speaks
+from tawny.progress import Progress, silent
 from tawny.record import finite
 from tawny.tables import duration, stacked
 

@@ -30,7 +30,7 @@ from tawny.cli.options import (
     packed_values,
 )
 from tawny.cli.root import RecipeCommand, app
-from tawny.progress import speaks
+from tawny.process_group import speaks
 
 if TYPE_CHECKING:
     from tawny.cli.console import Console
@@ -152,7 +152,7 @@ def _prune_and_pack(
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
     from tawny.errors import OutputError
-    from tawny.model.output import named
+    from tawny.model.resumable import named
     from tawny.report.publish import publish
 
     out = named(out)

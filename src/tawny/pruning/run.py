@@ -33,6 +33,7 @@ from tawny.errors import (
 )
 from tawny.kernels.native import kernel_name
 from tawny.machine import machine, peak_memory, versions
+from tawny.model.identity import code_identity, model_identity, tensor_digest, tokens_identity
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
@@ -45,7 +46,7 @@ from tawny.progress import Progress, silent
 from tawny.pruning.block import BlockRun
 from tawny.pruning.demand import demand_of, needs_of
 from tawny.pruning.inputs import check_dense, check_live, compute_dtype, samples_of, text_or_tokens
-from tawny.pruning.journal import Journal, code_identity, model_identity, tensor_digest, tokens_identity
+from tawny.pruning.journal import Journal
 from tawny.pruning.memory_plan import (
     Placement,
     available,

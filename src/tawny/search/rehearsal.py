@@ -16,7 +16,6 @@ from typing import Any
 
 from tawny.allocation.profile import Allocation
 from tawny.errors import NumericalError
-from tawny.model import durable
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress, Silent
 from tawny.pruning.block import BlockRun
@@ -68,7 +67,7 @@ class Rehearsal(Run):
         finally:
             spilled = self.spill(self.walk)
             for left in [] if spilled is None else spilled.parent.glob(f"{spilled.name}.*"):
-                durable.remove(left)
+                left.unlink(missing_ok=True)
 
 
 def rehearse(

@@ -35,9 +35,10 @@ import torch
 from tawny.allocation.auto import Auto, seconds_of
 from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.errors import NumericalError, TextError
+from tawny.model.identity import code_identity, tokens_identity
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.patterns import NM
-from tawny.pruning.journal import LEVELS, code_identity, tokens_identity
+from tawny.pruning.journal import LEVELS
 from tawny.pruning.profiling import Together, allocate, block_sparsities
 from tawny.record import finite
 from tawny.report.pages import or_say
