@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
 
@@ -39,13 +38,3 @@ class Silent:
 
 
 silent: Progress = Silent()
-
-
-def started_by_torchrun() -> bool:
-    """Whether this is one of several processes that share a run."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def speaks() -> bool:
-    """Whether this process is the one of them that talks and writes."""
-    return not started_by_torchrun() or os.environ["RANK"] == "0"

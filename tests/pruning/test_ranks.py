@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ from tawny.model.checkpoint import Checkpoint
 from tawny.model.streams import Samples
 from tawny.pruning.ranks import Ranks
 from tests.tiny import tiny_model, tokens
+from tests.torchrun import torchrun
 
 SCRIPT = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
+import os, signal, sys
 import tawny
 from tawny.pruning import journal
 from tawny.cli.common import console_for
@@ -47,27 +44,8 @@ with console_for(False):
 """
 
 
-def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The script in one process, or in several as torchrun starts them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(_port())]
-    script = Path(str(arguments[0])).parent / "script.py"
-    script.write_text(SCRIPT)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
-    )
-    return subprocess.run(
-        [*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
-
-
-def _port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+def launch(processes: int, dense: Path, *arguments: object) -> CompletedProcess[str]:
+    return torchrun(SCRIPT, dense.parent, processes, dense, *arguments)
 
 
 @pytest.fixture

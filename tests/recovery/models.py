@@ -6,11 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import tawny
+from tawny.errors import Interrupted
+from tawny.recovery.training import Training
 from tests.tiny import VOCABULARY, tiny_model
 
+RECIPE = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
 SHORT: dict[str, Any] = {"tokens": 24 * 4 * 6, "eval_every": 3, "lr": 1e-2, "batch": 4}
 
 
@@ -34,7 +38,7 @@ def dense_and_pruned(family: str = "llama", sparsity: float = 0.5, **keys: Any) 
     """Live models."""
     dense = tiny_model(family, **keys)
     pruned = copy.deepcopy(dense)
-    tawny.prune(pruned, sparsity=sparsity, allocator="uniform", solver="magnitude")
+    tawny.prune(pruned, recipe={**RECIPE, "sparsity": sparsity})
     return dense, pruned
 
 
@@ -42,9 +46,7 @@ def save_pair(folder: Path, family: str = "llama", **keys: Any) -> tuple[str, st
     """The same as folders `dense` and `pruned`."""
     tiny_model(family, **keys).save_pretrained(folder / "dense")
     save_letters(folder / "dense")
-    tawny.prune(
-        folder / "dense", folder / "pruned", sparsity=0.5, allocator="uniform", solver="magnitude",
-    )  # fmt: skip
+    tawny.prune(folder / "dense", folder / "pruned", recipe=RECIPE)
     return str(folder / "dense"), str(folder / "pruned")
 
 
@@ -54,3 +56,19 @@ def prose(letters: int = 3000) -> str:
     words = ["the owl ", "sees a mouse ", "in the dark, ", "and the mouse ", "does not. "]
     picks = torch.randint(len(words), (letters // 8,), generator=generator).tolist()
     return "".join(words[pick] for pick in picks)[:letters]
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, call: Any, after: int = 3) -> None:
+    """Run `call` until Ctrl-C comes after so many steps of one training."""
+    step = Training._step
+
+    def stopping(self: Training) -> None:
+        if self.standing.step == after:
+            self._save()
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_step", stopping)
+        with pytest.raises(Interrupted, match="goes on"):
+            call()

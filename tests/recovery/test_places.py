@@ -11,10 +11,9 @@ import pytest
 
 import tawny
 from tawny.errors import Interrupted, OutputError, TextError
-from tawny.recovery.training import Run
-from tests.recovery.models import folder_keys
-
-RECIPE = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
+from tawny.recovery.dense import recover_dense
+from tawny.recovery.training import Training
+from tests.recovery.models import RECIPE, folder_keys, stopped
 
 
 def snapshot(folder):
@@ -49,27 +48,11 @@ def steps(pair, source, teacher, out, through=(0.4, 0.6), recipe=RECIPE, overwri
     )
 
 
-def stopped(monkeypatch, call, after=3):
-    """Run `call` until Ctrl-C comes after so many steps of one training."""
-    step = Run._step
-
-    def stopping(self):
-        if self.standing.step == after:
-            self._save()
-            raise KeyboardInterrupt
-        step(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "_step", stopping)
-        with pytest.raises(Interrupted, match="goes on"):
-            call()
-
-
 def begun(monkeypatch):
     """The steps at which trainings of later calls begin."""
     found = []
-    train = Run.train
-    monkeypatch.setattr(Run, "train", lambda self: (found.append(self.standing.step), train(self))[1])
+    train = Training.train
+    monkeypatch.setattr(Training, "train", lambda self: (found.append(self.standing.step), train(self))[1])
     return found
 
 
@@ -155,13 +138,13 @@ def test_a_folder_of_the_users_is_neither_used_nor_cleared(
 
 
 def test_a_file_that_came_in_meanwhile_is_left_when_the_run_is_over(pair, tmp_path, monkeypatch):
-    measure = Run._measure
+    measure = Training._measure
 
     def noting(self, share):
         (tmp_path / "out.recovery" / "notes.txt").write_text("of a person")
         measure(self, share)
 
-    monkeypatch.setattr(Run, "_measure", noting)
+    monkeypatch.setattr(Training, "_measure", noting)
     tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
     assert [path.name for path in (tmp_path / "out.recovery").iterdir()] == ["notes.txt"]
 
@@ -190,19 +173,19 @@ def test_nothing_of_another_model_is_trained(pair, packed, tmp_path, monkeypatch
     tawny.pack(tmp_path / "other", tmp_path / "pkB", "f32")
     recover, seen = tawny.recover, []
 
-    def dies(*args, **keys):
+    def dies(request):
         raise MemoryError
 
-    monkeypatch.setattr("tawny.recovery.run.recover", dies)
+    monkeypatch.setattr("tawny.recovery.packed.recover_dense", dies)
     with pytest.raises(MemoryError):
         recover(packed, pair[0], tmp_path / "out", **folder_keys(pair))
     assert (tmp_path / "out.unpacked" / "before").exists()
 
-    def noting(source, *args, **keys):
-        seen.append((Path(source) / "model.safetensors").read_bytes())
-        return recover(source, *args, **keys)
+    def noting(request):
+        seen.append((request.source / "model.safetensors").read_bytes())
+        return recover_dense(request)
 
-    monkeypatch.setattr("tawny.recovery.run.recover", noting)
+    monkeypatch.setattr("tawny.recovery.packed.recover_dense", noting)
     recover(tmp_path / "pkB", pair[0], tmp_path / "out", **folder_keys(pair))
     tawny.unpack(tmp_path / "pkB", tmp_path / "own")
     assert seen == [(tmp_path / "own" / "model.safetensors").read_bytes()]
@@ -210,10 +193,10 @@ def test_nothing_of_another_model_is_trained(pair, packed, tmp_path, monkeypatch
 
 def test_an_identity_that_cannot_be_read_clears_nothing(pair, tmp_path):
     (tmp_path / "out.recovery").mkdir()
-    (tmp_path / "out.recovery" / "identity.json").write_text('{"tawny": "something else"}')
-    with pytest.raises(OutputError, match="no identity that this Tawny wrote"):
+    (tmp_path / "out.recovery" / "journal.json").write_text('{"tawny": "something else"}')
+    with pytest.raises(OutputError, match="is damaged"):
         tawny.recover(pair[1], pair[0], tmp_path / "out", overwrite=True, **folder_keys(pair))
-    assert (tmp_path / "out.recovery" / "identity.json").exists()
+    assert (tmp_path / "out.recovery" / "journal.json").exists()
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -254,7 +237,7 @@ def test_overwriting_begins_other_steps_anew(pair, tmp_path, monkeypatch):
 
 
 def test_another_packed_model_or_other_settings_are_refused(pair, packed, tmp_path, monkeypatch):
-    tawny.prune(pair[0], tmp_path / "more", sparsity=0.7, allocator="uniform", solver="magnitude")
+    tawny.prune(pair[0], tmp_path / "more", recipe={**RECIPE, "sparsity": 0.7})
     tawny.pack(tmp_path / "more", tmp_path / "pkB", "f32")
     out, keys = tmp_path / "out", folder_keys(pair)
     stopped(monkeypatch, lambda: tawny.recover(packed, pair[0], out, **keys))
@@ -298,7 +281,7 @@ def test_consent_to_replace_out_is_not_that_of_another_run(pair, tmp_path, monke
     shutil.copytree(pair[1], out)
     keys = folder_keys(pair)
     with monkeypatch.context() as patched:  # before there is any state to lose
-        patched.setattr(Run, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Training, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(Interrupted):
             tawny.recover(pair[1], pair[0], out, overwrite=True, **keys)
     with pytest.raises(OutputError, match="out exists"):

@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,19 +15,20 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.calibration.windows import TokenisedText
-from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, RecipeError, TextError
+from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, TextError
 from tawny.progress import Silent
 from tawny.record import weight_files
 from tawny.recovery import training
 from tawny.recovery.data import read
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.teacher import Teacher
-from tawny.recovery.training import Run
+from tawny.recovery.training import Training
 from tawny.report.push import push
-from tests.recovery.models import SHORT, dense_and_pruned, folder_keys, save_letters
+from tests.recovery.models import RECIPE, SHORT, dense_and_pruned, folder_keys, save_letters, stopped
 from tests.reference import distil as reference
 from tests.tiny import FAMILIES, tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
+from tests.torchrun import torchrun
 
 
 def zeros(model):
@@ -161,7 +160,7 @@ def test_a_slow_teacher_is_asked_for_no_more_than_the_minutes_have_room_for(monk
 def test_elsa_comes_to_rest_when_the_minutes_end_before_its_mask_has(monkeypatch, between):
     """The clock decides, so a step that begins within the minutes may be the last one."""
     dense, pruned = dense_and_pruned()
-    over = Run._over
+    over = Training._over
     asked = []
 
     def ended(self):
@@ -169,7 +168,7 @@ def test_elsa_comes_to_rest_when_the_minutes_end_before_its_mask_has(monkeypatch
         # Asked behind a step and again before the next one.
         return "minutes" if self.standing.step == 3 and (not between or asked.count(3) > 1) else over(self)
 
-    monkeypatch.setattr(Run, "_over", ended)
+    monkeypatch.setattr(Training, "_over", ended)
     record = tawny.recover(
         pruned, dense, text=tokens(24), method="elsa", settle=0, minutes=60, **{**SHORT, "eval_every": 2}
     )
@@ -214,19 +213,8 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_curve_and_bytes(pair, tmp
     dense, pruned, _ = pair
     keys = folder_keys(pair, **how)
     whole = tawny.recover(pruned, dense, tmp_path / "whole", **keys)
-    step = Run._step
-    for stop_at in (2, 5):
-
-        def stopping(self, stop_at=stop_at):
-            if self.standing.step == stop_at:
-                self._save()
-                raise KeyboardInterrupt
-            step(self)
-
-        monkeypatch.setattr(Run, "_step", stopping)
-        with pytest.raises(Interrupted, match="goes on"):
-            tawny.recover(pruned, dense, tmp_path / "parts", **keys)
-        monkeypatch.setattr(Run, "_step", step)
+    for after in (2, 5):
+        stopped(monkeypatch, lambda: tawny.recover(pruned, dense, tmp_path / "parts", **keys), after)
         assert not (tmp_path / "parts").exists()
     parts = tawny.recover(pruned, dense, tmp_path / "parts", **keys)
     assert parts.curve == whole.curve
@@ -243,15 +231,7 @@ def test_the_teacher_sees_a_window_once_over_epochs_and_interruptions(pair, tmp_
 
 def test_the_state_of_other_settings_is_refused_and_overwritten_on_request(pair, tmp_path, monkeypatch):
     dense, pruned, _ = pair
-
-    def stopping(self):
-        self._save()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "_step", stopping)
-        with pytest.raises(Interrupted):
-            tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair))
+    stopped(monkeypatch, lambda: tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair)), 0)
     with pytest.raises(OutputError, match=r"lr was 0\.01, now 0\.001"):
         tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair, lr=1e-3))
     tawny.recover(pruned, dense, tmp_path / "out", overwrite=True, **folder_keys(pair, lr=1e-3))
@@ -296,14 +276,14 @@ def test_a_card_that_is_not_utf8_ends_no_training(pair, tmp_path):
 
 
 def test_what_is_not_finite_is_null_in_what_is_written(pair, tmp_path, monkeypatch):
-    measure = Run._measure
+    measure = Training._measure
 
     def diverged(self, share):
         measure(self, share)
         if self.standing.step == 0:
             self.standing.measured[0] |= {"perplexity": float("inf"), "kl": float("nan")}
 
-    monkeypatch.setattr(Run, "_measure", diverged)
+    monkeypatch.setattr(Training, "_measure", diverged)
     tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
     for name in ("recover.json", "run.json"):
         text = (tmp_path / "out" / name).read_text()
@@ -363,7 +343,7 @@ def test_a_text_shorter_than_a_batch_is_refused(pair, tmp_path):
 
 
 def explode(monkeypatch, at):
-    gradients = Run._gradients
+    gradients = Training._gradients
 
     def nan(self, rows):
         losses = gradients(self, rows)
@@ -371,7 +351,7 @@ def explode(monkeypatch, at):
             losses.next_token = float("nan")
         return losses
 
-    monkeypatch.setattr(Run, "_gradients", nan)
+    monkeypatch.setattr(Training, "_gradients", nan)
 
 
 def test_a_loss_that_becomes_nan_names_the_learning_rate_and_leaves_the_last_good_model(
@@ -524,9 +504,8 @@ def no_way_there(folder):
 
 
 def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
-    recipe = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
     record = tawny.recover_gradually(
-        pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=recipe, settings=folder_keys(pair)
+        pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=RECIPE, settings=folder_keys(pair)
     )
     assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.4, 0.6]
     assert record.stages[0]["tokens"] < record.stages[1]["tokens"]
@@ -543,7 +522,7 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
     assert no_way_there(tmp_path / "out")
     assert push(tmp_path / "out", "owner/name", dry_run=True).files
     with pytest.raises(RecipeError, match="do not rise"):
-        tawny.recover_gradually(pair[0], pair[0], tmp_path / "more", [0.6, 0.4], recipe=recipe)
+        tawny.recover_gradually(pair[0], pair[0], tmp_path / "more", [0.6, 0.4], recipe=RECIPE)
 
 
 @pytest.mark.parametrize("recipe", [None, {"calibration": {"text": "ptb"}}], ids=["none", "its own"])
@@ -569,11 +548,7 @@ def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_
 
 def as_torchrun(folder, processes, call):
     """Run a call of tawny in several processes; the end of what they said, where one failed."""
-    script = folder / "run.py"
-    script.write_text(f"import torch, tawny\ntorch.set_num_threads(1)\n{call}\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(script)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = torchrun(f"import tawny\n{call}", folder, processes)
     return "" if done.returncode == 0 else done.stderr or f"exit code {done.returncode}"
 
 
@@ -639,14 +614,14 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
 def test_each_of_several_sharded_processes_holds_its_rows_only(pair, tmp_path):
     keys = {**folder_keys(pair), "tokens": 24 * 4, "shard": True}
     counting = (
-        "from pathlib import Path\nfrom tawny.recovery.training import Run\nfrom tawny.recovery.sharding import here\n"
-        "train = Run.train\n"
+        "from pathlib import Path\nfrom tawny.recovery.training import Training\nfrom tawny.recovery.sharding import here\n"
+        "train = Training.train\n"
         "def counted(run):\n"
         "    held = sum(here(p).numel() for b in run.student.stack.blocks for p in b.parameters())\n"
         "    trained = sum(t.numel() for t in run.tensors)\n"
         f"    Path({str(tmp_path)!r}, f'rank-{{run.processes.rank}}').write_text(f'{{held}} {{trained}}')\n"
         "    return train(run)\n"
-        "Run.train = counted\n"
+        "Training.train = counted\n"
     )
     call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'out')!r}, **{keys!r})"
     together(tmp_path, 2, counting + call)
@@ -680,10 +655,9 @@ def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
     packed = (
         f"tawny.recover({str(tmp_path / 'packed')!r}, {pair[0]!r}, {str(tmp_path / 'one')!r}, **{keys!r})"
     )
-    recipe = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
     gradual = (
         f"tawny.recover_gradually({pair[0]!r}, {pair[0]!r}, {str(tmp_path / 'two')!r}, [0.4, 0.6], "
-        f"recipe={recipe!r}, settings={keys!r})"
+        f"recipe={RECIPE!r}, settings={keys!r})"
     )
     together(tmp_path, 2, f"{packed}\n{gradual}")
     for name, sparsity in (("one", 0.5), ("two", 0.6)):
@@ -725,15 +699,7 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
 def test_a_live_teacher_is_told_from_another(pair, tmp_path, monkeypatch):
     out = tmp_path / "out"
     first, second = tiny_model("llama"), tiny_model("llama", seed=5)
-
-    def stopping(self):
-        self._save()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "_step", stopping)
-        with pytest.raises(Interrupted, match="goes on"):
-            tawny.recover(pair[1], first, out, **folder_keys(pair))
+    stopped(monkeypatch, lambda: tawny.recover(pair[1], first, out, **folder_keys(pair)), 0)
     with pytest.raises(OutputError, match="teacher changed"):
         tawny.recover(pair[1], second, out, **folder_keys(pair))
     said: list[str] = []

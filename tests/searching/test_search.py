@@ -284,7 +284,7 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
         ("allocation.txt", "does not end in .yaml"),
         ("folder.yaml", "exists"),
         ("nowhere/a.yaml", "its folder does not exist"),
-        ("full.yaml", "'mine', which no search of Tawny put there"),
+        ("full.yaml", "'mine', which no run of Tawny put there"),
     ):
         with pytest.raises(OutputError, match=words):
             search(dense, tmp_path / out)

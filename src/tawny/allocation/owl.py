@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tawny.allocation import budget
 from tawny.allocation.profile import Allocation, Allocator, Profile, largest
-from tawny.allocation.scores import magnitude_parts
+from tawny.allocation.scores import column_sums, count_above
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
 
@@ -158,11 +158,7 @@ def measure_outliers(
         norms[name] = _norms(name, W_OI, statistics)
         parameters += W_OI.numel()
         tokens = max(tokens, statistics.tokens if statistics is not None else 1)
-        # Σ_ij |W_ij|·‖X_j‖ needs only the column sums.
-        sums_I = torch.zeros_like(norms[name])
-        for part in magnitude_parts(W_OI):
-            sums_I += part.sum(0)
-        total += float(sums_I @ norms[name])
+        total += float(column_sums(W_OI) @ norms[name])
     if not parameters:
         return {
             "outlier_share": {_key(M): 0.0 for M in Ms},
@@ -176,20 +172,18 @@ def measure_outliers(
         )
     else:
         mean = total / parameters
-    above = dict.fromkeys(Ms, 0)
-    outlier = {M: torch.tensor(mean) * M for M in Ms}
-    highest = 0.0
+    above, highest = [0] * len(Ms), 0.0
     for name, (W_OI, _) in linears.items():
-        for A_RI in (part.mul_(norms[name]) for part in magnitude_parts(W_OI)):
-            top = float(A_RI.max())
-            if not math.isfinite(top):
-                raise NumericalError(f"{name} {list(W_OI.shape)}: a weight or an input is NaN or infinite")
-            highest = max(highest, top)
-            for M in Ms:
-                above[M] += int(torch.count_nonzero(A_RI.gt(outlier[M])))
+        counts, top = count_above(W_OI, norms[name], [torch.tensor(mean) * M for M in Ms])
+        if not math.isfinite(top):
+            raise NumericalError(f"{name} {list(W_OI.shape)}: a weight or an input is NaN or infinite")
+        highest = max(highest, top)
+        above = [sum(pair) for pair in zip(above, counts, strict=True)]
     per_token = math.sqrt(max(tokens, 1))
     return {
-        "outlier_share": {_key(M): float(count) / parameters * 100 for M, count in above.items()},
+        "outlier_share": {
+            _key(M): float(count) / parameters * 100 for M, count in zip(Ms, above, strict=True)
+        },
         "mean_score": mean / per_token,
         "max_score": highest / per_token,
         "parameters": parameters,

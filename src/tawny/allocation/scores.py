@@ -12,6 +12,8 @@ from __future__ import annotations
 
 __all__ = [
     "band",
+    "column_sums",
+    "count_above",
     "exact_quantile",
     "half_band",
     "histogram",
@@ -21,6 +23,7 @@ __all__ = [
     "wanda_scores",
 ]
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -46,6 +49,27 @@ def magnitude_parts(W_OI: Tensor) -> Iterator[Tensor]:
     """`|W_ij|` in float32, some rows at a time; each part is the caller's to change."""
     for part in torch.split(W_OI, max(1, _PART // max(1, W_OI.shape[1]))):
         yield part.abs() if part.dtype == torch.float32 else part.to(torch.float32).abs_()
+
+
+def column_sums(W_OI: Tensor) -> Tensor:
+    """`Σ_i |W_ij|` in float32; with the norms it gives the sum of all scores |W_ij|·‖X_j‖."""
+    sums_I = torch.zeros(W_OI.shape[1], device=W_OI.device)
+    for part in magnitude_parts(W_OI):
+        sums_I += part.sum(0)
+    return sums_I
+
+
+def count_above(
+    W_OI: Tensor, norms_I: Tensor, thresholds: Sequence[float | Tensor]
+) -> tuple[list[int], float]:
+    """How many scores |W_ij|·‖X_j‖ are above each threshold, and the highest score (NaN or infinite if any is)."""
+    counts, tops = [0] * len(thresholds), [0.0]
+    for part in magnitude_parts(W_OI):
+        A_RI = part.mul_(norms_I)
+        tops.append(float(A_RI.max()) if A_RI.numel() else 0.0)
+        for place, threshold in enumerate(thresholds):
+            counts[place] += int(torch.count_nonzero(A_RI.gt(threshold)))
+    return counts, max(tops, key=lambda top: (not math.isfinite(top), top))
 
 
 def wanda_scores(W_OI: Tensor, statistics: Statistics | None) -> Tensor:

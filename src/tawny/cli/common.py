@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tawny.errors import NumericalError, OutputError, TawnyError
-from tawny.progress import speaks
+from tawny.process_group import speaks
 
 if TYPE_CHECKING:
     from tawny.cli.console import Console

@@ -33,7 +33,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tawny.cli.frames import Frame, Marked, Shown
-from tawny.progress import Progress, silent, speaks
+from tawny.process_group import speaks
+from tawny.progress import Progress, silent
 from tawny.record import finite
 from tawny.words import duration
 

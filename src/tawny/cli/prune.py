@@ -14,7 +14,7 @@ from tawny.cli.frames import Frame, Shown, facts, parts, table
 from tawny.cli.options import OUTPUT, AsJson, Device, Memory, Model, folder_named, option, packed_values
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
-from tawny.progress import speaks
+from tawny.process_group import speaks
 from tawny.words import begun, duration, percent, perplexity_text, size
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _prune_and_pack(
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
     from tawny.errors import OutputError
-    from tawny.model.output import named
+    from tawny.model.resumable import named
     from tawny.report.publish import publish
 
     out = named(out)

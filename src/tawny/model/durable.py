@@ -27,17 +27,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def replace(made: Path, path: Path) -> None:
-    """Give a complete temporary file its name; it goes if that fails."""
+@contextlib.contextmanager
+def or_gone(made: Path) -> Iterator[None]:
+    """Take a half-written file away if anything fails inside; it may be what fills the disk."""
     try:
-        sync(made)
-        made.replace(path)
-        sync(path.parent)
+        yield
     except BaseException:
-        # What was half written may be what fills the disk.
         with contextlib.suppress(OSError):
             made.unlink(missing_ok=True)
         raise
+
+
+def replace(made: Path, path: Path) -> None:
+    """Give a complete temporary file its name; it goes if that fails."""
+    with or_gone(made):
+        sync(made)
+        made.replace(path)
+        sync(path.parent)
 
 
 def write(path: Path, data: bytes) -> None:
@@ -54,17 +60,9 @@ def temporary(path: Path) -> Path:
 def beside(path: Path) -> Iterator[Path]:
     """A temporary name to write to; it becomes `path` at the end, and goes if anything fails."""
     made = temporary(path)
-    try:
+    with or_gone(made):
         yield made
         replace(made, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            made.unlink(missing_ok=True)
-        raise
-
-
-def remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

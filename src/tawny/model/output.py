@@ -21,6 +21,7 @@ from tawny.errors import ModelError, OutputError, one_line
 from tawny.model import durable
 from tawny.model.checkpoint import INDEX, Checkpoint
 from tawny.model.durable import writing
+from tawny.model.resumable import JOURNAL, named, refuse_foreign
 from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_tensors
 
 SHARD_BYTES = 2_000_000_000
@@ -31,20 +32,6 @@ _NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json"}
 ALLOCATION = ("allocation.yaml", "allocation.png", "allocation.svg")
 # What a folder may hold that a run may throw away.
 _OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
-JOURNAL = "journal.json"
-
-
-def named(out: Path) -> Path:
-    """`out` as it was given where its last part is a name; absolute where it is none (`.`, `..`).
-
-    Raises:
-        OutputError: `out` is the root of the file system, beside which nothing can be written.
-    """
-    if out.name in ("", ".."):
-        out = out.resolve()
-    if not out.name:
-        raise OutputError(f"{out} is the root of the file system; choose a folder inside it as --out")
-    return out
 
 
 def unfinished(out: Path) -> Path:
@@ -178,11 +165,7 @@ class OutputFolder:
             out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())
         ):
             raise OutputError(f"{out} exists and is not a checkpoint folder; refusing to replace it")
-        foreign = sorted({p.name for p in self.work.glob("*")} - _OURS) if self.work.is_dir() else []
-        if foreign:
-            raise OutputError(
-                f"{self.work} holds {foreign[0]!r}, which no run of Tawny put there; move it away or choose another --out"
-            )
+        refuse_foreign(self.work, _OURS)
         with writing(out):
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.work / "lock", out)
@@ -204,7 +187,7 @@ class OutputFolder:
 
     def _clear(self) -> None:
         # The journal goes first: without it nothing that is left can be taken for more than it is.
-        durable.remove(self.work / JOURNAL)
+        (self.work / JOURNAL).unlink(missing_ok=True)
         for name in _OURS - {"lock"}:
             shutil.rmtree(self.work / name, ignore_errors=True)
 
@@ -215,12 +198,8 @@ class OutputFolder:
         """One file, durable before it has its name; a thread waits for the disk, see `settle`."""
         path = self.block_path(name)
         made = durable.temporary(path)
-        with writing(path):
-            try:
-                write_tensors(made, tensors)
-            except BaseException:
-                durable.remove(made)
-                raise
+        with writing(path), durable.or_gone(made):
+            write_tensors(made, tensors)
         self._behind.append((path, self._writer.submit(durable.replace, made, path)))
 
     def settle(self) -> None:
@@ -300,7 +279,7 @@ class OutputFolder:
                     with durable.beside(path) as temporary:
                         merge(temporary, [(self.block_path(block), key) for block, key in shard["tensors"]])
                 for block in [block for block, end in last.items() if end == number]:
-                    durable.remove(self.block_path(block))
+                    self.block_path(block).unlink(missing_ok=True)
                 step()
             total = sum(int(shard["bytes"]) for shard in shards)
             if len(shards) > 1:
@@ -330,7 +309,7 @@ class OutputFolder:
         self._writer.shutdown()
         self._lock.close()
         with contextlib.suppress(OSError):
-            durable.remove(self.work / JOURNAL)
+            (self.work / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
 

@@ -145,7 +145,7 @@ class OnDisk(Sequence[Tensor]):
         if (
             self.path is not None and self.path.suffix == ".tmp"
         ):  # one that was kept is the journal's to remove
-            durable.remove(self.path)
+            self.path.unlink(missing_ok=True)
         self.path, self._places, self._writer = self._next, self._writer.places, None
 
     def save(self, path: Path) -> None:

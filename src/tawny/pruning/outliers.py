@@ -13,10 +13,9 @@ __all__ = ["OutlierCount", "count_outliers"]
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from tawny.allocation.scores import magnitude_parts
+from tawny.allocation.scores import column_sums, count_above
 from tawny.calibration.statistics import Statistics
 from tawny.model.linears import Linear
 
@@ -31,14 +30,9 @@ def count_outliers(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor], M
     sizes, total = 0, 0.0
     for name, W_OI in weights.items():
         sizes += W_OI.numel()
-        sums_I = sum(part.sum(0) for part in magnitude_parts(W_OI))
-        total += float(torch.as_tensor(sums_I).double() @ norms[name].double()) if W_OI.numel() else 0.0
+        total += float(column_sums(W_OI).double() @ norms[name].double())
     threshold = M * total / max(sizes, 1)
-    counts = {}
-    for name, W_OI in weights.items():
-        scores = (part.mul_(norms[name]) for part in magnitude_parts(W_OI))
-        counts[name] = sum(int(torch.count_nonzero(part.gt(threshold))) for part in scores)
-    return counts
+    return {name: count_above(W_OI, norms[name], [threshold])[0][0] for name, W_OI in weights.items()}
 
 
 @dataclass

@@ -1,19 +1,17 @@
-"""A run shared by several processes: `torchrun --nproc-per-node N -m tawny prune …`.
+"""How pruning is shared by several processes: `torchrun --nproc-per-node N -m tawny prune …`.
 
-torchrun starts the processes and torch.distributed carries what they tell each other. Samples are split over the
-ranks, so forwards and statistics are; statistics are summed over all ranks; the linears of a stage are spread by what
-they cost to solve, and each result is sent to all. Rank 0 decides, writes and talks; the others keep quiet unless
-they fail. Every sum is taken in the same order by the same collective, so that the same number of ranks gives the
-same bytes; another number gives another order of summation, and so differs by rounding.
+Samples are split over the ranks, so forwards and statistics are; statistics are summed over all ranks; the linears of a
+stage are spread by what they cost to solve, and each result is sent to all. Every sum is taken in the same order by the
+same collective, so that the same number of ranks gives the same bytes; another number gives another order of summation,
+and so differs by rounding.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import signal
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,54 +20,27 @@ from tawny.calibration.statistics import Statistics
 from tawny.errors import LostProcess, UserError
 from tawny.model.stack import chunks_of
 from tawny.model.streams import Samples, samples_a_chunk
-from tawny.process_group import close_group, open_group
-from tawny.progress import started_by_torchrun
-
-T = TypeVar("T")
+from tawny.process_group import ProcessGroup
 
 
-class Ranks:
-    """This process among all of a run; alone unless torchrun started it.
+class Ranks(ProcessGroup):
+    """This process among all that prune one model."""
 
-    Args:
-        device: the recipe's device.
-        alone: keep to oneself in any case.
-    """
-
-    def __init__(self, device: str = "cpu", alone: bool = False) -> None:
-        self.rank, self.size, self.device = 0, 1, device
-        self._opened = False
-        if alone or not started_by_torchrun():
-            return
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if device == "cuda":
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-            torch.cuda.set_device(self.device)
-        self._opened = open_group(device.startswith("cuda"))
+    def __init__(self, device: str = "cpu", *, alone: bool = False) -> None:
+        super().__init__(device, alone=alone)
         if self._opened:
             # torchrun ends the others when one is lost; they say so instead of vanishing.
             signal.signal(signal.SIGTERM, _lost)
 
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
     def close(self) -> None:
         if self._opened:
-            close_group()
+            super().close()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self._opened = False
 
     def deafen(self) -> None:
         """The run is ending anyway: what is left to do for it must not be cut off by torchrun's signal."""
         if self._opened:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    @property
-    def several(self) -> bool:
-        return self.size > 1
-
-    # --- who does what -----------------------------------------------------------------------------
 
     def part(self, samples: Samples) -> Samples:
         """This rank's samples: neighbours, as many chunks for each as for any other, give or take one.
@@ -112,29 +83,6 @@ class Ranks:
             load[made[index]] += costs[index]
         return made
 
-    # --- what they tell each other -----------------------------------------------------------------
-
-    def same(self, value: T) -> T:
-        """Rank 0's value, on all ranks (JSON types, or anything that can be pickled)."""
-        if self.size == 1:
-            return value
-        import torch.distributed as dist
-
-        held: list[Any] = [value]
-        dist.broadcast_object_list(held, src=0)
-        made: T = held[0]
-        return made
-
-    def all_of(self, value: T) -> list[T]:
-        """Every rank's value, by rank."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        held: list[Any] = [None] * self.size
-        dist.all_gather_object(held, value)
-        return held
-
     def send(self, value: Tensor, owner: int) -> Tensor:
         """The owner's tensor, on all ranks; the others give one of the same shape and dtype."""
         import torch.distributed as dist
@@ -143,12 +91,6 @@ class Ranks:
         dist.broadcast(made.view(-1).view(torch.uint8), src=owner)
         return made
 
-    def wait(self) -> None:
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
-
     def add(self, statistics: Mapping[str, Statistics]) -> None:
         """Sum exact statistics over all ranks and round them, in place.
 
@@ -156,21 +98,12 @@ class Ranks:
         """
         if self.size == 1:
             return
-        import torch.distributed as dist
-
-        for one in _distinct(statistics[name] for name in sorted(statistics)):
+        for one in {id(statistics[name]): statistics[name] for name in sorted(statistics)}.values():
             tokens = torch.tensor(one.tokens, device=one.squared_norms.device)
-            dist.all_reduce(tokens)
+            self.sum([tokens, one.squared_norms if one.hessian is None else one.hessian])
             one.tokens = int(tokens)
-            if one.hessian is None:
-                dist.all_reduce(one.squared_norms)
-            else:
-                dist.all_reduce(one.hessian)
+            if one.hessian is not None:
                 one.round()
-
-
-def _distinct(values: Iterable[T]) -> list[T]:
-    return list({id(value): value for value in values}.values())
 
 
 def _lost(signum: int, frame: Any) -> None:

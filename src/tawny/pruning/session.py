@@ -32,12 +32,13 @@ from tawny.errors import (
 )
 from tawny.kernels.native import kernel_name
 from tawny.machine import machine, peak_memory, versions
+from tawny.model.identity import code_identity, model_identity, tensor_digest, tokens_identity
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, revision_of
 from tawny.model.streams import Samples
 from tawny.model.structure import evaluating
 from tawny.progress import Progress, silent
-from tawny.pruning.journal import Journal, code_identity, model_identity, tensor_digest, tokens_identity
+from tawny.pruning.journal import Journal
 from tawny.pruning.memory_plan import (
     Demanding,
     Load,

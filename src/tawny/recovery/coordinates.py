@@ -1,11 +1,13 @@
 """What is trained instead of a parameter: its survivors as one short vector, or the two factors of a masked LoRA.
 
+A hook takes each gradient away as soon as it exists. Training takes 44 % less memory than plain training in bfloat16 and
+reads 30 % more tokens a second (SmolLM2 at 50 %, `step` in benchmarks/results/recovery.json).
+
 The forwards use the model's own dense parameters, in the dtype of the machine's products (bfloat16 where it has them).
-The optimiser never sees those. It sees float32 vectors that hold the surviving weights alone, so that a zero has no
-gradient, no moment and no decay, and no way back. As soon as the backward has a parameter's gradient, it is gathered into
-the vector's and dropped: dense gradients never exist for more than one parameter. After a step the vector is written
-back to its places. For density d a weight costs 2 + 20·d bytes (bfloat16 weight; int32 place, value, gradient and two
-moments) where plain float32 training takes 16: less from d = 0.7 down, and 12 at 50 %.
+The optimiser sees float32 vectors of the surviving weights alone, so a zero has no gradient, no moment and no decay. A
+parameter's gradient is gathered into its vector and dropped: dense gradients never exist for more than one parameter.
+After a step the vector is written back to its places. For density d a weight costs 2 + 20·d bytes (bfloat16 weight; int32
+place, value, gradient and two moments) where plain float32 training takes 16: less from d = 0.7 down, and 12 at 50 %.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import RecipeError
+from tawny.model.identity import source_identity, text_identity
+from tawny.model.resumable import WorkFolder
 from tawny.model.source import resolve
 from tawny.progress import Progress, silent
 from tawny.pruning.run import prune
@@ -25,8 +27,7 @@ from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.run import recover
 from tawny.recovery.settings import Recovery
-from tawny.recovery.workfolder import WorkFolder, about_model, about_text, check_apart
-from tawny.recovery.writing import check_place, deliver, retell
+from tawny.recovery.writing import check_apart, check_place, deliver, retell
 
 
 def shares(count: int) -> list[float]:
@@ -76,14 +77,14 @@ def recover_gradually(
     work = WorkFolder(
         target, "stages", ("[0-9]-pruned", "[0-9]-recovered", "[0-9][0-9]-pruned", "[0-9][0-9]-recovered")
     )
-    check_apart(target, [work], {"model": source, "teacher": teacher})
+    check_apart(target, work, {"model": source, "teacher": teacher})
     identity = {
         "sparsities": list(sparsities),
         "recipe": recipes[0].to_mapping() | {"sparsity": None},
         "settings": chosen.to_mapping(),
-        "model": about_model(folder),
-        "teacher": about_model(teacher),
-        "text": about_text(chosen.text),
+        "model": source_identity(folder),
+        "teacher": source_identity(teacher),
+        "text": text_identity(chosen.text),
     }
 
     def begin() -> None:
@@ -134,8 +135,8 @@ def _prune_and_recover(
     progress: Progress,
 ) -> None:
     """One step, or what is left of it; afterwards there is `recovered` alone."""
-    if processes.decide(not pruned.exists() and not recovered.exists()):
+    if processes.same(not pruned.exists() and not recovered.exists()):
         prune(source, pruned, recipe=recipe, progress=progress)
-    if processes.decide(not recovered.exists()):
+    if processes.same(not recovered.exists()):
         recover(pruned, teacher, recovered, settings=settings, progress=progress)
     processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))

@@ -4,57 +4,38 @@ from __future__ import annotations
 
 __all__ = ["recover_packed"]
 
-import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from tawny.model.checkpoint import file_bytes
+from tawny.model.identity import source_identity, tensor_digest, text_identity
+from tawny.model.resumable import WorkFolder
 from tawny.packed.convert import pack, unpack
-from tawny.progress import Progress
+from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
-from tawny.recovery.settings import Recovery
-from tawny.recovery.workfolder import (
-    WorkFolder,
-    about_model,
-    about_text,
-    about_tokens,
-    check_apart,
-    check_not_own_teacher,
-    is_own_teacher,
-)
-from tawny.recovery.writing import check_place, deliver, is_made, retell
+from tawny.recovery.teacher import check_not_own_teacher, is_own_teacher
+from tawny.recovery.writing import check_apart, check_place, deliver, is_made, retell
 
 
-def recover_packed(
-    source: str | Path,
-    folder: Path,
-    teacher: str | Path | nn.Module | None,
-    out: Path,
-    settings: Recovery,
-    progress: Progress,
-    overwrite: bool,
-    text: Tensor | None,
-    held_out: Tensor | None,
-) -> RecoveryRecord:
+def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. int8 values are trained through their rounding."""
-    from tawny.recovery.run import recover
-
+    settings, progress, overwrite = request.settings, request.progress, request.overwrite
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     if kind["values"] == "int8" and kind.get("group") is None and settings.train == "survivors":
-        settings = dataclasses.replace(settings, values="int8" if settings.method == "distill" else None)
+        settings = replace(settings, values="int8" if settings.method == "distill" else None)
     work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
-    check_apart(out, [work], {"model": source, "teacher": teacher})
-    check_not_own_teacher(is_own_teacher(folder, teacher))
+    check_apart(out, work, {"model": request.source, "teacher": request.teacher})
+    check_not_own_teacher(is_own_teacher(folder, request.teacher))
     before, after, packed = (work.path / name for name in ("before", "after", "packed"))
+    text, held_out = request.text, request.held_out
     identity = {
-        "model": about_model(folder),
-        "teacher": about_model(teacher),
+        "model": source_identity(folder),
+        "teacher": source_identity(request.teacher),
         "settings": settings.to_mapping(),
-        "text": about_text(settings.text, text),
-        "held_out": None if held_out is None else about_tokens(held_out),
+        "text": text_identity(settings.text) if text is None else tensor_digest(text).hexdigest(),
+        "held_out": None if held_out is None else tensor_digest(held_out).hexdigest(),
     }
 
     def begin() -> None:
@@ -66,17 +47,10 @@ def recover_packed(
 
     def end() -> None:
         record = RecoveryRecord.read(after / "recover.json")
-        record.source, record.out = str(source), str(out)
+        record.source, record.out = str(request.source), str(out)
         draw(record, after, progress)
-        pack(
-            after,
-            packed,
-            kind["values"],
-            kind.get("group"),
-            kind.get("head"),
-            overwrite=True,
-            progress=progress,
-        )
+        values, group, head = kind["values"], kind.get("group"), kind.get("head")
+        pack(after, packed, values, group, head, overwrite=True, progress=progress)
         record.bytes = file_bytes(packed)
         # What packing changed is told by the card too, unless a person wrote it.
         retell(packed, record, base=packed if is_made(after) else None)
@@ -85,10 +59,8 @@ def recover_packed(
 
     with Processes(settings.device) as processes:
         processes.once(begin)
-        if processes.decide(not after.exists()):
+        if processes.same(not after.exists()):
             with work.unless_empty():
-                recover(
-                    before, teacher, after, settings=settings, progress=progress, text=text, held_out=held_out
-                )
+                recover_dense(replace(request, source=before, out=after, settings=settings, overwrite=False))
         processes.once(end)
     return RecoveryRecord.read(out / "recover.json")

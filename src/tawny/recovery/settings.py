@@ -2,8 +2,7 @@
 
     Recovery.make(text="wiki", tokens="2M", lr=2e-4)
 
-Like a recipe it refuses an unknown key with its nearest neighbour, spells out its defaults in what it writes down, and has a
-fingerprint, by which an interrupted run recognises its own state.
+Like a recipe it refuses an unknown key with its nearest neighbour and spells out its defaults in what it writes down.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 __all__ = ["LEARNING_RATES", "Recovery"]
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -139,8 +136,3 @@ class Recovery:
 
     def to_mapping(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"lr": self.learning_rate}
-
-    def fingerprint(self, *others: Any) -> str:
-        """Names these settings and whatever else decides the result."""
-        plain = json.dumps([self.to_mapping(), *others], sort_keys=True, default=str)
-        return hashlib.sha256(plain.encode()).hexdigest()

@@ -8,7 +8,7 @@ runs. What stays in memory is the teacher's embedding, norm and head, shared wit
 
 from __future__ import annotations
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "check_not_own_teacher", "check_teacher", "check_tokenizers", "is_own_teacher"]
 
 import json
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tawny.errors import ModelError
 from tawny.model.durable import writing
+from tawny.model.source import resolve
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress
@@ -35,12 +36,11 @@ class Teacher:
     Args:
         stack: the dense model.
         windows: `[windows, seqlen]` tokens; what is asked for is named by row.
-        cache: file to keep hidden states in; None keeps them in memory.
-        key: names model and windows; a cache of another key is made anew.
+        cache: file in the run's own folder to keep hidden states in; None keeps them in memory.
     """
 
-    def __init__(self, stack: Stack, windows: Tensor, cache: Path | None, key: str) -> None:
-        self.stack, self.windows, self.cache, self.key = stack, windows, cache, key
+    def __init__(self, stack: Stack, windows: Tensor, cache: Path | None) -> None:
+        self.stack, self.windows, self.cache = stack, windows, cache
         self.tokens_made = 0
         width = int(stack.config.get_text_config().hidden_size)
         probe = stack.enter(windows[:1, :2])
@@ -49,8 +49,7 @@ class Teacher:
         self._done = np.zeros(len(windows), dtype=bool)
         self._states: Any
         if cache is None:
-            self._states = torch.zeros(0)
-            self._held: dict[int, Tensor] = {}
+            self._states = np.zeros(self._shape, np.int16)
             return
         self._index = cache.with_suffix(".json")
         fresh = not self._known()
@@ -65,7 +64,7 @@ class Teacher:
         try:
             index = json.loads(self._index.read_text(encoding="utf-8"))
             size = 2 * int(np.prod(self._shape))
-            if index["key"] != self.key or self.cache.stat().st_size != size:
+            if self.cache.stat().st_size != size:
                 return False
             self._done[index["done"]] = True
         except (OSError, ValueError, KeyError, IndexError):
@@ -111,7 +110,8 @@ class Teacher:
             progress.detail(f"teacher, {len(rows)} windows", index + 1, blocks)
         for part, hidden in zip(stream.slices, stream.hidden, strict=True):
             for row, state_TH in zip(rows[part], hidden, strict=True):
-                self._put(row, state_TH.to(torch.bfloat16).cpu())
+                kept_TH = state_TH.to("cpu", torch.bfloat16).contiguous()
+                self._states[row] = kept_TH.view(torch.int16).numpy()
         self._done[rows] = True
         self.tokens_made += len(rows) * self._shape[1]
         if self.cache is not None:
@@ -119,23 +119,14 @@ class Teacher:
                 self._states.flush()
                 beside = self._index.with_suffix(".new")
                 done = np.flatnonzero(self._done).tolist()
-                beside.write_text(json.dumps({"key": self.key, "done": done}), encoding="utf-8")
+                beside.write_text(json.dumps({"done": done}), encoding="utf-8")
                 beside.replace(self._index)
-
-    def _put(self, row: int, state_TH: Tensor) -> None:
-        if self.cache is None:
-            self._held[row] = state_TH.clone()
-        else:
-            self._states[row] = state_TH.contiguous().view(torch.int16).numpy()
 
     def hidden(self, rows: Sequence[int]) -> Tensor:
         """`[rows, seqlen, hidden]` in the dtype of the teacher's forwards; `make` came before."""
         if self.missing(rows):
             raise ModelError(f"the teacher has not seen windows {self.missing(rows)[:3]}")
-        if self.cache is None:
-            states = torch.stack([self._held[row] for row in rows])
-        else:
-            states = torch.from_numpy(np.stack([self._states[row] for row in rows])).view(torch.bfloat16)
+        states = torch.from_numpy(self._states[list(rows)]).view(torch.bfloat16)
         return states.to(self.stack.device, self.stack.compute)
 
     def logits(self, ids_1N: Tensor, hidden_1NH: Tensor) -> Tensor:
@@ -180,4 +171,22 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         raise ModelError(
             f"the teacher's tokenizer has {len(theirs):,} tokens, the pruned model's {len(mine):,}, and {word!r} is "
             f"{theirs.get(word, 'absent')} there, {mine.get(word, 'absent')} here; expected the same tokenizer"
+        )
+
+
+def is_own_teacher(folder: Path | None, teacher: str | Path | nn.Module | None) -> bool:
+    if folder is None or teacher is None or isinstance(teacher, nn.Module):
+        return False
+    return folder.resolve() == resolve(teacher).resolve()
+
+
+def check_not_own_teacher(own: bool) -> None:
+    """Refuse a pruned model as its own teacher, from which there is nothing to learn.
+
+    Raises:
+        ModelError: it is.
+    """
+    if own:
+        raise ModelError(
+            "the teacher is the model that is trained; expected the dense model it was pruned from"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Run"]
+__all__ = ["Training"]
 
 import math
 import signal
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from tawny.errors import Interrupted, NumericalError
 from tawny.machine import machine, peak_memory, versions
+from tawny.model.identity import source_identity
 from tawny.model.output import OutputFolder
+from tawny.model.resumable import WorkFolder
 from tawny.model.stack import Stack
 from tawny.progress import Progress
-from tawny.pruning.journal import model_identity
 from tawny.record import Clock
 from tawny.recovery.data import Reading
 from tawny.recovery.elsa import Elsa
@@ -32,7 +33,6 @@ from tawny.recovery.settings import Recovery
 from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.student import Student
 from tawny.recovery.teacher import WALK_TOKENS, Teacher
-from tawny.recovery.workfolder import WorkFolder, about_model
 from tawny.recovery.writing import card, tell_run, write
 
 _BETAS = (0.9, 0.95)
@@ -40,7 +40,7 @@ _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
 _STEP_FORWARDS = 4  # the teacher's and the student's, and two for the gradients
 
 
-class Run:
+class Training:
     """One recovery: what it works on, and where it stands."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Run:
         self.processes, self.output, self.progress = processes, output, progress
         self._teacher_stack = teacher
         self.teacher: Teacher | None = None
-        self.shelf = Shelf(None, "")
+        self.shelf = Shelf(None)
         self._work: WorkFolder | None = None
         self.source = ""
         self.folder: Path | None = None
@@ -94,43 +94,34 @@ class Run:
             zeros_before=sum(student.zeros.values()),
             prunable=student.prunable,
             trained=self._count_trained(),
-            processes=processes.count,
+            processes=processes.size,
         )
 
-    def shelve(self, folder: WorkFolder | None, overwrite: bool) -> None:
+    def shelve(self, work: WorkFolder | None, overwrite: bool) -> None:
         """Find the state of an earlier run, and the teacher's hidden states it made."""
-        model = None if self.folder is None else model_identity(self.folder)
+        self._work = work
         teacher = self._teacher_stack
-        known: str | Path | nn.Module | None = None
-        if teacher is not None and folder is not None:  # else nothing is kept that could be another's
-            known = teacher.checkpoint.folder if teacher.checkpoint else teacher.model
-        about_teacher = about_model(known)
-        dense = about_teacher and about_teacher["files"]
-        tokens = self.reading.about["tokens_sha256"]
-        self._work = folder
-        work = None if folder is None else folder.path
-        if folder is not None:
+        if work is not None:
+            known: Path | nn.Module | None = None
+            if teacher is not None:
+                known = teacher.checkpoint.folder if teacher.checkpoint else teacher.model
             identity = {
                 "settings": self.settings.to_mapping(),
-                "model": about_model(self.folder),
-                "teacher": about_teacher,
-                "text": tokens,
-                "processes": self.processes.count,
+                "model": source_identity(self.folder),
+                "teacher": source_identity(known),
+                "text": self.reading.about["tokens_sha256"],
+                "processes": self.processes.size,
             }
-            self.processes.once(lambda: folder.open(identity, overwrite))
-        key = self.settings.fingerprint(model, dense, tokens, self.processes.count)
-        self.shelf = Shelf(work, key, self.processes if self.processes.sharded else None)
+            self.processes.once(lambda: work.open(identity, overwrite))
+        self.shelf = Shelf(work, self.processes if self.processes.sharded else None)
         if found := self.shelf.load(self.student.coordinates, self.optimiser, self.elsa):
             self.standing, self._resumed = found, found.step
-            for one in self.student.coordinates:
-                one.write()
             self.progress.say(
-                f"going on after step {found.step} of {self.steps}; remove {work} to start over instead"
+                f"going on after step {found.step} of {self.steps}; remove {work and work.path} to start over instead"
             )
         if teacher is not None:
-            cache = None if work is None else work / f"teacher-{self.processes.rank}.bin"
-            name = self.settings.fingerprint(dense, tokens)
-            self.teacher = Teacher(teacher, self.reading.windows, cache, name)
+            cache = None if work is None else work.path / f"teacher-{self.processes.rank}.bin"
+            self.teacher = Teacher(teacher, self.reading.windows, cache)
             self.teacher.share(self.student.stack)
 
     # --- the loop ----------------------------------------------------------------------------------------------
@@ -158,7 +149,7 @@ class Run:
                     self._come_to_rest()
                 if at % self.settings.eval_every == 0 or over in ("tokens", "minutes"):
                     self._measure(1.0 if over else self._share())
-                if self.processes.agree(float(stop.is_set())):
+                if self.processes.same(stop.is_set()):
                     self._save()
                     raise Interrupted(
                         f"stopped by Ctrl-C after step {self.standing.step}; the same command goes on from there"
@@ -198,7 +189,7 @@ class Run:
         return None
 
     def _elapsed(self) -> float:
-        return self.processes.agree(self.standing.seconds + time.perf_counter() - self._begun)
+        return self.processes.same(self.standing.seconds + time.perf_counter() - self._begun)
 
     def _share(self, ahead: int = 0) -> float:
         """How much of the run is over, by whichever budget ends first."""
@@ -225,7 +216,7 @@ class Run:
         with self.clock("train"):
             losses = self._gradients(self.processes.share(self.reading.rows(standing.step)))
             gradients = [t.grad for t in self._whole if t.grad is not None]
-            self.processes.add(gradients)
+            self.processes.sum(gradients)
             losses = self.processes.add_losses(losses)
             if self.elsa is not None:
                 self.elsa.before_step()
@@ -279,7 +270,7 @@ class Run:
             total.add(losses)
             if gradient_BTH is not None:
                 if self.processes.sharded:  # whose gradients are averaged
-                    gradient_BTH *= self.processes.count
+                    gradient_BTH *= self.processes.size
                 torch.autograd.backward([hidden_BTH], [gradient_BTH])
         return total
 
@@ -303,7 +294,7 @@ class Run:
         if self.teacher is None:
             return
         now = self.processes.share(self.reading.rows(self.standing.step))
-        if not self.processes.any(bool(self.teacher.missing(now))):
+        if not any(self.processes.all_of(bool(self.teacher.missing(now)))):
             return
         ahead = max(1, WALK_TOKENS // (max(1, len(now)) * self.settings.seqlen))
         ahead = min(ahead, self.steps - self.standing.step, self._steps_left())
@@ -325,8 +316,8 @@ class Run:
         if self.clock.seconds.get("train"):
             each = self._elapsed() / max(1, len(standing.curve))
         else:
-            a_token = self.processes.agree(standing.teacher_seconds / max(1, standing.teacher_tokens))
-            each = _STEP_FORWARDS * a_token * settings.batch * settings.seqlen / self.processes.count
+            a_token = self.processes.same(standing.teacher_seconds / max(1, standing.teacher_tokens))
+            each = _STEP_FORWARDS * a_token * settings.batch * settings.seqlen / self.processes.size
         if not each:
             return self.steps
         return max(1, math.ceil((settings.minutes * 60 - self._elapsed()) / each))
@@ -456,7 +447,7 @@ class Run:
     @property
     def _keeps(self) -> bool:
         """Whether this process keeps weights of its own: the first one for all, or each its part."""
-        return self.processes.first or self.shelf.folder is None or self.processes.sharded
+        return self.processes.first or self.shelf.work is None or self.processes.sharded
 
     def _count_trained(self) -> int:
         parts = sum(t.numel() for t in self._parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "card",
+    "check_apart",
     "check_no_pruning",
     "check_place",
     "deliver",
@@ -26,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.output import ALLOCATION, JOURNAL, OutputFolder, unfinished
+from tawny.model.output import ALLOCATION, OutputFolder, spare, unfinished
+from tawny.model.resumable import JOURNAL, WorkFolder, named
+from tawny.model.source import resolve
 from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.record import RecoveryRecord
@@ -58,6 +61,25 @@ _SUMMARY = (
     "warnings",
     "stages",
 )
+
+
+def check_apart(out: Path, work: WorkFolder, models: Mapping[str, str | Path | nn.Module | None]) -> None:
+    """Refuse places to write whose replacement, or whose clearing, would take a model with it.
+
+    Args:
+        models: what is read, each named as the refusal calls it.
+
+    Raises:
+        OutputError: a place is one of them or holds it.
+    """
+    places = [named(out), unfinished(out), work.path]
+    for what, model in models.items():
+        if model is None or isinstance(model, nn.Module):
+            continue
+        given = Path(str(model)).expanduser()
+        # A .gguf file is spared as much as the folder that was made of it.
+        for read in [given, resolve(model)] if given.exists() else [resolve(model)]:
+            spare(places, read, what)
 
 
 def check_place(out: Path, overwrite: bool, source: Path) -> None:

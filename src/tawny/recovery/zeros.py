@@ -12,15 +12,13 @@ one (an optimiser, accelerate, a saved checkpoint) sees plain weights.
 
 A zero that was changed between two steps was changed by something else than an optimiser. It is put back too, and told.
 
-A LoRA adapter of peft adds a dense product to every weight, which merging would write into the zeros. Under the guard its
-product is masked in the forward, so that what is trained is what `merge_adapter` writes.
+The product of a LoRA adapter is masked in the forward (adapters.py), so that what is trained is what `merge_adapter` writes.
 """
 
 from __future__ import annotations
 
 __all__ = ["SparsityCallback", "SparsityGuard", "keep_sparsity", "merge_adapter"]
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -35,6 +33,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from tawny.errors import ModelError
+from tawny.recovery.adapters import adapters, mask_adapter
 
 
 @dataclass(eq=False)
@@ -64,16 +63,10 @@ class _Held:
         return self.pruned
 
 
-def _adapters(model: nn.Module) -> list[Any]:
-    """peft's layers inside a model; none if peft was never imported."""
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    return [m for m in model.modules() if isinstance(m, peft.BaseTunerLayer)] if peft else []
-
-
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Weights that pruning may have touched: linears and fused experts inside the stacks, but nothing of an adapter."""
-    foreign = {id(part) for layer in _adapters(model) for part in layer.modules()}
-    for layer in _adapters(model):
+    foreign = {id(part) for layer in adapters(model) for part in layer.modules()}
+    for layer in adapters(model):
         foreign -= {id(part) for part in layer.get_base_layer().modules()}
     stacks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name, module in model.named_modules():
@@ -148,10 +141,10 @@ class SparsityGuard:
                 hook: Any = parameter.register_post_accumulate_grad_hook  # torch leaves it untyped
                 self._undo.append(hook(mask_gradient).remove)
         by_owner = {id(held.owner): held for held in self._held}
-        for layer in _adapters(model):
+        for layer in adapters(model):
             base = by_owner.get(id(layer.get_base_layer()))
             if base is not None and hasattr(layer, "get_delta_weight"):
-                self._undo.append(_mask_adapter(layer, base))
+                self._undo.append(mask_adapter(layer, base.mask))
 
     @torch.no_grad()
     def check(self) -> None:
@@ -190,33 +183,6 @@ class SparsityGuard:
             self._undo.pop()()
         self.check()
         self.apply()
-
-
-def _mask_adapter(layer: Any, held: _Held) -> Callable[[], None]:
-    """Let a LoRA layer add its product only where the weight survives; returns what undoes it."""
-    plain = layer.forward
-
-    def masked(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", {})]
-        special = getattr(layer, "lora_variant", {})
-        if layer.disable_adapters or layer.merged or not active or any(name in special for name in active):
-            result: Tensor = plain(x, *args, **kwargs)
-            return result
-        result = layer.base_layer(x)
-        for name in active:
-            delta = layer.get_delta_weight(name).to(result.dtype)
-            delta = delta.masked_fill(held.mask(delta), 0)
-            seen = layer.lora_dropout[name](x).to(result.dtype)
-            conv = isinstance(layer.base_layer, Conv1D)
-            result = result + nn.functional.linear(seen, delta.T if conv else delta)
-        return result
-
-    layer.forward = masked
-
-    def undo() -> None:
-        del layer.forward
-
-    return undo
 
 
 @contextmanager
@@ -265,7 +231,7 @@ def merge_adapter(model: Any) -> Any:
     Raises:
         ModelError: there is no adapter, or no zero to keep.
     """
-    layers = _adapters(model)
+    layers = adapters(model)
     if not layers or not hasattr(model, "merge_and_unload"):
         raise ModelError(f"{type(model).__name__} carries no peft adapter to merge; expected a PeftModel")
     held = _zeros(model)

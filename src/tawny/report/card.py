@@ -6,7 +6,7 @@ a pruned model is bound by the licence of the model it was made from.
 
 from __future__ import annotations
 
-__all__ = ["CARD", "front_matter", "model_card", "packed_note", "recovery_words"]
+__all__ = ["CARD", "front_matter", "model_card", "opening", "packed_note", "recovery_words"]
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -174,17 +174,22 @@ def _untouched(record: Mapping[str, Any], recovered: bool) -> str:
 
 
 def _use(record: Mapping[str, Any]) -> str:
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
-    ]
     if record.get("packed"):
-        lines.insert(0, "import tawny  # teaches transformers to open packed weights")
         text = "Zeros are not stored: weights are a bit mask and the survivors, in files and in memory."
     else:
         text = "The zeros are stored: this folder is as large as the dense one and opens with plain transformers."
-    return f"## Use\n\n{text}\n\n```python\n" + "\n".join(lines) + "\n```"
+    code = opening(record, '"THIS_FOLDER"')
+    return f"## Use\n\n{text}\n\n```python\n{code}\n```"
+
+
+def opening(record: Mapping[str, Any], folder: str) -> str:
+    """Python that opens the model; `folder` is an expression."""
+    first = "import tawny  # teaches transformers to open packed weights\n" if record.get("packed") else ""
+    return (
+        f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})"
+    )
 
 
 def _numbers(record: Mapping[str, Any], recovered: bool) -> str:

@@ -10,13 +10,14 @@ It is the first figure of the OWL paper (2310.05175) drawn for one run. What is 
 
 from __future__ import annotations
 
-__all__ = ["PALETTE", "DepthRow", "depth_figure", "style_of", "to_page"]
+__all__ = ["PALETTE", "DepthRow", "depth_figure", "draw_panels", "log_scale", "to_page"]
 
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -30,7 +31,7 @@ PALETTE = {
     "second": "#010207",
     "card": "#010208",
 }
-_PANEL = 150  # height of one panel
+_PANEL = 160  # height of one panel
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,47 @@ def depth_figure(rows: Sequence[DepthRow], *, prefix: str, width: int, target: f
         target: the sparsity of the whole, drawn as a line.
         M: multiple of the mean above which a score is an outlier.
     """
+    known = [row for row in rows if row.before is not None or row.after is not None]
+    names = ["outliers", "sparsity", "error"] if known else ["sparsity", "error"]
+    panels = [
+        (_TITLES[name].format(M=f"{M:g}"), partial(_DRAW[name], rows=rows, target=target, M=M))
+        for name in names
+    ]
+    limits = (rows[0].block - 0.5, rows[-1].block + 0.5)
+    svg, height, x_of = draw_panels(panels, width, "block", until=" of", limits=limits)
+    hits = []
+    for index, row in enumerate(rows):
+        left, right = x_of(row.block - 0.5), x_of(row.block + 0.5)
+        hits.append(
+            Markup(
+                '<rect class="hit" role="img" data-block="{}" x="{:.1f}" y="0" width="{:.1f}" height="{}"{}>'
+            ).format(row.block, left, right - left, height, Markup(' tabindex="0"') if not index else "")
+            + Markup("<title>{}</title></rect>").format(row.title)
+        )
+    label = "Outliers, sparsity and error of every block; the table below holds the same numbers"
+    return to_page(svg, prefix, width, height, label, Markup("").join(hits))
+
+
+def draw_panels(
+    panels: Sequence[tuple[str, Callable[[Any], None]]],
+    width: int,
+    unit: str,
+    *,
+    until: str,
+    limits: tuple[float, float] | None = None,
+) -> tuple[str, int, Callable[[float], float]]:
+    """Panels under each other over one axis: the SVG, its height, and where a position of that axis lies.
+
+    Args:
+        panels: title and what draws into the axes.
+        unit: of the common axis.
+        until: a narrow picture shows a title up to here.
+        limits: of the common axis.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    known = [row for row in rows if row.before is not None or row.after is not None]
-    panels = ["outliers", "sparsity", "error"] if known else ["sparsity", "error"]
     height = len(panels) * _PANEL + 40
     with matplotlib.rc_context(style_of(width)):
         # Without pyplot: no window system is looked for, and no global state is left behind.
@@ -67,27 +103,32 @@ def depth_figure(rows: Sequence[DepthRow], *, prefix: str, width: int, target: f
         FigureCanvasSVG(figure)
         # Margins in units of the page: an automatic layout takes ten times as long as the drawing.
         figure.subplots_adjust(
-            left=46 / width, right=1 - 8 / width, bottom=46 / height, top=1 - 30 / height, hspace=0.42
+            left=50 / width, right=1 - 9 / width, bottom=46 / height, top=1 - 30 / height, hspace=0.42
         )
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for name, axis in zip(panels, axes, strict=True):
-            _DRAW[name](axis, rows, target, M)
-            title = _TITLES[name] if width > 600 else _TITLES[name].partition(" of")[0]
-            axis.set_title(title.format(M=f"{M:g}"), loc="left", fontsize="medium", pad=8)
+        for (title, draw), axis in zip(panels, axes, strict=True):
+            draw(axis)
+            shown = title if width > 600 else title.partition(until)[0]
+            axis.set_title(shown, loc="left", fontsize="medium", pad=8)
             axis.grid(axis="y", linewidth=0.8)
             axis.set_axisbelow(True)
-        axes[-1].set_xlabel("block")
-        axes[-1].set_xlim(rows[0].block - 0.5, rows[-1].block + 0.5)
-        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        last = axes[-1]
+        last.set_xlabel(unit)
+        if limits is not None:
+            last.set_xlim(*limits)
+            last.xaxis.get_major_locator().set_params(integer=True)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-        # Positions are known only now that the layout is done.
-        edges = [
-            float(axes[-1].transData.transform((row.block + side, 0))[0])
-            for row in rows
-            for side in (-0.5, 0.5)
-        ]
-    return _for_page(buffer.getvalue(), prefix, width, height, rows, edges)
+    # Positions are known only now that the layout is done.
+    return buffer.getvalue(), height, lambda x: float(last.transData.transform((x, 0))[0])
+
+
+def log_scale(axis: Any, values: Sequence[float], ratio: float) -> None:
+    """A logarithmic axis where values differ by more than `ratio`; it has no place for zeros."""
+    if values and min(values) > 0 and max(values) > ratio * min(values):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: "")
 
 
 def style_of(width: int) -> dict[str, Any]:
@@ -135,11 +176,7 @@ def _outliers(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> N
         axis.plot(
             x, numbers, dash, color=PALETTE[colour], marker=marker, markersize=3.5, linewidth=1.4, label=name
         )
-    # Shares differ by orders of magnitude; a logarithm has no place for a block without any.
-    if shown and min(shown) > 0 and max(shown) > 8 * min(shown):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: "")
+    log_scale(axis, shown, 8)
     axis.legend(
         frameon=False,
         ncols=2,
@@ -170,22 +207,6 @@ _DRAW = {"outliers": _outliers, "sparsity": _sparsity, "error": _error}
 
 
 # --- from a file to a part of a page -----------------------------------------------------------------------
-
-
-def _for_page(
-    svg: str, prefix: str, width: int, height: int, rows: Sequence[DepthRow], edges: Sequence[float]
-) -> Markup:
-    hits = []
-    for index, row in enumerate(rows):
-        left, right = edges[2 * index], edges[2 * index + 1]
-        hits.append(
-            Markup(
-                '<rect class="hit" role="img" data-block="{}" x="{:.1f}" y="0" width="{:.1f}" height="{}"{}>'
-            ).format(row.block, left, right - left, height, Markup(' tabindex="0"') if not index else "")
-            + Markup("<title>{}</title></rect>").format(row.title)
-        )
-    label = "Outliers, sparsity and error of every block; the table below holds the same numbers"
-    return to_page(svg, prefix, width, height, label, Markup("").join(hits))
 
 
 def to_page(

@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
-from tawny.report.card import recovery_words
+from tawny.report.card import opening, recovery_words
 from tawny.report.figures import DepthRow, depth_figure
 from tawny.report.pages import render, write_beside
 from tawny.words import begun, duration, percent, perplexity_text, size
@@ -82,7 +82,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "generated": record.get("generated", []),
         "phases": _phases(record["seconds"]),
         "memory": _memory(record),
-        "load": _load(record),
+        "load": opening(record, repr(str(record["out"] or "DIR"))),
         "command": _command(record),
         "recipe_yaml": dump_yaml(recipe).strip(),
         "trace": _trace(record),
@@ -365,16 +365,6 @@ def _memory(record: Mapping[str, Any]) -> str:
 
 
 # --- use and repeat ----------------------------------------------------------------------------------------
-
-
-def _load(record: Mapping[str, Any]) -> str:
-    folder = repr(str(record["out"] or "DIR"))
-    first = "import tawny\n" if record.get("packed") else ""
-    return (
-        f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({folder})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({folder})"
-    )
 
 
 def _command(record: Mapping[str, Any]) -> str:

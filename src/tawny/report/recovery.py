@@ -7,20 +7,19 @@ from __future__ import annotations
 
 __all__ = ["curve_figure", "render_recovery", "write_recovery"]
 
-import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from tawny.report.figures import PALETTE, style_of, to_page
+from tawny.report.figures import PALETTE, draw_panels, log_scale, to_page
 from tawny.report.html import NAME
 from tawny.report.pages import render, write_beside
 from tawny.words import duration, percent, size
 
-_PANEL = 170
 _DOTS = 400  # points a curve keeps: more than the picture has room for
 _PHASES = {
     "teacher": "forwards of the dense model",
@@ -71,19 +70,14 @@ def _tokens_at(record: Mapping[str, Any], step: float) -> int:
 
 
 def _summary(record: Mapping[str, Any]) -> str:
+    moved = record["settings"]["method"] == "elsa"
     kept = f"All {record['zeros']:,} zeros are still there"
-    if record["zeros"] != record["zeros_before"]:
+    if moved or record["zeros"] != record["zeros_before"]:
         kept = f"{record['zeros']:,} weights are zero, {record['zeros_before']:,} were before"
-    how = (
-        "Trained while its mask moved"
-        if record["settings"]["method"] == "elsa"
-        else "Trained behind its mask"
-    )
+    how = "Trained while its mask moved" if moved else "Trained behind its mask"
     behind = f" against {record['teacher']}" if record["teacher"] else ""
     text = record["text"]["name"]
     of = f" of {text}" if text != "tokens" else ""
-    if record["settings"]["method"] == "elsa":
-        kept = f"{record['zeros']:,} weights are zero, {record['zeros_before']:,} were before"
     return f"{how}{behind} on {record['tokens']:,} tokens{of}. {kept}."
 
 
@@ -143,48 +137,29 @@ def _phases(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def curve_figure(record: Mapping[str, Any], *, width: int, prefix: str) -> Markup:
     """Loss, KL and held-out perplexity over training tokens, as an inline SVG about `width` pixels wide."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     measured = [entry for entry in record["measured"] if math.isfinite(entry["perplexity"])]
     curve = _thinned(record["curve"])
-    panels: list[tuple[str, Sequence[Any], str, Sequence[Any]]] = [
-        ("Held-out perplexity", measured, "perplexity", [])
-    ]
-    panels.append(("Next-token loss, nats: each step, and held out", measured, "loss", curve))
+    shown = {
+        "perplexity": "Held-out perplexity",
+        "loss": "Next-token loss, nats: each step, and held out",
+    }
     if any("kl" in entry for entry in measured):
-        panels.append(("KL to the dense model, nats a token: each step, and held out", measured, "kl", curve))
-    height = len(panels) * _PANEL + 40
-    with matplotlib.rc_context(style_of(width)):
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
-        FigureCanvasSVG(figure)
-        figure.subplots_adjust(
-            left=52 / width, right=1 - 10 / width, bottom=46 / height, top=1 - 30 / height, hspace=0.42
-        )
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for (title, points, key, line), axis in zip(panels, axes, strict=True):
-            if line:
-                x = [entry["tokens"] / 1000 for entry in line]
-                axis.plot(x, [entry[key] for entry in line], color=PALETTE["second"], linewidth=1)
-            x = [_tokens_at(record, entry["step"]) / 1000 for entry in points]
-            values = [entry[key] for entry in points]
-            axis.plot(x, values, "o-", color=PALETTE["accent"], markersize=4, linewidth=1.6)
-            if min(values, default=0) > 0 and max(values) > 30 * min(values):
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-                axis.yaxis.set_minor_formatter(lambda value, _: "")
-            axis.set_title(
-                title if width > 600 else title.partition(":")[0], loc="left", fontsize="medium", pad=8
-            )
-            axis.grid(axis="y", linewidth=0.8)
-            axis.set_axisbelow(True)
-        axes[-1].set_xlabel("thousand tokens")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    shown = ", ".join(title.partition(",")[0].partition(":")[0] for title, *_ in panels)
-    label = f"{shown} over training tokens; the table below holds what was measured"
-    return to_page(buffer.getvalue(), prefix, width, height, label)
+        shown["kl"] = "KL to the dense model, nats a token: each step, and held out"
+
+    def draw(axis: Any, key: str) -> None:
+        if curve and key != "perplexity":
+            x = [entry["tokens"] / 1000 for entry in curve]
+            axis.plot(x, [entry[key] for entry in curve], color=PALETTE["second"], linewidth=1)
+        x = [_tokens_at(record, entry["step"]) / 1000 for entry in measured]
+        values = [entry[key] for entry in measured]
+        axis.plot(x, values, "o-", color=PALETTE["accent"], markersize=4, linewidth=1.6)
+        log_scale(axis, values, 30)
+
+    panels = [(title, partial(draw, key=key)) for key, title in shown.items()]
+    svg, height, _ = draw_panels(panels, width, "thousand tokens", until=":")
+    names = ", ".join(title.partition(",")[0].partition(":")[0] for title in shown.values())
+    label = f"{names} over training tokens; the table below holds what was measured"
+    return to_page(svg, prefix, width, height, label)
 
 
 def _thinned(curve: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:

@@ -13,7 +13,8 @@ from torch import nn
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.output import JOURNAL, locked, named, unfinished
+from tawny.model.output import locked, unfinished
+from tawny.model.resumable import JOURNAL, named, refuse_foreign
 from tawny.pruning.journal import Journal
 from tawny.pruning.ranks import Ranks
 from tawny.searching.settings import Settings
@@ -43,16 +44,12 @@ class SearchOutput:
             )
         if not self.out.absolute().parent.is_dir():
             raise OutputError(f"--out {out}: its folder does not exist; make it first")
-        foreign = sorted({p.name for p in self.work.glob("*")} - _OURS) if self.work.is_dir() else []
-        if foreign:
-            raise OutputError(
-                f"{self.work} holds {foreign[0]!r}, which no search of Tawny put there; move it away or choose another --out"
-            )
+        refuse_foreign(self.work, _OURS)
         with writing(self.work):
             self.work.mkdir(exist_ok=True)
             self._lock = locked(self.work / "lock", out)
             if not keep:
-                durable.remove(self.work / JOURNAL)
+                (self.work / JOURNAL).unlink(missing_ok=True)
                 for name in ("levels", "hidden"):
                     shutil.rmtree(self.work / name, ignore_errors=True)
             (self.work / "hidden").mkdir(exist_ok=True)
@@ -71,7 +68,7 @@ class SearchOutput:
     def discard(self) -> None:
         """Throw away what is unfinished."""
         self._lock.close()
-        durable.remove(self.work / JOURNAL)
+        (self.work / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from tawny.allocation.profile import Allocation
 from tawny.errors import NumericalError
-from tawny.model import durable
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress, Silent
 from tawny.pruning.block import LoadedBlock
@@ -94,7 +93,7 @@ def forget_spilled(session: Session) -> None:
     """Remove the hidden states of a rehearsal that were kept on disk."""
     spilled = session.spill(WALK)
     for left in [] if spilled is None else spilled.parent.glob(f"{spilled.name}.*"):
-        durable.remove(left)
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

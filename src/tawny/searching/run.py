@@ -37,7 +37,8 @@ from tawny.errors import NumericalError, RecipeError, TextError
 from tawny.machine import peak_memory
 from tawny.model import durable
 from tawny.model.streams import Samples, repeated_tokens
-from tawny.progress import Progress, silent, started_by_torchrun
+from tawny.process_group import started_by_torchrun
+from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import allocate, block_sparsities

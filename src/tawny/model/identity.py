@@ -1,0 +1,107 @@
+"""What a run is of: models, texts and code as JSON, so that another run is never taken for this one.
+
+A model is the names, sizes, times and headers of its files. Reading all weights to hash them would cost minutes.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "code_identity",
+    "model_identity",
+    "source_identity",
+    "tensor_digest",
+    "text_identity",
+    "tokens_identity",
+]
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tawny.machine import versions
+from tawny.model.source import resolve
+from tawny.model.streams import Samples
+
+# The rooms whose code decides bytes.
+_DECIDING = (
+    "allocation",
+    "calibration",
+    "kernels",
+    "model",
+    "pruning",
+    "solvers",
+    "patterns.py",
+    "precision.py",
+    "recipe",
+    "searching",
+)
+_SOURCES = {".py", ".cpp", ".h"}
+
+
+def source_identity(model: str | Path | nn.Module | None) -> dict[str, Any] | None:
+    """Where a model is and what its files are; of a live one its class and a hash of its tensors."""
+    if model is None:
+        return None
+    if not isinstance(model, nn.Module):
+        folder = resolve(model)
+        return {"folder": str(folder.resolve()), "files": model_identity(folder)}
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {"folder": type(model).__name__, "files": digest.hexdigest()}
+
+
+def model_identity(folder: Path) -> dict[str, Any]:
+    """Of each weight file its size, time and header; of the other files that matter their contents."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*")):
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = file.read(min(size, 1 << 28))
+            stat = path.stat()
+            found[path.name] = [stat.st_size, stat.st_mtime_ns, _hash(header)]
+        elif path.suffix in (".json", ".model", ".txt", ".jinja") and path.is_file():
+            found[path.name] = _hash(path.read_bytes())
+    return found
+
+
+def tensor_digest(tensor: Tensor) -> hashlib._Hash:
+    """SHA-256 of a tensor's bytes and shape."""
+    digest = hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(str(list(tensor.shape)).encode())
+    return digest
+
+
+def tokens_identity(samples: Samples | None) -> str | None:
+    if samples is None:
+        return None
+    digest = tensor_digest(samples.tokens)
+    if samples.mask is not None:
+        digest.update(samples.mask.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def text_identity(text: str) -> str:
+    """What a file holds; the name of a text that Tawny knows says that."""
+    path = Path(text).expanduser()
+    return _hash(path.read_bytes()) if path.is_file() else text
+
+
+def code_identity() -> dict[str, str]:
+    """Versions of the libraries, and one hash of the sources that compute."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for name in _DECIDING:
+        files = [root / name] if (root / name).is_file() else (root / name).rglob("*")
+        for path in sorted(x for x in files if x.suffix in _SOURCES):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return {**versions(), "sources": digest.hexdigest()}
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
