@@ -16,8 +16,8 @@ from tawny.allocation.owl import Owl
 from tawny.allocation.profile import measuring_bytes
 from tawny.errors import RecipeError
 from tawny.model.linears import linears_of
-from tawny.model.stack import open_stack
 from tawny.model.streams import OnDisk, Samples, Stream
+from tawny.packed.opening import open_stack
 from tawny.pruning import journal as journal_module
 from tawny.pruning import run as run_module
 from tawny.pruning.demand import demand_of

@@ -19,8 +19,9 @@ from tawny.allocation import ALLOCATORS
 from tawny.allocation.auto import FAMILIES, Auto, seconds_of
 from tawny.allocation.profile import LinearInfo, Profile
 from tawny.errors import Interrupted, MissingFeature, NumericalError, OutputError, RecipeError, TextError
-from tawny.model.stack import live_stack, open_stack
+from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, repeated_tokens
+from tawny.packed.opening import open_stack
 from tawny.patterns import Unstructured
 from tawny.progress import Silent
 from tawny.pruning import levels as levels_module

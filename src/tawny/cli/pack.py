@@ -10,6 +10,7 @@ import typer
 from tawny.cli.common import console_for
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, packed_values
 from tawny.cli.root import app
+from tawny.packed.kinds import KINDS
 
 
 @app.command(
@@ -26,7 +27,7 @@ def pack(
         typer.Option(
             "--values",
             metavar="KIND",
-            help="Surviving weights as bf16, f16, f32 or int8.",
+            help="Surviving weights as " + ", ".join(f"{k.name} ({k.help})" for k in KINDS.values()) + ".",
             rich_help_panel=RECIPE,
         ),
     ] = "bf16",
@@ -34,8 +35,10 @@ def pack(
         int | None,
         typer.Option(
             "--group",
-            metavar="128",
-            help="With int8: a scale for each 128 columns instead of one a row.",
+            metavar="COLUMNS",
+            help="A scale for each so many columns instead of one a row: "
+            + "; ".join(f"{', '.join(map(str, k.groups))} with {k.name}" for k in KINDS.values() if k.groups)
+            + ".",
             rich_help_panel=RECIPE,
         ),
     ] = None,

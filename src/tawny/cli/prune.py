@@ -30,11 +30,11 @@ from tawny.cli.options import (
     packed_values,
 )
 from tawny.cli.root import RecipeCommand, app
+from tawny.packed.kinds import KINDS, names_of
 from tawny.progress import speaks
 
 if TYPE_CHECKING:
     from tawny.cli.console import Console
-    from tawny.packed.format import Values
     from tawny.progress import Progress
     from tawny.recipe.schema import Recipe
     from tawny.record import Record
@@ -86,7 +86,7 @@ def prune(
         typer.Option(
             "--pack",
             metavar="KIND",
-            help="Write a packed folder (bf16, f16, f32, int8) instead of a dense one; see `tawny pack`.",
+            help=f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -144,7 +144,7 @@ def _prune_and_pack(
     model: str,
     out: Path,
     recipe: Recipe,
-    values: Values,
+    values: str,
     progress: Progress,
     overwrite: bool,
     memory: str | None,
@@ -208,7 +208,7 @@ def _windows(model: str, text: str, recipe: Recipe) -> int:
     from tawny.calibration.text import load_text
     from tawny.evaluation.perplexity import count_windows
     from tawny.model.source import load_tokenizer, resolve
-    from tawny.model.stack import open_stack
+    from tawny.packed.opening import open_stack
 
     loaded = load_text(text, "evaluation")
     folder = resolve(model)

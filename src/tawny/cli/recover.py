@@ -11,6 +11,7 @@ from tawny.cli.common import console_for
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named
 from tawny.cli.root import app
 from tawny.machine import check_device
+from tawny.packed.kinds import names_of, scaled_kinds
 
 TRAINING = "Training"
 
@@ -62,7 +63,7 @@ def recover(
         typer.Option(
             "--values",
             metavar="KIND",
-            help="int8: train through the packed format's rounding.",
+            help=f"Train through the packed format's rounding: {names_of(scaled_kinds())}.",
             rich_help_panel=RECIPE,
         ),
     ] = None,

@@ -32,7 +32,7 @@ from tawny.decoding.step import Step, find_blocks, find_rotary
 from tawny.errors import UserError
 from tawny.kernels import native
 from tawny.model.linears import changed, is_plain
-from tawny.packed.experts import dense_experts
+from tawny.packed.expert_loop import dense_experts
 from tawny.packed.linear import DenseLinear
 
 # How far the quick path may be from the model's own logits, in units of what one rounding of each block's output does.

@@ -19,7 +19,8 @@ from tawny.calibration.text import NAMED_TEXTS, load_text
 from tawny.model.linears import check_selection, select
 from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
-from tawny.model.stack import Stack, open_stack
+from tawny.model.stack import Stack
+from tawny.packed.opening import open_stack
 from tawny.patterns import check_pattern
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent

@@ -36,9 +36,10 @@ from tawny.machine import machine, peak_memory, versions
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, resolve, revision_of
-from tawny.model.stack import Stack, live_stack, open_stack
+from tawny.model.stack import Stack, live_stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
+from tawny.packed.opening import open_stack
 from tawny.patterns import Pattern, check_pattern
 from tawny.precision import DTYPES
 from tawny.progress import Progress, silent

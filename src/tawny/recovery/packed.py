@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tawny.model.checkpoint import file_bytes
 from tawny.packed.convert import pack, unpack
+from tawny.packed.kinds import kind_of
 from tawny.progress import Progress
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
@@ -39,12 +40,14 @@ def recover_packed(
     text: Tensor | None,
     held_out: Tensor | None,
 ) -> RecoveryRecord:
-    """`recover` for a packed folder. int8 values are trained through their rounding."""
+    """`recover` for a packed folder. Integers are trained through their rounding."""
     from tawny.recovery.run import recover
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    if kind["values"] == "int8" and kind.get("group") is None and settings.train == "survivors":
-        settings = dataclasses.replace(settings, values="int8" if settings.method == "distill" else None)
+    if kind_of(kind["values"]).scaled and kind.get("group") is None and settings.train == "survivors":
+        settings = dataclasses.replace(
+            settings, values=kind["values"] if settings.method == "distill" else None
+        )
     work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
     check_apart(out, [work], {"model": source, "teacher": teacher})
     check_not_own_teacher(is_own_teacher(folder, teacher))

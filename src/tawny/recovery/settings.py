@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from tawny.errors import RecipeError, nearest
+from tawny.packed.kinds import scaled_kinds
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
 LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
@@ -89,7 +90,7 @@ class Recovery:
     eval_windows: Annotated[int, Field(ge=1)] = 16
     patience: Annotated[int, Field(ge=0)] = 0
     checkpointing: bool = False
-    values: Literal["int8"] | None = None
+    values: str | None = None
     rank: Annotated[int, Field(ge=1)] = 16
     penalty: Positive = 0.01
     interval: Annotated[int, Field(ge=1)] = 32
@@ -124,6 +125,8 @@ class Recovery:
             raise RecipeError(
                 f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
             ) from None
+        if made.values is not None and made.values not in (names := [kind.name for kind in scaled_kinds()]):
+            raise RecipeError(f"values={made.values!r}: input should be {' or '.join(map(repr, names))}")
         if made.method == "elsa" and (made.train != "survivors" or made.values):
             raise RecipeError(
                 "method=elsa moves the mask of all weights; it goes with train=survivors and no values"
