@@ -52,10 +52,11 @@ from tawny.kernels.native import kernel_name
 from tawny.machine import machine, resident_memory, versions
 from tawny.model.linears import linears_of
 from tawny.model.skeleton import build_skeleton
-from tawny.packed.experts import PackedExperts, install_experts
+from tawny.packed.choice import Choice
+from tawny.packed.experts import PackedExperts
 from tawny.packed.format import PackedTensor, pack
+from tawny.packed.install import install_experts
 from tawny.packed.linear import PackedLinear
-from tawny.packed.model import pack_head
 
 SPARSITIES = [0.5, 0.6, 0.7, 0.8]
 RESULTS = Path(__file__).parent / "results" / "decode.json"
@@ -216,7 +217,10 @@ def random_model(settings: dict[str, Any], cell: Cell) -> Any:
                 made = magnitude_pruned(tuple(parameter.shape), 0.0, generator).to(dtype)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(made, requires_grad=False))
     if cell.head:
-        model.set_submodule("lm_head", PackedLinear(pack_head(model.lm_head.weight.data, cell.head)))  # type: ignore[arg-type]
+        model.set_submodule(
+            "lm_head",
+            PackedLinear(Choice(cell.head, head=cell.head).pack_head(model.lm_head.weight.data, "lm_head")),
+        )
     return model
 
 

@@ -210,7 +210,7 @@ def floor(args: argparse.Namespace, tokens: int) -> dict[str, float]:
     import torch
 
     from tawny.model.source import resolve
-    from tawny.model.stack import open_stack
+    from tawny.packed.opening import open_stack
     from tawny.precision import native_dtype, rounds_products
     from tawny.pruning.memory_plan import sharing_inputs
     from tawny.pruning.prepare import PROFILE_TOKENS

@@ -90,7 +90,7 @@ _HOMES = {
     "load": "tawny.packed.opening",
     "pack": "tawny.packed.convert",
     "pack_linear": "tawny.packed.linear",
-    "pack_model": "tawny.packed.model",
+    "pack_model": "tawny.packed.live",
     "plan": "tawny.pruning.plan",
     "profile": "tawny.pruning.profile",
     "prune": "tawny.pruning.run",
@@ -114,7 +114,7 @@ if TYPE_CHECKING:
     from tawny.evaluation.tasks import TaskResults, evaluate_tasks
     from tawny.packed.convert import pack, unpack
     from tawny.packed.linear import pack_linear
-    from tawny.packed.model import pack_model
+    from tawny.packed.live import pack_model
     from tawny.packed.opening import load
     from tawny.pruning.plan import Plan, plan
     from tawny.pruning.profile import profile

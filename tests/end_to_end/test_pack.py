@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.cli import main
 from tests.packed.test_folder import bytes_of, saved
-from tests.packed.test_model import logits
+from tests.packed.test_live import logits
 from tests.tiny import tokens
 
 PRUNE = ("-s", 0.7, "-a", "uniform", "-m", "magnitude")

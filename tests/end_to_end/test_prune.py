@@ -14,8 +14,8 @@ from tawny.allocation import ALLOCATORS
 from tawny.calibration.windows import sample_windows, tokenise
 from tawny.errors import ModelError, NumericalError, OutputError, PatternError, RecipeError
 from tawny.model.checkpoint import Checkpoint
-from tawny.model.stack import open_stack
 from tawny.model.structure import find_stack
+from tawny.packed.opening import open_stack
 from tawny.solvers import SOLVERS
 from tests.reference import official_flow
 from tests.tiny import FAMILIES, tiny_model, tokens

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tawny.kernels import native, ops, reference
 from tawny.packed.format import pack, unpack
+from tawny.packed.kinds import KINDS as TABLE
 from tests.packed.cases import KINDS, SHAPES, SPARSITIES, uneven, weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,14 +26,9 @@ def activations(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
 
 
-def packed_arguments(packed):
-    t = packed.tensors
-    return (t["masks"], t["values"], t["offsets"], t.get("scales"), t.get("sums"))
-
-
 def agree(packed, x, bias=None):
     """|y − exact| stays within rounding of the result and of the sum of magnitudes (and 16-bit activations)."""
-    y = ops.packed_linear(x, *packed_arguments(packed), bias, *packed.shape)
+    y = ops.packed_linear(x, packed.weight, bias)
     assert y.dtype is x.dtype and y.shape == (*x.shape[:-1], packed.shape[0])
     W = unpack(packed).double()
     exact = x.double() @ W.T
@@ -118,7 +114,7 @@ def test_expanding_gives_the_dense_weight(kernel, values, group):
         for shape in SHAPES:
             packed = pack(uneven(shape), values, group)
             for dtype in DTYPES:
-                found = ops.expand(*packed_arguments(packed), *shape, dtype)
+                found = ops.expand(packed.weight, dtype)
                 assert torch.equal(found, unpack(packed, dtype))
 
 
@@ -129,15 +125,15 @@ def test_expanding_keeps_the_largest_weights_finite(kernel, group):
         W = weight((5, 70), 0.5).sign().to(dtype) * torch.finfo(dtype).max
         packed = pack(W, "int8", group)
         with native.force(kernel):
-            found = ops.expand(*packed_arguments(packed), *packed.shape, dtype)
+            found = ops.expand(packed.weight, dtype)
         assert bool(found.isfinite().all()) and torch.equal(found, unpack(packed, dtype))
 
 
 def test_the_plain_torch_twin_expands_any_range_of_groups():
     packed = pack(uneven((21, 200)), "int8", 128)
     dense = unpack(packed)
-    assert torch.equal(reference.expand(packed, torch.float32, 2, 4), dense[8:16])
-    assert torch.equal(reference.expand(packed, torch.float32, 5, 6), dense[20:])
+    assert torch.equal(reference.expand(packed.weight, torch.float32, 2, 4), dense[8:16])
+    assert torch.equal(reference.expand(packed.weight, torch.float32, 5, 6), dense[20:])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -152,7 +148,7 @@ def test_a_product_does_not_depend_on_the_number_of_threads(kernel):
                     found = []
                     for threads in (1, 2, 3):
                         torch.set_num_threads(threads)
-                        found.append(ops.packed_linear(x, *packed_arguments(packed), None, *packed.shape))
+                        found.append(ops.packed_linear(x, packed.weight, None))
                     if kernel != "torch":
                         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     finally:
@@ -204,7 +200,7 @@ def test_a_bad_activation_is_never_hidden(kernel, values, group, bad):
         x = activations(2, 128, dtype)
         x[1, 17] = bad
         with native.force(kernel):
-            y = ops.packed_linear(x, *packed_arguments(packed), None, *packed.shape)
+            y = ops.packed_linear(x, packed.weight, None)
         assert bool(torch.isfinite(y[0]).all())
         assert not bool(torch.isfinite(y[1]).any())
 
@@ -217,7 +213,7 @@ def test_sixteen_bit_activations_stand_an_outlier(kernel):
     x[0, 7] = 1000
     exact = x.double() @ unpack(packed).double().T
     with native.force(kernel):
-        y = ops.packed_linear(x, *packed_arguments(packed), None, *packed.shape).double()
+        y = ops.packed_linear(x, packed.weight, None).double()
     without = exact - x[0, 7].double() * unpack(packed)[:, 7].double()
     assert (y - exact).norm() < 0.02 * without.norm()
 
@@ -230,7 +226,7 @@ def test_tiny_activations_are_not_lost(kernel, values, group):
         for dtype in (torch.float32, torch.bfloat16):
             for tiny in (1e-33, 1e-36):
                 x = (activations(2, 128, torch.float32) * tiny).to(dtype)
-                y = ops.packed_linear(x, *packed_arguments(packed), None, *packed.shape).double()
+                y = ops.packed_linear(x, packed.weight, None).double()
                 exact = x.double() @ unpack(packed).double().T
                 assert (y - exact).norm() < 0.01 * exact.norm()
 
@@ -261,6 +257,19 @@ def test_sums_over_very_many_columns_do_not_overflow(kernel):
         for dtype in DTYPES:
             for tokens in (1, 2, 3):
                 agree(packed, x[:tokens].to(dtype))
+
+
+def test_the_table_and_the_compiled_kernels_mean_the_same_kinds():
+    if not native.chosen():
+        pytest.skip("no compiled kernels here")
+    bits = native.library().tawny_kind_bits
+    coded = {kind.code: -kind.bits if kind.scaled else kind.bits for kind in TABLE.values()}
+    assert {code: bits(code) for code in coded} == coded
+    assert [bits(code) for code in (-1, len(coded))] == [0, 0]
+    assert all(
+        TABLE[name].code == code
+        for name, code in zip(("f32", "bf16", "f16"), ops.FLOATS.values(), strict=True)
+    )
 
 
 def test_an_openmp_runtime_is_found_under_a_path_with_spaces():

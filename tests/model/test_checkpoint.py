@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 import tawny
 from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import INDEX, Checkpoint, file_bytes, weight_paths
-from tawny.model.stack import open_stack
-from tests.packed.test_model import pruned
+from tawny.packed.opening import open_stack
+from tests.packed.test_live import pruned
 from tests.tiny import FAMILIES, tiny_model, tokens
 
 

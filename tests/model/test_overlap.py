@@ -12,7 +12,7 @@ import torch
 from tawny.errors import OutputError
 from tawny.model import checkpoint as checkpoint_module
 from tawny.model.output import OutputFolder
-from tawny.model.stack import open_stack
+from tawny.packed.opening import open_stack
 from tests.tiny import tiny_model
 
 WEIGHT = {"weight": torch.arange(6.0).view(2, 3)}

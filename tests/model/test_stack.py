@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, NumericalError
-from tawny.model.stack import live_stack, open_stack
+from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, Stream
+from tawny.packed.opening import open_stack
 from tests.tiny import FAMILIES, tiny_model, tokens
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tawny.packed.kinds import KINDS as TABLE
+
 SHAPES = [(1, 1), (1, 64), (64, 1), (3, 5), (4, 64), (5, 65), (17, 130), (7, 200), (66, 576), (33, 1537)]
 SPARSITIES = [0.0, 0.5, 0.7, 0.9, 1.0]
-KINDS: list[tuple[str, int | None]] = [
-    ("bf16", None),
-    ("f16", None),
-    ("f32", None),
-    ("int8", None),
-    ("int8", 128),
-]
+# Every kind with every group of columns that its scales may cover.
+KINDS = [(kind.name, group) for kind in TABLE.values() for group in (None, *kind.groups)]
 
 
 def weight(shape: tuple[int, int], sparsity: float, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from tawny.packed.folder import INDEX, PackedCheckpoint
 from tawny.packed.linear import PackedLinear
 from tawny.packed.writer import PackedWriter
 from tests.packed.test_folder import bytes_of, saved
-from tests.packed.test_model import greedy, logits, pruned
+from tests.packed.test_live import greedy, logits, pruned
 from tests.reference import packed_folder
 from tests.tiny import FAMILIES, tokens
 

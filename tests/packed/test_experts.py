@@ -21,13 +21,14 @@ from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import linears_of
 from tawny.packed import format
-from tawny.packed.experts import PackedExpert, PackedExperts, run_experts
+from tawny.packed.expert_loop import run_experts
+from tawny.packed.experts import PackedExpert, PackedExperts
 from tawny.packed.folder import PackedCheckpoint, PackedFolder
 from tawny.packed.linear import PackedLinear
 from tawny.packed.places import places_of
 from tawny.progress import Silent
 from tests.packed.test_folder import bytes_of, copy, edit_index
-from tests.packed.test_model import greedy, logits, pruned
+from tests.packed.test_live import greedy, logits, pruned
 from tests.reference import packed_folder
 from tests.tiny import tokens
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.errors import CheckpointError, MissingFeature, ModelError, OutputError, UserError
 from tawny.packed.folder import INDEX, PackedFolder
-from tests.packed.test_model import logits, pruned
+from tests.packed.test_live import logits, pruned
 from tests.tiny import FAMILIES, tokens
 
 

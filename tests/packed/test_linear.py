@@ -182,14 +182,12 @@ def test_a_model_with_packed_linears_compiles_and_exports():
 
 def test_the_operators_pass_torch_own_checks():
     packed = pack(weight((24, 96), 0.5), "int8").tensors
-    arguments = (
-        *(packed[k] for k in ("masks", "values", "offsets", "scales", "sums")),
-        torch.randn(24),
-        24,
-        96,
-    )
-    torch.library.opcheck(torch.ops.tawny.packed_linear, (torch.randn(2, 96, requires_grad=True), *arguments))
-    torch.library.opcheck(torch.ops.tawny.expand, (*arguments[:5], 24, 96, torch.float32))
+    tensors = (packed[k] for k in ("masks", "values", "offsets", "scales", "sums"))
+    weight_ = (*tensors, 24, 96, "int8", 0)
+    x, bias, ids = torch.randn(2, 96, requires_grad=True), torch.randn(24), torch.tensor([[3, 9, 3]])
+    torch.library.opcheck(torch.ops.tawny.packed_linear, (x, bias, *weight_))
+    torch.library.opcheck(torch.ops.tawny.expand, (torch.float32, *weight_))
+    torch.library.opcheck(torch.ops.tawny.gather_rows, (ids, torch.float32, *weight_))
     dense = (torch.randn(2, 96, requires_grad=True), torch.randn(24, 96, requires_grad=True), None)
     torch.library.opcheck(torch.ops.tawny.dense_linear, dense)
 

@@ -15,8 +15,8 @@ from tawny.allocation.dlp import Dlp
 from tawny.allocation.owl import Owl
 from tawny.errors import RecipeError
 from tawny.model.linears import linears_of
-from tawny.model.stack import open_stack
 from tawny.model.streams import OnDisk, Samples, Stream
+from tawny.packed.opening import open_stack
 from tawny.pruning import journal as journal_module
 from tawny.pruning import session as session_module
 from tawny.pruning.memory_plan import Load, parse_size, sharing_inputs

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from tawny.packed.format import Values
+from tawny.errors import UserError, nearest
+from tawny.packed.kinds import KINDS, names_of
 
 # Panels of `--help`.
 RECIPE, DATA, OUTPUT = "What to do", "Calibration", "Output and machine"
@@ -63,19 +63,15 @@ def folder_named(text: str) -> Path:
     return Path(text)
 
 
-def packed_values(text: str) -> Values:
+def packed_values(text: str) -> str:
     """A kind of packed values by name, in capitals or not.
 
     Raises:
         UserError: there is no such kind.
     """
-    from tawny.errors import UserError, nearest
-    from tawny.packed.format import Values
-
     kind = text.lower()
-    if kind not in get_args(Values):
+    if kind not in KINDS:
         raise UserError(
-            f"packed values {text!r} are not known{nearest(kind, get_args(Values))}; "
-            f"choose one of {', '.join(get_args(Values))}"
+            f"packed values {text!r} are not known{nearest(kind, tuple(KINDS))}; choose one of {names_of(KINDS.values())}"
         )
-    return cast(Values, kind)
+    return kind

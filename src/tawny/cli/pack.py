@@ -10,6 +10,7 @@ from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, option, packed_values
 from tawny.cli.root import app
+from tawny.packed.kinds import KINDS
 from tawny.words import duration, percent, size
 
 
@@ -23,11 +24,22 @@ def pack(
     model: Model,
     *,
     values: Annotated[
-        str, option("--values KIND", "Surviving weights as bf16, f16, f32 or int8.", RECIPE)
+        str,
+        option(
+            "--values KIND",
+            "Surviving weights as " + ", ".join(f"{k.name} ({k.help})" for k in KINDS.values()) + ".",
+            RECIPE,
+        ),
     ] = "bf16",
     group: Annotated[
         int | None,
-        option("--group 128", "With int8: a scale for each 128 columns instead of one a row.", RECIPE),
+        option(
+            "--group COLUMNS",
+            "A scale for each so many columns instead of one a row: "
+            + "; ".join(f"{', '.join(map(str, k.groups))} with {k.name}" for k in KINDS.values() if k.groups)
+            + ".",
+            RECIPE,
+        ),
     ] = None,
     head: Annotated[
         str | None,

@@ -14,12 +14,12 @@ from tawny.cli.frames import Frame, Shown, facts, parts, table
 from tawny.cli.options import OUTPUT, AsJson, Device, Memory, Model, folder_named, option, packed_values
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
+from tawny.packed.kinds import KINDS, names_of
 from tawny.process_group import speaks
 from tawny.words import begun, duration, percent, perplexity_text, size
 
 if TYPE_CHECKING:
     from tawny.cli.console import Console
-    from tawny.packed.format import Values
     from tawny.progress import Progress
     from tawny.recipe.schema import Recipe
     from tawny.record import Record
@@ -48,7 +48,7 @@ def prune(
         str | None,
         option(
             "--pack KIND",
-            "Write a packed folder (bf16, f16, f32, int8) instead of a dense one; see `tawny pack`.",
+            f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`.",
             OUTPUT,
         ),
     ] = None,
@@ -92,7 +92,7 @@ def _prune_and_pack(
     model: str,
     out: Path,
     recipe: Recipe,
-    values: Values,
+    values: str,
     progress: Progress,
     overwrite: bool,
     memory: str | None,
@@ -156,7 +156,7 @@ def _windows(model: str, text: str, recipe: Recipe) -> int:
     from tawny.calibration.text import load_text
     from tawny.evaluation.perplexity import count_windows
     from tawny.model.source import load_tokenizer, resolve
-    from tawny.model.stack import open_stack
+    from tawny.packed.opening import open_stack
 
     loaded = load_text(text, "evaluation")
     folder = resolve(model)

@@ -13,6 +13,7 @@ from tawny.cli.frames import Frame, facts, parts, table
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named, option
 from tawny.cli.root import app
 from tawny.machine import check_device
+from tawny.packed.kinds import names_of, scaled_kinds
 from tawny.words import duration, percent, size
 
 TRAINING = "Training"
@@ -53,7 +54,12 @@ def recover(
         ),
     ] = None,
     values: Annotated[
-        str | None, option("--values KIND", "int8: train through the packed format's rounding.", RECIPE)
+        str | None,
+        option(
+            "--values KIND",
+            f"Train through the packed format's rounding: {names_of(scaled_kinds())}.",
+            RECIPE,
+        ),
     ] = None,
     through: Annotated[
         str | None,

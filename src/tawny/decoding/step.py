@@ -131,7 +131,7 @@ class Step:
         first = _parts(blocks[0])
         dtype: torch.dtype = norm.weight.dtype
         self._dtype = dtype
-        _need(dtype in ops.KINDS and len(memory) == len(blocks))
+        _need(dtype in ops.FLOATS and len(memory) == len(blocks))
         dim = int(first["attention"].head_dim)
         heads, kv_heads = (first[name].out_features // dim for name in ("query", "key"))
         width, inner = first["query"].in_features, first["gate"].out_features
@@ -199,7 +199,7 @@ class Step:
             capacity=capacity,
             eps=_eps(norm),
             scale=float(getattr(attention, "scaling", dim**-0.5)),
-            kind=ops.KINDS[dtype],
+            kind=ops.FLOATS[dtype],
         )
         self._at = ctypes.addressof(self._decoder)
 
@@ -219,11 +219,11 @@ class Step:
             _need(call is not None)
             assert call is not None
             self._alive.append(call)
-            return _Product(call.address, None, bias, rows, cols, ops.KINDS[linear.values.dtype])
+            return _Product(call.address, None, bias, rows, cols, call.weight.kind.code)
         _need(isinstance(linear, DenseLinear))
         weight: Tensor = linear.weight  # type: ignore[assignment]
         _need(weight.is_contiguous() and weight.device.type == "cpu" and weight.dtype is self._dtype)
-        return _Product(None, weight.data_ptr(), bias, rows, cols, ops.KINDS[weight.dtype])
+        return _Product(None, weight.data_ptr(), bias, rows, cols, ops.FLOATS[weight.dtype])
 
     def _floats(self, tensor: Tensor) -> int:
         made = tensor.detach().to("cpu", torch.float32).contiguous()

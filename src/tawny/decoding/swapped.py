@@ -18,7 +18,7 @@ from torch import nn
 
 from tawny.kernels import native
 from tawny.model.linears import is_plain
-from tawny.packed.experts import dense_experts
+from tawny.packed.expert_loop import dense_experts
 from tawny.packed.linear import DenseLinear
 
 

@@ -290,7 +290,7 @@ def _sparsity(folder: Path) -> dict[str, Any]:
     import torch
 
     from tawny.model.checkpoint import is_packed
-    from tawny.model.stack import open_stack
+    from tawny.packed.opening import open_stack
 
     stack = open_stack(folder, torch.float32)
     zeros = total = 0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
-from tawny.model.stack import Stack, open_stack
+from tawny.model.stack import Stack
+from tawny.packed.opening import open_stack
 from tawny.patterns import matches
 from tawny.progress import Progress, silent
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from tawny.errors import RecipeError
 from tawny.model.source import resolve
-from tawny.model.stack import Stack, live_stack, open_stack
-from tawny.packed.opening import load
+from tawny.model.stack import Stack, live_stack
+from tawny.packed.opening import load, open_stack
 from tawny.precision import DTYPES, native_dtype
 
 # Written beside the weights, and no part of what the model computes.

@@ -94,20 +94,22 @@ struct Avx2 {
         ::store_four<Avx2>(out, token, group, sums, scales);
     }
     template <int KIND>
-    static inline __attribute__((always_inline)) V expand(const uint8_t* values, uint32_t bits) {
-        if (KIND == F32) {
+    static inline __attribute__((always_inline)) V expand(typename Trait<KIND>::Place values, uint32_t bits) {
+        if constexpr (KIND == F32) {
             __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)tables.bytes[bits]));
-            __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float*)values), place);
+            __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float*)values.at), place);
             return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(place, 31)), moved);
-        }
-        if (KIND == INT8) {
-            __m128i moved = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)values),
+        } else if constexpr (KIND == INT8) {
+            __m128i moved = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)values.at),
                                              _mm_loadl_epi64((const __m128i*)tables.bytes[bits]));
             return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(moved));
+        } else if constexpr (KIND == BF16 || KIND == F16) {
+            __m128i moved = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values.at),
+                                             _mm_load_si128((const __m128i*)tables.words[bits]));
+            return KIND == BF16 ? widen_bf16(moved) : _mm256_cvtph_ps(moved);
+        } else {
+            return expand_each<Avx2, KIND>(values, bits);
         }
-        __m128i moved = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values),
-                                         _mm_load_si128((const __m128i*)tables.words[bits]));
-        return KIND == BF16 ? widen_bf16(moved) : _mm256_cvtph_ps(moved);
     }
 };
 

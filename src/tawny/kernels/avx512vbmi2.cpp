@@ -121,7 +121,7 @@ void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t fir
     const uint64_t* masks[S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; s++) {
-        values[s] = values_of(p, first + s * step);
+        values[s] = values_of<BF16>(p, first + s * step).at;
         masks[s] = p.masks + (first + s * step) * p.blocks * 4;
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++)
@@ -220,7 +220,7 @@ inline __m512i scale_bytes_to_bf16(__m256i bytes, __m512 scale) {
 // for a scale a row (exact, the caller multiplies at the end).
 template <int KIND>
 void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t stride, int rows, bool scaled) {
-    const uint8_t* values = values_of(p, group);
+    const uint8_t* values = values_of<KIND>(p, group).at;
     const uint64_t* masks = p.masks + group * p.blocks * 4;
     for (int64_t b = 0; b < p.blocks; b++) {
         int64_t left = p.cols - b * 64;
@@ -329,7 +329,7 @@ void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t fir
     const int64_t groups[2] = {first, second};
 #pragma GCC unroll 2
     for (int s = 0; s < S; s++) {
-        values[s] = values_of(p, groups[s]);
+        values[s] = values_of<INT8>(p, groups[s]).at;
         masks[s] = p.masks + groups[s] * p.blocks * 4;
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++)

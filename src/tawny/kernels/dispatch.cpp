@@ -98,7 +98,7 @@ struct Job {
 };
 
 // Bytes of groups [0, g): what the split balances, because bytes are what decoding costs.
-int64_t cost(const Packed& p, int64_t g) { return g * p.blocks * 32 + p.offsets[g] * value_size(p.kind); }
+int64_t cost(const Packed& p, int64_t g) { return g * p.blocks * 32 + stored_bytes(p.kind, p.offsets[g]); }
 
 int64_t boundary(const Job& job, int part, int parts) {
     if (part <= 0) return job.from;
@@ -210,8 +210,9 @@ void run_pass(PassJob& job, int32_t threads) {
 constexpr int64_t TOKENS = 512;  // more are taken in turns
 
 bool valid(const Packed& p) {
-    return p.rows > 0 && p.cols > 0 && p.kind >= F32 && p.kind <= INT8 && (p.span == 0 || p.span == 128) &&
-           p.masks && p.values && p.offsets && (p.kind != INT8 || (p.scales && p.sums));
+    if (p.rows <= 0 || p.cols <= 0 || p.kind < 0 || p.kind >= KINDS || !p.masks || !p.values || !p.offsets) return false;
+    bool scaled = with_kind(p.kind, [](auto trait) { return trait.scaled; });
+    return scaled ? p.scales && p.sums && (p.span == 0 || p.span == 128) : !p.scales && p.span == 0;
 }
 
 Packed describe(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
@@ -229,7 +230,13 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 5; }
+int32_t tawny_abi() { return 6; }
+
+// Bits of a survivor of this kind, times -1 where it is an integer with a scale; 0 for a kind that there is none of.
+int32_t tawny_kind_bits(int32_t kind) {
+    if (kind < 0 || kind >= KINDS) return 0;
+    return with_kind(kind, [](auto trait) { return trait.scaled ? -trait.bits : trait.bits; });
+}
 
 int32_t tawny_supported() { return supported(); }
 

@@ -90,10 +90,71 @@ inline void store(const Output& out, int64_t token, int64_t row, float value) {
     }
 }
 
-constexpr int value_size(int kind) { return kind == F32 ? 4 : kind == INT8 ? 1 : 2; }
+constexpr int value_size(int kind) { return kind == F32 ? 4 : 2; }  // of a float
 
-inline const uint8_t* values_of(const Packed& p, int64_t group) {
-    return (const uint8_t*)p.values + p.offsets[group] * value_size(p.kind);
+// ---------------------------------------------------------------------------------------------- kinds
+//
+// A new kind is one trait here with its code in `Kind` and `with_kind`, and one row in packed/kinds.py. Every kernel then
+// reads it: an instruction set that has no `expand` of its own for it widens survivors one by one.
+
+// A place among survivors that take whole bytes. A kind of fewer bits has a place of its own, which knows the bit.
+template <int BYTES>
+struct Whole {
+    const uint8_t* at;
+    Whole(const void* values, int64_t first) : at((const uint8_t*)values + first * BYTES) {}
+    void skip(int64_t count) { at += count * BYTES; }
+};
+
+template <int KIND>
+struct Trait;  // bits of a survivor, whether it is an integer to be scaled, where it is, and its value as float32
+
+template <int KIND>
+struct FloatTrait {
+    static constexpr int kind = KIND, bits = 8 * value_size(KIND);
+    static constexpr bool scaled = false;
+    using Place = Whole<value_size(KIND)>;
+    static float load(Place place, int64_t i) { return load_float(place.at, KIND, i); }
+};
+template <>
+struct Trait<F32> : FloatTrait<F32> {};
+template <>
+struct Trait<BF16> : FloatTrait<BF16> {};
+template <>
+struct Trait<F16> : FloatTrait<F16> {};
+template <>
+struct Trait<INT8> {
+    static constexpr int kind = INT8, bits = 8;
+    static constexpr bool scaled = true;
+    using Place = Whole<1>;
+    static float load(Place place, int64_t i) { return (float)(int8_t)place.at[i]; }
+};
+
+// `use(trait)` for a kind that is known only now.
+template <class F>
+inline auto with_kind(int32_t kind, F use) {
+    switch (kind) {
+        case F32: return use(Trait<F32>{});
+        case BF16: return use(Trait<BF16>{});
+        case F16: return use(Trait<F16>{});
+        default: return use(Trait<INT8>{});
+    }
+}
+
+inline int64_t stored_bytes(int32_t kind, int64_t count) {
+    return with_kind(kind, [&](auto trait) { return count * trait.bits / 8; });
+}
+
+template <int KIND>
+inline typename Trait<KIND>::Place values_of(const Packed& p, int64_t group) {
+    return {p.values, p.offsets[group]};
+}
+
+// Survivors where their bits say, zero elsewhere: what an instruction set does with a kind that it has no better way for.
+template <class I, int KIND>
+inline typename I::V expand_each(typename Trait<KIND>::Place place, uint32_t bits) {
+    alignas(64) float all[I::W] = {};
+    for (int64_t i = 0; bits; bits &= bits - 1, i++) all[__builtin_ctz(bits)] = Trait<KIND>::load(place, i);
+    return I::load(all);
 }
 
 // Four rows of a group at once, the slow way; instruction sets with a better one have their own.
@@ -104,12 +165,12 @@ inline void store_four(const Output& out, int64_t token, int64_t group, const ty
 
 // The scales of a group's rows still to be multiplied with once the last column is done, or null.
 inline const float* group_scales(const Packed& p, int64_t group) {
-    return p.kind == INT8 && p.span == 0 ? (const float*)p.scales + group * 4 : nullptr;
+    return p.scales && p.span == 0 ? (const float*)p.scales + group * 4 : nullptr;
 }
 
 // The factor a row's accumulated products still need once its last column is done.
 inline float row_scale(const Packed& p, int64_t row) {
-    return p.kind == INT8 && p.span == 0 ? ((const float*)p.scales)[row] : 1.0f;
+    return p.scales && p.span == 0 ? ((const float*)p.scales)[row] : 1.0f;
 }
 
 inline float span_scale(const Packed& p, int64_t group, int64_t block, int row) {
@@ -137,12 +198,13 @@ struct Generic {
 
     // Survivors of one row's 64 columns, W at a time, handed to `use(column, vector)`.
     template <int KIND, class F>
-    static inline __attribute__((always_inline)) const uint8_t* walk(uint64_t mask, const uint8_t* values, F use) {
+    static inline __attribute__((always_inline)) typename Trait<KIND>::Place walk(uint64_t mask,
+                                                                                  typename Trait<KIND>::Place values, F use) {
 #pragma GCC unroll 64
         for (int j = 0; j < 64; j += W) {
             uint64_t bits = (mask >> j) & ((1ull << W) - 1);
             use(j, I::template expand<KIND>(values, (uint32_t)bits));
-            values += __builtin_popcountll(bits) * value_size(KIND);
+            values.skip(__builtin_popcountll(bits));
         }
         return values;
     }
@@ -150,12 +212,11 @@ struct Generic {
     template <int KIND, bool SPAN, int S, int T>
     static void direct(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
         V sum[S][4][T];
-        const uint8_t* values[S];
-        const uint64_t* masks[S];
         const int64_t groups[2] = {first, second};
+        typename Trait<KIND>::Place values[2] = {values_of<KIND>(p, first), values_of<KIND>(p, second)};
+        const uint64_t* masks[S];
 #pragma GCC unroll 2
         for (int s = 0; s < S; s++) {
-            values[s] = values_of(p, groups[s]);
             masks[s] = p.masks + groups[s] * p.blocks * 4;
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++)
@@ -199,7 +260,7 @@ struct Generic {
     // One group as float32 [4, blocks * 64]; a row's own scale is left to the end.
     template <int KIND, bool SPAN>
     static void expand_group(const Packed& p, int64_t group, float* tile) {
-        const uint8_t* values = values_of(p, group);
+        auto values = values_of<KIND>(p, group);
         const uint64_t* masks = p.masks + group * p.blocks * 4;
         for (int64_t b = 0; b < p.blocks; b++)
 #pragma GCC unroll 4
@@ -273,14 +334,11 @@ struct Generic {
     }
 
     static void packed(const Packed* p, const Input* x, const Output* out, int64_t from, int64_t to, void* tile) {
-        switch (p->kind) {
-            case F32: return run<F32, false>(*p, *x, *out, from, to, (float*)tile);
-            case BF16: return run<BF16, false>(*p, *x, *out, from, to, (float*)tile);
-            case F16: return run<F16, false>(*p, *x, *out, from, to, (float*)tile);
-            default:
-                if (p->span) return run<INT8, true>(*p, *x, *out, from, to, (float*)tile);
-                return run<INT8, false>(*p, *x, *out, from, to, (float*)tile);
-        }
+        with_kind(p->kind, [&](auto trait) {
+            if constexpr (trait.scaled)
+                if (p->span) return run<trait.kind, true>(*p, *x, *out, from, to, (float*)tile);
+            run<trait.kind, false>(*p, *x, *out, from, to, (float*)tile);
+        });
     }
 
     template <int KIND>
@@ -288,18 +346,18 @@ struct Generic {
         int64_t size = value_size(kind);
         V least = I::broadcast(-largest(kind)), most = I::broadcast(largest(kind));
         for (int64_t g = from; g < to; g++) {
-            const uint8_t* values = values_of(p, g);
+            auto values = values_of<KIND>(p, g);
             const uint64_t* masks = p.masks + g * p.blocks * 4;
             for (int64_t b = 0; b < p.blocks; b++)
 #pragma GCC unroll 4
                 for (int r = 0; r < 4; r++) {
                     int64_t row = g * 4 + r, left = p.cols - b * 64;
                     bool inside = row < p.rows;
-                    V scale = I::broadcast(KIND != INT8 ? 1.0f : p.span ? span_scale(p, g, b, r) : row_scale(p, row));
+                    V scale = I::broadcast(!Trait<KIND>::scaled ? 1.0f : p.span ? span_scale(p, g, b, r) : row_scale(p, row));
                     uint8_t* place = (uint8_t*)out + ((row - from * 4) * stride + b * 64) * size;
                     alignas(64) float buffer[64];
                     values = walk<KIND>(masks[b * 4 + r], values, [&](int j, V w) __attribute__((always_inline)) {
-                        if (KIND == INT8) w = I::max(I::min(I::mul(w, scale), most), least);
+                        if (Trait<KIND>::scaled) w = I::max(I::min(I::mul(w, scale), most), least);
                         if (inside && left >= 64) I::store_kind(place + j * size, kind, w);
                         else I::store(buffer + j, w);
                     });
@@ -312,12 +370,7 @@ struct Generic {
     }
 
     static void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
-        switch (p->kind) {
-            case F32: return expand_rows<F32>(*p, from, to, out, kind, stride);
-            case BF16: return expand_rows<BF16>(*p, from, to, out, kind, stride);
-            case F16: return expand_rows<F16>(*p, from, to, out, kind, stride);
-            default: return expand_rows<INT8>(*p, from, to, out, kind, stride);
-        }
+        with_kind(p->kind, [&](auto trait) { expand_rows<trait.kind>(*p, from, to, out, kind, stride); });
     }
 
     // Dense rows, two distant streams at a time; columns past the last whole vector are done one by one.

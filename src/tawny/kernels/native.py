@@ -36,9 +36,10 @@ import torch
 from torch import Tensor
 
 from tawny.errors import MissingFeature, TawnyError, UserError, nearest
+from tawny.kernels import reference
 
 LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2")  # index = level in the library
-ABI = 5
+ABI = 6
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 
@@ -186,19 +187,17 @@ def raise_for(code: int, what: str) -> None:
         raise TawnyError(f"{what}: {_ERRORS.get(code, f'error {code}')}")
 
 
-def check(masks: Tensor, offsets: Tensor, shape: tuple[int, int], nnz: int) -> str | None:
-    """The first thing wrong with masks and offsets, or None."""
+def check(masks: Tensor, offsets: Tensor, rows: int, cols: int, nnz: int) -> str | None:
+    """The first thing wrong with masks and offsets of a packed weight [rows, cols], or None."""
     found, _ = _load()
     if found is None or masks.device.type != "cpu":
-        from tawny.kernels import reference
-
-        return reference.check(masks, offsets, shape, nnz)
+        return reference.check(masks, offsets, rows, cols, nnz)
     faults = {
         1: "offsets do not run from 0 to the number of survivors",
         2: "the masks' population and the offsets disagree",
         3: "a mask bit is set in the padding",
     }
-    return faults.get(found.tawny_check(masks.data_ptr(), offsets.data_ptr(), *shape, nnz))
+    return faults.get(found.tawny_check(masks.data_ptr(), offsets.data_ptr(), rows, cols, nnz))
 
 
 def stream(data: Tensor, threads: int) -> None:

@@ -1,7 +1,7 @@
-"""The calls: `packed_linear`, `expand` and `dense_linear` on tensors, and the same three as `torch.ops.tawny.*`.
+"""The products: `packed_linear`, `dense_linear`, and `expand` and `gather_rows`, which write a packed weight out.
 
-The operators have fake implementations and a gradient for the activations, so `torch.compile`, `torch.export` and
-backward through a packed layer work. Eager decoding calls the plain functions and skips torch's dispatcher.
+Packed weights come as a `Weight`: tensors, an explicit kind and the columns of a scale. Nothing is inferred from a dtype
+or a shape. What no compiled kernel takes goes to the twin in plain torch.
 
 By the number of tokens T (rows of x): up to `DIRECT` the compiled kernel multiplies packed weights as they are;
 above, a few hundred rows at a time are expanded into a small buffer that stays in cache and torch's own matrix product runs.
@@ -10,92 +10,88 @@ Results do not depend on the number of threads; they do depend, in the last bits
 
 from __future__ import annotations
 
-__all__ = ["DIRECT", "Call", "check_bias", "dense_linear", "expand", "packed_linear", "remove_half"]
+__all__ = [
+    "DIRECT",
+    "FLOATS",
+    "Call",
+    "check_bias",
+    "dense_linear",
+    "expand",
+    "gather_rows",
+    "packed_linear",
+    "remove_half",
+]
 
 import ctypes
 import math
 import threading
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tawny.errors import UserError
 from tawny.kernels import native, reference
-from tawny.packed.format import PackedTensor
+from tawny.kernels.layout import ROWS, Weight
 
 DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
 DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faster
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-FLOATS = (torch.bfloat16, torch.float32, torch.float16)
-_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "int8"}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # activations and results, by their C code
 
 
-def _weight(
-    masks: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    rows: int,
-    cols: int,
-) -> tuple[int | None, ...]:
+def _compiled(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether a compiled kernel reads this weight, and computes in this type."""
+    readable = weight.kind.code is not None and weight.masks.device.type == "cpu"
+    return readable and dtype in FLOATS and native.chosen()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _spelled(weight: Weight) -> tuple[int | None, ...]:
     """The first nine arguments of the C functions."""
-    return (
-        masks.data_ptr(),
-        values.data_ptr(),
-        offsets.data_ptr(),
-        None if scales is None else scales.data_ptr(),
-        None if sums is None else sums.data_ptr(),
-        rows,
-        cols,
-        KINDS[values.dtype],
-        128 if scales is not None and scales.dim() == 3 else 0,
-    )
+    return (*map(_address, weight[:5]), weight.rows, weight.cols, weight.kind.code, weight.span)
 
 
-def _as_packed(
-    masks: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    rows: int,
-    cols: int,
-) -> PackedTensor:
-    tensors = {"masks": masks, "values": values, "offsets": offsets}
-    if scales is not None and sums is not None:
-        tensors |= {"scales": scales, "sums": sums}
-    group = 128 if scales is not None and scales.dim() == 3 else None
-    return PackedTensor(tensors, (rows, cols), _NAMES[values.dtype], group)  # type: ignore[arg-type]
-
-
-def expand(
-    masks: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The dense weight [rows, cols]."""
-    if not (native.chosen() and masks.device.type == "cpu" and dtype in KINDS and dtype is not torch.int8):
-        return reference.expand(_as_packed(masks, values, offsets, scales, sums, rows, cols), dtype)
-    out = masks.new_empty((rows, cols), dtype=dtype)
+def _write_out(weight: Weight, out: Tensor, first: int, last: int, threads: int) -> None:
+    """Rows of the groups `first` to `last` into the rows of `out`."""
     code = native.library().tawny_expand(
-        *_weight(masks, values, offsets, scales, sums, rows, cols),
-        0,
-        masks.shape[0],
-        out.data_ptr(),
-        KINDS[dtype],
-        cols,
-        torch.get_num_threads(),
+        *_spelled(weight), first, last, out.data_ptr(), FLOATS[out.dtype], weight.cols, threads
     )
-    native.raise_for(code, f"expanding a packed weight of shape ({rows}, {cols})")
+    native.raise_for(code, f"expanding a packed weight of shape ({weight.rows}, {weight.cols})")
+
+
+def expand(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The dense weight [rows, cols]."""
+    if not _compiled(weight, dtype):
+        return reference.expand(weight, dtype)
+    out = weight.masks.new_empty((weight.rows, weight.cols), dtype=dtype)
+    _write_out(weight, out, 0, len(weight.masks), torch.get_num_threads())
     return out
+
+
+def gather_rows(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` of a packed weight → [*ids.shape, cols]: what an embedding looks up."""
+    wanted, back = torch.unique(ids.reshape(-1), return_inverse=True)
+    if wanted.numel() and not 0 <= int(wanted[0]) <= int(wanted[-1]) < weight.rows:
+        raise IndexError(
+            f"token ids {int(wanted[0])} to {int(wanted[-1])} where 0 to {weight.rows - 1} are embedded"
+        )
+    compiled, device = _compiled(weight, dtype), weight.masks.device
+    found = torch.empty(wanted.numel(), weight.cols, dtype=dtype, device=device)
+    four = torch.empty(ROWS, weight.cols, dtype=dtype, device=device)
+    before = -1
+    for at, row in enumerate(wanted.tolist()):
+        group = row // ROWS
+        if group != before:
+            before = group
+            if compiled:
+                _write_out(weight, four, group, group + 1, 1)
+            else:
+                four = reference.expand(weight, dtype, group, group + 1)
+        found[at] = four[row % ROWS]
+    return found[back].view(*ids.shape, weight.cols)
 
 
 def check_bias(bias: Tensor, rows: int) -> None:
@@ -104,46 +100,36 @@ def check_bias(bias: Tensor, rows: int) -> None:
         raise UserError(f"a bias of shape {tuple(bias.shape)} does not fit a weight of {rows} rows")
 
 
-def _readable(bias: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+def _readable(bias: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor | None:
     """A bias as the C functions read it."""
+    if bias is None:
+        return None
     check_bias(bias, rows)
     return (bias if bias.dtype is dtype else bias.to(dtype)).contiguous()
 
 
-def packed_linear(
-    x: Tensor,
-    masks: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    cols: int,
-) -> Tensor:
+def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias: x [..., cols] → [..., rows] in x's dtype."""
+    rows, cols = weight.rows, weight.cols
     if x.shape[-1] != cols:
         raise UserError(
             f"activations of width {x.shape[-1]} do not fit a packed weight of shape ({rows}, {cols})"
         )
-    if not (native.chosen() and x.device.type == "cpu" and x.dtype in KINDS and masks.device.type == "cpu"):
-        packed = _as_packed(masks, values, offsets, scales, sums, rows, cols)
-        return reference.packed_linear(x, packed, None if bias is None else bias.to(x.dtype))
+    if not (x.device.type == "cpu" and _compiled(weight, x.dtype)):
+        return reference.packed_linear(x, weight, None if bias is None else bias.to(x.dtype))
     x = x.contiguous()
     tokens = x.numel() // cols
-    if bias is not None:
-        bias = _readable(bias, rows, x.dtype)
-    weight = _weight(masks, values, offsets, scales, sums, rows, cols)
+    bias = _readable(bias, rows, x.dtype)
     if tokens > DIRECT:
-        y = _expand_then_multiply(x.view(tokens, cols), weight, masks.shape[0], bias)
+        y = _expand_then_multiply(x.view(tokens, cols), weight, bias)
         return y.view(*x.shape[:-1], rows)
     y = x.new_empty((*x.shape[:-1], rows))
     code = native.library().tawny_packed(
-        *weight,
+        *_spelled(weight),
         x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        _address(bias),
         y.data_ptr(),
-        KINDS[x.dtype],
+        FLOATS[x.dtype],
         tokens,
         torch.get_num_threads(),
     )
@@ -161,18 +147,16 @@ class Call:
     It keeps the tensors whose addresses it uses alive; `fits` says whether they are still the module's own.
     """
 
-    __slots__ = ("_at", "_held", "_library", "_memory", "cols", "rows", "tensors")
+    __slots__ = ("_at", "_held", "_library", "_memory", "cols", "rows", "weight")
 
-    def __init__(
-        self, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], rows: int, cols: int
-    ) -> None:
-        self.tensors, self.rows, self.cols = tensors, rows, cols
+    def __init__(self, weight: Weight) -> None:
+        self.weight, self.rows, self.cols = weight, weight.rows, weight.cols
         self._library = native.library()
-        weight = _weight(*tensors, rows, cols)
-        self._memory = ctypes.create_string_buffer(self._library.tawny_describe(None, *weight))
+        spelled = _spelled(weight)
+        self._memory = ctypes.create_string_buffer(self._library.tawny_describe(None, *spelled))
         self._at = ctypes.addressof(self._memory)
-        self._library.tawny_describe(self._at, *weight)
-        self._held = _addresses(tensors)
+        self._library.tawny_describe(self._at, *spelled)
+        self._held = _addresses(weight[:5])
 
     @property
     def address(self) -> int:
@@ -181,14 +165,14 @@ class Call:
 
     def fits(self, buffers: dict[str, Tensor | None]) -> bool:
         """False once a buffer was replaced, or moved under its name."""
-        masks, values, offsets, scales, sums = self.tensors
+        tensors = masks, values, offsets, scales, sums = self.weight[:5]
         return (
             buffers["masks"] is masks
             and buffers["values"] is values
             and buffers["offsets"] is offsets
             and buffers["scales"] is scales
             and buffers["sums"] is sums
-            and _addresses(self.tensors) == self._held
+            and _addresses(tensors) == self._held
         )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -207,7 +191,7 @@ class Call:
             x.data_ptr(),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
-            KINDS[dtype],
+            FLOATS[dtype],
             tokens,
             torch.get_num_threads(),
         )
@@ -231,23 +215,19 @@ def _buffer(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     return kept[:count].view(dtype).view(rows, cols)
 
 
-def _expand_then_multiply(
-    x_TI: Tensor, weight: tuple[int | None, ...], groups: int, bias: Tensor | None
-) -> Tensor:
+def _expand_then_multiply(x_TI: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Prefill: expand some rows, multiply, and so on; the dense weight never exists as a whole."""
-    rows, cols = int(weight[5] or 0), x_TI.shape[1]
+    rows, cols = weight.rows, weight.cols
     # A power of two: torch's product shares other widths badly among its threads.
     wanted = max(64.0, CHUNK_BYTES / (cols * x_TI.element_size()))
     chunk = min(rows, 1 << round(math.log2(wanted)))
     y_TO = x_TI.new_empty(x_TI.shape[0], rows)
     buffer = _buffer(chunk, cols, x_TI.dtype)
-    run, kind, threads = native.library().tawny_expand, KINDS[x_TI.dtype], torch.get_num_threads()
+    threads = torch.get_num_threads()
     with torch.no_grad():
         for first in range(0, rows, chunk):
             last = min(first + chunk, rows)
-            groups_of = first // 4, min(-(-last // 4), groups)
-            code = run(*weight, *groups_of, buffer.data_ptr(), kind, cols, threads)
-            native.raise_for(code, f"expanding a packed weight of shape ({rows}, {cols})")
+            _write_out(weight, buffer, first // ROWS, -(-last // ROWS), threads)
             part_IO, place_TO = buffer[: last - first].T, y_TO[:, first:last]
             if bias is None:
                 torch.mm(x_TI, part_IO, out=place_TO)
@@ -260,7 +240,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias with a dense weight: our matrix-vector kernel for a few tokens, torch's product for more."""
     rows, cols = weight.shape
     tokens = x.numel() // cols
-    fits = x.dtype is weight.dtype and x.dtype in KINDS and weight.is_contiguous() and x.shape[-1] == cols
+    fits = x.dtype is weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == cols
     if not (
         fits
         and 0 < tokens <= DENSE_DIRECT
@@ -269,18 +249,17 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ):
         return torch.nn.functional.linear(x, weight, bias)
     x = x.contiguous()
-    if bias is not None:
-        bias = _readable(bias, rows, x.dtype)
+    bias = _readable(bias, rows, x.dtype)
     y = x.new_empty((*x.shape[:-1], rows))
     code = native.library().tawny_dense(
         weight.data_ptr(),
         rows,
         cols,
-        KINDS[weight.dtype],
+        FLOATS[weight.dtype],
         x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        _address(bias),
         y.data_ptr(),
-        KINDS[x.dtype],
+        FLOATS[x.dtype],
         tokens,
         torch.get_num_threads(),
     )
@@ -310,63 +289,3 @@ def remove_half(W_OK: Tensor, H_KK: Tensor, carried_OK: Tensor, removed_OK: Tens
     )
     native.raise_for(code, f"removing half of a weight of shape {tuple(W_OK.shape)}")
     return True
-
-
-# ------------------------------------------------------------------------------------------ registration with torch
-
-_PACKED = "Tensor masks, Tensor values, Tensor offsets, Tensor? scales, Tensor? sums"
-torch.library.define(
-    "tawny::packed_linear", f"(Tensor x, {_PACKED}, Tensor? bias, int rows, int cols) -> Tensor"
-)
-torch.library.define("tawny::expand", f"({_PACKED}, int rows, int cols, ScalarType dtype) -> Tensor")
-torch.library.define("tawny::dense_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-torch.library.impl("tawny::packed_linear", "default", packed_linear)
-torch.library.impl("tawny::expand", "default", expand)
-torch.library.impl("tawny::dense_linear", "default", dense_linear)
-
-
-def _packed_fake(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rest[-2]))
-
-
-def _expand_fake(masks: Tensor, *rest: Any) -> Tensor:
-    rows, cols, dtype = rest[-3:]
-    empty: Tensor = masks.new_empty((rows, cols), dtype=dtype)
-    return empty
-
-
-def _dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-torch.library.register_fake("tawny::packed_linear", _packed_fake)
-torch.library.register_fake("tawny::expand", _expand_fake)
-torch.library.register_fake("tawny::dense_linear", _dense_fake)
-
-
-def _packed_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, *weight, bias, rows, cols = inputs
-    ctx.save_for_backward(*weight)
-    ctx.shape, ctx.dtype, ctx.has_bias = (rows, cols), x.dtype, bias is not None
-
-
-def _packed_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    """Packed weights are frozen: the gradient goes to the activations and the bias."""
-    W_OI = torch.ops.tawny.expand(*ctx.saved_tensors, *ctx.shape, ctx.dtype)
-    grad_bias = grad.reshape(-1, ctx.shape[0]).sum(0) if ctx.has_bias else None
-    return grad @ W_OI, None, None, None, None, None, grad_bias, None, None
-
-
-def _dense_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(inputs[0], inputs[1])
-    ctx.has_bias = inputs[2] is not None
-
-
-def _dense_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    x, weight = ctx.saved_tensors
-    flat = grad.reshape(-1, weight.shape[0])
-    return grad @ weight, flat.T @ x.reshape(-1, weight.shape[1]), flat.sum(0) if ctx.has_bias else None
-
-
-torch.library.register_autograd("tawny::packed_linear", _packed_backward, setup_context=_packed_context)
-torch.library.register_autograd("tawny::dense_linear", _dense_backward, setup_context=_dense_context)

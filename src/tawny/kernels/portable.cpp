@@ -90,11 +90,8 @@ struct Portable {
         ::store_four<Portable>(out, token, group, sums, scales);
     }
     template <int KIND>
-    static V expand(const uint8_t* values, uint32_t bits) {
-        V v{};
-        for (int64_t i = 0; bits; bits &= bits - 1, i++)
-            v.f[__builtin_ctz(bits)] = KIND == INT8 ? (float)((const int8_t*)values)[i] : load_float(values, KIND, i);
-        return v;
+    static V expand(typename Trait<KIND>::Place values, uint32_t bits) {
+        return expand_each<Portable, KIND>(values, bits);
     }
 };
 

@@ -1,4 +1,7 @@
-"""The kernels in plain torch: slow, obvious, on any device torch has, and what every other kernel is compared with."""
+"""The kernels in plain torch: slow, obvious, on any device torch has, and what every other kernel is compared with.
+
+They read every kind of the table, those too that no compiled kernel knows.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,50 @@ __all__ = ["check", "expand", "packed_linear"]
 import torch
 from torch import Tensor
 
-from tawny.packed.format import PackedTensor, _masks_to_bits, unpack
+from tawny.kernels.layout import COLUMNS, ROWS, Weight, deinterleave, masks_to_bits, place
 
 
-def expand(packed: PackedTensor, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
-    """Dense rows [4·first, min(4·last, out)) of groups `first` to `last`."""
-    groups = packed.tensors["masks"].shape[0]
-    last = groups if last is None else last
-    begin, end = int(packed.tensors["offsets"][first]), int(packed.tensors["offsets"][last])
-    tensors = {
-        "masks": packed.tensors["masks"][first:last],
-        "values": packed.tensors["values"][begin:end],
-        "offsets": packed.tensors["offsets"][first : last + 1] - begin,
-    }
-    if packed.values == "int8":
-        scales = packed.tensors["scales"]
-        tensors["scales"] = scales[first:last] if packed.group else scales[4 * first : 4 * last]
-    rows = min(4 * last, packed.shape[0]) - 4 * first
-    return unpack(PackedTensor(tensors, (rows, packed.shape[1]), packed.values, packed.group), dtype)
+def expand(
+    weight: Weight, dtype: torch.dtype | None = None, first: int = 0, last: int | None = None
+) -> Tensor:
+    """Dense rows [4·first, min(4·last, rows)), those of groups `first` to `last`.
+
+    dtype None gives the stored float kind, and float32 for scaled integers.
+    """
+    last = len(weight.masks) if last is None else last
+    kept_GBRC = masks_to_bits(weight.masks[first:last])
+    begin, end = int(weight.offsets[first]), int(weight.offsets[last])
+    W_GBRC = place(kept_GBRC, weight.kind.decode(weight.values, begin, end))
+    if weight.kind.scaled:
+        assert weight.scales is not None
+        if weight.span:
+            scale_GSR = weight.scales[first:last].float()
+            scale_GBR = scale_GSR.repeat_interleave(weight.span // COLUMNS, 1)[:, : W_GBRC.shape[1]]
+        else:
+            scale_GBR = weight.scales[ROWS * first : ROWS * last].view(-1, 1, ROWS)
+        W_GBRC = W_GBRC * scale_GBR.unsqueeze(-1)
+    W_OI = deinterleave(W_GBRC, min(ROWS * last, weight.rows) - ROWS * first, weight.cols)
+    if weight.kind.scaled:
+        # A scale that was rounded up may carry the largest weight past what is finite.
+        largest = torch.finfo(dtype or torch.float32).max
+        W_OI.clamp_(-largest, largest)
+    return W_OI if dtype is None else W_OI.to(dtype)
 
 
-def packed_linear(x_TI: Tensor, packed: PackedTensor, bias: Tensor | None) -> Tensor:
+def packed_linear(x_TI: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias with the weight expanded to the activations' dtype."""
-    return torch.nn.functional.linear(x_TI, expand(packed, x_TI.dtype), bias)
+    return torch.nn.functional.linear(x_TI, expand(weight, x_TI.dtype), bias)
 
 
-def check(masks_GBR: Tensor, offsets: Tensor, shape: tuple[int, int], nnz: int) -> str | None:
+def check(masks_GBR: Tensor, offsets: Tensor, rows: int, cols: int, nnz: int) -> str | None:
     """The first thing wrong with masks and offsets, or None."""
-    out, columns = shape
     if int(offsets[0]) != 0 or int(offsets[-1]) != nnz:
         return "offsets do not run from 0 to the number of survivors"
     for first in range(0, masks_GBR.shape[0], 256):
-        bits = _masks_to_bits(masks_GBR[first : first + 256])
-        rows = torch.arange(4 * first, 4 * (first + bits.shape[0])).view(-1, 1, 4, 1)
-        padding_rows = bits & (rows >= out)
-        if bool(padding_rows.any()) or bool(bits[:, -1, :, (columns - 1) % 64 + 1 :].any()):
+        bits = masks_to_bits(masks_GBR[first : first + 256])
+        numbers = torch.arange(ROWS * first, ROWS * (first + bits.shape[0])).view(-1, 1, ROWS, 1)
+        if bool((bits & (numbers >= rows)).any()) or bool(bits[:, -1, :, (cols - 1) % COLUMNS + 1 :].any()):
             return "a mask bit is set in the padding"
-        counts = bits.flatten(1).sum(1)
-        if not torch.equal(offsets[first : first + 257].diff(), counts):
+        if not torch.equal(offsets[first : first + 257].diff(), bits.flatten(1).sum(1)):
             return "the masks' population and the offsets disagree"
     return None

@@ -1,4 +1,4 @@
-// One token through all blocks of a decoder of the usual shape, in one call: what packed/decoder.py fills in, and the
+// One token through all blocks of a decoder of the usual shape, in one call: what decoding/step.py fills in, and the
 // walk. Included by dispatch.cpp, whose threads and scratch memory it uses.
 //
 //     x += Wo · attend(rotate(Wq n), rotate(Wk n), Wv n)   with n = norm(x)

@@ -8,7 +8,9 @@
 #pragma once
 #include <stdint.h>
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3 };
+// Kinds of stored values, by the code that packed/kinds.py gives for each; what is known of one is its trait (generic.h).
+// The first three are also those of activations, results and dense weights.
+enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, KINDS = 4 };
 
 // How a kernel wants the activations: float32, bfloat16, or 16-bit integers split into two bytes
 // (for each 64 columns: 64 high bytes plus 128, then 64 low bytes, all unsigned).
@@ -18,8 +20,8 @@ struct Packed {
     const uint64_t* masks;   // [groups, blocks, 4]
     const void* values;      // survivors, then 64 bytes of padding
     const int64_t* offsets;  // [groups + 1], in values
-    const void* scales;      // INT8 only: float32 [groups * 4], or bfloat16 [groups, spans, 4] when span != 0
-    const float* sums;       // INT8 only: [groups * 4]; sum of a row's integers, or of scale * integer when span != 0
+    const void* scales;      // of integers only: float32 [groups * 4], or bfloat16 [groups, spans, 4] when span != 0
+    const float* sums;       // of integers only: [groups * 4]; sum of a row's integers, or of scale * integer when span != 0
     int64_t rows, cols;      // of the weight, before padding
     int64_t groups, blocks;  // ceil(rows / 4), ceil(cols / 64)
     int32_t kind, span;      // columns a scale covers: 0 (the row) or 128

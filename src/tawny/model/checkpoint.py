@@ -23,6 +23,9 @@ from tawny.errors import CheckpointError
 from tawny.model.tensorfile import DTYPES, Entry, entries, natural, read_tensor
 
 INDEX = "model.safetensors.index.json"
+# A folder that `tawny pack` wrote (packed/folder.py opens it): its quant_method, and the index beside its config.
+METHOD = "tawny"
+PACKED_INDEX = "packed.safetensors.index.json"
 _PIECE = 1 << 20
 
 
@@ -293,11 +296,7 @@ def weight_paths(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: the index is damaged, a shard it names is missing, or there is no file at all.
     """
-    index = folder / INDEX
-    if is_packed(folder):
-        from tawny.packed.folder import INDEX as PACKED_INDEX  # upwards, so only when it is needed
-
-        index = folder / PACKED_INDEX
+    index = folder / (PACKED_INDEX if is_packed(folder) else INDEX)
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -336,15 +335,6 @@ def is_packed(folder: Path) -> bool:
     """True for a folder that `tawny pack` wrote."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "tawny")
+        return bool(config["quantization_config"]["quant_method"] == METHOD)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """The weights of a folder; those of a packed one come back dense, a tensor at a time."""
-    if is_packed(folder):
-        from tawny.packed.folder import PackedCheckpoint  # upwards, so only when it is needed
-
-        return PackedCheckpoint(folder)
-    return Checkpoint(folder)

@@ -68,7 +68,8 @@ class ShardWriter:
         self.limit = limit
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._written: list[tuple[Path, list[str], int]] = []
+        self._written: list[tuple[Path, list[str]]] = []
+        self.bytes = 0
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, value in tensors.items():
@@ -77,25 +78,30 @@ class ShardWriter:
                 self._flush()
             self._pending[name] = value.contiguous()
             self._pending_bytes += size
+            self.bytes += size
 
     def _flush(self) -> None:
         path = self.folder / f"shard-{len(self._written):05d}.safetensors"
-        write_tensors(path, self._pending)
-        self._written.append((path, list(self._pending), self._pending_bytes))
+        with writing(path):
+            write_tensors(path, self._pending)
+        self._written.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
 
-    def finish(self) -> int:
-        """Write what is left and the index; returns the bytes of all tensors."""
+    def close(self, named: Callable[[int], list[str]]) -> dict[str, list[str]]:
+        """Write what is left, and name the shards: which tensors are in which."""
         if self._pending or not self._written:
             self._flush()
-        names = shard_names(len(self._written))
-        for name, (path, _, _) in zip(names, self._written, strict=True):
-            path.rename(self.folder / name)
-        total = sum(size for _, _, size in self._written)
-        if len(names) > 1:
-            keys = zip(names, (keys for _, keys, _ in self._written), strict=True)
-            (self.folder / INDEX).write_bytes(index_of(dict(keys), total))
-        return total
+        names = named(len(self._written))
+        with writing(self.folder):
+            for name, (path, _) in zip(names, self._written, strict=True):
+                path.rename(self.folder / name)
+        return {name: keys for name, (_, keys) in zip(names, self._written, strict=True)}
+
+    def finish(self) -> None:
+        """Write what is left, and the index of a checkpoint of Hugging Face."""
+        shards = self.close(shard_names)
+        if len(shards) > 1:
+            (self.folder / INDEX).write_bytes(index_of(shards, self.bytes))
 
 
 def shard_names(count: int) -> list[str]:

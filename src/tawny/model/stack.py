@@ -15,18 +15,15 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tawny.errors import CheckpointError, ModelError, first_line
-from tawny.machine import check_device
-from tawny.model.checkpoint import Checkpoint, Unit, open_checkpoint
+from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import check_unshared, find_stack, head_of
-from tawny.precision import native_dtype
 
 
 def _is_of_types(error: RuntimeError) -> bool:
@@ -448,22 +445,6 @@ def _same(a: Any, b: Any) -> bool:
             and all(_same(x, y) for x, y in zip(a, b, strict=True))
         )
     return True  # flags, caches that are None, objects that carry no numbers of these tokens
-
-
-def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "cpu") -> Stack:
-    """The checkpoint in `folder` as a stack; only what is outside the blocks is read.
-
-    Raises:
-        ModelError: not a decoder-only model, or a configuration that cannot be used.
-        CheckpointError: files are missing, truncated or do not fit the configuration.
-        MissingFeature: this machine lacks the device.
-    """
-    from tawny.model.skeleton import open_skeleton
-
-    check_device(device)
-    checkpoint = open_checkpoint(folder)
-    dtype = compute or native_dtype()
-    return Stack(open_skeleton(folder, dtype), checkpoint, dtype, device)
 
 
 def live_stack(model: Any) -> Stack:

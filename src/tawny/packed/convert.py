@@ -14,7 +14,6 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -29,26 +28,11 @@ from tawny.model.source import resolve
 from tawny.model.structure import find_stack
 from tawny.model.tensorfile import DTYPES, raw
 from tawny.packed import format
-from tawny.packed.folder import (
-    INDEX,
-    METHOD,
-    PackedFolder,
-    PackedLinearEntry,
-    read_header,
-)
-from tawny.packed.format import PackedTensor, Values
-from tawny.packed.linear import worth_packing
-from tawny.packed.model import (
-    LinearForm,
-    check_values,
-    ends_of,
-    experts_by_parameter,
-    pack_expert,
-    pack_head,
-    pack_or_not,
-    sparsities_of,
-    tell,
-)
+from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, tell
+from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
+from tawny.packed.format import PackedTensor
+from tawny.packed.install import ends_of
+from tawny.packed.kinds import KINDS
 from tawny.packed.places import Place, places_of
 from tawny.packed.writer import PackedWriter
 from tawny.progress import Progress, silent
@@ -109,12 +93,10 @@ class UnpackReport:
 class _Packing:
     """One checkpoint on its way into a packed folder."""
 
-    def __init__(
-        self, folder: Path, writer: PackedWriter, values: Values, group: int | None, head: Values | None
-    ):
+    def __init__(self, folder: Path, writer: PackedWriter, choice: Choice) -> None:
         from tawny.model.skeleton import open_skeleton
 
-        self.writer, self.values, self.group, self.head = writer, values, group, head
+        self.writer, self.choice = writer, choice
         self.checkpoint = Checkpoint(folder)
         self.model: Any = open_skeleton(folder, torch.float32)
         self.checkpoint.map_to(self.model)
@@ -154,15 +136,13 @@ class _Packing:
         source = unit.sources[0]
         stored = self.checkpoint.read([source])[source]
         W_OI = linear.view(stored)
-        with format.naming(linear.name):
-            packed, sparsity = pack_or_not(W_OI, self.values, self.group)
+        packed, sparsity = self.choice.pack_linear(W_OI, linear.name)
         if packed is None:
             self.writer.add(source, stored)
             self.writer.dense.append(linear.name)
-            why = f"{sparsity:.1%} zeros are too few for {self.values}"
-            self.linears.append(LinearForm(linear.name, linear.shape, sparsity, "dense", stored.nbytes, why))
+            self._left_dense(linear, sparsity, stored.nbytes, sparsity)
         else:
-            self._add(linear.name, packed, [source], linear.transposed, sparsity)
+            self._add(linear.name, packed, Place([source]), linear.transposed, sparsity)
         self.done.add(source)
 
     def _experts(self, unit: Unit, experts: list[Linear]) -> None:
@@ -176,41 +156,42 @@ class _Packing:
             return
         size = sum(value.nbytes for value in stored.values()) // len(experts)
         del stored
-        sparsities = sparsities_of(fused, experts)
-        if not worth_packing(mean(sparsities), self.values):
-            why = f"{mean(sparsities):.1%} zeros are too few for {self.values}"
+        sparsities, together = self.choice.sparsities(fused, experts)
+        if not self.choice.pays(together):
             for expert, own in zip(experts, sparsities, strict=True):
-                self.linears.append(LinearForm(expert.name, expert.shape, own, "dense", size, why))
+                self._left_dense(expert, own, size, together)
             self._as_it_is(unit.sources)
             return
         for expert, place, own in zip(experts, places, sparsities, strict=True):
-            made = pack_expert(fused, expert, own, self.values, self.group)
-            self._add(expert.name, made, place.sources, expert.transposed, own, part=place)
+            made = self.choice.pack_expert(fused, expert, own)
+            self._add(expert.name, made, place, expert.transposed, own)
         self.done.update(unit.sources)
+
+    def _left_dense(self, linear: Linear, sparsity: float, size: int, decisive: float) -> None:
+        why = f"{decisive:.1%} zeros are too few for {self.choice.values}"
+        self.linears.append(LinearForm(linear.name, linear.shape, sparsity, "dense", size, why))
 
     def _add(
         self,
         name: str,
         packed: PackedTensor,
-        sources: list[str],
+        place: Place,
         transposed: bool,
         sparsity: float,
         embedding: str | None = None,
-        part: Place | None = None,
     ) -> None:
-        storage = self.checkpoint.dtypes[sources[0]]
         entry = PackedLinearEntry(
             name,
             packed.shape,
             packed.values,
             packed.group,
             packed.nnz,
-            tuple(sources),
+            tuple(place.sources),
             transposed,
-            storage,
+            self.checkpoint.dtypes[place.sources[0]],
             embedding,
-            None if part is None else part.rows,
-            None if part is None else part.index,
+            place.rows,
+            place.index,
         )
         size = self.writer.add_packed(packed, entry)
         self.linears.append(LinearForm(name, packed.shape, sparsity, "packed", size))
@@ -222,13 +203,13 @@ class _Packing:
 
     def ends(self) -> None:
         """The head, if it is wanted packed, and everything else that lies outside the blocks."""
-        if self.head is not None:
-            self._head(self.head)
+        if self.choice.head is not None:
+            self._head()
         for key in self.checkpoint.files:  # tensors no parameter uses travel too
             if key not in self.done:
                 self._as_it_is([key])
 
-    def _head(self, values: Values) -> None:
+    def _head(self) -> None:
         outside, inside, tied = ends_of(self.model)
         units = {unit.targets[0]: unit for unit in self.checkpoint.units}
         keys = [f"{outside}.weight", *([f"{inside}.weight"] if tied else [])]
@@ -239,25 +220,21 @@ class _Packing:
             raise UserError(f"{type(self.model).__name__} has no plain linear head to pack; leave --head out")
         weights = [self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in found]
         if len(weights) == 2 and not torch.equal(*weights):
-            weights, found, tied = (
-                weights[:1],
-                found[:1],
-                False,
-            )  # stored apart and different: not tied after all
+            # Stored apart and different: not tied after all.
+            weights, found, tied = weights[:1], found[:1], False
         sources = [unit.sources[0] for unit in found]
-        with format.naming(outside):
-            packed = pack_head(weights[0], values)
+        packed = self.choice.pack_head(weights[0], outside)
         sparsity = 1 - int(torch.count_nonzero(weights[0])) / weights[0].numel()
-        self._add(outside, packed, sources, False, sparsity, inside if tied else None)
+        self._add(outside, packed, Place(sources), False, sparsity, inside if tied else None)
         self.done.update(sources)
 
 
 def pack(
     source: str | Path,
     out: str | Path,
-    values: Values = "bf16",
+    values: str = "bf16",
     group: int | None = None,
-    head: Values | None = None,
+    head: str | None = None,
     *,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -267,7 +244,7 @@ def pack(
     Args:
         source: folder or hub id of a (pruned) checkpoint.
         out: folder to write.
-        values: kind of the survivors: bf16, f16, f32 or int8.
+        values: kind of the survivors, such as bf16 or int8; packed/kinds.py lists them.
         group: with int8, 128 for a scale each 128 columns; None for one a row.
         head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it.
         overwrite: replace an existing `out`.
@@ -279,7 +256,7 @@ def pack(
         OutputError: `out` exists or cannot be written.
     """
     started = time.perf_counter()
-    check_values(values, group, head)
+    choice = Choice(values, group, head)
     folder = resolve(source, progress.say)
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
@@ -292,13 +269,13 @@ def pack(
                 raise CheckpointError(
                     f"{folder}: its index names {str(path)!r}; expected *.safetensors in the folder: save it again"
                 )
-        work = _Packing(folder, writer, values, group, head)
+        work = _Packing(folder, writer, choice)
         progress.phase("packing", len(work.blocks))
         for index in range(len(work.blocks)):
             work.block(index)
             progress.step(f"{work.path}.{index}")
         work.ends()
-        headers = [{"file": path.name, "header": read_header(path)[1]} for path in files]
+        headers = [{"file": path.name, "header": header_of(path)} for path in files]
         index_file = folder / _DENSE_INDEX
         # Decoded from bytes: reading it as text would change its line ends.
         total = writer.finish(headers, index_file.read_bytes().decode() if index_file.is_file() else None)
@@ -307,15 +284,12 @@ def pack(
         method = {
             "quant_method": METHOD,
             "version": format.VERSION,
-            "values": values,
-            "group": group,
-            "head": head,
+            **asdict(choice),
             "linears": {"packed": len(writer.linears), "dense": sum(x.form == "dense" for x in work.linears)},
         }
         _config(output, folder, method)
         _card(output, folder, _NOTE.format(values=values))
-        kinds = {"values": values, "group": group, "head": head}
-        _record(output, folder, {**kinds, "bytes": total, "source_bytes": work.source_bytes}, total)
+        _record(output, folder, {**asdict(choice), "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]
         tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched))
         output.finish()
@@ -324,9 +298,7 @@ def pack(
     return PackReport(
         source=str(source),
         out=str(out),
-        values=values,
-        group=group,
-        head=head,
+        **asdict(choice),
         bytes=total,
         source_bytes=work.source_bytes,
         file_bytes=file_bytes(output.out) + (output.out / INDEX).stat().st_size,
@@ -384,14 +356,9 @@ def unpack(
         bytes=total,
         source_bytes=packed.bytes,
         linears=len(packed.linears),
-        exact=all(holds(entry.values, entry.storage) for entry in packed.linears.values()),
+        exact=all(entry.storage in KINDS[entry.values].exact for entry in packed.linears.values()),
         seconds=time.perf_counter() - started,
     )
-
-
-def holds(values: str, storage: str) -> bool:
-    """True when no bit of a weight of type `storage` can be lost in `values`."""
-    return DTYPES[storage] == format.DTYPES[values] or (values == "f32" and storage in ("BF16", "F16"))
 
 
 def _dense(packed: PackedFolder, key: str, header: dict[str, Any]) -> Tensor:

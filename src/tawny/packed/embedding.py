@@ -3,73 +3,25 @@
 A tied model holds one matrix for head and embedding. Once the head is packed there is no dense matrix left to look
 rows up in, so the embedding module unpacks the rows it is asked for: bit for bit those of `PackedLinear.dense`.
 
-The module keeps its own class (some scale or offset what they look up) with the lookup below put under it, and keeps
-an empty `weight` of the model's type, which says what type rows come out in and follows `model.to(dtype)`.
+The trick of this file is a class swapped at run time. Some models' embeddings scale or offset what they look up, and
+others hold references to the module. So the module stays, and its class becomes one with the lookup below put under its
+own. An empty `weight` of the model's type says what type rows come out in and follows `model.to(dtype)`.
+
+What it buys: no second matrix. Head and embedding of a tied model in bfloat16 take 66 % less with the head in int8 than
+with a dense embedding beside it (`format.packed_bytes`: 157 instead of 468 MB for Qwen3-0.6B).
 """
 
 from __future__ import annotations
 
-__all__ = ["PackedEmbedding", "gather_rows", "serve_from"]
+__all__ = ["PackedEmbedding", "serve_from"]
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tawny.kernels import native, ops, reference
-from tawny.packed.linear import _TENSORS, PackedLinear
-
-
-def gather_rows(
-    ids: Tensor,
-    masks: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    sums: Tensor | None,
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Rows `ids` of a packed weight [rows, cols] → [*ids.shape, cols]."""
-    wanted, back = torch.unique(ids.reshape(-1), return_inverse=True)
-    if wanted.numel() and not 0 <= int(wanted[0]) <= int(wanted[-1]) < rows:
-        raise IndexError(
-            f"token ids {int(wanted[0])} to {int(wanted[-1])} where 0 to {rows - 1} are embedded"
-        )
-    native_ = native.chosen() and masks.device.type == "cpu" and dtype in ops.KINDS
-    packed = ops._as_packed(masks, values, offsets, scales, sums, rows, cols)
-    weight = ops._weight(masks, values, offsets, scales, sums, rows, cols)
-    found = torch.empty(wanted.numel(), cols, dtype=dtype, device=masks.device)
-    four = torch.empty(4, cols, dtype=dtype, device=masks.device)
-    before = -1
-    for place, row in enumerate(wanted.tolist()):
-        group = row // 4
-        if group != before:
-            before = group
-            if native_:
-                code = native.library().tawny_expand(
-                    *weight, group, group + 1, four.data_ptr(), ops.KINDS[dtype], cols, 1
-                )
-                native.raise_for(code, f"reading row {row} of a packed embedding ({rows}, {cols})")
-            else:
-                four = reference.expand(packed, dtype, group, group + 1)
-        found[place] = four[row % 4]
-    return found[back].view(*ids.shape, cols)
-
-
-_PACKED = "Tensor masks, Tensor values, Tensor offsets, Tensor? scales, Tensor? sums"
-torch.library.define(
-    "tawny::gather_rows", f"(Tensor ids, {_PACKED}, int rows, int cols, ScalarType dtype) -> Tensor"
-)
-torch.library.impl("tawny::gather_rows", "default", gather_rows)
-
-
-def _gather_fake(ids: Tensor, masks: Tensor, *rest: Any) -> Tensor:
-    return masks.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
-
-
-torch.library.register_fake("tawny::gather_rows", _gather_fake)
+from tawny.packed import operators
+from tawny.packed.linear import PackedLinear
 
 
 class PackedEmbedding(nn.Embedding):
@@ -83,12 +35,7 @@ class PackedEmbedding(nn.Embedding):
         return _unmade, (self.looked_up,), self.__dict__.copy()
 
     def forward(self, input: Tensor) -> Tensor:
-        head = self.__dict__["head"]
-        tensors = (getattr(head, name) for name in _TENSORS)
-        found: Tensor = torch.ops.tawny.gather_rows(
-            input, *tensors, head.out_features, head.in_features, self.weight.dtype
-        )
-        return found
+        return operators.gather_rows(input, self.__dict__["head"].packed.weight, self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, served from the packed head"

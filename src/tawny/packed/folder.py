@@ -12,7 +12,6 @@ __all__ = ["INDEX", "METHOD", "PackedCheckpoint", "PackedFolder", "PackedLinearE
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,29 +21,22 @@ import torch
 from torch import Tensor
 
 from tawny.errors import CheckpointError, UserError
-from tawny.model.checkpoint import Checkpoint
-from tawny.model.tensorfile import DTYPES, NAMES
-from tawny.packed import format
-from tawny.packed.format import PackedTensor, Values
+from tawny.model.checkpoint import METHOD, Checkpoint
+from tawny.model.checkpoint import PACKED_INDEX as INDEX
+from tawny.model.tensorfile import DTYPES, NAMES, Entry
+from tawny.model.tensorfile import entries as tensors_in
+from tawny.packed import checking, format
+from tawny.packed.format import PackedTensor
+from tawny.packed.kinds import KINDS
 
-METHOD = "tawny"  # quant_method in config.json
-INDEX = "packed.safetensors.index.json"
 _FIELDS = {"dtype", "shape", "shard", "offset", "bytes", "sha256"}  # of a tensor in the index
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], str, int]:
-    """Entries, text and length in bytes of what precedes the data of a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            text = file.read(length).decode()
-            entries = json.loads(text)
-        entries.pop("__metadata__", None)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
-    return entries, text, 8 + length
+def header_of(path: Path) -> str:
+    """The JSON that precedes the data of a safetensors file, as it stands there."""
+    tensors_in(path)  # says what is wrong with a damaged one
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little")).decode()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -85,12 +77,11 @@ class PackedLinearEntry:
         transposed: the dense checkpoint stores `[in, out]`.
         storage: safetensors name of the type the dense checkpoint stores.
         embedding: module path of the embedding that is served from this weight, if any.
-        tensors: which of the format's tensors are stored; masks are not when every weight is there.
     """
 
     name: str
     shape: tuple[int, int]
-    values: Values
+    values: str
     group: int | None
     nnz: int
     sources: tuple[str, ...]
@@ -99,7 +90,6 @@ class PackedLinearEntry:
     embedding: str | None = None
     rows: tuple[int, ...] | None = None
     index: int | None = None
-    tensors: tuple[str, ...] = ()
 
     @property
     def parameter(self) -> str | None:
@@ -120,21 +110,12 @@ class PackedLinearEntry:
         return W_OI.T.contiguous() if self.transposed else W_OI
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "shape": list(self.shape),
-            "values": self.values,
-            "group": self.group,
-            "nnz": self.nnz,
-            "sources": list(self.sources),
-            "transposed": self.transposed,
-            "storage": self.storage,
-            "embedding": self.embedding,
-            **({} if self.rows is None else {"rows": list(self.rows)}),
-            **({} if self.index is None else {"index": self.index}),
-        }
+        told = {key: list(fact) if isinstance(fact, tuple) else fact for key, fact in vars(self).items()}
+        absent = {"name"} | {key for key in ("rows", "index") if told[key] is None}
+        return {key: fact for key, fact in told.items() if key not in absent}
 
     def wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What the format says is stored, by tensor name."""
+        """The tensors that are stored, by name: those of the format, without masks where every weight is there."""
         found = format.shapes(self.shape, self.values, self.group, self.nnz)
         if self.nnz == self.shape[0] * self.shape[1]:
             del found["masks"]
@@ -177,7 +158,7 @@ class PackedFolder:
                 for source in linear.sources:
                     self.made.setdefault(source, []).append(linear)
             self.experts = self._experts()
-            self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.tensors}
+            self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.wanted()}
             self._check_files()
             self._check_whole(index["weight_map"])
         except (
@@ -216,13 +197,12 @@ class PackedFolder:
             entry.get("index"),
         )
         self._check_expert(made)
-        wanted = made.wanted()
-        for key, (dtype, shape) in wanted.items():
+        for key, (dtype, shape) in made.wanted().items():
             tensor = self.tensors.get(f"{name}.{key}")
             if tensor is None or DTYPES.get(tensor["dtype"]) != dtype or tuple(tensor["shape"]) != shape:
                 found = "nothing" if tensor is None else f"{tensor['dtype']} {tensor['shape']}"
                 raise self._refuse(f"{name}.{key}", f"{found} where {NAMES[dtype]} {list(shape)} belongs")
-        return PackedLinearEntry(**{**made.__dict__, "tensors": tuple(wanted)})
+        return made
 
     def _check_expert(self, entry: PackedLinearEntry) -> None:
         """What the index says of an expert's place has the types, and the numbers, that it needs."""
@@ -353,25 +333,25 @@ class PackedFolder:
                 ends = {n: self.tensors[n]["offset"] + self.tensors[n]["bytes"] for n in names}
                 cut = min((n for n in names if ends[n] > size), key=ends.__getitem__, default=names[0])
                 raise self._refuse(cut, f"{shard} has {size} bytes where {self.shards[shard]} belong")
-            found, _, start = read_header(path)
+            found = tensors_in(path)
             for name in names:
-                self._check_place(name, found.pop(name, None), start, size)
+                self._check_place(name, found.pop(name, None))
             if found:
                 raise self._refuse(next(iter(found)), f"is in {shard} and not in the index")
 
-    def _check_place(self, name: str, found: Mapping[str, Any] | None, start: int, size: int) -> None:
+    def _check_place(self, name: str, found: Entry | None) -> None:
         entry = self.tensors[name]
         if found is None:
             raise self._refuse(name, f"is not in {entry['shard']}")
-        for key in ("dtype", "shape"):
-            if found[key] != entry[key]:
-                raise self._refuse(name, f"has {key} {found[key]} where {entry[key]} belongs")
-        begin, end = found["data_offsets"]
-        elements = torch.Size(entry["shape"]).numel()
-        if entry["bytes"] != elements * DTYPES[entry["dtype"]].itemsize or end - begin != entry["bytes"]:
-            raise self._refuse(name, f"has {end - begin} bytes, its shape needs another number")
-        if start + begin != entry["offset"] or start + end > size:
-            raise self._refuse(name, f"lies at byte {start + begin}, the index says {entry['offset']}")
+        for key, own in ("dtype", found.dtype), ("shape", list(found.shape)), ("offset", found.start):
+            if own != entry[key]:
+                raise self._refuse(name, f"has {key} {own} where {entry[key]} belongs")
+        if (
+            not entry["bytes"]
+            == torch.Size(entry["shape"]).numel() * DTYPES[entry["dtype"]].itemsize
+            == found.bytes
+        ):
+            raise self._refuse(name, f"has {found.bytes} bytes, its shape needs another number")
 
     def verify(self, hashes: bool = True) -> None:
         """Compare the SHA-256 of every tensor with the index, reading the files once."""
@@ -422,18 +402,18 @@ class PackedFolder:
     def read_packed(self, name: str, hashes: bool = True) -> PackedTensor:
         """One packed weight, checked."""
         entry = self.linears[name]
-        tensors = {key: self.read(f"{name}.{key}", hashes) for key in entry.tensors}
+        tensors = {key: self.read(f"{name}.{key}", hashes) for key in entry.wanted()}
         if "masks" not in tensors:
             tensors = {"masks": format.full_masks(entry.shape), **tensors}
         packed = PackedTensor(tensors, entry.shape, entry.values, entry.group)
-        format.check(packed, name)
+        checking.check(packed, name)
         return packed
 
 
 class PackedCheckpoint(Checkpoint):
     """A packed folder read as the dense checkpoint it was made from.
 
-    float kinds come back in their own type, int8 weights as the float32 numbers they stand for.
+    float kinds come back in their own type, integers as the float32 numbers they stand for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -451,9 +431,9 @@ class PackedCheckpoint(Checkpoint):
                     continue
                 self.shapes[key] = tuple(entry["shape"])
                 if key in self.packed.made:
-                    values = self.packed.made[key][0].values
+                    kind = KINDS[self.packed.made[key][0].values]
                     self.files[key] = folder / INDEX
-                    self.dtypes[key] = "F32" if values == "int8" else NAMES[format.DTYPES[values]]
+                    self.dtypes[key] = "F32" if kind.scaled else NAMES[kind.dtype]
                 else:
                     self.files[key] = folder / self.packed.tensors[key]["shard"]
                     self.dtypes[key] = entry["dtype"]

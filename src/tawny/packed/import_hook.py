@@ -1,7 +1,10 @@
 """Tell transformers about packed folders without importing it.
 
-`import tawny` must cost nothing, and packed folders must open through plain transformers whichever is imported first.
-So: when transformers' registry of quantizers is loaded already, register at once; else wait for it to be imported.
+The trick of this file is an import hook. Packed folders must open through plain transformers, whichever is imported
+first. When its registry of quantizers is loaded already, Tawny registers at once; else it waits for that import.
+
+What it buys: 99 % of the time of `import tawny`, and with it of `tawny --help`. Registering at once would import
+transformers (0.27 s against 33 to 42 s with cold files on two busy cores).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ what runs. Buffers keep their own types: `module.to(torch.float16)` changes the 
 
 from __future__ import annotations
 
-__all__ = ["BREAK_EVEN", "DenseLinear", "PackedLinear", "pack_linear", "worth_packing"]
+__all__ = ["DenseLinear", "PackedLinear", "multiply", "pack_linear"]
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,8 @@ from torch.autograd import forward_ad
 
 from tawny.errors import UserError
 from tawny.kernels import native, ops
-from tawny.packed import format
-from tawny.packed.format import PackedTensor, Values
-
-# Sparsity from which a packed matrix-vector product beats our best dense one (benchmarks/kernels.py, batch 1).
-BREAK_EVEN: dict[str, float] = {"bf16": 0.10, "f16": 0.10, "f32": 0.10, "int8": 0.0}
+from tawny.packed import format, operators
+from tawny.packed.format import PackedTensor
 
 _TENSORS = ("masks", "values", "offsets", "scales", "sums")
 
@@ -54,7 +51,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        self.kind: Values = packed.values
+        self.kind = packed.values
         self.group = packed.group
         for name in _TENSORS:
             self.register_buffer(name, packed.tensors.get(name))
@@ -65,9 +62,7 @@ class PackedLinear(nn.Module):
         self._call: ops.Call | None = None
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Module, values: Values = "bf16", group: int | None = None
-    ) -> PackedLinear:
+    def from_linear(cls, linear: nn.Module, values: str = "bf16", group: int | None = None) -> PackedLinear:
         """Pack an `nn.Linear`, or a transformers `Conv1D` (which stores its weight transposed)."""
         W_OI = getattr(linear, "weight", None)
         if not isinstance(W_OI, Tensor) or W_OI.dim() != 2 or isinstance(linear, PackedLinear):
@@ -85,7 +80,7 @@ class PackedLinear(nn.Module):
         cls,
         shape: tuple[int, int],
         nnz: int,
-        values: Values = "bf16",
+        values: str = "bf16",
         group: int | None = None,
         bias: bool = False,
         dtype: torch.dtype | None = None,
@@ -118,10 +113,6 @@ class PackedLinear(nn.Module):
         tensors = {name: t for name in _TENSORS if (t := getattr(self, name)) is not None}
         return PackedTensor(tensors, self.shape, self.kind, self.group)
 
-    def check(self, name: str = "weight") -> None:
-        """Refuse tensors that do not fit together; see `format.check`."""
-        format.check(self.packed, name)
-
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out, in]: bit for bit what was packed, for float kinds and dtype None."""
         return format.unpack(self.packed, dtype)
@@ -134,21 +125,19 @@ class PackedLinear(nn.Module):
                 call = self._prepare()
             if call is not None and (y := call(x, bias)) is not None:
                 return y
-        arguments = (x, *(buffers[name] for name in _TENSORS), bias, self.out_features, self.in_features)
+        weight = self.packed.weight
         if plain:
-            return ops.packed_linear(*arguments)  # type: ignore[arg-type]
+            return ops.packed_linear(x, weight, bias)
         if not torch.compiler.is_compiling() and _transformed():
-            W_OI = torch.ops.tawny.expand(*arguments[1:6], *self.shape, x.dtype)
+            W_OI = operators.expand(weight, x.dtype)
             return nn.functional.linear(x, W_OI, None if bias is None else bias.to(x.dtype))
-        result: Tensor = torch.ops.tawny.packed_linear(*arguments)
-        return result
+        return operators.packed_linear(x, weight, bias)
 
     def _prepare(self) -> ops.Call | None:
-        """Look everything up once; again after a buffer was replaced. Nothing to do for weights that are elsewhere."""
-        self._call = None
-        if self.masks.device.type == "cpu":
-            tensors = (self.masks, self.values, self.offsets, self.scales, self.sums)
-            self._call = ops.Call(tensors, self.out_features, self.in_features)
+        """Look everything up once, and again after a buffer was replaced; None for what no compiled kernel reads."""
+        weight = self.packed.weight
+        compiled = weight.kind.code is not None and weight.masks.device.type == "cpu"
+        self._call = ops.Call(weight) if compiled else None
         return self._call
 
     def prepared(self) -> ops.Call | None:
@@ -206,8 +195,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return ops.dense_linear(x, weight, bias)
     if not torch.compiler.is_compiling() and _transformed():
         return nn.functional.linear(x, weight, bias)
-    result: Tensor = torch.ops.tawny.dense_linear(x, weight, bias)
-    return result
+    return operators.dense_linear(x, weight, bias)
 
 
 class DenseLinear(nn.Module):
@@ -235,11 +223,6 @@ class DenseLinear(nn.Module):
         )
 
 
-def worth_packing(sparsity: float, values: Values = "bf16") -> bool:
-    """True when a linear of this sparsity decodes faster packed than dense in bfloat16, by measurement."""
-    return sparsity >= BREAK_EVEN[values]
-
-
-def pack_linear(linear: nn.Module, values: Values = "bf16", group: int | None = None) -> PackedLinear:
+def pack_linear(linear: nn.Module, values: str = "bf16", group: int | None = None) -> PackedLinear:
     """`PackedLinear.from_linear`, as a function."""
     return PackedLinear.from_linear(linear, values, group)

@@ -1,4 +1,4 @@
-"""`tawny.load`: a transformers model from a dense or a packed folder, the same way for both.
+"""Open a folder, dense or packed, the same way for both: as a transformers model (`tawny.load`), or block by block.
 
 Tensors stay where safetensors maps them: a page of a weight is resident once it is touched, and shared between
 processes that load the same folder. A packed folder is checked before its model is handed out. No model is handed
@@ -7,7 +7,7 @@ out with a weight that no file holds: transformers would fill it with random num
 
 from __future__ import annotations
 
-__all__ = ["load"]
+__all__ = ["load", "open_checkpoint", "open_stack"]
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,33 @@ import torch
 
 from tawny.errors import CheckpointError, ModelError, TawnyError, UserError, first_line
 from tawny.machine import check_device
-from tawny.model.checkpoint import is_packed
+from tawny.model.checkpoint import Checkpoint, is_packed
 from tawny.model.source import resolve
+from tawny.model.stack import Stack
 from tawny.model.tensorfile import natural
-from tawny.packed.folder import PackedFolder
-from tawny.precision import DTYPES
+from tawny.packed.folder import PackedCheckpoint, PackedFolder
+from tawny.precision import DTYPES, native_dtype
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The weights of a folder; those of a packed one come back dense, a tensor at a time."""
+    return PackedCheckpoint(folder) if is_packed(folder) else Checkpoint(folder)
+
+
+def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "cpu") -> Stack:
+    """The checkpoint in `folder` as a stack; only what is outside the blocks is read.
+
+    Raises:
+        ModelError: not a decoder-only model, or a configuration that cannot be used.
+        CheckpointError: files are missing, truncated or do not fit the configuration.
+        MissingFeature: this machine lacks the device.
+    """
+    from tawny.model.skeleton import open_skeleton
+
+    check_device(device)
+    checkpoint = open_checkpoint(folder)
+    dtype = compute or native_dtype()
+    return Stack(open_skeleton(folder, dtype), checkpoint, dtype, device)
 
 
 def load(

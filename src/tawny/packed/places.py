@@ -17,7 +17,7 @@ from tawny.model.linears import Linear
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint holds one expert: in tensors of its own, whose rows follow each other, or at `index` in a common one."""
+    """Where a checkpoint holds one weight: in tensors of its own, whose rows follow each other, or at `index` in a common one."""
 
     sources: list[str]
     rows: tuple[int, ...] | None = None

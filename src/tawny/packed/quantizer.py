@@ -22,8 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tawny.errors import CheckpointError
 from tawny.model.tensorfile import natural
 from tawny.packed import format
-from tawny.packed.experts import PackedExperts, install_experts
+from tawny.packed.checking import check
+from tawny.packed.experts import PackedExperts
 from tawny.packed.folder import INDEX, METHOD, PackedCheckpoint, PackedFolder, PackedLinearEntry
+from tawny.packed.install import ends_of, install_experts, install_head, install_linear, keep_dense
 from tawny.packed.linear import PackedLinear
 
 logger = logging.getLogger(__name__)
@@ -93,9 +95,6 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> Any:
         if not checkpoint_files:
             raise CheckpointError("a packed model is opened from its folder; none was given")
-        # Imported late: transformers is still importing itself when this module is first read.
-        from tawny.packed.model import install_head
-
         self.folder = folder = _fitting(model, Path(checkpoint_files[0]).parent)
         _install_experts(model, folder)
         for name, entry in folder.linears.items():
@@ -115,23 +114,21 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
             # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
             made.weight._is_hf_initialized = True  # type: ignore[attr-defined]
             if entry.embedding is None:
-                model.set_submodule(name, made)
+                install_linear(model, name, made)
                 _untie(model, f"{name}.weight")
             else:
                 install_head(model, name, entry.embedding, made)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from tawny.packed.model import ends_of, keep_dense
-
         assert self.folder is not None
         for name, entry in self.folder.linears.items():
             module = model.get_submodule(name)
-            if "masks" not in entry.tensors:
+            if "masks" not in entry.wanted():
                 module.register_buffer("masks", format.full_masks(entry.shape).to(module.values.device))
         self.folder.verify(hashes=_verify.get())
         for name in self.folder.linears:
-            model.get_submodule(name).check(name)
+            check(model.get_submodule(name).packed, name)
         for name in self.folder.dense:
             keep_dense(model, name)
         outside, _, _ = ends_of(model)
@@ -158,7 +155,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _expect(made: PackedLinear, entry: PackedLinearEntry) -> None:
     """Where every weight is there, transformers must not miss masks that no file holds."""
-    if "masks" not in entry.tensors:
+    if "masks" not in entry.wanted():
         made.register_buffer("masks", made.masks, persistent=False)
 
 

@@ -6,14 +6,14 @@ __all__ = ["PackedWriter"]
 
 import hashlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tawny.model.durable import writing
-from tawny.model.tensorfile import entries, raw, write_tensors
+from tawny.model.output import ShardWriter
+from tawny.model.tensorfile import entries, raw
 from tawny.packed import format
 from tawny.packed.folder import INDEX, METHOD, PackedLinearEntry
 from tawny.packed.format import PackedTensor
@@ -21,27 +21,24 @@ from tawny.packed.format import PackedTensor
 SHARD_BYTES = 256_000_000  # what a writer holds at most beside one block
 
 
-@dataclass
+def _shard_names(count: int) -> list[str]:
+    return [f"packed-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 class PackedWriter:
-    """Collects tensors, writes a shard whenever enough have come, names shards and writes the index at the end."""
+    """Collects tensors and what they are; writes the index at the end."""
 
-    folder: Path
-    limit: int = SHARD_BYTES
-    linears: dict[str, PackedLinearEntry] = field(default_factory=dict)
-    dense: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._pending: dict[str, Tensor] = {}
-        self._bytes = 0
-        self._written: list[Path] = []
-        self._tensors: dict[str, dict[str, Any]] = {}
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.linears: dict[str, PackedLinearEntry] = {}
+        self.dense: list[str] = []
+        self._shards = ShardWriter(folder, limit)
+        self._hashes: dict[str, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._bytes + size > self.limit:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._bytes += size
+        tensor = tensor.contiguous()
+        self._shards.add({name: tensor})
+        self._hashes[name] = hashlib.sha256(raw(tensor)).hexdigest()
 
     def add_packed(self, packed: PackedTensor, entry: PackedLinearEntry) -> int:
         """Returns the bytes it takes."""
@@ -51,50 +48,35 @@ class PackedWriter:
         self.linears[entry.name] = entry
         return sum(int(packed.tensors[key].nbytes) for key in wanted)
 
-    def _flush(self) -> None:
-        path = self.folder / f"packed-{len(self._written) + 1:05d}.safetensors"
-        with writing(path):
-            write_tensors(path, self._pending)
-        places = entries(path)
-        for name, tensor in self._pending.items():
-            place = places[name]
-            self._tensors[name] = {
-                "dtype": place.dtype,
-                "shape": list(place.shape),
-                "shard": path.name,
-                "offset": place.start,
-                "bytes": place.bytes,
-                "sha256": hashlib.sha256(raw(tensor)).hexdigest(),
-            }
-        self._written.append(path)
-        self._pending, self._bytes = {}, 0
-
     def finish(self, source: list[dict[str, str]], source_index: str | None) -> int:
         """Write what is left and the index; returns the bytes of all tensors."""
-        if self._pending or not self._written:
-            self._flush()
-        count = len(self._written)
-        final = {
-            path.name: f"packed-{n:05d}-of-{count:05d}.safetensors" for n, path in enumerate(self._written, 1)
-        }
-        for entry in self._tensors.values():
-            entry["shard"] = final[entry["shard"]]
-        total: int = sum(entry["bytes"] for entry in self._tensors.values())
+        shards = self._shards.close(_shard_names)
+        tensors: dict[str, dict[str, Any]] = {}
+        for shard, names in shards.items():
+            places = entries(self.folder / shard)
+            for name in names:
+                place = places[name]
+                tensors[name] = {
+                    "dtype": place.dtype,
+                    "shape": list(place.shape),
+                    "shard": shard,
+                    "offset": place.start,
+                    "bytes": place.bytes,
+                    "sha256": self._hashes[name],
+                }
         index = {
-            "metadata": {"format": METHOD, "version": format.VERSION, "total_size": total},
-            "weight_map": {name: entry["shard"] for name, entry in self._tensors.items()},
-            "shards": {final[path.name]: path.stat().st_size for path in self._written},
+            "metadata": {"format": METHOD, "version": format.VERSION, "total_size": self._shards.bytes},
+            "weight_map": {name: entry["shard"] for name, entry in tensors.items()},
+            "shards": {shard: (self.folder / shard).stat().st_size for shard in shards},
             "linears": {name: entry.to_dict() for name, entry in self.linears.items()},
             "dense": self.dense,
             "source": source,
             "source_index": source_index,
-            "tensors": self._tensors,
+            "tensors": tensors,
         }
         with writing(self.folder):
-            for path in self._written:
-                path.rename(self.folder / final[path.name])
             # One entry a line: a megabyte of indentation would be a visible share of a small model.
             (self.folder / INDEX).write_text(
                 json.dumps(index, separators=(",", ":")) + "\n", encoding="utf-8"
             )
-        return total
+        return self._shards.bytes

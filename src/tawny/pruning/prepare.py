@@ -18,8 +18,9 @@ from tawny.errors import ModelError, RecipeError
 from tawny.model.checkpoint import is_packed
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.source import resolve
-from tawny.model.stack import Stack, live_stack, open_stack
+from tawny.model.stack import Stack, live_stack
 from tawny.packed.linear import PackedLinear
+from tawny.packed.opening import open_stack
 from tawny.patterns import Pattern, check_pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.progress import Progress

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.model.linears import Linear
+from tawny.packed.kinds import KINDS
 from tawny.recovery.sharding import here
 
 
@@ -118,11 +119,10 @@ class Survivors:
         else:
             made = torch.zeros(shape, device=self.vector.device)
             made.view(-1).index_put_((self.places,), self.vector)
-        if self.values == "int8":
+        if self.values is not None:
             for linear in self.linears:
                 W_OI = linear.view(made)
-                scale_O1 = W_OI.abs().amax(1, keepdim=True) / 127
-                W_OI.copy_((W_OI / scale_O1).nan_to_num(0.0).round().clamp(-127, 127) * scale_O1)
+                W_OI.copy_(KINDS[self.values].rounded(W_OI))
         return made
 
 

@@ -18,8 +18,9 @@ from tawny.machine import peak_memory
 from tawny.model.output import OutputFolder, check_savable
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer, resolve
-from tawny.model.stack import Stack, live_stack, open_stack
+from tawny.model.stack import Stack, live_stack
 from tawny.model.structure import evaluating
+from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
 from tawny.recovery.data import read

@@ -12,6 +12,7 @@ from tawny.model.checkpoint import file_bytes
 from tawny.model.identity import source_identity, tensor_digest, text_identity
 from tawny.model.resumable import WorkFolder
 from tawny.packed.convert import pack, unpack
+from tawny.packed.kinds import kind_of
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
@@ -20,11 +21,11 @@ from tawny.recovery.writing import check_apart, check_place, deliver, is_made, r
 
 
 def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
-    """`recover` for a packed folder. int8 values are trained through their rounding."""
+    """`recover` for a packed folder. Integers are trained through their rounding."""
     settings, progress, overwrite = request.settings, request.progress, request.overwrite
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    if kind["values"] == "int8" and kind.get("group") is None and settings.train == "survivors":
-        settings = replace(settings, values="int8" if settings.method == "distill" else None)
+    if kind_of(kind["values"]).scaled and kind.get("group") is None and settings.train == "survivors":
+        settings = replace(settings, values=kind["values"] if settings.method == "distill" else None)
     work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
     check_apart(out, work, {"model": request.source, "teacher": request.teacher})
     check_not_own_teacher(is_own_teacher(folder, request.teacher))

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tawny.errors import RecipeError
+from tawny.packed.kinds import scaled_kinds
 from tawny.recipe.schema import validated
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
@@ -87,7 +88,7 @@ class Recovery:
     eval_windows: Annotated[int, Field(ge=1)] = 16
     patience: Annotated[int, Field(ge=0)] = 0
     checkpointing: bool = False
-    values: Literal["int8"] | None = None
+    values: str | None = None
     rank: Annotated[int, Field(ge=1)] = 16
     penalty: Positive = 0.01
     interval: Annotated[int, Field(ge=1)] = 32
@@ -111,6 +112,8 @@ class Recovery:
         values = dict(base) if isinstance(base, Mapping) else {} if base is None else dataclasses.asdict(base)
         values.update({key: value for key, value in keys.items() if value is not None})
         made = validated(cls, values, "recovery key")
+        if made.values is not None and made.values not in (names := [kind.name for kind in scaled_kinds()]):
+            raise RecipeError(f"values: {made.values!r} given, expected {' or '.join(map(repr, names))}")
         if made.method == "elsa" and (made.train != "survivors" or made.values):
             raise RecipeError(
                 "method=elsa moves the mask of all weights; it goes with train=survivors and no values"

@@ -1,0 +1,44 @@
+"""Refuse a packed weight whose tensors do not fit together, before any kernel reads it."""
+
+from __future__ import annotations
+
+__all__ = ["check"]
+
+import torch
+
+from tawny.errors import CheckpointError
+from tawny.kernels import native
+from tawny.packed.format import PackedTensor, shapes
+
+
+def check(packed: PackedTensor, name: str = "weight") -> None:
+    """Refuse, by name, a packed weight that could make a kernel read past an array.
+
+    Checks dtypes, shapes, the offsets against the population of every mask, that no bit is set in the padding, and
+    that the scales are finite. It does not know what the values should be: that is a hash's task.
+
+    Raises:
+        CheckpointError: says what does not fit.
+    """
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{name}: {what}; the packed file is damaged or was written by something else")
+
+    offsets = packed.tensors.get("offsets")
+    if offsets is None or offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 2:
+        raise refuse("offsets are not an int64 vector")
+    nnz = int(offsets[-1])
+    if not 0 <= nnz <= packed.shape[0] * packed.shape[1]:
+        raise refuse(f"{nnz} survivors in a weight of shape {packed.shape}")
+    wanted = shapes(packed.shape, packed.values, packed.group, nnz)
+    if wanted.keys() != packed.tensors.keys():
+        raise refuse(f"tensors {sorted(packed.tensors)} where {sorted(wanted)} belong")
+    for key, (dtype, size) in wanted.items():
+        tensor = packed.tensors[key]
+        if tensor.dtype != dtype or tuple(tensor.shape) != size or not tensor.is_contiguous():
+            raise refuse(f"{key} is {tensor.dtype} {tuple(tensor.shape)} where {dtype} {size} belongs")
+    if fault := native.check(packed.tensors["masks"], offsets, *packed.shape, nnz):
+        raise refuse(fault)
+    floats = [packed.tensors[key] for key in ("scales", "sums") if key in wanted]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in floats):
+        raise refuse("scales or sums hold NaN or infinity")

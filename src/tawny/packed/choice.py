@@ -1,0 +1,106 @@
+"""Which weights are packed, and into which kind: decided alike for a folder (convert.py) and a live model (live.py)."""
+
+from __future__ import annotations
+
+__all__ = ["Choice", "LinearForm", "experts_by_parameter", "tell"]
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.model.linears import Linear
+from tawny.packed import format
+from tawny.packed.format import PackedTensor
+from tawny.packed.kinds import kind_of
+from tawny.progress import Progress
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """What became of one weight: `form` is "packed" or "dense", and `why` says why it stayed dense."""
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    form: str
+    bytes: int
+    why: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _sparsity(W: Tensor) -> float:
+    return 1.0 - int(torch.count_nonzero(W)) / W.numel()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kinds that a person asked for; those that do not exist are refused before any work is done.
+
+    Raises:
+        UserError: unknown values or group.
+    """
+
+    values: str
+    group: int | None = None
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        kind_of(self.values, self.group)
+        if self.head is not None:
+            kind_of(self.head)
+
+    def pays(self, sparsity: float) -> bool:
+        """True when a linear of this sparsity decodes faster packed than dense in bfloat16, by measurement."""
+        return sparsity >= kind_of(self.values).break_even
+
+    def pack(self, W_OI: Tensor, sparsity: float) -> PackedTensor:
+        whole = format.cheaper_whole(1 - sparsity, self.values)
+        return format.pack(W_OI, self.values, self.group, whole=whole)
+
+    def pack_linear(self, W_OI: Tensor, name: str) -> tuple[PackedTensor | None, float]:
+        """The packed weight, or None where dense is cheaper; and its share of zeros."""
+        format.check_dtype(W_OI)
+        sparsity = _sparsity(W_OI)
+        with format.naming(name):
+            return self.pack(W_OI, sparsity) if self.pays(sparsity) else None, sparsity
+
+    def sparsities(self, fused: Tensor, experts: Sequence[Linear]) -> tuple[list[float], float]:
+        """Each expert's share of zeros, and the mean, which decides for all experts of a parameter."""
+        format.check_dtype(fused)
+        each = [_sparsity(fused[expert.expert]) for expert in experts]
+        return each, mean(each)
+
+    def pack_expert(self, fused: Tensor, expert: Linear, sparsity: float) -> PackedTensor:
+        with format.naming(expert.name):
+            return self.pack(expert.view(fused), sparsity)
+
+    def pack_head(self, W_OI: Tensor, name: str) -> PackedTensor:
+        """A head is packed whatever its zeros: it is asked for to save bytes, and integers alone do."""
+        assert self.head is not None
+        format.check_dtype(W_OI)
+        with format.naming(name):
+            return Choice(self.head).pack(W_OI, _sparsity(W_OI))
+
+
+def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
+    """The experts among `linears`, by the name of the fused parameter that holds them."""
+    found: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if linear.expert is not None:
+            found.setdefault(linear.key, []).append(linear)
+    return found
+
+
+def tell(progress: Progress, packed: int, dense: int, untouched: int) -> None:
+    progress.say(f"{packed} linears packed, {dense} left dense because their zeros are too few to pay")
+    if untouched:
+        progress.say(
+            f"{untouched} weights stay as they are: their modules do more than multiply, or their file holds them in a "
+            "layout that is not packed"
+        )
