@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import DATA, AsJson, Model, Threads
+from tawny.cli.options import DATA, AsJson, Model, Threads, TrustRemoteCode
 from tawny.cli.root import app
 
 
@@ -40,6 +40,7 @@ def bench(
         ),
     ] = 5,
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure decoding, prefill, memory and file size of MODEL, dense or packed."""

@@ -9,7 +9,7 @@ import typer
 
 from tawny.cli.common import check_file, console_for
 from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
-from tawny.cli.options import OUTPUT, AsJson, Device, Threads
+from tawny.cli.options import OUTPUT, AsJson, Device, Threads, TrustRemoteCode
 from tawny.cli.root import app
 from tawny.machine import check_device
 
@@ -72,6 +72,7 @@ def compare(
             "--html", metavar="FILE", help="Also write a self-contained .html page.", rich_help_panel=OUTPUT
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Put models side by side: size, memory, quality and speed, each against the first."""

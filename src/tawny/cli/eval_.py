@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, AsJson, Device, Model
+from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode
 from tawny.cli.root import app
 from tawny.machine import check_device
 
@@ -132,6 +132,7 @@ def eval_(
     ] = False,
     compute: Compute = "auto",
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of MODEL on a text, its distance from a dense model there, and its zero-shot accuracy."""

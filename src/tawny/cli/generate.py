@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import RECIPE, AsJson, Model, Threads
+from tawny.cli.options import RECIPE, AsJson, Model, Threads, TrustRemoteCode
 from tawny.cli.root import app
 
 
@@ -64,6 +64,7 @@ def generate(
         ),
     ] = True,
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue PROMPT: the text on stdout as it comes, then tokens a second and memory on stderr."""

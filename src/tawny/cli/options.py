@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
+from tawny.model.trust import trusting
+
 if TYPE_CHECKING:
     from tawny.packed.format import Values
 
@@ -138,6 +140,22 @@ AsJson = Annotated[
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a finished folder.", rich_help_panel=OUTPUT)
+]
+
+
+def _trust(context: typer.Context, asked_for: bool) -> bool:
+    context.with_resource(trusting(asked_for))  # until the verb ends
+    return asked_for
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let code that lies in a model's folder run; it is refused otherwise.",
+        callback=_trust,
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 

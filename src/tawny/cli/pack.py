@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, packed_values
+from tawny.cli.options import (
+    OUTPUT,
+    RECIPE,
+    AsJson,
+    Model,
+    Overwrite,
+    TrustRemoteCode,
+    folder_named,
+    packed_values,
+)
 from tawny.cli.root import app
 
 
@@ -55,6 +64,7 @@ def pack(
         ),
     ],
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Pack MODEL: a bit mask and the surviving values instead of matrices full of zeros."""

@@ -17,6 +17,7 @@ from tawny.cli.options import (
     SeqLen,
     SolverName,
     Sparsity,
+    TrustRemoteCode,
 )
 from tawny.cli.root import RecipeCommand, app
 
@@ -41,6 +42,7 @@ def plan(
     seqlen: SeqLen = None,
     device: Device = None,
     memory: Memory = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what the same `tawny prune` would do, and what it would take, without doing it."""

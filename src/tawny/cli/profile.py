@@ -20,6 +20,7 @@ from tawny.cli.options import (
     Samples,
     Seed,
     SeqLen,
+    TrustRemoteCode,
 )
 from tawny.cli.root import RecipeCommand, app
 
@@ -74,6 +75,7 @@ def profile(
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Also draw it, as .png or .svg.", rich_help_panel=OUTPUT),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""

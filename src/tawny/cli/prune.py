@@ -26,6 +26,7 @@ from tawny.cli.options import (
     SeqLen,
     SolverName,
     Sparsity,
+    TrustRemoteCode,
     folder_named,
     packed_values,
 )
@@ -99,6 +100,7 @@ def prune(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, TrustRemoteCode, folder_named
 from tawny.cli.root import app
 from tawny.machine import check_device
 
@@ -129,6 +129,7 @@ def recover(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""

@@ -31,6 +31,7 @@ from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.streams import holds_integers
 from tawny.model.structure import evaluating
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
 
@@ -102,13 +103,14 @@ def _threads(count: int | None) -> Iterator[int]:
 
 def _prepare(folder: Path) -> None:
     """Import what opening the model will import, so that memory measured afterwards is the model's."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
+    from tawny.model.skeleton import read_config
+
     logging.disable_progress_bar()  # it would run through the text
     with contextlib.suppress(Exception):  # whatever is wrong with the folder, opening it says so better
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(read_config(folder))]
 
 
 def _open(folder: Path) -> Any:
@@ -128,6 +130,7 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 # --- generate --------------------------------------------------------------------------------------------
 
 
+@opens_models
 def generate(
     model: str | Path | nn.Module,
     prompt: str | Tensor,
@@ -141,6 +144,7 @@ def generate(
     threads: int | None = None,
     on_text: Callable[[str], None] | None = None,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Generation:
     """Continue a prompt.
 
@@ -155,6 +159,7 @@ def generate(
         tokenizer: needed for a live model and a text.
         threads: torch's threads meanwhile.
         on_text: called with each piece of text as it comes.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         ModelError, CheckpointError: no model there.
@@ -360,6 +365,7 @@ _MOST = 10_000_000
 _UNTIMED = 1  # token decoded before the timed ones in each round: it finds out which path is taken
 
 
+@opens_models
 def bench(
     source: str | Path | nn.Module,
     *,
@@ -370,6 +376,7 @@ def bench(
     seed: int = 0,
     quick: bool | None = None,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Speed:
     """Tokens a second of a model on this machine, decoding one sequence of random tokens.
 
@@ -382,6 +389,7 @@ def bench(
         rounds: measured rounds; medians are over them.
         threads: torch's threads meanwhile.
         quick: False decodes with the model's own forward only.
+        trust_remote_code: let code that lies in a model's folder run.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("tokens", tokens), ("rounds", rounds)):
         if not 1 <= value <= _MOST:

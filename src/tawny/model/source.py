@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, one_line
+from tawny.model.trust import refusing_code, trusted
 
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
@@ -97,7 +98,7 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
 
     say(f"fetching {repo} from the hub")
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(repo, allow_patterns=[*_WANTED, *(["*.py"] if trusted() else [])]))
     except HFValidationError as error:
         raise ModelError(f"{repo!r} is neither a folder here nor a valid hub id") from error
     except LocalEntryNotFoundError as error:
@@ -183,12 +184,12 @@ def _write_converted(path: Path, folder: Path) -> None:
         reader = GGUFReader(str(path))
         if (split := reader.fields.get("split.count")) is not None and int(split.contents()) > 1:
             raise _split(path, int(split.contents()))
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
     except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
         raise CheckpointError(f"{path} cannot be opened as a GGUF model: {error}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's converter fails at, before the long part
         raise CheckpointError(
             f"{path} holds a tokenizer that transformers cannot read ({one_line(error)}); give a safetensors folder of the model"
@@ -247,11 +248,13 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         CheckpointError: the folder has none.
+        ModelError: it needs code of its own.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        with refusing_code(folder):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = first_line(error)
         raise CheckpointError(

@@ -28,6 +28,7 @@ from tawny.model.output import ALLOCATION, OutputFolder
 from tawny.model.source import resolve
 from tawny.model.structure import find_stack
 from tawny.model.tensorfile import DTYPES, raw
+from tawny.model.trust import opens_models
 from tawny.packed import format
 from tawny.packed.folder import (
     INDEX,
@@ -252,6 +253,7 @@ class _Packing:
         self.done.update(sources)
 
 
+@opens_models
 def pack(
     source: str | Path,
     out: str | Path,
@@ -261,6 +263,7 @@ def pack(
     *,
     overwrite: bool = False,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> PackReport:
     """Pack a checkpoint: masks and survivors instead of matrices with zeros.
 
@@ -272,6 +275,7 @@ def pack(
         head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it.
         overwrite: replace an existing `out`.
         progress: told how far the work is.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         UserError: unknown values or group, or the model has no linear head.

@@ -20,6 +20,7 @@ from tawny.model.linears import check_selection, select
 from tawny.model.output import SHARD_BYTES
 from tawny.model.source import resolve
 from tawny.model.stack import Stack, open_stack
+from tawny.model.trust import opens_models
 from tawny.patterns import check_pattern
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
@@ -86,15 +87,20 @@ def _time(work: Any) -> float:
     return time.perf_counter() - start
 
 
+@opens_models
 def plan(
     source: str | Path,
     *,
     recipe: Recipe | None = None,
     memory: str | int | None = None,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> Plan:
     """What `prune` would do with the same arguments.
+
+    Args:
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         UserError: as `prune` would, for everything that can be known without work.

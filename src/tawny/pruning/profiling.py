@@ -28,6 +28,7 @@ from tawny.errors import NumericalError, RecipeError, TawnyError
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
+from tawny.model.trust import opens_models
 from tawny.patterns import NM, Pattern
 from tawny.progress import Progress, silent
 from tawny.pruning.journal import Journal
@@ -265,6 +266,7 @@ def block_sparsities(allocation: Mapping[str, float], profile: Profile) -> list[
     ]
 
 
+@opens_models
 def profile(
     source: str | Path | nn.Module,
     *,
@@ -274,6 +276,7 @@ def profile(
     progress: Progress = silent,
     tokenizer: Any = None,
     calibration: Any = None,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> ProfileReport:
     """Measure the layerwise outlier distribution (LOD) of a model, dense or pruned.
@@ -285,6 +288,7 @@ def profile(
         allocators: names whose sparsities are given; the recipe's own with its options, others with their defaults.
             Empty: OWL for every M.
         calibration: tokens `[samples, tokens]`, or the name or path of a text.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         UserError: something asked for cannot be done.

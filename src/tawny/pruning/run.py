@@ -39,6 +39,7 @@ from tawny.model.source import load_tokenizer, resolve, revision_of
 from tawny.model.stack import Stack, live_stack, open_stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
+from tawny.model.trust import opens_models
 from tawny.patterns import Pattern, check_pattern
 from tawny.precision import DTYPES
 from tawny.progress import Progress, silent
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from tawny.calibration.text import Text
 
 
+@opens_models
 def prune(
     source: str | Path | nn.Module,
     out: str | Path | None = None,
@@ -75,6 +77,7 @@ def prune(
     memory: str | int | None = None,
     tokenizer: Any = None,
     calibration: Tensor | tuple[Tensor, Tensor] | Samples | str | None = None,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> Record:
     """Prune a model to a target sparsity.
@@ -93,6 +96,7 @@ def prune(
         tokenizer: for a live module calibrated on text.
         calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, taken as they are, or the name or path of a
             text, whose samples begin with BOS as `calibration.bos` says.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Returns:
         The record that `run.json` holds.

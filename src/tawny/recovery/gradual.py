@@ -17,6 +17,7 @@ from typing import Any
 
 from tawny.errors import RecipeError
 from tawny.model.source import resolve
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.run import prune
 from tawny.recipe.schema import Recipe, resolve_recipe
@@ -34,6 +35,7 @@ def shares(count: int) -> list[float]:
     return [(index + 1) / whole for index in range(count)]
 
 
+@opens_models
 def recover_gradually(
     source: str | Path,
     teacher: str | Path,
@@ -44,6 +46,7 @@ def recover_gradually(
     settings: Recovery | Mapping[str, Any] | None = None,
     progress: Progress = silent,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> RecoveryRecord:
     """Prune `source` to each of `sparsities` in turn and recover it after each.
 
@@ -53,6 +56,7 @@ def recover_gradually(
         settings: how to train; `tokens` and `minutes` are those of all steps together.
         overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
             this same one, which goes on.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Returns:
         The record of the last recovery; `stages` sums up all of them.

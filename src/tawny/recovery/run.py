@@ -27,6 +27,7 @@ from tawny.model.output import OutputFolder, check_savable
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack, open_stack
 from tawny.model.structure import evaluating
+from tawny.model.trust import opens_models
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
 from tawny.recovery.data import read
@@ -55,6 +56,7 @@ _SHELVED = (
 )
 
 
+@opens_models
 def recover(
     source: str | Path | nn.Module,
     teacher: str | Path | nn.Module | None = None,
@@ -66,6 +68,7 @@ def recover(
     tokenizer: Any = None,
     text: Tensor | str | Path | None = None,
     held_out: Tensor | None = None,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> RecoveryRecord:
     """Train what pruning left, on a text and against the dense model, with every zero staying zero.
@@ -81,6 +84,7 @@ def recover(
         tokenizer: for a live module and a text.
         text: name or path of a text, or tokens `[windows, seqlen]`.
         held_out: tokens `[windows, seqlen]` to measure on, instead of a part of the text.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         UserError: something asked for cannot be done; one line says what can.
