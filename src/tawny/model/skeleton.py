@@ -21,6 +21,8 @@ from tawny.model.trust import refusing_code, trusted
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+MOST_BLOCKS = 1000  # several times those of the deepest model
+
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
@@ -84,7 +86,18 @@ def read_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with using_config(folder):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trusted())
+        return possible(AutoConfig.from_pretrained(folder, trust_remote_code=trusted()))
+
+
+def possible(config: PretrainedConfig) -> PretrainedConfig:
+    """The same configuration, unless building its blocks would seem never to end.
+
+    Raises:
+        ModelError: it names more blocks than any model has.
+    """
+    count = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(count, int) and count > MOST_BLOCKS:
+        raise ModelError(f"the configuration names {count} blocks; expected at most {MOST_BLOCKS}")
     return config
 
 

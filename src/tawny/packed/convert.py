@@ -302,10 +302,6 @@ def pack(
             work.block(index)
             progress.step(f"{work.path}.{index}")
         work.ends()
-        headers = [{"file": path.name, "header": read_header(path)[1]} for path in files]
-        index_file = folder / _DENSE_INDEX
-        # Decoded from bytes: reading it as text would change its line ends.
-        total = writer.finish(headers, index_file.read_bytes().decode() if index_file.is_file() else None)
         output.carry(folder)
         output.carry_named(folder, _ALSO_CARRIED)
         method = {
@@ -317,6 +313,10 @@ def pack(
             "linears": {"packed": len(writer.linears), "dense": sum(x.form == "dense" for x in work.linears)},
         }
         _config(output, folder, method)
+        headers = [{"file": path.name, "header": read_header(path)[1]} for path in files]
+        index_file = folder / _DENSE_INDEX
+        # Decoded from bytes: reading it as text would change its line ends.
+        total = writer.finish(headers, index_file.read_bytes().decode() if index_file.is_file() else None)
         _card(output, folder, _NOTE.format(values=values))
         kinds = {"values": values, "group": group, "head": head}
         _record(output, folder, {**kinds, "bytes": total, "source_bytes": work.source_bytes}, total)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 __all__ = ["INDEX", "METHOD", "PackedCheckpoint", "PackedFolder", "PackedLinearEntry"]
 
+import functools
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from tawny.model.checkpoint import Checkpoint
 from tawny.model.tensorfile import DTYPES, NAMES
 from tawny.packed import format
 from tawny.packed.format import PackedTensor, Values
+
+logger = logging.getLogger(__name__)
 
 METHOD = "tawny"  # quant_method in config.json
 INDEX = "packed.safetensors.index.json"
@@ -141,6 +145,11 @@ class PackedLinearEntry:
         return found
 
 
+@functools.cache  # a folder is opened more than once by one call
+def _say_changed(path: Path, found: str) -> None:
+    logger.warning("%s is not the one that was packed: the model may compute other numbers", path)
+
+
 class PackedFolder:
     """An open packed folder: its index has been compared with its files.
 
@@ -180,6 +189,7 @@ class PackedFolder:
             self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.tensors}
             self._check_files()
             self._check_whole(index["weight_map"])
+            self._compare_config(index.get("config_sha256"))
         except (
             KeyError,
             TypeError,
@@ -187,11 +197,21 @@ class PackedFolder:
             AttributeError,
             IndexError,
             RecursionError,
+            OSError,
             UserError,
         ) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged ({error!r}); pack the model again") from error
+
+    def _compare_config(self, packed: str | None) -> None:
+        """A changed config.json is the user's right, and gives other numbers. Folders of old know no hash of it."""
+        if not isinstance(packed, str | None):
+            raise ValueError(f"config_sha256 is {packed!r}")
+        path = self.folder / "config.json"
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if packed not in (None, found):
+            _say_changed(path, found)
 
     @property
     def bytes(self) -> int:

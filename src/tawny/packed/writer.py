@@ -70,7 +70,10 @@ class PackedWriter:
         self._pending, self._bytes = {}, 0
 
     def finish(self, source: list[dict[str, str]], source_index: str | None) -> int:
-        """Write what is left and the index; returns the bytes of all tensors."""
+        """Write what is left and the index; returns the bytes of all tensors.
+
+        `config.json` lies in the folder already: the index knows its hash.
+        """
         if self._pending or not self._written:
             self._flush()
         count = len(self._written)
@@ -89,6 +92,7 @@ class PackedWriter:
             "source": source,
             "source_index": source_index,
             "tensors": self._tensors,
+            "config_sha256": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest(),
         }
         with writing(self.folder):
             for path in self._written:
