@@ -51,7 +51,10 @@ def install(wheel: Path, env: Path, borrow: bool) -> None:
     if borrow:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         # Files named *.pth are read in the environment's own folder alone: an editable Tawny stays out of it.
-        known = [sysconfig.get_path("purelib"), *(path for path in sys.path if path.endswith("site-packages"))]
+        known = [
+            sysconfig.get_path("purelib"),
+            *(path for path in sys.path if path.endswith("site-packages")),
+        ]
         (env / "lib" / version / "site-packages" / "borrowed.pth").write_text("\n".join(dict.fromkeys(known)))
     subprocess.run(
         [*PIP, "--python", str(python), "install", *(["--no-deps"] if borrow else []), str(wheel)], check=True
