@@ -77,7 +77,7 @@ def use(place: Path, pure: bool) -> None:
         sys.exit(f"tawny was imported from {home}, which is not the new environment")
     kernels = json.loads(run("tawny", "doctor", "--json"))["kernels"]
     print(f"kernels: {kernels}")
-    if not pure and not kernels["available"]:
+    if not pure and kernels["missing_because"]:
         sys.exit("the wheel is for this platform, and its kernels cannot be used")
     run("tawny", "prune", "tiny", "--out", "pruned", "-s", "0.5", "-a", "uniform", "-m", "magnitude")
     run("tawny", "pack", "pruned", "--out", "packed", "--values", "bf16")

@@ -262,7 +262,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with refusing_code(folder):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except TawnyError:
+        raise
+    except Exception as error:  # it reads config.json, too, where anything may be wrong
         reason = first_line(error)
         raise CheckpointError(
             f"{folder} has no usable tokenizer ({reason}); copy the tokenizer files of the model there"
