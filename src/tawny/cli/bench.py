@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import DATA, AsJson, Model, Threads, option
+from tawny.cli.options import DATA, AsJson, Model, Threads, TrustRemoteCode, option
 from tawny.cli.root import app
 from tawny.words import size
 
@@ -24,6 +24,7 @@ def bench(
     tokens: Annotated[int, option("--tokens N", "Tokens decoded in a round.", DATA, min=1)] = 32,
     rounds: Annotated[int, option("--rounds N", "Measured rounds, after one to warm up.", DATA, min=1)] = 5,
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure decoding, prefill, memory and file size of MODEL, dense or packed."""

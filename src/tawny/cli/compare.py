@@ -11,7 +11,7 @@ import typer
 from tawny.cli.common import check_file, console_for
 from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
 from tawny.cli.frames import Frame, Marked, facts
-from tawny.cli.options import OUTPUT, AsJson, Device, Threads, option
+from tawny.cli.options import OUTPUT, AsJson, Device, Threads, TrustRemoteCode, option
 from tawny.cli.root import app
 from tawny.machine import check_device
 from tawny.words import duration
@@ -51,6 +51,7 @@ def compare(
     html: Annotated[
         Path | None, option("--html FILE", "Also write a self-contained .html page.", OUTPUT)
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Put models side by side: size, memory, quality and speed, each against the first."""

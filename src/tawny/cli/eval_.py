@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import OUTPUT, AsJson, Device, Model, option
+from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode, option
 from tawny.cli.root import app
 from tawny.machine import check_device
 from tawny.words import SHARES, duration, kl_text, perplexity_text, score_text, share_text, size
@@ -100,6 +100,7 @@ def eval_(
     no_cache: Annotated[bool, option("--no-cache", "Ask again what was asked before.", TASKS)] = False,
     compute: Compute = "auto",
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of MODEL on a text, its distance from a dense model there, and its zero-shot accuracy."""

@@ -10,7 +10,7 @@ import typer
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts
-from tawny.cli.options import RECIPE, AsJson, Model, Threads, option
+from tawny.cli.options import RECIPE, AsJson, Model, Threads, TrustRemoteCode, option
 from tawny.cli.root import app
 from tawny.words import duration, size
 
@@ -39,6 +39,7 @@ def generate(
         option("--chat/--no-chat", "Put the prompt into the model's chat template, if it has one.", RECIPE),
     ] = True,
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue PROMPT: the text on stdout as it comes, then tokens a second and memory on stderr."""

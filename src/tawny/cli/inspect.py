@@ -7,7 +7,7 @@ from typing import Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import AsJson, Model
+from tawny.cli.options import AsJson, Model, TrustRemoteCode
 from tawny.cli.root import app
 from tawny.words import percent, size
 
@@ -18,7 +18,7 @@ from tawny.words import percent, size
     "  tawny inspect smollm2\n"
     "  tawny inspect pruned --json | jq '.sparsity'"
 )
-def inspect(model: Model, as_json: AsJson = False) -> None:
+def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False) -> None:
     """Show what a checkpoint really holds, linear by linear: zeros, n:m patterns, ties."""
     with console_for(as_json) as console:
         import tawny

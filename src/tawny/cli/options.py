@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tawny.errors import UserError, nearest
+from tawny.model.trust import trusting
 from tawny.packed.kinds import KINDS, names_of
 
 # Panels of `--help`.
@@ -54,6 +55,22 @@ Memory = Annotated[
 ]
 AsJson = Annotated[bool, option("--json", "Print one JSON document on stdout.", OUTPUT)]
 Overwrite = Annotated[bool, option("--overwrite", "Replace a finished folder.", OUTPUT)]
+
+
+def _trust(context: typer.Context, asked_for: bool) -> bool:
+    context.with_resource(trusting(asked_for))  # until the verb ends
+    return asked_for
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let code that lies in a model's folder run; it is refused otherwise.",
+        callback=_trust,
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 def folder_named(text: str) -> Path:

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, Overwrite, folder_named, option, packed_values
+from tawny.cli.options import (
+    OUTPUT,
+    RECIPE,
+    AsJson,
+    Model,
+    Overwrite,
+    TrustRemoteCode,
+    folder_named,
+    option,
+    packed_values,
+)
 from tawny.cli.root import app
 from tawny.packed.kinds import KINDS
 from tawny.words import duration, percent, size
@@ -49,6 +59,7 @@ def pack(
     ] = None,
     out: Annotated[Path, option("--out DIR", "Folder to write.", OUTPUT, parser=folder_named)],
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Pack MODEL: a bit mask and the surviving values instead of matrices full of zeros."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, parts
-from tawny.cli.options import AsJson, Device, Memory, Model
+from tawny.cli.options import AsJson, Device, Memory, Model, TrustRemoteCode
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.words import duration, percent, size
@@ -24,6 +24,7 @@ def plan(
     given: Given,
     device: Device = None,
     memory: Memory = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what the same `tawny prune` would do, and what it would take, without doing it."""

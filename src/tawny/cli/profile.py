@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tawny.cli.common import check_file, console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, option
+from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, TrustRemoteCode, option
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import bar, duration, percent
 
@@ -48,6 +48,7 @@ def profile(
     seed: Annotated[int | None, option("--seed N", "Chooses the windows. Default: 0.", DATA)] = None,
     device: Device = None,
     plot: Annotated[Path | None, option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT)] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, Shown, facts, parts, table
-from tawny.cli.options import OUTPUT, AsJson, Device, Memory, Model, folder_named, option, packed_values
+from tawny.cli.options import (
+    OUTPUT,
+    AsJson,
+    Device,
+    Memory,
+    Model,
+    TrustRemoteCode,
+    folder_named,
+    option,
+    packed_values,
+)
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.packed.kinds import KINDS, names_of
@@ -60,6 +70,7 @@ def prune(
             OUTPUT,
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""

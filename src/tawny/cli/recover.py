@@ -10,7 +10,16 @@ import typer
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, parts, table
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, RecipeFile, folder_named, option
+from tawny.cli.options import (
+    OUTPUT,
+    RECIPE,
+    AsJson,
+    Device,
+    RecipeFile,
+    TrustRemoteCode,
+    folder_named,
+    option,
+)
 from tawny.cli.root import app
 from tawny.machine import check_device
 from tawny.packed.kinds import names_of, scaled_kinds
@@ -94,6 +103,7 @@ def recover(
     overwrite: Annotated[
         bool, option("--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT)
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Shown, facts, parts, table
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, Memory, Model, option
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, Memory, Model, TrustRemoteCode, option
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import duration, percent, size
 
@@ -42,6 +42,7 @@ def search(
     overwrite: Annotated[
         bool, option("--overwrite", "Replace a finished file; start an unfinished search over.", OUTPUT)
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Try allocations on MODEL and write the best one, for `tawny prune -a FILE`. Uniform wins ties.

@@ -18,6 +18,7 @@ from tawny.decoding.stream import Continuation
 from tawny.decoding.text import Prompt, Tokenizer, decode
 from tawny.kernels.native import kernel_name
 from tawny.machine import peak_memory
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
 
@@ -48,6 +49,7 @@ class Generation:
         return asdict(self)
 
 
+@opens_models
 def generate(
     model: str | Path | nn.Module,
     prompt: Prompt,
@@ -61,6 +63,7 @@ def generate(
     threads: int | None = None,
     on_text: Callable[[str], None] | None = None,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Generation:
     """Continue a prompt to the end; arguments and errors are those of `tawny.stream`.
 

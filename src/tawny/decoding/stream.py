@@ -32,6 +32,7 @@ from tawny.decoding.sampling import Sampler
 from tawny.decoding.text import Prompt, TextPieces, Tokenizer, check_prompt, end_tokens, tokens_of
 from tawny.errors import RecipeError, TextError
 from tawny.model.source import load_tokenizer, resolve
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
 _RESERVE = 1024  # tokens a text has memory for at first; few texts are as long as they may be
@@ -117,6 +118,7 @@ class Continuation:
             yield
 
 
+@opens_models
 def stream(
     model: str | Path | nn.Module,
     prompt: Prompt,
@@ -129,6 +131,7 @@ def stream(
     tokenizer: Tokenizer | None = None,
     threads: int | None = None,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Generator[Piece, None, None]:
     """Continue a prompt, piece by piece.
 
@@ -142,6 +145,7 @@ def stream(
         chat: put a text into the model's chat template; None does so when it has one. Messages always need it.
         tokenizer: needed for a live model and a text.
         threads: torch's threads during a step.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         ModelError, CheckpointError: no model there, or no chat template.

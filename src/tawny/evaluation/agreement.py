@@ -39,6 +39,7 @@ from tawny.evaluation.sources import open_stack_of
 from tawny.model.source import load_tokenizer
 from tawny.model.stack import Stack
 from tawny.model.structure import evaluating
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
 
@@ -73,6 +74,7 @@ class Agreement:
 
 
 @torch.no_grad()
+@opens_models
 def agreement(
     source: str | Path | nn.Module,
     dense: str | Path | nn.Module,
@@ -86,8 +88,12 @@ def agreement(
     compute: str = "auto",
     device: str = "cpu",
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Agreement:
     """Compare a model with its dense one on a text; arguments are those of `tawny.evaluate`.
+
+    Args:
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         ModelError: tokenizers or vocabularies differ, so that tokens are not the same events.

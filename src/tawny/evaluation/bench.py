@@ -24,6 +24,7 @@ from tawny.errors import RecipeError
 from tawny.kernels.native import kernel_name
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
+from tawny.model.trust import opens_models
 from tawny.packed.linear import PackedLinear
 from tawny.progress import Progress, silent
 
@@ -58,6 +59,7 @@ _MOST = 10_000_000
 _UNTIMED = 1  # token decoded before the timed ones in each round: it finds out which path is taken
 
 
+@opens_models
 def bench(
     source: str | Path | nn.Module,
     *,
@@ -68,6 +70,7 @@ def bench(
     seed: int = 0,
     quick: bool | None = None,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Speed:
     """Tokens a second of a model on this machine, decoding one sequence of random tokens.
 
@@ -80,6 +83,7 @@ def bench(
         rounds: measured rounds; medians are over them.
         threads: torch's threads meanwhile.
         quick: False decodes with the model's own forward only.
+        trust_remote_code: let code that lies in a model's folder run.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("tokens", tokens), ("rounds", rounds)):
         if not 1 <= value <= _MOST:

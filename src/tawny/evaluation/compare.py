@@ -31,6 +31,7 @@ from tawny.errors import ModelError, TawnyError
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
+from tawny.model.trust import opens_models, trusted, trusting
 from tawny.progress import Progress, silent
 
 MOST_WINDOWS = 20  # where nobody says how many: enough for a standard error, few enough to wait for
@@ -55,6 +56,7 @@ class Comparison:
         return asdict(self)
 
 
+@opens_models
 def compare(
     sources: Sequence[str | Path],
     *,
@@ -73,6 +75,7 @@ def compare(
     device: str = "cpu",
     cache: bool = True,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Measure models side by side.
 
@@ -84,6 +87,7 @@ def compare(
         tasks: as for `evaluate_tasks`; none if None.
         speed: also prefill and decoding speed.
         rounds, prompt_tokens: as for `bench`.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         ModelError: no model, one that is there twice, or none that could be opened.
@@ -121,7 +125,8 @@ def compare(
     for name, called in zip(named, short_names(named), strict=True):
         progress.say(f"measuring {called} ({len(models) + 1} of {len(named)})")
         against = named[0] if models else None
-        row = _in_a_process({"source": name, "against": against, "setting": setting}, progress)
+        job = {"source": name, "against": against, "setting": setting, "trusted": trusted()}
+        row = _in_a_process(job, progress)
         models.append({"source": name, "name": called, **row})
         for part, message in row["errors"].items():
             progress.say(f"{called}: no {part}: {message}")
@@ -335,7 +340,8 @@ def main() -> None:
         torch.set_num_threads(job["setting"]["threads"])
     progress = _Telling(out)
     try:
-        progress.row(measure(job["source"], job["against"], job["setting"], progress))
+        with trusting(job["trusted"]):
+            progress.row(measure(job["source"], job["against"], job["setting"], progress))
     except (KeyboardInterrupt, BrokenPipeError):  # the parent has stopped, and says so
         sys.exit(1)
 

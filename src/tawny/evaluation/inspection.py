@@ -12,6 +12,7 @@ from torch import Tensor
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
 from tawny.model.stack import Stack
+from tawny.model.trust import opens_models
 from tawny.packed.opening import open_stack
 from tawny.patterns import matches
 from tawny.progress import Progress, silent
@@ -79,8 +80,14 @@ def tied(weight_OI: Tensor) -> int:
 
 
 @torch.no_grad()
-def inspect(source: str | Path, *, progress: Progress = silent) -> Inspection:
+@opens_models
+def inspect(
+    source: str | Path, *, progress: Progress = silent, trust_remote_code: bool = False
+) -> Inspection:
     """Read every prunable linear of a checkpoint and count.
+
+    Args:
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         ModelError: not a decoder.

@@ -36,6 +36,7 @@ from tawny.model.source import load_tokenizer
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
 # Logits are [tokens, vocabulary] in float32; so many tokens at once keep them near 100 MB for a large vocabulary.
@@ -247,6 +248,7 @@ def summarise(windows: Windows, losses: Tensor, compute: str, seconds: float) ->
     )
 
 
+@opens_models
 def evaluate(
     source: str | Path | nn.Module,
     text: str | Tensor = "wikitext2",
@@ -259,6 +261,7 @@ def evaluate(
     compute: str = "auto",
     device: str = "cpu",
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> Perplexity:
     """Perplexity of a model on a text.
 
@@ -273,6 +276,7 @@ def evaluate(
         tokenizer: needed for a live module and a text.
         compute: dtype of forwards: auto, float32, bfloat16 or float16.
         progress: told how far the work is.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         TextError: the text does not hold one window, or not as many as asked for.

@@ -39,6 +39,7 @@ from tawny.evaluation.language_model import ask, language_model
 from tawny.evaluation.sources import compute_dtype, fingerprint
 from tawny.evaluation.task_config import MEANING, PRESETS, find_manager, find_sources, load_task, quiet
 from tawny.model.source import cache_folder, resolve
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
 _CACHE_FORMAT = 1
@@ -125,6 +126,7 @@ def check_tasks(tasks: str | Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
+@opens_models
 def evaluate_tasks(
     source: str | Path | nn.Module,
     tasks: str | Sequence[str] = "owl7",
@@ -137,6 +139,7 @@ def evaluate_tasks(
     batch_tokens: int | None = None,
     cache: bool = True,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> TaskResults:
     """Accuracy of a model on lm-eval tasks.
 
@@ -150,6 +153,7 @@ def evaluate_tasks(
         batch_tokens: most tokens (padding included) in one forward; chosen by memory if None.
         cache: keep and reuse results; never for a live model, which has no files to know it by.
         progress: told how far the work is.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         MissingFeature: lm-eval is not installed.

@@ -16,9 +16,12 @@ from torch import nn
 
 from tawny.errors import ModelError, TawnyError, one_line
 from tawny.model.checkpoint import is_packed
+from tawny.model.trust import refusing_code, trusted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+MOST_BLOCKS = 1000  # several times those of the deepest model
 
 
 @contextlib.contextmanager
@@ -49,16 +52,20 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     what = f"model type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{what} is an encoder-decoder; expected a decoder-only causal language model")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    native = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    own_code = own_code and (trusted() or not native)
+    if not native and not own_code:
         raise ModelError(
             f"{what} has no causal language model in transformers; expected a decoder-only model"
         )
-    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
     known = {cls.__name__ for cls in (made if isinstance(made, tuple) else (made,))}
     named = list(getattr(config, "architectures", None) or [])
     # An encoder such as BERT has a causal class too, but its checkpoints name a masked one.
     if (
         named
+        and not own_code
         and not known & set(named)
         and not any("CausalLM" in n or "LMHead" in n or n.endswith("Model") for n in named)
     ):
@@ -66,8 +73,50 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             f"{what} with architecture {named[0]!r} is not a causal decoder; expected one of {sorted(known)}"
         )
     with _parameters_on_meta(), initialization.no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted())
     return model.eval()
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """What `config.json` in `folder` says, as transformers reads it.
+
+    Raises:
+        ModelError: it cannot be read, or needs code of its own.
+    """
+    from transformers import AutoConfig
+
+    with using_config(folder):
+        return possible(AutoConfig.from_pretrained(folder, trust_remote_code=trusted()))
+
+
+def possible(config: PretrainedConfig) -> PretrainedConfig:
+    """The same configuration, unless building its blocks would seem never to end.
+
+    Raises:
+        ModelError: it names more blocks than any model has.
+    """
+    count = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(count, int) and count > MOST_BLOCKS:
+        raise ModelError(f"the configuration names {count} blocks; expected at most {MOST_BLOCKS}")
+    return config
+
+
+@contextlib.contextmanager
+def using_config(folder: Path) -> Iterator[None]:
+    """Say in one line what is wrong with `config.json`: a wrong value fails wherever a model happens to use it.
+
+    Raises:
+        ModelError: it cannot be used, or needs code of its own.
+    """
+    try:
+        with refusing_code(folder):
+            yield
+    except TawnyError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{folder}/config.json cannot be used: {one_line(error)}; correct it, or fetch it again"
+        ) from error
 
 
 def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -76,19 +125,11 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ModelError: it describes no decoder-only causal language model, a quantised one, or one that cannot be built.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
+    with using_config(folder):
         if is_packed(folder):
             del config.quantization_config  # its weights are read unpacked
         if getattr(config, "quantization_config", None):
             method = dict(config.quantization_config).get("quant_method", "an unknown method")
             raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")
         return build_skeleton(config, dtype)
-    except TawnyError:
-        raise
-    except Exception as error:  # a wrong value fails wherever a model happens to use it
-        raise ModelError(
-            f"{folder}/config.json cannot be used: {one_line(error)}; correct it, or fetch it again"
-        ) from error

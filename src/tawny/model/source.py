@@ -6,17 +6,19 @@ folder; a hub id is fetched into the hub's own cache. The source itself is never
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, one_line
+from tawny.errors import CheckpointError, MissingFeature, ModelError, TawnyError, first_line, one_line
+from tawny.model.trust import refusing_code, trusted
 
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
@@ -97,7 +99,7 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
 
     say(f"fetching {repo} from the hub")
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(repo, allow_patterns=[*_WANTED, *(["*.py"] if trusted() else [])]))
     except HFValidationError as error:
         raise ModelError(f"{repo!r} is neither a folder here nor a valid hub id") from error
     except LocalEntryNotFoundError as error:
@@ -168,6 +170,19 @@ def _key(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Say in one line what a damaged file makes of its readers, which were written for whole ones."""
+    try:
+        yield
+    except TawnyError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{what} ({one_line(error)}); fetch it again, or give a safetensors folder"
+        ) from error
+
+
 def _write_converted(path: Path, folder: Path) -> None:
     import numpy as np
     import torch
@@ -177,24 +192,19 @@ def _write_converted(path: Path, folder: Path) -> None:
 
     from tawny.model.checkpoint import Checkpoint
     from tawny.model.output import ShardWriter
-    from tawny.model.skeleton import build_skeleton
+    from tawny.model.skeleton import build_skeleton, possible
 
-    try:
+    with _refusing(f"{path} cannot be opened as a GGUF model"):
         reader = GGUFReader(str(path))
         if (split := reader.fields.get("split.count")) is not None and int(split.contents()) > 1:
             raise _split(path, int(split.contents()))
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
-    except (ValueError, OSError, KeyError, IndexError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} cannot be opened as a GGUF model: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # whatever a tokenizer's converter fails at, before the long part
-        raise CheckpointError(
-            f"{path} holds a tokenizer that transformers cannot read ({one_line(error)}); give a safetensors folder of the model"
-        ) from error
+    with _refusing(f"{path} holds a tokenizer that transformers cannot read"):  # before the long part
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
-    model = build_skeleton(config, torch.bfloat16)
+    with _refusing(f"{path} describes a model that cannot be built"):
+        model = build_skeleton(possible(config), torch.bfloat16)
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     processor = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)(
         config=parsed["config"]
@@ -204,15 +214,13 @@ def _write_converted(path: Path, folder: Path) -> None:
     parsed["tensors"] = {}
     writer = ShardWriter(folder)
     for tensor in reader.tensors:
-        try:
+        with _refusing(f"{path} cannot be converted: tensor {tensor.name!r}"):
             result = processor.process(
                 weights=dequantize(tensor.data, tensor.tensor_type),
                 name=tensor.name,
                 tensor_key_mapping=names,
                 parsed_parameters=parsed,
             )
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise CheckpointError(f"{path} cannot be converted: tensor {tensor.name!r}: {error!r}") from error
         if result.name in names:
             writer.add({names[result.name]: torch.from_numpy(np.array(result.weights)).to(torch.bfloat16)})
     writer.add({name: value.to(torch.bfloat16) for name, value in parsed["tensors"].items()})
@@ -247,12 +255,16 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         CheckpointError: the folder has none.
+        ModelError: it needs code of its own.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with refusing_code(folder):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
+    except TawnyError:
+        raise
+    except Exception as error:  # it reads config.json, too, where anything may be wrong
         reason = first_line(error)
         raise CheckpointError(
             f"{folder} has no usable tokenizer ({reason}); copy the tokenizer files of the model there"

@@ -27,6 +27,7 @@ from tawny.model.output import ALLOCATION, OutputFolder
 from tawny.model.source import resolve
 from tawny.model.structure import find_stack
 from tawny.model.tensorfile import DTYPES, raw
+from tawny.model.trust import opens_models
 from tawny.packed import format
 from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, tell
 from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
@@ -229,6 +230,7 @@ class _Packing:
         self.done.update(sources)
 
 
+@opens_models
 def pack(
     source: str | Path,
     out: str | Path,
@@ -238,6 +240,7 @@ def pack(
     *,
     overwrite: bool = False,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> PackReport:
     """Pack a checkpoint: masks and survivors instead of matrices with zeros.
 
@@ -249,6 +252,7 @@ def pack(
         head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it.
         overwrite: replace an existing `out`.
         progress: told how far the work is.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         UserError: unknown values or group, or the model has no linear head.
@@ -275,10 +279,6 @@ def pack(
             work.block(index)
             progress.step(f"{work.path}.{index}")
         work.ends()
-        headers = [{"file": path.name, "header": header_of(path)} for path in files]
-        index_file = folder / _DENSE_INDEX
-        # Decoded from bytes: reading it as text would change its line ends.
-        total = writer.finish(headers, index_file.read_bytes().decode() if index_file.is_file() else None)
         output.carry(folder)
         output.carry_named(folder, _ALSO_CARRIED)
         method = {
@@ -288,6 +288,10 @@ def pack(
             "linears": {"packed": len(writer.linears), "dense": sum(x.form == "dense" for x in work.linears)},
         }
         _config(output, folder, method)
+        headers = [{"file": path.name, "header": header_of(path)} for path in files]
+        index_file = folder / _DENSE_INDEX
+        # Decoded from bytes: reading it as text would change its line ends.
+        total = writer.finish(headers, index_file.read_bytes().decode() if index_file.is_file() else None)
         _card(output, folder, _NOTE.format(values=values))
         _record(output, folder, {**asdict(choice), "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]

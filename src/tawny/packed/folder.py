@@ -10,8 +10,10 @@ from __future__ import annotations
 
 __all__ = ["INDEX", "METHOD", "PackedCheckpoint", "PackedFolder", "PackedLinearEntry"]
 
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ from tawny.model.tensorfile import entries as tensors_in
 from tawny.packed import checking, format
 from tawny.packed.format import PackedTensor
 from tawny.packed.kinds import KINDS
+
+logger = logging.getLogger(__name__)
 
 _FIELDS = {"dtype", "shape", "shard", "offset", "bytes", "sha256"}  # of a tensor in the index
 
@@ -122,6 +126,11 @@ class PackedLinearEntry:
         return found
 
 
+@functools.cache  # a folder is opened more than once by one call
+def _say_changed(path: Path, found: str) -> None:
+    logger.warning("%s is not the one that was packed: the model may compute other numbers", path)
+
+
 class PackedFolder:
     """An open packed folder: its index has been compared with its files.
 
@@ -161,6 +170,7 @@ class PackedFolder:
             self.packed_names = {f"{e.name}.{key}" for e in self.linears.values() for key in e.wanted()}
             self._check_files()
             self._check_whole(index["weight_map"])
+            self._compare_config(index.get("config_sha256"))
         except (
             KeyError,
             TypeError,
@@ -168,11 +178,21 @@ class PackedFolder:
             AttributeError,
             IndexError,
             RecursionError,
+            OSError,
             UserError,
         ) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged ({error!r}); pack the model again") from error
+
+    def _compare_config(self, packed: str | None) -> None:
+        """A changed config.json is the user's right, and gives other numbers. Folders of old know no hash of it."""
+        if not isinstance(packed, str | None):
+            raise ValueError(f"config_sha256 is {packed!r}")
+        path = self.folder / "config.json"
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if packed not in (None, found):
+            _say_changed(path, found)
 
     @property
     def bytes(self) -> int:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from tawny.errors import CheckpointError, ModelError, TawnyError, UserError, first_line
+from tawny.errors import CheckpointError, ModelError, TawnyError, UserError, one_line
 from tawny.machine import check_device
 from tawny.model.checkpoint import Checkpoint, is_packed
 from tawny.model.source import resolve
 from tawny.model.stack import Stack
 from tawny.model.tensorfile import natural
+from tawny.model.trust import opens_models, refusing_code, trusted
 from tawny.packed.folder import PackedCheckpoint, PackedFolder
 from tawny.precision import DTYPES, native_dtype
 
@@ -45,12 +46,14 @@ def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "
     return Stack(open_skeleton(folder, dtype), checkpoint, dtype, device)
 
 
+@opens_models
 def load(
     source: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Any:
     """A transformers model in eval mode from a dense or packed folder, hub id, `.gguf` file or `smollm2`.
 
@@ -58,6 +61,7 @@ def load(
         dtype: type of everything that is not packed, and of activations; the checkpoint's own if None.
         verify: False skips the hashes of a packed folder; its shapes, offsets and masks are checked always.
         device: where the model goes.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         CheckpointError: a packed folder is damaged, or weights of the model are in no file: names the tensor.
@@ -73,19 +77,25 @@ def load(
     check_device(device)
     folder = resolve(source)
     packed = is_packed(folder)
+    from tawny.model.skeleton import read_config
     from tawny.packed.quantizer import verification
 
     if packed:
         PackedFolder(folder)  # names what is wrong with an index that transformers would stumble over
+    read_config(folder)
     try:
-        with verification(hashes=verify):
+        with verification(hashes=verify), refusing_code(folder):
             model, found = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=trusted(),
             )
     except TawnyError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = first_line(error)
+    except Exception as error:  # a wrong value fails wherever a model happens to use it
+        reason = one_line(error)
         kind = CheckpointError if packed else ModelError
         raise kind(f"{source} cannot be opened: {reason}") from error
     if absent := sorted(found["missing_keys"], key=natural):

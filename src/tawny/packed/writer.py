@@ -49,7 +49,10 @@ class PackedWriter:
         return sum(int(packed.tensors[key].nbytes) for key in wanted)
 
     def finish(self, source: list[dict[str, str]], source_index: str | None) -> int:
-        """Write what is left and the index; returns the bytes of all tensors."""
+        """Write what is left and the index; returns the bytes of all tensors.
+
+        `config.json` lies in the folder already: the index knows its hash.
+        """
         shards = self._shards.close(_shard_names)
         tensors: dict[str, dict[str, Any]] = {}
         for shard, names in shards.items():
@@ -73,6 +76,7 @@ class PackedWriter:
             "source": source,
             "source_index": source_index,
             "tensors": tensors,
+            "config_sha256": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest(),
         }
         with writing(self.folder):
             # One entry a line: a megabyte of indentation would be a visible share of a small model.

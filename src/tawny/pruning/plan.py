@@ -18,6 +18,7 @@ from tawny.calibration.context import check_context
 from tawny.calibration.text import NAMED_TEXTS, load_text
 from tawny.model.output import SHARD_BYTES
 from tawny.model.stack import Stack
+from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, available, parse_size, place, sharing_inputs
@@ -81,15 +82,20 @@ def _time(work: Any) -> float:
     return time.perf_counter() - start
 
 
+@opens_models
 def plan(
     source: str | Path,
     *,
     recipe: Recipe | None = None,
     memory: str | int | None = None,
     progress: Progress = silent,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> Plan:
     """What `prune` would do with the same arguments.
+
+    Args:
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         UserError: as `prune` would, for everything that can be known without work.

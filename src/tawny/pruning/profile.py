@@ -17,6 +17,7 @@ from tawny.allocation.joint import Joint, Survey
 from tawny.allocation.owl import Owl
 from tawny.allocation.profile import Allocator, Profile
 from tawny.errors import RecipeError
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.profiling import allocate, block_sparsities, profile_walk
 from tawny.pruning.session import Purpose, open_session, text_or_tokens
@@ -55,6 +56,7 @@ class ProfileReport:
         return plain
 
 
+@opens_models
 def profile(
     source: str | Path | nn.Module,
     *,
@@ -64,6 +66,7 @@ def profile(
     progress: Progress = silent,
     tokenizer: Any = None,
     calibration: Any = None,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> ProfileReport:
     """Measure the layerwise outlier distribution (LOD) of a model, dense or pruned.
@@ -75,6 +78,7 @@ def profile(
         allocators: names whose sparsities are given; the recipe's own with its options, others with their defaults.
             Empty: OWL for every M.
         calibration: tokens `[samples, tokens]`, or the name or path of a text.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         UserError: something asked for cannot be done.

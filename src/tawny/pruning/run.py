@@ -21,6 +21,7 @@ from tawny.allocation.profile import Allocation
 from tawny.errors import RecipeError
 from tawny.machine import peak_memory
 from tawny.model.streams import Samples, Stream
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.prepare import demand_of
 from tawny.pruning.profiling import allocate, profile_walk
@@ -35,6 +36,7 @@ from tawny.record import LinearRecord, Record, weight_files
 WALK = "prune"  # what the journal calls it
 
 
+@opens_models
 def prune(
     source: str | Path | nn.Module,
     out: str | Path | None = None,
@@ -45,6 +47,7 @@ def prune(
     memory: str | int | None = None,
     tokenizer: Any = None,
     calibration: Tensor | tuple[Tensor, Tensor] | Samples | str | None = None,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> Record:
     """Prune a model to a target sparsity.
@@ -63,6 +66,7 @@ def prune(
         tokenizer: for a live module calibrated on text.
         calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, taken as they are, or the name or path of a
             text, whose samples begin with BOS as `calibration.bos` says.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Returns:
         The record that `run.json` holds.

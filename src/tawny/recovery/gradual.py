@@ -19,6 +19,7 @@ from tawny.errors import RecipeError
 from tawny.model.identity import source_identity, text_identity
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import resolve
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.run import prune
 from tawny.recipe.merge import resolve_recipe
@@ -36,6 +37,7 @@ def shares(count: int) -> list[float]:
     return [(index + 1) / whole for index in range(count)]
 
 
+@opens_models
 def recover_gradually(
     source: str | Path,
     teacher: str | Path,
@@ -46,6 +48,7 @@ def recover_gradually(
     settings: Recovery | Mapping[str, Any] | None = None,
     progress: Progress = silent,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> RecoveryRecord:
     """Prune `source` to each of `sparsities` in turn and recover it after each.
 
@@ -55,6 +58,7 @@ def recover_gradually(
         settings: how to train; `tokens` and `minutes` are those of all steps together.
         overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
             this same one, which goes on.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Returns:
         The record of the last recovery; `stages` sums up all of them.

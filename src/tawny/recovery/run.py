@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tawny.errors import TextError
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
+from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.packed import recover_packed
@@ -28,6 +29,7 @@ from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
 
 
+@opens_models
 def recover(
     source: str | Path | nn.Module,
     teacher: str | Path | nn.Module | None = None,
@@ -39,6 +41,7 @@ def recover(
     tokenizer: Any = None,
     text: Tensor | str | Path | None = None,
     held_out: Tensor | None = None,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> RecoveryRecord:
     """Train what pruning left, on a text and against the dense model, with every zero staying zero.
@@ -54,6 +57,7 @@ def recover(
         tokenizer: for a live module and a text.
         text: name or path of a text, or tokens `[windows, seqlen]`.
         held_out: tokens `[windows, seqlen]` to measure on, instead of a part of the text.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         UserError: something asked for cannot be done; one line says what can.

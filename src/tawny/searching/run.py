@@ -37,6 +37,7 @@ from tawny.errors import NumericalError, RecipeError, TextError
 from tawny.machine import peak_memory
 from tawny.model import durable
 from tawny.model.streams import Samples, repeated_tokens
+from tawny.model.trust import opens_models
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load
@@ -108,6 +109,7 @@ class Found:
         return asdict(self)
 
 
+@opens_models
 def search(
     source: str | Path | nn.Module,
     out: str | Path | None = None,
@@ -119,6 +121,7 @@ def search(
     memory: str | int | None = None,
     tokenizer: Any = None,
     calibration: Any = None,
+    trust_remote_code: bool = False,
     **keys: Any,
 ) -> Found:
     """Find the allocation under which pruning by `recipe` stays nearest to the dense model on held-out text.
@@ -132,6 +135,7 @@ def search(
         recipe: of the pruning that the allocation is for. Its allocator is what is searched, and nothing is refined.
         settings: how to search; `keys` override single entries of both (`sparsity=0.6`, `**{"search.trials": 40}`).
         calibration: tokens `[samples, tokens]`, or the name or path of a text. Of tokens some are held out.
+        trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
         TextError: nothing is left of the text to compare models on.
