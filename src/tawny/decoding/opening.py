@@ -49,13 +49,14 @@ def open_model(source: Path | nn.Module) -> Opened:
 
 def _import_code(folder: Path) -> None:
     """Import what opening the model will import, so that memory measured afterwards is the model's."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
+    from tawny.model.skeleton import read_config
+
     logging.disable_progress_bar()  # it would run through the text
     with contextlib.suppress(Exception):  # whatever is wrong with the folder, opening it says so better
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(read_config(folder))]
 
 
 @contextlib.contextmanager
