@@ -247,7 +247,7 @@ def pack(
     Args:
         source: folder or hub id of a (pruned) checkpoint.
         out: folder to write.
-        values: kind of the survivors, such as bf16 or int8; packed/kinds.py lists them.
+        values: kind of the survivors, such as bf16 or int8; `tawny pack --help` lists them.
         group: with int8, 128 for a scale each 128 columns; None for one a row.
         head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it.
         overwrite: replace an existing `out`.
