@@ -208,7 +208,9 @@ def test_the_callback_keeps_zeros_in_a_trainer(tmp_path):
     assert not torch.equal(start, model.model.norm.weight)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # which peft asks for
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft asks for it
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_lora_merges_into_exactly_the_model_that_was_trained(family):
     peft = pytest.importorskip("peft")

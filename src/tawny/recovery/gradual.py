@@ -101,17 +101,19 @@ def recover_gradually(
         processes.once(begin)
         with work.unless_empty():
             here = folder
-            for number, share in enumerate(shares(len(sparsities))):
+            for number, (recipe, share) in enumerate(zip(recipes, shares(len(recipes)), strict=True)):
                 pruned, recovered = work.path / f"{number}-pruned", work.path / f"{number}-recovered"
-                progress.say(f"step {number + 1} of {len(sparsities)}: {sparsities[number]:.0%}")
+                progress.say(f"step {number + 1} of {len(recipes)}: {recipe.sparsity:.0%}")
                 part = dataclasses.replace(
                     chosen,
                     tokens=max(1, round(chosen.tokens * share)),
                     minutes=None if chosen.minutes is None else chosen.minutes * share,
                 )
-                _prune_and_recover(
-                    processes, here, teacher, pruned, recovered, recipes[number], part, progress
-                )
+                if processes.same(not pruned.exists() and not recovered.exists()):
+                    prune(here, pruned, recipe=recipe, progress=progress)
+                if processes.same(not recovered.exists()):
+                    recover(pruned, teacher, recovered, settings=part, progress=progress)
+                processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
                 record = RecoveryRecord.read(recovered / "recover.json")
                 kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
                 stages.append({key: getattr(record, key) for key in kept})
@@ -126,21 +128,3 @@ def recover_gradually(
 
         processes.once(end)
     return record
-
-
-def _prune_and_recover(
-    processes: Processes,
-    source: Path,
-    teacher: str | Path,
-    pruned: Path,
-    recovered: Path,
-    recipe: Recipe,
-    settings: Recovery,
-    progress: Progress,
-) -> None:
-    """One step, or what is left of it; afterwards there is `recovered` alone."""
-    if processes.same(not pruned.exists() and not recovered.exists()):
-        prune(source, pruned, recipe=recipe, progress=progress)
-    if processes.same(not recovered.exists()):
-        recover(pruned, teacher, recovered, settings=settings, progress=progress)
-    processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))

@@ -12,6 +12,9 @@ from typing import Any
 
 from tawny.progress import Progress
 from tawny.record import finite
+from tawny.report.html import NAME
+from tawny.report.pages import or_say
+from tawny.report.recovery import write_recovery
 
 
 @dataclass
@@ -74,8 +77,4 @@ class RecoveryRecord:
 
 def draw(record: RecoveryRecord, folder: Path, progress: Progress) -> None:
     """The page, when everything is known."""
-    from tawny.report.html import NAME
-    from tawny.report.pages import or_say
-    from tawny.report.recovery import write_recovery
-
     or_say(folder / NAME, lambda: write_recovery(record.to_dict(), folder), progress)

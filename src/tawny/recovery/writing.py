@@ -40,6 +40,7 @@ from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
+from tawny.report.card import CARD, front_matter, model_card, packed_note, recovery_words
 
 _OUTSIDE = "outside"
 _RUN = "run.json"
@@ -74,12 +75,10 @@ def check_apart(out: Path, work: WorkFolder, models: Mapping[str, str | Path | n
     """
     places = [named(out), unfinished(out), work.path]
     for what, model in models.items():
-        if model is None or isinstance(model, nn.Module):
-            continue
-        given = Path(str(model)).expanduser()
-        # A .gguf file is spared as much as the folder that was made of it.
-        for read in [given, resolve(model)] if given.exists() else [resolve(model)]:
-            spare(places, read, what)
+        if model is not None and not isinstance(model, nn.Module):
+            spare(places, resolve(model), what)
+            if (given := Path(model).expanduser()).exists():  # a .gguf file, which a folder was made of
+                spare(places, given, what)
 
 
 def check_place(out: Path, overwrite: bool, source: Path) -> None:
@@ -173,8 +172,6 @@ def card(record: RecoveryRecord, folder: Path | None, made: Path) -> str:
     Where the source's is as Tawny made it, it is made again from the `run.json` in `made`, so that no hash in it is of the
     weights before. What a person wrote is kept, with a section about the recovery behind it.
     """
-    from tawny.report.card import CARD, front_matter, model_card
-
     if folder is None or not (folder / CARD).is_file():
         return _section(record)
     # As `tawny prune` reads it: one wrong byte in a text is no reason to lose a training.
@@ -187,8 +184,6 @@ def card(record: RecoveryRecord, folder: Path | None, made: Path) -> str:
 
 def is_made(folder: Path) -> bool:
     """Whether a folder's card is the one that Tawny makes from its `run.json`, and no person's."""
-    from tawny.report.card import CARD, front_matter, model_card
-
     run = _run_of(folder)
     if run is None or not (folder / CARD).is_file():
         return False
@@ -200,8 +195,6 @@ def is_made(folder: Path) -> bool:
 
 def _body(text: str) -> list[str]:
     """A card's lines but for its metadata and what packing and unpacking change without making the card again."""
-    from tawny.report.card import packed_note
-
     text = text.partition("\n---\n")[2] if text.startswith("---\n") else text
     if note := packed_note(text):
         text = text.replace(note, "")
@@ -210,8 +203,6 @@ def _body(text: str) -> list[str]:
 
 
 def _section(record: RecoveryRecord) -> str:
-    from tawny.report.card import recovery_words
-
     how = "Trained while its mask moved" if record.settings["method"] == "elsa" else "Trained behind its mask"
     return (
         f"## Recovered\n\n{recovery_words(record.to_dict(), how)}\n\n"
@@ -250,8 +241,6 @@ def retell(
         source: what was pruned, where `run.json` has a name of the way there.
         base: folder whose card has the metadata that the new one inherits; None leaves the card as it is.
     """
-    from tawny.report.card import CARD, front_matter, model_card, packed_note
-
     _put(folder / "recover.json", record.to_json())
     run = _run_of(folder)
     if run is not None:
