@@ -26,7 +26,7 @@ help:
 	@echo "make replay BASE=…    run the same jobs through the commit BASE and this tree: same bytes, same numbers (minutes)"
 	@echo "make fuzz N=1000     so many damages of each kind of file: the same result or one line"
 	@echo "make wheel     build a wheel, install it in a new environment and prune with it"
-	@echo "make lint      format check, lint and types;  make format  repairs what it can"
+	@echo "make lint      format check, lint, types and the order of the rooms;  make format  repairs what it can"
 	@echo "make bench TEXT=…    the benchmarks behind the numbers of README and docs (many hours)"
 	@echo "make docs      the generated pages, tables and pictures; then every link is checked"
 	@echo "make clean     remove what was built here, .venv included"
@@ -80,6 +80,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --strict
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

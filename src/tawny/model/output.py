@@ -28,8 +28,6 @@ SHARD_BYTES = 2_000_000_000
 # Everything that is not weights travels with the model, except what describes weights of another format.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
 _NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json"}
-# What a search leaves beside the weights.
-ALLOCATION = ("allocation.yaml", "allocation.png", "allocation.svg")
 # What a folder may hold that a run may throw away.
 _OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
 

@@ -23,7 +23,7 @@ from tawny.errors import CheckpointError, UserError
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
-from tawny.model.output import ALLOCATION, OutputFolder
+from tawny.model.output import OutputFolder
 from tawny.model.source import resolve
 from tawny.model.structure import find_stack
 from tawny.model.tensorfile import DTYPES, raw
@@ -41,7 +41,7 @@ from tawny.record import weight_files
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.
-_ALSO_CARRIED = (*ALLOCATION, "recipe.yaml", "recover.json", "README.md", "report.html")
+_ALSO_CARRIED = ("recipe.yaml", "recover.json", "README.md", "report.html")
 _NOTE = (
     "<!-- packed -->\n\n> **Packed by Tawny** ({values}): `pip install tawny`, then `import tawny` before "
     "`AutoModelForCausalLM.from_pretrained`, or `tawny.load`. Plain transformers cannot open it; "

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.output import ALLOCATION, OutputFolder, spare, unfinished
+from tawny.model.output import OutputFolder, spare, unfinished
 from tawny.model.resumable import JOURNAL, WorkFolder, named
 from tawny.model.source import resolve
 from tawny.record import finite, weight_files
@@ -149,7 +149,7 @@ def write(
     output.write_block(_OUTSIDE, outside)
     size = output.assemble(output.plan_shards([_OUTSIDE, *names]))
     output.carry(folder)
-    output.carry_named(folder, (_RUN, "recipe.yaml", *ALLOCATION))
+    output.carry_named(folder, (_RUN, "recipe.yaml"))
     return size
 
 
