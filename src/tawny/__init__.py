@@ -63,7 +63,7 @@ _HOMES = {
     "Comparison": "tawny.evaluation.compare",
     "agreement": "tawny.evaluation.agreement",
     "Found": "tawny.searching.run",
-    "Generation": "tawny.decoding.generation",
+    "Generation": "tawny.decoding.stream",
     "Inspection": "tawny.evaluation.inspection",
     "Perplexity": "tawny.evaluation.perplexity",
     "Piece": "tawny.decoding.stream",
@@ -82,7 +82,7 @@ _HOMES = {
     "compare": "tawny.evaluation.compare",
     "evaluate": "tawny.evaluation.perplexity",
     "evaluate_tasks": "tawny.evaluation.tasks",
-    "generate": "tawny.decoding.generation",
+    "generate": "tawny.decoding.stream",
     "inspect": "tawny.evaluation.inspection",
     "keep_sparsity": "tawny.recovery.zeros",
     "load_recipe": "tawny.recipe.files",
@@ -103,8 +103,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
-    from tawny.decoding.generation import Generation, generate
-    from tawny.decoding.stream import Piece, stream
+    from tawny.decoding.stream import Generation, Piece, generate, stream
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.agreement import Agreement, agreement
     from tawny.evaluation.bench import Speed, bench
