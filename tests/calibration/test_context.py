@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tawny
 from tawny.calibration.context import check_context, context_of, hard_context_of
@@ -26,20 +27,17 @@ def test_only_a_table_of_positions_ends_a_context(family):
         assert tawny.evaluate(model, beyond).tokens == 199
 
 
-def test_a_table_that_the_model_makes_itself_ends_it_too():
-    from transformers import AutoModelForCausalLM, GPTJConfig
+def of(family, **sizes):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=256, **sizes))
 
-    config = GPTJConfig(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
-    model = AutoModelForCausalLM.from_config(config)
+
+def test_a_table_that_the_model_makes_itself_ends_it_too():
+    model = of("gptj", n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
     assert context_of(model) == hard_context_of(model) == 64
 
 
 def test_a_table_that_is_made_in_every_forward_ends_it_too():
-    from transformers import AutoModelForCausalLM, MptConfig
-
-    model = AutoModelForCausalLM.from_config(
-        MptConfig(vocab_size=256, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
-    )
+    model = of("mpt", d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
     assert context_of(model) == hard_context_of(model) == 64
     keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "wanda"}
     with pytest.raises(RecipeError, match="context of 64; give --seqlen 64"):
@@ -57,7 +55,5 @@ def test_widths_that_happen_to_be_the_context_are_no_table():
 
 
 def test_a_model_without_weights_in_memory_can_be_asked():
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         assert hard_context_of(AutoModelForCausalLM.from_config(tiny_config("gpt2"))) == 128

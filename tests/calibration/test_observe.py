@@ -37,13 +37,10 @@ def test_hessians_are_those_of_inputs_recorded_in_the_models_own_forward(family)
     stack = live_stack(model)
     ids = tokens()
     index = 1
-    recorded: dict[str, list[torch.Tensor]] = {}
-    linears = [linear for linear in stack.linears(index) if linear.expert is None]
+    recorded = {linear: [] for linear in stack.linears(index) if linear.expert is None}
     handles = [
-        linear.module.register_forward_pre_hook(
-            lambda m, args, name=linear.name: recorded.setdefault(name, []).append(args[0].detach())
-        )
-        for linear in linears
+        linear.module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].detach()))
+        for linear, seen in recorded.items()
     ]
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -52,8 +49,8 @@ def test_hessians_are_those_of_inputs_recorded_in_the_models_own_forward(family)
     stream = Stream(stack, Samples(ids), chunk_tokens=ids.shape[1])
     stream.advance(0)
     seen = observe(stream, index, stack.linears(index), "hessian")
-    for linear in linears:
-        x = torch.cat([part.reshape(-1, part.shape[-1]) for part in recorded[linear.name]])
+    for linear, parts in recorded.items():
+        x = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
         made = seen.statistics[linear.name]
         assert made.tokens == ids.numel() == x.shape[0]
         torch.testing.assert_close(made.hessian, x.T @ x, rtol=1e-3, atol=1e-3)
@@ -230,13 +227,18 @@ def test_observing_while_advancing_gives_the_plain_output():
     assert all(torch.equal(a, b) for a, b in zip(plain.hidden, watched.hidden, strict=True))
 
 
+def hessian(x):
+    """Statistics of tokens that come in chunks."""
+    accumulator = Accumulator(x.shape[1], "hessian")
+    for part in x.split(77):
+        accumulator.add(part)
+    return accumulator.finish()
+
+
 @pytest.mark.parametrize("width", [7, 1024, 1500])
 def test_a_hessian_from_chunks_and_panels_is_the_plain_product(width):
     x = torch.randn(300, width)
-    accumulator = Accumulator(width, "hessian")
-    for part in x.split(77):
-        accumulator.add(part)
-    made = accumulator.finish()
+    made = hessian(x)
     torch.testing.assert_close(made.hessian, x.T @ x, rtol=1e-3, atol=1e-3)
     assert torch.equal(made.hessian, made.hessian.T) and made.tokens == 300
     torch.testing.assert_close(made.squared_norms, x.double().square().sum(0), rtol=1e-4, atol=1e-3)
@@ -267,9 +269,6 @@ def test_a_hessian_too_wide_for_float64_is_the_same_in_float32(monkeypatch):
     made = []
     for width in (8192, 0):
         monkeypatch.setattr(statistics, "EXACT_WIDTH", width)
-        accumulator = Accumulator(1100, "hessian")
-        for part in x.split(70):
-            accumulator.add(part)
-        made.append(accumulator.finish().hessian)
+        made.append(hessian(x).hessian)
     torch.testing.assert_close(*made, rtol=1e-4, atol=1e-3)
     assert statistics.hessian_bytes(1100) == 4 * 1100**2

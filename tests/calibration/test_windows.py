@@ -17,44 +17,32 @@ from tawny.errors import RecipeError, TextError
 
 
 class Letters:
-    """A tokenizer of letters that puts a special token in front, as Gemma's does."""
+    """A tokenizer of letters that may know BOS, and may put it in front, as Gemma's does."""
 
-    calls = 0
-
-    bos_token_id = 1
+    def __init__(self, bos=1, begins=True):
+        self.bos_token_id, self.begins, self.calls = bos, begins, 0
 
     def __call__(self, text, return_attention_mask, verbose, add_special_tokens=True):
         assert not verbose, "a corpus longer than the context is no reason for a warning"
-        Letters.calls += 1
-        return {"input_ids": [*[1] * add_special_tokens, *map(ord, text)]}
-
-
-class Bare(Letters):
-    """One that knows BOS and leaves it to others, as many do."""
-
-    def __call__(self, text, return_attention_mask, verbose, add_special_tokens=True):
-        return {"input_ids": [*map(ord, text)]}
-
-
-class Without(Bare):
-    bos_token_id = None
+        self.calls += 1
+        return {"input_ids": [*[1] * (self.begins and add_special_tokens), *map(ord, text)]}
 
 
 def test_a_text_is_tokenised_once_whole_with_its_special_tokens(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
-    before = Letters.calls
-    text = tokenise(load_text(tmp_path / "a.txt"), Letters(), bos=False)
+    letters = Letters()
+    text = tokenise(load_text(tmp_path / "a.txt"), letters, bos=False)
     assert text.ids.tolist() == [1, 97, 98, 99] and text.ids.dtype == torch.int64 and text.bos is None
-    assert text.name == f"text {str(tmp_path / 'a.txt')!r}" and Letters.calls == before + 1
+    assert text.name == f"text {str(tmp_path / 'a.txt')!r}" and letters.calls == 1
 
 
 def test_windows_begin_as_the_tokenizer_begins_a_text_unless_told_otherwise():
-    kinds = (Letters(), Bare(), Without())
+    kinds = (Letters(), Letters(begins=False), Letters(None, begins=False))
     assert [tokenise("abc", each).bos for each in kinds] == [1, None, None]
     assert [tokenise("abc", each, False).bos for each in kinds] == [None] * 3
     assert [tokenise("abc", each, True).bos for each in kinds[:2]] == [1, 1]
     with pytest.raises(RecipeError, match="this tokenizer has no BOS"):
-        tokenise("abc", Without(), True)
+        tokenise("abc", kinds[2], True)
     assert tokenise("abc", Letters()).ids.tolist() == [97, 98, 99]  # every window has its own
 
 
@@ -75,16 +63,6 @@ def test_with_bos_a_window_is_bos_and_one_token_less_of_the_text(length, seqlen,
             assert torch.equal(windows[:, 1:], make(bare, seqlen - 1))
     apart = evaluation_windows(begun, seqlen, stride=seqlen)  # no more than all of the text
     assert torch.equal(apart[:, 1:].flatten(), ids[: len(apart) * (seqlen - 1)])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_held_out_windows_with_bos_overlap_no_sample(seed):
-    text = TokenisedText(torch.arange(100, 3100), bos=1)
-    taken = set(sample_windows(text, 12, 100, seed)[:, 1:].flatten().tolist())
-    windows = held_out_windows(text, 12, 100, seed, 50, 6)
-    assert windows.shape == (6, 50) and (windows[:, 0] == 1).all()
-    assert not taken & set(windows[:, 1:].flatten().tolist())
-    assert (windows[:, 1:].diff(dim=1) == 1).all()
 
 
 def test_too_short_a_text_is_told_the_length_that_was_asked_for():
@@ -137,14 +115,16 @@ def test_windows_with_a_stride_overlap():
         evaluation_windows(TokenisedText(torch.arange(20)), 8, 6, stride=3)
 
 
+@pytest.mark.parametrize("bos", [None, 1])
 @pytest.mark.parametrize("seed", range(4))
-def test_held_out_windows_overlap_no_sample_and_not_each_other(seed):
-    text = TokenisedText(torch.arange(3000))
-    taken = set(sample_windows(text, 12, 100, seed).flatten().tolist())
-    windows = held_out_windows(text, 12, 100, seed, 50, 6)
-    assert windows.shape == (6, 50) and len(set(windows.flatten().tolist())) == 300
-    assert not taken & set(windows.flatten().tolist())
-    assert torch.equal(windows, held_out_windows(text, 12, 100, seed, 50, 6))
+def test_held_out_windows_overlap_no_sample_and_not_each_other(seed, bos):
+    text = TokenisedText(torch.arange(100, 3100), bos)
+    samples, windows = sample_windows(text, 12, 100, seed), held_out_windows(text, 12, 100, seed, 50, 6)
+    assert windows.shape == (6, 50) and torch.equal(windows, held_out_windows(text, 12, 100, seed, 50, 6))
+    if bos is not None:
+        assert (windows[:, 0] == bos).all()
+        samples, windows = samples[:, 1:], windows[:, 1:]
+    assert windows.unique().numel() == windows.numel() and not torch.isin(windows, samples).any()
     assert (windows.diff(dim=1) == 1).all()
 
 

@@ -13,6 +13,7 @@ __all__ = ["Input", "Observation", "Stage", "first_argument", "observe", "paddin
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class _Enough(Exception):
 class Input:
     """One distinct input tensor of a block: the linears that receive it, in call order, and its statistics."""
 
-    def __init__(self, linears: Sequence[Linear], needs: Needs, device: torch.device, stage: int = 0) -> None:
-        self.stage, self.linears = stage, list(linears)
+    def __init__(self, linears: Sequence[Linear], needs: Needs, device: torch.device) -> None:
+        self.linears = list(linears)
         width = linears[0].shape[1]
         self._statistics = None if needs == "none" else Accumulator(width, needs, device)
 
@@ -97,29 +98,25 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 class _Watcher:
     def __init__(self, linears: Sequence[Linear], needs: Needs, device: torch.device, exact: bool) -> None:
-        self.linears = linears
-        self.needs = needs
-        self.exact = exact
-        self.device = device
-        self.inputs: list[Input] = []
-        self.by_module = {id(linear.module): linear for linear in linears if linear.expert is None}
+        self.linears, self.needs, self.device, self.exact = linears, needs, device, exact
         self.experts = {
             (linear.key, linear.expert): linear for linear in linears if linear.expert is not None
         }
+        self.inputs: list[Input] = []
         self.input_of: dict[str, Input] = {}
-        self.valid: Tensor | None = None
+        self.stages: list[Stage] = []
         self.learning = True  # the first chunk teaches who shares an input; later ones only count it once
-        self._stage_of_key: dict[str, int] = {}
-        self._stages = 0
-        self._this_forward: list[tuple[Tensor, int, Input]] = []
         self.last: Linear | None = None
+        self._stage_of_key: dict[str, Stage] = {}
+        self.begin(None)
 
     def begin(self, valid: Tensor | None) -> None:
         self.valid = valid
-        self._this_forward = []
+        self._this_forward: list[tuple[Tensor, int, Input]] = []
 
-    def module_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        linear = self.by_module[id(module)]
+    def module_called(
+        self, linear: Linear, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         x = first_argument(args, kwargs)
         if self.learning and linear.name not in self.input_of:
             shared = next(
@@ -129,7 +126,8 @@ class _Watcher:
                 shared.linears.append(linear)
                 self.input_of[linear.name] = shared
             else:
-                made = self._new(linear, self._next_stage(), x)
+                made = self._new(linear, x)
+                self.stages.append(Stage(made.linears))
                 self._this_forward.append((x, x._version, made))
         source = self.input_of.get(linear.name)
         if source is None:
@@ -138,7 +136,7 @@ class _Watcher:
             )
         if source.linears[0] is linear:
             source.count(x, self.valid)
-        if not self.learning and linear is self.last:
+        if linear is self.last:
             raise _Enough
 
     def expert_called(self, key: str, expert: int, x: Tensor, gathered: Tensor | None) -> None:
@@ -167,12 +165,13 @@ class _Watcher:
 
     def _expert_receives(self, key: str, expert: int, x_TI: Tensor) -> None:
         if key not in self._stage_of_key:  # also by an expert that is not pruned
-            self._stage_of_key[key] = self._next_stage()
+            self._stage_of_key[key] = Stage()
+            self.stages.append(self._stage_of_key[key])
         linear = self.experts.get((key, expert))
         if linear is None:
             return
         if linear.name not in self.input_of:
-            self._new(linear, self._stage_of_key[key], x_TI)
+            self._new(linear, x_TI)
         self.input_of[linear.name].add(x_TI)
 
     def _hides_tokens(self, linear: Linear) -> ModelError:
@@ -181,59 +180,42 @@ class _Watcher:
             "give samples without padding, or exclude the experts"
         )
 
-    def _next_stage(self) -> int:
-        self._stages += 1
-        return self._stages - 1
-
-    def _new(self, linear: Linear, stage: int, x: Tensor) -> Input:
+    def _new(self, linear: Linear, x: Tensor) -> Input:
         if x.shape[-1] != linear.shape[1]:
             raise ModelError(
                 f"{linear.name} {list(linear.shape)} received inputs of width {x.shape[-1]}; expected {linear.shape[1]}"
             )
-        made = Input([linear], self.needs, self.device, stage)
+        made = Input([linear], self.needs, self.device)
         self.inputs.append(made)
         self.input_of[linear.name] = made
         return made
 
-    def learnt(self) -> None:
-        """After the first chunk: everything must have been seen, and the last plain linear ends a forward."""
+    def learnt(self, to_the_end: bool) -> None:
+        """After the first chunk: all must have been seen, and the last plain linear may end a forward."""
         self.learning = False
-        called = {linear.name for source in self.inputs for linear in source.linears}
         for linear in self.linears:
-            seen = linear.name in called if linear.expert is None else linear.key in self._stage_of_key
+            seen = linear.name in self.input_of if linear.expert is None else linear.key in self._stage_of_key
             if not seen:
                 raise ModelError(
                     f"{linear.name} {list(linear.shape)} takes no part in the forward of its block in a way that can be "
                     "observed; exclude it (-o exclude=GLOB) to prune the rest"
                 )
-        if self.inputs and not self.experts:
+        if self.inputs and not self.experts and not to_the_end:
             self.last = self.inputs[-1].linears[0]
 
     def observation(self) -> Observation:
-        stages = [Stage() for _ in range(self._stages)]
-        for source in self.inputs:
-            stages[source.stage].linears += source.linears
-        # Experts that no token reached belong to the stage of their parameter all the same.
-        for linear in self.linears:
-            if linear.expert is not None and linear.name not in self.input_of:
-                stages[self._stage_of_key[linear.key]].linears.append(linear)
-        order = {linear.name: i for i, linear in enumerate(self.linears)}
-        for stage in stages:  # experts come in the order tokens reached them; all others stay in call order
-            if stage.linears and stage.linears[0].expert is not None:
-                stage.linears.sort(key=lambda linear: order[linear.name])
+        for linear in self.experts.values():  # also one that no token reached
+            self._stage_of_key[linear.key].linears.append(linear)
+        unseen = [linear for linear in self.linears if linear.name not in self.input_of]
         statistics: dict[str, Statistics] = {}
-        for source in self.inputs:
-            statistics.update(source.finish(self.exact))
-        if self.needs != "none":
-            for linear in self.linears:
-                if linear.name not in statistics:
-                    statistics |= Input([linear], self.needs, self.device).finish(self.exact)
-        return Observation(statistics, [stage for stage in stages if stage.linears])
+        for source in (*self.inputs, *(Input([linear], self.needs, self.device) for linear in unseen)):
+            statistics |= source.finish(self.exact)
+        return Observation(statistics, [stage for stage in self.stages if stage.linears])
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         handles = [
-            linear.module.register_forward_pre_hook(self.module_called, with_kwargs=True)
+            linear.module.register_forward_pre_hook(partial(self.module_called, linear), with_kwargs=True)
             for linear in self.linears
             if linear.expert is None
         ]
@@ -242,11 +224,11 @@ class _Watcher:
             for linear in self.experts.values()
         }
         try:
-            with (
-                ExpertProducts(list(fused.values()), self.expert_called, self.experts_called)
-                if fused
-                else contextlib.nullcontext()
-            ):
+            with contextlib.ExitStack() as stack:
+                if fused:
+                    stack.enter_context(
+                        ExpertProducts(list(fused.values()), self.expert_called, self.experts_called)
+                    )
                 yield
         finally:
             for handle in handles:
@@ -278,7 +260,6 @@ def observe(
 
     Args:
         stream: hidden states in front of the block.
-        index: the block.
         linears: those to watch; experts of one fused parameter count one by one.
         needs: "none" finds only the stages, from one chunk.
         advance: keep the outputs as the new hidden states. Without it a forward ends as soon as the last watched
@@ -296,14 +277,12 @@ def observe(
     with watcher.attached():
         for chunk, hidden in enumerate(stream.hidden):
             watcher.begin(padding(stream, chunk))
-            if advance and watcher.last is not None:
-                watcher.last = None
             with contextlib.suppress(_Enough):
                 made = stream.stack.forward(index, hidden, stream.call(index, chunk))
                 if advance:
                     stream.replace(index, chunk, made)
             if chunk == 0:
-                watcher.learnt()
+                watcher.learnt(to_the_end=advance)
             step()
             if needs == "none" and not advance:
                 break

@@ -66,7 +66,6 @@ class Accumulator:
     """Adds up the statistics of one input over many chunks of tokens."""
 
     def __init__(self, width: int, needs: Needs, device: torch.device | str = "cpu") -> None:
-        self.needs = needs
         self.tokens = 0
         self._norms_I = torch.zeros(width, device=device, dtype=torch.float64)
         exact = torch.float64 if width <= EXACT_WIDTH else torch.float32

@@ -47,9 +47,7 @@ def in_lockstep(
 
     Args:
         stream: hidden states in front of the block; replaced by its outputs if `finish`.
-        index: the block, loaded.
         stages: as `observe` found them; none may hold experts of a fused module.
-        needs: what statistics to collect.
         finish: run to the end of the block; otherwise nothing behind the last stage is computed.
         exact: leave Hessians unrounded (`Accumulator.finish`).
     """

