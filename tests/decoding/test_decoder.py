@@ -5,29 +5,22 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tawny.decoding.decoder import Decoder, _rounded_once_more
 from tawny.decoding.step import Step, find_blocks
 from tawny.decoding.swapped import kernels
 from tawny.errors import UserError
 from tawny.kernels import native
+from tawny.model.source import packaged_gguf, resolve
 from tawny.packed.linear import DenseLinear, pack_linear
-from tests.decoding.greedy import compare, greedy
+from tests.decoding.greedy import compare, greedy, prune
 from tests.tiny import BAMBA, tiny_model, tokens
 
 LEVELS = [name for name in native.available() if name != "torch"]
 compiled = pytest.mark.skipif(
     not LEVELS or not hasattr(native.library(), "tawny_step"), reason="needs the compiled kernels"
 )
-
-
-def prune(model, sparsity=0.7, seed=0):
-    """Zeros at random in every linear of every block."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in find_blocks(model)[1].modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data[torch.rand(module.weight.shape, generator=generator) < sparsity] = 0
-    return model
 
 
 def packed(model, values="bf16"):
@@ -127,20 +120,7 @@ def test_models_that_do_not_ask_their_cache_where_they_are_are_told(family):
     "change", [{"residual_multiplier": 0.5}, {"logits_scaling": 2.0}, {"attention_multiplier": 1.0}]
 )
 def test_what_no_module_shows_is_found_by_comparing(change):
-    from transformers import AutoModelForCausalLM, GraniteConfig
-
-    torch.manual_seed(0)
-    config = GraniteConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        **{"attention_multiplier": 8**-0.5, **change},
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = tiny_model("granite", **{"attention_multiplier": 8**-0.5, **change})
     ids = tokens(1, 12)[0]
     made, path = logits(model, None, ids, more=3)
     own, _ = logits(model, False, ids, more=3)
@@ -151,29 +131,9 @@ def test_what_no_module_shows_is_found_by_comparing(change):
 
 def positional(dtype=torch.float32):
     """A model that scales its queries by their position, from the 16th token on."""
-    from transformers import AutoModelForCausalLM, Ministral3Config
-
-    torch.manual_seed(0)
-    config = Ministral3Config(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        sliding_window=None,
-        initializer_range=0.3,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "original_max_position_embeddings": 16,
-            "llama_4_scaling_beta": 0.1,
-        },
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0}
+    rope |= {"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1}
+    return tiny_model("ministral3", dtype=dtype, sliding_window=None, rope_parameters=rope)
 
 
 @compiled
@@ -216,26 +176,20 @@ def test_a_model_is_compared_once(monkeypatch):
     assert len(calls) == 1
 
 
-def _hooked(module):
-    module.register_forward_hook(lambda module, args, output: output * 1.5)
-
-
-def _hooked_before(module):
-    module.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-
-
-def _replaced(module):
-    forward = module.forward
-    module.forward = lambda x: forward(x * 1.5)
+CHANGES = {
+    "hook": lambda m: m.register_forward_hook(lambda module, args, output: output * 1.5),
+    "hook before": lambda m: m.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,)),
+    "forward": lambda m: setattr(m, "forward", lambda x: nn.functional.linear(x * 1.5, m.weight)),
+}
 
 
 @compiled
-@pytest.mark.parametrize("change", [_hooked, _hooked_before, _replaced])
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("known", [False, True])
 def test_what_a_user_has_changed_of_a_module_is_done(change, known):
     model, ids = tiny_model("llama"), tokens(1, 12)[0]
     plain = logits(model, None, ids)[0] if known else None
-    change(model.model.layers[1].mlp.up_proj)
+    CHANGES[change](model.model.layers[1].mlp.up_proj)
     made, path = logits(model, None, ids)
     assert path == "model" and torch.equal(made, logits(model, False, ids)[0])
     if plain is not None:
@@ -276,10 +230,6 @@ def test_the_comparison_finds_a_wrong_weight():
 
 @pytest.mark.slow
 def test_packed_says_what_dense_with_zeros_says_on_a_real_model():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from tawny.model.source import packaged_gguf, resolve
-
     if packaged_gguf() is None:
         pytest.skip("the packaged model is not installed")
     folder = resolve("smollm2")

@@ -26,14 +26,8 @@ def llama_2_tokenizer(words):
     from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    made.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    made.decoder = decoders.Sequence(list(steps))
     return PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token="</s>", clean_up_tokenization_spaces=False
     )

@@ -220,24 +220,21 @@ class Decoder:
         if not self._takes_positions:
             return False
         near, ids = self.length, torch.tensor([[token]])
-        held, moved = (self._forward_at(ids, near, position) for position in (near, far))
-        return torch.equal(held, moved)
-
-    def _forward_at(self, ids: Tensor, angles: int, position: int) -> Tensor:
-        """Logits after one token at `position` with the angles of another position; it is forgotten again."""
-        length = self.length
 
         def hold(module: nn.Module, args: Any, output: Any) -> Any:
             # Of its first argument it takes only the type.
-            return module.forward(output[0], torch.tensor([[angles]]))
+            return module.forward(output[0], torch.tensor([[near]]))
+
+        def logits_at(position: int) -> Tensor:
+            made = self.model(input_ids=ids, position_ids=torch.tensor([[position]]), **self._arguments)
+            self._rewind(near)
+            return _last(made)
 
         hook = find_rotary(self.model).register_forward_hook(hold)
         try:
-            made = self.model(input_ids=ids, position_ids=torch.tensor([[position]]), **self._arguments)
+            return torch.equal(logits_at(near), logits_at(far))
         finally:
             hook.remove()
-        self._rewind(length)
-        return _last(made)
 
     def _fill(self, near: int, far: int) -> None:
         """Put the prompt's keys and values, disturbed so that no two are alike, where those to come will be."""

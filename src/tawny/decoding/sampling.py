@@ -16,12 +16,7 @@ from tawny.errors import NumericalError, RecipeError
 
 
 class Sampler:
-    """The choice of one sequence's tokens.
-
-    Args:
-        temperature: 0 takes the likeliest token; above, tokens are drawn.
-        top_p: draw only from the likeliest tokens whose probabilities reach this sum.
-        seed: chooses the draws.
+    """The choice of one sequence's tokens; arguments are those of `tawny.stream`.
 
     Raises:
         RecipeError: a number outside its range.
