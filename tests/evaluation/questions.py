@@ -7,40 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import VOCABULARY, tiny_model
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
 
-_WORDS = [
-    "owl",
-    "mouse",
-    "night",
-    "forest",
-    "branch",
-    "wing",
-    "feather",
-    "moon",
-    "hunts",
-    "sleeps",
-    "quiet",
-    "small",
-    "grey",
-    "sees",
-    "hears",
-    "silent",
-]
+_WORDS = "owl mouse night forest branch wing feather moon hunts sleeps quiet small grey sees hears silent"
 
 
 def tiny_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A random llama with a tokenizer of letters."""
-    from tokenizers import Tokenizer, decoders
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
-
     tiny_model("llama", seed, **{"max_position_embeddings": 512, **changes}).save_pretrained(folder)
-    letters = Tokenizer(WordLevel({chr(i + 32): i for i in range(VOCABULARY)}, unk_token="?"))
-    letters.pre_tokenizer = Split("", "isolated")
-    letters.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?", eos_token="~").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -48,7 +24,7 @@ def _documents(kind: str, count: int) -> list[dict[str, Any]]:
     chance = random.Random(f"{kind} {count}")
 
     def words(n: int) -> str:
-        return " ".join(chance.choice(_WORDS) for _ in range(n))
+        return " ".join(chance.choice(_WORDS.split()) for _ in range(n))
 
     def four() -> dict[str, Any]:
         return {"text": [words(2) for _ in range(4)], "label": ["A", "B", "C", "D"]}

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import tawny
-from tawny.cli import main
 from tawny.evaluation import compare as module
 from tawny.evaluation.compare import measure, short_names
 from tawny.progress import Silent
@@ -34,13 +33,6 @@ def models(tmp_path_factory):
     return [str(folder / name) for name in ("dense", "pruned", "packed")]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("the owl hunts at night and sleeps by day. " * 20)
-    return str(path)
-
-
 @pytest.fixture
 def here(monkeypatch):
     """In this process: the processes themselves have a test of their own."""
@@ -50,17 +42,6 @@ def here(monkeypatch):
         return measure(job["source"], job["against"], job["setting"], progress)
 
     monkeypatch.setattr(module, "_in_a_process", run)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tawny", "compare", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return call
 
 
 def job(source, against, text):
@@ -158,7 +139,19 @@ def test_tasks_of_any_metric_are_compared_and_no_mean_mixes_them():
 
 def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path, here, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # libraries that are imported meanwhile set it to theirs
-    given = (*models, "--text", text, "--seqlen", 48, "--windows", 2, "--no-speed", "--compute", "float32")
+    given = (
+        "compare",
+        *models,
+        "--text",
+        text,
+        "--seqlen",
+        48,
+        "--windows",
+        2,
+        "--no-speed",
+        "--compute",
+        "float32",
+    )
     code, out, err = run(*given, "--markdown", tmp_path / "t.md", "--html", tmp_path / "t.html", "--json")
     made = json.loads(out)
     assert code == 0 and len(made["models"]) == 3 and "written to" in err
@@ -173,18 +166,17 @@ def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path,
 
 
 def test_mistakes_are_found_before_anything_is_measured(models, text, tmp_path, run):
-    code, _, err = run(models[0], models[0], "--text", text)
-    assert code == 2 and "twice" in err
-    code, _, err = run(models[0], "--text", text, "--markdown", tmp_path / "t.txt")
-    assert code == 2 and ".md" in err
-    code, _, err = run(models[0], "--text", text, "--html", tmp_path / "no" / "t.html")
-    assert code == 2 and "does not exist" in err
-    code, _, err = run(models[0], "--text", tmp_path / "none.txt")
-    assert code == 2 and "neither a file" in err
-    code, _, err = run(models[0], "--text", text, "--seqlen", 4096)
-    assert code == 2 and "4096" in err
-    code, _, err = run(tmp_path / "a", tmp_path / "b", "--text", text)
-    assert code == 2 and "no such folder" in err
+    dense = models[0]
+    for words, *wrong in (
+        ("twice", dense, dense, "--text", text),
+        (".md", dense, "--text", text, "--markdown", tmp_path / "t.txt"),
+        ("does not exist", dense, "--text", text, "--html", tmp_path / "no" / "t.html"),
+        ("neither a file", dense, "--text", tmp_path / "none.txt"),
+        ("4096", dense, "--text", text, "--seqlen", 4096),
+        ("no such folder", tmp_path / "a", tmp_path / "b", "--text", text),
+    ):
+        code, _, err = run("compare", *wrong)
+        assert code == 2 and words in err
 
 
 def test_names_are_as_short_as_they_can_be():
@@ -193,17 +185,16 @@ def test_names_are_as_short_as_they_can_be():
     assert short_names(["a"]) == ["a"]
 
 
-def test_every_model_is_measured_on_windows_that_begin_alike(tmp_path, here, run):
-    folder, text = tmp_path / "model", tmp_path / "text.txt"
-    text.write_text("The owl hunts at night. " * 20)
+def test_every_model_is_measured_on_windows_that_begin_alike(text, tmp_path, here, run):
+    folder = tmp_path / "model"
     tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer(begins=True).save_pretrained(folder)
     shutil.copytree(folder, tmp_path / "other")
     both = [folder, tmp_path / "other"]
     for flags, begun in (([], True), (["--bos"], True), (["--no-bos"], False)):
-        code, out, _ = run(*both, "--text", text, "--seqlen", 24, "--no-speed", *flags, "--json")
+        code, out, _ = run("compare", *both, "--text", text, "--seqlen", 24, "--no-speed", *flags, "--json")
         assert code == 0
         measured = [model["perplexity"] for model in json.loads(out)["models"]]
         assert [each["bos"] for each in measured] == [begun] * 2
-        alone = tawny.evaluate(folder, str(text), seqlen=24, windows=measured[0]["windows"], bos=begun)
+        alone = tawny.evaluate(folder, text, seqlen=24, windows=measured[0]["windows"], bos=begun)
         assert measured[0]["perplexity"] == pytest.approx(alone.perplexity, rel=1e-6)

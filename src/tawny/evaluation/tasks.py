@@ -100,11 +100,7 @@ class TaskResults:
 
 
 def task_names(tasks: str | Sequence[str]) -> list[str]:
-    """Names of tasks, presets spelt out, without repetition.
-
-    Raises:
-        RecipeError: none is named.
-    """
+    """Names of tasks, presets spelt out, without repetition; a `RecipeError` where none is named."""
     given = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     names = [name.strip() for name in given if name.strip()]
     spelt = [task for name in names for task in PRESETS.get(name, (name,))]
@@ -114,12 +110,7 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
 
 
 def check_tasks(tasks: str | Sequence[str]) -> list[str]:
-    """Names of tasks that lm-eval knows, presets spelt out.
-
-    Raises:
-        MissingFeature: lm-eval is not installed.
-        RecipeError: none is named, or one that lm-eval does not know.
-    """
+    """`task_names`, if lm-eval knows all of them; else it raises what `evaluate_tasks` does."""
     names = task_names(tasks)
     find_manager(names)
     return names
@@ -262,7 +253,8 @@ def _result(
     return TaskResult(
         name=name,
         metric=metric,
-        **metrics[metric],
+        value=metrics[metric]["value"],
+        stderr=metrics[metric]["stderr"],
         examples=sum(int(measured["n-samples"][task]["effective"]) for task in tasks),
         shots=max(int(measured["n-shot"].get(task, 0)) for task in tasks),
         split="/".join(dict.fromkeys(origin[task][1] for task in tasks if task in origin)),
