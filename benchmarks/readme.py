@@ -1,10 +1,10 @@
-"""Put the committed benchmark results into the README and the pages of docs/ that show some: no number in them is typed.
+"""Put the committed benchmark results into docs/results.md and the other pages with tables. No number in a table is typed.
 
     python benchmarks/readme.py            writes the tables
     python benchmarks/readme.py --check    fails if they are stale
 
-A table stands between `<!-- NAME: … -->` and `<!-- /NAME -->`, NAME being a results file or a name of SOURCES. Tables are
-made in tables/.
+A table stands between `<!-- NAME: … -->` and `<!-- /NAME -->`. NAME is a results file or a name in SOURCES. The modules in
+tables/ make the tables.
 """
 
 from __future__ import annotations
@@ -26,27 +26,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 TABLES: dict[str, dict[str, Callable[..., str]]] = {
-    "README.md": {
-        "glance": glance,
-        "tasks": tasks,
-        "allocators": allocators,
+    "README.md": {"glance": glance},
+    "docs/models.md": {"families": families},
+    "docs/results.md": {
         "recipes": recipes,
         "recipes_gemma": recipes,
-        "prune_speed": prune_speed,
-        "sizes": sizes,
-        "decode": decode,
-        "kernels": kernels,
-        "peers": peers,
         "recovery": recovery,
-    },
-    "docs/allocators.md": {
         "allocators": allocators,
         "allocators_gemma": allocators,
         "solvers": solvers,
         "owl_study": owl_study,
-    },
-    "docs/models.md": {"families": families},
-    "docs/scaling.md": {
+        "tasks": tasks,
+        "sizes": sizes,
+        "decode": decode,
+        "kernels": kernels,
+        "peers": peers,
+        "prune_speed": prune_speed,
         "large": large,
         "scale": scale,
         "block": block,
@@ -55,24 +50,22 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "scaling_model": scaling_model,
     },
 }
-# What a table is made from, where that is not the one results file of its name.
+# Tables that are not made from the one results file of their name.
 SOURCES = {"glance": ("recipes", "recovery", "decode")}
-# Whose absence is said; the other tables bring their heading along and are not there at all until they are measured.
-EXPECTED = {"prune_speed", "sizes", "tasks"}
 
 
-def render(page: str, name_of_page: str = "README.md") -> str:
-    """The page with every table made anew."""
+def render(page: str, name_of_page: str) -> str:
+    """The page with every table made again. A table without results says which benchmark makes them."""
     for name, table in TABLES[name_of_page].items():
         sources = SOURCES.get(name, (name,))
         paths = [RESULTS / f"{source}.json" for source in sources]
         if all(path.is_file() for path in paths):
             made = table(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
         else:
-            made = f"Not measured yet (`benchmarks/{name}.py`).\n" if name in EXPECTED else ""
+            made = f"Not measured yet (`benchmarks/{name}.py`).\n"
         files = ", ".join(f"benchmarks/results/{source}.json" for source in sources)
         head = f"<!-- {name}: made by benchmarks/readme.py from {files} -->"
-        block = f"{head}\n\n{made}\n<!-- /{name} -->" if made else f"{head}\n<!-- /{name} -->"
+        block = f"{head}\n\n{made}\n<!-- /{name} -->"
         pattern = rf"<!-- {name}:.*?<!-- /{name} -->"
         page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
         if count != 1:

@@ -1,1 +1,1 @@
-"""The tables that `readme.py` puts into pages: one function a results file, from its JSON to Markdown."""
+"""The tables that `readme.py` puts into pages. Each function turns the JSON of one results file into Markdown."""

@@ -35,13 +35,13 @@ def families(result: Mapping[str, Any]) -> str:
     parts = [_counts(every, decoders), _table(decoders)]
     if others := {name: family for name, family in tried.items() if name not in decoders}:
         parts.append(
-            "Not decoders, because what they say of a token depends on later ones; nothing to decode:\n\n"
+            "These are no decoders, because their output for a token depends on later tokens:\n\n"
             + _table(others)
         )
     parts += _left(tried)
     if missing := {name: family for name, family in every.items() if name not in tried}:
         said = "; ".join(f"{name} ({_plain(family['built']['reason'])})" for name, family in missing.items())
-        parts.append(f"Not tried, because no tiny model of it could be made: {said}.\n")
+        parts.append(f"Not tried, because no tiny model could be made: {said}.\n")
     return "\n".join(parts) + f"\n{machine_line(result)}"
 
 
@@ -77,8 +77,8 @@ def _left(some: Mapping[str, Family]) -> list[str]:
     if not said:
         return []
     return [
-        f"Matrices that are not pruned, embeddings and head aside, are more than {_MUCH:.0%} of these tiny models; the share, "
-        f"and the largest of them: {', '.join(said)}.\n"
+        f"In these tiny models more than {_MUCH:.0%} of the weights are in matrices that are not pruned (without embeddings and head). "
+        f"The share and the largest such matrix: {', '.join(said)}.\n"
     ]
 
 

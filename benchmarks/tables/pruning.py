@@ -12,7 +12,7 @@ def prune_speed(result: Mapping[str, Any]) -> str:
     setting = result["setting"]
     lines = [
         f"{setting['model']}, {setting['samples']} samples × {setting['seqlen']} tokens, {setting['threads']} threads,"
-        f" {setting['sparsity']:.0%} sparsity; memory is peak memory above the bare interpreter with its imports.\n",
+        f" {setting['sparsity']:.0%} sparsity. Memory is the peak above a bare interpreter with its imports.\n",
         "| | official flow | Tawny | faster | memory | of which unavoidable matrix products |",
         "|---|---|---|---|---|---|",
     ]
@@ -25,14 +25,14 @@ def prune_speed(result: Mapping[str, Any]) -> str:
         )
     subset = result["profile_subset"]
     lines.append(
-        f"\nThe profile is taken on {subset['samples']} of the {subset['of']} samples; taken on all of them, no block's "
+        f"\nThe profile uses {subset['samples']} of the {subset['of']} samples. With all of them, no block's "
         f"sparsity differs by more than {subset['largest_difference']:.4f}."
     )
     return "\n".join(lines) + f"\n\n{machine_line(result)}"
 
 
 def block(result: Mapping[str, Any]) -> str:
-    """One block of a large model by each solver: time, what of it nothing can go below, and memory."""
+    """One block of a large model by each solver: time, the lower limit of that time, and memory."""
     lines = [
         f"One block of the {result['shape'].upper()} shape, {result['samples']} × {result['seqlen']} tokens, 70%:\n",
         "| CPU | limit | forwards in | solver | whole run | × SparseGPT | solving | its products at peak | × products | peak memory |",
@@ -75,7 +75,7 @@ def ranks(result: Mapping[str, Any]) -> str:
     setting = result["setting"]
     lines = [
         f"{setting['model']}, OWL at {setting['sparsity']:.0%}, {setting['samples']} × {setting['seqlen']} tokens of "
-        f"{setting['calibration']}; perplexity on {setting['windows']} windows of 2048.\n",
+        f"{setting['calibration']}. Perplexity on {setting['windows']} windows of 2048.\n",
         "| solver, forwards in | processes × threads | whole run | times faster | forwards and statistics | solving "
         "| exchange | masks agree | perplexity | peak memory of rank 0 |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -132,7 +132,7 @@ def _speeds(row: Mapping[str, Any]) -> str:
 
 
 def large(result: Mapping[str, Any]) -> str:
-    """Models larger than memory: what was promised, estimated and taken."""
+    """Models larger than memory: the budget, the estimate and the measured peak."""
     lines = [
         "| model | solver | budget | estimate | peak memory | hidden states | time | weights written |",
         "|---|---|---|---|---|---|---|---|",
@@ -169,7 +169,7 @@ def large(result: Mapping[str, Any]) -> str:
 
 
 def scaling_model(result: Mapping[str, Any]) -> str:
-    """What counting says of many devices; the rates it assumes stand above it."""
+    """The time on many devices, by arithmetic. The assumed rates stand above the table."""
     rates = result["rates"]
     lines = [
         f"Assumed: {rates['bf16'] / 1e12:.0f} TFLOP/s in forwards, {rates['f32'] / 1e12:.0f} in Hessians, "

@@ -26,7 +26,7 @@ STEPS = {"refit": "refit", "refine": "refine.epochs", "repeat": "calibration.rep
 
 
 def tasks(result: Mapping[str, Any]) -> str:
-    """Whether the dense model's accuracies are lm-eval's own, and the comparison as it was printed."""
+    """Whether the dense model's accuracies equal those of lm-eval, and the comparison as it was printed."""
     from tawny.report.comparison import to_markdown
 
     if "compare" not in result:
@@ -72,7 +72,7 @@ def allocators(result: Mapping[str, Any]) -> str:
     }
     # Other work may have shared the machine: it makes a run slower, never quicker.
     parts.append(
-        f"Whole runs, {threads_of(cells)} each, the quickest over sparsities and seeds:\n\n"
+        f"Seconds of whole runs, {threads_of(cells)} each; the fastest run over sparsities and seeds:\n\n"
         + seconds_table(names, times, min)
     )
     return "\n".join(parts) + f"\n{machine_and_note(result)}"
@@ -100,9 +100,9 @@ def _what_auto_brings(
                 over_uniform.append(auto / rivals["uniform"] - 1)
         if over_best:
             lines.append(
-                f"On {text}, `auto` beside the best single allocator of each row: {min(over_best):+.1%} to "
-                f"{max(over_best):+.1%}; beside uniform: {min(over_uniform):+.1%} to {max(over_uniform):+.1%}. "
-                f"Beside any one of them everywhere, geometric mean over rows and seeds: {_beside_each(found, singles, text)}.\n"
+                f"On {text}, perplexity of `auto` against the best single allocator of each row: {min(over_best):+.1%} to "
+                f"{max(over_best):+.1%}; against uniform: {min(over_uniform):+.1%} to {max(over_uniform):+.1%}. "
+                f"Against one allocator in all rows (geometric mean over rows and seeds): {_beside_each(found, singles, text)}.\n"
             )
     return lines
 
@@ -131,14 +131,14 @@ def _beside_each(
 
 
 _QUESTIONS = {
-    "lod": "Outliers left by pruning (share of weights above 5 × the mean, averaged over blocks)",
-    "granularity": "One OWL ratio for each …",
-    "order": "OWL against its opposite and the old baselines",
+    "lod": "Outliers after pruning (share of weights above 5 × the mean, averaged over blocks)",
+    "granularity": "Granularity: one OWL ratio for each …",
+    "order": "OWL against its opposite and older baselines",
     "M": "Sensitivity to M, λ = 0.08",
     "lambda": "Sensitivity to λ, M = 5",
-    "sweep": "Sparsity",
-    "calibration": "Calibration samples",
-    "cost": "What an allocator costs",
+    "sweep": "OWL against uniform by sparsity",
+    "calibration": "OWL against uniform by number of calibration samples",
+    "cost": "Time of allocators",
 }
 
 
@@ -272,10 +272,10 @@ def solvers(result: Mapping[str, Any]) -> str:
         dense = plus_minus(result["dense"]["evaluation"][text])
         parts.append(f"Perplexity on {text}, dense **{dense}**:\n")
         parts.append(table("solver", lambda some, text=text: plus_minus(over_seeds(some, text))))
-    parts.append("Share of a linear's output energy that was lost, mean over linears:\n")
+    parts.append("Share of a linear's output energy that pruning removed, mean over linears:\n")
     parts.append(table("error", lambda some: f"{fmean(cell['mean_error'] for cell in some):.2%}"))
     times = {name[1]: [groups.get((*name, sparsity), []) for sparsity in sparsities] for name in names}
-    parts.append(f"Whole runs, {threads_of(result['cells'].values())} each:\n")
+    parts.append(f"Seconds of whole runs, {threads_of(result['cells'].values())} each:\n")
     parts.append(seconds_table([f"{s:.0%}" for s in sparsities], times, fmean))
     return "\n".join(parts) + f"\n{machine_and_note(result)}"
 
@@ -289,11 +289,10 @@ def recovery(result: Mapping[str, Any]) -> str:
     seen, measured = result["calibration"], result["evaluation"]
     recipe = f" by recipes/{result['recipe']}" if result["recipe"] else ""
     parts = [
-        "### The whole promise\n",
-        f"{result['model']}, pruned on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']}{recipe} and trained on that text; "
-        f"measured on {measured['windows']} windows of {measured['seqlen']} tokens that chose nothing. KL and top-1 are against "
-        "the dense model; size and decoding speed are those of the model packed. The control is the dense model trained alike: "
-        "training on a text also adapts to it.\n",
+        f"{result['model']}, pruned on {seen['samples']} × {seen['seqlen']} tokens of {seen['text']}{recipe} and trained on that text. "
+        f"Measured on {measured['windows']} windows of {measured['seqlen']} tokens that took part in no choice. KL and top-1 compare with "
+        "the dense model. File size and decoding speed are those of the packed model. The control is the dense model with the same "
+        "training, because training on a text also adapts a model to it.\n",
     ]
     for text in measured["texts"]:
         dense = result["dense"]["evaluation"][text]
@@ -325,8 +324,8 @@ def recovery(result: Mapping[str, Any]) -> str:
             for key, name in names.items()
         ]
         parts.append(
-            f"A training step at {step['sparsity']:.0%}, {step['batch']} × {step['seqlen']} tokens; memory is peak memory above the "
-            f"bare interpreter. The teacher's forwards come on top ({step['tawny']['teacher_seconds']:.0f} s for "
+            f"A training step at {step['sparsity']:.0%}, {step['batch']} × {step['seqlen']} tokens. Memory is the peak above the "
+            f"bare interpreter. The teacher's forwards are not included ({step['tawny']['teacher_seconds']:.0f} s for "
             f"{step['steps']} steps).\n\n| | memory | tokens/s |\n|---|---|---|\n" + "\n".join(rows) + "\n"
         )
     return "\n".join(parts) + f"\n{machine_and_note(result)}"

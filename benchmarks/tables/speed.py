@@ -10,12 +10,12 @@ from tables.shared import SHAPE_NAMES, machine_line
 
 def sizes(result: Mapping[str, Any]) -> str:
     def name(row: Mapping[str, Any]) -> str:
-        scales = f", a scale each {row['group']} columns" if row["group"] else ""
+        scales = f", one scale for each {row['group']} columns" if row["group"] else ""
         head = f", head {row['head']}" if row["head"] else ""
         return f"packed {row['values']}{scales}{head}"
 
     lines = [
-        f"{result['model']} at {result['sparsity']:.0%}; resident is what loading it adds to a process with its imports.\n",
+        f"{result['model']} at {result['sparsity']:.0%}. *Resident* is the memory that loading adds to a process with its imports.\n",
         "| | file | of the bf16 file | resident once loaded |",
         "|---|---|---|---|",
         f"| bf16 with its zeros | {result['dense_bytes'] / 1e6:.1f} MB | 100 % | |",
@@ -28,19 +28,19 @@ def sizes(result: Mapping[str, Any]) -> str:
 
 
 def decode(result: Mapping[str, Any]) -> str:
-    """What a user gains: whole models, packed beside dense, and the two warnings that belong beside any such number."""
+    """Whole models, packed beside dense, and the two warnings that belong beside any such number."""
     rows = result["measurements"]
     most = max(row["threads"] for row in rows)
     rows = [row for row in rows if row["threads"] == most]
-    parts = ["### What you gain\n"]
+    parts = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         mine = [row for row in rows if row["shape"] == shape]
         for dtype in ("bf16", "f32"):
             parts += _gains(shape, dtype, mine)
     parts.append(
-        "*Dense, tuned* is the same model with our best dense matrix–vector kernel in the same decoder: the honest "
-        "baseline. *transformers* is its own forward, cache and linears. Ratios are of medians taken in turns in one "
-        "process; random weights stand in for all but SmolLM2, pruned by magnitude. File sizes of those count tensors.\n"
+        "*Dense, tuned* is the same model in the same decoder, with our best dense matrix–vector kernel. It is the fair "
+        "baseline. *transformers* uses its own forward, cache and linears. Ratios compare medians that were taken in turns "
+        "in one process. All models but SmolLM2 have random weights, pruned by magnitude. Their file sizes count tensors.\n"
     )
     for shape in dict.fromkeys(row["shape"] for row in rows):
         own = [
@@ -50,9 +50,9 @@ def decode(result: Mapping[str, Any]) -> str:
         ]
         if len(own) > 1:
             parts.append(
-                f"{SHAPE_NAMES.get(shape, shape)}: each sparsity ran in a process of its own, in turns with a dense model of "
-                f"its own ({min(own):.1f} to {max(own):.1f} tokens/s, as the machine's memory speed changed), and the ratios are to "
-                "that one. Compare these rows by ratio, not by tokens/s.\n"
+                f"{SHAPE_NAMES.get(shape, shape)}: each sparsity ran in a process of its own, in turns with its own dense model. "
+                f"That dense model made {min(own):.1f} to {max(own):.1f} tokens/s, because the machine's memory speed changed. The "
+                "ratios are to that model. Compare these rows by ratio, not by tokens/s.\n"
             )
     parts.append(_warnings(rows))
     versions = result["versions"]
@@ -124,9 +124,9 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> str:
     mask, q4 = 1 / 8, 0.5625
     bf16, int8 = 2 * 0.3 + mask, 0.3 + mask
     lines = [
-        "Two warnings. **Bytes decide decoding, and 4-bit weights have few of them:** a weight of a 70 % sparse model "
-        f"takes {bf16:.3f} bytes packed as bf16 and {int8:.3f} as int8; llama.cpp's dense Q4_0 takes {q4:.4f}. Packed "
-        f"int8 is smaller than Q4_0 only above {1 - (q4 - mask):.0%} sparsity, packed bf16 above "
+        "Two warnings. **The number of bytes decides decoding speed, and 4-bit weights have few bytes.** At 70 % sparsity a "
+        f"weight takes {bf16:.3f} bytes packed as bf16 and {int8:.3f} as int8. llama.cpp's dense Q4_0 takes {q4:.4f}. Packed "
+        f"int8 is smaller than Q4_0 only above {1 - (q4 - mask):.0%} sparsity, packed bf16 only above "
         f"{1 - (q4 - mask) / 2:.0%}."
     ]
     small = {(r["variant"], r["sparsity"]): r["file_bytes"] for r in rows if r["shape"] == "smollm2"}
@@ -134,13 +134,13 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> str:
         small.get(key)
         for key in (("dense bf16", None), ("packed int8", 0.7), ("packed int8, int8 head", 0.7))
     )
-    head = "**The head stays dense unless you ask:** embeddings and head are not pruned"
+    head = "**The head stays dense unless you ask.** Embeddings and head are not pruned"
     if dense and plain and headed:
         head += (
-            f"; in SmolLM2 they are so large a part that 70 % packed int8 is {plain / dense:.0%} of the dense file, and "
+            f". In SmolLM2 they are large: at 70 %, the packed int8 file is {plain / dense:.0%} of the dense file, and "
             f"{headed / dense:.0%} with `--head int8`"
         )
-    lines.append(head + ". [Why is it not faster?](docs/why-not-faster.md)")
+    lines.append(head + ". [Why is it not faster?](why-not-faster.md)")
     return " ".join(lines) + "\n"
 
 
@@ -149,14 +149,14 @@ def kernels(result: Mapping[str, Any]) -> str:
     rows = result["measurements"]
     shape = max((tuple(row["shape"]) for row in rows), key=lambda s: (s == (4096, 4096), s[0] * s[1]))
     rows = [row for row in rows if tuple(row["shape"]) == shape]
-    parts = [f"### One linear, {shape[0]} × {shape[1]}\n"]
+    parts = [f"The linear has {shape[0]} × {shape[1]} weights.\n"]
     for threads in sorted({row["threads"] for row in rows}):
         parts += _one_token([r for r in rows if r["threads"] == threads and r["columns"] == 1], threads)
     parts += _many_tokens(rows)
     machine = result["machine"]
     parts.append(
-        f"<sub>{machine['cpu']}, kernel {machine['kernel']}, torch {machine['torch']}, {result['date']}; all sizes, "
-        "sparsities and quartiles in benchmarks/results/kernels.json.</sub>\n"
+        f"<sub>{machine['cpu']}, kernel {machine['kernel']}, torch {machine['torch']}, {result['date']}. All sizes, "
+        "sparsities and quartiles are in benchmarks/results/kernels.json.</sub>\n"
     )
     return "\n".join(parts)
 
@@ -218,7 +218,7 @@ def _many_tokens(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def peers(result: Mapping[str, Any]) -> str:
     """Other engines on the same machine, or why there is no number."""
     rows = result["measurements"]
-    parts = ["### Peers\n"]
+    parts = []
     models = [row for row in rows if row["peer"] == "llama.cpp"]
     if models:
         lines = [

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Comparison",
+    "Found",
     "Generation",
     "Inspection",
     "Perplexity",
@@ -51,6 +52,7 @@ __all__ = [
     "prune",
     "recover",
     "recover_gradually",
+    "search",
     "unpack",
 ]
 
@@ -58,6 +60,7 @@ _HOMES = {
     "Agreement": "tawny.evaluation.agreement",
     "Comparison": "tawny.evaluation.compare",
     "agreement": "tawny.evaluation.agreement",
+    "Found": "tawny.searching.run",
     "Generation": "tawny.evaluation.bench",
     "Inspection": "tawny.evaluation.inspection",
     "Perplexity": "tawny.evaluation.perplexity",
@@ -86,8 +89,9 @@ _HOMES = {
     "pack_linear": "tawny.packed.linear",
     "pack_model": "tawny.packed.live",
     "plan": "tawny.pruning.plan",
-    "profile": "tawny.pruning.profiling",
+    "profile": "tawny.pruning.profile",
     "prune": "tawny.pruning.run",
+    "search": "tawny.searching.run",
     "unpack": "tawny.packed.convert",
     "recover": "tawny.recovery.run",
     "recover_gradually": "tawny.recovery.gradual",
@@ -107,7 +111,7 @@ if TYPE_CHECKING:
     from tawny.packed.live import pack_model
     from tawny.packed.opening import load
     from tawny.pruning.plan import Plan, plan
-    from tawny.pruning.profiling import profile
+    from tawny.pruning.profile import profile
     from tawny.pruning.run import prune
     from tawny.recipe.schema import Recipe, load_recipe
     from tawny.record import Record
@@ -116,6 +120,7 @@ if TYPE_CHECKING:
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
+    from tawny.searching.run import Found, search
 
 
 def __getattr__(name: str) -> Any:

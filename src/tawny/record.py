@@ -82,7 +82,6 @@ class Record:
     linears: list[LinearRecord] = field(default_factory=list)
     allocation: dict[str, float] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
-    search: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     memory_before: int = 0
@@ -135,10 +134,21 @@ def measured_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Clock:
-    """Adds up wall time by phase."""
+    """Adds up wall time by phase, and in all since it was made."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def go_on(self, seconds: Mapping[str, float]) -> None:
+        """Count what a run that was stopped took before, by phase and as `total`."""
+        self.seconds.update(seconds)
+        self._started -= self.seconds.pop("total", 0.0)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds in all."""
+        return time.perf_counter() - self._started
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

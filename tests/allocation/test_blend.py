@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tawny.allocation.several import Several
 
 from tawny.allocation import Alpha, Atp, Blend, Dlp, Owl, Profile, Uniform
-from tawny.allocation.several import Several
 from tawny.errors import NumericalError, RecipeError
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike

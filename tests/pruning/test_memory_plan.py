@@ -13,16 +13,16 @@ from tawny.allocation.alpha import Alpha
 from tawny.allocation.blend import Blend
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.owl import Owl
-from tawny.allocation.profile import measuring_bytes
 from tawny.errors import RecipeError
 from tawny.model.linears import linears_of
 from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.packed.opening import open_stack
 from tawny.pruning import journal as journal_module
-from tawny.pruning import run as run_module
-from tawny.pruning.demand import demand_of
-from tawny.pruning.memory_plan import parse_size, sharing_inputs
+from tawny.pruning import session as session_module
+from tawny.pruning.memory_plan import Load, parse_size, sharing_inputs
+from tawny.pruning.session import demand_of, prepare
 from tawny.recipe.schema import resolve_recipe
+from tawny.solvers.sparsegpt import SparseGPT
 from tests.pruning.test_journal import PressesCtrlC, files
 from tests.tiny import tiny_model, tokens
 
@@ -86,12 +86,12 @@ def test_the_bytes_do_not_depend_on_the_budget(dense, tmp_path, monkeypatch, ord
     options = {**OPTIONS, "order": order, "calibration": tokens(200, 24)}
     rich = tawny.prune(dense, tmp_path / "rich", memory="64GB", **options)
     assert rich.memory["hidden_states"] == "memory"
-    place = run_module.place
+    place = session_module.place
 
     def tight(demand, budget, free):
         return place(demand, demand.peak(spill=True, held=False)[0], free)
 
-    monkeypatch.setattr(run_module, "place", tight)
+    monkeypatch.setattr(session_module, "place", tight)
     poor = tawny.prune(dense, tmp_path / "poor", memory="1GB", **options)
     assert poor.memory["hidden_states"] == "disk"
     assert files(tmp_path / "rich") == files(tmp_path / "poor")
@@ -146,6 +146,14 @@ def test_inputs_are_guessed_by_module():
     assert [group[0].shape[1] for group in groups] == [32, 32, 32, 128]
 
 
+def first_block(folder, **keys):
+    """The opened model, and what pruning its first block alone would ask of memory."""
+    recipe = resolve_recipe(None, **{"sparsity": 0.5, "allocator": "uniform", "compute": "float32", **keys})
+    job = prepare(recipe, folder, tawny.progress.silent, "cpu")
+    job = replace(job, by_block=job.by_block[:1])
+    return job.stack, demand_of(job, Load(recipe.calibration.samples, recipe.calibration.seqlen, 0))
+
+
 @pytest.mark.parametrize(
     ("order", "bytes_of", "statistics", "solver"),
     [
@@ -156,10 +164,12 @@ def test_inputs_are_guessed_by_module():
     ],
 )
 def test_hessians_of_linears_that_are_solved_are_not_counted(dense, order, bytes_of, statistics, solver):
-    stack = open_stack(dense, torch.bfloat16)
-    recipe = resolve_recipe(None, sparsity=0.5, allocator="uniform", solver="sparsegpt", order=order)
-    demand = demand_of(recipe, stack, [stack.linears(0)], recipe.make_solver(), recipe.make_allocator(), 0)
-    demand = replace(demand, workspace=lambda out, width: bytes_of.get((out, width), 0))
+    class Takes(SparseGPT):
+        def workspace(self, out: int, width: int) -> int:
+            return bytes_of.get((out, width), 0)
+
+    _, demand = first_block(dense, solver="sparsegpt", order=order, compute="bfloat16")
+    demand = replace(demand, solver=Takes())
     parts = demand.phases(spill=True, held=False)["solve"]
     assert (parts["statistics"], parts["solver"]) == (statistics, solver)
 
@@ -174,9 +184,7 @@ def test_hessians_of_linears_that_are_solved_are_not_counted(dense, order, bytes
 )
 def test_masks_of_a_window_and_scores_of_one_key_head_are_counted(tmp_path, family, changes, least):
     tiny_model(family, **changes).save_pretrained(tmp_path / "dense")
-    stack = open_stack(tmp_path / "dense", torch.float32)
-    recipe = resolve_recipe(None, sparsity=0.5, allocator="uniform", solver="wanda", seqlen=512)
-    demand = demand_of(recipe, stack, [stack.linears(0)], recipe.make_solver(), recipe.make_allocator(), 0)
+    stack, demand = first_block(tmp_path / "dense", solver="wanda", seqlen=512)
     plain = 2048 * (4 * stack.hidden_bytes + max(x.shape[1] for x in stack.linears(0)) * 16)
     extra = demand.phases(spill=True, held=False)["observe"]["forward"] - plain
     assert extra >= 4 * least and (extra == 0) == (least == 0)
@@ -186,29 +194,17 @@ def test_what_an_allocator_takes_is_counted_for_its_block():
     shapes = [(64, 32), (32, 64), (64, 64)]
     whole = sum(out * width for out, width in shapes)
     owl, official = Owl(), Owl(compat="official")
-    assert measuring_bytes(owl, shapes) == 16 * 64**2
-    assert measuring_bytes(official, shapes) == measuring_bytes(owl, shapes) + 8 * whole
-    assert measuring_bytes(Blend(of="dlp,alpha"), shapes) == max(
-        measuring_bytes(Dlp(), shapes), measuring_bytes(Alpha(), shapes)
-    )
+    assert owl.workspace(shapes) == 16 * 64**2
+    assert official.workspace(shapes) == owl.workspace(shapes) + 8 * whole
+    assert Blend(of="dlp,alpha").workspace(shapes) == max(Dlp().workspace(shapes), Alpha().workspace(shapes))
 
 
 def test_scores_of_eager_attention_are_counted(tmp_path):
     tiny_model("bloom", n_head=4).save_pretrained(tmp_path / "dense")
-    recipe = resolve_recipe(
-        None, sparsity=0.5, allocator="uniform", solver="wanda", seqlen=512, **{"refine.epochs": 1}
-    )
-    stack = open_stack(tmp_path / "dense", torch.float32)
-
-    def phases():
-        demand = demand_of(
-            recipe, stack, [stack.linears(0)], recipe.make_solver(), recipe.make_allocator(), 0
-        )
-        return demand.phases(spill=True, held=False)
-
-    eager = phases()
+    stack, demand = first_block(tmp_path / "dense", solver="wanda", seqlen=512, **{"refine.epochs": 1})
+    eager = demand.phases(spill=True, held=False)
     stack.config._attn_implementation = "sdpa"
-    fused = phases()
+    fused = demand.phases(spill=True, held=False)
     scores = 4 * 4 * 4 * 512**2  # samples in one forward, heads, float32
     assert eager["observe"]["forward"] - fused["observe"]["forward"] == 3 * scores
     assert eager["refine"]["refine"] - fused["refine"]["refine"] == 3 * scores
@@ -219,8 +215,10 @@ import json, sys, torch
 from tests.tiny import tiny_model, tokens
 import tawny
 torch.set_num_threads(1)
-record = tawny.prune(sys.argv[1], sys.argv[2], calibration=tokens(64, 64), compute="float32", sparsity=0.5,
-                     solver=sys.argv[3], memory=sys.argv[4], **json.loads(sys.argv[5]))
+keys = json.loads(sys.argv[5])
+verb = tawny.prune if "allocator" in keys else tawny.search
+record = verb(sys.argv[1], sys.argv[2], calibration=tokens(64, 64), compute="float32", sparsity=0.5,
+              solver=sys.argv[3], memory=sys.argv[4], **keys)
 print(json.dumps([record.memory, record.peak_memory]))
 """
 
@@ -230,8 +228,7 @@ EXPERTS = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers"
 
 
 UNIFORM = {"allocator": "uniform"}
-SEARCHED = {"allocator": "auto", "allocator.finalists": 0, "allocator.trials": 8, "allocator.levels": 3}
-SEARCHED |= {"allocator.candidates": "owl,atp"}
+SEARCHED = {"search.finalists": 0, "search.trials": 8, "search.levels": 3, "search.candidates": "owl,atp"}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +253,7 @@ def test_the_estimate_is_what_is_measured(tmp_path, family, keys, solver, alloca
             "-c",
             _MEASURE,
             tmp_path / "dense",
-            tmp_path / "out",
+            tmp_path / ("out" if allocator is UNIFORM else "out.yaml"),
             solver,
             "4GB",
             json.dumps(allocator),

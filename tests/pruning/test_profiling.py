@@ -158,4 +158,4 @@ def test_a_plan_counts_what_an_allocator_measures_beside_statistics(tmp_path, mo
     linears = [LinearInfo(x["name"], tuple(x["shape"]), x["block"]) for x in planned["alpha"].linears]
     seconds = {name: plan.seconds["profile"] for name, plan in planned.items()}
     assert seconds["uniform"] == 0
-    assert seconds["alpha"] == seconds["blend"] == pytest.approx(Alpha.work(linears) / 1e6, abs=0.06)
+    assert seconds["alpha"] == seconds["blend"] == pytest.approx(Alpha().work(linears) / 1e6, abs=0.06)

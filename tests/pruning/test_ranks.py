@@ -34,13 +34,13 @@ class Progress(Silent):
         pass
 
 if dying and os.environ.get("RANK") == "1":
-    from tawny.pruning import run
-    write = run.BlockRun.write
+    from tawny.pruning.block import LoadedBlock
+    write = LoadedBlock.write
     def last(self):
         if self.index == int(dying):
             os.kill(os.getpid(), signal.SIGKILL)
         write(self)
-    run.BlockRun.write = last
+    LoadedBlock.write = last
 with console_for(False):
     tawny.prune(dense, out, sparsity=0.6, allocator="owl", solver=solver, compute="float32",
                 calibration=tokens(16, 512), progress=Progress())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tawny.allocation.alpha import Alpha
 from tawny.allocation.atp import Atp
-from tawny.allocation.auto import Auto
 from tawny.allocation.blend import Blend
 from tawny.allocation.dlp import Dlp
 from tawny.allocation.er import Er, ErPlus
@@ -21,7 +20,6 @@ __all__ = [
     "Allocator",
     "Alpha",
     "Atp",
-    "Auto",
     "Blend",
     "Dlp",
     "Er",
@@ -48,5 +46,4 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "lsa": Lsa,
     "blend": Blend,
     "file": File,
-    "auto": Auto,
 }

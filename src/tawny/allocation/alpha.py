@@ -23,7 +23,7 @@ from __future__ import annotations
 __all__ = ["Alpha", "hill_alpha", "spectrum"]
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import LinearInfo, Profile
-from tawny.calibration.statistics import Needs, Statistics
+from tawny.allocation.profile import Allocator, LinearInfo, Profile
+from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
 
 Fit = Literal["mid", "peak"]
@@ -85,7 +85,7 @@ def _starts_around_peak(eigenvalues: Tensor, official: bool) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Alpha:
+class Alpha(Allocator):
     """Linears with heavy-tailed spectra keep more: sparsity from (1−epsilon)·S to (1+epsilon)·S. Data-free.
 
     Lu 2024 (2410.10912): sparsity rises with the exponent of the power law fitted to the squared singular values,
@@ -100,15 +100,13 @@ class Alpha:
     epsilon: float = 0.3
     granularity: Literal["block", "linear"] = "block"
     compat: Literal["official"] | None = None
-    needs: ClassVar[Needs] = "none"
     measures_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:
             raise RecipeError(f"epsilon {self.epsilon} given, expected the half width of a band, in [0, 1]")
 
-    @staticmethod
-    def work(linears: Iterable[LinearInfo]) -> float:
+    def work(self, linears: Sequence[LinearInfo]) -> float:
         """Float32 operations that take as long as the spectra of these: `WWᵀ` in float64 and its eigenvalues."""
         shapes = [sorted(linear.shape) for linear in linears]
         return float(sum(4 * short**2 * long + 8 * short**3 for short, long in shapes))

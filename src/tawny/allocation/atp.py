@@ -7,7 +7,7 @@ held-out text.
 
 Without trials (`beta` unset) the progression spans the band of sparsities that LSA found best at that target: ± 0.15
 at 70 % (.55 to .85), ± 0.10 at 60 %, ± 0.04 at 50 %. A fixed share of the legal range does not do: half of it is ± 0.25
-at 50 %, and much worse than uniform there (docs/log.md). Blocks of unequal size are centred by parameters, and
+at 50 %, and much worse than uniform there (docs/log/atp-slope.md). Blocks of unequal size are centred by parameters, and
 depth is counted from the first block that holds linears to the last.
 """
 
@@ -16,16 +16,11 @@ from __future__ import annotations
 __all__ = ["Atp", "largest_beta"]
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile
+from tawny.allocation.profile import Allocator, Profile
 from tawny.allocation.scores import half_band
-from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import RecipeError
 
 
@@ -35,7 +30,7 @@ def largest_beta(target: float, blocks: int) -> float:
 
 
 @dataclass(frozen=True)
-class Atp:
+class Atp(Allocator):
     """Sparsity rises evenly with depth by beta a block (unset: over a band that depends on the target, ± 0.15 at 70 %).
 
     Huang 2025 (2502.14770). Needs no data and no weights.
@@ -45,17 +40,12 @@ class Atp:
     """
 
     beta: float | None = None
-    needs: ClassVar[Needs] = "none"
-    measures_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.beta is not None and not 0 <= self.beta < math.inf:
             raise RecipeError(
                 f"allocator.beta is {self.beta}; expected a step that is not negative, such as 0.01"
             )
-
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        return {}
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         first, blocks = profile.span.start, len(profile.span)

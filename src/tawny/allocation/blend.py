@@ -4,7 +4,7 @@
 
 Each allocation meets the budget, so their mean does. What allocators agree on stays, and what only one of them wants is
 halved. Whether that helps depends on the model: of depth and spectra the mean was the better choice for one, and the worse for
-another (docs/log.md), so it is there to be tried, and `auto` tries it.
+another (docs/log/blend.md), so it is there to be tried, and `tawny search` tries it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
+from tawny.allocation.joint import Joint
 from tawny.allocation.profile import Allocator, LinearInfo, Profile
-from tawny.allocation.several import Several
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import RecipeError, nearest
 
 
 @dataclass(frozen=True)
-class Blend:
+class Blend(Allocator):
     """The mean of what the allocators named in `of` give, each with its own defaults.
 
     Raises:
@@ -50,9 +50,9 @@ class Blend:
         return tuple(name.strip() for name in self.of.split(",") if name.strip())
 
     @property
-    def members(self) -> Several:
+    def members(self) -> Joint:
         known = _blendable()
-        return Several({name: known[name]() for name in self.names})
+        return Joint({name: known[name]() for name in self.names})
 
     @property
     def needs(self) -> Needs:
@@ -60,12 +60,11 @@ class Blend:
 
     @property
     def measures_weights(self) -> bool:
-        return self.members.measures_weights
+        return bool(self.members.measuring)
 
     def work(self, linears: Sequence[LinearInfo]) -> float:
         """What its members measure beside statistics, in float32 operations that take as long."""
-        counted = (getattr(member, "work", None) for member in self.members.allocators.values())
-        return float(sum(work(linears) for work in counted if work is not None))
+        return sum(member.work(linears) for member in self.members.allocators.values())
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Its members measure one after the other."""
@@ -90,6 +89,6 @@ def _blendable() -> dict[str, type[Allocator]]:
 
     def alone(kind: Any) -> bool:
         must = any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind))
-        return not must and kind is not Blend and not getattr(kind, "searches", False)
+        return not must and kind is not Blend
 
     return {name: kind for name, kind in ALLOCATORS.items() if alone(kind)}

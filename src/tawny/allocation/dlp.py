@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile, largest
+from tawny.allocation.profile import Allocator, Profile, largest
 from tawny.allocation.scores import band, exact_quantile, score_sets, wanda_scores
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import RecipeError
 
 
 @dataclass(frozen=True)
-class Dlp:
+class Dlp(Allocator):
     """Blocks whose median |W|·‖X‖₂ is small keep more: density = 2α·(I − min I)/(max I − min I) + const.
 
     Chen 2025 (2505.23807), with `I_l = 1 − med(A_l)/Σ med(A)`.

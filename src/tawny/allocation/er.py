@@ -10,15 +10,10 @@ from __future__ import annotations
 
 __all__ = ["Er", "ErPlus"]
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile
-from tawny.calibration.statistics import Needs, Statistics
+from tawny.allocation.profile import Allocator, Profile
 from tawny.errors import RecipeError
 
 
@@ -51,17 +46,11 @@ def _raw(profile: Profile, target: float, dense: set[str]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Er:
+class Er(Allocator):
     """density ∝ (in + out)/(in·out): the shapes alone decide.
 
     Evci 2020 (1911.11134). Needs no data and no weights.
     """
-
-    needs: ClassVar[Needs] = "none"
-    measures_weights: ClassVar[bool] = False
-
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        return {}
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         sizes = profile.sizes
@@ -69,7 +58,7 @@ class Er:
 
 
 @dataclass(frozen=True)
-class ErPlus:
+class ErPlus(Allocator):
     """Er, and the last linear of the model stays dense.
 
     Liu 2022 (2202.02643). Refused when the last linear alone is more than the sparsity leaves.
@@ -77,12 +66,6 @@ class ErPlus:
     Raises:
         RecipeError: the last linear alone is more than the sparsity leaves.
     """
-
-    needs: ClassVar[Needs] = "none"
-    measures_weights: ClassVar[bool] = False
-
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        return {}
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         last = profile.linears[-1].name

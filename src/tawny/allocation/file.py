@@ -27,17 +27,15 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from torch import Tensor
 
-from tawny.allocation.profile import Allocation, Profile
-from tawny.calibration.statistics import Needs, Statistics
+from tawny.allocation.profile import Allocation, Allocator, Profile
 from tawny.errors import RecipeError, nearest, short
 from tawny.patterns import removed_count
 
@@ -169,7 +167,7 @@ def _are_levels(entries: Sequence[Entry], path: str) -> bool:
 
 
 @dataclass(frozen=True)
-class File:
+class File(Allocator):
     """The sparsities of a YAML, JSON or EvoPress file (`path`); taken as they are, the mean is checked.
 
     `{linear or glob: sparsity}`, or EvoPress's `linear: level` (2410.14649). Needs no data.
@@ -182,9 +180,7 @@ class File:
     step: int | None = None
     tolerance: float = 1e-3
     sha256: str | None = None  # of the file; filled in when the recipe is made
-    needs: ClassVar[Needs] = "none"
-    measures_weights: ClassVar[bool] = False
-    as_given: ClassVar[bool] = True  # n:m takes a whole n of each linear, and averages nothing
+    as_given: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -198,9 +194,6 @@ class File:
         if self.sha256 is None and os.path.isfile(self.path):  # noqa: PTH113 - never raises, whatever the name
             # A file that is not there is reported when it is read: a recipe can be shown without it.
             object.__setattr__(self, "sha256", hashlib.sha256(self._bytes()).hexdigest())
-
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
-        return {}
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         entries = read_entries(self._checked_text(), self.path)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile, largest
+from tawny.allocation.profile import Allocator, Profile, largest
 from tawny.allocation.scores import BINS, Score, histogram, magnitude_scores, score_sets, wanda_scores
 from tawny.calibration.statistics import Needs, Statistics
 
@@ -32,7 +32,7 @@ _SCORES: dict[str, Score] = {"wanda": wanda_scores, "magnitude": magnitude_score
 
 
 @dataclass(frozen=True)
-class Global:
+class Global(Allocator):
     """One threshold of a score (wanda or magnitude) over all weights of the model.
 
     `s_l = #{A_l ≤ t}/n_l` with `t` such that `Σ #{A_l ≤ t} = S·Σ n_l`; `A = |W|·‖X‖₂` or `|W|`.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Profile, largest
+from tawny.allocation.profile import Allocator, Profile, largest
 from tawny.allocation.scores import band, half_band
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
@@ -88,7 +88,7 @@ def _remove_half(w_RK: Tensor, H_KK: Tensor, carried_RK: Tensor) -> tuple[Tensor
 
 
 @dataclass(frozen=True)
-class Lsa:
+class Lsa(Allocator):
     """Units that lose most by losing half of their weights are pruned most: 1 − e/Σe mapped to a band of width 2α.
 
     Yang 2026 (openreview xq3lza5IjN). `alpha` unset: the paper's value for the sparsity. `granularity`: one number a block, a stage

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation import budget
-from tawny.allocation.profile import Allocation, Profile, largest
+from tawny.allocation.profile import Allocation, Allocator, Profile, largest
 from tawny.allocation.scores import magnitude_parts
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError
@@ -36,7 +36,7 @@ Unit = TypeVar("Unit", int, tuple[int, str])
 
 
 @dataclass(frozen=True)
-class Owl:
+class Owl(Allocator):
     """More outliers in a block, less pruning; one ratio a block from the dense model's profile.
 
     D_l = % of |W|·‖X‖ above M times its mean; density spread over 2λ. Yin et al. 2024 (2310.05175).
@@ -57,6 +57,10 @@ class Owl:
 
     needs: ClassVar[Needs] = "norms"
     measures_weights: ClassVar[bool] = True
+
+    @property
+    def outlier_M(self) -> float:
+        return self.M
 
     def __post_init__(self) -> None:
         if not 0 < self.M < math.inf:

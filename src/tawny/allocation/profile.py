@@ -7,7 +7,7 @@ linears. Both are plain data: a profile can be journalled, printed and allocated
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Needs, Statistics
 
-__all__ = ["Allocation", "Allocator", "LinearInfo", "Profile", "largest", "measuring_bytes"]
+__all__ = ["Allocation", "Allocator", "LinearInfo", "Measuring", "Profile", "largest"]
+
+DEFAULT_M = 5.0  # OWL's own
 
 Allocation = dict[str, float]
 """{linear name: sparsity}"""
@@ -64,26 +66,47 @@ class Profile:
         return sum(linear.numel for linear in self.linears_of(block))
 
 
-class Allocator(Protocol):
-    """The interface; a new allocator is one file and one entry of ALLOCATORS, its fields are its options.
-
-    It may also have `workspace(shapes) -> int`, the bytes that measuring a block of linears of these shapes takes beside
-    its stored weights and statistics: without it plans guess (`measuring_bytes`).
-    """
+class Measuring(Protocol):
+    """What reads a dense model in the profile walk. What stands here is true of one that measures nothing."""
 
     @property
     def needs(self) -> Needs:
         """Statistics of the dense model that `measure` wants."""
-        ...
+        return "none"
 
     @property
     def measures_weights(self) -> bool:
         """Whether there is anything to measure; without it no walk is made."""
-        ...
+        return False
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Bytes that measuring a block takes beside its stored weights and statistics.
+
+        By default the weight at hand in float32, its scores, and counting them.
+        """
+        return 16 * largest(shapes)
 
     def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
         """Numbers of one dense block, fit for JSON."""
-        ...
+        return {}
+
+
+class Allocator(Measuring, Protocol):
+    """The interface; a new allocator is one file and one entry of ALLOCATORS, its fields are its options."""
+
+    @property
+    def as_given(self) -> bool:
+        """Somebody chose the numbers: an n:m pattern takes a whole n of each linear, and averages nothing."""
+        return False
+
+    @property
+    def outlier_M(self) -> float:
+        """A score above so many times the block's mean is counted as an outlier in the record."""
+        return DEFAULT_M
+
+    def work(self, linears: Sequence[LinearInfo]) -> float:
+        """What `measure` costs beside statistics, in float32 operations that take as long."""
+        return 0.0
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         """A sparsity for every linear of the profile, its parameter-weighted mean being the target."""
@@ -93,9 +116,3 @@ class Allocator(Protocol):
 def largest(shapes: Sequence[tuple[int, int]]) -> int:
     """Weights of the largest linear of a block; 0 where there is none."""
     return max(map(math.prod, shapes), default=0)
-
-
-def measuring_bytes(allocator: Allocator, shapes: Sequence[tuple[int, int]]) -> int:
-    """What measuring a block takes: as the allocator says, or the weight at hand in float32, its scores, and counting them."""
-    own: Callable[[Sequence[tuple[int, int]]], int] | None = getattr(allocator, "workspace", None)
-    return own(shapes) if own is not None else 16 * largest(shapes)

@@ -30,7 +30,7 @@ _NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json"}
 # What a search leaves beside the weights.
 ALLOCATION = ("allocation.yaml", "allocation.png", "allocation.svg")
 # What a folder may hold that a run may throw away.
-_OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced", "search"}
+_OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
 JOURNAL = "journal.json"
 
 
@@ -191,7 +191,7 @@ class OutputFolder:
             )
         with writing(out):
             self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.work / "lock", out)
+            self._lock = locked(self.work / "lock", out)
             if not keep:
                 self._clear()
             for name in ("blocks", "hidden", "checkpoint"):
@@ -340,7 +340,7 @@ class OutputFolder:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _locked(path: Path, out: Path) -> IO[bytes]:
+def locked(path: Path, out: Path) -> IO[bytes]:
     """A lock that goes with the process, however it ends."""
     handle = path.open("ab")
     try:

@@ -1,6 +1,6 @@
 """One loaded block while it is pruned: observed, solved linear by linear, refined, advanced, written.
 
-`run.py` says in which order; this file says what each step does and what of it is recorded.
+run.py says in which order. This file says what each step does and what of it is recorded.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,56 +21,56 @@ from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.pruning.memory_plan import HELD_BYTES, held_bytes
-from tawny.pruning.outliers import DEFAULT_M, OutlierCount
+from tawny.pruning.outliers import OutlierCount
 from tawny.pruning.refine import refine
+from tawny.pruning.session import Job, Session
 from tawny.record import LinearRecord
 from tawny.solvers.base import Solution, reconstruction_error
 from tawny.solvers.refit import refit
 
-if TYPE_CHECKING:
-    from tawny.pruning.run import Run
-
 
 @dataclass
-class BlockRun:
+class LoadedBlock:
     """One loaded block while it is pruned."""
 
-    run: Run
+    session: Session
     index: int
     stream: Stream | None
     dense: Stream | None  # where the samples would be without pruning; only when refining
     allocation: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        self.linears = self.run.by_block[self.index]
-        self.outliers = OutlierCount(self.run.record.outlier_M or DEFAULT_M, self.run.stack.look)
+        self.job: Job = self.session.job
+        self.linears = self.job.by_block[self.index]
+        self.outliers = OutlierCount(self.job.allocator.outlier_M, self.job.stack.look)
         self._prepared: tuple[Statistics, Any] | None = None
         self._stage = 0
         self._advanced = False
         self._solved: dict[str, Tensor] = {}
-        self._warned = len(self.run.record.warnings)
+        self.warned = len(self.session.record.warnings)  # what the record held before this block
 
-    def target(self) -> None:
+    def aim(self) -> None:
         """Let the dense samples pass, before anything is pruned: their outputs are what refining aims at."""
         if self.dense is not None:
-            with self.run.clock("forward"):
-                self.dense.advance(self.index, lambda: self.run.progress.detail("dense outputs", 0, 0))
+            with self.session.clock("forward"):
+                self.dense.advance(self.index, lambda: self.session.progress.detail("dense outputs", 0, 0))
 
-    def stages(self, order: str) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
+    def stages(self) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
         """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
+        order = self.job.recipe.order
         if self.stream is None:
             yield Stage(list(self.linears)), {}
             return
-        seen = self._observe(self.linears, "none" if order == "data" else self.run.needs)
+        seen = self._observe(self.linears, "none" if order == "data" else self.job.needs)
         if order != "data":
-            with self.run.clock("outliers"):
+            with self.session.clock("outliers"):
                 self.outliers.see(self.linears, seen.statistics, dense=True)
         if order == "data" and can_suspend(seen.stages, self.linears) and self._may_hold():
             yield from self._lockstep(self.stream, seen.stages)
             return
         for self._stage, stage in enumerate(seen.stages):
             if order == "data":
-                given = self._observe(stage.linears, self.run.needs).statistics
+                given = self._observe(stage.linears, self.job.needs).statistics
             else:
                 given = {
                     x.name: seen.statistics.pop(x.name) for x in stage.linears if x.name in seen.statistics
@@ -83,33 +83,39 @@ class BlockRun:
     def _may_hold(self) -> bool:
         """Whether all forwards of the block may be suspended together."""
         assert self.stream is not None
-        limit = HELD_BYTES if self.run.placement is None else self.run.placement.held_bytes
+        limit = HELD_BYTES if self.session.placement is None else self.session.placement.held_bytes
         samples = self.stream.samples
-        return held_bytes(self.run.stack, self.linears, len(samples) * samples.seqlen) <= limit
+        return held_bytes(self.job.stack, self.linears, len(samples) * samples.seqlen) <= limit
 
     def _lockstep(
         self, stream: Stream, stages: Sequence[Stage]
     ) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
-        finish = self.dense is None and self.index < len(self.run.stack) - 1
+        finish = self.dense is None and self.index < len(self.job.stack) - 1
         self._advanced = self.dense is None  # refining needs the samples in front of the block once more
         done, total = 0, len(stream) * (len(stages) + finish)
 
         def step() -> None:
             nonlocal done
             done += 1
-            self.run.progress.detail("observing", done, total)
+            self.session.progress.detail("observing", done, total)
 
         walk = in_lockstep(
-            stream, self.index, stages, self.run.needs, finish=finish, exact=self.run.ranks.several, step=step
+            stream,
+            self.index,
+            stages,
+            self.job.needs,
+            finish=finish,
+            exact=self.session.ranks.several,
+            step=step,
         )
         while True:
-            with self.run.clock("forward"):
+            with self.session.clock("forward"):
                 item = next(walk, None)
             if item is None:
                 return
             self._stage = stages.index(item[0])
-            with self.run.clock("exchange"):
-                self.run.ranks.add(item[1])
+            with self.session.clock("exchange"):
+                self.session.ranks.add(item[1])
             yield item
             item[1].clear()
 
@@ -121,12 +127,14 @@ class BlockRun:
         def step() -> None:
             nonlocal done
             done += 1
-            self.run.progress.detail("observing", done, total)
+            self.session.progress.detail("observing", done, total)
 
-        with self.run.clock("observe"):
-            seen = observe(self.stream, self.index, linears, needs, exact=self.run.ranks.several, step=step)
-        with self.run.clock("exchange"):
-            self.run.ranks.add(seen.statistics)
+        with self.session.clock("observe"):
+            seen = observe(
+                self.stream, self.index, linears, needs, exact=self.session.ranks.several, step=step
+            )
+        with self.session.clock("exchange"):
+            self.session.ranks.add(seen.statistics)
         return seen
 
     def solution(
@@ -137,22 +145,22 @@ class BlockRun:
         Returns:
             The solution; its relative error and what that was measured by, if it had to be known; notes for the record.
         """
-        run, notes, measured = self.run, {}, None
+        job, session, notes, measured = self.job, self.session, {}, None
         try:
-            with run.clock("solve"):
-                solution: Solution = run.solver.solve(
+            with session.clock("solve"):
+                solution: Solution = job.solver.solve(
                     W_OI,
                     statistics,
-                    pattern_at(run.pattern, target),
+                    pattern_at(job.pattern, target),
                     target,
                     prepared=self._prepare(statistics),
                 )
-            if run.recipe.refit:
+            if job.recipe.refit:
                 measured = self._measure(W_OI, solution.weight, statistics, solution.lost)
             if measured is not None and measured[0] > 0:
                 assert statistics is not None and statistics.hessian is not None
                 notes["before_refit"] = measured[0]
-                with run.clock("refit"):
+                with session.clock("refit"):
                     refitted, left = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
                 better = self._measure(W_OI, refitted, statistics, left)
                 # Its damped objective and the error here are not quite the same thing.
@@ -164,25 +172,27 @@ class BlockRun:
 
     def solve(self, linear: Linear, statistics: Statistics | None) -> None:
         """Prune one linear and record what became of it."""
-        run, start = self.run, time.perf_counter()
+        job, session, start = self.job, self.session, time.perf_counter()
         target = self.allocation[linear.name]
-        pattern = pattern_at(run.pattern, target)
-        W_OI = run.stack.weight(linear)
+        pattern = pattern_at(job.pattern, target)
+        W_OI = job.stack.weight(linear)
         notes: dict[str, Any] = {}
         if statistics is not None:
             self.outliers.see([linear], {linear.name: statistics}, dense=False)
         known = self.known(linear, statistics)
         if known is not statistics:
             notes["tokens"] = 0
-            run.record.warnings.append(f"{linear.name} saw no calibration token; its weights alone decided")
-        run.progress.detail(f"solving {linear.name.removeprefix(run.stack.name(self.index) + '.')}", 0, 0)
+            session.record.warnings.append(
+                f"{linear.name} saw no calibration token; its weights alone decided"
+            )
+        session.progress.detail(f"solving {linear.name.removeprefix(job.stack.name(self.index) + '.')}", 0, 0)
         solution, measured, more = self.solution(linear, W_OI, known, target)
         lost, kind = measured or self._measure(W_OI, solution.weight, known, solution.lost)
-        stored = run.stack.set_weight(linear, solution.weight)
+        stored = job.stack.set_weight(linear, solution.weight)
         if self.dense is not None:
             self._solved[linear.name] = solution.weight
         zeros = int((stored == 0).sum())
-        run.record.linears.append(
+        session.record.linears.append(
             LinearRecord(
                 name=linear.name,
                 shape=linear.shape,
@@ -202,32 +212,13 @@ class BlockRun:
     def known(self, linear: Linear, statistics: Statistics | None) -> Statistics | None:
         """What a solve goes by: the statistics, or blind ones for an expert that no token was routed to."""
         if statistics is not None and statistics.tokens == 0:
-            return blind_statistics(linear.shape[1], self.run.needs, self.run.stack.look(linear).device)
+            return blind_statistics(linear.shape[1], self.job.needs, self.job.stack.look(linear).device)
         return statistics
-
-    def exchange(
-        self, linears: Sequence[Linear], owners: Sequence[int], statistics: Mapping[str, Statistics]
-    ) -> None:
-        """Send every solved weight of a stage to all ranks, as it is stored, and put the records together."""
-        run, names = self.run, {linear.name for linear in linears}
-        with run.clock("exchange"):
-            for linear, owner in zip(linears, owners, strict=True):
-                if owner != run.ranks.rank and linear.name in statistics:
-                    self.outliers.see([linear], {linear.name: statistics[linear.name]}, dense=False)
-                sent = run.ranks.send(run.stack.stored_weight(linear), owner)
-                run.stack.set_weight(linear, sent)
-            own = [asdict(entry) for entry in run.record.linears if entry.name in names]
-            told = run.ranks.all_of((own, run.record.warnings[self._warned :]))
-        known = {entry["name"]: LinearRecord.from_dict(entry) for entries, _ in told for entry in entries}
-        run.record.linears = [entry for entry in run.record.linears if entry.name not in names]
-        run.record.linears += [known[linear.name] for linear in linears]
-        run.record.warnings[self._warned :] = sorted(line for _, lines in told for line in lines)
-        self._warned = len(run.record.warnings)
 
     def _measure(
         self, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None, lost: float | None = None
     ) -> tuple[float, str]:
-        with self.run.clock("error"):
+        with self.session.clock("error"):
             return relative_error(W_OI, pruned_OI, statistics, lost)
 
     def _prepare(self, statistics: Statistics | None) -> Any:
@@ -236,66 +227,73 @@ class BlockRun:
             return None
         if self._prepared is None or self._prepared[0] is not statistics:
             self._prepared = None
-            self._prepared = (statistics, self.run.solver.prepare(statistics))
+            self._prepared = (statistics, self.job.solver.prepare(statistics))
         return self._prepared[1]
 
     def refine(self) -> None:
         """Train what the block has left, where the recipe asks for it, and correct what is recorded of it."""
-        run, self._prepared = self.run, None
+        job, session, self._prepared = self.job, self.session, None
         if self.stream is None or self.dense is None or not self.linears:
             return
-        with run.clock("refine"):
+        with session.clock("refine"):
             made = refine(
-                run.stack,
+                job.stack,
                 self.index,
                 self.stream,
                 self.dense,
                 self.linears,
                 self._solved,
-                run.recipe.refine,
-                run.recipe.seed,
-                step=lambda done, total: run.progress.detail("refining", done, total),
-                dtype=DTYPES[run.recipe.dtype] if run.recipe.dtype else None,
+                job.recipe.refine,
+                job.recipe.seed,
+                step=lambda done, total: session.progress.detail("refining", done, total),
+                dtype=DTYPES[job.recipe.dtype] if job.recipe.dtype else None,
             )
         self._solved = {}
-        run.record.refined.append(asdict(made))
+        session.record.refined.append(asdict(made))
         if "finite" in made.stopped:
-            name = run.stack.name(self.index)
-            run.record.warnings.append(f"refining {name}: {made.stopped}; epoch {made.best_epoch} was kept")
-        entries = {entry.name: entry for entry in run.record.linears}
+            name = job.stack.name(self.index)
+            session.record.warnings.append(
+                f"refining {name}: {made.stopped}; epoch {made.best_epoch} was kept"
+            )
+        entries = {entry.name: entry for entry in session.record.linears}
         for linear in self.linears:
             entry = entries[linear.name]
-            entry.zeros = int((run.stack.weight(linear) == 0).sum())
+            entry.zeros = int((job.stack.weight(linear) == 0).sum())
             entry.sparsity = entry.zeros / linear.numel
 
     def advance(self) -> None:
         """Give the next block its inputs; nobody needs the last block's outputs."""
         self._prepared = None
         self._count_outliers()
-        if self.stream is None or self._advanced or self.index == len(self.run.stack) - 1:
+        if self.stream is None or self._advanced or self.index == len(self.job.stack) - 1:
             return
-        with self.run.clock("forward"):
-            self.stream.advance(self.index, lambda: self.run.progress.detail("advancing", 0, 0))
+        with self.session.clock("forward"):
+            self.stream.advance(self.index, lambda: self.session.progress.detail("advancing", 0, 0))
 
     def _count_outliers(self) -> None:
         """Note in the record how many outliers every linear of the block had and has."""
-        with self.run.clock("outliers"):
+        with self.session.clock("outliers"):
             before, after = self.outliers.before, self.outliers.after(self.linears)
-        for entry in self.run.record.linears:
+        for entry in self.session.record.linears:
             if entry.name in after:
                 entry.outliers_before, entry.outliers_after = before.get(entry.name), after[entry.name]
 
     def write(self) -> None:
         """Hand the block's tensors, under the names they came with, to the output."""
-        run = self.run
-        if run.output is None or run.stack.checkpoint is None:
+        job, session = self.job, self.session
+        if session.output is None or job.stack.checkpoint is None:
             return
-        with run.clock("write"):
+        with session.clock("write"):
             tensors: dict[str, Tensor] = {}
-            for unit in run.stack.checkpoint.units_of(run.stack.name(self.index)):
-                parameters = {name: run.stack.stored[name] for name in unit.targets}
-                tensors.update(run.stack.checkpoint.store(unit, parameters, run.stack.model))
-            run.output.write_block(f"{self.index:05d}", {k: run.stored(v) for k, v in tensors.items()})
+            for unit in job.stack.checkpoint.units_of(job.stack.name(self.index)):
+                parameters = {name: job.stack.stored[name] for name in unit.targets}
+                tensors.update(job.stack.checkpoint.store(unit, parameters, job.stack.model))
+            session.output.write_block(f"{self.index:05d}", {k: _stored(job, v) for k, v in tensors.items()})
+
+
+def _stored(job: Job, value: Tensor) -> Tensor:
+    wanted = job.recipe.dtype
+    return value.to(DTYPES[wanted]) if wanted and value.is_floating_point() else value
 
 
 def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:

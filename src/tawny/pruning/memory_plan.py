@@ -12,16 +12,18 @@ import contextlib
 import ctypes
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
+from tawny.allocation.profile import Measuring
 from tawny.calibration.statistics import Needs, hessian_bytes
 from tawny.errors import RecipeError
 from tawny.machine import free_memory, resident_memory
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
-from tawny.model.streams import CHUNK_TOKENS
+from tawny.model.streams import CHUNK_TOKENS, Samples
+from tawny.solvers.base import Solver
 
 # What the interpreter holds with torch, transformers and a tokenizer, where it cannot be measured.
 _INTERPRETER = 380_000_000
@@ -79,49 +81,55 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a run works on, as far as memory is concerned.
+class Load:
+    """What is calibrated on: samples, tokens a sample, and characters of the text they come from.
 
     Attributes:
-        stack: the opened model.
-        by_block: the linears to prune.
-        needs, allocator_needs: statistics of the solver and of the allocator.
-        measures: the allocator looks at weights.
-        samples, seqlen: of the calibration; 0 where none is needed.
+        given: tokens in the place of a text.
+    """
+
+    samples: int
+    seqlen: int
+    characters: int
+    given: Samples | None = None
+
+
+class Demanding(Protocol):
+    """What `place` asks of a run."""
+
+    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
+        """Bytes by part, of each phase; `spill`: hidden states are on disk; `held`: forwards are suspended together."""
+        ...
+
+    def held(self) -> int | None:
+        """Bytes that suspended forwards hold; None where none are ever suspended."""
+        ...
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A run as far as memory is concerned: what it works on, and what its steps ask for.
+
+    Attributes:
+        needs: statistics that the solver asks for.
+        measuring: what reads the dense model first, an allocator or several.
+        samples, seqlen, characters: of the calibration; 0 where none is needed.
         profiled: samples of the profile walk.
-        characters: of the text that is tokenised.
         in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
-        workspace: bytes a solver takes for a linear `[out, in]` (see `Solver`).
-        measuring: bytes an allocator takes for the linears of a block (see `Allocator`).
-        searched: samples that a search solves its levels with; 0 without one.
-        search_needs: what it collects on them.
-        level_needs, level_workspace: `needs` and `workspace` of what solves its levels, which need not be the solver.
-        held_out, candidates: bytes of hidden states that a search compares models by: the dense model's, and those of
-            the models that go through the blocks together.
-        finals: a search prunes its finalists in earnest.
     """
 
     stack: Stack
     by_block: Sequence[Sequence[Linear]]
+    solver: Solver
     needs: Needs
-    allocator_needs: Needs
-    measures: bool
+    measuring: Measuring
     samples: int
     seqlen: int
-    profiled: int
     characters: int
+    profiled: int
     in_data_order: bool
     refining: bool
-    workspace: Callable[[int, int], int]
-    measuring: Callable[[Sequence[tuple[int, int]]], int]
-    searched: int = 0
-    search_needs: Needs = "none"
-    level_needs: Needs = "none"
-    level_workspace: Callable[[int, int], int] = lambda out, width: 0
-    held_out: int = 0
-    candidates: int = 0
-    finals: bool = False
 
     def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; those of every phase are the interpreter and what is outside the blocks."""
@@ -131,80 +139,41 @@ class Demand:
         if not self._flat:
             return {"open": base}
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
-        if self.searched:
-            phases |= self._search_phases(base, spill=spill, held=held)
-            base["head"] = stack.late_bytes  # read to compare candidates, and there from then on
-        elif self.measures:
+        if self.measuring.measures_weights:
             kept = min(self.profiled, self.samples) * self.seqlen * stack.hidden_bytes
-            observed = self.allocator_needs != "none"
+            observed = self.measuring.needs != "none"
             phases["profile"] = {
                 **base,
-                "block": self._block_bytes(),
+                "block": self.block_bytes(),
                 "hidden_states": kept if observed and not spill else 0,
-                "forward": max(self._forward_bytes() if observed else 0, self._measuring_bytes()),
-                "statistics": self._observing(self.allocator_needs, at_once=True),
+                "forward": max(self.forward_bytes() if observed else 0, self.measuring_bytes()),
+                "statistics": self.observing(self.measuring.needs, at_once=True),
             }
         hidden = 0
         if self.needs != "none" or self.refining:
             hidden = 0 if spill else self.samples * self.seqlen * stack.hidden_bytes
-        walk = self._walk_phases(base, hidden * (2 if self.refining else 1), held=held)
-        if self.finals:  # the same walk over the samples of the search; most of what was held out goes along
-            searched = 0 if spill else self.searched * self.seqlen * stack.hidden_bytes
-            kept = searched + self.held_out * 2
-            phases |= {f"finals, {name}": {**parts, "hidden_states": kept} for name, parts in walk.items()}
+        walk = self.walk_phases(base, hidden * (2 if self.refining else 1), held=held)
         phases |= walk
         if self.refining:
             solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)
             for name in ("observe" if self.needs != "none" else "solve", "solve"):
                 phases[name]["solved"] = solved
-            refine = {"block": self._block_bytes(), "hidden_states": 2 * hidden}
+            refine = {"block": self.block_bytes(), "hidden_states": 2 * hidden}
             refine |= {"held": walk["solve"]["held"]} if "held" in walk["solve"] else {}
             phases["refine"] = {**base, **refine, "refine": self._refine_bytes() + solved}
         return phases
 
-    def _search_phases(
-        self, base: Mapping[str, int], *, spill: bool, held: bool
-    ) -> dict[str, dict[str, int]]:
-        """Solving at each level, and comparing candidates; what is measured and held out is not spilled: it is little."""
-        stack, block = self.stack, self._block_bytes()
-        kept = min(self.profiled, self.searched) * self.seqlen * stack.hidden_bytes + self.held_out
-        kept += 0 if spill else self.searched * self.seqlen * stack.hidden_bytes
-        searching = {**base, "block": block, "hidden_states": kept}
-        work = max(self.level_workspace(*x.shape) for x in self._flat)
-        phases = {
-            "search": {
-                **searching,
-                "statistics": self._observing(self.search_needs, at_once=True),
-                "solver": max(work, self._forward_bytes(), self._measuring_bytes()),
-            }
-        }
-        if self.level_needs != "none" and self.in_data_order and held:
-            phases["search, in data order"] = {
-                **searching,
-                "held": held_bytes(stack, self._flat, self.searched * self.seqlen),
-                "forward": self._forward_bytes(),
-                "statistics": self._observing(self.search_needs, at_once=False),
-            }
-        comparing = {**base, "head": stack.late_bytes, "hidden_states": self.held_out + self.candidates}
-        phases["candidates"] = {
-            **comparing,
-            "block": 2 * block,  # and its dense weights, put back where a level removes nothing
-            "forward": self._forward_bytes(),
-        }
-        phases["comparison"] = {**comparing, "logits": 4 * LOGIT_BYTES}
-        return phases
-
-    def _walk_phases(self, base: Mapping[str, int], hidden: int, *, held: bool) -> dict[str, dict[str, int]]:
+    def walk_phases(self, base: Mapping[str, int], hidden: int, *, held: bool) -> dict[str, dict[str, int]]:
         """What is gone through for every block of a run; `hidden`: bytes of the hidden states in memory."""
-        walking = {**base, "block": self._block_bytes(), "hidden_states": hidden}
+        walking = {**base, "block": self.block_bytes(), "hidden_states": hidden}
         if self.needs != "none" and self.in_data_order and held:
-            walking["held"] = self.held()
+            walking["held"] = held_bytes(self.stack, self._flat, self.samples * self.seqlen)
         phases = {}
         if self.needs != "none":
             phases["observe"] = {
                 **walking,
-                "forward": self._forward_bytes(),
-                "statistics": self._observing(self.needs, at_once=not self.in_data_order),
+                "forward": self.forward_bytes(),
+                "statistics": self.observing(self.needs, at_once=not self.in_data_order),
             }
         phases["convert"] = {**walking, "conversion": self._conversion_bytes()}
         solving: Mapping[str, int] = max((self._solving(groups) for groups in self._inputs), key=_total)
@@ -220,7 +189,7 @@ class Demand:
         """The linears of each block, together where they share an input."""
         return [sharing_inputs(linears) for linears in self.by_block]
 
-    def _observing(self, needs: Needs, *, at_once: bool) -> int:
+    def observing(self, needs: Needs, *, at_once: bool) -> int:
         """Hessians while they are added up, all of a block or one stage's; one after the other is rounded and mirrored."""
         if needs != "hessian":
             return 0
@@ -233,7 +202,7 @@ class Demand:
         )
         return (sum(growing) if at_once else max(growing)) + rounding
 
-    def _forward_bytes(self) -> int:
+    def forward_bytes(self) -> int:
         """For one chunk of samples: hidden states and what a block makes of them, widest input, scores."""
         compute = self.stack.compute.itemsize
         widest = max(linear.shape[1] for linear in self._flat)
@@ -241,8 +210,8 @@ class Demand:
         attention = 3 * self._scores_bytes() + self._mask_bytes()
         return chunk * (4 * self.stack.hidden_bytes + widest * (4 + 3 * compute)) + attention
 
-    def _measuring_bytes(self) -> int:
-        return max(self.measuring([x.shape for x in linears]) for linears in self.by_block)
+    def measuring_bytes(self) -> int:
+        return max(self.measuring.workspace([x.shape for x in linears]) for linears in self.by_block)
 
     def _solving(self, groups: Sequence[Sequence[Linear]]) -> dict[str, int]:
         """For the linear of a block that takes most, with the Hessians that are still needed: its own and later ones."""
@@ -251,7 +220,7 @@ class Demand:
             (
                 {
                     "statistics": squares[place] if self.in_data_order else sum(squares[place:]),
-                    "solver": max(self.workspace(*x.shape) for x in group),
+                    "solver": max(self.solver.workspace(*x.shape) for x in group),
                 }
                 for place, group in enumerate(groups)
             ),
@@ -303,13 +272,10 @@ class Demand:
         """Samples in one forward."""
         return max(1, CHUNK_TOKENS // max(self.seqlen, 1))
 
-    def held(self) -> int:
-        """What suspended forwards hold in front of the widest stage: residual, its norm, and the stage's input twice."""
-        return held_bytes(
-            self.stack, [x for linears in self.by_block for x in linears], self.samples * self.seqlen
-        )
+    def held(self) -> int | None:
+        return held_bytes(self.stack, self._flat, self.samples * self.seqlen) if self.in_data_order else None
 
-    def _block_bytes(self) -> int:
+    def block_bytes(self) -> int:
         checkpoint = self.stack.checkpoint
         block = max(sum(p.numel() for p in b.parameters()) for b in self.stack.blocks)
         if checkpoint is None:
@@ -319,16 +285,16 @@ class Demand:
             stored.itemsize if stored == self.stack.compute else stored.itemsize + self.stack.compute.itemsize
         )
 
-    def peak(self, *, spill: bool, held: bool) -> tuple[int, dict[str, int]]:
-        """Bytes of the largest phase, and its parts."""
-        phases = self.phases(spill=spill, held=held)
-        largest = max(phases.values(), key=_total)
-        parts = dict(largest)
-        parts["slack"] = int(_SLACK * (sum(parts.values()) - parts["interpreter"]))
-        return sum(parts.values()), parts
+
+def peak(demand: Demanding, *, spill: bool, held: bool) -> tuple[int, dict[str, int]]:
+    """Bytes of the largest phase, and its parts."""
+    largest = max(demand.phases(spill=spill, held=held).values(), key=_total)
+    parts = dict(largest)
+    parts["slack"] = int(_SLACK * (sum(parts.values()) - parts["interpreter"]))
+    return sum(parts.values()), parts
 
 
-def place(demand: Demand, budget: int | None, available: int | None = None) -> Placement:
+def place(demand: Demanding, budget: int | None, available: int | None = None) -> Placement:
     """The quickest placement that fits.
 
     Args:
@@ -338,18 +304,18 @@ def place(demand: Demand, budget: int | None, available: int | None = None) -> P
     Raises:
         RecipeError: the budget cannot hold; says the smallest one that does.
     """
-    smallest, _ = demand.peak(spill=True, held=False)
+    smallest, _ = peak(demand, spill=True, held=False)
     limit = budget if budget is not None else available
-    held_first = [True, False] if demand.in_data_order and demand.held() <= HELD_BYTES else [False]
+    suspended = demand.held()
+    held_first = [True, False] if suspended is not None and suspended <= HELD_BYTES else [False]
     for spill in (False, True):
         for held in held_first:
-            peak, parts = demand.peak(spill=spill, held=held)
-            if limit is None or peak <= limit:
-                return Placement(spill, HELD_BYTES if held else 0, peak, parts, smallest)
+            size, parts = peak(demand, spill=spill, held=held)
+            if limit is None or size <= limit:
+                return Placement(spill, HELD_BYTES if held else 0, size, parts, smallest)
+    size, parts = peak(demand, spill=True, held=False)
     if budget is None:
-        peak, parts = demand.peak(spill=True, held=False)
-        return Placement(True, 0, peak, parts, smallest)
-    _, parts = demand.peak(spill=True, held=False)
+        return Placement(True, 0, size, parts, smallest)
     top = ", ".join(
         f"{k.replace('_', ' ')} {_gigabytes(v)}" for k, v in sorted(parts.items(), key=_second)[:3]
     )
@@ -377,7 +343,7 @@ def outside_bytes(stack: Stack) -> int:
 
 
 def held_bytes(stack: Stack, linears: Sequence[Linear], tokens: int) -> int:
-    """What suspended forwards of all tokens hold in front of the widest stage."""
+    """What suspended forwards of all tokens hold in front of the widest stage: residual, its norm, and its input twice."""
     widest = max((linear.shape[1] for linear in linears), default=0) * stack.compute.itemsize
     return tokens * 2 * (stack.hidden_bytes + widest)
 
@@ -400,13 +366,6 @@ def sharing_inputs(linears: Sequence[Linear]) -> list[list[Linear]]:
             by_width.setdefault(linear.shape[1], []).append(linear)
         groups += [*by_width.values(), [last]]
     return groups
-
-
-def workspace(solver: Any, needs: Needs) -> Callable[[int, int], int]:
-    """Bytes a solver takes for a linear `[out, in]`: as it says, or a guess."""
-    own: Callable[[int, int], int] | None = getattr(solver, "workspace", None)
-    pair = 8 if needs == "hessian" else 0
-    return own or (lambda out, width: 32 * out * width + pair * width * width)
 
 
 def available() -> int | None:

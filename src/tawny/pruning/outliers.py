@@ -10,7 +10,7 @@ from __future__ import annotations
 
 __all__ = ["OutlierCount", "count_outliers"]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,6 @@ from torch import Tensor
 from tawny.allocation.scores import magnitude_parts
 from tawny.calibration.statistics import Statistics
 from tawny.model.linears import Linear
-
-DEFAULT_M = 5.0  # OWL's own default, for allocators without an M
 
 
 def count_outliers(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor], M: float) -> dict[str, int]:
@@ -52,7 +50,7 @@ class OutlierCount:
     norms: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
 
-    def see(self, linears: list[Linear], statistics: Mapping[str, Statistics], *, dense: bool) -> None:
+    def see(self, linears: Sequence[Linear], statistics: Mapping[str, Statistics], *, dense: bool) -> None:
         """Keep the norms of `linears`; `dense` says that these are all of the block, none of them pruned yet."""
         for linear in linears:
             if linear.name in statistics:
@@ -60,10 +58,10 @@ class OutlierCount:
         if dense:
             self.before = self._count(linears)
 
-    def after(self, linears: list[Linear]) -> dict[str, int]:
+    def after(self, linears: Sequence[Linear]) -> dict[str, int]:
         return self._count(linears)
 
-    def _count(self, linears: list[Linear]) -> dict[str, int]:
+    def _count(self, linears: Sequence[Linear]) -> dict[str, int]:
         if not linears or any(linear.name not in self.norms for linear in linears):
             return {}
         return count_outliers(_OnDemand(self.weight, linears), self.norms, self.M)
@@ -72,7 +70,7 @@ class OutlierCount:
 class _OnDemand(Mapping[str, Tensor]):
     """Weights that are looked up when they are asked for, because they change while a block is pruned."""
 
-    def __init__(self, weight: Callable[[Linear], Tensor], linears: list[Linear]) -> None:
+    def __init__(self, weight: Callable[[Linear], Tensor], linears: Sequence[Linear]) -> None:
         self._weight = weight
         self._linears = {linear.name: linear for linear in linears}
 

@@ -5,73 +5,75 @@ from __future__ import annotations
 __all__ = ["or_say", "write_pages", "write_rest"]
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tawny.precision import DTYPES
+from tawny.pruning.session import Session
 from tawny.recipe.schema import dump_recipe
 from tawny.report.card import CARD, front_matter, model_card
 from tawny.report.html import NAME, write_report
 from tawny.report.pages import or_say
 
-if TYPE_CHECKING:
-    from tawny.pruning.run import Run
-
 _OUTSIDE = "outside"
 
 
-def write_rest(run: Run) -> None:
+def write_rest(session: Session) -> None:
     """Complete the weights, carry the source's other files along, and keep the recipe."""
-    assert run.output is not None
-    if run.folder is not None and run.stack.checkpoint is not None:
-        run.record.bytes = run.output.assemble(run.journal.once("shards", lambda: _plan_shards(run)))
-        run.output.carry(run.folder)
-        _say_dtype(run)
+    assert session.output is not None
+    if session.job.folder is not None and session.job.stack.checkpoint is not None:
+        session.record.bytes = session.output.assemble(
+            session.journal.once("shards", lambda: _plan_shards(session))
+        )
+        session.output.carry(session.job.folder)
+        _say_dtype(session)
     else:
-        run.stack.model.save_pretrained(run.output.partial)
-        run.record.bytes = sum(p.stat().st_size for p in run.output.partial.glob("*.safetensors"))
-        run.record.storage = str(run.stack.compute).removeprefix("torch.")
-    run.output.write_text("recipe.yaml", dump_recipe(run.recipe))
+        session.job.stack.model.save_pretrained(session.output.partial)
+        session.record.bytes = sum(p.stat().st_size for p in session.output.partial.glob("*.safetensors"))
+        session.record.storage = str(session.job.stack.compute).removeprefix("torch.")
+    session.output.write_text("recipe.yaml", dump_recipe(session.job.recipe))
 
 
-def write_pages(run: Run) -> None:
+def write_pages(session: Session) -> None:
     """The model card and the page, when everything is known."""
-    assert run.output is not None
-    folder, output, record = run.folder, run.output, run.record.to_dict()
+    assert session.output is not None
+    folder, output, record = session.job.folder, session.output, session.record.to_dict()
 
     def write_card() -> None:
         card = folder / CARD if folder is not None else None
         base = card.read_text(encoding="utf-8-sig", errors="replace") if card and card.is_file() else ""
         output.write_text(CARD, model_card(record, front_matter(base)))
 
-    or_say(output.partial / CARD, write_card, run.progress)
-    or_say(output.partial / NAME, lambda: write_report(record, output.partial), run.progress)
+    or_say(output.partial / CARD, write_card, session.progress)
+    or_say(output.partial / NAME, lambda: write_report(record, output.partial), session.progress)
 
 
-def _plan_shards(run: Run) -> list[dict[str, Any]]:
+def _plan_shards(session: Session) -> list[dict[str, Any]]:
     """Write what is in no block, and say which tensors go into which shard."""
-    checkpoint = run.stack.checkpoint
-    assert run.output is not None and checkpoint is not None
+    checkpoint = session.job.stack.checkpoint
+    assert session.output is not None and checkpoint is not None
     inside = {
         key
-        for index in range(len(run.stack))
-        for unit in checkpoint.units_of(run.stack.name(index))
+        for index in range(len(session.job.stack))
+        for unit in checkpoint.units_of(session.job.stack.name(index))
         for key in unit.sources
     }
     # Tensors no parameter uses travel too: what Tawny does not prune, it does not judge.
     outside = [key for key in checkpoint.files if key not in inside]
-    dtype = DTYPES[run.recipe.dtype] if run.recipe.dtype else None
-    run.output.write_outside(_OUTSIDE, checkpoint, outside, dtype)
-    return run.output.plan_shards([_OUTSIDE, *(f"{index:05d}" for index in range(len(run.stack)))])
+    dtype = DTYPES[session.job.recipe.dtype] if session.job.recipe.dtype else None
+    session.output.write_outside(_OUTSIDE, checkpoint, outside, dtype)
+    return session.output.plan_shards(
+        [_OUTSIDE, *(f"{index:05d}" for index in range(len(session.job.stack)))]
+    )
 
 
-def _say_dtype(run: Run) -> None:
-    checkpoint = run.stack.checkpoint
-    assert run.output is not None and checkpoint is not None
-    run.record.storage = run.recipe.dtype or str(checkpoint.storage_dtype).removeprefix("torch.")
-    if run.recipe.dtype is None:
+def _say_dtype(session: Session) -> None:
+    checkpoint = session.job.stack.checkpoint
+    assert session.output is not None and checkpoint is not None
+    session.record.storage = session.job.recipe.dtype or str(checkpoint.storage_dtype).removeprefix("torch.")
+    if session.job.recipe.dtype is None:
         return
-    path = run.output.partial / "config.json"
+    path = session.output.partial / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    config["dtype"] = run.recipe.dtype
-    run.output.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    config["dtype"] = session.job.recipe.dtype
+    session.output.write_text("config.json", json.dumps(config, indent=2) + "\n")

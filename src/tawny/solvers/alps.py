@@ -47,7 +47,7 @@ from tawny.errors import NumericalError, RecipeError
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
-from tawny.solvers.base import Needs, Solution, Work, require_finite
+from tawny.solvers.base import Needs, Solution, Solver, Work, require_finite
 from tawny.solvers.inverse import invert
 from tawny.solvers.refit import refit
 
@@ -154,7 +154,7 @@ def _nearest(a: float) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Alps:
+class Alps(Solver):
     """ADMM finds mask and weights together, then the survivors are refitted; better than sparsegpt, and slower.
 
     min ‖X(W − Ŵ)‖² s.t. the pattern, Meng et al. 2024 (2406.07831).

@@ -65,18 +65,30 @@ class Work:
 
 
 class Solver(Protocol):
-    """The interface; a new solver is one file and one entry of SOLVERS.
+    """The interface; a new solver is one file and one entry of SOLVERS. `work` and `workspace` here are guesses.
 
-    It may also have `workspace(out, width) -> int`, the bytes that solving a linear of so many outputs and inputs takes
-    beside its stored weight and its Hessian, and `work`, what that costs (`Work`): without them plans guess.
+    Attributes:
+        needs: what calibration has to yield.
+        default_scope: over what the budget of an unstructured pattern is kept, as the solver's paper has it.
+        stand_in: name of a quicker solver whose solutions are alike, where many are only compared; "" for none.
     """
 
     needs: ClassVar[Needs]
     default_scope: ClassVar[Scope]
+    stand_in: ClassVar[str] = ""
+
+    @property
+    def work(self) -> Work:
+        """What a solve costs: a column loop, and the factor and inverse of the Hessian."""
+        return Work(tall=3.0, square=3.0)
+
+    def workspace(self, out: int, width: int) -> int:
+        """Bytes for a weight `[out, width]` beside its stored copy and its Hessian."""
+        return 32 * out * width + (8 * width * width if self.needs == "hessian" else 0)
 
     def prepare(self, statistics: Statistics | None) -> Any:
         """Work that linears with the same input share; None where there is none."""
-        ...
+        return None
 
     def solve(
         self,

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, removed_count
-from tawny.solvers.base import Needs, Solution, masked, require_finite
+from tawny.solvers.base import Needs, Solution, Solver, masked, require_finite
 
 __all__ = ["Magnitude"]
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Solver):
     """The smallest weights of each matrix go; no data needed.
 
     Score |W_ij|, Han et al. 2015 (1506.02626).
@@ -32,9 +32,6 @@ class Magnitude:
 
     def workspace(self, out: int, width: int) -> int:
         return 20 * out * width  # measured, what judges the result included
-
-    def prepare(self, statistics: Statistics | None) -> Any:
-        return None
 
     def solve(
         self,

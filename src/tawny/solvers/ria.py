@@ -24,13 +24,13 @@ from torch import Tensor
 from tawny.calibration.statistics import Statistics
 from tawny.errors import RecipeError
 from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
-from tawny.solvers.base import Needs, Solution, input_norms, require_finite
+from tawny.solvers.base import Needs, Solution, Solver, input_norms, require_finite
 
 __all__ = ["RIA"]
 
 
 @dataclass(frozen=True)
-class RIA:
+class RIA(Solver):
     """Weights with a small share of their row and column, on quiet inputs, go; fast, no update.
 
     Score (|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|)·‖X_j‖₂^a, Zhang et al. 2024 (ICLR).

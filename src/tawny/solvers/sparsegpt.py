@@ -44,7 +44,7 @@ from tawny.patterns import (
     rows_removed,
     zeros_first,
 )
-from tawny.solvers.base import Needs, Solution, Work, require_finite
+from tawny.solvers.base import Needs, Solution, Solver, require_finite
 
 __all__ = ["Factor", "SparseGPT"]
 
@@ -67,7 +67,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class SparseGPT:
+class SparseGPT(Solver):
     """Column by column, with the error spread over the columns that follow; faster than alps.
 
     Score w²/[H⁻¹]_jj over groups of columns, H = XᵀX + damp·mean(diag)·I, Frantar 2023 (2301.00774).
@@ -83,9 +83,6 @@ class SparseGPT:
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
-    work: ClassVar[Work] = Work(
-        tall=3.0, square=3.0
-    )  # the column loop; the factor and inverse of the Hessian
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp <= 1e6:

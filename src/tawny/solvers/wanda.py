@@ -16,13 +16,13 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Statistics
 from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, keep_mask_rows, removed_count, zeros_first
-from tawny.solvers.base import Needs, Solution, input_norms, masked, require_finite
+from tawny.solvers.base import Needs, Solution, Solver, input_norms, masked, require_finite
 
 __all__ = ["Wanda"]
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(Solver):
     """Small weights on quiet inputs go, row by row; fast, no update.
 
     Score |W_ij|·‖X_j‖₂, Sun et al. 2023 (2306.11695).

@@ -1,0 +1,546 @@
+"""What a verb works on: `prepare` opens a model and chooses its linears, `open_session` makes a run of it.
+
+Whatever can be checked is checked before any work. A session is plain data that is complete when it is handed out. It cleans
+up whatever happens after: nothing unfinished looks finished, and nothing that was finished is lost.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Job",
+    "Purpose",
+    "Session",
+    "demand_of",
+    "open_output",
+    "open_session",
+    "prepare",
+    "profile_count",
+    "text_or_tokens",
+]
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tawny.allocation.profile import Allocator, LinearInfo
+from tawny.calibration.context import check_context, check_ids
+from tawny.calibration.statistics import Needs
+from tawny.calibration.text import load_text
+from tawny.calibration.windows import TokenisedText, sample_windows, tokenise
+from tawny.errors import (
+    Interrupted,
+    LostProcess,
+    ModelError,
+    NumericalError,
+    OutputError,
+    RecipeError,
+    TextError,
+    UserError,
+)
+from tawny.kernels.native import kernel_name
+from tawny.machine import machine, peak_memory, versions
+from tawny.model.checkpoint import is_packed
+from tawny.model.linears import Linear, check_selection, check_writable, select
+from tawny.model.output import OutputFolder, check_savable, unfinished
+from tawny.model.source import load_tokenizer, resolve, revision_of
+from tawny.model.stack import Stack, live_stack
+from tawny.model.streams import Samples
+from tawny.model.structure import evaluating
+from tawny.packed.linear import PackedLinear
+from tawny.packed.opening import open_stack
+from tawny.patterns import Pattern, check_pattern
+from tawny.precision import DTYPES, native_dtype
+from tawny.progress import Progress, silent
+from tawny.pruning.journal import Journal, code_identity, model_identity, tensor_digest, tokens_identity
+from tawny.pruning.memory_plan import (
+    Demand,
+    Demanding,
+    Load,
+    Placement,
+    available,
+    give_back,
+    parse_size,
+    place,
+)
+from tawny.pruning.ranks import Ranks, is_lost
+from tawny.recipe.schema import Recipe
+from tawny.record import Clock, Record
+from tawny.solvers.base import Solver
+
+# Tokens after which the outlier shares of a model no longer move its sparsities by more than 0.005.
+PROFILE_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe asks of one model.
+
+    Attributes:
+        source: the model as it was named.
+        folder: where its files are; None for a live module.
+        by_block: the linears to prune, block by block.
+    """
+
+    recipe: Recipe
+    source: str
+    folder: Path | None
+    stack: Stack
+    by_block: Sequence[Sequence[Linear]]
+    pattern: Pattern
+    allocator: Allocator
+    solver: Solver
+
+    @property
+    def needs(self) -> Needs:
+        """What calibration has to yield for the solves."""
+        return "hessian" if self.recipe.refit else self.solver.needs
+
+    @property
+    def needs_samples(self) -> bool:
+        refining = self.recipe.refine.epochs > 0
+        return self.needs != "none" or self.allocator.needs != "none" or refining
+
+    @property
+    def linears(self) -> tuple[LinearInfo, ...]:
+        """All of them, as an allocator knows them before anything is measured."""
+        return tuple(LinearInfo(x.name, x.shape, i) for i, some in enumerate(self.by_block) for x in some)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.stack.model.parameters())
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a verb opens a session for.
+
+    Attributes:
+        samples: whether calibration samples are needed; None: as the recipe's solver and allocator say.
+        changes: weights are going to change, so the source must be dense and the pattern must fit.
+        demand: what the verb asks of memory; None where nothing is placed.
+        held_out: windows that are kept out of the calibration, from the tokens of the text.
+    """
+
+    samples: bool | None = None
+    changes: bool = True
+    demand: Callable[[Job, Load], Demanding] | None = None
+    held_out: Callable[[Job, TokenisedText], Tensor] | None = None
+
+
+class Unfinished(Protocol):
+    """A place to write, and what is unfinished in it. At most one process holds it."""
+
+    def release(self) -> None:
+        """Let another process go on with what is unfinished."""
+        ...
+
+    def discard(self) -> None:
+        """Throw away what is unfinished."""
+        ...
+
+
+# Opens the place to write, and the journal of what is in it, from the folder of the source.
+OpensPlace = Callable[[Path | None, Ranks], tuple[Unfinished | None, Journal]]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run: what it works on, where it writes, and what it has recorded so far.
+
+    Attributes:
+        samples: calibration; None where nothing is calibrated.
+        held_out: windows of the text that calibration leaves, where the purpose asks for them.
+        placement: what is kept in memory and what on disk; None where nothing was placed.
+        place: where it writes; None where nothing is written.
+        output: the same where that is a checkpoint folder.
+        hidden: folder of hidden states that are not kept in memory; None where all of them are.
+    """
+
+    job: Job
+    samples: Samples | None
+    held_out: Tensor | None
+    placement: Placement | None
+    place: Unfinished | None
+    output: OutputFolder | None
+    journal: Journal
+    ranks: Ranks
+    progress: Progress
+    record: Record
+    clock: Clock
+    hidden: Path | None
+
+    def spill(self, walk: str, stream: str = "pruned") -> Path | None:
+        """Where the hidden states of a walk are kept, if not in memory."""
+        return self.hidden and self.hidden / f"{walk}.{stream}{self.journal.suffix}"
+
+    def note_cost(self) -> None:
+        """Tell the journal what the run has taken so far, before it is written."""
+        self.journal.state["seconds"] = {**self.clock.seconds, "total": self.clock.elapsed}
+        self.journal.state["peak_memory"] = max(peak_memory(), self.record.peak_memory)
+
+
+def prepare(
+    recipe: Recipe, source: str | Path | nn.Module, progress: Progress, device: str, *, changes: bool = True
+) -> Job:
+    """Open the model without reading weights, and choose what is pruned.
+
+    Args:
+        changes: weights are going to change.
+
+    Raises:
+        ModelError: the model is packed, a glob matches nothing, or there is nothing to prune.
+        PatternError: m does not divide a width.
+        RecipeError: a key says another thing than a live model does.
+    """
+    if isinstance(source, nn.Module):
+        folder, stack = None, live_stack(source)
+        _check_live(recipe, stack)
+    else:
+        folder = resolve(source, progress.say)
+        if changes and is_packed(folder):
+            raise ModelError(f"{source} is packed; `tawny unpack` it first and prune the dense checkpoint")
+        stack = open_stack(folder, _compute_dtype(recipe), device)
+    every = [stack.linears(index) for index in range(len(stack))]
+    by_block = [select(linears, recipe.include, recipe.exclude) for linears in every]
+    chosen = [linear for linears in by_block for linear in linears]
+    check_selection(chosen, [x for linears in every for x in linears], recipe.include, recipe.exclude)
+    pattern = recipe.make_pattern()
+    if changes:
+        check_writable(chosen)
+        check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
+    name = str(source) if folder else type(source).__name__
+    return Job(recipe, name, folder, stack, by_block, pattern, recipe.make_allocator(), recipe.make_solver())
+
+
+def profile_count(recipe: Recipe, samples: int, seqlen: int) -> int:
+    """How many of the samples a profile takes: the recipe's count, or enough for `PROFILE_TOKENS` tokens."""
+    if recipe.profile_samples is not None:
+        return min(samples, recipe.profile_samples)
+    if recipe.compat == "official":
+        return samples
+    return min(samples, math.ceil(PROFILE_TOKENS / seqlen))
+
+
+def demand_of(job: Job, load: Load) -> Demand:
+    """What pruning asks of memory."""
+    wanted = job.needs_samples
+    return Demand(
+        job.stack,
+        job.by_block,
+        job.solver,
+        job.needs,
+        job.allocator,
+        samples=load.samples if wanted else 0,
+        seqlen=load.seqlen if wanted else 0,
+        characters=load.characters if wanted else 0,
+        profiled=profile_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
+        in_data_order=job.recipe.order == "data",
+        refining=job.recipe.refine.epochs > 0,
+    )
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe,
+    source: str | Path | nn.Module,
+    purpose: Purpose,
+    progress: Progress,
+    *,
+    place_to_write: OpensPlace | None = None,
+    overwrite: bool = False,
+    memory: str | int | None = None,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    alone: bool = False,
+) -> Iterator[Session]:
+    """Everything that can be checked before work is checked; whatever happens after, the place to write is left in order.
+
+    Args:
+        place_to_write: opens the output and the journal of what is in it, from the folder of the source; None: nothing is
+            written.
+        memory: peak bytes that may not be passed.
+        calibration: tokens `[samples, tokens]`, or `(tokens, attention mask)`; None: windows of the recipe's text.
+        alone: do not share the work with the processes that torchrun started.
+    """
+    before = peak_memory()
+    target: Unfinished | None = None
+    journal, begun = Journal(None), False
+    record = Record()
+    ranks = Ranks(recipe.device, alone=alone or isinstance(source, nn.Module))
+    progress = progress if ranks.first else silent
+    try:
+        _check_shared(recipe, ranks)
+        job = prepare(recipe, source, progress, ranks.device, changes=purpose.changes)
+        if place_to_write is not None:
+            target, journal = place_to_write(job.folder, ranks)
+        budget = parse_size(memory)
+        if budget is not None and job.folder is None:
+            raise RecipeError("a live model is in memory already: memory=… is for checkpoints on disk")
+        output = target if isinstance(target, OutputFolder) else None
+        record = _new_record(job, output, before)
+        clock = Clock()
+        if ranks.first:
+            _identify(job, journal, ranks, record)
+
+        def placed(load: Load) -> Placement | None:
+            if purpose.demand is None or job.folder is None:
+                return None
+            share = replace(load, samples=ranks.largest_part(load.samples, load.seqlen))
+            made = place(purpose.demand(job, share), budget, available())
+            record.memory = {
+                "budget": budget,
+                "estimate": made.peak,
+                "hidden_states": "disk" if made.spill else "memory",
+                "parts": dict(made.parts),
+            }
+            return made
+
+        samples, held_out, placement = None, None, None
+        if job.needs_samples if purpose.samples is None else purpose.samples:
+            samples, held_out, placement = _calibration(
+                job, purpose, tokenizer, calibration, placed, progress, record, clock
+            )
+        else:
+            placement = placed(Load(0, 0, 0))
+        spills = placement is not None and placement.spill and journal.folder is not None
+        hidden = journal.folder / "hidden" if spills and journal.folder is not None else None
+        session = Session(
+            job, samples, held_out, placement, target, output, journal, ranks, progress, record, clock, hidden
+        )
+        _begin(session, overwrite)
+        begun = True
+        with torch.no_grad(), evaluating(job.stack.model):
+            yield session
+        ranks.close()
+    except RuntimeError as error:
+        ranks.deafen()
+        if ranks.size == 1 or not is_lost(error):
+            raise
+        raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
+    except LostProcess as error:
+        raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
+    except KeyboardInterrupt as error:
+        changed = len(record.linears) if isinstance(source, nn.Module) else 0
+        left = f"the source is untouched and {_kept(journal)}"
+        if changed:
+            left = f"{changed} linears of the live model are pruned already: load it anew"
+        raise Interrupted(f"stopped by Ctrl-C; {left}") from error
+    except NumericalError:  # fails again: there is nothing to go on with
+        if begun and target is not None:
+            target.discard()
+        raise
+    except UserError:  # a full disk, a file out of reach: that can be mended
+        if begun and journal.has_progress:
+            progress.say(f"{_kept(journal)}, once it can")
+        raise
+    finally:
+        ranks.deafen()
+        if target is not None:
+            target.release() if journal.has_progress or (journal.found and not begun) else target.discard()
+
+
+def open_output(out: Path, overwrite: bool, source: str | Path | nn.Module) -> OpensPlace:
+    """The folder to write and the journal of what is in it already; a live module has no journal."""
+    if isinstance(source, nn.Module):
+        check_savable(source)
+    work = unfinished(out)
+
+    def opened(folder: Path | None, ranks: Ranks) -> tuple[OutputFolder | None, Journal]:
+        if not ranks.first:
+            output, journal = None, Journal(None)
+        elif folder is None and not overwrite and Journal(work).found:
+            raise OutputError(
+                f"{work} holds an unfinished run, and a live model cannot go on with one: finish that, pass overwrite=True, "
+                "or choose another out"
+            )
+        elif folder is None or overwrite:
+            output = OutputFolder(out, overwrite=overwrite, source=folder)
+            journal = Journal(None if folder is None else output.work)
+        else:
+            journal = Journal(work)
+            # Who consented to replace a finished folder when the run was started need not do so again to go on.
+            output = OutputFolder(
+                out, overwrite=bool(journal.state.get("overwrite")), source=folder, keep=journal.found
+            )
+            journal.reload()
+        journal.join(ranks, work if ranks.size > 1 else None)
+        return output, journal
+
+    return opened
+
+
+def text_or_tokens(calibration: Any) -> tuple[dict[str, Any], Any]:
+    """`calibration` as recipe keys where it names a text, and as tokens where it is those."""
+    if isinstance(calibration, str | Path):
+        return {"calibration.text": str(calibration)}, None
+    return {}, calibration
+
+
+# --- what is checked -----------------------------------------------------------------------------------------
+
+
+def _check_live(recipe: Recipe, stack: Stack) -> None:
+    """Refuse keys that would change how a live model is kept or computes: it stays as it is. Refuse a packed one."""
+    if any(isinstance(module, PackedLinear) for module in stack.model.modules()):
+        raise ModelError(
+            f"the live {type(stack.model).__name__} is packed: what is packed is not pruned or profiled; load the dense model"
+        )
+    own = str(stack.compute).removeprefix("torch.")
+    compute = None if recipe.compute == "auto" else recipe.compute
+    for key, given in (("dtype", recipe.dtype), ("compute", compute)):
+        if given is not None and given != own:
+            raise RecipeError(
+                f"{key} is {given} and the live model is {own}: leave {key} out, or convert the model first (model.to(torch.{given}))"
+            )
+    if recipe.device != "cpu" and torch.device(recipe.device).type != stack.device.type:
+        raise RecipeError(
+            f"device is {recipe.device} and the live model is on {stack.device}: leave device out, or move the model first"
+        )
+
+
+def _check_shared(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse what works in one process only."""
+    if ranks.size > 1 and recipe.refine.epochs:
+        raise RecipeError(
+            f"refine.epochs trains a block on all samples in one process, and torchrun started {ranks.size}: "
+            "run it with one"
+        )
+
+
+def _compute_dtype(recipe: Recipe) -> torch.dtype:
+    """dtype of forwards: the recipe's, or what the machine multiplies natively."""
+    return native_dtype() if recipe.compute == "auto" else DTYPES[recipe.compute]
+
+
+# --- the record and the journal --------------------------------------------------------------------------------
+
+
+def _new_record(job: Job, output: OutputFolder | None, memory_before: int) -> Record:
+    return Record(
+        recipe=job.recipe.to_mapping(),
+        source=job.source,
+        revision=revision_of(job.folder) if job.folder else "",
+        outlier_M=job.allocator.outlier_M,
+        out=str(output.out) if output else None,
+        versions=versions(),
+        machine=machine(),
+        compute=str(job.stack.compute).removeprefix("torch."),
+        prunable=sum(linear.numel for linears in job.by_block for linear in linears),
+        parameters=job.parameters,
+        memory_before=memory_before,
+    )
+
+
+def _identify(job: Job, journal: Journal, ranks: Ranks, record: Record) -> None:
+    """Tell the journal what the bytes of this run depend on, as far as it is known before any data is read.
+
+    Raises:
+        OutputError: an unfinished run in the same place is another one.
+    """
+    if journal.folder is None or job.folder is None:
+        return
+    journal.require("recipe", record.recipe)
+    journal.require("model", model_identity(job.folder))
+    journal.require("code", code_identity())
+    here = {key: record.machine[key] for key in ("cpu", "threads")}
+    here |= {"processes": ranks.size, "kernel": kernel_name(), "compute": record.compute}
+    journal.require("machine", here)
+
+
+def _begin(session: Session, overwrite: bool) -> None:
+    """From here on what is finished is kept."""
+    journal, ranks, record = session.journal, session.ranks, session.record
+    if journal.folder is None:
+        return
+    if ranks.first:
+        journal.require("text", tokens_identity(session.samples))
+        if session.held_out is not None:
+            journal.require("held-out text", tensor_digest(session.held_out).hexdigest())
+        journal.begin(overwrite=overwrite)
+    journal.state = ranks.same(journal.state)
+    record.resumed = journal.state["resumed"]
+    session.clock.go_on(journal.state.get("seconds", {}))
+    record.peak_memory = int(journal.state.get("peak_memory", 0))
+    if journal.has_progress:
+        session.progress.say(f"going on with {journal.folder}, behind {journal.kept_words()}")
+
+
+def _kept(journal: Journal) -> str:
+    if not journal.has_progress:
+        return "nothing was finished yet"
+    return f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
+
+
+# --- calibration -----------------------------------------------------------------------------------------------
+
+
+def _calibration(
+    job: Job,
+    purpose: Purpose,
+    tokenizer: Any,
+    given: Any,
+    placed: Callable[[Load], Placement | None],
+    progress: Progress,
+    record: Record,
+    clock: Clock,
+) -> tuple[Samples, Tensor | None, Placement | None]:
+    """The samples: tokens that were given, or seeded windows of the recipe's text.
+
+    Memory is placed before the text is tokenised, which may be the peak.
+
+    Raises:
+        RecipeError: samples are longer than the model's table of positions.
+        TextError: what was given is no tokens.
+    """
+    wanted, model = job.recipe.calibration, job.stack.model
+    if given is not None:
+        samples = _samples_of(given)
+        check_context(model, samples.seqlen)
+        check_ids(model, samples.tokens)
+        record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
+        placement = placed(Load(len(samples), samples.seqlen, 0, given=samples))
+        return samples.repeating(wanted.repeat), None, placement
+    check_context(model, wanted.seqlen)
+    if tokenizer is None:
+        if job.folder is None:
+            raise ModelError(
+                "a live model needs tokens to be calibrated on: give calibration=tokens or tokenizer=…"
+            )
+        tokenizer = load_tokenizer(job.folder)
+    progress.say(f"reading calibration text {wanted.text}")
+    held_out = None
+    with clock("text"):
+        text = load_text(wanted.text, "calibration")
+        placement = placed(Load(wanted.samples, wanted.seqlen, len(text.text)))
+        tokens = tokenise(text, tokenizer, job.recipe.bos)
+        windows = sample_windows(tokens, wanted.samples, wanted.seqlen, job.recipe.seed)
+        if purpose.held_out is not None:
+            held_out = purpose.held_out(job, tokens)
+    check_ids(model, windows)
+    give_back()
+    record.text = {
+        "name": text.name,
+        "sha256": text.sha256,
+        "tokens": len(tokens),
+        "samples": len(windows),
+        "seqlen": wanted.seqlen,
+        "bos": tokens.bos is not None,
+    }
+    return Samples(windows).repeating(wanted.repeat, begun=tokens.bos is not None), held_out, placement
+
+
+def _samples_of(given: Any) -> Samples:
+    """Tokens, or `(tokens, attention mask)`."""
+    if isinstance(given, Samples):
+        return given
+    if isinstance(given, tuple):
+        if len(given) != 2:
+            raise TextError(f"calibration is a tuple of {len(given)}; expected (tokens, attention mask)")
+        return Samples(*given)
+    return Samples(given)

@@ -1,1 +1,0 @@
-"""Allocations that are tried on the model, not computed from a profile."""

@@ -1,0 +1,152 @@
+"""What a search will take, known before it starts: windows, memory and candidates at once."""
+
+from __future__ import annotations
+
+__all__ = ["SearchDemand", "candidates_at_once", "held_back", "searched_windows", "solver_of_levels"]
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tawny.calibration.statistics import Needs, most
+from tawny.model.streams import Samples
+from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load, held_bytes
+from tawny.pruning.session import Job, demand_of
+from tawny.searching.candidates import surveyed
+from tawny.searching.settings import Settings
+from tawny.solvers import SOLVERS
+from tawny.solvers.base import Solver
+
+_HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
+
+
+def solver_of_levels(settings: Settings, job: Job) -> tuple[str, Solver]:
+    """What makes the solutions that are compared: `proxy`, or what the solver names as quick and alike."""
+    own = job.recipe.solver.name
+    other = settings.proxy or job.solver.stand_in
+    return (own, job.solver) if other in ("", own) else (other, SOLVERS[other]())
+
+
+def searched_windows(settings: Settings, held_out: int) -> int:
+    """How many of the held-out windows are searched on; a short text leaves no more than half."""
+    return min(settings.windows, held_out - held_out // 2)
+
+
+def held_back(settings: Settings, samples: Samples) -> tuple[int, int]:
+    """How many windows of how many tokens are kept back of samples that were given; those with a mask are not cut."""
+    length = samples.seqlen if samples.mask is not None else min(settings.length, samples.seqlen)
+    return min(settings.held_out, len(samples) // 4) or 1, length
+
+
+def candidates_at_once(size: int) -> int:
+    """How many candidates with hidden states of so many bytes go through a block together: each before and behind it."""
+    return max(1, _HIDDEN_BYTES // (2 * size))
+
+
+@dataclass(frozen=True)
+class SearchDemand:
+    """A search as far as memory is concerned: solving at each level, comparing, and pruning finalists.
+
+    Attributes:
+        levels: the walk that solves them, as a run of its solver on the samples of the search.
+        finals: the walk that prunes a finalist; None where none is pruned.
+        collected: statistics of the first walk, for solutions and candidates.
+        held_out, candidates: bytes of hidden states that models are compared by: the dense model's, and those of the
+            models that go through the blocks together.
+    """
+
+    levels: Demand
+    finals: Demand | None
+    collected: Needs
+    held_out: int
+    candidates: int
+
+    @classmethod
+    def of(cls, settings: Settings, job: Job, load: Load) -> SearchDemand:
+        count = min(max(1, math.ceil(settings.tokens / max(1, load.seqlen))), load.samples)
+        windows, length = settings.held_out, min(settings.length, load.seqlen)
+        if load.given is not None:
+            windows, length = held_back(settings, load.given)
+        survey = surveyed(settings.families)
+        solver = solver_of_levels(settings, job)[1]
+        finals = replace(demand_of(job, load), samples=count, seqlen=load.seqlen, refining=False)
+        needs: Needs = "hessian" if job.recipe.refit else solver.needs
+        levels = replace(
+            finals,
+            solver=solver,
+            needs=needs,
+            measuring=survey,
+            characters=load.characters,
+            profiled=min(finals.profiled, count),
+        )
+        size, searched = length * job.stack.hidden_bytes, searched_windows(settings, windows)
+        # Many candidates see few windows, the best of them more, and only the last few all (evolution.py).
+        rounds = [
+            (settings.offspring + len(settings.families), max(1, searched // 4)),
+            (max(4, settings.trials // 4), max(1, searched // 2)),
+            (max(5, settings.offspring // 8), searched),
+            (5, searched if settings.finalists else windows - searched),
+        ]
+        return cls(
+            levels,
+            finals if settings.finalists else None,
+            most([needs, survey.needs]),
+            windows * size,
+            max(_hidden_of(candidates, windows * size) for candidates, windows in rounds),
+        )
+
+    def held(self) -> int | None:
+        suspended = [self.levels.held(), self.finals.held() if self.finals else None]
+        return max((each for each in suspended if each is not None), default=None)
+
+    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
+        levels = self.levels
+        phases = {
+            name: parts
+            for name, parts in levels.phases(spill=spill, held=held).items()
+            if name in ("open", "text")
+        }
+        if "open" in phases:
+            return phases
+        base = {key: value for key, value in phases["text"].items() if key != "text"}
+        stack, walked = (
+            levels.stack,
+            0 if spill else levels.samples * levels.seqlen * levels.stack.hidden_bytes,
+        )
+        block, profiled = levels.block_bytes(), levels.profiled * levels.seqlen * stack.hidden_bytes
+        solving = {**base, "block": block, "hidden_states": walked + profiled + self.held_out}
+        work = max(levels.solver.workspace(*x.shape) for linears in levels.by_block for x in linears)
+        phases["levels"] = {
+            **solving,
+            "statistics": levels.observing(self.collected, at_once=True),
+            "solver": max(work, levels.forward_bytes(), levels.measuring_bytes()),
+        }
+        if levels.needs != "none" and levels.in_data_order and held:
+            linears = [x for some in levels.by_block for x in some]
+            phases["levels, in data order"] = {
+                **solving,
+                "held": held_bytes(stack, linears, levels.samples * levels.seqlen),
+                "forward": levels.forward_bytes(),
+                "statistics": levels.observing(self.collected, at_once=False),
+            }
+        comparing: dict[str, Any] = {
+            **base,
+            "head": stack.late_bytes,
+            "hidden_states": self.held_out + self.candidates,
+        }
+        phases["candidates"] = {
+            **comparing,
+            "block": 2 * block,  # and its dense weights, put back where a level removes nothing
+            "forward": levels.forward_bytes(),
+        }
+        phases["comparison"] = {**comparing, "logits": 4 * LOGIT_BYTES}
+        if self.finals is not None:  # most of what was held out goes along
+            base = {**base, "head": stack.late_bytes}
+            walk = self.finals.walk_phases(base, walked + 2 * self.held_out, held=held)
+            phases |= {f"finalists, {name}": parts for name, parts in walk.items()}
+        return phases
+
+
+def _hidden_of(candidates: int, size: int) -> int:
+    """Bytes of hidden states while so many candidates are compared, `size` each: theirs, and the embedded tokens."""
+    return (2 * min(candidates, candidates_at_once(size)) + 1) * size

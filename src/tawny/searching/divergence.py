@@ -1,0 +1,207 @@
+"""How far a model that is put together from solutions of levels.py is from the dense one.
+
+A candidate costs one forward of the held-out windows: its weights are read from the disk block by block, and candidates
+that agree on the first blocks go through them together. Memory is that of pruning: one block and hidden states.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Divergence", "Reference"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tawny.model.linears import Linear
+from tawny.model.stack import Stack
+from tawny.model.streams import Samples, Stream
+from tawny.progress import Progress
+from tawny.pruning.memory_plan import LOGIT_BYTES
+from tawny.pruning.session import Job
+from tawny.searching.cost import candidates_at_once
+from tawny.searching.levels import LevelStore
+from tawny.searching.measured import Measured, Sums, mean
+from tawny.searching.space import Levels
+
+_CACHED_BYTES = 8_000_000  # of float32 logits that softmax and product read again before they leave the cache
+
+
+class Reference:
+    """The dense model's next-token distributions, which many models are compared with.
+
+    Args:
+        logits_TV: `[tokens, vocabulary]`.
+    """
+
+    def __init__(self, logits_TV: Tensor) -> None:
+        self.p = torch.empty(logits_TV.shape, dtype=torch.float32, device=logits_TV.device)
+        self.negative_entropy: Tensor = self.p.new_empty(len(logits_TV))
+        for some in _cached(logits_TV):
+            log_p = nn.functional.log_softmax(logits_TV[some].float(), dim=-1)
+            torch.exp(log_p, out=self.p[some])
+            self.negative_entropy[some] = torch.linalg.vecdot(self.p[some], log_p)
+
+    def divergence(self, logits_TV: Tensor) -> Tensor:
+        """`[tokens]`: the Kullback–Leibler divergence Σ p·(log p − log q) of a model from the dense one, in nats."""
+        made: Tensor = self.negative_entropy.clone()
+        for some in _cached(logits_TV):
+            log_q = nn.functional.log_softmax(logits_TV[some].float(), dim=-1)
+            made[some] -= torch.linalg.vecdot(self.p[some], log_q)
+        return made
+
+
+def _cached(logits_TV: Tensor) -> list[slice]:
+    """Rows that fit the cache together."""
+    count, size = logits_TV.shape
+    rows = max(1, _CACHED_BYTES // (4 * size))
+    return [slice(start, start + rows) for start in range(0, count, rows)]
+
+
+@dataclass
+class _Part:
+    """Candidates that have agreed on all blocks so far, and their hidden states, one tensor a chunk."""
+
+    members: list[int]
+    hidden: list[Tensor]
+
+
+class Divergence:
+    """`evaluate` of a search: the mean divergence from the dense model, a token, on held-out windows.
+
+    Args:
+        hidden: `[windows, tokens, hidden]` behind the dense model's last block.
+        measured: what is known already, and where what is measured is kept.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        store: LevelStore,
+        held_out: Samples,
+        hidden: Tensor,
+        progress: Progress,
+        measured: Measured | None = None,
+    ) -> None:
+        self.stack, self.by_block, self.store, self.progress = job.stack, job.by_block, store, progress
+        self.held_out, self.hidden = held_out, hidden
+        self.measured = measured or Measured()
+        vocabulary = int(job.stack.config.get_text_config().vocab_size)
+        self._tokens_at_once = max(16, LOGIT_BYTES // (4 * vocabulary))
+
+    @torch.no_grad()
+    def __call__(self, candidates: Sequence[Levels], windows: Sequence[int]) -> list[float]:
+        """The score of each candidate on the numbered windows; infinite where a model has broken down."""
+        lacking: dict[tuple[int, ...], list[Levels]] = {}
+        for levels in dict.fromkeys(candidates):
+            lacking.setdefault(self.measured.lacking(levels, windows), []).append(levels)
+        for rows, some in lacking.items():
+            if rows:
+                self._measure(some, rows)
+        return [self.measured.mean(levels, windows) for levels in candidates]
+
+    def _measure(self, candidates: Sequence[Levels], rows: Sequence[int]) -> None:
+        """Each candidate on the numbered windows."""
+        samples = self.samples(rows)
+        at_once = candidates_at_once(len(rows) * samples.seqlen * self.stack.hidden_bytes)
+        # Neighbours in this order agree on the most blocks.
+        order = sorted(candidates)
+        for start in range(0, len(order), at_once):
+            some = order[start : start + at_once]
+            stream = Stream(self.stack, samples)
+            parts = self._walk(stream, dict(enumerate(some)))
+            found = self._compare(stream, rows, parts)
+            self.measured.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
+
+    def judge(self, stream: Stream, windows: Sequence[int]) -> float:
+        """The score of a model that the numbered windows have gone through: `stream` is behind its last block."""
+        return mean(self._compare(stream, windows, [_Part([0], list(stream.hidden))])[0])
+
+    def samples(self, windows: Sequence[int]) -> Samples:
+        """The numbered windows."""
+        rows = list(windows)
+        mask = None if self.held_out.mask is None else self.held_out.mask[rows]
+        return Samples(self.held_out.tokens[rows], mask)
+
+    def _walk(self, stream: Stream, candidates: Mapping[int, Levels]) -> list[_Part]:
+        """Hidden states of all candidates behind the last block."""
+        parts = [_Part(list(candidates), list(stream.hidden))]
+        first = 0
+        for index, linears in enumerate(self.by_block):
+            here = slice(first, first + len(linears))
+            first += len(linears)
+            by_levels: dict[Levels, list[tuple[_Part, list[int]]]] = {}
+            for part in parts:
+                split: dict[Levels, list[int]] = {}
+                for i in part.members:
+                    split.setdefault(candidates[i][here], []).append(i)
+                for levels, members in split.items():
+                    by_levels.setdefault(levels, []).append((part, members))
+            parts = []
+            done, total = 0, sum(map(len, by_levels.values()))
+            with self.stack.block(index), _Assembled(self.stack, self.store, index, linears) as block:
+                for levels, some in by_levels.items():
+                    block.set(levels)
+                    for part, members in some:
+                        made = [
+                            self.stack.forward(index, hidden, stream.call(index, chunk))
+                            for chunk, hidden in enumerate(part.hidden)
+                        ]
+                        parts.append(_Part(members, made))
+                        self.measured.tokens += stream.samples.tokens.numel()
+                        done += 1
+                        self.progress.detail(f"block {index}", done, total)
+        return parts
+
+    def _compare(self, stream: Stream, rows: Sequence[int], parts: Sequence[_Part]) -> dict[int, list[Sums]]:
+        """Divergence of each candidate on each window; the dense logits of some tokens are made once for all of them."""
+        made: list[list[Sums]] = [[] for _ in parts]
+        tokens = stream.samples.tokens
+        for chunk, window in enumerate(stream.slices):
+            for row in range(window.start, window.stop):
+                valid = None if stream.samples.mask is None else stream.samples.mask[row].bool()
+                count = tokens.shape[1] if valid is None else int(valid.sum())
+                sums: list[list[float]] = [[] for _ in parts]
+                for start in range(0, tokens.shape[1], self._tokens_at_once):
+                    some = slice(start, start + self._tokens_at_once)
+                    ids = tokens[row : row + 1, some]
+                    dense = Reference(self.stack.logits(ids, self.hidden[rows[row], some][None])[0])
+                    for number, part in enumerate(parts):
+                        hidden = part.hidden[chunk][row - window.start, some][None]
+                        lost = dense.divergence(self.stack.logits(ids, hidden)[0])
+                        kept = lost if valid is None else lost[valid[some].to(lost.device)]
+                        sums[number].append(float(kept.sum(dtype=torch.float64)))
+                for found, values in zip(made, sums, strict=True):
+                    found.append(Sums(count, tuple(values)))
+        return {i: found for part, found in zip(parts, made, strict=True) for i in part.members}
+
+
+class _Assembled:
+    """A loaded block whose linears are set to the solutions of some levels, and dense again afterwards."""
+
+    def __init__(self, stack: Stack, store: LevelStore, index: int, linears: Sequence[Linear]) -> None:
+        self.stack, self.store, self.index, self.linears = stack, store, index, linears
+        self.now: list[int | None] = [None] * len(linears)
+        self.dense: list[Tensor] = []
+
+    def __enter__(self) -> _Assembled:
+        self.store.open(self.index)
+        self.dense = [self._view(linear).clone() for linear in self.linears]
+        return self
+
+    def _view(self, linear: Linear) -> Tensor:
+        return linear.view(getattr(linear.module, linear.parameter).data)
+
+    def set(self, levels: Levels) -> None:
+        for place, (linear, level) in enumerate(zip(self.linears, levels, strict=True)):
+            if self.now[place] != level:
+                solved = self.store.read(linear, level)
+                self._view(linear).copy_(self.dense[place] if solved is None else solved)
+                self.now[place] = level
+
+    def __exit__(self, *_: object) -> None:
+        if self.stack.checkpoint is None:  # a live model goes on being used
+            for linear, dense in zip(self.linears, self.dense, strict=True):
+                self._view(linear).copy_(dense)
+        self.dense = []

@@ -1,0 +1,229 @@
+"""Solutions of every linear at every level, kept on disk.
+
+One walk through the model solves each linear at each level with the recipe's solver or what stands in for it. It also keeps
+what candidates want to know of the dense model, and the dense model's last hidden states. A linear is solved for what
+it would receive in a model that is pruned uniformly so far. Solutions for dense inputs do not make up for what is lost
+before them, and a model that is put together from such solutions says little of a pruned one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LevelStore", "Solved", "solve_levels"]
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from tawny.allocation.joint import Survey
+from tawny.allocation.profile import Profile
+from tawny.calibration.observe import observe
+from tawny.calibration.statistics import Statistics
+from tawny.errors import OutputError
+from tawny.model import durable
+from tawny.model.durable import writing
+from tawny.model.linears import Linear
+from tawny.model.streams import Samples, Stream
+from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, read_tensor
+from tawny.pruning.block import LoadedBlock
+from tawny.pruning.profiling import LazyWeights, measured, places, with_stages
+from tawny.pruning.session import Session, profile_count
+from tawny.pruning.walk import walk_blocks
+from tawny.searching.rehearsal import dense_again, rehearsing
+from tawny.searching.space import Choice, Space
+from tawny.solvers.base import Solver
+
+WALK = "levels"  # what the journal calls it
+
+
+class LevelStore:
+    """One file a block in `folder`.
+
+    Args:
+        kept: of how many blocks the solutions are there already; whatever else is in the folder goes, unless there are any.
+
+    Raises:
+        OutputError: the disk has not enough room, or what is said to be there is not.
+    """
+
+    def __init__(self, folder: Path, space: Space, dtype: torch.dtype, *, kept: int = 0) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.bytes = space.bytes_in(dtype)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        there = 0
+        for path in map(self.path, range(kept)):
+            if not path.is_file():
+                raise OutputError(
+                    f"{path}, which an unfinished search goes on from, is missing; put it back, or pass --overwrite to "
+                    "start over"
+                )
+            there += sum(entry.bytes for entry in entries(path).values())
+        free = free_bytes(folder)
+        if free < self.bytes - there:
+            if not kept:
+                self.remove()
+            raise OutputError(
+                f"the solutions a search compares take {(self.bytes - there) / 1e9:.1f} GB, and {folder.parent} has "
+                f"{free / 1e9:.1f} GB free: choose fewer search.levels, or another place"
+            )
+        self._file: IO[bytes] | None = None
+        self._entries: dict[str, Entry] = {}
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"{index:05d}.safetensors"
+
+    def open(self, index: int) -> None:
+        """Turn to the file of one block."""
+        self._turn()
+        if self.path(index).is_file():
+            self._entries = entries(self.path(index))
+            self._file = self.path(index).open("rb")
+
+    def read(self, linear: Linear, level: int) -> Tensor | None:
+        """`[out, in]`, or None where the level removes nothing."""
+        entry = self._entries.get(key_of(linear, level))
+        return None if entry is None or self._file is None else read_tensor(self._file, entry)
+
+    def _turn(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._entries = None, {}
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._turn()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def key_of(linear: Linear, level: int) -> str:
+    return f"{linear.name}@{level}"
+
+
+@dataclass
+class Solved:
+    """What the walk leaves behind beside the store.
+
+    Attributes:
+        profile: measures of every block, for the candidates.
+        hidden: `[windows, tokens, hidden]` of the dense model behind its last block.
+        warnings: linears that saw no token.
+    """
+
+    profile: Profile
+    hidden: Tensor
+    warnings: list[str]
+
+
+def solve_levels(
+    session: Session,
+    space: Space,
+    store: LevelStore,
+    *,
+    solver: Solver,
+    survey: Survey,
+    samples: Samples,
+    held_out: Samples,
+) -> Solved:
+    """Walk through the model once, behind blocks that are pruned uniformly.
+
+    Args:
+        session: its stack is dense before and after; finished blocks are in its journal.
+        space: the levels to solve each linear at; its linears are those of the session, in order.
+        solver: of the recipe, or a quicker one.
+        survey: what candidates want to know of the dense model, on as many samples as an allocator alone would see.
+        samples: calibration tokens for statistics.
+        held_out: windows to compare models on.
+
+    Raises:
+        NumericalError: a weight or an activation is not finite; names the linear.
+    """
+    job, journal = session.job, session.journal
+    stack = job.stack
+    done, found = journal.walk(WALK)
+    measures: list[dict[str, Any]] = found.get("measures", [])
+    stages: dict[str, str] = found.get("stages", {})
+    rehearsal = rehearsing(session, samples, journal, solver)
+    rehearsal.record.warnings += found.get("warnings", [])
+    dense = Stream(stack, held_out, depth=done, saved=journal.hidden(WALK, "held_out"))
+    seen: Stream | None = None
+    if survey.needs != "none" and done < len(stack):
+        some = samples.first(profile_count(job.recipe, len(samples), samples.seqlen))
+        seen = Stream(stack, some, depth=done, saved=journal.hidden(WALK, "measured"))
+    durable_blocks = done
+
+    def commit(blocks: int, streams: Mapping[str, Stream | None]) -> None:
+        nonlocal durable_blocks
+        if journal.folder is None:
+            return
+        for path in map(store.path, range(durable_blocks, blocks)):
+            with writing(path):
+                durable.sync(path)
+        durable_blocks = blocks
+        kept = {**streams, "held_out": dense, "measured": seen if blocks < len(stack) else None}
+        session.note_cost()
+        told = {"measures": measures, "stages": stages, "warnings": rehearsal.record.warnings}
+        journal.commit(WALK, blocks, told, kept)
+
+    uniform = {x.name: space.sparsity(i, 0) for i, x in enumerate(space.linears)}
+    session.progress.phase("solving at each level", len(stack) - done)
+    for block in walk_blocks(rehearsal, uniform, WALK, commit):
+        with dense_again(block):
+            dense.advance(block.index)
+            statistics: Mapping[str, Statistics] = {}
+            if seen is not None:
+                last = block.index == len(stack) - 1
+                observed = observe(seen, block.index, block.linears, survey.needs, advance=not last)
+                stages |= places(observed.stages)
+                statistics = observed.statistics
+            inputs = LazyWeights(stack, block.linears, statistics)
+            inputs.check_finite()
+            measures.append(measured(survey, inputs, stack.name(block.index)))
+            del inputs, statistics
+            _solve_block(block, space, store)
+            block.advance()
+    profile = Profile(with_stages(job.linears, stages), tuple(measures))
+    return Solved(profile, torch.cat(list(dense.hidden)), rehearsal.record.warnings)
+
+
+def _solve_block(block: LoadedBlock, space: Space, store: LevelStore) -> None:
+    """Every linear of one block at every level that removes something, a tensor at a time onto the disk.
+
+    The block is left pruned uniformly, each stage behind those before it.
+    """
+    stack, session = block.job.stack, block.session
+    choices: dict[str, dict[int, Choice]] = {
+        x.name: {level: space.choice(i, level) for level in space.levels if space.sparsity(i, level) > 0}
+        for i, x in enumerate(space.linears)
+        if x.block == block.index
+    }
+    specs = {
+        key_of(linear, level): (store.dtype, linear.shape)
+        for linear in block.linears
+        for level in choices[linear.name]
+    }
+    done, path = 0, store.path(block.index)
+    with writing(path), TensorWriter(path, specs) as writer:
+        for stage, statistics in block.stages():
+            for linear in stage.linears:
+                W_OI, seen = stack.weight(linear), statistics.get(linear.name)
+                known = block.known(linear, seen)
+                if known is not seen:
+                    session.record.warnings.append(
+                        f"{linear.name} saw no calibration token while allocations were tried"
+                    )
+                for level, choice in choices[linear.name].items():
+                    session.progress.detail("solving", done, len(specs))
+                    solution, _, _ = block.solution(linear, W_OI, known, choice.sparsity)
+                    writer.write(key_of(linear, level), solution.weight.to(store.dtype).cpu())
+                    if level == 0:
+                        stack.set_weight(linear, solution.weight)
+                    done += 1

@@ -1,0 +1,128 @@
+"""What a search has measured: each number is made once, and kept in a file that the same search goes on from.
+
+A candidate's divergence is asked for on few windows, then on more, and again in another generation; what is known of a
+window is not measured again. Kept are the sums that a divergence is made of, in the order they are added up, so that a
+mean is the same whether its windows were measured together, apart, or before a run was stopped.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Measured", "Sums", "mean"]
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tawny.allocation.profile import Allocation
+from tawny.model.durable import writing
+from tawny.searching.space import Levels
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The divergence of one model on one window, in nats: of so many tokens, some at a time."""
+
+    tokens: int
+    sums: tuple[float, ...]
+
+
+def mean(parts: Iterable[Sums]) -> float:
+    """Nats a token; infinite where a model has broken down."""
+    total, tokens = 0.0, 0
+    for part in parts:
+        tokens += part.tokens
+        for value in part.sums:
+            total += value
+    found = total / max(1, tokens)
+    return found if math.isfinite(found) else math.inf
+
+
+class Measured:
+    """Divergences by candidate and window, and the proofs of finalists.
+
+    Args:
+        path: a file of lines that is read, and added to; None keeps everything in memory.
+        clock: seconds of the run so far.
+
+    Attributes:
+        began: seconds of the run when the search began.
+        reached: seconds of the run when the last line of an earlier search was written; 0 without one.
+        tokens: that went through the model so far.
+    """
+
+    def __init__(self, path: Path | None = None, clock: Callable[[], float] = lambda: 0.0) -> None:
+        self.path, self._clock = path, clock
+        self.tokens = 0
+        self._windows: dict[tuple[str, int], Sums] = {}
+        self._proofs: dict[str, float] = {}
+        self.began, self.reached = clock(), 0.0
+        if path is not None and not self._read(path):
+            self._append({"began": self.began})
+
+    def lacking(self, levels: Levels, windows: Sequence[int]) -> tuple[int, ...]:
+        """Those of the windows that the candidate has not been measured on."""
+        key = _key(levels)
+        return tuple(window for window in windows if (key, window) not in self._windows)
+
+    def mean(self, levels: Levels, windows: Sequence[int]) -> float:
+        """The candidate's divergence, nats a token, on windows that it has been measured on."""
+        key = _key(levels)
+        return mean(self._windows[key, window] for window in windows)
+
+    def keep(self, found: Mapping[Levels, Mapping[int, Sums]]) -> None:
+        """What was measured, by candidate and window."""
+        rows = []
+        for levels, by_window in found.items():
+            key = _key(levels)
+            for window, sums in by_window.items():
+                self._windows[key, window] = sums
+                rows.append([key, window, sums.tokens, list(sums.sums)])
+        self._append({"scores": rows})
+
+    def proof(self, allocation: Allocation) -> float | None:
+        """The divergence of the model that was pruned so, if it has been measured."""
+        return self._proofs.get(_key(sorted(allocation.items())))
+
+    def prove(self, allocation: Allocation, score: float) -> None:
+        key = _key(sorted(allocation.items()))
+        self._proofs[key] = score
+        self._append({"proof": [key, score]})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        text = json.dumps({**line, "tokens": self.tokens, "seconds": self._clock()}) + "\n"
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, path: Path) -> bool:
+        """Take over what is there, up to a line that was cut off; whether there was anything."""
+        whole = 0
+        with suppress(ValueError, KeyError, TypeError), writing(path):
+            for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+                found = json.loads(line)
+                for key, window, tokens, sums in found.get("scores", ()):
+                    self._windows[key, window] = Sums(tokens, tuple(sums))
+                if "proof" in found:
+                    self._proofs[found["proof"][0]] = found["proof"][1]
+                self.began = found.get("began", self.began)
+                self.tokens, self.reached = found["tokens"], found["seconds"]
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+        if path.exists():
+            with writing(path):
+                os.truncate(path, whole)
+        return whole > 0
+
+
+def _key(what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:32]

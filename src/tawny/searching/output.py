@@ -1,0 +1,98 @@
+"""Where a search writes: `allocation.yaml`, and `allocation.yaml.partial/` while it is not finished."""
+
+from __future__ import annotations
+
+__all__ = ["SearchOutput", "open_search"]
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from tawny.errors import OutputError
+from tawny.model import durable
+from tawny.model.durable import writing
+from tawny.model.output import JOURNAL, locked, named, unfinished
+from tawny.pruning.journal import Journal
+from tawny.pruning.ranks import Ranks
+from tawny.searching.settings import Settings
+
+# What a folder may hold that a search may throw away.
+_OURS = {"lock", JOURNAL, f"{JOURNAL}.tmp", "levels", "hidden", "picture.png", "picture.svg"}
+_ENDINGS = (".yaml", ".yml")
+
+
+class SearchOutput:
+    """The file that is written, and the folder beside it of what is unfinished.
+
+    Args:
+        keep: go on with what lies in the folder; otherwise it is thrown away.
+
+    Raises:
+        OutputError: the file exists, its folder does not, or the folder of what is unfinished is not Tawny's.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool, keep: bool) -> None:
+        self.out, self.work = named(out), unfinished(out)
+        if self.out.exists() and not overwrite:
+            raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+        if self.out.is_dir():
+            raise OutputError(
+                f"--out {out} is a folder; name a file in it, such as {out / 'allocation.yaml'}"
+            )
+        if not self.out.absolute().parent.is_dir():
+            raise OutputError(f"--out {out}: its folder does not exist; make it first")
+        foreign = sorted({p.name for p in self.work.glob("*")} - _OURS) if self.work.is_dir() else []
+        if foreign:
+            raise OutputError(
+                f"{self.work} holds {foreign[0]!r}, which no search of Tawny put there; move it away or choose another --out"
+            )
+        with writing(self.work):
+            self.work.mkdir(exist_ok=True)
+            self._lock = locked(self.work / "lock", out)
+            if not keep:
+                durable.remove(self.work / JOURNAL)
+                for name in ("levels", "hidden"):
+                    shutil.rmtree(self.work / name, ignore_errors=True)
+            (self.work / "hidden").mkdir(exist_ok=True)
+
+    def finish(self, told: str, allocation: str) -> None:
+        """Write the two files, each in one piece, and drop what was unfinished."""
+        for path, text in ((self.out.with_suffix(".json"), told), (self.out, allocation)):
+            with writing(path):
+                durable.write(path, text.encode())
+        self.discard()
+
+    def release(self) -> None:
+        """Let another process have the unfinished folder."""
+        self._lock.close()
+
+    def discard(self) -> None:
+        """Throw away what is unfinished."""
+        self._lock.close()
+        durable.remove(self.work / JOURNAL)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def open_search(
+    out: Path, settings: Settings, overwrite: bool, source: str | Path | nn.Module
+) -> Callable[[Path | None, Ranks], tuple[SearchOutput, Journal]]:
+    """Opens the file to write and the journal of an unfinished search; a live module has no journal."""
+    if out.suffix.lower() not in _ENDINGS:
+        raise OutputError(f"--out {out} does not end in .yaml: name a file such as allocation.yaml")
+    work = unfinished(out)
+
+    def opened(folder: Path | None, ranks: Ranks) -> tuple[SearchOutput, Journal]:
+        if folder is None or overwrite:
+            output = SearchOutput(out, overwrite=overwrite, keep=False)
+            journal = Journal(None if folder is None else work)
+        else:
+            journal = Journal(work)
+            consent = bool(journal.state.get("overwrite"))
+            output = SearchOutput(out, overwrite=consent, keep=journal.found)
+            journal.reload()
+        journal.require("search", settings.to_mapping())
+        return output, journal
+
+    return opened

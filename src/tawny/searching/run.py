@@ -1,0 +1,418 @@
+"""`tawny search`: solve at several levels once, try allocations on held-out text, refine the best.
+
+1. One walk through the dense model: statistics, what candidates measure, every linear solved at every level (levels.py).
+2. Uniform, then each candidate allocator over a grid of strengths, its defaults first (candidates.py).
+3. Switches of budget between blocks and linears, generation by generation (evolution.py).
+4. The last few and uniform on windows that took no part so far.
+5. The best of these and uniform are pruned in earnest (rehearsal.py) and measured on more such windows. The best model's
+   allocation wins, and uniform wins ties.
+
+The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text. Each ends with a
+passage it held before: in text of short documents it would hardly show what copying from its context a model lost. The
+bound is a number of trials, so the same recipe gives the same answer. A time budget may change what is tried, and the result
+says so.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Found", "search"]
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tawny.allocation.profile import Allocation
+from tawny.calibration.windows import TokenisedText, held_out_windows
+from tawny.errors import NumericalError, RecipeError, TextError
+from tawny.machine import peak_memory
+from tawny.model import durable
+from tawny.model.streams import Samples, repeated_tokens
+from tawny.progress import Progress, silent, started_by_torchrun
+from tawny.pruning.memory_plan import Load
+from tawny.pruning.profiling import allocate, block_sparsities
+from tawny.pruning.session import Job, Purpose, Session, open_session, text_or_tokens
+from tawny.recipe.schema import Recipe, resolve_recipe
+from tawny.record import finite
+from tawny.report.pages import or_say
+from tawny.searching.candidates import allocators_to_try, surveyed
+from tawny.searching.cost import SearchDemand, held_back, searched_windows, solver_of_levels
+from tawny.searching.divergence import Divergence
+from tawny.searching.evolution import Outcome, Proposal, Trial, evolve
+from tawny.searching.levels import WALK, LevelStore, solve_levels
+from tawny.searching.measured import Measured
+from tawny.searching.output import SearchOutput, open_search
+from tawny.searching.rehearsal import rehearse
+from tawny.searching.settings import Settings, parted
+from tawny.searching.space import Space, make_space
+
+_DRAWN_M = "5"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        allocation: `{linear: sparsity}`, which meets the budget to the weight.
+        winner: what it comes from: an allocator with its strengths, and how often that was refined.
+        margin: how much nearer to the dense model than uniform it is, as a share of uniform's divergence.
+        says: the winner and its margin, in one line.
+        cut_short: why not everything was tried, or "".
+        trials: everything tried: name, divergence, windows, and for the last few verdict and proof.
+        blocks: sparsity of each block under uniform, under the best of each family, and under what was found.
+        seconds: by phase.
+    """
+
+    recipe: dict[str, Any]
+    settings: dict[str, Any]
+    source: str
+    out: str | None
+    sparsity: float
+    allocation: Allocation
+    winner: str
+    margin: float
+    says: str
+    cut_short: str
+    solver: str
+    levels: dict[str, Any]
+    held_out: dict[str, int]
+    tokens_tried: int
+    generations: list[float]
+    trials: list[dict[str, Any]]
+    blocks: dict[str, list[float]]
+    profile: list[dict[str, Any]]
+    text: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    memory: dict[str, Any]
+    date: str
+    seconds: dict[str, float]
+    peak_memory: int
+    resumed: int
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def search(
+    source: str | Path | nn.Module,
+    out: str | Path | None = None,
+    *,
+    recipe: Recipe | None = None,
+    settings: Settings | None = None,
+    progress: Progress = silent,
+    overwrite: bool = False,
+    memory: str | int | None = None,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    **keys: Any,
+) -> Found:
+    """Find the allocation under which pruning by `recipe` stays nearest to the dense model on held-out text.
+
+    The model is not changed. A search that was stopped goes on when it is called again, from `OUT.partial`.
+
+    Args:
+        source: a folder, hub id, `.gguf` file, `smollm2`, or a live module.
+        out: the file to write, such as `allocation.yaml`; `prune(…, allocator="allocation.yaml")` reads it. A picture and
+            all that was tried are written beside it, as `.png`, `.svg` and `.json`.
+        recipe: of the pruning that the allocation is for. Its allocator is what is searched, and nothing is refined.
+        settings: how to search; `keys` override single entries of both (`sparsity=0.6`, `**{"search.trials": 40}`).
+        calibration: tokens `[samples, tokens]`, or the name or path of a text. Of tokens some are held out.
+
+    Raises:
+        TextError: nothing is left of the text to compare models on.
+        OutputError: `out` exists, or the disk has no room for the solutions.
+        UserError: something else that was asked for cannot be done.
+    """
+    if started_by_torchrun():
+        raise RecipeError("a search works in one process, and torchrun started several: run it with one")
+    named, given = text_or_tokens(calibration)
+    of_recipe, own = parted({**named, **keys})
+    if of_recipe.get("allocator") is not None:
+        raise RecipeError("a search finds the allocation itself: leave the allocator out")
+    recipe = resolve_recipe(recipe, allocator="uniform", **of_recipe).with_overrides([("refine.epochs", 0)])
+    settings = Settings.make(settings, **own)
+
+    def held_out(job: Job, tokens: TokenisedText) -> Tensor:
+        length = min(recipe.calibration.seqlen, settings.length)
+        wanted = recipe.calibration
+        return held_out_windows(tokens, wanted.samples, wanted.seqlen, recipe.seed, length, settings.held_out)
+
+    def demand(job: Job, load: Load) -> SearchDemand:
+        return SearchDemand.of(settings, job, load)
+
+    with open_session(
+        recipe,
+        source,
+        Purpose(samples=True, demand=demand, held_out=held_out),
+        progress,
+        place_to_write=None if out is None else open_search(Path(out), settings, overwrite, source),
+        overwrite=overwrite,
+        memory=memory,
+        tokenizer=tokenizer,
+        calibration=given,
+        alone=True,
+    ) as session:
+        with session.clock("search"):
+            found = session.journal.once("search", lambda: _search(session, settings))
+        made = _found(session, settings, found, None if out is None else str(out))
+        if session.place is not None:
+            _write(made, session)
+        return made
+
+
+def _found(session: Session, settings: Settings, found: dict[str, Any], out: str | None) -> Found:
+    record, clock = session.record, session.clock
+    session.progress.say(found["says"])
+    clock.seconds["total"] = clock.elapsed
+    return Found(
+        recipe=record.recipe,
+        settings=settings.to_mapping(),
+        source=record.source,
+        out=out,
+        sparsity=session.job.recipe.sparsity,
+        text=record.text,
+        versions=record.versions,
+        machine=record.machine,
+        memory=record.memory,
+        date=record.date,
+        seconds={phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
+        peak_memory=max(peak_memory(), record.peak_memory),
+        resumed=record.resumed,
+        **found,
+    )
+
+
+def _search(session: Session, settings: Settings) -> dict[str, Any]:
+    """Steps 1 to 5: what is told of them, and the allocation."""
+    job, recipe = session.job, session.job.recipe
+    space = make_space(job.linears, job.pattern, recipe.sparsity, settings.levels, settings.step)
+    samples, held_out = _split(session, settings)
+    searched = searched_windows(settings, len(held_out))
+    windows, deciding = range(searched), range(searched, len(held_out))
+    name_of_solver, solver = solver_of_levels(settings, job)
+    survey = surveyed(settings.families)
+    with _level_store(session, space) as store:
+        measured = _measured(session, store)
+        solved = solve_levels(
+            session, space, store, solver=solver, survey=survey, samples=samples, held_out=held_out
+        )
+        divergence = Divergence(job, store, held_out, solved.hidden, session.progress, measured)
+        rounds = 2 + math.ceil(settings.trials / settings.offspring)
+        session.progress.phase("trying allocations", rounds, "rounds")
+
+        def prove(allocations: Sequence[Allocation], windows: Sequence[int]) -> Iterator[float]:
+            session.progress.phase("pruning finalists", len(allocations) * len(job.stack))
+            for number, allocation in enumerate(allocations, 1):
+                known = measured.proof(allocation)
+                if known is None:
+                    known = math.inf  # a model that breaks down loses
+                    with suppress(NumericalError):
+                        name = f"{number} of {len(allocations)}"
+                        behind = rehearse(session, allocation, samples, divergence.samples(windows), name)
+                        known = divergence.judge(behind, windows)
+                        del behind  # its hidden states, before the next walk
+                    measured.prove(allocation, known)
+                yield known
+
+        def proposals() -> Iterator[Proposal]:
+            blocks = len(solved.profile.span)
+            for family, name, allocator in allocators_to_try(settings.families, recipe.sparsity, blocks):
+                own = survey.profile_of(family, solved.profile)
+                wish = allocate(allocator, own, job.pattern, recipe.sparsity)
+                yield Proposal(name, space.within(wish))
+
+        outcome = evolve(
+            space,
+            proposals(),
+            divergence,
+            trials=settings.trials,
+            offspring=settings.offspring,
+            windows=windows,
+            deciding=deciding or windows,
+            seed=recipe.seed,
+            stopped=lambda: _over(settings, session.clock.elapsed - measured.began),
+            step=session.progress.step,
+            prove=prove,
+            finalists=settings.finalists,
+        )
+    winner = outcome.winner
+    allocation = winner.allocation or space.allocation(winner.levels)  # a proposal is not rounded to levels
+    pictured = _pictured(settings, space, outcome) | {"found": allocation}
+    begun = _begun(session)
+    return {
+        "allocation": allocation,
+        "winner": _named(winner),
+        "margin": outcome.margin,
+        "says": _says(outcome, space),
+        "cut_short": outcome.cut_short,
+        "solver": name_of_solver,
+        "levels": {"from": space.sparsity(0, space.low), "to": space.sparsity(0, space.high)}
+        | {"count": len(space.levels), "bytes": store.bytes},
+        "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen}
+        | {"repeated": repeated_tokens(held_out.seqlen, settings.repeat, begun=begun)},
+        "tokens_tried": measured.tokens,
+        "generations": finite(outcome.generations),
+        "trials": [_row(trial) for trial in outcome.trials],
+        "blocks": {name: block_sparsities(a, solved.profile) for name, a in pictured.items()},
+        "profile": list(solved.profile.measures),
+        "warnings": solved.warnings,
+    }
+
+
+@contextmanager
+def _level_store(session: Session, space: Space) -> Iterator[LevelStore]:
+    """Room for the solutions beside the output; where a journal is kept, they outlive a search that was stopped."""
+    kept = session.journal.folder
+    folder = kept or Path(tempfile.mkdtemp(prefix="tawny-"))
+    dtype = _dtype(session.job)
+    count = len(space.levels)
+    session.progress.say(
+        f"the search solves each linear at {count} level{'s' * (count > 1)} from {space.told(space.low)} to "
+        f"{space.told(space.high)}: {space.bytes_in(dtype) / 1e9:.2g} GB in {folder} until it is over"
+    )
+    try:
+        store = LevelStore(folder / "levels", space, dtype, kept=session.journal.walk(WALK)[0])
+        try:
+            yield store
+        finally:
+            store.close()
+    finally:
+        if kept is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measured(session: Session, store: LevelStore) -> Measured:
+    """What an earlier run of this search has measured; the time it took counts."""
+    kept = session.journal.folder is not None
+    clock = session.clock
+    measured = Measured(store.folder / "scores.jsonl" if kept else None, lambda: clock.elapsed)
+    committed = session.journal.state.get("seconds", {}).get("total", 0.0)
+    clock.go_on({"total": max(0.0, measured.reached - committed)})
+    clock.seconds["search"] = max(0.0, max(measured.reached, committed) - measured.began)
+    return measured
+
+
+def _pictured(settings: Settings, space: Space, outcome: Outcome) -> dict[str, Allocation]:
+    """Uniform, and the best that was tried of each family."""
+    pictured = {"uniform": space.allocation(space.uniform)}
+    for family in settings.families:
+        tried = [t for t in outcome.trials if t.allocation and t.name.startswith(f"{family} ")]
+        if tried:
+            best = min(tried, key=lambda trial: (-trial.windows, trial.score))
+            pictured[best.name] = best.allocation or {}
+    return pictured
+
+
+def _dtype(job: Job) -> torch.dtype:
+    """Forwards round weights to the compute dtype anyway; nothing finer than the checkpoint is kept either."""
+    checkpoint = job.stack.checkpoint
+    stored = job.stack.compute if checkpoint is None else checkpoint.storage_dtype
+    return min(stored, job.stack.compute, key=lambda dtype: dtype.itemsize)
+
+
+def _split(session: Session, settings: Settings) -> tuple[Samples, Samples]:
+    """Calibration samples for the solutions, and held-out windows."""
+    assert session.samples is not None
+    samples = session.samples
+    if session.held_out is not None:
+        held_out = Samples(session.held_out)
+    else:  # tokens were given: some of them are kept back while allocations are tried
+        if len(samples) < 2:
+            raise TextError(
+                "a search compares models on tokens held out of the calibration: give at least 2 samples"
+            )
+        kept, length = held_back(settings, samples)
+        cut = len(samples) - kept
+        mask = samples.mask
+        held_out = Samples(samples.tokens[cut:, :length], None if mask is None else mask[cut:])
+        samples = samples.first(cut)
+    few = samples.first(max(1, math.ceil(settings.tokens / samples.seqlen)))
+    return few, held_out.repeating(settings.repeat, begun=_begun(session))
+
+
+def _begun(session: Session) -> bool:
+    """Whether the windows of the text begin with BOS; tokens that were given are taken as they are."""
+    return bool(session.record.text.get("bos"))
+
+
+def _over(settings: Settings, spent: float) -> str:
+    over = settings.seconds is not None and spent > settings.seconds
+    return f"the budget of {settings.budget} ended the search" if over else ""
+
+
+# --- in words and files ----------------------------------------------------------------------------------------
+
+
+def _named(trial: Trial) -> str:
+    if not trial.origin:
+        return trial.name
+    return f"{trial.origin}, refined {trial.depth} time{'s' * (trial.depth != 1)}"
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    return {
+        "name": _named(trial),
+        "divergence": finite(trial.score),
+        "windows": trial.windows,
+        "verdict": finite(trial.verdict),
+        "proof": finite(trial.proof),
+    }
+
+
+def _says(outcome: Outcome, space: Space) -> str:
+    """The winner and its margin over uniform, in one line."""
+    winner, uniform = outcome.winner, outcome.uniform
+    tail = f"; {outcome.cut_short}" if outcome.cut_short else ""
+    finalists = sum(trial.proof is not None for trial in outcome.trials)
+    proven = f", {finalists} of them pruned in earnest" if finalists else ""
+    if len(space.levels) == 1:
+        return f"uniform: a sparsity of {space.target:.1%} leaves no room for other allocations{tail}"
+    if winner is uniform:
+        return f"uniform wins: none of {len(outcome.trials)} allocations came nearer to the dense model{proven}{tail}"
+    return (
+        f"{_named(winner)} wins: {outcome.margin:.1%} nearer to the dense model than uniform "
+        f"(divergence {winner.last_word:.4f} against {uniform.last_word:.4f} nats a token, "
+        f"{len(outcome.trials)} tried{proven}){tail}"
+    )
+
+
+def _write(found: Found, session: Session) -> None:
+    """The allocation, everything that was tried, and a picture; the allocation comes last, so that it means all is there."""
+    assert isinstance(session.place, SearchOutput)
+    place, out = session.place, session.place.out
+
+    def draw(suffix: str) -> None:
+        from tawny.report.plot import plot_allocations
+
+        made = place.work / f"picture{suffix}"
+        plot_allocations(
+            found.blocks,
+            made,
+            sparsity=found.sparsity,
+            outliers=[measures["outlier_share"][_DRAWN_M] for measures in found.profile],
+            M=_DRAWN_M,
+            title=found.source,
+        )
+        durable.replace(made, place.out.with_suffix(suffix))
+
+    for suffix in (".png", ".svg"):
+        or_say(out.with_suffix(suffix), partial(draw, suffix), session.progress)
+    told = json.dumps(finite(found.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    lines = [
+        f"# {found.says}",
+        f"# Use it: tawny prune MODEL -s {found.sparsity:g} -a {out.name} --out DIR",
+        *(f"{name}: {value!r}" for name, value in found.allocation.items()),
+    ]
+    place.finish(told, "\n".join(lines) + "\n")

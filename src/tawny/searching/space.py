@@ -1,0 +1,243 @@
+"""The allocations a search moves in: a tuple of levels, one whole number a linear.
+
+What a level means is a `Choice`, and only this file knows which there are. The rest of the room solves choices, compares
+tuples of levels and moves in them.
+
+Level k means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being proportional to
+their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or from one block
+to another of the same shape, keeps the budget to the weight.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Choice", "Levels", "Space", "make_space"]
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tawny.allocation.budget import Allocation, exact
+from tawny.allocation.profile import LinearInfo
+from tawny.errors import RecipeError
+from tawny.patterns import NM, Pattern
+
+Levels = tuple[int, ...]
+_HIGHEST = 0.99  # sparsity of the last level; a linear without weights is not worth a solution
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one linear gets at one level."""
+
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Space:
+    """The linears of a model and the levels they can have.
+
+    Attributes:
+        linears: in model order.
+        target: sparsity at level 0.
+        steps: what one level of each linear is worth, in weights.
+        low, high: the levels there are, of every linear; `low ≤ 0 ≤ high`.
+        pattern: n:m levels are whole steps of n.
+    """
+
+    linears: tuple[LinearInfo, ...]
+    target: float
+    steps: tuple[int, ...]
+    low: int
+    high: int
+    pattern: Pattern
+
+    @property
+    def uniform(self) -> Levels:
+        return (0,) * len(self.linears)
+
+    @property
+    def levels(self) -> range:
+        return range(self.low, self.high + 1)
+
+    def choice(self, index: int, level: int) -> Choice:
+        """Of one linear at one level."""
+        if isinstance(self.pattern, NM):
+            return Choice(1.0 - (self.pattern.n - level) / self.pattern.m)
+        numel = self.linears[index].numel
+        return Choice(min(1.0, max(0.0, self.target + level * self.steps[index] / numel)))
+
+    def sparsity(self, index: int, level: int) -> float:
+        return self.choice(index, level).sparsity
+
+    def told(self, level: int) -> str:
+        """A level of the first linear, for a person."""
+        if isinstance(self.pattern, NM):
+            return f"{self.pattern.n - level}:{self.pattern.m}"
+        return f"{self.sparsity(0, level):.1%}" if self.linears else "0%"
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Bytes that the solutions of all levels take; a level that removes nothing takes none."""
+        return sum(
+            linear.numel * dtype.itemsize
+            for i, linear in enumerate(self.linears)
+            for level in self.levels
+            if self.sparsity(i, level) > 0
+        )
+
+    def excess(self, levels: Levels) -> int:
+        """Weights that are removed beyond the budget."""
+        return sum(level * step for level, step in zip(levels, self.steps, strict=True))
+
+    def allocation(self, levels: Levels) -> Allocation:
+        """Sparsities that meet the budget to the weight (n:m: to what whole steps allow)."""
+        raw = {x.name: self.sparsity(i, levels[i]) for i, x in enumerate(self.linears)}
+        if isinstance(self.pattern, NM):
+            return raw
+        return exact(raw, {x.name: x.numel for x in self.linears}, self.target)
+
+    def within(self, allocation: Allocation) -> Allocation:
+        """An allocation held between the lowest and the highest level, within the budget: what can be scored as it is."""
+        if isinstance(self.pattern, NM):
+            return self.allocation(self.nearest(allocation))
+        places = range(len(self.linears))
+        low = max((self.sparsity(i, self.low) for i in places), default=0.0)
+        high = min((self.sparsity(i, self.high) for i in places), default=1.0)
+        if all(low <= allocation[x.name] <= high for x in self.linears):
+            return allocation
+        return exact(allocation, {x.name: x.numel for x in self.linears}, self.target, low, high)
+
+    def nearest(self, allocation: Allocation) -> Levels:
+        """The levels that follow an allocation most closely within the budget.
+
+        What rounding takes from one linear goes to the next one, so that a block between two levels gets some of each.
+        """
+        wishes = [
+            (allocation[x.name] - self.target) * x.numel / step
+            for x, step in zip(self.linears, self.steps, strict=True)
+        ]
+        levels, carry = [], 0.0
+        for wish, step in zip(wishes, self.steps, strict=True):
+            level = self._clamp(round(wish + carry / step))
+            carry += (wish - level) * step
+            levels.append(level)
+        return self._repaired(levels, wishes)
+
+    def _clamp(self, level: int) -> int:
+        return max(self.low, min(self.high, level))
+
+    def _repaired(self, levels: list[int], wishes: Sequence[float]) -> Levels:
+        """Move the levels that are cheapest to move until the budget is met, or cannot be met more closely."""
+        excess = self.excess(tuple(levels))
+        while excess:
+            move = -1 if excess > 0 else 1
+            legal = [
+                (abs(level + move - wish) - abs(level - wish), i)
+                for i, (level, wish) in enumerate(zip(levels, wishes, strict=True))
+                if self.low <= level + move <= self.high and abs(excess + move * self.steps[i]) < abs(excess)
+            ]
+            if not legal:
+                break
+            _, chosen = min(legal)
+            levels[chosen] += move
+            excess += move * self.steps[chosen]
+        return tuple(levels)
+
+    def mutated(self, levels: Levels, chance: random.Random) -> Levels:
+        """A few switches of one level each; few are likelier than many."""
+        made = list(levels)
+        for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
+            switch = chance.choice((self._switch_blocks, self._switch_linears))
+            for _ in range(20):  # a place at its last level cannot give or take
+                if switch(made, chance):
+                    break
+        return tuple(made)
+
+    def _switch_linears(self, levels: list[int], chance: random.Random) -> bool:
+        first = chance.randrange(len(levels))
+        others = [i for i, step in enumerate(self.steps) if step == self.steps[first] and i != first]
+        return bool(others) and self._move(levels, [first], [chance.choice(others)])
+
+    def _switch_blocks(self, levels: list[int], chance: random.Random) -> bool:
+        blocks: dict[int, list[int]] = {}
+        for i, linear in enumerate(self.linears):
+            blocks.setdefault(linear.block, []).append(i)
+        first = chance.choice(list(blocks))
+        shape = sorted(self.steps[i] for i in blocks[first])
+        others = [
+            block
+            for block, members in blocks.items()
+            if block != first and sorted(self.steps[i] for i in members) == shape
+        ]
+        return bool(others) and self._move(levels, blocks[first], blocks[chance.choice(others)])
+
+    def _move(self, levels: list[int], up: list[int], down: list[int]) -> bool:
+        legal = all(levels[i] < self.high for i in up) and all(levels[i] > self.low for i in down)
+        if legal:
+            for i in up:
+                levels[i] += 1
+            for i in down:
+                levels[i] -= 1
+        return legal
+
+
+def make_space(
+    linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, levels: int, step: float | None = None
+) -> Space:
+    """As many levels as asked for, half of them on each side of the target, where they fit.
+
+    What one linear gains another loses, so where nothing fits on one side only level 0 is left.
+
+    Args:
+        levels: an odd number.
+        step: share of the weights between two levels; None spreads them over half of the way to 0 or 1, whichever is
+            nearer, as EvoPress does. n:m has its own steps.
+
+    Raises:
+        RecipeError: the step leaves no level on one side, and a smaller one would.
+    """
+    half = levels // 2
+    if isinstance(pattern, NM):
+        steps = tuple(x.numel // pattern.m for x in linears)
+        low, high = -min(half, pattern.m - pattern.n), min(half, pattern.n - 1)
+        return _space(linears, pattern.sparsity, steps, low, high, pattern)
+    wanted = 0.5 * min(target, 1 - target) / half if step is None else step
+    made = _stepped(linears, pattern, target, half, wanted)
+    if step is not None and not made.high:
+        room = round(1000 * min(target, _HIGHEST - target, step))
+        smaller = (k / 1000 for k in range(room, 0, -1))
+        fits = next((s for s in smaller if _stepped(linears, pattern, target, half, s).high), None)
+        if fits is not None:
+            raise RecipeError(
+                f"search.step is {step:g}, which leaves no level between 0 and {_HIGHEST:g} on one side of sparsity "
+                f"{target:g}; expected at most {fits:g}"
+            )
+    return made
+
+
+def _stepped(
+    linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, half: int, wanted: float
+) -> Space:
+    """Levels that are `wanted` apart, as nearly as the shapes allow."""
+    common = math.gcd(*(x.numel for x in linears)) or 1
+    if wanted * common >= 1:  # steps in proportion to sizes, so that sums of them can cancel
+        steps = tuple(round(wanted * common) * (x.numel // common) for x in linears)
+    else:
+        steps = tuple(max(1, round(wanted * x.numel)) for x in linears)
+    widest = max((s / x.numel for s, x in zip(steps, linears, strict=True)), default=1.0)
+    low = -min(half, int(target / widest + 1e-9)) if wanted else 0
+    high = min(half, max(0, int((_HIGHEST - target) / widest + 1e-9))) if wanted else 0
+    return _space(linears, target, steps, low, high, pattern)
+
+
+def _space(
+    linears: tuple[LinearInfo, ...],
+    target: float,
+    steps: tuple[int, ...],
+    low: int,
+    high: int,
+    pattern: Pattern,
+) -> Space:
+    return Space(linears, target, steps, low if high else 0, high if low else 0, pattern)

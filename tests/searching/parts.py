@@ -1,0 +1,53 @@
+"""The parts of a search on a tiny live model, put together by hand."""
+
+from __future__ import annotations
+
+import torch
+
+import tawny
+from tawny.allocation.joint import Joint, Survey
+from tawny.model.streams import Samples
+from tawny.pruning.journal import Journal
+from tawny.pruning.ranks import Ranks
+from tawny.pruning.session import Job, Session, prepare
+from tawny.recipe.schema import resolve_recipe
+from tawny.record import Clock, Record
+from tawny.searching.levels import LevelStore, Solved, solve_levels
+from tawny.searching.space import Space, make_space
+from tests.tiny import tokens
+
+
+def solved_levels(
+    model, folder, *, sparsity=0.5, step=None, count=5, solver="wanda", candidates=None, windows=4
+) -> tuple[Job, Space, LevelStore, Samples, Solved]:
+    """All blocks at the levels of a search."""
+    recipe = resolve_recipe(sparsity=sparsity, solver=solver, allocator="uniform")
+    job = prepare(recipe, model, tawny.progress.silent, "cpu")
+    space = make_space(job.linears, job.pattern, sparsity, count, step)
+    store = LevelStore(folder, space, torch.float32)
+    samples, held_out = Samples(tokens(4, 24)), Samples(tokens(windows, 16, seed=9))
+    session = Session(
+        job=job,
+        samples=samples,
+        held_out=None,
+        placement=None,
+        place=None,
+        output=None,
+        journal=Journal(None),
+        ranks=Ranks(alone=True),
+        progress=tawny.progress.silent,
+        record=Record(),
+        clock=Clock(),
+        hidden=None,
+    )
+    with torch.no_grad():
+        solved = solve_levels(
+            session,
+            space,
+            store,
+            solver=job.solver,
+            survey=Survey(Joint(candidates or {}), (5.0,)),
+            samples=samples,
+            held_out=held_out,
+        )
+    return job, space, store, held_out, solved

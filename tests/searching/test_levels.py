@@ -1,0 +1,66 @@
+"""Solutions at several levels; what is made of them is in test_search.py."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import tawny
+from tawny.allocation import Dlp
+from tawny.model.stack import Stack, live_stack
+from tests.searching.parts import solved_levels
+from tests.tiny import tiny_model, tokens
+
+LEVELS = {"count": 3, "step": 0.1, "windows": 2}
+
+
+def test_one_weight_of_a_block_is_in_float32_at_a_time(tmp_path, monkeypatch):
+    """Whatever looks at it: the hash, each allocator's measure, each level's solve."""
+    alive, most = weakref.WeakSet(), 0
+    weight = Stack.weight
+
+    def counted(self, linear):
+        nonlocal most
+        made = weight(self, linear)
+        gc.collect()
+        alive.add(made)
+        most = max(most, len(alive))
+        return made
+
+    monkeypatch.setattr(Stack, "weight", counted)
+    solved_levels(tiny_model("llama"), tmp_path / "levels", candidates={"dlp": Dlp()}, **LEVELS)
+    assert 1 <= most <= 2  # the next one is made before a loop's variable lets go of the last
+
+
+@pytest.mark.parametrize(("sparsity", "step"), [(0.5, 0.1), (0.25, 0.25)])
+def test_a_linear_that_saw_no_token_is_named_once_whatever_the_levels_are(sparsity, step, tmp_path):
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.zero_()  # equal logits: top-2 always picks the same two experts
+    _, space, _, _, solved = solved_levels(
+        model, tmp_path / "levels", sparsity=sparsity, **{**LEVELS, "step": step}
+    )
+    assert (space.sparsity(0, space.low) == 0) == (sparsity == step)
+    named = [warning.partition(" ")[0] for warning in solved.warnings]
+    assert len(named) == len(set(named)) == 3 * 2 * 2
+    assert all(".experts." in name for name in named)
+
+
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "magnitude"])
+def test_the_solutions_of_the_target_are_the_weights_of_a_uniform_run(solver, tmp_path):
+    """So each linear was solved for what it receives behind pruned blocks, and behind pruned stages of its own."""
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, _, store, _, _ = solved_levels(model, tmp_path / "levels", sparsity=0.6, solver=solver, **LEVELS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    pruned = tiny_model("llama")
+    options = {"sparsity": 0.6, "allocator": "uniform", "solver": solver, "compute": "float32"}
+    tawny.prune(pruned, calibration=tokens(4, 24), **options)
+    stack = live_stack(pruned)
+    for index in range(len(stack)):
+        store.open(index)
+        for linear in stack.linears(index):
+            torch.testing.assert_close(store.read(linear, 0), stack.weight(linear), rtol=0, atol=0)

@@ -1,0 +1,485 @@
+"""`tawny.search` through the front door."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+
+import pytest
+import torch
+import yaml
+
+import tawny
+from tawny.allocation import ALLOCATORS
+from tawny.allocation.profile import Profile
+from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError, TextError
+from tawny.model.streams import Samples, repeated_tokens
+from tawny.progress import Silent
+from tawny.pruning import session as session_module
+from tawny.pruning.block import LoadedBlock
+from tawny.pruning.journal import Journal
+from tawny.searching import levels as levels_module
+from tawny.searching import run as module
+from tawny.searching.candidates import _BLENDS, allocators_to_try
+from tawny.searching.divergence import Divergence
+from tawny.searching.settings import FAMILIES, Settings
+from tawny.solvers import SOLVERS
+from tests.reference import allocators as reference
+from tests.reference.problems import lifelike
+from tests.tiny import tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
+
+FEW = {"search.trials": 12, "search.offspring": 4, "search.levels": 3, "search.windows": 2}
+FEW |= {"search.candidates": "owl,atp"}
+PRUNING = {"sparsity": 0.6, "compute": "float32", "calibration": tokens(8, 24)}
+
+
+def search(model, out=None, **changes):
+    return tawny.search(model, out, **{**PRUNING, **FEW, **changes})
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def dense(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+class Stops(Silent):
+    """Ctrl-C at a step of a phase; counts steps, and keeps what is said."""
+
+    def __init__(self, phase="", step=0):
+        self.stop, self.name, self.seen, self.said = (phase, step), "", {}, []
+
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+        self.name = name
+
+    def step(self, text: str) -> None:
+        self.seen[self.name] = self.seen.get(self.name, 0) + 1
+        if self.stop == (self.name, self.seen[self.name]):
+            raise KeyboardInterrupt
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def interrupted(dense, out, phase="solving at each level", step=1, **changes):
+    with pytest.raises(Interrupted, match=r"blocks? solved at each level are kept") as stopped:
+        search(dense, out, progress=Stops(phase, step), **changes)
+    return stopped
+
+
+@pytest.mark.parametrize(
+    ("solver", "pattern"),
+    [
+        ("magnitude", "matrix"),
+        ("wanda", "unstructured"),
+        ("wanda", "2:4"),
+        ("sparsegpt", "2:4"),
+        ("alps", "row"),
+    ],
+)
+def test_an_allocation_for_every_solver_and_pattern_meets_its_budget(solver, pattern):
+    assert solver in SOLVERS
+    keys = {"solver": solver, "pattern": pattern, "sparsity": 0.5}
+    model = tiny_model("llama")
+    found = search(model, **keys)
+    sizes = {x.name: x.shape[0] * x.shape[1] for x in tawny.prune(model, **{**PRUNING, **keys}).linears}
+    removed = sum(found.allocation[name] * size for name, size in sizes.items())
+    step = sum(size for name, size in sizes.items() if ".layers.0." in name) / 4 if ":" in pattern else 1
+    assert abs(removed - 0.5 * sum(sizes.values())) <= max(step, len(sizes))
+    assert found.winner and len(found.trials) <= 12
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma3_text"])
+def test_experts_and_odd_families_are_searched_like_any_other(family):
+    found = search(tiny_model(family), exclude=["layers.1.*"] if family == "mixtral" else [])
+    assert 0.3 < min(found.allocation.values()) <= 0.6 <= max(found.allocation.values())
+    assert found.levels["count"] == 3
+
+
+def test_the_same_search_gives_the_same_and_prune_takes_its_file(dense, tmp_path):
+    options = {"refit": True, "search.candidates": "owl,dlp,atp,lsa", "search.trials": 40}
+    first, second = (search(dense, tmp_path / f"{name}.yaml", **options) for name in "ab")
+    assert first.allocation == second.allocation and first.trials == second.trials
+    for kind in ("yaml", "png", "svg"):
+        a, b = ((tmp_path / f"{name}.{kind}").read_bytes() for name in "ab")
+        assert a.replace(b"a.yaml", b"b.yaml") == b
+    assert yaml.safe_load((tmp_path / "a.yaml").read_text()) == first.allocation
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert told["trials"] == first.trials and told["allocation"] == first.allocation
+    assert not list(tmp_path.glob("*.partial"))
+    keys = {"allocator": "file", "allocator.path": str(tmp_path / "a.yaml"), "refit": True}
+    record = tawny.prune(dense, tmp_path / "pruned", **PRUNING, **keys)
+    assert record.allocation == first.allocation
+    assert abs(record.zeros - 0.6 * record.prunable) <= len(record.linears)
+
+
+def test_a_mixed_n_of_m_for_each_linear_survives_its_file(dense, tmp_path):
+    keys = {"pattern": "3:8", "sparsity": None, "seed": 3}
+    found = search(dense, tmp_path / "a.yaml", **keys, **{"search.levels": 5, "search.trials": 60})
+    again = {"allocator": "file", "allocator.path": str(tmp_path / "a.yaml")}
+    record = tawny.prune(dense, tmp_path / "b", **{**PRUNING, **keys, **again})
+    assert {x.pattern for x in record.linears} != {"3:8"}
+    assert {x.name: x.target for x in record.linears} == found.allocation
+
+
+def test_a_live_model_is_searched_like_its_folder_and_stays_as_it_was(dense, tmp_path):
+    live = tiny_model("llama")
+    before = {name: value.clone() for name, value in live.state_dict().items()}
+    assert search(live).allocation == search(dense).allocation
+    assert search(live, tmp_path / "live.yaml").allocation == search(dense, tmp_path / "a.yaml").allocation
+    assert all(torch.equal(value, before[name]) for name, value in live.state_dict().items())
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize(
+    ("phase", "steps"),
+    [("solving at each level", 2), ("trying allocations", 3), ("pruning finalists", 5)],
+)
+def test_a_search_that_was_stopped_goes_on_and_gives_the_same(
+    dense, tmp_path, monkeypatch, phase, steps, spilled
+):
+    options = {"search.candidates": "owl,dlp", "search.trials": 20, "solver": "sparsegpt"}
+    if spilled:
+        monkeypatch.setattr(session_module, "available", lambda: 0)
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    scored, measure = [], Divergence._measure
+    monkeypatch.setattr(
+        Divergence, "_measure", lambda self, some, rows: scored.append(1) or measure(self, some, rows)
+    )
+    began = time.perf_counter()
+    whole = search(dense, tmp_path / "whole.yaml", **options)
+    assert whole.memory["hidden_states"] == ("disk" if spilled else "memory")
+    assert whole.seconds["search"] <= whole.seconds["total"] <= time.perf_counter() - began
+    needed = len(scored)
+    interrupted(dense, tmp_path / "out.yaml", phase, steps, **options)
+    again = Stops()
+    resumed = search(dense, tmp_path / "out.yaml", progress=again, **options)
+    assert resumed.trials == whole.trials and resumed.allocation == whole.allocation and resumed.resumed == 1
+    assert not (tmp_path / "out.yaml.partial").exists()
+    assert (again.seen.get("solving at each level", 0) == 0) == (phase != "solving at each level")
+    assert len(scored) == 2 * needed  # nothing twice
+    proven = sum(trial["proof"] is not None for trial in whole.trials)
+    assert again.seen["pruning finalists"] == 3 * (proven - (phase == "pruning finalists"))
+
+
+def test_an_unfinished_search_is_gone_on_with_only_by_the_same_one(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    out = tmp_path / "out.yaml"
+    interrupted(dense, out)
+    with pytest.raises(OutputError, match="trials was 12, now 13"):
+        search(dense, out, **{"search.trials": 13})
+    lost = tmp_path / "out.yaml.partial" / "levels" / "00000.safetensors"
+    kept = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(OutputError, match=r"00000.safetensors, which an unfinished search goes on from, is"):
+        search(dense, out)
+    lost.write_bytes(kept)
+    assert search(dense, out).resumed == 2
+    with pytest.raises(OutputError, match=r"out\.yaml exists; choose another --out or pass --overwrite"):
+        search(dense, out)
+    assert search(dense, out, overwrite=True).resumed == 0
+
+
+def test_a_search_on_other_held_out_text_is_another_one(dense, tmp_path, monkeypatch):
+    tiny_tokenizer().save_pretrained(dense)
+    text = "\n\n".join(" ".join(str(n * k % 997) for n in range(60)) for k in range(1, 40))
+    (tmp_path / "text.txt").write_text(text)
+    options = {"calibration": tmp_path / "text.txt", "samples": 4, "seqlen": 24}
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    interrupted(dense, tmp_path / "out.yaml", **options)
+    real = module.held_out_windows
+    monkeypatch.setattr(module, "held_out_windows", lambda *args: real(*args).roll(1, 0))
+    with pytest.raises(OutputError, match="held-out text changed"):
+        search(dense, tmp_path / "out.yaml", **options)
+
+
+@pytest.mark.parametrize("changes", [{}, {"solver": "sparsegpt", "order": "block", "refit": True}])
+@pytest.mark.parametrize("placed", ["memory", "disk", "live"])
+def test_a_proof_is_the_divergence_of_the_model_that_pruning_makes(
+    dense, tmp_path, monkeypatch, changes, placed
+):
+    """Of the winner: what `prune` writes, whole, by plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    if placed == "disk":
+        monkeypatch.setattr(session_module, "available", lambda: 0)
+    given = tokens(8, 24, seed=4)
+    source = tiny_model("llama") if placed == "live" else dense
+    found = search(source, tmp_path / "a.yaml", calibration=given, **changes)
+    assert placed == "live" or found.memory["hidden_states"] == placed
+    assert not list(tmp_path.rglob("*.tmp"))
+    proofs = [x["proof"] for x in found.trials if x["proof"] is not None]
+    # Of 8 samples a quarter is held out; the later of these two decides, and the others calibrate.
+    [window] = Samples(given[6:]).repeating(0.125).tokens[1:]
+    keys = {"allocator": "file", "allocator.path": str(tmp_path / "a.yaml"), "calibration": given[:6]}
+    made = tawny.prune(dense, tmp_path / "again", **{**PRUNING, **keys, **changes})
+    assert made.allocation == found.allocation
+    models = [AutoModelForCausalLM.from_pretrained(x).double() for x in (dense, tmp_path / "again")]
+    with torch.no_grad():
+        p, q = (model(window[None]).logits.log_softmax(-1) for model in models)
+    assert min(proofs) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert f"{len(proofs)} of them pruned in earnest" in found.says
+    if found.solver == found.recipe["solver"]["name"]:  # no other one's solutions stood for its own
+        # Linears were solved behind uniform blocks: put together from these solutions, uniform is what a run makes.
+        assert found.trials[0]["verdict"] == pytest.approx(found.trials[0]["proof"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("given", "searched", "deciding"), [(40, 2, 8), (20, 2, 3), (8, 1, 1), (2, 1, 0)])
+def test_more_windows_decide_than_are_searched_on_where_there_are_enough(given, searched, deciding):
+    held_out = search(tiny_model("llama"), calibration=tokens(given, 24, seed=4)).held_out
+    assert (held_out["windows"], held_out["deciding"]) == (searched, deciding)
+
+
+def test_a_live_model_is_dense_again_when_a_finalist_breaks_down_and_uniform_wins(monkeypatch):
+    model, seen = tiny_model("llama"), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    real = module.rehearse
+
+    def fails(block):
+        seen.append(any(not torch.equal(value, before[name]) for name, value in model.state_dict().items()))
+        raise NumericalError("NaN")
+
+    def breaks(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(LoadedBlock, "advance", fails)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    monkeypatch.setattr(module, "rehearse", breaks)
+    found = search(model)
+    assert len(seen) > 1 and all(seen)  # the first block was pruned when it broke down
+    assert found.winner == "uniform" and found.margin == 0
+
+
+def test_finalists_can_be_left_out():
+    found = search(tiny_model("llama"), **{"search.finalists": 0})
+    assert all(trial["proof"] is None for trial in found.trials) and "in earnest" not in found.says
+
+
+def test_a_nan_weight_names_its_linear():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(NumericalError, match=r"layers\.1"):
+        search(model)
+
+
+# --- what is refused, and what is said ---------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "solve_levels", None)
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "full.yaml.partial").mkdir()
+    (tmp_path / "full.yaml.partial" / "mine").write_text("")
+    for out, words in (
+        ("allocation.txt", "does not end in .yaml"),
+        ("folder.yaml", "exists"),
+        ("nowhere/a.yaml", "its folder does not exist"),
+        ("full.yaml", "'mine', which no search of Tawny put there"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            search(dense, tmp_path / out)
+    with pytest.raises(RecipeError, match="leave the allocator out"):
+        search(dense, allocator="owl")
+    with pytest.raises(TextError, match="at least 2 samples"):
+        search(tiny_model("llama"), calibration=tokens(1, 24))
+    for model in (dense, tiny_model("llama")):
+        with pytest.raises(RecipeError, match=r"search\.step is 0\.4.*expected at most 0\.389$"):
+            search(model, tmp_path / "out.yaml", **{"search.step": 0.4})
+    monkeypatch.setattr(levels_module, "free_bytes", lambda folder: 1000)
+    with pytest.raises(OutputError, match=r"fewer search\.levels"):
+        search(dense, tmp_path / "out.yaml")
+    with pytest.raises(RecipeError, match=r"cannot hold this run.*at least"):
+        search(dense, tmp_path / "out.yaml", memory="1MB")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"budget": "soon"}, "90s, 10m"),
+        ({"levels": 4}, "odd"),
+        ({"levels": 1}, "greater than or equal to 3"),
+        ({"candidates": "owl,dlpp"}, "did you mean 'dlp'"),
+        ({"proxy": "wandaa"}, "did you mean 'wanda'"),
+        ({"step": 0.7}, r"search\.step is 0\.7"),
+        ({"repeat": 0.6}, r"search\.repeat is 0\.6"),
+        ({"finalists": 5}, r"search\.finalists is 5"),
+        ({"trial": 5}, r"search\.trial is unknown.*trials"),
+    ],
+)
+def test_settings_out_of_range_are_refused(keys, words):
+    with pytest.raises(RecipeError, match=words):
+        Settings.make(**keys)
+
+
+def test_times_are_read():
+    texts = ("90s", "10m", "1.5h", "7", "2 min", 90)
+    assert [Settings.make(budget=text).seconds for text in texts] == [90, 600, 5400, 7, 120, 90]
+    assert Settings.make().seconds is None
+
+
+def test_a_budget_of_time_may_cut_the_search_short_and_then_says_so(dense, tmp_path):
+    found = search(dense, tmp_path / "a.yaml", **{"search.budget": "0s", "search.trials": 50})
+    assert "the budget of 0s ended the search after" in found.cut_short
+    assert found.cut_short in found.says and found.says in (tmp_path / "a.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("solver", "given", "used"),
+    [("alps", None, "sparsegpt"), ("alps", "alps", "alps"), ("wanda", None, "wanda")],
+)
+def test_a_quick_solver_stands_for_a_slow_one_while_allocations_are_compared(solver, given, used):
+    options = {"solver": solver, "search.trials": 2, "search.proxy": given}
+    found = search(tiny_model("llama"), **options)
+    assert found.solver == used and found.recipe["solver"]["name"] == solver
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_what_a_search_compares_on_begins_as_its_samples_do(tmp_path, dense, monkeypatch, begins):
+    (tmp_path / "text.txt").write_text("The owl hunts at night. " * 40)
+    seen, split = [], module._split
+    monkeypatch.setattr(module, "_split", lambda *args: seen.append(split(*args)) or seen[-1])
+    tiny_tokenizer(begins=begins).save_pretrained(dense)
+    keys = {"samples": 4, "seqlen": 24, "search.trials": 4, "search.repeat": 0.5, "solver": "wanda"}
+    search(dense, calibration=tmp_path / "text.txt", **keys)
+    for part in seen.pop():
+        assert bool((part.tokens[:, 0] == 1).all()) is begins and not (part.tokens[:, 1:] == 1).any()
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_fail_the_search(dense, tmp_path, monkeypatch):
+    def broken(_, path, **__):
+        path.write_text("half")
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("tawny.report.plot.plot_allocations", broken)
+    progress = Stops()
+    search(dense, tmp_path / "a.yaml", progress=progress)
+    for kind in ("png", "svg"):
+        assert any(re.search(rf"a\.{kind} could not be made: ValueError: no ink", x) for x in progress.said)
+    assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.json", "a.yaml"]
+
+
+@pytest.mark.parametrize("changes", [{"sparsity": 0.995}, {"pattern": "1:4", "sparsity": None}])
+def test_a_sparsity_that_leaves_nothing_to_search_is_said(dense, changes):
+    progress = Stops()
+    found = search(dense, progress=progress, **changes)
+    share = "75.0%" if "pattern" in changes else "99.5%"
+    assert found.says == f"uniform: a sparsity of {share} leaves no room for other allocations"
+    assert found.levels["count"] == 1 and any("at 1 level from" in text for text in progress.said)
+
+
+def test_a_record_of_broken_models_is_json(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(Divergence, "__call__", lambda self, some, windows: [math.inf] * len(some))
+    monkeypatch.setattr(Divergence, "judge", lambda self, stream, windows: math.inf)
+    search(dense, tmp_path / "a.yaml")
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found["margin"] == 0 and found["trials"][0]["divergence"] is None
+
+
+# --- candidates --------------------------------------------------------------------------------------------
+
+
+def test_few_trials_see_every_family():
+    tried = [family for family, _, _ in allocators_to_try(("owl", "dlp", "atp"), 0.6, 4)]
+    assert tried[:6] == ["owl", "dlp", "atp"] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.6, 0.7, 0.85])
+def test_the_first_thing_tried_of_an_allocator_is_what_it_does_by_itself(family, target):
+    tried, alone = (
+        next(a for name, _, a in allocators_to_try(FAMILIES, target, 4) if name == family),
+        (ALLOCATORS[family]()),
+    )
+    shapes = reference.model(4)
+    measures = []
+    for block in range(4):
+        linears = shapes.linears_of(block)
+        measures.append(
+            alone.measure({x.name: lifelike(*x.shape, seed=7 * block + i) for i, x in enumerate(linears)})
+        )
+    profile = Profile(shapes.linears, tuple(measures))
+    assert tried.allocate(profile, target) == pytest.approx(alone.allocate(profile, target))
+
+
+@pytest.mark.parametrize("target", [0.0, 0.999])
+def test_candidates_can_be_made_at_any_sparsity(target):
+    assert {family for family, _, _ in allocators_to_try(FAMILIES, target, 1)} == set(FAMILIES)
+
+
+def test_every_blend_that_is_tried_is_what_it_does_by_itself(monkeypatch):
+    """One profile serves all of them."""
+    options = {"search.candidates": "blend", "search.trials": 12, "search.finalists": 0}
+    kept, real = {}, module.allocate
+
+    def noting(allocator, *args):
+        kept[allocator.of] = real(allocator, *args)
+        return kept[allocator.of]
+
+    monkeypatch.setattr(module, "allocate", noting)
+    given = tokens(8, 24, seed=4)
+    found = search(tiny_model("llama"), calibration=given, **options)
+    assert {f"blend of={of}" for of in _BLENDS} <= {trial["name"] for trial in found.trials}
+    for of in _BLENDS:
+        keys = {**PRUNING, "allocator": "blend", "allocator.of": of, "calibration": given[:6]}
+        assert kept[of] == pytest.approx(tawny.prune(tiny_model("llama"), **keys).allocation), of
+
+
+@pytest.mark.parametrize("excluded", ["layers.0.*", "layers.2.*"])
+def test_depth_is_counted_where_something_is_pruned(excluded):
+    options = {"search.candidates": "atp", "search.trials": 2, "exclude": [excluded]}
+    tried = search(tiny_model("llama"), solver="magnitude", **options).blocks
+    [atp] = [blocks for name, blocks in tried.items() if name.startswith("atp")]
+    assert [share for share in atp if share] == pytest.approx([0.5, 0.7], abs=1e-3)
+
+
+def test_the_allocation_that_is_found_is_one_that_was_scored():
+    options = {"search.trials": 8, "search.candidates": "atp", "search.levels": 11}
+    found = search(tiny_model("llama", num_hidden_layers=6), sparsity=0.7, **options)
+    for name, blocks in found.blocks.items():
+        assert max(blocks) <= found.levels["to"] + 0.01, name
+
+
+def test_calibration_can_repeat_itself(tmp_path, dense):
+    given = tokens(4, 24)
+    keys = {"sparsity": 0.6, "allocator": "uniform", "solver": "sparsegpt", "compute": "float32"}
+    tawny.prune(dense, tmp_path / "plain", calibration=given, **keys)
+    tawny.prune(dense, tmp_path / "option", calibration=given, **{"calibration.repeat": 0.25}, **keys)
+    tawny.prune(dense, tmp_path / "by-hand", calibration=Samples(given).repeating(0.25), **keys)
+    assert weights(tmp_path / "option") == weights(tmp_path / "by-hand") != weights(tmp_path / "plain")
+    with pytest.raises(RecipeError, match=r"calibration\.repeat.*0\.5"):
+        tawny.prune(dense, calibration=given, **{"calibration.repeat": 0.6}, **keys)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.125, 0.5])
+@pytest.mark.parametrize("length", [1, 2, 17, 40])
+def test_windows_end_with_a_passage_they_held_before(length, share, begun):
+    ids = torch.arange(4 * length).reshape(4, length)
+    mask = torch.ones_like(ids)
+    mask[2, -1] = 0  # padding: such a window stays as it is
+    size = min(int(length * share), (length - begun) // 2)
+    assert repeated_tokens(length, share, begun=begun) == size
+    for told in (None, mask):
+        made = Samples(ids, told).repeating(share, begun=begun)
+        assert made.mask is told
+        for window, (before, after) in enumerate(zip(ids.tolist(), made.tokens.tolist(), strict=True)):
+            if told is not None and window == 2:
+                assert after == before
+                continue
+            kept = before[: length - size]
+            assert after[: length - size] == kept
+            # Tokens are all different, so a passage is where its first token is.
+            start = kept.index(after[length - size]) if size else 1
+            assert start >= begun  # BOS is said once
+            assert after[length - size :] == kept[start : start + size]
