@@ -47,7 +47,7 @@ def search(
 ) -> None:
     """Try allocations on MODEL and write the best one, for `tawny prune -a FILE`. Uniform wins ties.
 
-    More of the search is set by -o search.KEY=VALUE: offspring, levels, step, candidates, finalists, windows, length, repeat,
+    More of the search is set by -o search.KEY=VALUE: offspring, levels, candidates, finalists, windows, length, repeat,
     tokens, proxy.
     """
     with console_for(as_json) as console:
