@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tawny.allocation.several import Several
 
 from tawny.allocation import Alpha, Atp, Blend, Dlp, Owl, Profile, Uniform
+from tawny.allocation.joint import Joint
 from tawny.errors import NumericalError, RecipeError
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike
@@ -83,15 +83,15 @@ def test_a_broken_weight_is_the_members_to_find() -> None:
 
 def test_the_work_of_a_blend_is_that_of_its_members() -> None:
     linears = reference.model(2, [(8, 4)]).linears
-    assert Alpha.work(linears) == 2 * (4 * 16 * 8 + 8 * 64)
-    assert Blend().work(linears) == Alpha.work(linears) and Blend(of="atp,dlp").work(linears) == 0
+    assert Alpha().work(linears) == 2 * (4 * 16 * 8 + 8 * 64)
+    assert Blend().work(linears) == Alpha().work(linears) and Blend(of="atp,dlp").work(linears) == 0
 
 
 def test_what_several_want_is_measured_once(monkeypatch) -> None:
     calls = []
     measure = Alpha.measure
     monkeypatch.setattr(Alpha, "measure", lambda self, linears: calls.append(self) or measure(self, linears))
-    several = Several({"alpha": Alpha(), "blend": Blend("atp,alpha"), "mid": Alpha(fit="mid")})
+    several = Joint({"alpha": Alpha(), "blend": Blend("atp,alpha"), "mid": Alpha(fit="mid")})
     profile = reference.model(1)
     inputs = {x.name: lifelike(*x.shape, seed=i) for i, x in enumerate(profile.linears)}
     made = several.measure(inputs)

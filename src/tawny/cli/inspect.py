@@ -8,16 +8,11 @@ from typing import Any
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, facts, table
 from tawny.cli.options import AsJson, Model, TrustRemoteCode
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.words import percent, size
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny inspect pruned\n"
-    "  tawny inspect smollm2\n"
-    "  tawny inspect pruned --json | jq '.sparsity'"
-)
+@verb("tawny inspect pruned", "tawny inspect smollm2", "tawny inspect pruned --json | jq '.sparsity'")
 def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False) -> None:
     """Show what a checkpoint really holds, linear by linear: zeros, n:m patterns, ties."""
     with console_for(as_json) as console:

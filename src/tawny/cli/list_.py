@@ -10,13 +10,11 @@ import typer
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, table
 from tawny.cli.options import AsJson
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.errors import UserError, nearest
 
 
-@app.command(
-    "list", epilog="\b\nExamples:\n  tawny list\n  tawny list solvers\n  tawny list allocators --json"
-)
+@verb("tawny list", "tawny list solvers", "tawny list allocators --json", name="list")
 def list_(
     kind: Annotated[
         str | None,

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, Shown, facts, parts, table
@@ -46,30 +46,22 @@ def prune(
     model: Model,
     *,
     given: Given,
-    out: Annotated[
-        Path, option("--out DIR", "Folder to write the pruned model to.", OUTPUT, parser=folder_named)
-    ],
+    out: Path = option(
+        "--out DIR", "Folder to write the pruned model to.", OUTPUT, default=..., parser=folder_named
+    ),
     device: Device = None,
     memory: Memory = None,
-    overwrite: Annotated[
-        bool, option("--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT)
-    ] = False,
-    pack: Annotated[
-        str | None,
-        option(
-            "--pack KIND",
-            f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`.",
-            OUTPUT,
-        ),
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        option(
-            "--eval TEXT",
-            f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.",
-            OUTPUT,
-        ),
-    ] = None,
+    overwrite: bool = option(
+        "--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT, default=False
+    ),
+    pack: str | None = option(
+        "--pack KIND",
+        f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`.",
+        OUTPUT,
+    ),
+    evaluate: str | None = option(
+        "--eval TEXT", f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.", OUTPUT
+    ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:

@@ -20,7 +20,7 @@ from tawny.cli.options import (
     folder_named,
     option,
 )
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.machine import check_device
 from tawny.packed.kinds import names_of, scaled_kinds
 from tawny.words import duration, percent, size
@@ -28,81 +28,55 @@ from tawny.words import duration, percent, size
 TRAINING = "Training"
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny recover pruned --teacher smollm2 --out recovered --text wiki --minutes 30\n"
-    "  tawny recover pruned --teacher Qwen/Qwen3-8B --out recovered --train lora --tokens 5M\n"
-    "  tawny recover smollm2 --teacher smollm2 --out recovered --through 0.4,0.55,0.65,0.7 --text wiki"
+@verb(
+    "tawny recover pruned --teacher smollm2 --out recovered --text wiki --minutes 30",
+    "tawny recover pruned --teacher Qwen/Qwen3-8B --out recovered --train lora --tokens 5M",
+    "tawny recover smollm2 --teacher smollm2 --out recovered --through 0.4,0.55,0.65,0.7 --text wiki",
 )
 def recover(
     model: Annotated[str, typer.Argument(metavar="PRUNED", help="Folder of a pruned model.")],
     *,
-    teacher: Annotated[
-        str | None,
-        option(
-            "--teacher DENSE",
-            "The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
-            RECIPE,
-        ),
-    ] = None,
-    out: Annotated[Path, option("--out DIR", "Folder to write to.", OUTPUT, parser=folder_named)],
-    method: Annotated[
-        str | None,
-        option(
-            "--method NAME",
-            "distill keeps the mask; elsa moves it under an exact budget. Default: distill.",
-            RECIPE,
-        ),
-    ] = None,
-    train: Annotated[
-        str | None,
-        option(
-            "--train WHAT",
-            "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
-            RECIPE,
-        ),
-    ] = None,
-    values: Annotated[
-        str | None,
-        option(
-            "--values KIND",
-            f"Train through the packed format's rounding: {names_of(scaled_kinds())}.",
-            RECIPE,
-        ),
-    ] = None,
-    through: Annotated[
-        str | None,
-        option(
-            "--through LIST",
-            "Prune in steps, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says how.",
-            RECIPE,
-        ),
-    ] = None,
+    teacher: str | None = option(
+        "--teacher DENSE",
+        "The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
+        RECIPE,
+    ),
+    out: Path = option("--out DIR", "Folder to write to.", OUTPUT, default=..., parser=folder_named),
+    method: str | None = option(
+        "--method NAME",
+        "distill keeps the mask; elsa moves it under an exact budget. Default: distill.",
+        RECIPE,
+    ),
+    train: str | None = option(
+        "--train WHAT",
+        "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
+        RECIPE,
+    ),
+    values: str | None = option(
+        "--values KIND", f"Train through the packed format's rounding: {names_of(scaled_kinds())}.", RECIPE
+    ),
+    through: str | None = option(
+        "--through LIST",
+        "Prune in steps, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says how.",
+        RECIPE,
+    ),
     recipe: RecipeFile = None,
-    overrides: Annotated[
-        list[str] | None,
-        option(
-            "-o --option KEY=VALUE",
-            "Any other setting, such as batch=8 or kl=0.9 (docs/recovery.md); repeatable.",
-            RECIPE,
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        option("--text TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", TRAINING),
-    ] = None,
-    tokens: Annotated[
-        str | None, option("--tokens N", "How many to read, such as 500k. Default: 2M.", TRAINING)
-    ] = None,
-    minutes: Annotated[
-        float | None, option("--minutes M", "End after so long, if that is earlier.", TRAINING)
-    ] = None,
-    seqlen: Annotated[int | None, option("--seqlen N", "Tokens a window. Default: 512.", TRAINING)] = None,
-    lr: Annotated[float | None, option("--lr RATE", "Highest learning rate.", TRAINING)] = None,
+    overrides: list[str] | None = option(
+        "-o --option KEY=VALUE",
+        "Any other setting, such as batch=8 or kl=0.9 (docs/recovery.md); repeatable.",
+        RECIPE,
+    ),
+    text: str | None = option(
+        "--text TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", TRAINING
+    ),
+    tokens: str | None = option("--tokens N", "How many to read, such as 500k. Default: 2M.", TRAINING),
+    minutes: float | None = option("--minutes M", "End after so long, if that is earlier.", TRAINING),
+    seqlen: int | None = option("--seqlen N", "Tokens a window. Default: 512.", TRAINING),
+    lr: float | None = option("--lr RATE", "Highest learning rate.", TRAINING),
     device: Device = None,
-    overwrite: Annotated[
-        bool, option("--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT)
-    ] = False,
+    overwrite: bool = option(
+        "--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT, default=False
+    ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Shown, facts, parts, table
@@ -25,23 +25,19 @@ def search(
     model: Model,
     *,
     given: Given,
-    trials: Annotated[
-        int | None, option("--trials N", "Allocations to try in all. Default: 160.", RECIPE)
-    ] = None,
-    budget: Annotated[
-        str | None, option("--budget TIME", "Stop trying after a time such as 20m or 2h.", RECIPE)
-    ] = None,
-    out: Annotated[
-        Path,
-        option(
-            "--out FILE", "Allocation to write, such as allocation.yaml; a picture goes beside it.", OUTPUT
-        ),
-    ],
+    trials: int | None = option("--trials N", "Allocations to try in all. Default: 160.", RECIPE),
+    budget: str | None = option("--budget TIME", "Stop trying after a time such as 20m or 2h.", RECIPE),
+    out: Path = option(
+        "--out FILE",
+        "Allocation to write, such as allocation.yaml; a picture goes beside it.",
+        OUTPUT,
+        default=...,
+    ),
     device: Device = None,
     memory: Memory = None,
-    overwrite: Annotated[
-        bool, option("--overwrite", "Replace a finished file; start an unfinished search over.", OUTPUT)
-    ] = False,
+    overwrite: bool = option(
+        "--overwrite", "Replace a finished file; start an unfinished search over.", OUTPUT, default=False
+    ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
