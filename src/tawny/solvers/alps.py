@@ -42,12 +42,11 @@ import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
-from tawny.solvers.base import Needs, Solution, Solver, Work, require_finite
+from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian, require_finite
 from tawny.solvers.inverse import invert
 from tawny.solvers.refit import refit
 
@@ -204,12 +203,9 @@ class Alps(Solver):
         searching = 13 * out * width + 8 * width**2 + 2 * size * max(_CHUNK, _ROWS * width)
         return waiting + max(searching, 28 * out * width + size * width**2)
 
-    def prepare(self, statistics: Statistics | None) -> Scaled:
+    def prepare(self, statistics: Seen) -> Scaled:
         """Damp and scale the Hessian and factorise it for the first ρ, with more damping where it is needed."""
-        if statistics is None or statistics.hessian is None:
-            raise ValueError("alps needs a Hessian, but no statistics with one were given")
-        H_II = statistics.hessian.to(torch.float32)
-        require_finite(H_II, "input's Hessian")
+        H_II = input_hessian(statistics).to(torch.float32)
         diagonal_I = H_II.diagonal()
         mean = float(diagonal_I.mean()) or 1.0  # a matrix of zeros (an expert that saw no token)
         damp = self.damp
@@ -227,7 +223,7 @@ class Alps(Solver):
     def solve(
         self,
         W_OI: Tensor,
-        statistics: Statistics | None,
+        statistics: Seen,
         pattern: Pattern,
         sparsity: float,
         prepared: Scaled | None = None,
