@@ -43,9 +43,7 @@ def test_the_total_is_exact_and_every_share_is_legal(pairs: list[tuple[float, in
 
 @quick
 @given(wishes, st.floats(0, 1))
-def test_every_count_is_within_one_weight_of_one_common_shift(
-    pairs: list[tuple[float, int]], target: float
-) -> None:
+def test_every_count_is_within_one_weight_of_one_common_shift(pairs, target):
     raw, sizes = named(pairs)
     gone = counts(exact(raw, sizes, target), sizes)
     # The shift that explains a linear strictly inside its bounds explains all of them.
@@ -127,9 +125,7 @@ def profile_of(sizes: list[int]) -> Profile:
     st.sampled_from([4, 8, 16]),
     st.data(),
 )
-def test_mixed_n_of_m_is_exact_to_one_step_of_one_block(
-    blocks: list[tuple[float, int]], m: int, data: st.DataObject
-) -> None:
+def test_mixed_n_of_m_is_exact_to_one_step_of_one_block(blocks, m, data):
     target_n = data.draw(st.integers(1, m))
     profile = profile_of([size for _, size in blocks])
     wish = {str(i): value for i, (value, _) in enumerate(blocks)}
@@ -142,9 +138,7 @@ def test_mixed_n_of_m_is_exact_to_one_step_of_one_block(
 
 @quick
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.sampled_from([4, 8]), st.data())
-def test_mixed_n_of_m_over_equal_blocks_is_exact_and_follows_the_wish(
-    wish: list[float], m: int, data: st.DataObject
-) -> None:
+def test_mixed_n_of_m_over_equal_blocks_is_exact_and_follows_the_wish(wish, m, data):
     target_n = data.draw(st.integers(1, m))
     allocation = mixed_nm(dict(enumerate_names(wish)), profile_of([7] * len(wish)), m, target_n)
     n = [round(m * (1 - value)) for value in allocation.values()]
