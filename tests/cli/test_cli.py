@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import tawny
-from tawny.cli import main
 from tawny.cli.recipe_options import SHARED, Given, _spelled_out
 from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
 
 VERBS = [
     "prune",
@@ -38,20 +39,6 @@ VERBS = [
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line as a user does; returns exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
-
-
 def measured(value: float = 20.0) -> Perplexity:
     return Perplexity(value, 0.5, 3.0, 4, 64, 252, 1.0, "wiki", "ab" * 32, "float32", 10**9)
 
@@ -68,6 +55,19 @@ def answering(monkeypatch, name, result):
 
     monkeypatch.setattr(tawny, name, call)
     return calls
+
+
+@pytest.fixture
+def recipe_of(run, monkeypatch):
+    """The recipe that `tawny prune` makes of some words, over 50 % sparsity."""
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+
+    def call(*words):
+        code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
+        assert code == 0, err
+        return calls[-1][1]["recipe"]
+
+    return call
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -149,22 +149,18 @@ def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
         (("--profile-samples", 3, "--include=*.mlp.*"), {"profile_samples": 3, "include": ("*.mlp.*",)}),
     ],
 )
-def test_any_recipe_key_is_an_option_too(run, monkeypatch, words, expected):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
-    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
-    recipe = calls[0][1]["recipe"]
-    assert code == 0, err
+def test_any_recipe_key_is_an_option_too(recipe_of, words, expected):
+    recipe = recipe_of(*words)
     assert {key: getattr(recipe, key) for key in expected} == expected
 
 
-def test_an_allocators_own_key_is_an_option_too(run, monkeypatch):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
-    code, _, err = run(
-        "prune", "m", "--out", "o", "-s", 0.5, "-a", "owl", "--M", "7", "--solver.damp=0.1", "--json"
-    )
-    recipe = calls[0][1]["recipe"]
-    assert code == 0, err
-    assert recipe.allocator.options["M"] == 7 and recipe.solver.options["damp"] == 0.1
+def test_the_keys_of_a_section_are_options_bare_or_dotted(recipe_of):
+    bare = recipe_of("-a", "owl", "--M", "7", "--solver.damp=0.1")
+    assert bare.allocator.options["M"] == 7 and bare.solver.options["damp"] == 0.1
+    words = ("-a", "owl", "--allocator.M", "7", "--calibration.text", "t.txt", "--calibration.samples=3")
+    dotted = recipe_of(*words)
+    assert dotted.allocator.options["M"] == 7
+    assert (dotted.calibration.text, dotted.calibration.samples) == ("t.txt", 3)
 
 
 @pytest.mark.parametrize(
@@ -176,23 +172,10 @@ def test_a_recipe_key_is_never_taken_for_a_slip_of_an_option(key):
     assert list(_spelled_out([f"--{key}=7"], known)) == ["-o", f"{key}=7"]
 
 
-def test_the_file_of_an_allocation_is_given_in_the_place_of_an_allocator(run, monkeypatch, tmp_path):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
+def test_the_file_of_an_allocation_is_given_in_the_place_of_an_allocator(recipe_of, tmp_path):
     (tmp_path / "a.yaml").write_text("'*': 0.5")
-    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, "-a", tmp_path / "a.yaml", "--json")
-    assert code == 0, err
-    allocator = calls[0][1]["recipe"].allocator
+    allocator = recipe_of("-a", tmp_path / "a.yaml").allocator
     assert (allocator.name, allocator.options["path"]) == ("file", str(tmp_path / "a.yaml"))
-
-
-def test_dotted_keys_reach_the_recipe(run, monkeypatch):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
-    words = ("-a", "owl", "--allocator.M", "7", "--calibration.text", "t.txt", "--calibration.samples=3")
-    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
-    assert code == 0, err
-    recipe = calls[0][1]["recipe"]
-    assert recipe.allocator.options["M"] == 7
-    assert (recipe.calibration.text, recipe.calibration.samples) == ("t.txt", 3)
 
 
 @pytest.mark.parametrize(
@@ -234,13 +217,10 @@ def test_options_of_a_search_are_told_from_those_of_its_recipe(run, monkeypatch,
     assert code == 2 and "did you mean 'trials'" in err and err.count("\n") == 1
 
 
-def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_path):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
+def test_a_recipe_file_is_the_base_and_options_change_it(recipe_of, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("sparsity: 0.7\nseed: 4\nsolver: wanda\n")
-    code, _, err = run("prune", "m", "--out", "o", "-c", path, "-s", 0.5, "-o", "seed=9", "--json")
-    recipe = calls[0][1]["recipe"]
-    assert code == 0, err
+    recipe = recipe_of("-c", path, "-o", "seed=9")
     assert (recipe.sparsity, recipe.seed, recipe.solver.name) == (0.5, 9, "wanda")
 
 
@@ -383,19 +363,10 @@ def test_every_list_and_the_doctor_answer_in_both_forms(run):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny llama with a tokenizer of bytes, as a folder."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
-
-    from tests.tiny import VOCABULARY, tiny_model
-
+    """A tiny llama with a tokenizer of characters, as a folder."""
     folder = tmp_path_factory.mktemp("model")
     tiny_model("llama").save_pretrained(folder)
-    letters = Tokenizer(WordLevel({chr(i + 32): i for i in range(VOCABULARY)}, unk_token="?"))
-    letters.pre_tokenizer = Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

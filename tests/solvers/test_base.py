@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Pattern, Unstructured, matches, removed_count
-from tawny.solvers import RIA, Magnitude, SparseGPT, Wanda, energy, reconstruction_error
+from tawny.solvers import RIA, Alps, Magnitude, SparseGPT, Wanda, energy, reconstruction_error
 from tests.reference.problems import lifelike
 
-SOLVERS = [Magnitude(), Wanda(), RIA(), SparseGPT(), SparseGPT(group=8)]
+SOLVERS = [Magnitude(), Wanda(), RIA(), SparseGPT(), SparseGPT(group=8), Alps()]
 PATTERNS: list[Pattern] = [Unstructured(), Unstructured("row"), Unstructured("matrix"), NM(2, 4), NM(3, 8)]
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=str)
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -87,6 +87,7 @@ def test_what_linears_share_can_be_prepared_once(solver: Any, pattern: Pattern) 
         alone = solver.solve(W * scale, statistics, pattern, 0.6)
         shared = solver.solve(W * scale, statistics, pattern, 0.6, prepared)
         assert torch.equal(alone.weight, shared.weight) and torch.equal(alone.mask, shared.mask)
+        assert alone.notes == shared.notes
 
 
 @each_solver
@@ -108,7 +109,7 @@ def test_a_weight_that_is_not_finite_is_an_error(solver: Any, bad: float) -> Non
         solver.solve(W, statistics, Unstructured(), 0.5)
 
 
-@pytest.mark.parametrize("solver", [Wanda(), SparseGPT()], ids=str)
+@pytest.mark.parametrize("solver", [Wanda(), SparseGPT(), Alps()], ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_statistics_that_are_not_finite_are_an_error(solver: Any, bad: float) -> None:
     W, statistics = lifelike(5, 16)
@@ -140,7 +141,7 @@ def test_weights_of_inputs_that_never_fire_go_first(solver: Any, scope: Any) -> 
     assert not solution.mask[:, dead].any()
 
 
-@pytest.mark.parametrize("solver", [Wanda(), SparseGPT()], ids=str)
+@pytest.mark.parametrize("solver", [Wanda(), SparseGPT(), Alps()], ids=str)
 def test_a_solver_without_the_statistics_it_needs_says_so(solver: Any) -> None:
     with pytest.raises(ValueError, match="needs"):
         solver.solve(torch.ones(2, 2), None, Unstructured(), 0.5)

@@ -159,19 +159,11 @@ def measure_outliers(
         parameters += W_OI.numel()
         tokens = max(tokens, statistics.tokens if statistics is not None else 1)
         total += float(column_sums(W_OI) @ norms[name])
-    if not parameters:
-        return {
-            "outlier_share": {_key(M): 0.0 for M in Ms},
-            "mean_score": 0.0,
-            "max_score": 0.0,
-            "parameters": 0,
-        }
-    if official:
-        mean = float(
-            torch.cat([(W_OI.abs() * norms[name]).flatten() for name, (W_OI, _) in linears.items()]).mean()
-        )
-    else:
-        mean = total / parameters
+    all_parameters = max(parameters, 1)  # a block that holds none has no outliers
+    mean = total / all_parameters
+    if official and parameters:
+        every = [(W_OI.abs() * norms[name]).flatten() for name, (W_OI, _) in linears.items()]
+        mean = float(torch.cat(every).mean())
     above, highest = [0] * len(Ms), 0.0
     for name, (W_OI, _) in linears.items():
         counts, top = count_above(W_OI, norms[name], [torch.tensor(mean) * M for M in Ms])
@@ -180,10 +172,9 @@ def measure_outliers(
         highest = max(highest, top)
         above = [sum(pair) for pair in zip(above, counts, strict=True)]
     per_token = math.sqrt(max(tokens, 1))
+    shares = [float(count) / all_parameters * 100 for count in above]
     return {
-        "outlier_share": {
-            _key(M): float(count) / parameters * 100 for M, count in zip(Ms, above, strict=True)
-        },
+        "outlier_share": {_key(M): share for M, share in zip(Ms, shares, strict=True)},
         "mean_score": mean / per_token,
         "max_score": highest / per_token,
         "parameters": parameters,

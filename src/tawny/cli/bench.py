@@ -49,11 +49,9 @@ def speed_tables(speed: Mapping[str, Any]) -> list[Frame]:
         value, (low, high) = speed[f"{key}_tokens_per_second"], speed[f"{key}_quartiles"]
         made.add(name, f"{value:,.1f}", f"{low:,.1f} – {high:,.1f}", f"{1000 / value:,.2f}")
     packed = ", ".join(f"{count} {kind}" for kind, count in speed["packed"].items())
+    walks = f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out"
     rows = [
-        (
-            "measured",
-            f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out",
-        ),
+        ("measured", walks),
         ("weights", speed["dtype"] + (f", packed linears: {packed}" if packed else ", no packed linear")),
         ("memory", size(speed["resident_bytes"])),
         ("with", f"{speed['threads']} threads, kernel {speed['kernel']}"),

@@ -58,12 +58,10 @@ class Console:
         self, result: Mapping[str, Any], tables: Callable[[Mapping[str, Any]], Sequence[Shown]]
     ) -> None:
         """Print the JSON document, or else the tables that `tables` makes of it."""
-        if not speaks():
-            return
-        if self.as_json:
+        if speaks() and self.as_json:
             print(json.dumps(finite(result), indent=2, ensure_ascii=False, default=str))
-            return
-        print(_drawn(self._out, tables(result)))
+        elif speaks():
+            print(_drawn(self._out, tables(result)))
 
     def aside(self, tables: Sequence[Shown]) -> None:
         """Tables on stderr, where stdout holds something else that people pipe on."""
@@ -72,9 +70,8 @@ class Console:
 
     def note(self, text: str) -> None:
         """One line for a person; it never gets between a program and its JSON."""
-        if not speaks():
-            return
-        self._err.print(text, soft_wrap=True)
+        if speaks():
+            self._err.print(text, soft_wrap=True)
 
     def error(self, message: str, exit_code: int = 1) -> None:
         """One line on stderr, and the same as the JSON document."""

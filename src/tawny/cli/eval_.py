@@ -98,37 +98,30 @@ def eval_(
         check_device(device or "cpu")
         import tawny
 
+        task_data = task_data and str(Path(task_data).expanduser())
         if tasks is not None:  # before a perplexity that an unknown task would throw away
             from tawny.evaluation.task_config import find_sources
             from tawny.evaluation.tasks import check_tasks
 
             check_tasks(tasks)
-            find_sources(_expanded(task_data))
+            find_sources(task_data)
         measured: dict[str, Any] = {}
         if text is not None or against is not None or tasks is None:
-            keys: dict[str, Any] = {
-                "seqlen": seqlen,
-                "windows": windows,
-                "stride": stride,
-                "bos": bos,
-                "compute": compute,
-                "device": device or "cpu",
-            }
+            text = text or DEFAULT_TEXT
+            keys: dict[str, Any] = {"seqlen": seqlen, "windows": windows, "stride": stride, "bos": bos}
+            keys |= {"compute": compute, "device": device or "cpu"}
             with console.progress() as progress:
                 if against is None:
-                    measured = tawny.evaluate(
-                        model, text or DEFAULT_TEXT, progress=progress, **keys
-                    ).to_dict()
+                    measured = tawny.evaluate(model, text, progress=progress, **keys).to_dict()
                 else:
-                    measured = tawny.agreement(
-                        model, against, text or DEFAULT_TEXT, progress=progress, **keys
-                    ).under_perplexity()
+                    found = tawny.agreement(model, against, text, progress=progress, **keys)
+                    measured = found.under_perplexity()
         if tasks is not None:
             with console.progress() as progress:
                 measured["tasks"] = tawny.evaluate_tasks(
                     model,
                     tasks,
-                    task_data=_expanded(task_data),
+                    task_data=task_data,
                     limit=limit,
                     compute=compute,
                     device=device or "cpu",
@@ -136,10 +129,6 @@ def eval_(
                     progress=progress,
                 ).to_dict()
         console.result(measured, evaluation_tables)
-
-
-def _expanded(folder: str | None) -> str | None:
-    return None if folder is None else str(Path(folder).expanduser())
 
 
 def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
@@ -155,10 +144,11 @@ def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
             ("KL from dense", f"{kl_text(agreement['kl'], agreement['kl_stderr'])} nats a token"),
             ("same next token", f"{share_text(agreement['top1'], agreement['top1_stderr'])} %"),
         ]
-    rows.append(("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"))
-    rows.append(
-        ("windows", f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)")
-    )
+    predicted = f"{result['tokens']:,} predicted"
+    rows += [
+        ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
+        ("windows", f"{result['windows']} of {result['seqlen']} tokens ({predicted})"),
+    ]
     if result.get("recipe"):
         rows.append(("recipe", result["recipe"]))
     rows += [

@@ -75,19 +75,12 @@ def generation_tables(made: Mapping[str, Any]) -> list[Frame]:
     speed = made["decode_tokens_per_second"]
     ends = {"stop": "the model ended it", "context": "as many as its context holds"}
     count = f"{len(made['tokens'])} tokens ({ends.get(made['finish'], 'as many as asked for')})"
-    return [
-        facts(
-            [
-                ("decoded", count + ("" if speed is None else f", {speed:,.1f} tokens/s")),
-                (
-                    "first token",
-                    f"{duration(made['first_token_seconds'])} after {made['prompt_tokens']} tokens of prompt",
-                ),
-                (
-                    "memory",
-                    f"{size(made['resident_bytes'])} for the model, {size(made['peak_bytes'])} at most",
-                ),
-                ("with", f"{made['threads']} threads, kernel {made['kernel']}"),
-            ]
-        )
+    waited, prompt = duration(made["first_token_seconds"]), made["prompt_tokens"]
+    memory = f"{size(made['resident_bytes'])} for the model, {size(made['peak_bytes'])} at most"
+    rows = [
+        ("decoded", count + ("" if speed is None else f", {speed:,.1f} tokens/s")),
+        ("first token", f"{waited} after {prompt} tokens of prompt"),
+        ("memory", memory),
+        ("with", f"{made['threads']} threads, kernel {made['kernel']}"),
     ]
+    return [facts(rows)]

@@ -34,13 +34,11 @@ def inspection_tables(inspection: Mapping[str, Any]) -> list[Frame]:
             linear["pattern"],
             f"{linear['ties']:,}",
         )
+    tied = ", head tied to the embedding" * inspection["tied_head"]
     rows = [
         ("sparsity", f"{percent(inspection['sparsity'])} of {inspection['prunable']:,} prunable weights"),
         ("linears", f"{len(inspection['linears'])} in {inspection['blocks']} blocks"),
-        (
-            "parameters",
-            f"{inspection['parameters']:,}{', head tied to the embedding' * inspection['tied_head']}",
-        ),
+        ("parameters", f"{inspection['parameters']:,}{tied}"),
         ("files", size(inspection["bytes"])),
     ]
     return [made, facts(rows)]

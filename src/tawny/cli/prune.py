@@ -73,12 +73,16 @@ def prune(
         import tawny
 
         with console.progress() as progress:
+            keys: dict[str, Any] = {
+                "recipe": chosen,
+                "progress": progress,
+                "overwrite": overwrite,
+                "memory": memory,
+            }
             if values is None:
-                record = tawny.prune(
-                    model, out, recipe=chosen, progress=progress, overwrite=overwrite, memory=memory
-                )
+                record = tawny.prune(model, out, **keys)
             else:
-                record = _prune_and_pack(model, out, chosen, values, progress, overwrite, memory)
+                record = _prune_and_pack(model, out, values, **keys)
         if not speaks():  # what follows is done by the first of several processes
             return
         if evaluate is not None:
@@ -92,13 +96,7 @@ def prune(
 
 
 def _prune_and_pack(
-    model: str,
-    out: Path,
-    recipe: Recipe,
-    values: str,
-    progress: Progress,
-    overwrite: bool,
-    memory: str | None,
+    model: str, out: Path, values: str, *, progress: Progress, overwrite: bool, **keys: Any
 ) -> Record:
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
@@ -121,7 +119,7 @@ def _prune_and_pack(
             f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out} "
             f"--values {values}` goes on, --overwrite starts over"
         )
-    record = tawny.prune(model, dense, recipe=recipe, progress=progress, overwrite=overwrite, memory=memory)
+    record = tawny.prune(model, dense, progress=progress, overwrite=overwrite, **keys)
     if not speaks():
         return record
     _mark(dense, out)
@@ -178,13 +176,9 @@ def _compare(
     for name, source in (("dense", model), ("pruned", str(out))):
         with console.progress() as progress:
             progress.say(f"measuring the {name} model on {text}")
+            length, device = recipe.calibration.seqlen, recipe.device
             result = tawny.evaluate(
-                source,
-                text,
-                seqlen=recipe.calibration.seqlen,
-                windows=windows,
-                device=recipe.device,
-                progress=progress,
+                source, text, seqlen=length, windows=windows, device=device, progress=progress
             )
         measured[name] = result.to_dict()
     return measured
@@ -203,11 +197,12 @@ def record_tables(record: Mapping[str, Any]) -> list[Shown]:
     """What `tawny prune` did: the sparsity of every block, the sums, and dense beside pruned if measured."""
     seconds = record["seconds"]
     total = seconds.get("total", sum(seconds.values()))
+    expected = record.get("memory", {}).get("estimate")
     rows = [
         ("recipe", recipe_words(record["recipe"], bool(record["text"]))),
         ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
         ("time", f"{duration(total)}{parts(seconds, 'total', duration)}"),
-        ("peak memory", _peak_words(record)),
+        ("peak memory", size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")),
     ]
     if refined := record.get("refined"):
         better = sum(made["best_epoch"] > 0 for made in refined)
@@ -232,11 +227,6 @@ def record_tables(record: Mapping[str, Any]) -> list[Shown]:
     return tables
 
 
-def _peak_words(record: Mapping[str, Any]) -> str:
-    expected = record.get("memory", {}).get("estimate")
-    return size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")
-
-
 def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Frame:
     """Dense beside pruned; each has the keys of a perplexity, and `sparsity` where it is known."""
     title = (
@@ -245,8 +235,7 @@ def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Fra
     made = table("", "dense", "pruned", "change", title=title)
     ratio = pruned["perplexity"] / dense["perplexity"]
     made.add("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")
-    rows = (("sparsity", "sparsity", percent), ("seconds", "time to evaluate", duration))
-    for key, name, show in rows:
+    for key, name, show in (("sparsity", "sparsity", percent), ("seconds", "time to evaluate", duration)):
         values = [result.get(key) for result in (dense, pruned)]
         if any(value is not None for value in values):
             made.add(name, *("–" if value is None else show(value) for value in values), "")

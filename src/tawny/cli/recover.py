@@ -91,37 +91,25 @@ def recover(
                 f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
             )
         named = dict(parse_override(given) for given in overrides or ())
-        keys = {
+        keys: dict[str, Any] = {
             "method": method,
             "train": train,
             "values": values,
             "text": text,
             "tokens": tokens,
-            "minutes": minutes,
-            "seqlen": seqlen,
-            "lr": lr,
-            "device": device,
         }
+        keys |= {"minutes": minutes, "seqlen": seqlen, "lr": lr, "device": device}
         settings = Recovery.make({key: value for key, value in keys.items() if value is not None} | named)
         check_device(settings.device)
         import tawny
 
         with console.progress() as progress:
+            how: dict[str, Any] = {"settings": settings, "progress": progress, "overwrite": overwrite}
             if through is None:
-                record = tawny.recover(
-                    model, teacher, out, settings=settings, progress=progress, overwrite=overwrite
-                )
+                record = tawny.recover(model, teacher, out, **how)
             else:
-                record = tawny.recover_gradually(
-                    model,
-                    teacher or model,
-                    out,
-                    _sparsities(through),
-                    recipe=recipe,
-                    settings=settings,
-                    progress=progress,
-                    overwrite=overwrite,
-                )
+                steps = _sparsities(through)
+                record = tawny.recover_gradually(model, teacher or model, out, steps, recipe=recipe, **how)
         console.result(record.to_dict(), recovery_tables)
 
 
@@ -146,22 +134,13 @@ def recovery_tables(record: Mapping[str, Any]) -> list[Frame]:
     # A long run measures often; ten rows show its course.
     shown = measured if len(measured) <= 12 else [*measured[:: -(-len(measured) // 10)], measured[-1]]
     for entry in shown:
-        best = "best" if entry["step"] == record["best"]["step"] else ""
-        taught_cells = [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
-        made.add(
-            f"{entry['step']:.0f}",
-            duration(entry["seconds"]),
-            f"{entry['perplexity']:,.2f}",
-            *taught_cells,
-            best,
-        )
+        cells = [f"{entry['step']:.0f}", duration(entry["seconds"]), f"{entry['perplexity']:,.2f}"]
+        cells += [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
+        made.add(*cells, "best" if entry["step"] == record["best"]["step"] else "")
     seconds = record["seconds"]
+    start, best = (record[when]["perplexity"] for when in ("start", "best"))
     rows = [
-        (
-            "perplexity",
-            f"{record['start']['perplexity']:,.2f} → {record['best']['perplexity']:,.2f} "
-            f"(× {record['best']['perplexity'] / record['start']['perplexity']:.3f})",
-        ),
+        ("perplexity", f"{start:,.2f} → {best:,.2f} (× {best / start:.3f})"),
         ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
         ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
         (

@@ -54,15 +54,8 @@ def search(
 
         settings = Settings.make(**{"trials": trials, "budget": budget} | own)
         with console.progress() as progress:
-            found = tawny.search(
-                model,
-                out,
-                recipe=chosen,
-                settings=settings,
-                progress=progress,
-                overwrite=overwrite,
-                memory=memory,
-            )
+            keys: dict[str, Any] = {"progress": progress, "overwrite": overwrite, "memory": memory}
+            found = tawny.search(model, out, recipe=chosen, settings=settings, **keys)
         console.result(found.to_dict(), search_tables)
 
 
@@ -74,13 +67,11 @@ def search_tables(found: Mapping[str, Any]) -> list[Shown]:
         proof = "–" if trial["proof"] is None else f"{trial['proof']:.4f}"
         made.add(trial["name"], f"{trial['verdict']:.4f}", proof)
     held_out, levels = found["held_out"], found["levels"]
+    windows = f"{held_out['windows']} windows of {held_out['tokens']} tokens"
     rows = [
         ("tried", f"{len(found['trials'])} allocations, solved by {found['solver']}"),
         ("levels", f"{levels['count']} from {percent(levels['from'])} to {percent(levels['to'])}"),
-        (
-            "held out",
-            f"{held_out['windows']} windows of {held_out['tokens']} tokens, {held_out['deciding']} more to decide",
-        ),
+        ("held out", f"{windows}, {held_out['deciding']} more to decide"),
         ("time", f"{duration(found['seconds']['total'])}{parts(found['seconds'], 'total', duration)}"),
         ("peak memory", size(found["peak_memory"])),
     ]

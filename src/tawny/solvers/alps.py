@@ -276,18 +276,25 @@ class Alps(Solver):
             return T_OI
 
         T_OI = first()
-        chunk = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))[0]
+        chunks = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))
         inverse_II = scaled.inverse(self.rho)
         assert inverse_II is not None  # `prepare` has made it
-        scratch = T_OI.new_empty((2, *T_OI[chunk].shape), dtype=inverse_II.dtype)
+        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=inverse_II.dtype)
         survivors = max(support.changes(T_OI), 1)
         rho = before = self.rho
         grown = False
         iteration = 0
         for iteration in range(1, self.iterations + 1):
             assert inverse_II is not None
-            _iterate(T_OI, support, scaled_OI, inverse_II, rho, before, scratch)
-            before = rho
+            support.begin(T_OI)
+            for chunk in chunks:
+                T_CI, W_CI = T_OI[chunk], scaled_OI[chunk]
+                right_CI, step_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
+                support.right(T_CI, W_CI, chunk, rho, before, right_CI)
+                torch.mm(right_CI, inverse_II, out=step_CI)
+                support.update(T_CI, W_CI, step_CI, chunk, rho, before)
+            support.finish(T_OI)
+            before = rho  # V was made with it
             if iteration % _CHECK:
                 continue
             change = support.changes(T_OI) / survivors
@@ -318,29 +325,6 @@ def _parts(T_OI: Tensor, size: int) -> list[slice]:
     """Slices of rows of about `size` weights."""
     rows = max(1, size // max(T_OI.shape[1], 1))
     return [slice(top, min(top + rows, len(T_OI))) for top in range(0, len(T_OI), rows)]
-
-
-def _iterate(
-    T_OI: Tensor,
-    support: _ByThreshold | _ByMask,
-    W_OI: Tensor,
-    inverse_II: Tensor,
-    rho: float,
-    before: float,
-    scratch: Tensor,
-) -> None:
-    """One ADMM iteration, T in place, and the support of the new T.
-
-    `before` is the ρ that V was made with. The scratch tells how many rows a product takes.
-    """
-    support.begin(T_OI)
-    for chunk in _parts(T_OI, scratch[0].numel()):
-        T_CI, W_CI = T_OI[chunk], W_OI[chunk]
-        right_CI, step_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
-        support.right(T_CI, W_CI, chunk, rho, before, right_CI)
-        torch.mm(right_CI, inverse_II, out=step_CI)
-        support.update(T_CI, W_CI, step_CI, chunk, rho, before)
-    support.finish(T_OI)
 
 
 class _Support:
