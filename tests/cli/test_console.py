@@ -74,14 +74,11 @@ def test_a_terminal_gets_a_bar_an_inner_line_and_a_line_for_each_finished_walk(m
     assert "pruning: 2 blocks in" in shown
 
 
-def test_an_error_is_one_line_whatever_it_says(capsys):
+def test_an_error_is_one_line_whatever_it_says_and_with_json_the_document(capsys):
     Console().error("bad [bold]value[/]\n  in " + "a long " * 60 + "text", 2)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith("error: bad [bold]value[/] in a long")
-
-
-def test_an_error_with_json_is_the_document(capsys):
     Console(as_json=True).error("no such folder", 2)
     out, err = capsys.readouterr()
     assert json.loads(out) == {"error": "no such folder", "exit_code": 2} and "no such folder" in err

@@ -130,19 +130,16 @@ def indefinite(depth: float) -> Statistics:
 
 
 @pytest.mark.parametrize(("depth", "damp"), [(0.05, 0.1), (0.5, 1.0), (5.0, 10.0)])
-def test_a_factorisation_that_fails_is_tried_again_with_ten_times_the_damping(depth, damp):
+def test_a_factorisation_that_fails_gets_ten_times_the_damping(depth: float, damp: float) -> None:
     solution = SparseGPT().solve(torch.ones(3, 8), indefinite(depth), Unstructured(), 0.5)
     assert solution.notes["damp"] == pytest.approx(damp)
 
 
-def test_after_three_tries_it_is_an_error_and_never_an_identity() -> None:
-    with pytest.raises(NumericalError, match=r"\[8, 8\] cannot be factorised even with damping 10"):
-        SparseGPT().solve(torch.ones(3, 8), indefinite(50.0), Unstructured(), 0.5)
-
-
-def test_damping_that_starts_at_zero_can_still_grow() -> None:
+def test_damping_grows_from_zero_and_after_three_tries_it_is_an_error_and_never_an_identity() -> None:
     singular = Statistics(1, torch.ones(8), torch.ones(8, 8))
     assert SparseGPT(damp=0.0).prepare(singular).damp > 0
+    with pytest.raises(NumericalError, match=r"\[8, 8\] cannot be factorised even with damping 10"):
+        SparseGPT().solve(torch.ones(3, 8), indefinite(50.0), Unstructured(), 0.5)
 
 
 def test_damping_does_not_depend_on_the_scale_of_the_inputs() -> None:
