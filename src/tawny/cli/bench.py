@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import DATA, AsJson, Model, Threads, TrustRemoteCode, option
 from tawny.cli.root import verb
 from tawny.words import size
@@ -42,7 +39,7 @@ def bench(
         console.result(measured, speed_tables)
 
 
-def speed_tables(speed: Mapping[str, Any]) -> list[Frame]:
+def speed_tables(speed: Result) -> list[Frame]:
     """Tokens a second with their spread, and bytes."""
     made = table("", "tokens/s", "quartiles", "ms a token")
     for key, name in (("decode", "decode"), ("prefill", "prefill")):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import check_file, console_for
 from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
-from tawny.cli.frames import Frame, Marked, facts
+from tawny.cli.frames import Frame, Marked, Result, facts
 from tawny.cli.options import OUTPUT, AsJson, Device, Threads, TrustRemoteCode, option
 from tawny.cli.root import verb
 from tawny.machine import check_device
@@ -83,7 +82,7 @@ def compare(
                 console.note(f"written to {file}")
 
 
-def compare_tables(result: Mapping[str, Any]) -> list[Frame]:
+def compare_tables(result: Result) -> list[Frame]:
     """What `tawny compare` measured: a line a number, a column a model; the best of each line is bold."""
     from tawny.report.comparison import caption, failures, lines_of
 

@@ -6,13 +6,12 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts
+from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import AsJson
 from tawny.cli.root import verb
 from tawny.machine import cpu_name, free_memory, total_memory
@@ -33,7 +32,7 @@ def doctor(as_json: AsJson = False) -> None:
         console.result(examine(), doctor_tables)
 
 
-def doctor_tables(report: Mapping[str, Any]) -> list[Frame]:
+def doctor_tables(report: Result) -> list[Frame]:
     rows = [(check["name"], ("" if check["ok"] else "✗ ") + check["found"]) for check in report["checks"]]
     missing = [(check["name"], check["remedy"]) for check in report["checks"] if check.get("remedy")]
     tables = [facts(rows)]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode, option, shared
 from tawny.cli.root import verb
 from tawny.machine import check_device
@@ -131,7 +130,7 @@ def eval_(
         console.result(measured, evaluation_tables)
 
 
-def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
+def perplexity_tables(result: Result) -> list[Frame]:
     """What `tawny.evaluate` measured; `agreement` where a dense model stood beside it."""
     speed = result["tokens"] / max(result["seconds"], 1e-9)
     rows = [("perplexity", perplexity_text(result))]
@@ -159,13 +158,13 @@ def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
     return [facts(rows)]
 
 
-def evaluation_tables(result: Mapping[str, Any]) -> list[Frame]:
+def evaluation_tables(result: Result) -> list[Frame]:
     """What `tawny eval` measured: a perplexity, tasks, or both."""
     tables = perplexity_tables(result) if "perplexity" in result else []
     return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
 
 
-def tasks_tables(result: Mapping[str, Any]) -> list[Frame]:
+def tasks_tables(result: Result) -> list[Frame]:
     """Accuracy of every task in percent, and the mean of those that have one."""
     tasks = result["tasks"]
     normed = any("acc_norm" in task["metrics"] for task in tasks)

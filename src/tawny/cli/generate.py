@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts
+from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import RECIPE, AsJson, Model, Threads, TrustRemoteCode, option
 from tawny.cli.root import verb
 from tawny.words import duration, size
@@ -70,7 +69,7 @@ def generate(
             console.aside(generation_tables(made))
 
 
-def generation_tables(made: Mapping[str, Any]) -> list[Frame]:
+def generation_tables(made: Result) -> list[Frame]:
     """What a text took; the text itself has been streamed."""
     speed = made["decode_tokens_per_second"]
     ends = {"stop": "the model ended it", "context": "as many as its context holds"}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import AsJson, Model, TrustRemoteCode
 from tawny.cli.root import verb
 from tawny.words import percent, size
@@ -23,7 +20,7 @@ def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: A
         console.result(found, inspection_tables)
 
 
-def inspection_tables(inspection: Mapping[str, Any]) -> list[Frame]:
+def inspection_tables(inspection: Result) -> list[Frame]:
     made = table("linear", "shape", "zeros", "sparsity", "pattern", "ties", left=(0, 4))
     for linear in inspection["linears"]:
         made.add(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts
+from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import (
     OUTPUT,
     RECIPE,
@@ -73,7 +71,7 @@ def pack(
         console.result(report.to_dict(), pack_tables)
 
 
-def pack_tables(report: Mapping[str, Any]) -> list[Frame]:
+def pack_tables(report: Result) -> list[Frame]:
     """What packing saved, and what it could not pack."""
     linears = report["linears"]
     packed = [linear for linear in linears if linear["form"] == "packed"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tawny.cli.common import check_file, console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, TrustRemoteCode, option
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import bar, duration, percent
@@ -66,7 +65,7 @@ def profile(
             console.note(f"drawn to {plot}")
 
 
-def profile_tables(report: Mapping[str, Any]) -> list[Frame]:
+def profile_tables(report: Result) -> list[Frame]:
     """The layerwise outlier distribution, each block's share of outliers for each M, with bars for one M."""
     shares: Mapping[str, Sequence[float]] = report["shares"]
     Ms = list(shares)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, Shown, facts, parts, table
+from tawny.cli.frames import Frame, Result, Shown, facts, parts, table
 from tawny.cli.options import (
     OUTPUT,
     AsJson,
@@ -193,7 +192,7 @@ def _samples(console: Console, model: str, out: Path, text: str) -> list[dict[st
         return text_samples(model, out, prompts_from(load_text(text, "evaluation")), progress=progress)
 
 
-def record_tables(record: Mapping[str, Any]) -> list[Shown]:
+def record_tables(record: Result) -> list[Shown]:
     """What `tawny prune` did: the sparsity of every block, the sums, and dense beside pruned if measured."""
     seconds = record["seconds"]
     total = seconds.get("total", sum(seconds.values()))
@@ -227,7 +226,7 @@ def record_tables(record: Mapping[str, Any]) -> list[Shown]:
     return tables
 
 
-def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Frame:
+def comparison_table(dense: Result, pruned: Result) -> Frame:
     """Dense beside pruned; each has the keys of a perplexity, and `sparsity` where it is known."""
     title = (
         f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens{begun(dense)}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import OUTPUT, AsJson, option
 from tawny.cli.root import verb
 from tawny.words import size
@@ -44,7 +43,7 @@ def push(
         console.result(report, push_tables)
 
 
-def push_tables(report: Mapping[str, Any]) -> list[Frame]:
+def push_tables(report: Result) -> list[Frame]:
     """What was, or would be, uploaded."""
     made = table("file", "size")
     for name, count in report["files"].items():

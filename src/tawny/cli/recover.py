@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, parts, table
+from tawny.cli.frames import Frame, Result, facts, parts, table
 from tawny.cli.options import (
     OUTPUT,
     RECIPE,
@@ -122,7 +121,7 @@ def _sparsities(text: str) -> list[float]:
         raise RecipeError(f"--through {text!r} is no list of sparsities; give such as 0.4,0.55,0.7") from None
 
 
-def recovery_tables(record: Mapping[str, Any]) -> list[Frame]:
+def recovery_tables(record: Result) -> list[Frame]:
     """What `tawny recover` did: the measurements on the way, and the sums."""
     settings, text = record["settings"], record["text"]
     title = f"on {text['held_out']} held-out windows of {text['seqlen']} tokens of {text['name']}"

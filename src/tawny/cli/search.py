@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Shown, facts, parts, table
+from tawny.cli.frames import Result, Shown, facts, parts, table
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, Memory, Model, TrustRemoteCode, option
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import duration, percent, size
@@ -59,7 +58,7 @@ def search(
         console.result(found.to_dict(), search_tables)
 
 
-def search_tables(found: Mapping[str, Any]) -> list[Shown]:
+def search_tables(found: Result) -> list[Shown]:
     """The last few that were tried, the sums, and who won."""
     made = table("tried", "divergence", "pruned in earnest", title="nearest to the dense model, nats a token")
     decided = [trial for trial in found["trials"] if trial["verdict"] is not None]

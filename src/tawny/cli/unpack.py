@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts
+from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import OUTPUT, AsJson, Overwrite, folder_named, option
 from tawny.cli.root import verb
 from tawny.words import duration, size
@@ -41,7 +40,7 @@ def unpack(
         console.result(report.to_dict(), unpack_tables)
 
 
-def unpack_tables(report: Mapping[str, Any]) -> list[Frame]:
+def unpack_tables(report: Result) -> list[Frame]:
     exact = (
         "identical to the checkpoint that was packed, bit for bit"
         if report["exact"]

@@ -42,7 +42,7 @@ import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError, check_option
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
@@ -181,15 +181,11 @@ class Alps(Solver):
         return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp <= 1e6:
-            raise RecipeError(
-                f"solver.damp is {self.damp}; expected a positive number up to 1e6, such as 0.01"
-            )
-        if not 1e-6 <= self.rho <= 1e6:
-            raise RecipeError(f"solver.rho is {self.rho}; expected a number in [1e-6, 1e6], such as 0.1")
-        for name in ("iterations", "steps"):
-            if not 0 <= getattr(self, name) < 2**31:
-                raise RecipeError(f"solver.{name} is {getattr(self, name)}; expected a count below 2**31")
+        damping = "a positive number up to 1e6, such as 0.01"
+        check_option(0 < self.damp <= 1e6, "solver.damp", self.damp, damping)
+        check_option(1e-6 <= self.rho <= 1e6, "solver.rho", self.rho, "a number in [1e-6, 1e6], such as 0.1")
+        for name, count in (("iterations", self.iterations), ("steps", self.steps)):
+            check_option(0 <= count < 2**31, f"solver.{name}", count, "a count below 2**31")
 
     def workspace(self, out: int, width: int) -> int:
         """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured.

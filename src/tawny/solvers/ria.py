@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tawny.errors import RecipeError
+from tawny.errors import check_option
 from tawny.patterns import Pattern, Scope, zeros_first
 from tawny.solvers.base import Needs, Seen, Solution, Solver, input_norms, keep_highest, require_finite
 
@@ -46,10 +46,8 @@ class RIA(Solver):
     default_scope: ClassVar[Scope] = "matrix"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.a <= 4:
-            raise RecipeError(
-                f"solver.a is {self.a}; expected a power of the input's norm in [0, 4], such as 0.5"
-            )
+        power = "a power of the input's norm in [0, 4], such as 0.5"
+        check_option(0 <= self.a <= 4, "solver.a", self.a, power)
 
     def workspace(self, out: int, width: int) -> int:
         return 20 * out * width  # measured, what judges the result included

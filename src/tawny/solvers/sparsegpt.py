@@ -31,7 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError, check_option
 from tawny.patterns import (
     NM,
     Pattern,
@@ -84,12 +84,9 @@ class SparseGPT(Solver):
     default_scope: ClassVar[Scope] = "matrix"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp <= 1e6:
-            raise RecipeError(f"solver.damp is {self.damp}; expected a number in [0, 1e6], such as 0.01")
-        if not 1 <= self.group < 2**31:
-            raise RecipeError(
-                f"solver.group is {self.group}; expected a positive number of columns below 2**31, such as 128"
-            )
+        check_option(0 <= self.damp <= 1e6, "solver.damp", self.damp, "a number in [0, 1e6], such as 0.01")
+        columns = "a positive number of columns below 2**31, such as 128"
+        check_option(1 <= self.group < 2**31, "solver.group", self.group, columns)
 
     def workspace(self, out: int, width: int) -> int:
         return 29 * out * width + 4 * width * width  # measured, what judges the result included
