@@ -31,6 +31,7 @@ __all__ = [
     "TawnyError",
     "TextError",
     "UserError",
+    "check_option",
     "first_line",
     "nearest",
     "one_line",
@@ -90,6 +91,12 @@ class OutputError(UserError):
 
 class MissingFeature(UserError):
     """An optional package or a feature of the machine is missing."""
+
+
+def check_option(valid: bool, key: str, value: object, expected: str) -> None:
+    """Raise RecipeError for an option that is out of range."""
+    if not valid:
+        raise RecipeError(f"{key} is {value}; expected {expected}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

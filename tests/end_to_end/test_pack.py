@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,24 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
-from tawny.cli import main
 from tests.packed.test_folder import bytes_of, saved
 from tests.packed.test_live import logits
 from tests.tiny import tokens
 
 PRUNE = ("-s", 0.7, "-a", "uniform", "-m", "magnitude")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
