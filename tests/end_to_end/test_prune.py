@@ -14,8 +14,8 @@ from tawny.allocation import ALLOCATORS
 from tawny.calibration.windows import sample_windows, tokenise
 from tawny.errors import ModelError, NumericalError, OutputError, PatternError, RecipeError
 from tawny.model.checkpoint import Checkpoint
+from tawny.model.skeleton import read_config
 from tawny.model.structure import find_stack
-from tawny.packed.opening import open_stack
 from tawny.solvers import SOLVERS
 from tests.reference import official_flow
 from tests.tiny import FAMILIES, tiny_model, tokens
@@ -366,7 +366,7 @@ def test_storage_dtype_can_be_asked_for(tmp_path):
         dtype="bfloat16",
     )
     assert set(Checkpoint(tmp_path / "out").dtypes.values()) == {"BF16"}
-    assert open_stack(tmp_path / "out").config.dtype == torch.bfloat16
+    assert read_config(tmp_path / "out").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

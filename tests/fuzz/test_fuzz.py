@@ -22,7 +22,7 @@ import tawny
 from tawny.allocation import File, LinearInfo, Profile
 from tawny.errors import TawnyError
 from tawny.packed.folder import INDEX
-from tawny.recipe.schema import dump_recipe, load_recipe
+from tawny.recipe.files import dump_recipe, load_recipe
 from tests.fuzz.mutations import mutate_bytes, mutate_json, mutate_safetensors
 from tests.model.test_source import write as write_gguf
 from tests.tiny import tiny_model, tokens
