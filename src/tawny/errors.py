@@ -38,7 +38,8 @@ __all__ = [
     "short",
 ]
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class TawnyError(Exception):
@@ -116,6 +117,17 @@ def short(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """What another library says first of what is wrong, or the kind of error where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def in_one_line(kind: type[TawnyError], before: str, after: str) -> Iterator[None]:
+    """Say in one line, between two texts, how another library fails on a damaged file; Tawny's own errors pass."""
+    try:
+        yield
+    except TawnyError:
+        raise
+    except Exception as error:
+        raise kind(f"{before}{one_line(error)}{after}") from error
 
 
 def one_line(error: Exception) -> str:

@@ -148,8 +148,7 @@ def write(
             outside[unit.sources[0]] = _trained(outside[unit.sources[0]], trained[unit.targets[0]], whole)
     output.write_block(_OUTSIDE, outside)
     size = output.assemble(output.plan_shards([_OUTSIDE, *names]))
-    output.carry(folder)
-    output.carry_named(folder, (_RUN, "recipe.yaml"))
+    output.carry(folder, (_RUN, "recipe.yaml"))
     return size
 
 
