@@ -61,8 +61,7 @@ __all__ = [
 # Module → the public names that live there.
 _NAMES = {
     "tawny.allocation.profile": "Profile",
-    "tawny.decoding.generation": "Generation generate",
-    "tawny.decoding.stream": "Piece stream",
+    "tawny.decoding.stream": "Generation Piece generate stream",
     "tawny.errors": "TawnyError UserError",
     "tawny.evaluation.agreement": "Agreement agreement",
     "tawny.evaluation.bench": "Speed bench",
@@ -91,8 +90,7 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names.spl
 
 if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
-    from tawny.decoding.generation import Generation, generate
-    from tawny.decoding.stream import Piece, stream
+    from tawny.decoding.stream import Generation, Piece, generate, stream
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.agreement import Agreement, agreement
     from tawny.evaluation.bench import Speed, bench

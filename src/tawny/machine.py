@@ -6,6 +6,7 @@ __all__ = [
     "check_device",
     "cpu_name",
     "free_memory",
+    "in_package",
     "machine",
     "peak_memory",
     "resident_memory",
@@ -13,6 +14,7 @@ __all__ = [
     "versions",
 ]
 
+import importlib.util
 import os
 import platform
 import resource
@@ -30,6 +32,13 @@ def _kilobytes(file: str, name: str) -> int | None:
         return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
     except (OSError, StopIteration, ValueError, IndexError):
         return None
+
+
+def in_package(package: str, pattern: str) -> Path | None:
+    """What matches first inside an installed package, which is not imported for it; None where nothing does."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    return next((path for folder in folders for path in sorted(Path(folder).glob(pattern))), None)
 
 
 def total_memory() -> int:

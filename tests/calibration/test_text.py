@@ -121,7 +121,7 @@ def test_a_hub_text_offline_is_one_line(name, monkeypatch):
 def test_hub_texts_ask_for_the_parts_the_papers_use(monkeypatch):
     asked = []
 
-    def load_dataset(*where, split, streaming, **options):
+    def load_dataset(*where, split, **options):
         asked.append((*where, split))
         return [{"text": f"row {i}", "sentence": f"row {i}"} for i in range(3)]
 

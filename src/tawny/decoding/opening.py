@@ -11,7 +11,7 @@ __all__ = ["Opened", "open_model", "ready", "threads"]
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -75,13 +75,11 @@ def threads(count: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
-@dataclass
 class _Ready:
     """How many decode a model, and what undoes its being ready."""
 
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    users: int = 0
-    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    def __init__(self) -> None:
+        self.lock, self.users, self.undo = threading.RLock(), 0, contextlib.ExitStack()
 
 
 _all: WeakKeyDictionary[nn.Module, _Ready] = WeakKeyDictionary()

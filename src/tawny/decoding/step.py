@@ -38,32 +38,33 @@ _ROTARIES = ("default", "linear", "llama3", "yarn")
 _Pointer, _Size, _Flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
 class _Product(ctypes.Structure):
     _fields_ = [
-        *[(name, _Pointer) for name in ("packed", "weight", "bias")],
-        *[(name, _Size) for name in ("rows", "cols")],
-        *[(name, _Flag) for name in ("kind", "unused")],
+        *_fields(_Pointer, "packed weight bias"),
+        *_fields(_Size, "rows cols"),
+        *_fields(_Flag, "kind unused"),
     ]
 
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        *[(name, _Product) for name in ("query", "key", "value", "output", "gate", "up", "down")],
-        *[(name, _Pointer) for name in ("norm_attention", "norm_mlp", "norm_query", "norm_key")],
-        *[(name, _Pointer) for name in ("keys", "values")],
+        *_fields(_Product, "query key value output gate up down"),
+        *_fields(_Pointer, "norm_attention norm_mlp norm_query norm_key keys values"),
     ]
 
 
 class _Decoder(ctypes.Structure):
     _fields_ = [
-        ("blocks", _Pointer),
-        ("norm", _Pointer),
-        ("head", _Product),
-        *[(name, _Pointer) for name in ("cosine", "sine", "hidden", "wide", "narrow", "scores", "logits")],
-        ("input", _Pointer),
-        *[(n, _Size) for n in ("count", "width", "heads", "kv_heads", "dim", "rotated", "inner", "capacity")],
-        *[(name, ctypes.c_float) for name in ("eps", "scale")],
-        *[(name, _Flag) for name in ("kind", "unused")],
+        *_fields(_Pointer, "blocks norm"),
+        *_fields(_Product, "head"),
+        *_fields(_Pointer, "cosine sine hidden wide narrow scores logits input"),
+        *_fields(_Size, "count width heads kv_heads dim rotated inner capacity"),
+        *_fields(ctypes.c_float, "eps scale"),
+        *_fields(_Flag, "kind unused"),
     ]
 
 
@@ -92,11 +93,7 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 def find_rotary(model: nn.Module) -> Any:
     """The module that makes the rotary angles of a model that has a `Step`."""
-    return _rotary(find_blocks(model)[0])
-
-
-def _rotary(base: nn.Module) -> Any:
-    return _only(base, lambda module: "inv_freq" in module._buffers)
+    return _only(find_blocks(model)[0], lambda module: "inv_freq" in module._buffers)
 
 
 class Step:
@@ -129,66 +126,60 @@ class Step:
         self._embedding = model.get_input_embeddings()
         norm = _only(base, _is_norm)
         first = _parts(blocks[0])
-        dtype: torch.dtype = norm.weight.dtype
-        self._dtype = dtype
+        self._dtype: torch.dtype = norm.weight.dtype
+        dtype = self._dtype
         _need(dtype in ops.FLOATS and len(memory) == len(blocks))
         dim = int(first["attention"].head_dim)
         heads, kv_heads = (first[name].out_features // dim for name in ("query", "key"))
         width, inner = first["query"].in_features, first["gate"].out_features
-        cosine, sine = self._angles(base, capacity, dtype)
+        cosine, sine = self._angles(model, capacity, dtype)
+        wanted = {
+            "query": (heads * dim, width),
+            "key": (kv_heads * dim, width),
+            "value": (kv_heads * dim, width),
+            "output": (width, heads * dim),
+            "gate": (inner, width),
+            "up": (inner, width),
+            "down": (width, inner),
+        }
+        norms = {"norm_attention": width, "norm_mlp": width, "norm_query": dim, "norm_key": dim}
         described = (_Block * len(blocks))()
         for index, block in enumerate(blocks):
-            keys, values = memory[index]
-            parts = _parts(block)
+            parts, place = _parts(block), described[index]
             _need(parts["attention"].layer_idx == index and int(parts["attention"].head_dim) == dim)
-            for tensor in (keys, values):
-                _need(
-                    tensor.shape == (1, capacity, kv_heads, dim)
-                    and tensor.dtype == dtype
-                    and tensor.is_contiguous()
-                )
-            wanted = {
-                "query": (heads * dim, width),
-                "key": (kv_heads * dim, width),
-                "value": (kv_heads * dim, width),
-                "output": (width, heads * dim),
-                "gate": (inner, width),
-                "up": (inner, width),
-                "down": (width, inner),
-            }
-            place = described[index]
+            for name, tensor in zip(("keys", "values"), memory[index], strict=True):
+                _need(tensor.shape == (1, capacity, kv_heads, dim) and tensor.dtype == dtype)
+                _need(tensor.is_contiguous())
+                setattr(place, name, tensor.data_ptr())
             for name, shape in wanted.items():
                 _need((parts[name].out_features, parts[name].in_features) == shape)
                 setattr(place, name, self._product(parts[name]))
-            for name in ("norm_attention", "norm_mlp", "norm_query", "norm_key"):
-                if (module := parts.get(name)) is not None:
-                    _need(module.weight.shape == ((dim,) if name in ("norm_query", "norm_key") else (width,)))
-                    _need(_eps(module) == _eps(norm))
+            for name, size in norms.items():
+                if (module := parts[name]) is not None:
+                    _need(module.weight.shape == (size,) and _eps(module) == _eps(norm))
                     setattr(place, name, self._floats(module.weight))
-            place.keys, place.values = keys.data_ptr(), values.data_ptr()
         head = model.get_output_embeddings()
         _need(head.in_features == width and norm.weight.shape == (width,))
         self._hidden = torch.zeros(width)
         self.logits = torch.zeros(head.out_features)
         widest = max(width, inner, heads * dim)
-        # A whole number of vectors, aligned, so that products take it as it is.
-        input_ = self._aligned(-(-widest // 64) * 64, dtype)
-        wide = torch.zeros(max(2 * inner, (heads + 2 * kv_heads) * dim))
-        narrow, scores = torch.zeros(width), torch.zeros(heads * capacity)
-        self._alive += [described, wide, narrow, scores, cosine, sine, model]
-        attention = first["attention"]
+        buffers = {
+            "cosine": cosine,
+            "sine": sine,
+            "hidden": self._hidden,
+            "wide": torch.zeros(max(2 * inner, (heads + 2 * kv_heads) * dim)),
+            "narrow": torch.zeros(width),
+            "scores": torch.zeros(heads * capacity),
+            "logits": self.logits,
+        }
+        self._alive += [described, buffers, model]
         self._decoder = _Decoder(
             blocks=ctypes.addressof(described),
             norm=self._floats(norm.weight),
             head=self._product(head),
-            cosine=cosine.data_ptr(),
-            sine=sine.data_ptr(),
-            hidden=self._hidden.data_ptr(),
-            wide=wide.data_ptr(),
-            narrow=narrow.data_ptr(),
-            scores=scores.data_ptr(),
-            logits=self.logits.data_ptr(),
-            input=input_,
+            **{name: tensor.data_ptr() for name, tensor in buffers.items()},
+            # A whole number of vectors, aligned, so that products take it as it is.
+            input=self._aligned(-(-widest // 64) * 64, dtype),
             count=len(blocks),
             width=width,
             heads=heads,
@@ -198,7 +189,7 @@ class Step:
             inner=inner,
             capacity=capacity,
             eps=_eps(norm),
-            scale=float(getattr(attention, "scaling", dim**-0.5)),
+            scale=float(getattr(first["attention"], "scaling", dim**-0.5)),
             kind=ops.FLOATS[dtype],
         )
         self._at = ctypes.addressof(self._decoder)
@@ -235,9 +226,9 @@ class Step:
         self._alive.append(memory)
         return -(-memory.data_ptr() // 64) * 64
 
-    def _angles(self, base: nn.Module, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _angles(self, model: nn.Module, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[capacity, rotated]`, rounded as the model itself rounds them."""
-        rotary = _rotary(base)
+        rotary = find_rotary(model)
         _need(getattr(rotary, "rope_type", None) in _ROTARIES)
         made = rotary(torch.zeros(1, dtype=dtype), torch.arange(capacity)[None])
         cosine, sine = (part[0].float().contiguous() for part in made)
@@ -247,13 +238,18 @@ class Step:
 
 def _is_norm(module: nn.Module) -> bool:
     """A scale for each channel and nothing else."""
-    names = list(module._parameters)
-    return names == ["weight"] and module.weight.dim() == 1  # type: ignore[operator]
+    return list(module._parameters) == ["weight"] and module.weight.dim() == 1  # type: ignore[operator]
 
 
 def _eps(norm: nn.Module) -> float:
     value = getattr(norm, "variance_epsilon", None)
     return float(norm.eps if value is None else value)  # type: ignore[arg-type]
+
+
+# What a part of a block does, and what its module is called.
+_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+_ATTENTION_NORMS = {"norm_query": "q_norm", "norm_key": "k_norm"}
+_MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 def _only(parent: nn.Module, wanted: Any) -> Any:
@@ -268,20 +264,14 @@ def _parts(block: nn.Module) -> dict[str, Any]:
     norms = []
     for child in block.children():
         names = set(child._modules)
-        if names >= {"q_proj", "k_proj", "v_proj", "o_proj"}:
-            _need(names <= {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
+        if names >= {*_ATTENTION.values()}:
+            _need(names <= {*_ATTENTION.values(), *_ATTENTION_NORMS.values()})
             found["attention"] = child
-            found |= {
-                "query": child.q_proj,
-                "key": child.k_proj,
-                "value": child.v_proj,
-                "output": child.o_proj,
-            }
-            found["norm_query"] = getattr(child, "q_norm", None)
-            found["norm_key"] = getattr(child, "k_norm", None)
-        elif names >= {"gate_proj", "up_proj", "down_proj"}:
-            _need(names <= {"gate_proj", "up_proj", "down_proj", "act_fn"} and _is_silu(child.act_fn))
-            found |= {"gate": child.gate_proj, "up": child.up_proj, "down": child.down_proj}
+            for part, name in (_ATTENTION | _ATTENTION_NORMS).items():
+                found[part] = getattr(child, name, None)
+        elif names >= {*_MLP.values()}:
+            _need(names <= {*_MLP.values(), "act_fn"} and _is_silu(child.act_fn))
+            found |= {part: getattr(child, name) for part, name in _MLP.items()}
         else:
             _need(_is_norm(child))
             norms.append(child)

@@ -1,4 +1,4 @@
-"""Text as it is made, token by token, in a generator that its caller may stop at any time.
+"""Text from a model: whole, or token by token in a generator that its caller may stop at any time.
 
     for piece in tawny.stream("packed", "The owl is", max_tokens=40):
         print(piece.text, end="", flush=True)
@@ -10,17 +10,19 @@ What this file promises:
 - Closing the generator ends the text at once: its keys and values are freed, and so is a model that was opened for it.
 - Any number of streams may share a live model, in one thread or several. Each step has the model to itself.
 - Between two pieces neither torch's threads nor its inference mode are changed.
+- `generate` reads such a stream to its end and says what it took.
 """
 
 from __future__ import annotations
 
-__all__ = ["Continuation", "Piece", "stream"]
+__all__ = ["Generation", "Piece", "generate", "stream"]
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +31,10 @@ from tawny.calibration.context import check_ids, context_of
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.sampling import Sampler
-from tawny.decoding.text import Prompt, TextPieces, Tokenizer, check_prompt, end_tokens, tokens_of
+from tawny.decoding.text import Prompt, TextPieces, Tokenizer, check_prompt, decode, end_tokens, tokens_of
 from tawny.errors import RecipeError, TextError
+from tawny.kernels.native import kernel_name
+from tawny.machine import peak_memory
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -53,7 +57,34 @@ class Piece:
     finish: str | None = None
 
 
-class Continuation:
+@dataclass(frozen=True)
+class Generation:
+    """A text and what it took.
+
+    finish: `stop` (the model ended it), `length` (as many tokens as were asked for) or `context` (as many as the model
+        has room for). Speeds are None where there was nothing to measure.
+    path: `blocks` where one C++ call made each token, `model` where the model's own forward did.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    finish: str
+    chat: bool
+    first_token_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float | None
+    resident_bytes: int
+    peak_bytes: int
+    threads: int
+    kernel: str
+    path: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Continuation:
     """One prompt to be continued, and what that has taken so far; arguments are those of `stream`."""
 
     def __init__(
@@ -61,7 +92,6 @@ class Continuation:
         model: str | Path | nn.Module,
         prompt: Prompt,
         choose: Sampler,
-        *,
         max_tokens: int,
         chat: bool | None,
         tokenizer: Tokenizer | None,
@@ -152,13 +182,53 @@ def stream(
         TextError: an empty prompt, several at once, one longer than the model's context, or tokens that the model has not.
         NumericalError: the model gives NaN; raised by the generator.
     """
-    return Continuation(
-        model,
-        prompt,
-        Sampler(temperature, top_p, seed),
-        max_tokens=max_tokens,
-        chat=chat,
-        tokenizer=tokenizer,
-        threads=threads,
-        progress=progress,
-    ).pieces()
+    choose = Sampler(temperature, top_p, seed)
+    return _Continuation(model, prompt, choose, max_tokens, chat, tokenizer, threads, progress).pieces()
+
+
+@opens_models
+def generate(
+    model: str | Path | nn.Module,
+    prompt: Prompt,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool | None = None,
+    tokenizer: Tokenizer | None = None,
+    threads: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+) -> Generation:
+    """Continue a prompt to the end; arguments and errors are those of `tawny.stream`.
+
+    Args:
+        on_text: called with each piece of text as it comes.
+    """
+    with opening.threads(threads) as used:
+        choose = Sampler(temperature, top_p, seed)
+        text = _Continuation(model, prompt, choose, max_tokens, chat, tokenizer, threads, progress)
+        with contextlib.closing(text.pieces()) as pieces:
+            for piece in pieces:
+                if on_text is not None and piece.text:
+                    on_text(piece.text)
+        first, *steps = text.seconds
+        # The first step may have proved the quick path, which costs a few tokens' time once.
+        steady = steps[1:] if len(steps) > 1 else steps
+        return Generation(
+            text="" if text.tokenizer is None else decode(text.tokenizer, text.tokens),
+            tokens=text.tokens,
+            prompt_tokens=len(text.ids),
+            finish=text.finish,
+            chat=text.chat,
+            first_token_seconds=first,
+            prefill_tokens_per_second=len(text.ids) / first,
+            decode_tokens_per_second=len(steady) / sum(steady) if steady else None,
+            resident_bytes=text.opened.added(),
+            peak_bytes=peak_memory(),
+            threads=used,
+            kernel=kernel_name(),
+            path=text.path,
+        )

@@ -24,21 +24,20 @@ from tawny.packed.linear import DenseLinear
 
 @contextlib.contextmanager
 def kernels(model: nn.Module) -> Iterator[None]:
-    """Inside, linears that are plain `nn.Linear` on the CPU run our dense kernel; weights are shared, not copied.
-
-    So do fused experts that are stored `[out, in]`, where transformers lets a module's experts be run by others.
-    """
+    """Inside, plain `nn.Linear` on the CPU and fused experts that are stored `[out, in]` run our dense kernel."""
+    if not native.chosen():
+        yield
+        return
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    if native.chosen():
-        made: dict[int, DenseLinear] = {}
-        for parent in model.modules():
-            for name, child in parent.named_children():
-                if type(child) is nn.Linear and child.weight.device.type == "cpu" and is_plain(child):
-                    fast = made.setdefault(id(child), DenseLinear.from_linear(child))
-                    swapped.append((parent, name, child))
-                    parent._modules[name] = fast.train(child.training)
+    made: dict[int, DenseLinear] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and child.weight.device.type == "cpu" and is_plain(child):
+                fast = made.setdefault(id(child), DenseLinear.from_linear(child))
+                swapped.append((parent, name, child))
+                parent._modules[name] = fast.train(child.training)
     try:
-        with dense_experts(model) if native.chosen() else contextlib.nullcontext():
+        with dense_experts(model):
             yield
     finally:
         for parent, name, child in swapped:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import check_context, check_ids
 from tawny.errors import ModelError
 from tawny.evaluation.perplexity import (
     Perplexity,
@@ -31,12 +30,10 @@ from tawny.evaluation.perplexity import (
     pieces,
     stream_through,
     summarise,
-    tokens_a_window,
     vocabulary_of,
-    windows_of,
+    windows_for,
 )
 from tawny.evaluation.sources import open_stack_of
-from tawny.model.source import load_tokenizer
 from tawny.model.stack import Stack
 from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
@@ -101,7 +98,7 @@ def agreement(
     """
     start = time.perf_counter()
     opened = [open_stack_of(model, compute, device, progress.say) for model in (dense, source)]
-    (dense_stack, dense_folder), (stack, folder) = opened
+    dense_stack, stack = (each for each, _ in opened)
     called, own = (
         type(model).__name__ if isinstance(model, nn.Module) else str(model) for model in (dense, source)
     )
@@ -110,13 +107,7 @@ def agreement(
             f"{called} knows {vocabulary_of(dense_stack):,} tokens and {own} {vocabulary_of(stack):,}: "
             "only models with the same tokenizer agree or disagree; compare their bits per byte instead"
         )
-    for model in (dense_stack.model, stack.model):
-        check_context(model, tokens_a_window(text, seqlen))
-    if not isinstance(text, Tensor) and tokenizer is None:
-        tokenizer = _shared_tokenizer(called, dense_folder, folder)
-    made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
-    for model in (dense_stack.model, stack.model):
-        check_ids(model, made.ids)
+    made = windows_for(opened, text, seqlen, windows, stride, tokenizer, bos)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
             stream_through(dense_stack, made.ids, progress, "dense model"),
@@ -128,14 +119,13 @@ def agreement(
     weights = made.counts() / made.counts().sum()
     kl, top1 = (float((row * weights).sum()) for row in means[:2])
     seconds = time.perf_counter() - start
-    names = [str(s.compute).removeprefix("torch.") for s in (dense_stack, stack)]
     return Agreement(
         kl=kl,
         kl_stderr=float(spread[0]),
         top1=top1,
         top1_stderr=float(spread[1]),
-        perplexity=summarise(made, means[3], names[1], seconds),
-        dense=summarise(made, means[2], names[0], seconds),
+        perplexity=summarise(made, means[3], stack, seconds),
+        dense=summarise(made, means[2], dense_stack, seconds),
         against=called,
         seconds=seconds,
     )
@@ -148,7 +138,7 @@ def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], pro
     vocabulary = 3 * vocabulary_of(stacks[0])
     progress.phase("comparing", len(made.ids), "windows")
     for index in range(len(made.ids)):
-        for inputs, targets in pieces(int(made.ids.shape[1]), made.first(index), vocabulary):
+        for inputs, targets in pieces(made, index, vocabulary):
             p, q = (
                 logits_of(stack, stream, index, inputs).log_softmax(-1)
                 for stack, stream in zip(stacks, streams, strict=True)
@@ -160,22 +150,3 @@ def _compare(made: Windows, stacks: tuple[Stack, Stack], streams: list[Any], pro
             sums[3, index] -= q.gather(1, target).double().sum().cpu()
         progress.step(f"window {index}")
     return sums
-
-
-# Letters, digits, signs, white space and scripts: where vocabularies differ, some of this falls apart differently.
-_PROBE = "The quick brown fox, 3.1415926535 %\n\n\tdef f(x): return x**2  # straße, наука, 水 🦉 don't"
-
-
-def _shared_tokenizer(called: str, dense_folder: Path | None, folder: Path | None) -> Any:
-    known = [load_tokenizer(found) for found in (dense_folder, folder) if found is not None]
-    if not known:
-        raise ModelError("live models need tokenizer=… to read a text, or text=tokens [windows, seqlen]")
-    if len(known) == 2:
-        first, second = known
-        same = first.get_vocab() == second.get_vocab()
-        if not same or first(_PROBE)["input_ids"] != second(_PROBE)["input_ids"]:
-            raise ModelError(
-                f"{called} and {folder} have different tokenizers, so their next tokens cannot agree: "
-                "compare their bits per byte instead"
-            )
-    return known[-1]

@@ -10,6 +10,7 @@ __all__ = ["Speed", "bench"]
 
 import statistics
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,15 +95,15 @@ def bench(
             source = resolve(source, progress.say)
             size = file_bytes(source)
         opened = opening.open_model(source)
-        model = opened.model
-        limit = context_of(model)
+        limit = context_of(opened.model)
         if limit is not None and prompt_tokens + _UNTIMED + tokens > limit:
             raise RecipeError(
                 f"{prompt_tokens} + {_UNTIMED} (not timed) + {tokens} tokens are more than the model's context of "
                 f"{limit}; ask for fewer"
             )
-        prefill, decode, path = _rounds(model, prompt_tokens, tokens, rounds, seed, quick, progress)
+        prefill, decode, path = _rounds(opened.model, prompt_tokens, tokens, rounds, seed, quick, progress)
         resident = opened.added()
+    packed = Counter(module.kind for module in opened.model.modules() if isinstance(module, PackedLinear))
     return Speed(
         decode_tokens_per_second=statistics.median(decode),
         prefill_tokens_per_second=statistics.median(prefill),
@@ -115,8 +116,8 @@ def bench(
         prompt_tokens=prompt_tokens,
         decoded_tokens=tokens,
         rounds=rounds,
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        packed=_packed_kinds(model),
+        dtype=str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+        packed=dict(packed),
         path=path,
     )
 
@@ -159,12 +160,3 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
-
-
-def _packed_kinds(model: nn.Module) -> dict[str, int]:
-    """How many linears are packed, by kind of value."""
-    found: dict[str, int] = {}
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            found[module.kind] = found.get(module.kind, 0) + 1
-    return found

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
-from tawny.model.stack import Stack
 from tawny.model.trust import opens_models
 from tawny.packed.opening import open_stack
 from tawny.patterns import matches
@@ -94,7 +93,7 @@ def inspect(
         CheckpointError: files are missing, truncated or do not fit the configuration.
     """
     folder = resolve(source, progress.say)
-    stack: Stack = open_stack(folder, torch.float32)
+    stack = open_stack(folder, torch.float32)
     found: list[LinearInspection] = []
     progress.phase("inspecting", len(stack))
     for index in range(len(stack)):
@@ -102,17 +101,8 @@ def inspect(
             for linear in stack.linears(index):
                 weight = stack.weight(linear)
                 zeros = int((weight == 0).sum())
-                ties = tied(weight)
-                found.append(
-                    LinearInspection(
-                        linear.name,
-                        linear.shape,
-                        zeros,
-                        zeros / linear.numel,
-                        pattern_of(weight, zeros),
-                        ties,
-                    )
-                )
+                pattern, share = pattern_of(weight, zeros), zeros / linear.numel
+                found.append(LinearInspection(linear.name, linear.shape, zeros, share, pattern, tied(weight)))
         progress.step(stack.name(index))
     prunable = sum(x.shape[0] * x.shape[1] for x in found)
     zeros = sum(x.zeros for x in found)

@@ -47,15 +47,11 @@ def language_model(
                 self._sizes = batch_sizes(
                     [len(a) + len(b) - 1 for _, a, b in n_reordered_requests], self.tokens
                 )
-                self.progress.phase(self.label, len(self._starts()), "batches")
+                count, at = 0, 0
+                while at < len(self._sizes):
+                    count, at = count + 1, at + self._sizes[at]
+                self.progress.phase(self.label, count, "batches")
             return self._sizes[pos]
-
-        def _starts(self) -> list[int]:
-            starts, at = [], 0
-            while at < len(self._sizes):
-                starts.append(at)
-                at += self._sizes[at]
-            return starts
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             made = super()._model_call(inps, *args, **kwargs)
@@ -73,14 +69,11 @@ def language_model(
             self.batch_size_per_gpu = 1
             return super().generate_until(requests, disable_tqdm=True)
 
+    if tokenizer is None and folder is not None:
+        tokenizer = load_tokenizer(folder)
+    keys = {"backend": "causal", "batch_size": "auto", "softmax_dtype": torch.float32}
     with quiet():
-        lm = Watched(
-            pretrained=model,
-            backend="causal",
-            tokenizer=load_tokenizer(folder) if tokenizer is None and folder is not None else tokenizer,
-            batch_size="auto",
-            softmax_dtype=torch.float32,
-        )
+        lm = Watched(pretrained=model, tokenizer=tokenizer, **keys)
     lm.tokens = batch_tokens or _affordable_tokens(model)
     return lm
 

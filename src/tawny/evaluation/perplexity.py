@@ -18,7 +18,7 @@ __all__ = ["Perplexity", "evaluate", "window_losses"]
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.text import Text, load_text
 from tawny.calibration.windows import check_windows, evaluation_windows, tokenise
-from tawny.errors import ModelError, RecipeError
-from tawny.evaluation.sources import open_stack_of
+from tawny.errors import RecipeError
+from tawny.evaluation.sources import open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
-from tawny.model.source import load_tokenizer
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating
@@ -107,7 +106,7 @@ class Windows:
         count, seqlen = self.ids.shape
         joined = ""
         if self.text is not None and self.text.documents > 1:
-            by = {" ": "a space", "\n\n": "a blank line"}.get(self.text.separator, repr(self.text.separator))
+            by = {" ": "a space", "\n\n": "a blank line"}[self.text.separator]
             joined = f"{self.text.documents:,} documents joined by {by}, tokenised once; "
         overlaps = self.stride < seqlen - self.bos and count > 1
         overlap = f", {self.stride} apart, all of the first and the last {self.stride} of each other counted"
@@ -119,9 +118,30 @@ class Windows:
         )
 
 
-def tokens_a_window(text: str | Tensor, seqlen: int) -> int:
-    """`seqlen`, unless tokens are given, which are windows already."""
-    return Samples(text).seqlen if isinstance(text, Tensor) else seqlen
+def windows_for(
+    opened: Sequence[tuple[Stack, Path | None]],
+    text: str | Tensor,
+    seqlen: int,
+    windows: int | None,
+    stride: int | None,
+    tokenizer: Any,
+    bos: bool | None,
+) -> Windows:
+    """Windows that all of these models can be shown, read by `tokenizer` or by that of their folders.
+
+    Raises:
+        ModelError: no tokenizer, or folders whose tokenizers differ.
+        RecipeError: windows longer than a model's table of positions, or what `windows_of` refuses.
+        TextError: a token that a model does not know, or what `windows_of` refuses.
+    """
+    for stack, _ in opened:
+        check_context(stack.model, Samples(text).seqlen if isinstance(text, Tensor) else seqlen)
+    if not isinstance(text, Tensor) and tokenizer is None:
+        tokenizer = shared_tokenizer([folder for _, folder in opened if folder is not None])
+    made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
+    for stack, _ in opened:
+        check_ids(stack.model, made.ids)
+    return made
 
 
 def windows_of(
@@ -139,10 +159,11 @@ def windows_of(
         RecipeError: a stride outside 1…seqlen, no window, windows too short to predict anything, or a BOS that the
             tokenizer does not have.
     """
-    check_windows(tokens_a_window(text, seqlen), windows)
     if isinstance(text, Tensor):
+        check_windows(Samples(text).seqlen, windows)
         ids = Samples(text if windows is None else text[:windows]).tokens
         return Windows(ids, int(ids.shape[1]))
+    check_windows(seqlen, windows)
     if stride is not None and not 1 <= stride <= seqlen:
         raise RecipeError(
             f"--stride {stride} is outside 1…{seqlen}: windows would leave out or repeat tokens"
@@ -185,11 +206,11 @@ def stream_through(stack: Stack, ids: Tensor, progress: Progress, phase: str = "
     return stream
 
 
-def pieces(seqlen: int, first: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
-    """`(inputs, targets)` of a window, so many at once that their logits stay small; targets start at `first`."""
-    step = max(16, _LOGIT_BYTES // (4 * vocabulary))
-    for start in range(first - 1, seqlen - 1, step):
-        stop = min(start + step, seqlen - 1)
+def pieces(windows: Windows, index: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
+    """`(inputs, targets)` of a window's tokens that count, so many at once that their logits stay small."""
+    step, last = max(16, _LOGIT_BYTES // (4 * vocabulary)), int(windows.ids.shape[1]) - 1
+    for start in range(windows.first(index) - 1, last, step):
+        stop = min(start + step, last)
         yield slice(start, stop), slice(start + 1, stop + 1)
 
 
@@ -214,14 +235,14 @@ def window_losses(
     stream = stream_through(stack, windows, progress)
     losses = torch.zeros(len(windows), dtype=torch.float64)
     for index in range(len(windows)):
-        for inputs, targets in pieces(int(windows.shape[1]), made.first(index), vocabulary_of(stack)):
+        for inputs, targets in pieces(made, index, vocabulary_of(stack)):
             logits = logits_of(stack, stream, index, inputs)
             target = windows[index, targets].to(logits.device)
             losses[index] += nn.functional.cross_entropy(logits, target, reduction="sum").double().cpu()
     return losses / made.counts()
 
 
-def summarise(windows: Windows, losses: Tensor, compute: str, seconds: float) -> Perplexity:
+def summarise(windows: Windows, losses: Tensor, stack: Stack, seconds: float) -> Perplexity:
     """From the mean loss of every window to a perplexity."""
     counts = windows.counts()
     predicted = int(counts.sum())
@@ -239,7 +260,7 @@ def summarise(windows: Windows, losses: Tensor, compute: str, seconds: float) ->
         seconds=seconds,
         text=windows.text.name if windows.text else "tokens",
         text_sha256=windows.text.sha256 if windows.text else "",
-        compute=compute,
+        compute=str(stack.compute).removeprefix("torch."),
         peak_memory=peak_memory(),
         bits_per_byte=mean * predicted / math.log(2) / windows.size if windows.size else 0.0,
         stride=windows.stride,
@@ -285,16 +306,7 @@ def evaluate(
     """
     start = time.perf_counter()
     stack, folder = open_stack_of(source, compute, device, progress.say)
-    check_context(stack.model, tokens_a_window(text, seqlen))
-    if not isinstance(text, Tensor) and tokenizer is None:
-        if folder is None:
-            raise ModelError(
-                "a live model needs tokenizer=… to read a text, or text=tokens [windows, seqlen]"
-            )
-        tokenizer = load_tokenizer(folder)
-    made = windows_of(text, seqlen, windows, stride, tokenizer, bos)
-    check_ids(stack.model, made.ids)
+    made = windows_for([(stack, folder)], text, seqlen, windows, stride, tokenizer, bos)
     with evaluating(stack.model):
         losses = window_losses(stack, made.ids, progress, made.stride)
-    compute_name = str(stack.compute).removeprefix("torch.")
-    return summarise(made, losses, compute_name, time.perf_counter() - start)
+    return summarise(made, losses, stack, time.perf_counter() - start)

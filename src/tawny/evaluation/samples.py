@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tawny.calibration.text import Text
-from tawny.decoding.generation import generate
+from tawny.decoding.stream import generate
 from tawny.evaluation.sources import open_model
 from tawny.machine import free_memory
 from tawny.model.checkpoint import file_bytes
@@ -53,8 +53,7 @@ def text_samples(
     samples = [{"prompt": prompt} for prompt in prompts]
     for name, folder in folders.items():
         progress.say(f"letting the {name} model write")
-        tokenizer = load_tokenizer(folder)
-        model = open_model(folder, native_dtype())
+        tokenizer, model = load_tokenizer(folder), open_model(folder, native_dtype())
         for sample in samples:
             made = generate(model, sample["prompt"], max_tokens=tokens, chat=False, tokenizer=tokenizer)
             sample[name] = " ".join(made.text.split())

@@ -1,17 +1,17 @@
-"""What every measurement needs to know of a model: how to open it, and a fingerprint of its bytes."""
+"""What every measurement needs of a model: how it is opened, its tokenizer, and a fingerprint of its bytes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tawny.errors import RecipeError
-from tawny.model.source import resolve
+from tawny.errors import ModelError, RecipeError
+from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.packed.opening import load, open_stack
 from tawny.precision import DTYPES, native_dtype
@@ -29,8 +29,7 @@ def fingerprint(folder: Path) -> str:
             continue
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)  # goes on with this one
     return digest.hexdigest()
 
 
@@ -70,3 +69,27 @@ def open_stack_of(
         return live_stack(source), None
     folder = resolve(source, say)
     return open_stack(folder, dtype, device), folder
+
+
+# Letters, digits, signs, white space and scripts: where vocabularies differ, some of this falls apart differently.
+_PROBE = "The quick brown fox, 3.1415926535 %\n\n\tdef f(x): return x**2  # straße, наука, 水 🦉 don't"
+
+
+def shared_tokenizer(folders: Sequence[Path]) -> Any:
+    """The tokenizer of one folder, or of two that have the same.
+
+    Raises:
+        ModelError: no folder, or two that differ.
+    """
+    if not folders:
+        raise ModelError("a live model needs tokenizer=… to read a text, or text=tokens [windows, seqlen]")
+    known = [load_tokenizer(folder) for folder in folders]
+    first, last = known[0], known[-1]
+    if len(known) > 1 and (
+        first.get_vocab() != last.get_vocab() or first(_PROBE)["input_ids"] != last(_PROBE)["input_ids"]
+    ):
+        raise ModelError(
+            f"{folders[0]} and {folders[-1]} have different tokenizers, so their next tokens cannot agree: "
+            "compare their bits per byte instead"
+        )
+    return last

