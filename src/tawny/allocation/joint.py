@@ -1,4 +1,4 @@
-"""Several allocators measured in one walk through the dense model, each given back what it measured itself."""
+"""Measure for several allocators in one walk through the dense model. Each gets its own measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tawny plan`: the same recipe without the work."""
+"""`tawny plan`: estimate memory, disk and time of a `prune`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tawny prune`: the main job."""
+"""`tawny prune`: prune a model and write it with a report."""
 
 from __future__ import annotations
 

@@ -262,7 +262,8 @@ def _result(
     return TaskResult(
         name=name,
         metric=metric,
-        **metrics[metric],
+        value=metrics[metric]["value"],
+        stderr=metrics[metric]["stderr"],
         examples=sum(int(measured["n-samples"][task]["effective"]) for task in tasks),
         shots=max(int(measured["n-shot"].get(task, 0)) for task in tasks),
         split="/".join(dict.fromkeys(origin[task][1] for task in tasks if task in origin)),

@@ -1,4 +1,8 @@
-"""Hidden states between blocks: all samples of one depth, in chunks, in the dtype of the forwards."""
+"""What goes through a model: `Samples`, its inputs, and `Stream`, their hidden states between blocks.
+
+Samples are token ids and a mask today. Another input, such as images, starts here: `Samples` holds the batch, model/stack.py
+hands it to the model's own forward, and calibration/ makes it. Everything behind sees hidden states only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search has measured: each number is made once, and kept in a file that the same search goes on from.
+"""A cache of measured divergences, kept in a file so that a stopped search repeats none of them.
 
 A candidate's divergence is asked for on few windows, then on more, and again in another generation; what is known of a
 window is not measured again. Kept are the sums that a divergence is made of, in the order they are added up, so that a

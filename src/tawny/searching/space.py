@@ -1,7 +1,7 @@
-"""The allocations a search moves in: a tuple of levels, one whole number a linear.
+"""The search space: a candidate is a tuple of levels, one whole number for each linear; `Choice` says what a level does.
 
-What a level means is a `Choice`, and only this file knows which there are. The rest of the room solves choices, compares
-tuples of levels and moves in them.
+Only this file knows which choices there are. The rest of the room solves choices, compares tuples of levels and moves in
+them. To try more than a sparsity, such as pairs of sparsity and kind, extend `Choice` and the space here.
 
 Level k means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being proportional to
 their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or from one block
