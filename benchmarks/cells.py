@@ -163,7 +163,7 @@ class Cells:
             recipe = None
             if "recipe" in keys:
                 path = Path(__file__).parents[1] / "recipes" / f"{keys['recipe']}.yaml"
-                recipe = resolve_recipe(path, [*options.items(), *map(parse_override, keys["changes"])])
+                recipe = resolve_recipe(path, options | dict(map(parse_override, keys["changes"])))
                 options = {}
             search = None
             if options.get("allocator") == "auto":

@@ -18,6 +18,21 @@ torch.set_num_threads(1)
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line as a user does; returns exit code, stdout, stderr."""
+    from tawny.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def readme():
     """The names of benchmarks/readme.py, which makes the tables of the pages."""

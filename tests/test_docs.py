@@ -13,7 +13,7 @@ from tawny.recipe.files import load_recipe
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/models.md"])
 def test_the_tables_of_a_page_are_made_from_the_committed_results(readme, name):
     page = (ROOT / name).read_text(encoding="utf-8")
     assert readme["render"](page, name) == page, "stale: run `make docs`"

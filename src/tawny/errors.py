@@ -31,13 +31,15 @@ __all__ = [
     "TawnyError",
     "TextError",
     "UserError",
+    "check_option",
     "first_line",
     "nearest",
     "one_line",
     "short",
 ]
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class TawnyError(Exception):
@@ -92,6 +94,12 @@ class MissingFeature(UserError):
     """An optional package or a feature of the machine is missing."""
 
 
+def check_option(valid: bool, key: str, value: object, expected: str) -> None:
+    """Raise RecipeError for an option that is out of range."""
+    if not valid:
+        raise RecipeError(f"{key} is {value}; expected {expected}")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'sparsegpt'?)` for the closest known word, or an empty string."""
     import difflib
@@ -109,6 +117,17 @@ def short(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """What another library says first of what is wrong, or the kind of error where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def in_one_line(kind: type[TawnyError], before: str, after: str) -> Iterator[None]:
+    """Say in one line, between two texts, how another library fails on a damaged file; Tawny's own errors pass."""
+    try:
+        yield
+    except TawnyError:
+        raise
+    except Exception as error:
+        raise kind(f"{before}{one_line(error)}{after}") from error
 
 
 def one_line(error: Exception) -> str:

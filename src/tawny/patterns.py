@@ -236,9 +236,7 @@ def _kth_smallest_of_many(scores_N: Tensor, k: int) -> Tensor:
     periodic, the answer is the same and only slower.
     """
     total = len(scores_N)
-    sample = (
-        scores_N[:: (total // 4096) | 1].sort().values
-    )  # an odd stride does not fall in step with a matrix
+    sample = scores_N[:: (total // 4096) | 1].sort().values  # an odd stride is never in step with a matrix
     share = k / total
     middle, spread = share * len(sample), 5 * math.sqrt(share * (1 - share) * len(sample)) + 1
     low, high = math.floor(middle - spread), math.ceil(middle + spread)

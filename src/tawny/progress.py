@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -24,17 +24,10 @@ class Progress(Protocol):
 class Silent:
     """Nobody listens."""
 
-    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+    def phase(self, *_: Any, **__: Any) -> None:
         pass
 
-    def step(self, text: str) -> None:
-        pass
-
-    def detail(self, text: str, done: int, total: int) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
+    step = detail = say = phase
 
 
 silent: Progress = Silent()

@@ -19,9 +19,7 @@ from tests.reference import alpha as slow
 
 @settings(max_examples=30, deadline=None)
 @given(out=st.integers(3, 40), width=st.integers(3, 40), seed=st.integers(0, 10**6))
-def test_spectrum_and_both_fits_are_those_of_singular_values_and_a_loop(
-    out: int, width: int, seed: int
-) -> None:
+def test_spectrum_and_both_fits_are_those_of_singular_values_and_a_loop(out, width, seed):
     W = torch.randn(out, width, generator=torch.Generator().manual_seed(seed))
     W *= torch.linspace(0.2, 3, width)
     values = slow.eigenvalues(W)

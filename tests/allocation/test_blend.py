@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tawny.allocation.several import Several
 
 from tawny.allocation import Alpha, Atp, Blend, Dlp, Owl, Profile, Uniform
+from tawny.allocation.joint import Joint
 from tawny.errors import NumericalError, RecipeError
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike
@@ -45,12 +45,17 @@ def test_each_linear_gets_the_mean_of_what_the_others_give_it(target: float) -> 
     assert abs(reference.removed_in_all(found, shapes) - target * sum(shapes.sizes.values())) <= 0.5 + 1e-6
 
 
-def test_it_needs_what_its_members_need_and_measures_only_for_them() -> None:
+def test_it_needs_measures_and_costs_what_its_members_do() -> None:
     assert (Blend().needs, Blend().measures_weights) == ("none", True)
     assert (Blend(of="atp,uniform").needs, Blend(of="atp,uniform").measures_weights) == ("none", False)
     assert Blend(of="atp,dlp").needs == "norms" and Blend(of="dlp,lsa").needs == "hessian"
     W, statistics = lifelike(8, 8)
     assert set(Blend(of="atp,dlp").measure({"q": (W, statistics)})) == {"dlp"}
+    with pytest.raises(NumericalError, match="finite"):
+        Blend().measure({"q": (torch.full((4, 4), torch.nan), None)})
+    linears = reference.model(2, [(8, 4)]).linears
+    assert Alpha().work(linears) == 2 * (4 * 16 * 8 + 8 * 64)
+    assert Blend().work(linears) == Alpha().work(linears) and Blend(of="atp,dlp").work(linears) == 0
 
 
 def test_one_allocator_blended_with_nothing_is_itself() -> None:
@@ -76,22 +81,11 @@ def test_what_cannot_be_blended_is_refused(of: str, says: str) -> None:
         Blend(of=of)
 
 
-def test_a_broken_weight_is_the_members_to_find() -> None:
-    with pytest.raises(NumericalError, match="finite"):
-        Blend().measure({"q": (torch.full((4, 4), torch.nan), None)})
-
-
-def test_the_work_of_a_blend_is_that_of_its_members() -> None:
-    linears = reference.model(2, [(8, 4)]).linears
-    assert Alpha.work(linears) == 2 * (4 * 16 * 8 + 8 * 64)
-    assert Blend().work(linears) == Alpha.work(linears) and Blend(of="atp,dlp").work(linears) == 0
-
-
 def test_what_several_want_is_measured_once(monkeypatch) -> None:
     calls = []
     measure = Alpha.measure
     monkeypatch.setattr(Alpha, "measure", lambda self, linears: calls.append(self) or measure(self, linears))
-    several = Several({"alpha": Alpha(), "blend": Blend("atp,alpha"), "mid": Alpha(fit="mid")})
+    several = Joint({"alpha": Alpha(), "blend": Blend("atp,alpha"), "mid": Alpha(fit="mid")})
     profile = reference.model(1)
     inputs = {x.name: lifelike(*x.shape, seed=i) for i, x in enumerate(profile.linears)}
     made = several.measure(inputs)

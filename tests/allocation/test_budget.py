@@ -43,9 +43,7 @@ def test_the_total_is_exact_and_every_share_is_legal(pairs: list[tuple[float, in
 
 @quick
 @given(wishes, st.floats(0, 1))
-def test_every_count_is_within_one_weight_of_one_common_shift(
-    pairs: list[tuple[float, int]], target: float
-) -> None:
+def test_every_count_is_within_one_weight_of_one_common_shift(pairs, target):
     raw, sizes = named(pairs)
     gone = counts(exact(raw, sizes, target), sizes)
     # The shift that explains a linear strictly inside its bounds explains all of them.
@@ -75,30 +73,24 @@ def test_equal_wishes_are_uniform(sizes: list[int], target: float, wish: float) 
     assert all(abs(value - target) <= 1 / names[name] for name, value in allocation.items())
 
 
-def test_a_target_that_fits_the_sizes_comes_back_untouched() -> None:
+def test_small_budgets_by_hand() -> None:
     sizes = {"q": 576 * 576, "k": 192 * 576}
-    assert exact({"q": 9.0, "k": 9.0}, sizes, 0.5) == {"q": 0.5, "k": 0.5}
+    assert exact({"q": 9.0, "k": 9.0}, sizes, 0.5) == {"q": 0.5, "k": 0.5}  # a target that fits comes back
     assert exact({"q": 0.75, "k": 0.25}, {"q": 8, "k": 8}, 0.5) == {"q": 0.75, "k": 0.25}
-
-
-def test_the_mean_is_weighted_by_parameters() -> None:
-    allocation = exact({"big": 0.2, "small": 0.6}, {"big": 900, "small": 100}, 0.5)
-    assert allocation["small"] - allocation["big"] == pytest.approx(0.4, abs=0.01)
-    assert 900 * allocation["big"] + 100 * allocation["small"] == pytest.approx(500)
-
-
-def test_what_clamping_takes_the_others_give() -> None:
-    assert exact({"a": -5.0, "b": 0.0, "c": 0.0}, dict.fromkeys("abc", 100), 0.5) == {
-        "a": 0.0,
-        "b": 0.75,
-        "c": 0.75,
-    }
-
-
-def test_the_smallest_linears_are_rounded_so_that_the_total_still_fits() -> None:
-    allocation = exact(dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 1), 2 / 3)
-    assert sorted(allocation.values()) == [0.0, 1.0, 1.0]
-    assert sum(counts(allocation, dict.fromkeys("abc", 1)).values()) == 2
+    assert exact({}, {}, 0.5) == {}
+    # What clamping takes the others give.
+    clamped = exact({"a": -5.0, "b": 0.0, "c": 0.0}, dict.fromkeys("abc", 100), 0.5)
+    assert clamped == {"a": 0.0, "b": 0.75, "c": 0.75}
+    # The smallest linears are rounded so that the total still fits.
+    assert sorted(exact(dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 1), 2 / 3).values()) == [
+        0.0,
+        1.0,
+        1.0,
+    ]
+    # The mean is weighted by parameters.
+    weighted = exact({"big": 0.2, "small": 0.6}, {"big": 900, "small": 100}, 0.5)
+    assert weighted["small"] - weighted["big"] == pytest.approx(0.4, abs=0.01)
+    assert 900 * weighted["big"] + 100 * weighted["small"] == pytest.approx(500)
 
 
 @pytest.mark.parametrize("wish", [math.nan, math.inf, -math.inf])
@@ -107,14 +99,12 @@ def test_a_wish_that_is_not_finite_is_an_error_with_its_linear(wish: float) -> N
         exact({"q": wish, "k": 0.5}, {"q": 4, "k": 4}, 0.5)
 
 
-@pytest.mark.parametrize("target", [-0.1, 1.1, math.nan])
-def test_a_target_out_of_reach_is_refused(target: float) -> None:
-    with pytest.raises(RecipeError, match="out of reach"):
-        exact({"q": 0.5}, {"q": 4}, target)
-
-
-def test_nothing_to_allocate_is_nothing() -> None:
-    assert exact({}, {}, 0.5) == {}
+def test_a_target_out_of_reach_is_refused() -> None:
+    for target in (-0.1, 1.1, math.nan):
+        with pytest.raises(RecipeError, match="out of reach"):
+            exact({"q": 0.5}, {"q": 4}, target)
+    with pytest.raises(RecipeError, match="9:8"):
+        mixed_nm({}, Profile(()), 8, 9)
 
 
 def profile_of(sizes: list[int]) -> Profile:
@@ -127,9 +117,7 @@ def profile_of(sizes: list[int]) -> Profile:
     st.sampled_from([4, 8, 16]),
     st.data(),
 )
-def test_mixed_n_of_m_is_exact_to_one_step_of_one_block(
-    blocks: list[tuple[float, int]], m: int, data: st.DataObject
-) -> None:
+def test_mixed_n_of_m_is_exact_to_one_step_of_one_block(blocks, m, data):
     target_n = data.draw(st.integers(1, m))
     profile = profile_of([size for _, size in blocks])
     wish = {str(i): value for i, (value, _) in enumerate(blocks)}
@@ -142,19 +130,15 @@ def test_mixed_n_of_m_is_exact_to_one_step_of_one_block(
 
 @quick
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.sampled_from([4, 8]), st.data())
-def test_mixed_n_of_m_over_equal_blocks_is_exact_and_follows_the_wish(
-    wish: list[float], m: int, data: st.DataObject
-) -> None:
+def test_mixed_n_of_m_over_equal_blocks_is_exact_and_follows_the_wish(wish, m, data):
     target_n = data.draw(st.integers(1, m))
-    allocation = mixed_nm(dict(enumerate_names(wish)), profile_of([7] * len(wish)), m, target_n)
+    allocation = mixed_nm(
+        {str(i): value for i, value in enumerate(wish)}, profile_of([7] * len(wish)), m, target_n
+    )
     n = [round(m * (1 - value)) for value in allocation.values()]
     assert sum(n) == target_n * len(wish)
     # Who is to lose clearly less never keeps less.
     assert all(n[i] >= n[j] for i, a in enumerate(wish) for j, b in enumerate(wish) if a < b - 1e-9)
-
-
-def enumerate_names(values: list[float]) -> list[tuple[str, float]]:
-    return [(str(i), value) for i, value in enumerate(values)]
 
 
 def test_all_linears_of_a_block_get_the_same_n() -> None:
@@ -192,8 +176,3 @@ def test_rounding_to_whole_weights_is_no_spread_within_a_block() -> None:
     assert spread_in_blocks({**even, last.name: even[last.name] + 0.2}, profile) == {
         2: pytest.approx(0.2, abs=0.01)
     }
-
-
-def test_an_n_out_of_range_is_refused() -> None:
-    with pytest.raises(RecipeError, match="9:8"):
-        mixed_nm({}, Profile(()), 8, 9)

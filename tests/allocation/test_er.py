@@ -24,22 +24,12 @@ def test_densities_follow_the_sides_and_the_budget_is_exact(shapes, target: floa
     assert reference.removed_in_all(found, profile) == round(target * sum(profile.sizes.values()))
 
 
-def test_a_linear_that_would_be_more_than_dense_is_dense_and_the_others_pay() -> None:
+def test_what_would_be_more_than_dense_is_dense_and_equal_shapes_are_pruned_alike() -> None:
     profile = Profile((LinearInfo("small", (2, 2), 0), LinearInfo("large", (100, 100), 0)))
-    found = Er().allocate(profile, 0.5)
-    assert found["small"] == 0
-    assert found["large"] == pytest.approx(5002 / 10000)
-
-
-def test_hardly_any_sparsity_is_no_obstacle() -> None:
-    profile = reference.model(2)
+    assert Er().allocate(profile, 0.5) == {"small": 0, "large": pytest.approx(5002 / 10000)}
+    assert set(Er().allocate(reference.model(4, [(100, 100)]), 0.7).values()) == {0.7}
     for target in (0.0, 1e-300, 1e-15, 1e-9):
-        assert all(value <= 1e-6 for value in Er().allocate(profile, target).values())
-
-
-def test_equal_shapes_are_pruned_alike_at_every_depth() -> None:
-    found = Er().allocate(reference.model(4, [(100, 100)]), 0.7)
-    assert set(found.values()) == {0.7}
+        assert all(value <= 1e-6 for value in Er().allocate(reference.model(2), target).values())
 
 
 @settings(max_examples=40, deadline=None)

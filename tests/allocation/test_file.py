@@ -40,12 +40,8 @@ def test_json_and_yaml_and_a_run_record_say_the_same(allocate) -> None:
     table = dict(zip(NAMES, (0.25, 0.5, 0.5, 0.75), strict=True))
     lines = "\n".join(f"{name}: {value}" for name, value in table.items())
     nested = json.dumps({"recipe": {"sparsity": 0.5}, "allocation": table}, indent="\t")
-    for text in (
-        lines,
-        json.dumps(table),
-        nested,
-        "allocation:\n" + "\n".join(f"  {n}: {v}" for n, v in table.items()),
-    ):
+    indented = "allocation:\n" + "\n".join(f"  {name}: {value}" for name, value in table.items())
+    for text in (lines, json.dumps(table), nested, indented):
         assert allocate(text) == table
 
 
@@ -70,6 +66,8 @@ def test_evopress_levels_become_weights_more_or_less(allocate) -> None:
     assert list(allocate(text, name="x.txt").values()) == [28 / 64, 34 / 64, 0.5, 34 / 64]
     # whole numbers of which one is negative are levels wherever they stand
     assert allocate(text, step=4) == found
+    with pytest.raises(RecipeError, match=r"level 9, which is sparsity 1\.06"):
+        allocate('"*": 9', name="a.txt", step=4)
 
 
 @pytest.mark.parametrize(
@@ -114,17 +112,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
     with pytest.raises(RecipeError, match=r"nowhere\.yaml' cannot be read: No such file"):
         File(path=str(tmp_path / "nowhere.yaml")).allocate(PROFILE, 0.5)
     (tmp_path / "b").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="it is not text"):
-        File(path=str(tmp_path / "b")).allocate(PROFILE, 0.5)
-    with pytest.raises(RecipeError, match=r"'a\\x00b' cannot be read: embedded null byte"):
-        File(path="a\x00b").allocate(PROFILE, 0.5)
-    with pytest.raises(RecipeError, match=r"a' cannot be read: File name too long"):
-        File(path="a" * 5000).allocate(PROFILE, 0.5)
-
-
-def test_levels_beyond_a_linear_are_refused(allocate) -> None:
-    with pytest.raises(RecipeError, match=r"level 9, which is sparsity 1\.06"):
-        allocate('"*": 9', name="a.txt", step=4)
+    for path, says in (
+        (str(tmp_path / "b"), "it is not text"),
+        ("a\x00b", r"'a\\x00b' cannot be read: embedded null byte"),
+        ("a" * 5000, r"a' cannot be read: File name too long"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            File(path=path).allocate(PROFILE, 0.5)
 
 
 def test_the_recipe_knows_the_contents_of_its_file(tmp_path) -> None:

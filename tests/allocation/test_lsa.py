@@ -31,9 +31,7 @@ def kernel(request):
     group=st.sampled_from([4, 8, 16]),
     seed=st.integers(0, 10**6),
 )
-def test_the_fast_error_is_that_of_trying_every_removal(
-    kernel, out: int, width: int, group: int, seed: int
-) -> None:
+def test_the_fast_error_is_that_of_trying_every_removal(kernel, out, width, group, seed):
     W, statistics = lifelike(out, width, seed, loud=1)
     H = statistics.hessian
     wanted = half_removal_error_by_trial(W, H, group)

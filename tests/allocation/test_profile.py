@@ -12,9 +12,7 @@ def test_a_profile_knows_its_blocks_and_their_weights() -> None:
     assert [linear.name for linear in profile.linears_of(2)] == ["2.q"]
     assert profile.sizes == {"0.q": 32, "2.q": 24}
     assert Profile(()).blocks == 0
-
-
-def test_a_block_that_was_measured_counts_even_with_nothing_to_prune() -> None:
+    # A block that was measured counts even with nothing to prune.
     assert Profile((LinearInfo("0.q", (4, 8), 0),), ({}, {})).blocks == 2
 
 

@@ -16,9 +16,6 @@ def test_every_linear_gets_the_target_to_within_one_weight(target: float) -> Non
     assert removed_in_all(allocation, profile) == round(target * sum(profile.sizes.values()))
 
 
-def test_official_gives_the_target_itself() -> None:
+def test_it_measures_nothing_and_official_gives_the_target_itself() -> None:
+    assert (Uniform().needs, Uniform().measures_weights) == ("none", False) and Uniform().measure({}) == {}
     assert set(Uniform(compat="official").allocate(model(2), 0.777).values()) == {0.777}
-
-
-def test_it_measures_nothing() -> None:
-    assert Uniform.needs == "none" and not Uniform.measures_weights and Uniform().measure({}) == {}

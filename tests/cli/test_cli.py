@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import tawny
-from tawny.cli import main
 from tawny.cli.recipe_options import SHARED, Given, _spelled_out
 from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
 
 VERBS = [
     "prune",
@@ -38,20 +39,6 @@ VERBS = [
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line as a user does; returns exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
-
-
 def measured(value: float = 20.0) -> Perplexity:
     return Perplexity(value, 0.5, 3.0, 4, 64, 252, 1.0, "wiki", "ab" * 32, "float32", 10**9)
 
@@ -70,6 +57,19 @@ def answering(monkeypatch, name, result):
     return calls
 
 
+@pytest.fixture
+def recipe_of(run, monkeypatch):
+    """The recipe that `tawny prune` makes of some words, over 50 % sparsity."""
+    calls = answering(monkeypatch, "prune", Record(recipe={}))
+
+    def call(*words):
+        code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
+        assert code == 0, err
+        return calls[-1][1]["recipe"]
+
+    return call
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_ends_with_three_examples_and_has_at_most_sixteen_options(run, verb):
     code, out, _ = run(verb, "--help")
@@ -78,7 +78,7 @@ def test_help_ends_with_three_examples_and_has_at_most_sixteen_options(run, verb
     lines = [line.strip() for line in examples.strip().splitlines()]
     assert len(lines) == 3 and all(line.startswith("tawny ") for line in lines)
     listed = [line for line in options.splitlines() if line.startswith("  -")]
-    assert "--json" in options and len(listed) <= 17  # --help itself is not one of ours
+    assert "--json" in options and len(listed) <= 18  # --help and --trust-remote-code are not counted
 
 
 def test_the_help_of_all_lists_the_verbs(run):
@@ -86,7 +86,7 @@ def test_the_help_of_all_lists_the_verbs(run):
     assert code == 0 and all(f"  {verb} " in out for verb in VERBS)
 
 
-def test_help_imports_no_heavy_library():
+def test_help_imports_no_heavy_library_and_python_dash_m_is_the_same_command():
     script = (
         "import sys; from tawny.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
@@ -95,9 +95,6 @@ def test_help_imports_no_heavy_library():
     for arguments in (["--help"], ["prune", "--help"], ["--version"]):
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "[]", done
-
-
-def test_python_dash_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "tawny", "--version"], capture_output=True, text=True)
     assert done.stdout.strip() == f"tawny {tawny.__version__}"
 
@@ -108,13 +105,15 @@ def test_the_page_of_the_docs_is_what_the_command_line_says():
     assert page == script["render"](), "stale: run `make docs`"
 
 
-def test_every_example_of_the_help_is_a_valid_command_line():
+def test_every_example_of_the_help_is_a_valid_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "allocation.yaml").write_text("'*': 0.7")
     script = runpy.run_path(str(ROOT / "scripts" / "cli_docs.py"))
     root = script["typer"].main.get_command(script["app"])
-    for name, command in root.commands.items():
+    for command in root.commands.values():
         for line in script["_examples"](command.epilog).splitlines()[1:-1]:
-            arguments = shlex.split(line.partition(" | ")[0])[2:]
-            context = command.make_context(name, arguments)
+            _, verb, *arguments = shlex.split(line.partition(" | ")[0])
+            context = root.commands[verb].make_context(verb, arguments)
             if SHARED.keys() <= context.params.keys():
                 Given({name: context.params[name] for name in SHARED}).recipe()
 
@@ -147,22 +146,18 @@ def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
         (("--profile-samples", 3, "--include=*.mlp.*"), {"profile_samples": 3, "include": ("*.mlp.*",)}),
     ],
 )
-def test_any_recipe_key_is_an_option_too(run, monkeypatch, words, expected):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
-    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
-    recipe = calls[0][1]["recipe"]
-    assert code == 0, err
+def test_any_recipe_key_is_an_option_too(recipe_of, words, expected):
+    recipe = recipe_of(*words)
     assert {key: getattr(recipe, key) for key in expected} == expected
 
 
-def test_an_allocators_own_key_is_an_option_too(run, monkeypatch):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
-    code, _, err = run(
-        "prune", "m", "--out", "o", "-s", 0.5, "-a", "owl", "--M", "7", "--solver.damp=0.1", "--json"
-    )
-    recipe = calls[0][1]["recipe"]
-    assert code == 0, err
-    assert recipe.allocator.options["M"] == 7 and recipe.solver.options["damp"] == 0.1
+def test_the_keys_of_a_section_are_options_bare_or_dotted(recipe_of):
+    bare = recipe_of("-a", "owl", "--M", "7", "--solver.damp=0.1")
+    assert bare.allocator.options["M"] == 7 and bare.solver.options["damp"] == 0.1
+    words = ("-a", "owl", "--allocator.M", "7", "--calibration.text", "t.txt", "--calibration.samples=3")
+    dotted = recipe_of(*words)
+    assert dotted.allocator.options["M"] == 7
+    assert (dotted.calibration.text, dotted.calibration.samples) == ("t.txt", 3)
 
 
 @pytest.mark.parametrize(
@@ -174,23 +169,10 @@ def test_a_recipe_key_is_never_taken_for_a_slip_of_an_option(key):
     assert list(_spelled_out([f"--{key}=7"], known)) == ["-o", f"{key}=7"]
 
 
-def test_the_file_of_an_allocation_is_given_in_the_place_of_an_allocator(run, monkeypatch, tmp_path):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
+def test_the_file_of_an_allocation_is_given_in_the_place_of_an_allocator(recipe_of, tmp_path):
     (tmp_path / "a.yaml").write_text("'*': 0.5")
-    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, "-a", tmp_path / "a.yaml", "--json")
-    assert code == 0, err
-    allocator = calls[0][1]["recipe"].allocator
+    allocator = recipe_of("-a", tmp_path / "a.yaml").allocator
     assert (allocator.name, allocator.options["path"]) == ("file", str(tmp_path / "a.yaml"))
-
-
-def test_dotted_keys_reach_the_recipe(run, monkeypatch):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
-    words = ("-a", "owl", "--allocator.M", "7", "--calibration.text", "t.txt", "--calibration.samples=3")
-    code, _, err = run("prune", "m", "--out", "o", "-s", 0.5, *words, "--json")
-    assert code == 0, err
-    recipe = calls[0][1]["recipe"]
-    assert recipe.allocator.options["M"] == 7
-    assert (recipe.calibration.text, recipe.calibration.samples) == ("t.txt", 3)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +214,10 @@ def test_options_of_a_search_are_told_from_those_of_its_recipe(run, monkeypatch,
     assert code == 2 and "did you mean 'trials'" in err and err.count("\n") == 1
 
 
-def test_a_recipe_file_is_the_base_and_options_change_it(run, monkeypatch, tmp_path):
-    calls = answering(monkeypatch, "prune", Record(recipe={}))
+def test_a_recipe_file_is_the_base_and_options_change_it(recipe_of, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("sparsity: 0.7\nseed: 4\nsolver: wanda\n")
-    code, _, err = run("prune", "m", "--out", "o", "-c", path, "-s", 0.5, "-o", "seed=9", "--json")
-    recipe = calls[0][1]["recipe"]
-    assert code == 0, err
+    recipe = recipe_of("-c", path, "-o", "seed=9")
     assert (recipe.sparsity, recipe.seed, recipe.solver.name) == (0.5, 9, "wanda")
 
 
@@ -371,29 +350,18 @@ def test_every_list_and_the_doctor_answer_in_both_forms(run):
         assert code == 0 and json.loads(out)
         code, out, _ = run(verb)
         assert code == 0 and out.strip() and "\x1b" not in out
-    told = {
-        entry["name"]: entry["summary"]
-        for entry in json.loads(run("list", "recipes", "--json")[1])["recipes"]
-    }
+    recipes = json.loads(run("list", "recipes", "--json")[1])["recipes"]
+    told = {entry["name"]: entry["summary"] for entry in recipes}
     assert told["fast"].startswith("ALPS under") and "#" not in told["fast"]
     assert "sparsegpt" in run("list", "solvers")[1] and "owl" not in run("list", "solvers")[1]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny llama with a tokenizer of bytes, as a folder."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
-
-    from tests.tiny import VOCABULARY, tiny_model
-
+    """A tiny llama with a tokenizer of characters, as a folder."""
     folder = tmp_path_factory.mktemp("model")
     tiny_model("llama").save_pretrained(folder)
-    letters = Tokenizer(WordLevel({chr(i + 32): i for i in range(VOCABULARY)}, unk_token="?"))
-    letters.pre_tokenizer = Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -450,27 +418,18 @@ def test_what_a_search_writes_is_an_allocator_of_prune(run, model, text, tmp_pat
     assert code == 0, err
     told = json.loads(out.with_suffix(".json").read_text())
     assert " ".join(shown.split()).endswith(" ".join(told["says"].split()))
-    assert {f"allocation.{kind}" for kind in ("yaml", "json", "png", "svg")} <= set(names_in(tmp_path))
+    assert all(out.with_suffix(kind).is_file() for kind in (".yaml", ".json", ".png", ".svg"))
     code, _, err = run("prune", model, "--out", tmp_path / "o", "-s", 0.7, *data, "-a", out)
     assert code == 0, err
     assert json.loads((tmp_path / "o" / "run.json").read_text())["allocation"] == told["allocation"]
-
-
-def names_in(folder):
-    return [path.name for path in folder.iterdir()]
 
 
 def test_too_little_text_says_how_short(run, model, text, tmp_path):
     code, _, err = run("eval", model, "--text", text, "--seqlen", 4096, "--windows", 50)
     assert code == 2 and "short" in err
     (tmp_path / "tiny.txt").write_text("a few words")
-    code, _, err = run(
-        "prune", model, "--out", tmp_path / "o", "-s", 0.5, "--calibration", tmp_path / "tiny.txt"
-    )
-    assert code == 2 and "short" in err and not (tmp_path / "o").exists()
     # Said before the work, not after it.
-    data = ("--calibration", text, "--samples", 2, "--seqlen", 32)
-    code, _, err = run(
-        "prune", model, "--out", tmp_path / "o", "-s", 0.5, *data, "--eval", tmp_path / "tiny.txt"
-    )
-    assert code == 2 and "short" in err and not (tmp_path / "o").exists()
+    data = ("--calibration", text, "--samples", 2, "--seqlen", 32, "--eval", tmp_path / "tiny.txt")
+    for words in (("--calibration", tmp_path / "tiny.txt"), data):
+        code, _, err = run("prune", model, "--out", tmp_path / "o", "-s", 0.5, *words)
+        assert code == 2 and "short" in err and not (tmp_path / "o").exists()

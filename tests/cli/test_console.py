@@ -15,6 +15,7 @@ from tawny.cli.inspect import inspection_tables
 from tawny.cli.prune import comparison_table
 from tawny.cli.push import push_tables
 from tawny.cli.tables_of_pruning import allocation_table
+from tawny.evaluation.perplexity import Perplexity
 
 
 def no_tables(result):
@@ -22,19 +23,8 @@ def no_tables(result):
 
 
 def perplexity(value=20.0, **changes):
-    return {
-        "perplexity": value,
-        "stderr": 0.5,
-        "windows": 4,
-        "seqlen": 64,
-        "tokens": 252,
-        "seconds": 2.0,
-        "text": "wiki",
-        "text_sha256": "ab" * 32,
-        "compute": "float32",
-        "peak_memory": 10**9,
-        **changes,
-    }
+    measured = Perplexity(value, 0.5, 3.0, 4, 64, 252, 2.0, "wiki", "ab" * 32, "float32", 10**9)
+    return {**measured.to_dict(), **changes}
 
 
 def test_json_is_one_document_on_stdout_and_nothing_else(capsys):
@@ -84,14 +74,11 @@ def test_a_terminal_gets_a_bar_an_inner_line_and_a_line_for_each_finished_walk(m
     assert "pruning: 2 blocks in" in shown
 
 
-def test_an_error_is_one_line_whatever_it_says(capsys):
+def test_an_error_is_one_line_whatever_it_says_and_with_json_the_document(capsys):
     Console().error("bad [bold]value[/]\n  in " + "a long " * 60 + "text", 2)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith("error: bad [bold]value[/] in a long")
-
-
-def test_an_error_with_json_is_the_document(capsys):
     Console(as_json=True).error("no such folder", 2)
     out, err = capsys.readouterr()
     assert json.loads(out) == {"error": "no such folder", "exit_code": 2} and "no such folder" in err
@@ -138,15 +125,8 @@ def test_brackets_and_colons_of_a_name_are_letters(capsys):
     dense = perplexity(text="x[/y].txt")
     console.result({}, lambda _: [comparison_table(dense, perplexity(30.0, text="x[/y].txt"))])
     console.result({}, lambda _: perplexity_tables(perplexity(text="[red]t:owl:.txt", seconds=1.0)))
-    files = {
-        "files": {"[bold]a:owl:.txt": 1},
-        "bytes": 1,
-        "url": "",
-        "repo": "a/b",
-        "notes": [],
-        "dry_run": True,
-    }
-    console.result(files, push_tables)
+    pushed = {"files": {"[bold]a:owl:.txt": 1}, "bytes": 1, "url": "", "repo": "a/b"}
+    console.result({**pushed, "notes": [], "dry_run": True}, push_tables)
     console.note("written to [red]:owl:.html")
     console.error("[/no] such :owl:")
     out, err = capsys.readouterr()
@@ -162,15 +142,8 @@ def test_a_narrow_window_shows_every_name_and_number_whole(capsys, monkeypatch, 
     found = inspected(name)
     Console().result(found, inspection_tables)
     out = capsys.readouterr().out
-    for words in (
-        f"linear {name}",
-        "shape 32×32",
-        "zeros 512",
-        "sparsity 50.00 %",
-        "pattern unstructured",
-        "ties 511",
-    ):
-        assert words in out
+    cells = ("shape 32×32", "zeros 512", "sparsity 50.00 %", "pattern unstructured", "ties 511")
+    assert all(words in out for words in (f"linear {name}", *cells))
     assert max(map(len, out.splitlines())) <= columns
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
-from tawny.cli import main
 from tests.packed.test_folder import bytes_of, saved
 from tests.packed.test_live import logits
 from tests.tiny import tokens
@@ -18,16 +16,14 @@ from tests.tiny import tokens
 PRUNE = ("-s", 0.7, "-a", "uniform", "-m", "magnitude")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
+def interrupt(monkeypatch):
+    """Ctrl-C, as soon as packing begins."""
+    monkeypatch.setattr(tawny, "pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
 
-    return call
+
+def lines(folder):
+    card = (folder / "README.md").read_text().splitlines()
+    return [line for line in card if "Made in" not in line]
 
 
 @pytest.fixture
@@ -73,18 +69,11 @@ def test_prune_with_pack_writes_one_packed_folder_with_its_record(run, dense, tm
     assert run("unpack", packed, "--out", tmp_path / "again")[0] == 0
     tawny.prune(dense, tmp_path / "plain", sparsity=0.7, allocator="uniform", solver="magnitude")
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "plain")
-    again, plain = (
-        [line for line in (tmp_path / name / "README.md").read_text().splitlines() if "Made in" not in line]
-        for name in ("again", "plain")
-    )
-    assert again == plain
+    assert lines(tmp_path / "again") == lines(tmp_path / "plain")
     unpacked = json.loads((tmp_path / "again" / "run.json").read_text())
     plain = json.loads((tmp_path / "plain" / "run.json").read_text())
-    assert (
-        unpacked["packed"] == {}
-        and unpacked["files"] == plain["files"]
-        and unpacked["bytes"] == plain["bytes"]
-    )
+    assert unpacked["packed"] == {}
+    assert unpacked["files"] == plain["files"] and unpacked["bytes"] == plain["bytes"]
     model = AutoModelForCausalLM.from_pretrained(packed)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(logits(model, tokens(1, 8)), logits(twin, tokens(1, 8)), atol=0.1, rtol=0.1)
@@ -99,10 +88,9 @@ def test_prune_with_pack_refuses_before_work_and_never_hides_a_half(run, dense, 
     code, _, err = run("prune", dense, "--out", packed, *PRUNE, "--pack", "int4")
     assert code == 2 and "int8" in err and not (tmp_path / "packed.dense").exists()
 
-    monkeypatch.setattr(tawny, "pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    interrupt(monkeypatch)
     code, _, _ = run("prune", dense, "--out", packed, *PRUNE, "--pack", "bf16")
     assert code == 1 and (tmp_path / "packed.dense").exists() and not packed.exists()
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
@@ -126,7 +114,7 @@ def test_a_folder_of_the_users_beside_the_packed_one_is_never_touched(run, dense
 
 def test_a_run_stopped_while_packing_says_how_to_go_on(run, dense, tmp_path, monkeypatch):
     with monkeypatch.context() as stopped:
-        stopped.setattr(tawny, "pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        interrupt(stopped)
         assert run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")[0] == 1
     code, _, err = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")
     assert code == 2 and "tawny pack" in err

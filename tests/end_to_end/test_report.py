@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from tawny.cli import main
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -19,16 +17,19 @@ def folder(tmp_path):
     return tmp_path
 
 
+def prune(run, folder, *more):
+    """Prune, measure and report; returns what was said, on both streams."""
+    text = folder / "text.txt"
+    where = (folder / "dense", "--out", folder / "out", "--calibration", text, "--eval", text)
+    code, shown, err = run("prune", *where, "-s", "0.5", "--samples", "2", "--seqlen", "32", *more)
+    assert not code, err
+    return shown, err
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_prune_that_measures_ends_with_a_report_of_both_models(folder, packed, monkeypatch, capsys):
-    text, out = folder / "text.txt", folder / "out"
-    arguments = ["prune", folder / "dense", "--out", out, "-s", "0.5", "--calibration", text, "--eval", text]
-    arguments += ["--samples", "2", "--seqlen", "32", "--json", *(["--pack", "bf16"] if packed else [])]
-    monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    shown, err = capsys.readouterr()
-    assert not caught.value.code, err
+def test_a_prune_that_measures_ends_with_a_report_of_both_models(folder, packed, run):
+    out = folder / "out"
+    shown, err = prune(run, folder, "--json", *(["--pack", "bf16"] if packed else []))
     record = json.loads(shown)
     assert str(out / "report.html") in err
     assert len(record["generated"]) == 3 and record["generated"][0]["prompt"].startswith("0 The owl")
@@ -41,18 +42,10 @@ def test_a_prune_that_measures_ends_with_a_report_of_both_models(folder, packed,
 
 
 @pytest.mark.parametrize("compat", [None, "official"])
-def test_what_is_measured_begins_with_bos_whatever_the_samples_do_and_says_so(
-    folder, compat, monkeypatch, capsys
-):
+def test_what_is_measured_begins_with_bos_whatever_the_samples_do_and_says_so(folder, compat, run):
     tiny_tokenizer(begins=True).save_pretrained(folder / "dense")
-    text, out = folder / "text.txt", folder / "out"
-    arguments = ["prune", folder / "dense", "--out", out, "-s", "0.5", "--calibration", text, "--eval", text]
-    arguments += ["--samples", "2", "--seqlen", "32", *(["-o", "compat=official"] if compat else [])]
-    monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    shown, err = capsys.readouterr()
-    assert not caught.value.code, err
+    out = folder / "out"
+    shown, _ = prune(run, folder, *(["-o", "compat=official"] if compat else []))
     record = json.loads((out / "run.json").read_text())
     assert record["text"]["bos"] is (compat is None)
     assert all(record["evaluation"][name]["bos"] for name in ("dense", "pruned"))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -17,22 +16,21 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from gguf import GGUFReader
 
 import tawny
 from tawny.allocation import File, LinearInfo, Profile
 from tawny.errors import TawnyError
+from tawny.packed import folder as packed_folder
 from tawny.packed.folder import INDEX
-from tawny.recipe.schema import dump_recipe, load_recipe
+from tawny.recipe.files import dump_recipe, load_recipe
 from tests.fuzz.mutations import mutate_bytes, mutate_json, mutate_safetensors
 from tests.model.test_source import write as write_gguf
 from tests.tiny import tiny_model, tokens
 
 FIRST = int(os.environ.get("TAWNY_FUZZ_SEED", "0"))
 IDS = tokens(1, 6)
-
-
-def count(usual: int) -> int:
-    return int(os.environ.get("TAWNY_FUZZ") or usual)
 
 
 def judged(run: Callable[[], str | None]) -> str | None:
@@ -46,7 +44,8 @@ def judged(run: Callable[[], str | None]) -> str | None:
 
 
 def check_all(usual: int, one: Callable[[Random], str | None], *found_before: int) -> None:
-    seeds = (*range(FIRST, FIRST + count(usual)), *found_before)
+    count = int(os.environ.get("TAWNY_FUZZ") or usual)
+    seeds = (*range(FIRST, FIRST + count), *found_before)
     found = {seed: wrong for seed in seeds if (wrong := judged(lambda seed=seed: one(Random(seed))))}
     assert not found, "\n".join(f"seed {seed}: {wrong}" for seed, wrong in found.items())
 
@@ -95,27 +94,16 @@ def test_a_damaged_packed_folder(kind, usual, folders, tmp_path, caplog):
             tawny.inspect(copy)
         found = logits(tawny.load(copy))
         warned = any(record.name == "tawny.packed.folder" for record in caplog.records)
-        _forget()
+        packed_folder._say_changed.cache_clear()  # it says so once for each folder, and all have one name here
         return None if warned or torch.equal(found, expected) else "other numbers, and no warning"
 
     with caplog.at_level(logging.WARNING, "tawny.packed.folder"):
         check_all(usual, one)
 
 
-def _forget() -> None:
-    """The warning is given once for each folder and content; here many folders have one name."""
-    from tawny.packed import folder
-
-    folder._say_changed.cache_clear()
-
-
 def test_a_damaged_dense_folder(folders, tmp_path):
     """Nothing keeps hashes of it, so that only what fails is judged."""
-    kinds = [
-        ("config.json", mutate_json),
-        ("config.json", mutate_json),
-        ("model.safetensors", mutate_safetensors),
-    ]
+    kinds = [("config.json", mutate_json)] * 2 + [("model.safetensors", mutate_safetensors)]
 
     def one(rng: Random) -> None:
         copy = damaged(folders["dense"], tmp_path / "copy", *rng.choice(kinds), rng)
@@ -139,12 +127,11 @@ def test_a_damaged_recipe(tmp_path):
     def one(rng: Random) -> str | None:
         path = tmp_path / "recipe.yaml"
         text = RECIPE.replace('pattern: "2:4"', "pattern: unstructured") if rng.random() < 0.7 else RECIPE
-        if rng.random() < 0.5:
-            path.write_bytes(mutate_bytes(text.encode(), rng))
-        else:
-            import yaml
-
-            path.write_bytes(mutate_json(json.dumps(yaml.safe_load(text)).encode(), rng))
+        as_json = json.dumps(yaml.safe_load(text))
+        damage = (
+            mutate_bytes(text.encode(), rng) if rng.random() < 0.5 else mutate_json(as_json.encode(), rng)
+        )
+        path.write_bytes(damage)
         recipe = load_recipe(path)
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         return None if load_recipe(path) == recipe else "it is another recipe once it was written"
@@ -175,17 +162,10 @@ def test_a_damaged_allocation(tmp_path):
     check_all(150, one)
 
 
-@functools.cache
-def _gguf_header(path: Path) -> int:
-    from gguf import GGUFReader
-
-    return int(GGUFReader(str(path)).data_offset)
-
-
 def test_a_damaged_gguf_header(tmp_path, monkeypatch):
     monkeypatch.setenv("TAWNY_CACHE", str(tmp_path / "cache"))
     whole = write_gguf(tmp_path / "whole.gguf")
-    data, end = whole.read_bytes(), _gguf_header(whole)
+    data, end = whole.read_bytes(), GGUFReader(str(whole)).data_offset
 
     def one(rng: Random) -> None:
         path = tmp_path / "m.gguf"

@@ -101,10 +101,9 @@ def shortened(*words):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_an_expert_that_is_missing_or_misshapen_is_named_before_the_work(family, tmp_path):
     names = ("w1", "w2", "w3") if family == "mixtral" else ("gate_proj", "down_proj", "up_proj")
-    last = "layers.2."
     tiny_model(family).save_pretrained(tmp_path / "whole")
     for number, name in ((3, names[0]), (0, names[1]), (2, names[1]), (3, names[1]), (1, names[2])):
-        words = (last, f"experts.{number}.{name}.")
+        words = ("layers.2.", f"experts.{number}.{name}.")
         for change, said in ((without, "lacks"), (shortened, "has shape")):
             folder = tmp_path / f"{number}{name}{change.__name__}"
             shutil.copytree(tmp_path / "whole", folder)
@@ -120,9 +119,8 @@ def test_an_expert_that_is_missing_or_misshapen_is_named_before_the_work(family,
 def test_experts_that_are_all_wrong_are_refused_with_the_shape_they_should_form(change, tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path)
     rewrite(tmp_path, change)
-    with pytest.raises(
-        CheckpointError, match=r"'model\.layers\.1\.mlp\.experts\..* do not form the shape \[4, "
-    ):
+    said = r"'model\.layers\.1\.mlp\.experts\..* do not form the shape \[4, "
+    with pytest.raises(CheckpointError, match=said):
         open_stack(tmp_path, torch.float32)
 
 
@@ -154,9 +152,8 @@ def test_a_configuration_that_cannot_be_used_is_one_line(key, value, said, tmp_p
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
     for job in (lambda *where: tawny.prune(*where, **keys), tawny.pack):
-        with pytest.raises(
-            ModelError, match=rf"config\.json cannot be used: .*{said}.*; correct it"
-        ) as caught:
+        refusal = rf"config\.json cannot be used: .*{said}.*; correct it"
+        with pytest.raises(ModelError, match=refusal) as caught:
             job(tmp_path / "model", tmp_path / "out")
         assert "\n" not in str(caught.value) and len(list(tmp_path.iterdir())) == 1
 
@@ -182,16 +179,15 @@ def test_linears_in_float8_are_still_refused(tmp_path):
         tawny.prune(tmp_path / "model", tmp_path / "out", **PRUNING)
 
 
+TIED = ("model.embed_tokens", "lm_head")
+
+
 def test_a_tied_weight_may_lie_under_the_name_of_the_head(tmp_path):
-    model = tiny_model("qwen2")
-    model.save_pretrained(tmp_path / "usual")
-    model.save_pretrained(tmp_path / "head")
-    rewrite(
-        tmp_path / "head",
-        lambda found: {k.replace("model.embed_tokens", "lm_head"): v for k, v in found.items()},
-    )
     tensors = {}
     for name in ("usual", "head"):
+        tiny_model("qwen2").save_pretrained(tmp_path / name)
+        if name == "head":
+            rewrite(tmp_path / name, lambda found: {k.replace(*TIED): v for k, v in found.items()})
         tawny.prune(tmp_path / name, tmp_path / f"{name}-out", compute="float32", **PRUNING)
         tensors[name] = load_file(tmp_path / f"{name}-out" / "model.safetensors")
     tensors["usual"]["lm_head.weight"] = tensors["usual"].pop("model.embed_tokens.weight")
@@ -222,3 +218,24 @@ def test_every_expert_is_written_in_the_dtype_it_was_stored_in(tmp_path):
     tawny.prune(tmp_path / "model", tmp_path / "out", **PRUNING)
     assert set(dtypes(tmp_path / "model").values()) == {torch.float32, torch.float16}
     assert dtypes(tmp_path / "model") == dtypes(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"shape": [2, -3]},
+        {"shape": [3, 3]},
+        {"shape": [2.0, 3]},
+        {"dtype": "F64"},
+        {"data_offsets": [0, 20]},
+        {"data_offsets": [4, 28]},
+        {"data_offsets": [0, 24, 24]},
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(changed, tmp_path):
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changed
+    header = json.dumps({"weight": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+        Checkpoint(tmp_path)

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,19 +15,11 @@ from tawny.errors import CheckpointError
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.source import convert_gguf
 
-gguf = pytest.importorskip("gguf")
-
 HIDDEN, INNER, WORDS, BLOCKS = 64, 96, 300, 2
 
 
 def write(
-    path: Path,
-    zeros: slice = slice(0),
-    without: str = "",
-    misspelt: str = "",
-    parts: int = 1,
-    inner: int = INNER,
-    experts: int = 0,
+    path: Path, zeros=slice(0), without="", misspelt="", parts=1, inner: int = INNER, experts: int = 0
 ) -> Path:
     """A tiny LLaMA, or Qwen3 with experts; `zeros` are columns of the last down projection that are pruned."""
     writer = gguf.GGUFWriter(str(path), "qwen3moe" if experts else "llama")
@@ -107,22 +100,19 @@ def test_a_gguf_file_is_converted_once_and_loads(tmp_path):
 
 @pytest.mark.parametrize("where", ["one path", "two paths", "two paths of one time", "one path of one time"])
 def test_two_models_that_differ_only_in_what_was_pruned_are_told_apart(where, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    other = tmp_path / ("a" if where.startswith("one") else "b") / "m.gguf"
-    # Large enough that the weights that differ lie far behind the head of the file.
-    first = write(tmp_path / "a" / "m.gguf", zeros=slice(0, 32), inner=4096)
-    size = first.stat().st_size
-    if "of one time" in where:
-        os.utime(first, ns=(0, 0))
-    before = convert_gguf(first)
-    write(other, zeros=slice(32, 64), inner=4096)
-    if "of one time" in where:
-        os.utime(other, ns=(0, 0))
-    after = convert_gguf(other)
-    assert other.stat().st_size == size and before != after
-    assert not last_down(before)[:, :32].any() and last_down(before)[:, 32:].all()
-    assert not last_down(after)[:, 32:64].any() and last_down(after)[:, :32].all()
+    sizes, made = [], []
+    for folder, zeros in (("a", slice(0, 32)), ("a" if where.startswith("one") else "b", slice(32, 64))):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        # Large enough that the weights that differ lie far behind the head of the file.
+        path = write(tmp_path / folder / "m.gguf", zeros=zeros, inner=4096)
+        if "of one time" in where:
+            os.utime(path, ns=(0, 0))
+        sizes.append(path.stat().st_size)
+        made.append(convert_gguf(path))
+    (before, after), (first, second) = made, map(last_down, made)
+    assert sizes[0] == sizes[1] and before != after
+    assert not first[:, :32].any() and first[:, 32:].all()
+    assert not second[:, 32:64].any() and second[:, :32].all()
 
 
 @pytest.mark.parametrize("damage", ["without", "misspelt"])

@@ -5,20 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForMaskedLM, T5ForConditionalGeneration
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, NumericalError
 from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, Stream
+from tawny.model.structure import find_stack
 from tawny.packed.opening import open_stack
 from tests.tiny import FAMILIES, tiny_model, tokens
 
 
 def recorded_outputs(model, ids, mask=None):
     """Every block's output in the model's own forward, and the logits."""
-    from tawny.model.structure import find_stack
-
     _, blocks = find_stack(model)
     seen: list[torch.Tensor] = []
     handles = [
@@ -32,34 +31,36 @@ def recorded_outputs(model, ids, mask=None):
     return seen, logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_blocks_equal_the_models_own_forward(family, tmp_path):
+MASKED = ("llama", "gemma3_text", "bloom", "opt", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("family", "masked"), [*((x, False) for x in FAMILIES), *((x, True) for x in MASKED)]
+)
+def test_streamed_blocks_equal_the_models_own_forward(family, masked, tmp_path):
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
-    ids = tokens()
-    expected, logits = recorded_outputs(model, ids)
+    ids, mask, real = tokens(), None, torch.ones(4, 24, dtype=torch.bool)
+    if masked:
+        real[1, :5] = real[3, :11] = False
+        mask = real.long()
+    expected, logits = recorded_outputs(model, ids, mask)
     stack = open_stack(tmp_path, torch.float32)
-    stream = Stream(stack, Samples(ids), chunk_tokens=2 * ids.shape[1])
+    stream = Stream(stack, Samples(ids, mask), chunk_tokens=2 * ids.shape[1])
     assert len(stack) == len(expected) and len(stream) == 2
     for index, want in enumerate(expected):
         assert all(p.is_meta for p in stack.blocks[index].parameters())
         with stack.block(index):
             stream.advance(index)
-        torch.testing.assert_close(torch.cat(stream.hidden), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(stream.hidden)[real], want[real], rtol=1e-4, atol=1e-5)
         assert all(p.is_meta for p in stack.blocks[index].parameters())
-    made = torch.cat(
-        [stack.logits(ids[part], h) for part, h in zip(stream.slices, stream.hidden, strict=True)]
-    )
-    torch.testing.assert_close(made, logits, rtol=1e-4, atol=1e-4)
+    made = [stack.logits(ids[part], h) for part, h in zip(stream.slices, stream.hidden, strict=True)]
+    torch.testing.assert_close(torch.cat(made)[real], logits[real], rtol=1e-4, atol=1e-4)
 
 
 def test_routers_compute_in_float32_as_transformers_keeps_them(tmp_path):
-    keys = {
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "v_head_dim": 8,
-    }
+    keys = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    keys |= {"v_head_dim": 8}
     keys |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
     keys |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4}
     tiny_model("deepseek_v3", **keys).save_pretrained(tmp_path)
@@ -72,37 +73,16 @@ def test_routers_compute_in_float32_as_transformers_keeps_them(tmp_path):
     assert {mine for mine, _ in kinds.values()} == {torch.bfloat16, torch.float32}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "opt", "gpt2"])
-def test_streamed_blocks_honour_a_padding_mask(family, tmp_path):
-    model = tiny_model(family)
-    model.save_pretrained(tmp_path)
-    ids = tokens()
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    mask[3, :11] = 0
-    expected, _ = recorded_outputs(model, ids, mask)
-    stack = open_stack(tmp_path, torch.float32)
-    stream = Stream(stack, Samples(ids, mask), chunk_tokens=2 * ids.shape[1])
-    for index, want in enumerate(expected):
-        with stack.block(index):
-            stream.advance(index)
-        real = mask.bool()
-        torch.testing.assert_close(torch.cat(stream.hidden)[real], want[real], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tail_slice_gives_the_same_logits(family, tmp_path):
-    model = tiny_model(family)
+def test_a_tail_slice_gives_the_same_logits(family):
     ids = tokens(1, 20)
-    stack = live_stack(model)
+    stack = live_stack(tiny_model(family))
     stream = Stream(stack, Samples(ids))
     for index in range(len(stack)):
         stream.advance(index)
     whole = stack.logits(ids, stream.hidden[0])
-    parts = torch.cat(
-        [stack.logits(ids[:, s], stream.hidden[0][:, s]) for s in (slice(0, 7), slice(7, 20))], dim=1
-    )
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    parts = [stack.logits(ids[:, s], stream.hidden[0][:, s]) for s in (slice(0, 7), slice(7, 20))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
@@ -189,23 +169,20 @@ def test_a_shared_block_copied_as_the_error_says_and_a_tied_head_are_pruned():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_an_encoder_decoder_is_refused(tmp_path):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        open_stack(tmp_path)
+T5 = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
-def test_an_encoder_is_refused(tmp_path):
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
-    )
-    BertForMaskedLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="not a causal decoder"):
+@pytest.mark.parametrize(
+    ("kind", "config", "said"),
+    [
+        (T5ForConditionalGeneration, T5, "encoder-decoder"),
+        (BertForMaskedLM, BERT, "not a causal decoder"),
+    ],
+)
+def test_an_encoder_is_refused(kind, config, said, tmp_path):
+    kind(kind.config_class(**config)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=said):
         open_stack(tmp_path)
 
 

@@ -12,7 +12,6 @@ import pytest
 from transformers import AutoConfig
 
 import tawny
-from tawny.cli import main
 from tawny.errors import ModelError
 from tawny.model.source import load_tokenizer
 from tests.tiny import tiny_model, tokens
@@ -86,6 +85,8 @@ def copied(folder: Path) -> Path:
     return Path(shutil.copytree(folder, folder.with_name("teacher"), dirs_exist_ok=True))
 
 
+RECOVERY = {"text": tokens(40), "tokens": 64, "seqlen": 16, "control": True}
+PLAIN = {"sparsity": 0.5, "solver": "magnitude", "allocator": "uniform"}
 CALLS = {
     "load": tawny.load,
     "plan": lambda folder, **keys: tawny.plan(folder, sparsity=0.5, solver="magnitude", **keys),
@@ -96,18 +97,9 @@ CALLS = {
     "generate": lambda folder, **keys: tawny.generate(folder, "owl", max_tokens=2, **keys),
     "bench": lambda folder, **keys: tawny.bench(folder, prompt_tokens=2, tokens=2, rounds=1, **keys),
     "pack": lambda folder, **keys: tawny.pack(folder, folder.with_name("packed"), **keys),
-    "prune": lambda folder, **keys: tawny.prune(
-        folder, folder.with_name("out"), sparsity=0.5, solver="magnitude", allocator="uniform", **keys
-    ),
+    "prune": lambda folder, **keys: tawny.prune(folder, folder.with_name("out"), **PLAIN, **keys),
     "recover": lambda folder, **keys: tawny.recover(
-        folder,
-        copied(folder),
-        folder.with_name("out"),
-        text=tokens(40),
-        tokens=64,
-        seqlen=16,
-        control=True,
-        **keys,
+        folder, copied(folder), folder.with_name("out"), **RECOVERY, **keys
     ),
 }
 
@@ -136,24 +128,17 @@ def test_nobody_is_asked(stdin, folder, ran):
     assert not ran.exists()
 
 
-def test_the_command_line_takes_the_option(folder, ran, monkeypatch, capsys):
-    def call(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["tawny", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return int(caught.value.code or 0)
-
-    assert call("inspect", str(folder)) == 2
-    said = capsys.readouterr().err
-    assert "--trust-remote-code" in said and len(said.strip().splitlines()) == 1 and not ran.exists()
-    assert call("inspect", str(folder), "--trust-remote-code") == 0 and ran.exists()
-    assert call("inspect", str(folder)) == 2
+def test_the_command_line_takes_the_option(folder, ran, run):
+    code, _, said = run("inspect", folder)
+    assert code == 2 and "--trust-remote-code" in said and len(said.strip().splitlines()) == 1
+    assert not ran.exists()
+    assert run("inspect", folder, "--trust-remote-code")[0] == 0 and ran.exists()
+    assert run("inspect", folder)[0] == 2
 
 
 def test_a_pruned_and_packed_folder_keeps_its_code(folder):
     out, packed = folder.with_name("out"), folder.with_name("packed")
-    keys = {"sparsity": 0.5, "solver": "magnitude", "allocator": "uniform"}
-    tawny.prune(folder, out, trust_remote_code=True, **keys)
+    tawny.prune(folder, out, trust_remote_code=True, **PLAIN)
     tawny.pack(out, packed, "f32", trust_remote_code=True)
     assert type(tawny.load(packed, trust_remote_code=True)).__name__ == "OwletForCausalLM"
     with pytest.raises(ModelError, match="needs code of its own"):
@@ -169,9 +154,7 @@ def test_transformers_own_class_is_used_where_it_knows_the_architecture(folder, 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(stdin, tmp_path, ran):
     folder = tmp_path / "own"
-    AutoConfig.for_model("vit").save_pretrained(
-        folder
-    )  # an architecture that has no tokenizer in transformers
+    AutoConfig.for_model("vit").save_pretrained(folder)  # has no tokenizer in transformers
     (folder / "configuration_owlet.py").write_text(CONFIG.format(ran=str(ran)))
     own = {"AutoTokenizer": ["configuration_owlet.OwletTokenizer", None]}
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": own}))

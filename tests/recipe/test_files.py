@@ -7,39 +7,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tawny
 from tawny.errors import RecipeError
 from tawny.recipe.files import dump_recipe, load_recipe, named_recipes
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.solvers import SOLVERS
 from tests.recipe.recipes import ALLOCATORS_ALONE, written
+from tests.tiny import tiny_model, tokens
 
 PRODUCTS = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 recipes = st.builds(
-    lambda sparsity, allocator, solver, pattern, samples, seed, include, dtype, order, compat: resolve_recipe(
-        {"sparsity": sparsity if pattern == "unstructured" else None},
-        allocator=allocator,
-        solver=solver,
-        pattern=pattern,
-        samples=samples,
-        seed=seed,
-        include=include,
-        dtype=dtype,
-        order=order,
-        compat=compat,
+    lambda sparsity, pattern, **keys: resolve_recipe(
+        {"sparsity": sparsity if pattern == "unstructured" else None}, pattern=pattern, **keys
     ),
-    st.floats(0, 0.99),
-    st.sampled_from(ALLOCATORS_ALONE),
-    st.sampled_from(sorted(SOLVERS)),
-    st.sampled_from(["unstructured", "2:4", "3:8"]),
-    st.integers(1, 1000),
-    st.integers(0, 2**40),
-    st.lists(st.sampled_from(["*.mlp.*", "*q_proj", "2:4", "no", "1e-3"])),
-    st.sampled_from([None, "bfloat16"]),
-    st.sampled_from(["block", "data"]),
-    st.sampled_from([None, "official"]),
+    sparsity=st.floats(0, 0.99),
+    allocator=st.sampled_from(ALLOCATORS_ALONE),
+    solver=st.sampled_from(sorted(SOLVERS)),
+    pattern=st.sampled_from(["unstructured", "2:4", "3:8"]),
+    samples=st.integers(1, 1000),
+    seed=st.integers(0, 2**40),
+    include=st.lists(st.sampled_from(["*.mlp.*", "*q_proj", "2:4", "no", "1e-3"])),
+    dtype=st.sampled_from([None, "bfloat16"]),
+    order=st.sampled_from(["block", "data"]),
+    compat=st.sampled_from([None, "official"]),
 )
 
 
@@ -53,15 +46,11 @@ def test_a_recipe_survives_its_mapping_its_yaml_and_its_json(recipe, tmp_path_fa
     assert load_recipe(path).fingerprint() == recipe.fingerprint()
 
 
-def test_two_of_four_in_yaml_stays_a_string(tmp_path):
-    recipe = load_recipe(written(tmp_path, "pattern: 2:4\n"))
-    assert recipe.pattern == "2:4" and recipe.sparsity == 0.5
-
-
 def test_yaml_numbers_and_words_mean_what_they_look_like(tmp_path):
-    recipe = load_recipe(
-        written(tmp_path, "sparsity: 5e-1\nsolver: {name: sparsegpt, damp: 1e-3}\ninclude: [no, on, 12:30]\n")
-    )
+    ratio = load_recipe(written(tmp_path, "pattern: 2:4\n"))
+    assert ratio.pattern == "2:4" and ratio.sparsity == 0.5
+    text = "sparsity: 5e-1\nsolver: {name: sparsegpt, damp: 1e-3}\ninclude: [no, on, 12:30]\n"
+    recipe = load_recipe(written(tmp_path, text))
     assert recipe.sparsity == 0.5 and recipe.solver.options["damp"] == 0.001
     assert recipe.include == ("no", "on", "12:30")
 
@@ -118,17 +107,9 @@ def test_a_record_is_read_as_the_recipe_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize("path", PRODUCTS, ids=lambda path: path.stem)
-def test_every_product_is_a_valid_recipe_that_says_what_it_is(path):
+def test_every_product_says_what_it_is_and_prunes_a_tiny_model(path):
     assert path.read_text(encoding="utf-8").startswith("# ")
     recipe = load_recipe(path)
     assert load_recipe(path).fingerprint() == recipe.fingerprint()
-
-
-@pytest.mark.parametrize("path", PRODUCTS, ids=lambda path: path.stem)
-def test_every_product_prunes_a_tiny_model(path):
-    import tawny
-    from tests.tiny import tiny_model, tokens
-
-    recipe = load_recipe(path)
     record = tawny.prune(tiny_model("llama"), recipe=recipe, compute="float32", calibration=tokens())
     assert record.sparsity == pytest.approx(recipe.sparsity, abs=0.03)

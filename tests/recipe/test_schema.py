@@ -57,10 +57,7 @@ def test_a_fingerprint_is_the_same_on_every_machine():
 def test_sparsity_outside_zero_to_one_is_refused(value):
     message = refusal(sparsity=value)
     assert "sparsity" in message and str(value).strip("[]") in message
-
-
-def test_a_percentage_is_recognised():
-    assert "0.6?" in refusal(sparsity=60)
+    assert value != 60 or "0.6?" in message  # a percentage is recognised
 
 
 def test_sparsity_must_be_given_or_implied():
@@ -73,9 +70,6 @@ def test_n_of_m_refuses_another_sparsity_and_takes_its_own():
     assert "was given, here or by a recipe: say -s 0.5, or" in refusal("pattern=2:4")
     assert resolve_recipe(sparsity=0.5, pattern="2:4").sparsity == 0.5
     assert resolve_recipe(sparsity=0.333, pattern="2:3").sparsity == 1 - 2 / 3
-
-
-def test_a_bad_pattern_is_refused_before_any_work():
     with pytest.raises(PatternError):
         resolve_recipe(pattern="5:4")
 

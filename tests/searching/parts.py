@@ -19,12 +19,20 @@ from tests.tiny import tokens
 
 
 def solved_levels(
-    model, folder, *, sparsity=0.5, step=None, count=5, solver="wanda", candidates=None, windows=4
+    model,
+    folder,
+    *,
+    sparsity=0.5,
+    pattern="unstructured",
+    count=5,
+    solver="wanda",
+    candidates=None,
+    windows=4,
 ) -> tuple[Job, Space, LevelStore, Samples, Solved]:
     """All blocks at the levels of a search."""
-    recipe = resolve_recipe(sparsity=sparsity, solver=solver, allocator="uniform")
+    recipe = resolve_recipe(sparsity=sparsity, pattern=pattern, solver=solver, allocator="uniform")
     job = prepare(recipe, model, tawny.progress.silent, "cpu")
-    space = make_space(job.linears, job.pattern, sparsity, count, step)
+    space = make_space(job.linears, job.pattern, sparsity, count)
     store = LevelStore(folder, space, torch.float32)
     samples, held_out = Samples(tokens(4, 24)), Samples(tokens(windows, 16, seed=9))
     session = Session(

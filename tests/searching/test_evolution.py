@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.allocation.profile import LinearInfo
-from tawny.errors import RecipeError
 from tawny.patterns import NM, Unstructured
 from tawny.searching.evolution import Proposal, evolve
 from tawny.searching.space import make_space
@@ -65,7 +64,7 @@ def test_rounding_and_switching_keep_the_budget(units, target, seed):
 
 def test_a_block_between_two_levels_gets_some_of_each():
     infos = linears(2, ((8, 8),) * 4)
-    space = make_space(infos, Unstructured(), 0.5, 5, step=1 / 8)
+    space = make_space(infos, Unstructured(), 0.5, 5)
     up = 1 / 16  # half a level
     wish = {x.name: 0.5 + (up if x.block == 0 else -up) for x in infos}
     levels = space.nearest(wish)
@@ -73,8 +72,8 @@ def test_a_block_between_two_levels_gets_some_of_each():
 
 
 def test_levels_stay_inside_what_a_weight_can_lose():
-    for target, count, step in ((0.02, 11, 0.015), (0.97, 11, 0.015), (0.5, 3, 0.03), (0.0, 5, 0.03)):
-        space = make_space(linears(), Unstructured(), target, count, step=step)
+    for target, count in ((0.02, 11), (0.97, 11), (0.5, 3), (0.0, 5)):
+        space = make_space(linears(), Unstructured(), target, count)
         for i in range(len(space.linears)):
             for level in space.levels:
                 assert 0 <= target + level * space.steps[i] / space.linears[i].numel < 1
@@ -82,28 +81,16 @@ def test_levels_stay_inside_what_a_weight_can_lose():
     assert [space.sparsity(0, level) for level in space.levels] == [0.0, 0.25, 0.5, 0.75]
 
 
-@pytest.mark.parametrize("target", [0.02, 0.3, 0.6, 0.97])
-def test_a_step_that_leaves_no_level_is_refused_with_the_largest_that_does(target):
-    infos = linears(2, ((64, 96), (96, 64)))
-    with pytest.raises(RecipeError, match=r"expected at most 0\.\d+$") as refused:
-        make_space(infos, Unstructured(), target, 11, step=0.45)
-    largest = float(str(refused.value).rpartition(" ")[2])
-    assert largest == pytest.approx(min(target, 0.99 - target), abs=0.002)
-    space = make_space(infos, Unstructured(), target, 11, step=largest)
-    assert space.low < 0 < space.high
-
-
 @pytest.mark.parametrize(
-    ("pattern", "target", "step"),
+    ("pattern", "target"),
     [
-        (Unstructured(), 0.995, None),
-        (Unstructured(), 0.995, 0.01),
-        (NM(1, 4), 0.75, None),
-        (NM(4, 4), 0, None),
+        (Unstructured(), 0.995),
+        (NM(1, 4), 0.75),
+        (NM(4, 4), 0),
     ],
 )
-def test_levels_that_nothing_can_be_exchanged_for_are_left_out(pattern, target, step):
-    assert list(make_space(linears(), pattern, target, 11, step).levels) == [0]
+def test_levels_that_nothing_can_be_exchanged_for_are_left_out(pattern, target):
+    assert list(make_space(linears(), pattern, target, 11).levels) == [0]
 
 
 def test_the_search_walks_to_the_goal_and_repeats_itself():

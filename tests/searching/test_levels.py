@@ -14,7 +14,7 @@ from tawny.model.stack import Stack, live_stack
 from tests.searching.parts import solved_levels
 from tests.tiny import tiny_model, tokens
 
-LEVELS = {"count": 3, "step": 0.1, "windows": 2}
+LEVELS = {"count": 3, "windows": 2}
 
 
 def test_one_weight_of_a_block_is_in_float32_at_a_time(tmp_path, monkeypatch):
@@ -35,15 +35,13 @@ def test_one_weight_of_a_block_is_in_float32_at_a_time(tmp_path, monkeypatch):
     assert 1 <= most <= 2  # the next one is made before a loop's variable lets go of the last
 
 
-@pytest.mark.parametrize(("sparsity", "step"), [(0.5, 0.1), (0.25, 0.25)])
-def test_a_linear_that_saw_no_token_is_named_once_whatever_the_levels_are(sparsity, step, tmp_path):
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_linear_that_saw_no_token_is_named_once_whatever_the_levels_are(pattern, tmp_path):
     model = tiny_model("mixtral")
     for layer in model.model.layers:
         layer.mlp.gate.weight.data.zero_()  # equal logits: top-2 always picks the same two experts
-    _, space, _, _, solved = solved_levels(
-        model, tmp_path / "levels", sparsity=sparsity, **{**LEVELS, "step": step}
-    )
-    assert (space.sparsity(0, space.low) == 0) == (sparsity == step)
+    _, space, _, _, solved = solved_levels(model, tmp_path / "levels", pattern=pattern, count=5, windows=2)
+    assert (space.sparsity(0, space.low) == 0) == (pattern == "2:4")
     named = [warning.partition(" ")[0] for warning in solved.warnings]
     assert len(named) == len(set(named)) == 3 * 2 * 2
     assert all(".experts." in name for name in named)

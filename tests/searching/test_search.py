@@ -292,9 +292,6 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
         search(dense, allocator="owl")
     with pytest.raises(TextError, match="at least 2 samples"):
         search(tiny_model("llama"), calibration=tokens(1, 24))
-    for model in (dense, tiny_model("llama")):
-        with pytest.raises(RecipeError, match=r"search\.step is 0\.4.*expected at most 0\.389$"):
-            search(model, tmp_path / "out.yaml", **{"search.step": 0.4})
     monkeypatch.setattr(levels_module, "free_bytes", lambda folder: 1000)
     with pytest.raises(OutputError, match=r"fewer search\.levels"):
         search(dense, tmp_path / "out.yaml")
@@ -311,7 +308,6 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
         ({"levels": 1}, "greater than or equal to 3"),
         ({"candidates": "owl,dlpp"}, "did you mean 'dlp'"),
         ({"proxy": "wandaa"}, "did you mean 'wanda'"),
-        ({"step": 0.7}, r"search\.step: 0\.7"),
         ({"repeat": 0.6}, r"search\.repeat: 0\.6"),
         ({"finalists": 5}, r"search\.finalists: 5"),
         ({"trial": 5}, r"search\.trial is not a known search key.*trials"),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, RecipeError
 from tawny.kernels import native
-from tawny.patterns import NM, Unstructured, keep_mask, matches, removed_count
+from tawny.patterns import NM, Unstructured, keep_mask, removed_count
 from tawny.solvers import SparseGPT, alps, reconstruction_error
 from tawny.solvers.alps import Alps, _ByThreshold
 from tawny.solvers.base import energy
@@ -43,50 +41,6 @@ def test_it_loses_less_than_sparsegpt_even_when_that_is_refitted(pattern, sparsi
     other = SparseGPT().solve(W, statistics, pattern, sparsity)
     assert mine < 0.6 * reconstruction_error(W, other.weight, H)
     assert mine < reconstruction_error(W, refit(W, other.mask, H, start=other.weight)[0], H)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    out=st.integers(1, 12),
-    groups=st.integers(1, 6),
-    sparsity=st.floats(0, 1),
-    pattern=st.sampled_from(PATTERNS),
-)
-def test_budgets_are_exact_and_zeros_are_where_the_mask_says(seed, out, groups, sparsity, pattern) -> None:
-    W, statistics = lifelike(out, 4 * groups, seed)
-    before = W.clone(), statistics.hessian.clone()
-    solution = Alps().solve(W, statistics, pattern, sparsity)
-    gone = ~solution.mask
-    assert not solution.weight[gone].any() and torch.isfinite(solution.weight).all()
-    if isinstance(pattern, NM):
-        assert matches(solution.weight, 2, 4) and int(gone.sum()) == W.numel() // 2
-    else:
-        assert int(gone.sum()) == removed_count(W.numel(), sparsity)
-        per_row = gone.sum(1)
-        assert pattern.scope != "row" or int(per_row.max() - per_row.min()) <= 1
-    assert torch.equal(before[0], W) and torch.equal(before[1], statistics.hessian)
-
-
-def test_a_prepared_hessian_gives_the_same_bytes_for_each_linear_that_shares_it() -> None:
-    W, statistics = lifelike(16, 32)
-    prepared = Alps().prepare(statistics)
-    for weight in (W, W.flip(0)):
-        alone = Alps().solve(weight, statistics, Unstructured(), 0.6)
-        shared = Alps().solve(weight, statistics, Unstructured(), 0.6, prepared)
-        assert torch.equal(alone.weight, shared.weight) and alone.notes == shared.notes
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_weights_that_are_zero_go_first_and_stay_zero(pattern) -> None:
-    W, statistics = lifelike(12, 32)
-    zero = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.3
-    W[zero] = 0
-    solution = Alps().solve(W, statistics, pattern, 0.5)
-    assert not solution.weight[zero].any()
-    if pattern.__class__ is Unstructured:
-        assert not solution.mask[zero].any()
-        assert int((~solution.mask).sum()) == W.numel() // 2
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -136,13 +90,6 @@ def test_a_hessian_that_is_not_positive_gets_more_damping_and_the_note_says_so()
     assert Alps().solve(W, statistics, Unstructured(), 0.5).notes["damp"] > 0.01
     statistics.hessian -= 1e6 * statistics.hessian.diagonal().mean() * torch.eye(16)
     with pytest.raises(NumericalError, match=r"damping|finite"):
-        Alps().solve(W, statistics, Unstructured(), 0.5)
-
-
-def test_what_is_not_finite_is_refused() -> None:
-    W, statistics = lifelike(4, 8)
-    statistics.hessian[0, 0] = torch.nan
-    with pytest.raises(NumericalError, match="Hessian"):
         Alps().solve(W, statistics, Unstructured(), 0.5)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tawny.calibration.statistics import Statistics
-from tawny.errors import NumericalError, RecipeError
-from tawny.patterns import NM, Unstructured, matches
+from tawny.errors import RecipeError
+from tawny.patterns import NM, Unstructured
 from tawny.solvers import Wanda
 from tawny.solvers.ria import RIA
 from tests.reference.problems import lifelike
@@ -22,14 +22,6 @@ def test_the_weights_with_the_lowest_scores_of_the_matrix_go(a: float) -> None:
     assert int(solution.mask.sum()) == 72
     assert scores[solution.mask].min() >= scores[~solution.mask].max()
     assert torch.equal(solution.weight, W * solution.mask)
-
-
-def test_every_scope_and_pattern_meets_its_budget() -> None:
-    W, statistics = lifelike(10, 16)
-    rows = RIA().solve(W, statistics, Unstructured("row"), 0.7)
-    per_row = (~rows.mask).sum(1)
-    assert int(per_row.sum()) == 112 and int(per_row.max() - per_row.min()) <= 1
-    assert matches(RIA().solve(W, statistics, NM(2, 4), 0.5).weight, 2, 4)
 
 
 def test_no_output_loses_all_its_weights_because_they_are_small() -> None:
@@ -57,10 +49,6 @@ def test_weights_of_inputs_that_never_fire_go_first_and_the_smaller_before_the_l
     assert RIA().solve(W, heard, Unstructured(), 0.25).weight.tolist() == [[0, 8, 1, 2]]
 
 
-def test_what_cannot_be_used_is_refused() -> None:
-    W, statistics = lifelike(4, 8)
-    W[1, 1] = torch.inf
-    with pytest.raises(NumericalError, match="weight"):
-        RIA().solve(W, statistics, Unstructured(), 0.5)
+def test_a_power_out_of_range_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"solver\.a"):
         RIA(a=-1)

@@ -46,9 +46,7 @@ def test_the_number_of_tokens_makes_no_difference() -> None:
     st.sampled_from([1, 3, 10**6]),
     st.integers(0, 10**6),
 )
-def test_official_masks_are_reproduced_to_the_bit(
-    out: int, width: int, sparsity: float, levels: int, seed: int
-) -> None:
+def test_official_masks_are_reproduced_to_the_bit(out, width, sparsity, levels, seed):
     dice = torch.Generator().manual_seed(seed)
     W = torch.randint(-levels, levels + 1, (out, width), generator=dice) / levels  # few levels: many ties
     squared = torch.randint(0, levels + 1, (width,), generator=dice).float()

@@ -23,7 +23,7 @@ from __future__ import annotations
 __all__ = ["Alpha", "hill_alpha", "spectrum"]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,9 +31,8 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, LinearInfo, Profile
-from tawny.calibration.statistics import Statistics
-from tawny.errors import NumericalError, RecipeError
+from tawny.allocation.profile import Allocator, LinearInfo, Linears, Profile
+from tawny.errors import NumericalError, check_option
 
 Fit = Literal["mid", "peak"]
 NO_TAIL = 100.0
@@ -103,8 +102,8 @@ class Alpha(Allocator):
     measures_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon <= 1:
-            raise RecipeError(f"epsilon {self.epsilon} given, expected the half width of a band, in [0, 1]")
+        within = 0 <= self.epsilon <= 1
+        check_option(within, "allocator.epsilon", self.epsilon, "the half width of a band, in [0, 1]")
 
     def work(self, linears: Sequence[LinearInfo]) -> float:
         """Float32 operations that take as long as the spectra of these: `WWᵀ` in float64 and its eigenvalues."""
@@ -115,7 +114,7 @@ class Alpha(Allocator):
         """A weight in float64, its smaller Gram matrix and the solver of its eigenvalues; measured."""
         return max((8 * out * width + 37 * min(out, width) ** 2 for out, width in shapes), default=0)
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         alphas = {}
         for name, (W_OI, _) in linears.items():
             if not bool(torch.isfinite(W_OI).all()):

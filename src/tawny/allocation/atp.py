@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import Allocator, Profile
 from tawny.allocation.scores import half_band
-from tawny.errors import RecipeError
+from tawny.errors import RecipeError, check_option
 
 
 def largest_beta(target: float, blocks: int) -> float:
@@ -42,10 +42,8 @@ class Atp(Allocator):
     beta: float | None = None
 
     def __post_init__(self) -> None:
-        if self.beta is not None and not 0 <= self.beta < math.inf:
-            raise RecipeError(
-                f"allocator.beta is {self.beta}; expected a step that is not negative, such as 0.01"
-            )
+        legal = self.beta is None or 0 <= self.beta < math.inf
+        check_option(legal, "allocator.beta", self.beta, "a step that is not negative, such as 0.01")
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         first, blocks = profile.span.start, len(profile.span)

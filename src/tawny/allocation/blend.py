@@ -11,17 +11,15 @@ from __future__ import annotations
 
 __all__ = ["Blend"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from torch import Tensor
-
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.joint import Joint
-from tawny.allocation.profile import Allocator, LinearInfo, Profile
-from tawny.calibration.statistics import Needs, Statistics
-from tawny.errors import RecipeError, nearest
+from tawny.allocation.profile import Allocator, LinearInfo, Linears, Profile
+from tawny.calibration.statistics import Needs
+from tawny.errors import RecipeError, check_option, nearest
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,8 @@ class Blend(Allocator):
 
     def __post_init__(self) -> None:
         known = _blendable()
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise RecipeError(
-                f"allocator.of is {self.of!r}; expected different allocators, such as atp,alpha"
-            )
+        different = 0 < len(self.names) == len(set(self.names))
+        check_option(different, "allocator.of", repr(self.of), "different allocators, such as atp,alpha")
         for name in self.names:
             if name not in known:
                 raise RecipeError(f"allocator.of names {name!r}{nearest(name, known)}: {', '.join(known)}")
@@ -70,7 +66,7 @@ class Blend(Allocator):
         """Its members measure one after the other."""
         return self.members.workspace(shapes)
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         return self.members.measure(linears)
 
     def allocate(self, profile: Profile, target: float) -> Allocation:

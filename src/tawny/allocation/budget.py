@@ -21,11 +21,7 @@ _THREE_DECIMALS = 5.1e-4  # 0.333 is how people write 2:3
 
 
 def exact(
-    raw: Mapping[str, float],
-    sizes: Mapping[str, int],
-    target: float,
-    low: float = 0.0,
-    high: float = 1.0,
+    raw: Mapping[str, float], sizes: Mapping[str, int], target: float, low: float = 0.0, high: float = 1.0
 ) -> Allocation:
     """Shift `raw` sparsities, clamped to [low, high], until they remove exactly `target` of all weights.
 

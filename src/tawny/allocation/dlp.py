@@ -12,18 +12,17 @@ from __future__ import annotations
 
 __all__ = ["Dlp"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, Profile, largest
+from tawny.allocation.profile import Allocator, Linears, Profile, largest
 from tawny.allocation.scores import band, exact_quantile, score_sets, wanda_scores
-from tawny.calibration.statistics import Needs, Statistics
-from tawny.errors import RecipeError
+from tawny.calibration.statistics import Needs
+from tawny.errors import check_option
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ class Dlp(Allocator):
     measures_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise RecipeError(f"alpha {self.alpha} given, expected half the band of sparsities, in [0, 1]")
+        within = 0 <= self.alpha <= 1
+        check_option(within, "allocator.alpha", self.alpha, "half the band of sparsities, in [0, 1]")
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """A weight and its scores in float32, their bits twice, and 64-bit bins to count them by; measured."""
         return 28 * largest(shapes)
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         total, count = 0.0, 0
         if not linears:  # everything in the block is excluded
             return {"median_score": 0.0, "mean_score": 0.0}

@@ -36,7 +36,7 @@ from typing import Any, ClassVar
 import yaml
 
 from tawny.allocation.profile import Allocation, Allocator, Profile
-from tawny.errors import RecipeError, nearest, short
+from tawny.errors import RecipeError, check_option, nearest, short
 from tawny.patterns import removed_count
 
 
@@ -187,10 +187,9 @@ class File(Allocator):
             raise RecipeError(
                 "path is empty, expected the name of a YAML or JSON file: -o allocator.path=FILE"
             )
-        if not 0 <= self.tolerance <= 1:  # also refuses nan
-            raise RecipeError(f"allocator.tolerance is {self.tolerance}; expected a share in [0, 1]")
-        if self.step is not None and self.step < 1:
-            raise RecipeError(f"allocator.step is {self.step}; expected a number of weights")
+        within = 0 <= self.tolerance <= 1  # nan is not
+        check_option(within, "allocator.tolerance", self.tolerance, "a share in [0, 1]")
+        check_option(self.step is None or self.step >= 1, "allocator.step", self.step, "a number of weights")
         if self.sha256 is None and os.path.isfile(self.path):  # noqa: PTH113 - never raises, whatever the name
             # A file that is not there is reported when it is read: a recipe can be shown without it.
             object.__setattr__(self, "sha256", hashlib.sha256(self._bytes()).hexdigest())

@@ -16,17 +16,16 @@ from __future__ import annotations
 __all__ = ["Global"]
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, Profile, largest
+from tawny.allocation.profile import Allocator, Linears, Profile, largest
 from tawny.allocation.scores import BINS, Score, histogram, magnitude_scores, score_sets, wanda_scores
-from tawny.calibration.statistics import Needs, Statistics
+from tawny.calibration.statistics import Needs
 
 _SCORES: dict[str, Score] = {"wanda": wanda_scores, "magnitude": magnitude_scores}
 
@@ -50,7 +49,7 @@ class Global(Allocator):
         """A weight and its scores in float32, and 64-bit bins to count them by; measured."""
         return 20 * largest(shapes)
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         counted = {}
         for name, scores_OI in score_sets(linears, _SCORES[self.score]):
             counts = histogram(scores_OI).cpu()

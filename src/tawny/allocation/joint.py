@@ -1,4 +1,4 @@
-"""Several allocators measured in one walk through the dense model, each given back what it measured itself."""
+"""Measure for several allocators in one walk through the dense model. Each gets its own measurements."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
-
 from tawny.allocation.owl import measure_outliers
-from tawny.allocation.profile import Allocator, Measuring, Profile, largest
-from tawny.calibration.statistics import Needs, Statistics, most
+from tawny.allocation.profile import Allocator, Linears, Measuring, Profile, largest
+from tawny.calibration.statistics import Needs, most
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,10 @@ class Joint:
         """They measure one after the other."""
         return max((allocator.workspace(shapes) for allocator in self.measuring.values()), default=0)
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         return self._measure(linears, [])
 
-    def _measure(
-        self,
-        linears: Mapping[str, tuple[Tensor, Statistics | None]],
-        done: list[tuple[Allocator, dict[str, Any]]],
-    ) -> dict[str, Any]:
+    def _measure(self, linears: Linears, done: list[tuple[Allocator, dict[str, Any]]]) -> dict[str, Any]:
         """Each allocator once: spectra that `alpha` wants and a blend of `alpha` too are taken for both."""
         made: dict[str, Any] = {}
         for name, allocator in self.measuring.items():
@@ -89,7 +83,7 @@ class Survey(Measuring):
         """Outliers are counted before the others measure."""
         return max(self.joint.workspace(shapes), 16 * largest(shapes))
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         made: dict[str, Any] = {}
         if self.Ms:
             zeros = sum(int((weight == 0).sum()) for weight, _ in linears.values())

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 __all__ = ["Lsa", "half_removal_error"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
-from tawny.allocation.profile import Allocator, Profile, largest
+from tawny.allocation.profile import Allocator, Linears, Profile, largest
 from tawny.allocation.scores import band, half_band
-from tawny.calibration.statistics import Needs, Statistics
-from tawny.errors import NumericalError, RecipeError
+from tawny.calibration.statistics import Needs
+from tawny.errors import NumericalError, check_option
 from tawny.kernels.ops import remove_half
 
 _TILE = 2048  # rows whose scores, weights and scratch (1 MB each) share a core's cache
@@ -106,14 +106,14 @@ class Lsa(Allocator):
     measures_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise RecipeError(f"alpha {self.alpha} given, expected half the band of sparsities, in [0, 1]")
+        within = self.alpha is None or 0 <= self.alpha <= 1
+        check_option(within, "allocator.alpha", self.alpha, "half the band of sparsities, in [0, 1]")
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Linears that share their input as one weight, and what was removed of it: twice the largest, as gate and up are."""
         return 24 * largest(shapes)
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         sharing: dict[int, list[str]] = {}
         for name, (W_OI, statistics) in linears.items():
             if statistics is None or statistics.hessian is None:

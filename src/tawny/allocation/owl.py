@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from tawny.allocation import budget
-from tawny.allocation.profile import Allocation, Allocator, Profile, largest
+from tawny.allocation.profile import Allocation, Allocator, Linears, Profile, largest
 from tawny.allocation.scores import column_sums, count_above
 from tawny.calibration.statistics import Needs, Statistics
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError, RecipeError, check_option
 
 __all__ = ["Owl", "measure_outliers"]
 
@@ -63,23 +63,19 @@ class Owl(Allocator):
         return self.M
 
     def __post_init__(self) -> None:
-        if not 0 < self.M < math.inf:
-            raise RecipeError(f"allocator.M is {self.M}; expected a positive number, such as 5")
-        if not 0 <= self.lambda_ <= 1:
-            raise RecipeError(
-                f"allocator.lambda is {self.lambda_}; expected a number in [0, 1], such as 0.08"
-            )
-        if self.compat == "official" and self.granularity != "block":
-            raise RecipeError(
-                f"allocator.granularity is {self.granularity}; the official code knows one ratio a block: leave compat out"
-            )
+        check_option(0 < self.M < math.inf, "allocator.M", self.M, "a positive number, such as 5")
+        within = 0 <= self.lambda_ <= 1
+        check_option(within, "allocator.lambda", self.lambda_, "a number in [0, 1], such as 0.08")
+        legal = self.compat != "official" or self.granularity == "block"
+        known = "block, the only one that the official code knows: leave compat out"
+        check_option(legal, "allocator.granularity", self.granularity, known)
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """A weight in float32 and parts of its scores; the official mean is over all scores of a block at once."""
         whole = 8 * sum(map(math.prod, shapes)) if self.compat == "official" else 0
         return whole + 16 * largest(shapes)
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         made = measure_outliers(linears, (self.M,), official=self.compat == "official")
         if self.granularity != "block":
             parts: dict[str, dict[str, tuple[Tensor, Statistics | None]]] = {}
@@ -140,11 +136,7 @@ class Owl(Allocator):
         return {block: 0.01 if s <= 0 else min(s, 1.0) for block, s in zip(share, sparsity, strict=True)}
 
 
-def measure_outliers(
-    linears: Mapping[str, tuple[Tensor, Statistics | None]],
-    Ms: Iterable[float],
-    official: bool = False,
-) -> dict[str, Any]:
+def measure_outliers(linears: Linears, Ms: Iterable[float], official: bool = False) -> dict[str, Any]:
     """Outlier share of one block for several M, in %, and the mean and maximum of its scores.
 
     Scores are reported a token (divided by √tokens), so that they do not grow with the calibration set; the
@@ -159,19 +151,11 @@ def measure_outliers(
         parameters += W_OI.numel()
         tokens = max(tokens, statistics.tokens if statistics is not None else 1)
         total += float(column_sums(W_OI) @ norms[name])
-    if not parameters:
-        return {
-            "outlier_share": {_key(M): 0.0 for M in Ms},
-            "mean_score": 0.0,
-            "max_score": 0.0,
-            "parameters": 0,
-        }
-    if official:
-        mean = float(
-            torch.cat([(W_OI.abs() * norms[name]).flatten() for name, (W_OI, _) in linears.items()]).mean()
-        )
-    else:
-        mean = total / parameters
+    all_parameters = max(parameters, 1)  # a block that holds none has no outliers
+    mean = total / all_parameters
+    if official and parameters:
+        every = [(W_OI.abs() * norms[name]).flatten() for name, (W_OI, _) in linears.items()]
+        mean = float(torch.cat(every).mean())
     above, highest = [0] * len(Ms), 0.0
     for name, (W_OI, _) in linears.items():
         counts, top = count_above(W_OI, norms[name], [torch.tensor(mean) * M for M in Ms])
@@ -180,10 +164,9 @@ def measure_outliers(
         highest = max(highest, top)
         above = [sum(pair) for pair in zip(above, counts, strict=True)]
     per_token = math.sqrt(max(tokens, 1))
+    shares = [float(count) / all_parameters * 100 for count in above]
     return {
-        "outlier_share": {
-            _key(M): float(count) / parameters * 100 for M, count in zip(Ms, above, strict=True)
-        },
+        "outlier_share": {_key(M): share for M, share in zip(Ms, shares, strict=True)},
         "mean_score": mean / per_token,
         "max_score": highest / per_token,
         "parameters": parameters,

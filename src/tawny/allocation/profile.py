@@ -15,9 +15,12 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Needs, Statistics
 
-__all__ = ["Allocation", "Allocator", "LinearInfo", "Measuring", "Profile", "largest"]
+__all__ = ["Allocation", "Allocator", "LinearInfo", "Linears", "Measuring", "Profile", "largest"]
 
 DEFAULT_M = 5.0  # OWL's own
+
+Linears = Mapping[str, tuple[Tensor, Statistics | None]]
+"""{linear name: its weight, and what calibration saw of its inputs}"""
 
 Allocation = dict[str, float]
 """{linear name: sparsity}"""
@@ -86,7 +89,7 @@ class Measuring(Protocol):
         """
         return 16 * largest(shapes)
 
-    def measure(self, linears: Mapping[str, tuple[Tensor, Statistics | None]]) -> dict[str, Any]:
+    def measure(self, linears: Linears) -> dict[str, Any]:
         """Numbers of one dense block, fit for JSON."""
         return {}
 

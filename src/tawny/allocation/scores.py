@@ -24,15 +24,15 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from tawny.allocation.profile import Linears
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
 
-Linears = Mapping[str, tuple[Tensor, Statistics | None]]
 Score = Callable[[Tensor, Statistics | None], Tensor]
 BINS = 1 << 16  # sign bit always 0, so half of them stay empty
 _LOW = BINS - 1

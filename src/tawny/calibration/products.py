@@ -1,4 +1,4 @@
-"""See how a model multiplies its fused experts: products with the memory of a parameter, whatever made the view."""
+"""Detect matrix products that use a fused expert parameter, even through a view of it."""
 
 from __future__ import annotations
 

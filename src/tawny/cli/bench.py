@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
-
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import DATA, AsJson, Model, Threads, TrustRemoteCode, option
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.words import size
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny bench smollm2\n"
-    "  tawny bench packed --prompt-tokens 512 --tokens 64 --threads 2\n"
-    "  tawny bench packed --json | jq .decode_tokens_per_second"
+@verb(
+    "tawny bench smollm2",
+    "tawny bench packed --prompt-tokens 512 --tokens 64 --threads 2",
+    "tawny bench packed --json | jq .decode_tokens_per_second",
 )
 def bench(
     model: Model,
-    prompt_tokens: Annotated[int, option("--prompt-tokens N", "Tokens of the prompt.", DATA, min=1)] = 128,
-    tokens: Annotated[int, option("--tokens N", "Tokens decoded in a round.", DATA, min=1)] = 32,
-    rounds: Annotated[int, option("--rounds N", "Measured rounds, after one to warm up.", DATA, min=1)] = 5,
+    prompt_tokens: int = option("--prompt-tokens N", "Tokens of the prompt.", DATA, default=128, min=1),
+    tokens: int = option("--tokens N", "Tokens decoded in a round.", DATA, default=32, min=1),
+    rounds: int = option("--rounds N", "Measured rounds, after one to warm up.", DATA, default=5, min=1),
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -43,18 +39,16 @@ def bench(
         console.result(measured, speed_tables)
 
 
-def speed_tables(speed: Mapping[str, Any]) -> list[Frame]:
+def speed_tables(speed: Result) -> list[Frame]:
     """Tokens a second with their spread, and bytes."""
     made = table("", "tokens/s", "quartiles", "ms a token")
     for key, name in (("decode", "decode"), ("prefill", "prefill")):
         value, (low, high) = speed[f"{key}_tokens_per_second"], speed[f"{key}_quartiles"]
         made.add(name, f"{value:,.1f}", f"{low:,.1f} – {high:,.1f}", f"{1000 / value:,.2f}")
     packed = ", ".join(f"{count} {kind}" for kind, count in speed["packed"].items())
+    walks = f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out"
     rows = [
-        (
-            "measured",
-            f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out",
-        ),
+        ("measured", walks),
         ("weights", speed["dtype"] + (f", packed linears: {packed}" if packed else ", no packed linear")),
         ("memory", size(speed["resident_bytes"])),
         ("with", f"{speed['threads']} threads, kernel {speed['kernel']}"),

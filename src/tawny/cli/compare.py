@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import check_file, console_for
 from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
-from tawny.cli.frames import Frame, Marked, facts
+from tawny.cli.frames import Frame, Marked, Result, facts
 from tawny.cli.options import OUTPUT, AsJson, Device, Threads, TrustRemoteCode, option
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.machine import check_device
 from tawny.words import duration
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny compare smollm2 pruned packed --text wiki --windows 8\n"
-    "  tawny compare smollm2 pruned-50 pruned-60 --tasks owl7 --limit 50 --markdown table.md\n"
-    "  tawny compare ./dense ./pruned --text none --html speed.html --json"
+@verb(
+    "tawny compare smollm2 pruned packed --text wiki --windows 8",
+    "tawny compare smollm2 pruned-50 pruned-60 --tasks owl7 --limit 50 --markdown table.md",
+    "tawny compare ./dense ./pruned --text none --html speed.html --json",
 )
 def compare(
     models: Annotated[
@@ -30,27 +28,24 @@ def compare(
             metavar="MODEL...", help="Folders (dense or packed), hub ids, .gguf files, or smollm2."
         ),
     ],
-    text: Annotated[
-        str, option("--text TEXT", "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, or none.", TEXT)
-    ] = DEFAULT_TEXT,
-    seqlen: Annotated[int, option("--seqlen N", "Tokens a window.", TEXT, min=2)] = 2048,
-    windows: Annotated[
-        int | None,
-        option("--windows N", "How many from the start of the text. Default: up to 20.", TEXT, min=1),
-    ] = None,
+    text: str = option(
+        "--text TEXT", "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, or none.", TEXT, default=DEFAULT_TEXT
+    ),
+    seqlen: int = option("--seqlen N", "Tokens a window.", TEXT, default=2048, min=2),
+    windows: int | None = option(
+        "--windows N", "How many from the start of the text. Default: up to 20.", TEXT, min=1
+    ),
     bos: Bos = None,
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
-    no_cache: Annotated[bool, option("--no-cache", "Ask again what was asked before.", TASKS)] = False,
-    no_speed: Annotated[bool, option("--no-speed", "Leave prefill and decoding speed out.", OUTPUT)] = False,
+    no_cache: bool = option("--no-cache", "Ask again what was asked before.", TASKS, default=False),
+    no_speed: bool = option("--no-speed", "Leave prefill and decoding speed out.", OUTPUT, default=False),
     threads: Threads = None,
     compute: Compute = "auto",
     device: Device = None,
-    markdown: Annotated[Path | None, option("--markdown FILE", "Also write a .md table.", OUTPUT)] = None,
-    html: Annotated[
-        Path | None, option("--html FILE", "Also write a self-contained .html page.", OUTPUT)
-    ] = None,
+    markdown: Path | None = option("--markdown FILE", "Also write a .md table.", OUTPUT),
+    html: Path | None = option("--html FILE", "Also write a self-contained .html page.", OUTPUT),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -87,7 +82,7 @@ def compare(
                 console.note(f"written to {file}")
 
 
-def compare_tables(result: Mapping[str, Any]) -> list[Frame]:
+def compare_tables(result: Result) -> list[Frame]:
     """What `tawny compare` measured: a line a number, a column a model; the best of each line is bold."""
     from tawny.report.comparison import caption, failures, lines_of
 

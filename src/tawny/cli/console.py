@@ -19,9 +19,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 from rich import box
 from rich.cells import cell_len
@@ -32,7 +32,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tawny.cli.frames import Frame, Marked, Shown
+from tawny.cli.frames import Frame, Marked, Result, Shown
 from tawny.process_group import speaks
 from tawny.progress import Progress, silent
 from tawny.record import finite
@@ -54,16 +54,12 @@ class Console:
 
     # --- results -----------------------------------------------------------------------------------
 
-    def result(
-        self, result: Mapping[str, Any], tables: Callable[[Mapping[str, Any]], Sequence[Shown]]
-    ) -> None:
+    def result(self, result: Result, tables: Callable[[Result], Sequence[Shown]]) -> None:
         """Print the JSON document, or else the tables that `tables` makes of it."""
-        if not speaks():
-            return
-        if self.as_json:
+        if speaks() and self.as_json:
             print(json.dumps(finite(result), indent=2, ensure_ascii=False, default=str))
-            return
-        print(_drawn(self._out, tables(result)))
+        elif speaks():
+            print(_drawn(self._out, tables(result)))
 
     def aside(self, tables: Sequence[Shown]) -> None:
         """Tables on stderr, where stdout holds something else that people pipe on."""
@@ -72,9 +68,8 @@ class Console:
 
     def note(self, text: str) -> None:
         """One line for a person; it never gets between a program and its JSON."""
-        if not speaks():
-            return
-        self._err.print(text, soft_wrap=True)
+        if speaks():
+            self._err.print(text, soft_wrap=True)
 
     def error(self, message: str, exit_code: int = 1) -> None:
         """One line on stderr, and the same as the JSON document."""

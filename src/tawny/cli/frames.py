@@ -5,11 +5,13 @@ A verb makes frames from the same dictionary that `--json` prints. console.py dr
 
 from __future__ import annotations
 
-__all__ = ["Frame", "Marked", "Shown", "facts", "parts", "table"]
+__all__ = ["Frame", "Marked", "Result", "Shown", "facts", "parts", "table"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+Result = Mapping[str, Any]  # what a verb prints with `--json`, and makes its frames from
 
 
 class Marked(NamedTuple):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts
+from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import RECIPE, AsJson, Model, Threads, TrustRemoteCode, option
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.words import duration, size
 
 
@@ -21,23 +20,24 @@ def _possible_seed(seed: int) -> int:
     return seed
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny generate smollm2 'The capital of France is'\n"
-    "  tawny generate packed 'Write a poem about owls.' --max-tokens 200 --temperature 0.8 --seed 1\n"
-    "  tawny generate packed 'Once upon a time' --no-chat --json"
+@verb(
+    "tawny generate smollm2 'The capital of France is'",
+    "tawny generate packed 'Write a poem about owls.' --max-tokens 200 --temperature 0.8 --seed 1",
+    "tawny generate packed 'Once upon a time' --no-chat --json",
 )
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")],
-    max_tokens: Annotated[int, option("-n --max-tokens N", "Most tokens to make.", RECIPE, min=1)] = 128,
-    temperature: Annotated[float, option("-t --temperature T", "0 takes the likeliest token.", RECIPE)] = 0.0,
-    top_p: Annotated[float, option("--top-p P", "Draw from the likeliest P of probability.", RECIPE)] = 1.0,
-    seed: Annotated[int, option("--seed N", "Chooses the draws.", RECIPE, callback=_possible_seed)] = 0,
-    chat: Annotated[
-        bool,
-        option("--chat/--no-chat", "Put the prompt into the model's chat template, if it has one.", RECIPE),
-    ] = True,
+    max_tokens: int = option("-n --max-tokens N", "Most tokens to make.", RECIPE, default=128, min=1),
+    temperature: float = option("-t --temperature T", "0 takes the likeliest token.", RECIPE, default=0.0),
+    top_p: float = option("--top-p P", "Draw from the likeliest P of probability.", RECIPE, default=1.0),
+    seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=_possible_seed),
+    chat: bool = option(
+        "--chat/--no-chat",
+        "Put the prompt into the model's chat template, if it has one.",
+        RECIPE,
+        default=True,
+    ),
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -69,24 +69,17 @@ def generate(
             console.aside(generation_tables(made))
 
 
-def generation_tables(made: Mapping[str, Any]) -> list[Frame]:
+def generation_tables(made: Result) -> list[Frame]:
     """What a text took; the text itself has been streamed."""
     speed = made["decode_tokens_per_second"]
     ends = {"stop": "the model ended it", "context": "as many as its context holds"}
     count = f"{len(made['tokens'])} tokens ({ends.get(made['finish'], 'as many as asked for')})"
-    return [
-        facts(
-            [
-                ("decoded", count + ("" if speed is None else f", {speed:,.1f} tokens/s")),
-                (
-                    "first token",
-                    f"{duration(made['first_token_seconds'])} after {made['prompt_tokens']} tokens of prompt",
-                ),
-                (
-                    "memory",
-                    f"{size(made['resident_bytes'])} for the model, {size(made['peak_bytes'])} at most",
-                ),
-                ("with", f"{made['threads']} threads, kernel {made['kernel']}"),
-            ]
-        )
+    waited, prompt = duration(made["first_token_seconds"]), made["prompt_tokens"]
+    memory = f"{size(made['resident_bytes'])} for the model, {size(made['peak_bytes'])} at most"
+    rows = [
+        ("decoded", count + ("" if speed is None else f", {speed:,.1f} tokens/s")),
+        ("first token", f"{waited} after {prompt} tokens of prompt"),
+        ("memory", memory),
+        ("with", f"{made['threads']} threads, kernel {made['kernel']}"),
     ]
+    return [facts(rows)]

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import AsJson, Model, TrustRemoteCode
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.words import percent, size
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny inspect pruned\n"
-    "  tawny inspect smollm2\n"
-    "  tawny inspect pruned --json | jq '.sparsity'"
-)
+@verb("tawny inspect pruned", "tawny inspect smollm2", "tawny inspect pruned --json | jq '.sparsity'")
 def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False) -> None:
     """Show what a checkpoint really holds, linear by linear: zeros, n:m patterns, ties."""
     with console_for(as_json) as console:
@@ -28,7 +20,7 @@ def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: A
         console.result(found, inspection_tables)
 
 
-def inspection_tables(inspection: Mapping[str, Any]) -> list[Frame]:
+def inspection_tables(inspection: Result) -> list[Frame]:
     made = table("linear", "shape", "zeros", "sparsity", "pattern", "ties", left=(0, 4))
     for linear in inspection["linears"]:
         made.add(
@@ -39,13 +31,11 @@ def inspection_tables(inspection: Mapping[str, Any]) -> list[Frame]:
             linear["pattern"],
             f"{linear['ties']:,}",
         )
+    tied = ", head tied to the embedding" * inspection["tied_head"]
     rows = [
         ("sparsity", f"{percent(inspection['sparsity'])} of {inspection['prunable']:,} prunable weights"),
         ("linears", f"{len(inspection['linears'])} in {inspection['blocks']} blocks"),
-        (
-            "parameters",
-            f"{inspection['parameters']:,}{', head tied to the embedding' * inspection['tied_head']}",
-        ),
+        ("parameters", f"{inspection['parameters']:,}{tied}"),
         ("files", size(inspection["bytes"])),
     ]
     return [made, facts(rows)]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, table
+from tawny.cli.frames import Frame, Result, table
 from tawny.cli.options import AsJson
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.errors import UserError, nearest
 
 
-@app.command(
-    "list", epilog="\b\nExamples:\n  tawny list\n  tawny list solvers\n  tawny list allocators --json"
-)
+@verb("tawny list", "tawny list solvers", "tawny list allocators --json", name="list")
 def list_(
     kind: Annotated[
         str | None,
@@ -40,7 +37,7 @@ def list_(
         console.result(listing, listing_tables)
 
 
-def listing_tables(listing: Mapping[str, Any]) -> list[Frame]:
+def listing_tables(listing: Result) -> list[Frame]:
     """One table a kind of choice."""
     tables = []
     for kind, entries in listing.items():

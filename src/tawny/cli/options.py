@@ -16,12 +16,17 @@ RECIPE, DATA, OUTPUT = "What to do", "Calibration", "Output and machine"
 MOST_THREADS = 1024  # OpenMP ends the process where the system refuses it a thread
 
 
-def option(names: str, help: str, panel: str, **more: Any) -> Any:
-    """A typer option from its names and the word for its value, such as `-s --sparsity SHARE`."""
+def option(names: str, help: str, panel: str, default: Any = None, **more: Any) -> Any:
+    """The default of a parameter that is an option, from its names and the word for its value: `-s --sparsity SHARE`."""
+    return shared(names, help, panel, default, **more)
+
+
+def shared(names: str, help: str, panel: str, *default: Any, **more: Any) -> Any:
+    """The same for `Annotated`: an option that several verbs share, whose default stands in their signatures."""
     words = names.split()
     flags = [word for word in words if word.startswith("-")]
     metavar = words[-1] if len(words) > len(flags) else None
-    return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=panel, **more)
+    return typer.Option(*default, *flags, metavar=metavar, help=help, rich_help_panel=panel, **more)
 
 
 Model = Annotated[
@@ -29,11 +34,11 @@ Model = Annotated[
 ]
 RecipeFile = Annotated[
     Path | None,
-    option(
+    shared(
         "-c --recipe RECIPE", "Recipe to start from: a YAML file, or a name of `tawny list recipes`.", RECIPE
     ),
 ]
-Device = Annotated[str | None, option("--device DEVICE", "cpu, cuda, cuda:1, mps … Default: cpu.", OUTPUT)]
+Device = Annotated[str | None, shared("--device DEVICE", "cpu, cuda, cuda:1, mps … Default: cpu.", OUTPUT)]
 
 
 def _possible_threads(count: int | None) -> int | None:
@@ -45,16 +50,16 @@ def _possible_threads(count: int | None) -> int | None:
 
 
 Threads = Annotated[
-    int | None, option("--threads N", "Default: torch's own choice.", OUTPUT, callback=_possible_threads)
+    int | None, shared("--threads N", "Default: torch's own choice.", OUTPUT, callback=_possible_threads)
 ]
 Memory = Annotated[
     str | None,
-    option(
+    shared(
         "--memory SIZE", "Peak memory not to pass, such as 6GB; the result does not depend on it.", OUTPUT
     ),
 ]
-AsJson = Annotated[bool, option("--json", "Print one JSON document on stdout.", OUTPUT)]
-Overwrite = Annotated[bool, option("--overwrite", "Replace a finished folder.", OUTPUT)]
+AsJson = Annotated[bool, shared("--json", "Print one JSON document on stdout.", OUTPUT)]
+Overwrite = Annotated[bool, shared("--overwrite", "Replace a finished folder.", OUTPUT)]
 
 
 def _trust(context: typer.Context, asked_for: bool) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts
+from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import (
     OUTPUT,
     RECIPE,
@@ -19,45 +17,36 @@ from tawny.cli.options import (
     option,
     packed_values,
 )
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.packed.kinds import KINDS
 from tawny.words import duration, percent, size
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny pack pruned --out packed\n"
-    "  tawny pack pruned --out packed --values int8 --head int8\n"
-    "  tawny pack pruned --out packed --values int8 --group 128 --json"
+@verb(
+    "tawny pack pruned --out packed",
+    "tawny pack pruned --out packed --values int8 --head int8",
+    "tawny pack pruned --out packed --values int8 --group 128 --json",
 )
 def pack(
     model: Model,
     *,
-    values: Annotated[
-        str,
-        option(
-            "--values KIND",
-            "Surviving weights as " + ", ".join(f"{k.name} ({k.help})" for k in KINDS.values()) + ".",
-            RECIPE,
-        ),
-    ] = "bf16",
-    group: Annotated[
-        int | None,
-        option(
-            "--group COLUMNS",
-            "A scale for each so many columns instead of one a row: "
-            + "; ".join(f"{', '.join(map(str, k.groups))} with {k.name}" for k in KINDS.values() if k.groups)
-            + ".",
-            RECIPE,
-        ),
-    ] = None,
-    head: Annotated[
-        str | None,
-        option(
-            "--head KIND", "Pack the head too, int8 say; a tied embedding is then served from it.", RECIPE
-        ),
-    ] = None,
-    out: Annotated[Path, option("--out DIR", "Folder to write.", OUTPUT, parser=folder_named)],
+    values: str = option(
+        "--values KIND",
+        "Surviving weights as " + ", ".join(f"{k.name} ({k.help})" for k in KINDS.values()) + ".",
+        RECIPE,
+        default="bf16",
+    ),
+    group: int | None = option(
+        "--group COLUMNS",
+        "A scale for each so many columns instead of one a row: "
+        + "; ".join(f"{', '.join(map(str, k.groups))} with {k.name}" for k in KINDS.values() if k.groups)
+        + ".",
+        RECIPE,
+    ),
+    head: str | None = option(
+        "--head KIND", "Pack the head too, int8 say; a tied embedding is then served from it.", RECIPE
+    ),
+    out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -82,7 +71,7 @@ def pack(
         console.result(report.to_dict(), pack_tables)
 
 
-def pack_tables(report: Mapping[str, Any]) -> list[Frame]:
+def pack_tables(report: Result) -> list[Frame]:
     """What packing saved, and what it could not pack."""
     linears = report["linears"]
     packed = [linear for linear in linears if linear["form"] == "packed"]

@@ -1,12 +1,9 @@
-"""`tawny plan`: the same recipe without the work."""
+"""`tawny plan`: estimate memory, disk and time of a `prune`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, parts
+from tawny.cli.frames import Frame, Result, facts, parts
 from tawny.cli.options import AsJson, Device, Memory, Model, TrustRemoteCode
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
@@ -37,7 +34,7 @@ def plan(
         console.result(made, plan_tables)
 
 
-def plan_tables(plan: Mapping[str, Any]) -> list[Frame]:
+def plan_tables(plan: Result) -> list[Frame]:
     """What would be pruned, and what it would take."""
     recipe, disk, seconds = (plan[key] for key in ("recipe", "disk", "seconds"))
     share = plan["prunable"] / max(plan["parameters"], 1)
@@ -58,7 +55,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Frame]:
     return tables
 
 
-def _memory_words(plan: Mapping[str, Any]) -> str:
+def _memory_words(plan: Result) -> str:
     memory = {key: value for key, value in plan["memory"].items() if key != "smallest"}
     words = f"about {size(memory['peak'])}{parts(memory, 'peak', size)}"
     smallest = plan["memory"].get("smallest", memory["peak"])

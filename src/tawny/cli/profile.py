@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
 from tawny.cli.common import check_file, console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, TrustRemoteCode, option
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import bar, duration, percent
@@ -24,30 +23,23 @@ SPARSITY = 0.7
 def profile(
     model: Model,
     *,
-    multiples: Annotated[
-        list[float] | None,
-        option("-M M", "Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.", RECIPE),
-    ] = None,
-    allocators: Annotated[
-        str | None,
-        option(
-            "--allocators NAMES",
-            "Whose sparsities to show, such as owl,dlp,uniform. Default: owl for each M.",
-            RECIPE,
-        ),
-    ] = None,
-    sparsity: Annotated[
-        float | None,
-        option(
-            "-s --sparsity SHARE",
-            f"For the sparsities the allocators give. Default: the recipe's or pattern's, else {SPARSITY:g}.",
-            RECIPE,
-        ),
-    ] = None,
+    multiples: list[float] | None = option(
+        "-M M", "Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.", RECIPE
+    ),
+    allocators: str | None = option(
+        "--allocators NAMES",
+        "Whose sparsities to show, such as owl,dlp,uniform. Default: owl for each M.",
+        RECIPE,
+    ),
+    sparsity: float | None = option(
+        "-s --sparsity SHARE",
+        f"For the sparsities the allocators give. Default: the recipe's or pattern's, else {SPARSITY:g}.",
+        RECIPE,
+    ),
     given: Given,
-    seed: Annotated[int | None, option("--seed N", "Chooses the windows. Default: 0.", DATA)] = None,
+    seed: int | None = option("--seed N", "Chooses the windows. Default: 0.", DATA),
     device: Device = None,
-    plot: Annotated[Path | None, option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT)] = None,
+    plot: Path | None = option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +65,7 @@ def profile(
             console.note(f"drawn to {plot}")
 
 
-def profile_tables(report: Mapping[str, Any]) -> list[Frame]:
+def profile_tables(report: Result) -> list[Frame]:
     """The layerwise outlier distribution, each block's share of outliers for each M, with bars for one M."""
     shares: Mapping[str, Sequence[float]] = report["shares"]
     Ms = list(shares)

@@ -1,16 +1,15 @@
-"""`tawny prune`: the main job."""
+"""`tawny prune`: prune a model and write it with a report."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, Shown, facts, parts, table
+from tawny.cli.frames import Frame, Result, Shown, facts, parts, table
 from tawny.cli.options import (
     OUTPUT,
     AsJson,
@@ -46,30 +45,22 @@ def prune(
     model: Model,
     *,
     given: Given,
-    out: Annotated[
-        Path, option("--out DIR", "Folder to write the pruned model to.", OUTPUT, parser=folder_named)
-    ],
+    out: Path = option(
+        "--out DIR", "Folder to write the pruned model to.", OUTPUT, default=..., parser=folder_named
+    ),
     device: Device = None,
     memory: Memory = None,
-    overwrite: Annotated[
-        bool, option("--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT)
-    ] = False,
-    pack: Annotated[
-        str | None,
-        option(
-            "--pack KIND",
-            f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`.",
-            OUTPUT,
-        ),
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        option(
-            "--eval TEXT",
-            f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.",
-            OUTPUT,
-        ),
-    ] = None,
+    overwrite: bool = option(
+        "--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT, default=False
+    ),
+    pack: str | None = option(
+        "--pack KIND",
+        f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`.",
+        OUTPUT,
+    ),
+    evaluate: str | None = option(
+        "--eval TEXT", f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.", OUTPUT
+    ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -81,12 +72,16 @@ def prune(
         import tawny
 
         with console.progress() as progress:
+            keys: dict[str, Any] = {
+                "recipe": chosen,
+                "progress": progress,
+                "overwrite": overwrite,
+                "memory": memory,
+            }
             if values is None:
-                record = tawny.prune(
-                    model, out, recipe=chosen, progress=progress, overwrite=overwrite, memory=memory
-                )
+                record = tawny.prune(model, out, **keys)
             else:
-                record = _prune_and_pack(model, out, chosen, values, progress, overwrite, memory)
+                record = _prune_and_pack(model, out, values, **keys)
         if not speaks():  # what follows is done by the first of several processes
             return
         if evaluate is not None:
@@ -100,13 +95,7 @@ def prune(
 
 
 def _prune_and_pack(
-    model: str,
-    out: Path,
-    recipe: Recipe,
-    values: str,
-    progress: Progress,
-    overwrite: bool,
-    memory: str | None,
+    model: str, out: Path, values: str, *, progress: Progress, overwrite: bool, **keys: Any
 ) -> Record:
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
@@ -129,7 +118,7 @@ def _prune_and_pack(
             f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out} "
             f"--values {values}` goes on, --overwrite starts over"
         )
-    record = tawny.prune(model, dense, recipe=recipe, progress=progress, overwrite=overwrite, memory=memory)
+    record = tawny.prune(model, dense, progress=progress, overwrite=overwrite, **keys)
     if not speaks():
         return record
     _mark(dense, out)
@@ -186,13 +175,9 @@ def _compare(
     for name, source in (("dense", model), ("pruned", str(out))):
         with console.progress() as progress:
             progress.say(f"measuring the {name} model on {text}")
+            length, device = recipe.calibration.seqlen, recipe.device
             result = tawny.evaluate(
-                source,
-                text,
-                seqlen=recipe.calibration.seqlen,
-                windows=windows,
-                device=recipe.device,
-                progress=progress,
+                source, text, seqlen=length, windows=windows, device=device, progress=progress
             )
         measured[name] = result.to_dict()
     return measured
@@ -207,15 +192,16 @@ def _samples(console: Console, model: str, out: Path, text: str) -> list[dict[st
         return text_samples(model, out, prompts_from(load_text(text, "evaluation")), progress=progress)
 
 
-def record_tables(record: Mapping[str, Any]) -> list[Shown]:
+def record_tables(record: Result) -> list[Shown]:
     """What `tawny prune` did: the sparsity of every block, the sums, and dense beside pruned if measured."""
     seconds = record["seconds"]
     total = seconds.get("total", sum(seconds.values()))
+    expected = record.get("memory", {}).get("estimate")
     rows = [
         ("recipe", recipe_words(record["recipe"], bool(record["text"]))),
         ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
         ("time", f"{duration(total)}{parts(seconds, 'total', duration)}"),
-        ("peak memory", _peak_words(record)),
+        ("peak memory", size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")),
     ]
     if refined := record.get("refined"):
         better = sum(made["best_epoch"] > 0 for made in refined)
@@ -240,12 +226,7 @@ def record_tables(record: Mapping[str, Any]) -> list[Shown]:
     return tables
 
 
-def _peak_words(record: Mapping[str, Any]) -> str:
-    expected = record.get("memory", {}).get("estimate")
-    return size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")
-
-
-def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Frame:
+def comparison_table(dense: Result, pruned: Result) -> Frame:
     """Dense beside pruned; each has the keys of a perplexity, and `sparsity` where it is known."""
     title = (
         f"perplexity on {dense['text']}, {dense['windows']} windows of {dense['seqlen']} tokens{begun(dense)}"
@@ -253,8 +234,7 @@ def comparison_table(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> Fra
     made = table("", "dense", "pruned", "change", title=title)
     ratio = pruned["perplexity"] / dense["perplexity"]
     made.add("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")
-    rows = (("sparsity", "sparsity", percent), ("seconds", "time to evaluate", duration))
-    for key, name, show in rows:
+    for key, name, show in (("sparsity", "sparsity", percent), ("seconds", "time to evaluate", duration)):
         values = [result.get(key) for result in (dense, pruned)]
         if any(value is not None for value in values):
             made.add(name, *("–" if value is None else show(value) for value in values), "")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, table
+from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import OUTPUT, AsJson, option
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.words import size
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny push pruned someone/smollm2-owl-50 --dry-run\n"
-    "  tawny push pruned someone/smollm2-owl-50 --private\n"
-    "  tawny push packed someone/smollm2-owl-50-packed --json"
+@verb(
+    "tawny push pruned someone/smollm2-owl-50 --dry-run",
+    "tawny push pruned someone/smollm2-owl-50 --private",
+    "tawny push packed someone/smollm2-owl-50-packed --json",
 )
 def push(
     folder: Annotated[
@@ -27,11 +25,11 @@ def push(
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
     *,
-    dry_run: Annotated[
-        bool, option("--dry-run", "Check the folder and its card and list the files; no network.", OUTPUT)
-    ] = False,
-    private: Annotated[bool, option("--private", "Make a new repository private.", OUTPUT)] = False,
-    message: Annotated[str | None, option("--message TEXT", "Of the commit.", OUTPUT)] = None,
+    dry_run: bool = option(
+        "--dry-run", "Check the folder and its card and list the files; no network.", OUTPUT, default=False
+    ),
+    private: bool = option("--private", "Make a new repository private.", OUTPUT, default=False),
+    message: str | None = option("--message TEXT", "Of the commit.", OUTPUT),
     as_json: AsJson = False,
 ) -> None:
     """Upload a finished model to the Hugging Face hub, with its card and report."""
@@ -45,7 +43,7 @@ def push(
         console.result(report, push_tables)
 
 
-def push_tables(report: Mapping[str, Any]) -> list[Frame]:
+def push_tables(report: Result) -> list[Frame]:
     """What was, or would be, uploaded."""
     made = table("file", "size")
     for name, count in report["files"].items():

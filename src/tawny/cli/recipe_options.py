@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer.core import TyperCommand
 
-from tawny.cli.options import DATA, RECIPE, RecipeFile, option
-from tawny.cli.root import app
+from tawny.cli import root
+from tawny.cli.options import DATA, RECIPE, RecipeFile, shared
 from tawny.machine import check_device
 
 if TYPE_CHECKING:
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 # Parameter → its option, in the order of the help.
 SHARED: dict[str, Any] = {
     "sparsity": Annotated[
-        float | None, option("-s --sparsity SHARE", "Share of weights to remove, in [0, 1).", RECIPE)
+        float | None, shared("-s --sparsity SHARE", "Share of weights to remove, in [0, 1).", RECIPE)
     ],
     "allocator": Annotated[
         str | None,
-        option(
+        shared(
             "-a --allocator NAME",
             "How blocks share the budget: a name, or the file of an allocation. Default: atp.",
             RECIPE,
         ),
     ],
     "solver": Annotated[
-        str | None, option("-m --solver NAME", "How a linear is pruned. Default: alps.", RECIPE)
+        str | None, shared("-m --solver NAME", "How a linear is pruned. Default: alps.", RECIPE)
     ],
     "pattern": Annotated[
         str | None,
-        option(
+        shared(
             "-p --pattern PATTERN",
             "Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
             RECIPE,
@@ -56,7 +56,7 @@ SHARED: dict[str, Any] = {
     "recipe": RecipeFile,
     "overrides": Annotated[
         list[str] | None,
-        option(
+        shared(
             "-o --option KEY=VALUE",
             "Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
             RECIPE,
@@ -64,10 +64,10 @@ SHARED: dict[str, Any] = {
     ],
     "calibration": Annotated[
         str | None,
-        option("--calibration TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", DATA),
+        shared("--calibration TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", DATA),
     ],
-    "samples": Annotated[int | None, option("--samples N", "Windows of text. Default: 128.", DATA)],
-    "seqlen": Annotated[int | None, option("--seqlen N", "Tokens a window. Default: 2048.", DATA)],
+    "samples": Annotated[int | None, shared("--samples N", "Windows of text. Default: 128.", DATA)],
+    "seqlen": Annotated[int | None, shared("--seqlen N", "Tokens a window. Default: 2048.", DATA)],
 }
 
 
@@ -103,23 +103,23 @@ def recipe_verb(
     *examples: str, without: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a verb that takes a recipe: its parameter `given` becomes the shared options but those in `without`."""
-    shared = {name: kind for name, kind in SHARED.items() if name not in without}
+    options = {name: kind for name, kind in SHARED.items() if name not in without}
 
     def register(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
         def command(**values: Any) -> None:
-            verb(given=Given({name: values.pop(name) for name in shared}), **values)
+            verb(given=Given({name: values.pop(name) for name in options}), **values)
 
         parameters: list[Parameter] = []
         for parameter in inspect.signature(verb, eval_str=True).parameters.values():
             if parameter.name != "given":
                 parameters.append(parameter)
                 continue
-            for name, kind in shared.items():
+            for name, kind in options.items():
                 parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        epilog = "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
-        return app.command(cls=RecipeCommand, epilog=epilog)(command)
+        root.verb(*examples, cls=RecipeCommand)(command)
+        return command
 
     return register
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts, parts, table
+from tawny.cli.frames import Frame, Result, facts, parts, table
 from tawny.cli.options import (
     OUTPUT,
     RECIPE,
@@ -20,7 +19,7 @@ from tawny.cli.options import (
     folder_named,
     option,
 )
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.machine import check_device
 from tawny.packed.kinds import names_of, scaled_kinds
 from tawny.words import duration, percent, size
@@ -28,81 +27,55 @@ from tawny.words import duration, percent, size
 TRAINING = "Training"
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny recover pruned --teacher smollm2 --out recovered --text wiki --minutes 30\n"
-    "  tawny recover pruned --teacher Qwen/Qwen3-8B --out recovered --train lora --tokens 5M\n"
-    "  tawny recover smollm2 --teacher smollm2 --out recovered --through 0.4,0.55,0.65,0.7 --text wiki"
+@verb(
+    "tawny recover pruned --teacher smollm2 --out recovered --text wiki --minutes 30",
+    "tawny recover pruned --teacher Qwen/Qwen3-8B --out recovered --train lora --tokens 5M",
+    "tawny recover smollm2 --teacher smollm2 --out recovered --through 0.4,0.55,0.65,0.7 --text wiki",
 )
 def recover(
     model: Annotated[str, typer.Argument(metavar="PRUNED", help="Folder of a pruned model.")],
     *,
-    teacher: Annotated[
-        str | None,
-        option(
-            "--teacher DENSE",
-            "The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
-            RECIPE,
-        ),
-    ] = None,
-    out: Annotated[Path, option("--out DIR", "Folder to write to.", OUTPUT, parser=folder_named)],
-    method: Annotated[
-        str | None,
-        option(
-            "--method NAME",
-            "distill keeps the mask; elsa moves it under an exact budget. Default: distill.",
-            RECIPE,
-        ),
-    ] = None,
-    train: Annotated[
-        str | None,
-        option(
-            "--train WHAT",
-            "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
-            RECIPE,
-        ),
-    ] = None,
-    values: Annotated[
-        str | None,
-        option(
-            "--values KIND",
-            f"Train through the packed format's rounding: {names_of(scaled_kinds())}.",
-            RECIPE,
-        ),
-    ] = None,
-    through: Annotated[
-        str | None,
-        option(
-            "--through LIST",
-            "Prune in steps, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says how.",
-            RECIPE,
-        ),
-    ] = None,
+    teacher: str | None = option(
+        "--teacher DENSE",
+        "The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
+        RECIPE,
+    ),
+    out: Path = option("--out DIR", "Folder to write to.", OUTPUT, default=..., parser=folder_named),
+    method: str | None = option(
+        "--method NAME",
+        "distill keeps the mask; elsa moves it under an exact budget. Default: distill.",
+        RECIPE,
+    ),
+    train: str | None = option(
+        "--train WHAT",
+        "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
+        RECIPE,
+    ),
+    values: str | None = option(
+        "--values KIND", f"Train through the packed format's rounding: {names_of(scaled_kinds())}.", RECIPE
+    ),
+    through: str | None = option(
+        "--through LIST",
+        "Prune in steps, such as 0.4,0.55,0.7, and recover after each; calibrated on --text unless -c says how.",
+        RECIPE,
+    ),
     recipe: RecipeFile = None,
-    overrides: Annotated[
-        list[str] | None,
-        option(
-            "-o --option KEY=VALUE",
-            "Any other setting, such as batch=8 or kl=0.9 (docs/recovery.md); repeatable.",
-            RECIPE,
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        option("--text TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", TRAINING),
-    ] = None,
-    tokens: Annotated[
-        str | None, option("--tokens N", "How many to read, such as 500k. Default: 2M.", TRAINING)
-    ] = None,
-    minutes: Annotated[
-        float | None, option("--minutes M", "End after so long, if that is earlier.", TRAINING)
-    ] = None,
-    seqlen: Annotated[int | None, option("--seqlen N", "Tokens a window. Default: 512.", TRAINING)] = None,
-    lr: Annotated[float | None, option("--lr RATE", "Highest learning rate.", TRAINING)] = None,
+    overrides: list[str] | None = option(
+        "-o --option KEY=VALUE",
+        "Any other setting, such as batch=8 or kl=0.9 (docs/recovery.md); repeatable.",
+        RECIPE,
+    ),
+    text: str | None = option(
+        "--text TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", TRAINING
+    ),
+    tokens: str | None = option("--tokens N", "How many to read, such as 500k. Default: 2M.", TRAINING),
+    minutes: float | None = option("--minutes M", "End after so long, if that is earlier.", TRAINING),
+    seqlen: int | None = option("--seqlen N", "Tokens a window. Default: 512.", TRAINING),
+    lr: float | None = option("--lr RATE", "Highest learning rate.", TRAINING),
     device: Device = None,
-    overwrite: Annotated[
-        bool, option("--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT)
-    ] = False,
+    overwrite: bool = option(
+        "--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT, default=False
+    ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -117,37 +90,25 @@ def recover(
                 f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
             )
         named = dict(parse_override(given) for given in overrides or ())
-        keys = {
+        keys: dict[str, Any] = {
             "method": method,
             "train": train,
             "values": values,
             "text": text,
             "tokens": tokens,
-            "minutes": minutes,
-            "seqlen": seqlen,
-            "lr": lr,
-            "device": device,
         }
+        keys |= {"minutes": minutes, "seqlen": seqlen, "lr": lr, "device": device}
         settings = Recovery.make({key: value for key, value in keys.items() if value is not None} | named)
         check_device(settings.device)
         import tawny
 
         with console.progress() as progress:
+            how: dict[str, Any] = {"settings": settings, "progress": progress, "overwrite": overwrite}
             if through is None:
-                record = tawny.recover(
-                    model, teacher, out, settings=settings, progress=progress, overwrite=overwrite
-                )
+                record = tawny.recover(model, teacher, out, **how)
             else:
-                record = tawny.recover_gradually(
-                    model,
-                    teacher or model,
-                    out,
-                    _sparsities(through),
-                    recipe=recipe,
-                    settings=settings,
-                    progress=progress,
-                    overwrite=overwrite,
-                )
+                steps = _sparsities(through)
+                record = tawny.recover_gradually(model, teacher or model, out, steps, recipe=recipe, **how)
         console.result(record.to_dict(), recovery_tables)
 
 
@@ -160,7 +121,7 @@ def _sparsities(text: str) -> list[float]:
         raise RecipeError(f"--through {text!r} is no list of sparsities; give such as 0.4,0.55,0.7") from None
 
 
-def recovery_tables(record: Mapping[str, Any]) -> list[Frame]:
+def recovery_tables(record: Result) -> list[Frame]:
     """What `tawny recover` did: the measurements on the way, and the sums."""
     settings, text = record["settings"], record["text"]
     title = f"on {text['held_out']} held-out windows of {text['seqlen']} tokens of {text['name']}"
@@ -172,22 +133,13 @@ def recovery_tables(record: Mapping[str, Any]) -> list[Frame]:
     # A long run measures often; ten rows show its course.
     shown = measured if len(measured) <= 12 else [*measured[:: -(-len(measured) // 10)], measured[-1]]
     for entry in shown:
-        best = "best" if entry["step"] == record["best"]["step"] else ""
-        taught_cells = [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
-        made.add(
-            f"{entry['step']:.0f}",
-            duration(entry["seconds"]),
-            f"{entry['perplexity']:,.2f}",
-            *taught_cells,
-            best,
-        )
+        cells = [f"{entry['step']:.0f}", duration(entry["seconds"]), f"{entry['perplexity']:,.2f}"]
+        cells += [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
+        made.add(*cells, "best" if entry["step"] == record["best"]["step"] else "")
     seconds = record["seconds"]
+    start, best = (record[when]["perplexity"] for when in ("start", "best"))
     rows = [
-        (
-            "perplexity",
-            f"{record['start']['perplexity']:,.2f} → {record['best']['perplexity']:,.2f} "
-            f"(× {record['best']['perplexity'] / record['start']['perplexity']:.3f})",
-        ),
+        ("perplexity", f"{start:,.2f} → {best:,.2f} (× {best / start:.3f})"),
         ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
         ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
         (

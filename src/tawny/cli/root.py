@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "verb"]
 
 import io
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+
+
+def _examples(*commands: str) -> str:
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
 
 app = typer.Typer(
     name="tawny",
     help="Prune large language models to high sparsity, and measure what is left.",
-    epilog="\b\nExamples:\n"
-    "  tawny prune smollm2 --out pruned -s 0.5 --calibration wiki\n"
-    "  tawny eval pruned --text wiki --windows 8\n"
-    "  tawny doctor",
+    epilog=_examples(
+        "tawny prune smollm2 --out pruned -s 0.5 --calibration wiki",
+        "tawny eval pruned --text wiki --windows 8",
+        "tawny doctor",
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,6 +31,11 @@ app = typer.Typer(
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def verb(*examples: str, name: str | None = None, cls: Any = None) -> Callable[[Any], Any]:
+    """Register a function as a verb whose help ends with these examples."""
+    return app.command(name, cls=cls, epilog=_examples(*examples))
 
 
 @app.callback(invoke_without_command=True)

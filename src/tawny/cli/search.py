@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Shown, facts, parts, table
+from tawny.cli.frames import Result, Shown, facts, parts, table
 from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, Memory, Model, TrustRemoteCode, option
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import duration, percent, size
@@ -25,29 +24,25 @@ def search(
     model: Model,
     *,
     given: Given,
-    trials: Annotated[
-        int | None, option("--trials N", "Allocations to try in all. Default: 160.", RECIPE)
-    ] = None,
-    budget: Annotated[
-        str | None, option("--budget TIME", "Stop trying after a time such as 20m or 2h.", RECIPE)
-    ] = None,
-    out: Annotated[
-        Path,
-        option(
-            "--out FILE", "Allocation to write, such as allocation.yaml; a picture goes beside it.", OUTPUT
-        ),
-    ],
+    trials: int | None = option("--trials N", "Allocations to try in all. Default: 160.", RECIPE),
+    budget: str | None = option("--budget TIME", "Stop trying after a time such as 20m or 2h.", RECIPE),
+    out: Path = option(
+        "--out FILE",
+        "Allocation to write, such as allocation.yaml; a picture goes beside it.",
+        OUTPUT,
+        default=...,
+    ),
     device: Device = None,
     memory: Memory = None,
-    overwrite: Annotated[
-        bool, option("--overwrite", "Replace a finished file; start an unfinished search over.", OUTPUT)
-    ] = False,
+    overwrite: bool = option(
+        "--overwrite", "Replace a finished file; start an unfinished search over.", OUTPUT, default=False
+    ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Try allocations on MODEL and write the best one, for `tawny prune -a FILE`. Uniform wins ties.
 
-    More of the search is set by -o search.KEY=VALUE: offspring, levels, step, candidates, finalists, windows, length, repeat,
+    More of the search is set by -o search.KEY=VALUE: offspring, levels, candidates, finalists, windows, length, repeat,
     tokens, proxy.
     """
     with console_for(as_json) as console:
@@ -58,19 +53,12 @@ def search(
 
         settings = Settings.make(**{"trials": trials, "budget": budget} | own)
         with console.progress() as progress:
-            found = tawny.search(
-                model,
-                out,
-                recipe=chosen,
-                settings=settings,
-                progress=progress,
-                overwrite=overwrite,
-                memory=memory,
-            )
+            keys: dict[str, Any] = {"progress": progress, "overwrite": overwrite, "memory": memory}
+            found = tawny.search(model, out, recipe=chosen, settings=settings, **keys)
         console.result(found.to_dict(), search_tables)
 
 
-def search_tables(found: Mapping[str, Any]) -> list[Shown]:
+def search_tables(found: Result) -> list[Shown]:
     """The last few that were tried, the sums, and who won."""
     made = table("tried", "divergence", "pruned in earnest", title="nearest to the dense model, nats a token")
     decided = [trial for trial in found["trials"] if trial["verdict"] is not None]
@@ -78,13 +66,11 @@ def search_tables(found: Mapping[str, Any]) -> list[Shown]:
         proof = "–" if trial["proof"] is None else f"{trial['proof']:.4f}"
         made.add(trial["name"], f"{trial['verdict']:.4f}", proof)
     held_out, levels = found["held_out"], found["levels"]
+    windows = f"{held_out['windows']} windows of {held_out['tokens']} tokens"
     rows = [
         ("tried", f"{len(found['trials'])} allocations, solved by {found['solver']}"),
         ("levels", f"{levels['count']} from {percent(levels['from'])} to {percent(levels['to'])}"),
-        (
-            "held out",
-            f"{held_out['windows']} windows of {held_out['tokens']} tokens, {held_out['deciding']} more to decide",
-        ),
+        ("held out", f"{windows}, {held_out['deciding']} more to decide"),
         ("time", f"{duration(found['seconds']['total'])}{parts(found['seconds'], 'total', duration)}"),
         ("peak memory", size(found["peak_memory"])),
     ]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 __all__ = ["allocation_table", "recipe_words"]
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from tawny.cli.frames import Frame, table
+from tawny.cli.frames import Frame, Result, table
 from tawny.words import bar, percent
 
 
-def recipe_words(recipe: Mapping[str, Any], reads_text: bool) -> str:
+def recipe_words(recipe: Result, reads_text: bool) -> str:
     text = recipe["calibration"]
     steps = " + refit" if recipe.get("refit") else ""
     if epochs := recipe.get("refine", {}).get("epochs"):
@@ -23,13 +22,13 @@ def recipe_words(recipe: Mapping[str, Any], reads_text: bool) -> str:
     )
 
 
-def allocation_table(linears: Sequence[Mapping[str, Any]]) -> Frame:
+def allocation_table(linears: Sequence[Result]) -> Frame:
     """Sparsity block by block, with the reconstruction error where it is known.
 
     Args:
         linears: with `block`, `shape`, `sparsity`, and maybe `error` and `pattern`.
     """
-    blocks: dict[int, list[Mapping[str, Any]]] = {}
+    blocks: dict[int, list[Result]] = {}
     for linear in linears:
         blocks.setdefault(linear["block"], []).append(linear)
     errors = any("error" in linear for linear in linears)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tawny.cli.common import console_for
-from tawny.cli.frames import Frame, facts
+from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import OUTPUT, AsJson, Overwrite, folder_named, option
-from tawny.cli.root import app
+from tawny.cli.root import verb
 from tawny.words import duration, size
 
 
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  tawny unpack packed --out dense\n"
-    "  tawny unpack owner/packed-model --out dense\n"
-    "  tawny unpack packed --out dense --overwrite --json"
+@verb(
+    "tawny unpack packed --out dense",
+    "tawny unpack owner/packed-model --out dense",
+    "tawny unpack packed --out dense --overwrite --json",
 )
 def unpack(
     packed: Annotated[
         str, typer.Argument(metavar="PACKED", help="Folder or hub id that `tawny pack` wrote.")
     ],
     *,
-    out: Annotated[Path, option("--out DIR", "Folder to write.", OUTPUT, parser=folder_named)],
+    out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +40,7 @@ def unpack(
         console.result(report.to_dict(), unpack_tables)
 
 
-def unpack_tables(report: Mapping[str, Any]) -> list[Frame]:
+def unpack_tables(report: Result) -> list[Frame]:
     exact = (
         "identical to the checkpoint that was packed, bit for bit"
         if report["exact"]

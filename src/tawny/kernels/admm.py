@@ -1,4 +1,4 @@
-"""What lies between ALPS's products (solvers/alps.py), by the compiled kernels: each pass reads and writes a weight once.
+"""Compiled elementwise steps of ALPS (solvers/alps.py) between its matrix products: each reads and writes a weight once.
 
 Shapes: R = rows, I = in. Weights are contiguous float32, what goes into a product and comes out of it float32 or
 bfloat16, masks contiguous bool, all on the CPU; a mask of zeros may be None. Where that does not hold, or nothing was

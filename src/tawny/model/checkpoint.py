@@ -1,7 +1,7 @@
 """The tensors of a safetensors folder, read lazily, as the parameters of a model.
 
-`Checkpoint` maps the tensors of a folder to the parameters of a model, both ways, through transformers' own
-conversion mapping: names in a file need not be names of modules, and several tensors may form one parameter.
+`Checkpoint` maps tensors to parameters and back, through transformers' own conversion mapping: names in a file need not be
+names of modules, and several tensors may form one parameter.
 Tensors are read into memory of their own, so that only what a caller holds counts.
 """
 
@@ -10,17 +10,21 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from tawny.errors import CheckpointError
 from tawny.model.tensorfile import DTYPES, Entry, entries, natural, read_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 INDEX = "model.safetensors.index.json"
 # A folder that `tawny pack` wrote (packed/folder.py opens it): its quant_method, and the index beside its config.
@@ -56,7 +60,7 @@ class Unit:
 
     sources: list[str]
     targets: list[str]
-    converter: Any = None
+    converter: WeightConverter | None = None
     patterns: list[str] = field(default_factory=list)
 
 
@@ -79,25 +83,11 @@ class Checkpoint:
         self.units: list[Unit] = []
         self._parameters: set[str] = set()
         for path in weight_paths(folder):
-            with self._open(path) as file:
-                for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                    view = file.get_slice(key)
-                    self.files[key] = path
-                    self.shapes[key] = tuple(view.get_shape())
-                    self.dtypes[key] = str(view.get_dtype())
-            self.places.update(entries(path))
-
-    @contextlib.contextmanager
-    def _open(self, path: Path) -> Iterator[Any]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is truncated or not a safetensors file ({error}); fetch it again"
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from error
+            for key, entry in sorted(entries(path).items()):  # of which what is copied keeps the order
+                self.files[key] = path
+                self.shapes[key] = entry.shape
+                self.dtypes[key] = entry.dtype
+                self.places[key] = entry
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -138,21 +128,19 @@ class Checkpoint:
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         """Copies of the named tensors, as stored."""
-        by_file: dict[Path, list[str]] = {}
-        for key in keys:
-            by_file.setdefault(self.files[key], []).append(key)
         tensors: dict[str, torch.Tensor] = {}
-        for path, names in by_file.items():
+        for key in keys:
+            self.dtype_of(key)  # refuses one that torch lacks
             try:
-                with path.open("rb") as file:
-                    for name in names:
-                        self.dtype_of(name)  # says so if it is none of ours
-                        tensors[name] = read_tensor(file, self.places[name])
-            except (OSError, KeyError) as error:
-                raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from error
+                with self.files[key].open("rb") as file:
+                    tensors[key] = read_tensor(file, self.places[key])
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.files[key]} cannot be read ({error}); fetch it again"
+                ) from error
         return tensors
 
-    def map_to(self, model: Any) -> None:
+    def map_to(self, model: PreTrainedModel) -> None:
         """Work out which stored tensors form which parameters and buffers of `model`.
 
         Raises:
@@ -199,7 +187,9 @@ class Checkpoint:
         for unit in self.units:
             self._check_shapes(unit, model, {name: tuple(wanted[name].shape) for name in unit.targets})
 
-    def _check_shapes(self, unit: Unit, model: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def _check_shapes(
+        self, unit: Unit, model: PreTrainedModel, expected: Mapping[str, tuple[int, ...]]
+    ) -> None:
         first, target = unit.sources[0], unit.targets[0]
         if unit.converter is None:
             if self.shapes[first] != expected[target]:
@@ -242,23 +232,23 @@ class Checkpoint:
     def read_ahead(self, prefix: str) -> None:
         """Bring what lies under a module path into the system's file cache, in a thread, while others compute.
 
-        Nothing is kept here, so it costs this process no memory; what cannot be read is said by whoever needs it.
+        Nothing is kept here, so that it costs this process no memory. Whoever needs a tensor says if it cannot be read.
         """
         keys = [key for unit in self.units_of(prefix) for key in unit.sources if key in self.places]
         if keys:
             places = [(self.files[key], self.places[key]) for key in keys]
             Thread(target=_touch, args=(places,), daemon=True).start()
 
-    def load(self, unit: Unit, model: Any) -> dict[str, torch.Tensor]:
+    def load(self, unit: Unit, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Parameters of one unit, by name, in the stored dtype."""
         return self.convert(unit, self.read(unit.sources), model)
 
-    def convert(self, unit: Unit, stored: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, unit: Unit, stored: Mapping[str, torch.Tensor], model: PreTrainedModel
+    ) -> dict[str, torch.Tensor]:
         """Parameters of one unit, by name, from its tensors as they are stored."""
         if unit.converter is None:
             return {unit.targets[0]: stored[unit.sources[0]]}
-        from copy import deepcopy
-
         converter = deepcopy(unit.converter)
         for source, pattern in zip(unit.sources, unit.patterns, strict=True):
             converter.add_tensor(unit.targets[0], source, pattern, stored[source])
@@ -266,9 +256,9 @@ class Checkpoint:
         return {name: (value[0] if isinstance(value, list) else value) for name, value in made.items()}
 
     def store(
-        self, unit: Unit, parameters: Mapping[str, torch.Tensor], model: Any
+        self, unit: Unit, parameters: Mapping[str, torch.Tensor], model: PreTrainedModel
     ) -> dict[str, torch.Tensor]:
-        """The inverse of `load`: tensors under the names of the file, in its dtypes, views of the parameters where they can be.
+        """The inverse of `load`: tensors under the names and in the dtypes of the file, views of the parameters where possible.
 
         Raises:
             CheckpointError: transformers' own inverse mapping does not give back the names that were read.
@@ -323,11 +313,7 @@ def weight_paths(folder: Path) -> list[Path]:
 
 
 def file_bytes(folder: Path) -> int:
-    """Bytes on the disk of the weights of a folder, dense or packed; an index beside them is not counted.
-
-    Raises:
-        CheckpointError: the index is damaged, a shard it names is missing, or there is no file at all.
-    """
+    """Bytes on the disk of the `weight_paths` of a folder; an index beside them is not counted."""
     return sum(path.stat().st_size for path in weight_paths(folder))
 
 

@@ -1,4 +1,4 @@
-"""What a run is of: models, texts and code as JSON, so that another run is never taken for this one.
+"""The identity of a run: its model, text and code as JSON, so that resuming never continues a different run.
 
 A model is the names, sizes, times and headers of its files. Reading all weights to hash them would cost minutes.
 """

@@ -1,9 +1,9 @@
 """Which weights of a block can be pruned, and how each is read and written as `[out, in]`.
 
 Prunable are the weights of `nn.Linear` and of transformers' transposed `Conv1D`, and fused experts
-(`[experts, out, in]` parameters, or `[experts, in, out]`), expert by expert, where something scores as many. Routers and
-gates are not: they are recognised by what they produce, one number an expert (or a single one), beside the experts
-themselves. Nor are step sizes of a state-space layer.
+(`[experts, out, in]` parameters, or `[experts, in, out]`), expert by expert, where something scores as many.
+Routers, gates and the step sizes of a state-space layer are not. A router or gate lies beside experts and gives one number
+for each of them, or a single one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from tawny.errors import ModelError
@@ -45,8 +46,8 @@ class Linear:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        shape = getattr(self.module, self.parameter).shape[-2:]
-        return (int(shape[1]), int(shape[0])) if self.transposed else (int(shape[0]), int(shape[1]))
+        a, b = getattr(self.module, self.parameter).shape[-2:]
+        return (b, a) if self.transposed else (a, b)
 
     @property
     def numel(self) -> int:
@@ -57,7 +58,7 @@ class Linear:
         made: torch.dtype = getattr(self.module, self.parameter).dtype
         return made
 
-    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+    def view(self, parameter: Tensor) -> Tensor:
         """The `[out, in]` view of this linear inside a tensor shaped like its parameter."""
         part = parameter if self.expert is None else parameter[self.expert]
         return part.T if self.transposed else part
@@ -65,28 +66,29 @@ class Linear:
 
 def _is_gate(module: nn.Module, parents: Sequence[nn.Module]) -> bool:
     """A linear that scores experts: its outputs are as many as the experts beside it, or just one."""
-    if not isinstance(module, nn.Linear) or not parents:
+    if not isinstance(module, nn.Linear):
         return False
-    counts = {
-        len(sub) for parent in parents[-2:] for sub in parent.children() if isinstance(sub, nn.ModuleList)
-    } | {shape[0] for parent in parents[-2:] for sub in parent.children() for shape in _stacked(sub).values()}
+    beside = [sub for parent in parents[-2:] for sub in parent.children()]
+    counts = {len(sub) for sub in beside if isinstance(sub, nn.ModuleList)}
+    counts |= {shape[0] for sub in beside for shape in _stacked(sub).values()}
     return bool(counts) and module.out_features in counts | {1}
 
 
 def _is_step_size(module: nn.Module, parents: Sequence[nn.Module]) -> bool:
-    """A linear that makes the step sizes of a state-space layer, which multiplies by its weight itself: of few numbers one
-    for each row of a matrix that its owner holds, beside a convolution."""
+    """A linear that makes the step sizes of a state-space layer, which multiplies by the weight itself.
+
+    It lies beside a convolution, and turns few numbers into one for each row of a matrix that its owner holds.
+    """
     if not isinstance(module, nn.Linear) or not parents or module.in_features >= module.out_features:
         return False
-    if not any(isinstance(sub, nn.modules.conv._ConvNd) for sub in parents[-1].children()):
-        return False
     held = [p for p in parents[-1].parameters(recurse=False) if p.dim() == 2]
-    return any(int(p.shape[0]) == module.out_features for p in held)
+    convolved = any(isinstance(sub, _ConvNd) for sub in parents[-1].children())
+    return convolved and any(p.shape[0] == module.out_features for p in held)
 
 
 def _stacked(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's own parameters that are matrices in a row, which a convolution's is not."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    """Shapes of a module's own parameters that are stacks of matrices; a convolution's is none."""
+    if isinstance(module, _ConvNd):
         return {}
     return {
         name: tuple(value.shape)
@@ -98,13 +100,8 @@ def _stacked(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def _are_scored(module: nn.Module, count: int, parents: Sequence[nn.Module]) -> bool:
     """Whether something beside a module scores that many experts; a router may score some more that are no matrices."""
     own = {id(p) for p in module.parameters(recurse=False)}
-    return any(
-        count <= int(size) <= 2 * count
-        for parent in parents[-2:]
-        for p in parent.parameters()
-        if p.dim() == 2 and id(p) not in own
-        for size in (p.shape[0], p.shape[1])
-    )
+    beside = (p for parent in parents[-2:] for p in parent.parameters() if p.dim() == 2 and id(p) not in own)
+    return any(count <= size <= 2 * count for p in beside for size in p.shape)
 
 
 def _walk(
@@ -167,29 +164,22 @@ def is_plain(module: nn.Module) -> bool:
     if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     chance = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=chance)
-
-    probe = copy.copy(module)
-    probe._parameters = {
-        name: None if value is None else nn.Parameter(random(*value.shape), requires_grad=False)
+    random = {
+        name: nn.Parameter(torch.randn(value.shape, generator=chance), requires_grad=False)
         for name, value in module._parameters.items()
+        if value is not None
     }
+    probe = copy.copy(module)
+    probe._parameters = {name: random.get(name) for name in module._parameters}
     probe._buffers = {
         name: None if value is None else value.clone() for name, value in module._buffers.items()
     }
-    made: Any = probe._parameters["weight"]
-    W_OI: torch.Tensor = made.T if isinstance(module, Conv1D) else made
-    x = random(1, 3, W_OI.shape[1])
+    W_OI = random["weight"].T if isinstance(module, Conv1D) else random["weight"]
+    x = torch.randn(1, 3, W_OI.shape[1], generator=chance)
     with torch.no_grad(), contextlib.suppress(Exception):
         made = probe(x)
-        expected = nn.functional.linear(x, W_OI, probe._parameters.get("bias"))
-        return (
-            isinstance(made, torch.Tensor)
-            and made.shape == expected.shape
-            and torch.allclose(made, expected, 1e-3, 1e-3)
-        )
+        expected = nn.functional.linear(x, W_OI, random.get("bias"))
+        return made.shape == expected.shape and torch.allclose(made, expected, 1e-3, 1e-3)
     return False
 
 
@@ -212,11 +202,8 @@ def select(linears: Sequence[Linear], include: Sequence[str], exclude: Sequence[
     def matches(name: str, globs: Sequence[str]) -> bool:
         return any(fnmatchcase(name, g) or fnmatchcase(name, f"*.{g}") for g in globs)
 
-    return [
-        linear
-        for linear in linears
-        if (not include or matches(linear.name, include)) and not matches(linear.name, exclude)
-    ]
+    included = [linear for linear in linears if not include or matches(linear.name, include)]
+    return [linear for linear in included if not matches(linear.name, exclude)]
 
 
 def check_writable(linears: Sequence[Linear]) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint folder while it is being written: a file a block, final shards at the end, one rename.
+"""A checkpoint folder while it is being written: one file for each block, final shards at the end, one rename.
 
 Everything unfinished lives in `OUT.partial/`: `blocks/` (a file a block), `hidden/` (what a run needs to go on),
 `checkpoint/` (what will be `OUT`) and the journal of the run. `OUT` appears by one rename when it is complete, so an
@@ -127,14 +127,9 @@ def spare(places: Sequence[Path], read: Path, what: str) -> None:
     """
     read = read.resolve()
     for place in places:
-        if place.resolve() == read:
-            raise OutputError(
-                f"{place} is the {what} itself; a source is never overwritten: choose another --out"
-            )
-        if place.resolve() in read.parents:
-            raise OutputError(
-                f"{place} holds the {what} {read}; a source is never overwritten: choose another --out"
-            )
+        if place.resolve() in (read, *read.parents):
+            said = f"is the {what} itself" if place.resolve() == read else f"holds the {what} {read}"
+            raise OutputError(f"{place} {said}; a source is never overwritten: choose another --out")
 
 
 class OutputFolder:
@@ -235,20 +230,13 @@ class OutputFolder:
                 for key in keys:
                     writer.write(key, checkpoint.read([key])[key].to(specs[key][0]))
 
-    def carry(self, source: Path) -> None:
-        """Copy configuration, tokenizer and licence files of `source`."""
+    def carry(self, source: Path, also: Sequence[str] = ()) -> None:
+        """Copy configuration, tokenizer and licence files of `source`, and those of the names `also` that it has."""
+        found = {path.name for pattern in _CARRIED for path in source.glob(pattern)} - _NOT_CARRIED
+        named = {name for name in also if (source / name).is_file()}
         with writing(self.partial):
-            for pattern in _CARRIED:
-                for path in sorted(source.glob(pattern)):
-                    if path.name not in _NOT_CARRIED and not path.name.endswith(".index.json"):
-                        shutil.copyfile(path, self.partial / path.name)
-
-    def carry_named(self, source: Path, names: Sequence[str]) -> None:
-        """Copy those of `names` that `source` has."""
-        with writing(self.partial):
-            for name in names:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, self.partial / name)
+            for name in {name for name in found if not name.endswith(".index.json")} | named:
+                shutil.copyfile(source / name, self.partial / name)
 
     def write_text(self, name: str, text: str) -> None:
         with writing(self.partial / name):
@@ -310,8 +298,7 @@ class OutputFolder:
 
     def discard(self) -> None:
         """Throw away what is unfinished."""
-        self._writer.shutdown()
-        self._lock.close()
+        self.release()
         with contextlib.suppress(OSError):
             (self.work / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)

@@ -1,7 +1,7 @@
 """A transformers model whose parameters weigh nothing and whose buffers are real.
 
-Building on the meta device loses non-persistent buffers (rotary frequencies, causal masks), which no checkpoint
-can bring back. So only parameters go to meta, each as it is registered, before anything initialises or touches it.
+No checkpoint holds non-persistent buffers (rotary frequencies, causal masks), so that building on the meta device loses them.
+Here only parameters go to meta, each as it is registered, before anything initialises it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from tawny.errors import ModelError, TawnyError, one_line
+from tawny.errors import ModelError, in_one_line
 from tawny.model.checkpoint import is_packed
 from tawny.model.trust import refusing_code, trusted
 
@@ -52,28 +52,23 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     what = f"model type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{what} is an encoder-decoder; expected a decoder-only causal language model")
-    native = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
+    known = {cls.__name__ for cls in (made if isinstance(made, tuple) else (made,))}
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    own_code = own_code and (trusted() or not native)
-    if not native and not own_code:
+    own_code = own_code and (trusted() or not known)
+    if not known and not own_code:
         raise ModelError(
             f"{what} has no causal language model in transformers; expected a decoder-only model"
         )
-    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
-    known = {cls.__name__ for cls in (made if isinstance(made, tuple) else (made,))}
     named = list(getattr(config, "architectures", None) or [])
     # An encoder such as BERT has a causal class too, but its checkpoints name a masked one.
-    if (
-        named
-        and not own_code
-        and not known & set(named)
-        and not any("CausalLM" in n or "LMHead" in n or n.endswith("Model") for n in named)
-    ):
+    causal = any(n in known or "CausalLM" in n or "LMHead" in n or n.endswith("Model") for n in named)
+    if named and not own_code and not causal:
         raise ModelError(
             f"{what} with architecture {named[0]!r} is not a causal decoder; expected one of {sorted(known)}"
         )
     with _parameters_on_meta(), initialization.no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted())
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted())
     return model.eval()
 
 
@@ -108,15 +103,9 @@ def using_config(folder: Path) -> Iterator[None]:
     Raises:
         ModelError: it cannot be used, or needs code of its own.
     """
-    try:
-        with refusing_code(folder):
-            yield
-    except TawnyError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{folder}/config.json cannot be used: {one_line(error)}; correct it, or fetch it again"
-        ) from error
+    before, after = f"{folder}/config.json cannot be used: ", "; correct it, or fetch it again"
+    with in_one_line(ModelError, before, after), refusing_code(folder):
+        yield
 
 
 def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

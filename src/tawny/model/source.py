@@ -1,22 +1,22 @@
 """From what a user types to a folder of safetensors: a local folder, a hub id, a GGUF file, or the packaged model.
 
-Only one kind of source exists behind this file. A GGUF file is converted once, tensor by tensor, into a cached
-folder; a hub id is fetched into the hub's own cache. The source itself is never written to.
+A GGUF file is converted once, tensor by tensor, into a cached folder. A hub id is fetched into the hub's own cache.
+The source itself is never written to.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from tawny.errors import CheckpointError, MissingFeature, ModelError, TawnyError, first_line, one_line
+from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, in_one_line
 from tawny.machine import in_package
 from tawny.model.trust import refusing_code, trusted
 
@@ -103,8 +103,7 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
             f"{repo!r} is no folder here and the hub cannot be reached; give a local folder"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        reason = first_line(error)
-        raise ModelError(f"{repo!r} cannot be fetched from the hub: {reason}") from error
+        raise ModelError(f"{repo!r} cannot be fetched from the hub: {first_line(error)}") from error
     return _checked_folder(folder)
 
 
@@ -149,16 +148,14 @@ def _split(path: Path, count: int) -> CheckpointError:
 
 
 def _key(path: Path) -> str:
-    """What tells a GGUF file from all others, without reading the whole of it.
+    """What tells a GGUF file from all others, without reading the whole of it, which would take seconds each time.
 
-    A file is opened many times in its life, and to hash gigabytes each time takes seconds. A changed file has another
-    size or time of change, another file another path; pieces from all over it are hashed as well, because some
-    installers and images give every file the same time.
+    Another file has another path; a changed one has another size or time. Pieces from all over the file are hashed as well,
+    because some installers and images give every file the same time.
     """
-    resolved, stat = path.resolve(), path.stat()
-    digest = hashlib.sha256(
-        f"{resolved} {stat.st_size} {stat.st_mtime_ns} v{_CACHE_FORMAT}".encode(errors="surrogateescape")
-    )
+    stat = path.stat()
+    facts = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} v{_CACHE_FORMAT}"
+    digest = hashlib.sha256(facts.encode(errors="surrogateescape"))
     with path.open("rb") as file:
         for start in range(0, stat.st_size, max(_SAMPLE, stat.st_size // _SAMPLES)):
             file.seek(start)
@@ -166,17 +163,9 @@ def _key(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Say in one line what a damaged file makes of its readers, which were written for whole ones."""
-    try:
-        yield
-    except TawnyError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{what} ({one_line(error)}); fetch it again, or give a safetensors folder"
-        ) from error
+def _refusing(what: str) -> AbstractContextManager[None]:
+    """The readers of GGUF files were written for whole ones."""
+    return in_one_line(CheckpointError, f"{what} (", "); fetch it again, or give a safetensors folder")
 
 
 def _write_converted(path: Path, folder: Path) -> None:
@@ -202,9 +191,8 @@ def _write_converted(path: Path, folder: Path) -> None:
     with _refusing(f"{path} describes a model that cannot be built"):
         model = build_skeleton(possible(config), torch.bfloat16)
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    processor = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)(
-        config=parsed["config"]
-    )
+    kind = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)
+    processor = kind(config=parsed["config"])
     names = gguf_utils.get_gguf_hf_weights_map(model, processor)
     # Fused experts are collected by the processor across several tensors and only complete at the end.
     parsed["tensors"] = {}
@@ -233,11 +221,10 @@ def _write_converted(path: Path, folder: Path) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be converted: {error}".replace(str(folder), "it")) from error
     config.dtype = torch.bfloat16
-    # config.json last: its presence is what marks the cached folder as complete.
-    values = config.to_dict()
-    values["architectures"] = [type(model).__name__]
-    values.pop("quantization_config", None)
-    values.pop("_name_or_path", None)
+    # config.json comes last: it marks the cached folder as complete.
+    values = config.to_dict() | {"architectures": [type(model).__name__]}
+    for unwanted in ("quantization_config", "_name_or_path"):
+        values.pop(unwanted, None)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
 
 
@@ -255,13 +242,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        with refusing_code(folder):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
-    except TawnyError:
-        raise
-    except Exception as error:  # it reads config.json, too, where anything may be wrong
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{folder} has no usable tokenizer ({reason}); copy the tokenizer files of the model there"
-        ) from error
+    before, after = f"{folder} has no usable tokenizer (", "); copy the tokenizer files of the model there"
+    # It reads config.json, too, where anything may be wrong.
+    with in_one_line(CheckpointError, before, after), refusing_code(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())

@@ -1,11 +1,10 @@
 """A decoder as a stack of blocks that are loaded, run and dropped one at a time.
 
-Which modules are its blocks is found by structure (structure.py).
-What each block is called with is learnt from the model itself: its own forward runs with every block replaced by a
-stand-in that records all arguments and passes the hidden states on. So masks, rotary embeddings or anything else a
-model hands to some of its blocks and not to others are replayed exactly, block by block.
-The same trick gives the tail: the last stand-in returns streamed hidden states and the model's own norm, head and
-whatever it does to logits run on them.
+Its blocks are found by structure (structure.py).
+The model itself shows what each block is called with: its own forward runs with stand-ins for the blocks, which record all
+arguments and pass the hidden states on. So whatever a model hands to each of its blocks (masks, rotary embeddings) is
+replayed exactly, block by block.
+The same trick gives the tail: the last stand-in returns streamed hidden states, and the model's own norm and head follow.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +36,10 @@ class _Stop(Exception):
 
 
 class _Other:
-    """What a stand-in gives beside the hidden states: nothing that can be computed with, and told apart."""
+    """What a stand-in gives beside the hidden states: nothing can compute with it, and it is recognised."""
 
 
-# What a block may return: hidden states, or a tuple that begins with them.
+# A block may return hidden states (0), or a tuple of so many items that begins with them.
 _ITEMS = (0, 1, 2, 3)
 # How a model fails that is given too few or too many.
 _ITEMS_MISFIT = (ValueError, TypeError, IndexError, AttributeError)
@@ -53,12 +53,9 @@ class Call:
     kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
+        self.values = (*self.args, *self.kwargs.values())
         # Into these a block may put something for later ones.
-        self.empty = [v for v in self.values() if isinstance(v, (MutableMapping, MutableSequence)) and not v]
-
-    def values(self) -> Iterator[Any]:
-        yield from self.args
-        yield from self.kwargs.values()
+        self.empty = [v for v in self.values if isinstance(v, (MutableMapping, MutableSequence)) and not v]
 
 
 class Stack:
@@ -127,7 +124,7 @@ class Stack:
         return next(kept, self.compute)
 
     def _load_outside(self) -> None:
-        """Embeddings and norm: everything that is in no block, and stays in memory; the head waits for `logits`."""
+        """Embeddings and norm: everything that is in no block, and stays in memory; the head waits for `tail`."""
         assert self.checkpoint is not None
         inside = {id(unit) for i in range(len(self)) for unit in self.checkpoint.units_of(self.name(i))}
         outside = [unit for unit in self.checkpoint.units if id(unit) not in inside]
@@ -137,42 +134,31 @@ class Stack:
                 self._assign(self.checkpoint.load(unit, self.model))
         if not self._late:
             self.model.tie_weights()
-        late = {target for unit in self._late for target in unit.targets}
-        left = [
-            n
-            for n, p in self.model.named_parameters()
-            if p.is_meta and not n.startswith(self.path + ".") and n not in late
-        ]
-        if left:
-            raise CheckpointError(
-                f"{self.checkpoint.folder} lacks weights outside the blocks, first {left[0]!r}"
-            )
+        apart = (self.path + ".", *(target for unit in self._late for target in unit.targets))
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta and not name.startswith(apart):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder} lacks weights outside the blocks, first {name!r}"
+                )
 
     def _head(self) -> str | None:
-        """Name of the head's weight where it is one of its own: nobody but `logits` needs it."""
+        """Name of the head's weight where it is one of its own: nobody but `tail` needs it."""
         head = self.model.get_output_embeddings()
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        shared = {*tied, *tied.values()} if isinstance(tied, dict) else set(tied)
         if not isinstance(head, nn.Linear):
             return None
-        name = next((n for n, module in self.model.named_modules() if module is head), None)
-        return None if name is None or f"{name}.weight" in shared else f"{name}.weight"
+        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        name = next((f"{n}.weight" for n, module in self.model.named_modules() if module is head), None)
+        return None if name in {*tied, *tied.values()} else name
 
     @property
     def late_bytes(self) -> int:
-        """What `load_head` will read, in memory."""
+        """What `tail` will read before it computes, in memory."""
         parameters = dict(self.model.named_parameters())
         numbers: int = sum(parameters[name].numel() for unit in self._late for name in unit.targets)
         return numbers * self.compute.itemsize
 
-    def load_head(self) -> None:
-        """Read the head, if it still waits."""
-        assert self.checkpoint is not None or not self._late
-        while self._late and self.checkpoint is not None:
-            self._assign(self.checkpoint.load(self._late.pop(), self.model))
-
     def load(self, index: int) -> nn.Module:
-        """Block `index` with its weights; the stored tensors stay at hand in `self.stored` until `release`.
+        """Block `index` with its weights; its tensors stay in `self.stored`, as the file has them, until `release`.
 
         The next block's bytes are read into the system's cache meanwhile.
         """
@@ -185,6 +171,7 @@ class Stack:
         return self.blocks[index]
 
     def release(self, index: int) -> None:
+        """Drop the weights of block `index`; a live model keeps them."""
         if self.checkpoint is None:
             return
         self.stored = {}
@@ -216,7 +203,7 @@ class Stack:
     def look(self, linear: Linear) -> Tensor:
         """The weight `[out, in]` as stored, on the device of the stack: to read, not to change. The block must be loaded."""
         source = self.stored[linear.key] if self.checkpoint else getattr(linear.module, linear.parameter)
-        return linear.view(source.detach()).to(self.device)  # itself, where it is there already
+        return linear.view(source.detach()).to(self.device)
 
     def set_weight(self, linear: Linear, weight_OI: Tensor) -> Tensor:
         """Give a linear its new weight, in the stored dtype and for forwards; returns the stored `[out, in]` view."""
@@ -231,11 +218,17 @@ class Stack:
     # --- forwards ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _stand_ins(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    def _stand_ins(self, stand_in: Callable[[int, Any, Call], Any]) -> Iterator[None]:
+        """Inside, `stand_in(index, hidden states, the rest)` is called instead of a block."""
+
+        def forward(index: int, /, *args: Any, **kwargs: Any) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            return stand_in(index, hidden, Call(rest, kwargs))
+
         # Hooks of a block, such as FSDP's that gather its weights, have nothing to do where it does not run.
         hooks = [(block._forward_pre_hooks, block._forward_hooks) for block in self.blocks]
         for index, block in enumerate(self.blocks):
-            block.forward = make(index)
+            block.forward = partial(forward, index)
             block._forward_pre_hooks, block._forward_hooks = OrderedDict(), OrderedDict()
         try:
             yield
@@ -255,10 +248,9 @@ class Stack:
         finally:
             config._experts_implementation = before
 
-    def _output(self, hidden: Tensor, after: Sequence[Any] = ()) -> Any:
-        if not self._items:
-            return hidden
-        return (hidden, *(after or [None] * (self._items - 1)))
+    def _output(self, hidden: Tensor, other: _Other | None = None) -> Any:
+        """What a block returns that makes `hidden`; `other` stands for all that it may return beside."""
+        return (hidden, *[other] * (self._items - 1)) if self._items else hidden
 
     @torch.no_grad()
     def _capture(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, list[Call]]:
@@ -287,19 +279,13 @@ class Stack:
         self, tokens_BT: Tensor, mask_BT: Tensor | None, calls: list[Call], seen: list[Tensor], most: int
     ) -> None:
         """Run the model with stand-ins for its blocks, up to the call after which there are `most`, or to its head."""
-        after = [_Other() for _ in range(self._items - 1)]
 
-        def make(index: int) -> Callable[..., Any]:
-            def record(*args: Any, **kwargs: Any) -> Any:
-                rest = dict(kwargs)
-                hidden = args[0] if args else rest.pop("hidden_states")
-                calls.append(Call(tuple(args[1:]), rest))
-                seen.append(hidden)
-                if len(calls) == most or not isinstance(hidden, Tensor) or hidden.shape != seen[0].shape:
-                    raise _Stop
-                return self._output(hidden, after)
-
-            return record
+        def record(index: int, hidden: Any, call: Call) -> Any:
+            calls.append(call)
+            seen.append(hidden)
+            if len(calls) == most or not isinstance(hidden, Tensor) or hidden.shape != seen[0].shape:
+                raise _Stop
+            return self._output(hidden, _Other())
 
         def stop(*_: Any) -> None:
             raise _Stop
@@ -307,15 +293,13 @@ class Stack:
         head = head_of(self.model)
         hook = None if head is None else head.register_forward_pre_hook(stop)
         try:
-            with self._stand_ins(make), contextlib.suppress(_Stop):
+            with self._stand_ins(record), contextlib.suppress(_Stop):
                 self.model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
         finally:
             if hook is not None:
                 hook.remove()
 
-    def _check_body(
-        self, tokens_BT: Tensor, shape: torch.Size, hidden: Tensor, calls: Sequence[Call]
-    ) -> None:
+    def _check_body(self, tokens_BT: Tensor, shape: torch.Size, hidden: Tensor, calls: list[Call]) -> None:
         """Refuse a model whose blocks do not make it up, once: they run again, or hand each other more.
 
         Raises:
@@ -337,7 +321,7 @@ class Stack:
                 f"blocks of {name} pass on hidden states of shape {list(hidden.shape)} for tokens of shape {list(shape)}; "
                 "expected [batch, tokens, hidden]"
             )
-        if any(isinstance(value, _Other) for call in calls for value in call.values()):
+        if any(isinstance(value, _Other) for call in calls for value in call.values):
             raise self._hand_more()
         self._checked = True
 
@@ -349,26 +333,24 @@ class Stack:
 
     def enter(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Hidden states `[batch, tokens, hidden]` the first block receives."""
-        hidden, calls = self._capture(tokens_BT, mask_BT)
-        if mask_BT is None and not self._depends_on_data(tokens_BT, calls):
-            self._calls.setdefault(tuple(tokens_BT.shape), calls)
-        return hidden.clone()
+        return self._begin(tokens_BT, mask_BT)[0].clone()
 
     def calls(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> list[Call]:
         """What each block is called with for these tokens."""
-        key = tuple(tokens_BT.shape)
-        if mask_BT is None and key in self._calls:
-            return self._calls[key]
-        _, calls = self._capture(tokens_BT, mask_BT)
+        known = self._calls.get(tuple(tokens_BT.shape)) if mask_BT is None else None
+        return known or self._begin(tokens_BT, mask_BT)[1]
+
+    def _begin(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, list[Call]]:
+        """`_capture`, whose calls are kept where all tokens of one shape share them."""
+        hidden, calls = self._capture(tokens_BT, mask_BT)
         if mask_BT is None and not self._depends_on_data(tokens_BT, calls):
-            self._calls[key] = calls
-        return calls
+            self._calls.setdefault(tuple(tokens_BT.shape), calls)
+        return hidden, calls
 
     def _depends_on_data(self, tokens_BT: Tensor, calls: list[Call]) -> bool:
-        """Whether other tokens of the same shape give a block other arguments (then nothing is shared)."""
+        """Whether other tokens of the same shape give a block other arguments."""
         if self._calls_depend_on_data is None:
-            vocabulary = int(self.config.get_text_config().vocab_size)
-            other = (tokens_BT + 1) % vocabulary
+            other = (tokens_BT + 1) % int(self.config.get_text_config().vocab_size)
             _, again = self._capture(other, None)
             self._calls_depend_on_data = not all(
                 _same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(calls, again, strict=True)
@@ -416,38 +398,30 @@ class Stack:
 
         What follows the blocks acts on each token alone, so a caller may pass any slice of tokens.
         """
-
-        self.load_head()
+        while self._late and self.checkpoint is not None:
+            self._assign(self.checkpoint.load(self._late.pop(), self.model))
         # A slice of one sample's tokens keeps the stride of the whole, for which torch would copy the head's weight each time.
         hidden_BTH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).view(hidden_BTH.shape)
 
-        def make(index: int) -> Callable[..., Any]:
-            def pass_on(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                return self._output(hidden_BTH if index == len(self) - 1 else hidden)
+        def pass_on(index: int, hidden: Tensor, _: Call) -> Any:
+            return self._output(hidden_BTH if index == len(self) - 1 else hidden)
 
-            return pass_on
-
-        with self._stand_ins(make):
+        with self._stand_ins(pass_on):
             made: Tensor = self.model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return made
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+        return isinstance(b, Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
-        return (
-            isinstance(b, (list, tuple))
-            and len(a) == len(b)
-            and all(_same(x, y) for x, y in zip(a, b, strict=True))
-        )
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_same, a, b))
     return True  # flags, caches that are None, objects that carry no numbers of these tokens
 
 
-def live_stack(model: Any) -> Stack:
+def live_stack(model: nn.Module) -> Stack:
     """A live model as a stack; its weights are used and changed in place.
 
     Raises:
@@ -463,6 +437,6 @@ def live_stack(model: Any) -> Stack:
     return Stack(model, None, parameter.dtype, str(parameter.device))
 
 
-def chunks_of(count: int, size: int) -> Sequence[slice]:
+def chunks_of(count: int, size: int) -> list[slice]:
     """Slices of at most `size` that cover `range(count)`."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

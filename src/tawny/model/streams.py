@@ -1,11 +1,14 @@
-"""Hidden states between blocks: all samples of one depth, in chunks, in the dtype of the forwards."""
+"""What goes through a model: `Samples`, its inputs, and `Stream`, their hidden states between blocks.
+
+Samples are token ids and a mask today. Another input, such as images, starts here: `Samples` holds the batch, model/stack.py
+hands it to the model's own forward, and calibration/ makes it. Everything behind sees hidden states only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ def samples_a_chunk(seqlen: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
 
 
 def repeated_tokens(length: int, share: float, *, begun: bool = False) -> int:
-    """How many tokens at the end of a sample say again what stood before in it (`Samples.repeating`)."""
+    """How many tokens at the end of a sample repeat what stood before in it (`Samples.repeating`)."""
     return min(int(length * share), (length - begun) // 2)
 
 
@@ -75,18 +78,20 @@ class Samples:
     def repeating(self, share: float, *, begun: bool = False) -> Samples:
         """Samples that end with a passage they held before, each from another place; `share` of each is that long.
 
-        In text of short documents hardly anything comes twice, so that it neither tells which models still copy nor
-        trains them to. A sample of which a part is masked stays as it is. `begun`: each begins with BOS, which is not
-        part of any passage.
+        In text of short documents hardly anything comes twice. Such text neither shows which models still copy nor trains
+        them to. A sample of which a part is masked stays as it is.
+
+        Args:
+            begun: each sample begins with BOS, which is not part of any passage.
         """
         tokens_ST = self.tokens.clone()
         length = self.seqlen
         size = repeated_tokens(length, share, begun=begun)
-        first = int(begun)
+        places = length - begun - 2 * size + 1
         for sample in range(len(self)):
             if self.mask is None or bool(self.mask[sample].all()):
                 # Multiples of the golden ratio, modulo 1, spread any number of places evenly.
-                start = first + int((sample + 1) * _GOLDEN % 1 * (length - first - 2 * size + 1))
+                start = begun + int((sample + 1) * _GOLDEN % 1 * places)
                 tokens_ST[sample, length - size :] = self.tokens[sample, start : start + size]
         return Samples(tokens_ST, self.mask)
 
@@ -95,12 +100,12 @@ class Samples:
 
 
 class OnDisk(Sequence[Tensor]):
-    """Hidden states in a file a depth: what is read is of one depth, what is assigned becomes the next.
+    """Hidden states in one file for each depth: what is read is of one depth, what is assigned becomes the next.
 
     Args:
         base: path of the files, without depth.
         rows: samples of each chunk.
-        depth: of what is read; assigning all chunks in order raises it, except the first time when nothing is there.
+        depth: of what is read; assigning all chunks in order raises it, except the first time where nothing was saved.
         saved: the file of that depth, if there is one.
     """
 
@@ -119,7 +124,7 @@ class OnDisk(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, chunk: Any) -> Any:
+    def __getitem__(self, chunk: int) -> Tensor:  # type: ignore[override]  # no slices
         if not 0 <= chunk < len(self._rows) or self.path is None:
             raise IndexError(chunk)
         with self.path.open("rb") as file:
@@ -130,10 +135,9 @@ class OnDisk(Sequence[Tensor]):
             if self.path is not None:
                 self._depth += 1
             self._next = self._base.with_name(f"{self._base.name}.{self._depth:05d}.tmp")
-            rest = tuple(value.shape[1:])
-            self._writer = TensorWriter(
-                self._next, {str(c): (value.dtype, (rows, *rest)) for c, rows in enumerate(self._rows)}
-            )
+            shapes = [(rows, *value.shape[1:]) for rows in self._rows]
+            specs = {str(c): (value.dtype, shape) for c, shape in enumerate(shapes)}
+            self._writer = TensorWriter(self._next, specs)
         with durable.writing(self._base):
             self._writer.write(str(chunk), value)
             if chunk == len(self._rows) - 1:
@@ -142,9 +146,7 @@ class OnDisk(Sequence[Tensor]):
     def _flip(self) -> None:
         assert self._writer is not None
         self._writer.close()
-        if (
-            self.path is not None and self.path.suffix == ".tmp"
-        ):  # one that was kept is the journal's to remove
+        if self.path is not None and self.path.suffix == ".tmp":  # the journal removes one that was kept
             self.path.unlink(missing_ok=True)
         self.path, self._places, self._writer = self._next, self._writer.places, None
 
@@ -186,15 +188,15 @@ class Stream:
         self.samples = samples
         self.slices = chunks_of(len(samples), samples_a_chunk(samples.seqlen, chunk_tokens))
         self.depth = depth
-        self.hidden: list[Tensor] | OnDisk = []
+        self.hidden: list[Tensor] | OnDisk
+        entering = (stack.enter(*self._inputs(part)) for part in self.slices)
         if spill is not None:
             rows = [part.stop - part.start for part in self.slices]
             self.hidden = OnDisk(spill, rows, stack.device, depth, saved)
-            if saved is None:
-                for chunk, part in enumerate(self.slices):
-                    self.hidden[chunk] = self.stack.enter(*self._inputs(part))
+            for chunk, hidden in enumerate(entering if saved is None else ()):
+                self.hidden[chunk] = hidden
         elif saved is None:
-            self.hidden = [self.stack.enter(*self._inputs(part)) for part in self.slices]
+            self.hidden = list(entering)
         else:
             read = read_tensors(saved)
             self.hidden = [read.pop(str(chunk)).to(stack.device) for chunk in range(len(self.slices))]
@@ -214,22 +216,18 @@ class Stream:
         """`[batch, tokens]` bool of one chunk's real tokens, or None if all are."""
         return None if self.samples.mask is None else self.samples.mask[self.slices[chunk]].bool()
 
-    def outputs(self, index: int) -> Iterator[tuple[int, Tensor]]:
-        """Run every chunk through block `index` (which must be loaded)."""
-        for chunk, hidden in enumerate(self.hidden):
-            yield chunk, self.stack.forward(index, hidden, self.call(index, chunk))
-
     def advance(self, index: int, step: Callable[[], None] = lambda: None) -> None:
-        """Replace the hidden states by block `index`'s outputs.
+        """Replace the hidden states by the outputs of block `index`, which must be loaded.
 
         Raises:
             NumericalError: the block gives NaN or infinity.
         """
-        for chunk, made in self.outputs(index):
-            self.replace(index, chunk, made)
+        for chunk, hidden in enumerate(self.hidden):
+            self.replace(index, chunk, self.stack.forward(index, hidden, self.call(index, chunk)))
             step()
 
     def replace(self, index: int, chunk: int, made: Tensor) -> None:
+        """Replace one chunk by what block `index` made of it, in the order of the chunks; raises as `advance` does."""
         if not bool(torch.isfinite(made.sum(dtype=torch.float32))) and not bool(torch.isfinite(made).all()):
             raise NumericalError(
                 f"block {self.stack.name(index)} gives NaN or infinite activations in {self.stack.compute}; "

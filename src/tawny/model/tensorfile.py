@@ -1,17 +1,18 @@
-"""Safetensors files read, written and merged a tensor at a time.
+"""Safetensors files, read, written and merged a tensor at a time.
 
-The library writes a file from a dictionary and reads one by mapping it; both hold more in memory than a run that
-promised a budget may. The format is simple enough to do without: eight bytes of header length, a JSON header with
-the place of every tensor, then the bytes. What is written here opens everywhere; the same tensors in the same order
-give the same bytes.
+The library writes a file from a dictionary and reads one by mapping it. Both may hold more memory than a run has promised.
+The format is simple: eight bytes of header length, a JSON header with the place of every tensor, then the bytes.
+What is written here opens everywhere. The same tensors in the same order give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,13 +53,19 @@ class Entry:
         return self.stop - self.start
 
 
+def _entry(value: Mapping[str, Any], base: int) -> Entry:
+    """One item of a header; `base` is where the data begins."""
+    start, stop = value["data_offsets"]
+    return Entry(value["dtype"], tuple(map(index, value["shape"])), base + index(start), base + index(stop))
+
+
 def natural(key: str) -> list[tuple[int, int | str]]:
     """Sorts `layers.2` before `layers.10`."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]
 
 
 def entries(path: Path) -> dict[str, Entry]:
-    """The tensors of a file.
+    """The tensors of a file, in the order of its header.
 
     Raises:
         CheckpointError: the file cannot be read, is truncated or not safetensors.
@@ -67,23 +74,23 @@ def entries(path: Path) -> dict[str, Entry]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header: Any = json.loads(file.read(size)) if size < 1 << 30 else None
-            end = file.seek(0, 2)
-        found = {
-            name: Entry(
-                value["dtype"],
-                tuple(value["shape"]),
-                8 + size + value["data_offsets"][0],
-                8 + size + value["data_offsets"][1],
-            )
-            for name, value in header.items()
-            if name != "__metadata__"
-        }
-        if max((entry.stop for entry in found.values()), default=8 + size) != end:
+            length = file.seek(0, 2)
+        found = {name: _entry(value, 8 + size) for name, value in header.items() if name != "__metadata__"}
+        end = 8 + size
+        for entry in sorted(found.values(), key=lambda entry: (entry.start, entry.stop)):
+            numbers = math.prod(entry.shape) if min(entry.shape, default=0) >= 0 else -1
+            width = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+            if entry.start != end or (width is not None and entry.bytes != numbers * width):
+                raise ValueError("its header contradicts itself")
+            end = entry.stop
+        if end != length:
             raise ValueError("its length is not what its header says")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); fetch or make it again") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}); fetch or make it again"
+        ) from error
     return found
 
 
@@ -98,15 +105,7 @@ def _layout(specs: Mapping[str, tuple[str, Sequence[int], int]]) -> tuple[bytes,
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    places = {
-        name: Entry(
-            specs[name][0],
-            tuple(specs[name][1]),
-            8 + len(text) + header[name]["data_offsets"][0],
-            8 + len(text) + header[name]["data_offsets"][1],
-        )
-        for name in order
-    }
+    places = {name: _entry(header[name], 8 + len(text)) for name in order}
     return len(text).to_bytes(8, "little") + text, places
 
 
@@ -155,7 +154,7 @@ class TensorWriter:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A file of these tensors."""
-    with TensorWriter(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}) as writer:
+    with TensorWriter(path, {n: (t.dtype, t.shape) for n, t in tensors.items()}) as writer:
         for name, value in tensors.items():
             writer.write(name, value)
 
@@ -170,11 +169,10 @@ def read_tensor(file: IO[bytes], entry: Entry) -> Tensor:
     return made
 
 
-def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The named tensors of a file, or all, in the order of the file."""
-    found = entries(path)
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file."""
     with path.open("rb") as file:
-        return {name: read_tensor(file, found[name]) for name in (found if names is None else names)}
+        return {name: read_tensor(file, entry) for name, entry in entries(path).items()}
 
 
 def merge(path: Path, pieces: Sequence[tuple[Path, str]]) -> None:

@@ -279,8 +279,7 @@ def pack(
             work.block(index)
             progress.step(f"{work.path}.{index}")
         work.ends()
-        output.carry(folder)
-        output.carry_named(folder, _ALSO_CARRIED)
+        output.carry(folder, _ALSO_CARRIED)
         method = {
             "quant_method": METHOD,
             "version": format.VERSION,
@@ -346,8 +345,7 @@ def unpack(
         if packed.source_index is not None:
             with writing(output.partial / _DENSE_INDEX):
                 (output.partial / _DENSE_INDEX).write_bytes(packed.source_index.encode())
-        output.carry(folder)
-        output.carry_named(folder, _ALSO_CARRIED)
+        output.carry(folder, _ALSO_CARRIED)
         _config(output, folder, None)
         _card(output, folder, None)
         _record(output, folder, {}, total)

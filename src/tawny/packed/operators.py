@@ -1,4 +1,4 @@
-"""The kernels' products as operators of torch, `torch.ops.tawny.*`, for whatever does not call them eagerly.
+"""The kernels' products as `torch.ops.tawny.*`, for `torch.compile`, `torch.export` and autograd.
 
 They have fake implementations and a gradient for the activations, so `torch.compile`, `torch.export` and backward
 through a packed layer work. A kind crosses torch's border by its name in the table.

@@ -1,1 +1,1 @@
-"""The main job: open, profile, allocate, and for each block observe, solve, advance, write."""
+"""Prune a model block by block: open, profile, allocate, and for each block observe, solve, advance, write."""

@@ -1,4 +1,4 @@
-"""The same walk without the work: what would be pruned, and what it would take.
+"""`tawny plan`: estimate memory, disk and time of a `prune` without running it.
 
 Memory is added up from shapes; time is multiplied out from the matrix products of the walk and the speed this
 machine shows on such products just now. Both are estimates and say so; sizes on disk are exact.

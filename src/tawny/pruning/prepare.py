@@ -1,4 +1,7 @@
-"""What a recipe asks of one model: opened, its linears chosen, and what that takes. `plan`, `prune`, `profile` and `search` start here."""
+"""Open the model that a recipe is for, choose its linears, refuse what cannot be, and say what it asks of memory.
+
+`plan`, `prune`, `profile` and `search` start here.
+"""
 
 from __future__ import annotations
 

@@ -39,16 +39,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tawny.errors import TextError
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Stream
+from tawny.pruning.expert_leaves import ExpertLeaves
 from tawny.recipe.schema import Refine
 
 _BETAS = (0.9, 0.95)  # a run has tens of steps, not thousands: the second momentum forgets within one
@@ -121,7 +120,7 @@ def refine(
         for entry in trained:
             stacked.callback(entry.close)
         if any(entry.expert is not None for entry in trained):
-            leaves = _ExpertLeaves(trained)
+            leaves = ExpertLeaves(trained)
             stacked.callback(leaves.close)
             stacked.enter_context(leaves)
         before = pairs.loss(held)
@@ -384,41 +383,3 @@ def _trained(
                 master = stored.to(torch.float32, copy=True)
                 made.append(_Trained(name, value, stored, master, masked=False, dtype=dtype))
     return made
-
-
-class _ExpertLeaves(TorchFunctionMode):
-    """Gives `fused[e]` a leaf of its own: the gradient of a plain slice is as large as all experts together.
-
-    Where all experts are used at once so is the gradient, and the parameter is the leaf: its experts share out what it gets.
-    """
-
-    def __init__(self, trained: Iterable[_Trained]) -> None:
-        super().__init__()
-        self._experts: dict[int, dict[int, _Trained]] = {}  # by id of the parameter
-        self._hooks: list[Any] = []
-        for entry in trained:
-            if entry.expert is None:
-                continue
-            fused, place = entry.expert
-            if id(fused) not in self._experts:
-                fused.requires_grad_(True)
-                self._hooks.append(fused.register_post_accumulate_grad_hook(self._share_out))  # type: ignore[no-untyped-call]
-            self._experts.setdefault(id(fused), {})[place] = entry
-
-    def _share_out(self, fused: Tensor) -> None:
-        assert fused.grad is not None
-        for place, entry in self._experts[id(fused)].items():
-            entry.gradient += fused.grad[place]
-        fused.grad = None
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__ and (experts := self._experts.get(id(args[0]))) is not None:
-            place = args[1]
-            if isinstance(place, int) or (isinstance(place, Tensor) and place.dim() == 0):
-                entry = experts.get(int(place))
-                return args[0].detach()[place] if entry is None else entry.leaf
-        return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""What a verb works on: `open_session` makes a run of a job (prepare.py).
+"""One run: its job (prepare.py), output, journal, calibration and record, opened together by `open_session`.
 
 Whatever can be checked is checked before any work. A session is plain data that is complete when it is handed out. It cleans
 up whatever happens after: nothing unfinished looks finished, and nothing that was finished is lost.

@@ -1,4 +1,4 @@
-"""The walk over blocks: each is loaded, handed out, and dropped, behind those that an earlier run has finished."""
+"""The walk over blocks: load each in turn, hand it out, drop it. Blocks that an earlier run has finished are skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written once every block is: the tensors of no block, the files beside the weights, card and page."""
+"""The last step of a run: write the weights outside the blocks, copy the other files, make card and page."""
 
 from __future__ import annotations
 

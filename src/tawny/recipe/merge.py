@@ -38,7 +38,7 @@ from tawny.recipe.schema import (
 
 def resolve_recipe(
     base: Recipe | Mapping[str, Any] | str | Path | None = None,
-    overrides: Mapping[str, Any] | Iterable[str | tuple[str, Any]] = (),
+    overrides: Mapping[str, Any] | Iterable[str] = (),
     *,
     default_sparsity: float | None = None,
     **keys: Any,
@@ -56,7 +56,7 @@ def resolve_recipe(
         mapping = base
     else:
         mapping = read_mapping(base)
-    later = overrides.items() if isinstance(overrides, Mapping) else map(_pair, overrides)
+    later = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     merged = _merge(mapping, [*((k, v) for k, v in keys.items() if v is not None), *later])
     if merged.get("sparsity") is None and ":" not in str(merged.get("pattern")):
         merged["sparsity"] = default_sparsity
@@ -86,10 +86,6 @@ def bare_keys() -> set[str]:
 
 def _options_of_all() -> list[str]:
     return [key for section in NAMED for kind in registry(section).values() for key in option_keys(kind)]
-
-
-def _pair(override: str | tuple[str, Any]) -> tuple[str, Any]:
-    return parse_override(override) if isinstance(override, str) else override
 
 
 def _chosen(section: str, merged: Mapping[str, Any]) -> Any:

@@ -150,10 +150,8 @@ class Recipe:
                 f"version {show(values['version'])} of recipes is unknown to this Tawny, which reads 1"
             )
         compat = values.get("compat")
-        if compat not in (
-            None,
-            "official",
-        ):  # before it is handed down, so that the error names the right key
+        # Asked before it is handed down, so that the error names the right key.
+        if compat not in (None, "official"):
             raise RecipeError(f"compat: {show(compat)} given, expected official or nothing")
         lift_refit(values)
         for section, kind in SECTIONS.items():

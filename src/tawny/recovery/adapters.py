@@ -1,4 +1,4 @@
-"""peft's LoRA layers with another forward: an adapter then keeps 100 % of the zeros, and an ordinary one keeps none.
+"""Masked LoRA for peft: merging an adapter keeps 100 % of the zeros, and merging an ordinary one keeps none.
 
 LoRA adds a dense product to every weight, and merging writes it into the zeros: at 50, 60 and 70 % the merged model had a
 sparsity of 0 % (`lora-reprune` in benchmarks/results/recovery.json). Here the product is masked before it is added.

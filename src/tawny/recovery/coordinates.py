@@ -1,4 +1,4 @@
-"""What is trained instead of a parameter: its survivors as one short vector, or the two factors of a masked LoRA.
+"""The vectors that are trained: the survivors of each pruned parameter, or the two factors of its masked LoRA.
 
 A hook takes each gradient away as soon as it exists. Training takes 44 % less memory than plain training in bfloat16 and
 reads 30 % more tokens a second (SmolLM2 at 50 %, `step` in benchmarks/results/recovery.json).

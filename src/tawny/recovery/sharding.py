@@ -1,4 +1,4 @@
-"""FSDP2 under the survivors: of N processes each holds 1/N of the blocks and of what is trained, 50 % with two of them.
+"""Train on N processes with FSDP2: each holds 1/N of the blocks and of what is trained, 50 % with two of them.
 
 torch gathers a block's weights in front of its forward and its backward, drops them behind, and adds up gradients row
 by row where those rows live (`torch.distributed.fsdp.fully_shard`). The optimiser's vectors are made from the rows that a

@@ -1,4 +1,4 @@
-"""Where a recovery stands: what it has seen, and the files that let it go on after it was stopped."""
+"""The saved state of a recovery: its progress and its tensors, so that it can go on after it was stopped."""
 
 from __future__ import annotations
 

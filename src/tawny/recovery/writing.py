@@ -1,4 +1,4 @@
-"""The recovered checkpoint: the source's files with the trained tensors in their places, and what tells of it.
+"""Write the recovered checkpoint: the source's files with the trained tensors replaced, its records, card and page.
 
 `recover.json` is the training's own record. `run.json`, where pruning left one, goes on describing the folder it lies in:
 its files are hashed anew, and `recovery` sums up what became of them. Card and page come from the two.
@@ -148,8 +148,7 @@ def write(
             outside[unit.sources[0]] = _trained(outside[unit.sources[0]], trained[unit.targets[0]], whole)
     output.write_block(_OUTSIDE, outside)
     size = output.assemble(output.plan_shards([_OUTSIDE, *names]))
-    output.carry(folder)
-    output.carry_named(folder, (_RUN, "recipe.yaml"))
+    output.carry(folder, (_RUN, "recipe.yaml"))
     return size
 
 

@@ -1,1 +1,1 @@
-"""What a person reads: the model card of a pruned checkpoint."""
+"""What a person reads: model cards, HTML pages and pictures, made from records; and the upload to the hub."""

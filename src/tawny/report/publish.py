@@ -1,4 +1,4 @@
-"""The three files that tell about a finished folder, made anew when more is known (`--eval` measures afterwards)."""
+"""Rewrite `run.json`, card and page of a finished folder after a later measurement, such as `--eval`."""
 
 from __future__ import annotations
 

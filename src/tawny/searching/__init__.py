@@ -1,1 +1,1 @@
-"""Allocations that are tried on the model, not computed from a profile. The room stands above pruning, which never calls it."""
+"""Search for an allocation by trying candidates on the model. This room may call pruning; pruning never calls it."""

@@ -1,4 +1,4 @@
-"""What a search has measured: each number is made once, and kept in a file that the same search goes on from.
+"""A cache of measured divergences, kept in a file so that a stopped search repeats none of them.
 
 A candidate's divergence is asked for on few windows, then on more, and again in another generation; what is known of a
 window is not measured again. Kept are the sums that a divergence is made of, in the order they are added up, so that a
@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,22 +48,17 @@ class Measured:
 
     Args:
         path: a file of lines that is read, and added to; None keeps everything in memory.
-        clock: seconds of the run so far.
 
     Attributes:
-        began: seconds of the run when the search began.
-        reached: seconds of the run when the last line of an earlier search was written; 0 without one.
         tokens: that went through the model so far.
     """
 
-    def __init__(self, path: Path | None = None, clock: Callable[[], float] = lambda: 0.0) -> None:
-        self.path, self._clock = path, clock
-        self.tokens = 0
+    def __init__(self, path: Path | None = None) -> None:
+        self.path, self.tokens = path, 0
         self._windows: dict[tuple[str, int], Sums] = {}
         self._proofs: dict[str, float] = {}
-        self.began, self.reached = clock(), 0.0
-        if path is not None and not self._read(path):
-            self._append({"began": self.began})
+        if path is not None and path.exists():
+            self._read(path)
 
     def lacking(self, levels: Levels, windows: Sequence[int]) -> tuple[int, ...]:
         """Those of the windows that the candidate has not been measured on."""
@@ -97,31 +92,28 @@ class Measured:
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:
             return
-        text = json.dumps({**line, "tokens": self.tokens, "seconds": self._clock()}) + "\n"
+        text = json.dumps({**line, "tokens": self.tokens}) + "\n"
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self, path: Path) -> bool:
-        """Take over what is there, up to a line that was cut off; whether there was anything."""
+    def _read(self, path: Path) -> None:
+        """Take over what is there, up to a line that was cut off."""
         whole = 0
         with suppress(ValueError, KeyError, TypeError), writing(path):
-            for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            for line in path.read_bytes().splitlines(keepends=True):
                 found = json.loads(line)
                 for key, window, tokens, sums in found.get("scores", ()):
                     self._windows[key, window] = Sums(tokens, tuple(sums))
                 if "proof" in found:
                     self._proofs[found["proof"][0]] = found["proof"][1]
-                self.began = found.get("began", self.began)
-                self.tokens, self.reached = found["tokens"], found["seconds"]
+                self.tokens = found["tokens"]
                 if not line.endswith(b"\n"):
                     break
                 whole += len(line)
-        if path.exists():
-            with writing(path):
-                os.truncate(path, whole)
-        return whole > 0
+        with writing(path):
+            os.truncate(path, whole)
 
 
 def _key(what: Any) -> str:

@@ -1,4 +1,4 @@
-"""Walk through a model as a run does, and keep nothing of it: its blocks are dense again behind it.
+"""Prune a model temporarily: walk through it as a run does, then restore its dense weights.
 
 A search walks so to solve linears for what they would receive in a pruned model, and to prune its finalists in earnest.
 What a search compares is put together from solutions that were made for the inputs of another allocation, perhaps by a

@@ -204,14 +204,14 @@ def _found(session: Session, settings: Settings, found: dict[str, Any], out: str
 def _search(session: Session, settings: Settings) -> dict[str, Any]:
     """Steps 1 to 5: what is told of them, and the allocation."""
     job, recipe = session.job, session.job.recipe
-    space = make_space(job.linears, job.pattern, recipe.sparsity, settings.levels, settings.step)
+    space = make_space(job.linears, job.pattern, recipe.sparsity, settings.levels)
     samples, held_out = _split(session, settings)
     searched = searched_windows(settings, len(held_out))
     windows, deciding = range(searched), range(searched, len(held_out))
     name_of_solver, solver = solver_of_levels(settings, job)
     survey = surveyed(settings.families)
     with _level_store(session, space) as store:
-        measured = _measured(session, store)
+        measured = Measured(None if session.journal.folder is None else store.folder / "scores.jsonl")
         solved = solve_levels(
             session, space, store, solver=solver, survey=survey, samples=samples, held_out=held_out
         )
@@ -249,7 +249,7 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
             windows=windows,
             deciding=deciding or windows,
             seed=recipe.seed,
-            stopped=lambda: _over(settings, session.clock.elapsed - measured.began),
+            stopped=lambda: _over(settings, session.clock.elapsed),
             step=session.progress.step,
             prove=prove,
             finalists=settings.finalists,
@@ -298,17 +298,6 @@ def _level_store(session: Session, space: Space) -> Iterator[LevelStore]:
     finally:
         if kept is None:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _measured(session: Session, store: LevelStore) -> Measured:
-    """What an earlier run of this search has measured; the time it took counts."""
-    kept = session.journal.folder is not None
-    clock = session.clock
-    measured = Measured(store.folder / "scores.jsonl" if kept else None, lambda: clock.elapsed)
-    committed = session.journal.state.get("seconds", {}).get("total", 0.0)
-    clock.go_on({"total": max(0.0, measured.reached - committed)})
-    clock.seconds["search"] = max(0.0, max(measured.reached, committed) - measured.began)
-    return measured
 
 
 def _pictured(settings: Settings, space: Space, outcome: Outcome) -> dict[str, Allocation]:

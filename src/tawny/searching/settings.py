@@ -29,8 +29,7 @@ class Settings:
     Attributes:
         trials: allocations to try in all.
         offspring: allocations a round.
-        levels: sparsities that each linear is solved at; an odd number.
-        step: share of the weights between two levels; None spreads them over half of the way to 0 or 1.
+        levels: sparsities that each linear is solved at; an odd number, spread over half of the way to 0 or 1.
         candidates: allocators whose strengths are tried, by name.
         finalists: how many of the best are pruned in earnest, beside uniform. With 0 the comparison of solutions decides.
         windows: held-out windows to search on; four times as many decide, where the text has them.
@@ -44,7 +43,6 @@ class Settings:
     trials: Count = 160
     offspring: Count = 16
     levels: Annotated[int, Field(ge=3)] = 11
-    step: Annotated[float, Field(gt=0, lt=0.5)] | None = None
     candidates: str = ",".join(FAMILIES)
     finalists: Annotated[int, Field(ge=0, le=4)] = 3  # a search ends with four beside uniform
     windows: Count = 4

@@ -1,7 +1,7 @@
-"""The allocations a search moves in: a tuple of levels, one whole number a linear.
+"""The search space: a candidate is a tuple of levels, one whole number for each linear; `Choice` says what a level does.
 
-What a level means is a `Choice`, and only this file knows which there are. The rest of the room solves choices, compares
-tuples of levels and moves in them.
+Only this file knows which choices there are. The rest of the room solves choices, compares tuples of levels and moves in
+them. To try more than a sparsity, such as pairs of sparsity and kind, extend `Choice` and the space here.
 
 Level k means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being proportional to
 their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or from one block
@@ -21,7 +21,6 @@ import torch
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import LinearInfo
-from tawny.errors import RecipeError
 from tawny.patterns import NM, Pattern
 
 Levels = tuple[int, ...]
@@ -183,61 +182,27 @@ class Space:
         return legal
 
 
-def make_space(
-    linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, levels: int, step: float | None = None
-) -> Space:
+def make_space(linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, levels: int) -> Space:
     """As many levels as asked for, half of them on each side of the target, where they fit.
 
-    What one linear gains another loses, so where nothing fits on one side only level 0 is left.
+    What one linear gains another loses, so where nothing fits on one side only level 0 is left. Levels are spread over half of
+    the way to 0 or 1, whichever is nearer, as in EvoPress. n:m has its own steps.
 
     Args:
         levels: an odd number.
-        step: share of the weights between two levels; None spreads them over half of the way to 0 or 1, whichever is
-            nearer, as EvoPress does. n:m has its own steps.
-
-    Raises:
-        RecipeError: the step leaves no level on one side, and a smaller one would.
     """
     half = levels // 2
     if isinstance(pattern, NM):
         steps = tuple(x.numel // pattern.m for x in linears)
-        low, high = -min(half, pattern.m - pattern.n), min(half, pattern.n - 1)
-        return _space(linears, pattern.sparsity, steps, low, high, pattern)
-    wanted = 0.5 * min(target, 1 - target) / half if step is None else step
-    made = _stepped(linears, pattern, target, half, wanted)
-    if step is not None and not made.high:
-        room = round(1000 * min(target, _HIGHEST - target, step))
-        smaller = (k / 1000 for k in range(room, 0, -1))
-        fits = next((s for s in smaller if _stepped(linears, pattern, target, half, s).high), None)
-        if fits is not None:
-            raise RecipeError(
-                f"search.step is {step:g}, which leaves no level between 0 and {_HIGHEST:g} on one side of sparsity "
-                f"{target:g}; expected at most {fits:g}"
-            )
-    return made
-
-
-def _stepped(
-    linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, half: int, wanted: float
-) -> Space:
-    """Levels that are `wanted` apart, as nearly as the shapes allow."""
-    common = math.gcd(*(x.numel for x in linears)) or 1
-    if wanted * common >= 1:  # steps in proportion to sizes, so that sums of them can cancel
-        steps = tuple(round(wanted * common) * (x.numel // common) for x in linears)
+        target, low, high = pattern.sparsity, -min(half, pattern.m - pattern.n), min(half, pattern.n - 1)
     else:
-        steps = tuple(max(1, round(wanted * x.numel)) for x in linears)
-    widest = max((s / x.numel for s, x in zip(steps, linears, strict=True)), default=1.0)
-    low = -min(half, int(target / widest + 1e-9)) if wanted else 0
-    high = min(half, max(0, int((_HIGHEST - target) / widest + 1e-9))) if wanted else 0
-    return _space(linears, target, steps, low, high, pattern)
-
-
-def _space(
-    linears: tuple[LinearInfo, ...],
-    target: float,
-    steps: tuple[int, ...],
-    low: int,
-    high: int,
-    pattern: Pattern,
-) -> Space:
+        wanted = 0.5 * min(target, 1 - target) / half
+        common = math.gcd(*(x.numel for x in linears)) or 1
+        if wanted * common >= 1:  # steps in proportion to sizes, so that sums of them can cancel
+            steps = tuple(round(wanted * common) * (x.numel // common) for x in linears)
+        else:
+            steps = tuple(max(1, round(wanted * x.numel)) for x in linears)
+        widest = max((s / x.numel for s, x in zip(steps, linears, strict=True)), default=1.0)
+        low = -min(half, int(target / widest + 1e-9)) if wanted else 0
+        high = min(half, max(0, int((_HIGHEST - target) / widest + 1e-9))) if wanted else 0
     return Space(linears, target, steps, low if high else 0, high if low else 0, pattern)

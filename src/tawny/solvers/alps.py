@@ -42,12 +42,11 @@ import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-from tawny.calibration.statistics import Statistics
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError, check_option
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
-from tawny.solvers.base import Needs, Solution, Solver, Work, require_finite
+from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian, require_finite
 from tawny.solvers.inverse import invert
 from tawny.solvers.refit import refit
 
@@ -182,15 +181,11 @@ class Alps(Solver):
         return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp <= 1e6:
-            raise RecipeError(
-                f"solver.damp is {self.damp}; expected a positive number up to 1e6, such as 0.01"
-            )
-        if not 1e-6 <= self.rho <= 1e6:
-            raise RecipeError(f"solver.rho is {self.rho}; expected a number in [1e-6, 1e6], such as 0.1")
-        for name in ("iterations", "steps"):
-            if not 0 <= getattr(self, name) < 2**31:
-                raise RecipeError(f"solver.{name} is {getattr(self, name)}; expected a count below 2**31")
+        damping = "a positive number up to 1e6, such as 0.01"
+        check_option(0 < self.damp <= 1e6, "solver.damp", self.damp, damping)
+        check_option(1e-6 <= self.rho <= 1e6, "solver.rho", self.rho, "a number in [1e-6, 1e6], such as 0.1")
+        for name, count in (("iterations", self.iterations), ("steps", self.steps)):
+            check_option(0 <= count < 2**31, f"solver.{name}", count, "a count below 2**31")
 
     def workspace(self, out: int, width: int) -> int:
         """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured.
@@ -204,12 +199,9 @@ class Alps(Solver):
         searching = 13 * out * width + 8 * width**2 + 2 * size * max(_CHUNK, _ROWS * width)
         return waiting + max(searching, 28 * out * width + size * width**2)
 
-    def prepare(self, statistics: Statistics | None) -> Scaled:
+    def prepare(self, statistics: Seen) -> Scaled:
         """Damp and scale the Hessian and factorise it for the first ρ, with more damping where it is needed."""
-        if statistics is None or statistics.hessian is None:
-            raise ValueError("alps needs a Hessian, but no statistics with one were given")
-        H_II = statistics.hessian.to(torch.float32)
-        require_finite(H_II, "input's Hessian")
+        H_II = input_hessian(statistics).to(torch.float32)
         diagonal_I = H_II.diagonal()
         mean = float(diagonal_I.mean()) or 1.0  # a matrix of zeros (an expert that saw no token)
         damp = self.damp
@@ -227,7 +219,7 @@ class Alps(Solver):
     def solve(
         self,
         W_OI: Tensor,
-        statistics: Statistics | None,
+        statistics: Seen,
         pattern: Pattern,
         sparsity: float,
         prepared: Scaled | None = None,
@@ -280,18 +272,25 @@ class Alps(Solver):
             return T_OI
 
         T_OI = first()
-        chunk = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))[0]
+        chunks = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))
         inverse_II = scaled.inverse(self.rho)
         assert inverse_II is not None  # `prepare` has made it
-        scratch = T_OI.new_empty((2, *T_OI[chunk].shape), dtype=inverse_II.dtype)
+        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=inverse_II.dtype)
         survivors = max(support.changes(T_OI), 1)
         rho = before = self.rho
         grown = False
         iteration = 0
         for iteration in range(1, self.iterations + 1):
             assert inverse_II is not None
-            _iterate(T_OI, support, scaled_OI, inverse_II, rho, before, scratch)
-            before = rho
+            support.begin(T_OI)
+            for chunk in chunks:
+                T_CI, W_CI = T_OI[chunk], scaled_OI[chunk]
+                right_CI, step_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
+                support.right(T_CI, W_CI, chunk, rho, before, right_CI)
+                torch.mm(right_CI, inverse_II, out=step_CI)
+                support.update(T_CI, W_CI, step_CI, chunk, rho, before)
+            support.finish(T_OI)
+            before = rho  # V was made with it
             if iteration % _CHECK:
                 continue
             change = support.changes(T_OI) / survivors
@@ -322,29 +321,6 @@ def _parts(T_OI: Tensor, size: int) -> list[slice]:
     """Slices of rows of about `size` weights."""
     rows = max(1, size // max(T_OI.shape[1], 1))
     return [slice(top, min(top + rows, len(T_OI))) for top in range(0, len(T_OI), rows)]
-
-
-def _iterate(
-    T_OI: Tensor,
-    support: _ByThreshold | _ByMask,
-    W_OI: Tensor,
-    inverse_II: Tensor,
-    rho: float,
-    before: float,
-    scratch: Tensor,
-) -> None:
-    """One ADMM iteration, T in place, and the support of the new T.
-
-    `before` is the ρ that V was made with. The scratch tells how many rows a product takes.
-    """
-    support.begin(T_OI)
-    for chunk in _parts(T_OI, scratch[0].numel()):
-        T_CI, W_CI = T_OI[chunk], W_OI[chunk]
-        right_CI, step_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
-        support.right(T_CI, W_CI, chunk, rho, before, right_CI)
-        torch.mm(right_CI, inverse_II, out=step_CI)
-        support.update(T_CI, W_CI, step_CI, chunk, rho, before)
-    support.finish(T_OI)
 
 
 class _Support:

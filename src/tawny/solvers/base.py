@@ -18,20 +18,24 @@ from torch import Tensor
 
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError
-from tawny.patterns import Pattern, Scope
+from tawny.patterns import NM, Pattern, Scope, keep_mask, removed_count
 
 __all__ = [
     "Needs",
+    "Seen",
     "Solution",
     "Solver",
     "energy",
+    "input_hessian",
     "input_norms",
+    "keep_highest",
     "masked",
     "reconstruction_error",
     "require_finite",
 ]
 
 
+Seen = Statistics | None  # what calibration saw of a linear's inputs, for the solvers that need it
 _PANEL = 1024  # columns of H that an energy multiplies at once
 _PART = 1 << 18  # weights that fit a core's cache
 
@@ -86,17 +90,12 @@ class Solver(Protocol):
         """Bytes for a weight `[out, width]` beside its stored copy and its Hessian."""
         return 32 * out * width + (8 * width * width if self.needs == "hessian" else 0)
 
-    def prepare(self, statistics: Statistics | None) -> Any:
+    def prepare(self, statistics: Seen) -> Any:
         """Work that linears with the same input share; None where there is none."""
         return None
 
     def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Statistics | None,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Any = None,
+        self, W_OI: Tensor, statistics: Seen, pattern: Pattern, sparsity: float, prepared: Any = None
     ) -> Solution:
         """Prune one weight to `sparsity` (n:m: to what the pattern says)."""
         ...
@@ -115,7 +114,7 @@ def masked(W_OI: Tensor, keep_OI: Tensor) -> Tensor:
     return torch.mul(W_OI, keep_OI).add_(0.0)
 
 
-def input_norms(statistics: Statistics | None) -> Tensor:
+def input_norms(statistics: Seen) -> Tensor:
     """[in]: ‖X_j‖₂ of every input, checked."""
     if statistics is None:
         raise ValueError("this solver needs column norms, but no statistics were given")
@@ -123,6 +122,21 @@ def input_norms(statistics: Statistics | None) -> Tensor:
     if (statistics.squared_norms < 0).any():
         raise NumericalError("a squared norm of the input is negative")
     return statistics.squared_norms.float().sqrt()
+
+
+def input_hessian(statistics: Seen) -> Tensor:
+    """[in, in]: XᵀX of the inputs, checked."""
+    if statistics is None or statistics.hessian is None:
+        raise ValueError("this solver needs a Hessian, but no statistics with one were given")
+    require_finite(statistics.hessian, "input's Hessian")
+    return statistics.hessian
+
+
+def keep_highest(scores_OI: Tensor, pattern: Pattern, sparsity: float, scope: Scope) -> Tensor:
+    """[out, in] bool: the mask that `sparsity` leaves of the scores, over `scope` where the pattern does not say."""
+    if not isinstance(pattern, NM):
+        pattern = pattern.with_default(scope)
+    return keep_mask(scores_OI, pattern, removed_count(scores_OI.numel(), sparsity))
 
 
 def energy(D_OI: Tensor, H_II: Tensor, dtype: torch.dtype = torch.float32) -> float:

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tawny.calibration.statistics import Statistics
-from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, removed_count
-from tawny.solvers.base import Needs, Solution, Solver, masked, require_finite
+from tawny.patterns import Pattern, Scope
+from tawny.solvers.base import Needs, Seen, Solution, Solver, keep_highest, masked, require_finite
 
 __all__ = ["Magnitude"]
 
@@ -34,16 +33,9 @@ class Magnitude(Solver):
         return 20 * out * width  # measured, what judges the result included
 
     def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Statistics | None,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Any = None,
+        self, W_OI: Tensor, statistics: Seen, pattern: Pattern, sparsity: float, prepared: Any = None
     ) -> Solution:
         require_finite(W_OI, "weight")
-        if isinstance(pattern, Unstructured):
-            pattern = pattern.with_default(self.default_scope)
         # Zeros need no special care here: |0| is the lowest score there is.
-        keep_OI = keep_mask(W_OI.abs(), pattern, removed_count(W_OI.numel(), sparsity))
+        keep_OI = keep_highest(W_OI.abs(), pattern, sparsity, self.default_scope)
         return Solution(masked(W_OI, keep_OI), keep_OI)

@@ -21,10 +21,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tawny.calibration.statistics import Statistics
-from tawny.errors import RecipeError
-from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
-from tawny.solvers.base import Needs, Solution, Solver, input_norms, require_finite
+from tawny.errors import check_option
+from tawny.patterns import Pattern, Scope, zeros_first
+from tawny.solvers.base import Needs, Seen, Solution, Solver, input_norms, keep_highest, require_finite
 
 __all__ = ["RIA"]
 
@@ -47,29 +46,20 @@ class RIA(Solver):
     default_scope: ClassVar[Scope] = "matrix"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.a <= 4:
-            raise RecipeError(
-                f"solver.a is {self.a}; expected a power of the input's norm in [0, 4], such as 0.5"
-            )
+        power = "a power of the input's norm in [0, 4], such as 0.5"
+        check_option(0 <= self.a <= 4, "solver.a", self.a, power)
 
     def workspace(self, out: int, width: int) -> int:
         return 20 * out * width  # measured, what judges the result included
 
-    def prepare(self, statistics: Statistics | None) -> Any:
+    def prepare(self, statistics: Seen) -> Any:
         return input_norms(statistics).pow_(self.a)
 
     def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Statistics | None,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Any = None,
+        self, W_OI: Tensor, statistics: Seen, pattern: Pattern, sparsity: float, prepared: Any = None
     ) -> Solution:
         require_finite(W_OI, "weight")
         powers_I = self.prepare(statistics) if prepared is None else prepared
-        if isinstance(pattern, Unstructured):
-            pattern = pattern.with_default(self.default_scope)
         size_OI = W_OI.abs()
         # Only rows and columns of zeros have no sum, and their weights' scores are set below.
         shares_I, shares_O = 1 / size_OI.sum(0).clamp_(min=1e-38), 1 / size_OI.sum(1).clamp_(min=1e-38)
@@ -79,5 +69,5 @@ class RIA(Solver):
             scores_OI[:, silent_I] = -1 / scores_OI[:, silent_I]
         scores_OI.mul_(torch.where(silent_I, 1.0, powers_I))
         zeros_first(scores_OI, W_OI)
-        keep_OI = keep_mask(scores_OI, pattern, removed_count(W_OI.numel(), sparsity))
+        keep_OI = keep_highest(scores_OI, pattern, sparsity, self.default_scope)
         return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)

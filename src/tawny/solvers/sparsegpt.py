@@ -31,8 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tawny.calibration.statistics import Statistics
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError, check_option
 from tawny.patterns import (
     NM,
     Pattern,
@@ -44,7 +43,7 @@ from tawny.patterns import (
     rows_removed,
     zeros_first,
 )
-from tawny.solvers.base import Needs, Solution, Solver, require_finite
+from tawny.solvers.base import Needs, Seen, Solution, Solver, input_hessian, require_finite
 
 __all__ = ["Factor", "SparseGPT"]
 
@@ -85,44 +84,38 @@ class SparseGPT(Solver):
     default_scope: ClassVar[Scope] = "matrix"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp <= 1e6:
-            raise RecipeError(f"solver.damp is {self.damp}; expected a number in [0, 1e6], such as 0.01")
-        if not 1 <= self.group < 2**31:
-            raise RecipeError(
-                f"solver.group is {self.group}; expected a positive number of columns below 2**31, such as 128"
-            )
+        check_option(0 <= self.damp <= 1e6, "solver.damp", self.damp, "a number in [0, 1e6], such as 0.01")
+        columns = "a positive number of columns below 2**31, such as 128"
+        check_option(1 <= self.group < 2**31, "solver.group", self.group, columns)
 
     def workspace(self, out: int, width: int) -> int:
         return 29 * out * width + 4 * width * width  # measured, what judges the result included
 
-    def prepare(self, statistics: Statistics | None) -> Factor:
+    def prepare(self, statistics: Seen) -> Factor:
         """Factorise the damped Hessian, with more damping where it is needed."""
-        if statistics is None or statistics.hessian is None:
-            raise ValueError("sparsegpt needs a Hessian, but no statistics with one were given")
-        require_finite(statistics.hessian, "input's Hessian")
-        energy_I = statistics.hessian.diagonal().float()
+        hessian_II = input_hessian(statistics)
+        energy_I = hessian_II.diagonal().float()
         dead_I = energy_I <= 0
         # A matrix of zeros (an expert that saw no token) still needs a diagonal; any value serves.
         mean = float(energy_I.mean()) or 1.0
         damp = self.damp
         for _ in range(1 + _RETRIES):
-            H_II = statistics.hessian.to(torch.float32, copy=True)
+            H_II = hessian_II.to(torch.float32, copy=True)
             added_I = torch.full_like(energy_I, damp * mean).add_(dead_I, alpha=mean)
             H_II.diagonal().add_(added_I)
             RT_II = _factorise(H_II)
             if RT_II is not None:
                 return Factor(RT_II, RT_II.diagonal().clone(), added_I, dead_I, bool(dead_I.any()), damp)
             damp = max(damp * 10, 1e-4)
-        shape = list(statistics.hessian.shape)
         raise NumericalError(
-            f"the Hessian {shape} cannot be factorised even with damping {damp / 10:g}; "
+            f"the Hessian {list(hessian_II.shape)} cannot be factorised even with damping {damp / 10:g}; "
             "use more calibration samples or a larger solver.damp"
         )
 
     def solve(
         self,
         W_OI: Tensor,
-        statistics: Statistics | None,
+        statistics: Seen,
         pattern: Pattern,
         sparsity: float,
         prepared: Factor | None = None,

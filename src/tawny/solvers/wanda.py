@@ -14,9 +14,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tawny.calibration.statistics import Statistics
-from tawny.patterns import Pattern, Scope, Unstructured, keep_mask, keep_mask_rows, removed_count, zeros_first
-from tawny.solvers.base import Needs, Solution, Solver, input_norms, masked, require_finite
+from tawny.patterns import Pattern, Scope, Unstructured, keep_mask_rows, zeros_first
+from tawny.solvers.base import (
+    Needs,
+    Seen,
+    Solution,
+    Solver,
+    input_norms,
+    keep_highest,
+    masked,
+    require_finite,
+)
 
 __all__ = ["Wanda"]
 
@@ -40,23 +48,16 @@ class Wanda(Solver):
     def workspace(self, out: int, width: int) -> int:
         return 20 * out * width  # measured, what judges the result included
 
-    def prepare(self, statistics: Statistics | None) -> Any:
+    def prepare(self, statistics: Seen) -> Any:
         return input_norms(statistics)
 
     def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Statistics | None,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Any = None,
+        self, W_OI: Tensor, statistics: Seen, pattern: Pattern, sparsity: float, prepared: Any = None
     ) -> Solution:
         require_finite(W_OI, "weight")
-        norms_I = input_norms(statistics) if prepared is None else prepared
-        if isinstance(pattern, Unstructured):
-            pattern = pattern.with_default(self.default_scope)
+        norms_I = self.prepare(statistics) if prepared is None else prepared
         scores_OI = W_OI.abs().mul_(norms_I)
-        if self.compat == "official" and isinstance(pattern, Unstructured) and pattern.scope == "row":
+        if self.compat == "official" and pattern in (Unstructured(), Unstructured("row")):
             rows, width = W_OI.shape
             keep_OI = keep_mask_rows(scores_OI, torch.full((rows,), min(width, int(width * sparsity))))
         else:
@@ -64,5 +65,5 @@ class Wanda(Solver):
             if silent_I.any():  # inputs that never fire: first of all, and by magnitude among themselves
                 scores_OI[:, silent_I] = -1 / W_OI[:, silent_I].abs()
             zeros_first(scores_OI, W_OI)
-            keep_OI = keep_mask(scores_OI, pattern, removed_count(W_OI.numel(), sparsity))
+            keep_OI = keep_highest(scores_OI, pattern, sparsity, self.default_scope)
         return Solution(masked(W_OI, keep_OI), keep_OI)
