@@ -1,12 +1,8 @@
-"""A text to measure on, and the verbs as a person calls them."""
+"""A text to measure on."""
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-
-from tawny.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -15,16 +11,3 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("the owl hunts at night and sleeps by day. " * 20)
     return str(path)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("eval", …)`: the exit code, stdout and stderr of a verb."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return call
