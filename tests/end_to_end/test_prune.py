@@ -51,6 +51,17 @@ def prunable(model):
     }
 
 
+def pruned(family, **keys):
+    """The prunable weights of a tiny model after a prune."""
+    model = tiny_model(family)
+    tawny.prune(model, **keys)
+    return prunable(model)
+
+
+def same(weights, others):
+    return weights.keys() == others.keys() and all(torch.equal(weights[x], others[x]) for x in weights)
+
+
 @pytest.fixture
 def dense(tmp_path):
     """A folder with a tiny LLaMA."""
@@ -122,34 +133,24 @@ def test_a_live_model_and_its_folder_are_pruned_alike(order, tmp_path):
     options |= {"compute": "float32", "calibration": tokens()}
     tawny.prune(tmp_path / "dense", tmp_path / "out", **options)
     tawny.prune(model, **options)
-    written = prunable(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    for name, weight in prunable(model).items():
-        assert torch.equal(weight, written[name]), name
+    assert same(prunable(model), prunable(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
 
 
 def test_data_order_lets_later_stages_see_the_pruned_earlier_ones():
-    masks = []
-    for order in ("block", "data"):
-        model = tiny_model("llama")
-        tawny.prune(
-            model, sparsity=0.7, solver="sparsegpt", compute="float32", order=order, calibration=tokens()
-        )
-        masks.append(prunable(model))
+    keys = {"sparsity": 0.7, "solver": "sparsegpt", "compute": "float32", "calibration": tokens()}
+    masks = [pruned("llama", order=order, **keys) for order in ("block", "data")]
     first, last = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     assert torch.equal(masks[0][first], masks[1][first])
     assert not torch.equal(masks[0][last], masks[1][last])
 
 
 def test_suspended_forwards_give_the_bytes_of_repeated_ones(monkeypatch):
+    keys = {"sparsity": 0.6, "solver": "sparsegpt", "order": "data", "calibration": tokens(200, 24)}
     for family in ("llama", "falcon", "gemma3_text", "gpt2"):
-        made = []
-        for held in (pruning_block.HELD_BYTES, 0):
-            monkeypatch.setattr(pruning_block, "HELD_BYTES", held)
-            model = tiny_model(family)
-            tawny.prune(model, sparsity=0.6, solver="sparsegpt", order="data", calibration=tokens(200, 24))
-            made.append(prunable(model))
-        monkeypatch.undo()
-        assert all(torch.equal(made[0][name], made[1][name]) for name in made[0]), family
+        suspended = pruned(family, **keys)
+        with monkeypatch.context() as repeating:
+            repeating.setattr(pruning_block, "HELD_BYTES", 0)
+            assert same(suspended, pruned(family, **keys)), family
 
 
 def test_the_same_recipe_writes_the_same_bytes(dense, tmp_path):
@@ -173,19 +174,13 @@ def test_official_compat_gives_the_ratios_and_masks_of_the_slow_restatement():
     assert len(set(ratios)) >= 3
     for entry in record.linears:
         assert entry.target == pytest.approx(ratios[entry.block], abs=1e-9)
-    wanted = prunable(expected)
-    for name, weight in prunable(dense).items():
-        assert torch.equal(weight == 0, wanted[name] == 0), name
-        assert torch.equal(weight, wanted[name]), name
+    assert same(prunable(dense), prunable(expected))
 
 
 def test_lambda_zero_is_uniform():
-    made = []
-    for options in ({"allocator": "owl", "allocator.lambda": 0}, {"allocator": "uniform"}):
-        model = tiny_model("llama")
-        tawny.prune(model, sparsity=0.6, solver="wanda", compute="float32", calibration=tokens(), **options)
-        made.append(prunable(model))
-    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    keys = {"sparsity": 0.6, "solver": "wanda", "compute": "float32", "calibration": tokens()}
+    level = pruned("llama", allocator="owl", **keys, **{"allocator.lambda": 0})
+    assert same(level, pruned("llama", allocator="uniform", **keys))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -317,7 +312,7 @@ def test_padding_does_not_count_in_statistics(family):
         keys = {"sparsity": 0.6, "allocator": "uniform", "solver": "sparsegpt"}
         tawny.prune(model, calibration=(padded, mask), **keys)
         made.append(model.state_dict())
-    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert same(*made)
 
 
 def test_one_expert_may_be_pruned_that_no_token_reaches():
@@ -348,19 +343,17 @@ def test_samples_begin_as_the_tokenizer_begins_a_text_but_not_as_the_papers_do(d
     keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "wanda", "compute": "float32"}
     read = {"calibration": str(text), "samples": 4, "seqlen": 16}
 
-    def pruned(name, **more):
+    def written(name, **more):
         record = tawny.prune(dense, tmp_path / name, **keys, **more)
         return record, load_file(tmp_path / name / "model.safetensors")
 
-    record, weights = pruned("begun", **read)
+    record, weights = written("begun", **read)
     assert record.text["bos"] is True
     begun = tokenise(text.read_text(), tokenizer)
-    same = pruned("given", calibration=sample_windows(begun, 4, 16, 0))[1]
-    assert weights.keys() == same.keys() and all(torch.equal(weights[key], same[key]) for key in same)
-    papers, others = pruned("papers", **read, bos=False)
+    assert same(weights, written("given", calibration=sample_windows(begun, 4, 16, 0))[1])
+    papers, others = written("papers", **read, bos=False)
     assert papers.text["bos"] is False
     whole = tokenise(text.read_text(), tokenizer, bos=False)
-    same = pruned("whole", calibration=sample_windows(whole, 4, 16, 0))[1]
-    assert all(torch.equal(others[key], same[key]) for key in same)
-    assert any(not torch.equal(others[key], weights[key]) for key in same)
-    assert pruned("official", **read, compat="official")[0].text["bos"] is False
+    assert same(others, written("whole", calibration=sample_windows(whole, 4, 16, 0))[1])
+    assert not same(others, weights)
+    assert written("official", **read, compat="official")[0].text["bos"] is False

@@ -152,18 +152,16 @@ class OutputFolder:
         self.out = out = named(out)
         self.work = unfinished(out)
         self.partial = self.work / "checkpoint"
-        self.overwrite = overwrite
         self._writer = ThreadPoolExecutor(1, "writing")
         self._behind: list[tuple[Path, Future[None]]] = []
         if source is not None:
             spare((out, self.work), source, "model")
         self._mend()
-        if out.exists() and not overwrite:
-            raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
-        if out.exists() and not (
-            out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())
-        ):
-            raise OutputError(f"{out} exists and is not a checkpoint folder; refusing to replace it")
+        if out.exists():
+            if not overwrite:
+                raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+            if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+                raise OutputError(f"{out} exists and is not a checkpoint folder; refusing to replace it")
         refuse_foreign(self.work, _OURS)
         with writing(out):
             self.work.mkdir(parents=True, exist_ok=True)

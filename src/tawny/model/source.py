@@ -14,11 +14,14 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, in_one_line
 from tawny.machine import in_package
 from tawny.model.trust import refusing_code, trusted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
@@ -233,7 +236,7 @@ def revision_of(folder: Path) -> str:
     return folder.name if folder.parent.name == "snapshots" and len(folder.name) == 40 else ""
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the weights.
 
     Raises:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from tawny.errors import CheckpointError, ModelError, first_line
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import check_unshared, find_stack, head_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _is_of_types(error: RuntimeError) -> bool:
@@ -94,7 +97,7 @@ class Stack:
         return f"{self.path}.{index}"
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         return self.model.config
 
     @property
@@ -218,10 +221,10 @@ class Stack:
     # --- forwards ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _stand_ins(self, stand_in: Callable[[int, Any, Call], Any]) -> Iterator[None]:
+    def _stand_ins(self, stand_in: Callable[[int, Tensor, Call], object]) -> Iterator[None]:
         """Inside, `stand_in(index, hidden states, the rest)` is called instead of a block."""
 
-        def forward(index: int, /, *args: Any, **kwargs: Any) -> Any:
+        def forward(index: int, /, *args: Any, **kwargs: Any) -> object:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             return stand_in(index, hidden, Call(rest, kwargs))
 
@@ -248,7 +251,7 @@ class Stack:
         finally:
             config._experts_implementation = before
 
-    def _output(self, hidden: Tensor, other: _Other | None = None) -> Any:
+    def _output(self, hidden: Tensor, other: _Other | None = None) -> object:
         """What a block returns that makes `hidden`; `other` stands for all that it may return beside."""
         return (hidden, *[other] * (self._items - 1)) if self._items else hidden
 
@@ -280,14 +283,14 @@ class Stack:
     ) -> None:
         """Run the model with stand-ins for its blocks, up to the call after which there are `most`, or to its head."""
 
-        def record(index: int, hidden: Any, call: Call) -> Any:
+        def record(index: int, hidden: Tensor, call: Call) -> object:
             calls.append(call)
             seen.append(hidden)
             if len(calls) == most or not isinstance(hidden, Tensor) or hidden.shape != seen[0].shape:
                 raise _Stop
             return self._output(hidden, _Other())
 
-        def stop(*_: Any) -> None:
+        def stop(*_: object) -> None:
             raise _Stop
 
         head = head_of(self.model)
@@ -403,7 +406,7 @@ class Stack:
         # A slice of one sample's tokens keeps the stride of the whole, for which torch would copy the head's weight each time.
         hidden_BTH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).view(hidden_BTH.shape)
 
-        def pass_on(index: int, hidden: Tensor, _: Call) -> Any:
+        def pass_on(index: int, hidden: Tensor, _: Call) -> object:
             return self._output(hidden_BTH if index == len(self) - 1 else hidden)
 
         with self._stand_ins(pass_on):
