@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import _ctypes
 import os
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tawny.errors import UserError
 from tawny.kernels import native, ops, reference
 from tawny.packed.format import pack, unpack
 from tawny.packed.kinds import KINDS as TABLE
-from tests.packed.cases import KINDS, SHAPES, SPARSITIES, uneven, weight
+from tests.packed.cases import KINDS, SHAPES, SPARSITIES, python, uneven, weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = native.available()
 # one rounding of the result; int8 values may use 16-bit integer activations
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    with native.force(request.param):
+        yield request.param
 
 
 def activations(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -52,41 +60,35 @@ def agree(packed, x, bias=None):
     assert worst <= 1, f"{worst:.2f} times the allowed error"
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("values,group", KINDS)
 def test_every_kernel_agrees_with_plain_torch_over_shapes_and_sparsities(kernel, values, group):
-    with native.force(kernel):
-        for shape in SHAPES:
-            for W in [weight(shape, s) for s in SPARSITIES] + [uneven(shape)]:
-                packed = pack(W, values, group)
-                for dtype in DTYPES:
-                    for tokens in (1, 2, 5):
-                        agree(packed, activations(tokens, shape[1], dtype))
+    for shape in SHAPES:
+        for W in [weight(shape, s) for s in SPARSITIES] + [uneven(shape)]:
+            packed = pack(W, values, group)
+            for dtype in DTYPES:
+                for tokens in (1, 2, 5):
+                    agree(packed, activations(tokens, shape[1], dtype))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("values,group", KINDS)
 def test_every_kernel_agrees_for_any_number_of_tokens(kernel, values, group):
     packed = pack(uneven((37, 250)), values, group)
     bias = torch.randn(37)
-    with native.force(kernel):
-        for dtype in DTYPES:
-            for tokens in (*range(9), 12, 17, 31, 32, 33, 70, 1030):
-                agree(packed, activations(tokens, 250, dtype), bias.to(dtype))
+    for dtype in DTYPES:
+        for tokens in (*range(9), 12, 17, 31, 32, 33, 70, 1030):
+            agree(packed, activations(tokens, 250, dtype), bias.to(dtype))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("values,group", KINDS)
 def test_prefill_by_expanding_agrees_in_one_chunk_and_in_many(kernel, values, group, monkeypatch):
     monkeypatch.setattr(ops, "DIRECT", 4)
     packed = pack(uneven((201, 130)), values, group)
     bias = torch.randn(201)
-    with native.force(kernel):
-        for chunk in (1, 8 << 20):
-            monkeypatch.setattr(ops, "CHUNK_BYTES", chunk)
-            for dtype in DTYPES:
-                agree(packed, activations(9, 130, dtype), bias.to(dtype))
-                agree(packed, activations(9, 130, dtype))
+    for chunk in (1, 8 << 20):
+        monkeypatch.setattr(ops, "CHUNK_BYTES", chunk)
+        for dtype in DTYPES:
+            agree(packed, activations(9, 130, dtype), bias.to(dtype))
+            agree(packed, activations(9, 130, dtype))
 
 
 @settings(max_examples=40, deadline=None)
@@ -107,25 +109,21 @@ def test_kernels_agree_on_anything(rows, columns, sparsity, kind, dtype, tokens,
             agree(packed, x)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("values,group", KINDS)
 def test_expanding_gives_the_dense_weight(kernel, values, group):
-    with native.force(kernel):
-        for shape in SHAPES:
-            packed = pack(uneven(shape), values, group)
-            for dtype in DTYPES:
-                found = ops.expand(packed.weight, dtype)
-                assert torch.equal(found, unpack(packed, dtype))
+    for shape in SHAPES:
+        packed = pack(uneven(shape), values, group)
+        for dtype in DTYPES:
+            found = ops.expand(packed.weight, dtype)
+            assert torch.equal(found, unpack(packed, dtype))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("group", [None, 128])
 def test_expanding_keeps_the_largest_weights_finite(kernel, group):
     for dtype in DTYPES:
         W = weight((5, 70), 0.5).sign().to(dtype) * torch.finfo(dtype).max
         packed = pack(W, "int8", group)
-        with native.force(kernel):
-            found = ops.expand(packed.weight, dtype)
+        found = ops.expand(packed.weight, dtype)
         assert bool(found.isfinite().all()) and torch.equal(found, unpack(packed, dtype))
 
 
@@ -136,62 +134,51 @@ def test_the_plain_torch_twin_expands_any_range_of_groups():
     assert torch.equal(reference.expand(packed.weight, torch.float32, 5, 6), dense[20:])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_product_does_not_depend_on_the_number_of_threads(kernel):
-    before = torch.get_num_threads()
+def by_threads(product) -> list[torch.Tensor]:
+    """The same product on one, two and three threads."""
+    before, found = torch.get_num_threads(), []
     try:
-        with native.force(kernel):
-            for values, group in KINDS:
-                packed = pack(uneven((301, 700)), values, group)
-                for tokens in (1, 3, 8):
-                    x = activations(tokens, 700, torch.bfloat16)
-                    found = []
-                    for threads in (1, 2, 3):
-                        torch.set_num_threads(threads)
-                        found.append(ops.packed_linear(x, packed.weight, None))
-                    if kernel != "torch":
-                        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(product())
     finally:
         torch.set_num_threads(before)
+    return found
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_product_does_not_depend_on_the_number_of_threads(kernel):
+    for values, group in KINDS:
+        packed = pack(uneven((301, 700)), values, group)
+        for tokens in (1, 3, 8):
+            x = activations(tokens, 700, torch.bfloat16)
+            one, two, three = by_threads(partial(ops.packed_linear, x, packed.weight, None))
+            assert kernel == "torch" or (torch.equal(one, two) and torch.equal(one, three))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_dense_product_does_not_depend_on_the_number_of_threads(kernel, dtype):
     """Over sums that cancel: what is left of them is the order in which they were added up."""
-    before = torch.get_num_threads()
-    try:
-        with native.force(kernel):
-            for rows, columns in [(66, 512), (67, 515)]:
-                order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
-                half = weight((rows, columns), 0.0).to(dtype)
-                W = torch.cat([half, half[:, order]], 1)
-                for tokens in range(1, ops.DENSE_DIRECT + 1):
-                    half = activations(tokens, columns, dtype)
-                    x = torch.cat([half, -half[:, order]], 1)
-                    found = []
-                    for threads in (1, 2, 3):
-                        torch.set_num_threads(threads)
-                        found.append(ops.dense_linear(x, W, None))
-                    if kernel != "torch":
-                        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    finally:
-        torch.set_num_threads(before)
+    for rows, columns in [(66, 512), (67, 515)]:
+        order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+        half = weight((rows, columns), 0.0).to(dtype)
+        W = torch.cat([half, half[:, order]], 1)
+        for tokens in range(1, ops.DENSE_DIRECT + 1):
+            half = activations(tokens, columns, dtype)
+            x = torch.cat([half, -half[:, order]], 1)
+            one, two, three = by_threads(partial(ops.dense_linear, x, W, None))
+            assert kernel == "torch" or (torch.equal(one, two) and torch.equal(one, three))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_activations_may_be_unaligned_strided_or_three_dimensional(kernel):
     packed = pack(weight((20, 128), 0.6), "bf16")
     wide = torch.randn(2, 3, 259)
-    with native.force(kernel):
-        for dtype in DTYPES:
-            x = wide.to(dtype)
-            agree(packed, x[..., 1:129])
-            agree(packed, x[..., ::2][..., :128])
-            agree(packed, x.flatten()[1:129])
+    for dtype in DTYPES:
+        x = wide.to(dtype)
+        agree(packed, x[..., 1:129])
+        agree(packed, x[..., ::2][..., :128])
+        agree(packed, x.flatten()[1:129])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("values,group", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_activation_is_never_hidden(kernel, values, group, bad):
@@ -199,64 +186,55 @@ def test_a_bad_activation_is_never_hidden(kernel, values, group, bad):
     for dtype in DTYPES:
         x = activations(2, 128, dtype)
         x[1, 17] = bad
-        with native.force(kernel):
-            y = ops.packed_linear(x, packed.weight, None)
+        y = ops.packed_linear(x, packed.weight, None)
         assert bool(torch.isfinite(y[0]).all())
         assert not bool(torch.isfinite(y[1]).any())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_sixteen_bit_activations_stand_an_outlier(kernel):
     """One activation 1000 times the others: 8-bit activations would lose the rest, 16-bit ones keep 5 bits of it."""
     packed = pack(weight((64, 512), 0.5), "int8")
     x = activations(1, 512, torch.float32)
     x[0, 7] = 1000
     exact = x.double() @ unpack(packed).double().T
-    with native.force(kernel):
-        y = ops.packed_linear(x, packed.weight, None).double()
+    y = ops.packed_linear(x, packed.weight, None).double()
     without = exact - x[0, 7].double() * unpack(packed)[:, 7].double()
     assert (y - exact).norm() < 0.02 * without.norm()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("values,group", [("int8", None), ("int8", 128)])
 def test_tiny_activations_are_not_lost(kernel, values, group):
     packed = pack(weight((8, 128), 0.5), values, group)
-    with native.force(kernel):
-        for dtype in (torch.float32, torch.bfloat16):
-            for tiny in (1e-33, 1e-36):
-                x = (activations(2, 128, torch.float32) * tiny).to(dtype)
-                y = ops.packed_linear(x, packed.weight, None).double()
-                exact = x.double() @ unpack(packed).double().T
-                assert (y - exact).norm() < 0.01 * exact.norm()
+    for dtype in (torch.float32, torch.bfloat16):
+        for tiny in (1e-33, 1e-36):
+            x = (activations(2, 128, torch.float32) * tiny).to(dtype)
+            y = ops.packed_linear(x, packed.weight, None).double()
+            exact = x.double() @ unpack(packed).double().T
+            assert (y - exact).norm() < 0.01 * exact.norm()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_kernels_agree_with_plain_torch(kernel, dtype):
-    with native.force(kernel):
-        for shape in SHAPES:
-            W = weight(shape, 0.0).to(dtype)
-            bias = torch.randn(shape[0]).to(dtype)
-            for tokens in range(1, 9):
-                x = activations(tokens, shape[1], dtype)
-                y = ops.dense_linear(x, W, bias).double()
-                exact = x.double() @ W.double().T + bias.double()
-                magnitude = x.double().abs() @ W.double().abs().T + bias.double().abs()
-                allowed = 2 * ROUNDING[dtype] * exact.abs() + 4e-6 * magnitude + 1e-7
-                assert bool(((y - exact).abs() <= allowed).all())
+    for shape in SHAPES:
+        W = weight(shape, 0.0).to(dtype)
+        bias = torch.randn(shape[0]).to(dtype)
+        for tokens in range(1, 9):
+            x = activations(tokens, shape[1], dtype)
+            y = ops.dense_linear(x, W, bias).double()
+            exact = x.double() @ W.double().T + bias.double()
+            magnitude = x.double().abs() @ W.double().abs().T + bias.double().abs()
+            allowed = 2 * ROUNDING[dtype] * exact.abs() + 4e-6 * magnitude + 1e-7
+            assert bool(((y - exact).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_sums_over_very_many_columns_do_not_overflow(kernel):
     """All products of one sign: 70,000 of them do not fit what holds the sums of 16-bit activations."""
     packed = pack(torch.ones(4, 70016), "int8")
     x = torch.full((3, 70016), 255 / 32767)
     x[:, 0] = 1.0
-    with native.force(kernel):
-        for dtype in DTYPES:
-            for tokens in (1, 2, 3):
-                agree(packed, x[:tokens].to(dtype))
+    for dtype in DTYPES:
+        for tokens in (1, 2, 3):
+            agree(packed, x[:tokens].to(dtype))
 
 
 def test_the_table_and_the_compiled_kernels_mean_the_same_kinds():
@@ -274,18 +252,10 @@ def test_the_table_and_the_compiled_kernels_mean_the_same_kinds():
 
 def test_an_openmp_runtime_is_found_under_a_path_with_spaces():
     line = "7f0a1000-7f0a2000 r-xp 00000000 fe:00 1048{} {}\n"
-    maps = "".join(
-        line.format(i, path)
-        for i, path in enumerate(
-            (
-                "/a b/my torch/lib/libgomp-1a2b.so.1",
-                "/usr/lib/libiomp5.so",
-                "/x/libompl.so.1 (deleted)",
-                "[heap]",
-            )
-        )
-    )
-    assert native._openmp_in(maps) == {"/a b/my torch/lib/libgomp-1a2b.so.1", "/usr/lib/libiomp5.so"}
+    runtimes = ["/a b/my torch/lib/libgomp-1a2b.so.1", "/usr/lib/libiomp5.so"]
+    mapped = [*runtimes, "/x/libompl.so.1 (deleted)", "[heap]"]
+    maps = "".join(line.format(number, path) for number, path in enumerate(mapped))
+    assert native._openmp_in(maps) == set(runtimes)
 
 
 def test_there_is_one_openmp_runtime_in_the_process():
@@ -293,14 +263,10 @@ def test_there_is_one_openmp_runtime_in_the_process():
     if not native.chosen():
         pytest.skip("no compiled kernels here")
     native.library()
-    from pathlib import Path
-
     assert len(native._openmp_in(Path("/proc/self/maps").read_text())) == 1
 
 
 def test_an_unknown_kernel_is_refused_with_the_nearest_name():
-    from tawny.errors import UserError
-
     with pytest.raises(UserError, match="avx512f"), native.force("avx512"):
         pass
 
@@ -308,20 +274,13 @@ def test_an_unknown_kernel_is_refused_with_the_nearest_name():
 def test_the_environment_forces_a_kernel():
     code = "from tawny.kernels.native import kernel_name; print(kernel_name())"
     for name in ("torch", KERNELS[0]):
-        environment = os.environ | {"TAWNY_KERNEL": name}
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        assert run.stdout.strip() == name
+        run = python(code, TAWNY_KERNEL=name)
+        assert run.stdout.strip() == name, run.stderr
 
 
 def test_a_library_without_our_kernels_is_refused():
-    import _ctypes
-
     code = "from tawny.kernels.native import kernel_name; kernel_name()"
-    environment = os.environ | {"TAWNY_KERNEL_LIBRARY": _ctypes.__file__}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    last = run.stderr.strip().splitlines()[-1]
+    last = python(code, TAWNY_KERNEL_LIBRARY=_ctypes.__file__).stderr.strip().splitlines()[-1]
     assert "UserError: TAWNY_KERNEL_LIBRARY=" in last and "expected the path of a built _native" in last
 
 
@@ -340,6 +299,5 @@ packed.tensors["values"] = packed.tensors["values"][: packed.nnz].clone()  # no 
 PackedLinear(packed)(torch.randn(1, 64).bfloat16())
 """
     for kernel in KERNELS[:-2]:  # portable code reads no whole vectors
-        environment = os.environ | {"TAWNY_KERNEL": kernel}
-        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        run = python(code, TAWNY_KERNEL=kernel)
         assert run.returncode != 0 and "AddressSanitizer" in run.stderr

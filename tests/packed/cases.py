@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import torch
 from torch import Tensor
 
@@ -11,6 +15,12 @@ SHAPES = [(1, 1), (1, 64), (64, 1), (3, 5), (4, 64), (5, 65), (17, 130), (7, 200
 SPARSITIES = [0.0, 0.5, 0.7, 0.9, 1.0]
 # Every kind with every group of columns that its scales may cover.
 KINDS = [(kind.name, group) for kind in TABLE.values() for group in (None, *kind.groups)]
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
 def weight(shape: tuple[int, int], sparsity: float, seed: int = 0) -> Tensor:

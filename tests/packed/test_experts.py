@@ -27,7 +27,7 @@ from tawny.packed.folder import PackedCheckpoint, PackedFolder
 from tawny.packed.linear import PackedLinear
 from tawny.packed.places import places_of
 from tawny.progress import Silent
-from tests.packed.test_folder import bytes_of, copy, edit_index
+from tests.packed.test_folder import bytes_of, copy, edit_config, edit_index, put, renamed
 from tests.packed.test_live import greedy, logits, pruned
 from tests.reference import packed_folder
 from tests.tiny import tokens
@@ -371,34 +371,12 @@ EXPERT = "model.layers.1.mlp.experts.gate_up_proj.2"
 OTHER = EXPERT.replace(".2", ".3")
 
 
-def rows_of(value):
-    def change(index):
-        index["linears"][EXPERT]["rows"] = value
-
-    return change
-
-
 def index_of(value):
     def change(index):
         del index["linears"][EXPERT]["rows"]
         index["linears"][EXPERT]["index"] = value
 
     return change
-
-
-def expert_without_number(index):
-    rename(index, EXPERT.replace(".2", ".two"))
-
-
-def expert_past_the_last(index):
-    rename(index, EXPERT.replace(".2", ".7"))
-
-
-def rename(index, name):
-    index["linears"][name] = index["linears"].pop(EXPERT)
-    for table in (index["tensors"], index["weight_map"]):
-        for part in ("masks", "values", "offsets"):
-            table[f"{name}.{part}"] = table.pop(f"{EXPERT}.{part}")
 
 
 def source_of_another_expert(index):
@@ -413,24 +391,15 @@ def swapped(key):
     return change
 
 
-def projections_swapped(index):
-    index["linears"][EXPERT]["sources"].reverse()
-
-
-def index_is(value):
-    def change(index):
-        index["linears"][EXPERT]["index"] = value
-
-    return change
-
-
 @pytest.mark.parametrize(
     "damage",
     [
-        *(rows_of(value) for value in ([96], [40, 56], [48, 48.0], [0, 96], [48, 48, 0], "48", 5)),
+        *(
+            put(value, "linears", EXPERT, "rows")
+            for value in ([96], [40, 56], [48, 48.0], [0, 96], [48, 48, 0], "48", 5)
+        ),
         *(index_of(value) for value in (0, 2, -1, "2", None)),
-        expert_without_number,
-        expert_past_the_last,
+        *(renamed(EXPERT, EXPERT.replace(".2", other)) for other in (".two", ".7")),
         source_of_another_expert,
     ],
 )
@@ -450,7 +419,11 @@ def test_a_damaged_index_of_experts_is_refused_in_one_line(damage, packed_mixtra
 
 @pytest.mark.parametrize(
     "damage",
-    [*(index_is(value) for value in (0, 4, -1, "2", 2.0, True, None)), swapped("index"), rows_of([48, 16])],
+    [
+        *(put(value, "linears", EXPERT, "index") for value in (0, 4, -1, "2", 2.0, True, None)),
+        put([48, 16], "linears", EXPERT, "rows"),
+        swapped("index"),
+    ],
 )
 def test_a_damaged_place_among_experts_is_refused_in_one_line(damage, packed_gpt_oss, tmp_path):
     folder = copy(packed_gpt_oss, tmp_path / "x")
@@ -461,7 +434,9 @@ def test_a_damaged_place_among_experts_is_refused_in_one_line(damage, packed_gpt
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [swapped("sources"), projections_swapped])
+@pytest.mark.parametrize(
+    "damage", [swapped("sources"), put(lambda both: both[::-1], "linears", EXPERT, "sources")]
+)
 def test_experts_out_of_the_order_of_their_sources_are_refused_where_a_model_is_known(
     damage, packed_mixtral, tmp_path
 ):
@@ -503,24 +478,14 @@ def test_a_packed_live_model_is_not_pruned(family):
 
 
 def test_experts_of_another_model_are_refused_by_name(packed_mixtral, tmp_path):
-    def elsewhere(index):
-        for name in [
-            name for name in index["linears"] if name.startswith("model.layers.1.mlp.experts.gate_up_proj")
-        ]:
-            other = name.replace("gate_up_proj", "gates_proj")
-            index["linears"][other] = index["linears"].pop(name)
-            for table in (index["tensors"], index["weight_map"]):
-                for part in ("masks", "values", "offsets"):
-                    table[f"{other}.{part}"] = table.pop(f"{name}.{part}")
-
     folder = copy(packed_mixtral, tmp_path / "x")
-    edit_index(folder, elsewhere)
+    experts = "model.layers.1.mlp.experts."
+    edit_index(folder, renamed(f"{experts}gate_up_proj", f"{experts}gates_proj"))
     for load in (tawny.load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(CheckpointError, match=r"gates_proj|gate_up_proj"):
             load(folder)
     fewer = copy(packed_mixtral, tmp_path / "y")
-    config = json.loads((fewer / "config.json").read_text())
-    (fewer / "config.json").write_text(json.dumps({**config, "num_local_experts": 3}))
+    edit_config(fewer, put(3, "num_local_experts"))
     with pytest.raises(CheckpointError):
         tawny.load(fewer)
 

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,9 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.errors import CheckpointError, MissingFeature, ModelError, OutputError, UserError
 from tawny.packed.folder import INDEX, PackedFolder
+from tests.packed.cases import python
 from tests.packed.test_live import logits, pruned
-from tests.tiny import FAMILIES, tokens
+from tests.tiny import tokens
 
 
 def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Path:
@@ -43,12 +42,6 @@ def test_two_loads_of_one_type_are_told_apart_from_a_cast(packed_llama):
     assert logits(model, tokens(1, 4)).dtype is torch.float32
 
 
-def test_a_dense_folder_loads_the_same_way(tmp_path):
-    dense = saved(tmp_path / "dense")
-    twin = AutoModelForCausalLM.from_pretrained(dense)
-    assert torch.equal(logits(tawny.load(dense), tokens(1, 4)), logits(twin.eval(), tokens(1, 4)))
-
-
 @pytest.mark.parametrize("device", ["cuda:99", "xyz"])
 def test_a_device_this_machine_lacks_is_refused_in_one_line(device, packed_llama):
     for use in (tawny.load, lambda folder, device: tawny.evaluate(folder, tokens(1, 4), device=device)):
@@ -66,20 +59,24 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_plain_transformers_opens_a_packed_folder_once_tawny_is_imported(order, packed_llama):
-    code = f"{ORDERS[order]}; m = A.from_pretrained({str(packed_llama)!r}); print(type(m.model.layers[0].mlp.up_proj))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = "import sys; {}; print(type(A.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj))"
+    done = python(code.format(ORDERS[order]), packed_llama)
     assert "PackedLinear" in done.stdout, done.stderr
 
 
-def test_tawny_alone_opens_a_packed_folder(packed_llama):
-    code = f"import tawny; m = tawny.load({str(packed_llama)!r}); print(type(m.model.layers[0].mlp.up_proj))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "PackedLinear" in done.stdout, done.stderr
+def test_load_may_be_the_first_thing_a_process_does(packed_llama, tmp_path):
+    """Importing transformers' registry registers us, and that import may be our own."""
+    for folder, expected in {packed_llama: "PackedLinear", saved(tmp_path): "Linear"}.items():
+        code = "import sys, tawny; print(type(tawny.load(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)"
+        done = python(code, folder)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_transformers_without_tawny_fails_loudly(packed_llama):
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(packed_llama)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python(
+        "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])",
+        packed_llama,
+    )
     assert done.returncode and "no file named model.safetensors" in done.stderr
 
 
@@ -87,11 +84,15 @@ def copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
 
 
-def edit_index(folder: Path, change) -> None:
-    path = folder / INDEX
+def edit_index(folder: Path, change, name: str = INDEX) -> None:
+    path = folder / name
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
+
+
+def edit_config(folder: Path, change) -> None:
+    edit_index(folder, change, "config.json")
 
 
 @pytest.mark.parametrize("part", ["masks", "values", "offsets"])
@@ -184,9 +185,7 @@ def test_an_unknown_version_is_refused(packed_llama, tmp_path):
     with pytest.raises(CheckpointError, match="version 2"):
         tawny.load(folder)
     folder = copy(packed_llama, tmp_path / "y")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["version"] = 2
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, put(2, "quantization_config", "version"))
     with pytest.raises(CheckpointError, match="version 2"):
         tawny.load(folder)
 
@@ -213,10 +212,7 @@ def test_what_goes_wrong_is_said_before_work(tmp_path, packed_llama):
 
 def test_a_folder_quantised_by_something_else_is_refused(tmp_path):
     dense = saved(tmp_path / "dense")
-    config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
-    )
+    edit_config(dense, put({"quant_method": "gptq"}, "quantization_config"))
     with pytest.raises(ModelError, match="gptq"):
         tawny.pack(dense, tmp_path / "x", "bf16")
 
@@ -228,19 +224,6 @@ def test_a_header_longer_than_its_file_is_refused(packed_llama, tmp_path):
     path.write_bytes(struct.pack("<Q", 1 << 40) + data[8:])
     with pytest.raises(CheckpointError, match="packed-00001"):
         tawny.load(folder)
-
-
-def test_load_may_be_the_first_thing_a_process_does(tmp_path):
-    """Importing transformers' registry registers us, and that import may be our own."""
-    import subprocess
-    import sys
-
-    from tests.tiny import tiny_model
-
-    tiny_model("llama").save_pretrained(tmp_path)
-    script = f"import tawny; print(type(tawny.load({str(tmp_path)!r})).__name__)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "LlamaForCausalLM", done.stderr
 
 
 def without(folder: Path, *names: str) -> Path:
@@ -266,19 +249,6 @@ def without(folder: Path, *names: str) -> Path:
 def test_a_checkpoint_that_lacks_a_weight_is_refused_by_name(family, name, tmp_path):
     with pytest.raises(CheckpointError, match=rf"lacks \d weights of the model, first .*'{name}'.*fetch"):
         tawny.load(without(saved(tmp_path / "x", family), name))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_checkpoint_of_any_family_loads_dense_and_packed(family, tied, tmp_path):
-    dense = saved(tmp_path / "dense", family, tie_word_embeddings=tied)
-    tawny.pack(dense, tmp_path / "packed", "f32", head="f32" if tied else None)
-    ids = tokens(1, 4)
-    plain = AutoModelForCausalLM.from_pretrained(dense).eval()
-    assert torch.equal(logits(tawny.load(dense), ids), logits(plain, ids))
-    torch.testing.assert_close(
-        logits(tawny.load(tmp_path / "packed"), ids), logits(plain, ids), atol=2e-4, rtol=2e-4
-    )
 
 
 def test_a_head_stored_apart_from_the_embedding_it_is_tied_to_packs_and_loads(tmp_path):
@@ -375,11 +345,15 @@ def test_a_damaged_index_is_refused_in_one_line_by_all_who_read_it(damage, packe
         assert "pack" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def linear_of_another_name(index):
-    index["linears"][UP + "x"] = index["linears"].pop(UP)
-    for table in (index["tensors"], index["weight_map"]):
-        for part in ("masks", "values", "offsets"):
-            table[f"{UP}x.{part}"] = table.pop(f"{UP}.{part}")
+def renamed(old, new):
+    """Every weight of the index whose name begins with `old`, under a name that begins with `new`."""
+
+    def damage(index):
+        for table in (index["linears"], index["tensors"], index["weight_map"]):
+            for name in [name for name in table if name.startswith(old)]:
+                table[name.replace(old, new)] = table.pop(name)
+
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -388,7 +362,7 @@ def linear_of_another_name(index):
         (lambda index: index["dense"].append("model.layers.7.mlp.up_proj"), "model.layers.7.mlp.up_proj"),
         (put(None, "linears", "lm_head", "embedding"), "lm_head"),
         (put("model.norms", "linears", "lm_head", "embedding"), "model.norms"),
-        (linear_of_another_name, UP + "x"),
+        (renamed(UP, UP + "x"), UP + "x"),
     ],
 )
 def test_an_index_of_another_model_is_refused_by_name(damage, named, packed_tied, tmp_path):
@@ -435,9 +409,7 @@ def test_a_configuration_that_is_none_is_refused(text, tmp_path):
 
 def test_a_setting_called_like_a_method_does_no_harm(packed_llama, tmp_path):
     folder = copy(packed_llama, tmp_path / "x")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["to_dict"] = 3
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, put(3, "quantization_config", "to_dict"))
     assert tawny.load(folder).config.quantization_config.values == "bf16"
 
 
@@ -445,8 +417,7 @@ def test_a_changed_configuration_is_said_once_and_an_old_index_says_nothing(pack
     tawny.load(packed_llama)
     assert not caplog.records
     folder = copy(packed_llama, tmp_path / "x")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    edit_config(folder, put(0.1, "rms_norm_eps"))
     tawny.load(folder)
     (said,) = (record.getMessage() for record in caplog.records)
     assert "config.json is not the one that was packed" in said and "\n" not in said
@@ -466,8 +437,7 @@ def test_a_damaged_configuration_is_one_line_for_all_who_open_the_folder(
     change, packed, packed_llama, tmp_path
 ):
     folder = copy(packed_llama, tmp_path / "x") if packed else saved(tmp_path / "x")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
+    edit_config(folder, lambda config: config.update(change))
     readers = [tawny.load, tawny.inspect, lambda source: tawny.evaluate(source, tokens(1, 4))]
     readers.append(lambda source: tawny.generate(source, tokens(1, 4)))
     if not packed:

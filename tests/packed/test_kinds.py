@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from tawny.errors import UserError
 from tawny.packed.format import pack, packed_bytes, unpack
 from tawny.packed.kinds import KINDS, Kind, kind_of
 from tawny.packed.linear import PackedLinear
-from tests.packed.cases import SHAPES, uneven
+from tests.packed.cases import SHAPES, python, uneven
 from tests.packed.test_folder import saved
 from tests.packed.test_live import logits
 from tests.tiny import tokens
@@ -117,13 +116,11 @@ main()
         "prune": "int8, toy4",
         "recover": "int8, toy4",
     }.items():
-        run = subprocess.run([sys.executable, "-c", code, verb], capture_output=True, text=True)
+        run = python(code, verb)
         assert expected in " ".join(run.stdout.split()), run.stdout + run.stderr
 
 
 def test_the_page_of_the_format_and_the_table_say_the_same():
-    from pathlib import Path
-
     page = (Path(__file__).parents[2] / "docs" / "packed-format.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
     table = {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 5}

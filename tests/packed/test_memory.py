@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import torch
 
 import tawny
+from tests.packed.cases import python
 from tests.packed.test_folder import saved
 
 SCRIPT = """
@@ -42,9 +42,7 @@ def test_a_loaded_packed_model_takes_the_memory_of_its_file_and_shares_it(tmp_pa
     size = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 64, "num_attention_heads": 16}
     tawny.pack(saved(tmp_path / "dense", dtype=torch.bfloat16, **size), tmp_path / "packed")
     packed = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "warm"), str(tmp_path / "packed")]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(python(SCRIPT, tmp_path / "warm", tmp_path / "packed").stdout.splitlines()[-1])
     assert packed > 20e6
     assert found["loaded"]["VmRSS"] <= 1.1 * packed, found
     # mapped, not copied: what is this process's own stays far below the weights

@@ -41,10 +41,6 @@ def _kind(product_RI: Tensor) -> int | None:
     return _KINDS.get(product_RI.dtype)
 
 
-def _address(zero_RI: Tensor | None) -> int | None:
-    return None if zero_RI is None else zero_RI.data_ptr()
-
-
 def histogram(weights: int) -> Tensor:
     """Zeros for `update` over a weight of so many: int64 `[threads, 1 + BINS]`."""
     return torch.zeros(_threads(weights), 1 + BINS, dtype=torch.int64)
@@ -66,7 +62,7 @@ def right(
     code = native.library().tawny_admm_right(
         T_RI.data_ptr(),
         W_RI.data_ptr(),
-        _address(zero_RI),
+        native.address(zero_RI),
         out_RI.data_ptr(),
         kind,
         T_RI.numel(),
@@ -105,7 +101,7 @@ def update(
         T_RI.data_ptr(),
         W_RI.data_ptr(),
         S_RI.data_ptr(),
-        _address(zero_RI),
+        native.address(zero_RI),
         kind,
         T_RI.numel(),
         threshold,
@@ -129,7 +125,7 @@ def changes(T_RI: Tensor, zero_RI: Tensor | None, seen_RI: Tensor, threshold: fl
     changed = ctypes.c_int64()
     code = native.library().tawny_admm_support(
         T_RI.data_ptr(),
-        _address(zero_RI),
+        native.address(zero_RI),
         seen_RI.data_ptr(),
         T_RI.numel(),
         threshold,

@@ -115,7 +115,7 @@ void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t 
 // ---------------------------------------------------------------------------------------------- bfloat16, direct
 
 template <int S, int T, bool FIRST = true>
-void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t step) {
+TAWNY_LOOP void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t step) {
     __m512 sum[S][4][T];
     const uint8_t* values[S];
     const uint64_t* masks[S];
@@ -260,7 +260,8 @@ void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t strid
 }
 
 template <int T>
-void multiply_bf16(const Packed& p, const uint16_t* tile, const Input& x, const Output& out, int64_t group, int64_t t0) {
+TAWNY_LOOP void multiply_bf16(const Packed& p, const uint16_t* tile, const Input& x, const Output& out, int64_t group,
+                              int64_t t0) {
     __m512 sum[4][T];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
@@ -321,7 +322,7 @@ inline __attribute__((always_inline)) __m128i reduce_four(__m512i a, __m512i b, 
 }
 
 template <int S, int T, bool SPAN, bool FIRST = true>
-void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
+TAWNY_LOOP void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
     __m512i high[S][4][T], low[S][4][T];
     __m512 sum[S][4][T];
     const uint8_t* values[S];

@@ -207,8 +207,6 @@ void run_pass(PassJob& job, int32_t threads) {
     else pass_part(job, 0, 1);
 }
 
-constexpr int64_t TOKENS = 512;  // more are taken in turns
-
 bool valid(const Packed& p) {
     if (p.rows <= 0 || p.cols <= 0 || p.kind < 0 || p.kind >= KINDS || !p.masks || !p.values || !p.offsets) return false;
     bool scaled = with_kind(p.kind, [](auto trait) { return trait.scaled; });
@@ -257,11 +255,6 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
                         int32_t threads) {
     if (!chosen) return 1;
     if (!valid(*p) || xkind < F32 || xkind > F16 || tokens < 0) return 2;
-    for (; tokens > TOKENS; tokens -= TOKENS) {  // activations of this many stay in the last-level cache
-        if (int32_t error = tawny_packed_at(p, x, bias, y, xkind, TOKENS, threads)) return error;
-        x = (const uint8_t*)x + TOKENS * p->cols * value_size(xkind);
-        y = (uint8_t*)y + TOKENS * p->rows * value_size(xkind);
-    }
     if (tokens == 0) return 0;
     Input input;
     int32_t form = chosen->form(p->kind, xkind, tokens, p->cols);
@@ -271,14 +264,6 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
     int64_t size = input.form == FORM_F32 ? 4 : 2;
     if (tokens > 2) job.tile = (size_t)(tile_groups(p->blocks, size) * p->blocks * 64 * 4 * size);
     return run(job, cost(*p, p->groups), threads);
-}
-
-// The same, with the weight spelled out.
-int32_t tawny_packed(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
-                     int64_t rows, int64_t cols, int32_t kind, int32_t span, const void* x, const void* bias, void* y,
-                     int32_t xkind, int64_t tokens, int32_t threads) {
-    Packed p = describe(masks, values, offsets, scales, sums, rows, cols, kind, span);
-    return tawny_packed_at(&p, x, bias, y, xkind, tokens, threads);
 }
 
 // Fill a `Packed`, so that a caller can keep it; `out` has room for `tawny_describe(nullptr, …)` bytes.

@@ -90,6 +90,9 @@ inline void store(const Output& out, int64_t token, int64_t row, float value) {
     }
 }
 
+// A loop over a group is a function of its own, so that the choice among kinds does not share its registers.
+#define TAWNY_LOOP __attribute__((noinline))
+
 constexpr int value_size(int kind) { return kind == F32 ? 4 : 2; }  // of a float
 
 // ---------------------------------------------------------------------------------------------- kinds
@@ -159,7 +162,8 @@ inline typename I::V expand_each(typename Trait<KIND>::Place place, uint32_t bit
 
 // Four rows of a group at once, the slow way; instruction sets with a better one have their own.
 template <class I>
-inline void store_four(const Output& out, int64_t token, int64_t group, const typename I::V* sums, const float* scales) {
+inline __attribute__((always_inline)) void store_four(const Output& out, int64_t token, int64_t group,
+                                                      const typename I::V* sums, const float* scales) {
     for (int r = 0; r < 4; r++) store(out, token, group * 4 + r, I::reduce(sums[r]) * (scales ? scales[r] : 1.0f));
 }
 
@@ -210,7 +214,7 @@ struct Generic {
     }
 
     template <int KIND, bool SPAN, int S, int T>
-    static void direct(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
+    TAWNY_LOOP static void direct(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
         V sum[S][4][T];
         const int64_t groups[2] = {first, second};
         typename Trait<KIND>::Place values[2] = {values_of<KIND>(p, first), values_of<KIND>(p, second)};
@@ -274,7 +278,8 @@ struct Generic {
     }
 
     template <int T>
-    static void multiply(const Packed& p, const float* tile, const Input& x, const Output& out, int64_t group, int64_t t0) {
+    TAWNY_LOOP static void multiply(const Packed& p, const float* tile, const Input& x, const Output& out, int64_t group,
+                                    int64_t t0) {
         V sum[4][T];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++)
@@ -342,7 +347,7 @@ struct Generic {
     }
 
     template <int KIND>
-    static void expand_rows(const Packed& p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
+    TAWNY_LOOP static void expand_rows(const Packed& p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
         int64_t size = value_size(kind);
         V least = I::broadcast(-largest(kind)), most = I::broadcast(largest(kind));
         for (int64_t g = from; g < to; g++) {

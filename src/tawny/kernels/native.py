@@ -65,7 +65,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "the compiled kernels belong to another version of tawny; reinstall"
     pointer, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
     weight = [pointer] * 5 + [i64, i64, i32, i32]
-    found.tawny_packed.argtypes = [*weight, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_packed_at.argtypes = [pointer, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_describe.argtypes = [pointer, *weight]
     found.tawny_expand.argtypes = [*weight, i64, i64, pointer, i32, i64, i32]
@@ -180,6 +179,11 @@ def library() -> ctypes.CDLL:
         raise MissingFeature(f"no compiled kernels: {reason}")
     kernel_name()
     return found
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where its elements lie, for an argument that may be null."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def raise_for(code: int, what: str) -> None:

@@ -45,13 +45,9 @@ def _compiled(weight: Weight, dtype: torch.dtype) -> bool:
     return readable and dtype in FLOATS and native.chosen()
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _spelled(weight: Weight) -> tuple[int | None, ...]:
     """The first nine arguments of the C functions."""
-    return (*map(_address, weight[:5]), weight.rows, weight.cols, weight.kind.code, weight.span)
+    return (*map(native.address, weight[:5]), weight.rows, weight.cols, weight.kind.code, weight.span)
 
 
 def _write_out(weight: Weight, out: Tensor, first: int, last: int, threads: int) -> None:
@@ -118,22 +114,11 @@ def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if not (x.device.type == "cpu" and _compiled(weight, x.dtype)):
         return reference.packed_linear(x, weight, None if bias is None else bias.to(x.dtype))
     x = x.contiguous()
-    tokens = x.numel() // cols
     bias = _readable(bias, rows, x.dtype)
-    if tokens > DIRECT:
-        y = _expand_then_multiply(x.view(tokens, cols), weight, bias)
-        return y.view(*x.shape[:-1], rows)
-    y = x.new_empty((*x.shape[:-1], rows))
-    code = native.library().tawny_packed(
-        *_spelled(weight),
-        x.data_ptr(),
-        _address(bias),
-        y.data_ptr(),
-        FLOATS[x.dtype],
-        tokens,
-        torch.get_num_threads(),
-    )
-    native.raise_for(code, f"a packed linear of shape ({rows}, {cols})")
+    if x.numel() > DIRECT * cols:
+        return _expand_then_multiply(x.view(-1, cols), weight, bias).view(*x.shape[:-1], rows)
+    y = Call(weight)(x, bias)
+    assert y is not None
     return y
 
 
@@ -257,7 +242,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         cols,
         FLOATS[weight.dtype],
         x.data_ptr(),
-        _address(bias),
+        native.address(bias),
         y.data_ptr(),
         FLOATS[x.dtype],
         tokens,

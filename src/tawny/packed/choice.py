@@ -5,9 +5,8 @@ from __future__ import annotations
 __all__ = ["Choice", "LinearForm", "experts_by_parameter", "tell"]
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +28,6 @@ class LinearForm:
     form: str
     bytes: int
     why: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _sparsity(W: Tensor) -> float:

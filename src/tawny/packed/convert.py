@@ -279,14 +279,13 @@ def pack(
             work.block(index)
             progress.step(f"{work.path}.{index}")
         work.ends()
-        output.carry(folder, _ALSO_CARRIED)
         method = {
             "quant_method": METHOD,
             "version": format.VERSION,
             **asdict(choice),
             "linears": {"packed": len(writer.linears), "dense": sum(x.form == "dense" for x in work.linears)},
         }
-        _config(output, folder, method)
+        _carry(output, folder, method)
         headers = [{"file": path.name, "header": header_of(path)} for path in files]
         index_file = folder / _DENSE_INDEX
         # Decoded from bytes: reading it as text would change its line ends.
@@ -345,8 +344,7 @@ def unpack(
         if packed.source_index is not None:
             with writing(output.partial / _DENSE_INDEX):
                 (output.partial / _DENSE_INDEX).write_bytes(packed.source_index.encode())
-        output.carry(folder, _ALSO_CARRIED)
-        _config(output, folder, None)
+        _carry(output, folder, None)
         _card(output, folder, None)
         _record(output, folder, {}, total)
         output.finish()
@@ -373,7 +371,9 @@ def _dense(packed: PackedFolder, key: str, header: dict[str, Any]) -> Tensor:
     return found
 
 
-def _config(output: OutputFolder, folder: Path, method: dict[str, Any] | None) -> None:
+def _carry(output: OutputFolder, folder: Path, method: dict[str, Any] | None) -> None:
+    """What lies beside the weights; the configuration says how they are packed."""
+    output.carry(folder, _ALSO_CARRIED)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     if method is not None:
