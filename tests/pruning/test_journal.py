@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -101,8 +102,6 @@ def test_a_run_killed_at_any_write_goes_on_to_the_bytes_of_an_uninterrupted_one(
 
 
 def remove(folder: Path) -> None:
-    import shutil
-
     for name in ("out", "out.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -26,10 +26,6 @@ from tests.tiny import tokens
 journal.SHARE = float("inf")
 dense, out, solver, dying = sys.argv[1:5]
 
-class Progress(Silent):
-    def step(self, text):
-        pass
-
 if dying and os.environ.get("RANK") == "1":
     from tawny.pruning.block import LoadedBlock
     write = LoadedBlock.write
@@ -40,7 +36,7 @@ if dying and os.environ.get("RANK") == "1":
     LoadedBlock.write = last
 with console_for(False):
     tawny.prune(dense, out, sparsity=0.6, allocator="owl", solver=solver, compute="float32",
-                calibration=tokens(16, 512), progress=Progress())
+                calibration=tokens(16, 512), progress=Silent())
 """
 
 
@@ -59,6 +55,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read(checkpoint.files)
 
 
+def same_files(folder: Path, other: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        assert path.read_bytes() == (other / path.name).read_bytes()
+
+
 @pytest.mark.parametrize(("processes", "solver"), [(2, "wanda"), (4, "sparsegpt")])
 def test_several_processes_prune_as_one_does_and_the_same_each_time(dense, tmp_path, processes, solver):
     for out, count in (("one", 1), ("some", processes), ("again", processes)):
@@ -66,8 +67,7 @@ def test_several_processes_prune_as_one_does_and_the_same_each_time(dense, tmp_p
         assert done.returncode == 0, done.stderr
     one, some = weights(tmp_path / "one"), weights(tmp_path / "some")
     assert all(torch.equal(one[key], some[key]) for key in one)  # the order of the sums does not matter
-    for path in (tmp_path / "some").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    same_files(tmp_path / "some", tmp_path / "again")
     records = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("one", "some")]
     assert [x["name"] for x in records[0]["linears"]] == [x["name"] for x in records[1]["linears"]]
     assert records[0]["zeros"] == records[1]["zeros"]
@@ -84,8 +84,7 @@ def test_a_lost_process_ends_all_with_one_line_and_the_same_command_goes_on(dens
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((tmp_path / "out" / "run.json").read_text())["resumed"] == 1
     assert launch(2, dense, tmp_path / "whole", "wanda", "").returncode == 0
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    same_files(tmp_path / "whole", tmp_path / "out")
 
 
 def ranks_of(size: int) -> list[Ranks]:

@@ -12,7 +12,7 @@ import torch
 import tawny
 from tawny.errors import Interrupted
 from tawny.recovery.training import Training
-from tests.tiny import VOCABULARY, tiny_model
+from tests.tiny import VOCABULARY, tiny_model, tokens
 
 RECIPE = {"sparsity": 0.5, "allocator": "uniform", "solver": "magnitude"}
 SHORT: dict[str, Any] = {"tokens": 24 * 4 * 6, "eval_every": 3, "lr": 1e-2, "batch": 4}
@@ -21,6 +21,18 @@ SHORT: dict[str, Any] = {"tokens": 24 * 4 * 6, "eval_every": 3, "lr": 1e-2, "bat
 def folder_keys(pair: tuple[str, str, str], **more: Any) -> dict[str, Any]:
     """Settings for the folders and the text of the fixture `pair`."""
     return {"text": pair[2], "seqlen": 24, "compute": "float32", **SHORT, "tokens": 24 * 4 * 9, **more}
+
+
+def recover_pair(
+    pair: tuple[str, str, str], out: Any, source: Any = None, teacher: Any = None, **more: Any
+) -> tawny.RecoveryRecord:
+    """Recover the pruned folder of the fixture `pair` against its dense one, or another instead of either."""
+    return tawny.recover(source or pair[1], teacher or pair[0], out, **folder_keys(pair, **more))
+
+
+def recover_live(pruned: Any, dense: Any, **more: Any) -> tawny.RecoveryRecord:
+    """A short training of a live model on random tokens."""
+    return tawny.recover(pruned, dense, **{"text": tokens(24), **SHORT, **more})
 
 
 def save_letters(folder: Path, shift: int = 32) -> None:
@@ -42,12 +54,13 @@ def dense_and_pruned(family: str = "llama", sparsity: float = 0.5, **keys: Any) 
     return dense, pruned
 
 
-def save_pair(folder: Path, family: str = "llama", **keys: Any) -> tuple[str, str]:
-    """The same as folders `dense` and `pruned`."""
-    tiny_model(family, **keys).save_pretrained(folder / "dense")
+def save_pair(folder: Path) -> tuple[str, str, str]:
+    """The same as folders `dense` and `pruned`, and a text."""
+    tiny_model("llama").save_pretrained(folder / "dense")
     save_letters(folder / "dense")
     tawny.prune(folder / "dense", folder / "pruned", recipe=RECIPE)
-    return str(folder / "dense"), str(folder / "pruned")
+    (folder / "text.txt").write_text(prose(), encoding="utf-8")
+    return str(folder / "dense"), str(folder / "pruned"), str(folder / "text.txt")
 
 
 def prose(letters: int = 3000) -> str:

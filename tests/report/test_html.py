@@ -105,14 +105,8 @@ def test_hostile_names_stay_words():
 
 def test_the_page_says_what_was_asked_and_what_came_out():
     text = Page(render_report(record())).text
-    for words in (
-        "tiny-llama",
-        "owl (M = 5.0, lambda = 0.08, granularity = block)",
-        "60.0 %",
-        "31.25 ± 1.50",
-        "12.50 ± 0.40",
-        "× 2.50",
-    ):
+    owl = "owl (M = 5.0, lambda = 0.08, granularity = block)"
+    for words in ("tiny-llama", owl, "60.0 %", "31.25 ± 1.50", "12.50 ± 0.40", "× 2.50"):
         assert words in text, words
     assert "a bird of the night." in text and "a bird and a bird." in text
     assert "ab" * 32 in text and "AutoModelForCausalLM.from_pretrained('out')" in text
@@ -174,12 +168,9 @@ def test_infinite_numbers_and_a_single_block_can_be_drawn():
 
 
 def test_experts_share_a_column_of_the_heat_map():
-    made = json.loads(
-        tawny.prune(
-            tiny_model("mixtral"), sparsity=0.5, solver="wanda", compute="float32", calibration=tokens()
-        ).to_json()
-    )
-    page = Page(render_report(made))
+    recipe = {"sparsity": 0.5, "solver": "wanda", "compute": "float32"}
+    made = tawny.prune(tiny_model("mixtral"), recipe=recipe, calibration=tokens())
+    page = Page(render_report(json.loads(made.to_json())))
     roles = {a["title"] for a in page.all("th", scope="col") if "title" in a}
     assert any("*" in role for role in roles) and len(roles) < 12
 
@@ -192,6 +183,5 @@ def test_every_prune_writes_its_report_and_it_can_be_made_again(tmp_path):
     again = write_report(run, tmp_path)
     assert again == tmp_path / "report.html" and again.read_text(encoding="utf-8") == made
     file = run["files"]["model.safetensors"]
-    assert (
-        file["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size and len(file["sha256"]) == 64
-    )
+    weights = tmp_path / "out" / "model.safetensors"
+    assert file["bytes"] == weights.stat().st_size and len(file["sha256"]) == 64

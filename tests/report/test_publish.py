@@ -4,42 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 
 import tawny
-from tawny.cli import main
 from tawny.progress import Silent
 from tawny.report.publish import refresh
-from tests.recovery.models import prose, save_pair
+from tests.recovery.models import recover_pair, save_pair
 from tests.tiny import tiny_model
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tawny", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return int(caught.value.code or 0), capsys.readouterr().err
-
-    return call
 
 
 @pytest.fixture(scope="module")
 def recovered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recovered")
-    (folder / "text.txt").write_text(prose(), encoding="utf-8")
-    dense, pruned = save_pair(folder)
-    keys = {
-        "text": str(folder / "text.txt"),
-        "seqlen": 24,
-        "tokens": 24 * 4 * 4,
-        "batch": 4,
-        "compute": "float32",
-    }
-    tawny.recover(pruned, dense, folder / "out", **keys)
+    recover_pair(save_pair(folder), folder / "out", tokens=24 * 4 * 4)
     return folder / "out"
 
 
@@ -51,11 +29,11 @@ def check(folder):
 
 
 def test_a_recovered_model_is_still_one_when_it_is_packed_and_unpacked(run, recovered, tmp_path):
-    code, err = run("pack", recovered, "--out", tmp_path / "packed")
+    code, _, err = run("pack", recovered, "--out", tmp_path / "packed")
     assert code == 0, err
     check(tmp_path / "packed")
     assert "Packed by Tawny" in (tmp_path / "packed" / "README.md").read_text()
-    code, err = run("unpack", tmp_path / "packed", "--out", tmp_path / "again")
+    code, _, err = run("unpack", tmp_path / "packed", "--out", tmp_path / "again")
     assert code == 0, err
     check(tmp_path / "again")
 
@@ -66,9 +44,8 @@ def test_without_recover_json_the_record_tells_of_the_recovery(recovered, tmp_pa
     (tmp_path / "out" / "recover.json").unlink()
     path = tmp_path / "out" / "run.json"
     keys = ("settings", "text", "tokens", "start", "best")
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "recovery": {key: told[key] for key in keys}})
-    )
+    made = {**json.loads(path.read_text()), "recovery": {key: told[key] for key in keys}}
+    path.write_text(json.dumps(made))
     refresh(tmp_path / "out")
     assert "## Recovered" in (tmp_path / "out" / "README.md").read_text()
     assert "Trained after pruning on" in (tmp_path / "out" / "report.html").read_text()

@@ -84,10 +84,7 @@ def test_a_push_uploads_exactly_what_the_dry_run_listed(out, hub):
         (lambda out: (out / "journal.json").write_text("{}"), "unfinished"),
         (lambda out: (out / "config.json").unlink(), "no config.json"),
         (lambda out: (out / "model.safetensors").unlink(), "weights are missing"),
-        (
-            lambda out: (out / "model.safetensors").write_bytes(b"other"),
-            "not the file that run.json describes",
-        ),
+        (lambda out: (out / "model.safetensors").write_bytes(b""), "not the file that run.json describes"),
         (lambda out: (out / "README.md").unlink(), "no README.md"),
         (lambda out: (out / "README.md").write_text("# words"), "no metadata"),
         (lambda out: (out / "README.md").write_text("---\n- a list\n---\n"), "metadata"),
@@ -124,20 +121,10 @@ def test_what_the_hub_says_is_one_line(out, hub):
         push(out, "someone/model")
 
 
-def test_the_verb_prints_the_list_and_exits_with_two_on_a_foreign_folder(out, tmp_path, monkeypatch, capsys):
-    import sys
-
-    from tawny.cli import main
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tawny", "push", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, *capsys.readouterr()
-
-    code, text, err = run(out, "someone/model", "--dry-run")
+def test_the_verb_prints_the_list_and_exits_with_two_on_a_foreign_folder(out, tmp_path, run):
+    code, text, err = run("push", out, "someone/model", "--dry-run")
     assert not code and "model.safetensors" in text and "nothing was uploaded" in text, err
-    code, text, _ = run(out, "someone/model", "--dry-run", "--json")
+    code, text, _ = run("push", out, "someone/model", "--dry-run", "--json")
     assert not code and json.loads(text)["dry_run"] is True
-    code, _, err = run(tmp_path, "someone/model", "--dry-run")
+    code, _, err = run("push", tmp_path, "someone/model", "--dry-run")
     assert code == 2 and err.strip().splitlines()[-1].startswith("error:")

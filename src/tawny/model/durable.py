@@ -71,16 +71,13 @@ def writing(what: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
-        text = str(error)
+        code, text = getattr(error, "errno", None), str(error)
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
-            existing = next((p for p in (what, *what.absolute().parents) if p.exists()), Path.cwd())
-            free = shutil.disk_usage(existing).free
-            raise OutputError(
-                f"{what}: the disk is full ({free / 1e9:.1f} GB free); free some space and run again"
-            ) from error
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise OutputError(
-                f"{what} cannot be written (read-only or no permission); choose another --out"
-            ) from error
-        raise OutputError(f"{what} cannot be written: {text}") from error
+            existing = next(path for path in (what, *what.absolute().parents) if path.exists())
+            free = f"{shutil.disk_usage(existing).free / 1e9:.1f} GB free"
+            said = f"{what}: the disk is full ({free}); free some space and run again"
+        elif code in (errno.EACCES, errno.EROFS, errno.EPERM):
+            said = f"{what} cannot be written (read-only or no permission); choose another --out"
+        else:
+            said = f"{what} cannot be written: {text}"
+        raise OutputError(said) from error

@@ -60,13 +60,8 @@ class Resumable:
         return bool(self.state.get("overwrite"))
 
     def refuse_other(self, identity: Mapping[str, Any]) -> None:
-        """Refuse to go on with another run.
-
-        Raises:
-            OutputError: the unfinished run differs in one of these.
-        """
-        differing = self.differing(identity)
-        if differing:
+        """Raise an OutputError if the unfinished run differs in one of these."""
+        if differing := self.differing(identity):
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise OutputError(
                 f"{self.folder} holds an unfinished run that differs ({'; '.join(differing[:3])}{more}): repeat that command "
@@ -82,41 +77,33 @@ class Resumable:
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """A result (in JSON types) that is made once and kept."""
-        kept = self.state.get("once", {})
+        if self.folder is None:
+            return make()
+        kept = self.state.setdefault("once", {})
         if name not in kept:
-            made = make()
-            if self.folder is None:
-                return made
-            self.state.setdefault("once", {})[name] = made
+            kept[name] = make()
             self.save()
-        found: T = self.state["once"][name]
+        found: T = kept[name]
         return found
 
     def save(self) -> None:
         if self.folder is None or not self.writes:
             return
-        text = json.dumps(self.state, separators=(",", ":"))
-        checksum = hashlib.sha256(text.encode()).hexdigest()
+        whole = {"sha256": _checksum(self.state), "run": self.state}
         path = self.folder / JOURNAL
         with durable.writing(path):
-            durable.write(path, f'{{"sha256":"{checksum}","run":{text}}}\n'.encode())
+            durable.write(path, _compact(whole) + b"\n")
 
     def load(self) -> None:
-        """Read the journal.
-
-        Raises:
-            OutputError: it is damaged, or of another version or kind of run.
-        """
+        """Read the journal; raise an OutputError if it is damaged, or of another version or kind of run."""
         self.state = {}
         if self.folder is None:
             return
         path = self.folder / JOURNAL
         try:
-            text = path.read_text(encoding="utf-8")
-            whole = json.loads(text)
+            whole = json.loads(path.read_text(encoding="utf-8"))
             state: dict[str, Any] = whole["run"]
-            kept = text[text.index('"run":') + 6 : text.rindex("}")]
-            if hashlib.sha256(kept.encode()).hexdigest() != whole["sha256"]:
+            if _checksum(state) != whole["sha256"]:
                 raise ValueError("its checksum does not fit")
         except (FileNotFoundError, NotADirectoryError):
             return
@@ -168,11 +155,7 @@ class WorkFolder(Resumable):
         self._kept = kept
 
     def check(self) -> None:
-        """Refuse a folder that Tawny did not make; read the journal of one that it did.
-
-        Raises:
-            OutputError: something in it is not Tawny's, or the journal cannot be read.
-        """
+        """Read the journal; raise an OutputError for a folder that is not Tawny's, or that cannot be read."""
         names = [name for name in refuse_foreign(self.path, self._ours) if name != f"{JOURNAL}.tmp"]
         if names and JOURNAL not in names:
             raise OutputError(
@@ -238,6 +221,14 @@ class WorkFolder(Resumable):
         return any(_fits(name, self._kept) for name in names)
 
 
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(_compact(state)).hexdigest()
+
+
 def _differences(before: Any, now: Any, what: str) -> list[str]:
     """Where two values of JSON types differ, in words. A model that was only moved is the same one."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -259,11 +250,7 @@ def _differences(before: Any, now: Any, what: str) -> list[str]:
 
 
 def refuse_foreign(folder: Path, ours: Iterable[str]) -> list[str]:
-    """The names in a folder; none where there is no folder.
-
-    Raises:
-        OutputError: it is no folder, or holds a name that no pattern of `ours` fits.
-    """
+    """The names in a folder, none where there is none; an OutputError where no pattern of `ours` fits one of them."""
     if not os.path.lexists(folder):
         return []
     if not folder.is_dir():
@@ -282,11 +269,7 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def named(out: Path) -> Path:
-    """`out` as it was given where its last part is a name; absolute where it is none (`.`, `..`).
-
-    Raises:
-        OutputError: `out` is the root of the file system, beside which nothing can be written.
-    """
+    """`out` as it was given where its last part is a name; absolute where it is none (`.`, `..`). Never the root."""
     if out.name in ("", ".."):
         out = out.resolve()
     if not out.name:

@@ -28,14 +28,7 @@ SHARE = 0.02
 
 @final
 class Journal(Resumable):
-    """The journal of one unfinished output.
-
-    Args:
-        folder: `OUT.partial`, or None.
-
-    Raises:
-        OutputError: there is an unfinished run whose journal cannot be read.
-    """
+    """The journal of one unfinished output in `OUT.partial`; an OutputError if one is there and cannot be read."""
 
     def __init__(self, folder: Path | None) -> None:
         super().__init__(folder, "partial")
@@ -62,29 +55,21 @@ class Journal(Resumable):
         self.load()
         if self.folder is None:
             return
-        if not self.found:
-            left = [
-                path for name in ("blocks", "hidden") for path in (self.folder / name).glob("*.safetensors")
-            ]
-            if left:
-                raise OutputError(
-                    f"{self.folder} holds {len(left)} files of an unfinished run but no {JOURNAL}; put it back, or pass "
-                    "--overwrite to start over"
-                )
-        for walk in self.state.get("walks", {}).values():
-            for name in walk["hidden"].values():
-                if not (self.folder / "hidden" / name).is_file():
+        left = [path for name in ("blocks", "hidden") for path in (self.folder / name).glob("*.safetensors")]
+        if left and not self.found:
+            raise OutputError(
+                f"{self.folder} holds {len(left)} files of an unfinished run but no {JOURNAL}; put it back, or pass "
+                "--overwrite to start over"
+            )
+        for walk in self._walks.values():
+            for path in (self.folder / "hidden" / name for name in walk["hidden"].values()):
+                if not path.is_file():
                     raise OutputError(
-                        f"{self.folder / 'hidden' / name}, which {JOURNAL} names, is missing; put it back, or pass "
-                        "--overwrite to start over"
+                        f"{path}, which {JOURNAL} names, is missing; put it back, or pass --overwrite to start over"
                     )
 
     def require(self, what: str, value: Any) -> None:
-        """Say what this run is; refuse to go on with another one.
-
-        Raises:
-            OutputError: the unfinished run differs in it.
-        """
+        """Say what this run is; raise an OutputError if the unfinished one differs in it."""
         self.identity[what] = json.loads(json.dumps(value))
         self.refuse_other({what: self.identity[what]})
 
@@ -96,9 +81,14 @@ class Journal(Resumable):
         self.save()
 
     @property
+    def _walks(self) -> dict[str, Any]:
+        walks: dict[str, Any] = self.state.get("walks", {})
+        return walks
+
+    @property
     def has_progress(self) -> bool:
         """Whether anything is finished that would be lost."""
-        return bool(self.state.get("walks") or self.state.get("once"))
+        return bool(self._walks or self.state.get("once"))
 
     def kept_words(self) -> str:
         """`3 finished blocks`, for a person."""
@@ -112,15 +102,13 @@ class Journal(Resumable):
 
     def walk(self, name: str) -> tuple[int, dict[str, Any]]:
         """How many blocks a walk has finished, and what it had found by then."""
-        kept = self.state.get("walks", {}).get(name)
+        kept = self._walks.get(name)
         return (0, {}) if kept is None else (int(kept["blocks"]), dict(kept["found"]))
 
     def hidden(self, walk: str, stream: str = "pruned") -> Path | None:
         """The hidden states to go on with, or None at the beginning."""
-        kept = self.state.get("walks", {}).get(walk)
-        if kept is None or stream not in kept["hidden"] or self.folder is None:
-            return None
-        return self._path(str(kept["hidden"][stream]))
+        kept = self._walks.get(walk, {"hidden": {}})["hidden"]
+        return self._path(str(kept[stream])) if stream in kept else None
 
     def _path(self, name: str) -> Path:
         """Of hidden states, by the name that rank 0 gave them, the file of this rank."""
@@ -142,8 +130,6 @@ class Journal(Resumable):
         """`blocks` blocks of a walk are finished; what they left in files is durable already.
 
         Args:
-            walk: its name.
-            blocks: how many are finished.
             found: what the walk has to remember, in JSON types.
             streams: what enters block `blocks`, by name; none when the walk is over.
         """
@@ -157,11 +143,10 @@ class Journal(Resumable):
                 with writing(paths[name]):
                     stream.save(paths[name])
         self._ranks.wait()  # what the journal names must be there on every rank
-        before = self.state["walks"].get(walk, {"hidden": {}})["hidden"]
-        # A copy, since what was found goes on growing.
-        kept = json.loads(json.dumps(found))
+        before = self._walks.get(walk, {"hidden": {}})["hidden"]
         names = {name: path.name for name, path in paths.items()}
-        self.state["walks"][walk] = {"blocks": blocks, "found": kept, "hidden": names}
+        # A copy, since what was found goes on growing.
+        self._walks[walk] = {"blocks": blocks, "found": json.loads(json.dumps(found)), "hidden": names}
         self.save()
         self._ranks.wait()
         for path in set(map(self._path, before.values())) - set(paths.values()):
@@ -171,8 +156,8 @@ class Journal(Resumable):
 
     def forget(self, walk: str) -> None:
         """A walk whose results are no longer needed."""
-        if walk in self.state.get("walks", {}):
-            left = self.state["walks"].pop(walk)["hidden"].values()
+        if walk in self._walks:
+            left = self._walks.pop(walk)["hidden"].values()
             self.save()
-            for path in map(self._path, left if self.folder is not None else ()):
+            for path in map(self._path, left):
                 path.unlink(missing_ok=True)

@@ -46,10 +46,7 @@ class Ranks(ProcessGroup):
         """This rank's samples: neighbours, as many chunks for each as for any other, give or take one.
 
         A forward takes a chunk at once, so the ranks run the very forwards that one process would. Where there are
-        fewer chunks than ranks, single samples are shared out.
-
-        Raises:
-            UserError: there are fewer samples than ranks.
+        fewer chunks than ranks, single samples are shared out; fewer samples than ranks are a UserError.
         """
         if self.size == 1:
             return samples

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["RecoveryRecord", "draw"]
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tawny.progress import Progress
 from tawny.record import finite
 from tawny.report.html import NAME
 from tawny.report.pages import or_say
-from tawny.report.recovery import write_recovery
+from tawny.report.recovery import known, write_recovery
 
 
 @dataclass
@@ -69,10 +68,7 @@ class RecoveryRecord:
     @classmethod
     def read(cls, path: Path) -> RecoveryRecord:
         """From a `recover.json`; what is null there is NaN here, since infinity and NaN cannot be told apart."""
-        told = cls(**json.loads(path.read_text(encoding="utf-8")))
-        for entry in (told.start, told.best, *told.measured, *told.curve):
-            entry.update({key: math.nan for key, value in entry.items() if value is None})
-        return told
+        return cls(**known(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def draw(record: RecoveryRecord, folder: Path, progress: Progress) -> None:

@@ -22,6 +22,14 @@ CARD = "README.md"
 # Facts about what the weights are made of. Results (`model-index`) and widgets are the dense model's own.
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model", "datasets", "pipeline_tag")
 _TAGS = ["pruned", "sparse", "tawny"]
+_INTENDED = (
+    "## Intended use and limits\n\n"
+    "For what the base model is for, under its licence, where memory or speed matters more than the last bit of "
+    "quality; and for research on sparsity. Pruning loses quality, and more of it the smaller the model and the "
+    "higher the sparsity. It can lose unevenly: facts, languages and safety behaviour that calibration text did "
+    "not show may suffer more than perplexity says. Biases of the base model remain. Measure the model on your own "
+    "task before relying on it."
+)
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -79,8 +87,8 @@ def model_card(
         _use(record),
         _numbers(record, recovered=bool(recovery)),
         *([f"## Recovered\n\n{_inline(recovery_words(recovery))}"] if recovery else []),
-        _intended(),
-        _recipe(record),
+        _INTENDED,
+        f"## Recipe\n\n```yaml\n{dump_yaml(record['recipe']).strip()}\n```",
         _trace(record),
     ]
     return "\n\n".join(parts) + "\n"
@@ -211,22 +219,6 @@ def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
     if recovered:
         note += " The pruned model was measured before its recovery."
     return "## Quality\n\n" + "\n".join(rows) + f"\n\n{note}"
-
-
-def _intended() -> str:
-    return (
-        "## Intended use and limits\n\n"
-        "For what the base model is for, under its licence, where memory or speed matters more than the last bit of "
-        "quality; and for research on sparsity. Pruning loses quality, and more of it the smaller the model and the "
-        "higher the sparsity. It can lose unevenly: facts, languages and safety behaviour that calibration text did "
-        "not show may suffer more than perplexity says. Biases of the base model remain. Measure the model on your own "
-        "task before relying on it."
-    )
-
-
-def _recipe(record: Mapping[str, Any]) -> str:
-    made = dump_yaml(record["recipe"]).strip()
-    return f"## Recipe\n\n```yaml\n{made}\n```"
 
 
 def _trace(record: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from tawny.words import SHARES, kl_text, percent, perplexity_text, score_text, s
 
 _NOTHING = "–"
 Better = Literal["lower", "higher"]
-# A number, its spread, and how both are written.
+# A number, and how it is written with its spread.
 Found = tuple[float, str]
 
 
@@ -58,19 +58,10 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
     add("sparsity", "", lambda m: (m["sparsity"], percent(m["sparsity"])))
     add("files", "", lambda m: (m["file_bytes"], size(m["file_bytes"])), "lower", _times)
     add("resident memory", "", lambda m: (m["resident_bytes"], size(m["resident_bytes"])), "lower", _times)
-    add(
-        "perplexity",
-        "",
-        lambda m: (m["perplexity"]["perplexity"], perplexity_text(m["perplexity"])),
-        "lower",
-        _times,
-    )
-    if any(
-        "agreement" in model.get("errors", {}) for model in models
-    ):  # other tokenizers: perplexities mislead
-        add(
-            "bits per byte", "", lambda m: _positive(m["perplexity"]["bits_per_byte"], ".4f"), "lower", _times
-        )
+    add("perplexity", "", _perplexity, "lower", _times)
+    # Where tokenizers differ, perplexities mislead.
+    if any("agreement" in model.get("errors", {}) for model in models):
+        add("bits per byte", "", _bits_per_byte, "lower", _times)
     first = models[0]["name"]
     add(f"KL from {first}", "nats a token", lambda m: _agreed(m, "kl", kl_text), "lower")
     add(f"same next token as {first}", "%", lambda m: _agreed(m, "top1", share_text), "higher")
@@ -82,13 +73,7 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
         else:  # whether less of it is better only its authors know
             add(name, metric, read)
     if any(len(model.get("tasks", {}).get("tasks", ())) > 1 for model in models):
-        add(
-            "mean of the tasks",
-            "%",
-            lambda m: (m["tasks"]["mean"], share_text(m["tasks"]["mean"], m["tasks"]["stderr"])),
-            "higher",
-            _points,
-        )
+        add("mean of the tasks", "%", _mean_of_tasks, "higher", _points)
     for kind in ("prefill", "decode"):
         add(kind, "tokens/s", partial(_speed, kind=kind), "higher", _times)
     return lines
@@ -109,15 +94,14 @@ def _cells(
     best = None
     if better is not None and len(set(values)) > 1:
         best = min(values) if better == "lower" else max(values)
-    reference = found[0][0] if found[0] is not None else None
+    reference = found[0]
     cells = []
     for index, value in enumerate(found):
         if value is None:
             cells.append(Cell(_NOTHING))
             continue
-        against = change is not None and index > 0 and reference is not None
-        difference = change(value[0], reference) if against and change and reference is not None else ""
-        cells.append(Cell(value[1], difference, best is not None and value[0] == best))
+        difference = change(value[0], reference[0]) if change and index and reference else ""
+        cells.append(Cell(value[1], difference, value[0] == best))
     return tuple(cells)
 
 
@@ -134,8 +118,18 @@ def _agreed(model: Mapping[str, Any], key: str, show: Callable[[float, float], s
     return found[key], show(found[key], found[f"{key}_stderr"])
 
 
-def _positive(value: float, digits: str) -> Found | None:
-    return (value, format(value, digits)) if value > 0 else None
+def _perplexity(model: Mapping[str, Any]) -> Found:
+    return model["perplexity"]["perplexity"], perplexity_text(model["perplexity"])
+
+
+def _bits_per_byte(model: Mapping[str, Any]) -> Found | None:
+    value = model["perplexity"]["bits_per_byte"]
+    return (value, f"{value:.4f}") if value > 0 else None
+
+
+def _mean_of_tasks(model: Mapping[str, Any]) -> Found:
+    tasks = model["tasks"]
+    return tasks["mean"], share_text(tasks["mean"], tasks["stderr"])
 
 
 def _task(model: Mapping[str, Any], name: str, metric: str) -> Found | None:

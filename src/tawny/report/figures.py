@@ -10,7 +10,7 @@ It is the first figure of the OWL paper (2310.05175) drawn for one run. What is 
 
 from __future__ import annotations
 
-__all__ = ["PALETTE", "DepthRow", "depth_figure", "draw_panels", "log_scale", "to_page"]
+__all__ = ["PALETTE", "WIDTHS", "DepthRow", "depth_figure", "draw_panels", "log_scale", "to_page"]
 
 import io
 import math
@@ -31,19 +31,35 @@ PALETTE = {
     "second": "#010207",
     "card": "#010208",
 }
+# A page has each picture twice; its style shows the one that fits.
+WIDTHS = {"wide": 960, "narrow": 340}
 _PANEL = 160  # height of one panel
 
 
 @dataclass(frozen=True)
 class DepthRow:
-    """One block: its index, its numbers (None where unknown), and the sentence that says them."""
+    """One block: its index, its numbers (outliers in %, None where unknown), and the same in words, by field."""
 
     block: int
+    linears: int
     before: float | None
     after: float | None
     sparsity: float
     error: float
-    title: str
+    texts: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        """The sentence that says its numbers."""
+        said = [f"outliers {when} {self.texts[when]}" for when in self.counted]
+        parts = [f"block {self.block}", *said, *(f"{key} {self.texts[key]}" for key in ("sparsity", "error"))]
+        return ", ".join(parts)
+
+    @property
+    def counted(self) -> list[str]:
+        """When outliers were counted: `before`, `after`, both or never."""
+        counts = {"before": self.before, "after": self.after}
+        return [when for when, count in counts.items() if count is not None]
 
 
 def depth_figure(rows: Sequence[DepthRow], *, prefix: str, width: int, target: float, M: float) -> Markup:
@@ -55,12 +71,12 @@ def depth_figure(rows: Sequence[DepthRow], *, prefix: str, width: int, target: f
         target: the sparsity of the whole, drawn as a line.
         M: multiple of the mean above which a score is an outlier.
     """
-    known = [row for row in rows if row.before is not None or row.after is not None]
-    names = ["outliers", "sparsity", "error"] if known else ["sparsity", "error"]
-    panels = [
-        (_TITLES[name].format(M=f"{M:g}"), partial(_DRAW[name], rows=rows, target=target, M=M))
-        for name in names
+    panels: list[tuple[str, Callable[[Any], None]]] = [
+        ("Sparsity, %", partial(_sparsity, rows=rows, target=target)),
+        ("Error, % of the output lost", partial(_error, rows=rows)),
     ]
+    if any(row.counted for row in rows):
+        panels.insert(0, (f"Outliers, % of weights above {M:g} × the mean", partial(_outliers, rows=rows)))
     limits = (rows[0].block - 0.5, rows[-1].block + 0.5)
     svg, height, x_of = draw_panels(panels, width, "block", until=" of", limits=limits)
     hits = []
@@ -138,17 +154,10 @@ def style_of(width: int) -> dict[str, Any]:
         "svg.hashsalt": "tawny",
         "font.size": 12 if width > 600 else 11,
         "font.family": "sans-serif",
-        "text.color": PALETTE["ink"],
-        "axes.edgecolor": PALETTE["line"],
-        "axes.labelcolor": PALETTE["soft"],
-        "axes.titlecolor": PALETTE["ink"],
-        "xtick.color": PALETTE["line"],
-        "ytick.color": PALETTE["line"],
-        "xtick.labelcolor": PALETTE["soft"],
-        "ytick.labelcolor": PALETTE["soft"],
-        "grid.color": PALETTE["line"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
+        **dict.fromkeys(("text.color", "axes.titlecolor"), PALETTE["ink"]),
+        **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), PALETTE["soft"]),
+        **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), PALETTE["line"]),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
         "axes.facecolor": "none",
     }
 
@@ -156,38 +165,25 @@ def style_of(width: int) -> dict[str, Any]:
 # --- panels ----------------------------------------------------------------------------------------------
 
 
-_TITLES = {
-    "outliers": "Outliers, % of weights above {M} × the mean",
-    "sparsity": "Sparsity, %",
-    "error": "Error, % of the output lost",
-}
-
-
-def _outliers(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> None:
+def _outliers(axis: Any, rows: Sequence[DepthRow]) -> None:
     x = [row.block for row in rows]
     lines = (("before", "accent", "o", "-"), ("after", "second", "s", "--"))
     shown: list[float] = []
     for name, colour, marker, dash in lines:
-        values = [getattr(row, name) for row in rows]
-        if all(value is None for value in values):
+        numbers = [getattr(row, name) if name in row.counted else math.nan for row in rows]
+        known = [value for value in numbers if math.isfinite(value)]
+        if not known:
             continue
-        numbers = [math.nan if value is None else value for value in values]
-        shown += [value for value in numbers if math.isfinite(value)]
+        shown += known
         axis.plot(
             x, numbers, dash, color=PALETTE[colour], marker=marker, markersize=3.5, linewidth=1.4, label=name
         )
     log_scale(axis, shown, 8)
-    axis.legend(
-        frameon=False,
-        ncols=2,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 0.98),
-        borderaxespad=0,
-        handlelength=1.6,
-    )
+    where = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "borderaxespad": 0}
+    axis.legend(frameon=False, ncols=2, handlelength=1.6, **where)
 
 
-def _sparsity(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> None:
+def _sparsity(axis: Any, rows: Sequence[DepthRow], target: float) -> None:
     x, values = [row.block for row in rows], [100 * row.sparsity for row in rows]
     # Stems from the uniform line: what a reader asks is which blocks lose more than that, and which less.
     axis.vlines(x, 100 * target, values, color=PALETTE["accent"], linewidth=2)
@@ -197,13 +193,10 @@ def _sparsity(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> N
     axis.set_ylim(100 * target - 1.25 * spread, 100 * target + 1.25 * spread)
 
 
-def _error(axis: Any, rows: Sequence[DepthRow], target: float, M: float) -> None:
+def _error(axis: Any, rows: Sequence[DepthRow]) -> None:
     values = [100 * row.error if math.isfinite(row.error) else math.nan for row in rows]
     axis.bar([row.block for row in rows], values, width=0.72, color=PALETTE["second"], linewidth=0)
     axis.set_ylim(bottom=0)
-
-
-_DRAW = {"outliers": _outliers, "sparsity": _sparsity, "error": _error}
 
 
 # --- from a file to a part of a page -----------------------------------------------------------------------
@@ -221,8 +214,8 @@ def to_page(
     """
     body = svg[svg.index("<svg") :]
     body = body[body.index(">") + 1 : body.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would hold for the whole page
+    # A style would hold for the whole page.
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
     body = re.sub(r'(xlink:)?href="#([^"]+)"', rf'href="#{prefix}-\2"', body)
     body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", body)

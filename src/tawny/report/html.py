@@ -25,7 +25,7 @@ from markupsafe import Markup
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import opening, recovery_words
-from tawny.report.figures import DepthRow, depth_figure
+from tawny.report.figures import WIDTHS, DepthRow, depth_figure
 from tawny.report.pages import render, write_beside
 from tawny.words import begun, duration, percent, perplexity_text, size
 
@@ -59,7 +59,6 @@ def render_report(record: Mapping[str, Any]) -> str:
 def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the template shows, as text and numbers ready to be shown."""
     linears = record["linears"]
-    recipe = record["recipe"]
     M = record.get("outlier_M") or 5.0
     blocks = _blocks(record, M)
     return {
@@ -70,9 +69,11 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "asked": _asked(record),
         "M": f"{M:g}",
         "blocks": blocks,
-        "knows_before": any(row["before"] is not None for row in blocks),
-        "knows_after": any(row["after"] is not None for row in blocks),
-        "figures": _figures(record) if blocks else {},
+        "knows_before": any("before" in row.counted for row in blocks),
+        "knows_after": any("after" in row.counted for row in blocks),
+        "figures": {
+            name: depth_of(record, width=width, prefix=name) for name, width in WIDTHS.items() if blocks
+        },
         "heat": [
             _heat(linears, "sparsity", "Sparsity, %", _linear_scale),
             _heat(linears, "error", "Error, % of the output lost", _log_scale),
@@ -84,12 +85,8 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "memory": _memory(record),
         "load": opening(record, repr(str(record["out"] or "DIR"))),
         "command": _command(record),
-        "recipe_yaml": dump_yaml(recipe).strip(),
+        "recipe_yaml": dump_yaml(record["recipe"]).strip(),
         "trace": _trace(record),
-        "files": [
-            {"name": name, "size": size(file["bytes"]), "sha256": file["sha256"]}
-            for name, file in record.get("files", {}).items()
-        ],
     }
 
 
@@ -101,36 +98,31 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def _summary(record: Mapping[str, Any]) -> str:
-    recipe = record["recipe"]
+    recipe, blocks = record["recipe"], len({linear["block"] for linear in record["linears"]})
     text = (
         f"{record['zeros']:,} of {record['prunable']:,} prunable weights were removed. "
-        f"{recipe['allocator']['name']} shared the budget among {_count_blocks(record)} blocks, "
+        f"{recipe['allocator']['name']} shared the budget among {blocks} blocks, "
         f"{recipe['solver']['name']} chose the weights"
     )
     text += f", pattern {recipe['pattern']}." if ":" in str(recipe["pattern"]) else "."
     return f"{text} {recovery_words(record['recovery'])}" if record.get("recovery") else text
 
 
-def _count_blocks(record: Mapping[str, Any]) -> int:
-    return len({linear["block"] for linear in record["linears"]})
-
-
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Name, value, remark: what a hurried reader takes away."""
     tiles = [("sparsity", percent(record["sparsity"], 1), f"{record['parameters']:,} parameters in all")]
     measured = record["evaluation"]
+    quality, remark = "not measured", "--eval TEXT measures both models"
     if {"dense", "pruned"} <= set(measured):
-        dense, pruned = measured["dense"], measured["pruned"]
-        tiles.append(
-            ("perplexity", perplexity_text(pruned), f"dense {perplexity_text(dense)} on {dense['text']}")
-        )
-    else:
-        tiles.append(("perplexity", "not measured", "--eval TEXT measures both models"))
+        dense, quality = measured["dense"], perplexity_text(measured["pruned"])
+        remark = f"dense {perplexity_text(dense)} on {dense['text']}"
     total = record["seconds"].get("total", sum(record["seconds"].values()))
-    tiles.append(("time", duration(total), f"{record['machine'].get('threads', '?')} threads"))
-    tiles.append(
-        ("peak memory", size(record["peak_memory"]), f"{size(record['memory_before'])} before it began")
-    )
+    before = f"{size(record['memory_before'])} before it began"
+    tiles += [
+        ("perplexity", quality, remark),
+        ("time", duration(total), f"{record['machine'].get('threads', '?')} threads"),
+        ("peak memory", size(record["peak_memory"]), before),
+    ]
     if record["bytes"]:
         tiles.append(("weights on disk", size(record["bytes"]), record["storage"] or "as they came"))
     return tiles
@@ -138,31 +130,23 @@ def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     recipe, text = record["recipe"], record["text"]
+    orders = {"block": "all linears of a block at once", "data": "stage by stage"}
+    calibration = "none: the weights alone decided"
+    if text:
+        tokens = f"{text.get('samples', '?')} × {text.get('seqlen', '?')} tokens"
+        calibration = f"{tokens} of {text.get('name')}{begun(text)}"
     rows = [
         ("model", record["source"] + (f" at {record['revision']}" if record.get("revision") else "")),
         ("sparsity", percent(recipe["sparsity"], 2)),
         ("allocator", _choice(recipe["allocator"])),
         ("solver", _choice(recipe["solver"])),
         ("pattern", str(recipe["pattern"])),
-        (
-            "order",
-            {"block": "all linears of a block at once", "data": "stage by stage"}.get(recipe["order"], ""),
-        ),
+        ("order", orders.get(recipe["order"], "")),
+        ("calibration", calibration),
+        *((key, ", ".join(recipe[key])) for key in ("include", "exclude") if recipe.get(key)),
+        ("computed in", str(record["compute"])),
+        ("seed", str(recipe["seed"])),
     ]
-    if text:
-        rows.append(
-            (
-                "calibration",
-                f"{text.get('samples', '?')} × {text.get('seqlen', '?')} tokens of {text.get('name')}{begun(text)}",
-            )
-        )
-    else:
-        rows.append(("calibration", "none: the weights alone decided"))
-    for key in ("include", "exclude"):
-        if recipe.get(key):
-            rows.append((key, ", ".join(recipe[key])))
-    rows.append(("computed in", str(record["compute"])))
-    rows.append(("seed", str(recipe["seed"])))
     return rows
 
 
@@ -194,7 +178,7 @@ def _by(
     return groups
 
 
-def _blocks(record: Mapping[str, Any], M: float) -> list[dict[str, Any]]:
+def _blocks(record: Mapping[str, Any], M: float) -> list[DepthRow]:
     """One row a block, with numbers for the picture and words for the table."""
     profiled = (record.get("profile") or {}).get("blocks", [])
     rows = []
@@ -202,21 +186,14 @@ def _blocks(record: Mapping[str, Any], M: float) -> list[dict[str, Any]]:
         before, after = (_share(members, f"outliers_{when}") for when in ("before", "after"))
         if before is None and block < len(profiled):
             before = profiled[block].get("outlier_share", {}).get(f"{M:g}")
-        row: dict[str, Any] = {
-            "block": block,
-            "linears": len(members),
-            "before": before,
-            "after": after,
-            "sparsity": _mean(members, "sparsity"),
-            "error": _mean(members, "error"),
-        }
-        row["texts"] = {
+        sparsity, error = _mean(members, "sparsity"), _mean(members, "error")
+        texts = {
             "before": _share_text(before),
             "after": _share_text(after),
-            "sparsity": percent(row["sparsity"]),
-            "error": _share_text(100 * row["error"]),
+            "sparsity": percent(sparsity),
+            "error": _share_text(100 * error),
         }
-        rows.append(row)
+        rows.append(DepthRow(block, len(members), before, after, sparsity, error, texts))
     return rows
 
 
@@ -231,32 +208,10 @@ def _share_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g} %" if value < 99.95 else f"{value:,.0f} %"
 
 
-def _figures(record: Mapping[str, Any]) -> dict[str, Markup]:
-    return {
-        name: depth_of(record, width=width, prefix=name) for name, width in (("wide", 960), ("narrow", 340))
-    }
-
-
 def depth_of(record: Mapping[str, Any], *, width: int, prefix: str = "depth") -> Markup:
     """The picture of a record: outliers, sparsity and error over depth."""
     M = record.get("outlier_M") or 5.0
-    rows, blocks = [], _blocks(record, M)
-    for row in blocks:
-        parts = [
-            f"block {row['block']}",
-            *(
-                f"outliers {when} {row['texts'][when]}"
-                for when in ("before", "after")
-                if row[when] is not None
-            ),
-            f"sparsity {row['texts']['sparsity']}",
-            f"error {row['texts']['error']}",
-        ]
-        rows.append(
-            DepthRow(
-                row["block"], row["before"], row["after"], row["sparsity"], row["error"], ", ".join(parts)
-            )
-        )
+    rows = _blocks(record, M)
     return depth_figure(rows, prefix=prefix, width=width, target=record["sparsity"], M=M)
 
 
@@ -282,12 +237,12 @@ def _heat(
     level = scale([value for value in cells.values() if math.isfinite(value)])
     rows = []
     for block in sorted({block for block, _ in cells}):
-        row = []
-        for role in roles:
-            value = cells.get((block, role))
-            shown = "" if value is None else _short(100 * value)
-            row.append({"text": shown, "level": 0 if value is None else round(level(value))})
-        rows.append({"block": block, "cells": row})
+        values = [cells.get((block, role)) for role in roles]
+        shown = [
+            {"text": "", "level": 0} if v is None else {"text": _short(100 * v), "level": round(level(v))}
+            for v in values
+        ]
+        rows.append({"block": block, "cells": shown})
     heads = [{"name": role, "short": role.rsplit(".", 1)[-1]} for role in roles]
     return {"key": key, "title": title, "roles": heads, "rows": rows}
 
@@ -346,22 +301,18 @@ def _phases(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     rows = sorted(parts.items(), key=lambda part: -part[1])
     if rest > 0.005 * total:
         rows.append(("everything else", rest))
+    shares = [round(100 * spent / total, 1) if total > 0 else 0.0 for _, spent in rows]
     return [
-        {
-            "name": _PHASES.get(name, name),
-            "time": duration(spent),
-            "share": round(100 * spent / total, 1) if total > 0 else 0.0,
-        }
-        for name, spent in rows
+        {"name": _PHASES.get(name, name), "time": duration(spent), "share": share}
+        for (name, spent), share in zip(rows, shares, strict=True)
     ]
 
 
 def _memory(record: Mapping[str, Any]) -> str:
     there = record["machine"].get("memory", 0)
-    return (
-        f"At its peak the process held {size(record['peak_memory'])}; {size(record['memory_before'])} of that before the "
-        f"run began" + (f". The machine has {size(there)}." if there else ".")
-    )
+    peak, before = size(record["peak_memory"]), size(record["memory_before"])
+    has = f" The machine has {size(there)}." if there else ""
+    return f"At its peak the process held {peak}; {before} of that before the run began.{has}"
 
 
 # --- use and repeat ----------------------------------------------------------------------------------------
@@ -403,4 +354,6 @@ def _trace(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.insert(1, ("calibration text", f"{text['name']}, sha256 {text['sha256']}"))
     if record.get("date"):
         rows.append(("date", record["date"]))
+    for name, file in record.get("files", {}).items():
+        rows.append((name, f"{size(file['bytes'])}, sha256 {file['sha256']}"))
     return rows

@@ -38,8 +38,8 @@ def _publish(plain: Mapping[str, Any], text: str, folder: Path) -> Path:
     old = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     recovery = _recovery(plain, folder)
     made = model_card(plain, front_matter(old), note=packed_note(old), recovery=recovery)
-    for path, content in ((folder / "run.json", text), (card, made)):
-        write_beside(path, content)
+    write_beside(folder / "run.json", text)
+    write_beside(card, made)
     if "curve" in recovery:  # all of a recover.json, of which the page of a recovered model is made
         return write_recovery(recovery, folder)
     return write_report(plain, folder)
@@ -51,7 +51,7 @@ def _recovery(record: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     try:
         told = json.loads((folder / "recover.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return summary
+        told = None
     if not isinstance(told, dict):
         return summary
     # The file may have been copied beside a model that was pruned again; it holds for the weights before.

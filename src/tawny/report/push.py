@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["PushReport", "check_folder", "push"]
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def push(
     if dry_run:
         return report
     url = _upload(folder, repo, list(files), private, message or "Upload a model pruned by Tawny", progress)
-    return PushReport(**{**report.to_dict(), "url": url})
+    return replace(report, url=url)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ It loads nothing, as the report of a pruning does. What was measured on held-out
 
 from __future__ import annotations
 
-__all__ = ["curve_figure", "render_recovery", "write_recovery"]
+__all__ = ["curve_figure", "known", "render_recovery", "write_recovery"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tawny.report.figures import PALETTE, draw_panels, log_scale, to_page
+from tawny.report.figures import PALETTE, WIDTHS, draw_panels, log_scale, to_page
 from tawny.report.html import NAME
 from tawny.report.pages import render, write_beside
 from tawny.words import duration, percent, size
@@ -37,17 +37,14 @@ def write_recovery(record: Mapping[str, Any], folder: str | Path) -> Path:
 
 def render_recovery(record: Mapping[str, Any]) -> str:
     """The page as text."""
-    record = _known(record)
+    record = known(record)
     return render(
         "recovery.html.j2",
         title=f"{Path(record['source']).name or 'model'}, recovered",
         summary=_summary(record),
         tiles=_tiles(record),
         warnings=record["warnings"],
-        figures={
-            name: curve_figure(record, width=width, prefix=name)
-            for name, width in (("wide", 960), ("narrow", 340))
-        },
+        figures={name: curve_figure(record, width=width, prefix=name) for name, width in WIDTHS.items()},
         judged=bool(record["teacher"]),
         rows=[_row(record, entry) for entry in record["measured"]],
         asked=_asked(record),
@@ -55,7 +52,7 @@ def render_recovery(record: Mapping[str, Any]) -> str:
     )
 
 
-def _known(record: Mapping[str, Any]) -> dict[str, Any]:
+def known(record: Mapping[str, Any]) -> dict[str, Any]:
     """With NaN for what is null in the file: JSON has no word for a loss that was not finite."""
 
     def entry(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,26 +79,18 @@ def _summary(record: Mapping[str, Any]) -> str:
 
 
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    start, best = record["start"], record["best"]
-    text = record["text"]
-    tiles = [
-        (
-            "held-out perplexity",
-            f"{best['perplexity']:.2f}",
-            f"from {start['perplexity']:.2f}; {text['held_out']} windows of {text['seqlen']} tokens",
-        )
-    ]
+    start, best, text = record["start"], record["best"], record["text"]
+    windows = f"{text['held_out']} windows of {text['seqlen']} tokens"
+    remark = f"from {start['perplexity']:.2f}; {windows}"
+    tiles = [("held-out perplexity", f"{best['perplexity']:.2f}", remark)]
     if "kl" in best:
         tiles.append(("KL to the dense model", f"{best['kl']:.3f}", f"from {start['kl']:.3f} nats a token"))
         tiles.append(("same next word", percent(best["top1"], 1), f"from {percent(start['top1'], 1)}"))
     tiles.append(("sparsity", percent(record["sparsity"], 1), f"{record['trained']:,} numbers trained"))
-    total = record["seconds"].get("total", 0.0)
-    tiles.append(
-        ("time", duration(total), f"{record['tokens_per_second']:.0f} tokens a second while training")
-    )
-    tiles.append(
-        ("peak memory", size(record["peak_memory"]), f"{size(record['memory_before'])} before it began")
-    )
+    speed = f"{record['tokens_per_second']:.0f} tokens a second while training"
+    tiles.append(("time", duration(record["seconds"].get("total", 0.0)), speed))
+    before = f"{size(record['memory_before'])} before it began"
+    tiles.append(("peak memory", size(record["peak_memory"]), before))
     return tiles
 
 
@@ -139,10 +128,7 @@ def curve_figure(record: Mapping[str, Any], *, width: int, prefix: str) -> Marku
     """Loss, KL and held-out perplexity over training tokens, as an inline SVG about `width` pixels wide."""
     measured = [entry for entry in record["measured"] if math.isfinite(entry["perplexity"])]
     curve = _thinned(record["curve"])
-    shown = {
-        "perplexity": "Held-out perplexity",
-        "loss": "Next-token loss, nats: each step, and held out",
-    }
+    shown = {"perplexity": "Held-out perplexity", "loss": "Next-token loss, nats: each step, and held out"}
     if any("kl" in entry for entry in measured):
         shown["kl"] = "KL to the dense model, nats a token: each step, and held out"
 
