@@ -27,16 +27,9 @@ def test_chunks_give_the_loss_and_gradient_of_all_logits_at_once(batch, length, 
     loss.backward()
     expected = [hidden.grad.clone(), student.weight.grad.clone()]
     student.zero_grad()
-    losses, gradient = distil(
-        lambda _, h: student(h),
-        lambda _, h: teacher(h),
-        ids,
-        hidden,
-        seen,
-        kl=kl,
-        chunk=chunk,
-        scale=1 / (batch * (length - 1)),
-    )
+    tails = [lambda _, h: student(h), lambda _, h: teacher(h)]
+    scale = 1 / (batch * (length - 1))
+    losses, gradient = distil(*tails, ids, hidden, seen, kl=kl, chunk=chunk, scale=scale)
     mean = ((1 - kl) * losses.next_token + kl * losses.kl) / losses.tokens
     assert mean == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-6)
     torch.testing.assert_close(gradient, expected[0], rtol=1e-4, atol=1e-6)
@@ -60,7 +53,6 @@ def test_logits_exist_for_a_chunk_only():
         seen.append(hidden.shape[1])
         return hidden @ torch.eye(4)
 
-    distil(
-        head, None, torch.zeros(3, 9, dtype=torch.int64), torch.randn(3, 9, 4), None, kl=0, chunk=5, scale=1.0
-    )
+    ids = torch.zeros(3, 9, dtype=torch.int64)
+    distil(head, None, ids, torch.randn(3, 9, 4), None, kl=0, chunk=5, scale=1.0)
     assert max(seen) == 5 and sum(seen) == 24

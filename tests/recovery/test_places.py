@@ -13,7 +13,7 @@ import tawny
 from tawny.errors import Interrupted, OutputError, TextError
 from tawny.recovery.dense import recover_dense
 from tawny.recovery.training import Training
-from tests.recovery.models import RECIPE, folder_keys, stopped
+from tests.recovery.models import RECIPE, folder_keys, recover_pair, stopped
 
 
 def snapshot(folder):
@@ -37,14 +37,9 @@ def dense(pair, tmp_path):
 
 
 def steps(pair, source, teacher, out, through=(0.4, 0.6), recipe=RECIPE, overwrite=False, **keys):
+    settings = folder_keys(pair, **keys)
     return tawny.recover_gradually(
-        source,
-        teacher,
-        out,
-        list(through),
-        recipe=recipe,
-        settings=folder_keys(pair, **keys),
-        overwrite=overwrite,
+        source, teacher, out, list(through), recipe=recipe, settings=settings, overwrite=overwrite
     )
 
 
@@ -63,7 +58,6 @@ def begun(monkeypatch):
 @pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
 def test_the_teacher_is_never_replaced(pair, packed, dense, tmp_path, kind, overwrite):
     before = snapshot(dense)
-    keys = folder_keys(pair)
     (tmp_path / "link").symlink_to(dense)
     for out in (dense, tmp_path / "link", tmp_path):
         with pytest.raises(OutputError, match=r"(is|holds) the (teacher|model).*choose another --out"):
@@ -71,7 +65,7 @@ def test_the_teacher_is_never_replaced(pair, packed, dense, tmp_path, kind, over
                 steps(pair, pair[1], dense, out, through=[0.6], overwrite=overwrite)
             else:
                 source = pair[1] if kind == "plain" else packed
-                tawny.recover(source, dense, out, overwrite=overwrite, **keys)
+                recover_pair(pair, out, source, dense, overwrite=overwrite)
     assert snapshot(dense) == before
 
 
@@ -80,17 +74,12 @@ def test_a_teacher_beside_out_is_not_taken_for_what_a_run_left_there(pair, packe
     teacher = tmp_path / f"out.{suffix}"
     shutil.copytree(pair[0], teacher)
     before = snapshot(teacher)
-    calls = {
-        "recovery": lambda: tawny.recover(
-            pair[1], teacher, tmp_path / "out", overwrite=True, **folder_keys(pair)
-        ),
-        "unpacked": lambda: tawny.recover(
-            packed, teacher, tmp_path / "out", overwrite=True, **folder_keys(pair)
-        ),
-        "stages": lambda: steps(pair, pair[0], teacher, tmp_path / "out", overwrite=True),
-    }
     with pytest.raises(OutputError, match="is the teacher itself"):
-        calls.get(suffix, calls["recovery"])()
+        if suffix == "stages":
+            steps(pair, pair[0], teacher, tmp_path / "out", overwrite=True)
+        else:
+            source = packed if suffix == "unpacked" else pair[1]
+            recover_pair(pair, tmp_path / "out", source, teacher, overwrite=True)
     assert snapshot(teacher) == before
 
 
@@ -98,7 +87,7 @@ def test_a_teacher_called_like_out_dense_is_left_alone(pair, packed, tmp_path):
     teacher = tmp_path / "out.dense"
     shutil.copytree(pair[0], teacher)
     before = snapshot(teacher)
-    tawny.recover(packed, teacher, tmp_path / "out", **folder_keys(pair))
+    recover_pair(pair, tmp_path / "out", packed, teacher)
     assert snapshot(teacher) == before
 
 
@@ -106,18 +95,14 @@ def test_a_source_inside_out_is_not_replaced_with_it(pair, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copytree(pair[1], tmp_path / "out" / "pruned")
     with pytest.raises(OutputError, match="holds the model"):
-        tawny.recover(
-            tmp_path / "out" / "pruned", pair[0], tmp_path / "out", overwrite=True, **folder_keys(pair)
-        )
+        recover_pair(pair, tmp_path / "out", tmp_path / "out" / "pruned", overwrite=True)
 
 
 # --- folders that Tawny did not make ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    "content", ["notes.txt", "state.safetensors", "0-recovered/notes.txt", "before/notes.txt"]
-)
+@pytest.mark.parametrize("content", ["notes.txt", "state.safetensors", "0-recovered/a.txt", "before/a.txt"])
 @pytest.mark.parametrize("suffix", ["recovery", "unpacked", "stages"])
 def test_a_folder_of_the_users_is_neither_used_nor_cleared(
     pair, packed, tmp_path, suffix, content, overwrite
@@ -126,14 +111,13 @@ def test_a_folder_of_the_users_is_neither_used_nor_cleared(
     (foreign / content).parent.mkdir(parents=True)
     (foreign / content).write_text("of a person")
     before = snapshot(foreign)
-    with pytest.raises(
-        OutputError, match=r"(which no run of Tawny put there|this Tawny did not make it).*another --out"
-    ):
+    said = r"(which no run of Tawny put there|this Tawny did not make it).*another --out"
+    with pytest.raises(OutputError, match=said):
         if suffix == "stages":
             steps(pair, pair[0], pair[0], tmp_path / "out", overwrite=overwrite)
         else:
             source = pair[1] if suffix == "recovery" else packed
-            tawny.recover(source, pair[0], tmp_path / "out", overwrite=overwrite, **folder_keys(pair))
+            recover_pair(pair, tmp_path / "out", source, overwrite=overwrite)
     assert snapshot(foreign) == before and not (tmp_path / "out").exists()
 
 
@@ -145,13 +129,13 @@ def test_a_file_that_came_in_meanwhile_is_left_when_the_run_is_over(pair, tmp_pa
         measure(self, share)
 
     monkeypatch.setattr(Training, "_measure", noting)
-    tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    recover_pair(pair, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out.recovery").iterdir()] == ["notes.txt"]
 
 
 def test_an_empty_folder_is_used(pair, tmp_path):
     (tmp_path / "out.recovery").mkdir()
-    tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    recover_pair(pair, tmp_path / "out")
     assert not (tmp_path / "out.recovery").exists()
 
 
@@ -163,7 +147,7 @@ def test_a_run_that_is_refused_before_it_made_anything_leaves_nothing(pair, pack
         if kind == "steps":
             steps(pair, pair[0], pair[0], tmp_path / "out", recipe=None, **text)
         else:
-            tawny.recover(packed, pair[0], tmp_path / "out", **folder_keys(pair, **text))
+            recover_pair(pair, tmp_path / "out", packed, **text)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -171,14 +155,14 @@ def test_nothing_of_another_model_is_trained(pair, packed, tmp_path, monkeypatch
     """Its run died once it was unpacked."""
     tawny.prune(pair[0], tmp_path / "other", recipe={**RECIPE, "sparsity": 0.3})
     tawny.pack(tmp_path / "other", tmp_path / "pkB", "f32")
-    recover, seen = tawny.recover, []
+    seen = []
 
     def dies(request):
         raise MemoryError
 
     monkeypatch.setattr("tawny.recovery.packed.recover_dense", dies)
     with pytest.raises(MemoryError):
-        recover(packed, pair[0], tmp_path / "out", **folder_keys(pair))
+        recover_pair(pair, tmp_path / "out", packed)
     assert (tmp_path / "out.unpacked" / "before").exists()
 
     def noting(request):
@@ -186,7 +170,7 @@ def test_nothing_of_another_model_is_trained(pair, packed, tmp_path, monkeypatch
         return recover_dense(request)
 
     monkeypatch.setattr("tawny.recovery.packed.recover_dense", noting)
-    recover(tmp_path / "pkB", pair[0], tmp_path / "out", **folder_keys(pair))
+    recover_pair(pair, tmp_path / "out", tmp_path / "pkB")
     tawny.unpack(tmp_path / "pkB", tmp_path / "own")
     assert seen == [(tmp_path / "own" / "model.safetensors").read_bytes()]
 
@@ -195,7 +179,7 @@ def test_an_identity_that_cannot_be_read_clears_nothing(pair, tmp_path):
     (tmp_path / "out.recovery").mkdir()
     (tmp_path / "out.recovery" / "journal.json").write_text('{"tawny": "something else"}')
     with pytest.raises(OutputError, match="is damaged"):
-        tawny.recover(pair[1], pair[0], tmp_path / "out", overwrite=True, **folder_keys(pair))
+        recover_pair(pair, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out.recovery" / "journal.json").exists()
 
 
@@ -239,13 +223,13 @@ def test_overwriting_begins_other_steps_anew(pair, tmp_path, monkeypatch):
 def test_another_packed_model_or_other_settings_are_refused(pair, packed, tmp_path, monkeypatch):
     tawny.prune(pair[0], tmp_path / "more", recipe={**RECIPE, "sparsity": 0.7})
     tawny.pack(tmp_path / "more", tmp_path / "pkB", "f32")
-    out, keys = tmp_path / "out", folder_keys(pair)
-    stopped(monkeypatch, lambda: tawny.recover(packed, pair[0], out, **keys))
+    out = tmp_path / "out"
+    stopped(monkeypatch, lambda: recover_pair(pair, out, packed))
     with pytest.raises(OutputError, match=r"model was .*pkA, now .*pkB.*repeat that command"):
-        tawny.recover(tmp_path / "pkB", pair[0], out, **keys)
+        recover_pair(pair, out, tmp_path / "pkB")
     with pytest.raises(OutputError, match=r"lr was 0\.01, now 0\.002"):
-        tawny.recover(packed, pair[0], out, **{**keys, "lr": 2e-3})
-    record = tawny.recover(tmp_path / "pkB", pair[0], out, overwrite=True, **keys)
+        recover_pair(pair, out, packed, lr=2e-3)
+    record = recover_pair(pair, out, tmp_path / "pkB", overwrite=True)
     assert record.sparsity == pytest.approx(0.7, abs=1e-3)
     assert not (tmp_path / "out.unpacked").exists()
 
@@ -262,7 +246,7 @@ def test_a_stopped_run_with_overwrite_goes_on_and_replaces_out(
         if kind == "steps":
             return steps(pair, pair[0], pair[0], out, overwrite=overwrite)
         source = pair[1] if kind == "plain" else packed
-        return tawny.recover(source, pair[0], out, overwrite=overwrite, **folder_keys(pair))
+        return recover_pair(pair, out, source, overwrite=overwrite)
 
     stopped(monkeypatch, lambda: call(True))
     assert not (out / "recover.json").exists()
@@ -279,21 +263,20 @@ def test_a_stopped_run_with_overwrite_goes_on_and_replaces_out(
 def test_consent_to_replace_out_is_not_that_of_another_run(pair, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(pair[1], out)
-    keys = folder_keys(pair)
     with monkeypatch.context() as patched:  # before there is any state to lose
         patched.setattr(Training, "train", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(Interrupted):
-            tawny.recover(pair[1], pair[0], out, overwrite=True, **keys)
+            recover_pair(pair, out, overwrite=True)
     with pytest.raises(OutputError, match="out exists"):
-        tawny.recover(pair[1], pair[0], out, **{**keys, "lr": 2e-3})
+        recover_pair(pair, out, lr=2e-3)
     assert not (out / "recover.json").exists()
 
 
 def test_overwrite_discards_a_run_that_began_without_it(pair, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    stopped(monkeypatch, lambda: tawny.recover(pair[1], pair[0], out, **folder_keys(pair)))
+    stopped(monkeypatch, lambda: recover_pair(pair, out))
     where = begun(monkeypatch)
-    tawny.recover(pair[1], pair[0], out, overwrite=True, **folder_keys(pair))
+    recover_pair(pair, out, overwrite=True)
     assert where == [0]
 
 
@@ -303,5 +286,5 @@ def test_an_unfinished_pruning_run_is_not_cleared_by_a_recovery_in_steps(pair, p
     with pytest.raises(OutputError, match="unfinished pruning run"):
         steps(pair, pair[0], pair[0], tmp_path / "out")
     with pytest.raises(OutputError, match="unfinished pruning run"):
-        tawny.recover(packed, pair[0], tmp_path / "out", **folder_keys(pair))
+        recover_pair(pair, tmp_path / "out", packed)
     assert (tmp_path / "out.partial" / "journal.json").exists()

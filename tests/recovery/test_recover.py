@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tawny
@@ -24,7 +25,16 @@ from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
 from tawny.report.push import push
-from tests.recovery.models import RECIPE, SHORT, dense_and_pruned, folder_keys, save_letters, stopped
+from tests.recovery.models import (
+    RECIPE,
+    SHORT,
+    dense_and_pruned,
+    folder_keys,
+    recover_live,
+    recover_pair,
+    save_letters,
+    stopped,
+)
 from tests.reference import distil as reference
 from tests.tiny import FAMILIES, tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
@@ -32,11 +42,8 @@ from tests.torchrun import torchrun
 
 
 def zeros(model):
-    return {
-        n: p.detach() == 0
-        for n, p in model.named_parameters()
-        if p.dim() > 1 and (p == 0).float().mean() > 0.3
-    }
+    found = {name: p.detach() == 0 for name, p in model.named_parameters() if p.dim() > 1}
+    return {name: zero for name, zero in found.items() if zero.float().mean() > 0.3}
 
 
 def kept(before, model):
@@ -48,7 +55,7 @@ def kept(before, model):
 def test_every_family_gets_better_and_keeps_its_zeros(family):
     dense, pruned = dense_and_pruned(family)
     before = zeros(pruned)
-    record = tawny.recover(pruned, dense, text=tokens(24), **SHORT)
+    record = recover_live(pruned, dense)
     assert record.zeros == record.zeros_before == sum(int(zero.sum()) for zero in before.values())
     assert kept(before, pruned)
     assert record.best["perplexity"] < record.start["perplexity"]
@@ -74,7 +81,7 @@ def test_every_family_gets_better_and_keeps_its_zeros(family):
 def test_no_way_of_training_loses_a_zero(how, dtype, sparsity):
     dense, pruned = dense_and_pruned(sparsity=sparsity, dtype=dtype)
     before, start = zeros(pruned) or {}, copy.deepcopy(pruned.state_dict())
-    record = tawny.recover(pruned, dense, text=tokens(16), **{**SHORT, "tokens": 24 * 4 * 3}, **how)
+    record = recover_live(pruned, dense, text=tokens(16), **{"tokens": 24 * 4 * 3, **how})
     assert kept(before, pruned)
     # rounding to int8 may add zeros, nothing else may
     assert record.zeros == record.zeros_before or (how.get("values") and record.zeros > record.zeros_before)
@@ -93,25 +100,14 @@ def test_compact_training_is_dense_training_behind_a_mask():
     batches = [reading.windows[reading.rows(step)] for step in range(6)]
     reference.train(twin, batches, [entry["lr"] for entry in record.curve], clip=1.0)
     assert record.best["step"] == 6
-    for (name, one), other in zip(pruned.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(
-            one.detach(), other.detach(), rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    torch.testing.assert_close(pruned.state_dict(), twin.state_dict(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("budget", ["linear", "block", "global"])
 def test_elsa_moves_the_mask_and_keeps_the_budget(budget):
     dense, pruned = dense_and_pruned()
     before = zeros(pruned)
-    record = tawny.recover(
-        pruned,
-        dense,
-        text=tokens(24),
-        method="elsa",
-        interval=2,
-        budget=budget,
-        **{**SHORT, "tokens": 24 * 4 * 12},
-    )
+    record = recover_live(pruned, dense, method="elsa", interval=2, budget=budget, tokens=24 * 4 * 12)
     assert record.zeros == record.zeros_before and not kept(before, pruned)
     if budget == "linear":
         after = dict(pruned.named_parameters())
@@ -122,15 +118,15 @@ def test_elsa_moves_the_mask_and_keeps_the_budget(budget):
 def test_elsa_brings_a_dense_model_to_a_sparsity():
     dense = tiny_model("llama")
     student = copy.deepcopy(dense)
-    record = tawny.recover(student, dense, text=tokens(24), method="elsa", interval=2, sparsity=0.7, **SHORT)
+    record = recover_live(student, dense, method="elsa", interval=2, sparsity=0.7)
     assert record.sparsity == pytest.approx(0.7, abs=1e-3)
 
 
 def test_elsa_gives_no_zero_back_below_the_sparsity_that_the_model_has():
     dense, pruned = dense_and_pruned(sparsity=0.5)
-    record = tawny.recover(pruned, dense, text=tokens(24), method="elsa", interval=2, sparsity=0.3, **SHORT)
+    record = recover_live(pruned, dense, method="elsa", interval=2, sparsity=0.3)
     assert record.zeros == record.zeros_before
-    record = tawny.recover(pruned, dense, text=tokens(24), method="elsa", interval=2, sparsity=0.6, **SHORT)
+    record = recover_live(pruned, dense, method="elsa", interval=2, sparsity=0.6)
     assert record.sparsity == pytest.approx(0.6, abs=1e-3)
 
 
@@ -149,8 +145,8 @@ def test_a_slow_teacher_is_asked_for_no_more_than_the_minutes_have_room_for(monk
 
     monkeypatch.setattr(Teacher, "make", slowly)
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock))
-    longer = {**SHORT, "tokens": 40 * SHORT["tokens"]}
-    record = tawny.recover(pruned, dense, text=tokens(64), minutes=0.06, **longer)
+    longer = 40 * SHORT["tokens"]
+    record = recover_live(pruned, dense, text=tokens(64), minutes=0.06, tokens=longer)
     assert record.stopped == "minutes" and len(asked[0])
     # At 0.05 s a window a step of 4 takes 0.8 s with all its forwards: 3.6 s have room for five, of sixteen in all.
     assert 0 < len(asked[1]) <= 5 * 4
@@ -169,9 +165,7 @@ def test_elsa_comes_to_rest_when_the_minutes_end_before_its_mask_has(monkeypatch
         return "minutes" if self.standing.step == 3 and (not between or asked.count(3) > 1) else over(self)
 
     monkeypatch.setattr(Training, "_over", ended)
-    record = tawny.recover(
-        pruned, dense, text=tokens(24), method="elsa", settle=0, minutes=60, **{**SHORT, "eval_every": 2}
-    )
+    record = recover_live(pruned, dense, method="elsa", settle=0, minutes=60, eval_every=2)
     assert record.stopped == "minutes" and record.steps == 3
     assert record.zeros == record.zeros_before == sum(int(z.sum()) for z in zeros(pruned).values())
     assert record.best["step"] == 3 and not record.warnings
@@ -183,9 +177,7 @@ def test_elsa_comes_to_rest_when_the_minutes_end_before_its_mask_has(monkeypatch
 def test_a_folder_is_recovered_into_a_folder_that_transformers_opens(pair, tmp_path):
     dense, pruned, _ = pair
     out = tmp_path / "out"
-    (Path(pruned) / "allocation.png").write_bytes(b"\x89 of a search")
-    record = tawny.recover(pruned, dense, out, **folder_keys(pair))
-    assert (out / "allocation.png").read_bytes() == b"\x89 of a search"
+    record = recover_pair(pair, out)
     made = AutoModelForCausalLM.from_pretrained(out)
     source = AutoModelForCausalLM.from_pretrained(pruned)
     assert kept(zeros(source), made)
@@ -203,43 +195,40 @@ def test_a_folder_is_recovered_into_a_folder_that_transformers_opens(pair, tmp_p
 
 
 def weights(folder):
-    from safetensors.torch import load_file
-
     return load_file(folder / "model.safetensors")
+
+
+def same_weights(folder, other):
+    ones, others = weights(folder), weights(other)
+    return all(torch.equal(one, others[name]) for name, one in ones.items())
 
 
 @pytest.mark.parametrize("how", [{}, {"method": "elsa", "interval": 2}, {"train": "lora"}])
 def test_a_run_stopped_at_any_step_goes_on_to_the_same_curve_and_bytes(pair, tmp_path, monkeypatch, how):
-    dense, pruned, _ = pair
-    keys = folder_keys(pair, **how)
-    whole = tawny.recover(pruned, dense, tmp_path / "whole", **keys)
+    whole = recover_pair(pair, tmp_path / "whole", **how)
     for after in (2, 5):
-        stopped(monkeypatch, lambda: tawny.recover(pruned, dense, tmp_path / "parts", **keys), after)
+        stopped(monkeypatch, lambda: recover_pair(pair, tmp_path / "parts", **how), after)
         assert not (tmp_path / "parts").exists()
-    parts = tawny.recover(pruned, dense, tmp_path / "parts", **keys)
-    assert parts.curve == whole.curve
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert recover_pair(pair, tmp_path / "parts", **how).curve == whole.curve
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_the_teacher_sees_a_window_once_over_epochs_and_interruptions(pair, tmp_path):
-    dense, pruned, _ = pair
-    record = tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair, tokens=24 * 4 * 40))
+    record = recover_pair(pair, tmp_path / "out", tokens=24 * 4 * 40)
     windows = record.text["windows"] + record.text["held_out"]
     assert record.tokens > record.text["windows"] * 24 and record.teacher_tokens <= windows * 24
 
 
 def test_the_state_of_other_settings_is_refused_and_overwritten_on_request(pair, tmp_path, monkeypatch):
-    dense, pruned, _ = pair
-    stopped(monkeypatch, lambda: tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair)), 0)
+    stopped(monkeypatch, lambda: recover_pair(pair, tmp_path / "out"), 0)
     with pytest.raises(OutputError, match=r"lr was 0\.01, now 0\.001"):
-        tawny.recover(pruned, dense, tmp_path / "out", **folder_keys(pair, lr=1e-3))
-    tawny.recover(pruned, dense, tmp_path / "out", overwrite=True, **folder_keys(pair, lr=1e-3))
+        recover_pair(pair, tmp_path / "out", lr=1e-3)
+    recover_pair(pair, tmp_path / "out", overwrite=True, lr=1e-3)
 
 
 def test_a_recovered_folder_is_what_its_run_json_says(pair, tmp_path):
     for name, keys in (("masked", {}), ("moved", {"method": "elsa", "interval": 2, "budget": "global"})):
-        record = tawny.recover(pair[1], pair[0], tmp_path / name, **folder_keys(pair, **keys))
+        record = recover_pair(pair, tmp_path / name, **keys)
         run = json.loads((tmp_path / name / "run.json").read_text())
         assert run["files"] == weight_files(tmp_path / name)
         assert run["out"] == str(tmp_path / name) and run["source"] == pair[0]
@@ -261,8 +250,7 @@ def test_a_card_that_a_person_wrote_is_kept_with_what_elsa_did(pair, tmp_path):
     shutil.copytree(pair[1], tmp_path / "pruned")
     with (tmp_path / "pruned" / "README.md").open("a") as card:
         card.write("\nFor owls.\n")
-    keys = folder_keys(pair, method="elsa", interval=2)
-    tawny.recover(tmp_path / "pruned", pair[0], tmp_path / "out", **keys)
+    recover_pair(pair, tmp_path / "out", source=tmp_path / "pruned", method="elsa", interval=2)
     text = (tmp_path / "out" / "README.md").read_text()
     assert "For owls.\n\n## Recovered\n\nTrained while its mask moved" in text
     assert "behind its mask" not in text
@@ -271,7 +259,7 @@ def test_a_card_that_a_person_wrote_is_kept_with_what_elsa_did(pair, tmp_path):
 def test_a_card_that_is_not_utf8_ends_no_training(pair, tmp_path):
     shutil.copytree(pair[1], tmp_path / "pruned")
     (tmp_path / "pruned" / "README.md").write_bytes("# Eule für alle".encode("latin-1"))
-    tawny.recover(tmp_path / "pruned", pair[0], tmp_path / "out", **folder_keys(pair))
+    recover_pair(pair, tmp_path / "out", source=tmp_path / "pruned")
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8").startswith("# Eule f\ufffdr alle")
 
 
@@ -284,7 +272,7 @@ def test_what_is_not_finite_is_null_in_what_is_written(pair, tmp_path, monkeypat
             self.standing.measured[0] |= {"perplexity": float("inf"), "kl": float("nan")}
 
     monkeypatch.setattr(Training, "_measure", diverged)
-    tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    recover_pair(pair, tmp_path / "out")
     for name in ("recover.json", "run.json"):
         text = (tmp_path / "out" / name).read_text()
         told = json.loads(text, parse_constant=pytest.fail)
@@ -300,8 +288,8 @@ def test_a_model_without_zeros_is_refused_unless_it_is_a_control():
     dense = tiny_model("llama")
     student = copy.deepcopy(dense)
     with pytest.raises(ModelError, match="no sparsity to keep"):
-        tawny.recover(student, dense, text=tokens(24), **SHORT)
-    assert tawny.recover(student, dense, text=tokens(24), control=True, **SHORT).sparsity == 0
+        recover_live(student, dense)
+    assert recover_live(student, dense, control=True).sparsity == 0
 
 
 @pytest.mark.parametrize(
@@ -316,30 +304,23 @@ def test_a_model_without_zeros_is_refused_unless_it_is_a_control():
 def test_a_teacher_of_another_shape_is_refused(changes, words):
     _, pruned = dense_and_pruned()
     with pytest.raises(ModelError, match=words):
-        tawny.recover(pruned, tiny_model("llama", **changes), text=tokens(24), **SHORT)
+        recover_live(pruned, tiny_model("llama", **changes))
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(pair, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "other")
     save_letters(tmp_path / "other", shift=40)
     with pytest.raises(ModelError, match="expected the same tokenizer"):
-        tawny.recover(pair[1], tmp_path / "other", tmp_path / "out", **folder_keys(pair))
+        recover_pair(pair, tmp_path / "out", teacher=tmp_path / "other")
 
 
 def test_a_text_shorter_than_a_batch_is_refused(pair, tmp_path):
     (tmp_path / "short.txt").write_text("an owl sees a mouse in the dark and the mouse")
     with pytest.raises(TextError, match="give a longer text, or a smaller"):
-        tawny.recover(
-            pair[1],
-            pair[0],
-            tmp_path / "out",
-            **folder_keys(pair, text=str(tmp_path / "short.txt"), seqlen=20),
-        )
+        recover_pair(pair, tmp_path / "out", text=str(tmp_path / "short.txt"), seqlen=20)
     (tmp_path / "shorter.txt").write_text("an owl")
     with pytest.raises(TextError, match="has 6 tokens"):
-        tawny.recover(
-            pair[1], pair[0], tmp_path / "out", **folder_keys(pair, text=str(tmp_path / "shorter.txt"))
-        )
+        recover_pair(pair, tmp_path / "out", text=str(tmp_path / "shorter.txt"))
 
 
 def explode(monkeypatch, at):
@@ -358,30 +339,26 @@ def test_a_loss_that_becomes_nan_names_the_learning_rate_and_leaves_the_last_goo
     pair, tmp_path, monkeypatch
 ):
     explode(monkeypatch, at=5)
-    with pytest.raises(
-        NumericalError, match=r"nan.*step 6.*the best model so far, of step 3, is kept.*--lr than 0.01"
-    ):
-        tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+    said = r"nan.*step 6.*the best model so far, of step 3, is kept.*--lr than 0.01"
+    with pytest.raises(NumericalError, match=said):
+        recover_pair(pair, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "recover.json").read_text())
     assert record["stopped"] == "nan" and record["best"]["step"] == 3
-    assert kept(
-        zeros(AutoModelForCausalLM.from_pretrained(pair[1])),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
-    )
+    source, made = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair[1], tmp_path / "out"))
+    assert kept(zeros(source), made)
 
 
 def test_a_loss_that_is_nan_from_the_start_writes_nothing(pair, tmp_path, monkeypatch):
     explode(monkeypatch, at=0)
     with pytest.raises(NumericalError, match="nothing is written"):
-        tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair))
+        recover_pair(pair, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_a_run_that_gets_no_better_leaves_the_model_unchanged(pair, tmp_path):
-    record = tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair, lr=1e-12, patience=2))
+    record = recover_pair(pair, tmp_path / "out", lr=1e-12, patience=2)
     assert record.best["step"] == 0 and "another --lr" in record.warnings[0] and record.stopped == "patience"
-    one, other = weights(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(pair[1]).state_dict()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert same_weights(tmp_path / "out", Path(pair[1]))
 
 
 @pytest.mark.parametrize(
@@ -421,12 +398,11 @@ def test_recovery_needs_a_teacher_and_a_place_and_is_not_its_own_teacher(pair):
 
 
 def test_a_folder_is_not_its_own_teacher_unless_it_is_dense(pair, tmp_path):
-    dense, pruned, _ = pair
-    (tmp_path / "link").symlink_to(pruned)
+    (tmp_path / "link").symlink_to(pair[1])
     for keys in ({}, {"control": True}, {"method": "elsa", "sparsity": 0.6}):
         with pytest.raises(ModelError, match="the teacher is the model that is trained"):
-            tawny.recover(pruned, tmp_path / "link", tmp_path / "out", **folder_keys(pair, **keys))
-    record = tawny.recover(dense, dense, tmp_path / "out", **folder_keys(pair, control=True))
+            recover_pair(pair, tmp_path / "out", teacher=tmp_path / "link", **keys)
+    record = recover_pair(pair, tmp_path / "out", source=pair[0], control=True)
     assert record.sparsity < 0.01
 
 
@@ -438,7 +414,7 @@ def test_a_token_that_the_model_has_no_word_for_is_refused(where, wrong):
     given[where] = given[where].clone()
     given[where][1, 5] = wrong
     with pytest.raises(TextError, match=rf"token id {wrong} and the model has 256 words, ids 0 to 255"):
-        tawny.recover(pruned, dense, **given, **SHORT)
+        recover_live(pruned, dense, **given)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +423,7 @@ def test_a_token_that_the_model_has_no_word_for_is_refused(where, wrong):
 def test_held_out_windows_of_another_shape_are_refused(held_out):
     dense, pruned = dense_and_pruned()
     with pytest.raises(TextError, match=r"held_out has shape .* expected integer tokens \[windows, 24\]"):
-        tawny.recover(pruned, dense, text=tokens(24), held_out=held_out, **SHORT)
+        recover_live(pruned, dense, held_out=held_out)
 
 
 def test_a_live_model_is_left_as_trainable_as_it_was():
@@ -457,7 +433,7 @@ def test_a_live_model_is_left_as_trainable_as_it_was():
     pruned.model.layers[1].mlp.eval()
     dense.train()
     before = [[module.training for module in model.modules()] for model in (pruned, dense)]
-    tawny.recover(pruned, dense, text=tokens(24), **SHORT)
+    recover_live(pruned, dense)
     assert [[module.training for module in model.modules()] for model in (pruned, dense)] == before
     assert pruned.lm_head.weight.requires_grad
     assert not pruned.model.embed_tokens.weight.requires_grad
@@ -469,7 +445,7 @@ def test_a_live_model_is_left_as_trainable_as_it_was():
 @pytest.mark.parametrize("values", ["f32", "int8"])
 def test_a_packed_folder_is_recovered_into_a_packed_folder(pair, tmp_path, values):
     tawny.pack(pair[1], tmp_path / "packed", values)
-    record = tawny.recover(tmp_path / "packed", pair[0], tmp_path / "out", **folder_keys(pair))
+    record = recover_pair(pair, tmp_path / "out", source=tmp_path / "packed")
     made = tawny.inspect(tmp_path / "out")
     assert made.sparsity >= tawny.inspect(tmp_path / "packed").sparsity
     assert record.settings["values"] == (values if values == "int8" else None)
@@ -486,14 +462,11 @@ def test_a_packed_folder_is_recovered_into_a_packed_folder(pair, tmp_path, value
 
 
 def test_training_through_int8_makes_packing_free(pair, tmp_path):
-    tawny.recover(pair[1], pair[0], tmp_path / "out", **folder_keys(pair, values="int8"))
+    recover_pair(pair, tmp_path / "out", values="int8")
     tawny.pack(tmp_path / "out", tmp_path / "packed", "int8")
     tawny.unpack(tmp_path / "packed", tmp_path / "back")
     one, other = weights(tmp_path / "out"), weights(tmp_path / "back")
-    for name, value in one.items():
-        torch.testing.assert_close(
-            value, other[name], rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    torch.testing.assert_close(one, {name: other[name] for name in one}, rtol=1e-5, atol=1e-8)
 
 
 def no_way_there(folder):
@@ -513,9 +486,8 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (run["source"], run["out"]) == (pair[0], str(tmp_path / "out"))
-    assert [stage["sparsity"] for stage in run["recovery"]["stages"]] == [
-        s["sparsity"] for s in record.stages
-    ]
+    told = run["recovery"]["stages"]
+    assert [stage["sparsity"] for stage in told] == [stage["sparsity"] for stage in record.stages]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# dense, 60.0% sparse" in card and "## Recovered" in card
     assert "<title>dense, recovered" in (tmp_path / "out" / "report.html").read_text()
@@ -535,13 +507,9 @@ def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_
 
     monkeypatch.setattr("tawny.recovery.gradual.prune", pruning)
     with pytest.raises(RecipeError, match="enough"):
+        chosen = folder_keys(pair, bos=False)
         tawny.recover_gradually(
-            pair[0],
-            pair[0],
-            tmp_path / "out",
-            [0.4, 0.6],
-            recipe=recipe,
-            settings=folder_keys(pair, bos=False),
+            pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=recipe, settings=chosen
         )
     assert asked == [("ptb", None, 0.4) if recipe else (pair[2], False, 0.4)]
 
@@ -558,6 +526,11 @@ def together(folder, processes, call):
         pytest.fail(said, pytrace=False)
 
 
+def call_of(pair, out, **more):
+    """`recover_pair` as the text of a script."""
+    return f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(out)!r}, **{folder_keys(pair, **more)!r})"
+
+
 @pytest.mark.parametrize(
     ("processes", "more"),
     [
@@ -568,27 +541,22 @@ def together(folder, processes, call):
     ],
 )
 def test_several_processes_give_the_curve_of_one(pair, tmp_path, processes, more):
-    keys = {**folder_keys(pair), "tokens": 24 * 4 * 3, "weight_decay": 0.1, "clip": 0.5, **more}
-    whole = tawny.recover(pair[1], pair[0], tmp_path / "one", **keys)
-    call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'all')!r}, **{keys!r})"
-    together(tmp_path, processes, call)
+    keys = {"tokens": 24 * 4 * 3, "weight_decay": 0.1, "clip": 0.5, **more}
+    whole = recover_pair(pair, tmp_path / "one", **keys)
+    together(tmp_path, processes, call_of(pair, tmp_path / "all", **keys))
     told = json.loads((tmp_path / "all" / "recover.json").read_text())
     assert told["processes"] == processes
     assert (told["zeros"], told["trained"]) == (whole.zeros, whole.trained)
     for one, other in zip(whole.curve + whole.measured, told["curve"] + told["measured"], strict=True):
-        assert {k: v for k, v in other.items() if k != "seconds"} == pytest.approx(
-            {k: v for k, v in one.items() if k != "seconds"}, rel=1e-4
-        )
-    one, other = weights(tmp_path / "one"), weights(tmp_path / "all")
-    for name in one:
-        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
+        expected = {**one, "seconds": other.get("seconds")} if "seconds" in one else one
+        assert other == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(weights(tmp_path / "all"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-4)
     assert not (tmp_path / "all.recovery").exists()
 
 
 def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair, tmp_path):
-    keys = {**folder_keys(pair), "tokens": 24 * 4 * 6, "eval_every": 2, "shard": True}
-    whole = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'whole')!r}, **{keys!r})"
-    together(tmp_path, 2, whole)
+    keys = {"tokens": 24 * 4 * 6, "eval_every": 2, "shard": True}
+    together(tmp_path, 2, call_of(pair, tmp_path / "whole", **keys))
     dying = (
         "import os\nfrom tawny.recovery.state import Shelf\nsave = Shelf.save\n"
         "def save_or_die(shelf, standing, *rest):\n"
@@ -597,22 +565,19 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
         "    save(shelf, standing, *rest)\n"
         "Shelf.save = save_or_die\n"
     )
-    call = whole.replace("whole", "parts")
+    call = call_of(pair, tmp_path / "parts", **keys)
     assert as_torchrun(tmp_path, 2, dying + call)
     assert (tmp_path / "parts.recovery" / "state-1-2.safetensors").exists()
     assert not (tmp_path / "parts").exists()
-    assert "repeat that command" in as_torchrun(
-        tmp_path, 4, call
-    )  # four would begin anew beside the parts of two
+    # Four would begin anew beside the parts of two.
+    assert "repeat that command" in as_torchrun(tmp_path, 4, call)
     together(tmp_path, 2, call)
     one, other = (json.loads((tmp_path / name / "recover.json").read_text()) for name in ("whole", "parts"))
     assert one["curve"] == other["curve"]
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_each_of_several_sharded_processes_holds_its_rows_only(pair, tmp_path):
-    keys = {**folder_keys(pair), "tokens": 24 * 4, "shard": True}
     counting = (
         "from pathlib import Path\nfrom tawny.recovery.training import Training\nfrom tawny.recovery.sharding import here\n"
         "train = Training.train\n"
@@ -623,8 +588,7 @@ def test_each_of_several_sharded_processes_holds_its_rows_only(pair, tmp_path):
         "    return train(run)\n"
         "Training.train = counted\n"
     )
-    call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'out')!r}, **{keys!r})"
-    together(tmp_path, 2, counting + call)
+    together(tmp_path, 2, counting + call_of(pair, tmp_path / "out", tokens=24 * 4, shard=True))
     told = [tuple(map(int, (tmp_path / f"rank-{rank}").read_text().split())) for rank in (0, 1)]
     model = AutoModelForCausalLM.from_pretrained(pair[1])
     everything = sum(p.numel() for p in model.model.layers.parameters())
@@ -651,13 +615,10 @@ def test_what_the_first_process_does_once_waits_for_those_that_are_late(tmp_path
 
 def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
     tawny.pack(pair[1], tmp_path / "packed", "f32")
-    keys = folder_keys(pair)
-    packed = (
-        f"tawny.recover({str(tmp_path / 'packed')!r}, {pair[0]!r}, {str(tmp_path / 'one')!r}, **{keys!r})"
-    )
+    packed = call_of((pair[0], str(tmp_path / "packed"), pair[2]), tmp_path / "one")
     gradual = (
         f"tawny.recover_gradually({pair[0]!r}, {pair[0]!r}, {str(tmp_path / 'two')!r}, [0.4, 0.6], "
-        f"recipe={RECIPE!r}, settings={keys!r})"
+        f"recipe={RECIPE!r}, settings={folder_keys(pair)!r})"
     )
     together(tmp_path, 2, f"{packed}\n{gradual}")
     for name, sparsity in (("one", 0.5), ("two", 0.6)):
@@ -668,8 +629,7 @@ def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
 
 
 def test_a_batch_that_sharded_processes_cannot_share_is_refused(pair, tmp_path):
-    keys = folder_keys(pair, shard=True, batch=3)
-    call = f"tawny.recover({pair[1]!r}, {pair[0]!r}, {str(tmp_path / 'out')!r}, **{keys!r})"
+    call = call_of(pair, tmp_path / "out", shard=True, batch=3)
     assert "batch=3 among 2 processes" in as_torchrun(tmp_path, 2, call)
     assert not (tmp_path / "out").exists()
 
@@ -699,29 +659,28 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
 def test_a_live_teacher_is_told_from_another(pair, tmp_path, monkeypatch):
     out = tmp_path / "out"
     first, second = tiny_model("llama"), tiny_model("llama", seed=5)
-    stopped(monkeypatch, lambda: tawny.recover(pair[1], first, out, **folder_keys(pair)), 0)
+    stopped(monkeypatch, lambda: recover_pair(pair, out, teacher=first), 0)
     with pytest.raises(OutputError, match="teacher changed"):
-        tawny.recover(pair[1], second, out, **folder_keys(pair))
+        recover_pair(pair, out, teacher=second)
     said: list[str] = []
     progress = Silent()
     progress.say = said.append
-    tawny.recover(pair[1], first, out, progress=progress, **folder_keys(pair))
+    recover_pair(pair, out, teacher=first, progress=progress)
     assert any("going on after step" in line for line in said)
 
 
 def test_a_text_may_be_a_path_and_nothing_else_is_passed_over(pair, tmp_path):
-    keys = {key: value for key, value in folder_keys(pair).items() if key != "text"}
-    record = tawny.recover(pair[1], pair[0], tmp_path / "out", text=Path(pair[2]), **keys)
+    record = recover_pair(pair, tmp_path / "out", text=Path(pair[2]))
     assert record.text["name"] == pair[2]
     for wrong in ([[1, 2, 3]], tokens().numpy()):
         with pytest.raises(TextError, match="expected a name, a path, or a torch tensor"):
-            tawny.recover(pair[1], pair[0], tmp_path / "no", text=wrong, **keys)
+            recover_pair(pair, tmp_path / "no", text=wrong)
 
 
 def test_a_model_that_is_refused_stays_trainable():
     dense, _ = dense_and_pruned()
     with pytest.raises(ModelError, match="no sparsity to keep"):
-        tawny.recover(dense, tiny_model("llama"), text=tokens(8, 24), **SHORT)
+        recover_live(dense, tiny_model("llama"))
     assert all(parameter.requires_grad for parameter in dense.parameters())
 
 
@@ -729,10 +688,9 @@ def test_a_model_that_is_refused_stays_trainable():
 def test_what_is_trained_and_measured_on_begins_as_the_tokenizer_begins_a_text(tmp_path, bos):
     text = tmp_path / "text.txt"
     text.write_text("The owl hunts at night. " * 20)
+    chosen = tawny.Recovery.make(text=str(text), seqlen=10, batch=2, bos=bos)
     for begins in (True, False):
-        made = read(
-            tawny.Recovery.make(text=str(text), seqlen=10, batch=2, bos=bos), tiny_tokenizer(begins=begins)
-        )
+        made = read(chosen, tiny_tokenizer(begins=begins))
         begun = begins if bos is None else bos
         assert made.about["bos"] is begun and bool((made.windows[:, 0] == 1).all()) is begun
 
@@ -740,6 +698,6 @@ def test_what_is_trained_and_measured_on_begins_as_the_tokenizer_begins_a_text(t
 def test_what_cannot_be_sharded_is_refused(pair):
     dense, pruned = dense_and_pruned()
     with pytest.raises(RecipeError, match="give a folder"):
-        tawny.recover(pruned, dense, text=tokens(24), **SHORT, shard=True)
+        recover_live(pruned, dense, shard=True)
     with pytest.raises(RecipeError, match="train=survivors or norms"):
-        tawny.recover(pair[1], pair[0], "out", **folder_keys(pair, shard=True, train="lora"))
+        recover_pair(pair, "out", shard=True, train="lora")

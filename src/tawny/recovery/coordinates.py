@@ -15,7 +15,7 @@ from __future__ import annotations
 __all__ = ["Coordinates", "Factors", "Survivors", "attach"]
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +23,6 @@ from torch import Tensor, nn
 from tawny.model.linears import Linear
 from tawny.packed.kinds import KINDS
 from tawny.recovery.sharding import here
-
-
-class Coordinates(Protocol):
-    """One parameter of the model, seen by the optimiser as other tensors."""
-
-    name: str
-    parameter: nn.Parameter
-    tensors: dict[str, nn.Parameter]
-    decays: bool
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the tensors are of this process's rows only."""
-
-    def collect(self) -> None:
-        """Add the parameter's gradient to the tensors'; whoever calls drops it."""
-
-    def write(self) -> None:
-        """Give the parameter the value the tensors stand for."""
-
-    def value(self) -> Tensor:
-        """That value in float32, as it is to be stored."""
 
 
 def _accumulate(tensor: nn.Parameter, gradient: Tensor) -> None:
@@ -95,6 +73,7 @@ class Survivors:
 
     @torch.no_grad()
     def collect(self) -> None:
+        """Add the parameter's gradient to the tensors'; whoever calls drops it."""
         gradient = self.parameter.grad
         if gradient is None:
             return
@@ -103,6 +82,7 @@ class Survivors:
 
     @torch.no_grad()
     def write(self) -> None:
+        """Give the parameter the value the tensors stand for."""
         parameter = here(self.parameter)
         if self.values is not None:
             parameter.copy_(self.value())
@@ -113,6 +93,7 @@ class Survivors:
 
     @torch.no_grad()
     def value(self) -> Tensor:
+        """That value in float32, as it is to be stored."""
         shape = here(self.parameter).shape
         if self.places is None:
             made = self.vector.detach().view(shape).clone()
@@ -165,6 +146,10 @@ class Factors:
         made = self.parameter.detach().float()
         self.linear.view(made).copy_(self.weight())
         return made
+
+
+# One parameter of the model, seen by the optimiser as other tensors.
+Coordinates = Survivors | Factors
 
 
 def attach(coordinates: Sequence[Coordinates]) -> list[Any]:

@@ -39,7 +39,6 @@ _SHELVED = (
     "last*.safetensors",
     "teacher-*.bin",
     "teacher-*.json",
-    "teacher-*.new",
 )
 
 
@@ -90,7 +89,7 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     work: WorkFolder | None = None
     if out is not None:
         work = WorkFolder(out, "recovery", _SHELVED, kept=("state*.safetensors",))
-        check_apart(out, work, {"model": source, "teacher": teacher})
+        check_apart(work, {"model": source, "teacher": teacher})
         if folder is None:  # a live model's run leaves nothing to go on from
             work = None
             check_savable(source)
@@ -127,8 +126,10 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     student = Student(stack, settings, processes)
     ending.callback(student.close)
     check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
-    training = Training(settings, student, teacher_stack, reading, processes, output, request.progress)
-    training.source, training.folder = (str(source), folder) if folder else (type(source).__name__, None)
+    training = Training(
+        settings, student, teacher_stack, reading, processes, output, folder, request.progress
+    )
+    training.record.source = str(source) if folder else type(source).__name__
     if teacher is not None:
         training.record.teacher = str(teacher) if dense is not None else type(teacher).__name__
     training.shelve(work, request.overwrite)

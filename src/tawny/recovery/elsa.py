@@ -137,19 +137,13 @@ class Elsa:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
-        kept = {f"{name}|kept": mask for name, mask in self._kept.items()}
-        duals = {f"{name}|u": u for name, u in self._u.items()} | {
-            f"{name}|z": z for name, z in self._z.items()
-        }
-        return {**kept, **duals}
+        kinds = {"kept": self._kept, "u": self._u, "z": self._z}
+        return {f"{name}|{kind}": tensor for kind, of in kinds.items() for name, tensor in of.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self.settled = not any(name.endswith("|u") for name in tensors)
-        for part in self.parts:
-            self._kept[part.name].copy_(tensors[f"{part.name}|kept"])
-            if not self.settled:
-                self._u[part.name].copy_(tensors[f"{part.name}|u"])
-                self._z[part.name].copy_(tensors[f"{part.name}|z"])
         if self.settled:
             self._u.clear()
             self._z.clear()
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])

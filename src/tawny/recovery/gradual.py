@@ -6,7 +6,7 @@ out over the steps, more to the later ones, which lose more: step i of n gets i 
 
 from __future__ import annotations
 
-__all__ = ["recover_gradually", "shares"]
+__all__ = ["recover_gradually"]
 
 import dataclasses
 import shutil
@@ -28,13 +28,7 @@ from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.run import recover
 from tawny.recovery.settings import Recovery
-from tawny.recovery.writing import check_apart, check_place, deliver, retell
-
-
-def shares(count: int) -> list[float]:
-    """Each step's part of the budget."""
-    whole = count * (count + 1) / 2
-    return [(index + 1) / whole for index in range(count)]
+from tawny.recovery.writing import check_apart, claim, deliver, retell
 
 
 @opens_models
@@ -81,7 +75,7 @@ def recover_gradually(
     work = WorkFolder(
         target, "stages", ("[0-9]-pruned", "[0-9]-recovered", "[0-9][0-9]-pruned", "[0-9][0-9]-recovered")
     )
-    check_apart(target, work, {"model": source, "teacher": teacher})
+    check_apart(work, {"model": source, "teacher": teacher})
     identity = {
         "sparsities": list(sparsities),
         "recipe": recipes[0].to_mapping() | {"sparsity": None},
@@ -90,18 +84,14 @@ def recover_gradually(
         "teacher": source_identity(teacher),
         "text": text_identity(chosen.text),
     }
-
-    def begin() -> None:
-        work.check()
-        check_place(target, overwrite or work.consent, folder)
-        work.open(identity, overwrite)
-
+    whole = len(recipes) * (len(recipes) + 1) / 2
     stages: list[dict[str, Any]] = []
     with Processes(chosen.device) as processes:
-        processes.once(begin)
+        processes.once(lambda: claim(work, identity, overwrite, folder))
         with work.unless_empty():
             here = folder
-            for number, (recipe, share) in enumerate(zip(recipes, shares(len(recipes)), strict=True)):
+            for number, recipe in enumerate(recipes):
+                share = (number + 1) / whole
                 pruned, recovered = work.path / f"{number}-pruned", work.path / f"{number}-recovered"
                 progress.say(f"step {number + 1} of {len(recipes)}: {recipe.sparsity:.0%}")
                 part = dataclasses.replace(
@@ -123,8 +113,7 @@ def recover_gradually(
         def end() -> None:
             retell(here, record, source=str(source), base=folder)
             draw(record, here, progress)
-            deliver(here, target, overwrite or work.consent, folder)
-            work.discard()
+            deliver(here, work, overwrite, folder)
 
         processes.once(end)
     return record

@@ -17,7 +17,7 @@ from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.teacher import check_not_own_teacher, is_own_teacher
-from tawny.recovery.writing import check_apart, check_place, deliver, is_made, retell
+from tawny.recovery.writing import check_apart, claim, deliver, is_made, retell
 
 
 def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
@@ -27,7 +27,7 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     if kind_of(kind["values"]).scaled and kind.get("group") is None and settings.train == "survivors":
         settings = replace(settings, values=kind["values"] if settings.method == "distill" else None)
     work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
-    check_apart(out, work, {"model": request.source, "teacher": request.teacher})
+    check_apart(work, {"model": request.source, "teacher": request.teacher})
     check_not_own_teacher(is_own_teacher(folder, request.teacher))
     before, after, packed = (work.path / name for name in ("before", "after", "packed"))
     text, held_out = request.text, request.held_out
@@ -40,9 +40,7 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     }
 
     def begin() -> None:
-        work.check()
-        check_place(out, overwrite or work.consent, folder)
-        work.open(identity, overwrite)
+        claim(work, identity, overwrite, folder)
         if not before.exists():
             unpack(folder, before, progress=progress)
 
@@ -55,8 +53,7 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         record.bytes = file_bytes(packed)
         # What packing changed is told by the card too, unless a person wrote it.
         retell(packed, record, base=packed if is_made(after) else None)
-        deliver(packed, out, overwrite or work.consent, folder)
-        work.discard()
+        deliver(packed, work, overwrite, folder)
 
     with Processes(settings.device) as processes:
         processes.once(begin)

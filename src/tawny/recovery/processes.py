@@ -35,17 +35,17 @@ class Processes(ProcessGroup):
         return -(-mine // size)
 
     def add_losses(self, losses: Losses) -> Losses:
-        numbers = [losses.tokens, losses.next_token, losses.kl, losses.agree]
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self.sum([sums])
-        tokens, next_token, kl, agree = sums.tolist()
+        tokens, next_token, kl, agree = self._sums(losses.tokens, losses.next_token, losses.kl, losses.agree)
         return Losses(int(tokens), next_token, kl, int(agree))
 
     def total(self, count: int) -> int:
         """Sum of a count over all processes."""
-        told = torch.tensor([count], device=self.device)
+        return int(self._sums(count)[0])
+
+    def _sums(self, *numbers: float) -> list[float]:
+        told = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         self.sum([told])
-        return int(told)
+        return told.tolist()
 
     def clip(self, whole: Sequence[Tensor], parts: Sequence[Tensor], limit: float) -> float:
         """Scale gradients so that their joint norm is at most `limit`; the norm before.
@@ -56,13 +56,11 @@ class Processes(ProcessGroup):
         """
         if not parts:
             return float(torch.nn.utils.clip_grad_norm_(whole, limit))
-        sums = [
+        mine, everybodys = (
             sum(float(t.grad.square().sum(dtype=torch.float64)) for t in some if t.grad is not None)
             for some in (parts, whole)
-        ]
-        told = torch.tensor([sums[0]], dtype=torch.float64, device=self.device)
-        self.sum([told])
-        norm = math.sqrt(float(told) + sums[1])
+        )
+        norm = math.sqrt(self._sums(mine)[0] + everybodys)
         for tensor in (*parts, *whole):
             if tensor.grad is not None and norm > limit:
                 tensor.grad.mul_(limit / norm)

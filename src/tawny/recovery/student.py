@@ -87,13 +87,10 @@ class Student:
                 seed = settings.seed * 100_003 + len(self.coordinates)
                 self.coordinates.append(Factors(linear, parameter, stored[linear.key], settings.rank, seed))
             return
-        by_key: dict[str, list[Linear]] = {}
-        for linear in linears:
-            by_key.setdefault(linear.key, []).append(linear)
-        for key, members in by_key.items():
+        masked, values = settings.method != "elsa", settings.values
+        for key in dict.fromkeys(linear.key for linear in linears):
+            members = [linear for linear in linears if linear.key == key]
             parameter = getattr(members[0].module, members[0].parameter)
-            masked = settings.method != "elsa"
-            values = settings.values
             one = Survivors(key, parameter, stored[key], masked=masked, linears=members, values=values)
             self.coordinates.append(one)
             if values is not None:
@@ -107,18 +104,14 @@ class Student:
 
     def _small_outside(self) -> Iterator[tuple[str, tuple[nn.Parameter, Tensor]]]:
         """Those behind the blocks; what lies before them, such as a norm of the embedding, stays as it is."""
-        stack = self.stack
-        files = (
-            {}
-            if stack.checkpoint is None
-            else {name: u for u in stack.checkpoint.units for name in u.targets}
-        )
+        stack, checkpoint = self.stack, self.stack.checkpoint
+        units = {name: unit for unit in (checkpoint.units if checkpoint else ()) for name in unit.targets}
         for name, parameter in stack.model.named_parameters():
             if parameter.dim() == 1 and not name.startswith(stack.path + "."):
-                if stack.checkpoint is not None and name in files:
-                    yield name, (parameter, stack.checkpoint.load(files[name], stack.model)[name])
-                else:
-                    yield name, (parameter, parameter)
+                stored: Tensor = parameter
+                if checkpoint is not None and name in units:
+                    stored = checkpoint.load(units[name], stack.model)[name]
+                yield name, (parameter, stored)
 
     @torch.no_grad()
     def count_zeros(self) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import ModelError
+from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.source import resolve
 from tawny.model.stack import Stack
@@ -42,9 +43,7 @@ class Teacher:
     def __init__(self, stack: Stack, windows: Tensor, cache: Path | None) -> None:
         self.stack, self.windows, self.cache = stack, windows, cache
         self.tokens_made = 0
-        width = int(stack.config.get_text_config().hidden_size)
-        probe = stack.enter(windows[:1, :2])
-        width = int(probe.shape[-1]) if probe.shape[-1] else width
+        width = int(stack.enter(windows[:1, :2]).shape[-1])
         self._shape = (len(windows), int(windows.shape[1]), width)
         self._done = np.zeros(len(windows), dtype=bool)
         self._states: Any
@@ -63,8 +62,7 @@ class Teacher:
         assert self.cache is not None
         try:
             index = json.loads(self._index.read_text(encoding="utf-8"))
-            size = 2 * int(np.prod(self._shape))
-            if self.cache.stat().st_size != size:
+            if self.cache.stat().st_size != 2 * int(np.prod(self._shape)):
                 return False
             self._done[index["done"]] = True
         except (OSError, ValueError, KeyError, IndexError):
@@ -74,17 +72,14 @@ class Teacher:
     def share(self, student: Stack) -> None:
         """Use the student's tensors outside the blocks wherever they are equal, and drop the copies."""
         theirs = dict(student.model.named_parameters())
-        with torch.no_grad():
-            for name, parameter in self.stack.model.named_parameters():
-                other = theirs.get(name)
-                same = other is not None and other.shape == parameter.shape and other.dtype == parameter.dtype
-                if not same or parameter.is_meta or parameter.dim() < 2 or other is parameter:
-                    continue
-                assert other is not None
-                if other.is_meta:  # read when it is needed
-                    continue
-                if not name.startswith(self.stack.path + ".") and torch.equal(parameter, other):
-                    parameter.data = other.data
+        for name, parameter in self.stack.model.named_parameters():
+            other = theirs.get(name)
+            if other is None or name.startswith(self.stack.path + ".") or parameter.dim() < 2:
+                continue
+            if parameter.is_meta or other.is_meta:  # read when it is needed
+                continue
+            if parameter.dtype == other.dtype and torch.equal(parameter, other):
+                parameter.data = other.data
 
     @property
     def bytes_per_token(self) -> int:
@@ -117,10 +112,8 @@ class Teacher:
         if self.cache is not None:
             with writing(self.cache):
                 self._states.flush()
-                beside = self._index.with_suffix(".new")
                 done = np.flatnonzero(self._done).tolist()
-                beside.write_text(json.dumps({"done": done}), encoding="utf-8")
-                beside.replace(self._index)
+                durable.write(self._index, json.dumps({"done": done}).encode())
 
     def hidden(self, rows: Sequence[int]) -> Tensor:
         """`[rows, seqlen, hidden]` in the dtype of the teacher's forwards; `make` came before."""
@@ -129,42 +122,29 @@ class Teacher:
         states = torch.from_numpy(self._states[list(rows)]).view(torch.bfloat16)
         return states.to(self.stack.device, self.stack.compute)
 
-    def logits(self, ids_1N: Tensor, hidden_1NH: Tensor) -> Tensor:
-        return self.stack.logits(ids_1N, hidden_1NH)
-
 
 def check_teacher(student: Stack, teacher: Stack) -> None:
-    """Refuse a teacher that another model's zeros were not cut out of.
-
-    Raises:
-        ModelError: other vocabulary, depth or shapes.
-    """
+    """Raise a ModelError for a teacher of another vocabulary, depth or shape: the zeros were not cut out of it."""
+    expected = "expected the dense model it was pruned from"
     mine, theirs = (s.config.get_text_config() for s in (student, teacher))
     for what, key in (("words", "vocab_size"), ("hidden size", "hidden_size")):
-        if getattr(mine, key, None) != getattr(theirs, key, None):
-            raise ModelError(
-                f"the teacher has {what} {getattr(theirs, key, None)}, the pruned model {getattr(mine, key, None)}; "
-                "expected the dense model it was pruned from"
-            )
-    shapes = [
-        [(linear.name, linear.shape) for i in range(len(s)) for linear in s.linears(i)]
+        ours, other = (getattr(config, key, None) for config in (mine, theirs))
+        if ours != other:
+            raise ModelError(f"the teacher has {what} {other}, the pruned model {ours}; {expected}")
+    linears, others = (
+        {linear.name: linear.shape for i in range(len(s)) for linear in s.linears(i)}
         for s in (student, teacher)
-    ]
-    if shapes[0] != shapes[1]:
-        ours, other = (dict(found) for found in shapes)
-        first = next(n for n in {**ours, **other} if ours.get(n) != other.get(n))
+    )
+    if linears != others:
+        first = next(n for n in {**linears, **others} if linears.get(n) != others.get(n))
         raise ModelError(
-            f"the teacher's linear {first!r} is {other.get(first, 'absent')}, the pruned model's {ours.get(first, 'absent')}; "
-            "expected the dense model it was pruned from"
+            f"the teacher's linear {first!r} is {others.get(first, 'absent')}, the pruned model's "
+            f"{linears.get(first, 'absent')}; {expected}"
         )
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Refuse a teacher that reads other tokens.
-
-    Raises:
-        ModelError: the vocabularies differ.
-    """
+    """Raise a ModelError for a teacher that reads other tokens."""
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     if mine != theirs:
         word = next(w for w in {**mine, **theirs} if mine.get(w) != theirs.get(w))
@@ -181,11 +161,7 @@ def is_own_teacher(folder: Path | None, teacher: str | Path | nn.Module | None) 
 
 
 def check_not_own_teacher(own: bool) -> None:
-    """Refuse a pruned model as its own teacher, from which there is nothing to learn.
-
-    Raises:
-        ModelError: it is.
-    """
+    """Raise a ModelError for a pruned model as its own teacher, from which there is nothing to learn."""
     if own:
         raise ModelError(
             "the teacher is the model that is trained; expected the dense model it was pruned from"

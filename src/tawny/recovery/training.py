@@ -51,16 +51,13 @@ class Training:
         reading: Reading,
         processes: Processes,
         output: OutputFolder | None,
+        folder: Path | None,
         progress: Progress,
     ) -> None:
         self.settings, self.student, self.reading = settings, student, reading
         self.processes, self.output, self.progress = processes, output, progress
-        self._teacher_stack = teacher
+        self._teacher_stack, self.folder = teacher, folder
         self.teacher: Teacher | None = None
-        self.shelf = Shelf(None)
-        self._work: WorkFolder | None = None
-        self.source = ""
-        self.folder: Path | None = None
         self.clock = Clock()
         self.standing = Standing()
         self.steps = settings.steps
@@ -70,16 +67,12 @@ class Training:
         self.chunk = chunk_tokens(vocabulary, settings.chunk)
         decayed = [t for c in student.coordinates if c.decays for t in c.tensors.values()]
         others = [t for c in student.coordinates if not c.decays for t in c.tensors.values()]
-        groups = [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        fused = student.stack.device.type in ("cpu", "cuda")
+        groups = ((decayed, settings.weight_decay), (others, 0.0))
         self.optimiser = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": tensors, "weight_decay": decay} for tensors, decay in groups if tensors],
             lr=settings.learning_rate,
             betas=_BETAS,
-            fused=fused,
+            fused=student.stack.device.type in ("cpu", "cuda"),
         )
         self.tensors = decayed + others
         self._parts = [t for c in student.coordinates if c.sharded for t in c.tensors.values()]
@@ -99,7 +92,6 @@ class Training:
 
     def shelve(self, work: WorkFolder | None, overwrite: bool) -> None:
         """Find the state of an earlier run, and the teacher's hidden states it made."""
-        self._work = work
         teacher = self._teacher_stack
         if work is not None:
             known: Path | nn.Module | None = None
@@ -113,8 +105,9 @@ class Training:
                 "processes": self.processes.size,
             }
             self.processes.once(lambda: work.open(identity, overwrite))
-        self.shelf = Shelf(work, self.processes if self.processes.sharded else None)
-        if found := self.shelf.load(self.student.coordinates, self.optimiser, self.elsa):
+        parts = self.processes if self.processes.sharded else None
+        self.shelf = Shelf(work, self.student.coordinates, self.optimiser, self.elsa, parts)
+        if found := self.shelf.load():
             self.standing, self._resumed = found, found.step
             self.progress.say(
                 f"going on after step {found.step} of {self.steps}; remove {work and work.path} to start over instead"
@@ -183,8 +176,7 @@ class Training:
             return "tokens"
         if settings.minutes is not None and self._elapsed() >= settings.minutes * 60:
             return "minutes"
-        moving = self.elsa is not None and not self.elsa.settled
-        if settings.patience and standing.stale >= settings.patience and not moving:
+        if settings.patience and standing.stale >= settings.patience and not self._moving:
             return "patience"
         return None
 
@@ -215,8 +207,7 @@ class Training:
             group["lr"] = rate
         with self.clock("train"):
             losses = self._gradients(self.processes.share(self.reading.rows(standing.step)))
-            gradients = [t.grad for t in self._whole if t.grad is not None]
-            self.processes.sum(gradients)
+            self.processes.sum([t.grad for t in self._whole if t.grad is not None])
             losses = self.processes.add_losses(losses)
             if self.elsa is not None:
                 self.elsa.before_step()
@@ -243,8 +234,8 @@ class Training:
             "norm": norm,
         }
         standing.curve.append(entry)
-        shown = f"loss {entry['loss']:.3f}, KL {entry['kl']:.3f}" if self._kl else f"loss {entry['loss']:.3f}"
-        self.progress.detail(shown, 0, 0)
+        kl = f", KL {entry['kl']:.3f}" if self._kl else ""
+        self.progress.detail(f"loss {entry['loss']:.3f}{kl}", 0, 0)
 
     @property
     def _kl(self) -> float:
@@ -280,7 +271,7 @@ class Training:
         teacher = self.teacher
         return distil(
             self.student.stack.tail,
-            None if teacher is None else teacher.logits,
+            None if teacher is None else teacher.stack.logits,
             ids_BT,
             hidden_BTH,
             None if teacher is None else teacher.hidden(rows),
@@ -338,10 +329,8 @@ class Training:
         rows = self.processes.share(everything)
         if self.teacher is not None:
             self._make(rows)
-        with (
-            self.clock("measure"),
-            self.elsa.projected() if self.elsa is not None and self._moving else nullcontext(),
-        ):
+        projected = self.elsa.projected() if self.elsa is not None and self._moving else nullcontext()
+        with self.clock("measure"), projected:
             total = Losses()
             size = self.settings.micro_batch or self.settings.batch
             for turn in range(self.processes.rounds(everything, size)):
@@ -362,9 +351,8 @@ class Training:
         if self.teacher is not None:
             entry |= {"kl": total.kl / total.tokens, "top1": total.agree / total.tokens}
         standing.measured.append(entry)
-        first = standing.measured[0]
         line = f"step {standing.step}: held-out perplexity {entry['perplexity']:.2f}"
-        line += f" (from {first['perplexity']:.2f})" if standing.step else ""
+        line += f" (from {standing.measured[0]['perplexity']:.2f})" if standing.step else ""
         if "kl" in entry:
             line += f", KL {entry['kl']:.3f}, top-1 {entry['top1']:.1%}"
         self.progress.say(line)
@@ -373,7 +361,7 @@ class Training:
         if standing.best is None or entry["perplexity"] < standing.best["perplexity"]:
             standing.best, standing.stale = entry, 0
             if self._keeps:
-                self.shelf.keep_best(self.student.coordinates)
+                self.shelf.keep_best()
         else:
             standing.stale += 1
 
@@ -386,63 +374,53 @@ class Training:
         self._begun = time.perf_counter()
         if self.processes.first or self.processes.sharded:
             with self.clock("save"):
-                self.shelf.save(self.standing, self.student.coordinates, self.optimiser, self.elsa)
+                self.shelf.save(self.standing)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
     def finish(self, failure: NumericalError | None) -> RecoveryRecord:
         """Go back to the best weights, count the zeros, write."""
-        record, standing = self.record, self.standing
-        if (
-            self._keeps
-            and standing.best is not None
-            and (failure is not None or standing.best["step"] != standing.step)
-        ):
-            self.shelf.restore_best(self.student.coordinates)
-        if standing.best is not None and standing.best["step"] == 0 and standing.step:
+        record, standing, settings = self.record, self.standing, self.settings
+        best = standing.best
+        if best is not None and self._keeps and (failure is not None or best["step"] != standing.step):
+            self.shelf.restore_best()
+        if best is not None and best["step"] == 0 and standing.step:
             record.warnings.append(
                 f"no measurement was better than the start, so the model is unchanged: try another --lr than "
-                f"{self.settings.learning_rate:g}, or more text"
+                f"{settings.learning_rate:g}, or more text"
             )
-        record.source = self.source
         record.zeros = self.student.count_zeros()
         record.sparsity = record.zeros / record.prunable
         record.steps = standing.step
-        record.tokens = standing.step * self.settings.batch * self.settings.seqlen
-        record.start = standing.measured[0]
-        record.best = standing.best or standing.measured[-1]
+        record.tokens = standing.step * settings.batch * settings.seqlen
+        record.start, record.best = standing.measured[0], best or standing.measured[-1]
         record.measured, record.curve = standing.measured, standing.curve
         record.teacher_tokens = standing.teacher_tokens
         if self.teacher is not None:
             record.teacher_bytes = standing.teacher_tokens * self.teacher.bytes_per_token
         total = self._elapsed()
-        whole = self.shelf.join(self.student.coordinates) if self.processes.sharded else None
+        whole = self.shelf.join() if self.processes.sharded else None
         if self.output is not None:
             with self.clock("write"):
                 record.out = str(self.output.out)
                 record.bytes = write(self.output, self.student, self.folder, whole)
-        steps = max(1, len(standing.curve))
-        here = max(0, steps - self._resumed)
-        trained = self.clock.seconds.get("train", 0.0)
-        record.tokens_per_second = (
-            here * self.settings.batch * self.settings.seqlen / trained if trained else 0.0
-        )
+        if trained := self.clock.seconds.get("train", 0.0):
+            here = max(1, len(standing.curve)) - self._resumed
+            record.tokens_per_second = max(0, here) * settings.batch * settings.seqlen / trained
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         record.seconds["total"] = round(total, 3)
         record.peak_memory = peak_memory()
         if self.output is not None:
             self.output.write_text("recover.json", record.to_json())
-            tell_run(self.output.partial, record, self._zeros())
+            # Where each process has its rows only, the zeros are as many as before.
+            zeros = None if self.processes.sharded else self.student.count_zeros_each()
+            tell_run(self.output.partial, record, zeros)
             self.output.write_text("README.md", card(record, self.folder, self.output.partial))
             draw(record, self.output.partial, self.progress)
             self.output.finish()
-            if self._work is not None:
-                self._work.discard()
+            if self.shelf.work is not None:
+                self.shelf.work.discard()
         return record
-
-    def _zeros(self) -> dict[str, int] | None:
-        """Of every linear; where each process has its rows only, they are as many as before."""
-        return None if self.processes.sharded else self.student.count_zeros_each()
 
     @property
     def _keeps(self) -> bool:

@@ -10,7 +10,7 @@ __all__ = [
     "card",
     "check_apart",
     "check_no_pruning",
-    "check_place",
+    "claim",
     "deliver",
     "is_made",
     "retell",
@@ -33,7 +33,7 @@ from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.output import OutputFolder, spare, unfinished
-from tawny.model.resumable import JOURNAL, WorkFolder, named
+from tawny.model.resumable import JOURNAL, WorkFolder
 from tawny.model.source import resolve
 from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
@@ -64,16 +64,9 @@ _SUMMARY = (
 )
 
 
-def check_apart(out: Path, work: WorkFolder, models: Mapping[str, str | Path | nn.Module | None]) -> None:
-    """Refuse places to write whose replacement, or whose clearing, would take a model with it.
-
-    Args:
-        models: what is read, each named as the refusal calls it.
-
-    Raises:
-        OutputError: a place is one of them or holds it.
-    """
-    places = [named(out), unfinished(out), work.path]
+def check_apart(work: WorkFolder, models: Mapping[str, str | Path | nn.Module | None]) -> None:
+    """Raise an OutputError if replacing or clearing a place would take one of `models` with it, by what each is called."""
+    places = [work.out, unfinished(work.out), work.path]
     for what, model in models.items():
         if model is not None and not isinstance(model, nn.Module):
             spare(places, resolve(model), what)
@@ -81,15 +74,15 @@ def check_apart(out: Path, work: WorkFolder, models: Mapping[str, str | Path | n
                 spare(places, given, what)
 
 
-def check_place(out: Path, overwrite: bool, source: Path) -> None:
-    """Refuse a place that is taken or cannot be written to, before work; what is unfinished there stays."""
-    check_no_pruning(out, overwrite)
-    fresh = not unfinished(out).exists()
-    folder = OutputFolder(out, overwrite=overwrite, source=source, keep=True)
-    if fresh:
-        folder.discard()
-    else:
-        folder.release()
+def claim(work: WorkFolder, identity: Mapping[str, Any], overwrite: bool, source: Path) -> None:
+    """Open the folder of a run, unless OUT is taken or cannot be written to; what is unfinished there stays."""
+    work.check()
+    consent = overwrite or work.consent
+    check_no_pruning(work.out, consent)
+    fresh = not unfinished(work.out).exists()
+    folder = OutputFolder(work.out, overwrite=consent, source=source, keep=True)
+    folder.discard() if fresh else folder.release()
+    work.open(identity, overwrite)
 
 
 def check_no_pruning(out: Path, overwrite: bool) -> None:
@@ -101,16 +94,17 @@ def check_no_pruning(out: Path, overwrite: bool) -> None:
         )
 
 
-def deliver(made: Path, out: Path, overwrite: bool, source: Path) -> None:
-    """Give a finished folder the name `out`; what stands there goes only when the new one is in its place."""
-    output = OutputFolder(out, overwrite=overwrite, source=source)
+def deliver(made: Path, work: WorkFolder, overwrite: bool, source: Path) -> None:
+    """Give a finished folder the name OUT; what stands there goes only when the new one is in its place."""
+    output = OutputFolder(work.out, overwrite=overwrite or work.consent, source=source)
     try:
-        with writing(out):
+        with writing(work.out):
             output.partial.rmdir()
             made.rename(output.partial)
         output.finish()
     finally:
         output.discard()
+    work.discard()
 
 
 @torch.no_grad()

@@ -111,7 +111,6 @@ class SparsityGuard:
                 "(tawny prune), or load the pruned weights before keep_sparsity"
             )
         self.zeros = sum(int(held.pruned.sum()) for held in self._held)
-        self._inside = False
         self._undo: list[Callable[[], None]] = []
         self._install(model)
 
@@ -120,16 +119,15 @@ class SparsityGuard:
         # weakly: a trainer that died without saying so leaves nothing behind.
         me = weakref.ref(self)
 
-        def before(*_: Any) -> None:
-            if (guard := me()) is not None:
-                guard.check()
+        def weakly(method: Callable[[SparsityGuard], None]) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                if (guard := me()) is not None:
+                    method(guard)
 
-        def after(*_: Any) -> None:
-            if (guard := me()) is not None:
-                guard.apply()
+            return hook
 
-        self._undo.append(register_optimizer_step_pre_hook(before).remove)
-        self._undo.append(register_optimizer_step_post_hook(after).remove)
+        self._undo.append(register_optimizer_step_pre_hook(weakly(SparsityGuard.check)).remove)
+        self._undo.append(register_optimizer_step_post_hook(weakly(SparsityGuard.apply)).remove)
         for held in self._held:
             parameter = held.parameter
 
