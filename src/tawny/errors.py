@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 class TawnyError(Exception):
@@ -120,14 +120,14 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def in_one_line(kind: type[TawnyError], before: str, after: str) -> Iterator[None]:
-    """Say in one line, between two texts, how another library fails on a damaged file; Tawny's own errors pass."""
+def in_one_line(kind: type[TawnyError], text: Callable[[str], str]) -> Iterator[None]:
+    """Say in one line how another library fails on a damaged file; `text` gets its words. Tawny's own errors pass."""
     try:
         yield
     except TawnyError:
         raise
     except Exception as error:
-        raise kind(f"{before}{one_line(error)}{after}") from error
+        raise kind(text(one_line(error))) from error
 
 
 def one_line(error: Exception) -> str:

@@ -107,17 +107,6 @@ def test_many_small_shards_are_as_good_as_one(tmp_path, monkeypatch):
     assert model.model.layers[2].mlp.up_proj.kind == "f32"
 
 
-def test_what_a_search_left_beside_the_weights_travels_both_ways(tmp_path):
-    dense = saved(tmp_path / "dense")
-    left = {f"allocation.{kind}": f"{kind} of a search".encode() for kind in ("yaml", "png", "svg")}
-    for name, content in left.items():
-        (dense / name).write_bytes(content)
-    tawny.pack(dense, tmp_path / "packed", "f32")
-    tawny.unpack(tmp_path / "packed", tmp_path / "again")
-    for folder in ("packed", "again"):
-        assert {name: (tmp_path / folder / name).read_bytes() for name in left} == left
-
-
 def test_a_card_in_another_encoding_is_packed_with_its_metadata_in_front(tmp_path):
     dense = saved(tmp_path / "dense")
     (dense / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: mit\n---\n\nCaf\xe9\n")

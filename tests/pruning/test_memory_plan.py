@@ -19,7 +19,7 @@ from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.packed.opening import open_stack
 from tawny.pruning import journal as journal_module
 from tawny.pruning import session as session_module
-from tawny.pruning.memory_plan import Load, parse_size, sharing_inputs
+from tawny.pruning.memory_plan import Load, parse_size, peak, sharing_inputs
 from tawny.pruning.prepare import demand_of, prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.solvers.sparsegpt import SparseGPT
@@ -89,7 +89,7 @@ def test_the_bytes_do_not_depend_on_the_budget(dense, tmp_path, monkeypatch, ord
     place = session_module.place
 
     def tight(demand, budget, free):
-        return place(demand, demand.peak(spill=True, held=False)[0], free)
+        return place(demand, peak(demand, spill=True, held=False)[0], free)
 
     monkeypatch.setattr(session_module, "place", tight)
     poor = tawny.prune(dense, tmp_path / "poor", memory="1GB", **options)

@@ -103,8 +103,11 @@ def using_config(folder: Path) -> Iterator[None]:
     Raises:
         ModelError: it cannot be used, or needs code of its own.
     """
-    before, after = f"{folder}/config.json cannot be used: ", "; correct it, or fetch it again"
-    with in_one_line(ModelError, before, after), refusing_code(folder):
+
+    def text(said: str) -> str:
+        return f"{folder}/config.json cannot be used: {said}; correct it, or fetch it again"
+
+    with in_one_line(ModelError, text), refusing_code(folder):
         yield
 
 

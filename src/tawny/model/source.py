@@ -168,7 +168,9 @@ def _key(path: Path) -> str:
 
 def _refusing(what: str) -> AbstractContextManager[None]:
     """The readers of GGUF files were written for whole ones."""
-    return in_one_line(CheckpointError, f"{what} (", "); fetch it again, or give a safetensors folder")
+    return in_one_line(
+        CheckpointError, lambda said: f"{what} ({said}); fetch it again, or give a safetensors folder"
+    )
 
 
 def _write_converted(path: Path, folder: Path) -> None:
@@ -245,7 +247,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    before, after = f"{folder} has no usable tokenizer (", "); copy the tokenizer files of the model there"
     # It reads config.json, too, where anything may be wrong.
-    with in_one_line(CheckpointError, before, after), refusing_code(folder):
+    def text(said: str) -> str:
+        return f"{folder} has no usable tokenizer ({said}); copy the tokenizer files of the model there"
+
+    with in_one_line(CheckpointError, text), refusing_code(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())

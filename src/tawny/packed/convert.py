@@ -41,15 +41,7 @@ from tawny.record import weight_files
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.
-_ALSO_CARRIED = (
-    "allocation.yaml",
-    "allocation.png",
-    "allocation.svg",
-    "recipe.yaml",
-    "recover.json",
-    "README.md",
-    "report.html",
-)
+_ALSO_CARRIED = ("recipe.yaml", "recover.json", "README.md", "report.html")
 _NOTE = (
     "<!-- packed -->\n\n> **Packed by Tawny** ({values}): `pip install tawny`, then `import tawny` before "
     "`AutoModelForCausalLM.from_pretrained`, or `tawny.load`. Plain transformers cannot open it; "
