@@ -74,8 +74,8 @@ def writing(what: Path) -> Iterator[None]:
         code, text = getattr(error, "errno", None), str(error)
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
             existing = next(path for path in (what, *what.absolute().parents) if path.exists())
-            free = f"{shutil.disk_usage(existing).free / 1e9:.1f} GB free"
-            said = f"{what}: the disk is full ({free}); free some space and run again"
+            free = shutil.disk_usage(existing).free / 1e9
+            said = f"{what}: the disk is full ({free:.1f} GB free); free some space and run again"
         elif code in (errno.EACCES, errno.EROFS, errno.EPERM):
             said = f"{what} cannot be written (read-only or no permission); choose another --out"
         else:
