@@ -18,6 +18,15 @@ torch.set_num_threads(1)
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def gradients():
+    """Nothing leaves torch's gradients another way than it found them."""
+    yield
+    enabled = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert enabled, "gradients were left off"
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Call the command line as a user does; returns exit code, stdout, stderr."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -87,6 +88,8 @@ def in_lockstep(
     finally:
         for handle in handles:
             handle.remove()
-        for run in runs:
-            if run and not run.dead:
-                run.throw()  # ends a forward nobody needs any more
+        # A forward that ends leaves gradients as it found them, which may be another way than they are by now.
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            for run in runs:
+                if run and not run.dead:
+                    run.throw()  # ends a forward nobody needs any more
