@@ -52,7 +52,7 @@ def in_lockstep(
         finish: run to the end of the block; otherwise nothing behind the last stage is computed.
         exact: leave Hessians unrounded (`Accumulator.finish`).
     """
-    main = getcurrent()
+    main, enabled = getcurrent(), torch.is_grad_enabled()
     inputs = [Input(stage.linears, needs, stream.stack.device) for stage in stages]
     chunk_of: dict[Any, int] = {}
 
@@ -88,8 +88,9 @@ def in_lockstep(
     finally:
         for handle in handles:
             handle.remove()
-        # A forward that ends leaves gradients as it found them, which may be another way than they are by now.
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
-            for run in runs:
-                if run and not run.dead:
-                    run.throw()  # ends a forward nobody needs any more
+        enabled = enabled or torch.is_grad_enabled()
+        for run in runs:
+            if run and not run.dead:
+                run.throw()  # ends a forward nobody needs any more
+        # A forward switches gradients off, and leaves them as it found them, which may be long ago.
+        torch.set_grad_enabled(enabled)
