@@ -7,6 +7,7 @@
 // More than a few tokens expand the same survivors again for the next few, from cache; int8 with more than 20 tokens
 // goes through a tile of bfloat16. Everything else (float32 and float16 values, float32 activations) is the AVX-512F code.
 #include "admm.h"
+#include "avx2.h"
 #include "avx512.h"
 #include "between.h"
 #include "greedy.h"
@@ -59,7 +60,7 @@ inline __attribute__((always_inline)) void prefetch(const uint8_t* values, const
 
 int32_t form(int32_t kind, int32_t input, int64_t tokens, int64_t cols) {
     // Two tokens an expansion; with more, a tile is faster. Longer sums of products of bytes do not fit 32 bits.
-    if (kind == INT8 && tokens <= 20 && cols <= 65536) return FORM_I16;
+    if (kind == INT8 && tokens <= 20 && cols <= 65536) return FORM_SPLIT;
     if (kind == INT8 && tokens <= 2) return FORM_F32;  // so few are given no tile
     return input == BF16 && (kind == BF16 || kind == INT8) ? FORM_BF16 : FORM_F32;
 }
@@ -75,7 +76,7 @@ void prepare_bf16(const void* x, int64_t tokens, int64_t cols, void* data) {
     }
 }
 
-void prepare_i16(const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
+void prepare_split(const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
     int64_t blocks = (cols + 63) / 64;
     for (int64_t t = 0; t < tokens; t++) {
         __m512 most = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
@@ -108,7 +109,7 @@ void prepare_i16(const void* x, int32_t kind, int64_t tokens, int64_t cols, void
 
 void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
     if (form == FORM_BF16) return prepare_bf16(x, tokens, cols, data);
-    if (form == FORM_I16) return prepare_i16(x, kind, tokens, cols, data, scales);
+    if (form == FORM_SPLIT) return prepare_split(x, kind, tokens, cols, data, scales);
     F::prepare(form, x, kind, tokens, cols, data, scales);
 }
 
@@ -234,7 +235,7 @@ void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t strid
                 __m512i q = expand8(mask, values);
                 __m256i q0 = _mm512_castsi512_si256(q), q1 = _mm512_extracti64x4_epi64(q, 1);
                 if (p.span || scaled) {
-                    __m512 scale = _mm512_set1_ps(p.span ? span_scale(p, group, b, r) : row_scale(p, group * 4 + r));
+                    __m512 scale = _mm512_set1_ps(p.span ? span_scale(p, group, b * 64, r) : group_scales(p, group)[r]);
                     low = scale_bytes_to_bf16(q0, scale), high = scale_bytes_to_bf16(q1, scale);
                 } else {
                     low = widen_bytes_to_bf16(q0), high = widen_bytes_to_bf16(q1);
@@ -363,7 +364,7 @@ TAWNY_LOOP void direct_int8(const Packed& p, const Input& x, const Output& out, 
                     add_products_int8(low[s][r][t], xs[t][1], w);
                 }
                 if (SPAN && ((b & 1) || b + 1 == p.blocks)) {
-                    __m512 scale = _mm512_set1_ps(span_scale(p, groups[s], b, r));
+                    __m512 scale = _mm512_set1_ps(span_scale(p, groups[s], b * 64, r));
 #pragma GCC unroll 4
                     for (int t = 0; t < T; t++) {
                         __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[s][r][t], 8), low[s][r][t]);
@@ -419,7 +420,7 @@ void direct_int8_any(const Packed& p, const Input& x, const Output& out, int64_t
 // ---------------------------------------------------------------------------------------------- the table
 
 void packed(const Packed* p, const Input* x, const Output* out, int64_t from, int64_t to, void* scratch) {
-    if (x->form == FORM_I16)
+    if (x->form == FORM_SPLIT)
         return p->span ? direct_int8_any<true>(*p, *x, *out, from, to) : direct_int8_any<false>(*p, *x, *out, from, to);
     if (x->form == FORM_F32) return F::packed(p, x, out, from, to, scratch);
     if (p->kind == INT8) return tile_int8(*p, *x, *out, from, to, (uint16_t*)scratch);
