@@ -97,7 +97,7 @@ constexpr int value_size(int kind) { return kind == F32 ? 4 : 2; }  // of a floa
 
 // ---------------------------------------------------------------------------------------------- kinds
 //
-// A new kind is one trait here with its code in `Kind` and `with_kind`, and one row in packed/kinds.py. Every kernel then
+// A new kind is one trait here with its code in `Kind` and `with_kind`, and one row in kinds.py. Every kernel then
 // reads it: an instruction set that has no `expand` of its own for it widens survivors one by one.
 
 // A place among survivors that take whole bytes. A kind of fewer bits has a place of its own, which knows the bit.
