@@ -18,7 +18,7 @@ from tawny.cli.options import (
     packed_values,
 )
 from tawny.cli.root import verb
-from tawny.packed.kinds import KINDS
+from tawny.kinds import KINDS
 from tawny.words import duration, percent, size
 
 

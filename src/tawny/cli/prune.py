@@ -23,7 +23,7 @@ from tawny.cli.options import (
 )
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
-from tawny.packed.kinds import KINDS, names_of
+from tawny.kinds import KINDS, names_of
 from tawny.process_group import speaks
 from tawny.words import begun, duration, percent, perplexity_text, size
 

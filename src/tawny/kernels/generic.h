@@ -98,7 +98,7 @@ constexpr int value_size(int kind) { return kind == F32 ? 4 : 2; }  // of a floa
 
 // ---------------------------------------------------------------------------------------------- kinds
 //
-// A new kind is one trait here with its code in `Kind` and `with_kind`, and one row in packed/kinds.py. Every kernel then
+// A new kind is one trait here with its code in `Kind` and `with_kind`, and one row in kinds.py. Every kernel then
 // reads it: integers.h every kind of integers, and an instruction set that has no `expand` of its own for a kind of floats
 // widens survivors one by one.
 
@@ -147,7 +147,7 @@ struct Trait<INT8> {
 };
 
 // Codes of few bits. A code stands for a signed integer of at most 127, its level. Up to 4 bits any table of levels will do;
-// more bits are `first` plus code times `step`, 1 or 2. packed/kinds.py has the same levels.
+// more bits are `first` plus code times `step`, 1 or 2. kinds.py has the same levels.
 template <int BITS>
 struct FewTrait {
     static constexpr int bits = BITS;

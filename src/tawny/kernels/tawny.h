@@ -9,7 +9,7 @@
 #pragma once
 #include <stdint.h>
 
-// Kinds of stored values, by the code that packed/kinds.py gives for each; what is known of one is its trait (generic.h).
+// Kinds of stored values, by the code that kinds.py gives for each; what is known of one is its trait (generic.h).
 // The first three are also those of activations, results and dense weights.
 enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, INT3 = 5, INT6 = 6, INT5 = 7, INT2 = 8, KINDS = 9 };
 

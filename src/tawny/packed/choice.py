@@ -11,10 +11,10 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from tawny.kinds import kind_of
 from tawny.model.linears import Linear
 from tawny.packed import format
 from tawny.packed.format import PackedTensor
-from tawny.packed.kinds import kind_of
 from tawny.progress import Progress
 
 
@@ -47,7 +47,8 @@ class Choice:
     head: str | None = None
 
     def __post_init__(self) -> None:
-        kind_of(self.values, self.group)
+        kind = kind_of(self.values, self.group)
+        object.__setattr__(self, "group", kind.span(self.group))  # frozen
         if self.head is not None:
             kind_of(self.head)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tawny.errors import CheckpointError, UserError
+from tawny.kinds import KINDS
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
@@ -33,7 +34,6 @@ from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, tell
 from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
 from tawny.packed.format import PackedTensor
 from tawny.packed.install import ends_of
-from tawny.packed.kinds import KINDS
 from tawny.packed.places import Place, places_of
 from tawny.packed.writer import PackedWriter
 from tawny.progress import Progress, silent
@@ -193,6 +193,7 @@ class _Packing:
             embedding,
             place.rows,
             place.index,
+            packed.whole,
         )
         size = self.writer.add_packed(packed, entry)
         self.linears.append(LinearForm(name, packed.shape, sparsity, "packed", size))
