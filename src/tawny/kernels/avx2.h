@@ -11,14 +11,13 @@ namespace {
 struct Tables {
     alignas(64) uint8_t bytes[256][8];
     alignas(64) uint8_t words[256][16];
-    alignas(64) uint8_t further[9][16];  // entry n: 0, then n, eight of each
-    constexpr Tables() : bytes(), words(), further() {
-        for (int n = 0; n < 9; n++)
-            for (int j = 8; j < 16; j++) further[n][j] = (uint8_t)n;
+    alignas(64) uint8_t upper[256][8];  // like bytes, for survivors that lie in the upper half
+    constexpr Tables() : bytes(), words(), upper() {
         for (int m = 0; m < 256; m++)
             for (int j = 0, n = 0; j < 8; j++) {
                 bool set = (m >> j) & 1;
                 bytes[m][j] = (uint8_t)(set ? n : 0x80);
+                upper[m][j] = (uint8_t)(set ? 8 + n : 0x80);
                 words[m][2 * j] = (uint8_t)(set ? 2 * n : 0x80);
                 words[m][2 * j + 1] = (uint8_t)(set ? 2 * n + 1 : 0x80);
                 n += set;
@@ -153,14 +152,16 @@ struct Avx2 {
     // Survivors of 32 columns at their places; moves past them.
     static inline __attribute__((always_inline)) Bytes spread(const int8_t*& survivors, const uint8_t* mask) {
         __m128i half[2];
+        auto pair = [](const void* low, const void* high) __attribute__((always_inline)) {
+            __m128 first = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)low));
+            return _mm_castps_si128(_mm_loadh_pi(first, (const __m64*)high));
+        };
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
-            uint32_t low = mask[2 * h], high = mask[2 * h + 1], before = (uint32_t)_mm_popcnt_u32(low);
-            __m128 first = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)tables.bytes[low]));
-            __m128i from = _mm_castps_si128(_mm_loadh_pi(first, (const __m64*)tables.bytes[high]));
-            from = _mm_add_epi8(from, _mm_load_si128((const __m128i*)tables.further[before]));
-            half[h] = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)survivors), from);
-            survivors += before + (uint32_t)_mm_popcnt_u32(high);
+            uint64_t low = mask[2 * h], high = mask[2 * h + 1];
+            const int8_t* next = survivors + _mm_popcnt_u64(low);
+            half[h] = _mm_shuffle_epi8(pair(survivors, next), pair(tables.bytes[low], tables.upper[high]));
+            survivors = next + _mm_popcnt_u64(high);
         }
         return _mm256_inserti128_si256(_mm256_castsi128_si256(half[0]), half[1], 1);
     }
