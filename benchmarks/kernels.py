@@ -105,7 +105,7 @@ class Variant:
 @cache
 def packed_weight(shape: tuple[int, int], sparsity: float, values: str, group: int | None) -> PackedTensor:
     whole = sparsity == 0 and values.startswith("int")
-    return pack(pruned(shape, sparsity), values, group, whole)  # type: ignore[arg-type]
+    return pack(pruned(shape, sparsity), values, group, whole)
 
 
 @cache
