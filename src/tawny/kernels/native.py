@@ -39,7 +39,7 @@ from tawny.errors import MissingFeature, TawnyError, UserError, nearest
 from tawny.kernels import reference
 
 LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2")  # index = level in the library
-ABI = 7
+ABI = 8
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 
@@ -74,6 +74,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.tawny_admm_right.argtypes = [pointer] * 4 + [i32, i64, f32, f32, f32, i32]
     found.tawny_admm_update.argtypes = [pointer] * 4 + [i32, i64] + [f32] * 5 + [i32, pointer, i64, i32]
     found.tawny_admm_support.argtypes = [pointer] * 3 + [i64, f32, pointer, i32]
+    found.tawny_fit.argtypes = [pointer] * 4 + [i32] + [pointer] * 4 + [i64] * 3 + [i32] * 2
     found.tawny_stream.argtypes = [pointer, i64, i32]
     found.tawny_stream.restype = ctypes.c_float
     found.tawny_set_openmp.argtypes = [pointer] * 3

@@ -35,6 +35,7 @@ def expand(
             W_GBRC = W_GBRC * spread(weight.scales[first:last], weight.blocks)
         else:
             W_GBRC = W_GBRC * weight.scales[ROWS * first : ROWS * last].view(-1, 1, ROWS, 1)
+        W_GBRC += 0.0  # where nothing survived, a negative scale makes −0
     W_OI = deinterleave(W_GBRC, min(ROWS * last, weight.rows) - ROWS * first, weight.cols)
     if weight.kind.scaled:
         # A scale that was rounded up may carry the largest weight past what is finite.

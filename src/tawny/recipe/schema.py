@@ -216,7 +216,9 @@ class Recipe:
         names = ", ".join(made.values.names)
         moved = "refit" if made.refit else "refine" if made.refine.epochs else None
         if names and moved:
-            raise RecipeError(f"{moved} moves survivors off the grid of {names} values: leave one of the two out")
+            raise RecipeError(
+                f"{moved} moves survivors off the grid of {names} values: leave one of the two out"
+            )
         if made.values.mean is not None and (made.sparsity or ":" in made.pattern):
             raise RecipeError(
                 f"values.mean spends the budget in bits and sparsity {made.sparsity:g} spends it in zeros: leave one out"
