@@ -336,7 +336,7 @@ class Alps(Solver):
         weights_I = scaled.scale_I.square()
         scales_OS = best_scales(solution.weight, grid, weights_I, mask_OI)
         grid_OI = project(solution.weight, scales_OS, grid, mask_OI)  # D, unscaled
-        T_OI = grid_OI * scaled.scale_I
+        T_OI = torch.mul(grid_OI, scaled.scale_I, out=solution.weight)  # whose memory nobody needs any more
         best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
         chunks = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))
         rho = before = _GRID_RHO

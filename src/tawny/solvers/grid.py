@@ -53,7 +53,7 @@ class Grid:
         size = min(self.group or width, width)
         if width % size:
             X_OI = torch.nn.functional.pad(X_OI, (0, -width % size))
-        return X_OI.unflatten(-1, (-1, size))
+        return X_OI.reshape(*X_OI.shape[:-1], X_OI.shape[-1] // size, size)
 
     @cached_property
     def _table(self) -> Tensor:
@@ -65,7 +65,7 @@ class Grid:
     def nearest(self, X: Tensor) -> Tensor:
         """The nearest level of each value, float32; of two as near, the upper one."""
         table, low = self._table.to(X.device), 2 * self.levels[0]
-        return table.take(torch.mul(X, 2).sub_(low).clamp_(0, len(table) - 1).to(torch.int64))
+        return torch.take(table, torch.mul(X, 2).sub_(low).clamp_(0, len(table) - 1).to(torch.int64))
 
     def rounding(self, scales_O: Tensor) -> Rounding:
         """What rounds values [..., O] to scale · level."""
