@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tawny.errors import UserError
 from tawny.kernels import native, ops, reference
+from tawny.kinds import KINDS as TABLE
 from tawny.packed.format import pack, unpack
-from tawny.packed.kinds import KINDS as TABLE
 from tests.packed.cases import KINDS, SHAPES, SPARSITIES, python, uneven, weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,7 +45,7 @@ def agree(packed, x, bias=None):
         exact = exact + bias.double()
         magnitude = magnitude + bias.double().abs()
     allowed = ROUNDING[x.dtype] * exact.abs() + 2e-6 * magnitude + 1e-30
-    if packed.values == "int8":
+    if TABLE[packed.values].scaled:
         largest = x.double().abs().amax(-1, keepdim=True)
         allowed = allowed + largest / 32767 * 0.51 * W.abs().sum(1)
     # Expanding for a matrix product rounds the weight to the activations' type; so do tiles of int8 with group scales.
@@ -241,9 +241,17 @@ def test_the_table_and_the_compiled_kernels_mean_the_same_kinds():
     if not native.chosen():
         pytest.skip("no compiled kernels here")
     bits = native.library().tawny_kind_bits
-    coded = {kind.code: -kind.bits if kind.scaled else kind.bits for kind in TABLE.values()}
+    coded = {
+        kind.code: -kind.bits if kind.scaled else kind.bits
+        for kind in TABLE.values()
+        if kind.code is not None
+    }
     assert {code: bits(code) for code in coded} == coded
-    assert [bits(code) for code in (-1, len(coded))] == [0, 0]
+    for kind in TABLE.values():
+        if kind.code is not None and kind.bits < 8:
+            level = partial(native.library().tawny_level, kind.code)
+            assert tuple(map(level, range(1 << kind.bits))) == kind.grid and level(1 << kind.bits) == 0
+    assert [bits(code) for code in (-1, 99)] == [0, 0]
     assert all(
         TABLE[name].code == code
         for name, code in zip(("f32", "bf16", "f16"), ops.FLOATS.values(), strict=True)

@@ -9,12 +9,12 @@ import sys
 import torch
 from torch import Tensor
 
-from tawny.packed.kinds import KINDS as TABLE
+from tawny.kinds import KINDS as TABLE
 
 SHAPES = [(1, 1), (1, 64), (64, 1), (3, 5), (4, 64), (5, 65), (17, 130), (7, 200), (66, 576), (33, 1537)]
 SPARSITIES = [0.0, 0.5, 0.7, 0.9, 1.0]
 # Every kind with every group of columns that its scales may cover.
-KINDS = [(kind.name, group) for kind in TABLE.values() for group in (None, *kind.groups)]
+KINDS = [(kind.name, group) for kind in TABLE.values() for group in kind.groups]
 
 
 def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

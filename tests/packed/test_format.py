@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.errors import CheckpointError, NumericalError, UserError
+from tawny.kinds import KINDS as TABLE
 from tawny.packed import format
 from tawny.packed.checking import check
 from tawny.packed.format import pack, packed_bytes, shapes, unpack
-from tawny.packed.kinds import KINDS as TABLE
 from tests.packed.cases import KINDS, SHAPES, SPARSITIES, uneven, weight
 from tests.reference.packed import read
 
@@ -60,9 +62,60 @@ def test_what_underflows_in_the_stored_kind_is_dropped():
 @pytest.mark.parametrize("values,group", KINDS)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 65), (9, 200)])
 def test_a_reader_written_from_the_specification_agrees(shape, values, group):
-    W = uneven(shape)
+    for whole in (False, True):
+        packed = pack(uneven(shape), values, group, whole)
+        check(packed)
+        assert packed.whole == (whole and TABLE[values].scaled)
+        assert torch.equal(torch.tensor(read(packed)), unpack(packed).float())
+
+
+FEW = [(values, group) for values, group in KINDS if TABLE[values].storage == "uint8"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.sampled_from(sorted({values for values, _ in FEW})))
+def test_codes_come_back_from_any_place(data, values):
+    kind = TABLE[values]
+    levels = data.draw(st.lists(st.sampled_from(kind.grid), min_size=1, max_size=200))
+    stored = kind.encode(torch.tensor(levels, dtype=torch.int8))
+    assert stored.numel() == kind.stored(len(levels)) == -(-len(levels) // 64) * 8 * kind.bits
+    first = data.draw(st.integers(0, len(levels)))
+    last = data.draw(st.integers(first, len(levels)))
+    assert kind.decode(stored, first, last).tolist() == levels[first:last]
+
+
+@pytest.mark.parametrize("values,group", FEW)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_bits_keep_the_mask_and_are_near(shape, values, group):
+    W = uneven(shape) * 0.02
     packed = pack(W, values, group)
-    assert torch.equal(torch.tensor(read(packed)), unpack(packed).float())
+    check(packed)
+    assert packed.nnz == int((W != 0).sum())
+    found = unpack(packed)
+    assert bool((found[W == 0] == 0).all())
+    assert 0 in TABLE[values].grid or torch.equal(found != 0, W != 0)
+    for first in range(0, shape[1], group):
+        part = W[:, first : first + group]
+        # The scale that makes the largest weight the last level is tried, and the best of all is no worse.
+        grid = TABLE[values].grid
+        far = max(max(b - a for a, b in pairwise(grid)) / 2, grid[0] + grid[-1]) * 1.05 / grid[-1]
+        error = (found[:, first : first + group] - part).square().sum(1)
+        assert bool((error <= (part != 0).sum(1) * (far * part.abs().amax(1)).square()).all())
+
+
+@pytest.mark.parametrize("values,group", FEW)
+def test_a_weight_that_lies_on_the_grid_is_packed_exactly(values, group):
+    generator, kind = torch.Generator().manual_seed(3), TABLE[values]
+    shape, spans = (9, 200), -(-200 // group)
+    scales = (torch.rand(9, spans, generator=generator) - 0.5).bfloat16().float()
+    levels = torch.tensor(kind.grid)[torch.randint(0, len(kind.grid), shape, generator=generator)]
+    W = levels * scales.repeat_interleave(group, 1)[:, :200]
+    for whole in (True, False):
+        # A checkpoint in 16 bits holds these numbers rounded, and codes and scales come back all the same.
+        for stored in (W, W.bfloat16(), W.half()):
+            found = unpack(pack(stored, values, group, whole))
+            assert torch.equal(found.to(stored.dtype), stored)
+            assert torch.equal(found, W) or stored is not W
 
 
 @pytest.mark.parametrize("group", [None, 128])
@@ -126,7 +179,7 @@ def test_bytes_are_what_the_formula_says(values, group):
     kind = TABLE[values]
     scales = 2 / group + 4 / 2048 if group else 8 / 2048 if kind.scaled else 0
     ideal = (kind.bits / 8 * packed.density + 1 / 8 + scales) * W.numel()
-    assert packed.nbytes == pytest.approx(ideal, rel=0.005)
+    assert packed.nbytes == pytest.approx(ideal, rel=0.01)
 
 
 def changed(name, place, change):
@@ -167,11 +220,11 @@ def test_damage_is_refused_with_the_name_of_the_weight(damage, native, monkeypat
 
 def test_what_cannot_be_packed_is_refused_in_words():
     W = weight((4, 64), 0.5)
-    with pytest.raises(UserError, match="int4"):
-        pack(W, "int4")
-    with pytest.raises(UserError, match="group 64"):
-        pack(W, "int8", 64)
-    with pytest.raises(UserError, match="goes with int8"):
+    with pytest.raises(UserError, match="int7"):
+        pack(W, "int7")
+    with pytest.raises(UserError, match="group 16 is not possible"):
+        pack(W, "int4", 16)
+    with pytest.raises(UserError, match="goes with int8, int6, int5, int4, int3 or int2"):
         pack(W, "bf16", 128)
     with pytest.raises(UserError, match="matrix"):
         pack(W[0])

@@ -6,42 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import tawny
 from tawny.errors import UserError
-from tawny.packed.format import pack, packed_bytes, unpack
-from tawny.packed.kinds import KINDS, Kind, kind_of
+from tawny.kinds import KINDS, Kind, kind_of
+from tawny.packed.format import pack, unpack
 from tawny.packed.linear import PackedLinear
-from tests.packed.cases import SHAPES, python, uneven
+from tests.packed.cases import python, uneven
 from tests.packed.test_folder import saved
 from tests.packed.test_live import logits
 from tests.tiny import tokens
 
-
-def nibbles(integers: Tensor) -> Tensor:
-    low, high = (
-        torch.nn.functional.pad(integers + 8, (0, len(integers) % 2)).to(torch.uint8).view(-1, 2).unbind(1)
-    )
-    return low | high << 4
-
-
-def integers(stored: Tensor, first: int, last: int) -> Tensor:
-    both = torch.stack([stored & 15, stored >> 4], 1).flatten().to(torch.int8) - 8
-    return both[first:last]
-
-
 TOY = Kind(
-    "toy4",
-    "two a byte, for this test",
-    4,
+    "toy3",
+    "eight in three bytes, for this test",
+    3,
     "uint8",
     None,
     0.3,
-    levels=7,
-    groups=(64,),
-    encode=nibbles,
-    decode=integers,
+    grid=tuple(range(-4, 4)),
+    groups=(64, 32),
 )
 
 
@@ -51,7 +35,7 @@ def toy(monkeypatch) -> str:
     return TOY.name
 
 
-@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize("group", [32, 64])
 def test_a_registered_kind_is_packed_saved_opened_multiplied_and_unpacked(toy, group, tmp_path):
     dense = saved(tmp_path / "dense", "qwen2")
     report = tawny.pack(dense, tmp_path / "packed", toy, group, head=toy)
@@ -74,47 +58,38 @@ def test_a_registered_kind_is_packed_saved_opened_multiplied_and_unpacked(toy, g
     assert found.sparsity >= sparse.sparsity and found.bytes < sparse.bytes
 
 
-@pytest.mark.parametrize("group", [None, 64])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_registered_kind_keeps_the_mask_and_stays_within_half_a_step(toy, group, shape):
-    W = uneven(shape)
-    packed = pack(W, toy, group)
-    assert packed.nnz == int((W != 0).sum()) and packed.nbytes == packed_bytes(shape, toy, group, packed.nnz)
-    for first in range(0, shape[1], group or shape[1]):
-        part = slice(first, first + (group or shape[1]))
-        step = W[:, part].abs().amax(1, keepdim=True) / 7
-        assert bool(((unpack(packed)[:, part] - W[:, part]).abs() <= 0.51 * step).all())
-
-
 def test_what_recovery_rounds_to_is_what_packing_stores(toy):
     W = uneven((9, 70))
-    for kind in (TOY, KINDS["int8"]):
-        assert torch.equal(kind.rounded(W), unpack(pack(W, kind.name)))
+    assert torch.equal(KINDS["int8"].rounded(W), unpack(pack(W, "int8")))
     assert tawny.Recovery.make(values=toy).values == toy
 
 
 def test_a_registered_kind_is_refused_like_any_other_where_it_does_not_fit(toy):
-    with pytest.raises(UserError, match="choose one of bf16, f16, f32, int8, toy4"):
+    with pytest.raises(
+        UserError, match="choose one of bf16, f16, f32, int8, int6, int5, int4, int3, int2, toy3"
+    ):
         kind_of("toy5")
-    with pytest.raises(UserError, match="group 64 goes with toy4 values, not with int8"):
-        kind_of("int8", 64)
-    with pytest.raises(UserError, match=r"a row \(None\) or 64, 128 columns"):
-        kind_of(toy, 32)
+    with pytest.raises(
+        UserError, match="group 64 goes with int8, int6, int5, int4, int3, int2 or toy3 values, not with bf16"
+    ):
+        kind_of("bf16", 64)
+    with pytest.raises(UserError, match="scales of toy3 cover 64, 32 columns"):
+        kind_of(toy, 128)
 
 
 def test_the_help_lists_a_registered_kind():
     code = """
 import sys
-from tawny.packed.kinds import KINDS, Kind
-KINDS["toy4"] = Kind("toy4", "two a byte", 4, "uint8", None, 0.3, levels=7, groups=(64,))
+from tawny.kinds import KINDS, Kind
+KINDS["toy3"] = Kind("toy3", "eight in three bytes", 3, "uint8", None, 0.3, grid=tuple(range(-4, 4)), groups=(64,))
 sys.argv = ["tawny", sys.argv[1], "--help"]
 from tawny.__main__ import main
 main()
 """
     for verb, expected in {
-        "pack": "toy4 (two a byte)",
-        "prune": "int8, toy4",
-        "recover": "int8, toy4",
+        "pack": "toy3 (eight in three bytes)",
+        "prune": "int2, toy3",
+        "recover": "int2, toy3",
     }.items():
         run = python(code, verb)
         assert expected in " ".join(run.stdout.split()), run.stdout + run.stderr
@@ -126,6 +101,8 @@ def test_the_page_of_the_format_and_the_table_say_the_same():
     table = {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 5}
     assert list(table) == list(KINDS)
     for kind in KINDS.values():
-        groups = ", ".join(map(str, kind.groups)) or "—"
+        groups = (
+            ", ".join("row" if size is None else str(size) for size in kind.groups) if kind.scaled else "—"
+        )
         kept = ", ".join(kind.exact) or "—"
         assert table[kind.name] == [str(kind.bits), kind.storage, groups, kept]

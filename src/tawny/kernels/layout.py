@@ -11,55 +11,51 @@ from __future__ import annotations
 __all__ = [
     "COLUMNS",
     "ROWS",
-    "Kind",
     "Weight",
     "bits_to_masks",
     "deinterleave",
     "interleave",
     "masks_to_bits",
     "place",
+    "spread",
 ]
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tawny.kinds import Kind
 
 ROWS = 4  # of a group
 COLUMNS = 64  # of a block: one mask word
 
 
-class Kind(Protocol):
-    """What kernels must know of a kind of values; packed/kinds.py holds the table."""
-
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-
-    @property
-    def code(self) -> int | None:
-        """Its number in the compiled kernels (tawny.h); None where plain torch alone reads it."""
-
-    @property
-    def scaled(self) -> bool:
-        """Whether survivors are integers that a scale belongs to."""
-
-    def decode(self, values: Tensor, first: int, last: int) -> Tensor:
-        """Survivors `first` to `last` of what a file stores: floats, or integers without their scale."""
-
-
 class Weight(NamedTuple):
-    """One packed weight. `span` is how many columns a scale covers: 0 for the whole row."""
+    """One packed weight. `span` is how many columns a scale covers: 0 for the whole row.
 
-    masks: Tensor
+    Without masks and offsets it is whole: every column is stored, those of the padding too.
+    """
+
+    masks: Tensor | None
     values: Tensor
-    offsets: Tensor
+    offsets: Tensor | None
     scales: Tensor | None
     sums: Tensor | None
     rows: int
     cols: int
     kind: Kind
     span: int
+
+    @property
+    def groups(self) -> int:
+        """Of 4 rows."""
+        return -(-self.rows // ROWS)
+
+    @property
+    def blocks(self) -> int:
+        """Of 64 columns."""
+        return -(-self.cols // COLUMNS)
 
 
 def interleave(W_OI: Tensor) -> Tensor:
@@ -105,3 +101,14 @@ def place(kept_GBRC: Tensor, survivors: Tensor) -> Tensor:
     found_GBRC = bits.new_zeros(kept_GBRC.shape)
     found_GBRC[kept_GBRC] = bits
     return found_GBRC.view(survivors.dtype)
+
+
+def spread(scale_GSR: Tensor, blocks: int) -> Tensor:
+    """The scales of spans [G, S, R] as float32 [G, B, R, 1], or [G, B, R, C] where a block has several."""
+    groups, spans, _ = scale_GSR.shape
+    if spans <= blocks:
+        scale_GBR = scale_GSR.float().repeat_interleave(-(-blocks // spans), 1)[:, :blocks]
+        return scale_GBR.unsqueeze(-1)
+    per = spans // blocks
+    scale_GBPR = scale_GSR.float().view(groups, blocks, per, ROWS)
+    return scale_GBPR.repeat_interleave(COLUMNS // per, 2).transpose(2, 3)

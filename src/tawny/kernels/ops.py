@@ -19,6 +19,7 @@ __all__ = [
     "expand",
     "gather_rows",
     "packed_linear",
+    "readable",
     "remove_half",
 ]
 
@@ -39,10 +40,14 @@ DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faste
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # activations and results, by their C code
 
 
+def readable(weight: Weight) -> bool:
+    """Whether compiled kernels read this weight."""
+    return weight.kind.code is not None and weight.values.device.type == "cpu"
+
+
 def _compiled(weight: Weight, dtype: torch.dtype) -> bool:
     """Whether a compiled kernel reads this weight, and computes in this type."""
-    readable = weight.kind.code is not None and weight.masks.device.type == "cpu"
-    return readable and dtype in FLOATS and native.chosen()
+    return readable(weight) and dtype in FLOATS and native.chosen()
 
 
 def _spelled(weight: Weight) -> tuple[int | None, ...]:
@@ -62,8 +67,8 @@ def expand(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The dense weight [rows, cols]."""
     if not _compiled(weight, dtype):
         return reference.expand(weight, dtype)
-    out = weight.masks.new_empty((weight.rows, weight.cols), dtype=dtype)
-    _write_out(weight, out, 0, len(weight.masks), torch.get_num_threads())
+    out = weight.values.new_empty((weight.rows, weight.cols), dtype=dtype)
+    _write_out(weight, out, 0, weight.groups, torch.get_num_threads())
     return out
 
 
@@ -74,7 +79,7 @@ def gather_rows(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         raise IndexError(
             f"token ids {int(wanted[0])} to {int(wanted[-1])} where 0 to {weight.rows - 1} are embedded"
         )
-    compiled, device = _compiled(weight, dtype), weight.masks.device
+    compiled, device = _compiled(weight, dtype), weight.values.device
     found = torch.empty(wanted.numel(), weight.cols, dtype=dtype, device=device)
     four = torch.empty(ROWS, weight.cols, dtype=dtype, device=device)
     before = -1

@@ -10,7 +10,7 @@ __all__ = ["check", "expand", "packed_linear"]
 import torch
 from torch import Tensor
 
-from tawny.kernels.layout import COLUMNS, ROWS, Weight, deinterleave, masks_to_bits, place
+from tawny.kernels.layout import COLUMNS, ROWS, Weight, deinterleave, masks_to_bits, place, spread
 
 
 def expand(
@@ -20,18 +20,21 @@ def expand(
 
     dtype None gives the stored float kind, and float32 for scaled integers.
     """
-    last = len(weight.masks) if last is None else last
-    kept_GBRC = masks_to_bits(weight.masks[first:last])
-    begin, end = int(weight.offsets[first]), int(weight.offsets[last])
-    W_GBRC = place(kept_GBRC, weight.kind.decode(weight.values, begin, end))
+    last = weight.groups if last is None else last
+    if weight.masks is None or weight.offsets is None:
+        size = weight.blocks * ROWS * COLUMNS
+        W_GBRC = weight.kind.decode(weight.values, first * size, last * size)
+        W_GBRC = W_GBRC.view(-1, weight.blocks, ROWS, COLUMNS)
+    else:
+        kept_GBRC = masks_to_bits(weight.masks[first:last])
+        begin, end = int(weight.offsets[first]), int(weight.offsets[last])
+        W_GBRC = place(kept_GBRC, weight.kind.decode(weight.values, begin, end))
     if weight.kind.scaled:
         assert weight.scales is not None
         if weight.span:
-            scale_GSR = weight.scales[first:last].float()
-            scale_GBR = scale_GSR.repeat_interleave(weight.span // COLUMNS, 1)[:, : W_GBRC.shape[1]]
+            W_GBRC = W_GBRC * spread(weight.scales[first:last], weight.blocks)
         else:
-            scale_GBR = weight.scales[ROWS * first : ROWS * last].view(-1, 1, ROWS)
-        W_GBRC = W_GBRC * scale_GBR.unsqueeze(-1)
+            W_GBRC = W_GBRC * weight.scales[ROWS * first : ROWS * last].view(-1, 1, ROWS, 1)
     W_OI = deinterleave(W_GBRC, min(ROWS * last, weight.rows) - ROWS * first, weight.cols)
     if weight.kind.scaled:
         # A scale that was rounded up may carry the largest weight past what is finite.

@@ -24,20 +24,21 @@ def check(packed: PackedTensor, name: str = "weight") -> None:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{name}: {what}; the packed file is damaged or was written by something else")
 
+    nnz = packed.shape[0] * packed.shape[1]
     offsets = packed.tensors.get("offsets")
-    if offsets is None or offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 2:
-        raise refuse("offsets are not an int64 vector")
-    nnz = int(offsets[-1])
-    if not 0 <= nnz <= packed.shape[0] * packed.shape[1]:
-        raise refuse(f"{nnz} survivors in a weight of shape {packed.shape}")
-    wanted = shapes(packed.shape, packed.values, packed.group, nnz)
+    if not packed.whole or offsets is not None:
+        if offsets is None or offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 2:
+            raise refuse("offsets are not an int64 vector")
+        if not 0 <= (nnz := int(offsets[-1])) <= packed.shape[0] * packed.shape[1]:
+            raise refuse(f"{nnz} survivors in a weight of shape {packed.shape}")
+    wanted = shapes(packed.shape, packed.values, packed.group, nnz, packed.whole)
     if wanted.keys() != packed.tensors.keys():
         raise refuse(f"tensors {sorted(packed.tensors)} where {sorted(wanted)} belong")
     for key, (dtype, size) in wanted.items():
         tensor = packed.tensors[key]
         if tensor.dtype != dtype or tuple(tensor.shape) != size or not tensor.is_contiguous():
             raise refuse(f"{key} is {tensor.dtype} {tuple(tensor.shape)} where {dtype} {size} belongs")
-    if fault := native.check(packed.tensors["masks"], offsets, *packed.shape, nnz):
+    if offsets is not None and (fault := native.check(packed.tensors["masks"], offsets, *packed.shape, nnz)):
         raise refuse(fault)
     floats = [packed.tensors[key] for key in ("scales", "sums") if key in wanted]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in floats):

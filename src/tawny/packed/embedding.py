@@ -59,7 +59,7 @@ def _unmade(kind: type[nn.Embedding]) -> nn.Embedding:
 
 def serve_from(embedding: nn.Embedding, head: PackedLinear, dtype: torch.dtype) -> None:
     """Drop the embedding's matrix, in place; rows come from `head` from now on."""
-    device = head.masks.device
+    device = head.values.device
     embedding.__class__ = _over_lookup(type(embedding))
     # Beside the modules, not among them: the head is in the model already, and once is enough in a state dict.
     embedding.__dict__["head"] = head

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from tawny.errors import CheckpointError, UserError
+from tawny.kinds import KINDS
 from tawny.model.checkpoint import METHOD, Checkpoint
 from tawny.model.checkpoint import PACKED_INDEX as INDEX
 from tawny.model.tensorfile import DTYPES, NAMES, Entry
 from tawny.model.tensorfile import entries as tensors_in
 from tawny.packed import checking, format
 from tawny.packed.format import PackedTensor
-from tawny.packed.kinds import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class PackedLinearEntry:
         sources: names of the tensors it was made from, in the dense checkpoint (two where a tied pair was stored twice).
         rows: of an expert whose projections are stored apart: how many rows each of `sources` has, which follow each other.
         index: of an expert that is stored together with others: its place in the one source.
+        whole: nothing was removed, and there are no offsets.
         transposed: the dense checkpoint stores `[in, out]`.
         storage: safetensors name of the type the dense checkpoint stores.
         embedding: module path of the embedding that is served from this weight, if any.
@@ -94,6 +95,7 @@ class PackedLinearEntry:
     embedding: str | None = None
     rows: tuple[int, ...] | None = None
     index: int | None = None
+    whole: bool = False
 
     @property
     def parameter(self) -> str | None:
@@ -115,13 +117,20 @@ class PackedLinearEntry:
 
     def to_dict(self) -> dict[str, Any]:
         told = {key: list(fact) if isinstance(fact, tuple) else fact for key, fact in vars(self).items()}
-        absent = {"name"} | {key for key in ("rows", "index") if told[key] is None}
+        absent = {"name"} | {
+            key for key in ("rows", "index", "whole") if told[key] is None or told[key] is False
+        }
         return {key: fact for key, fact in told.items() if key not in absent}
+
+    @property
+    def full(self) -> bool:
+        """Every weight is there, and memory holds masks that the file does without."""
+        return not self.whole and self.nnz == self.shape[0] * self.shape[1]
 
     def wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that are stored, by name: those of the format, without masks where every weight is there."""
-        found = format.shapes(self.shape, self.values, self.group, self.nnz)
-        if self.nnz == self.shape[0] * self.shape[1]:
+        found = format.shapes(self.shape, self.values, self.group, self.nnz, self.whole)
+        if self.full:
             del found["masks"]
         return found
 
@@ -148,9 +157,9 @@ class PackedFolder:
             raise CheckpointError(
                 f"{path} is missing or not an index of a packed folder ({error}); pack the model again"
             ) from error
-        if version != format.VERSION:
+        if version not in format.READABLE:
             raise CheckpointError(
-                f"{folder}: packed format version {version!r}, this Tawny reads version {format.VERSION}; "
+                f"{folder}: packed format version {version!r}, this Tawny reads up to version {format.VERSION}; "
                 "use a newer Tawny"
             )
         try:
@@ -214,6 +223,7 @@ class PackedFolder:
             entry["embedding"],
             None if (rows := entry.get("rows")) is None else tuple(rows),
             entry.get("index"),
+            bool(entry.get("whole")),
         )
         self._check_expert(made)
         for key, (dtype, shape) in made.wanted().items():
@@ -416,7 +426,7 @@ class PackedFolder:
         """One packed weight, checked."""
         entry = self.linears[name]
         tensors = {key: self.read(f"{name}.{key}") for key in entry.wanted()}
-        if "masks" not in tensors:
+        if entry.full:
             tensors = {"masks": format.full_masks(entry.shape), **tensors}
         packed = PackedTensor(tensors, entry.shape, entry.values, entry.group)
         checking.check(packed, name)

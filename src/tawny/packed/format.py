@@ -7,14 +7,16 @@ a group says where its values begin. docs/packed-format.md is the specification,
 What is promised: `unpack(pack(W))` is W bit for bit for the float kinds (after the cast to that kind), −0.0 and NaN
 payloads included, because a survivor is a weight with any bit set, not a weight that differs from zero. Integers
 carry a float32 scale a row, or a bfloat16 scale for each group of columns of a row. Every survivor stays a survivor even
-when it rounds to 0, so the mask of a pruned weight is never lost. One format serves 0-100 % sparsity and n:m.
+when it rounds to 0, so the mask of a pruned weight is never lost. One format serves 0-100 % sparsity and n:m. A weight of
+integers that is whole has no masks and no offsets: every column is stored, those of the padding too.
 
-Shapes: O out, I in, G = ceil(O/4) groups, B = ceil(I/64) blocks of columns, S = ceil(I/128) spans of a scale.
+Shapes: O out, I in, G = ceil(O/4) groups, B = ceil(I/64) blocks of columns, S = ceil(64 B / group) spans of a scale.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "READABLE",
     "VERSION",
     "PackedTensor",
     "cheaper_whole",
@@ -23,6 +25,7 @@ __all__ = [
     "naming",
     "pack",
     "packed_bytes",
+    "scales_of",
     "shapes",
     "unpack",
 ]
@@ -44,10 +47,13 @@ from tawny.kernels.layout import (
     bits_to_masks,
     interleave,
     masks_to_bits,
+    spread,
 )
-from tawny.packed.kinds import KINDS, Kind, kind_of
+from tawny.kinds import KINDS, Kind, kind_of
 
-VERSION = 1
+VERSION = 2  # 1 knew no weights without offsets, and no kinds of few bits
+READABLE = (1, 2)
+_SHARES = [0.5 + 0.04 * step for step in range(15)]  # of a range that reaches the largest weight
 PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
 
@@ -55,8 +61,9 @@ PADDING = 64  # bytes after the last value, because kernels load whole vectors
 class PackedTensor:
     """One packed weight: its tensors by name and what is needed to read them.
 
-    tensors: `masks` int64 [G, B, 4], `values` [nnz + padding], `offsets` int64 [G + 1]; with integers also
-    `scales` (float32 [4G], or bfloat16 [G, S, 4] with a group) and `sums` float32 [4G].
+    tensors: `values` [what the kind stores of nnz survivors + padding]; `masks` int64 [G, B, 4] and `offsets` int64
+    [G + 1], unless it is whole; with integers also `scales` (float32 [4G], or bfloat16 [G, S, 4] with a group) and
+    `sums` float32 [4G].
     """
 
     tensors: dict[str, Tensor]
@@ -65,8 +72,12 @@ class PackedTensor:
     group: int | None = None
 
     @property
+    def whole(self) -> bool:
+        return "masks" not in self.tensors
+
+    @property
     def nnz(self) -> int:
-        return int(self.tensors["offsets"][-1])
+        return self.shape[0] * self.shape[1] if self.whole else int(self.tensors["offsets"][-1])
 
     @property
     def density(self) -> float:
@@ -80,43 +91,53 @@ class PackedTensor:
     def weight(self) -> Weight:
         """As kernels take it."""
         t = self.tensors
-        parts = t["masks"], t["values"], t["offsets"], t.get("scales"), t.get("sums")
+        parts = t.get("masks"), t["values"], t.get("offsets"), t.get("scales"), t.get("sums")
         return Weight(*parts, *self.shape, KINDS[self.values], self.group or 0)
 
 
 def shapes(
-    shape: tuple[int, int], values: str, group: int | None, nnz: int
+    shape: tuple[int, int], values: str, group: int | None, nnz: int, whole: bool = False
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of every tensor a packed weight of `nnz` survivors consists of."""
     kind = kind_of(values, group)
+    group = kind.span(group)
     out, columns = shape
     groups, blocks = -(-out // ROWS), -(-columns // COLUMNS)
-    stored = -(-nnz * kind.bits // (8 * kind.dtype.itemsize))
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "masks": (torch.int64, (groups, blocks, ROWS)),
-        "values": (kind.dtype, (stored + PADDING // kind.dtype.itemsize,)),
-        "offsets": (torch.int64, (groups + 1,)),
-    }
+    stored = kind.stored(groups * blocks * ROWS * COLUMNS if whole else nnz)
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if not whole:
+        found["masks"] = (torch.int64, (groups, blocks, ROWS))
+        found["offsets"] = (torch.int64, (groups + 1,))
+    found["values"] = (kind.dtype, (stored + PADDING // kind.dtype.itemsize,))
     if kind.scaled:
         rows = (groups * ROWS,)
         found["scales"] = (
-            (torch.bfloat16, (groups, -(-columns // group), ROWS)) if group else (torch.float32, rows)
+            (torch.bfloat16, (groups, -(-blocks * COLUMNS // group), ROWS))
+            if group
+            else (torch.float32, rows)
         )
         found["sums"] = (torch.float32, rows)
     return found
 
 
-def packed_bytes(shape: tuple[int, int], values: str, group: int | None, nnz: int) -> int:
+def packed_bytes(
+    shape: tuple[int, int], values: str, group: int | None, nnz: int, whole: bool = False
+) -> int:
     """Bytes a weight would take when packed."""
     total = 0
-    for dtype, size in shapes(shape, values, group, nnz).values():
+    for dtype, size in shapes(shape, values, group, nnz, whole).values():
         total += torch.Size(size).numel() * dtype.itemsize
     return total
 
 
 def cheaper_whole(density: float, values: str) -> bool:
-    """True where storing the zeros as values takes fewer bytes than a mask that says where they are."""
-    return (1 - density) * KINDS[values].bits < 1
+    """True where storing the zeros as values takes fewer bytes than a mask that says where they are.
+
+    A grid without zero moves them by half a step. One in a thousand is a coincidence; more are a mask, and are kept.
+    """
+    kind = KINDS[values]
+    least = 1e-3 if kind.scaled and 0 not in kind.grid else 1 / kind.bits
+    return 1 - density < least
 
 
 def full_masks(shape: tuple[int, int]) -> Tensor:
@@ -148,15 +169,22 @@ def check_dtype(W_OI: Tensor) -> None:
         )
 
 
-def pack(W_OI: Tensor, values: str = "bf16", group: int | None = None, whole: bool = False) -> PackedTensor:
+def pack(
+    W_OI: Tensor,
+    values: str = "bf16",
+    group: int | None = None,
+    whole: bool = False,
+) -> PackedTensor:
     """Pack a dense weight with zeros. The weight is first cast to `values`; what is then all zero bits is dropped.
 
-    With `whole` nothing is dropped: for weights with hardly any zeros, whose file can then do without masks.
+    Args:
+        whole: drop nothing: for weights with hardly any zeros. Integers then do without masks, floats in their file.
 
     Raises:
         NumericalError: a finite weight is too large for `values`, or one that should become an integer is not finite.
     """
     kind = kind_of(values, group)
+    group = kind.span(group)
     if W_OI.dim() != 2 or 0 in W_OI.shape:
         raise UserError(f"a packed weight is a matrix with at least one weight, not {tuple(W_OI.shape)}")
     check_dtype(W_OI)
@@ -168,18 +196,20 @@ def pack(W_OI: Tensor, values: str = "bf16", group: int | None = None, whole: bo
     kept_GBRC = masks_to_bits(full_masks(shape)) if whole else bits_GBRC != 0
     tensors: dict[str, Tensor] = {}
     if kind.scaled:
-        bits_GBRC, tensors = _scale(bits_GBRC.view(torch.float32), kind, group)
-    counts = kept_GBRC.flatten(1).sum(1)
-    offsets = counts.new_zeros(counts.numel() + 1)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    survivors = bits_GBRC[kept_GBRC]
+        scales = scales_of(W_OI, kind, group, whole)
+        removing = None if whole else kept_GBRC
+        bits_GBRC, tensors = _scale(bits_GBRC.view(torch.float32), kind, group, scales, removing)
+    if kind.scaled and whole:
+        survivors = bits_GBRC.flatten()
+    else:
+        counts = kept_GBRC.flatten(1).sum(1)
+        offsets = counts.new_zeros(counts.numel() + 1)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        tensors |= {"masks": bits_to_masks(kept_GBRC), "offsets": offsets}
+        survivors = bits_GBRC[kept_GBRC]
     stored = kind.encode(survivors if kind.scaled else survivors.view(kind.dtype))
     padding = stored.new_zeros(PADDING // stored.element_size())
-    tensors = {
-        "masks": bits_to_masks(kept_GBRC),
-        "values": torch.cat([bit_pattern(stored), bit_pattern(padding)]).view(stored.dtype),
-        "offsets": offsets,
-    } | tensors
+    tensors["values"] = torch.cat([bit_pattern(stored), bit_pattern(padding)]).view(stored.dtype)
     return PackedTensor(tensors, shape, values, group)
 
 
@@ -203,23 +233,77 @@ def _cast(W_OI: Tensor, kind: Kind) -> Tensor:
     return cast_OI
 
 
-def _scale(W_GBRC: Tensor, kind: Kind, group: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = False) -> Tensor:
+    """float32 [O, 1 or ceil(I / group)], values that bfloat16 holds where there is a group: the best scales.
+
+    Of few bits, each scale is tried that makes the largest weight of the group a level of the grid. Of weights that were not
+    solved on the grid, shares of the two scales are tried, too, that make it the last level at either end. The best gives
+    the levels, least squares the scale. Of that and its neighbours the one wins that gives most weights back bit for bit:
+    a checkpoint in 16 bits stored scale × level rounded, and so a weight that was solved on the grid comes back.
+    """
+    W_OI = stored_OI.float()
+    width = W_OI.shape[1]
+    if group is None:
+        return W_OI.abs().amax(1, keepdim=True) / kind.largest
+    even_OSC = torch.nn.functional.pad(W_OI, (0, -width % group)).view(len(W_OI), -1, group)
+    largest_OS = even_OSC.gather(2, even_OSC.abs().argmax(2, keepdim=True)).squeeze(2)
+    if kind.bits == 8:
+        return _bf16_up(largest_OS.abs() / kind.largest).float()
+    kept_OI = torch.ones_like(W_OI) if whole else (W_OI != 0).float()
+    kept_OSC = torch.nn.functional.pad(kept_OI, (0, -width % group)).view(even_OSC.shape)
+    best_OS, least_OS = torch.zeros_like(largest_OS), torch.full_like(largest_OS, torch.inf)
+
+    def attempt(divisor: float) -> None:
+        nonlocal best_OS, least_OS
+        tried_OS1 = (largest_OS / divisor).bfloat16().float().unsqueeze(2)
+        off_OSC = kind.round(even_OSC, tried_OS1).mul_(tried_OS1).sub_(even_OSC)
+        error_OS = off_OSC.square_().mul_(kept_OSC).sum(2)
+        better_OS = error_OS < least_OS
+        best_OS = torch.where(better_OS, tried_OS1.squeeze(2), best_OS)
+        least_OS = torch.where(better_OS, error_OS, least_OS)
+
+    for level in kind.grid:
+        if level:
+            attempt(level)
+    if bool((least_OS > even_OSC.square().sum(2) * 2.0**-16).any()):
+        for share in _SHARES:
+            attempt(kind.grid[0] / share)
+            attempt(kind.grid[-1] / share)
+    level_OSC = kind.round(even_OSC, best_OS.unsqueeze(2)).mul_(kept_OSC)
+    fitted_OS = ((level_OSC * even_OSC).sum(2) / level_OSC.square().sum(2)).nan_to_num(0.0).bfloat16()
+    least_OS.fill_(torch.inf)
+    for step in (0, -1, 1):
+        tried_OS1 = (
+            (fitted_OS.view(torch.int16) + step).view(torch.bfloat16).float().nan_to_num(0.0).unsqueeze(2)
+        )
+        missed_OS = (
+            ((level_OSC * tried_OS1).to(stored_OI.dtype) != even_OSC.to(stored_OI.dtype)) * kept_OSC
+        ).sum(2)
+        best_OS = torch.where(missed_OS < least_OS, tried_OS1.squeeze(2), best_OS)
+        least_OS = torch.minimum(least_OS, missed_OS)
+    return best_OS
+
+
+def _scale(
+    W_GBRC: Tensor, kind: Kind, group: int | None, scales_OS: Tensor, kept_GBRC: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The weight as integers, and its `scales` and `sums`."""
     groups, blocks = W_GBRC.shape[:2]
-    largest_GBR = W_GBRC.abs().amax(-1)
+    rows = torch.nn.functional.pad(scales_OS, (0, 0, 0, groups * ROWS - len(scales_OS)))
     if group:
-        per_span = group // COLUMNS
-        even_GBR = torch.nn.functional.pad(largest_GBR, (0, 0, 0, -blocks % per_span))
-        scales = _bf16_up(even_GBR.view(groups, -1, per_span, ROWS).amax(2) / kind.levels)
-        scale_GBR = scales.float().repeat_interleave(per_span, 1)[:, :blocks]
+        spans = -(-blocks * COLUMNS // group)
+        rows = torch.nn.functional.pad(rows, (0, spans - rows.shape[1]))
+        scales = rows.view(groups, ROWS, spans).transpose(1, 2).to(torch.bfloat16).contiguous()
+        scale_GBRC = spread(scales, blocks)
     else:
-        scales = (largest_GBR.amax(1) / kind.levels).flatten()
-        scale_GBR = scales.view(groups, 1, ROWS).expand(-1, blocks, -1)
-    q_GBRC = kind.round(W_GBRC, scale_GBR.unsqueeze(-1)).to(torch.int8)
+        scales = rows.flatten()
+        scale_GBRC = rows.view(groups, 1, ROWS, 1)
+    q_GBRC = kind.round(W_GBRC, scale_GBRC).to(torch.int8)
+    if kept_GBRC is not None and kind.grid.count(0) == 0:
+        q_GBRC *= kept_GBRC  # a grid without zero would give what was removed a value
     # What 16-bit activations need to take an offset back: the sum of a row's integers, or of scale x integer.
-    sums_GBR = q_GBRC.sum(-1, dtype=torch.int64)
-    sums = ((sums_GBR * scale_GBR.double()) if group else sums_GBR).sum(1).flatten().float()
-    return q_GBRC, {"scales": scales.contiguous(), "sums": sums}
+    sums_GBR = (q_GBRC * scale_GBRC.double()).sum(-1) if group else q_GBRC.sum(-1, dtype=torch.int64)
+    return q_GBRC, {"scales": scales, "sums": sums_GBR.sum(1).flatten().float()}
 
 
 def _bf16_up(x: Tensor) -> Tensor:

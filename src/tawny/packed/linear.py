@@ -39,9 +39,9 @@ class PackedLinear(nn.Module):
     """
 
     weight: Tensor
-    masks: Tensor
+    masks: Tensor | None
     values: Tensor
-    offsets: Tensor
+    offsets: Tensor | None
     scales: Tensor | None
     sums: Tensor | None
     bias: nn.Parameter | None
@@ -85,9 +85,10 @@ class PackedLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        whole: bool = False,
     ) -> PackedLinear:
         """Uninitialised buffers of the right types and shapes, on `device` ("meta" costs nothing), to be filled."""
-        wanted = format.shapes(shape, values, group, nnz)
+        wanted = format.shapes(shape, values, group, nnz, whole)
         tensors = {key: torch.empty(size, dtype=kind, device=device) for key, (kind, size) in wanted.items()}
         return cls(
             PackedTensor(tensors, shape, values, group),
@@ -136,7 +137,7 @@ class PackedLinear(nn.Module):
     def _prepare(self) -> ops.Call | None:
         """Look everything up once, and again after a buffer was replaced; None for what no compiled kernel reads."""
         weight = self.packed.weight
-        compiled = weight.kind.code is not None and weight.masks.device.type == "cpu"
+        compiled = ops.readable(weight)
         self._call = ops.Call(weight) if compiled else None
         return self._call
 

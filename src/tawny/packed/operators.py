@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tawny.kernels import ops
 from tawny.kernels.layout import Weight
-from tawny.packed.kinds import KINDS
+from tawny.kinds import KINDS
 
-_WEIGHT = "Tensor masks, Tensor values, Tensor offsets, Tensor? scales, Tensor? sums, int rows, int cols, str kind, int span"
+_WEIGHT = "Tensor? masks, Tensor values, Tensor? offsets, Tensor? scales, Tensor? sums, int rows, int cols, str kind, int span"
 
 
 def _weight(parts: tuple[Any, ...]) -> Weight:
@@ -68,13 +68,13 @@ _define(
     "expand",
     f"(ScalarType dtype, {_WEIGHT}) -> Tensor",
     lambda dtype, *parts: ops.expand(_weight(parts), dtype),
-    lambda dtype, *parts: parts[0].new_empty(parts[5:7], dtype=dtype),
+    lambda dtype, *parts: parts[1].new_empty(parts[5:7], dtype=dtype),
 )
 _define(
     "gather_rows",
     f"(Tensor ids, ScalarType dtype, {_WEIGHT}) -> Tensor",
     lambda ids, dtype, *parts: ops.gather_rows(ids, _weight(parts), dtype),
-    lambda ids, dtype, *parts: parts[0].new_empty((*ids.shape, parts[6]), dtype=dtype),
+    lambda ids, dtype, *parts: parts[1].new_empty((*ids.shape, parts[6]), dtype=dtype),
 )
 _define(
     "dense_linear",

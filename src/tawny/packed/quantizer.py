@@ -53,9 +53,9 @@ class TawnyConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: int = format.VERSION,
         **rest: Any,
     ) -> None:
-        if version != format.VERSION:
+        if version not in format.READABLE:
             raise CheckpointError(
-                f"packed format version {version!r}, this Tawny reads version {format.VERSION}; use a newer Tawny"
+                f"packed format version {version!r}, this Tawny reads up to version {format.VERSION}; use a newer Tawny"
             )
         self.quant_method = METHOD
         self.version = version
@@ -109,6 +109,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
                 getattr(old, "bias", None) is not None,
                 old.weight.dtype,
                 "meta",
+                entry.whole,
             )
             _expect(made, entry)
             # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
@@ -124,7 +125,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.folder is not None
         for name, entry in self.folder.linears.items():
             module = model.get_submodule(name)
-            if "masks" not in entry.wanted():
+            if entry.full:
                 module.register_buffer("masks", format.full_masks(entry.shape).to(module.values.device))
         if _verify.get():
             self.folder.verify()
@@ -156,7 +157,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _expect(made: PackedLinear, entry: PackedLinearEntry) -> None:
     """Where every weight is there, transformers must not miss masks that no file holds."""
-    if "masks" not in entry.wanted():
+    if entry.full:
         made.register_buffer("masks", made.masks, persistent=False)
 
 
@@ -165,7 +166,10 @@ def _install_experts(model: Any, folder: PackedFolder) -> None:
     for key, parameter in list(model.named_parameters()):
         if (entries := folder.experts.get(key)) is None:
             continue
-        empty = [PackedLinear.empty(e.shape, e.nnz, e.values, e.group, device="meta").packed for e in entries]
+        empty = [
+            PackedLinear.empty(e.shape, e.nnz, e.values, e.group, device="meta", whole=e.whole).packed
+            for e in entries
+        ]
         made = PackedExperts(empty, entries[0].transposed, parameter.dtype)
         for expert, entry in zip(made, entries, strict=True):
             _expect(expert, entry)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tawny.kinds import KINDS
 from tawny.model.linears import Linear
-from tawny.packed.kinds import KINDS
 from tawny.recovery.sharding import here
 
 

@@ -8,11 +8,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from tawny.kinds import kind_of
 from tawny.model.checkpoint import file_bytes
 from tawny.model.identity import source_identity, tensor_digest, text_identity
 from tawny.model.resumable import WorkFolder
 from tawny.packed.convert import pack, unpack
-from tawny.packed.kinds import kind_of
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw

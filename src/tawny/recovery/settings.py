@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tawny.errors import RecipeError
-from tawny.packed.kinds import scaled_kinds
+from tawny.kinds import scaled_kinds
 from tawny.recipe.schema import validated
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.

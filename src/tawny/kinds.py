@@ -1,0 +1,198 @@
+"""The kinds of packed values: one table, read by kernels, recipes, the format, recovery, the command line, docs and tests.
+
+A new kind is one row here. Plain torch then packs, opens and multiplies it. One trait in kernels/generic.h and its code
+make the compiled kernels read it too. Nothing here imports torch before it computes, because `--help` shows the table.
+"""
+
+from __future__ import annotations
+
+__all__ = ["KINDS", "Kind", "kind_of", "names_of", "scaled_kinds"]
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tawny.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CHUNK = 64  # codes that are stored together
+_PLANES = (4, 2, 1)  # bits of a code that lie together
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How survivors are stored.
+
+    Attributes:
+        help: one line for a person who chooses.
+        bits: of a stored survivor.
+        storage: torch's name for the type of the tensor that holds them.
+        code: the kind's number in the compiled kernels (tawny.h); None where plain torch alone reads it.
+        break_even: sparsity from which a packed product is faster than our dense one in bfloat16.
+        exact: types of a checkpoint, as safetensors calls them, of which no bit is lost.
+        grid: the integers that a survivor is rounded to, ascending; a scale belongs to them. Empty for floats.
+        groups: how many columns a scale may cover, None for the whole row; the first is the usual one.
+    """
+
+    name: str
+    help: str
+    bits: int
+    storage: str
+    code: int | None
+    break_even: float
+    exact: tuple[str, ...] = ()
+    grid: tuple[int, ...] = ()
+    groups: tuple[int | None, ...] = (None,)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether survivors are integers that a scale belongs to."""
+        return bool(self.grid)
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of the grid."""
+        return max(-self.grid[0], self.grid[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the tensor that holds the survivors."""
+        import torch
+
+        made: torch.dtype = getattr(torch, self.storage)
+        return made
+
+    def span(self, group: int | None) -> int | None:
+        """The columns of a scale: those that were asked for, or the usual ones."""
+        return self.groups[0] if group is None else group
+
+    def stored(self, count: int) -> int:
+        """Elements of `storage` that so many survivors take, without padding."""
+        return -(-count // CHUNK) * 8 * self.bits if self.storage == "uint8" else count
+
+    def encode(self, survivors: Tensor) -> Tensor:
+        """What is stored of survivors: `storage`, or integers of the grid (int8)."""
+        if self.storage != "uint8":
+            return survivors
+        import torch
+
+        padded = torch.nn.functional.pad(survivors, (0, -len(survivors) % CHUNK), value=self.grid[0])
+        codes = torch.bucketize(padded.short(), torch.tensor(self.grid, dtype=torch.int16)).to(torch.uint8)
+        left, planes = codes.view(-1, CHUNK), []
+        for width in self._planes():
+            part = left & (1 << width) - 1
+            left = left >> width
+            # Field k of byte j is code j + k · bytes: what a vector of bytes unpacks with one shift a field.
+            part = part.view(-1, 8 // width, 8 * width)
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(1, -1, 1)
+            planes.append((part << shifts).sum(1, dtype=torch.uint8))
+        return torch.cat(planes, 1).flatten()
+
+    def decode(self, values: Tensor, first: int, last: int) -> Tensor:
+        """Survivors `first` to `last` of what is stored: floats, or integers of the grid without their scale (int8)."""
+        if self.storage != "uint8":
+            return values[first:last]
+        import torch
+
+        size = 8 * self.bits
+        begin, end = first // CHUNK, -(-last // CHUNK)
+        chunks = values[begin * size : end * size].view(-1, size)
+        codes, shift, at = chunks.new_zeros(len(chunks), CHUNK), 0, 0
+        for width in self._planes():
+            plane = chunks[:, at : at + 8 * width].unsqueeze(1)
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=values.device).view(1, -1, 1)
+            codes |= ((plane >> shifts) & (1 << width) - 1).flatten(1) << shift
+            at, shift = at + 8 * width, shift + width
+        table = torch.tensor(self.grid, dtype=torch.int8, device=values.device)
+        return table[codes.flatten()[first - begin * CHUNK : last - begin * CHUNK].int()]
+
+    def _planes(self) -> list[int]:
+        return [width for width in _PLANES if self.bits & width]
+
+    def round(self, W: Tensor, scale: Tensor) -> Tensor:
+        """The integers of the grid that stand for weights."""
+        import torch
+
+        # Divided, not multiplied by 1/scale, which is infinite for rows of subnormal weights.
+        ratio = (W / scale).nan_to_num(0.0)
+        if len(self.grid) == self.grid[-1] - self.grid[0] + 1:
+            return ratio.round_().clamp_(self.grid[0], self.grid[-1])
+        table = torch.tensor(self.grid, dtype=ratio.dtype, device=ratio.device)
+        return table[torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)]
+
+    def rounded(self, W_OI: Tensor) -> Tensor:
+        """The weight that comes back after it was packed with a scale a row."""
+        scale_O1 = W_OI.abs().amax(1, keepdim=True) / self.largest
+        return self.round(W_OI, scale_O1) * scale_O1
+
+
+def _few(name: str, help: str, code: int, grid: Iterable[int]) -> Kind:
+    grid = tuple(grid)
+    bits = (len(grid) - 1).bit_length()
+    return Kind(name, help, bits, "uint8", code, 0.0, grid=grid, groups=(64, 32, 128))
+
+
+# The grids of few bits are those that lose least of a linear's output once it is solved on them, dense and pruned, with a
+# scale that may be negative (docs/log/few-bits.md). Of a pruned weight no survivor is near 0, so none of them spends much there.
+_INT4 = (-53, -40, -31, -24, -17, -11, -4, 2, 7, 13, 19, 25, 32, 40, 49, 63)
+_INT3 = (-50, -31, -16, -3, 10, 22, 38, 63)
+_INT2 = (-50, -15, 24, 63)
+
+# break_even: benchmarks/kernels.py, one token.
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("bf16", "the type of most checkpoints", 16, "bfloat16", 1, 0.10, ("BF16",)),
+        Kind("f16", "for checkpoints in float16", 16, "float16", 2, 0.10, ("F16",)),
+        Kind("f32", "every bit of any checkpoint", 32, "float32", 0, 0.10, ("F32", "BF16", "F16")),
+        Kind(
+            "int8",
+            "half the bytes, with a scale a row or group",
+            8,
+            "int8",
+            3,
+            0.0,
+            grid=tuple(range(-127, 128)),
+            groups=(None, 32, 64, 128),
+        ),
+        _few("int6", "three eighths of the bytes", 6, range(-28, 36)),
+        _few("int5", "a third of the bytes", 7, range(-14, 18)),
+        _few("int4", "a quarter of the bytes; best when solved (`tawny prune --values`)", 4, _INT4),
+        _few("int3", "a fifth of the bytes; only when solved", 5, _INT3),
+        _few("int2", "a seventh of the bytes; only when solved, with zeros", 8, _INT2),
+    )
+}
+
+
+def names_of(kinds: Iterable[Kind], last: str = ", ") -> str:
+    """Names for a person: `bf16, f16, f32 or int8`, with the word between the last two given."""
+    *first, end = [kind.name for kind in kinds]
+    return f"{', '.join(first)}{last}{end}" if first else end
+
+
+def scaled_kinds() -> list[Kind]:
+    """Those whose survivors are rounded to integers."""
+    return [kind for kind in KINDS.values() if kind.scaled]
+
+
+def kind_of(name: str, group: int | None = None) -> Kind:
+    """The row called `name`; a group of None is the kind's usual one.
+
+    Raises:
+        UserError: there is none, or its scales do not cover `group` columns.
+    """
+    if (kind := KINDS.get(name)) is None:
+        raise UserError(f"packed values {name!r} are not known; choose one of {names_of(KINDS.values())}")
+    if group is not None and group not in kind.groups:
+        sizes = [str(size) for size in kind.groups if size]
+        if not sizes:
+            others = names_of([other for other in KINDS.values() if len(other.groups) > 1], " or ")
+            raise UserError(f"group {group} goes with {others} values, not with {name}")
+        row = "a row (None) or " if None in kind.groups else ""
+        raise UserError(
+            f"group {group!r} is not possible; scales of {name} cover {row}{', '.join(sizes)} columns"
+        )
+    return kind
