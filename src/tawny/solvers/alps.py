@@ -183,6 +183,13 @@ class Alps(Solver):
             return Work(tall=1.2, square=1.4, rounded=37.0, rounded_square=6.0, passes=280.0)
         return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)
 
+    @property
+    def rounding(self) -> Work:
+        """36 more iterations, in which the grid costs more than a mask does, and looks at what is lost."""
+        if native_dtype() is torch.bfloat16:
+            return Work(tall=3.0, square=1.4, rounded=36.0, rounded_square=6.0, passes=2800.0)
+        return Work(tall=3.0, square=9.0, rounded=36.0, passes=2800.0)
+
     def __post_init__(self) -> None:
         damping = "a positive number up to 1e6, such as 0.01"
         check_option(0 < self.damp <= 1e6, "solver.damp", self.damp, damping)

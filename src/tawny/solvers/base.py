@@ -90,6 +90,11 @@ class Solver(Protocol):
         """What a solve costs: a column loop, and the factor and inverse of the Hessian."""
         return Work(tall=3.0, square=3.0)
 
+    @property
+    def rounding(self) -> Work:
+        """What a grid adds to a solve: the search for scales, measured."""
+        return Work(tall=0.0, square=0.0, passes=700.0)
+
     def workspace(self, out: int, width: int) -> int:
         """Bytes for a weight `[out, width]` beside its stored copy and its Hessian."""
         return 32 * out * width + (8 * width * width if self.needs == "hessian" else 0)
