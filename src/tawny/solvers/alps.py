@@ -26,6 +26,10 @@ iteration is a product between two passes over the weight, in chunks of rows. Co
 (kernels/admm.h); without them, and for other patterns, torch does, on parts that stay in the cache. Scratch memory:
 three copies of W, what `Scaled` keeps, and two chunks.
 
+With a grid the mask is found first, as without one. Then the same iteration starts again from the sparse weight, with its
+mask kept and D the nearest point of the grid to T (`_rounded`); where nothing is removed that is all there is. Rows are
+independent then, and each keeps its best of the last iterates.
+
 Promises: the exact budget in every scope and n:m; weights that are already zero go first and stay zero.
 
 Shapes: O = out, I = in, R and C = rows of a chunk, P = rows of a part of one.
@@ -335,7 +339,7 @@ class Alps(Solver):
         """The survivors on a grid: the same iteration on a mask that stays, D being the nearest point of the grid to T.
 
         Scales follow the iterate: in every step the levels are those nearest by the last scales, and new scales fit them best.
-        Of the last iterates each row keeps the one that loses least.
+        Nearest and best are by diag(H), as in the scaled weight. Reuses the memory of the solution.
         """
         keep_OI = kept_on_grid(W_OI, solution.mask)
         mask_OI = None if bool(keep_OI.all()) else keep_OI
@@ -346,10 +350,10 @@ class Alps(Solver):
         T_OI = torch.mul(grid_OI, scaled.scale_I, out=solution.weight)  # whose memory nobody needs any more
         best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
         chunks = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))
-        rho = before = _GRID_RHO
+        rho = before = max(_GRID_RHO, self.rho)
         for step in range(1, _GRID_STEPS + 1):
             inverse_II = scaled.inverse(rho)
-            assert inverse_II is not None  # ρ is larger than those that found the mask
+            assert inverse_II is not None  # `prepare` has made one for a ρ that is no larger
             for chunk in chunks:
                 right_CI = T_OI[chunk].new_empty(T_OI[chunk].shape, dtype=inverse_II.dtype)
                 for part in _parts(right_CI, _CACHED):
