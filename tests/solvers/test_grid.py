@@ -102,12 +102,12 @@ def test_every_solver_answers_on_the_grid(solver, pattern, size, group, sparsity
     statistics.squared_norms[:dead] = 0
     statistics.hessian[:dead] = 0
     statistics.hessian[:, :dead] = 0
-    before, grid = W.clone(), Grid(TABLES[seed % len(TABLES)], group)
+    before, seen, grid = W.clone(), statistics.squared_norms.clone(), Grid(TABLES[seed % len(TABLES)], group)
 
     solution = solver.solve(W, statistics, pattern, sparsity, grid=grid)
 
     assert_on_grid(solution, grid, W)
-    assert torch.equal(W, before)
+    assert torch.equal(W, before) and torch.equal(statistics.squared_norms, seen)
     zeros, gone = int((W == 0).sum()), int((~solution.mask).sum())
     budget = removed_count(W.numel(), sparsity)
     if isinstance(pattern, NM):
@@ -175,6 +175,16 @@ def test_the_iteration_rounds_as_it_is_written(masked: bool) -> None:
     weight = admm_rounded(W, sparse.weight, sparse.mask, statistics.hessian, grid.levels, 16)
     theirs = energy(W - weight.float(), statistics.hessian)
     assert mine.lost == pytest.approx(theirs, rel=0.05)
+
+
+@each_solver
+def test_weights_of_inputs_that_never_fire_have_values_too(solver: Any) -> None:
+    W, statistics = lifelike(12, 32)
+    statistics.squared_norms[:16] = 0
+    statistics.hessian[:16] = 0
+    statistics.hessian[:, :16] = 0
+    solution = solver.solve(W, statistics, Unstructured(), 0.0, grid=Grid(TABLES[0], 16))
+    assert bool(solution.mask.all()) and float((W - solution.weight).norm() / W.norm()) < 0.5
 
 
 def test_an_m_that_does_not_divide_the_columns_of_a_scale_is_an_error() -> None:

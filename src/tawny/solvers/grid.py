@@ -28,6 +28,7 @@ __all__ = ["Grid", "Rounding", "best_scales", "kept_on_grid", "on_grid", "projec
 Rounding = Callable[[Tensor], Tensor]
 _SHARES = [0.55 + 0.5 * i / 7 for i in range(8)]  # of the scale that reaches the largest value
 _PART = 1 << 15  # weights whose half a dozen copies stay in a core's cache
+_DAMP = 0.01
 _ACCIDENTS = 0.01  # share of zeros up to which a weight is one with no zeros
 
 
@@ -166,7 +167,11 @@ def on_grid(solution: Solution, grid: Grid | None, statistics: Seen) -> Solution
     if grid is None:
         return solution
     W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask)
-    seen = statistics is not None and bool((statistics.squared_norms > 0).any())
-    weights_I = statistics.squared_norms.float() if statistics is not None and seen else None
+    weights_I = None
+    if statistics is not None and bool(statistics.squared_norms.any()):
+        weights_I = statistics.squared_norms.float()
+        weights_I = (
+            weights_I + _DAMP * weights_I.mean()
+        )  # weights of inputs that never fired still need a scale
     scales_OS = best_scales(W_OI, grid, weights_I, keep_OI)
     return Solution(project(W_OI, scales_OS, grid, keep_OI), keep_OI, solution.notes, None, scales_OS)
