@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from tawny.kernels.fit import fit as kernel
-from tawny.solvers.base import Seen, Solution
 
-__all__ = ["Grid", "Rounding", "best_scales", "kept_on_grid", "largest", "on_grid", "project", "refit_scales"]
+__all__ = ["Grid", "Rounding", "best_scales", "kept_on_grid", "largest", "project", "refit_scales"]
 
 Rounding = Callable[[Tensor], Tensor]
 _SHARES = [0.55 + 0.5 * i / 7 for i in range(8)]  # of the scale that reaches the largest value
@@ -54,7 +53,7 @@ class Grid:
         size = min(self.group or width, width)
         if width % size:
             X_OI = torch.nn.functional.pad(X_OI, (0, -width % size))
-        return X_OI.view(*X_OI.shape[:-1], -1, size)
+        return X_OI.reshape(*X_OI.shape[:-1], X_OI.shape[-1] // size, size)
 
     @cached_property
     def values(self) -> Tensor:
@@ -71,7 +70,7 @@ class Grid:
     def nearest(self, X: Tensor) -> Tensor:
         """The nearest level of each value, float32; of two as near, the upper one."""
         table, low = self._table.to(X.device), 2 * self.levels[0]
-        return table.take(torch.mul(X, 2).sub_(low).clamp_(0, len(table) - 1).to(torch.int64))
+        return torch.take(table, torch.mul(X, 2).sub_(low).clamp_(0, len(table) - 1).to(torch.int64))
 
     def rounding(self, scales_O: Tensor) -> Rounding:
         """What rounds values [..., O] to scale · level."""
@@ -187,14 +186,3 @@ def kept_on_grid(W_OI: Tensor, keep_OI: Tensor) -> Tensor:
     """The mask, less the zeros of W where they are meant: a few are accidents, and rounded as other weights are."""
     zeros_OI = keep_OI & (W_OI == 0)
     return keep_OI & ~zeros_OI if int(zeros_OI.sum()) > _ACCIDENTS * W_OI.numel() else keep_OI
-
-
-def on_grid(solution: Solution, grid: Grid | None, statistics: Seen) -> Solution:
-    """A solution rounded by the best scales; inputs count by their squared norms where they were seen."""
-    if grid is None:
-        return solution
-    W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask)
-    seen = statistics is not None and bool((statistics.squared_norms > 0).any())
-    weights_I = statistics.squared_norms.float() if statistics is not None and seen else None
-    scales_OS = best_scales(W_OI, grid, weights_I, keep_OI)
-    return Solution(project(W_OI, scales_OS, grid, keep_OI), keep_OI, solution.notes, None, scales_OS)
