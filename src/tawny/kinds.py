@@ -154,9 +154,9 @@ KINDS: dict[str, Kind] = {
             grid=tuple(range(-127, 128)),
             groups=(None, 32, 64, 128),
         ),
-        _few(6, None, "three eighths of the bytes", _odd(6)),
-        _few(4, None, "a quarter of the bytes; solve it with `prune --values`", _odd(4)),
-        _few(3, None, "a fifth of the bytes; only when solved", _odd(3)),
+        _few(6, 6, "three eighths of the bytes", _odd(6)),
+        _few(4, 4, "a quarter of the bytes; solve it with `prune --values`", _odd(4)),
+        _few(3, 5, "a fifth of the bytes; only when solved", _odd(3)),
     )
 }
 

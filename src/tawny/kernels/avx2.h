@@ -119,11 +119,13 @@ struct Avx2 {
     using Bytes = __m256i;
     using Sums = __m256i;
     static constexpr int bytes = 32;
+    static constexpr float offset = 0.0f;
 
     static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
     static Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
     static Bytes add(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
     static Bytes same(int value) { return _mm256_set1_epi8((char)value); }
+    static Bytes load_bytes(const int8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
     static void store_bytes(int8_t* p, Bytes v) { _mm256_storeu_si256((__m256i*)p, v); }
     static Bytes table(const int8_t* levels) {
         return levels ? _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)levels)) : _mm256_setzero_si256();
@@ -163,19 +165,17 @@ struct Avx2 {
         return _mm256_inserti128_si256(_mm256_castsi128_si256(half[0]), half[1], 1);
     }
 
-    struct Words { __m256i even, odd; };  // columns
-    static inline __attribute__((always_inline)) Words words(const int8_t* p) {
-        __m256i all = _mm256_loadu_si256((const __m256i*)p);
+    static constexpr int halves = 2;  // of a part: its even columns, then its odd ones
+    struct Words { __m256i half[2]; };
+    static inline __attribute__((always_inline)) Words words(Bytes all) {
         // 1 times each even byte: one instruction, where shifting left and right would be two.
-        return {_mm256_maddubs_epi16(_mm256_set1_epi16(1), all), _mm256_srai_epi16(all, 8)};
+        return {{_mm256_maddubs_epi16(_mm256_set1_epi16(1), all), _mm256_srai_epi16(all, 8)}};
     }
+    static __m256i load_words(const int16_t* p) { return _mm256_load_si256((const __m256i*)p); }
     static Sums no_sums() { return _mm256_setzero_si256(); }
-    static inline __attribute__((always_inline)) Sums multiply_add(Sums sums, Words w, const int16_t* x) {
-        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w.even, _mm256_load_si256((const __m256i*)x)));
-        asm("" : "+x"(sums));  // or GCC adds up products of all tokens first, and spills them
-        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w.odd, _mm256_load_si256((const __m256i*)(x + 16))));
-        asm("" : "+x"(sums));
-        return sums;
+    static inline __attribute__((always_inline)) void multiply_add(Sums& sums, Words w, int half, __m256i x) {
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w.half[half], x));
+        asm("" : "+x"(sums));  // or GCC adds up many products first, and spills them
     }
     static V floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
     static V widen(const int8_t* p) {

@@ -143,7 +143,7 @@ int32_t run(Job& job, int64_t bytes, int32_t threads) {
 // Activations as the kernel wants them: as they are when they already fit, else converted into scratch memory.
 int32_t prepare(Input& input, int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols) {
     int64_t padded = (cols + 63) / 64 * 64;
-    input = {x, nullptr, tokens, form == FORM_SPLIT ? 2 * padded : padded, form};
+    input = {x, nullptr, tokens, padded, form};
     bool same = (form == FORM_F32 && kind == F32) || (form == FORM_BF16 && kind == BF16);
     if (same && padded == cols && (uintptr_t)x % 64 == 0) return 0;
     size_t scales = (tokens * 4 + 63) / 64 * 64;
@@ -275,7 +275,7 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
     Output output = {y, bias, p->rows, xkind};
     Job job = {p, nullptr, &input, &output, nullptr, 0, 0, 0, p->groups, 0, 0};
     int64_t size = form == FORM_F32 ? 4 : 2;
-    if (tokens > 2 && form < FORM_I16) job.tile = (size_t)(tile_groups(p->blocks, size) * p->blocks * 64 * 4 * size);
+    if (tokens > 2 && form != FORM_I16) job.tile = (size_t)(tile_groups(p->blocks, size) * p->blocks * 64 * 4 * size);
     return run(job, cost(*p, p->groups), threads);
 }
 

@@ -157,27 +157,16 @@ struct FewTrait {
 template <>
 struct Trait<INT4> : FewTrait<4> {
     static constexpr int kind = INT4;
-    static constexpr int8_t levels[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    static constexpr int8_t levels[16] = {-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15};
 };
 template <>
 struct Trait<INT3> : FewTrait<3> {
     static constexpr int kind = INT3;
-    static constexpr int8_t levels[16] = {-4, -3, -2, -1, 0, 1, 2, 3};
-};
-template <>
-struct Trait<INT2> : FewTrait<2> {
-    static constexpr int kind = INT2;
-    static constexpr int8_t levels[16] = {-2, -1, 0, 1};
-};
-template <>
-struct Trait<INT5> : FewTrait<5> {
-    static constexpr int kind = INT5;
-    static constexpr int first = -16, step = 1;
+    static constexpr int8_t levels[16] = {-7, -5, -3, -1, 1, 3, 5, 7};
 };
 template <>
 struct Trait<INT6> : FewTrait<6> {
-    static constexpr int kind = INT6;
-    static constexpr int first = -32, step = 1;
+    static constexpr int kind = INT6, first = -63, step = 2;
 };
 
 // `use(trait)` for a kind that is known only now.
@@ -190,8 +179,6 @@ inline auto with_kind(int32_t kind, F use) {
         case INT4: return use(Trait<INT4>{});
         case INT3: return use(Trait<INT3>{});
         case INT6: return use(Trait<INT6>{});
-        case INT5: return use(Trait<INT5>{});
-        case INT2: return use(Trait<INT2>{});
         default: return use(Trait<INT8>{});
     }
 }
@@ -236,8 +223,8 @@ inline const float* group_scales(const Packed& p, int64_t group) {
 
 // Four bfloat16, one a row, of the span that holds a column.
 inline const uint16_t* span_scales(const Packed& p, int64_t group, int64_t column) {
-    int64_t shift = __builtin_ctz((uint32_t)p.span);
-    return (const uint16_t*)p.scales + (group * (((p.cols - 1) >> shift) + 1) + (column >> shift)) * 4;
+    int64_t shift = __builtin_ctz((uint32_t)p.span), spans = ((p.blocks * 64 - 1) >> shift) + 1;
+    return (const uint16_t*)p.scales + (group * spans + (column >> shift)) * 4;
 }
 
 inline float span_scale(const Packed& p, int64_t group, int64_t column, int row) {

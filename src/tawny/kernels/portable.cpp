@@ -98,8 +98,8 @@ struct Portable {
     // integers.h
     struct Bytes { int8_t b[16]; };
     struct Sums { int32_t i[8]; };
-    using Words = const int8_t*;
     static constexpr int bytes = 16;
+    static constexpr float offset = 0.0f;
 
     static void prefetch(const void*) {}
     static Bytes either(Bytes a, Bytes b) {
@@ -114,6 +114,11 @@ struct Portable {
         Bytes all;
         memset(all.b, value, 16);
         return all;
+    }
+    static Bytes load_bytes(const int8_t* p) {
+        Bytes v;
+        memcpy(v.b, p, 16);
+        return v;
     }
     static void store_bytes(int8_t* p, Bytes v) { memcpy(p, v.b, 16); }
     static Bytes table(const int8_t* levels) {
@@ -139,11 +144,13 @@ struct Portable {
         for (uint32_t bits = mask[0] | mask[1] << 8; bits; bits &= bits - 1) found.b[__builtin_ctz(bits)] = *survivors++;
         return found;
     }
-    static Words words(const int8_t* p) { return p; }
+    using Words = Bytes;
+    static constexpr int halves = 1;
+    static Bytes words(Bytes v) { return v; }
+    static const int16_t* load_words(const int16_t* p) { return p; }
     static Sums no_sums() { return {}; }
-    static Sums multiply_add(Sums sums, Words w, const int16_t* x) {
-        for (int j = 0; j < 8; j++) sums.i[j] += w[2 * j] * x[2 * j] + w[2 * j + 1] * x[2 * j + 1];
-        return sums;
+    static void multiply_add(Sums& sums, Bytes w, int, const int16_t* x) {
+        for (int j = 0; j < 8; j++) sums.i[j] += w.b[2 * j] * x[2 * j] + w.b[2 * j + 1] * x[2 * j + 1];
     }
     static V floats(Sums sums) {
         V v;

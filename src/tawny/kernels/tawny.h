@@ -11,11 +11,11 @@
 
 // Kinds of stored values, by the code that kinds.py gives for each; what is known of one is its trait (generic.h).
 // The first three are also those of activations, results and dense weights.
-enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, INT3 = 5, INT6 = 6, INT5 = 7, INT2 = 8, KINDS = 9 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, INT3 = 5, INT6 = 6, KINDS = 7 };
 
-// How a kernel wants the activations: float32, bfloat16, 16-bit integers (integers.h), or 16-bit integers split into two
-// bytes (for each 64 columns: 64 high bytes plus 128, then 64 low bytes, all unsigned).
-enum Form : int32_t { FORM_F32 = 0, FORM_BF16 = 1, FORM_I16 = 2, FORM_SPLIT = 3 };
+// How a kernel wants the activations: float32, bfloat16, or 16-bit integers (integers.h: for each 64 columns all tokens side
+// by side, the 64 in the instruction set's own order).
+enum Form : int32_t { FORM_F32 = 0, FORM_BF16 = 1, FORM_I16 = 2 };
 
 struct Packed {
     const uint64_t* masks;   // [groups, blocks, 4]; null: whole
@@ -48,7 +48,7 @@ struct Dense {
 
 struct Input {
     const void* data;     // [tokens, stride] in `form`, 64-byte aligned, zero in the padding columns
-    const float* scales;  // of integers only: [tokens]
+    const float* scales;  // FORM_I16 only: [tokens]
     int64_t tokens, stride;
     int32_t form;
 };
