@@ -180,7 +180,7 @@ def all_cases() -> Iterator[Case]:
     # One answer is wrong, by twice what is allowed: a comparison that finds nothing would let it pass.
     right = product("wrong packed", pack(uneven((5, 65)), "int8"), activations(2, 65, torch.float32))
     exact, allowed = (array for array in right.arrays[-2:] if array is not None)
-    exact[1, 3] += 2 * allowed[1, 3]
+    exact[1, 1] += 2 * allowed[1, 1]
     yield right
 
 
