@@ -129,13 +129,17 @@ class Kind:
         return self.round(W_OI, scale_O1) * scale_O1
 
 
-def _few(bits: int, code: int | None, help: str, grid: tuple[int, ...]) -> Kind:
-    return Kind(f"int{bits}", help, bits, "uint8", code, 0.0, grid=grid, groups=(64, 32, 128))
+def _few(name: str, help: str, code: int, grid: Iterable[int]) -> Kind:
+    grid = tuple(grid)
+    bits = (len(grid) - 1).bit_length()
+    return Kind(name, help, bits, "uint8", code, 0.0, grid=grid, groups=(64, 32, 128))
 
 
-def _odd(bits: int) -> tuple[int, ...]:
-    return tuple(range(1 - (1 << bits), 1 << bits, 2))
-
+# The grids of few bits are those that lose least of a linear's output once it is solved on them, dense and pruned, with a
+# scale that may be negative (docs/log/few-bits.md). Of a pruned weight no survivor is near 0, so none of them spends much there.
+_INT4 = (-53, -40, -31, -24, -17, -11, -4, 2, 7, 13, 19, 25, 32, 40, 49, 63)
+_INT3 = (-50, -31, -16, -3, 10, 22, 38, 63)
+_INT2 = (-50, -15, 24, 63)
 
 # break_even: benchmarks/kernels.py, one token.
 KINDS: dict[str, Kind] = {
@@ -154,9 +158,11 @@ KINDS: dict[str, Kind] = {
             grid=tuple(range(-127, 128)),
             groups=(None, 32, 64, 128),
         ),
-        _few(6, 6, "three eighths of the bytes", _odd(6)),
-        _few(4, 4, "a quarter of the bytes; solve it with `prune --values`", _odd(4)),
-        _few(3, 5, "a fifth of the bytes; only when solved", _odd(3)),
+        _few("int6", "three eighths of the bytes", 6, range(-28, 36)),
+        _few("int5", "a third of the bytes", 7, range(-14, 18)),
+        _few("int4", "a quarter of the bytes; best when solved (`tawny prune --values`)", 4, _INT4),
+        _few("int3", "a fifth of the bytes; only when solved", 5, _INT3),
+        _few("int2", "a seventh of the bytes; only when solved, with zeros", 8, _INT2),
     )
 }
 

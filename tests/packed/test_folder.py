@@ -192,8 +192,8 @@ def test_an_unknown_version_is_refused(packed_llama, tmp_path):
 
 def test_what_goes_wrong_is_said_before_work(tmp_path, packed_llama):
     dense = saved(tmp_path / "dense")
-    with pytest.raises(UserError, match="int5"):
-        tawny.pack(dense, tmp_path / "x", "int5")
+    with pytest.raises(UserError, match="int7"):
+        tawny.pack(dense, tmp_path / "x", "int7")
     with pytest.raises(CheckpointError, match="packed already"):
         tawny.pack(packed_llama, tmp_path / "x", "bf16")
     with pytest.raises(ModelError, match="unpack"):

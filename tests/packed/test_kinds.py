@@ -17,7 +17,16 @@ from tests.packed.test_folder import saved
 from tests.packed.test_live import logits
 from tests.tiny import tokens
 
-TOY = Kind("toy2", "four a byte, for this test", 2, "uint8", None, 0.3, grid=(-2, -1, 0, 1), groups=(64, 32))
+TOY = Kind(
+    "toy3",
+    "eight in three bytes, for this test",
+    3,
+    "uint8",
+    None,
+    0.3,
+    grid=tuple(range(-4, 4)),
+    groups=(64, 32),
+)
 
 
 @pytest.fixture
@@ -56,13 +65,15 @@ def test_what_recovery_rounds_to_is_what_packing_stores(toy):
 
 
 def test_a_registered_kind_is_refused_like_any_other_where_it_does_not_fit(toy):
-    with pytest.raises(UserError, match="choose one of bf16, f16, f32, int8, int6, int4, int3, toy2"):
+    with pytest.raises(
+        UserError, match="choose one of bf16, f16, f32, int8, int6, int5, int4, int3, int2, toy3"
+    ):
         kind_of("toy5")
     with pytest.raises(
-        UserError, match="group 64 goes with int8, int6, int4, int3 or toy2 values, not with bf16"
+        UserError, match="group 64 goes with int8, int6, int5, int4, int3, int2 or toy3 values, not with bf16"
     ):
         kind_of("bf16", 64)
-    with pytest.raises(UserError, match="scales of toy2 cover 64, 32 columns"):
+    with pytest.raises(UserError, match="scales of toy3 cover 64, 32 columns"):
         kind_of(toy, 128)
 
 
@@ -70,15 +81,15 @@ def test_the_help_lists_a_registered_kind():
     code = """
 import sys
 from tawny.kinds import KINDS, Kind
-KINDS["toy2"] = Kind("toy2", "four a byte", 2, "uint8", None, 0.3, grid=(-2, -1, 0, 1), groups=(64,))
+KINDS["toy3"] = Kind("toy3", "eight in three bytes", 3, "uint8", None, 0.3, grid=tuple(range(-4, 4)), groups=(64,))
 sys.argv = ["tawny", sys.argv[1], "--help"]
 from tawny.__main__ import main
 main()
 """
     for verb, expected in {
-        "pack": "toy2 (four a byte)",
-        "prune": "int3, toy2",
-        "recover": "int3, toy2",
+        "pack": "toy3 (eight in three bytes)",
+        "prune": "int2, toy3",
+        "recover": "int2, toy3",
     }.items():
         run = python(code, verb)
         assert expected in " ".join(run.stdout.split()), run.stdout + run.stderr

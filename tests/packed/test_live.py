@@ -213,8 +213,8 @@ def test_saving_a_packed_model_the_plain_way_is_refused(tmp_path):
 
 
 def test_what_cannot_be_packed_is_refused():
-    with pytest.raises(UserError, match="int5"):
-        tawny.pack_model(tiny_model("llama"), "int5")
+    with pytest.raises(UserError, match="int7"):
+        tawny.pack_model(tiny_model("llama"), "int7")
     with pytest.raises(UserError, match="group"):
         tawny.pack_model(tiny_model("llama"), "bf16", group=128)
     with pytest.raises(ModelError, match="blocks"):

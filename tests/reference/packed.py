@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from tawny.packed.format import PackedTensor
 
-GRIDS = {bits: [2 * code + 1 - 2**bits for code in range(2**bits)] for bits in (3, 4, 6)}
+GRIDS = {
+    "int6": range(-28, 36),
+    "int5": range(-14, 18),
+    "int4": (-53, -40, -31, -24, -17, -11, -4, 2, 7, 13, 19, 25, 32, 40, 49, 63),
+    "int3": (-50, -31, -16, -3, 10, 22, 38, 63),
+    "int2": (-50, -15, 24, 63),
+}
 
 
 def code(chunk: list[int], place: int, bits: int) -> int:
@@ -34,13 +40,13 @@ def dense(
     G, B = -(-out // 4), -(-columns // 64)
     values, scales = tensors["values"], tensors.get("scales")
     masks, offsets = tensors.get("masks"), tensors.get("offsets")
-    bits = int(kind[3:]) if kind in ("int3", "int4", "int6") else 0
+    bits = int(kind[3:]) if kind in GRIDS else 0
 
     def survivor(number: int) -> float:
         if not bits:
             return values[number]
         start = number // 64 * 8 * bits
-        return GRIDS[bits][code(values[start : start + 8 * bits], number % 64, bits)]
+        return GRIDS[kind][code(values[start : start + 8 * bits], number % 64, bits)]
 
     found = [[0.0] * columns for _ in range(out)]
     n = 0

@@ -146,8 +146,8 @@ struct Trait<INT8> {
     using Place = Whole<1>;
 };
 
-// Codes of few bits. A code stands for a signed integer of at most 127, its level. Up to 4 bits any table of levels will do;
-// more bits are `first` plus code times `step`, 1 or 2. kinds.py has the same levels.
+// Codes of few bits. A code stands for a signed byte, its level. Up to 4 bits any table of levels will do; with more bits the
+// levels follow each other from `first` on. kinds.py has the same levels.
 template <int BITS>
 struct FewTrait {
     static constexpr int bits = BITS;
@@ -157,16 +157,25 @@ struct FewTrait {
 template <>
 struct Trait<INT4> : FewTrait<4> {
     static constexpr int kind = INT4;
-    static constexpr int8_t levels[16] = {-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15};
+    static constexpr int8_t levels[16] = {-53, -40, -31, -24, -17, -11, -4, 2, 7, 13, 19, 25, 32, 40, 49, 63};
 };
 template <>
 struct Trait<INT3> : FewTrait<3> {
     static constexpr int kind = INT3;
-    static constexpr int8_t levels[16] = {-7, -5, -3, -1, 1, 3, 5, 7};
+    static constexpr int8_t levels[16] = {-50, -31, -16, -3, 10, 22, 38, 63};
+};
+template <>
+struct Trait<INT2> : FewTrait<2> {
+    static constexpr int kind = INT2;
+    static constexpr int8_t levels[16] = {-50, -15, 24, 63};
+};
+template <>
+struct Trait<INT5> : FewTrait<5> {
+    static constexpr int kind = INT5, first = -14;
 };
 template <>
 struct Trait<INT6> : FewTrait<6> {
-    static constexpr int kind = INT6, first = -63, step = 2;
+    static constexpr int kind = INT6, first = -28;
 };
 
 // `use(trait)` for a kind that is known only now.
@@ -179,6 +188,8 @@ inline auto with_kind(int32_t kind, F use) {
         case INT4: return use(Trait<INT4>{});
         case INT3: return use(Trait<INT3>{});
         case INT6: return use(Trait<INT6>{});
+        case INT5: return use(Trait<INT5>{});
+        case INT2: return use(Trait<INT2>{});
         default: return use(Trait<INT8>{});
     }
 }
@@ -186,7 +197,7 @@ inline auto with_kind(int32_t kind, F use) {
 template <int KIND>
 constexpr int level(int code) {
     if constexpr (Trait<KIND>::bits <= 4) return Trait<KIND>::levels[code];
-    else return Trait<KIND>::first + Trait<KIND>::step * code;
+    else return Trait<KIND>::first + code;
 }
 
 inline int64_t stored_bytes(int32_t kind, int64_t count) {

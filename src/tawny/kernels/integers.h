@@ -83,10 +83,12 @@ struct Integers {
         [[maybe_unused]] Bytes codes;
         if constexpr (bits == 8) return I::load_bytes((const int8_t*)chunk + PART * N);
         if constexpr (bits == 6) codes = I::either(I::template plane<4, 0, PART>(chunk), I::template plane<2, 4, PART>(chunk + 32));
+        if constexpr (bits == 5) codes = I::either(I::template plane<4, 0, PART>(chunk), I::template plane<1, 4, PART>(chunk + 32));
         if constexpr (bits == 4) codes = I::template plane<4, 0, PART>(chunk);
         if constexpr (bits == 3) codes = I::either(I::template plane<2, 0, PART>(chunk), I::template plane<1, 2, PART>(chunk + 16));
+        if constexpr (bits == 2) codes = I::template plane<2, 0, PART>(chunk);
         if constexpr (bits <= 4) return I::lookup(table, codes);
-        else if constexpr (bits < 8) return I::add(Trait<KIND>::step == 2 ? I::add(codes, codes) : codes, I::same(Trait<KIND>::first));
+        else if constexpr (bits < 8) return I::add(codes, I::same(Trait<KIND>::first));
     }
 
     template <int KIND, int PART = 0>

@@ -53,6 +53,7 @@ from tawny.kinds import KINDS, Kind, kind_of
 
 VERSION = 2  # 1 knew no weights without offsets, and no kinds of few bits
 READABLE = (1, 2)
+_SHARES = [0.5 + 0.04 * step for step in range(15)]  # of a range that reaches the largest weight
 PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
 
@@ -173,13 +174,11 @@ def pack(
     values: str = "bf16",
     group: int | None = None,
     whole: bool = False,
-    scales_OS: Tensor | None = None,
 ) -> PackedTensor:
     """Pack a dense weight with zeros. The weight is first cast to `values`; what is then all zero bits is dropped.
 
     Args:
         whole: drop nothing: for weights with hardly any zeros. Integers then do without masks, floats in their file.
-        scales_OS: float [O, ceil(I / group)], the scales of a weight that was solved on the grid; else they are looked for.
 
     Raises:
         NumericalError: a finite weight is too large for `values`, or one that should become an integer is not finite.
@@ -197,7 +196,7 @@ def pack(
     kept_GBRC = masks_to_bits(full_masks(shape)) if whole else bits_GBRC != 0
     tensors: dict[str, Tensor] = {}
     if kind.scaled:
-        scales = scales_of(cast_OI, kind, group, whole) if scales_OS is None else scales_OS
+        scales = scales_of(W_OI, kind, group, whole)
         removing = None if whole else kept_GBRC
         bits_GBRC, tensors = _scale(bits_GBRC.view(torch.float32), kind, group, scales, removing)
     if kind.scaled and whole:
@@ -234,25 +233,55 @@ def _cast(W_OI: Tensor, kind: Kind) -> Tensor:
     return cast_OI
 
 
-def scales_of(W_OI: Tensor, kind: Kind, group: int | None, whole: bool = False) -> Tensor:
-    """float32 [O, 1 or ceil(I / group)]: scales for a weight that was not solved on the grid."""
+def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = False) -> Tensor:
+    """float32 [O, 1 or ceil(I / group)], values that bfloat16 holds where there is a group: the best scales.
+
+    Of few bits, each scale is tried that makes the largest weight of the group a level of the grid. Of weights that were not
+    solved on the grid, shares of the two scales are tried, too, that make it the last level at either end. The best gives
+    the levels, least squares the scale. Of that and its neighbours the one wins that gives most weights back bit for bit:
+    a checkpoint in 16 bits stored scale × level rounded, and so a weight that was solved on the grid comes back.
+    """
+    W_OI = stored_OI.float()
     width = W_OI.shape[1]
     if group is None:
         return W_OI.abs().amax(1, keepdim=True) / kind.largest
     even_OSC = torch.nn.functional.pad(W_OI, (0, -width % group)).view(len(W_OI), -1, group)
-    largest_OS = even_OSC.abs().amax(2) / kind.largest
+    largest_OS = even_OSC.gather(2, even_OSC.abs().argmax(2, keepdim=True)).squeeze(2)
     if kind.bits == 8:
-        return _bf16_up(largest_OS).float()
-    best_OS, least_OS = largest_OS, torch.full_like(largest_OS, torch.inf)
-    kept_OSC = torch.ones_like(even_OSC) if whole else (even_OSC != 0).float()
-    for share in torch.linspace(0.5, 1.0, 26).tolist():
-        tried_OS = (largest_OS * share).bfloat16().float()
-        off_OSC = kind.round(even_OSC, tried_OS.unsqueeze(2)).mul_(tried_OS.unsqueeze(2)).sub_(even_OSC)
+        return _bf16_up(largest_OS.abs() / kind.largest).float()
+    kept_OI = torch.ones_like(W_OI) if whole else (W_OI != 0).float()
+    kept_OSC = torch.nn.functional.pad(kept_OI, (0, -width % group)).view(even_OSC.shape)
+    best_OS, least_OS = torch.zeros_like(largest_OS), torch.full_like(largest_OS, torch.inf)
+
+    def attempt(divisor: float) -> None:
+        nonlocal best_OS, least_OS
+        tried_OS1 = (largest_OS / divisor).bfloat16().float().unsqueeze(2)
+        off_OSC = kind.round(even_OSC, tried_OS1).mul_(tried_OS1).sub_(even_OSC)
         error_OS = off_OSC.square_().mul_(kept_OSC).sum(2)
         better_OS = error_OS < least_OS
-        best_OS = torch.where(better_OS, tried_OS, best_OS)
+        best_OS = torch.where(better_OS, tried_OS1.squeeze(2), best_OS)
         least_OS = torch.where(better_OS, error_OS, least_OS)
-    return best_OS.bfloat16().float()
+
+    for level in kind.grid:
+        if level:
+            attempt(level)
+    if bool((least_OS > even_OSC.square().sum(2) * 2.0**-16).any()):
+        for share in _SHARES:
+            attempt(kind.grid[0] / share)
+            attempt(kind.grid[-1] / share)
+    level_OSC = kind.round(even_OSC, best_OS.unsqueeze(2)).mul_(kept_OSC)
+    fitted_OS = ((level_OSC * even_OSC).sum(2) / level_OSC.square().sum(2)).nan_to_num(0.0).bfloat16()
+    least_OS.fill_(torch.inf)
+    for step in (0, -1, 1):
+        tried_OS1 = (
+            (fitted_OS.view(torch.int16) + step).view(torch.bfloat16).float().nan_to_num(0.0).unsqueeze(2)
+        )
+        missed_OS = (
+            ((level_OSC * tried_OS1).to(stored_OI.dtype) != even_OSC.to(stored_OI.dtype)) * kept_OSC
+        ).sum(2)
+        best_OS = torch.where(missed_OS < least_OS, tried_OS1.squeeze(2), best_OS)
+        least_OS = torch.minimum(least_OS, missed_OS)
+    return best_OS
 
 
 def _scale(
