@@ -1,7 +1,7 @@
 // Runs the kernels of 64-bit ARM over the cases that arm.py wrote, and compares what they give with the answers.
 //
-// A case is a letter that says what to do, numbers and arrays; all counts and numbers are int64. The last arrays are the answers
-// and how far from them a result may lie, both float64.
+// A case is a letter that says what to do, numbers and arrays; all counts and numbers are int64. Answers are float64, and
+// so is how far from them a result may lie, in the array that follows: not at all if that is empty.
 #include "generic.h"
 
 #include <math.h>
@@ -15,7 +15,8 @@ int32_t tawny_supported();
 int32_t tawny_choose(int32_t level);
 int32_t tawny_describe(Packed* out, const void* masks, const void* values, const void* offsets, const void* scales,
                        const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span);
-int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* y, int32_t xkind, int64_t tokens, int32_t threads);
+int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* y, int32_t xkind, int64_t tokens,
+                        int32_t threads);
 int32_t tawny_expand(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
                      int64_t rows, int64_t cols, int32_t kind, int32_t span, int64_t from, int64_t to, void* out,
                      int32_t okind, int64_t stride, int32_t threads);
@@ -28,6 +29,7 @@ int32_t tawny_remove_half(const float* weight, const float* hessian, const float
 namespace {
 
 // Memory that ends where a page begins which cannot be read: a vector that reaches past an array ends the program.
+// It is NaN in every kind to begin with, so that a result that was not written is none.
 struct Memory {
     size_t bytes, mapped;
     uint8_t *start, *at;
@@ -35,6 +37,7 @@ struct Memory {
         start = (uint8_t*)mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         mprotect(start + mapped - 4096, 4096, PROT_NONE);
         at = start + mapped - 4096 - size;
+        memset(at, 0xff, size);
     }
     Memory(const Memory&) = delete;
     Memory(Memory&& other) : bytes(other.bytes), mapped(other.mapped), start(other.start), at(other.at) { other.start = nullptr; }
@@ -80,8 +83,9 @@ bool compare(const Case& c, size_t i, const void* found, int32_t kind) {
     const double *wanted = c.a[i].as<double>(), *allowed = c.a[i + 1].as<double>();
     for (size_t j = 0; j < c.a[i].bytes / 8; j++) {
         double value = load_float(found, kind, (int64_t)j);
-        if (!isfinite(wanted[j]) ? isfinite(value) : !(fabs(value - wanted[j]) <= allowed[j])) {
-            if (!quiet) printf("  [%zu] is %.9g, not %.9g ± %.3g\n", j, value, wanted[j], allowed[j]);
+        double off = allowed ? allowed[j] : 0.0;
+        if (!isfinite(wanted[j]) ? isfinite(value) : !(fabs(value - wanted[j]) <= off)) {
+            if (!quiet) printf("  [%zu] is %.9g, not %.9g ± %.3g\n", j, value, wanted[j], off);
             return false;
         }
     }
@@ -120,12 +124,14 @@ bool run(const Case& c, const Kernels& k) {
         case 'a': {  // attend
             int32_t kind = (int32_t)n[5];
             Memory y((size_t)(n[0] * n[2] * value_size(kind))), scores((size_t)(n[0] * n[3] * 4));
-            Attention attention = {floats(0), a[1], a[2], scores.as<float>(), y.at, n[0], n[1], n[2], n[3], n[4], n[3], 0.25f, kind};
+            Attention attention = {floats(0), a[1], a[2], scores.as<float>(), y.at,  n[0], n[1],
+                                   n[2],      n[3], n[4], n[3],               0.25f, kind};
             k.attend(&attention, 0, n[0]);
             return compare(c, 3, y, kind);
         }
         case 'h': {  // half of each row removed
             Memory removed((size_t)(n[0] * n[1] * 4)), paid((size_t)n[0] * 8);
+            memset(paid.at, 0, paid.bytes);
             int32_t error = tawny_remove_half(floats(0), floats(1), floats(2), removed.as<float>(), paid.as<double>(), n[0], n[1],
                                               n[1], n[1], 1);
             for (int64_t r = 0; r < n[0]; r++)
@@ -140,6 +146,7 @@ bool run(const Case& c, const Kernels& k) {
                          0.4375f, 0.625f, (int32_t)n[2], kind};
             if (c.what == 'r') return k.admm_right(&pass, 0, n[0]), compare(c, 4, y, kind);
             memcpy(y.at, a[0], y.bytes);
+            memset(counts.at, 0, counts.bytes);
             k.admm_update(&pass, 0, n[0], counts.as<int64_t>());
             return compare(c, 4, y, F32) && !memcmp(counts.at, a.back(), counts.bytes);
         }

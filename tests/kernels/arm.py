@@ -16,19 +16,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tawny.kernels.admm import BINS
 from tawny.kernels.layout import bit_pattern
 from tawny.kernels.ops import FLOATS
+from tawny.kinds import KINDS as TABLE
 from tawny.packed.format import PackedTensor, pack, unpack
 from tests.kernels.test_admm import problem, spread, support
 from tests.kernels.test_kernels import ROUNDING, activations
-from tests.packed.cases import KINDS, TABLE, uneven, weight
+from tests.packed.cases import KINDS, uneven, weight
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [(1, 1), (3, 5), (4, 64), (5, 65), (17, 130), (7, 200), (9, 1537), (6, 4200)]
 TOKENS = (1, 2, 5, 8)
-FLAGS = "-std=c++17 -O3 -Wall -Wextra -Wno-psabi -fno-exceptions -fno-rtti -static".split()
-SOURCES = ["tests/kernels/arm.cpp", *(f"src/tawny/kernels/{name}.cpp" for name in ("dispatch", "portable", "neon"))]
+FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Wno-psabi", "-fno-exceptions", "-fno-rtti", "-static"]
+KERNELS = ROOT / "src" / "tawny" / "kernels"
+SOURCES = [
+    Path(__file__).with_suffix(".cpp"),
+    *map(KERNELS.joinpath, ("dispatch.cpp", "portable.cpp", "neon.cpp")),
+]
 
 
 class Case(NamedTuple):
@@ -40,15 +44,15 @@ class Case(NamedTuple):
 
     def bytes(self) -> bytes:
         name = self.name.encode()
-        parts = [struct.pack("<q", len(name)), name, _int64s(self.numbers), struct.pack("<q", len(self.arrays))]
+        parts = [_int64s(len(name)), name, _int64s(len(self.numbers), *self.numbers, len(self.arrays))]
         for array in self.arrays:
             data = b"" if array is None else bit_pattern(array.contiguous()).numpy().tobytes()
-            parts += [struct.pack("<q", len(data)), data]
+            parts += [_int64s(len(data)), data]
         return b"".join(parts)
 
 
-def _int64s(numbers: tuple[int, ...]) -> bytes:
-    return struct.pack(f"<{len(numbers) + 1}q", len(numbers), *numbers)
+def _int64s(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}q", *numbers)
 
 
 def answers(exact: Tensor, magnitude: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,7 @@ def packed_cases(values: str, group: int | None, whole: bool) -> Iterator[Case]:
                 yield product(name, packed, activations(tokens, shape[1], dtype), bias)
             wanted = unpack(packed, dtype).double()
             numbers = (w.rows, w.cols, w.kind.code or 0, w.span, code)
-            yield Case(f"expand {store} {shape} {dtype}", numbers, (*w[:5], wanted, torch.zeros_like(wanted)))
+            yield Case(f"expand {store} {shape} {dtype}", numbers, (*w[:5], wanted, None))
     packed = pack(weight((8, 128), 0.0), values, group, whole)
     for bad in (float("nan"), float("inf")):
         x = activations(2, 128, torch.float32)
@@ -125,15 +129,17 @@ def between_cases() -> Iterator[Case]:
             exact = x64 / (x64.square().mean() + 1e-5).sqrt() * w.double()
             yield Case(f"norm {dtype} {count}", (count, code), (x, w, *answers(exact, exact.abs(), dtype)))
             exact = torch.nn.functional.silu(x64 * 8) * w.double()
-            yield Case(f"swish {dtype} {count}", (count, code), (x * 8, w, *answers(exact, exact.abs(), dtype)))
+            gated = (x * 8, w, *answers(exact, exact.abs(), dtype))
+            yield Case(f"swish {dtype} {count}", (count, code), gated)
         for dim, tokens in ((4, 1), (8, 3), (40, 9), (67, 5)):
             stride = 2 * dim + 3
             q, k, v = torch.randn(4, dim), *torch.randn(2, tokens, stride).to(dtype)
-            keys, past = (t[:, : 2 * dim].double().view(tokens, 2, dim).repeat_interleave(2, 1) for t in (k, v))
+            keys, past = (t[:, : 2 * dim].reshape(tokens, 2, dim).double() for t in (k, v))
+            keys, past = keys.repeat_interleave(2, 1), past.repeat_interleave(2, 1)
             shares = torch.einsum("hd,thd->ht", q.double(), keys).mul(0.25).softmax(1)
             exact, magnitude = (torch.einsum("ht,thd->hd", shares, values) for values in (past, past.abs()))
-            numbers = (4, 2, dim, tokens, stride, code)
-            yield Case(f"attend {dtype} {dim} {tokens}", numbers, (q, k, v, *answers(exact, magnitude, dtype)))
+            arrays = (q, k, v, *answers(exact, magnitude, dtype))
+            yield Case(f"attend {dtype} {dim} {tokens}", (4, 2, dim, tokens, stride, code), arrays)
 
 
 def pruning_cases() -> Iterator[Case]:
@@ -147,18 +153,18 @@ def pruning_cases() -> Iterator[Case]:
             counts = spread(moved, zero, (0.4375, 0.625), 7)
             for dtype in (torch.float32, torch.bfloat16):
                 exact = (0.5 * (D - W) - 0.25 * (T - D)).to(dtype).double()
-                right = (T, W, None, zero, exact, torch.zeros_like(exact))
+                right = (T, W, None, zero, exact, None)
                 yield Case(f"right {dtype} {name}", (count, FLOATS[dtype]), right)
                 exact = moved.double()
-                update = (T, W, W.flip(0).to(dtype), zero, exact, torch.zeros_like(exact), counts)
+                update = (T, W, W.flip(0).to(dtype), zero, exact, None, counts)
                 yield Case(f"update {dtype} {name}", (count, FLOATS[dtype], 7), update)
             before, after = support(-T.flip(0), zero, 0.5), support(T, zero, 0.5)
             changed = int((before ^ after).sum())
             yield Case(f"change {name}", (count, changed), (T, zero, before, after))
     for rows, width in ((1, 1), (3, 5), (5, 37), (4, 64)):
         W, H = torch.randn(rows, width).mul(2).round(), torch.randn(width, width).mul(2).round()
-        H = H @ H.T
-        carried, gone, paid = torch.randn(rows, width).mul(20).round(), torch.zeros(rows, width), torch.zeros(rows)
+        H, carried = H @ H.T, torch.randn(rows, width).mul(20).round()
+        gone, paid = torch.zeros(rows, width), torch.zeros(rows)
         for row in range(rows):
             cost = W[row] * (W[row] * H.diagonal() + 2 * carried[row])
             for _ in range(width // 2):
@@ -166,7 +172,7 @@ def pruning_cases() -> Iterator[Case]:
                 gone[row, at], cost[at], paid[row] = W[row, at], 1e38, paid[row] + cost[at]
                 cost += torch.where(cost < 1e38, 2 * W[row, at] * W[row] * H[at], 0.0)
         exact = gone.double()
-        numbers, arrays = (rows, width), (W, H, carried, exact, torch.zeros_like(exact), paid.double())
+        numbers, arrays = (rows, width), (W, H, carried, exact, None, paid.double())
         yield Case(f"half {rows} {width}", numbers, arrays)
 
 
@@ -196,10 +202,8 @@ def main() -> int:
     with (folder / "cases").open("wb") as file:
         for case in all_cases():
             file.write(case.bytes())
-    include = f"-I{ROOT / 'src/tawny/kernels'}"
-    sources = [str(ROOT / source) for source in SOURCES]
-    subprocess.run([compiler, *FLAGS, include, *sources, "-o", str(folder / "check")], check=True)
-    return subprocess.run([qemu, str(folder / "check"), str(folder / "cases")]).returncode
+    subprocess.run([compiler, *FLAGS, f"-I{KERNELS}", *SOURCES, "-o", folder / "check"], check=True)
+    return subprocess.run([qemu, folder / "check", folder / "cases"]).returncode
 
 
 if __name__ == "__main__":

@@ -47,11 +47,13 @@ struct Neon {
                 vcgtzq_s32(vreinterpretq_s32_u32(vmovl_high_u16(wide)))};
     }
     static void put(uint8_t* bytes, M mask) {
-        vst1_u8(bytes, vand_u8(vmovn_u16(vuzp1q_u16(vreinterpretq_u16_u32(mask.a), vreinterpretq_u16_u32(mask.b))), vdup_n_u8(1)));
+        uint16x8_t words = vcombine_u16(vmovn_u32(mask.a), vmovn_u32(mask.b));
+        vst1_u8(bytes, vand_u8(vmovn_u16(words), vdup_n_u8(1)));
     }
     static V widen_half(uint16x8_t half, int32_t kind) {
         if (kind == BF16)
-            return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(half), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(half, 16))};
+            return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(half), 16)),
+                    vreinterpretq_f32_u32(vshll_high_n_u16(half, 16))};
         float16x8_t floats = vreinterpretq_f16_u16(half);
         return {vcvt_f32_f16(vget_low_f16(floats)), vcvt_high_f32_f16(floats)};
     }
