@@ -153,6 +153,7 @@ struct Avx2 {
         return {{_mm256_maddubs_epi16(_mm256_set1_epi16(1), all), _mm256_srai_epi16(all, 8)}};
     }
     static __m256i load_words(const int16_t* p) { return _mm256_load_si256((const __m256i*)p); }
+    static void hold(__m256i& words) { asm("" : "+x"(words)); }
     static Sums no_sums() { return _mm256_setzero_si256(); }
     static inline __attribute__((always_inline)) void multiply_add(Sums& sums, Words w, int half, __m256i x) {
         sums = _mm256_add_epi32(sums, _mm256_madd_epi16(w.half[half], x));

@@ -103,6 +103,7 @@ struct Vbmi2 : Avx512 {
     }
     static Words words(Bytes v) { return v; }
     static Split load_words(const int16_t* p) { return {_mm512_load_si512(p), _mm512_load_si512(p + 32)}; }
+    static void hold(Split&) {}
     static Sums no_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
     static inline __attribute__((always_inline)) void multiply_add(Sums& sums, Words w, int, Split x) {
         add_products_int8(sums.high, x.high, w);

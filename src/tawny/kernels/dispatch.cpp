@@ -275,6 +275,11 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
     if (tokens == 0) return 0;
     Input input;
     int32_t form = chosen->form(p->kind, xkind, tokens, p->cols);
+    for (constexpr int64_t most = 512; form == FORM_I16 && tokens > most; tokens -= most) {  // scratch memory stays
+        if (int32_t error = tawny_packed_at(p, x, bias, y, xkind, most, threads)) return error;
+        x = (const uint8_t*)x + most * p->cols * value_size(xkind);
+        y = (uint8_t*)y + most * p->rows * value_size(xkind);
+    }
     if (int32_t error = prepare(input, form, x, xkind, tokens, p->cols)) return error;
     Output output = {y, bias, p->rows, xkind};
     Job job = {p, nullptr, &input, &output, nullptr, 0, 0, 0, p->groups, 0, 0};

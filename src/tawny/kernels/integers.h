@@ -2,7 +2,7 @@
 // vectors of bytes, their products with 16-bit words, and how it spreads survivors by a mask (`Portable` has the list).
 //
 // Activations are 16-bit integers with a scale a token, so every product is exact and sums are integers as long as a
-// scale lasts. A weight is made in strips of 32 blocks, as signed bytes that stay in L1: [blocks, 4, 64]. Codes of few bits
+// scale lasts. A weight is made in strips of 16 blocks, as signed bytes that stay in L1: [blocks, 4, 64]. Codes of few bits
 // are unpacked to bytes; survivors of a mask are then spread to their columns; whole int8 is used where it lies. A strip
 // serves all tokens, eight of them at a time: their sums fill half of the registers of AVX2.
 #pragma once
@@ -16,14 +16,16 @@ struct Integers {
     using Bytes = typename I::Bytes;
     using Sums = typename I::Sums;
     static constexpr int W = I::W, N = I::bytes, PARTS = 64 / N;
-    static constexpr int STRIP = 32;     // blocks; sums of so many products fit 32 bits
-    static constexpr int TOGETHER = 32;  // tokens that share a strip
+    static constexpr int STRIP = 16;     // blocks; sums of so many products fit 32 bits
+    static constexpr int TOGETHER = 32;  // tokens that share a strip: their words of 4096 columns stay in L2
     static constexpr int AHEAD = 2048;   // bytes
 
-    // For each block of 64 columns all tokens side by side, a part of N columns in the order that `multiply_add` wants.
+    // Tokens that share a strip lie side by side in each block of 64 columns, a part of N columns in the order that
+    // `multiply_add` wants.
     static void prepare(const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
         int64_t blocks = (cols + 63) / 64;
         for (int64_t t = 0; t < tokens; t++) {
+            int64_t before = t / TOGETHER * TOGETHER, count = tokens - before < TOGETHER ? tokens - before : TOGETHER;
             V most = I::zero(), poison = I::zero();
             alignas(64) float block[64];
             auto load = [&](int64_t b) {
@@ -49,7 +51,7 @@ struct Integers {
             V first = I::broadcast(lift), inverse = I::broadcast(usable ? 32767.0f / (largest * lift) : 0.0f);
             for (int64_t b = 0; b < blocks; b++) {
                 load(b);
-                int16_t* place = (int16_t*)data + (b * tokens + t) * 64;
+                int16_t* place = (int16_t*)data + (before * blocks + b * count + t - before) * 64;
                 if (!usable) {
                     memset(place, 0, 128);
                     continue;
@@ -206,6 +208,7 @@ struct Integers {
 #pragma GCC unroll 4
                     for (int t = 0; t < T; t++) {
                         auto words = I::load_words(x + i * step + t * 64 + n * N + half * (N / I::halves));
+                        if (R > 1) I::hold(words);  // or GCC loads it again for every row
 #pragma GCC unroll 4
                         for (int r = 0; r < R; r++) I::multiply_add(acc[r][t], w[r], half, words);
                     }
@@ -217,19 +220,26 @@ struct Integers {
         });
     }
 
-    // A strip times T tokens, R rows at a time: four where two share a word, as many sums as leave registers for the rest.
+    // A strip times T tokens, R rows at a time: four sums of integers and four of floats leave registers for the rest.
     template <int R, int T, bool HALF>
     TAWNY_LOOP static void multiply(const int8_t* strip, int64_t blocks, int64_t together, const float* scales, const int16_t* x,
                                     int64_t step, V* sum, int64_t tokens, int64_t count) {
-        for (int64_t b = 0, end; b < blocks; b = end, scales += HALF ? 8 : 4) {
-            end = HALF ? b + 1 : b + together < blocks ? b + together : blocks;
-            for (int r0 = 0; r0 < 4; r0 += R)
-                for (int64_t t = 0; t < count; t += T)
-                    add_rows<R, T, HALF>(b, end, scales + r0, x + t * 64, step, sum + r0 * tokens + t, tokens,
+        for (int r0 = 0; r0 < 4; r0 += R)
+            for (int64_t t0 = 0; t0 < count; t0 += T) {
+                V local[R * T], *place = sum + r0 * tokens + t0;
+#pragma GCC unroll 8
+                for (int i = 0; i < R * T; i++) local[i] = place[i / T * tokens + i % T];
+                const float* scale = scales + r0;
+                for (int64_t b = 0, end; b < blocks; b = end, scale += HALF ? 8 : 4) {
+                    end = HALF ? b + 1 : b + together < blocks ? b + together : blocks;
+                    add_rows<R, T, HALF>(b, end, scale, x + t0 * 64, step, local, T,
                                          [&](int64_t i, int r, auto part) __attribute__((always_inline)) {
                                              return I::words(I::load_bytes(strip + (i * 4 + r0 + r) * 64 + part.value * N));
                                          });
-        }
+                }
+#pragma GCC unroll 8
+                for (int i = 0; i < R * T; i++) place[i / T * tokens + i % T] = local[i];
+            }
     }
 
     // One token, straight from the chunks of a whole weight: S groups that lie far apart.
@@ -328,8 +338,8 @@ struct Integers {
             return multiply<1, 1, HALF>(strip, blocks, together, scales, x, step, sum, tokens, tokens);
         } else {
             int64_t t = tokens & ~3;
-            if (t) multiply<2, 4, HALF>(strip, blocks, together, scales, x, step, sum, tokens, t);
-            if (tokens & 2) multiply<4, 2, HALF>(strip, blocks, together, scales, x + t * 64, step, sum + t, tokens, 2), t += 2;
+            if (t) multiply<HALF ? 1 : 2, 4, HALF>(strip, blocks, together, scales, x, step, sum, tokens, t);
+            if (tokens & 2) multiply<2, 2, HALF>(strip, blocks, together, scales, x + t * 64, step, sum + t, tokens, 2), t += 2;
             if (tokens & 1) multiply<4, 1, HALF>(strip, blocks, together, scales, x + t * 64, step, sum + t, tokens, 1);
         }
     }
@@ -339,10 +349,10 @@ struct Integers {
         V sum[4 * TOGETHER];
         for (int64_t i = 0; i < 4 * tokens; i++) sum[i] = begin(p, g, (int)(i / tokens));
         Strips<KIND> strips(p, g);
-        int64_t step = x.tokens * 64, together = blocks_of(p);
+        int64_t step = tokens * 64, together = blocks_of(p);
         for (int64_t b = 0; b < p.blocks; b += STRIP) {
             int64_t blocks = p.blocks - b < STRIP ? p.blocks - b : STRIP;
-            const int16_t* words = (const int16_t*)x.data + b * step + first * 64;
+            const int16_t* words = (const int16_t*)x.data + first * p.blocks * 64 + b * step;
             Scales scales(p, g, b);
             if (p.masks && x.tokens == 1) {
                 const uint64_t* masks = strips.masks;
@@ -364,11 +374,9 @@ struct Integers {
     static void range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
         if constexpr (I::streams == 2 && (KIND == INT8 || KIND == INT4 || KIND == INT3))
             if (x.tokens == 1 && !p.masks) return one_range<KIND, HALF>(p, x, out, from, to);
-        for (int64_t g = from; g < to; g++)
-            for (int64_t t = 0, share; t < x.tokens; t += share) {
-                share = token_share(x.tokens - t, TOGETHER);
-                group<KIND, HALF>(p, x, out, g, t, share);
-            }
+        for (int64_t t = 0; t < x.tokens; t += TOGETHER)
+            for (int64_t g = from; g < to; g++)
+                group<KIND, HALF>(p, x, out, g, t, x.tokens - t < TOGETHER ? x.tokens - t : TOGETHER);
     }
 
     static void packed(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {

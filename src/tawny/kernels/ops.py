@@ -5,6 +5,8 @@ or a shape. What no compiled kernel takes goes to the twin in plain torch.
 
 By the number of tokens T (rows of x): up to `DIRECT` the compiled kernel multiplies packed weights as they are;
 above, a few hundred rows at a time are expanded into a small buffer that stays in cache and torch's own matrix product runs.
+On AVX2 the kernel takes any number of tokens of integers: it is as fast as torch's product in float32, and many times as
+fast as the one in bfloat16.
 Results do not depend on the number of threads; they do depend, in the last bits, on T and on the kernel.
 """
 
@@ -25,6 +27,7 @@ __all__ = [
 
 import ctypes
 import math
+import sys
 import threading
 from collections.abc import Iterable
 
@@ -48,6 +51,11 @@ def readable(weight: Weight) -> bool:
 def _compiled(weight: Weight, dtype: torch.dtype) -> bool:
     """Whether a compiled kernel reads this weight, and computes in this type."""
     return readable(weight) and dtype in FLOATS and native.chosen()
+
+
+def _most_direct(weight: Weight) -> int:
+    """Tokens that the compiled kernel takes without expanding the weight."""
+    return sys.maxsize if weight.kind.scaled and native.kernel_name() == "avx2" else DIRECT
 
 
 def _spelled(weight: Weight) -> tuple[int | None, ...]:
@@ -120,7 +128,7 @@ def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return reference.packed_linear(x, weight, None if bias is None else bias.to(x.dtype))
     x = x.contiguous()
     bias = _readable(bias, rows, x.dtype)
-    if x.numel() > DIRECT * cols:
+    if x.numel() > _most_direct(weight) * cols:
         return _expand_then_multiply(x.view(-1, cols), weight, bias).view(*x.shape[:-1], rows)
     y = Call(weight)(x, bias)
     assert y is not None
@@ -137,7 +145,7 @@ class Call:
     It keeps the tensors whose addresses it uses alive; `fits` says whether they are still the module's own.
     """
 
-    __slots__ = ("_at", "_held", "_library", "_memory", "cols", "rows", "weight")
+    __slots__ = ("_at", "_held", "_library", "_memory", "_most", "cols", "rows", "weight")
 
     def __init__(self, weight: Weight) -> None:
         self.weight, self.rows, self.cols = weight, weight.rows, weight.cols
@@ -147,6 +155,7 @@ class Call:
         self._at = ctypes.addressof(self._memory)
         self._library.tawny_describe(self._at, *spelled)
         self._held = _addresses(weight[:5])
+        self._most = _most_direct(weight)
 
     @property
     def address(self) -> int:
@@ -169,7 +178,7 @@ class Call:
         """None where this path does not apply, and the general one must be taken."""
         dtype, shape = x.dtype, x.shape
         tokens = x.numel() // self.cols
-        if tokens > DIRECT or dtype not in FLOATS or shape[-1] != self.cols or not x.is_contiguous():
+        if tokens > self._most or dtype not in FLOATS or shape[-1] != self.cols or not x.is_contiguous():
             return None
         if bias is not None and not (
             bias.dtype is dtype and bias.numel() == self.rows and bias.is_contiguous()

@@ -148,6 +148,7 @@ struct Portable {
     static constexpr int halves = 1;
     static Bytes words(Bytes v) { return v; }
     static const int16_t* load_words(const int16_t* p) { return p; }
+    static void hold(const int16_t*) {}
     static Sums no_sums() { return {}; }
     static void multiply_add(Sums& sums, Bytes w, int, const int16_t* x) {
         for (int j = 0; j < 8; j++) sums.i[j] += w.b[2 * j] * x[2 * j] + w.b[2 * j + 1] * x[2 * j + 1];

@@ -13,8 +13,8 @@
 // The first three are also those of activations, results and dense weights.
 enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, INT3 = 5, INT6 = 6, INT5 = 7, INT2 = 8, KINDS = 9 };
 
-// How a kernel wants the activations: float32, bfloat16, or 16-bit integers (integers.h: for each 64 columns all tokens side
-// by side, the 64 in the instruction set's own order).
+// How a kernel wants the activations: float32, bfloat16, or 16-bit integers (integers.h, in an order
+// of its own).
 enum Form : int32_t { FORM_F32 = 0, FORM_BF16 = 1, FORM_I16 = 2 };
 
 struct Packed {
