@@ -100,7 +100,10 @@ def packed_cases(values: str, group: int | None, whole: bool) -> Iterator[Case]:
 
 
 def wide_cases() -> Iterator[Case]:
-    """The largest sums that 32 bits have to hold."""
+    """The largest sums that 32 bits have to hold, and more tokens than are taken at once."""
+    yield product(
+        "packed int4 tokens 530", pack(uneven((5, 65)), "int4"), activations(530, 65, torch.float32)
+    )
     for tokens in (1, 2, 3):
         for whole in (False, True):
             packed = pack(torch.ones(4, 70016), "int8", whole=whole)

@@ -129,6 +129,7 @@ struct Neon {
     struct Words { int16x8_t half[2]; };
     static Words words(Bytes all) { return {{vmovl_s8(vget_low_s8(all)), vmovl_high_s8(all)}}; }
     static int16x8_t load_words(const int16_t* p) { return vld1q_s16(p); }
+    static void hold(int16x8_t& words) { asm("" : "+w"(words)); }
     static Sums no_sums() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
     static inline __attribute__((always_inline)) void multiply_add(Sums& sums, Words w, int half, int16x8_t x) {
         sums.a = vmlal_s16(sums.a, vget_low_s16(w.half[half]), vget_low_s16(x));
