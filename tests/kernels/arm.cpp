@@ -183,5 +183,6 @@ int main(int count, char** arguments) {
         }
     }
     for (int k = 0; k < 2; k++) printf("%s: %d of %d cases pass\n", kernels[k].table->name, passed[k], cases);
+    if (!wrong) printf("the file ends before the case that must fail\n");
     return wrong && refused && cases && passed[0] == cases && passed[1] == cases ? 0 : 1;
 }
