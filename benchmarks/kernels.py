@@ -4,7 +4,8 @@
     python benchmarks/kernels.py --quick                             # small shapes, few rounds, nothing kept
     python benchmarks/kernels.py --shapes 4096x4096 --threads 1 --columns 1    # a piece; results are merged
 
-Variants: packed bf16, int8 (a scale a row, and one for 128 columns) and f32; our best dense kernel in bf16 and f32 (the
+Variants: packed bf16, int8 (a scale a row, and one for 128 columns), int4 and int3 (one for 64 columns; without zeros they
+have no masks) and f32; our best dense kernel in bf16 and f32 (the
 honest baseline); torch's `F.linear` in bf16 and f32; torch CSR (MKL) in f32; and the streaming limit, one core or more
 adding up an array and doing nothing else. All variants of a case take turns in every round, so that a change of clock
 or a noisy neighbour falls on all of them. Every variant walks over copies of its weight whose bytes together exceed
@@ -40,15 +41,18 @@ from tawny.packed.linear import DenseLinear, PackedLinear
 
 SHAPES = ["4096x4096", "11008x4096", "2048x5632", "576x1536"]
 SPARSITIES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
-MANY_SPARSITIES = [0.5, 0.7, 0.8]  # for more than one column
+MANY_SPARSITIES = [0.0, 0.5, 0.7, 0.8]  # for more than one column
 RARE_SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9]  # for kinds of values that few choose
 COLUMNS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512]
 PACKED = {
     "packed bf16": ("bf16", None),
     "packed int8": ("int8", None),
     "packed int8/128": ("int8", 128),
+    "packed int4": ("int4", 64),
+    "packed int3": ("int3", 64),
     "packed f32": ("f32", None),
 }
+FEW = {"packed int4": (0.0, 0.5), "packed int3": (0.0,)}  # sparsities, for any number of columns
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
 
 
@@ -100,7 +104,8 @@ class Variant:
 
 @cache
 def packed_weight(shape: tuple[int, int], sparsity: float, values: str, group: int | None) -> PackedTensor:
-    return pack(pruned(shape, sparsity), values, group)  # type: ignore[arg-type]
+    whole = sparsity == 0 and values.startswith("int")
+    return pack(pruned(shape, sparsity), values, group, whole)  # type: ignore[arg-type]
 
 
 @cache
@@ -146,9 +151,8 @@ def variants(
         for name, (values, group) in PACKED.items():
             if keep is not None and name not in keep:
                 continue
-            if name not in ("packed bf16", "packed int8") and (
-                columns > 1 or sparsity not in RARE_SPARSITIES
-            ):
+            rare = () if columns > 1 else RARE_SPARSITIES
+            if sparsity not in FEW.get(name, sparsities if name in ("packed bf16", "packed int8") else rare):
                 continue
             packed = packed_weight(shape, sparsity, values, group)
 
@@ -294,7 +298,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--columns", default=",".join(map(str, COLUMNS)))
-    parser.add_argument("--sparsities", help="default: 0-0.9 for one column, 0.5, 0.7 and 0.8 for more")
+    parser.add_argument("--sparsities", help="default: 0-0.9 for one column, 0, 0.5, 0.7 and 0.8 for more")
     parser.add_argument("--variants", help="only these, comma separated")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--again", action="store_true", help="measure what is in the results, too")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _ctypes
+import itertools
 import os
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,20 @@ def test_every_kernel_agrees_with_plain_torch_over_shapes_and_sparsities(kernel,
                     agree(packed, activations(tokens, shape[1], dtype))
 
 
+@pytest.mark.parametrize("values,group", [kind for kind in KINDS if TABLE[kind[0]].scaled])
+def test_whole_integers_agree_are_expanded_and_looked_up(kernel, values, group):
+    for shape in SHAPES:
+        packed = pack(weight(shape, 0.0), values, group, whole=True)
+        assert packed.whole
+        for tokens in (1, 2, 3, 4, 7, 8, 40):
+            agree(packed, activations(tokens, shape[1], DTYPES[tokens % 3]))
+        for dtype in DTYPES:
+            dense = unpack(packed, dtype)
+            assert torch.equal(ops.expand(packed.weight, dtype), dense)
+            ids = torch.tensor([[shape[0] - 1, 0]])
+            assert torch.equal(ops.gather_rows(ids, packed.weight, dtype), dense[ids])
+
+
 @pytest.mark.parametrize("values,group", KINDS)
 def test_every_kernel_agrees_for_any_number_of_tokens(kernel, values, group):
     packed = pack(uneven((37, 250)), values, group)
@@ -100,9 +115,10 @@ def test_prefill_by_expanding_agrees_in_one_chunk_and_in_many(kernel, values, gr
     st.sampled_from(DTYPES),
     st.integers(1, 9),
     st.integers(0, 1000),
+    st.booleans(),
 )
-def test_kernels_agree_on_anything(rows, columns, sparsity, kind, dtype, tokens, seed):
-    packed = pack(weight((rows, columns), sparsity, seed), *kind)
+def test_kernels_agree_on_anything(rows, columns, sparsity, kind, dtype, tokens, seed, whole):
+    packed = pack(weight((rows, columns), sparsity, seed), *kind, whole=whole)
     x = activations(tokens, columns, dtype)
     for kernel in KERNELS:
         with native.force(kernel):
@@ -147,8 +163,8 @@ def by_threads(product) -> list[torch.Tensor]:
 
 
 def test_a_product_does_not_depend_on_the_number_of_threads(kernel):
-    for values, group in KINDS:
-        packed = pack(uneven((301, 700)), values, group)
+    for (values, group), whole in itertools.product(KINDS, (False, True)):
+        packed = pack(uneven((301, 700)), values, group, whole=whole)
         for tokens in (1, 3, 8):
             x = activations(tokens, 700, torch.bfloat16)
             one, two, three = by_threads(partial(ops.packed_linear, x, packed.weight, None))
