@@ -44,6 +44,8 @@ int32_t supported() {
     uint32_t a71 = 0, b71, c71, d71;
     bool bf16 = a7 >= 1 && __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && (a71 & (1u << 5));
     if (dq && bw && vl && vbmi2 && vnni && bf16) found |= 8;
+#elif defined(__aarch64__)
+    found |= 16;  // there is none without NEON
 #endif
     return found;
 }
@@ -55,6 +57,8 @@ const Kernels* choose(int32_t level) {
         case 1: return tawny_avx2();
         case 2: return tawny_avx512f();
         case 3: return tawny_avx512vbmi2();
+#elif defined(__aarch64__)
+        case 4: return tawny_neon();
 #endif
         default: return nullptr;
     }
@@ -263,7 +267,7 @@ int32_t tawny_level(int32_t kind, int32_t code) {
 int32_t tawny_supported() { return supported(); }
 
 int32_t tawny_choose(int32_t level) {
-    if (level < 0 || level > 3 || !(supported() >> level & 1)) return 1;
+    if (level < 0 || level > 4 || !(supported() >> level & 1)) return 1;
     chosen = choose(level);
     return chosen ? 0 : 1;
 }

@@ -130,3 +130,4 @@ extern "C" const Kernels* tawny_portable();
 extern "C" const Kernels* tawny_avx2();
 extern "C" const Kernels* tawny_avx512f();
 extern "C" const Kernels* tawny_avx512vbmi2();
+extern "C" const Kernels* tawny_neon();
