@@ -129,10 +129,10 @@ class Kind:
         return self.round(W_OI, scale_O1) * scale_O1
 
 
-def _few(name: str, help: str, grid: Iterable[int]) -> Kind:
+def _few(name: str, help: str, code: int, grid: Iterable[int]) -> Kind:
     grid = tuple(grid)
     bits = (len(grid) - 1).bit_length()
-    return Kind(name, help, bits, "uint8", None, 0.0, grid=grid, groups=(64, 32, 128))
+    return Kind(name, help, bits, "uint8", code, 0.0, grid=grid, groups=(64, 32, 128))
 
 
 # The grids of few bits are those that lose least of a linear's output once it is solved on them, dense and pruned, with a
@@ -158,11 +158,11 @@ KINDS: dict[str, Kind] = {
             grid=tuple(range(-127, 128)),
             groups=(None, 32, 64, 128),
         ),
-        _few("int6", "three eighths of the bytes", range(-28, 36)),
-        _few("int5", "a third of the bytes", range(-14, 18)),
-        _few("int4", "a quarter of the bytes; best when solved (`tawny prune --values`)", _INT4),
-        _few("int3", "a fifth of the bytes; only when solved", _INT3),
-        _few("int2", "a seventh of the bytes; only when solved, with zeros", _INT2),
+        _few("int6", "three eighths of the bytes", 6, range(-28, 36)),
+        _few("int5", "a third of the bytes", 7, range(-14, 18)),
+        _few("int4", "a quarter of the bytes; best when solved (`tawny prune --values`)", 4, _INT4),
+        _few("int3", "a fifth of the bytes; only when solved", 5, _INT3),
+        _few("int2", "a seventh of the bytes; only when solved, with zeros", 8, _INT2),
     )
 }
 

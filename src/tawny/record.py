@@ -60,6 +60,7 @@ class Record:
             that it changed, beside the pruned linears.
         resumed: how often the run was taken up again.
         memory: the budget, the estimate and its parts, beside which `peak_memory` was measured.
+        values: the kind that each linear was solved for, where the recipe asks for kinds.
         files: bytes and SHA-256 of every weight file written.
         packed: kinds and bytes, where the weights were packed afterwards.
         recovery: what `tawny recover` did to the weights afterwards, in short.
@@ -81,6 +82,7 @@ class Record:
     parameters: int = 0
     linears: list[LinearRecord] = field(default_factory=list)
     allocation: dict[str, float] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0

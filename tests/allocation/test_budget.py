@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.allocation import LinearInfo, Profile
-from tawny.allocation.budget import exact, given_nm, mixed_nm, spread_in_blocks
+from tawny.allocation.budget import exact, given_nm, mixed_bits, mixed_nm, spread_in_blocks
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import removed_count
 from tests.reference.allocators import model
@@ -176,3 +176,36 @@ def test_rounding_to_whole_weights_is_no_spread_within_a_block() -> None:
     assert spread_in_blocks({**even, last.name: even[last.name] + 0.2}, profile) == {
         2: pytest.approx(0.2, abs=0.01)
     }
+
+
+@quick
+@given(
+    wishes, st.sets(st.integers(2, 8), min_size=2, max_size=4), st.floats(0, 1), st.randoms(use_true_random=False)
+)
+def test_bits_stay_within_the_mean_and_below_it_by_less_than_a_step(pairs, bits, share, random) -> None:
+    raw, sizes = named(pairs)
+    levels = sorted(bits)
+    mean = levels[0] + share * (levels[-1] - levels[0])
+    given_bits = [*bits]
+    random.shuffle(given_bits)
+    found = mixed_bits(raw, sizes, given_bits, mean)
+    assert found.keys() == raw.keys() and set(found.values()) <= bits
+    left = mean * sum(sizes.values()) - sum(found[name] * sizes[name] for name in found)
+    assert left >= -1e-6 * sum(sizes.values())
+    steps = [
+        (min(level for level in levels if level > found[name]) - found[name]) * sizes[name]
+        for name in found
+        if found[name] < levels[-1]
+    ]
+    wanted = {name for name in found if found[name] < levels[-1]}
+    assert not wanted or left < max(steps) + 1e-6 * sum(sizes.values())
+    for a in raw:
+        for b in raw:  # who would keep more has no fewer bits, but for one level that the budget could not pay
+            if raw[a] < raw[b]:
+                assert levels.index(found[a]) >= levels.index(found[b]) - 1
+
+
+def test_equal_blocks_get_the_mean_exactly() -> None:
+    sizes = {str(i): 100 for i in range(8)}
+    found = mixed_bits({name: 0.01 * i for i, name in enumerate(sizes)}, sizes, [3, 4, 8], 3.5)
+    assert sum(found.values()) == 28 and [found[name] for name in sizes] == sorted(found.values(), reverse=True)

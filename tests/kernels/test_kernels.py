@@ -45,7 +45,7 @@ def agree(packed, x, bias=None):
         exact = exact + bias.double()
         magnitude = magnitude + bias.double().abs()
     allowed = ROUNDING[x.dtype] * exact.abs() + 2e-6 * magnitude + 1e-30
-    if packed.values == "int8":
+    if TABLE[packed.values].scaled:
         largest = x.double().abs().amax(-1, keepdim=True)
         allowed = allowed + largest / 32767 * 0.51 * W.abs().sum(1)
     # Expanding for a matrix product rounds the weight to the activations' type; so do tiles of int8 with group scales.
@@ -247,7 +247,11 @@ def test_the_table_and_the_compiled_kernels_mean_the_same_kinds():
         if kind.code is not None
     }
     assert {code: bits(code) for code in coded} == coded
-    assert [bits(code) for code in (-1, len(coded))] == [0, 0]
+    for kind in TABLE.values():
+        if kind.code is not None and kind.bits < 8:
+            level = partial(native.library().tawny_level, kind.code)
+            assert tuple(map(level, range(1 << kind.bits))) == kind.grid and level(1 << kind.bits) == 0
+    assert [bits(code) for code in (-1, 99)] == [0, 0]
     assert all(
         TABLE[name].code == code
         for name, code in zip(("f32", "bf16", "f16"), ops.FLOATS.values(), strict=True)

@@ -50,7 +50,7 @@ def test_a_fingerprint_changes_with_every_key_and_with_nothing_else():
 def test_a_fingerprint_is_the_same_on_every_machine():
     # Written down, so that a change of the format is noticed: it would orphan every interrupted run.
     recipe = resolve_recipe(sparsity=0.5, allocator="uniform", solver="magnitude", text="wiki")
-    assert recipe.fingerprint() == "f5c16f67a0a06880a17e33e95328c607c8e740eefe9ff521aedfa7f412409b8c"
+    assert recipe.fingerprint() == "715e9686c073d7c2a440b1ef22b5476b333b59529f8625ce8be1f783cd22ce86"
 
 
 @pytest.mark.parametrize("value", [1, 1.0, -0.1, 60, "nan", "inf", "much", [0.5]])
@@ -109,3 +109,32 @@ def test_every_option_of_every_class_is_a_key():
         for name in names:
             mapping = resolve_recipe(sparsity=0.5, **{section: name}).to_mapping()[section]
             assert set(option_keys(registry[name])) - {"compat"} == set(mapping) - {"name", "compat"}
+
+
+def test_values_are_a_kind_or_a_mean_of_several():
+    bits = Recipe.from_mapping({"values": "int4"})
+    assert (bits.sparsity, bits.values.names, bits.values.grid("int4").group) == (0.0, ("int4",), 64)
+    both = Recipe.from_mapping({"values": {"kind": "int3", "group_size": 128}, "sparsity": 0.5})
+    assert (both.sparsity, both.values.grid("int3").group) == (0.5, 128)
+    mixed = Recipe.from_mapping({"values": {"mean": 3.5, "of": ["int3", "int4"]}, "allocator": "owl"})
+    assert mixed.values.names == ("int3", "int4") and Recipe.from_mapping(mixed.to_mapping()) == mixed
+
+
+@pytest.mark.parametrize(
+    "keys,line",
+    [
+        ({"values": "int7"}, "int7"),
+        ({"values": "bf16"}, "bf16 are floats"),
+        ({"values": {"group_size": 64}}, "expected a kind with it"),
+        ({"values": {"kind": "int4", "group_size": 48}}, "group 48 is not possible"),
+        ({"values": {"mean": 3.5, "of": ["int4"]}}, "two kinds or more"),
+        ({"values": {"mean": 9, "of": ["int4", "int8"]}}, "expected 4 to 8 bits"),
+        ({"values": {"mean": 5, "of": ["int4", "int8"]}, "sparsity": 0.5}, "leave one out"),
+        ({"values": "int4", "refit": True}, "refit moves survivors off the grid"),
+        ({"values": "int4", "refine": 2}, "refine moves survivors off the grid"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_in_one_line(keys, line):
+    with pytest.raises(RecipeError, match=line) as error:
+        Recipe.from_mapping(keys)
+    assert "\n" not in str(error.value)

@@ -9,13 +9,14 @@ one weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from tawny.allocation.profile import Allocation, Profile
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import removed_count
 
-__all__ = ["Allocation", "exact", "given_nm", "mixed_nm", "spread_in_blocks"]
+__all__ = ["Allocation", "exact", "given_nm", "mixed_bits", "mixed_nm", "spread_in_blocks"]
 
 _THREE_DECIMALS = 5.1e-4  # 0.333 is how people write 2:3
 
@@ -58,6 +59,33 @@ def mixed_nm(allocation: Mapping[str, float], profile: Profile, m: int, target_n
             n[name] += 1
             missing -= sizes[name]
     return {linear.name: 1 - n[str(linear.block)] / m for linear in profile.linears}
+
+
+def mixed_bits(
+    allocation: Mapping[str, float], sizes: Mapping[str, int], bits: Sequence[int], mean: float
+) -> dict[str, int]:
+    """Turn wishes for sparsities around `1 − mean/most bits` into bits a weight: some of `bits` for each linear.
+
+    A linear that would keep more weights gets more bits: the mixed precision of OWL's appendix (2310.05175). The mean over all
+    weights is at most `mean`, and below it by less than the step that one linear would still take.
+    """
+    levels = sorted(set(bits))
+    least, most = levels[0], levels[-1]
+    shifted = _shift(allocation, sizes, 1 - mean / most, 0.0, 1 - least / most)
+    wish = {name: _snap(most * (1 - share)) for name, share in shifted.items()}
+    found = {name: max(level for level in levels if level <= value) for name, value in wish.items()}
+    left = mean * sum(sizes[name] for name in wish) - sum(found[name] * sizes[name] for name in found)
+    above = dict(pairwise(levels))
+
+    def behind(name: str) -> float:  # of the step to the next level, the share that the wish has gone
+        low = found[name]
+        return (wish[name] - low) / (above[low] - low) if low in above else 0.0
+
+    for name in sorted(found, key=behind, reverse=True):
+        step = (above.get(found[name], math.inf) - found[name]) * sizes[name]
+        if step <= left + 1e-9:
+            found[name], left = above[found[name]], left - step
+    return found
 
 
 def given_nm(allocation: Mapping[str, float], m: int) -> Allocation:

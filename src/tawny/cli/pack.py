@@ -30,17 +30,16 @@ from tawny.words import duration, percent, size
 def pack(
     model: Model,
     *,
-    values: str = option(
+    values: str | None = option(
         "--values KIND",
-        "Surviving weights as " + ", ".join(f"{k.name} ({k.help})" for k in KINDS.values()) + ".",
+        "Surviving weights as "
+        + ", ".join(f"{k.name} ({k.help})" for k in KINDS.values())
+        + ". Default: what they were solved for, else bf16.",
         RECIPE,
-        default="bf16",
     ),
     group: int | None = option(
         "--group COLUMNS",
-        "A scale for each so many columns instead of one a row: "
-        + "; ".join(f"{', '.join(map(str, k.groups))} with {k.name}" for k in KINDS.values() if k.groups)
-        + ".",
+        "Columns that share a scale, of integers: 32, 64 or 128. Default: 64, and the whole row with int8.",
         RECIPE,
     ),
     head: str | None = option(
@@ -59,7 +58,7 @@ def pack(
             report = tawny.pack(
                 model,
                 out,
-                packed_values(values),
+                None if values is None else packed_values(values),
                 group,
                 None if head is None else packed_values(head),
                 overwrite=overwrite,

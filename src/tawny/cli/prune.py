@@ -23,6 +23,7 @@ from tawny.cli.options import (
 )
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
+from tawny.errors import UserError
 from tawny.kinds import KINDS, names_of
 from tawny.process_group import speaks
 from tawny.words import begun, duration, percent, perplexity_text, size
@@ -55,8 +56,11 @@ def prune(
     ),
     pack: str | None = option(
         "--pack KIND",
-        f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`.",
+        f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`. Default: --values.",
         OUTPUT,
+    ),
+    head: str | None = option(
+        "--head KIND", "Pack the head too, int8 say, where a packed folder is written.", OUTPUT
     ),
     evaluate: str | None = option(
         "--eval TEXT", f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.", OUTPUT
@@ -67,7 +71,9 @@ def prune(
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""
     with console_for(as_json) as console:
         chosen = given.recipe(device=device)
-        values = None if pack is None else packed_values(pack)
+        values = chosen.values.kind if pack is None else packed_values(pack)
+        if head is not None and values is None:
+            raise UserError(f"--head {head} is of a packed folder: give --pack or --values, too")
         windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
         import tawny
 
@@ -81,7 +87,8 @@ def prune(
             if values is None:
                 record = tawny.prune(model, out, **keys)
             else:
-                record = _prune_and_pack(model, out, values, **keys)
+                kinds = values, None if head is None else packed_values(head)
+                record = _prune_and_pack(model, out, *kinds, **keys)
         if not speaks():  # what follows is done by the first of several processes
             return
         if evaluate is not None:
@@ -95,7 +102,7 @@ def prune(
 
 
 def _prune_and_pack(
-    model: str, out: Path, values: str, *, progress: Progress, overwrite: bool, **keys: Any
+    model: str, out: Path, values: str, head: str | None, *, progress: Progress, overwrite: bool, **keys: Any
 ) -> Record:
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
@@ -122,7 +129,7 @@ def _prune_and_pack(
     if not speaks():
         return record
     _mark(dense, out)
-    report = tawny.pack(dense, out, values, overwrite=overwrite, progress=progress)
+    report = tawny.pack(dense, out, values, head=head, overwrite=overwrite, progress=progress)
     shutil.rmtree(dense)
     progress.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")
     record.out, record.bytes = str(out), report.bytes

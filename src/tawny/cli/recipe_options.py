@@ -53,6 +53,14 @@ SHARED: dict[str, Any] = {
             RECIPE,
         ),
     ],
+    "values": Annotated[
+        str | None,
+        shared(
+            "--values KIND",
+            "Round to a kind of few bits while solving: int8, int6, int5, int4, int3 or int2. No zeros unless -s asks for them.",
+            RECIPE,
+        ),
+    ],
     "recipe": RecipeFile,
     "overrides": Annotated[
         list[str] | None,

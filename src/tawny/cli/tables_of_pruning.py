@@ -15,6 +15,11 @@ def recipe_words(recipe: Result, reads_text: bool) -> str:
     steps = " + refit" if recipe.get("refit") else ""
     if epochs := recipe.get("refine", {}).get("epochs"):
         steps += f" + {epochs} epoch{'s' * (epochs != 1)} a block"
+    values = recipe.get("values", {})
+    if values.get("mean"):
+        steps += f" on {', '.join(values['of'])} at {values['mean']:g} bits"
+    elif values.get("kind"):
+        steps += f" on {values['kind']}"
     seen = f"calibrated on {text['samples']} × {text['seqlen']} tokens of {text['text']}"
     return (
         f"{recipe['allocator']['name']} + {recipe['solver']['name']}{steps}, {recipe['pattern']}, "

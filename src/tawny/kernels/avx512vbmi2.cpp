@@ -1,15 +1,16 @@
 // AVX-512 with VBMI2, BF16 and VNNI (Zen 4 and 5, Sapphire Rapids): the fast path.
 //
 // bfloat16 values: 32 survivors at a time through vpexpandw into vdpbf16ps, activations in bfloat16.
-// int8 values: 64 at a time through vpexpandb into vpdpbusd. Activations are 16-bit integers split into two unsigned
-// bytes, hi + 128 and lo, because vpdpbusd multiplies unsigned by signed; the 128 is taken back with the row's sum of
-// integers, which the format stores. Everything is exact integer arithmetic until the last step.
-// More than a few tokens expand the same survivors again for the next few, from cache; int8 with more than 20 tokens
-// goes through a tile of bfloat16. Everything else (float32 and float16 values, float32 activations) is the AVX-512F code.
+// Integers: 64 at a time through vpexpandb into vpdpbusd. Activations are 16-bit integers split into two unsigned bytes,
+// hi + 128 and lo, because vpdpbusd multiplies unsigned by signed; the 128 is taken back with the row's sum of integers,
+// which the format stores. Everything is exact integer arithmetic as long as a scale lasts. Masked int8 times one token has
+// its own loop here, everything else is integers.h; int8 with more than 20 tokens goes through a tile of bfloat16.
+// Float32 and float16 values, and float32 activations of floats, are the AVX-512F code.
 #include "admm.h"
 #include "avx512.h"
 #include "between.h"
 #include "greedy.h"
+#include "integers.h"
 
 namespace {
 
@@ -57,11 +58,77 @@ inline __attribute__((always_inline)) void prefetch(const uint8_t* values, const
     _mm_prefetch((const char*)masks + 1024, _MM_HINT_T0);
 }
 
-int32_t form(int32_t kind, int32_t input, int64_t tokens, int64_t cols) {
-    // Two tokens an expansion; with more, a tile is faster. Longer sums of products of bytes do not fit 32 bits.
-    if (kind == INT8 && tokens <= 20 && cols <= 65536) return FORM_I16;
-    if (kind == INT8 && tokens <= 2) return FORM_F32;  // so few are given no tile
-    return input == BF16 && (kind == BF16 || kind == INT8) ? FORM_BF16 : FORM_F32;
+struct Vbmi2 : Avx512 {
+    using Bytes = __m512i;
+    using Words = __m512i;
+    struct Sums { __m512i high, low; };
+    struct Split { __m512i high, low; };
+    static constexpr int bytes = 64, halves = 1;
+    static constexpr float offset = 32768.0f;
+
+    static void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+    static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+    static Bytes add(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+    static Bytes same(int value) { return _mm512_set1_epi8((char)value); }
+    static Bytes load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
+    static void store_bytes(int8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+    static Bytes table(const int8_t* levels) {
+        return levels ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)levels)) : _mm512_setzero_si512();
+    }
+    static Bytes lookup(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
+    // 64 columns of a plane of WIDTH bits, its lowest bit at bit AT of each byte.
+    template <int WIDTH, int AT, int PART>
+    static inline __attribute__((always_inline)) Bytes plane(const uint8_t* p) {
+        Bytes moved;
+        if constexpr (WIDTH == 4) {
+            __m256i all = _mm256_loadu_si256((const __m256i*)p);
+            moved = _mm512_inserti64x4(_mm512_castsi256_si512(all), _mm256_srli_epi16(all, 4), 1);
+        } else if constexpr (WIDTH == 2) {
+            Bytes all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+            moved = _mm512_srlv_epi64(all, _mm512_setr_epi64(0, 0, 2, 2, 4, 4, 6, 6));
+        } else {
+            int64_t eight;
+            memcpy(&eight, p, 8);
+            moved = _mm512_srlv_epi64(_mm512_set1_epi64(eight), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+        }
+        Bytes kept = _mm512_and_si512(moved, _mm512_set1_epi8((1 << WIDTH) - 1));
+        return AT ? _mm512_slli_epi16(kept, AT) : kept;
+    }
+    static inline __attribute__((always_inline)) Bytes spread(const int8_t*& survivors, const uint8_t* mask) {
+        uint64_t bits;
+        memcpy(&bits, mask, 8);
+        Bytes found = expand8(bits, survivors);
+        survivors += _mm_popcnt_u64(bits);
+        return found;
+    }
+    static Words words(Bytes v) { return v; }
+    static Split load_words(const int16_t* p) { return {_mm512_load_si512(p), _mm512_load_si512(p + 32)}; }
+    static Sums no_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+    static inline __attribute__((always_inline)) void multiply_add(Sums& sums, Words w, int, Split x) {
+        add_products_int8(sums.high, x.high, w);
+        add_products_int8(sums.low, x.low, w);
+    }
+    static V floats(Sums sums) { return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sums.high, 8), sums.low)); }
+    static V pair(float first, float second) {  // of 32 columns each: four bytes of them in each lane
+        return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second));
+    }
+    static V widen(const int8_t* p) { return Avx512::widen<INT8>(p); }
+    static void store_words(int16_t* place, const float* x) {
+        for (int j = 0; j < 64; j += 16) {
+            __m512i q = _mm512_cvtps_epi32(_mm512_load_ps(x + j));
+            __m512i high = _mm512_add_epi32(_mm512_srai_epi32(q, 8), _mm512_set1_epi32(128));
+            _mm_store_si128((__m128i*)((uint8_t*)place + j), _mm512_cvtepi32_epi8(high));
+            _mm_store_si128((__m128i*)((uint8_t*)place + 64 + j), _mm512_cvtepi32_epi8(q));
+        }
+    }
+};
+
+using N = Integers<Vbmi2>;
+
+int32_t form(int32_t kind, int32_t input, int64_t tokens, int64_t) {
+    if (kind == INT8 && tokens > 20 && input == BF16) return FORM_BF16;
+    if (with_kind(kind, [](auto trait) { return trait.scaled; })) return FORM_I16;
+    return input == BF16 && kind == BF16 ? FORM_BF16 : FORM_F32;
 }
 
 // ---------------------------------------------------------------------------------------------- activations
@@ -75,40 +142,9 @@ void prepare_bf16(const void* x, int64_t tokens, int64_t cols, void* data) {
     }
 }
 
-void prepare_i16(const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
-    int64_t blocks = (cols + 63) / 64;
-    for (int64_t t = 0; t < tokens; t++) {
-        __m512 most = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-        auto load = [&](int64_t i) __attribute__((always_inline)) {  // 16 from column i, zero past the end
-            if (i + 16 <= cols) return Avx512::load_kind(x, kind, t * cols + i);
-            alignas(64) float tail[16] = {};
-            for (int64_t j = i; j < cols; j++) tail[j - i] = load_float(x, kind, t * cols + j);
-            return _mm512_load_ps(tail);
-        };
-        for (int64_t i = 0; i < cols; i += 16) {
-            __m512 v = load(i);
-            most = _mm512_max_ps(most, _mm512_abs_ps(v));
-            poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);  // NaN once any activation is not finite
-        }
-        float largest = _mm512_reduce_max_ps(most), bad = _mm512_reduce_add_ps(poison);
-        scales[t] = largest / 32767.0f + bad;  // a NaN here makes the whole token NaN, as a matrix product would
-        // In two steps for tiny activations, where 32767 / largest would be infinite.
-        float lift = largest < 0x1p-100f ? 0x1p64f : 1.0f;
-        __m512 first = _mm512_set1_ps(lift), inverse = _mm512_set1_ps(largest > 0 ? 32767.0f / (largest * lift) : 0.0f);
-        uint8_t* row = (uint8_t*)data + t * blocks * 128;
-        for (int64_t b = 0; b < blocks; b++)
-            for (int j = 0; j < 64; j += 16) {
-                __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(load(b * 64 + j), first), inverse));
-                __m512i high = _mm512_add_epi32(_mm512_srai_epi32(q, 8), _mm512_set1_epi32(128));
-                _mm_store_si128((__m128i*)(row + b * 128 + j), _mm512_cvtepi32_epi8(high));
-                _mm_store_si128((__m128i*)(row + b * 128 + 64 + j), _mm512_cvtepi32_epi8(q));
-            }
-    }
-}
-
 void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
     if (form == FORM_BF16) return prepare_bf16(x, tokens, cols, data);
-    if (form == FORM_I16) return prepare_i16(x, kind, tokens, cols, data, scales);
+    if (form == FORM_I16) return N::prepare(x, kind, tokens, cols, data, scales);
     F::prepare(form, x, kind, tokens, cols, data, scales);
 }
 
@@ -221,21 +257,23 @@ inline __m512i scale_bytes_to_bf16(__m256i bytes, __m512 scale) {
 template <int KIND>
 void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t stride, int rows, bool scaled) {
     const uint8_t* values = values_of<KIND>(p, group).at;
-    const uint64_t* masks = p.masks + group * p.blocks * 4;
-    for (int64_t b = 0; b < p.blocks; b++) {
+    const uint64_t every[4] = {~0ull, ~0ull, ~0ull, ~0ull}, *masks = p.masks ? p.masks + group * p.blocks * 4 : every;
+    for (int64_t b = 0; b < p.blocks; b++, masks += p.masks ? 4 : 0) {
         int64_t left = p.cols - b * 64;
         bool whole = left >= 64 || stride >= p.blocks * 64;
-        prefetch<KIND == INT8 ? 4 : 8>(values, masks + b * 4);
+        prefetch<KIND == INT8 ? 4 : 8>(values, masks);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
-            uint64_t mask = masks[b * 4 + r];
+            uint64_t mask = masks[r];
             __m512i low, high;
             if (KIND == INT8) {
                 __m512i q = expand8(mask, values);
                 __m256i q0 = _mm512_castsi512_si256(q), q1 = _mm512_extracti64x4_epi64(q, 1);
                 if (p.span || scaled) {
-                    __m512 scale = _mm512_set1_ps(p.span ? span_scale(p, group, b, r) : row_scale(p, group * 4 + r));
-                    low = scale_bytes_to_bf16(q0, scale), high = scale_bytes_to_bf16(q1, scale);
+                    auto scale = [&](int64_t column) {
+                        return _mm512_set1_ps(p.span ? span_scale(p, group, column, r) : group_scales(p, group)[r]);
+                    };
+                    low = scale_bytes_to_bf16(q0, scale(b * 64)), high = scale_bytes_to_bf16(q1, scale(b * 64 + 32));
                 } else {
                     low = widen_bytes_to_bf16(q0), high = widen_bytes_to_bf16(q1);
                 }
@@ -321,106 +359,80 @@ inline __attribute__((always_inline)) __m128i reduce_four(__m512i a, __m512i b, 
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-template <int S, int T, bool SPAN, bool FIRST = true>
+template <int S, bool SPAN>
 TAWNY_LOOP void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
-    __m512i high[S][4][T], low[S][4][T];
-    __m512 sum[S][4][T];
+    __m512i high[S][4], low[S][4];
+    __m512 sum[S][4];
     const uint8_t* values[S];
     const uint64_t* masks[S];
-    const int64_t groups[2] = {first, second};
+    const int64_t groups[2] = {first, second}, ends = p.span / 64 - 1;
 #pragma GCC unroll 2
     for (int s = 0; s < S; s++) {
         values[s] = values_of<INT8>(p, groups[s]).at;
         masks[s] = p.masks + groups[s] * p.blocks * 4;
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; r++)
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                high[s][r][t] = low[s][r][t] = _mm512_setzero_si512();
-                sum[s][r][t] = _mm512_setzero_ps();
-            }
+        for (int r = 0; r < 4; r++) {
+            high[s][r] = low[s][r] = _mm512_setzero_si512();
+            sum[s][r] = _mm512_setzero_ps();
+        }
     }
     const uint8_t* x0 = (const uint8_t*)x.data;
     for (int64_t b = 0; b < p.blocks; b++) {
-        __m512i xs[T][2];
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) {
-            xs[t][0] = _mm512_load_si512(x0 + t * x.stride + b * 128);
-            xs[t][1] = _mm512_load_si512(x0 + t * x.stride + b * 128 + 64);
-        }
+        __m512i x_high = _mm512_load_si512(x0 + b * 128), x_low = _mm512_load_si512(x0 + b * 128 + 64);
 #pragma GCC unroll 2
         for (int s = 0; s < S; s++) {
-            if (FIRST) prefetch<4>(values[s], masks[s] + b * 4);
+            prefetch<4>(values[s], masks[s] + b * 4);
             const uint8_t* v = values[s];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
                 uint64_t mask = masks[s][b * 4 + r];
                 __m512i w = expand8(mask, v);
                 v += _mm_popcnt_u64(mask);
-#pragma GCC unroll 4
-                for (int t = 0; t < T; t++) {
-                    add_products_int8(high[s][r][t], xs[t][0], w);
-                    add_products_int8(low[s][r][t], xs[t][1], w);
-                }
-                if (SPAN && ((b & 1) || b + 1 == p.blocks)) {
-                    __m512 scale = _mm512_set1_ps(span_scale(p, groups[s], b, r));
-#pragma GCC unroll 4
-                    for (int t = 0; t < T; t++) {
-                        __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[s][r][t], 8), low[s][r][t]);
-                        sum[s][r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), scale, sum[s][r][t]);
-                        high[s][r][t] = low[s][r][t] = _mm512_setzero_si512();
-                    }
+                add_products_int8(high[s][r], x_high, w);
+                add_products_int8(low[s][r], x_low, w);
+                if (SPAN && ((b & ends) == ends || b + 1 == p.blocks)) {
+                    __m512 scale = _mm512_set1_ps(span_scale(p, groups[s], b * 64, r));
+                    sum[s][r] = _mm512_fmadd_ps(Vbmi2::floats({high[s][r], low[s][r]}), scale, sum[s][r]);
+                    high[s][r] = low[s][r] = _mm512_setzero_si512();
                 }
             }
             values[s] = v;
         }
     }
 #pragma GCC unroll 2
-    for (int s = 0; s < S; s++)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) {
-            __m128 sums = _mm_loadu_ps(p.sums + groups[s] * 4), total;
-            if (SPAN) {
-                total = Avx512::reduce_four(sum[s][0][t], sum[s][1][t], sum[s][2][t], sum[s][3][t]);
-                total = _mm_fnmadd_ps(_mm_set1_ps(32768.0f), sums, total);
-            } else {
-                // The sums of the high bytes may wrap around 2^32; what is left after taking 128 back may not (up to
-                // the columns that `form` allows), so wrapping arithmetic is exact.
-                __m128i h = reduce_four(high[s][0][t], high[s][1][t], high[s][2][t], high[s][3][t]);
-                __m128i l = reduce_four(low[s][0][t], low[s][1][t], low[s][2][t], low[s][3][t]);
-                h = _mm_sub_epi32(h, _mm_slli_epi32(_mm_cvtps_epi32(sums), 7));
-                total = _mm_fmadd_ps(_mm_cvtepi32_ps(h), _mm_set1_ps(256.0f), _mm_cvtepi32_ps(l));
-                total = _mm_mul_ps(total, _mm_loadu_ps((const float*)p.scales + groups[s] * 4));
-            }
-            Avx512::store_values(out, t, groups[s], _mm_mul_ps(total, _mm_set1_ps(x.scales[t])));
+    for (int s = 0; s < S; s++) {
+        __m128 sums = _mm_loadu_ps(p.sums + groups[s] * 4), total;
+        if (SPAN) {
+            total = Avx512::reduce_four(sum[s][0], sum[s][1], sum[s][2], sum[s][3]);
+            total = _mm_fnmadd_ps(_mm_set1_ps(32768.0f), sums, total);
+        } else {
+            // The sums of the high bytes may wrap around 2^32; what is left after taking 128 back may not (up to
+            // 65536 columns), so wrapping arithmetic is exact.
+            __m128i h = reduce_four(high[s][0], high[s][1], high[s][2], high[s][3]);
+            __m128i l = reduce_four(low[s][0], low[s][1], low[s][2], low[s][3]);
+            h = _mm_sub_epi32(h, _mm_slli_epi32(_mm_cvtps_epi32(sums), 7));
+            total = _mm_fmadd_ps(_mm_cvtepi32_ps(h), _mm_set1_ps(256.0f), _mm_cvtepi32_ps(l));
+            total = _mm_mul_ps(total, _mm_loadu_ps((const float*)p.scales + groups[s] * 4));
         }
+        Avx512::store_values(out, 0, groups[s], _mm_mul_ps(total, _mm_set1_ps(x.scales[0])));
+    }
 }
 
 template <bool SPAN>
-void direct_int8_any(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
-    if (x.tokens == 1) {
-        int64_t half = (to - from) / 2;
-        for (int64_t g = from; g < from + half; g++) direct_int8<2, 1, SPAN>(p, x, out, g, g + half);
-        if ((to - from) & 1) direct_int8<1, 1, SPAN>(p, x, out, to - 1, to - 1);
-        return;
-    }
-    // More than two tokens' sums do not fit the registers: two at a time, while the group is in cache.
-    for (; from < to; from++) {
-        direct_int8<1, 2, SPAN>(p, x, out, from, from);
-        for (int64_t t = 2; t < x.tokens; t += 2) {
-            Input rest = {(const uint8_t*)x.data + t * x.stride, x.scales + t, x.tokens - t, x.stride, x.form};
-            Output place = {(uint8_t*)out.data + t * out.rows * value_size(out.kind), out.bias, out.rows, out.kind};
-            if (t + 2 <= x.tokens) direct_int8<1, 2, SPAN, false>(p, rest, place, from, from);
-            else direct_int8<1, 1, SPAN, false>(p, rest, place, from, from);
-        }
-    }
+void direct_int8_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
+    int64_t half = (to - from) / 2;
+    for (int64_t g = from; g < from + half; g++) direct_int8<2, SPAN>(p, x, out, g, g + half);
+    if ((to - from) & 1) direct_int8<1, SPAN>(p, x, out, to - 1, to - 1);
 }
 
 // ---------------------------------------------------------------------------------------------- the table
 
 void packed(const Packed* p, const Input* x, const Output* out, int64_t from, int64_t to, void* scratch) {
-    if (x->form == FORM_I16)
-        return p->span ? direct_int8_any<true>(*p, *x, *out, from, to) : direct_int8_any<false>(*p, *x, *out, from, to);
+    if (x->form == FORM_I16) {
+        bool own = p->kind == INT8 && p->masks && x->tokens == 1 && p->span != 32 && p->cols <= 65536;
+        if (!own) return N::packed(*p, *x, *out, from, to);
+        return p->span ? direct_int8_range<true>(*p, *x, *out, from, to) : direct_int8_range<false>(*p, *x, *out, from, to);
+    }
     if (x->form == FORM_F32) return F::packed(p, x, out, from, to, scratch);
     if (p->kind == INT8) return tile_int8(*p, *x, *out, from, to, (uint16_t*)scratch);
     switch (x->tokens) {
@@ -434,7 +446,7 @@ void packed(const Packed* p, const Input* x, const Output* out, int64_t from, in
 
 void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
     bool words = (p->kind == kind && kind != F32) || (p->kind == INT8 && kind == BF16);
-    if (!words) return F::expand(p, from, to, out, kind, stride);
+    if (!words) return p->scales ? N::expand(*p, from, to, out, kind, stride) : F::expand(p, from, to, out, kind, stride);
     for (int64_t g = from; g < to; g++) {
         uint16_t* place = (uint16_t*)out + (g - from) * 4 * stride;
         int rows = p->rows - g * 4 < 4 ? (int)(p->rows - g * 4) : 4;

@@ -98,7 +98,9 @@ struct Job {
 };
 
 // Bytes of groups [0, g): what the split balances, because bytes are what decoding costs.
-int64_t cost(const Packed& p, int64_t g) { return g * p.blocks * 32 + stored_bytes(p.kind, p.offsets[g]); }
+int64_t cost(const Packed& p, int64_t g) {
+    return (p.masks ? g * p.blocks * 32 : 0) + stored_bytes(p.kind, start_of(p, g));
+}
 
 int64_t boundary(const Job& job, int part, int parts) {
     if (part <= 0) return job.from;
@@ -141,7 +143,7 @@ int32_t run(Job& job, int64_t bytes, int32_t threads) {
 // Activations as the kernel wants them: as they are when they already fit, else converted into scratch memory.
 int32_t prepare(Input& input, int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols) {
     int64_t padded = (cols + 63) / 64 * 64;
-    input = {x, nullptr, tokens, form == FORM_I16 ? 2 * padded : padded, form};
+    input = {x, nullptr, tokens, padded, form};
     bool same = (form == FORM_F32 && kind == F32) || (form == FORM_BF16 && kind == BF16);
     if (same && padded == cols && (uintptr_t)x % 64 == 0) return 0;
     size_t scales = (tokens * 4 + 63) / 64 * 64;
@@ -208,9 +210,11 @@ void run_pass(PassJob& job, int32_t threads) {
 }
 
 bool valid(const Packed& p) {
-    if (p.rows <= 0 || p.cols <= 0 || p.kind < 0 || p.kind >= KINDS || !p.masks || !p.values || !p.offsets) return false;
+    if (p.rows <= 0 || p.cols <= 0 || p.kind < 0 || p.kind >= KINDS || !p.values || !p.masks != !p.offsets) return false;
     bool scaled = with_kind(p.kind, [](auto trait) { return trait.scaled; });
-    return scaled ? p.scales && p.sums && (p.span == 0 || p.span == 128) : !p.scales && p.span == 0;
+    if (!scaled) return p.masks && !p.scales && p.span == 0;
+    bool span = p.span == 32 || p.span == 64 || p.span == 128 || (p.span == 0 && p.kind == INT8);
+    return span && p.scales && p.sums;
 }
 
 Packed describe(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
@@ -228,12 +232,21 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 6; }
+int32_t tawny_abi() { return 7; }
 
 // Bits of a survivor of this kind, times -1 where it is an integer with a scale; 0 for a kind that there is none of.
 int32_t tawny_kind_bits(int32_t kind) {
     if (kind < 0 || kind >= KINDS) return 0;
     return with_kind(kind, [](auto trait) { return trait.scaled ? -trait.bits : trait.bits; });
+}
+
+// What a code of few bits stands for; 0 for any other kind.
+int32_t tawny_level(int32_t kind, int32_t code) {
+    if (kind < 0 || kind >= KINDS) return 0;
+    return with_kind(kind, [code](auto trait) {
+        if constexpr (trait.bits < 8) return code < 0 || code >> trait.bits ? 0 : level<trait.kind>(code);
+        else return 0;
+    });
 }
 
 int32_t tawny_supported() { return supported(); }
@@ -261,8 +274,8 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
     if (int32_t error = prepare(input, form, x, xkind, tokens, p->cols)) return error;
     Output output = {y, bias, p->rows, xkind};
     Job job = {p, nullptr, &input, &output, nullptr, 0, 0, 0, p->groups, 0, 0};
-    int64_t size = input.form == FORM_F32 ? 4 : 2;
-    if (tokens > 2) job.tile = (size_t)(tile_groups(p->blocks, size) * p->blocks * 64 * 4 * size);
+    int64_t size = form == FORM_F32 ? 4 : 2;
+    if (tokens > 2 && form != FORM_I16) job.tile = (size_t)(tile_groups(p->blocks, size) * p->blocks * 64 * 4 * size);
     return run(job, cost(*p, p->groups), threads);
 }
 
@@ -363,12 +376,13 @@ int32_t tawny_step(const Decoder* d, int64_t position, int32_t threads) {
 int64_t tawny_step_sizes() { return (int64_t)sizeof(Decoder) << 32 | (int64_t)sizeof(Block); }
 
 // First fault of a packed weight, so that a file cannot make a kernel read outside its arrays.
-// 0 sound, 1 offsets do not start at 0 or end at `count`, 2 masks and offsets disagree, 3 a bit set in the padding.
+// A whole weight (null masks) has nothing to check. 0 sound, 1 offsets do not start at 0 or end at `count`, 2 masks and offsets disagree, 3 a bit set in the padding.
 int32_t tawny_check(const void* masks, const void* offsets, int64_t rows, int64_t cols, int64_t count) {
     const uint64_t* m = (const uint64_t*)masks;
     const int64_t* o = (const int64_t*)offsets;
     int64_t groups = (rows + 3) / 4, blocks = (cols + 63) / 64;
     uint64_t tail = cols % 64 ? ~((1ull << (cols % 64)) - 1) : 0;
+    if (!m) return 0;
     if (o[0] != 0 || o[groups] != count) return 1;
     for (int64_t g = 0; g < groups; g++) {
         int64_t population = 0;

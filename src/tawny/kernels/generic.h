@@ -1,5 +1,6 @@
 // The algorithms, written once over a vector type: what an instruction set must supply is loading, expanding by a mask,
-// and one multiply-add (see `Portable` in portable.cpp for the list). Activations are float32 here.
+// and one multiply-add (see `Portable` in portable.cpp for the list). Activations are float32 here, and so are products of
+// float kinds; integers.h multiplies integers.
 //
 // Three ways to multiply, by the number of tokens:
 //   direct   1-4 tokens: survivors are expanded into registers and used at once. Two groups of rows that lie far apart
@@ -98,9 +99,10 @@ constexpr int value_size(int kind) { return kind == F32 ? 4 : 2; }  // of a floa
 // ---------------------------------------------------------------------------------------------- kinds
 //
 // A new kind is one trait here with its code in `Kind` and `with_kind`, and one row in kinds.py. Every kernel then
-// reads it: an instruction set that has no `expand` of its own for it widens survivors one by one.
+// reads it: integers.h every kind of integers, and an instruction set that has no `expand` of its own for a kind of floats
+// widens survivors one by one.
 
-// A place among survivors that take whole bytes. A kind of fewer bits has a place of its own, which knows the bit.
+// A place among survivors that take whole bytes.
 template <int BYTES>
 struct Whole {
     const uint8_t* at;
@@ -108,8 +110,21 @@ struct Whole {
     void skip(int64_t count) { at += count * BYTES; }
 };
 
+// A place among codes of few bits. 64 of them are a chunk, and a chunk consists of planes: 4, 2 and 1 bits of every code,
+// as far as the kind has them. A byte of a plane holds codes that lie 32, 16 or 8 apart.
+template <int BITS>
+struct Chunked {
+    const uint8_t* at;  // the chunk
+    int64_t inside;     // codes of it that are behind us
+    Chunked(const void* values, int64_t first) : at((const uint8_t*)values), inside(0) { skip(first); }
+    void skip(int64_t count) {
+        at += (inside + count) / 64 * (8 * BITS);
+        inside = (inside + count) % 64;
+    }
+};
+
 template <int KIND>
-struct Trait;  // bits of a survivor, whether it is an integer to be scaled, where it is, and its value as float32
+struct Trait;  // bits of a survivor, whether it is an integer to be scaled, where it is; of a float its value as float32
 
 template <int KIND>
 struct FloatTrait {
@@ -129,7 +144,38 @@ struct Trait<INT8> {
     static constexpr int kind = INT8, bits = 8;
     static constexpr bool scaled = true;
     using Place = Whole<1>;
-    static float load(Place place, int64_t i) { return (float)(int8_t)place.at[i]; }
+};
+
+// Codes of few bits. A code stands for a signed byte, its level. Up to 4 bits any table of levels will do; with more bits the
+// levels follow each other from `first` on. kinds.py has the same levels.
+template <int BITS>
+struct FewTrait {
+    static constexpr int bits = BITS;
+    static constexpr bool scaled = true;
+    using Place = Chunked<BITS>;
+};
+template <>
+struct Trait<INT4> : FewTrait<4> {
+    static constexpr int kind = INT4;
+    static constexpr int8_t levels[16] = {-53, -40, -31, -24, -17, -11, -4, 2, 7, 13, 19, 25, 32, 40, 49, 63};
+};
+template <>
+struct Trait<INT3> : FewTrait<3> {
+    static constexpr int kind = INT3;
+    static constexpr int8_t levels[16] = {-50, -31, -16, -3, 10, 22, 38, 63};
+};
+template <>
+struct Trait<INT2> : FewTrait<2> {
+    static constexpr int kind = INT2;
+    static constexpr int8_t levels[16] = {-50, -15, 24, 63};
+};
+template <>
+struct Trait<INT5> : FewTrait<5> {
+    static constexpr int kind = INT5, first = -14;
+};
+template <>
+struct Trait<INT6> : FewTrait<6> {
+    static constexpr int kind = INT6, first = -28;
 };
 
 // `use(trait)` for a kind that is known only now.
@@ -139,17 +185,31 @@ inline auto with_kind(int32_t kind, F use) {
         case F32: return use(Trait<F32>{});
         case BF16: return use(Trait<BF16>{});
         case F16: return use(Trait<F16>{});
+        case INT4: return use(Trait<INT4>{});
+        case INT3: return use(Trait<INT3>{});
+        case INT6: return use(Trait<INT6>{});
+        case INT5: return use(Trait<INT5>{});
+        case INT2: return use(Trait<INT2>{});
         default: return use(Trait<INT8>{});
     }
+}
+
+template <int KIND>
+constexpr int level(int code) {
+    if constexpr (Trait<KIND>::bits <= 4) return Trait<KIND>::levels[code];
+    else return Trait<KIND>::first + code;
 }
 
 inline int64_t stored_bytes(int32_t kind, int64_t count) {
     return with_kind(kind, [&](auto trait) { return count * trait.bits / 8; });
 }
 
+// The number of a group's first survivor.
+inline int64_t start_of(const Packed& p, int64_t group) { return p.offsets ? p.offsets[group] : group * p.blocks * 256; }
+
 template <int KIND>
 inline typename Trait<KIND>::Place values_of(const Packed& p, int64_t group) {
-    return {p.values, p.offsets[group]};
+    return {p.values, start_of(p, group)};
 }
 
 // Survivors where their bits say, zero elsewhere: what an instruction set does with a kind that it has no better way for.
@@ -172,14 +232,14 @@ inline const float* group_scales(const Packed& p, int64_t group) {
     return p.scales && p.span == 0 ? (const float*)p.scales + group * 4 : nullptr;
 }
 
-// The factor a row's accumulated products still need once its last column is done.
-inline float row_scale(const Packed& p, int64_t row) {
-    return p.scales && p.span == 0 ? ((const float*)p.scales)[row] : 1.0f;
+// Four bfloat16, one a row, of the span that holds a column.
+inline const uint16_t* span_scales(const Packed& p, int64_t group, int64_t column) {
+    int64_t shift = __builtin_ctz((uint32_t)p.span), spans = ((p.blocks * 64 - 1) >> shift) + 1;
+    return (const uint16_t*)p.scales + (group * spans + (column >> shift)) * 4;
 }
 
-inline float span_scale(const Packed& p, int64_t group, int64_t block, int row) {
-    int64_t spans = (p.cols + 127) / 128;
-    return bf16_to_float(((const uint16_t*)p.scales)[(group * spans + block / 2) * 4 + row]);
+inline float span_scale(const Packed& p, int64_t group, int64_t column, int row) {
+    return bf16_to_float(span_scales(p, group, column)[row]);
 }
 
 template <class I>
@@ -213,7 +273,7 @@ struct Generic {
         return values;
     }
 
-    template <int KIND, bool SPAN, int S, int T>
+    template <int KIND, int S, int T>
     TAWNY_LOOP static void direct(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
         V sum[S][4][T];
         const int64_t groups[2] = {first, second};
@@ -232,49 +292,42 @@ struct Generic {
 #pragma GCC unroll 2
             for (int s = 0; s < S; s++)
 #pragma GCC unroll 4
-                for (int r = 0; r < 4; r++) {
-                    V scale = I::zero();
-                    if (SPAN) scale = I::broadcast(span_scale(p, groups[s], b, r));
+                for (int r = 0; r < 4; r++)
                     values[s] = walk<KIND>(masks[s][b * 4 + r], values[s], [&](int j, V w) __attribute__((always_inline)) {
-                        if (SPAN) w = I::mul(w, scale);
 #pragma GCC unroll 4
                         for (int t = 0; t < T; t++)
                             sum[s][r][t] = I::fma(w, I::load(x0 + t * x.stride + b * 64 + j), sum[s][r][t]);
                     });
-                }
         }
 #pragma GCC unroll 2
         for (int s = 0; s < S; s++)
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
                 const V four[4] = {sum[s][0][t], sum[s][1][t], sum[s][2][t], sum[s][3][t]};
-                I::store_four(out, t, groups[s], four, group_scales(p, groups[s]));
+                I::store_four(out, t, groups[s], four, nullptr);
             }
     }
 
-    template <int KIND, bool SPAN, int T>
+    template <int KIND, int T>
     static void direct_range(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to) {
         int64_t half = (to - from) / 2, g = from;
         if (I::streams == 2 && T <= 2)
-            for (; g < from + half; g++) direct<KIND, SPAN, 2, T>(p, x, out, g, g + half);
+            for (; g < from + half; g++) direct<KIND, 2, T>(p, x, out, g, g + half);
         if (g == from + half && half) g = from + 2 * half;
-        for (; g < to; g++) direct<KIND, SPAN, 1, T>(p, x, out, g, g);
+        for (; g < to; g++) direct<KIND, 1, T>(p, x, out, g, g);
     }
 
-    // One group as float32 [4, blocks * 64]; a row's own scale is left to the end.
-    template <int KIND, bool SPAN>
+    // One group as float32 [4, blocks * 64].
+    template <int KIND>
     static void expand_group(const Packed& p, int64_t group, float* tile) {
         auto values = values_of<KIND>(p, group);
         const uint64_t* masks = p.masks + group * p.blocks * 4;
         for (int64_t b = 0; b < p.blocks; b++)
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) {
-                V scale = I::zero();
-                if (SPAN) scale = I::broadcast(span_scale(p, group, b, r));
+            for (int r = 0; r < 4; r++)
                 values = walk<KIND>(masks[b * 4 + r], values, [&](int j, V w) __attribute__((always_inline)) {
-                    I::store(tile + (r * p.blocks + b) * 64 + j, SPAN ? I::mul(w, scale) : w);
+                    I::store(tile + (r * p.blocks + b) * 64 + j, w);
                 });
-            }
     }
 
     template <int T>
@@ -300,7 +353,7 @@ struct Generic {
 #pragma GCC unroll 6
         for (int t = 0; t < T; t++) {
             const V four[4] = {sum[0][t], sum[1][t], sum[2][t], sum[3][t]};
-            I::store_four(out, t0 + t, group, four, group_scales(p, group));
+            I::store_four(out, t0 + t, group, four, nullptr);
         }
     }
 
@@ -318,19 +371,19 @@ struct Generic {
         }
     }
 
-    template <int KIND, bool SPAN>
+    template <int KIND>
     static void run(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, float* tile) {
-        if (x.tokens == 1) return direct_range<KIND, SPAN, 1>(p, x, out, from, to);
-        if (x.tokens == 2) return direct_range<KIND, SPAN, 2>(p, x, out, from, to);
+        if (x.tokens == 1) return direct_range<KIND, 1>(p, x, out, from, to);
+        if (x.tokens == 2) return direct_range<KIND, 2>(p, x, out, from, to);
         if constexpr (I::registers >= 32) {
-            if (x.tokens == 3) return direct_range<KIND, SPAN, 3>(p, x, out, from, to);
-            if (x.tokens == 4) return direct_range<KIND, SPAN, 4>(p, x, out, from, to);
+            if (x.tokens == 3) return direct_range<KIND, 3>(p, x, out, from, to);
+            if (x.tokens == 4) return direct_range<KIND, 4>(p, x, out, from, to);
         }
         constexpr int most = I::registers >= 32 ? 6 : 2;
         int64_t together = tile_groups(p.blocks, 4), size = p.blocks * 64 * 4;
         for (; from < to; from += together) {
             int64_t n = to - from < together ? to - from : together;
-            for (int64_t i = 0; i < n; i++) expand_group<KIND, SPAN>(p, from + i, tile + i * size);
+            for (int64_t i = 0; i < n; i++) expand_group<KIND>(p, from + i, tile + i * size);
             for (int64_t t = 0, share; t < x.tokens; t += share) {
                 share = token_share(x.tokens - t, most);
                 for (int64_t i = 0; i < n; i++) multiply_any(share, p, tile + i * size, x, out, from + i, t);
@@ -340,16 +393,13 @@ struct Generic {
 
     static void packed(const Packed* p, const Input* x, const Output* out, int64_t from, int64_t to, void* tile) {
         with_kind(p->kind, [&](auto trait) {
-            if constexpr (trait.scaled)
-                if (p->span) return run<trait.kind, true>(*p, *x, *out, from, to, (float*)tile);
-            run<trait.kind, false>(*p, *x, *out, from, to, (float*)tile);
+            if constexpr (!trait.scaled) run<trait.kind>(*p, *x, *out, from, to, (float*)tile);
         });
     }
 
     template <int KIND>
     TAWNY_LOOP static void expand_rows(const Packed& p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
         int64_t size = value_size(kind);
-        V least = I::broadcast(-largest(kind)), most = I::broadcast(largest(kind));
         for (int64_t g = from; g < to; g++) {
             auto values = values_of<KIND>(p, g);
             const uint64_t* masks = p.masks + g * p.blocks * 4;
@@ -358,11 +408,9 @@ struct Generic {
                 for (int r = 0; r < 4; r++) {
                     int64_t row = g * 4 + r, left = p.cols - b * 64;
                     bool inside = row < p.rows;
-                    V scale = I::broadcast(!Trait<KIND>::scaled ? 1.0f : p.span ? span_scale(p, g, b, r) : row_scale(p, row));
                     uint8_t* place = (uint8_t*)out + ((row - from * 4) * stride + b * 64) * size;
                     alignas(64) float buffer[64];
                     values = walk<KIND>(masks[b * 4 + r], values, [&](int j, V w) __attribute__((always_inline)) {
-                        if (Trait<KIND>::scaled) w = I::max(I::min(I::mul(w, scale), most), least);
                         if (inside && left >= 64) I::store_kind(place + j * size, kind, w);
                         else I::store(buffer + j, w);
                     });
@@ -375,7 +423,9 @@ struct Generic {
     }
 
     static void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
-        with_kind(p->kind, [&](auto trait) { expand_rows<trait.kind>(*p, from, to, out, kind, stride); });
+        with_kind(p->kind, [&](auto trait) {
+            if constexpr (!trait.scaled) expand_rows<trait.kind>(*p, from, to, out, kind, stride);
+        });
     }
 
     // Dense rows, two distant streams at a time; columns past the last whole vector are done one by one.

@@ -2,6 +2,7 @@
 #include "admm.h"
 #include "between.h"
 #include "greedy.h"
+#include "integers.h"
 
 namespace {
 
@@ -93,13 +94,85 @@ struct Portable {
     static V expand(typename Trait<KIND>::Place values, uint32_t bits) {
         return expand_each<Portable, KIND>(values, bits);
     }
+
+    // integers.h
+    struct Bytes { int8_t b[16]; };
+    struct Sums { int32_t i[8]; };
+    static constexpr int bytes = 16;
+    static constexpr float offset = 0.0f;
+
+    static void prefetch(const void*) {}
+    static Bytes either(Bytes a, Bytes b) {
+        for (int j = 0; j < 16; j++) a.b[j] |= b.b[j];
+        return a;
+    }
+    static Bytes add(Bytes a, Bytes b) {
+        for (int j = 0; j < 16; j++) a.b[j] = (int8_t)(a.b[j] + b.b[j]);
+        return a;
+    }
+    static Bytes same(int value) {
+        Bytes all;
+        memset(all.b, value, 16);
+        return all;
+    }
+    static Bytes load_bytes(const int8_t* p) {
+        Bytes v;
+        memcpy(v.b, p, 16);
+        return v;
+    }
+    static void store_bytes(int8_t* p, Bytes v) { memcpy(p, v.b, 16); }
+    static Bytes table(const int8_t* levels) {
+        Bytes all = {};
+        if (levels) memcpy(all.b, levels, 16);
+        return all;
+    }
+    static Bytes lookup(Bytes table, Bytes codes) {
+        for (int8_t& code : codes.b) code = table.b[code];
+        return codes;
+    }
+    template <int WIDTH, int AT, int PART>
+    static Bytes plane(const uint8_t* p) {
+        Bytes found;
+        for (int j = 0; j < 16; j++) {
+            int at = PART * 16 + j, bits = p[at % (8 * WIDTH)] >> (at / (8 * WIDTH) * WIDTH);
+            found.b[j] = (int8_t)((bits & ((1 << WIDTH) - 1)) << AT);
+        }
+        return found;
+    }
+    static Bytes spread(const int8_t*& survivors, const uint8_t* mask) {
+        Bytes found = {};
+        for (uint32_t bits = mask[0] | mask[1] << 8; bits; bits &= bits - 1) found.b[__builtin_ctz(bits)] = *survivors++;
+        return found;
+    }
+    using Words = Bytes;
+    static constexpr int halves = 1;
+    static Bytes words(Bytes v) { return v; }
+    static const int16_t* load_words(const int16_t* p) { return p; }
+    static Sums no_sums() { return {}; }
+    static void multiply_add(Sums& sums, Bytes w, int, const int16_t* x) {
+        for (int j = 0; j < 8; j++) sums.i[j] += w.b[2 * j] * x[2 * j] + w.b[2 * j + 1] * x[2 * j + 1];
+    }
+    static V floats(Sums sums) {
+        V v;
+        for (int j = 0; j < 8; j++) v.f[j] = (float)sums.i[j];
+        return v;
+    }
+    static V widen(const int8_t* p) {
+        V v;
+        for (int j = 0; j < 8; j++) v.f[j] = (float)p[j];
+        return v;
+    }
+    static void store_words(int16_t* place, const float* x) {
+        for (int j = 0; j < 16; j++) place[j] = (int16_t)((x[j] + 12582912.0f) - 12582912.0f);  // rounded
+    }
 };
 
 using G = Generic<Portable>;
+using N = Both<Portable>;
 using B = Between<Portable>;
 using R = Greedy<Portable>;
 using A = Admm<Portable>;
-const Kernels table = {"portable", G::form, G::prepare, G::packed, G::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
+const Kernels table = {"portable", N::form, N::prepare, N::packed, N::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
                        R::scratch, R::remove_half, A::right, A::update, A::support};
 
 }  // namespace

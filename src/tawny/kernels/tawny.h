@@ -1,7 +1,8 @@
 // The shapes of everything that crosses a file boundary in the kernels, and the C ABI that Python calls.
 //
 // A weight W [out, in] is stored in groups of 4 rows. For each 64 columns a group holds 4 masks of 64 bits, then the
-// survivors of those 4 rows one after another; docs/packed-format.md is the specification. One source file an
+// survivors of those 4 rows one after another; a whole weight, of integers only, has no masks and holds every column,
+// padding too. docs/packed-format.md is the specification. One source file an
 // instruction set is compiled with its own flags and fills one `Kernels` table; dispatch.cpp chooses a table when the
 // library is loaded, splits the groups over threads and converts activations. Everything that is not in this header
 // lives in anonymous namespaces: a function compiled for AVX-512 must never be the copy the linker keeps for others.
@@ -10,21 +11,21 @@
 
 // Kinds of stored values, by the code that kinds.py gives for each; what is known of one is its trait (generic.h).
 // The first three are also those of activations, results and dense weights.
-enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, KINDS = 4 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, INT3 = 5, INT6 = 6, INT5 = 7, INT2 = 8, KINDS = 9 };
 
-// How a kernel wants the activations: float32, bfloat16, or 16-bit integers split into two bytes
-// (for each 64 columns: 64 high bytes plus 128, then 64 low bytes, all unsigned).
+// How a kernel wants the activations: float32, bfloat16, or 16-bit integers (integers.h: for each 64 columns all tokens side
+// by side, the 64 in the instruction set's own order).
 enum Form : int32_t { FORM_F32 = 0, FORM_BF16 = 1, FORM_I16 = 2 };
 
 struct Packed {
-    const uint64_t* masks;   // [groups, blocks, 4]
+    const uint64_t* masks;   // [groups, blocks, 4]; null: whole
     const void* values;      // survivors, then 64 bytes of padding
-    const int64_t* offsets;  // [groups + 1], in values
+    const int64_t* offsets;  // [groups + 1], in values; null: whole
     const void* scales;      // of integers only: float32 [groups * 4], or bfloat16 [groups, spans, 4] when span != 0
     const float* sums;       // of integers only: [groups * 4]; sum of a row's integers, or of scale * integer when span != 0
     int64_t rows, cols;      // of the weight, before padding
     int64_t groups, blocks;  // ceil(rows / 4), ceil(cols / 64)
-    int32_t kind, span;      // columns a scale covers: 0 (the row) or 128
+    int32_t kind, span;      // columns a scale covers: 0 (the row), 32, 64 or 128
 };
 
 // Groups of rows that are expanded together before they are multiplied: as many as leave most of L2 to the activations.

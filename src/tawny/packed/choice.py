@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Choice", "LinearForm", "experts_by_parameter", "tell"]
+__all__ = ["Choice", "LinearForm", "experts_by_parameter", "is_rounded", "tell"]
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ def _sparsity(W: Tensor) -> float:
 class Choice:
     """The kinds that a person asked for; those that do not exist are refused before any work is done.
 
+    Attributes:
+        kinds: of linears, by name, that were solved for another kind than `values`.
+
     Raises:
         UserError: unknown values or group.
     """
@@ -45,6 +49,7 @@ class Choice:
     values: str
     group: int | None = None
     head: str | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kind = kind_of(self.values, self.group)
@@ -52,20 +57,26 @@ class Choice:
         if self.head is not None:
             kind_of(self.head)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """For configs and reports; the index says what holds for each weight."""
+        return {"values": self.values, "group": self.group, "head": self.head}
+
     def pays(self, sparsity: float) -> bool:
         """True when a linear of this sparsity decodes faster packed than dense in bfloat16, by measurement."""
         return sparsity >= kind_of(self.values).break_even
 
-    def pack(self, W_OI: Tensor, sparsity: float) -> PackedTensor:
-        whole = format.cheaper_whole(1 - sparsity, self.values)
-        return format.pack(W_OI, self.values, self.group, whole=whole)
+    def pack(self, W_OI: Tensor, sparsity: float, name: str) -> PackedTensor:
+        values = self.kinds.get(name, self.values)
+        whole = format.cheaper_whole(1 - sparsity, values)
+        with format.naming(name):
+            return format.pack(W_OI, values, self.group, whole=whole)
 
     def pack_linear(self, W_OI: Tensor, name: str) -> tuple[PackedTensor | None, float]:
         """The packed weight, or None where dense is cheaper; and its share of zeros."""
         format.check_dtype(W_OI)
         sparsity = _sparsity(W_OI)
-        with format.naming(name):
-            return self.pack(W_OI, sparsity) if self.pays(sparsity) else None, sparsity
+        return self.pack(W_OI, sparsity, name) if self.pays(sparsity) else None, sparsity
 
     def sparsities(self, fused: Tensor, experts: Sequence[Linear]) -> tuple[list[float], float]:
         """Each expert's share of zeros, and the mean, which decides for all experts of a parameter."""
@@ -74,15 +85,13 @@ class Choice:
         return each, mean(each)
 
     def pack_expert(self, fused: Tensor, expert: Linear, sparsity: float) -> PackedTensor:
-        with format.naming(expert.name):
-            return self.pack(expert.view(fused), sparsity)
+        return self.pack(expert.view(fused), sparsity, expert.name)
 
     def pack_head(self, W_OI: Tensor, name: str) -> PackedTensor:
         """A head is packed whatever its zeros: it is asked for to save bytes, and integers alone do."""
         assert self.head is not None
         format.check_dtype(W_OI)
-        with format.naming(name):
-            return Choice(self.head).pack(W_OI, _sparsity(W_OI))
+        return Choice(self.head).pack(W_OI, _sparsity(W_OI), name)
 
 
 def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
@@ -94,8 +103,18 @@ def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
     return found
 
 
-def tell(progress: Progress, packed: int, dense: int, untouched: int) -> None:
+def is_rounded(packed: PackedTensor, W_OI: Tensor) -> bool:
+    """Whether a weight in few bits lost something: it was not solved on the grid."""
+    few = kind_of(packed.values).bits < 8
+    return few and not torch.equal(format.unpack(packed, W_OI.dtype), W_OI.detach().cpu())
+
+
+def tell(progress: Progress, packed: int, dense: int, untouched: int, rounded: int = 0) -> None:
     progress.say(f"{packed} linears packed, {dense} left dense because their zeros are too few to pay")
+    if rounded:
+        progress.say(
+            f"{rounded} linears were only rounded: `tawny prune --values` solves them on the grid, which loses far less"
+        )
     if untouched:
         progress.say(
             f"{untouched} weights stay as they are: their modules do more than multiply, or their file holds them in a "

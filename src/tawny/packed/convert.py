@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.errors import CheckpointError, UserError
-from tawny.kinds import KINDS
+from tawny.errors import CheckpointError, RecipeError, UserError
+from tawny.kinds import KINDS, kind_of
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
@@ -30,13 +30,15 @@ from tawny.model.structure import find_stack
 from tawny.model.tensorfile import DTYPES, raw
 from tawny.model.trust import opens_models
 from tawny.packed import format
-from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, tell
+from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, is_rounded, tell
 from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
 from tawny.packed.format import PackedTensor
 from tawny.packed.install import ends_of
 from tawny.packed.places import Place, places_of
 from tawny.packed.writer import PackedWriter
 from tawny.progress import Progress, silent
+from tawny.recipe.files import load_recipe
+from tawny.recipe.schema import Values
 from tawny.record import weight_files
 
 _DENSE_INDEX = "model.safetensors.index.json"
@@ -104,6 +106,7 @@ class _Packing:
         self.path, self.blocks = find_stack(self.model)
         self.linears: list[LinearForm] = []
         self.untouched: list[str] = []
+        self.rounded = 0
         self.done: set[str] = set()
 
     @property
@@ -144,6 +147,7 @@ class _Packing:
             self._left_dense(linear, sparsity, stored.nbytes, sparsity)
         else:
             self._add(linear.name, packed, Place([source]), linear.transposed, sparsity)
+            self.rounded += is_rounded(packed, W_OI)
         self.done.add(source)
 
     def _experts(self, unit: Unit, experts: list[Linear]) -> None:
@@ -166,6 +170,7 @@ class _Packing:
         for expert, place, own in zip(experts, places, sparsities, strict=True):
             made = self.choice.pack_expert(fused, expert, own)
             self._add(expert.name, made, place, expert.transposed, own)
+            self.rounded += is_rounded(made, expert.view(fused))
         self.done.update(unit.sources)
 
     def _left_dense(self, linear: Linear, sparsity: float, size: int, decisive: float) -> None:
@@ -235,7 +240,7 @@ class _Packing:
 def pack(
     source: str | Path,
     out: str | Path,
-    values: str = "bf16",
+    values: str | None = None,
     group: int | None = None,
     head: str | None = None,
     *,
@@ -248,8 +253,9 @@ def pack(
     Args:
         source: folder or hub id of a (pruned) checkpoint.
         out: folder to write.
-        values: kind of the survivors, such as bf16 or int8; `tawny pack --help` lists them.
-        group: with int8, 128 for a scale each 128 columns; None for one a row.
+        values: kind of the survivors, such as bf16 or int8; `tawny pack --help` lists them. None is the kind and group
+            that the checkpoint was solved for, or else bf16.
+        group: columns that share a scale, of integers; None is the kind's usual number.
         head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it.
         overwrite: replace an existing `out`.
         progress: told how far the work is.
@@ -261,8 +267,10 @@ def pack(
         OutputError: `out` exists or cannot be written.
     """
     started = time.perf_counter()
-    choice = Choice(values, group, head)
+    if values is not None:
+        Choice(values, group, head)  # refused before anything is fetched
     folder = resolve(source, progress.say)
+    choice = _choice(folder, values, group, head)
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
@@ -283,7 +291,7 @@ def pack(
         method = {
             "quant_method": METHOD,
             "version": format.VERSION,
-            **asdict(choice),
+            **choice.told,
             "linears": {"packed": len(writer.linears), "dense": sum(x.form == "dense" for x in work.linears)},
         }
         _carry(output, folder, method)
@@ -291,17 +299,17 @@ def pack(
         index_file = folder / _DENSE_INDEX
         # Decoded from bytes: reading it as text would change its line ends.
         total = writer.finish(headers, index_file.read_bytes().decode() if index_file.is_file() else None)
-        _card(output, folder, _NOTE.format(values=values))
-        _record(output, folder, {**asdict(choice), "bytes": total, "source_bytes": work.source_bytes}, total)
+        _card(output, folder, _NOTE.format(values=choice.values))
+        _record(output, folder, {**choice.told, "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]
-        tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched))
+        tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched), work.rounded)
         output.finish()
     finally:
         output.discard()
     return PackReport(
         source=str(source),
         out=str(out),
-        **asdict(choice),
+        **choice.told,
         bytes=total,
         source_bytes=work.source_bytes,
         file_bytes=file_bytes(output.out) + (output.out / INDEX).stat().st_size,
@@ -311,6 +319,25 @@ def pack(
         seconds=time.perf_counter() - started,
         linears=work.linears,
     )
+
+
+def solved_for(folder: Path) -> tuple[Values, dict[str, str]]:
+    """The values that a folder was pruned or recovered for, and each linear's kind, as far as `run.json` says so."""
+    try:
+        values = load_recipe(folder / "run.json").values
+        kinds = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("values") or {}
+    except RecipeError:
+        return Values(), {}
+    return values, {name: kind for name, kind in kinds.items() if kind in values.names}
+
+
+def _choice(folder: Path, values: str | None, group: int | None, head: str | None) -> Choice:
+    """What is asked for, and where nobody asked for values, what the folder was solved for."""
+    solved, kinds = solved_for(folder)
+    if values is not None and (values, len(solved.names)) != (solved.kind, 1):
+        return Choice(values, group, head)
+    most = max(solved.names, key=lambda name: kind_of(name).bits, default="bf16")
+    return Choice(most, group or solved.group_size, head, kinds)
 
 
 def unpack(

@@ -42,7 +42,7 @@ def pack_model(
     Args:
         model: a transformers decoder with its weights in memory.
         values: kind of the survivors, such as bf16 or int8; `tawny pack --help` lists them.
-        group: with int8, 128 for a scale each 128 columns; None for one a row.
+        group: columns that share a scale, of integers; None is the kind's usual number.
         head: kind of values to pack the head in too, whatever its zeros (int8 is what saves bytes).
         progress: told what stays dense, and why.
 

@@ -28,6 +28,7 @@ from tawny.pruning.refine import refine
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
 from tawny.solvers.base import Solution, reconstruction_error
+from tawny.solvers.grid import Grid
 from tawny.solvers.refit import refit
 
 
@@ -156,6 +157,7 @@ class LoadedBlock:
                     pattern_at(job.pattern, target),
                     target,
                     prepared=self._prepare(statistics),
+                    grid=self._grid(linear),
                 )
             if job.recipe.refit:
                 measured = self._measure(W_OI, solution.weight, statistics, solution.lost)
@@ -210,6 +212,11 @@ class LoadedBlock:
                 notes={**solution.notes, **notes, **more},
             )
         )
+
+    def _grid(self, linear: Linear) -> Grid | None:
+        values = self.job.recipe.values
+        kind = self.session.record.values.get(linear.name, values.kind)
+        return None if kind is None else values.grid(kind)
 
     def known(self, linear: Linear, statistics: Statistics | None) -> Statistics | None:
         """What a solve goes by: the statistics, or blind ones for an expert that no token was routed to."""

@@ -23,7 +23,7 @@ from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, available, parse_size, place, sharing_inputs
 from tawny.pruning.prepare import Job, demand_of, prepare, profile_count
-from tawny.pruning.profiling import allocate
+from tawny.pruning.profiling import spend
 from tawny.pruning.refine import holds_out
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
@@ -106,7 +106,7 @@ def plan(
     allocation = None
     rounded: list[str] = []
     if not job.allocator.measures_weights:
-        allocation = allocate(job.allocator, Profile(infos), job.pattern, recipe.sparsity, rounded)
+        allocation, _ = spend(job, Profile(infos), rounded)
     prunable = sum(info.numel for info in infos)
     if job.needs_samples:
         check_context(stack.model, wanted.seqlen)

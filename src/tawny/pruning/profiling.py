@@ -6,7 +6,16 @@ settle long before the weights' solution does; so a subset of the samples is eno
 
 from __future__ import annotations
 
-__all__ = ["LazyWeights", "allocate", "block_sparsities", "measured", "places", "profile_walk", "with_stages"]
+__all__ = [
+    "LazyWeights",
+    "allocate",
+    "block_sparsities",
+    "measured",
+    "places",
+    "profile_walk",
+    "spend",
+    "with_stages",
+]
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,16 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.allocation.budget import given_nm, mixed_nm, spread_in_blocks
+from tawny.allocation.budget import given_nm, mixed_bits, mixed_nm, spread_in_blocks
 from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Measuring, Profile
 from tawny.calibration.observe import Stage, observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError, TawnyError
+from tawny.kinds import kind_of
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
-from tawny.pruning.prepare import profile_count
+from tawny.pruning.prepare import Job, profile_count
 from tawny.pruning.session import Session
 
 WALK = "profile"  # what the journal calls it
@@ -170,6 +180,19 @@ def allocate(
             f"differs in {len(spread)} of {profile.blocks} blocks, by up to {max(spread.values()):.2g}"
         )
     return mixed_nm(wish, profile, pattern.m, pattern.n)
+
+
+def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tuple[Allocation, dict[str, str]]:
+    """Sparsities, and the kinds that the linears are solved for: none, one for all, or bits as the allocator shares them."""
+    recipe, values = job.recipe, job.recipe.values
+    sizes = {linear.name: linear.numel for linear in profile.linears}
+    if values.mean is None:
+        kinds = dict.fromkeys(sizes, values.kind) if values.kind else {}
+        return allocate(job.allocator, profile, job.pattern, recipe.sparsity, warnings), kinds
+    by_bits = {kind_of(name).bits: name for name in values.of}
+    wish = job.allocator.allocate(profile, 1 - values.mean / max(by_bits))
+    bits = mixed_bits(wish, sizes, list(by_bits), values.mean)
+    return dict.fromkeys(sizes, 0.0), {name: by_bits[count] for name, count in bits.items()}
 
 
 def block_sparsities(allocation: Mapping[str, float], profile: Profile) -> list[float]:

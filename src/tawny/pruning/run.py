@@ -24,7 +24,7 @@ from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.prepare import demand_of
-from tawny.pruning.profiling import allocate, profile_walk
+from tawny.pruning.profiling import profile_walk, spend
 from tawny.pruning.refine import holds_out
 from tawny.pruning.session import Purpose, Session, open_output, open_session, text_or_tokens
 from tawny.pruning.walk import solve_stage, walk_blocks
@@ -111,7 +111,7 @@ def _allocate(session: Session) -> Allocation:
     with session.clock("profile"):
         profile = profile_walk(session, job.allocator)
     warnings: list[str] = []
-    record.allocation = allocate(job.allocator, profile, job.pattern, job.recipe.sparsity, warnings)
+    record.allocation, record.values = spend(job, profile, warnings)
     if session.journal.walk(WALK)[0] == 0:  # later, the finished blocks bring them along
         record.warnings += warnings
     if profile.measures:

@@ -21,7 +21,7 @@ merge.py puts a recipe together from a base and changes; files.py reads and writ
 
 from __future__ import annotations
 
-__all__ = ["Calibration", "Choice", "Recipe", "Refine", "option_keys", "validated"]
+__all__ = ["Calibration", "Choice", "Recipe", "Refine", "Values", "option_keys", "validated"]
 
 import dataclasses
 import hashlib
@@ -37,10 +37,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from tawny.errors import RecipeError, TawnyError, nearest, short
+from tawny.errors import RecipeError, TawnyError, check_option, nearest, short
+from tawny.kinds import kind_of, names_of, scaled_kinds
 
 if TYPE_CHECKING:
     from tawny.patterns import Pattern
+    from tawny.solvers.grid import Grid
 
 T = TypeVar("T")
 
@@ -103,6 +105,56 @@ class Refine:
 
 
 @dataclass(frozen=True, config=_CONFIG)
+class Values:
+    """What survivors are rounded to while they are solved. A kind of None leaves them as the checkpoint has them.
+
+    A scale belongs to `group_size` columns of a row; None is the kind's usual number. With `mean` and `of` the allocator
+    spends bits instead of zeros: each linear gets one of the kinds, and a weight has so many bits on average.
+    """
+
+    kind: str | None = None
+    group_size: int | None = None
+    mean: float | None = None
+    of: Globs = ()
+
+    def __post_init__(self) -> None:
+        both = self.mean is not None and len(self.of) > 1 and self.kind is None
+        single = self.mean is None and not self.of
+        given = f"{self.mean} of {list(self.of)}" + (f" with {self.kind}" if self.kind else "")
+        check_option(
+            both or single, "values.mean", given, "a mean of two kinds or more, and no kind beside it"
+        )
+        kinds = [kind_of(name, self.group_size) for name in self.names]
+        for kind in kinds:
+            if not kind.scaled:
+                names = names_of(scaled_kinds(), " or ")
+                raise RecipeError(
+                    f"values: {kind.name} are floats, which nothing is rounded to; choose {names}"
+                )
+        bits = [kind.bits for kind in kinds]
+        if self.mean is not None and not min(bits) <= self.mean <= max(bits):
+            raise RecipeError(
+                f"values.mean is {self.mean}; expected {min(bits)} to {max(bits)} bits, as the kinds have"
+            )
+        if not kinds and self.group_size is not None:
+            raise RecipeError(
+                f"values.group_size is {self.group_size}; expected a kind with it, such as values=int4"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kinds that a linear may get."""
+        return self.of if self.kind is None else (self.kind,)
+
+    def grid(self, name: str) -> Grid:
+        """What a solver rounds to for a kind."""
+        from tawny.solvers.grid import Grid
+
+        kind = kind_of(name)
+        return Grid(kind.grid, kind.span(self.group_size))
+
+
+@dataclass(frozen=True, config=_CONFIG)
 class Recipe:
     """Everything that decides the result. Make one with `Recipe.from_mapping` or `load_recipe`."""
 
@@ -119,6 +171,7 @@ class Recipe:
     order: Literal["block", "data"] = "block"
     refit: bool = False  # move the survivors of every mask to their least squares; also `solver.refit`
     refine: Refine = Field(default_factory=Refine)
+    values: Values = Field(default_factory=Values)
     compat: Literal["official"] | None = None
     profile_samples: Annotated[int, Field(ge=1)] | None = None
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "cpu"
@@ -159,7 +212,16 @@ class Recipe:
         for section in NAMED:
             values[section] = _choice(section, as_section(section, values.get(section)), compat)
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
-        return validated(cls, values, "recipe key")
+        made = validated(cls, values, "recipe key")
+        names = ", ".join(made.values.names)
+        moved = "refit" if made.refit else "refine" if made.refine.epochs else None
+        if names and moved:
+            raise RecipeError(f"{moved} moves survivors off the grid of {names} values: leave one of the two out")
+        if made.values.mean is not None and (made.sparsity or ":" in made.pattern):
+            raise RecipeError(
+                f"values.mean spends the budget in bits and sparsity {made.sparsity:g} spends it in zeros: leave one out"
+            )
+        return made
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON and YAML types, every default spelled out."""
@@ -191,9 +253,15 @@ class Recipe:
 # --- sections --------------------------------------------------------------------------------------------
 
 NAMED = ("allocator", "solver")  # sections whose name decides what their options are
-SECTIONS: dict[str, type[Any]] = {"calibration": Calibration, "refine": Refine}
+SECTIONS: dict[str, type[Any]] = {"calibration": Calibration, "refine": Refine, "values": Values}
 # Section → the key that a bare value is for: `solver: wanda` is `solver: {name: wanda}`.
-SHORTHANDS = {"allocator": "name", "solver": "name", "calibration": "text", "refine": "epochs"}
+SHORTHANDS = {
+    "allocator": "name",
+    "solver": "name",
+    "calibration": "text",
+    "refine": "epochs",
+    "values": "kind",
+}
 # The best for its time of what benchmarks/recipes.py has measured, and what `compat: official` is about.
 _DEFAULT_NAMES = {"allocator": "atp", "solver": "alps"}
 _OFFICIAL_NAMES = {"allocator": "owl", "solver": "sparsegpt"}
@@ -304,6 +372,8 @@ def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
                 f"{implied:g}, but sparsity {sparsity:g} was given, here or by a recipe: say -s {implied:g}, or choose another pattern"
             )
         return pattern, implied
+    if sparsity is None and values["values"].names:
+        return pattern, 0.0  # bits alone
     if sparsity is None:
         raise RecipeError(
             "sparsity is missing: give the share of weights to remove, such as sparsity=0.6 (-s 0.6)"

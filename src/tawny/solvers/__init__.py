@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tawny.solvers.alps import Alps
 from tawny.solvers.base import Needs, Solution, Solver, energy, reconstruction_error
+from tawny.solvers.grid import Grid
 from tawny.solvers.magnitude import Magnitude
 from tawny.solvers.ria import RIA
 from tawny.solvers.sparsegpt import SparseGPT
@@ -13,6 +14,7 @@ __all__ = [
     "RIA",
     "SOLVERS",
     "Alps",
+    "Grid",
     "Magnitude",
     "Needs",
     "Solution",

@@ -47,6 +47,7 @@ from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
 from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian, require_finite
+from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project, refit_scales
 from tawny.solvers.inverse import invert
 from tawny.solvers.refit import refit
 
@@ -62,6 +63,8 @@ _KEPT = 1 << 28  # bytes of inverses and their powers that may wait for another 
 _CHECK = 3  # iterations between two looks at the support
 _FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
+_GRID_RHO, _GRID_GROWTH, _GRID_STEPS = 0.2, 1.2, 36  # with a grid: ρ grows every third step, whatever happens
+_GRID_CHECK = 6  # steps between two looks at what is lost, in the second half
 _SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the support has long stopped to care
 
 
@@ -223,9 +226,14 @@ class Alps(Solver):
         pattern: Pattern,
         sparsity: float,
         prepared: Scaled | None = None,
+        grid: Grid | None = None,
     ) -> Solution:
         require_finite(W_OI, "weight")
         scaled = self.prepare(statistics) if prepared is None else prepared
+        solution = self._pruned(W_OI, scaled, pattern, sparsity)
+        return solution if grid is None else self._rounded(W_OI, scaled, solution, grid)
+
+    def _pruned(self, W_OI: Tensor, scaled: Scaled, pattern: Pattern, sparsity: float) -> Solution:
         notes: dict[str, float | int | str] = {"damp": scaled.damp}
         if isinstance(pattern, Unstructured):
             pattern = pattern.with_default(self.default_scope)
@@ -315,6 +323,58 @@ class Alps(Solver):
             if inverse_II is None:
                 break
         return T_OI, iteration, rho
+
+    def _rounded(self, W_OI: Tensor, scaled: Scaled, solution: Solution, grid: Grid) -> Solution:
+        """The survivors on a grid: the same iteration on a mask that stays, D being the nearest point of the grid to T.
+
+        Scales follow the iterate: in every step the levels are those nearest by the last scales, and new scales fit them best.
+        Of the last iterates each row keeps the one that loses least.
+        """
+        keep_OI = kept_on_grid(W_OI, solution.mask)
+        mask_OI = None if bool(keep_OI.all()) else keep_OI
+        scaled_OI = W_OI * scaled.scale_I
+        weights_I = scaled.scale_I.square()
+        scales_OS = best_scales(solution.weight, grid, weights_I, mask_OI)
+        grid_OI = project(solution.weight, scales_OS, grid, mask_OI)  # D, unscaled
+        T_OI = grid_OI * scaled.scale_I
+        best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
+        chunks = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))
+        rho = before = _GRID_RHO
+        for step in range(1, _GRID_STEPS + 1):
+            inverse_II = scaled.inverse(rho)
+            assert inverse_II is not None  # ρ is larger than those that found the mask
+            for chunk in chunks:
+                right_CI = T_OI[chunk].new_empty(T_OI[chunk].shape, dtype=inverse_II.dtype)
+                for part in _parts(right_CI, _CACHED):
+                    here = _within(chunk, part)
+                    D_PI = grid_OI[here] * scaled.scale_I
+                    T_OI[here] -= D_PI
+                    right_PI = torch.sub(D_PI, scaled_OI[here]).mul_(rho)
+                    right_CI[part] = right_PI.sub_(T_OI[here], alpha=before)
+                step_CI = right_CI @ inverse_II
+                for part in _parts(right_CI, _CACHED):
+                    here = _within(chunk, part)
+                    T_OI[here] = torch.add(scaled_OI[here] + step_CI[part], T_OI[here], alpha=before / rho)
+                    grid_OI[here], scales_OS[here] = refit_scales(
+                        T_OI[here] / scaled.scale_I,
+                        scales_OS[here],
+                        grid,
+                        weights_I,
+                        None if mask_OI is None else mask_OI[here],
+                    )
+                if step % _GRID_CHECK == 0 and step > _GRID_STEPS // 2:
+                    gone_CI = W_OI[chunk] - grid_OI[chunk]
+                    now_C = torch.linalg.vecdot(gone_CI @ scaled.hessian_II, gone_CI)
+                    better_C = now_C < lost_O[chunk]
+                    lost_O[chunk] = torch.where(better_C, now_C, lost_O[chunk])
+                    best_OI[chunk] = torch.where(better_C[:, None], grid_OI[chunk], best_OI[chunk])
+                    best_OS[chunk] = torch.where(better_C[:, None], scales_OS[chunk], best_OS[chunk])
+            before = rho
+            if step % _CHECK == 0:
+                rho *= _GRID_GROWTH
+        scaled.forget()
+        lost = float(lost_O.sum(dtype=torch.float64))
+        return Solution(best_OI, keep_OI, solution.notes, lost, best_OS)
 
 
 def _parts(T_OI: Tensor, size: int) -> list[slice]:

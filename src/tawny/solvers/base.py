@@ -11,7 +11,7 @@ else, once, and `solve` accepts the result for each of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Pattern, Scope, keep_mask, removed_count
+
+if TYPE_CHECKING:
+    from tawny.solvers.grid import Grid
 
 __all__ = [
     "Needs",
@@ -48,6 +51,7 @@ class Solution:
     mask: Tensor  # [out, in] bool, True = kept
     notes: dict[str, float | int | str] = field(default_factory=dict)
     lost: float | None = None  # ‖X(W − Ŵ)ᵀ‖², where the solver comes to know it on its way
+    scales: Tensor | None = None  # [out, groups] float32, where the weight lies on a grid
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,15 @@ class Solver(Protocol):
         return None
 
     def solve(
-        self, W_OI: Tensor, statistics: Seen, pattern: Pattern, sparsity: float, prepared: Any = None
+        self,
+        W_OI: Tensor,
+        statistics: Seen,
+        pattern: Pattern,
+        sparsity: float,
+        prepared: Any = None,
+        grid: Grid | None = None,
     ) -> Solution:
-        """Prune one weight to `sparsity` (n:m: to what the pattern says)."""
+        """Prune one weight to `sparsity` (n:m: to what the pattern says), its survivors on `grid` where one is given."""
         ...
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tawny.patterns import Pattern, Scope
 from tawny.solvers.base import Needs, Seen, Solution, Solver, keep_highest, masked, require_finite
+from tawny.solvers.grid import Grid, on_grid
 
 __all__ = ["Magnitude"]
 
@@ -33,9 +34,15 @@ class Magnitude(Solver):
         return 20 * out * width  # measured, what judges the result included
 
     def solve(
-        self, W_OI: Tensor, statistics: Seen, pattern: Pattern, sparsity: float, prepared: Any = None
+        self,
+        W_OI: Tensor,
+        statistics: Seen,
+        pattern: Pattern,
+        sparsity: float,
+        prepared: Any = None,
+        grid: Grid | None = None,
     ) -> Solution:
         require_finite(W_OI, "weight")
         # Zeros need no special care here: |0| is the lowest score there is.
         keep_OI = keep_highest(W_OI.abs(), pattern, sparsity, self.default_scope)
-        return Solution(masked(W_OI, keep_OI), keep_OI)
+        return on_grid(Solution(masked(W_OI, keep_OI), keep_OI), grid, statistics)

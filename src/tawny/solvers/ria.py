@@ -24,6 +24,7 @@ from torch import Tensor
 from tawny.errors import check_option
 from tawny.patterns import Pattern, Scope, zeros_first
 from tawny.solvers.base import Needs, Seen, Solution, Solver, input_norms, keep_highest, require_finite
+from tawny.solvers.grid import Grid, on_grid
 
 __all__ = ["RIA"]
 
@@ -56,7 +57,13 @@ class RIA(Solver):
         return input_norms(statistics).pow_(self.a)
 
     def solve(
-        self, W_OI: Tensor, statistics: Seen, pattern: Pattern, sparsity: float, prepared: Any = None
+        self,
+        W_OI: Tensor,
+        statistics: Seen,
+        pattern: Pattern,
+        sparsity: float,
+        prepared: Any = None,
+        grid: Grid | None = None,
     ) -> Solution:
         require_finite(W_OI, "weight")
         powers_I = self.prepare(statistics) if prepared is None else prepared
@@ -70,4 +77,4 @@ class RIA(Solver):
         scores_OI.mul_(torch.where(silent_I, 1.0, powers_I))
         zeros_first(scores_OI, W_OI)
         keep_OI = keep_highest(scores_OI, pattern, sparsity, self.default_scope)
-        return Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI)
+        return on_grid(Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI), grid, statistics)

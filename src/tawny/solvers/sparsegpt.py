@@ -44,6 +44,7 @@ from tawny.patterns import (
     zeros_first,
 )
 from tawny.solvers.base import Needs, Seen, Solution, Solver, input_hessian, require_finite
+from tawny.solvers.grid import Grid, Rounding, best_scales, kept_on_grid
 
 __all__ = ["Factor", "SparseGPT"]
 
@@ -119,38 +120,59 @@ class SparseGPT(Solver):
         pattern: Pattern,
         sparsity: float,
         prepared: Factor | None = None,
+        grid: Grid | None = None,
     ) -> Solution:
         require_finite(W_OI, "weight")
         factor = self.prepare(statistics) if prepared is None else prepared
         notes: dict[str, float | int | str] = {"damp": factor.damp, "dead_inputs": int(factor.dead_I.sum())}
+        columns = self.group if grid is None or grid.group is None else min(grid.group, W_OI.shape[1])
         if isinstance(pattern, NM):
-            weight_OI, keep_OI, lost = self._sweep(W_OI, factor, pattern, None)
+            whole = f"an m that divides {columns}, the columns that share a scale"
+            check_option(
+                grid is None or columns % pattern.m == 0, "pattern", f"{pattern.n}:{pattern.m}", whole
+            )
+            quota = None
         else:
             pattern = pattern.with_default(self.default_scope)
             removed = removed_count(W_OI.numel(), sparsity)
-            if removed == 0:
+            if removed == 0 and grid is None:
                 return Solution(W_OI.clone(), torch.ones_like(W_OI, dtype=torch.bool), notes, 0.0)
-            quota = _quotas(W_OI, factor.dead_I, pattern, removed, self.group)
-            weight_OI, keep_OI, lost = self._sweep(W_OI, factor, pattern, quota)
+            quota = _quotas(W_OI, factor.dead_I, pattern, removed, columns)
+        weight_OI, keep_OI, lost, scales_OS = self._sweep(W_OI, factor, pattern, quota, columns, grid)
         require_finite(weight_OI, "pruned weight")
-        return Solution(weight_OI, keep_OI, notes, lost)
+        return Solution(weight_OI, keep_OI, notes, lost, scales_OS)
 
     def _sweep(
-        self, W_OI: Tensor, factor: Factor, pattern: Pattern, quota: Tensor | None
-    ) -> tuple[Tensor, Tensor, float | None]:
+        self,
+        W_OI: Tensor,
+        factor: Factor,
+        pattern: Pattern,
+        quota: Tensor | None,
+        group: int,
+        grid: Grid | None,
+    ) -> tuple[Tensor, Tensor, float | None, Tensor | None]:
         """Walk the columns once; `quota` [groups, rows or 1] is what each group removes, None for n:m.
+
+        With a grid, what stays is rounded when its turn comes, and its error is spread like that of what goes; with nothing
+        to remove this is GPTQ (2210.17323). Scales are chosen when the first of their columns is reached, with columns
+        counting as they will in the error: (v − ŵ)²/U_jj².
 
         The third result is ‖X(W − Ŵ)ᵀ‖²: the terms of the damped error, less what damping added to it. It is None
         where that leaves too few digits.
         """
         width = W_OI.shape[1]
-        group, step = self.group, _STEP
+        step = _STEP
         if isinstance(pattern, NM):
             group, step = max(group // pattern.m, 1) * pattern.m, pattern.m
         has_zeros = int(torch.count_nonzero(W_OI)) < W_OI.numel()
+        stay_OI = torch.ones_like(W_OI, dtype=torch.bool)
+        if grid is not None:
+            stay_OI = kept_on_grid(W_OI, stay_OI) if quota is not None else W_OI != 0
         weight_OI = torch.empty_like(W_OI)
         keep_OI = torch.empty(W_OI.shape, dtype=torch.bool, device=W_OI.device)
         lost_IO = W_OI.new_empty(width, len(W_OI))  # w − ŵ
+        scales: list[Tensor] = []
+        nearest = None
         bench = _Bench(min(group, width), step, W_OI)
         damped, added = 0.0, 0.0
         for start in range(0, width, group):
@@ -163,6 +185,18 @@ class SparseGPT(Solver):
             if quota is not None:
                 scores_JO = _scores(bench.V_JO, bench.W_JO if has_zeros else None, factor, start)
                 bench.keep(slice(None), _choose(scores_JO, quota[start // group]))
+            if grid is not None:
+                if quota is None:  # a first guess at the mask; the true one comes with each m columns
+                    scores_JO = _scores(bench.V_JO, bench.W_JO if has_zeros else None, factor, start)
+                    bench.keep(slice(None), keep_mask(scores_JO.t().contiguous(), pattern, 0).t())
+                stay_OJ = stay_OI[:, start:stop] & bench.kept_JO.t()
+                bench.keep(slice(None), stay_OJ.t())
+                if grid.group is not None:
+                    weights_J = factor.diagonal_I[start:stop].square()
+                    scales.append(best_scales(bench.V_JO.t().contiguous(), grid, weights_J, stay_OJ))
+                elif not scales:
+                    scales.append(best_scales(W_OI, grid, factor.diagonal_I.square(), stay_OI))
+                nearest = grid.rounding(scales[-1][:, 0])
             for left, part in bench.steps:
                 if left:
                     part.V_JO.addmm_(part.ratios_JI, part.gone_IO)
@@ -172,13 +206,15 @@ class SparseGPT(Solver):
                     bench.keep(slice(left, left + step), keep_OJ.t())
                     if has_zeros:  # where a group of m has zeros to spare, those that stay must not grow back
                         part.removed_JO.masked_fill_(part.W_JO == 0, 1.0)
-                part.walk()
+                part.walk(nearest)
             here = slice(start, stop)
             damped += _weighted(bench.gone_JO, factor.diagonal_I[here].square())
-            bench.store(weight_OI[:, here], keep_OI[:, here], lost_IO[here])
+            bench.store(weight_OI[:, here], keep_OI[:, here], lost_IO[here], nearest)
             added += _weighted(lost_IO[here], factor.added_I[here])
         lost = damped - added
-        return weight_OI, keep_OI, lost if lost >= _DIGITS * damped else None
+        keep_OI &= stay_OI
+        known = lost if lost >= _DIGITS * damped else None
+        return weight_OI, keep_OI, known, torch.cat(scales, 1) if scales else None
 
 
 class _Bench:
@@ -194,7 +230,7 @@ class _Bench:
             like.new_empty(size, len(like)) for _ in range(4)
         )
         self.ratios_JJ = like.new_empty(size, size)  # [j, i] = −U_ij/U_ii
-        self._kept_JO = torch.empty(self.W_JO.shape, dtype=torch.bool, device=like.device)
+        self.kept_JO = torch.empty(self.W_JO.shape, dtype=torch.bool, device=like.device)
         self._identity_JJ = torch.eye(size, dtype=like.dtype, device=like.device)
         self.steps = [(left, _Step(self, left, min(left + step, size))) for left in range(0, size, step)]
 
@@ -212,15 +248,19 @@ class _Bench:
             self.V_JO.copy_(self.W_JO)
 
     def keep(self, columns: slice, keep_JO: Tensor) -> None:
-        self._kept_JO[columns] = keep_JO
-        torch.logical_not(self._kept_JO[columns], out=self.removed_JO[columns])
+        self.kept_JO[columns] = keep_JO
+        torch.logical_not(self.kept_JO[columns], out=self.removed_JO[columns])
 
-    def store(self, weight_OJ: Tensor, keep_OJ: Tensor, lost_JO: Tensor) -> None:
+    def store(self, weight_OJ: Tensor, keep_OJ: Tensor, lost_JO: Tensor, nearest: Rounding | None) -> None:
         # v − v is +0, where v·0 could be −0; and a difference is vectorised, where a masked fill is not.
-        pruned_JO = self.V_JO.sub_(self.gone_JO)
+        # v − (v − q) may not be q.
+        if nearest is None:
+            pruned_JO = self.V_JO.sub_(self.gone_JO)
+        else:
+            pruned_JO = nearest(self.V_JO).masked_fill_(self.removed_JO > 0, 0.0)
         torch.sub(self.W_JO, pruned_JO, out=lost_JO)
         weight_OJ.copy_(pruned_JO.t().contiguous())
-        keep_OJ.copy_(self._kept_JO.t().contiguous())
+        keep_OJ.copy_(self.kept_JO.t().contiguous())
 
 
 class _Step:
@@ -235,12 +275,15 @@ class _Step:
         ratios = [bench.ratios_JJ[j, left:j] for j in range(left, right)]
         self._columns = list(zip(*rows, gone, ratios, strict=True))
 
-    def walk(self) -> None:
-        """v_j −= Σ gone_i·U_ij/U_ii over the step's earlier columns; gone_j is v_j where removed, else 0."""
+    def walk(self, nearest: Rounding | None) -> None:
+        """v_j −= Σ gone_i·U_ij/U_ii over the step's earlier columns; gone_j is v_j where removed, else what rounding takes."""
         for j, (v_O, removed_O, gone_O, gone_OI, ratios_I) in enumerate(self._columns):
             if j:
                 v_O.addmv_(gone_OI, ratios_I)
-            torch.mul(v_O, removed_O, out=gone_O)
+            if nearest is None:
+                torch.mul(v_O, removed_O, out=gone_O)
+            else:
+                torch.where(removed_O > 0, v_O, v_O - nearest(v_O), out=gone_O)
 
 
 def _weighted(values_JO: Tensor, weights_J: Tensor) -> float:

@@ -25,6 +25,7 @@ from tawny.solvers.base import (
     masked,
     require_finite,
 )
+from tawny.solvers.grid import Grid, on_grid
 
 __all__ = ["Wanda"]
 
@@ -52,7 +53,13 @@ class Wanda(Solver):
         return input_norms(statistics)
 
     def solve(
-        self, W_OI: Tensor, statistics: Seen, pattern: Pattern, sparsity: float, prepared: Any = None
+        self,
+        W_OI: Tensor,
+        statistics: Seen,
+        pattern: Pattern,
+        sparsity: float,
+        prepared: Any = None,
+        grid: Grid | None = None,
     ) -> Solution:
         require_finite(W_OI, "weight")
         norms_I = self.prepare(statistics) if prepared is None else prepared
@@ -66,4 +73,4 @@ class Wanda(Solver):
                 scores_OI[:, silent_I] = -1 / W_OI[:, silent_I].abs()
             zeros_first(scores_OI, W_OI)
             keep_OI = keep_highest(scores_OI, pattern, sparsity, self.default_scope)
-        return Solution(masked(W_OI, keep_OI), keep_OI)
+        return on_grid(Solution(masked(W_OI, keep_OI), keep_OI), grid, statistics)

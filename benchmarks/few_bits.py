@@ -1,0 +1,106 @@
+"""Few bits by three ways of solving: KL to the dense model, perplexity, bits a weight and seconds.
+
+    python benchmarks/few_bits.py --text wiki --text PATH.txt
+
+A cell is a kind, a group size, a sparsity and a solver: `magnitude` rounds by the best scale, `sparsegpt` rounds in its
+column loop (with nothing removed that is GPTQ), `alps` solves on the grid by ADMM. Each is pruned, packed with a head in
+int8, and the packed folder is evaluated. The same command goes on where a run was stopped. A model that was itself
+dequantised from few bits flatters plain rounding; the results file says what the model is. A tiny run:
+`--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --kinds int4:64:0`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cells import parser_for
+
+import tawny
+from tawny.machine import machine, versions
+from tawny.model.durable import write
+
+KINDS = ["int4:32:0", "int4:64:0", "int4:128:0", "int3:64:0", "int4:64:0.5", "int3:64:0.5"]
+
+
+def main() -> None:
+    parser = parser_for(__doc__, "few_bits.json")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="KIND:GROUP:SPARSITY")
+    parser.add_argument("--solvers", nargs="+", default=["magnitude", "sparsegpt", "alps"])
+    parser.set_defaults(samples=16)
+    args = parser.parse_args()
+    setting = {
+        key: getattr(args, key) for key in ("calibration", "samples", "seqlen", "eval_seqlen", "windows")
+    }
+    setting |= {"model": Path(args.model).name, "texts": [Path(text).name for text in args.text]}
+    results: dict[str, Any] = {"setting": setting, "cells": {}}
+    if args.results.exists():
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+        if results["setting"] != setting:
+            raise SystemExit(f"{args.results} holds another setting; give another --results")
+    for kind in args.kinds:
+        for solver in args.solvers:
+            for seed in args.seeds:
+                name = f"{kind} {solver} {seed}"
+                if name not in results["cells"]:
+                    results["cells"][name] = made = cell(args, kind, solver, seed)
+                    results |= {
+                        "machine": machine(),
+                        "versions": versions(),
+                        "date": str(datetime.date.today()),
+                    }
+                    args.results.parent.mkdir(parents=True, exist_ok=True)
+                    write(args.results, (json.dumps(results, indent=1) + "\n").encode())
+                    shown = ", ".join(
+                        f"{k} KL {v['kl']:.3f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()
+                    )
+                    print(f"{name}: {made['bits']:.2f} bits, {made['seconds']:.0f} s, {shown}", flush=True)
+
+
+def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
+    values, group, sparsity = kind.split(":")
+    folder = Path(tempfile.mkdtemp(prefix="tawny-bits-"))
+    try:
+        record = tawny.prune(
+            args.model,
+            folder / "dense",
+            values={"kind": values, "group_size": int(group)},
+            sparsity=float(sparsity),
+            solver=solver,
+            seed=seed,
+            **{
+                f"calibration.{k}": v
+                for k, v in (("text", args.calibration), ("samples", args.samples), ("seqlen", args.seqlen))
+            },
+        )
+        report = tawny.pack(folder / "dense", folder / "packed", head="int8")
+        packed = [linear for linear in report.linears if linear.name in record.allocation]
+        texts = {}
+        for text in args.text:
+            found = tawny.agreement(
+                folder / "packed", args.model, text, seqlen=args.eval_seqlen, windows=args.windows
+            )
+            measured = {
+                "kl": found.kl,
+                "kl_stderr": found.kl_stderr,
+                "perplexity": found.perplexity.perplexity,
+            }
+            texts[Path(text).name] = {**measured, "dense": found.dense.perplexity}
+        return {
+            "bits": 8 * sum(x.bytes for x in packed) / sum(x.shape[0] * x.shape[1] for x in packed),
+            "bytes": report.file_bytes,
+            "seconds": record.seconds["total"],
+            "solve_seconds": record.seconds.get("solve", 0.0),
+            "mean_error": sum(x.error for x in record.linears) / len(record.linears),
+            "texts": texts,
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Grids: which values a stored weight can take, and the scales that put a weight on one.
+
+A value is scale · level: `levels` are a few signed integers, and a scale belongs to a row of `group` columns. The best
+scale is a minimum over levels that are chosen by the scale itself, min_c Σ w_j (x_j − c·q_j(c))², so some are tried: for a
+share f of the one that reaches the group's largest value the nearest levels q, for these the least-squares scale
+c = Σwxq/Σwq², which lowers the error by (Σwxq)²/Σwq². Scales have a sign, so that the longer half of an asymmetric table
+can lie on either side; a group of zeros has scale 0.
+
+Promises: scales are float32 numbers that bfloat16 holds, weights are exactly scale · level where kept and +0 elsewhere.
+
+Shapes: O = out, I = in, S = groups of columns, J = columns of a group (the last one is filled up with zeros of no
+weight), P = rows of a part that stays in a core's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tawny.solvers.base import Seen, Solution
+
+__all__ = ["Grid", "Rounding", "best_scales", "kept_on_grid", "on_grid", "project", "refit_scales"]
+
+Rounding = Callable[[Tensor], Tensor]
+_SHARES = [0.55 + 0.5 * i / 7 for i in range(8)]  # of the scale that reaches the largest value
+_PART = 1 << 15  # weights whose half a dozen copies stay in a core's cache
+_ACCIDENTS = 0.01  # share of zeros up to which a weight is one with no zeros
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values scale · level.
+
+    Attributes:
+        levels: signed integers, ascending.
+        group: columns that share a scale; None: all of a row.
+    """
+
+    levels: tuple[int, ...]
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.levels) < 2 or any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
+            raise ValueError(f"levels {self.levels} do not ascend")
+
+    def split(self, X_OI: Tensor) -> Tensor:
+        """[O, S, J]: a row by groups."""
+        width = X_OI.shape[-1]
+        size = min(self.group or width, width)
+        if width % size:
+            X_OI = torch.nn.functional.pad(X_OI, (0, -width % size))
+        return X_OI.unflatten(-1, (-1, size))
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """The nearest level of each half of a unit: levels are integers, so the middles between them are halves."""
+        levels = torch.tensor(self.levels, dtype=torch.float32)
+        cells = torch.arange(2 * self.levels[0], 2 * self.levels[-1] + 1) / 2 + 0.25
+        return levels[torch.bucketize(cells, (levels[1:] + levels[:-1]) / 2)]
+
+    def nearest(self, X: Tensor) -> Tensor:
+        """The nearest level of each value, float32; of two as near, the upper one."""
+        table, low = self._table.to(X.device), 2 * self.levels[0]
+        return table.take(torch.mul(X, 2).sub_(low).clamp_(0, len(table) - 1).to(torch.int64))
+
+    def rounding(self, scales_O: Tensor) -> Rounding:
+        """What rounds values [..., O] to scale · level."""
+        by_O = _reciprocal(scales_O)
+        return lambda values: self.nearest(values * by_O).mul_(scales_O).add_(0.0)  # +0 mends what is −0
+
+
+def _fit(X_OSJ: Tensor, scales_OS: Tensor, weights_OSJ: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """The levels nearest to X by given scales, the least-squares scales for these, and the squares that they save."""
+    by_OS = _reciprocal(scales_OS)
+    levels_OSJ = grid.nearest(X_OSJ * by_OS[..., None])
+    weighed_OSJ = levels_OSJ * weights_OSJ
+    along_OS, square_OS = (
+        torch.linalg.vecdot(weighed_OSJ, X_OSJ),
+        torch.linalg.vecdot(weighed_OSJ, levels_OSJ),
+    )
+    fitted_OS = torch.where(square_OS > 0, along_OS / square_OS, 0.0)
+    return levels_OSJ, fitted_OS, along_OS * fitted_OS
+
+
+def _reciprocal(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 1.0, scales.reciprocal())
+
+
+def _held(scales_OS: Tensor) -> Tensor:
+    return scales_OS.to(torch.bfloat16).float()
+
+
+def _weights(like_OI: Tensor, weights_I: Tensor | None, keep_OI: Tensor | None, grid: Grid) -> Tensor:
+    """[1 or O, S, J]: what a squared error of each value counts; what is not kept, and what fills up, nothing."""
+    weights = torch.ones_like(like_OI[:1]) if weights_I is None else weights_I.to(like_OI.dtype)[None]
+    return grid.split(weights if keep_OI is None else weights * keep_OI)
+
+
+def _parts(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, _PART // max(width, 1))
+    return (slice(top, top + step) for top in range(0, rows, step))
+
+
+def best_scales(
+    W_OI: Tensor, grid: Grid, weights_I: Tensor | None = None, keep_OI: Tensor | None = None
+) -> Tensor:
+    """[O, S]: the scales with the smallest Σ weights·(W − scale·level)² over what is kept."""
+    low, high = grid.levels[0], grid.levels[-1]
+    ends = [end for end in (high, low) if end and (end == high or low != -high)]
+    made = []
+    for part in _parts(*W_OI.shape):
+        weights_PSJ = _weights(W_OI[part], weights_I, None if keep_OI is None else keep_OI[part], grid)
+        X_PSJ = grid.split(W_OI[part]) * (weights_PSJ > 0)
+        largest_PS = X_PSJ.gather(-1, X_PSJ.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        best_PS, saved_PS = torch.zeros_like(largest_PS), torch.zeros_like(largest_PS)
+        for end in ends:
+            for share in _SHARES:
+                _, fitted_PS, gain_PS = _fit(X_PSJ, largest_PS * (share / end), weights_PSJ, grid)
+                better_PS = gain_PS > saved_PS
+                best_PS = torch.where(better_PS, fitted_PS, best_PS)
+                saved_PS = torch.where(better_PS, gain_PS, saved_PS)
+        made.append(_held(best_PS))
+    return torch.cat(made)
+
+
+def refit_scales(
+    X_OI: Tensor, scales_OS: Tensor, grid: Grid, weights_I: Tensor | None, keep_OI: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """X on the grid, levels by the scales given and values by their least-squares refit; and the refitted scales."""
+    weights_OSJ = _weights(X_OI, weights_I, keep_OI, grid)
+    levels_OSJ, fitted_OS, _ = _fit(grid.split(X_OI), scales_OS, weights_OSJ, grid)
+    fitted_OS = _held(fitted_OS)
+    return _values(levels_OSJ, fitted_OS, X_OI.shape[1], keep_OI), fitted_OS
+
+
+def project(W_OI: Tensor, scales_OS: Tensor, grid: Grid, keep_OI: Tensor | None = None) -> Tensor:
+    """The nearest value on the grid where kept, else +0."""
+    made_OI = torch.empty_like(W_OI)
+    for part in _parts(*W_OI.shape):
+        scales_PS = scales_OS[part]
+        by_PS = _reciprocal(scales_PS)
+        levels_PSJ = grid.nearest(grid.split(W_OI[part]) * by_PS[..., None])
+        made_OI[part] = _values(
+            levels_PSJ, scales_PS, W_OI.shape[1], None if keep_OI is None else keep_OI[part]
+        )
+    return made_OI
+
+
+def _values(levels_OSJ: Tensor, scales_OS: Tensor, width: int, keep_OI: Tensor | None) -> Tensor:
+    made_OI = (levels_OSJ * scales_OS[..., None]).flatten(1)[:, :width]
+    return (made_OI if keep_OI is None else made_OI * keep_OI).add_(0.0)  # +0 mends what is −0
+
+
+def kept_on_grid(W_OI: Tensor, keep_OI: Tensor) -> Tensor:
+    """The mask, less the zeros of W where they are meant: a few are accidents, and rounded as other weights are."""
+    zeros_OI = keep_OI & (W_OI == 0)
+    return keep_OI & ~zeros_OI if int(zeros_OI.sum()) > _ACCIDENTS * W_OI.numel() else keep_OI
+
+
+def on_grid(solution: Solution, grid: Grid | None, statistics: Seen) -> Solution:
+    """A solution rounded by the best scales; inputs count by their squared norms where they were seen."""
+    if grid is None:
+        return solution
+    W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask)
+    seen = statistics is not None and bool((statistics.squared_norms > 0).any())
+    weights_I = statistics.squared_norms.float() if statistics is not None and seen else None
+    scales_OS = best_scales(W_OI, grid, weights_I, keep_OI)
+    return Solution(project(W_OI, scales_OS, grid, keep_OI), keep_OI, solution.notes, None, scales_OS)
