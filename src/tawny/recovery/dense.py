@@ -20,6 +20,7 @@ from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.model.structure import evaluating
+from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
@@ -30,7 +31,7 @@ from tawny.recovery.settings import Recovery
 from tawny.recovery.student import LEAST_SPARSITY, Student
 from tawny.recovery.teacher import check_not_own_teacher, check_teacher, check_tokenizers, is_own_teacher
 from tawny.recovery.training import Training
-from tawny.recovery.writing import check_apart, check_no_pruning, values_of
+from tawny.recovery.writing import check_apart, check_no_pruning
 
 # What lies in OUT.recovery: states, the best weights, parts to be joined, the teacher's hidden states and their index.
 _SHELVED = (
@@ -95,7 +96,7 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
             check_savable(source)
     own = is_own_teacher(folder, teacher)
     brought = settings.method == "elsa" and settings.sparsity is not None
-    rounded = settings.values is not None and not (folder and values_of(folder))
+    rounded = settings.values is not None and not (folder and solved_for(folder)[0].names)
     check_not_own_teacher(own and not (settings.control or brought or rounded))
     stack, teacher_stack = _stacks(request, folder)
     # Dropout would make the curve depend on more than its settings.

@@ -24,12 +24,12 @@ from tawny.kinds import kind_of
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
+from tawny.packed.convert import solved_for
 from tawny.progress import Progress, silent
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.packed import recover_packed
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
-from tawny.recovery.writing import values_of
 
 
 @opens_models
@@ -89,8 +89,13 @@ def recover(
 
 def _on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> Recovery:
     """The settings, with the values and the group that a dense folder was solved for, where it was."""
-    solved = values_of(folder)
-    kind, group = solved.get("kind"), solved.get("group_size")
+    solved, _ = solved_for(folder)
+    kind, group = solved.kind, solved.group_size
+    if solved.of and settings.trains_survivors and settings.values is None:
+        progress.say(
+            f"{folder} was solved for several kinds, which training does not go through: packing will round again; "
+            "--values KIND trains through one"
+        )
     if kind is None or not settings.trains_survivors or settings.values not in (None, kind):
         return settings
     if kind_of(kind).bits == 8 and group is not None:

@@ -15,7 +15,6 @@ __all__ = [
     "is_made",
     "retell",
     "tell_run",
-    "values_of",
     "write",
 ]
 
@@ -217,7 +216,7 @@ def tell_run(folder: Path, record: RecoveryRecord, zeros: Mapping[str, int] | No
     run["files"], run["bytes"], run["out"] = weight_files(folder), record.bytes, record.out
     if kind := record.settings.get("values"):  # `tawny pack` reads there which grid the weights lie on
         solved = {"kind": kind, "group_size": record.settings.get("group_size")}
-        run["recipe"] = {**run.get("recipe", {}), "values": solved}
+        run["recipe"], run["values"] = {**run.get("recipe", {}), "values": solved}, {}
     for entry in run.get("linears", []):
         if zeros and entry["name"] in zeros:
             entry["zeros"] = zeros[entry["name"]]
@@ -249,13 +248,6 @@ def retell(
         text = base / CARD
         old = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
         _put(folder / CARD, model_card(run, front_matter(old), note=packed_note(old)))
-
-
-def values_of(folder: Path) -> dict[str, Any]:
-    """The `values` of the recipe in a folder's `run.json`, as `{"kind": …, "group_size": …}`."""
-    recipe = (_run_of(folder) or {}).get("recipe")
-    values = recipe.get("values") if isinstance(recipe, dict) else None
-    return values if isinstance(values, dict) else {}
 
 
 def _run_of(folder: Path) -> dict[str, Any] | None:
