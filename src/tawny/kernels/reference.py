@@ -35,12 +35,12 @@ def expand(
             W_GBRC = W_GBRC * spread(weight.scales[first:last], weight.blocks)
         else:
             W_GBRC = W_GBRC * weight.scales[ROWS * first : ROWS * last].view(-1, 1, ROWS, 1)
-        W_GBRC += 0.0  # where nothing survived, a negative scale makes −0
     W_OI = deinterleave(W_GBRC, min(ROWS * last, weight.rows) - ROWS * first, weight.cols)
     if weight.kind.scaled:
         # A scale that was rounded up may carry the largest weight past what is finite.
         largest = torch.finfo(dtype or torch.float32).max
-        W_OI.clamp_(-largest, largest)
+        # A scale below zero makes −0.0 of what was removed; packed again, that would count as a survivor.
+        W_OI.clamp_(-largest, largest).add_(0.0)
     return W_OI if dtype is None else W_OI.to(dtype)
 
 

@@ -214,10 +214,9 @@ class Recipe:
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
         made = validated(cls, values, "recipe key")
         names = ", ".join(made.values.names)
-        moved = "refit" if made.refit else "refine" if made.refine.epochs else None
-        if names and moved:
+        if names and made.refit:
             raise RecipeError(
-                f"{moved} moves survivors off the grid of {names} values: leave one of the two out"
+                f"refit moves survivors off the grid of {names} values: leave one of the two out"
             )
         if made.values.mean is not None and (made.sparsity or ":" in made.pattern):
             raise RecipeError(
