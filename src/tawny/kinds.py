@@ -121,7 +121,7 @@ class Kind:
         if len(self.grid) == self.grid[-1] - self.grid[0] + 1:
             return ratio.round_().clamp_(self.grid[0], self.grid[-1])
         table = torch.tensor(self.grid, dtype=ratio.dtype, device=ratio.device)
-        return table[torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)]
+        return table[torch.bucketize(ratio.contiguous(), (table[1:] + table[:-1]) / 2)]
 
     def rounded(self, W_OI: Tensor) -> Tensor:
         """The weight that comes back after it was packed with a scale a row."""

@@ -180,7 +180,10 @@ def test_rounding_to_whole_weights_is_no_spread_within_a_block() -> None:
 
 @quick
 @given(
-    wishes, st.sets(st.integers(2, 8), min_size=2, max_size=4), st.floats(0, 1), st.randoms(use_true_random=False)
+    wishes,
+    st.sets(st.integers(2, 8), min_size=2, max_size=4),
+    st.floats(0, 1),
+    st.randoms(use_true_random=False),
 )
 def test_bits_stay_within_the_mean_and_below_it_by_less_than_a_step(pairs, bits, share, random) -> None:
     raw, sizes = named(pairs)
@@ -200,7 +203,9 @@ def test_bits_stay_within_the_mean_and_below_it_by_less_than_a_step(pairs, bits,
     wanted = {name for name in found if found[name] < levels[-1]}
     assert not wanted or left < max(steps) + 1e-6 * sum(sizes.values())
     for a in raw:
-        for b in raw:  # who would keep more has no fewer bits, but for one level that the budget could not pay
+        for (
+            b
+        ) in raw:  # who would keep more has no fewer bits, but for one level that the budget could not pay
             if raw[a] < raw[b]:
                 assert levels.index(found[a]) >= levels.index(found[b]) - 1
 
@@ -208,4 +213,6 @@ def test_bits_stay_within_the_mean_and_below_it_by_less_than_a_step(pairs, bits,
 def test_equal_blocks_get_the_mean_exactly() -> None:
     sizes = {str(i): 100 for i in range(8)}
     found = mixed_bits({name: 0.01 * i for i, name in enumerate(sizes)}, sizes, [3, 4, 8], 3.5)
-    assert sum(found.values()) == 28 and [found[name] for name in sizes] == sorted(found.values(), reverse=True)
+    assert sum(found.values()) == 28 and [found[name] for name in sizes] == sorted(
+        found.values(), reverse=True
+    )

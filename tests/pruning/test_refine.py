@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.errors import Interrupted, RecipeError, TextError
 from tawny.model.checkpoint import Checkpoint
+from tawny.packed import format
 from tawny.progress import Silent
 from tawny.pruning import journal
 from tawny.pruning import refine as refining
@@ -96,7 +97,7 @@ def test_what_is_trained_lies_where_the_forwards_run():
     entry = refining._Trained("norm", leaf, torch.ones(4), torch.ones(4), masked=False, dtype=None)
     leaf.sum().backward()
     entry.step(0.1, 1)
-    for tensor in (entry.master, entry.gradient, entry.first, entry.second, entry.best):
+    for tensor in (entry.master, entry.gradient, entry.adam.first, entry.adam.second, entry.best):
         assert tensor.is_meta
     entry.close()
 
@@ -346,3 +347,20 @@ def test_the_summary_says_what_was_refined_and_how_much_it_helped():
     cells = [cell for row in facts.rows for cell in row]
     assert any("uniform + wanda + refit + 2 epochs a block" in cell for cell in cells)
     assert any("of 3 blocks" in cell and "held-out loss is left" in cell for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("family", "sparsity"), [("llama", 0.5), ("gpt2", 0.5), ("mixtral", 0.5), ("mixtral", 0.0)]
+)
+def test_a_block_of_few_bits_is_trained_through_its_grid(family, sparsity):
+    keys = {"values": {"kind": "int4", "group_size": 32}, "sparsity": sparsity}
+    before, _ = pruned(family, **keys)
+    after, record = pruned(family, **keys, **TRAINING | {"refine.lr": 0.01})
+    old, new = prunable(before), prunable(after)
+    assert record.refined[0]["best_epoch"] > 0 and record.refined[0]["after"] < record.refined[0]["before"]
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+    for name, weight in new.items():
+        for W_OI in weight if weight.dim() == 3 else [weight]:
+            packed = format.pack(W_OI, "int4", 32, whole=not sparsity)
+            assert torch.equal(format.unpack(packed, W_OI.dtype), W_OI), name
+            assert int((W_OI == 0).sum()) == round(sparsity * W_OI.numel())

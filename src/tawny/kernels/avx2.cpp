@@ -2,6 +2,7 @@
 #include "admm.h"
 #include "avx2.h"
 #include "between.h"
+#include "fit.h"
 #include "greedy.h"
 
 namespace {
@@ -12,7 +13,7 @@ using B = Between<Avx2>;
 using R = Greedy<Avx2>;
 using A = Admm<Avx2>;
 const Kernels table = {"avx2", N::form, N::prepare, N::packed, N::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
-                       R::scratch, R::remove_half, A::right, A::update, A::support};
+                       R::scratch, R::remove_half, A::right, A::update, A::support, Fitting<Avx2>::fit};
 
 }  // namespace
 

@@ -1,30 +1,12 @@
 // AVX2, FMA and F16C: there is no expand instruction, so 8 survivors at a time go through a byte shuffle whose control
-// comes from a table with one entry for each of the 256 masks. Absent columns are zeroed by the shuffle itself.
+// comes from a table (tables.h). Absent columns are zeroed by the shuffle itself.
 #pragma once
 #include "integers.h"
+#include "tables.h"
 
 #include <immintrin.h>
 
 namespace {
-
-// entry m: for each set bit of m, in order, where its survivor lies; 0x80 elsewhere (the shuffle writes zero there)
-struct Tables {
-    alignas(64) uint8_t bytes[256][8];
-    alignas(64) uint8_t words[256][16];
-    alignas(64) uint8_t upper[256][8];  // like bytes, for survivors that lie in the upper half
-    constexpr Tables() : bytes(), words(), upper() {
-        for (int m = 0; m < 256; m++)
-            for (int j = 0, n = 0; j < 8; j++) {
-                bool set = (m >> j) & 1;
-                bytes[m][j] = (uint8_t)(set ? n : 0x80);
-                upper[m][j] = (uint8_t)(set ? 8 + n : 0x80);
-                words[m][2 * j] = (uint8_t)(set ? 2 * n : 0x80);
-                words[m][2 * j + 1] = (uint8_t)(set ? 2 * n + 1 : 0x80);
-                n += set;
-            }
-    }
-};
-constexpr Tables tables;
 
 struct Avx2 {
     using V = __m256;

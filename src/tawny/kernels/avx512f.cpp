@@ -3,6 +3,7 @@
 #include "avx2.h"
 #include "avx512.h"
 #include "between.h"
+#include "fit.h"
 #include "greedy.h"
 
 namespace {
@@ -13,7 +14,7 @@ using B = Between<Avx512>;
 using R = Greedy<Avx512>;
 using A = Admm<Avx512>;
 const Kernels table = {"avx512f", N::form, N::prepare, N::packed, N::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
-                       R::scratch, R::remove_half, A::right, A::update, A::support};
+                       R::scratch, R::remove_half, A::right, A::update, A::support, Fitting<Avx512>::fit};
 
 }  // namespace
 

@@ -9,6 +9,7 @@
 #include "admm.h"
 #include "avx512.h"
 #include "between.h"
+#include "fit.h"
 #include "greedy.h"
 #include "integers.h"
 
@@ -520,7 +521,7 @@ using B = Between<Avx512>;
 using R = Greedy<Avx512>;
 using A = Admm<Avx512>;
 const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense, F::stream, B::norm, B::swish, B::attend,
-                       R::scratch, R::remove_half, A::right, A::update, A::support};
+                       R::scratch, R::remove_half, A::right, A::update, A::support, Fitting<Avx512>::fit};
 
 }  // namespace
 

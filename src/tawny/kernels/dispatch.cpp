@@ -44,6 +44,8 @@ int32_t supported() {
     uint32_t a71 = 0, b71, c71, d71;
     bool bf16 = a7 >= 1 && __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && (a71 & (1u << 5));
     if (dq && bw && vl && vbmi2 && vnni && bf16) found |= 8;
+#elif defined(__aarch64__)
+    found |= 16;  // there is none without NEON
 #endif
     return found;
 }
@@ -55,6 +57,8 @@ const Kernels* choose(int32_t level) {
         case 1: return tawny_avx2();
         case 2: return tawny_avx512f();
         case 3: return tawny_avx512vbmi2();
+#elif defined(__aarch64__)
+        case 4: return tawny_neon();
 #endif
         default: return nullptr;
     }
@@ -209,6 +213,17 @@ void run_pass(PassJob& job, int32_t threads) {
     else pass_part(job, 0, 1);
 }
 
+struct FitJob {
+    const Fit* fit;
+    int64_t rows;
+};
+
+void fit_worker(void* given) {
+    const FitJob& job = *(const FitJob*)given;
+    int64_t part = thread_number(), parts = thread_count();
+    chosen->fit(job.fit, job.rows * part / parts, job.rows * (part + 1) / parts);
+}
+
 bool valid(const Packed& p) {
     if (p.rows <= 0 || p.cols <= 0 || p.kind < 0 || p.kind >= KINDS || !p.values || !p.masks != !p.offsets) return false;
     bool scaled = with_kind(p.kind, [](auto trait) { return trait.scaled; });
@@ -232,7 +247,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 7; }
+int32_t tawny_abi() { return 8; }
 
 // Bits of a survivor of this kind, times -1 where it is an integer with a scale; 0 for a kind that there is none of.
 int32_t tawny_kind_bits(int32_t kind) {
@@ -252,7 +267,7 @@ int32_t tawny_level(int32_t kind, int32_t code) {
 int32_t tawny_supported() { return supported(); }
 
 int32_t tawny_choose(int32_t level) {
-    if (level < 0 || level > 3 || !(supported() >> level & 1)) return 1;
+    if (level < 0 || level > 4 || !(supported() >> level & 1)) return 1;
     chosen = choose(level);
     return chosen ? 0 : 1;
 }
@@ -367,6 +382,19 @@ int32_t tawny_admm_support(const float* values, const uint8_t* zero, uint8_t* su
     PassJob job = {&p, 2, nullptr, 0, 0};
     run_pass(job, threads);
     *changed = job.changed;
+    return 0;
+}
+
+// For every group of columns of `values` [rows, width] the levels nearest by `scales`, and the scales that fit them best (see Fit).
+int32_t tawny_fit(const float* values, const float* weights, const uint8_t* keep, const float* levels, int32_t count,
+                  const float* scales, float* fitted, float* saved, float* made, int64_t rows, int64_t width, int64_t group,
+                  int32_t fixed, int32_t threads) {
+    if (!chosen) return 1;
+    if (rows < 0 || width <= 0 || group <= 0 || (count != 0 && count != 4 && count != 8 && count != 16)) return 2;
+    Fit f = {values, weights, keep, levels, scales, fitted, saved, made, width, group, count, fixed};
+    FitJob job = {&f, rows};
+    if (threads > 1 && gomp_parallel) gomp_parallel(fit_worker, &job, (unsigned)threads, 0);
+    else chosen->fit(&f, 0, rows);
     return 0;
 }
 

@@ -1,6 +1,7 @@
 // The kernel of last resort in C++: no instruction set beyond what the compiler assumes. Slow, and correct anywhere.
 #include "admm.h"
 #include "between.h"
+#include "fit.h"
 #include "greedy.h"
 #include "integers.h"
 
@@ -174,7 +175,7 @@ using B = Between<Portable>;
 using R = Greedy<Portable>;
 using A = Admm<Portable>;
 const Kernels table = {"portable", N::form, N::prepare, N::packed, N::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
-                       R::scratch, R::remove_half, A::right, A::update, A::support};
+                       R::scratch, R::remove_half, A::right, A::update, A::support, Fitting<Portable>::fit};
 
 }  // namespace
 

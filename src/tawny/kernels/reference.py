@@ -39,7 +39,8 @@ def expand(
     if weight.kind.scaled:
         # A scale that was rounded up may carry the largest weight past what is finite.
         largest = torch.finfo(dtype or torch.float32).max
-        W_OI.clamp_(-largest, largest)
+        # A scale below zero makes −0.0 of what was removed; packed again, that would count as a survivor.
+        W_OI.clamp_(-largest, largest).add_(0.0)
     return W_OI if dtype is None else W_OI.to(dtype)
 
 

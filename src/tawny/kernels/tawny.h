@@ -91,6 +91,18 @@ struct Pass {  // over contiguous weights, between two products of ALPS (admm.h)
     int32_t shift, kind;   // kind: F32 or BF16
 };
 
+struct Fit {  // weights to a grid (fit.h)
+    const float* values;   // [rows, width]
+    const float* weights;  // [width], or null: what the square of an error counts
+    const uint8_t* keep;   // [rows, width], or null: what is not kept counts nothing
+    const float* levels;   // `count` of them, ascending; the first and the last of all integers between them where count is 0
+    const float* scales;   // [rows, groups of columns]
+    float *fitted, *saved; // like scales, each may be null: the least-squares scales, and the squares they save
+    float* made;           // like values, or null: level times fitted scale, which bfloat16 then holds
+    int64_t width, group;
+    int32_t count, fixed;  // fixed: `made` has the given scales
+};
+
 struct Kernels {
     const char* name;
     // The Form wanted for these values and activations.
@@ -111,9 +123,11 @@ struct Kernels {
     void (*admm_right)(const Pass*, int64_t from, int64_t to);
     void (*admm_update)(const Pass*, int64_t from, int64_t to, int64_t* counts);
     int64_t (*admm_support)(const Pass*, int64_t from, int64_t to);
+    void (*fit)(const Fit*, int64_t from, int64_t to);  // fit.h; rows
 };
 
 extern "C" const Kernels* tawny_portable();
 extern "C" const Kernels* tawny_avx2();
 extern "C" const Kernels* tawny_avx512f();
 extern "C" const Kernels* tawny_avx512vbmi2();
+extern "C" const Kernels* tawny_neon();

@@ -324,9 +324,12 @@ def pack(
 def solved_for(folder: Path) -> tuple[Values, dict[str, str]]:
     """The values that a folder was pruned or recovered for, and each linear's kind, as far as `run.json` says so."""
     try:
-        values = load_recipe(folder / "run.json").values
-        kinds = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("values") or {}
-    except RecipeError:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        trained = (run.get("recovery") or {}).get("settings", {})
+        if trained.get("values"):  # `tawny recover` trained through another grid, or through the same
+            return Values(trained["values"], trained.get("group_size")), {}
+        values, kinds = load_recipe(folder / "run.json").values, run.get("values") or {}
+    except (RecipeError, OSError, ValueError, AttributeError):
         return Values(), {}
     return values, {name: kind for name, kind in kinds.items() if kind in values.names}
 

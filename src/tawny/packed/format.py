@@ -50,10 +50,11 @@ from tawny.kernels.layout import (
     spread,
 )
 from tawny.kinds import KINDS, Kind, kind_of
+from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
 
 VERSION = 2  # 1 knew no weights without offsets, and no kinds of few bits
 READABLE = (1, 2)
-_SHARES = [0.5 + 0.04 * step for step in range(15)]  # of a range that reaches the largest weight
+_ON_GRID = 0.05  # share of groups that rounding in 16 bits may hide at first
 PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
 
@@ -236,52 +237,38 @@ def _cast(W_OI: Tensor, kind: Kind) -> Tensor:
 def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = False) -> Tensor:
     """float32 [O, 1 or ceil(I / group)], values that bfloat16 holds where there is a group: the best scales.
 
-    Of few bits, each scale is tried that makes the largest weight of the group a level of the grid. Of weights that were not
-    solved on the grid, shares of the two scales are tried, too, that make it the last level at either end. The best gives
-    the levels, least squares the scale. Of that and its neighbours the one wins that gives most weights back bit for bit:
-    a checkpoint in 16 bits stored scale × level rounded, and so a weight that was solved on the grid comes back.
+    Of few bits, each scale is tried first that makes the largest weight of the group a level: the least-squares scale for
+    the nearest levels, and its neighbours. One that gives every weight back bit for bit is taken. A checkpoint in 16 bits
+    stored scale × level rounded, and so a weight that was solved on the grid comes back as it is.
     """
     W_OI = stored_OI.float()
-    width = W_OI.shape[1]
     if group is None:
         return W_OI.abs().amax(1, keepdim=True) / kind.largest
-    even_OSC = torch.nn.functional.pad(W_OI, (0, -width % group)).view(len(W_OI), -1, group)
-    largest_OS = even_OSC.gather(2, even_OSC.abs().argmax(2, keepdim=True)).squeeze(2)
+    grid = Grid(kind.grid, group)
     if kind.bits == 8:
-        return _bf16_up(largest_OS.abs() / kind.largest).float()
-    kept_OI = torch.ones_like(W_OI) if whole else (W_OI != 0).float()
-    kept_OSC = torch.nn.functional.pad(kept_OI, (0, -width % group)).view(even_OSC.shape)
-    best_OS, least_OS = torch.zeros_like(largest_OS), torch.full_like(largest_OS, torch.inf)
+        return _bf16_up(grid.split(W_OI).abs().amax(2) / kind.largest).float()
+    keep_OI = None if whole else W_OI != 0
+    best_OS = fewest_OS = torch.full_like(grid.split(W_OI)[..., 0], torch.inf)
 
-    def attempt(divisor: float) -> None:
-        nonlocal best_OS, least_OS
-        tried_OS1 = (largest_OS / divisor).bfloat16().float().unsqueeze(2)
-        off_OSC = kind.round(even_OSC, tried_OS1).mul_(tried_OS1).sub_(even_OSC)
-        error_OS = off_OSC.square_().mul_(kept_OSC).sum(2)
-        better_OS = error_OS < least_OS
-        best_OS = torch.where(better_OS, tried_OS1.squeeze(2), best_OS)
-        least_OS = torch.where(better_OS, error_OS, least_OS)
+    def missed(made_OI: Tensor) -> Tensor:
+        return grid.split((made_OI.to(stored_OI.dtype) != stored_OI).float()).sum(2)
 
-    for level in kind.grid:
-        if level:
-            attempt(level)
-    if bool((least_OS > even_OSC.square().sum(2) * 2.0**-16).any()):
-        for share in _SHARES:
-            attempt(kind.grid[0] / share)
-            attempt(kind.grid[-1] / share)
-    level_OSC = kind.round(even_OSC, best_OS.unsqueeze(2)).mul_(kept_OSC)
-    fitted_OS = ((level_OSC * even_OSC).sum(2) / level_OSC.square().sum(2)).nan_to_num(0.0).bfloat16()
-    least_OS.fill_(torch.inf)
-    for step in (0, -1, 1):
-        tried_OS1 = (
-            (fitted_OS.view(torch.int16) + step).view(torch.bfloat16).float().nan_to_num(0.0).unsqueeze(2)
-        )
-        missed_OS = (
-            ((level_OSC * tried_OS1).to(stored_OI.dtype) != even_OSC.to(stored_OI.dtype)) * kept_OSC
-        ).sum(2)
-        best_OS = torch.where(missed_OS < least_OS, tried_OS1.squeeze(2), best_OS)
-        least_OS = torch.minimum(least_OS, missed_OS)
-    return best_OS
+    for neighbour in (0, -1, 1):
+        for level in kind.grid:
+            if level and bool(fewest_OS.any()):
+                made_OI, tried_OS = refit_scales(W_OI, largest(W_OI, grid) / level, grid, None, keep_OI)
+                if neighbour:
+                    tried_OS = (
+                        (tried_OS.bfloat16().view(torch.int16) + neighbour).view(torch.bfloat16).float()
+                    )
+                    made_OI = project(W_OI, tried_OS.nan_to_num_(0.0), grid, keep_OI)
+                missed_OS = missed(made_OI)
+                best_OS = torch.where(missed_OS < fewest_OS, tried_OS, best_OS)
+                fewest_OS = torch.minimum(fewest_OS, missed_OS)
+        if bool((fewest_OS > 0).float().mean() > _ON_GRID):
+            break  # it was not solved on this grid
+    rounded_OS = best_scales(W_OI, grid, None, keep_OI) if bool(fewest_OS.any()) else best_OS
+    return torch.where(fewest_OS == 0, best_OS, rounded_OS)
 
 
 def _scale(

@@ -17,6 +17,7 @@ from tawny.calibration.observe import Observation, Stage, observe
 from tawny.calibration.statistics import Statistics
 from tawny.calibration.suspended import can_suspend, in_lockstep
 from tawny.errors import NumericalError
+from tawny.kinds import Kind, kind_of
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
@@ -213,10 +214,18 @@ class LoadedBlock:
             )
         )
 
+    def _kind(self, linear: Linear) -> str | None:
+        return self.session.record.values.get(linear.name, self.job.recipe.values.kind)
+
     def _grid(self, linear: Linear) -> Grid | None:
-        values = self.job.recipe.values
-        kind = self.session.record.values.get(linear.name, values.kind)
-        return None if kind is None else values.grid(kind)
+        kind = self._kind(linear)
+        return None if kind is None else self.job.recipe.values.grid(kind)
+
+    def _few_bits(self) -> dict[str, tuple[Kind, int | None]]:
+        """The kinds that a training keeps to. int8 loses next to nothing when it is rounded afterwards."""
+        group, named = self.job.recipe.values.group_size, {x.name: self._kind(x) for x in self.linears}
+        found = {name: kind_of(kind) for name, kind in named.items() if kind is not None}
+        return {name: (kind, group) for name, kind in found.items() if kind.bits < 8}
 
     def known(self, linear: Linear, statistics: Statistics | None) -> Statistics | None:
         """What a solve goes by: the statistics, or blind ones for an expert that no token was routed to."""
@@ -256,6 +265,7 @@ class LoadedBlock:
                 job.recipe.seed,
                 step=lambda done, total: session.progress.detail("refining", done, total),
                 dtype=DTYPES[job.recipe.dtype] if job.recipe.dtype else None,
+                kinds=self._few_bits(),
             )
         self._solved = {}
         session.record.refined.append(asdict(made))

@@ -180,7 +180,7 @@ def _seconds(job: Job) -> dict[str, float]:
         seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
     if job.needs == "hessian":
         seconds["statistics"] = tokens * _seconds_a_token(stack)
-    seconds["solve"] = _solving(job.solver, infos)
+    seconds["solve"] = _solving(job.solver, infos, bool(recipe.values.names))
     if recipe.refit:
         seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)
     if recipe.refine.epochs:
@@ -201,14 +201,15 @@ def _seconds_a_token(stack: Stack) -> float:
     return around * per_block * len(stack) / speed
 
 
-def _solving(solver: Solver, infos: tuple[LinearInfo, ...]) -> float:
+def _solving(solver: Solver, infos: tuple[LinearInfo, ...], rounds: bool) -> float:
     """Seconds of all solves."""
-    if solver.needs != "hessian":
-        return sum(x.numel for x in infos) * 2e-8
-    work = solver.work
-    exact = measured_speed(torch.float32)
-    rounded = measured_speed(native_dtype()) if work.rounded else exact
-    a_row = work.tall / exact + work.rounded / rounded
-    a_column = work.square / exact + work.rounded_square / rounded
-    products = sum(2.0 * x.shape[1] ** 2 * (a_row * x.shape[0] + a_column * x.shape[1]) for x in infos)
-    return products + sum(x.numel for x in infos) * work.passes * _PASS
+    works = [solver.work, solver.rounding] if rounds else [solver.work]
+    seconds = 0.0
+    for work in works if solver.needs == "hessian" else works[1:]:
+        exact = measured_speed(torch.float32)
+        rounded = measured_speed(native_dtype()) if work.rounded else exact
+        a_row = work.tall / exact + work.rounded / rounded
+        a_column = work.square / exact + work.rounded_square / rounded
+        seconds += sum(2.0 * x.shape[1] ** 2 * (a_row * x.shape[0] + a_column * x.shape[1]) for x in infos)
+        seconds += sum(x.numel for x in infos) * work.passes * _PASS
+    return seconds if solver.needs == "hessian" else seconds + sum(x.numel for x in infos) * 2e-8

@@ -21,6 +21,7 @@ What this file promises:
   stored; where none does better than the start, every bit stays as it was.
 - Masters, momenta and sums of gradients are float32, forwards run in the dtype of the stack, and the result is
   rounded to the dtype of the checkpoint, or to another that is to be written, once, at the end.
+- A weight that was solved on a grid of few bits is trained through it, scales and levels (packed/on_grid.py), and stays there.
 - The same samples, options and seed give the same bytes.
 
 Steps are relative, as in Adafactor (1804.04235): a tensor moves by about `lr` times the root mean square of its own
@@ -39,14 +40,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tawny.errors import TextError
+from tawny.kinds import Kind
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Stream
+from tawny.packed.on_grid import OnGrid
 from tawny.pruning.expert_leaves import ExpertLeaves
 from tawny.recipe.schema import Refine
 
@@ -99,6 +103,7 @@ def refine(
     seed: int,
     step: Callable[[int, int], None] = lambda done, total: None,
     dtype: torch.dtype | None = None,
+    kinds: Mapping[str, tuple[Kind, int | None]] | None = None,
 ) -> Refined:
     """Train block `index`, which is loaded and pruned, in place.
 
@@ -110,13 +115,14 @@ def refine(
         seed: of the recipe.
         step: told how many of how many forwards are done.
         dtype: that the block will be written in, where it is not the checkpoint's.
+        kinds: of few bits, with columns a scale, by linear: forwards then see its levels, and its scales are trained.
     """
     start = time.perf_counter()
     train, held = holds_out(len(inputs.samples), options, seed)
     pairs = _Pairs(stack, index, inputs, targets)
     with ExitStack() as stacked:
         stacked.enter_context(_borrowed(stack.blocks[index].parameters()))
-        trained = _trained(stack, index, linears, solved, dtype)
+        trained = _trained(stack, index, linears, solved, dtype, kinds or {})
         for entry in trained:
             stacked.callback(entry.close)
         if any(entry.expert is not None for entry in trained):
@@ -272,15 +278,21 @@ class _Trained:
         *,
         masked: bool,
         dtype: torch.dtype | None,
+        grid: OnGrid | None = None,
+        transposed: bool = False,
     ) -> None:
         self.name, self.leaf, self.stored = name, leaf, stored
+        self.grid, self.transposed = grid, transposed
         self.dtype = dtype or stored.dtype
         self.expert: tuple[nn.Parameter, int] | None = None  # what holds it, and where
-        survivors = int(torch.count_nonzero(master)) if masked else master.numel()
-        self.size = max(_SMALLEST, float(torch.linalg.vector_norm(master)) / math.sqrt(max(survivors, 1)))
+        size = _size(master, masked)
         self.master = master.to(leaf.device)  # a norm comes from where the checkpoint was read
         self.keep = self.master != 0 if masked else None
-        self.gradient, self.first, self.second = (torch.zeros_like(self.master) for _ in range(3))
+        if grid is not None and grid.whole and self.keep is not None:
+            self.keep.fill_(True)
+        self.gradient = torch.zeros_like(self.master)
+        self.adam = _Adam(self.master, size)
+        self.ends = None if grid is None else _Adam(grid.ends_OS.detach(), _size(grid.ends_OS, masked))
         self.best = stored.to(leaf.device, copy=True)  # forwards may see the very memory of what is stored
         self.changed = False
         with torch.no_grad():
@@ -298,27 +310,37 @@ class _Trained:
 
     def step(self, rate: float, number: int) -> None:
         """One step of Adam; a removed weight has no gradient and so never moves."""
-        slow, slower = _BETAS
         if self.keep is not None:
             self.gradient.mul_(self.keep)
-        self.first.lerp_(self.gradient, 1 - slow)
-        self.second.mul_(slower).addcmul_(self.gradient, self.gradient, value=1 - slower)
-        root = torch.sqrt(self.second, out=self.gradient).div_(math.sqrt(1 - slower**number)).add_(_EPSILON)
-        self.master.addcdiv_(self.first, root, value=-rate * self.size / (1 - slow**number))
-        self.gradient.zero_()
+        if self.grid is not None and self.ends is not None:
+            made_OI, ends_OS = self.grid.gradients(self._turned(self.master), self._turned(self.gradient))
+            self._turned(self.gradient).copy_(made_OI)
+            self.ends.step(ends_OS, rate, number)
+        self.adam.step(self.gradient, rate, number)
         self.show(stored=False)
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        """As `[out, in]`, or back."""
+        return tensor.T if self.transposed else tensor
+
+    def _value(self) -> Tensor:
+        """The weight that the master stands for."""
+        if self.grid is None or self.keep is None:
+            return self.master
+        return self._turned(self.grid.value(self._turned(self.master))).masked_fill(~self.keep, 0)
 
     def show(self, *, stored: bool) -> None:
         """Let forwards see the master, or what will be stored of it."""
         with torch.no_grad():
-            self.leaf.copy_(self._rounded(self.master) if stored else self.master)
+            value = self._value()
+            self.leaf.copy_(self._rounded(value) if stored else value)
 
     def _rounded(self, value: Tensor) -> Tensor:
         """As the checkpoint holds it once it has been through the dtype that will be written."""
         return value.to(self.dtype).to(self.stored.dtype)
 
     def remember(self) -> None:
-        made = self._rounded(self.master)
+        made = self._rounded(self._value())
         self.changed = self.changed or not torch.equal(made, self.best)
         self.best.copy_(made)
 
@@ -330,6 +352,29 @@ class _Trained:
 
     def close(self) -> None:
         self._hook.remove()
+
+
+def _size(master: Tensor, masked: bool) -> float:
+    """Of a usual survivor."""
+    survivors = int(torch.count_nonzero(master)) if masked else master.numel()
+    return max(_SMALLEST, float(torch.linalg.vector_norm(master)) / math.sqrt(max(survivors, 1)))
+
+
+class _Adam:
+    """The momenta of a tensor, which it moves by about the rate times `size` a step."""
+
+    def __init__(self, master: Tensor, size: float) -> None:
+        self.master, self.size = master, size
+        self.first, self.second = torch.zeros_like(master), torch.zeros_like(master)
+
+    def step(self, gradient: Tensor, rate: float, number: int) -> None:
+        """One step; the gradient is used up, and zero then."""
+        slow, slower = _BETAS
+        self.first.lerp_(gradient, 1 - slow)
+        self.second.mul_(slower).addcmul_(gradient, gradient, value=1 - slower)
+        root = torch.sqrt(self.second, out=gradient).div_(math.sqrt(1 - slower**number)).add_(_EPSILON)
+        self.master.addcdiv_(self.first, root, value=-rate * self.size / (1 - slow**number))
+        gradient.zero_()
 
 
 @contextmanager
@@ -353,6 +398,7 @@ def _trained(
     linears: Sequence[Linear],
     solved: Mapping[str, Tensor],
     dtype: torch.dtype | None,
+    kinds: Mapping[str, tuple[Kind, int | None]],
 ) -> list[_Trained]:
     """The survivors of the pruned linears, and the block's norms and their biases."""
     made: list[_Trained] = []
@@ -364,7 +410,9 @@ def _trained(
             leaf, stored = parameter.data[linear.expert], stored[linear.expert]
         weight_OI = solved[linear.name] if linear.name in solved else stack.weight(linear)
         master = (weight_OI.T if linear.transposed else weight_OI).contiguous()
-        entry = _Trained(linear.name, leaf, stored, master, masked=True, dtype=dtype)
+        grid = OnGrid(weight_OI, *kinds[linear.name]) if linear.name in kinds else None
+        how: dict[str, Any] = {"dtype": dtype, "grid": grid, "transposed": linear.transposed}
+        entry = _Trained(linear.name, leaf, stored, master, masked=True, **how)
         if linear.expert is not None:
             entry.expert = (parameter, linear.expert)
         made.append(entry)

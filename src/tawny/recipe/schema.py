@@ -214,9 +214,10 @@ class Recipe:
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
         made = validated(cls, values, "recipe key")
         names = ", ".join(made.values.names)
-        moved = "refit" if made.refit else "refine" if made.refine.epochs else None
-        if names and moved:
-            raise RecipeError(f"{moved} moves survivors off the grid of {names} values: leave one of the two out")
+        if names and made.refit:
+            raise RecipeError(
+                f"refit moves survivors off the grid of {names} values: leave one of the two out"
+            )
         if made.values.mean is not None and (made.sparsity or ":" in made.pattern):
             raise RecipeError(
                 f"values.mean spends the budget in bits and sparsity {made.sparsity:g} spends it in zeros: leave one out"

@@ -8,6 +8,7 @@ The optimiser sees float32 vectors of the surviving weights alone, so a zero has
 parameter's gradient is gathered into its vector and dropped: dense gradients never exist for more than one parameter.
 After a step the vector is written back to its places. For density d a weight costs 2 + 20·d bytes (bfloat16 weight; int32
 place, value, gradient and two moments) where plain float32 training takes 16: less from d = 0.7 down, and 12 at 50 %.
+With values of few bits the vectors are what is rounded, and the scales are trained beside them (packed/on_grid.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from tawny.kinds import KINDS
 from tawny.model.linears import Linear
+from tawny.packed.on_grid import OnGrid
 from tawny.recovery.sharding import here
 
 
@@ -38,7 +40,8 @@ class Survivors:
     Args:
         stored: the parameter as the checkpoint has it, which may be finer than the forwards' dtype; this process's rows
             of it, if the parameter is sharded.
-        linears: the linears inside the parameter; needed for `values`, whose scales are a row's.
+        linears: the linears inside the parameter; needed for `values`.
+        values, group: the kind that the forwards see. Of few bits its scales are trained, too; int8's follow the weights.
     """
 
     def __init__(
@@ -50,13 +53,23 @@ class Survivors:
         masked: bool,
         linears: Sequence[Linear] = (),
         values: str | None = None,
+        group: int | None = None,
     ) -> None:
         self.name, self.parameter, self.linears, self.values = name, parameter, linears, values
         self.decays = parameter.dim() > 1
-        flat = stored.detach().reshape(-1)
+        stored = stored.detach()
+        flat = stored.reshape(-1)
+        self.grids: dict[str, OnGrid] = {}
+        if values is not None and KINDS[values].bits < 8:
+            moved = stored.to(parameter.device)
+            self.grids = {x.name: OnGrid(x.view(moved), KINDS[values], group) for x in linears}
         self.places: Tensor | None = None
         if masked:
-            found = torch.nonzero(flat).squeeze(1)
+            kept = stored != 0
+            for linear in linears:
+                if linear.name in self.grids and self.grids[linear.name].whole:
+                    linear.view(kept).fill_(True)
+            found = torch.nonzero(kept.reshape(-1)).squeeze(1)
             if len(found) < len(flat):
                 # int32 halves what places cost; only fused experts can be too large for it.
                 self.places = found.to(torch.int32) if len(flat) < 2**31 else found
@@ -65,6 +78,7 @@ class Survivors:
         if self.places is not None:
             self.places = self.places.to(parameter.device)
         self.tensors = {name: self.vector}
+        self.tensors |= {f"{linear}.ends": grid.ends_OS for linear, grid in self.grids.items()}
 
     @property
     def sharded(self) -> bool:
@@ -77,8 +91,16 @@ class Survivors:
         gradient = self.parameter.grad
         if gradient is None:
             return
-        flat = here(gradient).reshape(-1)
-        _accumulate(self.vector, flat if self.places is None else flat.index_select(0, self.places))
+        flat = self._gathered(here(gradient))
+        if self.grids:
+            latent, dense = self._spread(self.vector), self._spread(flat)
+            for linear in self.linears:
+                grid, gradient_OI = self.grids[linear.name], linear.view(dense)
+                made_OI, ends_OS = grid.gradients(linear.view(latent), gradient_OI)
+                gradient_OI.copy_(made_OI)
+                _accumulate(grid.ends_OS, ends_OS)
+            flat = self._gathered(dense)
+        _accumulate(self.vector, flat)
 
     @torch.no_grad()
     def write(self) -> None:
@@ -94,16 +116,25 @@ class Survivors:
     @torch.no_grad()
     def value(self) -> Tensor:
         """That value in float32, as it is to be stored."""
+        made = self._spread(self.vector)
+        if self.values is None:
+            return made
+        for linear in self.linears:
+            W_OI, grid = linear.view(made), self.grids.get(linear.name)
+            W_OI.copy_(grid.value(W_OI) if grid else KINDS[self.values].rounded(W_OI))
+        return self._spread(self._gathered(made))  # a grid without zero gave what was removed a level
+
+    def _gathered(self, dense: Tensor) -> Tensor:
+        flat = dense.reshape(-1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+    def _spread(self, flat: Tensor) -> Tensor:
+        """A copy in the parameter's shape and float32, zero where nothing is kept."""
         shape = here(self.parameter).shape
         if self.places is None:
-            made = self.vector.detach().view(shape).clone()
-        else:
-            made = torch.zeros(shape, device=self.vector.device)
-            made.view(-1).index_put_((self.places,), self.vector)
-        if self.values is not None:
-            for linear in self.linears:
-                W_OI = linear.view(made)
-                W_OI.copy_(KINDS[self.values].rounded(W_OI))
+            return flat.detach().to(torch.float32, copy=True).view(shape)
+        made = torch.zeros(shape, device=flat.device)
+        made.view(-1).index_put_((self.places,), flat.detach().float())
         return made
 
 

@@ -20,6 +20,7 @@ from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.model.structure import evaluating
+from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
@@ -95,7 +96,8 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
             check_savable(source)
     own = is_own_teacher(folder, teacher)
     brought = settings.method == "elsa" and settings.sparsity is not None
-    check_not_own_teacher(own and not settings.control and not brought)
+    rounded = settings.values is not None and not (folder and solved_for(folder)[0].names)
+    check_not_own_teacher(own and not (settings.control or brought or rounded))
     stack, teacher_stack = _stacks(request, folder)
     # Dropout would make the curve depend on more than its settings.
     ending.enter_context(evaluating(stack.model))

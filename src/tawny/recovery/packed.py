@@ -16,16 +16,18 @@ from tawny.packed.convert import pack, unpack
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
+from tawny.recovery.settings import Recovery
 from tawny.recovery.teacher import check_not_own_teacher, is_own_teacher
 from tawny.recovery.writing import check_apart, claim, deliver, is_made, retell
 
 
 def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
-    """`recover` for a packed folder. Integers are trained through their rounding."""
+    """`recover` for a packed folder. Integers are trained through their grid."""
     settings, progress, overwrite = request.settings, request.progress, request.overwrite
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    if kind_of(kind["values"]).scaled and kind.get("group") is None and settings.train == "survivors":
-        settings = replace(settings, values=kind["values"] if settings.method == "distill" else None)
+    group, few = kind.get("group"), kind_of(kind["values"]).bits < 8
+    if kind_of(kind["values"]).scaled and (few or group is None) and settings.trains_survivors:
+        settings = Recovery.make(settings, values=kind["values"], group_size=group)
     work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
     check_apart(work, {"model": request.source, "teacher": request.teacher})
     check_not_own_teacher(is_own_teacher(folder, request.teacher))

@@ -13,15 +13,18 @@ from __future__ import annotations
 __all__ = ["recover"]
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from tawny.errors import TextError
+from tawny.kinds import kind_of
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
+from tawny.packed.convert import solved_for
 from tawny.progress import Progress, silent
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.packed import recover_packed
@@ -80,4 +83,23 @@ def recover(
         folder = resolve(source, progress.say)
         if is_packed(folder):
             return recover_packed(request, folder, place)
+        request = replace(request, settings=_on_its_grid(chosen, folder, progress))
     return recover_dense(request)
+
+
+def _on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> Recovery:
+    """The settings, with the values and the group that a dense folder was solved for, where it was."""
+    solved, _ = solved_for(folder)
+    kind, group = solved.kind, solved.group_size
+    if solved.of and settings.trains_survivors and settings.values is None:
+        progress.say(
+            f"{folder} was solved for several kinds, which training does not go through: packing will round again; "
+            "--values KIND trains through one"
+        )
+    if kind is None or not settings.trains_survivors or settings.values not in (None, kind):
+        return settings
+    if kind_of(kind).bits == 8 and group is not None:
+        return settings  # whose scales follow the largest weight, and are not found again once it has moved
+    if settings.values is None:
+        progress.say(f"training through the grid of {kind}, which {folder} was solved for")
+    return Recovery.make(settings, values=kind, group_size=settings.group_size or group)

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tawny.errors import RecipeError
-from tawny.kinds import scaled_kinds
+from tawny.kinds import kind_of, scaled_kinds
 from tawny.recipe.schema import validated
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
@@ -60,7 +60,9 @@ class Recovery:
         eval_every, eval_windows: steps between measurements on held-out windows, and how many.
         patience: stop after so many measurements without a better one; 0 never.
         checkpointing: run each block's forward again in the backward instead of keeping its activations.
-        values: train through the rounding of this packed format, so that packing afterwards costs nothing.
+        values: train through the rounding of this packed format, so that packing afterwards costs nothing. None is what the
+            model was solved for or packed in, if it has few bits.
+        group_size: columns that share a scale of few bits; None is the kind's usual number.
         rank: of LoRA factors.
         penalty, interval, settle: ELSA's λ, steps between projections, and the share of the run after the last one.
         budget: what ELSA may move weights within.
@@ -89,6 +91,7 @@ class Recovery:
     patience: Annotated[int, Field(ge=0)] = 0
     checkpointing: bool = False
     values: str | None = None
+    group_size: int | None = None
     rank: Annotated[int, Field(ge=1)] = 16
     penalty: Positive = 0.01
     interval: Annotated[int, Field(ge=1)] = 32
@@ -114,6 +117,12 @@ class Recovery:
         made = validated(cls, values, "recovery key")
         if made.values is not None and made.values not in (names := [kind.name for kind in scaled_kinds()]):
             raise RecipeError(f"values: {made.values!r} given, expected {' or '.join(map(repr, names))}")
+        if made.group_size is not None and (made.values is None or kind_of(made.values).bits == 8):
+            raise RecipeError(
+                f"group_size={made.group_size} belongs to values of few bits, such as int4, and {made.values} was given"
+            )
+        if made.values is not None:
+            kind_of(made.values, made.group_size)
         if made.method == "elsa" and (made.train != "survivors" or made.values):
             raise RecipeError(
                 "method=elsa moves the mask of all weights; it goes with train=survivors and no values"
@@ -127,6 +136,11 @@ class Recovery:
         if (made.micro_batch or 1) > made.batch:
             raise RecipeError(f"micro_batch={made.micro_batch} is more than batch={made.batch}")
         return made
+
+    @property
+    def trains_survivors(self) -> bool:
+        """Whether surviving weights themselves are trained, where they are: what values may be given for."""
+        return self.method == "distill" and self.train == "survivors"
 
     @property
     def learning_rate(self) -> float:

@@ -27,7 +27,7 @@ class Student:
     """A model with zeros, ready to be trained.
 
     Raises:
-        ModelError: it has no zeros, and neither is a control nor brought to some sparsity.
+        ModelError: it has no zeros, and neither is a control nor brought to some sparsity or to values of few bits.
     """
 
     def __init__(self, stack: Stack, settings: Recovery, processes: Processes) -> None:
@@ -66,7 +66,7 @@ class Student:
         self._cover_small(dict(self._small_outside()))
         self.prunable = sum(linear.numel for linear in self.linears)
         brought = settings.method == "elsa" and settings.sparsity is not None
-        if self.sparsity < LEAST_SPARSITY and not settings.control and not brought:
+        if self.sparsity < LEAST_SPARSITY and not (settings.control or brought or settings.values):
             raise ModelError(
                 f"only {self.sparsity:.2%} of the model's prunable weights are zero, so there is no sparsity to keep: prune it "
                 "first (tawny prune); -o control=true trains a dense model to compare with"
@@ -87,11 +87,13 @@ class Student:
                 seed = settings.seed * 100_003 + len(self.coordinates)
                 self.coordinates.append(Factors(linear, parameter, stored[linear.key], settings.rank, seed))
             return
-        masked, values = settings.method != "elsa", settings.values
+        masked = settings.method != "elsa"
+        values, group = settings.values, settings.group_size
         for key in dict.fromkeys(linear.key for linear in linears):
             members = [linear for linear in linears if linear.key == key]
             parameter = getattr(members[0].module, members[0].parameter)
-            one = Survivors(key, parameter, stored[key], masked=masked, linears=members, values=values)
+            how: dict[str, Any] = {"linears": members, "values": values, "group": group}
+            one = Survivors(key, parameter, stored[key], masked=masked, **how)
             self.coordinates.append(one)
             if values is not None:
                 one.write()

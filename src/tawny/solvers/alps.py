@@ -26,6 +26,10 @@ iteration is a product between two passes over the weight, in chunks of rows. Co
 (kernels/admm.h); without them, and for other patterns, torch does, on parts that stay in the cache. Scratch memory:
 three copies of W, what `Scaled` keeps, and two chunks.
 
+With a grid the mask is found first, as without one. Then the same iteration starts again from the sparse weight, with its
+mask kept and D the nearest point of the grid to T (`_rounded`); where nothing is removed that is all there is. Rows are
+independent then, and each keeps its best of the last iterates.
+
 Promises: the exact budget in every scope and n:m; weights that are already zero go first and stay zero.
 
 Shapes: O = out, I = in, R and C = rows of a chunk, P = rows of a part of one.
@@ -183,6 +187,13 @@ class Alps(Solver):
             return Work(tall=1.2, square=1.4, rounded=37.0, rounded_square=6.0, passes=280.0)
         return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)
 
+    @property
+    def rounding(self) -> Work:
+        """36 more iterations, in which the grid costs more than a mask does, and looks at what is lost."""
+        if native_dtype() is torch.bfloat16:
+            return Work(tall=3.0, square=1.4, rounded=36.0, rounded_square=6.0, passes=2800.0)
+        return Work(tall=3.0, square=9.0, rounded=36.0, passes=2800.0)
+
     def __post_init__(self) -> None:
         damping = "a positive number up to 1e6, such as 0.01"
         check_option(0 < self.damp <= 1e6, "solver.damp", self.damp, damping)
@@ -328,7 +339,7 @@ class Alps(Solver):
         """The survivors on a grid: the same iteration on a mask that stays, D being the nearest point of the grid to T.
 
         Scales follow the iterate: in every step the levels are those nearest by the last scales, and new scales fit them best.
-        Of the last iterates each row keeps the one that loses least.
+        Nearest and best are by diag(H), as in the scaled weight. Reuses the memory of the solution.
         """
         keep_OI = kept_on_grid(W_OI, solution.mask)
         mask_OI = None if bool(keep_OI.all()) else keep_OI
@@ -336,13 +347,13 @@ class Alps(Solver):
         weights_I = scaled.scale_I.square()
         scales_OS = best_scales(solution.weight, grid, weights_I, mask_OI)
         grid_OI = project(solution.weight, scales_OS, grid, mask_OI)  # D, unscaled
-        T_OI = grid_OI * scaled.scale_I
+        T_OI = torch.mul(grid_OI, scaled.scale_I, out=solution.weight)  # whose memory nobody needs any more
         best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
         chunks = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))
-        rho = before = _GRID_RHO
+        rho = before = max(_GRID_RHO, self.rho)
         for step in range(1, _GRID_STEPS + 1):
             inverse_II = scaled.inverse(rho)
-            assert inverse_II is not None  # ρ is larger than those that found the mask
+            assert inverse_II is not None  # `prepare` has made one for a ρ that is no larger
             for chunk in chunks:
                 right_CI = T_OI[chunk].new_empty(T_OI[chunk].shape, dtype=inverse_II.dtype)
                 for part in _parts(right_CI, _CACHED):

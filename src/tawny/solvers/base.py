@@ -11,7 +11,7 @@ else, once, and `solve` accepts the result for each of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from torch import Tensor
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Pattern, Scope, keep_mask, removed_count
-
-if TYPE_CHECKING:
-    from tawny.solvers.grid import Grid
+from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project
 
 __all__ = [
     "Needs",
@@ -33,6 +31,7 @@ __all__ = [
     "input_norms",
     "keep_highest",
     "masked",
+    "on_grid",
     "reconstruction_error",
     "require_finite",
 ]
@@ -40,6 +39,7 @@ __all__ = [
 
 Seen = Statistics | None  # what calibration saw of a linear's inputs, for the solvers that need it
 _PANEL = 1024  # columns of H that an energy multiplies at once
+_DAMP = 0.01
 _PART = 1 << 18  # weights that fit a core's cache
 
 
@@ -89,6 +89,11 @@ class Solver(Protocol):
     def work(self) -> Work:
         """What a solve costs: a column loop, and the factor and inverse of the Hessian."""
         return Work(tall=3.0, square=3.0)
+
+    @property
+    def rounding(self) -> Work:
+        """What a grid adds to a solve: the search for scales, measured."""
+        return Work(tall=0.0, square=0.0, passes=700.0)
 
     def workspace(self, out: int, width: int) -> int:
         """Bytes for a weight `[out, width]` beside its stored copy and its Hessian."""
@@ -204,3 +209,18 @@ def reconstruction_error(
     if whole <= 0:
         return 0.0 if lost <= 0 else float("inf")
     return max(lost, 0.0) / whole
+
+
+def on_grid(solution: Solution, grid: Grid | None, statistics: Seen) -> Solution:
+    """A solution rounded by the best scales; inputs count by their squared norms where they were seen."""
+    if grid is None:
+        return solution
+    W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask)
+    weights_I = None
+    if statistics is not None and bool(statistics.squared_norms.any()):
+        weights_I = statistics.squared_norms.float()
+        weights_I = (
+            weights_I + _DAMP * weights_I.mean()
+        )  # weights of inputs that never fired still need a scale
+    scales_OS = best_scales(W_OI, grid, weights_I, keep_OI)
+    return Solution(project(W_OI, scales_OS, grid, keep_OI), keep_OI, solution.notes, None, scales_OS)

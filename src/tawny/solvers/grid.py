@@ -21,9 +21,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tawny.solvers.base import Seen, Solution
+from tawny.kernels.fit import fit as kernel
 
-__all__ = ["Grid", "Rounding", "best_scales", "kept_on_grid", "on_grid", "project", "refit_scales"]
+__all__ = ["Grid", "Rounding", "best_scales", "kept_on_grid", "largest", "project", "refit_scales"]
 
 Rounding = Callable[[Tensor], Tensor]
 _SHARES = [0.55 + 0.5 * i / 7 for i in range(8)]  # of the scale that reaches the largest value
@@ -53,19 +53,24 @@ class Grid:
         size = min(self.group or width, width)
         if width % size:
             X_OI = torch.nn.functional.pad(X_OI, (0, -width % size))
-        return X_OI.unflatten(-1, (-1, size))
+        return X_OI.reshape(*X_OI.shape[:-1], X_OI.shape[-1] // size, size)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """The levels, float32."""
+        return torch.tensor(self.levels, dtype=torch.float32)
 
     @cached_property
     def _table(self) -> Tensor:
         """The nearest level of each half of a unit: levels are integers, so the middles between them are halves."""
-        levels = torch.tensor(self.levels, dtype=torch.float32)
+        levels = self.values
         cells = torch.arange(2 * self.levels[0], 2 * self.levels[-1] + 1) / 2 + 0.25
         return levels[torch.bucketize(cells, (levels[1:] + levels[:-1]) / 2)]
 
     def nearest(self, X: Tensor) -> Tensor:
         """The nearest level of each value, float32; of two as near, the upper one."""
         table, low = self._table.to(X.device), 2 * self.levels[0]
-        return table.take(torch.mul(X, 2).sub_(low).clamp_(0, len(table) - 1).to(torch.int64))
+        return torch.take(table, torch.mul(X, 2).sub_(low).clamp_(0, len(table) - 1).to(torch.int64))
 
     def rounding(self, scales_O: Tensor) -> Rounding:
         """What rounds values [..., O] to scale · level."""
@@ -73,17 +78,39 @@ class Grid:
         return lambda values: self.nearest(values * by_O).mul_(scales_O).add_(0.0)  # +0 mends what is −0
 
 
-def _fit(X_OSJ: Tensor, scales_OS: Tensor, weights_OSJ: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """The levels nearest to X by given scales, the least-squares scales for these, and the squares that they save."""
-    by_OS = _reciprocal(scales_OS)
-    levels_OSJ = grid.nearest(X_OSJ * by_OS[..., None])
+def _fit(
+    X_OI: Tensor,
+    scales_OS: Tensor,
+    grid: Grid,
+    weights_I: Tensor | None,
+    keep_OI: Tensor | None,
+    made_OI: Tensor | None = None,
+    fixed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The least-squares scales [O, S] for the levels nearest to X by given scales, and the squares that they save.
+
+    `made_OI`, if given, becomes X on the grid: with the new scales as bfloat16 holds them, or with the given ones if `fixed`.
+    """
+    scales_OS = scales_OS.contiguous()
+    group = min(grid.group or X_OI.shape[1], X_OI.shape[1])
+    found = kernel(X_OI, scales_OS, grid.values, group, weights_I, keep_OI, made_OI, fixed)
+    if found is not None:
+        return (_held(found[0]), found[1]) if made_OI is not None and not fixed else found
+    weights_OSJ = _weights(X_OI, weights_I, keep_OI, grid)
+    X_OSJ = grid.split(X_OI)
+    levels_OSJ = grid.nearest(X_OSJ * _reciprocal(scales_OS)[..., None])
     weighed_OSJ = levels_OSJ * weights_OSJ
     along_OS, square_OS = (
         torch.linalg.vecdot(weighed_OSJ, X_OSJ),
         torch.linalg.vecdot(weighed_OSJ, levels_OSJ),
     )
     fitted_OS = torch.where(square_OS > 0, along_OS / square_OS, 0.0)
-    return levels_OSJ, fitted_OS, along_OS * fitted_OS
+    saved_OS = along_OS * fitted_OS
+    if made_OI is not None:
+        fitted_OS = scales_OS if fixed else _held(fitted_OS)
+        flat_OI = (levels_OSJ * fitted_OS[..., None]).flatten(1)[:, : X_OI.shape[1]]
+        made_OI.copy_(flat_OI if keep_OI is None else flat_OI * keep_OI).add_(0.0)  # +0 mends what is −0
+    return fitted_OS, saved_OS
 
 
 def _reciprocal(scales: Tensor) -> Tensor:
@@ -105,24 +132,33 @@ def _parts(rows: int, width: int) -> Iterator[slice]:
     return (slice(top, top + step) for top in range(0, rows, step))
 
 
+def largest(X_OI: Tensor, grid: Grid) -> Tensor:
+    """[O, S]: of each group the value of the largest magnitude, with its sign."""
+    X_OSJ = grid.split(X_OI)
+    return X_OSJ.gather(-1, X_OSJ.abs().argmax(-1, keepdim=True)).squeeze(-1)
+
+
 def best_scales(
-    W_OI: Tensor, grid: Grid, weights_I: Tensor | None = None, keep_OI: Tensor | None = None
+    W_OI: Tensor,
+    grid: Grid,
+    weights_I: Tensor | None = None,
+    keep_OI: Tensor | None = None,
 ) -> Tensor:
     """[O, S]: the scales with the smallest Σ weights·(W − scale·level)² over what is kept."""
     low, high = grid.levels[0], grid.levels[-1]
     ends = [end for end in (high, low) if end and (end == high or low != -high)]
+    tried = [share / end for end in ends for share in _SHARES]
     made = []
     for part in _parts(*W_OI.shape):
-        weights_PSJ = _weights(W_OI[part], weights_I, None if keep_OI is None else keep_OI[part], grid)
-        X_PSJ = grid.split(W_OI[part]) * (weights_PSJ > 0)
-        largest_PS = X_PSJ.gather(-1, X_PSJ.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        best_PS, saved_PS = torch.zeros_like(largest_PS), torch.zeros_like(largest_PS)
-        for end in ends:
-            for share in _SHARES:
-                _, fitted_PS, gain_PS = _fit(X_PSJ, largest_PS * (share / end), weights_PSJ, grid)
-                better_PS = gain_PS > saved_PS
-                best_PS = torch.where(better_PS, fitted_PS, best_PS)
-                saved_PS = torch.where(better_PS, gain_PS, saved_PS)
+        keep_PI = None if keep_OI is None else keep_OI[part]
+        X_PI = W_OI[part].contiguous()
+        largest_PS = largest(X_PI if keep_PI is None else X_PI * keep_PI, grid)
+        best_PS, most_PS = torch.zeros_like(largest_PS), torch.zeros_like(largest_PS)
+        for share in tried:
+            fitted_PS, saved_PS = _fit(X_PI, largest_PS * share, grid, weights_I, keep_PI)
+            better_PS = saved_PS > most_PS
+            best_PS = torch.where(better_PS, fitted_PS, best_PS)
+            most_PS = torch.where(better_PS, saved_PS, most_PS)
         made.append(_held(best_PS))
     return torch.cat(made)
 
@@ -131,42 +167,22 @@ def refit_scales(
     X_OI: Tensor, scales_OS: Tensor, grid: Grid, weights_I: Tensor | None, keep_OI: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """X on the grid, levels by the scales given and values by their least-squares refit; and the refitted scales."""
-    weights_OSJ = _weights(X_OI, weights_I, keep_OI, grid)
-    levels_OSJ, fitted_OS, _ = _fit(grid.split(X_OI), scales_OS, weights_OSJ, grid)
-    fitted_OS = _held(fitted_OS)
-    return _values(levels_OSJ, fitted_OS, X_OI.shape[1], keep_OI), fitted_OS
+    made_OI = torch.empty_like(X_OI)
+    fitted_OS, _ = _fit(X_OI, scales_OS, grid, weights_I, keep_OI, made_OI)
+    return made_OI, fitted_OS
 
 
 def project(W_OI: Tensor, scales_OS: Tensor, grid: Grid, keep_OI: Tensor | None = None) -> Tensor:
     """The nearest value on the grid where kept, else +0."""
+    W_OI = W_OI.contiguous()
     made_OI = torch.empty_like(W_OI)
     for part in _parts(*W_OI.shape):
-        scales_PS = scales_OS[part]
-        by_PS = _reciprocal(scales_PS)
-        levels_PSJ = grid.nearest(grid.split(W_OI[part]) * by_PS[..., None])
-        made_OI[part] = _values(
-            levels_PSJ, scales_PS, W_OI.shape[1], None if keep_OI is None else keep_OI[part]
-        )
+        keep_PI = None if keep_OI is None else keep_OI[part]
+        _fit(W_OI[part], scales_OS[part], grid, None, keep_PI, made_OI[part], fixed=True)
     return made_OI
-
-
-def _values(levels_OSJ: Tensor, scales_OS: Tensor, width: int, keep_OI: Tensor | None) -> Tensor:
-    made_OI = (levels_OSJ * scales_OS[..., None]).flatten(1)[:, :width]
-    return (made_OI if keep_OI is None else made_OI * keep_OI).add_(0.0)  # +0 mends what is −0
 
 
 def kept_on_grid(W_OI: Tensor, keep_OI: Tensor) -> Tensor:
     """The mask, less the zeros of W where they are meant: a few are accidents, and rounded as other weights are."""
     zeros_OI = keep_OI & (W_OI == 0)
     return keep_OI & ~zeros_OI if int(zeros_OI.sum()) > _ACCIDENTS * W_OI.numel() else keep_OI
-
-
-def on_grid(solution: Solution, grid: Grid | None, statistics: Seen) -> Solution:
-    """A solution rounded by the best scales; inputs count by their squared norms where they were seen."""
-    if grid is None:
-        return solution
-    W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask)
-    seen = statistics is not None and bool((statistics.squared_norms > 0).any())
-    weights_I = statistics.squared_norms.float() if statistics is not None and seen else None
-    scales_OS = best_scales(W_OI, grid, weights_I, keep_OI)
-    return Solution(project(W_OI, scales_OS, grid, keep_OI), keep_OI, solution.notes, None, scales_OS)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tawny.patterns import Pattern, Scope
-from tawny.solvers.base import Needs, Seen, Solution, Solver, keep_highest, masked, require_finite
-from tawny.solvers.grid import Grid, on_grid
+from tawny.solvers.base import Needs, Seen, Solution, Solver, keep_highest, masked, on_grid, require_finite
+from tawny.solvers.grid import Grid
 
 __all__ = ["Magnitude"]
 

@@ -23,8 +23,17 @@ from torch import Tensor
 
 from tawny.errors import check_option
 from tawny.patterns import Pattern, Scope, zeros_first
-from tawny.solvers.base import Needs, Seen, Solution, Solver, input_norms, keep_highest, require_finite
-from tawny.solvers.grid import Grid, on_grid
+from tawny.solvers.base import (
+    Needs,
+    Seen,
+    Solution,
+    Solver,
+    input_norms,
+    keep_highest,
+    on_grid,
+    require_finite,
+)
+from tawny.solvers.grid import Grid
 
 __all__ = ["RIA"]
 

@@ -23,9 +23,10 @@ from tawny.solvers.base import (
     input_norms,
     keep_highest,
     masked,
+    on_grid,
     require_finite,
 )
-from tawny.solvers.grid import Grid, on_grid
+from tawny.solvers.grid import Grid
 
 __all__ = ["Wanda"]
 

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tawny.kinds import KINDS
+from tawny.packed import format
+from tawny.packed.on_grid import OnGrid
+
+FEW = [name for name, kind in KINDS.items() if kind.bits < 8]
+
+
+def weight(sparsity=0.5, shape=(6, 80)):
+    generator = torch.Generator().manual_seed(1)
+    W_OI = torch.randn(shape, generator=generator) * 0.02
+    return W_OI.masked_fill(torch.rand(shape, generator=generator) < sparsity, 0)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("name", FEW)
+def test_a_weight_that_lies_on_the_grid_starts_as_it_is(name, group):
+    W_OI = format.unpack(format.pack(weight(), name, group))
+    made = OnGrid(W_OI, KINDS[name], group).value(W_OI)
+    assert torch.equal(made.masked_fill(W_OI == 0, 0), W_OI)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_gradients_are_those_of_lsq_as_autograd_has_them(name):
+    kind, W_OI = KINDS[name], weight()
+    grid = OnGrid(W_OI, kind, 64)
+    with torch.no_grad():
+        grid.ends_OS *= 0.6  # some weights lie beyond the ends now
+    gradient_OI = torch.randn(W_OI.shape, generator=torch.Generator().manual_seed(2)) * (W_OI != 0)
+    made_OI, ends_OS = grid.gradients(W_OI, gradient_OI)
+
+    V_OI = W_OI.clone().requires_grad_()
+    exact_OS = grid.ends_OS.detach().clone().requires_grad_()
+    scale_OS = exact_OS / kind.largest
+    scale_OS = scale_OS + (scale_OS.bfloat16().float() - scale_OS).detach()
+    scale_OI = scale_OS.repeat_interleave(64, 1)[:, :80]
+    ratio_OI = (V_OI / scale_OI).clamp(kind.grid[0], kind.grid[-1])
+    level_OI = ratio_OI + (kind.round(V_OI.detach(), scale_OI.detach()) - ratio_OI).detach()
+    ((level_OI * scale_OI) * gradient_OI).sum().backward()
+    torch.testing.assert_close(ends_OS, exact_OS.grad)
+    ratio_OI = (W_OI / scale_OI).detach()
+    beyond_OI = (ratio_OI < kind.grid[0]) | (ratio_OI > kind.grid[-1])
+    assert beyond_OI.any()
+    torch.testing.assert_close(made_OI[~beyond_OI], V_OI.grad[~beyond_OI])
+    inward_OI = beyond_OI & (gradient_OI * W_OI > 0)
+    assert torch.equal(made_OI[inward_OI], gradient_OI[inward_OI])
+    assert not made_OI[beyond_OI & ~inward_OI].any()
+
+
+def test_what_was_removed_under_a_scale_below_zero_is_removed_when_packed_again():
+    W_OI = 0 - weight().abs()  # whose best scales are below zero
+    once = format.unpack(format.pack(W_OI, "int4", 64))
+    assert torch.equal(format.unpack(format.pack(once, "int4", 64)), once)
+    assert torch.equal(once == 0, W_OI == 0)
