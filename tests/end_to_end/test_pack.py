@@ -85,7 +85,7 @@ def test_prune_with_pack_refuses_before_work_and_never_hides_a_half(run, dense, 
     code, _, err = run("prune", dense, "--out", packed, *PRUNE, "--pack", "bf16")
     assert code == 2 and "exists" in err
     packed.rmdir()
-    code, _, err = run("prune", dense, "--out", packed, *PRUNE, "--pack", "int4")
+    code, _, err = run("prune", dense, "--out", packed, *PRUNE, "--pack", "int7")
     assert code == 2 and "int8" in err and not (tmp_path / "packed.dense").exists()
 
     interrupt(monkeypatch)

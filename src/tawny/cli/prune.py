@@ -59,9 +59,6 @@ def prune(
         f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`. Default: --values.",
         OUTPUT,
     ),
-    head: str | None = option(
-        "--head KIND", "Pack the head too, int8 say, where a packed folder is written.", OUTPUT
-    ),
     evaluate: str | None = option(
         "--eval TEXT", f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.", OUTPUT
     ),
@@ -71,9 +68,10 @@ def prune(
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""
     with console_for(as_json) as console:
         chosen = given.recipe(device=device)
-        values = chosen.values.kind if pack is None else packed_values(pack)
-        if head is not None and values is None:
-            raise UserError(f"--head {head} is of a packed folder: give --pack or --values, too")
+        values = None if pack is None else packed_values(pack)
+        packing = values is not None or bool(chosen.values.names)
+        if chosen.values.head is not None and not packing:
+            raise UserError(f"head={chosen.values.head} is of a packed folder: give --pack or --values, too")
         windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
         import tawny
 
@@ -84,11 +82,10 @@ def prune(
                 "overwrite": overwrite,
                 "memory": memory,
             }
-            if values is None:
-                record = tawny.prune(model, out, **keys)
+            if packing:
+                record = _prune_and_pack(model, out, values, **keys)
             else:
-                kinds = values, None if head is None else packed_values(head)
-                record = _prune_and_pack(model, out, *kinds, **keys)
+                record = tawny.prune(model, out, **keys)
         if not speaks():  # what follows is done by the first of several processes
             return
         if evaluate is not None:
@@ -102,7 +99,7 @@ def prune(
 
 
 def _prune_and_pack(
-    model: str, out: Path, values: str, head: str | None, *, progress: Progress, overwrite: bool, **keys: Any
+    model: str, out: Path, values: str | None, *, progress: Progress, overwrite: bool, **keys: Any
 ) -> Record:
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
@@ -122,14 +119,14 @@ def _prune_and_pack(
         )
     if dense.exists() and not overwrite:
         raise OutputError(
-            f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out} "
-            f"--values {values}` goes on, --overwrite starts over"
+            f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out}"
+            f"{f' --values {values}' * (values is not None)}` goes on, --overwrite starts over"
         )
     record = tawny.prune(model, dense, progress=progress, overwrite=overwrite, **keys)
     if not speaks():
         return record
     _mark(dense, out)
-    report = tawny.pack(dense, out, values, head=head, overwrite=overwrite, progress=progress)
+    report = tawny.pack(dense, out, values, overwrite=overwrite, progress=progress)
     shutil.rmtree(dense)
     progress.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")
     record.out, record.bytes = str(out), report.bytes

@@ -337,6 +337,7 @@ def solved_for(folder: Path) -> tuple[Values, dict[str, str]]:
 def _choice(folder: Path, values: str | None, group: int | None, head: str | None) -> Choice:
     """What is asked for, and where nobody asked for values, what the folder was solved for."""
     solved, kinds = solved_for(folder)
+    head = head or solved.head
     if values is not None and (values, len(solved.names)) != (solved.kind, 1):
         return Choice(values, group, head)
     most = max(solved.names, key=lambda name: kind_of(name).bits, default="bf16")

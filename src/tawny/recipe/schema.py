@@ -108,7 +108,8 @@ class Refine:
 class Values:
     """What survivors are rounded to while they are solved. A kind of None leaves them as the checkpoint has them.
 
-    A scale belongs to `group_size` columns of a row; None is the kind's usual number. With `mean` and `of` the allocator
+    A scale belongs to `group_size` columns of a row; None is the kind's usual number. `head` is the kind that the head is
+    rounded to when the model is packed. With `mean` and `of` the allocator
     spends bits instead of zeros: each linear gets one of the kinds, and a weight has so many bits on average.
     """
 
@@ -116,6 +117,7 @@ class Values:
     group_size: int | None = None
     mean: float | None = None
     of: Globs = ()
+    head: str | None = None
 
     def __post_init__(self) -> None:
         both = self.mean is not None and len(self.of) > 1 and self.kind is None
@@ -124,6 +126,8 @@ class Values:
         check_option(
             both or single, "values.mean", given, "a mean of two kinds or more, and no kind beside it"
         )
+        if self.head is not None:
+            kind_of(self.head)
         kinds = [kind_of(name, self.group_size) for name in self.names]
         for kind in kinds:
             if not kind.scaled:

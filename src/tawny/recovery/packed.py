@@ -8,11 +8,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from tawny.errors import ModelError
 from tawny.kinds import kind_of
 from tawny.model.checkpoint import file_bytes
 from tawny.model.identity import source_identity, tensor_digest, text_identity
 from tawny.model.resumable import WorkFolder
-from tawny.packed.convert import pack, unpack
+from tawny.packed.convert import pack, solved_for, unpack
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
@@ -25,6 +26,11 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. Integers are trained through their grid."""
     settings, progress, overwrite = request.settings, request.progress, request.overwrite
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    if len(solved_for(folder)[0].of) > 1:
+        raise ModelError(
+            f"{request.source} holds several kinds of values, and all would become {kind['values']}: `tawny unpack` it, "
+            "recover the dense checkpoint and pack that"
+        )
     group, few = kind.get("group"), kind_of(kind["values"]).bits < 8
     if kind_of(kind["values"]).scaled and (few or group is None) and settings.trains_survivors:
         settings = Recovery.make(settings, values=kind["values"], group_size=group)
