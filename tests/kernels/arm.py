@@ -22,7 +22,7 @@ from tawny.kinds import KINDS as TABLE
 from tawny.packed.format import PackedTensor, pack, unpack
 from tests.kernels.test_admm import problem, spread, support
 from tests.kernels.test_kernels import ROUNDING, activations
-from tests.packed.cases import KINDS, uneven, weight
+from tests.packed.cases import EVERY, uneven, weight
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [(1, 1), (3, 5), (4, 64), (5, 65), (17, 130), (7, 200), (9, 1537), (6, 4200)]
@@ -180,7 +180,7 @@ def pruning_cases() -> Iterator[Case]:
 
 
 def all_cases() -> Iterator[Case]:
-    for values, group in KINDS:
+    for values, group in EVERY:
         if TABLE[values].code is not None:
             for whole in (False, True):
                 yield from packed_cases(values, group, whole)

@@ -1,0 +1,68 @@
+"""Values of few bits: solved on the grid, packed as they were solved, opened, shared by an allocator."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import tawny
+from tawny.errors import ModelError
+from tawny.packed.folder import PackedFolder
+from tests.tiny import tiny_model, tokens
+
+
+@pytest.fixture
+def dense(tmp_path):
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def blocks_of(folder):
+    return {name: entry for name, entry in PackedFolder(folder).linears.items() if name != "lm_head"}
+
+
+@pytest.mark.parametrize("solver", ["alps", "sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_what_is_solved_on_a_grid_is_packed_without_a_change(dense, tmp_path, solver, sparsity):
+    values = {"kind": "int4", "group_size": 32, "head": "int8"}
+    record = tawny.prune(
+        dense, tmp_path / "pruned", sparsity=sparsity, solver=solver, values=values, calibration=tokens(8, 16)
+    )
+    assert record.sparsity == pytest.approx(sparsity, abs=0.01) and set(record.values.values()) == {"int4"}
+    report = tawny.pack(tmp_path / "pruned", tmp_path / "packed")
+    assert (report.values, report.group, report.head) == ("int4", 32, "int8")
+    entries = blocks_of(tmp_path / "packed")
+    assert {entry.values for entry in entries.values()} == {"int4"}
+    assert all(entry.whole == (sparsity == 0) for entry in entries.values())
+    pruned, packed = tawny.load(tmp_path / "pruned"), tawny.load(tmp_path / "packed")
+    for name in entries:
+        dense_OI = packed.get_submodule(name).dense(torch.bfloat16)
+        assert torch.equal(dense_OI, pruned.get_submodule(name).weight)
+
+
+def test_the_command_line_packs_what_it_solved(run, dense, tmp_path):
+    words = ("-m", "magnitude", "-a", "uniform", "--values", "int3", "--head", "int8")
+    code, out, err = run("prune", dense, "--out", tmp_path / "packed", *words, "--json")
+    assert code == 0 and "only rounded" not in err and not (tmp_path / "packed.dense").exists()
+    assert json.loads(out)["packed"]["values"] == "int3"
+    code, _, err = run("pack", dense, "--out", tmp_path / "rounded", "--values", "int3")
+    assert code == 0 and "linears were only rounded" in err
+    code, _, err = run(
+        "prune", dense, "--out", tmp_path / "x", "-s", "0.5", "-m", "magnitude", "--head", "int8"
+    )
+    assert code == 2 and "give --pack or --values" in err
+
+
+def test_an_allocator_shares_bits_and_the_mean_is_kept(dense, tmp_path):
+    values = {"mean": 4.5, "of": ["int3", "int4", "int8"]}
+    keys = {"allocator": "owl", "solver": "sparsegpt", "values": values}
+    record = tawny.prune(dense, tmp_path / "pruned", calibration=tokens(8, 16), **keys)
+    sizes = {x.name: x.shape[0] * x.shape[1] for x in record.linears}
+    spent = sum(int(kind[3:]) * sizes[name] for name, kind in record.values.items())
+    assert 4.5 * sum(sizes.values()) - 4 * max(sizes.values()) < spent <= 4.5 * sum(sizes.values())
+    tawny.pack(tmp_path / "pruned", tmp_path / "packed")
+    assert {name: entry.values for name, entry in blocks_of(tmp_path / "packed").items()} == record.values
+    with pytest.raises(ModelError, match="several kinds"):
+        tawny.recover(tmp_path / "packed", dense, tmp_path / "x", text=tokens(8, 16))
