@@ -70,7 +70,9 @@ class Grid:
     def nearest(self, X: Tensor) -> Tensor:
         """The nearest level of each value, float32; of two as near, the upper one."""
         table, low = self._table.to(X.device), 2 * self.levels[0]
-        return torch.take(table, torch.mul(X, 2).sub_(low).clamp_(0, len(table) - 1).to(torch.int64))
+        # A scale so small that it has no reciprocal leaves a NaN, which no index must come of.
+        places = torch.mul(X, 2).sub_(low).nan_to_num_(0.0).clamp_(0, len(table) - 1)
+        return torch.take(table, places.to(torch.int64))
 
     def rounding(self, scales_O: Tensor) -> Rounding:
         """What rounds values [..., O] to scale · level."""
