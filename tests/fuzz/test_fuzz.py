@@ -76,10 +76,11 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     model.save_pretrained(base / "dense")
     tawny.pack(base / "dense", base / "packed", "bf16")
     tawny.pack(base / "dense", base / "packed8", "int8", head="int8")
+    tawny.pack(base / "dense", base / "packed4", "int4", 32, head="int6")  # with masks and whole
     return {path.name: path for path in base.iterdir()}
 
 
-@pytest.mark.parametrize("kind,usual", [("packed", 70), ("packed8", 40)])
+@pytest.mark.parametrize("kind,usual", [("packed", 60), ("packed8", 25), ("packed4", 25)])
 def test_a_damaged_packed_folder(kind, usual, folders, tmp_path, caplog):
     folder = folders[kind]
     expected = logits(tawny.load(folder))

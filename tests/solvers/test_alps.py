@@ -11,6 +11,7 @@ from tawny.errors import NumericalError, RecipeError
 from tawny.kernels import native
 from tawny.patterns import NM, Unstructured, keep_mask, removed_count
 from tawny.solvers import SparseGPT, alps, reconstruction_error
+from tawny.solvers import powers as inverses
 from tawny.solvers.alps import Alps, _ByThreshold
 from tawny.solvers.base import energy
 from tawny.solvers.refit import refit
@@ -23,7 +24,7 @@ PATTERNS = [Unstructured(), Unstructured("row"), NM(2, 4)]
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float, monkeypatch) -> None:
     W, statistics = lifelike(32, 48)
-    monkeypatch.setattr(alps, "native_dtype", lambda: torch.float32)  # and an inverse for every penalty
+    monkeypatch.setattr(inverses, "native_dtype", lambda: torch.float32)  # and an inverse for every penalty
     found = Alps().solve(W, statistics, Unstructured(), sparsity).mask
     wanted = admm_mask(W, statistics.hessian, removed_count(W.numel(), sparsity))
     # float32 against float64: a few weights at the threshold may differ
@@ -175,9 +176,9 @@ def test_every_kernel_solves_like_plain_torch(kernel, zeros: bool) -> None:
 
 @pytest.mark.parametrize("a", [0.01, 0.3, 1.0, 2.5])
 def test_the_polynomial_of_an_inverse_is_within_its_bound(a: float) -> None:
-    shares = np.polynomial.Polynomial(alps._nearest(a))
+    shares = np.polynomial.Polynomial(inverses._nearest(a))
     x = np.linspace(0, a, 1001)
-    bound = 1 / np.polynomial.Chebyshev.basis(alps._DEGREE + 1)(1 + 2 / a)
+    bound = 1 / np.polynomial.Chebyshev.basis(inverses._DEGREE + 1)(1 + 2 / a)
     assert bound < 0.018
     assert np.abs(1 - (1 + x) * shares(x)).max() == pytest.approx(bound, rel=1e-6, abs=1e-12)
 
@@ -185,9 +186,9 @@ def test_the_polynomial_of_an_inverse_is_within_its_bound(a: float) -> None:
 @pytest.mark.parametrize("powers", [4, 2])
 @pytest.mark.parametrize("grown", [0.04, 0.2, 1.0, 1.1, 1.9, 3.4, 3.5, 13.0])
 def test_one_inverse_serves_all_penalties_near_it(grown: float, powers: int, monkeypatch) -> None:
-    monkeypatch.setattr(alps, "native_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(inverses, "native_dtype", lambda: torch.bfloat16)
     if powers == 2:  # as if it were too large for more
-        monkeypatch.setattr(alps, "_KEPT", 0)
+        monkeypatch.setattr(inverses, "_KEPT", 0)
     _, statistics = lifelike(20, 48)
     scaled = Alps(rho=0.2).prepare(statistics)
     found = scaled.inverse(0.2 * grown).double()
@@ -207,8 +208,8 @@ def test_few_inverses_and_bfloat16_lose_no_more(monkeypatch) -> None:
         W, statistics = lifelike(rows, columns)
         losses = []
         for dtype, kept in ((torch.float32, 1 << 28), (torch.bfloat16, 1 << 28), (torch.bfloat16, 0)):
-            monkeypatch.setattr(alps, "native_dtype", lambda dtype=dtype: dtype)
-            monkeypatch.setattr(alps, "_KEPT", kept)
+            monkeypatch.setattr(inverses, "native_dtype", lambda dtype=dtype: dtype)
+            monkeypatch.setattr(inverses, "_KEPT", kept)
             solution = Alps().solve(W, statistics, Unstructured(), 0.6)
             losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
         assert len(set(losses)) == 3
@@ -217,12 +218,12 @@ def test_few_inverses_and_bfloat16_lose_no_more(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inverses_that_were_dropped_are_made_again_as_they_were(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(alps, "native_dtype", lambda: dtype)
+    monkeypatch.setattr(inverses, "native_dtype", lambda: dtype)
     W, statistics = lifelike(24, 40)
     solutions = []
-    one = (1 if dtype is torch.float32 else alps._DEGREE + 1) * 40 * 40 * dtype.itemsize
+    one = (1 if dtype is torch.float32 else inverses._DEGREE + 1) * 40 * 40 * dtype.itemsize
     for kept in (1 << 28, one):
-        monkeypatch.setattr(alps, "_KEPT", kept)
+        monkeypatch.setattr(inverses, "_KEPT", kept)
         prepared = Alps().prepare(statistics)
         solutions += [Alps().solve(weight, statistics, Unstructured(), 0.6, prepared) for weight in (W, W)]
         assert (len(prepared.powers) > 1) == (kept > one)
@@ -233,9 +234,10 @@ def test_inverses_that_were_dropped_are_made_again_as_they_were(dtype, monkeypat
 def test_chunks_of_any_size_give_the_same_support(shape, monkeypatch) -> None:
     W, statistics = lifelike(*shape)
     whole = Alps().solve(W, statistics, Unstructured(), 0.6)
-    monkeypatch.setattr(alps, "_CHUNK", 5 * shape[1])
-    monkeypatch.setattr(alps, "_ROWS", 1)
-    monkeypatch.setattr(alps, "_CACHED", 2 * shape[1])
+    for module in (alps, inverses):
+        monkeypatch.setattr(module, "CHUNK", 5 * shape[1])
+        monkeypatch.setattr(module, "ROWS", 1)
+        monkeypatch.setattr(module, "CACHED", 2 * shape[1])
     parts = Alps().solve(W, statistics, Unstructured(), 0.6)
     assert torch.equal(whole.mask, parts.mask)
     assert torch.allclose(whole.weight, parts.weight, atol=1e-5)

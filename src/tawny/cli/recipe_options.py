@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 
 from tawny.cli import root
 from tawny.cli.options import DATA, RECIPE, RecipeFile, shared
+from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ SHARED: dict[str, Any] = {
         str | None,
         shared(
             "--values KIND",
-            "Round to a kind of few bits while solving: int8, int6, int5, int4, int3 or int2. No zeros unless -s asks for them.",
+            f"Round while solving: {names_of(scaled_kinds(), ' or ')}. No zeros unless -s asks for them.",
             RECIPE,
         ),
     ],

@@ -8,6 +8,7 @@ import torch
 
 from tawny.errors import CheckpointError
 from tawny.kernels import native
+from tawny.kinds import KINDS
 from tawny.packed.format import PackedTensor, shapes
 
 
@@ -24,6 +25,8 @@ def check(packed: PackedTensor, name: str = "weight") -> None:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{name}: {what}; the packed file is damaged or was written by something else")
 
+    if packed.whole and not KINDS[packed.values].scaled:
+        raise refuse("a weight of floats has no masks")
     nnz = packed.shape[0] * packed.shape[1]
     offsets = packed.tensors.get("offsets")
     if not packed.whole or offsets is not None:

@@ -225,6 +225,8 @@ class PackedFolder:
             entry.get("index"),
             bool(entry.get("whole")),
         )
+        if type(entry.get("whole", False)) is not bool or (made.whole and not KINDS[made.values].scaled):
+            raise ValueError(f"{name}: whole {entry['whole']!r} of values {made.values!r}")
         self._check_expert(made)
         for key, (dtype, shape) in made.wanted().items():
             tensor = self.tensors.get(f"{name}.{key}")

@@ -109,8 +109,8 @@ class Values:
     """What survivors are rounded to while they are solved. A kind of None leaves them as the checkpoint has them.
 
     A scale belongs to `group_size` columns of a row; None is the kind's usual number. `head` is the kind that the head is
-    rounded to when the model is packed. With `mean` and `of` the allocator
-    spends bits instead of zeros: each linear gets one of the kinds, and a weight has so many bits on average.
+    rounded to when the model is packed. With `mean` and `of` the allocator spends bits instead of zeros: each linear gets
+    one of the kinds, and a weight has so many bits on average.
     """
 
     kind: str | None = None

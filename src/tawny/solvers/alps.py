@@ -20,7 +20,7 @@ product of a weight with a square matrix. The product is of what B has left to g
 
 the same B, but its rounding shrinks with the step: where the hardware multiplies bfloat16, the factors and S are
 bfloat16, several times faster, and find the same support as float32 ones (losses differ in the fourth digit, either
-way); and one inverse serves several ρ (`Scaled`). What is not that product is kept small: D is never stored, it is T
+way); and one inverse serves several ρ (powers.py). What is not that product is kept small: D is never stored, it is T
 where |T| is above a threshold; and the next threshold is read from a histogram of the values near the last one. So an
 iteration is a product between two passes over the weight, in chunks of rows. Compiled kernels do these
 (kernels/admm.h); without them, and for other patterns, torch does, on parts that stay in the cache. Scratch memory:
@@ -37,13 +37,11 @@ Shapes: O = out, I = in, R and C = rows of a chunk, P = rows of a part of one.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from tawny.errors import NumericalError, check_option
@@ -52,111 +50,17 @@ from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_
 from tawny.precision import native_dtype
 from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian, require_finite
 from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project, refit_scales
-from tawny.solvers.inverse import invert
+from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes
 from tawny.solvers.refit import refit
 
 __all__ = ["Alps", "Scaled"]
 
 _RETRIES = 3
-_CHUNK = 1 << 22  # weights a product takes at once,
-_ROWS = 1024  # or so many rows: every product arranges the whole inverse again
-_CACHED = 1 << 16  # weights whose elementwise work stays in a core's cache
-_GROWTH = 3.5  # how much ρ grows while one inverse serves,
-_DEGREE = 3  # by a polynomial of this degree: 1.7 % off at most
-_KEPT = 1 << 28  # bytes of inverses and their powers that may wait for another weight with the same input
 _CHECK = 3  # iterations between two looks at the support
 _FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
 _GRID_RHO, _GRID_GROWTH, _GRID_STEPS = 0.2, 1.2, 36  # with a grid: ρ grows every third step, whatever happens
 _GRID_CHECK = 6  # steps between two looks at what is lost, in the second half
-_SMALLEST_RHO = 1e-4  # below it float32 cannot factorise H + ρI, and the support has long stopped to care
-
-
-@dataclass
-class Scaled:
-    """What the linears that share an input share: the scaling of their Hessian, and inverses.
-
-    Where the hardware multiplies bfloat16, one inverse serves while ρ grows by `_GROWTH`: its powers, each a product of
-    bfloat16 factors, give the inverses of those ρ (`_nearest`). Where all of them are too large to keep there are two, and
-    one more product for each ρ. Elsewhere a product of square matrices costs more than an inverse, and every ρ has its own.
-    """
-
-    hessian_II: Tensor  # the caller's, unscaled and undamped
-    scale_I: Tensor  # √(H_jj + ridge)
-    ridge: float
-    damp: float  # the damping that was needed
-    rho: float
-    powers: dict[float, list[Tensor]] = field(default_factory=dict)  # X = (H' + ρI)⁻¹, X², … by ρ
-
-    def inverse(self, rho: float) -> Tensor | None:
-        """(H' + ρI)⁻¹, in the dtype that the hardware multiplies fastest; None where float32 cannot tell."""
-        dtype = native_dtype() if self.hessian_II.device.type == "cpu" else torch.float32
-        near = self.rho * _GROWTH ** math.floor(math.log(rho / self.rho) / math.log(_GROWTH) + 1e-9)
-        if dtype is torch.float32 or near < _SMALLEST_RHO:
-            near = rho
-        powers = self.powers.get(near)
-        if powers is None:
-            X_II = self._exactly(near, dtype)
-            if X_II is None:
-                return None
-            powers = self.powers[near] = [X_II]
-        shift = rho - near
-        if shift < 1e-6 * near:
-            return powers[0]
-        shares = [share * shift**power for power, share in enumerate(_nearest(shift / near))]
-        kept = _powers_kept(len(powers[0]), dtype)
-        while len(powers) < kept:
-            powers.append(powers[-1] @ powers[0])
-        made_II = torch.empty_like(powers[0])
-        for part in _parts(made_II, 4 * _CACHED):
-            made_II[part] = _weighed(powers, shares[:kept], part)
-        if kept < len(shares):  # X⁴ = X²X², X³ = X²X
-            for part in _parts(made_II, max(_CHUNK, _ROWS * len(made_II))):
-                made_II[part].addmm_(_weighed(powers, shares[kept:], part).to(dtype), powers[-1])
-        return made_II
-
-    def forget(self, beside: int = 0) -> None:
-        """Drop the oldest inverses until those that stay, and so many bytes beside them, are few enough to wait."""
-        while self.powers and beside + sum(self._sizes()) > _KEPT:
-            del self.powers[next(iter(self.powers))]
-
-    def _sizes(self) -> list[int]:
-        return [sum(X_II.nbytes for X_II in powers) for powers in self.powers.values()]
-
-    def _exactly(self, rho: float, dtype: torch.dtype) -> Tensor | None:
-        self.forget(max(self._sizes(), default=0))
-        A_II = self.hessian_II / self.scale_I
-        A_II /= self.scale_I[:, None]
-        A_II.diagonal().add_(self.ridge / self.scale_I.square() + rho)
-        X_II = invert(A_II)
-        return None if X_II is None else X_II.to(dtype)
-
-
-def _powers_kept(width: int, dtype: torch.dtype) -> int:
-    """How many powers of an inverse of so many inputs are in memory while it serves."""
-    whole = _DEGREE + 1
-    return whole if whole * width * width * dtype.itemsize <= _KEPT else whole // 2
-
-
-def _weighed(powers: list[Tensor], shares: list[float], rows: slice) -> Tensor:
-    """Σ share · power, float32, of some rows."""
-    sum_RI = powers[0][rows].to(torch.float32) * shares[0]
-    for power_II, share in zip(powers[1:], shares[1:], strict=True):
-        sum_RI.add_(power_II[rows], alpha=share)
-    return sum_RI
-
-
-def _nearest(a: float) -> list[float]:
-    """Coefficients, from the constant on, of the polynomial that is nearest to 1/(1 + x) between 0 and a, as a share of it.
-
-    With X = (H' + ρI)⁻¹, that of H' + (ρ + shift)I is X(I + shift·X)⁻¹, and shift·X has its eigenvalues between 0 and
-    a = shift/ρ. The polynomial p has (1 + x)·p(x) = 1 − Tₙ(1 − 2x/a)/Tₙ(1 + 2/a), with the Chebyshev polynomial of n, its
-    degree `_DEGREE` and one: it is off by 1/Tₙ(1 + 2/a) at most, for degree 3 by 0.1 % for a = 0.8 and 1.7 % for 2.5.
-    """
-    chebyshev = Chebyshev.basis(_DEGREE + 1)
-    along = chebyshev.convert(kind=Polynomial)(Polynomial([1, -2 / a]))
-    quotient = (1 - along / chebyshev(1 + 2 / a)) // Polynomial([1, 1])
-    return [float(share) for share in quotient.coef]
 
 
 @dataclass(frozen=True)
@@ -208,9 +112,8 @@ class Alps(Solver):
         two powers, the inverse for this ρ and its copy in a product's order, for float32 the last two.
         """
         size = native_dtype().itemsize
-        inverses = min(12 * size * width**2, _KEPT)  # two with their powers, or one for each ρ
-        waiting = inverses if _powers_kept(width, native_dtype()) > _DEGREE else 0
-        searching = 13 * out * width + 8 * width**2 + 2 * size * max(_CHUNK, _ROWS * width)
+        waiting = waiting_bytes(width)
+        searching = 13 * out * width + 8 * width**2 + 2 * size * max(CHUNK, ROWS * width)
         return waiting + max(searching, 28 * out * width + size * width**2)
 
     def prepare(self, statistics: Seen) -> Scaled:
@@ -286,12 +189,12 @@ class Alps(Solver):
         def first() -> Tensor:  # D = the best of W, V = 0
             T_OI = scaled_OI.clone()
             support.choose(T_OI)
-            for part in _parts(T_OI, _CACHED):
+            for part in parts(T_OI, CACHED):
                 T_OI[part] = support.kept(T_OI[part], part)
             return T_OI
 
         T_OI = first()
-        chunks = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))
+        chunks = parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1]))
         inverse_II = scaled.inverse(self.rho)
         assert inverse_II is not None  # `prepare` has made it
         scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=inverse_II.dtype)
@@ -322,7 +225,7 @@ class Alps(Solver):
                 grown = True
                 rho *= factor
             else:
-                if rho / 5 < _SMALLEST_RHO:
+                if rho / 5 < SMALLEST_RHO:
                     break
                 rho /= 5
                 if change > 0:
@@ -349,21 +252,21 @@ class Alps(Solver):
         grid_OI = project(solution.weight, scales_OS, grid, mask_OI)  # D, unscaled
         T_OI = torch.mul(grid_OI, scaled.scale_I, out=solution.weight)  # whose memory nobody needs any more
         best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
-        chunks = _parts(T_OI, max(_CHUNK, _ROWS * T_OI.shape[1]))
+        chunks = parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1]))
         rho = before = max(_GRID_RHO, self.rho)
         for step in range(1, _GRID_STEPS + 1):
             inverse_II = scaled.inverse(rho)
             assert inverse_II is not None  # `prepare` has made one for a ρ that is no larger
             for chunk in chunks:
                 right_CI = T_OI[chunk].new_empty(T_OI[chunk].shape, dtype=inverse_II.dtype)
-                for part in _parts(right_CI, _CACHED):
+                for part in parts(right_CI, CACHED):
                     here = _within(chunk, part)
                     D_PI = grid_OI[here] * scaled.scale_I
                     T_OI[here] -= D_PI
                     right_PI = torch.sub(D_PI, scaled_OI[here]).mul_(rho)
                     right_CI[part] = right_PI.sub_(T_OI[here], alpha=before)
                 step_CI = right_CI @ inverse_II
-                for part in _parts(right_CI, _CACHED):
+                for part in parts(right_CI, CACHED):
                     here = _within(chunk, part)
                     T_OI[here] = torch.add(scaled_OI[here] + step_CI[part], T_OI[here], alpha=before / rho)
                     grid_OI[here], scales_OS[here] = refit_scales(
@@ -386,12 +289,6 @@ class Alps(Solver):
         scaled.forget()
         lost = float(lost_O.sum(dtype=torch.float64))
         return Solution(best_OI, keep_OI, solution.notes, lost, best_OS)
-
-
-def _parts(T_OI: Tensor, size: int) -> list[slice]:
-    """Slices of rows of about `size` weights."""
-    rows = max(1, size // max(T_OI.shape[1], 1))
-    return [slice(top, min(top + rows, len(T_OI))) for top in range(0, len(T_OI), rows)]
 
 
 class _Support:
@@ -426,7 +323,7 @@ class _Support:
         self, T_RI: Tensor, W_RI: Tensor, place: slice, rho: float, before: float, out_RI: Tensor
     ) -> None:
         """ρ(D − W) − V, with V = before·(T − D)."""
-        for part in _parts(T_RI, _CACHED):
+        for part in parts(T_RI, CACHED):
             D_PI = self.kept(T_RI[part], _within(place, part))
             right_PI = torch.mul(W_RI[part], -rho)
             out_RI[part] = right_PI.add_(T_RI[part], alpha=-before).add_(D_PI, alpha=rho + before)
@@ -435,7 +332,7 @@ class _Support:
         self, T_RI: Tensor, W_RI: Tensor, S_RI: Tensor, place: slice, rho: float, before: float
     ) -> None:
         """T ← W + S + V/ρ, seen."""
-        for part in _parts(T_RI, _CACHED):
+        for part in parts(T_RI, CACHED):
             within = _within(place, part)
             gone_PI = T_RI[part].sub_(self.kept(T_RI[part], within))
             torch.add(W_RI[part] + S_RI[part], gone_PI, alpha=before / rho, out=T_RI[part])
@@ -539,7 +436,7 @@ class _ByThreshold(_Support):
         if found is not None:
             return found
         changed, seen_OI = 0, self._seen_OI.numpy()
-        for part in _parts(T_OI, _CACHED):
+        for part in parts(T_OI, CACHED):
             now = self._scores(T_OI[part], part) > self.threshold
             changed += int(np.count_nonzero(now ^ seen_OI[part]))
             seen_OI[part] = now

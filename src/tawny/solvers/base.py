@@ -39,7 +39,7 @@ __all__ = [
 
 Seen = Statistics | None  # what calibration saw of a linear's inputs, for the solvers that need it
 _PANEL = 1024  # columns of H that an energy multiplies at once
-_DAMP = 0.01
+_DAMP = 0.01  # share of the mean that every input counts: those that never fired need a scale, too
 _PART = 1 << 18  # weights that fit a core's cache
 
 
@@ -218,9 +218,7 @@ def on_grid(solution: Solution, grid: Grid | None, statistics: Seen) -> Solution
     W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask)
     weights_I = None
     if statistics is not None and bool(statistics.squared_norms.any()):
-        weights_I = statistics.squared_norms.float()
-        weights_I = (
-            weights_I + _DAMP * weights_I.mean()
-        )  # weights of inputs that never fired still need a scale
+        norms_I = statistics.squared_norms.float()
+        weights_I = norms_I + _DAMP * norms_I.mean()
     scales_OS = best_scales(W_OI, grid, weights_I, keep_OI)
     return Solution(project(W_OI, scales_OS, grid, keep_OI), keep_OI, solution.notes, None, scales_OS)
