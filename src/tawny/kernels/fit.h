@@ -48,8 +48,10 @@ struct Fitting {
 #pragma GCC unroll 16
                             for (int k = 0; k + 1 < N; k++) found = ratio >= middle[k] ? level[k + 1] : found;
                         } else {
-                            found = __builtin_floorf(ratio + 0.5f);
-                            found = found < level[0] ? level[0] : found > level[1] ? level[1] : found;
+                            // By way of an integer, because compilers make no vectors of floorf; a NaN becomes the first level.
+                            found = ratio > level[0] ? ratio : level[0];
+                            found = found < level[1] ? found : level[1];
+                            found = level[0] + (float)(int32_t)(found - level[0] + 0.5f);
                         }
                         nearest[j] = found;
                     }

@@ -55,6 +55,7 @@ from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
 VERSION = 2  # 1 knew no weights without offsets, and no kinds of few bits
 READABLE = (1, 2)
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
+_LOOKED_AT = 256  # groups of columns that tell whether a weight was solved on the grid
 PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
 
@@ -247,28 +248,34 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     grid = Grid(kind.grid, group)
     if kind.bits == 8:
         return _bf16_up(grid.split(W_OI).abs().amax(2) / kind.largest).float()
-    keep_OI = None if whole else W_OI != 0
-    best_OS = fewest_OS = torch.full_like(grid.split(W_OI)[..., 0], torch.inf)
+    keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
+    W_GC, stored_GC, keep_GC = (grid.split(each).flatten(0, 1) for each in (W_OI, stored_OI, keep_OI))
+    step = max(1, len(W_GC) // _LOOKED_AT)
+    found_G = _scales_again(W_GC[::step].contiguous(), stored_GC[::step], keep_GC[::step].contiguous(), grid)
+    found_OS = torch.full((len(W_OI), len(W_GC) // len(W_OI)), torch.nan)
+    if float(found_G.isnan().float().mean()) <= _ON_GRID:
+        found_OS = _scales_again(W_GC, stored_GC, keep_GC, grid).view(found_OS.shape)
+    if bool(found_OS.isnan().any()):
+        found_OS = torch.where(found_OS.isnan(), best_scales(W_OI, grid, None, keep_OI), found_OS)
+    return found_OS
 
-    def missed(made_OI: Tensor) -> Tensor:
-        return grid.split((made_OI.to(stored_OI.dtype) != stored_OI).float()).sum(2)
 
+def _scales_again(W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid) -> Tensor:
+    """[G]: for each group of columns the scale that gives every weight back as it is stored; NaN where none does."""
+    found_G, left_G = W_GC.new_full((len(W_GC),), torch.nan), torch.arange(len(W_GC))
     for neighbour in (0, -1, 1):
-        for level in kind.grid:
-            if level and bool(fewest_OS.any()):
-                made_OI, tried_OS = refit_scales(W_OI, largest(W_OI, grid) / level, grid, None, keep_OI)
-                if neighbour:
-                    tried_OS = (
-                        (tried_OS.bfloat16().view(torch.int16) + neighbour).view(torch.bfloat16).float()
-                    )
-                    made_OI = project(W_OI, tried_OS.nan_to_num_(0.0), grid, keep_OI)
-                missed_OS = missed(made_OI)
-                best_OS = torch.where(missed_OS < fewest_OS, tried_OS, best_OS)
-                fewest_OS = torch.minimum(fewest_OS, missed_OS)
-        if bool((fewest_OS > 0).float().mean() > _ON_GRID):
-            break  # it was not solved on this grid
-    rounded_OS = best_scales(W_OI, grid, None, keep_OI) if bool(fewest_OS.any()) else best_OS
-    return torch.where(fewest_OS == 0, best_OS, rounded_OS)
+        for level in sorted(grid.levels, key=abs, reverse=True):  # the likeliest first
+            if not level or not len(left_G):
+                continue
+            made_GC, tried_G1 = refit_scales(W_GC, largest(W_GC, grid) / level, grid, None, keep_GC)
+            if neighbour:
+                tried_G1 = (tried_G1.bfloat16().view(torch.int16) + neighbour).view(torch.bfloat16).float()
+                made_GC = project(W_GC, tried_G1.nan_to_num_(0.0), grid, keep_GC)
+            same_G = (made_GC.to(stored_GC.dtype) == stored_GC).all(1)
+            found_G[left_G[same_G]] = tried_G1[same_G, 0]
+            left_G = left_G[~same_G]
+            W_GC, stored_GC, keep_GC = W_GC[~same_G], stored_GC[~same_G], keep_GC[~same_G]
+    return found_G
 
 
 def _scale(
