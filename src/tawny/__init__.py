@@ -28,6 +28,7 @@ __all__ = [
     "Record",
     "Recovery",
     "RecoveryRecord",
+    "Server",
     "SparsityCallback",
     "Speed",
     "TaskResults",
@@ -54,6 +55,7 @@ __all__ = [
     "recover",
     "recover_gradually",
     "search",
+    "serve",
     "stream",
     "unpack",
 ]
@@ -85,6 +87,7 @@ _NAMES = {
     "tawny.recovery.settings": "Recovery",
     "tawny.recovery.zeros": "SparsityCallback keep_sparsity merge_adapter",
     "tawny.searching.run": "Found search",
+    "tawny.serving.server": "Server serve",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -114,6 +117,7 @@ if TYPE_CHECKING:
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
     from tawny.searching.run import Found, search
+    from tawny.serving.server import Server, serve
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ never by a model's name.
 
 from __future__ import annotations
 
-__all__ = ["check_context", "check_ids", "context_of", "hard_context_of"]
+__all__ = ["check_context", "check_ids", "context_of", "hard_context_of", "words_of"]
 
 from typing import Any
 
@@ -60,6 +60,12 @@ def check_context(model: Any, seqlen: int) -> None:
         )
 
 
+def words_of(model: Any) -> int:
+    """Tokens that the model has an embedding for."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return int(rows if rows is not None else model.config.get_text_config(decoder=True).vocab_size)
+
+
 def check_ids(model: Any, tokens: Tensor) -> None:
     """Refuse tokens that the model has no embedding for, which torch would tell by an index.
 
@@ -69,8 +75,7 @@ def check_ids(model: Any, tokens: Tensor) -> None:
     Raises:
         TextError: an id is none of the model's.
     """
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    words = int(rows if rows is not None else model.config.get_text_config(decoder=True).vocab_size)
+    words = words_of(model)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= words:
         raise TextError(

@@ -25,6 +25,8 @@ from tawny.cli import inspect  # noqa: F401
 from tawny.cli import pack  # noqa: F401
 from tawny.cli import unpack  # noqa: F401
 from tawny.cli import generate  # noqa: F401
+from tawny.cli import chat  # noqa: F401
+from tawny.cli import serve  # noqa: F401
 from tawny.cli import bench  # noqa: F401
 from tawny.cli import push  # noqa: F401
 from tawny.cli import list_  # noqa: F401

@@ -1,9 +1,9 @@
 """Many sequences on one model: they begin and end at any time, and take their steps together where the model allows it.
 
-    sequences = Sequences(model, capacity=4096, count=8)
-    one = sequences.begin(prompt)
-    while (logits := sequences.read(one, 256)) is None: ...
-    logits = sequences.step({one: token, other: token})[one]
+sequences = Sequences(model, capacity=4096, count=8)
+one = sequences.begin(prompt)
+while (logits := sequences.read(one, 256)) is None: ...
+logits = sequences.step({one: token, other: token})[one]
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "Message",
     "Prompt",
+    "StopStrings",
     "TextPieces",
     "Tokenizer",
     "check_prompt",
@@ -35,7 +36,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
 
     def apply_chat_template(
-        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **more: Any
     ) -> Any: ...
 
     def decode(self, ids: Any, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any: ...
@@ -70,11 +71,17 @@ def _messages(prompt: str | Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool | None) -> tuple[Tensor, bool]:
+def tokens_of(
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    chat: bool | None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> tuple[Tensor, bool]:
     """Tokens `[tokens]` of a prompt that `check_prompt` has let pass, and whether the chat template made them.
 
     Args:
         chat: put a text into the chat template; None does so where there is one. Messages always go there.
+        tools: what the model may call, for the chat template.
 
     Raises:
         TextError: the prompt holds no token, or the template refuses it.
@@ -92,19 +99,23 @@ def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, chat: bool | None) ->
         if isinstance(prompt, str) and not chat:
             read = tokenizer(prompt)
         else:
-            read = tokenizer(_templated(tokenizer, prompt), add_special_tokens=False)
+            read = tokenizer(_templated(tokenizer, prompt, tools), add_special_tokens=False)
         ids = torch.tensor(read["input_ids"], dtype=torch.long)
     if not len(ids):
         raise TextError("the prompt holds no token; give at least one word")
     return ids, chat
 
 
-def _templated(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> str:
+def _templated(
+    tokenizer: Tokenizer, prompt: str | Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> str:
     from jinja2 import TemplateError
 
-    messages = _messages(prompt)
+    messages, more = _messages(prompt), {"tools": list(tools)} if tools else {}
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **more)
+        )
     except TemplateError as error:  # many templates refuse roles or their order
         raise TextError(f"the model's chat template refuses the messages: {first_line(error)}") from None
 
@@ -117,10 +128,13 @@ def end_tokens(model: Any, tokenizer: Tokenizer | None) -> set[int]:
 
 
 class TextPieces:
-    """The text of tokens that come one at a time. Without a tokenizer every text is empty."""
+    """The text of tokens that come one at a time. Without a tokenizer every text is empty.
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.tokenizer = tokenizer
+    special: whether special tokens are part of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, special: bool = False) -> None:
+        self.tokenizer, self.special = tokenizer, special
         self._ids: list[int] = []  # since `_said` begins
         self._said = ""
 
@@ -129,17 +143,21 @@ class TextPieces:
         if self.tokenizer is None:
             return ""
         self._ids.append(token)
-        whole = decode(self.tokenizer, self._ids)
+        whole = self._decode(self._ids)
         piece = "" if whole.endswith("�") else self._new(whole)
         # Decoding starts again at a line's end, or a long text would cost its square. It starts with the last
         # token of that line, because some decoders drop a space from the front of whatever they are given.
-        if whole.endswith("\n") and (last := decode(self.tokenizer, self._ids[-1:])).endswith("\n"):
+        if whole.endswith("\n") and (last := self._decode(self._ids[-1:])).endswith("\n"):
             self._ids, self._said = self._ids[-1:], last
         return piece
 
     def rest(self) -> str:
         """What is left when no token comes any more; half a character is a `�`."""
-        return "" if self.tokenizer is None else self._new(decode(self.tokenizer, self._ids))
+        return "" if self.tokenizer is None else self._new(self._decode(self._ids))
+
+    def _decode(self, ids: list[int]) -> str:
+        assert self.tokenizer is not None
+        return decode(self.tokenizer, ids, self.special)
 
     def _new(self, whole: str) -> str:
         if len(whole) <= len(self._said):
@@ -148,6 +166,42 @@ class TextPieces:
         return piece
 
 
-def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+class StopStrings:
+    """Ends a text before the first of several strings, wherever tokens begin and end.
+
+    What may be the beginning of one is held back until it is known.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings, self.found, self._held = tuple(strings), False, ""
+
+    def add(self, piece: str) -> str:
+        """The characters that may be given out now; none once a string was found."""
+        if not self.strings or self.found:
+            return "" if self.found else piece
+        text, self._held = self._held + piece, ""
+        ends = [at for string in self.strings if (at := text.find(string)) >= 0]
+        if ends:
+            self.found = True
+            return text[: min(ends)]
+        held = max(
+            (
+                size
+                for string in self.strings
+                for size in range(1, min(len(string), len(text) + 1))
+                if text.endswith(string[:size])
+            ),
+            default=0,
+        )
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> str:
+        """What was held back, when no text comes any more."""
+        held, self._held = self._held, ""
+        return held
+
+
+def decode(tokenizer: Tokenizer, ids: list[int], special: bool = False) -> str:
     # Tidied up, a text would change behind what has been given out.
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))

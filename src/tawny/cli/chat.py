@@ -1,0 +1,63 @@
+"""`tawny chat`: a conversation with a model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from tawny.cli.common import console_for
+from tawny.cli.generate import _possible_seed
+from tawny.cli.options import RECIPE, Model, Threads, TrustRemoteCode, option
+from tawny.cli.root import verb
+
+
+@verb(
+    "tawny chat packed",
+    "tawny chat smollm2 --system 'Answer in one sentence.' --temperature 0",
+)
+def chat(
+    model: Model,
+    system: str = option("--system TEXT", "What the model is told first.", RECIPE),
+    max_tokens: int = option("-n --max-tokens N", "Most tokens of an answer.", RECIPE, default=1024, min=1),
+    temperature: float = option("-t --temperature T", "0 takes the likeliest token.", RECIPE, default=0.7),
+    top_p: float = option("--top-p P", "Draw from the likeliest P of probability.", RECIPE, default=0.95),
+    seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=_possible_seed),
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk with MODEL. Ctrl-C ends an answer, Ctrl-D the conversation."""
+    with console_for(False) as console:
+        from tawny.decoding.conversation import Conversation
+
+        with console.progress() as progress:
+            talk = Conversation(
+                model,
+                system=system,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                threads=threads,
+                progress=progress,
+            )
+        shown = sys.stdin.isatty()
+        if shown:
+            import readline  # noqa: F401  arrow keys and what was typed before
+
+            console.note("Ctrl-C ends an answer, Ctrl-D the conversation")
+        while True:
+            try:
+                said = input("> " if shown else "")
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                print()
+                continue
+            if not said.strip():
+                continue
+            try:
+                for piece in talk.say(said):
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            except KeyboardInterrupt:
+                pass
+            print()

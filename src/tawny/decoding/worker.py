@@ -1,0 +1,167 @@
+"""A thread that owns a model and makes the texts that others ask for.
+
+    with Worker(model, tokenizer, capacity=4096, count=8, queue=64) as worker:
+        orders = worker.submit([request], [listener])   # from any thread; Full when too many wait
+        worker.cancel(orders)                           # before the next step
+
+Listeners are called in the worker's thread and must not raise. Leaving the `with` ends what runs: the step that is being
+made is the last.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Full", "Order", "Worker"]
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from tawny.decoding import opening
+from tawny.decoding.scheduler import Event, Job, Listener, Request, Scheduler, Usage
+from tawny.errors import Interrupted, UserError
+
+
+class Full(UserError):
+    """As many requests wait as may."""
+
+
+class Order:
+    """A request that the worker was given."""
+
+    def __init__(self, request: Request, listener: Listener) -> None:
+        self.request, self.listener = request, listener
+        self.job: Job | None = None
+        self.over = False
+
+
+class Worker:
+    """Requests of any threads to one model.
+
+    Args:
+        capacity: tokens of a prompt and its text together, at most.
+        count: requests that run at once.
+        queue: requests that may wait for a place.
+        threads: torch's threads during a step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        capacity: int,
+        count: int,
+        queue: int,
+        threads: int | None = None,
+    ) -> None:
+        self.model, self.threads, self.places, self.queue = model, threads, count, queue
+        self._make = lambda: Scheduler(model, tokenizer, capacity, count)
+        self._pending, self._closed = 0, False
+        self._counting = threading.Lock()
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._started: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="tawny-worker", daemon=True)
+        self.scheduler: Scheduler
+
+    def __enter__(self) -> Worker:
+        self._thread.start()
+        error = self._started.get()
+        if error is not None:
+            raise error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._calls.put(self._close)
+        self._thread.join()
+
+    @property
+    def running(self) -> int:
+        """Requests that have a place."""
+        return min(self._pending, self.places)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have none yet."""
+        return self._pending - self.running
+
+    def submit(self, requests: Sequence[Request], listeners: Sequence[Listener]) -> list[Order]:
+        """All of them, or none.
+
+        Raises:
+            Full: too many wait.
+            TextError: a prompt that cannot be continued.
+            Interrupted: the worker has ended.
+        """
+        for request in requests:
+            self.scheduler.check(request)
+        with self._counting:
+            if self._closed:
+                raise Interrupted("the server ends")
+            if self._pending + len(requests) > self.places + self.queue:
+                raise Full(f"{self.waiting} requests wait and {self.queue} may; try again later")
+            self._pending += len(requests)
+            orders = [Order(*each) for each in zip(requests, listeners, strict=True)]
+            for order in orders:
+                self._calls.put(partial(self._start, order))
+        return orders
+
+    def cancel(self, orders: Sequence[Order]) -> None:
+        """Forget orders, wherever they are; their listeners are told nothing more."""
+        self._calls.put(partial(self._stop, orders))
+
+    # --- in the worker's thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with opening.ready(self.model) as lock, torch.inference_mode(), opening.threads(self.threads):
+                self.scheduler = self._make()
+                self._started.put(None)
+                while not self._closed:
+                    self._listen()
+                    with lock:
+                        self.scheduler.turn()
+        except BaseException as error:
+            self._started.put(error)
+            raise
+
+    def _listen(self) -> None:
+        """Do what the other threads want; wait for it where there is nothing else to do."""
+        try:
+            while True:
+                call = self._calls.get(block=not (self.scheduler.busy or self._closed))
+                call()
+        except Empty:
+            pass
+
+    def _start(self, order: Order) -> None:
+        def tell(event: Event) -> None:
+            if isinstance(event, Usage | Exception):
+                self._end(order)
+            order.listener(event)
+
+        order.job = self.scheduler.submit(order.request, tell)
+
+    def _stop(self, orders: Sequence[Order]) -> None:
+        for order in orders:
+            if not order.over and order.job is not None:
+                self.scheduler.cancel(order.job)
+                self._end(order)
+
+    def _end(self, order: Order) -> None:
+        order.over = True
+        with self._counting:
+            self._pending -= 1
+
+    def _close(self) -> None:
+        with self._counting:
+            self._closed = True
+        while True:
+            try:
+                self._calls.get_nowait()()
+            except Empty:
+                break
+        self.scheduler.close(Interrupted("the server ends"))

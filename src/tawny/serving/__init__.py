@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server over the decoder: protocol, guard, answers, chat page. Needs the extra `serve`."""

@@ -1,0 +1,384 @@
+"""From what a client asks to requests of the worker, and from the worker's events to the protocol's objects.
+
+`Service` prepares: it renders, tokenises, checks, and gives requests beside an `Answer`. An answer takes the events of its
+requests one by one; it returns the chunks that a stream sends for each, and has the whole object at the end.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Answer", "Service"]
+
+import functools
+import secrets
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from tawny.calibration.context import words_of
+from tawny.decoding.sampling import Constraint, Likelihood, Sampler
+from tawny.decoding.scheduler import Request, Token, Usage
+from tawny.decoding.text import StopStrings, decode, end_tokens, tokens_of
+from tawny.errors import CheckpointError, UserError
+from tawny.serving.grammar import Grammars, of_schema
+from tawny.serving.protocol import ChatRequest, CompletionRequest, NamedTool, Refused, SamplingFields
+from tawny.serving.tools import CallFormat, Watched
+
+Json = dict[str, Any]
+
+
+class Answer(Protocol):
+    """What a client gets for its requests, which are numbered from 0.
+
+    tells_usage: whether a stream ends with its usage.
+    """
+
+    tells_usage: bool
+
+    def opening(self) -> Iterable[Json]:
+        """Chunks before the first event."""
+
+    def add(self, index: int, event: list[Likelihood | None] | Token | Usage) -> Iterable[Json]:
+        """Chunks for one event."""
+
+    def usage_chunk(self) -> Json: ...
+
+    def whole(self) -> Json: ...
+
+
+class Service:
+    """One model, its tokenizer, and its name to clients. One thread at a time may prepare."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.ends, self.words = end_tokens(model, tokenizer), words_of(model)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.words, self.ends)
+
+    @functools.cached_property
+    def calls(self) -> CallFormat:
+        return CallFormat.learn(self.tokenizer, self.ends)
+
+    def chat(self, asked: ChatRequest) -> tuple[list[Request], Answer]:
+        """
+        Raises:
+            Refused: the model or the template cannot do what is asked.
+        """
+        self._check(asked)
+        tools = [] if asked.tool_choice == "none" else asked.tools
+        calls = self.calls if tools else None
+        try:
+            ids, _ = tokens_of(
+                [message.for_template() for message in asked.messages],
+                self.tokenizer,
+                True,
+                [tool.model_dump(exclude_none=True) for tool in tools],
+            )
+        except CheckpointError:
+            raise Refused("the model has no chat template; use /v1/completions", param="messages") from None
+        except UserError as error:
+            raise Refused(str(error), param="messages") from None
+        requests = [
+            Request(
+                ids,
+                self._sampler(asked, ids, number, self._constraint(asked)),
+                asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
+                tuple(asked.stop),
+                (asked.top_logprobs or 0) if asked.logprobs else None,
+                special=bool(tools),
+            )
+            for number in range(asked.n)
+        ]
+        return requests, _Chat(self, asked, calls)
+
+    def complete(self, asked: CompletionRequest) -> tuple[list[Request], Answer]:
+        """
+        Raises:
+            Refused: the model cannot do what is asked.
+        """
+        self._check(asked)
+        requests, echoes = [], []
+        for prompt in asked.prompt:
+            try:
+                given = prompt if isinstance(prompt, str) else torch.tensor(prompt, dtype=torch.long)
+                ids, _ = tokens_of(given, self.tokenizer, False)
+            except (UserError, OverflowError, RuntimeError) as error:
+                raise Refused(str(error).splitlines()[0], param="prompt") from None
+            text = prompt if isinstance(prompt, str) else decode(self.tokenizer, prompt, special=True)
+            echoes += [(text, ids.tolist())] * asked.n
+            requests += [
+                Request(
+                    ids,
+                    self._sampler(asked, ids, number, None),
+                    asked.max_tokens,
+                    tuple(asked.stop),
+                    asked.logprobs,
+                    of_prompt=asked.echo and asked.logprobs is not None,
+                )
+                for number in range(asked.n)
+            ]
+        return requests, _Completion(self, asked, echoes)
+
+    def check_name(self, name: str) -> None:
+        """Refuse a model that is not this one."""
+        if name != self.name:
+            said = f"the model {name!r} is not served here; {self.name!r} is"
+            raise Refused(said, 404, param="model", code="model_not_found")
+
+    def _check(self, asked: SamplingFields) -> None:
+        self.check_name(asked.model)
+        beyond = [token for token in asked.logit_bias if token >= self.words]
+        if beyond:
+            raise Refused(f"logit_bias names token {beyond[0]} of {self.words}", param="logit_bias")
+
+    def _sampler(
+        self, asked: SamplingFields, prompt: torch.Tensor, number: int, constraint: Constraint | None
+    ) -> Sampler:
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        return Sampler(
+            asked.temperature,
+            asked.top_p,
+            (seed + number) % 2**63,
+            top_k=asked.top_k,
+            min_p=asked.min_p,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            repetition_penalty=asked.repetition_penalty,
+            logit_bias=asked.logit_bias,
+            constraint=constraint,
+            prompt=prompt,
+        )
+
+    def _constraint(self, asked: ChatRequest) -> Constraint | None:
+        wanted = asked.response_format
+        if wanted is not None and wanted.type != "text":
+            schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+            return self.grammars.form(of_schema(schema), "response_format")
+        if not asked.tools or asked.tool_choice == "none":
+            return None
+        functions = [tool.function for tool in asked.tools]
+        if isinstance(asked.tool_choice, NamedTool):
+            functions = [f for f in functions if f.name == asked.tool_choice.function.name]
+        several = asked.parallel_tool_calls and not isinstance(asked.tool_choice, NamedTool)
+        inside = self.calls.grammar(functions, self.grammars, self.tokenizer, several)
+        if asked.tool_choice in (None, "auto"):
+            return Watched(self.calls.begin, self.grammars.form(inside, "tools"), self.tokenizer)
+        whole = self.calls.whole_grammar(inside, self.grammars, self.tokenizer)
+        return self.grammars.form(whole, "tools")
+
+    def word(self, token: int) -> str:
+        return decode(self.tokenizer, [token], special=True)
+
+
+def _finish(usage: Usage) -> str:
+    return "length" if usage.finish == "context" else usage.finish
+
+
+class _Common:
+    """What both kinds of answers have: a head, choices, usage."""
+
+    kind, chunk_kind, prefix = "", "", ""
+
+    def __init__(self, service: Service, asked: SamplingFields) -> None:
+        self.service, self.asked = service, asked
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self.usages: dict[int, Usage] = {}  # of each choice
+        self.tells_usage = asked.stream_options is not None and asked.stream_options.include_usage
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
+
+    def _chunk(self, choice: Json) -> Json:
+        made = self._head(self.chunk_kind) | {"choices": [choice]}
+        return made | {"usage": None} if self.tells_usage else made
+
+    def usage_chunk(self) -> Json:
+        return self._head(self.chunk_kind) | {"choices": [], "usage": self._usage()}
+
+    def _usage(self) -> Json:
+        # A prompt that several choices share counts once.
+        read = [usage for index, usage in self.usages.items() if index % self.asked.n == 0]
+        prompt, cached = sum(usage.prompt for usage in read), sum(usage.cached for usage in read)
+        made = sum(usage.made for usage in self.usages.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+# --- chat --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reply:
+    """One choice of a chat."""
+
+    stops: StopStrings  # holds back what may be the beginning of a call
+    text: str = ""
+    sent: int = 0  # characters of it
+    logprobs: list[Json] = field(default_factory=list)
+    calls: list[Json] = field(default_factory=list)
+    finish: str = ""
+
+
+class _Chat(_Common):
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, service: Service, asked: ChatRequest, calls: CallFormat | None) -> None:
+        super().__init__(service, asked)
+        self.format, self.several, self.logprobs = calls, asked.parallel_tool_calls, asked.logprobs
+        begin = [] if calls is None else [calls.begin]
+        self.replies = [_Reply(StopStrings(begin)) for _ in range(asked.n)]
+
+    def opening(self) -> Iterable[Json]:
+        return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(self.asked.n)]
+
+    def _delta(self, index: int, delta: Json, finish: str | None = None, logprobs: Any = None) -> Json:
+        return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish})
+
+    def add(self, index: int, event: list[Likelihood | None] | Token | Usage) -> Iterable[Json]:
+        reply = self.replies[index]
+        if isinstance(event, Token):
+            reply.text += event.text
+            safe = reply.stops.add(event.text)
+            reply.sent += len(safe)
+            told = None
+            if event.likelihood is not None and event.id is not None:
+                told = {"content": [_told(self.service, event.id, event.likelihood)]}
+                reply.logprobs += told["content"]
+            if safe or told:
+                yield self._delta(index, {"content": safe}, logprobs=told)
+        elif isinstance(event, Usage):
+            self.usages[index] = event
+            reply.finish = _finish(event)
+            if self.format is not None:
+                yield from self._called(index, reply, self.format)
+            yield self._delta(index, {}, reply.finish)
+
+    def _called(self, index: int, reply: _Reply, format: CallFormat) -> Iterable[Json]:
+        whole = reply.text
+        reply.text, calls = format.parse(whole)
+        if not calls:
+            if len(whole) > reply.sent:
+                yield self._delta(index, {"content": whole[reply.sent :]})
+            return
+        reply.finish = "tool_calls"
+        for number, call in enumerate(calls if self.several else calls[:1]):
+            function = {"name": call.name, "arguments": call.arguments}
+            reply.calls.append(
+                {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+            )
+            yield self._delta(index, {"tool_calls": [{"index": number, **reply.calls[-1]}]})
+
+    def whole(self) -> Json:
+        choices = []
+        for index, reply in enumerate(self.replies):
+            message: Json = {"role": "assistant", "content": reply.text, "refusal": None}
+            if reply.calls:
+                message |= {"content": reply.text or None, "tool_calls": reply.calls}
+            logprobs = {"content": reply.logprobs, "refusal": None} if self.logprobs else None
+            choices.append(
+                {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reply.finish}
+            )
+        return self._head(self.kind) | {"choices": choices, "usage": self._usage()}
+
+
+def _told(service: Service, token: int, likelihood: Likelihood) -> Json:
+    def entry(number: int, logprob: float) -> Json:
+        word = service.word(number)
+        return {"token": word, "logprob": logprob, "bytes": None if "�" in word else list(word.encode())}
+
+    tops = [entry(*each) for each in likelihood.top]
+    return entry(token, likelihood.logprob) | {"top_logprobs": tops}
+
+
+# --- completions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Text:
+    """One choice of a completion."""
+
+    text: str = ""
+    finish: str = ""
+    logprobs: Json = field(
+        default_factory=lambda: {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    )
+    offset: int = 0
+
+
+class _Completion(_Common):
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(
+        self, service: Service, asked: CompletionRequest, prompts: Sequence[tuple[str, list[int]]]
+    ) -> None:
+        super().__init__(service, asked)
+        self.prompts, self.echo, self.tells = prompts, asked.echo, asked.logprobs is not None
+        self.texts = [_Text() for _ in prompts]
+
+    def opening(self) -> Iterable[Json]:
+        if not self.echo:
+            return
+        for index, (text, _) in enumerate(self.prompts):
+            self.texts[index].text = text
+            if not self.tells:
+                yield self._piece(index, text)
+
+    def _piece(self, index: int, text: str, logprobs: Json | None = None, finish: str | None = None) -> Json:
+        return self._chunk({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish})
+
+    def add(self, index: int, event: list[Likelihood | None] | Token | Usage) -> Iterable[Json]:
+        made = self.texts[index]
+        if isinstance(event, list):
+            text, ids = self.prompts[index]
+            yield self._piece(index, text, self._tell(made, ids, event))
+        elif isinstance(event, Token):
+            made.text += event.text
+            told = None
+            if self.tells and event.id is not None:
+                told = self._tell(made, [event.id], [event.likelihood])
+            if event.text or told:
+                yield self._piece(index, event.text, told)
+        else:
+            self.usages[index] = event
+            made.finish = _finish(event)
+            yield self._piece(index, "", finish=made.finish)
+
+    def _tell(self, made: _Text, ids: list[int], likelihoods: Sequence[Likelihood | None]) -> Json:
+        """The logprobs of these tokens, which are added to the choice's."""
+        told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, likelihood in zip(ids, likelihoods, strict=True):
+            word = self.service.word(token)
+            top: dict[str, float] | None = None
+            if likelihood is not None:
+                top = {}  # of two tokens that look alike the likelier one
+                for number, logprob in (*likelihood.top, (token, likelihood.logprob)):
+                    top.setdefault(self.service.word(number), logprob)
+            told["tokens"].append(word)
+            told["token_logprobs"].append(None if likelihood is None else likelihood.logprob)
+            told["top_logprobs"].append(top)
+            told["text_offset"].append(made.offset)
+            made.offset += len(word)
+        for key, values in told.items():
+            made.logprobs[key] += values
+        return told
+
+    def whole(self) -> Json:
+        choices = [
+            {
+                "index": index,
+                "text": made.text,
+                "logprobs": made.logprobs if self.tells else None,
+                "finish_reason": made.finish,
+            }
+            for index, made in enumerate(self.texts)
+        ]
+        return self._head(self.kind) | {"choices": choices, "usage": self._usage()}

@@ -1,0 +1,94 @@
+"""Texts that must have a form: JSON, JSON of a schema, or calls of tools. llguidance says which tokens may come next."""
+
+from __future__ import annotations
+
+__all__ = ["Form", "Grammars", "of_schema"]
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tawny.errors import UserError
+from tawny.serving.protocol import Refused
+
+# A model may break and indent lines, but not write spaces for ever.
+_SPACES = r"( |\n[ \t]{0,16})?"
+
+
+def of_schema(schema: dict[str, Any]) -> str:
+    """The grammar of JSON that a schema describes."""
+    from llguidance import LLMatcher
+
+    try:
+        return LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), overrides={"whitespace_pattern": _SPACES}
+        )
+    except ValueError as error:
+        raise Refused(f"the schema cannot be used: {error}") from None
+
+
+class Grammars:
+    """llguidance's view of one model's tokenizer; making it takes about a second.
+
+    Args:
+        words: length of the model's logits.
+        ends: tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: Any, words: int, ends: set[int]) -> None:
+        from llguidance.hf import from_tokenizer
+
+        try:
+            self.tokenizer = from_tokenizer(tokenizer, n_vocab=words, eos_token=sorted(ends) or None)
+        except (ValueError, AttributeError) as error:
+            raise Refused(f"the model's tokenizer cannot hold a text to a form: {error}") from None
+        self.words = words
+
+    def form(self, grammar: str, param: str) -> Form:
+        """A new text of this grammar.
+
+        Raises:
+            Refused: it cannot be followed; `param` is the field it came from.
+        """
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            said = matcher.get_error().strip().splitlines() or ["unknown"]
+            raise Refused(f"'{param}' describes what cannot be followed: {said[0]}", param=param)
+        return Form(matcher, self.tokenizer, self.words)
+
+
+class Form:
+    """What one text may still be; a `Constraint` of the sampler."""
+
+    def __init__(self, matcher: Any, tokenizer: Any, words: int) -> None:
+        self.matcher, self.tokenizer, self.words = matcher, tokenizer, words
+
+    def starts_with(self, text: str) -> bool:
+        """Take a text that is there already, if it may stand at the beginning."""
+        tokens = self.tokenizer.tokenize_str(text) if text else []
+        taken = self.matcher.try_consume_tokens(tokens) == len(tokens)
+        if not taken:
+            self.matcher.reset()
+        return bool(taken)
+
+    @property
+    def over(self) -> bool:
+        return bool(self.matcher.is_stopped())
+
+    def allowed(self) -> Tensor:
+        """Bool `[words]`."""
+        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        mask = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.words]).bool()
+        if self.matcher.is_error() or not mask.any():
+            raise UserError(
+                f"the text cannot keep the form that was asked for: {self.matcher.get_error() or 'no token fits'}"
+            )
+        return mask
+
+    def take(self, token: int) -> None:
+        self.matcher.consume_token(token)

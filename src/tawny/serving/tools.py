@@ -1,0 +1,216 @@
+"""Calls of tools, in the format of the model's chat template.
+
+The format is learnt: a call with a known name and known arguments is rendered, and what stands around them is the format.
+The name of the model or of the format is never asked. A template whose arguments are not JSON is refused.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Call", "CallFormat", "Watched"]
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tawny.decoding.text import TextPieces
+from tawny.serving.grammar import Form, Grammars
+from tawny.serving.protocol import Function, Refused
+
+_NAMES = ("tawny_first", "tawny_second")
+_ARGUMENTS = {"tawny_key": "tawny_value"}
+_ID = "tawnyid00"  # nine letters and digits, which some templates insist on
+_TEXT = "☃"  # which no call begins with
+_RAW = json.JSONDecoder()
+
+
+class Call(NamedTuple):
+    name: str
+    arguments: str  # JSON
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """What stands around names and arguments; `_ID` in it stands for any identifier.
+
+    begin: before the first name. middle: between a name and its arguments. between: from one call's arguments to the next
+    name. end: after the last arguments.
+    """
+
+    begin: str
+    middle: str
+    between: str
+    end: str
+
+    @staticmethod
+    def learn(tokenizer: Any, ends: set[int]) -> CallFormat:
+        """
+        Raises:
+            Refused: the template shows no tools, or writes calls in a way that has no names before JSON.
+        """
+        tools = [
+            {
+                "type": "function",
+                "function": {
+                    "name": name,
+                    "description": "",
+                    "parameters": {"type": "object", "properties": {}},
+                },
+            }
+            for name in _NAMES
+        ]
+        asked: dict[str, Any] = {"role": "user", "content": "?"}
+
+        def render(count: int, **more: str) -> str:
+            calls = [
+                {"id": _ID, "type": "function", "function": {"name": name, "arguments": _ARGUMENTS}}
+                for name in _NAMES[:count]
+            ]
+            said = {"role": "assistant", "content": ""} | ({"tool_calls": calls} if count else more)
+            return str(
+                tokenizer.apply_chat_template(
+                    [asked, said], tools=tools, tokenize=False, add_generation_prompt=False
+                )
+            )
+
+        try:
+            plain = render(0, content=_TEXT)
+            if _NAMES[0] not in plain:
+                raise Refused("the model's chat template shows it no tools; leave 'tools' out", param="tools")
+            one, two = render(1), render(2)
+        except Refused:
+            raise
+        except Exception as error:  # templates are programs of others
+            raise Refused(f"the model's chat template refuses tools: {error}", param="tools") from None
+        start = _alike(plain, one)
+        first, second = _pieces(one[start:], 1), _pieces(two[start:], 2)
+        if first is None or second is None or not first[0].strip():
+            raise Refused(
+                "the model's chat template writes calls of tools in a way that is not supported; leave 'tools' out",
+                param="tools",
+            )
+        words = [tokenizer.decode([end], skip_special_tokens=False) for end in sorted(ends)]
+        end = min((first[2].split(word)[0] for word in words if word), key=len, default=first[2])
+        return CallFormat(first[0].strip(), first[1], second[2], end.rstrip())
+
+    def parse(self, text: str) -> tuple[str, list[Call]]:
+        """The text before the first call, and the calls."""
+        begin, middle, between = map(_pattern, (self.begin, self.middle, self.between))
+        found = begin.search(text)
+        if found is None:
+            return text, []
+        content, calls, at = text[: found.start()], [], found.end()
+        while (named := middle.search(text, at)) is not None:
+            name = text[at : named.start()]
+            try:
+                arguments, at = _RAW.raw_decode(text, named.end())
+            except ValueError:
+                break
+            calls.append(Call(name, json.dumps(arguments, ensure_ascii=False)))
+            following = between.match(text, at)
+            if following is None:
+                break
+            at = following.end()
+        return (content.strip(), calls) if calls else (text, [])
+
+    def grammar(self, functions: list[Function], grammars: Grammars, tokenizer: Any, several: bool) -> str:
+        """In Lark's notation of llguidance: what comes behind `begin`."""
+        write = _Writer(grammars, tokenizer)
+        names = [f"call{i}" for i in range(len(functions))]
+        again = f" ({write.text(self.between)} call)*" if several else ""
+        lines = [
+            f"start: call{again} {write.text(self.end)}",
+            f"call: {' | '.join(names)}",
+            "ID: /[a-zA-Z0-9]{9}/",
+        ]
+        for name, function in zip(names, functions, strict=True):
+            schema = json.dumps(function.parameters)
+            lines.append(f"{name}: {write.text(function.name + self.middle)} {name}_arguments")
+            lines.append(f"{name}_arguments: %json {schema}")
+        return "\n".join(lines)
+
+    def whole_grammar(self, inside: str, grammars: Grammars, tokenizer: Any) -> str:
+        """The same, from `begin` on."""
+        begin = _Writer(grammars, tokenizer).text(self.begin)
+        return inside.replace("start: ", f"start: {begin} ", 1)
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _pieces(text: str, count: int) -> tuple[str, str, str] | None:
+    """What stands before the first name, between it and its arguments, and then up to the next name or the end."""
+    at = text.find(_NAMES[0])
+    if at < 0:
+        return None
+    behind = at + len(_NAMES[0])
+    for found in re.finditer(r"\{", text[behind:]):
+        begin = behind + found.start()
+        try:
+            arguments, end = _RAW.raw_decode(text, begin)
+        except ValueError:
+            continue
+        if arguments == _ARGUMENTS:
+            last = text.find(_NAMES[1], end) if count == 2 else len(text)
+            return (text[:at], text[behind:begin], text[end:last]) if last >= 0 else None
+    return None
+
+
+def _pattern(piece: str) -> re.Pattern[str]:
+    """A piece of the format, whatever spaces the model writes."""
+    parts = [re.escape(part) for part in re.split(r"\s+", piece)]
+    return re.compile(r"\s*".join(parts).replace(_ID, r"[A-Za-z0-9_-]+"))
+
+
+class _Writer:
+    """Writes text for a grammar, where special tokens are no text."""
+
+    def __init__(self, grammars: Grammars, tokenizer: Any) -> None:
+        self.special = {
+            str(token): number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if grammars.tokenizer.is_special_token(number)
+        }
+
+    def text(self, text: str) -> str:
+        stops = "|".join(map(re.escape, sorted([*self.special, _ID], key=len, reverse=True)))
+        parts = [part for part in re.split(f"({stops})", text) if part]
+        return " ".join(
+            "ID"
+            if part == _ID
+            else f"<[{self.special[part]}]>"
+            if part in self.special
+            else json.dumps(part, ensure_ascii=False)
+            for part in parts
+        )
+
+
+class Watched:
+    """A text that is free until it begins a call, and then keeps the form of calls; a `Constraint` of the sampler."""
+
+    def __init__(self, begin: str, form: Form, tokenizer: Any) -> None:
+        self.begin, self.form, self.text = begin, form, ""
+        self.pieces = TextPieces(tokenizer, special=True)
+        self.inside = False
+
+    @property
+    def over(self) -> bool:
+        return self.inside and self.form.over
+
+    def allowed(self) -> Tensor:
+        return self.form.allowed() if self.inside else torch.ones(self.form.words, dtype=torch.bool)
+
+    def take(self, token: int) -> None:
+        if self.inside:
+            return self.form.take(token)
+        self.text += self.pieces.add(token)
+        _, found, behind = self.text.partition(self.begin)
+        if found and self.form.starts_with(behind):
+            self.inside = True
+        self.text = self.text[-len(self.begin) :] if not found else ""
