@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tawny
-from tawny.decoding.text import TextPieces, decode
+from tawny.decoding.text import StopStrings, TextPieces, decode
 from tawny.errors import CheckpointError, TextError, UserError
 from tests.decoding.tokenizers import Bytes, llama_2_tokenizer
 from tests.tiny import tiny_model, tokens
@@ -64,3 +66,21 @@ def test_a_prompt_the_model_cannot_read_is_named():
         tawny.generate(model, torch.tensor([1.0]))
     with pytest.raises(TextError, match=r"not valid UTF-8 \(at character 2\)"):
         tawny.generate(model, "a\udcffb", tokenizer=Bytes())
+
+
+@given(st.lists(st.text("abc", max_size=3)), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_a_text_ends_before_the_first_stop_string_wherever_it_is_cut(pieces, strings):
+    stops, whole = StopStrings(strings), "".join(pieces)
+    given_out = ""
+    for count, piece in enumerate(pieces, 1):
+        given_out += stops.add(piece)
+        read = "".join(pieces[:count])
+        assert stops.found == any(string in read for string in strings)
+        if stops.found:
+            # The string that is whole first ends the text; of several, the one that begins first.
+            assert given_out == read[: min(at for s in strings if (at := read.find(s)) >= 0)]
+            assert stops.add(piece) == ""
+            return
+        held = read[len(given_out) :]
+        assert read.startswith(given_out) and (not held or any(s.startswith(held) for s in strings))
+    assert given_out + stops.rest() == whole

@@ -117,7 +117,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            with opening.ready(self.model) as lock, torch.inference_mode(), opening.threads(self.threads):
+            with opening.ready(self.model) as lock, torch.inference_mode(True), opening.threads(self.threads):
                 self.scheduler = self._make()
                 self._started.put(None)
                 while not self._closed:

@@ -90,7 +90,7 @@ class Service:
                 asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
                 tuple(asked.stop),
                 (asked.top_logprobs or 0) if asked.logprobs else None,
-                special=bool(tools),
+                special=calls is not None and calls.special,
             )
             for number in range(asked.n)
         ]
@@ -269,7 +269,8 @@ class _Chat(_Common):
             if len(whole) > reply.sent:
                 yield self._delta(index, {"content": whole[reply.sent :]})
             return
-        reply.finish = "tool_calls"
+        if reply.finish == "stop":
+            reply.finish = "tool_calls"
         for number, call in enumerate(calls if self.several else calls[:1]):
             function = {"name": call.name, "arguments": call.arguments}
             reply.calls.append(

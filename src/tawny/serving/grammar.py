@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["Form", "Grammars", "of_schema"]
+__all__ = ["Form", "Grammars", "bounded", "of_schema"]
 
-import json
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,16 @@ from tawny.serving.protocol import Refused
 _SPACES = r"( |\n[ \t]{0,16})?"
 
 
+def bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same schema, with spaces that end."""
+    return schema | {"x-guidance": {"whitespace_pattern": _SPACES}}
+
+
 def of_schema(schema: dict[str, Any]) -> str:
     """The grammar of JSON that a schema describes."""
     from llguidance import LLMatcher
 
-    try:
-        return LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_pattern": _SPACES}
-        )
-    except ValueError as error:
-        raise Refused(f"the schema cannot be used: {error}") from None
+    return str(LLMatcher.grammar_from_json_schema(bounded(schema)))
 
 
 class Grammars:

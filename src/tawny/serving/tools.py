@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tawny.decoding.text import TextPieces
-from tawny.serving.grammar import Form, Grammars
+from tawny.serving.grammar import Form, Grammars, bounded
 from tawny.serving.protocol import Function, Refused
 
 _NAMES = ("tawny_first", "tawny_second")
@@ -37,13 +37,14 @@ class CallFormat:
     """What stands around names and arguments; `_ID` in it stands for any identifier.
 
     begin: before the first name. middle: between a name and its arguments. between: from one call's arguments to the next
-    name. end: after the last arguments.
+    name. end: after the last arguments. special: whether special tokens are part of it.
     """
 
     begin: str
     middle: str
     between: str
     end: str
+    special: bool = False
 
     @staticmethod
     def learn(tokenizer: Any, ends: set[int]) -> CallFormat:
@@ -94,7 +95,9 @@ class CallFormat:
             )
         words = [tokenizer.decode([end], skip_special_tokens=False) for end in sorted(ends)]
         end = min((first[2].split(word)[0] for word in words if word), key=len, default=first[2])
-        return CallFormat(first[0].strip(), first[1], second[2], end.rstrip())
+        pieces = first[0].strip(), first[1], second[2], end.rstrip()
+        special = any(word in piece for word in tokenizer.all_special_tokens for piece in pieces)
+        return CallFormat(*pieces, special)
 
     def parse(self, text: str) -> tuple[str, list[Call]]:
         """The text before the first call, and the calls."""
@@ -110,7 +113,7 @@ class CallFormat:
             except ValueError:
                 break
             calls.append(Call(name, json.dumps(arguments, ensure_ascii=False)))
-            following = between.match(text, at)
+            following = between.match(text, at) or begin.search(text, at)
             if following is None:
                 break
             at = following.end()
@@ -127,7 +130,7 @@ class CallFormat:
             "ID: /[a-zA-Z0-9]{9}/",
         ]
         for name, function in zip(names, functions, strict=True):
-            schema = json.dumps(function.parameters)
+            schema = json.dumps(bounded(function.parameters))
             lines.append(f"{name}: {write.text(function.name + self.middle)} {name}_arguments")
             lines.append(f"{name}_arguments: %json {schema}")
         return "\n".join(lines)

@@ -1,0 +1,373 @@
+"""The server, asked by the `openai` client and by plain sockets. Nothing is mocked."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+import tawny
+from tawny.errors import UserError
+from tests.serving.tiny import byte_tokenizer, served_model
+
+CHAT = [{"role": "user", "content": "Héllo"}]
+GREEDY = {"model": "tiny", "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def said(model, tokenizer):
+    """What `tawny.generate` says to the same messages."""
+    return tawny.generate(model, CHAT, tokenizer=tokenizer, max_tokens=24)
+
+
+def read(stream):
+    """Text, why it ended, and usage of a streamed chat."""
+    chunks = list(stream)
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert {chunk.id for chunk in chunks} == {chunks[0].id} and choices[0].delta.role == "assistant"
+    assert all(choice.finish_reason is None for choice in choices[:-1])
+    return "".join(c.delta.content or "" for c in choices), choices[-1].finish_reason, chunks[-1].usage
+
+
+# --- what is answered --------------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_what_generate_makes_streamed_or_whole(client, said):
+    whole = client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=24)
+    text, finish, usage = read(
+        client.chat.completions.create(
+            **GREEDY, messages=CHAT, max_completion_tokens=24, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert whole.choices[0].message.content == text == said.text
+    assert whole.choices[0].finish_reason == finish == said.finish == "length"
+    assert whole.usage.prompt_tokens == usage.prompt_tokens == said.prompt_tokens
+    assert whole.usage.completion_tokens == usage.completion_tokens == 24
+
+
+def test_many_at_once_are_each_what_they_are_alone(server, said):
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+            whole = [client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=24) for _ in range(3)]
+            streamed = [
+                client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=24, stream=True)
+                for _ in range(3)
+            ]
+
+            async def text(stream):
+                return "".join([c.choices[0].delta.content or "" async for c in await stream])
+
+            made = await asyncio.gather(*whole, *map(text, streamed))
+            return [m if isinstance(m, str) else m.choices[0].message.content for m in made]
+
+    assert asyncio.run(ask()) == [said.text] * 6
+
+
+def test_prompts_of_every_kind_are_continued(client, model, tokenizer):
+    ids = tokenizer("owl")["input_ids"]
+    alone = tawny.generate(model, "owl", chat=False, tokenizer=tokenizer, max_tokens=5).text
+    for prompt, count in (("owl", 1), (["owl", "owl"], 2), (ids, 1), ([ids, ids], 2)):
+        made = client.completions.create(**GREEDY, prompt=prompt, max_tokens=5)
+        assert [c.text for c in made.choices] == [alone] * count
+        assert made.usage.prompt_tokens == 3 * count and made.usage.completion_tokens == 5 * count
+    echoed = client.completions.create(**GREEDY, prompt="owl", max_tokens=5, echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in echoed) == "owl" + alone
+
+
+def test_likelihoods_of_prompt_and_text_are_the_models(client, model, tokenizer):
+    made = client.completions.create(**GREEDY, prompt="owls", max_tokens=1, logprobs=2, echo=True).choices[0]
+    ids = tokenizer("owls")["input_ids"]
+    with torch.no_grad():
+        logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    told = made.logprobs
+    assert told.tokens[:4] == list("owls") and told.text_offset == [0, 1, 2, 3, 4]
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    for at, token in enumerate(ids[1:]):
+        assert told.token_logprobs[at + 1] == pytest.approx(float(logs[at, token]), abs=1e-4)
+        assert max(told.top_logprobs[at + 1].values()) == pytest.approx(float(logs[at].max()), abs=1e-4)
+    assert told.token_logprobs[4] == pytest.approx(float(logs[3].max()), abs=1e-4)
+    none = client.completions.create(**GREEDY, prompt="owls", max_tokens=0, logprobs=0, echo=True).choices[0]
+    assert none.text == "owls" and none.logprobs.token_logprobs == told.token_logprobs[:4]
+    chat = client.chat.completions.create(
+        **GREEDY, messages=CHAT, max_tokens=2, logprobs=True, top_logprobs=3
+    )
+    told = chat.choices[0].logprobs.content
+    assert len(told) == 2 and all(t.logprob == t.top_logprobs[0].logprob and len(t.top_logprobs) == 3 for t in told)
+
+
+def test_the_seed_decides_and_choices_differ(client):
+    keys = {"model": "tiny", "messages": CHAT, "max_tokens": 8, "temperature": 2, "n": 3}
+    made = [client.chat.completions.create(**keys, seed=seed) for seed in (1, 1, 2)]
+    texts = [[choice.message.content for choice in one.choices] for one in made]
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 3
+    assert made[0].usage.completion_tokens == 24 and made[0].usage.prompt_tokens < 24
+
+
+def test_a_stop_string_is_no_part_of_the_text(client, said):
+    stop = said.text[4:7]
+    made = client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=24, stop=[stop, "never"])
+    assert made.choices[0].message.content == said.text[: said.text.index(stop)]
+    assert made.choices[0].finish_reason == "stop"
+
+
+def test_json_of_a_schema_is_that(client):
+    schema = {
+        "type": "object",
+        "properties": {"owl": {"enum": ["barn", "tawny"]}, "age": {"type": "integer", "maximum": 20}},
+        "required": ["owl", "age"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "owl", "schema": schema, "strict": True}}
+    for seed in range(3):
+        made = client.chat.completions.create(
+            model="tiny", messages=CHAT, seed=seed, max_tokens=200, response_format=form
+        ).choices[0]
+        owl = json.loads(made.message.content)
+        assert owl["owl"] in ("barn", "tawny") and owl["age"] <= 20 and made.finish_reason == "stop"
+    made = client.chat.completions.create(
+        **GREEDY, messages=CHAT, max_tokens=2, response_format={"type": "json_object"}
+    )
+    assert made.choices[0].message.content.startswith("{")
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_tools_are_called_in_the_templates_format(client):
+    keys = {"model": "tiny", "messages": CHAT, "max_tokens": 300, "seed": 3, "parallel_tool_calls": False}
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        made = client.chat.completions.create(**keys, tools=[TOOL], tool_choice=choice).choices[0]
+        (call,) = made.message.tool_calls
+        assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+        assert made.finish_reason == "tool_calls" and made.message.content is None
+    stream = client.chat.completions.create(**keys, tools=[TOOL], tool_choice=named, stream=True)
+    chunks = [chunk.choices[0] for chunk in stream]
+    (call,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+    assert call.function.name == "weather" and chunks[-1].finish_reason == "tool_calls"
+    # What the tool said goes back through the template.
+    history = [
+        *CHAT,
+        {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "rain"},
+    ]
+    made = client.chat.completions.create(**GREEDY, messages=history, tools=[TOOL], tool_choice="none", max_tokens=2)
+    assert made.choices[0].message.tool_calls is None
+
+
+def test_what_is_served_is_told(server, client):
+    assert [one.id for one in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
+    status, body = ask(server, "GET", "/health")
+    assert status == 200 and json.loads(body)["status"] == "ok"
+    client.completions.create(**GREEDY, prompt="owl", max_tokens=2)
+    page = ask(server, "GET", "/metrics")[1].decode()
+    assert 'tawny_requests_total{finish="length"}' in page and "tawny_first_token_seconds_count" in page
+    status, page = ask(server, "GET", "/")
+    assert status == 200 and b"<!doctype html>" in page.lower()
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ({"store": True}, 400, "'store' is not supported"),
+        ({"best_of": 2}, 400, "'best_of' is not supported"),
+        ({"temperature": 3}, 400, "'temperature'.*less than or equal to 2"),
+        ({"max_tokens": "5"}, 400, "'max_tokens'.*valid integer"),
+        ({"n": 100}, 400, "100 texts in one request are more than the 7"),
+        ({"model": "gpt-4"}, 404, "'gpt-4' is not served here; 'tiny' is"),
+        ({"logit_bias": {"99999": 1}}, 400, "token 99999 of 264"),
+        ({"messages": []}, 400, "'messages'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'image_url' is not supported"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "tokens and the context is 1024"),
+        ({"stream_options": {}}, 400, "stream_options need stream"),
+        ({"tool_choice": "auto"}, 400, "tool_choice needs tools"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "owl"}}}}, 400, "'response_format'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(client, more, status, said):
+    body = {"model": "tiny", "messages": CHAT} | {k: v for k, v in more.items() if k in ("model", "messages")}
+    rest = {k: v for k, v in more.items() if k not in body}
+    with pytest.raises(openai.APIStatusError, match=said) as caught:
+        client.chat.completions.create(**body, extra_body=rest)
+    assert caught.value.status_code == status and caught.value.body["type"] == "invalid_request_error"
+
+
+def test_nulls_are_as_good_as_nothing(client):
+    nothing = {"stop": None, "seed": None, "store": None, "tools": None}
+    made = client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=1, extra_body=nothing)
+    assert made.usage.completion_tokens == 1
+
+
+def ask(server, method, path, body=None, **headers):
+    """A request as it is; status and body."""
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=20)
+    try:
+        connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "said"),
+    [
+        ({"Host": "evil.example"}, "{}", 403, "host 'evil.example'"),
+        ({"Origin": "http://evil.example"}, "{}", 403, "pages of 'http://evil.example'"),
+        ({"Origin": "null"}, "{}", 403, "pages of 'null'"),
+        ({}, '{"model": "ti', 400, "no valid JSON"),
+        ({}, b'{"model": "\xff"}', 400, "parsing the body"),
+        ({}, "[" * 100_000, 400, ""),
+        ({}, "[]", 400, ""),
+        ({}, b" " * (17 << 20), 413, "larger than"),
+    ],
+)
+def test_strangers_and_bodies_that_are_none_are_refused(server, headers, body, status, said):
+    path = "/v1/chat/completions"
+    found, answer = ask(server, "POST", path, body, Content_Type="application/json", **headers)
+    error = json.loads(answer)["error"]
+    assert found == status and said in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_nobody_listens_to_the_world_without_a_key(model, tokenizer):
+    with pytest.raises(UserError, match="--allow-open"):
+        tawny.serve(model, tokenizer=tokenizer, host="0.0.0.0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="cannot be listened at"):
+            tawny.serve("no/such", port=taken.getsockname()[1])
+
+
+def test_a_full_queue_says_when_to_come_back_and_a_client_that_leaves_is_forgotten(tokenizer):
+    log = []
+    with (
+        tawny.serve(
+            served_model(), tokenizer=tokenizer, name="tiny", max_sequences=1, queue=0, api_key="k", log=log.append
+        ) as server,
+        openai.OpenAI(base_url=server.url, api_key="k", max_retries=0) as client,
+    ):
+        assert ask(server, "GET", "/v1/models")[0] == 401 and ask(server, "GET", "/health")[0] == 200
+        long = client.completions.create(**GREEDY, prompt="owl", max_tokens=1000, stream=True)
+        next(iter(long))
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(**GREEDY, prompt="owl")
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        long.close()
+        wait(lambda: any("left unfinished" in line for line in log))
+        wait(lambda: json.loads(ask(server, "GET", "/health")[1])["running"] == 0)
+        assert client.completions.create(**GREEDY, prompt="owl", max_tokens=2).usage.completion_tokens == 2
+        long = client.completions.create(**GREEDY, prompt="owl", max_tokens=1000, stream=True)
+        next(iter(long))
+    assert not any("owl" in line for line in log), "a text came into the log"
+
+
+def test_a_request_may_not_take_for_ever(model, tokenizer):
+    with (
+        tawny.serve(model, tokenizer=tokenizer, name="tiny", timeout=0.05) as server,
+        openai.OpenAI(base_url=server.url, api_key="k", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.InternalServerError, match="longer than it may"):
+            client.completions.create(**GREEDY, prompt="owl", max_tokens=1000)
+        with pytest.raises(openai.APIError, match="longer than it may"):
+            list(client.completions.create(**GREEDY, prompt="owl", max_tokens=1000, stream=True))
+
+
+def test_a_model_without_a_chat_template_continues_texts(model):
+    bare = byte_tokenizer(None)
+    with (
+        tawny.serve(model, tokenizer=bare, name="tiny") as server,
+        openai.OpenAI(base_url=server.url, api_key="k", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            client.chat.completions.create(model="tiny", messages=CHAT)
+        assert client.completions.create(**GREEDY, prompt="owl", max_tokens=3).usage.completion_tokens == 3
+
+
+def wait(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)
+
+
+# --- as programs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, tokenizer):
+    made = tmp_path_factory.mktemp("served") / "owl"
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    return made
+
+
+def tawny_process(*arguments, **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tawny", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, **more)
+
+
+def test_the_program_serves_curl_and_ends_when_it_is_told(folder, said):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = tawny_process("serve", folder, "--port", port)
+    try:
+        line = process.stderr.readline()
+        assert f"owl at http://127.0.0.1:{port}" in line, line
+        url = f"http://127.0.0.1:{port}/v1"
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=3)
+        whole = client.chat.completions.create(model="owl", temperature=0, messages=CHAT, max_tokens=24)
+        assert whole.choices[0].message.content == said.text
+        if shutil.which("curl"):
+            body = json.dumps({"model": "owl", "temperature": 0, "messages": CHAT, "max_tokens": 24})
+            command = ["curl", "-s", f"{url}/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+            got = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+            assert got["choices"][0]["message"]["content"] == said.text
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0 and time.monotonic() - begin < 10
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_conversation_in_the_terminal_remembers(folder, model, tokenizer):
+    process = tawny_process("chat", folder, "-t", 0, "-n", 6, stdin=subprocess.PIPE)
+    out, err = process.communicate("Hi\n\nAnd?\n", timeout=120)
+    first = tawny.generate(model, "Hi", tokenizer=tokenizer, max_tokens=6).text
+    history = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And?"},
+    ]
+    second = tawny.generate(model, history, tokenizer=tokenizer, max_tokens=6).text
+    assert process.returncode == 0, err
+    assert out.splitlines() == f"{first}\n{second}\n".splitlines()
