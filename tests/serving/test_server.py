@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import openai
 import pytest
@@ -359,9 +359,9 @@ def test_the_program_serves_curl_and_ends_when_it_is_told(folder, said):
         process.wait()
 
 
-def test_a_conversation_in_the_terminal_remembers(folder, model, tokenizer):
-    process = tawny_process("chat", folder, "-t", 0, "-n", 6, stdin=subprocess.PIPE)
-    out, err = process.communicate("Hi\n\nAnd?\n", timeout=120)
+def test_a_conversation_in_the_terminal_remembers(folder, model, tokenizer, run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\nAnd?\n"))
+    code, out, err = run("chat", folder, "-t", 0, "-n", 6)
     first = tawny.generate(model, "Hi", tokenizer=tokenizer, max_tokens=6).text
     history = [
         {"role": "user", "content": "Hi"},
@@ -369,5 +369,5 @@ def test_a_conversation_in_the_terminal_remembers(folder, model, tokenizer):
         {"role": "user", "content": "And?"},
     ]
     second = tawny.generate(model, history, tokenizer=tokenizer, max_tokens=6).text
-    assert process.returncode == 0, err
+    assert code == 0, err
     assert out.splitlines() == f"{first}\n{second}\n".splitlines()
