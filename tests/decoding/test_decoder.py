@@ -200,7 +200,7 @@ def test_what_a_user_has_changed_of_a_module_is_done(change, known):
 def test_without_our_kernels_nothing_is_built():
     model = tiny_model("llama")
     with native.force("torch"):
-        assert Step.build(model, [], 8) is None
+        assert Step.build(model, []) is None
         assert logits(model, None, tokens(1, 12)[0])[1] == "model"
 
 

@@ -60,7 +60,12 @@ def test_biases_and_constraints_move_the_choice_and_not_the_logits():
     assert Sampler(logit_bias={4: 5.0})(LOGITS) == 4
     assert Sampler(logit_bias={1: -50.0}, constraint=Odd())(LOGITS) == 3 and Odd.taken == [3]
     assert torch.equal(LOGITS, torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0]))
-    for key, value in {"top_k": -1, "min_p": 2.0, "repetition_penalty": 0.0, "presence_penalty": math.nan}.items():
+    for key, value in {
+        "top_k": -1,
+        "min_p": 2.0,
+        "repetition_penalty": 0.0,
+        "presence_penalty": math.nan,
+    }.items():
         with pytest.raises(RecipeError, match=f"{key} {value}"):
             Sampler(**{key: value})
 

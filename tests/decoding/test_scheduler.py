@@ -65,7 +65,7 @@ def test_whoever_else_is_served_each_text_is_what_it_is_alone(script):
         while scheduler.busy:
             turn(scheduler, jobs, joined)
     assert joined == sorted(joined), "first come, first served"
-    assert not scheduler.sequences._active
+    assert not any(place.taken for place in scheduler.sequences._places)
     for index, request in enumerate(asked):
         made, last = texts(heard[index]) if heard[index] else ([], None)
         wanted, logits = alone(model(), request(), CAPACITY, scheduler.ends)
@@ -129,7 +129,10 @@ def test_likelihoods_of_a_prompt_are_those_of_a_forward():
     assert first is None and [one.logprob for one in rest] == pytest.approx(
         [float(logs[i, token]) for i, token in enumerate(ids[1:])], abs=1e-4
     )
-    assert all(len(one.top) == 2 and one.top[0][1] == pytest.approx(float(logs[i].max()), abs=1e-4) for i, one in enumerate(rest))
+    assert all(
+        len(one.top) == 2 and one.top[0][1] == pytest.approx(float(logs[i].max()), abs=1e-4)
+        for i, one in enumerate(rest)
+    )
     made, last = texts(heard)
     assert len(made) == 3 and last.finish == "length"
     assert heard[1].likelihood.logprob == pytest.approx(float(logs[-1, made[0]]), abs=1e-4)

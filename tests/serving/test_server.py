@@ -48,7 +48,11 @@ def test_a_chat_is_what_generate_makes_streamed_or_whole(client, said):
     whole = client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=24)
     text, finish, usage = read(
         client.chat.completions.create(
-            **GREEDY, messages=CHAT, max_completion_tokens=24, stream=True, stream_options={"include_usage": True}
+            **GREEDY,
+            messages=CHAT,
+            max_completion_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     assert whole.choices[0].message.content == text == said.text
@@ -104,7 +108,9 @@ def test_likelihoods_of_prompt_and_text_are_the_models(client, model, tokenizer)
         **GREEDY, messages=CHAT, max_tokens=2, logprobs=True, top_logprobs=3
     )
     told = chat.choices[0].logprobs.content
-    assert len(told) == 2 and all(t.logprob == t.top_logprobs[0].logprob and len(t.top_logprobs) == 3 for t in told)
+    assert len(told) == 2 and all(
+        t.logprob == t.top_logprobs[0].logprob and len(t.top_logprobs) == 3 for t in told
+    )
 
 
 def test_the_seed_decides_and_choices_differ(client):
@@ -162,7 +168,10 @@ def test_tools_are_called_in_the_templates_format(client):
     for choice in ("required", named):
         made = client.chat.completions.create(**keys, tools=[TOOL], tool_choice=choice).choices[0]
         (call,) = made.message.tool_calls
-        assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+        assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in (
+            "Oslo",
+            "Rome",
+        )
         assert made.finish_reason == "tool_calls" and made.message.content is None
     stream = client.chat.completions.create(**keys, tools=[TOOL], tool_choice=named, stream=True)
     chunks = [chunk.choices[0] for chunk in stream]
@@ -171,10 +180,21 @@ def test_tools_are_called_in_the_templates_format(client):
     # What the tool said goes back through the template.
     history = [
         *CHAT,
-        {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {
+                    "id": "a",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+                }
+            ],
+        },
         {"role": "tool", "tool_call_id": "a", "content": "rain"},
     ]
-    made = client.chat.completions.create(**GREEDY, messages=history, tools=[TOOL], tool_choice="none", max_tokens=2)
+    made = client.chat.completions.create(
+        **GREEDY, messages=history, tools=[TOOL], tool_choice="none", max_tokens=2
+    )
     assert made.choices[0].message.tool_calls is None
 
 
@@ -269,7 +289,13 @@ def test_a_full_queue_says_when_to_come_back_and_a_client_that_leaves_is_forgott
     log = []
     with (
         tawny.serve(
-            served_model(), tokenizer=tokenizer, name="tiny", max_sequences=1, queue=0, api_key="k", log=log.append
+            served_model(),
+            tokenizer=tokenizer,
+            name="tiny",
+            max_sequences=1,
+            queue=0,
+            api_key="k",
+            log=log.append,
         ) as server,
         openai.OpenAI(base_url=server.url, api_key="k", max_retries=0) as client,
     ):
@@ -331,7 +357,9 @@ def folder(tmp_path_factory, model, tokenizer):
 def tawny_process(*arguments, **more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tawny", *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, **more)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, **more
+    )
 
 
 def test_the_program_serves_curl_and_ends_when_it_is_told(folder, said):
@@ -348,7 +376,15 @@ def test_the_program_serves_curl_and_ends_when_it_is_told(folder, said):
         assert whole.choices[0].message.content == said.text
         if shutil.which("curl"):
             body = json.dumps({"model": "owl", "temperature": 0, "messages": CHAT, "max_tokens": 24})
-            command = ["curl", "-s", f"{url}/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+            command = [
+                "curl",
+                "-s",
+                f"{url}/chat/completions",
+                "-H",
+                "Content-Type: application/json",
+                "-d",
+                body,
+            ]
             got = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
             assert got["choices"][0]["message"]["content"] == said.text
         begin = time.monotonic()

@@ -38,6 +38,12 @@ def reserved_layer() -> type:
             self.rewind(end)
             return self.keys, self.values
 
+        def take(self, memory: list[Tensor], length: int) -> None:
+            """Use keys and values `[1, capacity, heads, dim]` that are set aside already, of which `length` are filled."""
+            self.memory, self.capacity = memory, memory[0].shape[1]
+            self.dtype, self.device, self.is_initialized = memory[0].dtype, memory[0].device, True
+            self.rewind(length)
+
         def grow(self, least: int) -> None:
             """At least twice as much memory, so that a text of any length is copied twice at most."""
             self.capacity = max(least, 2 * self.capacity)

@@ -78,8 +78,10 @@ class Decoder:
         return "model" if self._quick is None else "blocks"
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Logits `[vocabulary]` after a prompt `[tokens]`."""
+        """Logits `[vocabulary]` after a prompt `[tokens]`, or after the next part of one."""
         ids = ids.view(1, -1)
+        if self.length:
+            return self._forward(ids)
         try:
             logits = self._forward(ids)
         except (ValueError, AttributeError):  # a model that takes no cache but its own
@@ -115,9 +117,23 @@ class Decoder:
                 layer.grow(self.length + 1)
             self._quick, self._want_quick = None, True
             return self.step(token)
-        logits = self._quick(token, self.length)
+        logits = self._quick([(token, 0, self.length)])[0]
         self.length += 1
         return logits
+
+    @property
+    def memory(self) -> list[list[Tensor]] | None:
+        """Keys and values `[1, capacity, heads, dim]` of every layer; None where one of them keeps something else."""
+        if not all(isinstance(layer, reserved_layer()) for layer in self.cache.layers):
+            return None
+        found = [layer.memory for layer in self.cache.layers]
+        return None if None in found else found
+
+    def take(self, memory: list[list[Tensor]], length: int) -> None:
+        """Use such memory, of which `length` tokens are filled, from now on."""
+        self.length = length
+        for layer, part in zip(self.cache.layers, memory, strict=True):
+            layer.take(part, length)
 
     def _check_room(self, more: int) -> None:
         if self.length + more > self.capacity:
@@ -174,8 +190,7 @@ class Decoder:
     def _trusted(self, token: int) -> Step | None:
         """The quick path, if this model's has proved equal up to the last position there is room for."""
         known = _proved.get(self.model, 0)
-        reserved = all(getattr(layer, "memory", None) is not None for layer in self.cache.layers)
-        if known is None or not reserved or self.device.type != "cpu" or self.length == self.capacity:
+        if known is None or self.memory is None or self.device.type != "cpu" or self.length == self.capacity:
             return None
         for layer in self.cache.layers:
             if layer.capacity == self.length:
@@ -184,7 +199,7 @@ class Decoder:
         if any(map(changed, self.model.modules())):  # since it was proved, maybe
             return None
         memory = [(layer.memory[0][:, :room], layer.memory[1][:, :room]) for layer in self.cache.layers]
-        quick = Step.build(self.model, memory, room)
+        quick = Step.build(self.model, memory)
         if quick is None:
             return None
         if known < room:
@@ -255,7 +270,7 @@ class Decoder:
         vocabulary). A missing scale, norm, bias or mask moves logits by tens of per cent, hundreds of times as much.
         """
         position = self.length
-        logits = quick(token, position).clone()
+        logits = quick([(token, 0, position)])[0].clone()
         ids = torch.tensor([[token]])
         with _rounded_once_more(self.model):
             noisy = self._forward(ids).float()

@@ -1,9 +1,15 @@
 """Many sequences on one model: they begin and end at any time, and take their steps together where the model allows it.
 
-sequences = Sequences(model, capacity=4096, count=8)
-one = sequences.begin(prompt)
-while (logits := sequences.read(one, 256)) is None: ...
-logits = sequences.step({one: token, other: token})[one]
+    sequences = Sequences(model, capacity=4096, count=8)
+    one = sequences.begin(prompt)
+    while (logits := sequences.read(one, 256)) is None: ...
+    logits = sequences.step({one: token, other: token})[one]
+
+- A model that keeps keys and values and nothing else has them in memory that is set aside once, a place for a sequence.
+  If it makes a token in one C++ call (step.py), so it does for all sequences: weights are read once for all of them.
+- What a sequence that ended has left in its place is the prefix cache. A prompt that begins like the text of any place,
+  free or taken, copies what they have in common. The place that was left longest ago is taken first.
+- Other models (sliding windows, state spaces) have a cache for each sequence and take turns.
 """
 
 from __future__ import annotations
@@ -13,63 +19,170 @@ __all__ = ["Sequence", "Sequences"]
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tawny.decoding.decoder import Decoder
+from tawny.decoding.step import Step
 from tawny.errors import UserError
+from tawny.machine import free_memory
+from tawny.words import size
+
+_PROBE = 16  # tokens of the text with which a model is tried
 
 
 class Sequence:
     """One text: its prompt, and how much of that is read.
 
-    cached: tokens of the prompt that earlier texts had in common with it, which need not be read again.
+    cached: tokens of the prompt that an earlier text had in common with it, which need not be read again.
     """
 
-    def __init__(self, ids: Tensor, decoder: Decoder, cached: int = 0) -> None:
-        self.ids, self.decoder, self.cached = ids, decoder, cached
+    def __init__(self, ids: Tensor, decoder: Decoder, place: int, cached: int) -> None:
+        self.ids, self.decoder, self.place, self.cached = ids, decoder, place, cached
         self.length = cached  # tokens in its cache
+
+
+class _Place:
+    """Memory of one sequence: the tokens whose keys and values it holds, and when it was last left."""
+
+    def __init__(self, capacity: int) -> None:
+        self.tokens, self.length = torch.empty(capacity, dtype=torch.long), 0
+        self.taken: Sequence | None = None
+        self.left = 0
+
+    def add(self, tokens: Tensor | int, count: int) -> None:
+        self.tokens[self.length : self.length + count] = tokens
+        self.length += count
+
+    def common(self, ids: Tensor) -> int:
+        """How many tokens at the beginning of a prompt it holds."""
+        count = min(len(ids), self.length)
+        different = (self.tokens[:count] != ids[:count]).nonzero()
+        return int(different[0]) if len(different) else count
 
 
 class Sequences:
     """Up to `count` sequences of at most `capacity` tokens each. One thread may use it, under `torch.inference_mode()`.
 
-    together: whether a step of several sequences is one call; else they take turns.
-    nbytes: memory that is set aside for their keys and values.
+    Attributes:
+        together: whether a step of several sequences is one call; else they take turns.
+        keeps: whether prompts that begin alike share what was read.
+        nbytes: memory that is set aside for keys and values.
+
+    Raises:
+        UserError: keys and values do not fit the memory of this machine.
     """
 
     def __init__(self, model: Any, capacity: int, count: int) -> None:
         self.model, self.capacity, self.count = model, capacity, count
-        self.together, self.nbytes = False, 0
-        self._active: set[Sequence] = set()
+        self._places = [_Place(capacity) for _ in range(count)]
+        self._clock = 0
+        self._step: Step | None = None
+        self._pool: list[list[Tensor]] | None = self._reserved()
+        self.nbytes = sum(t.nbytes for layer in self._pool or () for t in layer)
+        if self._pool is not None and capacity > 1 and self._proved():
+            self._step = Step.build(model, [(keys, values) for keys, values in self._pool])
+        self.together, self.keeps = self._step is not None, self._pool is not None
+
+    def _reserved(self) -> list[list[Tensor]] | None:
+        """Keys and values `[count, capacity, heads, dim]` of every layer, as large as one token's show."""
+        probe = Decoder(self.model, 1, quick=False)
+        probe.prefill(torch.ones(1, dtype=torch.long))
+        if probe.memory is None:
+            return None
+        each = self.capacity * sum(t[0, 0].nbytes for layer in probe.memory for t in layer)
+        free = free_memory()
+        if free is not None and each * self.count > free:
+            fit = (
+                f"{free // each} sequences"
+                if free >= each
+                else f"{free * self.capacity // each} tokens for one"
+            )
+            raise UserError(
+                f"keys and values of {self.count} sequences of {self.capacity} tokens take {size(each * self.count)}, "
+                f"and {size(free)} of memory are free; there is room for {fit}"
+            )
+        shape = (self.count, self.capacity)
+        return [[t.new_empty(*shape, *t.shape[2:]) for t in layer] for layer in probe.memory]
+
+    def _proved(self) -> bool:
+        """Whether a token may be made in one C++ call, up to the last position there is room for."""
+        probe = Decoder(self.model, self.capacity)
+        probe.take(self._memory(0), 0)
+        words = self.model.get_input_embeddings().num_embeddings
+        text = torch.linspace(0, words - 1, min(_PROBE, self.capacity)).long()
+        probe.prefill(text[:-1])
+        probe.step(int(text[-1]))
+        return probe.path == "blocks"
+
+    def _memory(self, place: int) -> list[list[Tensor]]:
+        assert self._pool is not None
+        return [[t[place : place + 1] for t in layer] for layer in self._pool]
 
     def begin(self, ids: Tensor) -> Sequence:
-        """A new sequence with a prompt `[tokens]`, of which nothing is read yet.
+        """A new sequence with a prompt `[tokens]`, of which only `Sequence.cached` tokens are read yet.
 
         Raises:
             UserError: all places are taken, or the prompt is longer than `capacity`.
         """
-        if len(self._active) == self.count:
+        free = [number for number, place in enumerate(self._places) if place.taken is None]
+        if not free:
             raise UserError(f"all {self.count} places are taken; end a sequence first")
         if not 0 < len(ids) <= self.capacity:
             raise UserError(f"the prompt has {len(ids)} tokens; expected 1 to {self.capacity}")
-        sequence = Sequence(ids, Decoder(self.model, self.capacity))
-        self._active.add(sequence)
+        number = min(free, key=lambda n: self._places[n].left)
+        decoder, cached = Decoder(self.model, self.capacity, quick=None if self.keeps else False), 0
+        if self._pool is not None:
+            held = [place.common(ids[:-1]) for place in self._places]  # the last token is read for its logits
+            best = max(range(self.count), key=lambda n: (held[n], n == number))
+            cached = held[best]
+            if best in free and 2 * cached >= self._places[best].length:
+                number = best
+            elif best != number:
+                for layer in self._pool:
+                    for memory in layer:
+                        memory[number, :cached] = memory[best, :cached]
+            decoder.take(self._memory(number), cached)
+        place = self._places[number]
+        sequence = place.taken = Sequence(ids, decoder, number, cached)
+        place.length = 0
+        place.add(ids[:cached], cached)
         return sequence
 
     def read(self, sequence: Sequence, most: int) -> Tensor | None:
-        """Read at most `most` more tokens of the prompt; logits `[vocabulary]` once all of it is read."""
-        part = sequence.ids[sequence.length : sequence.length + most]
+        """Read at most `most` more tokens of the prompt; logits `[vocabulary]` once all of it is read.
+
+        A model whose cache is not keys and values alone reads it at once, because not all of them can go on.
+        """
+        end = min(sequence.length + most, len(sequence.ids)) if self.keeps else len(sequence.ids)
+        part = sequence.ids[sequence.length : end]
         logits = sequence.decoder.prefill(part)
-        sequence.length += len(part)
-        return logits if sequence.length == len(sequence.ids) else None
+        sequence.length = end
+        self._places[sequence.place].add(part, len(part))
+        return logits if end == len(sequence.ids) else None
 
     def step(self, tokens: Mapping[Sequence, int]) -> dict[Sequence, Tensor]:
-        """Logits `[vocabulary]` of each sequence after one more token of it; the next call may overwrite them."""
-        made = {sequence: sequence.decoder.step(token) for sequence, token in tokens.items()}
+        """Logits `[vocabulary]` of each sequence after one more token of it; the next call may overwrite them.
+
+        Raises:
+            UserError: a sequence is as long as there is room for.
+        """
         for sequence in tokens:
+            if sequence.length == self.capacity:
+                raise UserError(f"a sequence has {self.capacity} tokens, and there is room for no more")
+        if self._step is None:
+            made = {sequence: sequence.decoder.step(token) for sequence, token in tokens.items()}
+        else:
+            logits = self._step([(token, s.place, s.length) for s, token in tokens.items()])
+            made = dict(zip(tokens, logits, strict=True))
+        for sequence, token in tokens.items():
             sequence.length += 1
+            self._places[sequence.place].add(token, 1)
         return made
 
     def end(self, sequence: Sequence) -> None:
-        """Free its place."""
-        self._active.discard(sequence)
+        """Free its place; what it holds stays until another sequence needs it."""
+        place = self._places[sequence.place]
+        if place.taken is sequence:
+            self._clock += 1
+            place.taken, place.left = None, self._clock

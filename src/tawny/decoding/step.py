@@ -1,4 +1,4 @@
-"""Trick: one token through a whole decoder in one C++ call, for models whose blocks have the usual shape.
+"""Trick: a token of each sequence through a whole decoder in one C++ call, for models whose blocks have the usual shape.
 
 Bought: dense SmolLM2 in bf16 decodes 188 % more tokens a second than with transformers' own `generate`, and a model of
 1.1 billion weights 89 % more, reserved memory and our products included (benchmarks/results/decode.json). A mixture, to
@@ -11,7 +11,7 @@ A block of the usual shape is
     x += Wdown · (silu(Wgate n) * (Wup n))                    n = rms_norm(x)
 
 `Step.build` describes all blocks to the library once (kernels/step.h), and a call then makes the logits of the next
-token. It looks at which modules there are and what shapes they have, never at a model's name. That is a guess: a model
+token of one sequence or of several. It looks at which modules there are and what shapes they have, never at a model's name. That is a guess: a model
 may scale, cap or add something that no module shows, or only far from the text's beginning. So a `Step` must be compared
 with the model's own forward before it is trusted (decoding/decoder.py does).
 
@@ -62,10 +62,14 @@ class _Decoder(ctypes.Structure):
         *_fields(_Pointer, "blocks norm"),
         *_fields(_Product, "head"),
         *_fields(_Pointer, "cosine sine hidden wide narrow scores logits input"),
-        *_fields(_Size, "count width heads kv_heads dim rotated inner capacity"),
+        *_fields(_Size, "count width heads kv_heads dim rotated inner capacity places"),
         *_fields(ctypes.c_float, "eps scale"),
         *_fields(_Flag, "kind unused"),
     ]
+
+
+class _Token(ctypes.Structure):
+    _fields_ = _fields(_Size, "place position")
 
 
 class _Other(Exception):
@@ -100,25 +104,27 @@ class Step:
     """Calls of the library for one model and one cache; keeps alive whatever it has the address of."""
 
     @staticmethod
-    def build(model: Any, memory: Sequence[tuple[Tensor, Tensor]], capacity: int) -> Step | None:
+    def build(model: Any, memory: Sequence[tuple[Tensor, Tensor]]) -> Step | None:
         """None where the model, the machine or the library does not allow it.
 
         Args:
             model: a causal model on the CPU whose linears are `PackedLinear` and `DenseLinear`.
-            memory: keys and values `[1, capacity, heads, dim]` of each block.
+            memory: keys and values `[places, capacity, heads, dim]` of each block; a sequence has a place.
         """
         if not (native.chosen() and hasattr(native.library(), "tawny_step")):
             return None
         try:
-            return Step(model, memory, capacity)
+            return Step(model, memory)
         except (_Other, ModelError, AttributeError, TypeError):
             return None
 
-    def __init__(self, model: Any, memory: Sequence[tuple[Tensor, Tensor]], capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, model: Any, memory: Sequence[tuple[Tensor, Tensor]]) -> None:
+        _need(memory)
+        places, self.capacity = memory[0][0].shape[:2]
+        capacity = self.capacity
         self._library = native.library()
         self._library.tawny_step_sizes.restype = ctypes.c_int64
-        self._library.tawny_step.argtypes = [_Pointer, _Size, _Flag]
+        self._library.tawny_step.argtypes = [_Pointer, ctypes.POINTER(_Token), _Size, _Flag]
         found = self._library.tawny_step_sizes()
         _need(found == ctypes.sizeof(_Decoder) << 32 | ctypes.sizeof(_Block))
         self._alive: list[Any] = [memory]
@@ -148,7 +154,7 @@ class Step:
             parts, place = _parts(block), described[index]
             _need(parts["attention"].layer_idx == index and int(parts["attention"].head_dim) == dim)
             for name, tensor in zip(("keys", "values"), memory[index], strict=True):
-                _need(tensor.shape == (1, capacity, kv_heads, dim) and tensor.dtype == dtype)
+                _need(tensor.shape == (places, capacity, kv_heads, dim) and tensor.dtype == dtype)
                 _need(tensor.is_contiguous())
                 setattr(place, name, tensor.data_ptr())
             for name, shape in wanted.items():
@@ -160,16 +166,16 @@ class Step:
                     setattr(place, name, self._floats(module.weight))
         head = model.get_output_embeddings()
         _need(head.in_features == width and norm.weight.shape == (width,))
-        self._hidden = torch.zeros(width)
-        self.logits = torch.zeros(head.out_features)
+        self._hidden = torch.zeros(places, width)
+        self.logits = torch.zeros(places, head.out_features)
         widest = max(width, inner, heads * dim)
         buffers = {
             "cosine": cosine,
             "sine": sine,
             "hidden": self._hidden,
-            "wide": torch.zeros(max(2 * inner, (heads + 2 * kv_heads) * dim)),
-            "narrow": torch.zeros(width),
-            "scores": torch.zeros(heads * capacity),
+            "wide": torch.zeros(places, max(2 * inner, (heads + 2 * kv_heads) * dim)),
+            "narrow": torch.zeros(places, width),
+            "scores": torch.empty(places, heads, capacity),
             "logits": self.logits,
         }
         self._alive += [described, buffers, model]
@@ -179,7 +185,7 @@ class Step:
             head=self._product(head),
             **{name: tensor.data_ptr() for name, tensor in buffers.items()},
             # A whole number of vectors, aligned, so that products take it as it is.
-            input=self._aligned(-(-widest // 64) * 64, dtype),
+            input=self._aligned(-(-places * widest // 64) * 64, dtype),
             count=len(blocks),
             width=width,
             heads=heads,
@@ -188,19 +194,26 @@ class Step:
             rotated=cosine.shape[1],
             inner=inner,
             capacity=capacity,
+            places=places,
             eps=_eps(norm),
             scale=float(getattr(first["attention"], "scaling", dim**-0.5)),
             kind=ops.FLOATS[dtype],
         )
         self._at = ctypes.addressof(self._decoder)
 
-    def __call__(self, token: int, position: int) -> Tensor:
-        """Logits `[vocabulary]`, float32, after `token`; the next call overwrites them."""
-        self._hidden.copy_(self._embedding(torch.tensor([token]))[0])
-        code = self._library.tawny_step(self._at, position, torch.get_num_threads())
+    def __call__(self, tokens: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Logits `[tokens, vocabulary]`, float32; the next call overwrites them.
+
+        Args:
+            tokens: of each sequence its token, its place and the token's position; no place twice.
+        """
+        hidden, count = self._hidden[: len(tokens)], len(tokens)
+        hidden.copy_(self._embedding(torch.tensor([token for token, _, _ in tokens])))
+        where = (_Token * count)(*(_Token(place, position) for _, place, position in tokens))
+        code = self._library.tawny_step(self._at, where, count, torch.get_num_threads())
         if code:
-            native.raise_for(code, f"decoding the token at position {position}")
-        return self.logits
+            native.raise_for(code, f"decoding {count} tokens, the first at position {tokens[0][2]}")
+        return self.logits[:count]
 
     def _product(self, linear: nn.Module) -> _Product:
         bias = None if linear.bias is None else self._floats(linear.bias)  # type: ignore[arg-type]

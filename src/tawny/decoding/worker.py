@@ -59,7 +59,7 @@ class Worker:
         threads: int | None = None,
     ) -> None:
         self.model, self.threads, self.places, self.queue = model, threads, count, queue
-        self._make = lambda: Scheduler(model, tokenizer, capacity, count)
+        self._make = partial(Scheduler, model, tokenizer, capacity, count)
         self._pending, self._closed = 0, False
         self._counting = threading.Lock()
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -117,7 +117,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            with opening.ready(self.model) as lock, torch.inference_mode(True), opening.threads(self.threads):
+            with opening.ready(self.model) as lock, torch.inference_mode(), opening.threads(self.threads):
                 self.scheduler = self._make()
                 self._started.put(None)
                 while not self._closed:

@@ -499,22 +499,19 @@ void dense_rows(const Dense& d, const Input& x, const Output& out, int64_t first
         }
 }
 
-template <int T>
-void dense_range(const Dense& d, const Input& x, const Output& out, int64_t from, int64_t to, int64_t t0) {
+template <int S, int T>
+void dense_range(const Dense& d, const Input& x, const Output& out, int64_t first, int64_t count, int64_t apart, int64_t t0) {
     Input part = {(const uint16_t*)x.data + t0 * x.stride, nullptr, T, x.stride, x.form};
     Output place = out;
     place.data = (uint8_t*)out.data + t0 * out.rows * value_size(out.kind);
-    int64_t half = (to - from) / 2;
-    for (int64_t r = from; r < from + half; r++) dense_rows<2, T>(d, part, place, r, half);
-    for (int64_t r = from + 2 * half; r < to; r++) dense_rows<1, T>(d, part, place, r, 0);
+    for (int64_t r = first; r < first + count; r++) dense_rows<S, T>(d, part, place, r, apart);
 }
 
 void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int64_t to) {
     if (x->form != FORM_BF16) return F::dense(d, x, out, from, to);
-    int64_t t = 0;
-    for (; t + 4 <= x->tokens; t += 4) dense_range<4>(*d, *x, *out, from, to, t);
-    for (; t + 2 <= x->tokens; t += 2) dense_range<2>(*d, *x, *out, from, to, t);
-    for (; t < x->tokens; t++) dense_range<1>(*d, *x, *out, from, to, t);
+    dense_in_halves(*d, x->tokens, from, to, [&](auto streams, auto tokens, int64_t first, int64_t count, int64_t t0) {
+        dense_range<streams.value, tokens.value>(*d, *x, *out, first, count, (to - from) / 2, t0);
+    });
 }
 
 using B = Between<Avx512>;

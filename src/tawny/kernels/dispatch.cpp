@@ -159,6 +159,12 @@ int32_t prepare(Input& input, int32_t form, const void* x, int32_t kind, int64_t
     return 0;
 }
 
+// Scratch memory of a thread that expands groups of rows before it multiplies them.
+size_t tile_bytes(const Packed& p, int32_t form, int64_t tokens) {
+    int64_t size = form == FORM_F32 ? 4 : 2;
+    return tokens > 2 && form != FORM_I16 ? (size_t)(tile_groups(p.blocks, size) * p.blocks * 64 * 4 * size) : 0;
+}
+
 struct StreamJob {
     const float* data;
     int64_t count;
@@ -247,7 +253,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 8; }
+int32_t tawny_abi() { return 9; }
 
 // Bits of a survivor of this kind, times -1 where it is an integer with a scale; 0 for a kind that there is none of.
 int32_t tawny_kind_bits(int32_t kind) {
@@ -294,8 +300,7 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
     if (int32_t error = prepare(input, form, x, xkind, tokens, p->cols)) return error;
     Output output = {y, bias, p->rows, xkind};
     Job job = {p, nullptr, &input, &output, nullptr, 0, 0, 0, p->groups, 0, 0};
-    int64_t size = form == FORM_F32 ? 4 : 2;
-    if (tokens > 2 && form != FORM_I16) job.tile = (size_t)(tile_groups(p->blocks, size) * p->blocks * 64 * 4 * size);
+    job.tile = tile_bytes(*p, form, tokens);
     return run(job, cost(*p, p->groups), threads);
 }
 
@@ -398,11 +403,15 @@ int32_t tawny_fit(const float* values, const float* weights, const uint8_t* keep
     return 0;
 }
 
-// Logits of the next token from the embedding of this one, which lies in `hidden`, at `position` < capacity.
-int32_t tawny_step(const Decoder* d, int64_t position, int32_t threads) {
+// Logits after one more token of each of `count` sequences: `tokens` says their places, all different, and positions.
+int32_t tawny_step(const Decoder* d, const Token* tokens, int64_t count, int32_t threads) {
     if (!chosen) return 1;
-    if (position < 0 || position >= d->capacity || d->kind < F32 || d->kind > F16) return 2;
-    return step(*d, position, threads);
+    if (count < 1 || count > d->places || d->kind < F32 || d->kind > F16) return 2;
+    for (int64_t t = 0; t < count; t++) {
+        if (tokens[t].place < 0 || tokens[t].place >= d->places) return 2;
+        if (tokens[t].position < 0 || tokens[t].position >= d->capacity) return 2;
+    }
+    return step(*d, tokens, count, threads);
 }
 
 // Bytes of a Decoder and of a Block, so that a caller whose idea of them differs finds out.

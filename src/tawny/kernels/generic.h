@@ -242,6 +242,26 @@ inline float span_scale(const Packed& p, int64_t group, int64_t column, int row)
     return bf16_to_float(span_scales(p, group, column)[row]);
 }
 
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+// `use(streams, tokens, first row, rows, first token)` over rows [from, to) of a dense weight: its two halves side by
+// side, all tokens for as many rows as the cache keeps, up to 4 tokens together.
+template <class F>
+inline void dense_in_halves(const Dense& d, int64_t tokens, int64_t from, int64_t to, F use) {
+    int64_t half = (to - from) / 2, few = (64 << 10) / (d.cols * value_size(d.kind)) + 1;
+    auto all = [&](auto streams, int64_t first, int64_t count) {
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4) use(streams, Number<4>{}, first, count, t);
+        for (; t + 2 <= tokens; t += 2) use(streams, Number<2>{}, first, count, t);
+        for (; t < tokens; t++) use(streams, Number<1>{}, first, count, t);
+    };
+    for (int64_t r = 0; r < half; r += few) all(Number<2>{}, from + r, half - r < few ? half - r : few);
+    if ((to - from) & 1) all(Number<1>{}, to - 1, 1);
+}
+
 template <class I>
 struct Generic {
     using V = typename I::V;
@@ -456,21 +476,19 @@ struct Generic {
             }
     }
 
-    template <int T>
-    static void dense_range(const Dense& d, const Input& x, const Output& out, int64_t from, int64_t to, int64_t t0) {
+    template <int S, int T>
+    static void dense_range(const Dense& d, const Input& x, const Output& out, int64_t first, int64_t count, int64_t apart,
+                            int64_t t0) {
         Input part = {(const float*)x.data + t0 * x.stride, nullptr, T, x.stride, x.form};
         Output place = out;
         place.data = (uint8_t*)out.data + t0 * out.rows * value_size(out.kind);
-        int64_t half = (to - from) / 2;
-        for (int64_t r = from; r < from + half; r++) dense_rows<2, T>(d, part, place, r, r + half);
-        if ((to - from) & 1) dense_rows<1, T>(d, part, place, to - 1, to - 1);
+        for (int64_t r = first; r < first + count; r++) dense_rows<S, T>(d, part, place, r, r + apart);
     }
 
     static void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int64_t to) {
-        int64_t t = 0;
-        for (; t + 4 <= x->tokens; t += 4) dense_range<4>(*d, *x, *out, from, to, t);
-        for (; t + 2 <= x->tokens; t += 2) dense_range<2>(*d, *x, *out, from, to, t);
-        for (; t < x->tokens; t++) dense_range<1>(*d, *x, *out, from, to, t);
+        dense_in_halves(*d, x->tokens, from, to, [&](auto streams, auto tokens, int64_t first, int64_t count, int64_t t0) {
+            dense_range<streams.value, tokens.value>(*d, *x, *out, first, count, (to - from) / 2, t0);
+        });
     }
 
     // What one core can read: two distant streams, four independent sums.

@@ -39,7 +39,7 @@ from tawny.errors import MissingFeature, TawnyError, UserError, nearest
 from tawny.kernels import reference
 
 LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2", "neon")  # index = level in the library
-ABI = 8
+ABI = 9
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 

@@ -1,5 +1,5 @@
-// One token through all blocks of a decoder of the usual shape, in one call: what decoding/step.py fills in, and the
-// walk. Included by dispatch.cpp, whose threads and scratch memory it uses.
+// One token of each of several sequences through all blocks of a decoder of the usual shape, in one call: what
+// decoding/step.py fills in, and the walk. Included by dispatch.cpp, whose threads and scratch memory it uses.
 //
 //     x += Wo · attend(rotate(Wq n), rotate(Wk n), Wv n)   with n = norm(x)
 //     x += Wdown · (swish(Wgate n) * (Wup n))              with n = norm(x)
@@ -21,7 +21,7 @@ struct Product {  // y [rows] = W x + bias; `packed`, or else a dense weight of 
 struct Block {
     Product query, key, value, output, gate, up, down;
     const float *norm_attention, *norm_mlp, *norm_query, *norm_key;  // the last two may be null
-    void *keys, *values;                                             // [capacity, kv_heads * dim] of the model's kind
+    void *keys, *values;  // [places, capacity, kv_heads * dim] of the model's kind
 };
 
 struct Decoder {
@@ -29,15 +29,20 @@ struct Decoder {
     const float* norm;
     Product head;
     const float *cosine, *sine;  // [capacity, rotated]
+    // [places, …] each: the residual stream, what products give, attention's scores, the logits.
     float *hidden, *wide, *narrow, *scores, *logits;
     void* input;  // of the model's kind
-    int64_t count, width, heads, kv_heads, dim, rotated, inner, capacity;
+    int64_t count, width, heads, kv_heads, dim, rotated, inner, capacity, places;
     float eps, scale;
     int32_t kind, unused;
 };
 
-int32_t form_of(const Product& p, int32_t kind) {
-    return chosen->form(p.packed ? p.packed->kind : p.kind, kind, 1, p.cols);
+struct Token {  // at `position` of the sequence that has this place
+    int64_t place, position;
+};
+
+int32_t form_of(const Product& p, int32_t kind, int64_t tokens) {
+    return chosen->form(p.packed ? p.packed->kind : p.kind, kind, tokens, p.cols);
 }
 
 struct Jobs {
@@ -50,29 +55,31 @@ void jobs_worker(void* all) {
     for (int i = 0; i < jobs.count; i++) work(jobs.jobs[i], thread_number(), thread_count());
 }
 
-// Up to three products with one input; results are float32.
+// Up to three products with one input [tokens, cols]; results are float32.
 int32_t multiply(const Product* const* products, float* const* places, int count, const void* x, int32_t kind,
-                 int32_t threads) {
+                 int64_t tokens, int32_t threads) {
     for (int first = 0; first < count;) {
-        int32_t form = form_of(*products[first], kind);
+        int32_t form = form_of(*products[first], kind, tokens);
         Input input;
-        if (int32_t error = prepare(input, form, x, kind, 1, products[first]->cols)) return error;
+        if (int32_t error = prepare(input, form, x, kind, tokens, products[first]->cols)) return error;
         Dense dense[3];
         Output outputs[3];
         Jobs jobs = {{}, 0};
         int64_t bytes = 0;
-        for (; first < count && form_of(*products[first], kind) == form; first++) {
+        for (; first < count && form_of(*products[first], kind, tokens) == form; first++) {
             const Product& p = *products[first];
             int n = jobs.count++;
             outputs[n] = {places[first], p.bias, p.rows, F32};
             dense[n] = {p.weight, p.rows, p.cols, p.kind};
             jobs.jobs[n] = {p.packed, p.packed ? nullptr : &dense[n], &input, &outputs[n], nullptr, 0, 0, 0,
-                            p.packed ? p.packed->groups : p.rows, 0, 0};
+                            p.packed ? p.packed->groups : p.rows, p.packed ? tile_bytes(*p.packed, form, tokens) : 0, 0};
             bytes += p.packed ? cost(*p.packed, p.packed->groups) : p.rows * p.cols * value_size(p.kind);
         }
         if (threads > 1 && gomp_parallel && bytes >= 32768) gomp_parallel(jobs_worker, &jobs, (unsigned)threads, 0);
         else
             for (int i = 0; i < jobs.count; i++) work(jobs.jobs[i], 0, 1);
+        for (int i = 0; i < jobs.count; i++)
+            if (jobs.jobs[i].failed) return 3;
     }
     return 0;
 }
@@ -97,53 +104,82 @@ void keep(const float* from, int64_t count, void* place, int32_t kind, int64_t a
     for (int64_t i = 0; i < count; i++) store(out, 0, at + i, from[i]);
 }
 
-void attention_worker(void* attention) {
-    const Attention* a = (const Attention*)attention;
-    int64_t part = thread_number(), parts = thread_count();
-    chosen->attend(a, a->heads * part / parts, a->heads * (part + 1) / parts);
+struct Attentions {  // one a token, each of as many heads
+    const Decoder* d;
+    const Block* block;
+    const Token* tokens;
+    int64_t count;
+};
+
+void attend_part(const Attentions& all, int64_t part, int64_t parts) {
+    const Decoder& d = *all.d;
+    int64_t stored = d.kv_heads * d.dim, queries = d.heads * d.dim, size = value_size(d.kind);
+    int64_t from = all.count * d.heads * part / parts, to = all.count * d.heads * (part + 1) / parts;
+    for (int64_t t = from / d.heads; t * d.heads < to; t++) {
+        int64_t past = all.tokens[t].place * d.capacity * stored * size;
+        Attention a = {d.wide + t * queries,
+                       (const uint8_t*)all.block->keys + past,
+                       (const uint8_t*)all.block->values + past,
+                       d.scores + t * d.heads * d.capacity,
+                       (uint8_t*)d.input + t * queries * size,
+                       d.heads, d.heads / d.kv_heads, d.dim, all.tokens[t].position + 1, stored, d.capacity, d.scale, d.kind};
+        int64_t first = from > t * d.heads ? from - t * d.heads : 0;
+        chosen->attend(&a, first, to - t * d.heads < d.heads ? to - t * d.heads : d.heads);
+    }
 }
+
+void attention_worker(void* all) { attend_part(*(const Attentions*)all, thread_number(), thread_count()); }
 
 void add(float* x, const float* y, int64_t count) {
     for (int64_t i = 0; i < count; i++) x[i] += y[i];
 }
 
-int32_t step(const Decoder& d, int64_t position, int32_t threads) {
-    const int64_t queries = d.heads * d.dim, stored = d.kv_heads * d.dim;
-    const float *cosine = d.cosine + position * d.rotated, *sine = d.sine + position * d.rotated;
+void norm_rows(const Decoder& d, const float* weight, int64_t count) {
+    for (int64_t t = 0; t < count; t++)
+        chosen->norm(d.hidden + t * d.width, weight, d.width, d.eps, (uint8_t*)d.input + t * d.width * value_size(d.kind), d.kind);
+}
+
+// `count` tokens of as many sequences; the embedding of token t is hidden[t].
+int32_t step(const Decoder& d, const Token* tokens, int64_t count, int32_t threads) {
+    const int64_t queries = d.heads * d.dim, stored = d.kv_heads * d.dim, size = value_size(d.kind);
     for (int64_t b = 0; b < d.count; b++) {
         const Block& block = d.blocks[b];
-        float *q = d.wide, *k = q + queries, *v = k + stored;
-        chosen->norm(d.hidden, block.norm_attention, d.width, d.eps, d.input, d.kind);
+        float *q = d.wide, *k = q + count * queries, *v = k + count * stored;
+        norm_rows(d, block.norm_attention, count);
         const Product* into[] = {&block.query, &block.key, &block.value};
         float* places[] = {q, k, v};
-        if (int32_t error = multiply(into, places, 3, d.input, d.kind, threads)) return error;
-        norm_heads(q, d.heads, d.dim, block.norm_query, d.eps);
-        norm_heads(k, d.kv_heads, d.dim, block.norm_key, d.eps);
-        rotate(q, d.heads, d.dim, d.rotated, cosine, sine);
-        rotate(k, d.kv_heads, d.dim, d.rotated, cosine, sine);
-        keep(k, stored, block.keys, d.kind, position * stored);
-        keep(v, stored, block.values, d.kind, position * stored);
-        Attention a = {q, block.keys, block.values, d.scores, d.input, d.heads, d.heads / d.kv_heads, d.dim, position + 1,
-                       stored, d.capacity, d.scale, d.kind};
-        int64_t read = 2 * a.tokens * stored * value_size(d.kind);
-        if (threads > 1 && gomp_parallel && read >= 32768) gomp_parallel(attention_worker, &a, (unsigned)threads, 0);
-        else chosen->attend(&a, 0, a.heads);
+        if (int32_t error = multiply(into, places, 3, d.input, d.kind, count, threads)) return error;
+        norm_heads(q, count * d.heads, d.dim, block.norm_query, d.eps);
+        norm_heads(k, count * d.kv_heads, d.dim, block.norm_key, d.eps);
+        int64_t read = 0;
+        for (int64_t t = 0; t < count; t++) {
+            const float *cosine = d.cosine + tokens[t].position * d.rotated, *sine = d.sine + tokens[t].position * d.rotated;
+            rotate(q + t * queries, d.heads, d.dim, d.rotated, cosine, sine);
+            rotate(k + t * stored, d.kv_heads, d.dim, d.rotated, cosine, sine);
+            int64_t at = (tokens[t].place * d.capacity + tokens[t].position) * stored;
+            keep(k + t * stored, stored, block.keys, d.kind, at);
+            keep(v + t * stored, stored, block.values, d.kind, at);
+            read += 2 * (tokens[t].position + 1) * stored * size;
+        }
+        Attentions attentions = {&d, &block, tokens, count};
+        if (threads > 1 && gomp_parallel && read >= 32768) gomp_parallel(attention_worker, &attentions, (unsigned)threads, 0);
+        else attend_part(attentions, 0, 1);
         const Product* out[] = {&block.output};
-        if (int32_t error = multiply(out, &d.narrow, 1, d.input, d.kind, threads)) return error;
-        add(d.hidden, d.narrow, d.width);
+        if (int32_t error = multiply(out, &d.narrow, 1, d.input, d.kind, count, threads)) return error;
+        add(d.hidden, d.narrow, count * d.width);
 
-        chosen->norm(d.hidden, block.norm_mlp, d.width, d.eps, d.input, d.kind);
+        norm_rows(d, block.norm_mlp, count);
         const Product* wide[] = {&block.gate, &block.up};
-        float* two[] = {d.wide, d.wide + d.inner};
-        if (int32_t error = multiply(wide, two, 2, d.input, d.kind, threads)) return error;
-        chosen->swish(two[0], two[1], d.inner, d.input, d.kind);
+        float* two[] = {d.wide, d.wide + count * d.inner};
+        if (int32_t error = multiply(wide, two, 2, d.input, d.kind, count, threads)) return error;
+        chosen->swish(two[0], two[1], count * d.inner, d.input, d.kind);
         const Product* down[] = {&block.down};
-        if (int32_t error = multiply(down, &d.narrow, 1, d.input, d.kind, threads)) return error;
-        add(d.hidden, d.narrow, d.width);
+        if (int32_t error = multiply(down, &d.narrow, 1, d.input, d.kind, count, threads)) return error;
+        add(d.hidden, d.narrow, count * d.width);
     }
-    chosen->norm(d.hidden, d.norm, d.width, d.eps, d.input, d.kind);
+    norm_rows(d, d.norm, count);
     const Product* head[] = {&d.head};
-    return multiply(head, &d.logits, 1, d.input, d.kind, threads);
+    return multiply(head, &d.logits, 1, d.input, d.kind, count, threads);
 }
 
 }  // namespace

@@ -140,7 +140,6 @@ def serve(
         from tawny.serving.answers import Service
         from tawny.serving.app import make_app
         from tawny.serving.guard import Guard, is_loopback
-        from tawny.serving.room import check_room
     except ModuleNotFoundError as error:
         raise MissingFeature(f"serving needs {error.name!r}: pip install 'tawny[serve]'") from None
 
@@ -169,7 +168,6 @@ def serve(
             opened = opening.open_model(model).model
             limit = context_of(opened) or _CONTEXT
             capacity = min(limit, context or _CONTEXT)
-            check_room(opened, capacity, max_sequences)
         worker = Worker(
             opened, tokenizer, capacity=capacity, count=max_sequences, queue=queue, threads=threads
         )

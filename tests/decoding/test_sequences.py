@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tawny.decoding.decoder import Decoder
+from tawny.decoding.sequences import Sequences
+from tawny.decoding.swapped import kernels
+from tawny.errors import UserError
+from tawny.kernels import native
+from tests.decoding.greedy import prune
+from tests.decoding.test_decoder import LEVELS, compiled, packed
+from tests.tiny import BAMBA, tiny_model, tokens
+
+CAPACITY, COUNT = 24, 3
+
+
+def alone(model, ids):
+    """Logits after all of these tokens, by the model's own forward and nothing else."""
+    return Decoder(model, len(ids), quick=False).prefill(ids).float()
+
+
+def close(made, wanted, bound=1e-4):
+    assert (made - wanted).norm() <= bound * wanted.norm() + 1e-4
+
+
+MODELS = {
+    "llama": (lambda: tiny_model("llama"), True, True),
+    "mixtral": (lambda: tiny_model("mixtral"), False, True),
+    "gemma3_text": (lambda: tiny_model("gemma3_text"), False, False),
+    "bamba": (lambda: tiny_model("bamba", **BAMBA), False, False),
+}
+_made = {}
+
+
+def model_of(family):
+    return _made.setdefault(family, MODELS[family][0]())
+
+
+@compiled
+@pytest.mark.parametrize("family", MODELS)
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("bbrrsssse"), st.integers(0, 9)), max_size=40))
+def test_whoever_else_is_there_each_sequence_gets_what_it_would_get_alone(family, actions):
+    model, (_, together, keeps) = model_of(family), MODELS[family]
+    # Few first tokens, so that prompts often begin alike.
+    texts = [torch.cat([tokens(1, 9, seed=n % 3)[0], tokens(1, n, seed=n + 5)[0]]) for n in range(1, 10)]
+    with torch.inference_mode(), kernels(model):
+        sequences = Sequences(model, CAPACITY, COUNT)
+        assert (sequences.together, sequences.keeps) == (together, keeps)
+        going: dict = {}  # sequence: the tokens it has been given
+        for action, number in actions:
+            ready = [s for s in going if s.length >= len(s.ids)]
+            if action == "b":
+                ids = texts[number % len(texts)]
+                if len(going) == COUNT:
+                    with pytest.raises(UserError, match="places are taken"):
+                        sequences.begin(ids)
+                else:
+                    one = sequences.begin(ids)
+                    assert one.cached < len(ids) and (keeps or not one.cached)
+                    going[one] = ids
+            elif action == "r" and (reading := [s for s in going if s not in ready]):
+                one = reading[number % len(reading)]
+                logits = sequences.read(one, 1 + number)
+                assert (logits is None) == (one.length < len(one.ids))
+                if logits is not None:
+                    close(logits.float(), alone(model, going[one]))
+            elif action == "s" and (some := [s for s in ready if s.length < CAPACITY][: 1 + number % COUNT]):
+                given_tokens = {s: (7 * number + s.length) % 60 for s in some}
+                made = sequences.step(given_tokens)
+                for one in some:
+                    going[one] = torch.cat([going[one], torch.tensor([given_tokens[one]])])
+                    close(made[one].float(), alone(model, going[one]))
+            elif action == "e" and going:
+                one = list(going)[number % len(going)]
+                sequences.end(one)
+                del going[one]
+
+
+@compiled
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("values", [None, "bf16", "int8", "int4"])
+def test_a_step_of_eight_is_eight_steps_of_one(level, values, monkeypatch):
+    monkeypatch.setattr(Sequences, "_proved", lambda self: True)  # rounding weighs much in so small a model
+    model = tiny_model("llama", hidden_size=136, intermediate_size=200, dtype=torch.bfloat16)
+    model = model if values is None else packed(prune(model), values)
+    ids = tokens(8, 12)
+    with torch.inference_mode(), kernels(model), native.force(level):
+        sequences = Sequences(model, 16, 8)
+        assert sequences.together
+        each = [sequences.begin(row) for row in ids]
+        wanted = []
+        for one in each:
+            sequences.read(one, 99)
+            wanted.append(sequences.step({one: 5})[one].clone())
+            one.length -= 1
+        made = sequences.step(dict.fromkeys(each, 5))
+    for one, alone_ in zip(each, wanted, strict=True):
+        # Products of several tokens add in another order than those of one; both round to 16 bits in between.
+        assert (made[one] - alone_).norm() <= 0.03 * alone_.norm()
+
+
+@compiled
+def test_a_prompt_that_was_read_is_not_read_again():
+    model, ids = tiny_model("llama"), tokens(1, 20)[0]
+    with torch.inference_mode(), kernels(model):
+        sequences = Sequences(model, 32, 2)
+        one = sequences.begin(ids)
+        sequences.read(one, 32)
+        sequences.end(one)
+        again = sequences.begin(ids)
+        other = sequences.begin(torch.cat([ids[:15], tokens(1, 5, seed=9)[0]]))
+        assert (again.cached, other.cached) == (19, 15)
+        assert sequences.read(again, 1) is not None
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr("tawny.decoding.sequences.free_memory", lambda: 10_000_000)
+    with torch.inference_mode(), pytest.raises(UserError, match="room for"):
+        Sequences(model, 1 << 20, 4)
+    sequences = Sequences(model, 8, 1)
+    with pytest.raises(UserError, match="expected 1 to 8"):
+        sequences.begin(torch.arange(9))
