@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -407,3 +408,24 @@ def test_a_conversation_in_the_terminal_remembers(folder, model, tokenizer, run,
     second = tawny.generate(model, history, tokenizer=tokenizer, max_tokens=6).text
     assert code == 0, err
     assert out.splitlines() == f"{first}\n{second}\n".splitlines()
+
+
+@pytest.mark.slow
+def test_transformers_own_server_opens_packed_folders(folder, tmp_path, tokenizer):
+    packed = tmp_path / "packed"
+    tawny.pack(folder, packed, values="f32")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parents[2] / "examples" / "transformers_serve.py"
+    command = [sys.executable, str(script), "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        client = openai.OpenAI(
+            base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=20, timeout=60
+        )
+        made = client.completions.create(model=str(packed), prompt="owl", max_tokens=5, temperature=0)
+        assert made.usage.completion_tokens == 5
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -1,0 +1,323 @@
+"""How fast a served model is: tokens a second for 1 to 16 requests, time to first token, memory.
+
+    python benchmarks/serving.py                     # both shapes, all variants
+    python benchmarks/serving.py --shape smollm2 --rounds 3
+    python benchmarks/serving.py --shape 1.1b --llama-python ENVIRONMENT/bin/python
+    python benchmarks/serving.py --quick             # every path on a tiny shape: nothing kept
+
+Each variant is a server in a process of its own, asked over HTTP from this one. All are open at once and take turns in every
+round, so that a noisy neighbour falls on all of them. `served` is what all requests receive together while every one of
+them is between its first and its last token. `bare` is the same number of sequences in the same process without HTTP,
+scheduler, sampler and text. `llama.cpp` decodes so many sequences in one batch with `llama_decode`, if the interpreter of
+`--llama-python` can import `llama_cpp`; its model is the 1.1b shape in Q8_0 and Q4_0.
+
+Time to first token is that of a 512-token prompt, new to the server (`cold`) and then once more (`cached`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import http.client
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode import SHAPES, TINY, Cell, quartiles, random_model, real_folder
+
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+CELLS = {
+    "dense bf16": Cell("dense bf16"),
+    "packed bf16": Cell("packed bf16", 0.7, values="bf16"),
+    "packed int8": Cell("packed int8", 0.7, values="int8"),
+}
+COUNTS = (1, 2, 4, 8, 16)
+PROMPT = 512  # tokens, for the time to the first token
+SHORT = 16  # tokens of the other prompts
+
+
+# --- the server's process ----------------------------------------------------------------------------------------------
+
+
+def word_tokenizer(count: int) -> Any:
+    """One that gives every token of a random model a word."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0")
+
+
+def serve(shape: str, variant: str, folder: Path, threads: int) -> None:
+    """Serve until stdin ends; a number N on a line asks for the speed of N bare sequences, another line for memory."""
+    import tawny
+    from tawny.machine import resident_memory
+    from tawny.model.source import load_tokenizer
+
+    torch.set_num_threads(threads)
+    before = resident_memory()
+    if shape == "smollm2":
+        source = real_folder(CELLS[variant], folder)
+        model, tokenizer = tawny.load(source), load_tokenizer(source)
+    else:
+        settings = TINY if shape == "quick" else SHAPES[shape]
+        model, tokenizer = random_model(settings, CELLS[variant]), word_tokenizer(settings["vocab_size"])
+    model.generation_config.eos_token_id = model.config.eos_token_id = None  # every text is as long as asked for
+    tokenizer.eos_token = None
+    with tawny.serve(
+        model, tokenizer=tokenizer, name="model", max_sequences=max(COUNTS), context=1024, threads=threads
+    ) as server:
+        print(json.dumps({"address": server.address.removeprefix("http://")}), flush=True)
+        bare = Bare(model)
+        for line in sys.stdin:
+            made = bare.speed(*map(int, line.split())) if line.strip() else resident_memory() - before
+            print(json.dumps(made), flush=True)
+
+
+class Bare:
+    """Our decoder without a server around it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.sequences = model, None
+
+    def speed(self, count: int, tokens: int) -> float:
+        """Tokens a second of so many sequences together."""
+        from tawny.decoding import opening
+        from tawny.decoding.sequences import Sequences
+
+        with opening.ready(self.model) as lock, lock, torch.inference_mode():
+            if self.sequences is None:
+                self.sequences = Sequences(self.model, 1024, max(COUNTS))
+            held = {}
+            for number in range(count):
+                one = self.sequences.begin(torch.arange(SHORT) + number)
+                logits = self.sequences.read(one, SHORT)
+                assert logits is not None
+                held[one] = int(logits.argmax())
+            begin = time.perf_counter()
+            for _ in range(tokens):
+                held = {one: int(logits.argmax()) for one, logits in self.sequences.step(held).items()}
+            seconds = time.perf_counter() - begin
+            for one in held:
+                self.sequences.end(one)
+        return count * tokens / seconds
+
+
+# --- the client ----------------------------------------------------------------------------------------------------------
+
+
+def stream(address: str, prompt: list[int], tokens: int) -> tuple[float, list[float]]:
+    """When a request was sent, and when each of its chunks came."""
+    connection = http.client.HTTPConnection(address, timeout=600)
+    body = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+    begin, times = time.perf_counter(), []
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+    for line in answer:
+        if line.startswith(b"data: {") and b'"finish_reason":null' in line:
+            times.append(time.perf_counter())
+    connection.close()
+    return begin, times
+
+
+def served(address: str, count: int, tokens: int, words: int, chance: random.Random) -> float:
+    """Tokens a second that so many requests receive together, while all of them are being answered."""
+    found: list[list[float]] = [[] for _ in range(count)]
+
+    def ask(number: int) -> None:
+        found[number] = stream(address, prompts[number], tokens)[1]
+
+    prompts = [[chance.randrange(words) for _ in range(SHORT)] for _ in range(count)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    begin, end = max(times[0] for times in found), min(times[-1] for times in found)
+    return sum(begin < at <= end for times in found for at in times) / (end - begin)
+
+
+def first_tokens(address: str, words: int, chance: random.Random) -> tuple[float, float]:
+    """Seconds to the first token of a new prompt, and of the same prompt again."""
+    prompt = [chance.randrange(words) for _ in range(PROMPT)]
+    cold, cached = (stream(address, prompt, 2) for _ in range(2))
+    return cold[1][0] - cold[0], cached[1][0] - cached[0]
+
+
+# --- llama.cpp -------------------------------------------------------------------------------------------------------------
+
+
+def llama(path: str, threads: int, tokens: int) -> None:
+    """For each number on stdin the speed of so many sequences in one batch; runs in an environment of its own."""
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_seq_max = 1024 * max(COUNTS), 512, max(COUNTS)
+    settings.n_threads = settings.n_threads_batch = threads
+    context = llama_cpp.llama_init_from_model(model, settings)
+    batch = llama_cpp.llama_batch_init(max(COUNTS), 0, 1)
+    print(json.dumps({"version": llama_cpp.__version__}), flush=True)
+    for line in sys.stdin:
+        count = batch.n_tokens = int(line.split()[0])
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        begin = 0.0
+        for position in range(SHORT + tokens):
+            if position == SHORT:
+                begin = time.perf_counter()
+            for number in range(count):
+                batch.token[number], batch.pos[number] = 300 + position, position
+                batch.n_seq_id[number], batch.seq_id[number][0] = 1, number
+                batch.logits[number] = 1
+            if llama_cpp.llama_decode(context, batch):
+                raise RuntimeError("llama_decode failed")
+        print(json.dumps(count * tokens / (time.perf_counter() - begin)), flush=True)
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------------
+
+
+class Child:
+    """A process of this file that answers lines with JSON."""
+
+    def __init__(self, python: str, *arguments: object) -> None:
+        command = [python, str(Path(__file__).resolve()), *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.told = self._read()
+
+    def ask(self, line: str) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    words = {"smollm2": 49152, "quick": TINY["vocab_size"]}.get(shape) or SHAPES[shape]["vocab_size"]
+    chance = random.Random(0)
+    with contextlib.ExitStack() as stack:
+        servers, peers = {}, {}
+        for variant in CELLS:
+            made = Child(sys.executable, "--child", shape, variant, folder, options.threads)
+            servers[variant] = stack.enter_context(contextlib.closing(made))
+        if options.llama_python and shape == "1.1b":
+            from peers import SHAPES as GGUF_SHAPES
+            from peers import write_gguf
+
+            for kind in ("Q8_0", "Q4_0"):
+                path = folder / f"{shape}-{kind}.gguf"
+                if not path.exists():
+                    write_gguf(path, GGUF_SHAPES[shape], kind)
+                made = Child(options.llama_python, "--llama", path, options.threads, options.tokens)
+                peers[f"llama.cpp {kind}"] = stack.enter_context(contextlib.closing(made))
+        rows = {(name, count): {"served": [], "bare": []} for name in (*servers, *peers) for count in COUNTS}
+        firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
+        for number in range(options.rounds + 1):  # the first warms up
+            for count in COUNTS:
+                for name, server in servers.items():
+                    row = rows[name, count]
+                    row["served"].append(served(server.told["address"], count, options.tokens, words, chance))
+                    row["bare"].append(server.ask(f"{count} {options.tokens}"))
+                for name, peer in peers.items():
+                    rows[name, count]["bare"].append(peer.ask(f"{count}"))
+            for name, server in servers.items():
+                firsts[name].append(first_tokens(server.told["address"], words, chance))
+            print(f"{shape}: round {number} of {options.rounds}", file=sys.stderr, flush=True)
+        memory = {name: server.ask("") for name, server in servers.items()}
+    common = {"shape": shape, "threads": options.threads, "rounds": options.rounds, "tokens": options.tokens}
+    made_rows = []
+    for (name, count), row in rows.items():
+        found: dict[str, Any] = common | {"variant": name, "requests": count}
+        for key, values in row.items():
+            if values:
+                found[f"{key}_tokens_per_second"] = middle(values[1:])
+                found[f"{key}_quartiles"] = quartiles(values[1:])
+        if name in servers and count == 1:
+            for key, seconds in zip(("cold", "cached"), zip(*firsts[name][1:], strict=True), strict=True):
+                found[f"first_token_{key}_seconds"] = middle(seconds)
+                found[f"first_token_{key}_quartiles"] = quartiles(list(seconds))
+            found["resident_bytes"] = memory[name]
+        made_rows.append(found)
+    return made_rows
+
+
+def middle(values: Any) -> float:
+    return round(float(torch.tensor(values, dtype=torch.float64).quantile(0.5)), 4)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        cells = [f"{row['shape']:8s} {row['variant']:15s} {row['requests']:3d} requests"]
+        cells += [f"{key} {row[f'{key}_tokens_per_second']:8.1f}/s" for key in ("served", "bare") if f"{key}_quartiles" in row]
+        if "resident_bytes" in row:
+            cold, cached = row["first_token_cold_seconds"], row["first_token_cached_seconds"]
+            cells.append(f"first token {cold:.3f} s, cached {cached:.3f} s, {row['resident_bytes'] / 1e9:.2f} GB")
+        print("  ".join(cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", choices=["smollm2", "1.1b"], help="repeatable; default: both")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=int, default=48, help="that each request asks for")
+    parser.add_argument("--rounds", type=int, default=5, help="measured, after one to warm up")
+    parser.add_argument("--folder", type=Path, help="where models are kept between runs")
+    parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape; nothing is kept")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--llama", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        shape, variant, folder, threads = options.child
+        return serve(shape, variant, Path(folder), int(threads))
+    if options.llama:
+        return llama(options.llama[0], *map(int, options.llama[1:]))
+    if options.quick:
+        options.tokens, options.rounds = 8, 1
+    from tawny.kernels.native import kernel_name
+    from tawny.machine import machine, versions
+
+    with tempfile.TemporaryDirectory(prefix="tawny-serving-") as temporary:
+        folder = options.folder or Path(temporary)
+        for shape in ["quick"] if options.quick else options.shape or ["smollm2", "1.1b"]:
+            if shape == "smollm2":  # here, so that no measured process has pruned anything
+                for cell in CELLS.values():
+                    real_folder(cell, folder)
+            rows = measure(shape, options, folder)
+            show(rows)
+            if options.quick:
+                continue
+            kept = json.loads(options.results.read_text())["measurements"] if options.results.exists() else []
+            rows += [row for row in kept if row["shape"] != shape]
+            head = {"machine": machine(), "versions": versions(), "kernel": kernel_name()}
+            head["date"] = datetime.date.today().isoformat()
+            lines = ",\n  ".join(json.dumps(row) for row in rows)
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n  {lines}\n ]\n}}\n')
+
+
+if __name__ == "__main__":
+    main()
