@@ -70,7 +70,9 @@ def serve(shape: str, variant: str, folder: Path, threads: int) -> None:
     else:
         settings = TINY if shape == "quick" else SHAPES[shape]
         model, tokenizer = random_model(settings, CELLS[variant]), word_tokenizer(settings["vocab_size"])
-    model.generation_config.eos_token_id = model.config.eos_token_id = None  # every text is as long as asked for
+    model.generation_config.eos_token_id = model.config.eos_token_id = (
+        None  # every text is as long as asked for
+    )
     tokenizer.eos_token = None
     with tawny.serve(
         model, tokenizer=tokenizer, name="model", max_sequences=max(COUNTS), context=1024, threads=threads
@@ -270,16 +272,26 @@ def middle(values: Any) -> float:
 def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         cells = [f"{row['shape']:8s} {row['variant']:15s} {row['requests']:3d} requests"]
-        cells += [f"{key} {row[f'{key}_tokens_per_second']:8.1f}/s" for key in ("served", "bare") if f"{key}_quartiles" in row]
+        cells += [
+            f"{key} {row[f'{key}_tokens_per_second']:8.1f}/s"
+            for key in ("served", "bare")
+            if f"{key}_quartiles" in row
+        ]
         if "resident_bytes" in row:
             cold, cached = row["first_token_cold_seconds"], row["first_token_cached_seconds"]
-            cells.append(f"first token {cold:.3f} s, cached {cached:.3f} s, {row['resident_bytes'] / 1e9:.2f} GB")
+            cells.append(
+                f"first token {cold:.3f} s, cached {cached:.3f} s, {row['resident_bytes'] / 1e9:.2f} GB"
+            )
         print("  ".join(cells))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", choices=["smollm2", "1.1b"], help="repeatable; default: both")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", action="append", choices=["smollm2", "1.1b"], help="repeatable; default: both"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=48, help="that each request asks for")
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one to warm up")
@@ -316,7 +328,9 @@ def main() -> None:
             head["date"] = datetime.date.today().isoformat()
             lines = ",\n  ".join(json.dumps(row) for row in rows)
             options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n  {lines}\n ]\n}}\n')
+            options.results.write_text(
+                f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n  {lines}\n ]\n}}\n'
+            )
 
 
 if __name__ == "__main__":

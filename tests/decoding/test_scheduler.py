@@ -13,7 +13,7 @@ from tawny.decoding.scheduler import _CHUNK, Request, Scheduler, Token, Usage
 from tawny.decoding.worker import Full, Worker
 from tawny.errors import Interrupted, NumericalError, TextError
 from tests.reference.scheduler import alone
-from tests.tiny import tiny_model, tokens
+from tests.tiny import BAMBA, tiny_model, tokens
 
 CAPACITY, COUNT = 80, 3
 
@@ -99,6 +99,22 @@ def same_up_to_a_tie(made, wanted, logits):
         if one != other:
             assert abs(float(logits[at][one] - logits[at][other])) < 1e-3
             return
+
+
+@pytest.mark.parametrize("family", ["mistral", "bamba"])
+def test_models_with_other_caches_are_served_too(family):
+    other = tiny_model(family, **(BAMBA if family == "bamba" else {}))
+    heard = [[], [], []]
+    with torch.inference_mode():
+        scheduler = Scheduler(other, None, CAPACITY, COUNT)
+        for number, listener in enumerate(heard):
+            scheduler.submit(ready(11 + number, number), listener.append)
+        while scheduler.busy:
+            scheduler.turn()
+    assert not scheduler.sequences.together
+    for number, events in enumerate(heard):
+        wanted, logits = alone(other, ready(11 + number, number), CAPACITY, scheduler.ends)
+        same_up_to_a_tie(texts(events)[0], wanted, logits)
 
 
 def test_a_broken_text_ends_alone():

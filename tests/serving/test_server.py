@@ -60,6 +60,8 @@ def test_a_chat_is_what_generate_makes_streamed_or_whole(client, said):
     assert whole.choices[0].finish_reason == finish == said.finish == "length"
     assert whole.usage.prompt_tokens == usage.prompt_tokens == said.prompt_tokens
     assert whole.usage.completion_tokens == usage.completion_tokens == 24
+    # The second time all but the last token is in the prefix cache.
+    assert usage.prompt_tokens_details.cached_tokens == said.prompt_tokens - 1
 
 
 def test_many_at_once_are_each_what_they_are_alone(server, said):
@@ -274,6 +276,15 @@ def test_strangers_and_bodies_that_are_none_are_refused(server, headers, body, s
     found, answer = ask(server, "POST", path, body, Content_Type="application/json", **headers)
     error = json.loads(answer)["error"]
     assert found == status and said in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_a_body_that_comes_too_slowly_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr("tawny.serving.guard._MOST_SECONDS", 0.1)
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert b" 408 " in slow.recv(100)
 
 
 def test_nobody_listens_to_the_world_without_a_key(model, tokenizer):

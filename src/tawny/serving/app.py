@@ -1,6 +1,6 @@
 """The application: paths of the OpenAI protocol, and what every request goes through.
 
-A request is prepared in a thread of its own, given to the worker, and its events are awaited. It may end in six ways: whole,
+A request is prepared beside the loop, given to the worker, and its events are awaited. It may end in six ways: whole,
 streamed, refused, failed, timed out, or left by its client. In each of them the worker is told to forget what still runs.
 """
 
@@ -16,7 +16,6 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -186,7 +185,7 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
     """
     app = FastAPI(title="tawny", docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(worker)
-    preparing = ThreadPoolExecutor(1, "tawny-prepare")  # one at a time: tokenizers are no good in two threads
+    preparing = asyncio.Lock()  # one at a time: tokenizers are no good in two threads
     page = importlib.resources.files("tawny.serving").joinpath("page.html").read_text(encoding="utf-8")
     entry = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "tawny"}
 
@@ -207,7 +206,8 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
     async def reply(
         prepare: Callable[[], tuple[list[scheduler.Request], Answer]], asked: SamplingFields, request: Request
     ) -> Response:
-        requests, answer = await asyncio.get_running_loop().run_in_executor(preparing, prepare)
+        async with preparing:
+            requests, answer = await asyncio.to_thread(prepare)
         running = start(requests)
 
         def done() -> None:

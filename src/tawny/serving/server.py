@@ -64,6 +64,7 @@ class Server:
     def run(self, ready: Callable[[], None]) -> None:
         """Serve in this thread until Ctrl-C or SIGTERM; `ready` is called when the server listens."""
         with contextlib.closing(self._socket), self._worker:
+            self._socket.listen()  # whoever comes now waits until the loop runs
             ready()
             self._web.run(sockets=[self._socket])
 
