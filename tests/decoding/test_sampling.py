@@ -36,6 +36,18 @@ def test_only_the_likeliest_are_drawn():
     assert drawn(top_k=2, top_p=0.6) == {0} and drawn(top_k=2, top_p=0.63) == {0, 1}
 
 
+@pytest.mark.parametrize(
+    "keys", [{"top_p": 0.9}, {"top_p": 0.99}, {"top_k": 40}, {"top_k": 600, "min_p": 0.1}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in bfloat16 many shares are equal
+def test_the_likeliest_few_are_drawn_as_if_all_were_sorted(keys, dtype, monkeypatch):
+    logits = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    one, other = Sampler(1.0, seed=7, **keys), Sampler(1.0, seed=7, **keys)
+    quick = [one(logits) for _ in range(30)]
+    monkeypatch.setattr("tawny.decoding.sampling._LIKELIEST", 5000)
+    assert quick == [other(logits) for _ in range(30)]
+
+
 def test_penalties_count_what_was_made():
     once = Sampler(presence_penalty=1.5, frequency_penalty=0.0)
     assert [once(LOGITS) for _ in range(5)] == [0, 1, 0, 0, 0]  # 1.5 against 0.5, once and for all

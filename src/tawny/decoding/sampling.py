@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tawny.errors import NumericalError, RecipeError
 
+_LIKELIEST = 512  # tokens that nearly always reach top_p
+
 
 class Constraint(Protocol):
     """What a text may be, such as JSON of a schema."""
@@ -143,7 +145,11 @@ class Sampler:
         shares = torch.softmax(below / self.temperature, -1)
         if self.top_p == 1 and not self.top_k and not self.min_p:
             return int(torch.multinomial(shares, 1, generator=self.generator))
-        sorted_, order = shares.sort(descending=True)
+        sorted_, order = self._nucleus(shares) or self._cut(*shares.sort(descending=True))
+        return int(order[torch.multinomial(sorted_, 1, generator=self.generator)])
+
+    def _cut(self, sorted_: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Falling shares with 0 for tokens that must not be drawn, and the tokens they belong to."""
         if self.top_k:
             sorted_[self.top_k :] = 0
             sorted_ /= sorted_.sum()
@@ -151,7 +157,24 @@ class Sampler:
             # The token that crosses the sum still counts, so that at least one is left.
             sorted_[sorted_.cumsum(0) - sorted_ >= self.top_p] = 0
         sorted_[sorted_ < self.min_p * sorted_[0]] = 0
-        return int(order[torch.multinomial(sorted_, 1, generator=self.generator)])
+        return sorted_, order
+
+    def _nucleus(self, shares: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The same without sorting a whole vocabulary, which takes longer than a small model's step.
+
+        None where the likeliest few are not enough, or where equal shares would leave their order open.
+        """
+        if len(shares) <= _LIKELIEST:
+            return None
+        best, order = shares.topk(_LIKELIEST)
+        cut, _ = self._cut(best.clone(), order)
+        count = int(cut.count_nonzero())
+        if count == _LIKELIEST or bool((best[:count] == best[1 : count + 1]).any()):
+            return None
+        # As long as the vocabulary, because a draw takes a random number for each share.
+        whole = shares.new_zeros(len(shares))
+        whole[:_LIKELIEST] = cut
+        return whole, order
 
 
 @dataclass(frozen=True)
