@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tawny.decoding.sampling import Sampler
 from tawny.decoding.scheduler import _CHUNK, Request, Scheduler, Token, Usage
 from tawny.decoding.worker import Full, Worker
-from tawny.errors import Interrupted, NumericalError, TextError
+from tawny.errors import Interrupted, NumericalError, TextError, UserError
 from tests.reference.scheduler import alone
 from tests.tiny import BAMBA, tiny_model, tokens
 
@@ -185,6 +185,21 @@ def test_a_worker_serves_threads_refuses_what_is_too_much_and_ends_at_once():
     assert isinstance(last[-1], Interrupted | Usage)
     with pytest.raises(Interrupted):
         worker.submit([ready()], [listen])
+
+
+def test_whoever_waits_is_told_that_a_worker_broke(monkeypatch):
+    heard, told = [], threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)  # where its traceback goes
+    monkeypatch.setattr(Scheduler, "turn", lambda self: 1 / 0)
+    with Worker(model(), None, capacity=CAPACITY, count=1, queue=1) as worker:
+        worker.submit([ready()], [lambda event: (heard.append(event), told.set())])
+        assert told.wait(20) and isinstance(heard[0], ZeroDivisionError)
+        with pytest.raises(Interrupted):
+            worker.submit([ready()], [heard.append])
+        assert not worker.alive
+    monkeypatch.setattr("tawny.decoding.sequences.free_memory", lambda: 1000)
+    with pytest.raises(UserError, match="of memory are free"):
+        Worker(model(), None, capacity=CAPACITY, count=1, queue=1).__enter__()
 
 
 class Slow(Sampler):

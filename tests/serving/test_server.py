@@ -228,6 +228,7 @@ def test_what_is_served_is_told(server, client):
         ({"messages": []}, 400, "'messages'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'image_url' is not supported"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "tokens and the context is 1024"),
+        ({"messages": [{"role": "user", "content": "x" * 10**6}]}, 400, "1000000 characters"),
         ({"stream_options": {}}, 400, "stream_options need stream"),
         ({"tool_choice": "auto"}, 400, "tool_choice needs tools"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "owl"}}}}, 400, "'response_format'"),

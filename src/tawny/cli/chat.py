@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 
 from tawny.cli.common import console_for
-from tawny.cli.generate import _possible_seed
-from tawny.cli.options import RECIPE, Model, Threads, TrustRemoteCode, option
+from tawny.cli.options import RECIPE, Model, Threads, TrustRemoteCode, option, possible_seed
 from tawny.cli.root import verb
 
 
@@ -20,7 +19,7 @@ def chat(
     max_tokens: int = option("-n --max-tokens N", "Most tokens of an answer.", RECIPE, default=1024, min=1),
     temperature: float = option("-t --temperature T", "0 takes the likeliest token.", RECIPE, default=0.7),
     top_p: float = option("--top-p P", "Draw from the likeliest P of probability.", RECIPE, default=0.95),
-    seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=_possible_seed),
+    seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=possible_seed),
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

@@ -9,15 +9,9 @@ import typer
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, Result, facts
-from tawny.cli.options import RECIPE, AsJson, Model, Threads, TrustRemoteCode, option
+from tawny.cli.options import RECIPE, AsJson, Model, Threads, TrustRemoteCode, option, possible_seed
 from tawny.cli.root import verb
 from tawny.words import duration, size
-
-
-def _possible_seed(seed: int) -> int:
-    if not 0 <= seed < 2**63:
-        raise typer.BadParameter(f"{seed} given, expected 0 to {2**63 - 1}")
-    return seed
 
 
 @verb(
@@ -31,7 +25,7 @@ def generate(
     max_tokens: int = option("-n --max-tokens N", "Most tokens to make.", RECIPE, default=128, min=1),
     temperature: float = option("-t --temperature T", "0 takes the likeliest token.", RECIPE, default=0.0),
     top_p: float = option("--top-p P", "Draw from the likeliest P of probability.", RECIPE, default=1.0),
-    seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=_possible_seed),
+    seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=possible_seed),
     chat: bool = option(
         "--chat/--no-chat",
         "Put the prompt into the model's chat template, if it has one.",

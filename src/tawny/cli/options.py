@@ -49,6 +49,12 @@ def _possible_threads(count: int | None) -> int | None:
     return count
 
 
+def possible_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise typer.BadParameter(f"{seed} given, expected 0 to {2**63 - 1}")
+    return seed
+
+
 Threads = Annotated[
     int | None, shared("--threads N", "Default: torch's own choice.", OUTPUT, callback=_possible_threads)
 ]

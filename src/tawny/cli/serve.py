@@ -25,7 +25,9 @@ def serve(
     allow_open: bool = option(
         "--allow-open", "Listen beyond this machine without a key.", _NETWORK, default=False
     ),
-    max_sequences: int = option("--max-sequences N", "Texts made at once.", RECIPE, default=8, min=1),
+    max_sequences: int = option(
+        "--max-sequences N", "Texts made at once.", RECIPE, default=8, min=1, max=1024
+    ),
     context: int = option(
         "--context N", "Most tokens of prompt and text. Default: the model's, at most 4096.", RECIPE, min=2
     ),

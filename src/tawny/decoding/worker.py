@@ -65,7 +65,7 @@ class Worker:
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._started: SimpleQueue[BaseException | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="tawny-worker", daemon=True)
-        self.scheduler: Scheduler
+        self._scheduler: Scheduler | None = None
 
     def __enter__(self) -> Worker:
         self._thread.start()
@@ -75,8 +75,19 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._calls.put(self._close)
+        self._calls.put(partial(self._close, Interrupted("the server ends")))
         self._thread.join()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What it runs; there once the worker was entered."""
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._thread.is_alive() and not self._closed
 
     @property
     def running(self) -> int:
@@ -118,14 +129,18 @@ class Worker:
     def _run(self) -> None:
         try:
             with opening.ready(self.model) as lock, torch.inference_mode(), opening.threads(self.threads):
-                self.scheduler = self._make()
+                self._scheduler = self._make()
                 self._started.put(None)
                 while not self._closed:
                     self._listen()
                     with lock:
                         self.scheduler.turn()
-        except BaseException as error:
-            self._started.put(error)
+        except Exception as error:
+            if self._scheduler is None:
+                self._started.put(error)  # raised by whoever has entered
+                return
+            # A fault of ours: whoever waits must know that nothing comes any more.
+            self._close(error)
             raise
 
     def _listen(self) -> None:
@@ -156,7 +171,7 @@ class Worker:
         with self._counting:
             self._pending -= 1
 
-    def _close(self) -> None:
+    def _close(self, reason: Exception) -> None:
         with self._counting:
             self._closed = True
         while True:
@@ -164,4 +179,4 @@ class Worker:
                 self._calls.get_nowait()()
             except Empty:
                 break
-        self.scheduler.close(Interrupted("the server ends"))
+        self.scheduler.close(reason)

@@ -50,10 +50,13 @@ class Answer(Protocol):
 
 
 class Service:
-    """One model, its tokenizer, and its name to clients. One thread at a time may prepare."""
+    """One model, its tokenizer, and its name to clients. One thread at a time may prepare.
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+    capacity: tokens of a prompt and its text, at most.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, capacity: int) -> None:
+        self.model, self.tokenizer, self.name, self.capacity = model, tokenizer, name, capacity
         self.ends, self.words = end_tokens(model, tokenizer), words_of(model)
 
     @functools.cached_property
@@ -64,12 +67,26 @@ class Service:
     def calls(self) -> CallFormat:
         return CallFormat.learn(self.tokenizer, self.ends)
 
+    @functools.cached_property
+    def _most_characters(self) -> int:
+        """That any text in the context may have."""
+        return self.capacity * max(map(len, self.tokenizer.get_vocab()))
+
+    def _check_length(self, characters: int, param: str) -> None:
+        """Refuse what is far too long before it is tokenised, for which all other requests would wait."""
+        if characters > self._most_characters:
+            said = (
+                f"the prompt has {characters} characters, far more than the context of {self.capacity} tokens"
+            )
+            raise Refused(f"{said}; shorten it", param=param)
+
     def chat(self, asked: ChatRequest) -> tuple[list[Request], Answer]:
         """
         Raises:
             Refused: the model or the template cannot do what is asked.
         """
         self._check(asked)
+        self._check_length(sum(len(message.content or "") for message in asked.messages), "messages")
         tools = [] if asked.tool_choice == "none" else asked.tools
         calls = self.calls if tools else None
         try:
@@ -103,6 +120,8 @@ class Service:
         """
         self._check(asked)
         requests, echoes = [], []
+        longest = max((len(prompt) for prompt in asked.prompt if isinstance(prompt, str)), default=0)
+        self._check_length(longest, "prompt")
         for prompt in asked.prompt:
             try:
                 given = prompt if isinstance(prompt, str) else torch.tensor(prompt, dtype=torch.long)

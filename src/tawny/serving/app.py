@@ -243,8 +243,10 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
         return entry
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "running": worker.running, "waiting": worker.waiting}
+    async def health() -> JSONResponse:
+        status = "ok" if worker.alive else "ended"
+        told = {"status": status, "running": worker.running, "waiting": worker.waiting}
+        return JSONResponse(told, 200 if worker.alive else 503)
 
     @app.get("/metrics")
     async def told() -> Response:

@@ -6,6 +6,7 @@ __all__ = ["Server", "serve"]
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 _CONTEXT = 4096  # tokens of a sequence, where the user says nothing
+_MOST_SEQUENCES, _MOST_QUEUE = 1024, 1_000_000
 _GRACE = 3  # seconds that running texts are given to end
 
 
@@ -69,18 +71,18 @@ class Server:
             self._web.run(sockets=[self._socket])
 
     def __enter__(self) -> Server:
-        self._entered.enter_context(contextlib.closing(self._socket))
-        self._entered.enter_context(self._worker)
-        thread = threading.Thread(
-            target=self._web.run, args=([self._socket],), name="tawny-server", daemon=True
-        )
-        thread.start()
-        self._entered.callback(thread.join)
-        while not self._web.started:
-            if not thread.is_alive():
-                self._entered.close()
-                raise TawnyError("the server has not started; its log says why")
-            time.sleep(0.005)
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(contextlib.closing(self._socket))
+            entered.enter_context(self._worker)
+            run = self._web.run
+            thread = threading.Thread(target=run, args=([self._socket],), name="tawny-server", daemon=True)
+            thread.start()
+            entered.callback(thread.join)
+            while not self._web.started:
+                if not thread.is_alive():
+                    raise TawnyError("the server has not started; its log says why")
+                time.sleep(0.005)
+            self._entered = entered.pop_all()
         return self
 
     def __exit__(
@@ -144,13 +146,13 @@ def serve(
     except ModuleNotFoundError as error:
         raise MissingFeature(f"serving needs {error.name!r}: pip install 'tawny[serve]'") from None
 
-    for key, value, least in (
-        ("max_sequences", max_sequences, 1),
-        ("queue", queue, 0),
-        ("context", context, 2),
+    for key, value, least, most in (
+        ("max_sequences", max_sequences, 1, _MOST_SEQUENCES),
+        ("queue", queue, 0, _MOST_QUEUE),
+        ("context", context, 2, sys.maxsize),
     ):
-        if value is not None and value < least:
-            raise RecipeError(f"{key} {value} is not possible; give {least} or more")
+        if value is not None and not least <= value <= most:
+            raise RecipeError(f"{key} {value} is not possible; give {least} to {most}")
     if not timeout > 0:
         raise RecipeError(f"timeout {timeout} is not possible; give more than 0 seconds")
     if not is_loopback(host) and api_key is None and not allow_open:
@@ -172,7 +174,7 @@ def serve(
         worker = Worker(
             opened, tokenizer, capacity=capacity, count=max_sequences, queue=queue, threads=threads
         )
-        app = make_app(Service(opened, tokenizer, named), worker, timeout)
+        app = make_app(Service(opened, tokenizer, named, capacity), worker, timeout)
     except BaseException:
         listening.close()
         raise
