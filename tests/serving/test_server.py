@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 import torch
 
@@ -145,6 +147,12 @@ def test_json_of_a_schema_is_that(client):
         ).choices[0]
         owl = json.loads(made.message.content)
         assert owl["owl"] in ("barn", "tawny") and owl["age"] <= 20 and made.finish_reason == "stop"
+
+    class Owl(pydantic.BaseModel):
+        kind: Literal["barn", "tawny"]
+
+    made = client.chat.completions.parse(model="tiny", messages=CHAT, max_tokens=200, response_format=Owl)
+    assert made.choices[0].message.parsed.kind in ("barn", "tawny")
     made = client.chat.completions.create(
         **GREEDY, messages=CHAT, max_tokens=2, response_format={"type": "json_object"}
     )

@@ -1,0 +1,106 @@
+"""The format of a call is learnt from templates of several manners, and found again in what a model writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tawny.serving.grammar import Grammars
+from tawny.serving.protocol import Function, Refused
+from tawny.serving.tools import Call, CallFormat, Watched
+from tests.serving.tiny import TEMPLATE, byte_tokenizer
+
+HEAD = (
+    "{%- if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}{%- for m in messages %}<|{{ m.role }}|>"
+)
+TAIL = "<|end|>{%- endfor %}{%- if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATES = {
+    "marks around each": TEMPLATE,
+    "JSON alone": HEAD
+    + "{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    + '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{{ "; " if not loop.last }}'
+    + "{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    + TAIL,
+    "a list behind a special token, with ids": HEAD
+    + "{% if m.tool_calls %}<|tool|>[{% for c in m.tool_calls %}"
+    + '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}'
+    + '{{ ", " if not loop.last }}{% endfor %}]{% else %}{{ m.content }}{% endif %}'
+    + TAIL,
+}
+FUNCTIONS = [
+    Function(
+        name="look",
+        parameters={"type": "object", "properties": {"at": {"enum": ["owl"]}}, "required": ["at"]},
+    ),
+    Function(name="wait"),
+]
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def tokenizer(request):
+    return byte_tokenizer(TEMPLATES[request.param])
+
+
+def rendered(tokenizer, *calls):
+    """The assistant's turn of a conversation with these calls, as the template writes it."""
+    said = [
+        {"id": "abcdefg12", "type": "function", "function": {"name": n, "arguments": a}} for n, a in calls
+    ]
+    whole = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": said}]
+    text = tokenizer.apply_chat_template(whole, tools=[{"a": 1}], tokenize=False)
+    return text.rpartition("<|assistant|>")[2].removesuffix("<|end|>")
+
+
+def test_calls_are_found_in_what_the_template_writes(tokenizer):
+    learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
+    one, other = ("look", {"at": "owl"}), ("wait", {})
+    for calls in ([one], [one, other], [other, one, other]):
+        text = rendered(tokenizer, *calls)
+        found = learnt.parse(text)
+        assert found == ("", [Call(name, json.dumps(arguments)) for name, arguments in calls]), text
+    assert learnt.parse("I see an owl.") == ("I see an owl.", [])
+    cut = rendered(tokenizer, one)[:-12].partition('"owl')[0]
+    assert learnt.parse(cut) == (cut, [])
+
+
+def test_the_grammar_allows_what_the_template_writes_and_nothing_else(tokenizer):
+    learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
+    grammars = Grammars(tokenizer, 264, {tokenizer.eos_token_id})
+    inside = learnt.grammar(FUNCTIONS, grammars, tokenizer, several=True)
+    whole = learnt.whole_grammar(inside, grammars, tokenizer)
+
+    def allows(text):
+        form = grammars.form(whole, "tools")
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            if not form.allowed()[token]:
+                return False
+            form.take(token)
+        return bool(form.allowed()[tokenizer.eos_token_id])
+
+    assert allows(rendered(tokenizer, ("look", {"at": "owl"})).strip())
+    assert allows(rendered(tokenizer, ("look", {"at": "owl"}), ("wait", {})).strip())
+    assert not allows(rendered(tokenizer, ("look", {"at": "cat"})).strip())
+    assert not allows(rendered(tokenizer, ("fly", {})).strip())
+    assert not allows("I see an owl.")
+
+
+def test_a_text_is_free_until_it_begins_a_call(tokenizer):
+    learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
+    grammars = Grammars(tokenizer, 264, {tokenizer.eos_token_id})
+    inside = learnt.grammar(FUNCTIONS, grammars, tokenizer, several=False)
+    watched = Watched(learnt.begin, grammars.form(inside, "tools"), tokenizer)
+    for token in tokenizer("I see: " + learnt.begin, add_special_tokens=False)["input_ids"]:
+        assert watched.allowed().all() and not watched.over
+        watched.take(token)
+    may = [tokenizer.decode([token]) for token in torch.nonzero(watched.allowed()).flatten().tolist()]
+    assert sorted(may) == ["l", "w"]  # look, wait
+
+
+def test_templates_that_cannot_call_are_refused():
+    plain = HEAD.replace("{{ tools | tojson }}", "") + "{{ m.content }}" + TAIL
+    shows = HEAD + "{{ m.content }}" + TAIL
+    for template, said in ((plain, "shows it no tools"), (shows, "not supported")):
+        with pytest.raises(Refused, match=said):
+            CallFormat.learn(byte_tokenizer(template), {256})
