@@ -277,6 +277,12 @@ def ask(server, method, path, body=None, **headers):
         ({}, b'{"model": "\xff"}', 400, "parsing the body"),
         ({}, "[" * 100_000, 400, ""),
         ({}, "[]", 400, ""),
+        (
+            {},
+            '{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+            400,
+            "cannot be read",
+        ),
         ({}, b" " * (17 << 20), 413, "larger than"),
     ],
 )
@@ -285,6 +291,12 @@ def test_strangers_and_bodies_that_are_none_are_refused(server, headers, body, s
     found, answer = ask(server, "POST", path, body, Content_Type="application/json", **headers)
     error = json.loads(answer)["error"]
     assert found == status and said in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_a_prompt_of_ids_that_the_model_has_not_is_refused(client):
+    for token in (264, -1, 10**30):
+        with pytest.raises(openai.BadRequestError, match=f"token id {token} of 264"):
+            client.completions.create(**GREEDY, prompt=[5, token])
 
 
 def test_a_body_that_comes_too_slowly_is_not_waited_for(server, monkeypatch):

@@ -22,7 +22,7 @@ from tawny.calibration.context import words_of
 from tawny.decoding.sampling import Constraint, Likelihood, Sampler
 from tawny.decoding.scheduler import Request, Token, Usage
 from tawny.decoding.text import StopStrings, decode, end_tokens, tokens_of
-from tawny.errors import CheckpointError, UserError
+from tawny.errors import CheckpointError, one_line
 from tawny.serving.grammar import Grammars, of_schema
 from tawny.serving.protocol import ChatRequest, CompletionRequest, NamedTool, Refused, SamplingFields
 from tawny.serving.tools import CallFormat, Watched
@@ -98,8 +98,8 @@ class Service:
             )
         except CheckpointError:
             raise Refused("the model has no chat template; use /v1/completions", param="messages") from None
-        except UserError as error:
-            raise Refused(str(error), param="messages") from None
+        except Exception as error:  # a template is a program, and a tokenizer takes no half of a character
+            raise Refused(f"the messages cannot be read: {one_line(error)}", param="messages") from None
         requests = [
             Request(
                 ids,
@@ -123,11 +123,15 @@ class Service:
         longest = max((len(prompt) for prompt in asked.prompt if isinstance(prompt, str)), default=0)
         self._check_length(longest, "prompt")
         for prompt in asked.prompt:
+            if not isinstance(prompt, str):
+                unknown = [token for token in prompt if not 0 <= token < self.words]
+                if unknown:
+                    raise Refused(f"the prompt has token id {unknown[0]} of {self.words}", param="prompt")
             try:
                 given = prompt if isinstance(prompt, str) else torch.tensor(prompt, dtype=torch.long)
                 ids, _ = tokens_of(given, self.tokenizer, False)
-            except (UserError, OverflowError, RuntimeError) as error:
-                raise Refused(str(error).splitlines()[0], param="prompt") from None
+            except Exception as error:
+                raise Refused(f"the prompt cannot be read: {one_line(error)}", param="prompt") from None
             text = prompt if isinstance(prompt, str) else decode(self.tokenizer, prompt, special=True)
             echoes += [(text, ids.tolist())] * asked.n
             requests += [
