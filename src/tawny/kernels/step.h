@@ -77,7 +77,7 @@ int32_t multiply(const Product* const* products, float* const* places, int count
             const Product& p = *products[first];
             int n = jobs.count++;
             outputs[n] = {places[first], p.bias, p.rows, F32};
-            dense[n] = {p.weight, p.rows, p.cols, p.kind};
+            dense[n] = {p.weight, p.rows, p.cols, p.kind, 0};
             jobs.jobs[n] = {p.packed, p.packed ? nullptr : &dense[n], &input, &outputs[n], nullptr, 0, 0, 0,
                             p.packed ? p.packed->groups : p.rows, p.packed ? tile_bytes(*p.packed, form, tokens) : 0, 0};
             bytes += p.packed ? cost(*p.packed, p.packed->groups) : p.rows * p.cols * value_size(p.kind);
