@@ -121,13 +121,14 @@ DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 @dataclass(frozen=True)
 class Cell:
-    """One variant at one sparsity; `dtype` is the model's, `values` those of its packed linears."""
+    """One variant at one sparsity; `dtype` is the model's, `values` those of its packed linears, in groups of `group`."""
 
     variant: str
     sparsity: float | None = None
     dtype: str = "bf16"
     values: str | None = None
     head: str | None = None
+    group: int | None = None
 
 
 def cells_of(shape: str) -> list[list[Cell]]:
@@ -195,7 +196,7 @@ def random_model(settings: dict[str, Any], cell: Cell) -> Any:
         W_OI = magnitude_pruned(linear.shape, cell.sparsity or 0.0, generator)
         count = 0 if linear.expert is None else sum(x.key == linear.key for x in linears)
         if cell.values:
-            packed = pack(W_OI, cell.values)  # type: ignore[arg-type]
+            packed = pack(W_OI, cell.values, cell.group)  # type: ignore[arg-type]
             for block in blocks:
                 if count:
                     each = [copied(packed) for _ in range(count)]

@@ -39,6 +39,8 @@ IMPORTS = {"llama.cpp": "llama_cpp", "deepsparse": "deepsparse"}
 CHAINED = 4  # blocks of the DeepSparse graph: many times the cache, and under the 2 GB of an ONNX file
 SPARSITIES = [0.0, 0.5, 0.7, 0.8]
 MINUTES = 20  # for one installation
+# Bytes of 256 weights, and where among them the float16 scales lie.
+K_QUANTS = {"Q3_K": (110, (108,)), "Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,))}
 
 
 def spread(values: list[float]) -> tuple[float, list[float]]:
@@ -51,12 +53,29 @@ def spread(values: list[float]) -> tuple[float, list[float]]:
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
+def mixture(kind: str, name: str, block: int, blocks: int) -> str:
+    """The type that llama.cpp gives a tensor of a model quantised to `kind`."""
+    more = block < blocks // 8 or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
+    if kind == "Q8_0":
+        return kind
+    if name == "output":
+        return "Q6_K"
+    if kind == "Q4_0":
+        return kind
+    if kind == "Q4_K_M":
+        return "Q6_K" if more and name in ("attn_v", "ffn_down") else "Q4_K"
+    if name == "attn_v":
+        return "Q5_K" if block < 2 else "Q4_K"
+    if name == "ffn_down":
+        return "Q5_K" if block < blocks // 16 else "Q4_K" if more else "Q3_K"
+    return "Q4_K" if name == "attn_output" else "Q3_K"
+
+
 def write_gguf(path: Path, shape: dict[str, int], kind: str) -> None:
-    """A LLaMA of random weights: one block, quantised once, under the names of all."""
+    """A LLaMA of random weights: each matrix made once for all blocks. K-quants are random bytes with small scales."""
     import gguf
     import numpy as np
 
-    quantised = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(2048)
     writer.add_embedding_length(shape["hidden"])
@@ -76,29 +95,40 @@ def write_gguf(path: Path, shape: dict[str, int], kind: str) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     generator = np.random.default_rng(0)
+    made: dict[tuple[str, int, int], Any] = {}
 
-    def weight(rows: int, cols: int) -> Any:
-        values = generator.standard_normal((rows, cols), dtype=np.float32) * (0.7 / math.sqrt(cols))
-        return gguf.quants.quantize(values, quantised)
+    def add(name: str, own: str, rows: int, cols: int) -> None:
+        kept = made.get((own, rows, cols))
+        if kept is None:
+            if own in K_QUANTS:
+                size, scales = K_QUANTS[own]
+                kept = generator.integers(0, 256, (rows, cols // 256, size), dtype=np.uint8)
+                for at in scales:
+                    kept[..., at : at + 2] = np.frombuffer(np.float16(1e-4).tobytes(), dtype=np.uint8)
+                kept = kept.reshape(rows, -1)
+            else:
+                values = generator.standard_normal((rows, cols), dtype=np.float32) * cols**-0.5
+                kept = gguf.quants.quantize(values, gguf.GGMLQuantizationType[own])
+            made[own, rows, cols] = kept
+        writer.add_tensor(f"{name}.weight", kept, raw_dtype=gguf.GGMLQuantizationType[own])
 
     hidden, inner, keys = shape["hidden"], shape["inner"], shape["hidden"] // shape["heads"] * shape["kv"]
-    matrices = {
-        "attn_q": weight(hidden, hidden),
-        "attn_k": weight(keys, hidden),
-        "attn_v": weight(keys, hidden),
-        "attn_output": weight(hidden, hidden),
-        "ffn_gate": weight(inner, hidden),
-        "ffn_up": weight(inner, hidden),
-        "ffn_down": weight(hidden, inner),
+    sizes = {
+        "attn_q": (hidden, hidden),
+        "attn_k": (keys, hidden),
+        "attn_v": (keys, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
     }
     ones = np.ones(hidden, dtype=np.float32)
-    ends = weight(shape["vocabulary"], hidden)
-    writer.add_tensor("token_embd.weight", ends, raw_dtype=quantised)
-    writer.add_tensor("output.weight", ends, raw_dtype=quantised)
+    add("token_embd", mixture(kind, "attn_q", 0, shape["blocks"]), shape["vocabulary"], hidden)
+    add("output", mixture(kind, "output", 0, shape["blocks"]), shape["vocabulary"], hidden)
     writer.add_tensor("output_norm.weight", ones)
     for block in range(shape["blocks"]):
-        for name, matrix in matrices.items():
-            writer.add_tensor(f"blk.{block}.{name}.weight", matrix, raw_dtype=quantised)
+        for name, (rows, cols) in sizes.items():
+            add(f"blk.{block}.{name}", mixture(kind, name, block, shape["blocks"]), rows, cols)
         writer.add_tensor(f"blk.{block}.attn_norm.weight", ones)
         writer.add_tensor(f"blk.{block}.ffn_norm.weight", ones)
     writer.write_header_to_file()

@@ -18,8 +18,8 @@ from pathlib import Path
 from tables.glance import glance
 from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
-from tables.quality import allocators, owl_study, recipes, recovery, solvers, tasks
-from tables.speed import decode, kernels, peers, sizes
+from tables.quality import allocators, few_bits, owl_study, recipes, recovery, solvers, tasks
+from tables.speed import decode, few_bits_speed, kernels, peers, sizes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,11 +36,13 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "allocators_gemma": allocators,
         "solvers": solvers,
         "owl_study": owl_study,
+        "few_bits": few_bits,
         "tasks": tasks,
         "sizes": sizes,
         "decode": decode,
         "kernels": kernels,
         "peers": peers,
+        "few_bits_speed": few_bits_speed,
         "prune_speed": prune_speed,
         "large": large,
         "scale": scale,

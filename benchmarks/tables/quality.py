@@ -335,3 +335,38 @@ def _packed(found: Mapping[str, Any] | None) -> str:
     return (
         f"{found['file_bytes'] / 1e6:.0f} MB | {found['decode_tokens_per_second']:.0f}" if found else "– | –"
     )
+
+
+def few_bits(result: Mapping[str, Any]) -> str:
+    """Kinds by solver: bits a weight, bytes, seconds, KL and perplexity on each text."""
+    setting, cells = result["setting"], result["cells"]
+    texts = setting["texts"]
+    first = next(iter(cells.values()))["texts"]
+    dense = ", ".join(f"{first[text]['dense']:.2f} on {text}" for text in texts)
+    lines = [
+        f"{setting['model']}, head int8, {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}, "
+        f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}.\n",
+        "| values | zeros | solver | bits a weight | file | seconds | "
+        + " | ".join(f"KL, {text} | perplexity" for text in texts)
+        + " |",
+        "|---|---|---|---|---|---|" + "---|---|" * len(texts),
+    ]
+    names = {"magnitude": "best scale", "sparsegpt": "column loop", "alps": "ADMM"}
+    for name, cell in cells.items():
+        kind, solver, _ = name.split()
+        values, group, sparsity = kind.split(":")
+        numbers = " | ".join(
+            f"{cell['texts'][text]['kl']:.3f} ± {cell['texts'][text]['kl_stderr']:.3f} "
+            f"| {cell['texts'][text]['perplexity']:.2f}"
+            for text in texts
+        )
+        lines.append(
+            f"| {values}, groups of {group} | {float(sparsity):.0%} | {names[solver]} | {cell['bits']:.2f} "
+            f"| {cell['bytes'] / 1e6:.0f} MB | {cell['seconds']:.0f} | {numbers} |"
+        )
+    machine = result["machine"]
+    lines.append(
+        f"\n<sub>One seed. {machine['cpu']}, {result['date']}, beside other work, so seconds compare only roughly. The model is "
+        "itself dequantised from four bits, which flatters plain rounding.</sub>\n"
+    )
+    return "\n".join(lines)

@@ -253,3 +253,33 @@ def peers(result: Mapping[str, Any]) -> str:
         parts.append(f"{error['peer']} could not be measured here: `{last[:200]}`\n")
     parts.append(f"<sub>{result['machine']['cpu']}, {result['date']}.</sub>\n")
     return "\n".join(parts)
+
+
+def few_bits_speed(result: Mapping[str, Any]) -> str:
+    """Few bits beside llama.cpp's quantised files, each shape in one run."""
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["shape"] == shape]
+        base = next((row for row in rows if row["name"] == "Q4_0"), rows[0])
+        lines += [
+            f"{SHAPE_NAMES[shape]}, {rows[0]['threads']} threads:\n",
+            f"| | file | decode, tokens/s | × {base['name']} | prefill of 512, tokens/s | × {base['name']} |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            name = row["name"]
+            if ":" in name:
+                kind, group, sparsity = name.split(":")
+                zeros = f", {float(sparsity):.0%} zeros" if float(sparsity) else ""
+                name = f"Tawny {kind}, groups of {group}{zeros}"
+            else:
+                name = f"llama.cpp {name}"
+            decode, prefill = row["decode_tokens_per_second"], row["prefill_tokens_per_second"]
+            lines.append(
+                f"| {name} | {row['bytes'] / 1e9:.2f} GB | {decode:.2f} | {decode / base['decode_tokens_per_second']:.2f} "
+                f"| {prefill:.1f} | {prefill / base['prefill_tokens_per_second']:.2f} |"
+            )
+        lines.append("")
+    machine = result["machine"]
+    lines.append(f"<sub>{machine['cpu']}, kernel {machine['kernel']}, {result['date']}.</sub>\n")
+    return "\n".join(lines)

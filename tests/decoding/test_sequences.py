@@ -28,7 +28,8 @@ def close(made, wanted, bound=1e-4):
 
 MODELS = {
     "llama": (lambda: tiny_model("llama"), True, True),
-    "mixtral": (lambda: tiny_model("mixtral"), False, True),
+    "mixtral": (lambda: tiny_model("mixtral"), True, True),
+    "olmoe": (lambda: tiny_model("olmoe"), False, True),
     "gemma3_text": (lambda: tiny_model("gemma3_text"), False, False),
     "bamba": (lambda: tiny_model("bamba", **BAMBA), False, False),
 }

@@ -20,8 +20,8 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
 int32_t tawny_expand(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
                      int64_t rows, int64_t cols, int32_t kind, int32_t span, int64_t from, int64_t to, void* out,
                      int32_t okind, int64_t stride, int32_t threads);
-int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind, const void* x, const void* bias, void* y,
-                    int32_t xkind, int64_t tokens, int32_t threads);
+int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind, int32_t transposed, const void* x,
+                    const void* bias, void* y, int32_t xkind, int64_t tokens, int32_t threads);
 int32_t tawny_remove_half(const float* weight, const float* hessian, const float* carried, float* removed, double* paid,
                           int64_t rows, int64_t width, int64_t stride, int64_t hessian_stride, int32_t threads);
 }
@@ -111,7 +111,7 @@ bool run(const Case& c, const Kernels& k) {
         }
         case 'd': {  // dense
             Memory y((size_t)(n[4] * n[0] * value_size((int32_t)n[3])));
-            return !tawny_dense(a[0], n[0], n[1], (int32_t)n[2], a[1], a[2], y.at, (int32_t)n[3], n[4], 1) &&
+            return !tawny_dense(a[0], n[0], n[1], (int32_t)n[2], 0, a[1], a[2], y.at, (int32_t)n[3], n[4], 1) &&
                    compare(c, 3, y, (int32_t)n[3]);
         }
         case 'n':  // norm

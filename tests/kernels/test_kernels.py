@@ -181,8 +181,9 @@ def test_a_dense_product_does_not_depend_on_the_number_of_threads(kernel, dtype)
         for tokens in range(1, ops.DENSE_DIRECT + 1):
             half = activations(tokens, columns, dtype)
             x = torch.cat([half, -half[:, order]], 1)
-            one, two, three = by_threads(partial(ops.dense_linear, x, W, None))
-            assert kernel == "torch" or (torch.equal(one, two) and torch.equal(one, three))
+            for stored, transposed in ((W, False), (W.T.contiguous(), True)):
+                one, two, three = by_threads(partial(ops.dense_linear, x, stored, None, transposed))
+                assert kernel == "torch" or (torch.equal(one, two) and torch.equal(one, three))
 
 
 def test_activations_may_be_unaligned_strided_or_three_dimensional(kernel):
@@ -236,11 +237,12 @@ def test_dense_kernels_agree_with_plain_torch(kernel, dtype):
         bias = torch.randn(shape[0]).to(dtype)
         for tokens in range(1, 9):
             x = activations(tokens, shape[1], dtype)
-            y = ops.dense_linear(x, W, bias).double()
             exact = x.double() @ W.double().T + bias.double()
             magnitude = x.double().abs() @ W.double().abs().T + bias.double().abs()
             allowed = 2 * ROUNDING[dtype] * exact.abs() + 4e-6 * magnitude + 1e-7
-            assert bool(((y - exact).abs() <= allowed).all())
+            for stored, transposed in ((W, False), (W.T.contiguous(), True)):
+                y = ops.dense_linear(x, stored, bias, transposed).double()
+                assert bool(((y - exact).abs() <= allowed).all())
 
 
 def test_sums_over_very_many_columns_do_not_overflow(kernel):

@@ -1,8 +1,7 @@
 """Trick: a token of each sequence through a whole decoder in one C++ call, for models whose blocks have the usual shape.
 
 Bought: dense SmolLM2 in bf16 decodes 188 % more tokens a second than with transformers' own `generate`, and a model of
-1.1 billion weights 89 % more, reserved memory and our products included (benchmarks/results/decode.json). A mixture, to
-which only these two apply, gains 54 %. Decoding a small model in Python spends most of its time between the products.
+1.1 billion weights 89 % more, reserved memory and our products included (benchmarks/results/decode.json). Decoding a small model in Python spends most of its time between the products.
 Paid: a proof for each model, a few tokens' time once.
 
 A block of the usual shape is
@@ -10,7 +9,7 @@ A block of the usual shape is
     x += Wo · attention(rotary(Wq n), rotary(Wk n), Wv n)     n = rms_norm(x)
     x += Wdown · (silu(Wgate n) * (Wup n))                    n = rms_norm(x)
 
-`Step.build` describes all blocks to the library once (kernels/step.h), and a call then makes the logits of the next
+or, in a mixture, the second line for each expert that the router picks, times its share. `Step.build` describes all blocks to the library once (kernels/step.h), and a call then makes the logits of the next
 token of one sequence or of several. It looks at which modules there are and what shapes they have, never at a model's name. That is a guess: a model
 may scale, cap or add something that no module shows, or only far from the text's beginning. So a `Step` must be compared
 with the model's own forward before it is trusted (decoding/decoder.py does).
@@ -23,7 +22,10 @@ from __future__ import annotations
 __all__ = ["Step", "find_blocks", "find_rotary"]
 
 import ctypes
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from torch import Tensor, nn
 
 from tawny.errors import ModelError
 from tawny.kernels import native, ops
+from tawny.packed.expert_loop import can_run
+from tawny.packed.experts import PackedExperts
 from tawny.packed.linear import DenseLinear, PackedLinear
 
 # Rotary embeddings whose angles do not depend on the length of the text.
@@ -52,8 +56,8 @@ class _Product(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        *_fields(_Product, "query key value output gate up down"),
-        *_fields(_Pointer, "norm_attention norm_mlp norm_query norm_key keys values"),
+        *_fields(_Product, "query key value output gate up down router"),
+        *_fields(_Pointer, "experts norm_attention norm_mlp norm_query norm_key keys values"),
     ]
 
 
@@ -61,10 +65,13 @@ class _Decoder(ctypes.Structure):
     _fields_ = [
         *_fields(_Pointer, "blocks norm"),
         *_fields(_Product, "head"),
-        *_fields(_Pointer, "cosine sine hidden wide narrow scores logits input"),
-        *_fields(_Size, "count width heads kv_heads dim rotated inner capacity places"),
+        *_fields(_Pointer, "cosine sine hidden wide narrow scores logits"),
+        *_fields(_Pointer, "routed shares mixed picks input gathered gated"),
+        *_fields(
+            _Size, "count width heads kv_heads dim rotated inner capacity places experts picked expert_inner"
+        ),
         *_fields(ctypes.c_float, "eps scale"),
-        *_fields(_Flag, "kind unused"),
+        *_fields(_Flag, "kind normalised"),
     ]
 
 
@@ -137,27 +144,32 @@ class Step:
         _need(dtype in ops.FLOATS and len(memory) == len(blocks))
         dim = int(first["attention"].head_dim)
         heads, kv_heads = (first[name].out_features // dim for name in ("query", "key"))
-        width, inner = first["query"].in_features, first["gate"].out_features
+        width = first["query"].in_features
+        each = [_parts(block) for block in blocks]
+        inner = next((parts["gate"].out_features for parts in each if "gate" in parts), 0)
+        mixture = next((_mixture(parts, width) for parts in each if "experts" in parts), _Mixture())
         cosine, sine = self._angles(model, capacity, dtype)
-        wanted = {
+        attention = {
             "query": (heads * dim, width),
             "key": (kv_heads * dim, width),
             "value": (kv_heads * dim, width),
             "output": (width, heads * dim),
-            "gate": (inner, width),
-            "up": (inner, width),
-            "down": (width, inner),
         }
+        mlp = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
         norms = {"norm_attention": width, "norm_mlp": width, "norm_query": dim, "norm_key": dim}
         described = (_Block * len(blocks))()
-        for index, block in enumerate(blocks):
-            parts, place = _parts(block), described[index]
+        for index, parts in enumerate(each):
+            place = described[index]
             _need(parts["attention"].layer_idx == index and int(parts["attention"].head_dim) == dim)
             for name, tensor in zip(("keys", "values"), memory[index], strict=True):
                 _need(tensor.shape == (places, capacity, kv_heads, dim) and tensor.dtype == dtype)
                 _need(tensor.is_contiguous())
                 setattr(place, name, tensor.data_ptr())
-            for name, shape in wanted.items():
+            if "experts" in parts:
+                _need(_mixture(parts, width) == mixture)
+                place.router = self._dense(parts["router"].weight)
+                place.experts = self._experts(parts["experts"], mixture, width)
+            for name, shape in (attention if "experts" in parts else attention | mlp).items():
                 _need((parts[name].out_features, parts[name].in_features) == shape)
                 setattr(place, name, self._product(parts[name]))
             for name, size in norms.items():
@@ -169,13 +181,18 @@ class Step:
         self._hidden = torch.zeros(places, width)
         self.logits = torch.zeros(places, head.out_features)
         widest = max(width, inner, heads * dim)
+        wide = max(2 * inner, 2 * mixture.inner, (heads + 2 * kv_heads) * dim)
         buffers = {
             "cosine": cosine,
             "sine": sine,
             "hidden": self._hidden,
-            "wide": torch.zeros(places, max(2 * inner, (heads + 2 * kv_heads) * dim)),
+            "wide": torch.zeros(places, wide),
             "narrow": torch.zeros(places, width),
             "scores": torch.empty(places, heads, capacity),
+            "routed": torch.zeros(places, max(mixture.experts, mixture.picked)),
+            "shares": torch.zeros(places, mixture.picked),
+            "mixed": torch.zeros(places, width),
+            "picks": torch.zeros(places, mixture.picked, dtype=torch.long),
             "logits": self.logits,
         }
         self._alive += [described, buffers, model]
@@ -184,8 +201,9 @@ class Step:
             norm=self._floats(norm.weight),
             head=self._product(head),
             **{name: tensor.data_ptr() for name, tensor in buffers.items()},
-            # A whole number of vectors, aligned, so that products take it as it is.
-            input=self._aligned(-(-places * widest // 64) * 64, dtype),
+            input=self._aligned(places * widest, dtype),
+            gathered=self._aligned(places * width, dtype),
+            gated=self._aligned(places * mixture.inner, dtype),
             count=len(blocks),
             width=width,
             heads=heads,
@@ -195,6 +213,10 @@ class Step:
             inner=inner,
             capacity=capacity,
             places=places,
+            experts=mixture.experts,
+            picked=mixture.picked,
+            expert_inner=mixture.inner,
+            normalised=mixture.normalised,
             eps=_eps(norm),
             scale=float(getattr(first["attention"], "scaling", dim**-0.5)),
             kind=ops.FLOATS[dtype],
@@ -225,9 +247,26 @@ class Step:
             self._alive.append(call)
             return _Product(call.address, None, bias, rows, cols, call.weight.kind.code)
         _need(isinstance(linear, DenseLinear))
-        weight: Tensor = linear.weight  # type: ignore[assignment]
+        return self._dense(linear.weight, bias)  # type: ignore[arg-type]
+
+    def _dense(self, weight: Tensor, bias: int | None = None) -> _Product:
         _need(weight.is_contiguous() and weight.device.type == "cpu" and weight.dtype is self._dtype)
-        return _Product(None, weight.data_ptr(), bias, rows, cols, ops.FLOATS[weight.dtype])
+        return _Product(None, weight.data_ptr(), bias, *weight.shape, ops.FLOATS[weight.dtype])
+
+    def _experts(self, experts: Any, mixture: _Mixture, width: int) -> int:
+        """Of each expert the product for gate and up, and the one for down."""
+        described = (_Product * (2 * mixture.experts))()
+        shapes = {"gate_up_proj": (2 * mixture.inner, width), "down_proj": (width, mixture.inner)}
+        for number, (name, shape) in enumerate(shapes.items()):
+            fused = getattr(experts, name)
+            _need(len(fused) == mixture.experts)
+            for expert in range(mixture.experts):
+                one = fused[expert]
+                made = self._product(one) if isinstance(one, PackedLinear) else self._dense(one)
+                _need((made.rows, made.cols) == shape)
+                described[2 * expert + number] = made
+        self._alive.append(described)
+        return ctypes.addressof(described)
 
     def _floats(self, tensor: Tensor) -> int:
         made = tensor.detach().to("cpu", torch.float32).contiguous()
@@ -235,7 +274,8 @@ class Step:
         return made.data_ptr()
 
     def _aligned(self, count: int, dtype: torch.dtype) -> int:
-        memory = torch.zeros(count * dtype.itemsize + 64, dtype=torch.uint8)
+        # A whole number of vectors, aligned, so that products take it as it is.
+        memory = torch.zeros(-(-count // 64) * 64 * dtype.itemsize + 64, dtype=torch.uint8)
         self._alive.append(memory)
         return -(-memory.data_ptr() // 64) * 64
 
@@ -247,6 +287,33 @@ class Step:
         cosine, sine = (part[0].float().contiguous() for part in made)
         _need(cosine.shape == sine.shape and cosine.shape[0] == capacity)
         return cosine, sine
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """What is the same for all blocks with experts; zeros where there are none."""
+
+    experts: int = 0
+    picked: int = 0
+    inner: int = 0
+    normalised: bool = False
+
+
+def _mixture(parts: dict[str, Any], width: int) -> _Mixture:
+    """Of a block with experts; `_Other` if its router does anything but pick the likeliest of a softmax."""
+    router, experts = parts["router"], parts["experts"]
+    x = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(router.weight.dtype)
+    with torch.no_grad():
+        made = router(x)
+        likely = torch.softmax((x @ router.weight.T).float(), -1)[0]
+    picks = [t for t in made if t.dtype is torch.long]
+    shares = [t for t in made if t.dtype.is_floating_point and t.shape == picks[0].shape]
+    _need(len(picks) == 1 and len(shares) == 1)
+    share, wanted = shares[0][0].float(), likely[picks[0][0]]
+    _need(set(picks[0][0].tolist()) == set(likely.topk(len(wanted)).indices.tolist()))
+    far = [float((share / w - 1).abs().max()) for w in (wanted, wanted / wanted.sum())]
+    _need(min(far) < 0.02)
+    return _Mixture(len(likely), len(wanted), experts.down_proj.shape[2], far[1] < far[0])
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -282,13 +349,21 @@ def _parts(block: nn.Module) -> dict[str, Any]:
             found["attention"] = child
             for part, name in (_ATTENTION | _ATTENTION_NORMS).items():
                 found[part] = getattr(child, name, None)
+        elif "experts" in names:
+            experts: Any = child.experts
+            router = _only(child, partial(operator.is_not, experts))
+            _need(list(router._parameters) == ["weight"] and not router._modules)
+            _need(can_run(experts) and experts.has_gate and _is_silu(experts.act_fn))
+            _need(not (experts.has_bias or experts.has_post_expert_norm))
+            _need(isinstance(experts.down_proj, PackedExperts) or not experts.is_transposed)
+            found |= {"experts": experts, "router": router}
         elif names >= {*_MLP.values()}:
             _need(names <= {*_MLP.values(), "act_fn"} and _is_silu(child.act_fn))
             found |= {part: getattr(child, name) for part, name in _MLP.items()}
         else:
             _need(_is_norm(child))
             norms.append(child)
-    _need(len(norms) == 2 and "attention" in found and "gate" in found)
+    _need(len(norms) == 2 and "attention" in found and ("gate" in found) != ("experts" in found))
     found["norm_attention"], found["norm_mlp"] = norms  # made in the order of their use
     return found
 

@@ -24,7 +24,7 @@ from tawny.packed.linear import DenseLinear
 
 @contextlib.contextmanager
 def kernels(model: nn.Module) -> Iterator[None]:
-    """Inside, plain `nn.Linear` on the CPU and fused experts that are stored `[out, in]` run our dense kernel."""
+    """Inside, plain `nn.Linear` on the CPU and fused experts run our dense kernel."""
     if not native.chosen():
         yield
         return

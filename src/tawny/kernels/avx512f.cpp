@@ -13,7 +13,7 @@ using N = Both<Avx512, Avx2>;
 using B = Between<Avx512>;
 using R = Greedy<Avx512>;
 using A = Admm<Avx512>;
-const Kernels table = {"avx512f", N::form, N::prepare, N::packed, N::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
+const Kernels table = {"avx512f", N::form, N::prepare, N::packed, N::expand, G::dense, G::dense_transposed, G::stream, B::norm, B::swish, B::attend,
                        R::scratch, R::remove_half, A::right, A::update, A::support, Fitting<Avx512>::fit};
 
 }  // namespace

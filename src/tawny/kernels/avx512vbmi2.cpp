@@ -517,7 +517,7 @@ void dense(const Dense* d, const Input* x, const Output* out, int64_t from, int6
 using B = Between<Avx512>;
 using R = Greedy<Avx512>;
 using A = Admm<Avx512>;
-const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense, F::stream, B::norm, B::swish, B::attend,
+const Kernels table = {"avx512vbmi2", form, prepare, packed, expand, dense, F::dense_transposed, F::stream, B::norm, B::swish, B::attend,
                        R::scratch, R::remove_half, A::right, A::update, A::support, Fitting<Avx512>::fit};
 
 }  // namespace

@@ -109,7 +109,10 @@ int64_t cost(const Packed& p, int64_t g) {
 int64_t boundary(const Job& job, int part, int parts) {
     if (part <= 0) return job.from;
     if (part >= parts) return job.to;
-    if (job.dense) return job.from + (job.to - job.from) * part / parts;
+    if (job.dense) {
+        int64_t at = job.from + (job.to - job.from) * part / parts;
+        return job.dense->transposed ? at / 64 * 64 : at;  // whole vectors of neighbours
+    }
     int64_t start = cost(*job.packed, job.from), end = cost(*job.packed, job.to);
     int64_t wanted = start + (end - start) / parts * part, low = job.from, high = job.to;
     while (low < high) {
@@ -123,7 +126,6 @@ int64_t boundary(const Job& job, int part, int parts) {
 void work(Job& job, int part, int parts) {
     int64_t from = boundary(job, part, parts), to = boundary(job, part + 1, parts);
     if (from >= to) return;
-    if (job.dense) return chosen->dense(job.dense, job.input, job.output, from, to);
     if (job.place) {
         uint8_t* place = (uint8_t*)job.place + (from - job.from) * 4 * job.stride * value_size(job.kind);
         return chosen->expand(job.packed, from, to, place, job.kind, job.stride);
@@ -133,7 +135,9 @@ void work(Job& job, int part, int parts) {
         job.failed = 1;
         return;
     }
-    chosen->packed(job.packed, job.input, job.output, from, to, tile);
+    if (!job.dense) chosen->packed(job.packed, job.input, job.output, from, to, tile);
+    else if (job.dense->transposed) chosen->dense_transposed(job.dense, job.input, job.output, from, to, tile);
+    else chosen->dense(job.dense, job.input, job.output, from, to);
 }
 
 void worker(void* job) { work(*(Job*)job, thread_number(), thread_count()); }
@@ -323,18 +327,18 @@ int32_t tawny_expand(const void* masks, const void* values, const void* offsets,
     return run(job, cost(p, to) - cost(p, from), threads);
 }
 
-// The same product with a dense weight [rows, cols]: float32, bfloat16 or float16.
-int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind, const void* x, const void* bias,
-                    void* y, int32_t xkind, int64_t tokens, int32_t threads) {
+// The same product with a dense weight [rows, cols], or [cols, rows] if `transposed`: float32, bfloat16 or float16.
+int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind, int32_t transposed, const void* x,
+                    const void* bias, void* y, int32_t xkind, int64_t tokens, int32_t threads) {
     if (!chosen) return 1;
     if (rows <= 0 || cols <= 0 || kind < F32 || kind > F16 || xkind < F32 || xkind > F16 || tokens < 0) return 2;
     if (tokens == 0) return 0;
-    Dense d = {weight, rows, cols, kind};
-    int32_t form = chosen->form(kind, xkind, tokens, cols);
+    Dense d = {weight, rows, cols, kind, transposed};
+    int32_t form = transposed ? FORM_F32 : chosen->form(kind, xkind, tokens, cols);
     Input input;
     if (int32_t error = prepare(input, form, x, xkind, tokens, cols)) return error;
     Output output = {y, bias, rows, xkind};
-    Job job = {nullptr, &d, &input, &output, nullptr, 0, 0, 0, rows, 0, 0};
+    Job job = {nullptr, &d, &input, &output, nullptr, 0, 0, 0, rows, transposed ? (size_t)(tokens * rows * 4) : 0, 0};
     return run(job, rows * cols * value_size(kind), threads);
 }
 

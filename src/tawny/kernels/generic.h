@@ -491,6 +491,35 @@ struct Generic {
         });
     }
 
+    // y = x Wᵀ with the weight stored [cols, rows], as some experts are. Four of its columns at a time are added to sums of
+    // [tokens, to - from] floats, which stay in the cache; the weight is read once, in its own order.
+    static void dense_transposed(const Dense* d, const Input* x, const Output* out, int64_t from, int64_t to, void* scratch) {
+        float *sums = (float*)scratch, none[4] = {};
+        int64_t width = to - from;
+        memset(sums, 0, x->tokens * width * 4);
+        for (int64_t k = 0; k < d->cols; k += 4) {
+            int64_t left = d->cols - k < 4 ? d->cols - k : 4, at[4];
+            for (int64_t i = 0; i < 4; i++) at[i] = (k + (i < left ? i : 0)) * d->rows + from;
+            for (int64_t t = 0; t < x->tokens; t++) {
+                const float* given = (const float*)x->data + t * x->stride + k;
+                for (int64_t i = 0; i < 4; i++) none[i] = i < left ? given[i] : 0.0f;
+                V factor[4] = {I::broadcast(none[0]), I::broadcast(none[1]), I::broadcast(none[2]), I::broadcast(none[3])};
+                float* sum = sums + t * width;
+                int64_t j = 0;
+                for (; j + W <= width; j += W) {
+                    V all = I::load(sum + j);
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++) all = I::fma(I::load_kind(d->weight, d->kind, at[i] + j), factor[i], all);
+                    I::store(sum + j, all);
+                }
+                for (; j < width; j++)
+                    for (int64_t i = 0; i < left; i++) sum[j] += given[i] * load_float(d->weight, d->kind, at[i] + j);
+            }
+        }
+        for (int64_t t = 0; t < x->tokens; t++)
+            for (int64_t j = 0; j < width; j++) store(*out, t, from + j, sums[t * width + j]);
+    }
+
     // What one core can read: two distant streams, four independent sums.
     static float stream(const float* data, int64_t count) {
         int64_t half = count / 2 / (2 * W) * (2 * W);

@@ -68,7 +68,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     found.tawny_packed_at.argtypes = [pointer, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_describe.argtypes = [pointer, *weight]
     found.tawny_expand.argtypes = [*weight, i64, i64, pointer, i32, i64, i32]
-    found.tawny_dense.argtypes = [pointer, i64, i64, i32, pointer, pointer, pointer, i32, i64, i32]
+    found.tawny_dense.argtypes = [pointer, i64, i64, i32, i32, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_check.argtypes = [pointer, pointer, i64, i64, i64]
     found.tawny_remove_half.argtypes = [pointer] * 5 + [i64] * 4 + [i32]
     found.tawny_admm_right.argtypes = [pointer] * 4 + [i32, i64, f32, f32, f32, i32]

@@ -154,7 +154,7 @@ using N = Both<Neon>;
 using B = Between<Neon>;
 using R = Greedy<Neon>;
 using A = Admm<Neon>;
-const Kernels table = {"neon", N::form, N::prepare, N::packed, N::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
+const Kernels table = {"neon", N::form, N::prepare, N::packed, N::expand, G::dense, G::dense_transposed, G::stream, B::norm, B::swish, B::attend,
                        R::scratch, R::remove_half, A::right, A::update, A::support, Fitting<Neon>::fit};
 
 }  // namespace

@@ -235,9 +235,12 @@ def _expand_then_multiply(x_TI: Tensor, weight: Weight, bias: Tensor | None) -> 
     return y_TO
 
 
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias with a dense weight: our matrix-vector kernel for a few tokens, torch's product for more."""
-    rows, cols = weight.shape
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """x Wᵀ + bias with a dense weight: our matrix-vector kernel for a few tokens, torch's product for more.
+
+    transposed: the weight is stored `[in, out]`, as experts of some models are.
+    """
+    rows, cols = weight.shape[::-1] if transposed else weight.shape
     tokens = x.numel() // cols
     fits = x.dtype is weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == cols
     if not (
@@ -246,7 +249,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         and native.chosen()
         and x.device.type == weight.device.type == "cpu"
     ):
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, weight.T if transposed else weight, bias)
     x = x.contiguous()
     bias = _readable(bias, rows, x.dtype)
     y = x.new_empty((*x.shape[:-1], rows))
@@ -255,6 +258,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows,
         cols,
         FLOATS[weight.dtype],
+        transposed,
         x.data_ptr(),
         native.address(bias),
         y.data_ptr(),

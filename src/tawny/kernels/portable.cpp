@@ -174,7 +174,7 @@ using N = Both<Portable>;
 using B = Between<Portable>;
 using R = Greedy<Portable>;
 using A = Admm<Portable>;
-const Kernels table = {"portable", N::form, N::prepare, N::packed, N::expand, G::dense, G::stream, B::norm, B::swish, B::attend,
+const Kernels table = {"portable", N::form, N::prepare, N::packed, N::expand, G::dense, G::dense_transposed, G::stream, B::norm, B::swish, B::attend,
                        R::scratch, R::remove_half, A::right, A::update, A::support, Fitting<Portable>::fit};
 
 }  // namespace

@@ -4,9 +4,13 @@
 //     x += Wo · attend(rotate(Wq n), rotate(Wk n), Wv n)   with n = norm(x)
 //     x += Wdown · (swish(Wgate n) * (Wup n))              with n = norm(x)
 //
+// or, in a mixture, the second line for each of the experts that the router picks, times its share.
+//
 // Products that share an input share its conversion and one fork of the threads.
 #pragma once
 #include "generic.h"
+
+#include <math.h>
 
 namespace {
 
@@ -19,7 +23,8 @@ struct Product {  // y [rows] = W x + bias; `packed`, or else a dense weight of 
 };
 
 struct Block {
-    Product query, key, value, output, gate, up, down;
+    Product query, key, value, output, gate, up, down, router;
+    const Product* experts;  // [experts, 2]: gate and up in one, and down; null where there is one `gate`, `up` and `down`
     const float *norm_attention, *norm_mlp, *norm_query, *norm_key;  // the last two may be null
     void *keys, *values;  // [places, capacity, kv_heads * dim] of the model's kind
 };
@@ -31,10 +36,12 @@ struct Decoder {
     const float *cosine, *sine;  // [capacity, rotated]
     // [places, …] each: the residual stream, what products give, attention's scores, the logits.
     float *hidden, *wide, *narrow, *scores, *logits;
-    void* input;  // of the model's kind
-    int64_t count, width, heads, kv_heads, dim, rotated, inner, capacity, places;
+    float *routed, *shares, *mixed;  // of mixtures: [places, experts], [places, picked], and what all experts add up to
+    int64_t* picks;                  // [places, picked]
+    void *input, *gathered, *gated;  // what goes into products, of the model's kind
+    int64_t count, width, heads, kv_heads, dim, rotated, inner, capacity, places, experts, picked, expert_inner;
     float eps, scale;
-    int32_t kind, unused;
+    int32_t kind, normalised;  // whether the shares of the picked experts add up to 1
 };
 
 struct Token {  // at `position` of the sequence that has this place
@@ -70,7 +77,7 @@ int32_t multiply(const Product* const* products, float* const* places, int count
             const Product& p = *products[first];
             int n = jobs.count++;
             outputs[n] = {places[first], p.bias, p.rows, F32};
-            dense[n] = {p.weight, p.rows, p.cols, p.kind};
+            dense[n] = {p.weight, p.rows, p.cols, p.kind, 0};
             jobs.jobs[n] = {p.packed, p.packed ? nullptr : &dense[n], &input, &outputs[n], nullptr, 0, 0, 0,
                             p.packed ? p.packed->groups : p.rows, p.packed ? tile_bytes(*p.packed, form, tokens) : 0, 0};
             bytes += p.packed ? cost(*p.packed, p.packed->groups) : p.rows * p.cols * value_size(p.kind);
@@ -139,6 +146,63 @@ void norm_rows(const Decoder& d, const float* weight, int64_t count) {
         chosen->norm(d.hidden + t * d.width, weight, d.width, d.eps, (uint8_t*)d.input + t * d.width * value_size(d.kind), d.kind);
 }
 
+// The experts of one token, the likeliest first, and their shares: a softmax of logits that the model's kind holds.
+void pick(const Decoder& d, float* logits, int64_t* picks, float* shares) {
+    float highest = -INFINITY, total = 0.0f;
+    for (int64_t e = 0; e < d.experts; e++) {
+        keep(logits + e, 1, logits + e, d.kind, 0);
+        logits[e] = load_float(logits + e, d.kind, 0);
+        highest = logits[e] > highest ? logits[e] : highest;
+    }
+    for (int64_t e = 0; e < d.experts; e++) total += logits[e] = expf(logits[e] - highest);
+    float sum = 0.0f;
+    for (int64_t i = 0; i < d.picked; i++) {
+        int64_t best = 0;
+        for (int64_t e = 1; e < d.experts; e++)
+            if (logits[e] > logits[best]) best = e;
+        picks[i] = best;
+        sum += shares[i] = logits[best] / total;
+        logits[best] = -1.0f;
+    }
+    for (int64_t i = 0; d.normalised && i < d.picked; i++) shares[i] /= sum;
+}
+
+// hidden += what the picked experts make of `input`; an expert that several tokens share is read once.
+int32_t mixture(const Decoder& d, const Block& block, int64_t count, int32_t threads) {
+    const Product* router[] = {&block.router};
+    if (int32_t error = multiply(router, &d.routed, 1, d.input, d.kind, count, threads)) return error;
+    for (int64_t t = 0; t < count; t++) pick(d, d.routed + t * d.experts, d.picks + t * d.picked, d.shares + t * d.picked);
+    memset(d.mixed, 0, count * d.width * 4);
+    int64_t row = d.width * value_size(d.kind);
+    for (int64_t e = 0; e < d.experts; e++) {
+        int64_t together = 0;
+        float* place = d.routed;  // the shares of the tokens that picked this expert
+        for (int64_t i = 0; i < count * d.picked; i++)
+            if (d.picks[i] == e) {
+                if (count > 1)
+                    memcpy((uint8_t*)d.gathered + together * row, (const uint8_t*)d.input + i / d.picked * row, row);
+                place[together++] = d.shares[i];
+            }
+        if (!together) continue;
+        const Product *wide[] = {block.experts + 2 * e}, *down[] = {block.experts + 2 * e + 1};
+        if (int32_t error = multiply(wide, &d.wide, 1, count > 1 ? d.gathered : d.input, d.kind, together, threads))
+            return error;
+        for (int64_t n = 0; n < together; n++) {
+            const float* gate = d.wide + n * 2 * d.expert_inner;
+            chosen->swish(gate, gate + d.expert_inner, d.expert_inner,
+                          (uint8_t*)d.gated + n * d.expert_inner * value_size(d.kind), d.kind);
+        }
+        if (int32_t error = multiply(down, &d.narrow, 1, d.gated, d.kind, together, threads)) return error;
+        for (int64_t i = 0, n = 0; i < count * d.picked; i++)
+            if (d.picks[i] == e) {
+                float *sum = d.mixed + i / d.picked * d.width, *y = d.narrow + n * d.width, share = place[n++];
+                for (int64_t j = 0; j < d.width; j++) sum[j] += share * y[j];
+            }
+    }
+    add(d.hidden, d.mixed, count * d.width);
+    return 0;
+}
+
 // `count` tokens of as many sequences; the embedding of token t is hidden[t].
 int32_t step(const Decoder& d, const Token* tokens, int64_t count, int32_t threads) {
     const int64_t queries = d.heads * d.dim, stored = d.kv_heads * d.dim, size = value_size(d.kind);
@@ -169,6 +233,10 @@ int32_t step(const Decoder& d, const Token* tokens, int64_t count, int32_t threa
         add(d.hidden, d.narrow, count * d.width);
 
         norm_rows(d, block.norm_mlp, count);
+        if (block.experts) {
+            if (int32_t error = mixture(d, block, count, threads)) return error;
+            continue;
+        }
         const Product* wide[] = {&block.gate, &block.up};
         float* two[] = {d.wide, d.wide + count * d.inner};
         if (int32_t error = multiply(wide, two, 2, d.input, d.kind, count, threads)) return error;

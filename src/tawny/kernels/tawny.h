@@ -41,9 +41,9 @@ static inline int64_t token_share(int64_t left, int64_t most) {
 }
 
 struct Dense {
-    const void* weight;  // [rows, cols], row after row
+    const void* weight;  // [rows, cols], row after row; [cols, rows] where it is transposed
     int64_t rows, cols;
-    int32_t kind;
+    int32_t kind, transposed;
 };
 
 struct Input {
@@ -111,6 +111,7 @@ struct Kernels {
     void (*packed)(const Packed*, const Input*, const Output*, int64_t from, int64_t to, void* scratch);  // groups
     void (*expand)(const Packed*, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride);     // groups
     void (*dense)(const Dense*, const Input*, const Output*, int64_t from, int64_t to);                   // rows
+    void (*dense_transposed)(const Dense*, const Input*, const Output*, int64_t from, int64_t to, void* scratch);
     float (*stream)(const float* data, int64_t count);  // the sum: reads everything once and does nothing else
     // between.h
     void (*norm)(const float* x, const float* weight, int64_t count, float eps, void* out, int32_t kind);

@@ -27,13 +27,13 @@ IMPLEMENTATION = "tawny"  # what transformers calls this way to run experts
 def dense_experts(model: nn.Module) -> Iterator[None]:
     """Inside, dense experts are run by `run_experts` where that is the quickest way.
 
-    Our dense product is one of 16 and 32 bits on a CPU, with weights stored `[out, in]`.
+    Our dense product is one of 16 and 32 bits on a CPU.
     """
     before: list[tuple[Any, str | None]] = []
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-        if not fused or not can_run(module) or module.is_transposed:
+        if not fused or not can_run(module):
             continue
         if not all(p.device.type == "cpu" and p.dtype in FLOATS for p in fused):
             continue
@@ -72,7 +72,7 @@ def run_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
         if isinstance(weight, PackedLinear):
             y = weight(x)
         else:
-            y = x @ weight if self.is_transposed else multiply(x, weight)
+            y = multiply(x, weight, transposed=self.is_transposed)
         if self.has_bias:
             y = y + getattr(self, f"{which}_bias")[expert]
         return y

@@ -190,10 +190,11 @@ def _transformed() -> bool:
     return _transforming() is not None or forward_ad._current_level >= 0
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias with a dense weight `[out, in]`, by our matrix-vector kernel where it applies."""
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """x Wᵀ + bias with a dense weight `[out, in]`, or `[in, out]` if transposed, by our kernel where it applies."""
     if _plain(x, weight, bias):
-        return ops.dense_linear(x, weight, bias)
+        return ops.dense_linear(x, weight, bias, transposed)
+    weight = weight.T if transposed else weight
     if not torch.compiler.is_compiling() and _transformed():
         return nn.functional.linear(x, weight, bias)
     return operators.dense_linear(x, weight, bias)

@@ -1,0 +1,175 @@
+"""Few bits against llama.cpp: tokens a second of whole models of random weights, in turn in one run.
+
+    python benchmarks/few_bits_speed.py --llama PATH/python              # 1.1b and 7b
+    python benchmarks/few_bits_speed.py --llama PATH/python --shape 1.1b
+    python benchmarks/few_bits_speed.py --llama PATH/python --quick      # a tiny shape, nothing kept
+
+`--llama` is the interpreter of an environment that has llama-cpp-python and gguf. Every model lives in a process of its own
+and waits for its turn, so that a change of clock falls on all of them. Ours are solved for no data: speed does not depend on
+values. K-quants are blocks of random bytes with small scales, in the mixture that llama.cpp's own quantiser chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peers import SHAPES, spread, write_gguf
+
+RESULTS = Path(__file__).parent / "results" / "few_bits_speed.json"
+OURS = ["int4:32:0", "int4:128:0", "int4:64:0.5", "int3:64:0"]
+THEIRS = ["Q4_0", "Q4_K_M", "Q3_K_M"]
+EFFORT = {"1.1b": (512, 24, 5), "7b": (512, 8, 3), "quick": (16, 4, 2)}  # prompt, tokens, rounds
+
+
+def theirs(kind: str, shape: str, threads: int) -> Iterator[tuple[float, float]]:
+    """Bytes of the file first, then seconds of a prompt and of the tokens after it, a round at a time."""
+    import llama_cpp
+
+    prompt, tokens, _ = EFFORT[shape]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(path, SHAPES[shape], kind)
+        yield path.stat().st_size, 0.0
+        model = llama_cpp.Llama(
+            str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        while True:
+            model.reset()
+            begin = time.perf_counter()
+            model.eval([300 + i % 200 for i in range(prompt)])
+            filled = time.perf_counter()
+            for i in range(tokens):
+                model.eval([300 + i])
+            yield filled - begin, time.perf_counter() - filled
+
+
+def ours(kind: str, shape: str, threads: int) -> Iterator[tuple[float, float]]:
+    import torch
+    from decode import Cell, random_model, tensor_bytes
+
+    from tawny.decoding.decoder import Decoder
+    from tawny.decoding.swapped import kernels
+
+    torch.set_num_threads(threads)
+    prompt, tokens, _ = EFFORT[shape]
+    values, group, sparsity = kind.split(":")
+    size = SHAPES[shape]
+    settings = {
+        "hidden_size": size["hidden"],
+        "intermediate_size": size["inner"],
+        "num_hidden_layers": size["blocks"],
+        "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["kv"],
+        "vocab_size": size["vocabulary"],
+    }
+    model = random_model(settings, Cell(kind, float(sparsity), "bf16", values, "int8", int(group)))
+    yield tensor_bytes(model), 0.0
+    with torch.inference_mode(), kernels(model):
+        while True:
+            decoder = Decoder(model, prompt + tokens + 2)
+            begin = time.perf_counter()
+            decoder.prefill(torch.arange(300, 300 + prompt) % size["vocabulary"])
+            filled = time.perf_counter()
+            decoder.step(300)  # the quick path is decided here
+            start = time.perf_counter()
+            for i in range(tokens):
+                decoder.step(300 + i)
+            assert decoder.path == "blocks"
+            yield filled - begin, time.perf_counter() - start
+
+
+def child(name: str, shape: str, threads: int) -> None:
+    made = (theirs if name in THEIRS else ours)(name, shape, threads)
+    for line in made:
+        print(json.dumps(line), flush=True)
+        sys.stdin.readline()
+
+
+def compare(names: list[str], shape: str, threads: int, llama: str) -> list[dict[str, Any]]:
+    """All of `names`, in turn; a first round warms up."""
+    prompt, tokens, rounds = EFFORT[shape]
+    running = {
+        name: subprocess.Popen(
+            [
+                llama if name in THEIRS else sys.executable,
+                __file__,
+                *("--child", name, "--shape", shape, "--threads", str(threads)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    try:
+        for number in range(rounds + 2):  # the first answer is the size
+            for name, process in running.items():
+                assert process.stdin is not None and process.stdout is not None
+                if number:
+                    process.stdin.write("go\n")
+                    process.stdin.flush()
+                line = json.loads(process.stdout.readline())
+                if number == 0:
+                    rows[name] = {"name": name, "shape": shape, "threads": threads, "bytes": int(line[0])}
+                elif number > 1:
+                    seconds[name].append(line)
+    finally:
+        for process in running.values():
+            process.kill()
+    for name, row in rows.items():
+        for what, count, column in (("prefill", prompt, 0), ("decode", tokens, 1)):
+            median, quartiles = spread([count / times[column] for times in seconds[name]])
+            row[f"{what}_tokens_per_second"], row[f"{what}_quartiles"] = median, quartiles
+        print(
+            f"{shape} {name}: {row['bytes'] / 1e9:.2f} GB, decode {row['decode_tokens_per_second']:.2f}, "
+            f"prefill {row['prefill_tokens_per_second']:.1f} tokens/s",
+            flush=True,
+        )
+    return list(rows.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--llama", help="interpreter with llama-cpp-python")
+    parser.add_argument("--shape", action="append", choices=list(SHAPES))
+    parser.add_argument("--names", nargs="+", default=[*THEIRS, *OURS])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="a tiny shape; nothing is kept")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(args.child, args.shape[0], args.threads)
+    from tawny.machine import machine, versions
+
+    for shape in ["quick"] if args.quick else args.shape or ["1.1b", "7b"]:
+        rows = compare(args.names, shape, args.threads, args.llama)
+        if args.quick:
+            continue
+        kept = json.loads(args.results.read_text()) if args.results.exists() else {"rows": []}
+        others = [row for row in kept["rows"] if row["shape"] != shape]
+        made = {
+            "rows": others + rows,
+            "machine": machine(),
+            "versions": versions(),
+            "date": str(datetime.date.today()),
+        }
+        args.results.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
