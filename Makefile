@@ -110,6 +110,10 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/soak.py
+	$(PIP) install 'lm-eval[api]>=0.4.13'
+	$(BIN)/python benchmarks/serving_tasks.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/scaling_model.py
 	$(BIN)/python benchmarks/readme.py
