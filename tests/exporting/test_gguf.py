@@ -30,7 +30,7 @@ SHAPE = {
     "max_position_embeddings": 128,
 }
 FAMILIES = {
-    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    "llama": {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
     "qwen2": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
     "qwen3": {"head_dim": 128},  # the size that transformers takes every Qwen3 in a GGUF file to have
     "gemma": {"head_dim": 32, "hidden_activation": "gelu_pytorch_tanh"},
@@ -139,15 +139,24 @@ def test_frequencies_of_llama3_are_divided_by_what_the_file_says(words, tmp_path
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
+        "original_max_position_embeddings": 8192,
     }
-    folder = saved(tmp_path / "model", "llama", rope_parameters=rope)
+    folder = saved(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=16384)
     tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
     factors = contents(tmp_path / "m.gguf")["rope_freqs.weight"]
     plain = 1e4 ** -(torch.arange(0, 16, 2) / 16)
     model = tawny.load(folder).model.rotary_emb.inv_freq
     torch.testing.assert_close(plain / factors, model)
     assert factors.min() == 1 and factors.max() == 8
+    assert tawny.load(tmp_path / "m.gguf").config.rope_parameters == rope
+
+
+def test_other_factors_than_those_of_llama3_are_refused_when_a_file_is_opened(words, tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    folder = saved(tmp_path / "model", "llama", rope_parameters=rope)
+    tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
+    with pytest.raises(CheckpointError, match="in another way than Llama 3"):
+        tawny.load(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -272,7 +281,7 @@ def test_the_tokenizer_made_from_a_folder_is_the_one_that_its_gguf_file_has(tmp_
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", {"attention_bias": True})]
+    ("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", {"attention_bias": False})]
 )
 def test_llama_cpp_computes_the_logits_of_transformers(family, changes, words, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
