@@ -34,6 +34,13 @@ FAMILIES = {
     "qwen2": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
     "qwen3": {"head_dim": 128},  # the size that transformers takes every Qwen3 in a GGUF file to have
     "gemma": {"head_dim": 32, "hidden_activation": "gelu_pytorch_tanh"},
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 8,
+        "num_hidden_layers": 6,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+    },
 }
 
 
@@ -120,14 +127,15 @@ def test_halves_of_q_and_k_are_interleaved_within_each_head():
     assert torch.equal(ARCHITECTURES["qwen2"].changed("blk.0.attn_q.weight", weight, 4, 2), weight)
 
 
-def test_norms_of_gemma_are_stored_as_what_is_multiplied_with(words, tmp_path):
-    folder = saved(tmp_path / "model", "gemma")
+@pytest.mark.parametrize(
+    ("family", "third"), [("gemma", "post_attention_layernorm"), ("gemma3_text", "pre_feedforward_layernorm")]
+)
+def test_norms_of_gemma_are_stored_as_what_is_multiplied_with(family, third, words, tmp_path):
+    folder = saved(tmp_path / "model", family)
     tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
     source, found = load_file(folder / "model.safetensors"), contents(tmp_path / "m.gguf")
     assert torch.equal(found["output_norm.weight"], source["model.norm.weight"] + 1)
-    assert torch.equal(
-        found["blk.1.ffn_norm.weight"], source["model.layers.1.post_attention_layernorm.weight"] + 1
-    )
+    assert torch.equal(found["blk.1.ffn_norm.weight"], source[f"model.layers.1.{third}.weight"] + 1)
     assert torch.equal(found["blk.1.attn_q.weight"], source["model.layers.1.self_attn.q_proj.weight"])
     assert "output.weight" not in found and len(found) == len(source)
 
