@@ -15,8 +15,6 @@ from torch import Tensor
 from tawny.errors import CheckpointError
 from tawny.model.quantised.coded import Coded, Parts, Stored, made_of_bits
 
-# Which of the eight numbers of a word is column 0, 1, 2, …
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _GPTQ_BITS = (2, 3, 4, 8)
 
 
@@ -26,7 +24,7 @@ def _group_size(stored: Stored, inputs: int) -> int:
 
 
 def _with_groups(q_OI: Tensor, zeros_OG: Tensor, scales_OG: Tensor, group_I: Tensor) -> Tensor:
-    values = q_OI.float()
+    values = q_OI.contiguous().float()
     values -= zeros_OG.float()[:, group_I]
     return values.mul_(scales_OG.float()[:, group_I])
 
@@ -121,8 +119,8 @@ def awq(stored: Stored) -> dict[str, Coded]:
 
 def _awq(parts: Parts) -> Tensor:
     def columns(words: Tensor) -> Tensor:
-        straight = made_of_bits(words, 4, 8 * words.shape[1]).view(len(words), -1, 8)
-        return straight[..., _AWQ_ORDER].flatten(1)
+        # Bits 0, 4, 8, … of a word hold columns 0, 2, 4, 6, 1, 3, 5, 7.
+        return made_of_bits(words, 4, 8 * words.shape[1]).view(len(words), -1, 2, 4).transpose(2, 3).flatten(1)
 
     q_IO, zeros_GO = columns(parts["qweight"]), columns(parts["qzeros"])
     group_I = torch.arange(len(q_IO)) // (len(q_IO) // len(zeros_GO))
