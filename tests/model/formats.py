@@ -214,7 +214,12 @@ FORMATS = {
         _settings("gptq", bits=4, group_size=32, desc_act=True), _gptq(4, 32, True), "int4"
     ),
     "GPTQ, 3 bits": Format(_settings("gptq", bits=3, group_size=32), _gptq(3, 32, asymmetric=False), "int3"),
-    "GPTQ, 8 bits": Format(_settings("gptq", bits=8, group_size=32), _gptq(8, 32), "int8"),
+    "GPTQ, 8 bits": Format(
+        _settings("gptq", bits=8, group_size=32, lm_head=True),
+        _gptq(8, 32),
+        "int8",
+        weights=r"(proj|lm_head)\.weight$",
+    ),
     "AWQ": Format(_settings("awq", bits=4, group_size=32, version="gemm"), _awq, "int4, groups of 32"),
     "bitsandbytes, NF4": Format(_settings("bitsandbytes", load_in_4bit=True), _four_bits("nf4", True), "nf4"),
     "bitsandbytes, FP4": Format(
@@ -260,7 +265,7 @@ def quantised(folder: Path, form: Format) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     for name, value in load_file(path).items():
-        if ".layers." in name and re.search(form.weights, name):
+        if re.search(form.weights, name):
             parts, expected[name] = form.write(value.float())
             stem = name.removesuffix("weight")
             stored |= {f"{stem}{part}": tensor.contiguous() for part, tensor in parts.items()}
