@@ -5,7 +5,8 @@
 For each type of the file and each prompt, llama.cpp and our decoder continue the same text greedily. Texts are compared
 token by token until they differ. The two best logits of our model at that place say whether it was a tie that rounding may
 decide (`margin`). The prompts are tokenised by both, so the exported tokenizer is compared, too. Our model computes in
-float32; llama.cpp rounds the inputs of products to the type of the weights.
+float32; llama.cpp rounds the inputs of products to the type of the weights. Which weights go does not matter here, so a
+quick solver prunes.
 """
 
 from __future__ import annotations
@@ -65,12 +66,9 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     import llama_cpp
 
     pruned = work / "pruned"
-    keys = {
-        "sparsity": args.sparsity,
-        "calibration": "wiki",
-        **{f"calibration.{k}": v for k, v in args.seen.items()},
-    }
-    record = tawny.prune(args.model, pruned, **keys)
+    keys = {"solver": args.solver, "sparsity": args.sparsity, "calibration": "wiki"}
+    seen = {"calibration.samples": args.samples, "calibration.seqlen": args.seqlen}
+    record = tawny.prune(args.model, pruned, **keys, **seen)
     tokenizer = load_tokenizer(pruned)
     model = tawny.load(pruned, dtype=torch.float32)
     prompts = prompts_from(load_text("wiki", "evaluation"), args.prompts)
@@ -103,6 +101,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--solver", default="wanda")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--types", nargs="+", default=["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0"])
@@ -111,7 +110,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "llama_cpp.json")
     args = parser.parse_args()
-    args.seen = {"samples": args.samples, "seqlen": args.seqlen}
     with tempfile.TemporaryDirectory() as work:
         result = measure(args, Path(work))
     args.results.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
