@@ -40,6 +40,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "generate",
     "inspect",
     "keep_sparsity",
@@ -71,6 +72,7 @@ _NAMES = {
     "tawny.evaluation.inspection": "Inspection inspect",
     "tawny.evaluation.perplexity": "Perplexity evaluate",
     "tawny.evaluation.tasks": "TaskResults evaluate_tasks",
+    "tawny.exporting.run": "export",
     "tawny.packed.convert": "pack unpack",
     "tawny.packed.linear": "pack_linear",
     "tawny.packed.live": "pack_model",
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
     from tawny.evaluation.inspection import Inspection, inspect
     from tawny.evaluation.perplexity import Perplexity, evaluate
     from tawny.evaluation.tasks import TaskResults, evaluate_tasks
+    from tawny.exporting.run import export
     from tawny.packed.convert import pack, unpack
     from tawny.packed.linear import pack_linear
     from tawny.packed.live import pack_model

@@ -30,6 +30,7 @@ VERBS = [
     "inspect",
     "pack",
     "unpack",
+    "export",
     "generate",
     "bench",
     "push",

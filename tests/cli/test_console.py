@@ -88,7 +88,7 @@ def inspected(name, **changes):
     """What `tawny inspect` found in a model of one linear."""
     linear = {"name": name, "shape": (32, 32), "zeros": 512, "sparsity": 0.5, "pattern": "unstructured"}
     found = {"sparsity": 0.5, "prunable": 9, "blocks": 1, "parameters": 9, "tied_head": False, "bytes": 9}
-    return {"linears": [{**linear, "ties": 511, **changes}], **found}
+    return {"linears": [{**linear, "ties": 511, **changes}], "stored": "bfloat16", **found}
 
 
 def test_tables_are_plain_when_piped_and_names_stay_whole(capsys, monkeypatch):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -19,13 +20,24 @@ HIDDEN, INNER, WORDS, BLOCKS = 64, 96, 300, 2
 
 
 def write(
-    path: Path, zeros=slice(0), without="", misspelt="", parts=1, inner: int = INNER, experts: int = 0
+    path: Path,
+    zeros=slice(0),
+    without="",
+    misspelt="",
+    parts=1,
+    inner: int = INNER,
+    experts: int = 0,
+    kinds: Sequence[gguf.GGMLQuantizationType] = (),
 ) -> Path:
-    """A tiny LLaMA, or Qwen3 with experts; `zeros` are columns of the last down projection that are pruned."""
+    """A tiny LLaMA, or Qwen3 with experts; `zeros` are columns of the last down projection that are pruned.
+
+    With `kinds`, each block's down projection has another type.
+    """
+    blocks = len(kinds) or BLOCKS
     writer = gguf.GGUFWriter(str(path), "qwen3moe" if experts else "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(BLOCKS)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(inner)
     writer.add_head_count(4)
     writer.add_head_count_kv(4)
@@ -51,15 +63,20 @@ def write(
 
     def add(name: str, *shape: int) -> None:
         values = generator.standard_normal(shape, dtype=np.float32) if len(shape) > 1 else np.ones(shape)
-        if name == f"blk.{BLOCKS - 1}.ffn_down.weight":
+        if name == f"blk.{blocks - 1}.ffn_down.weight":
             values[:, zeros] = 0
-        if name != without:
+        if kinds and "ffn_down" in name:
+            kind = kinds[int(name.split(".")[1])]
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            data = generator.integers(0, 60, (shape[0], shape[1] // block * size), dtype=np.uint8)
+            writer.add_tensor(name, data, raw_dtype=kind)
+        elif name != without:
             writer.add_tensor("x" + name if name == misspelt else name, values.astype(np.float32))
 
     add("token_embd.weight", WORDS, HIDDEN)
     add("output.weight", WORDS, HIDDEN)
     add("output_norm.weight", HIDDEN)
-    for block in range(BLOCKS):
+    for block in range(blocks):
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             add(f"blk.{block}.{name}.weight", HIDDEN, HIDDEN)
         each, of = ("_exps", (experts,)) if experts else ("", ())
@@ -96,6 +113,28 @@ def test_a_gguf_file_is_converted_once_and_loads(tmp_path):
     folder = convert_gguf(path, said.append)
     assert convert_gguf(path, said.append) == folder and len(said) == 1
     assert len(tawny.load(path).model.layers) == BLOCKS
+
+
+def test_every_type_that_gguf_dequantises_is_read(tmp_path):
+    kinds = [kind for kind in gguf.GGMLQuantizationType if can_be_dequantised(kind)]
+    assert len(kinds) > 20
+    path = write(tmp_path / "m.gguf", inner=256, kinds=kinds)
+    checkpoint = Checkpoint(convert_gguf(path))
+    told = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+    for block, kind in enumerate(kinds):
+        stored = told[f"blk.{block}.ffn_down.weight"]
+        expected = torch.from_numpy(gguf.dequantize(stored.data, kind)).bfloat16()
+        name = f"model.layers.{block}.mlp.down_proj.weight"
+        assert stored.tensor_type == kind
+        torch.testing.assert_close(checkpoint.read([name])[name], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def can_be_dequantised(kind: gguf.GGMLQuantizationType) -> bool:
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return kind.name not in ("F32", "F16", "BF16")  # which have no blocks; the other tests read them
 
 
 @pytest.mark.parametrize("where", ["one path", "two paths", "two paths of one time", "one path of one time"])

@@ -24,6 +24,7 @@ from tawny.cli import compare  # noqa: F401
 from tawny.cli import inspect  # noqa: F401
 from tawny.cli import pack  # noqa: F401
 from tawny.cli import unpack  # noqa: F401
+from tawny.cli import export  # noqa: F401
 from tawny.cli import generate  # noqa: F401
 from tawny.cli import chat  # noqa: F401
 from tawny.cli import serve  # noqa: F401

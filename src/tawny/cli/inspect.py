@@ -36,6 +36,6 @@ def inspection_tables(inspection: Result) -> list[Frame]:
         ("sparsity", f"{percent(inspection['sparsity'])} of {inspection['prunable']:,} prunable weights"),
         ("linears", f"{len(inspection['linears'])} in {inspection['blocks']} blocks"),
         ("parameters", f"{inspection['parameters']:,}{tied}"),
-        ("files", size(inspection["bytes"])),
+        ("files", f"{size(inspection['bytes'])}, stored as {inspection['stored']}"),
     ]
     return [made, facts(rows)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tawny.model.checkpoint import file_bytes
-from tawny.model.source import resolve
+from tawny.model.source import gguf_behind, gguf_form, resolve
 from tawny.model.trust import opens_models
 from tawny.packed.opening import open_stack
 from tawny.patterns import matches
@@ -38,9 +38,10 @@ class LinearInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All prunable linears of a checkpoint, and its parameters as a whole."""
+    """All prunable linears of a checkpoint, and its parameters as a whole; `stored` says how most of its files hold it."""
 
     source: str
+    stored: str
     sparsity: float
     zeros: int
     prunable: int
@@ -106,8 +107,11 @@ def inspect(
         progress.step(stack.name(index))
     prunable = sum(x.shape[0] * x.shape[1] for x in found)
     zeros = sum(x.zeros for x in found)
+    assert stack.checkpoint is not None
+    gguf = gguf_behind(source)
     return Inspection(
         source=str(source),
+        stored=stack.checkpoint.stored_as if gguf is None else gguf_form(gguf),
         sparsity=zeros / max(1, prunable),
         zeros=zeros,
         prunable=prunable,

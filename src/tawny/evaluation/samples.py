@@ -11,8 +11,8 @@ from tawny.calibration.text import Text
 from tawny.decoding.stream import generate
 from tawny.evaluation.sources import open_model
 from tawny.machine import free_memory
-from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
+from tawny.packed.opening import loaded_bytes
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
 
@@ -45,7 +45,7 @@ def text_samples(
     progress is told why.
     """
     folders = {"dense": resolve(dense, progress.say), "pruned": resolve(pruned, progress.say)}
-    needed = max(file_bytes(folder) for folder in folders.values())
+    needed = max(loaded_bytes(folder) for folder in folders.values())
     free = free_memory()
     if free is not None and needed > 0.6 * free:
         progress.say("no samples of text: they need the whole model in memory, and it would not fit")

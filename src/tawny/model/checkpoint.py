@@ -1,7 +1,8 @@
 """The tensors of a safetensors folder, read lazily, as the parameters of a model.
 
 `Checkpoint` maps tensors to parameters and back, through transformers' own conversion mapping: names in a file need not be
-names of modules, and several tensors may form one parameter.
+names of modules, and several tensors may form one parameter. Those of a quantised checkpoint are read as the float tensors
+they stand for (quantised/).
 Tensors are read into memory of their own, so that only what a caller holds counts.
 """
 
@@ -15,12 +16,14 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tawny.errors import CheckpointError
-from tawny.model.tensorfile import DTYPES, Entry, entries, natural, read_tensor
+from tawny.model.quantised import Coded, read_quantised, settings_of
+from tawny.model.tensorfile import DTYPES, NAMES, Entry, entries, natural, read_tensor
+from tawny.precision import DTYPES as FLOATS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,8 +73,15 @@ class Checkpoint:
     Args:
         folder: holds `*.safetensors`, sharded or not.
 
+    Attributes:
+        files: where each tensor lies, by name; of one that is decoded, where its weight lies.
+        places: where in its file a tensor lies as it is read. Those that are decoded are not among them.
+        coded: the tensors that are decoded, by name, in the dtype that the model says it computes in.
+
     Raises:
-        CheckpointError: a shard named by the index is missing, or a file is truncated or not safetensors.
+        CheckpointError: a shard named by the index is missing, a file is truncated or not safetensors, or the tensors that
+            a quantised weight is made from are not all there or do not fit each other.
+        ModelError: quantised in a way that is not read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,14 +90,56 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.places: dict[str, Entry] = {}
+        self.coded: dict[str, Coded] = {}
         self.units: list[Unit] = []
         self._parameters: set[str] = set()
+        self._parts: dict[str, tuple[Path, Entry]] = {}
         for path in weight_paths(folder):
             for key, entry in sorted(entries(path).items()):  # of which what is copied keeps the order
                 self.files[key] = path
                 self.shapes[key] = entry.shape
                 self.dtypes[key] = entry.dtype
                 self.places[key] = entry
+        settings = settings_of(folder)
+        if settings is not None and settings.get("quant_method") != METHOD:
+            self._decode(settings)
+
+    def _decode(self, settings: Mapping[str, Any]) -> None:
+        """Put the float tensors of a quantised checkpoint in the place of those it stores."""
+        stored = {key: (self.files[key], entry) for key, entry in self.places.items()}
+
+        def read(key: str) -> torch.Tensor:
+            return self._read(key, *stored[key])
+
+        self.coded, consumed = read_quantised(self.folder, settings, self.places, read)
+        dtype = NAMES[computed_in(self.folder)]
+        for key in consumed:
+            self._parts[key] = stored[key]
+            del self.files[key], self.shapes[key], self.dtypes[key], self.places[key]
+        for key, coded in self.coded.items():
+            self.files[key] = stored[next(iter(coded.parts.values()))][0]
+            self.shapes[key], self.dtypes[key] = coded.shape, dtype
+
+    @property
+    def stored_as(self) -> str:
+        """How most weights are stored, in words: `bfloat16`; of a quantised checkpoint the quantised ones, `int4, groups of 128`."""
+        sizes: Counter[str] = Counter()
+        for key in self.coded or self.files:
+            own = str(DTYPES.get(self.dtypes[key], self.dtypes[key])).removeprefix("torch.")
+            form = self.coded[key].form if key in self.coded else own
+            sizes[form] += int(torch.Size(self.shapes[key]).numel())
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def decoding_bytes(self) -> int:
+        """What decoding a tensor takes beside it at most; 0 where nothing is decoded."""
+        return max(
+            (
+                coded.working + sum(self._parts[name][1].bytes for name in coded.parts.values())
+                for coded in self.coded.values()
+            ),
+            default=0,
+        )
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -98,7 +150,7 @@ class Checkpoint:
                 for key in unit.sources:
                     sizes[self.dtypes[key]] += int(torch.Size(self.shapes[key]).numel())
         name = sizes.most_common(1)[0][0]
-        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        known = {"F64": torch.float64, **{NAMES[dtype]: dtype for dtype in FLOATS.values()}}
         if name not in known:
             raise CheckpointError(
                 f"{self.folder} stores its weights as {name}; expected float weights: dequantise the model first"
@@ -108,37 +160,47 @@ class Checkpoint:
     def bytes_in(self, dtype: torch.dtype | None) -> int:
         """Bytes of all tensors, floats in `dtype` if there is one."""
 
-        def size(entry: Entry) -> int:
-            own = DTYPES.get(entry.dtype)
-            if dtype is None or own is None or not own.is_floating_point:
-                return entry.bytes
-            return int(torch.Size(entry.shape).numel()) * dtype.itemsize
+        def size(key: str) -> int:
+            own = DTYPES.get(self.dtypes[key])
+            if own is None or (key in self.places and (dtype is None or not own.is_floating_point)):
+                return self.places[key].bytes
+            return int(torch.Size(self.shapes[key]).numel()) * (dtype or own).itemsize
 
-        return sum(map(size, self.places.values()))
+        return sum(map(size, self.files))
 
     def dtype_of(self, key: str) -> torch.dtype:
         """The dtype one tensor is stored in."""
         try:
             return DTYPES[self.dtypes[key]]
         except KeyError:
-            raise CheckpointError(
-                f"{key!r} in {self.folder} is stored as {self.dtypes[key]}, which is not supported; "
-                f"expected one of {', '.join(DTYPES)}: convert it first"
-            ) from None
+            raise self._unknown(key, self.dtypes[key]) from None
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Copies of the named tensors, as stored."""
+        """Copies of the named tensors, as stored; quantised ones decoded."""
         tensors: dict[str, torch.Tensor] = {}
         for key in keys:
-            self.dtype_of(key)  # refuses one that torch lacks
-            try:
-                with self.files[key].open("rb") as file:
-                    tensors[key] = read_tensor(file, self.places[key])
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.files[key]} cannot be read ({error}); fetch it again"
-                ) from error
+            dtype = self.dtype_of(key)  # refuses one that torch lacks
+            if key in self.coded:
+                parts = {role: self._read(n, *self._parts[n]) for role, n in self.coded[key].parts.items()}
+                tensors[key] = self.coded[key].make(parts, dtype)
+            else:
+                tensors[key] = self._read(key, self.files[key], self.places[key])
         return tensors
+
+    def _read(self, key: str, path: Path, entry: Entry) -> torch.Tensor:
+        if entry.dtype not in DTYPES:
+            raise self._unknown(key, entry.dtype)
+        try:
+            with path.open("rb") as file:
+                return read_tensor(file, entry)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from error
+
+    def _unknown(self, key: str, dtype: str) -> CheckpointError:
+        return CheckpointError(
+            f"{key!r} in {self.folder} is stored as {dtype}, which is not supported; "
+            f"expected one of {', '.join(DTYPES)}: convert it first"
+        )
 
     def map_to(self, model: PreTrainedModel) -> None:
         """Work out which stored tensors form which parameters and buffers of `model`.
@@ -234,9 +296,12 @@ class Checkpoint:
 
         Nothing is kept here, so that it costs this process no memory. Whoever needs a tensor says if it cannot be read.
         """
-        keys = [key for unit in self.units_of(prefix) for key in unit.sources if key in self.places]
-        if keys:
-            places = [(self.files[key], self.places[key]) for key in keys]
+        keys = [key for unit in self.units_of(prefix) for key in unit.sources]
+        places = [(self.files[key], self.places[key]) for key in keys if key in self.places]
+        places += [
+            self._parts[n] for key in keys if key in self.coded for n in self.coded[key].parts.values()
+        ]
+        if places:
             Thread(target=_touch, args=(places,), daemon=True).start()
 
     def load(self, unit: Unit, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -315,6 +380,17 @@ def weight_paths(folder: Path) -> list[Path]:
 def file_bytes(folder: Path) -> int:
     """Bytes on the disk of the `weight_paths` of a folder; an index beside them is not counted."""
     return sum(path.stat().st_size for path in weight_paths(folder))
+
+
+def computed_in(folder: Path) -> torch.dtype:
+    """The dtype that `config.json` says the model computes in; bfloat16 where it names none of those that weights have."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        inner = config.get("text_config") or {}
+        named = [known.get(key) for known in (config, inner) for key in ("dtype", "torch_dtype")]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        named = []
+    return next((FLOATS[name] for name in named if isinstance(name, str) and name in FLOATS), torch.bfloat16)
 
 
 def is_packed(folder: Path) -> bool:

@@ -21,13 +21,14 @@ from tawny.errors import ModelError, OutputError, one_line
 from tawny.model import durable
 from tawny.model.checkpoint import INDEX, Checkpoint
 from tawny.model.durable import writing
+from tawny.model.quantised import BESIDE
 from tawny.model.resumable import JOURNAL, named, refuse_foreign
 from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_tensors
 
 SHARD_BYTES = 2_000_000_000
 # Everything that is not weights travels with the model, except what describes weights of another format.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
-_NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json"}
+_NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json", *BESIDE}
 # What a folder may hold that a run may throw away.
 _OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
 
@@ -216,12 +217,12 @@ class OutputFolder:
         """Tensors that are in no block, copied a tensor at a time; floats in `dtype`, if there is one."""
         path = self.block_path(name)
         with writing(path), durable.beside(path) as temporary:
-            if dtype is None:
+            if dtype is None and all(key in checkpoint.places for key in keys):
                 merge(temporary, [(checkpoint.files[key], key) for key in keys])
                 return
             kinds = {key: checkpoint.dtype_of(key) for key in keys}
             specs = {
-                key: (dtype if kind.is_floating_point else kind, checkpoint.shapes[key])
+                key: (dtype if dtype and kind.is_floating_point else kind, checkpoint.shapes[key])
                 for key, kind in kinds.items()
             }
             with TensorWriter(temporary, specs) as writer:
@@ -229,12 +230,19 @@ class OutputFolder:
                     writer.write(key, checkpoint.read([key])[key].to(specs[key][0]))
 
     def carry(self, source: Path, also: Sequence[str] = ()) -> None:
-        """Copy configuration, tokenizer and licence files of `source`, and those of the names `also` that it has."""
+        """Copy configuration, tokenizer and licence files of `source`, and those of the names `also` that it has.
+
+        The configuration no longer says how the source was quantised: weights are written as floats.
+        """
         found = {path.name for pattern in _CARRIED for path in source.glob(pattern)} - _NOT_CARRIED
         named = {name for name in also if (source / name).is_file()}
         with writing(self.partial):
             for name in {name for name in found if not name.endswith(".index.json")} | named:
                 shutil.copyfile(source / name, self.partial / name)
+            path = self.partial / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("quantization_config", None) is not None:
+                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def write_text(self, name: str, text: str) -> None:
         with writing(self.partial / name):

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from tawny.errors import ModelError, in_one_line
-from tawny.model.checkpoint import is_packed
 from tawny.model.trust import refusing_code, trusted
 
 if TYPE_CHECKING:
@@ -112,16 +111,14 @@ def using_config(folder: Path) -> Iterator[None]:
 
 
 def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """`build_skeleton` of what `config.json` in `folder` describes; a packed folder is taken as the dense one.
+    """`build_skeleton` of what `config.json` in `folder` describes; a packed or quantised folder is taken as the dense one.
 
     Raises:
-        ModelError: it describes no decoder-only causal language model, a quantised one, or one that cannot be built.
+        ModelError: it describes no decoder-only causal language model, or one that cannot be built.
     """
     config = read_config(folder)
     with using_config(folder):
-        if is_packed(folder):
-            del config.quantization_config  # its weights are read unpacked
         if getattr(config, "quantization_config", None):
-            method = dict(config.quantization_config).get("quant_method", "an unknown method")
-            raise ModelError(f"{folder} is quantised ({method}); expected float weights: dequantise it first")
+            dict(config.quantization_config)
+            del config.quantization_config  # weights are read unpacked and decoded
         return build_skeleton(config, dtype)

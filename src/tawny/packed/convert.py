@@ -12,6 +12,7 @@ __all__ = ["PackReport", "UnpackReport", "pack", "unpack"]
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from tawny.kinds import KINDS, kind_of
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
-from tawny.model.output import OutputFolder
+from tawny.model.output import OutputFolder, index_of
 from tawny.model.source import resolve
 from tawny.model.structure import find_stack
-from tawny.model.tensorfile import DTYPES, raw
+from tawny.model.tensorfile import DTYPES, header_for, raw
 from tawny.model.trust import opens_models
 from tawny.packed import format
 from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, is_rounded, tell
@@ -295,10 +296,7 @@ def pack(
             "linears": {"packed": len(writer.linears), "dense": sum(x.form == "dense" for x in work.linears)},
         }
         _carry(output, folder, method)
-        headers = [{"file": path.name, "header": header_of(path)} for path in files]
-        index_file = folder / _DENSE_INDEX
-        # Decoded from bytes: reading it as text would change its line ends.
-        total = writer.finish(headers, index_file.read_bytes().decode() if index_file.is_file() else None)
+        total = writer.finish(*_layout_of(work.checkpoint, files))
         _card(output, folder, _NOTE.format(values=choice.values))
         _record(output, folder, {**choice.told, "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]
@@ -319,6 +317,24 @@ def pack(
         seconds=time.perf_counter() - started,
         linears=work.linears,
     )
+
+
+def _layout_of(checkpoint: Checkpoint, files: Sequence[Path]) -> tuple[list[dict[str, str]], str | None]:
+    """The headers and the index that the dense checkpoint has, or that the one would have which a quantised one stands for."""
+    index_file = checkpoint.folder / _DENSE_INDEX
+    # Decoded from bytes: reading it as text would change its line ends.
+    index = index_file.read_bytes().decode() if index_file.is_file() else None
+    if not checkpoint.coded:
+        return [{"file": path.name, "header": header_of(path)} for path in files], index
+    held = {path.name: [key for key, place in checkpoint.files.items() if place == path] for path in files}
+    headers = [
+        {
+            "file": name,
+            "header": header_for({key: (checkpoint.dtype_of(key), checkpoint.shapes[key]) for key in keys}),
+        }
+        for name, keys in held.items()
+    ]
+    return headers, None if index is None else index_of(held, checkpoint.bytes_in(None)).decode()
 
 
 def solved_for(folder: Path) -> tuple[Values, dict[str, str]]:

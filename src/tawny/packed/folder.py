@@ -448,8 +448,10 @@ class PackedCheckpoint(Checkpoint):
         self.shapes = {}
         self.dtypes = {}
         self.places = {}
+        self.coded = {}
         self.units = []
         self._parameters = set()
+        self._parts = {}
         for part in self.packed.source:
             for key, entry in json.loads(part["header"]).items():
                 if key == "__metadata__":
@@ -462,6 +464,11 @@ class PackedCheckpoint(Checkpoint):
                 else:
                     self.files[key] = folder / self.packed.tensors[key]["shard"]
                     self.dtypes[key] = entry["dtype"]
+
+    @property
+    def stored_as(self) -> str:
+        kinds = sorted({entry.values for entry in self.packed.linears.values()})
+        return f"packed {' and '.join(kinds)}" if kinds else super().stored_as
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         packed = self.packed

@@ -1,13 +1,13 @@
-"""Open a folder, dense or packed, the same way for both: as a transformers model (`tawny.load`), or block by block.
+"""Open a folder, dense, quantised or packed, the same way for all: as a transformers model (`tawny.load`), or block by block.
 
-Tensors stay where safetensors maps them: a page of a weight is resident once it is touched, and shared between
+Weights that another library quantised are decoded. Other tensors stay where safetensors maps them: a page of a weight is resident once it is touched, and shared between
 processes that load the same folder. A packed folder is checked before its model is handed out. No model is handed
 out with a weight that no file holds: transformers would fill it with random numbers and only log it.
 """
 
 from __future__ import annotations
 
-__all__ = ["load", "open_checkpoint", "open_stack"]
+__all__ = ["load", "loaded_bytes", "open_checkpoint", "open_stack"]
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 
 from tawny.errors import CheckpointError, ModelError, TawnyError, UserError, one_line
 from tawny.machine import check_device
-from tawny.model.checkpoint import Checkpoint, is_packed
+from tawny.model.checkpoint import Checkpoint, computed_in, file_bytes, is_packed
+from tawny.model.quantised import settings_of
 from tawny.model.source import resolve
 from tawny.model.stack import Stack
 from tawny.model.tensorfile import natural
@@ -28,6 +29,11 @@ from tawny.precision import DTYPES, native_dtype
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The weights of a folder; those of a packed one come back dense, a tensor at a time."""
     return PackedCheckpoint(folder) if is_packed(folder) else Checkpoint(folder)
+
+
+def loaded_bytes(folder: Path) -> int:
+    """Bytes of the tensors of a folder when its whole model is in memory."""
+    return file_bytes(folder) if is_packed(folder) else Checkpoint(folder).bytes_in(None)
 
 
 def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "cpu") -> Stack:
@@ -55,7 +61,9 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Any:
-    """A transformers model in eval mode from a dense or packed folder, hub id, `.gguf` file or `smollm2`.
+    """A transformers model in eval mode from a dense, quantised or packed folder, hub id, `.gguf` file or `smollm2`.
+
+    What another library quantised is decoded and dense.
 
     Args:
         dtype: type of everything that is not packed, and of activations; the checkpoint's own if None.
@@ -83,6 +91,8 @@ def load(
     if packed:
         PackedFolder(folder)  # names what is wrong with an index that transformers would stumble over
     read_config(folder)
+    if not packed and settings_of(folder) is not None:
+        return _decoded(folder, dtype, device)
     try:
         with verification(hashes=verify), refusing_code(folder):
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -105,3 +115,13 @@ def load(
         )
     model.requires_grad_(False)
     return model.eval().to(device)
+
+
+def _decoded(folder: Path, dtype: torch.dtype | None, device: str) -> Any:
+    """The dense model that a quantised checkpoint stands for."""
+    from transformers import GenerationConfig
+
+    model = open_stack(folder, dtype or computed_in(folder), device).whole()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(device)

@@ -229,14 +229,14 @@ class Demand:
         )
 
     def _conversion_bytes(self) -> int:
-        """What fusing the tensors of a file into a parameter takes beside it, as experts are; parting them takes less."""
+        """What decoding a tensor takes, and fusing those of a file into a parameter beside it, as experts are; parting takes less."""
         checkpoint = self.stack.checkpoint
         if checkpoint is None:
             return 0
         converted = (unit.targets for unit in checkpoint.units if unit.converter is not None)
         parameters = dict(self.stack.model.named_parameters())
         sizes = (sum(parameters[x].numel() for x in targets if x in parameters) for targets in converted)
-        return 2 * max(sizes, default=0) * checkpoint.storage_dtype.itemsize
+        return checkpoint.decoding_bytes + 2 * max(sizes, default=0) * checkpoint.storage_dtype.itemsize
 
     def _refine_bytes(self) -> int:
         """For one block: master, momenta, gradient, mask, best state, and what backward keeps."""

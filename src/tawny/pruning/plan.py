@@ -22,7 +22,7 @@ from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, available, parse_size, place, sharing_inputs
-from tawny.pruning.prepare import Job, demand_of, prepare, profile_count
+from tawny.pruning.prepare import Job, decoded, demand_of, prepare, profile_count
 from tawny.pruning.profiling import spend
 from tawny.pruning.refine import holds_out
 from tawny.recipe.merge import resolve_recipe
@@ -148,7 +148,9 @@ def plan(
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },
         seconds=_seconds(job),
-        notes=rounded + _notes(recipe, allocation is None, job.needs_samples and fetched),
+        notes=decoded(checkpoint)
+        + rounded
+        + _notes(recipe, allocation is None, job.needs_samples and fetched),
         reads_text=job.needs_samples,
     )
 

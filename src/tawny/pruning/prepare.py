@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PROFILE_TOKENS", "Job", "demand_of", "prepare", "profile_count"]
+__all__ = ["PROFILE_TOKENS", "Job", "decoded", "demand_of", "prepare", "profile_count"]
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import nn
 from tawny.allocation.profile import Allocator, LinearInfo
 from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
-from tawny.model.checkpoint import is_packed
+from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.source import resolve
 from tawny.model.stack import Stack, live_stack
@@ -30,6 +30,7 @@ from tawny.progress import Progress
 from tawny.pruning.memory_plan import Demand, Load
 from tawny.recipe.schema import Recipe
 from tawny.solvers.base import Solver
+from tawny.words import size
 
 # Tokens after which the outlier shares of a model no longer move its sparsities by more than 0.005.
 PROFILE_TOKENS = 8192
@@ -105,6 +106,17 @@ def prepare(
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
     name = str(source) if folder else type(source).__name__
     return Job(recipe, name, folder, stack, by_block, pattern, recipe.make_allocator(), recipe.make_solver())
+
+
+def decoded(checkpoint: Checkpoint | None) -> list[str]:
+    """What whoever prunes a quantised checkpoint has to know: the result is larger. Empty for others."""
+    if checkpoint is None or not checkpoint.coded:
+        return []
+    dense = checkpoint.bytes_in(None)
+    return [
+        f"{checkpoint.folder.name} is stored as {checkpoint.stored_as} ({size(file_bytes(checkpoint.folder))}) and is written dense "
+        f"({size(dense)}); `tawny pack` makes it smaller"
+    ]
 
 
 def profile_count(recipe: Recipe, samples: int, seqlen: int) -> int:

@@ -23,7 +23,7 @@ from tawny.machine import peak_memory
 from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
-from tawny.pruning.prepare import demand_of
+from tawny.pruning.prepare import decoded, demand_of
 from tawny.pruning.profiling import profile_walk, spend
 from tawny.pruning.refine import holds_out
 from tawny.pruning.session import Purpose, Session, open_output, open_session, text_or_tokens
@@ -110,7 +110,7 @@ def _allocate(session: Session) -> Allocation:
         holds_out(len(session.samples), job.recipe.refine, job.recipe.seed)  # refuses a single sample
     with session.clock("profile"):
         profile = profile_walk(session, job.allocator)
-    warnings: list[str] = []
+    warnings = decoded(job.stack.checkpoint)
     record.allocation, record.values = spend(job, profile, warnings)
     if session.journal.walk(WALK)[0] == 0:  # later, the finished blocks bring them along
         record.warnings += warnings

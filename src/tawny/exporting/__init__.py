@@ -1,0 +1,1 @@
+"""Files for other runtimes, made from a checkpoint: GGUF for llama.cpp and what is built on it."""

@@ -1,0 +1,140 @@
+"""What llama.cpp calls a model: the architectures that are exported, their metadata, and what they change in the weights.
+
+llama.cpp's graphs are written by hand for each architecture. So a configuration is exported only where every value that its
+graph does not read is the one that the graph assumes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ARCHITECTURES", "Architecture", "metadata", "rope_factors"]
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.errors import ModelError
+
+CONVERTER = "`python convert_hf_to_gguf.py MODEL --outfile FILE` of llama.cpp"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of llama.cpp.
+
+    Attributes:
+        name: as GGUF has it.
+        activation: of its gated feed-forward.
+        biases: whether its linears may have them.
+        permuted: rotary halves of q and k are interleaved, as Meta's first LLaMA had them.
+        norm_plus_one: weights of norms are stored as what is multiplied with, 1 + weight.
+        whole_every: every so many blocks one attends to everything, the others to a window; 1 where all attend to everything.
+    """
+
+    name: str
+    activation: tuple[str, ...]
+    biases: bool = False
+    permuted: bool = False
+    norm_plus_one: bool = False
+    whole_every: int = 1
+
+    def changed(self, name: str, value: Tensor, heads: int, key_heads: int) -> Tensor:
+        """A parameter, float32, as llama.cpp wants it; `name` is the one in GGUF."""
+        if self.norm_plus_one and name.endswith("norm.weight"):
+            return value + 1
+        for part, count in ((".attn_q.", heads), (".attn_k.", key_heads)):
+            if self.permuted and part in name:
+                return value.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(value.shape)  # type: ignore[no-untyped-call,no-any-return]
+        return value
+
+
+# By `model_type` of config.json.
+ARCHITECTURES = {
+    "gemma": Architecture("gemma", ("gelu_pytorch_tanh", "gelu"), norm_plus_one=True),
+    "gemma3_text": Architecture("gemma3", ("gelu_pytorch_tanh",), norm_plus_one=True, whole_every=6),
+    "llama": Architecture("llama", ("silu",), biases=True, permuted=True),
+    "qwen2": Architecture("qwen2", ("silu",), biases=True),
+    "qwen3": Architecture("qwen3", ("silu",)),
+}
+
+
+def rope_factors(config: Any, inverse_frequencies: Tensor | None) -> Tensor | None:
+    """What divides each rotary frequency, `[head_dim / 2]` float32, from the frequencies that the model uses; None if they are plain.
+
+    Raises:
+        ModelError: a kind of scaling that changes more than frequencies.
+    """
+    rope = _rope(config, "full_attention")
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3") or inverse_frequencies is None:
+        raise ModelError(f"rotary positions of the kind {kind!r} are not exported; use {CONVERTER}")
+    size = 2 * inverse_frequencies.numel()
+    plain: Tensor = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return plain / inverse_frequencies.float()
+
+
+def metadata(config: Any, architecture: Architecture) -> dict[str, int | float]:
+    """The numbers of the architecture, by their names in GGUF without its own in front.
+
+    Raises:
+        ModelError: a value of the configuration that llama.cpp's graph does not know.
+    """
+    _refuse(config, architecture)
+    heads = int(config.num_attention_heads)
+    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    made: dict[str, int | float] = {
+        "context_length": int(config.max_position_embeddings),
+        "embedding_length": int(config.hidden_size),
+        "block_count": int(config.num_hidden_layers),
+        "feed_forward_length": int(config.intermediate_size),
+        "attention.head_count": heads,
+        "attention.head_count_kv": int(config.num_key_value_heads),
+        "attention.key_length": size,
+        "attention.value_length": size,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": size,
+        "rope.freq_base": float(_rope(config, "full_attention")["rope_theta"]),
+        "vocab_size": int(config.vocab_size),
+    }
+    if architecture.whole_every > 1:
+        made["attention.sliding_window"] = int(config.sliding_window)
+        made["rope.freq_base_swa"] = float(_rope(config, "sliding_attention")["rope_theta"])
+        if config.final_logit_softcapping:
+            made["final_logit_softcapping"] = float(config.final_logit_softcapping)
+    return made
+
+
+def _rope(config: Any, kind: str) -> dict[str, Any]:
+    """The rotary parameters of blocks of one kind of attention; most models have one kind."""
+    rope = dict(config.rope_parameters)
+    return dict(rope.get(kind, rope))
+
+
+def _refuse(config: Any, architecture: Architecture) -> None:
+    told: dict[str, Any] = config.to_dict()
+    every = architecture.whole_every
+    kinds = [
+        "sliding_attention" if (index + 1) % every else "full_attention"
+        for index in range(config.num_hidden_layers)
+    ]
+    expected: dict[str, Callable[[Any], bool]] = {
+        "hidden_act": lambda value: value in architecture.activation,
+        "hidden_activation": lambda value: value in (None, *architecture.activation),
+        "layer_types": lambda value: value is None or list(value) == kinds,
+        "attn_logit_softcapping": lambda value: not value,
+        "query_pre_attn_scalar": lambda value: value == told["head_dim"],
+        "use_bidirectional_attention": lambda value: not value,
+    }
+    for key, fits in expected.items():
+        if key in told and not fits(told[key]):
+            raise ModelError(
+                f"{key} is {told[key]!r}, which the architecture {architecture.name!r} of llama.cpp does not know; use {CONVERTER}"
+            )
+    if every > 1 and _rope(config, "sliding_attention").get("rope_type", "default") != "default":
+        raise ModelError(f"scaled rotary positions of blocks with a window are not exported; use {CONVERTER}")
+    if _rope(config, "full_attention").get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(f"rotary positions of a part of a head are not exported; use {CONVERTER}")

@@ -1,0 +1,332 @@
+"""`tawny export --to gguf`: a checkpoint as one GGUF file, a tensor at a time.
+
+The types are those that keep zeros exactly and that the `gguf` package writes: F32, F16, BF16, and Q8_0, Q5_0, Q4_0, whose
+blocks have a scale and no offset. llama.cpp stores and multiplies the zeros like any other number.
+The finished file is opened again, and every tensor is compared with the checkpoint before the file has its name.
+"""
+
+from __future__ import annotations
+
+__all__ = ["TYPES", "ExportReport", "export_gguf"]
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tawny.errors import CheckpointError, ModelError, OutputError, UserError, nearest
+from tawny.exporting.architectures import ARCHITECTURES, CONVERTER, Architecture, metadata, rope_factors
+from tawny.exporting.tokenizer import Key, keys_of_folder, keys_of_gguf
+from tawny.model import durable
+from tawny.model.checkpoint import Checkpoint, Unit
+from tawny.model.durable import writing
+from tawny.model.source import gguf_behind, resolve
+from tawny.packed.opening import open_checkpoint
+from tawny.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Type:
+    """A type of tensors in a GGUF file.
+
+    Attributes:
+        file_type: what `general.file_type` calls a file of them.
+        dtype: of floats, which are rounded; None for integers with a scale for each block of 32.
+        off: the largest error of an integer over the largest number of its block.
+    """
+
+    file_type: int
+    dtype: torch.dtype | None = None
+    off: float = 0.0
+
+
+TYPES = {
+    "F32": Type(0, torch.float32),
+    "F16": Type(1, torch.float16),
+    "BF16": Type(32, torch.bfloat16),
+    "Q8_0": Type(7, off=1 / 254),
+    "Q5_0": Type(8, off=1 / 16),
+    "Q4_0": Type(2, off=1 / 8),
+}
+_ENDS = ("token_embd.weight", "output.weight")  # coarse types cost most here
+_GROUP = 32
+_ROWS = 4096  # converted at a time
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        types: how many tensors have each type.
+        bytes, source_bytes: of the file, and of the tensors it was made from.
+        zeros: exact zeros of the matrices, all kept.
+    """
+
+    source: str
+    out: str
+    to: str
+    architecture: str
+    tokenizer: str
+    types: dict[str, int]
+    tensors: int
+    bytes: int
+    source_bytes: int
+    zeros: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file: where its numbers come from and how they are stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    unit: Unit | None
+
+
+class _Export:
+    """A checkpoint seen as a GGUF model."""
+
+    def __init__(self, folder: Path) -> None:
+        from tawny.model.skeleton import open_skeleton
+
+        self.checkpoint: Checkpoint = open_checkpoint(folder)
+        self.model: Any = open_skeleton(folder, torch.float32)
+        config = self.model.config
+        if config.model_type not in ARCHITECTURES:
+            raise ModelError(
+                f"model type {config.model_type!r} is not exported to GGUF, only {', '.join(ARCHITECTURES)}; use {CONVERTER}"
+            )
+        self.architecture: Architecture = ARCHITECTURES[config.model_type]
+        self.numbers = metadata(config, self.architecture)
+        frequencies = next(
+            (b for n, b in self.model.named_buffers() if n.endswith("rotary_emb.inv_freq")), None
+        )
+        self.factors = rope_factors(config, frequencies)
+        self.words = int(self.model.get_input_embeddings().weight.shape[0])
+        self.checkpoint.map_to(self.model)
+
+    def plan(self, kind: str | None) -> list[_Tensor]:
+        """Every tensor of the file, in its order; without a `kind` matrices keep the type they have."""
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.architecture.name)
+        names = get_tensor_name_map(arch, int(self.numbers["block_count"]))
+        stored = self.checkpoint.storage_dtype
+        kind = kind or next((name for name, type in TYPES.items() if type.dtype == stored), "F32")
+        parameters = dict(self.model.named_parameters())
+        planned = []
+        for unit in self.checkpoint.units:
+            for target in unit.targets:
+                if target not in parameters:
+                    continue
+                name = names.get_name(target, try_suffixes=(".weight", ".bias"))
+                bias = target.endswith(".bias")
+                if name is None or len(unit.targets) > 1 or (bias and not self.architecture.biases):
+                    raise ModelError(
+                        f"{target!r} has no place in the architecture {self.architecture.name!r} of llama.cpp; use {CONVERTER}"
+                    )
+                shape = tuple(parameters[target].shape)
+                planned.append(_Tensor(name, shape, _kind(name, shape, kind), unit))
+        if self.factors is not None:
+            planned.append(_Tensor("rope_freqs.weight", tuple(self.factors.shape), "F32", None))
+        return planned
+
+    def slabs(self, tensor: _Tensor) -> Iterator[Tensor]:
+        """The numbers of a tensor as llama.cpp wants them, float32, some rows at a time."""
+        if tensor.unit is None:
+            assert self.factors is not None
+            yield self.factors
+            return
+        whole = next(iter(self.checkpoint.load(tensor.unit, self.model).values()))
+        heads, key_heads = (int(self.numbers[f"attention.head_count{end}"]) for end in ("", "_kv"))
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            whole = self.architecture.changed(tensor.name, whole, heads, key_heads)
+        for start in range(0, len(whole), _ROWS):
+            values = whole[start : start + _ROWS].float()
+            if tensor.name.endswith("norm.weight"):
+                values = self.architecture.changed(tensor.name, values, heads, key_heads)
+            yield values
+
+
+def _kind(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    if len(shape) < 2:
+        return "F32"
+    if TYPES[wanted].dtype is not None:
+        return wanted
+    if shape[-1] % _GROUP:
+        return "F16"
+    return "Q8_0" if name in _ENDS else wanted
+
+
+def _stored(values: Tensor, tensor: _Tensor) -> Any:
+    """Numbers as the bytes of a GGUF file."""
+    import gguf
+
+    largest = float(values.abs().max())
+    if not math.isfinite(largest):
+        raise CheckpointError(f"{tensor.name!r} holds a number that is not finite; nothing is exported")
+    if tensor.kind == "F16" and largest > torch.finfo(torch.float16).max:
+        raise ModelError(
+            f"{tensor.name!r} holds numbers too large for F16; give another --type, such as BF16"
+        )
+    return gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[tensor.kind])
+
+
+def _check(values: Tensor, data: Any, tensor: _Tensor) -> int:
+    """Compare what is in the file with what was meant; returns how many exact zeros were kept.
+
+    Raises:
+        CheckpointError: a zero is none any more, or a number is further off than its type allows.
+    """
+    import gguf
+
+    found = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.kind]).copy()).view_as(
+        values
+    )
+    dtype, off = TYPES[tensor.kind].dtype, TYPES[tensor.kind].off
+    if dtype is not None:
+        fits = torch.equal(found, values.to(dtype).float())
+    else:
+        groups = values.view(-1, _GROUP)
+        largest = groups.abs().amax(1, keepdim=True)
+        # The scale itself is rounded to float16.
+        fits = bool(((found.view(-1, _GROUP) - groups).abs() <= largest * (off + 2**-10) + 2**-20).all())
+    zeros = values == 0
+    if not fits or bool(found[zeros].any()):
+        raise CheckpointError(
+            f"{tensor.name!r} in the file is not what was exported; nothing was kept: report this"
+        )
+    return int(zeros.sum()) if values.dim() > 1 else 0
+
+
+def export_gguf(
+    source: str | Path,
+    out: Path,
+    kind: str | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> ExportReport:
+    """`export` to GGUF."""
+    started = time.perf_counter()
+    kind = None if kind is None else kind.upper()
+    if kind is not None and kind not in TYPES:
+        raise UserError(
+            f"type {kind!r} is not written{nearest(kind, TYPES)}; choose one of {', '.join(TYPES)}"
+        )
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+    folder = resolve(source, progress.say)
+    work = _Export(folder)
+    keys, whose = _tokenizer(source, folder, tokenizer, work.words)
+    planned = work.plan(kind)
+    with writing(out), durable.beside(out) as made:
+        _write(
+            made, work, planned, keys, folder.name if gguf_behind(source) is None else str(source), progress
+        )
+        zeros = _compare(made, work, planned, progress)
+    return ExportReport(
+        source=str(source),
+        out=str(out),
+        to="gguf",
+        architecture=work.architecture.name,
+        tokenizer=whose,
+        types=dict(Counter(tensor.kind for tensor in planned)),
+        tensors=len(planned),
+        bytes=out.stat().st_size,
+        source_bytes=work.checkpoint.bytes_in(None),
+        zeros=zeros,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _write(
+    path: Path, work: _Export, planned: list[_Tensor], keys: dict[str, Key], name: str, progress: Progress
+) -> None:
+    import gguf
+
+    inside = Counter(tensor.kind for tensor in planned if len(tensor.shape) > 1 and tensor.name not in _ENDS)
+    writer = gguf.GGUFWriter(str(path), work.architecture.name)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(TYPES[inside.most_common(1)[0][0]].file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, number in work.numbers.items():
+        add = writer.add_float32 if isinstance(number, float) else writer.add_uint32
+        add(f"{work.architecture.name}.{key}", number)
+    for key, held in keys.items():
+        writer.add_key_value(key, held.value, *held.types)
+    for tensor in planned:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        taken = math.prod(tensor.shape) // block * size
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), taken, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    progress.phase("exporting", len(planned), "tensors")
+    for tensor in planned:
+        writer.write_tensor_data(np.concatenate([_stored(values, tensor) for values in work.slabs(tensor)]))
+        progress.step(tensor.name)
+    writer.close()
+
+
+def _compare(path: Path, work: _Export, planned: list[_Tensor], progress: Progress) -> int:
+    """Open the file again and compare every tensor with the checkpoint; returns the zeros that were kept."""
+    from gguf import GGUFReader
+
+    zeros = 0
+    progress.phase("comparing", len(planned), "tensors")
+    for tensor, written in zip(planned, GGUFReader(str(path)).tensors, strict=True):
+        if written.name != tensor.name or tuple(map(int, reversed(written.shape))) != tensor.shape:
+            raise CheckpointError(
+                f"{written.name!r} stands in the place of {tensor.name!r} in the file: report this"
+            )
+        start = 0
+        for values in work.slabs(tensor):
+            zeros += _check(values, written.data[start : start + len(values)], tensor)
+            start += len(values)
+        progress.step(tensor.name)
+    return zeros
+
+
+def _tokenizer(
+    source: str | Path, folder: Path, named: str | Path | None, words: int
+) -> tuple[dict[str, Key], str]:
+    """The tokenizer's keys, and whose they are: of the GGUF file that is named, of the one that the model came from, or its own."""
+    if named is not None and gguf_behind(named) is None:
+        raise UserError(f"--tokenizer-from {named}: expected a GGUF file, or smollm2")
+    path = gguf_behind(named if named is not None else source) or _origin(folder)
+    if path is None:
+        return keys_of_folder(folder, words), str(folder)
+    keys = keys_of_gguf(path)
+    if len(keys["tokenizer.ggml.tokens"].value) != words:
+        raise ModelError(
+            f"{path} knows {len(keys['tokenizer.ggml.tokens'].value):,} tokens and the model {words:,}; "
+            "pass --tokenizer-from with a GGUF file of the same model"
+        )
+    return keys, str(path)
+
+
+def _origin(folder: Path) -> Path | None:
+    """The GGUF file that a pruned folder was made from, as its record says, if it is still there."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return gguf_behind(record["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
