@@ -120,7 +120,9 @@ def awq(stored: Stored) -> dict[str, Coded]:
 def _awq(parts: Parts) -> Tensor:
     def columns(words: Tensor) -> Tensor:
         # Bits 0, 4, 8, … of a word hold columns 0, 2, 4, 6, 1, 3, 5, 7.
-        return made_of_bits(words, 4, 8 * words.shape[1]).view(len(words), -1, 2, 4).transpose(2, 3).flatten(1)
+        return (
+            made_of_bits(words, 4, 8 * words.shape[1]).view(len(words), -1, 2, 4).transpose(2, 3).flatten(1)
+        )
 
     q_IO, zeros_GO = columns(parts["qweight"]), columns(parts["qzeros"])
     group_I = torch.arange(len(q_IO)) // (len(q_IO) // len(zeros_GO))
