@@ -93,7 +93,7 @@ format: $(VENV)/.installed
 
 # One script a claim; each writes its JSON into benchmarks/results, from which the tables of the pages are made. Studies keep
 # the cells that are there: remove a file to measure it anew. benchmarks/large.py (hours and 30 GB of disk) and
-# benchmarks/llama_cpp.py (needs llama-cpp-python) are run by hand.
+# benchmarks/runtimes.py (needs llama-cpp-python) are run by hand.
 bench: $(VENV)/.installed $(VENV)/.packaged
 	@test -f "$(TEXT)" || { echo "make bench TEXT=PATH.txt: give a second text to measure on, for the committed tables wikitext-2.tokenised.valid.txt" >&2; exit 2; }
 	$(BIN)/python benchmarks/prune_speed.py

@@ -19,7 +19,7 @@ from tables.glance import glance
 from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
 from tables.quality import allocators, few_bits, owl_study, recipes, recovery, solvers, tasks
-from tables.runtimes import llama_cpp
+from tables.runtimes import runtimes
 from tables.speed import decode, few_bits_speed, kernels, peers, sizes
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLES: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"glance": glance},
     "docs/models.md": {"families": families},
-    "docs/other-runtimes.md": {"llama_cpp": llama_cpp},
+    "docs/other-runtimes.md": {"runtimes": runtimes},
     "docs/results.md": {
         "recipes": recipes,
         "recipes_gemma": recipes,

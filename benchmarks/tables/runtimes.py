@@ -8,7 +8,7 @@ from typing import Any
 from tables.shared import SHAPE_NAMES, machine_line
 
 
-def llama_cpp(result: Mapping[str, Any]) -> str:
+def runtimes(result: Mapping[str, Any]) -> str:
     """A row for each type of the file."""
     lines = [
         "| type | file | same tokens of our decoder | differs at a margin of at most | furthest logit |",
@@ -30,7 +30,8 @@ def llama_cpp(result: Mapping[str, Any]) -> str:
     return (
         f"{name} at {result['sparsity']:.0%}, up to {count} greedy tokens a text, our decoder in float32 on the bfloat16 weights. "
         f"llama.cpp tokenised {same} of {len(prompts)} prompts as we did. Where a text differs, *margin* is the distance of our two best "
-        "logits there. *Furthest logit* is the largest difference of one logit up to there.\n\n"
+        "logits there. *Furthest logit* is the largest difference of one logit up to there. Types that begin with Q round the weights, so "
+        "their texts may differ anywhere.\n\n"
         + "\n".join(lines)
         + f"\n\n{machine_line(result)[:-7]} llama-cpp-python {result['llama_cpp_python']}.</sub>\n"
     )

@@ -1,6 +1,6 @@
 """Whether llama.cpp says what our decoder says: a pruned model, exported to GGUF, with greedy tokens compared.
 
-    python benchmarks/llama_cpp.py                # smollm2 at 50 %, minutes; needs llama-cpp-python
+    python benchmarks/runtimes.py                 # smollm2 at 50 %, minutes; needs llama-cpp-python
 
 For each type of the file and each prompt, llama.cpp and our decoder continue the same text greedily. Texts are compared
 token by token until they differ. The two best logits of our model at that place say whether it was a tie that rounding may
@@ -15,6 +15,7 @@ import argparse
 import datetime
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,37 +63,39 @@ def compare(model: Any, tokenizer: Any, llama: Any, prompt: str, count: int) -> 
     }
 
 
-def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+    """What is known after each type."""
     import llama_cpp
 
+    torch.set_num_threads(args.threads)
     pruned = work / "pruned"
     keys = {"solver": args.solver, "sparsity": args.sparsity, "calibration": "wiki"}
     seen = {"calibration.samples": args.samples, "calibration.seqlen": args.seqlen}
-    record = tawny.prune(args.model, pruned, **keys, **seen)
+    if not pruned.exists():
+        tawny.prune(args.model, pruned, **keys, **seen)
+    record = json.loads((pruned / "run.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(pruned)
     model = tawny.load(pruned, dtype=torch.float32)
     prompts = prompts_from(load_text("wiki", "evaluation"), args.prompts)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in args.types:
-        report = tawny.export(pruned, work / f"{kind}.gguf", type=kind)
-        llama = llama_cpp.Llama(
-            str(work / f"{kind}.gguf"), n_ctx=256, logits_all=True, verbose=False, n_threads=args.threads
-        )
+        report = tawny.export(pruned, work / f"{kind}.gguf", type=kind, overwrite=True)
+        llama = llama_cpp.Llama(report.out, n_ctx=256, logits_all=True, verbose=False, n_threads=args.threads)
         found = [compare(model, tokenizer, llama, prompt, args.tokens) for prompt in prompts]
         llama.close()
         rows.append({"type": kind, "bytes": report.bytes, "zeros": report.zeros, "prompts": found})
         print(kind, [(row["equal"], row["margin"]) for row in found], flush=True)
-    return {
-        "model": args.model,
-        "sparsity": record.sparsity,
-        "recipe": record.recipe,
-        "tie": TIE,
-        "rows": rows,
-        "llama_cpp_python": llama_cpp.__version__,
-        "machine": machine(),
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
-    }
+        yield {
+            "model": args.model,
+            "sparsity": record["sparsity"],
+            "recipe": record["recipe"],
+            "tie": TIE,
+            "rows": rows,
+            "llama_cpp_python": llama_cpp.__version__,
+            "machine": {**machine(), "threads": args.threads},
+            "versions": versions(),
+            "date": datetime.date.today().isoformat(),
+        }
 
 
 def main() -> None:
@@ -102,17 +105,19 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--solver", default="wanda")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--types", nargs="+", default=["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0"])
-    parser.add_argument("--prompts", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--types", nargs="+", default=["F16", "BF16", "Q8_0", "Q4_0"])
+    parser.add_argument("--work", type=Path, help="folder to keep the pruned model in, for another run")
+    parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "llama_cpp.json")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "runtimes.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        result = measure(args, Path(work))
-    args.results.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for result in measure(args, args.work or Path(work)):
+            text = json.dumps(result, indent=1, ensure_ascii=False)
+            args.results.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
