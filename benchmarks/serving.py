@@ -234,10 +234,14 @@ def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[
                     write_gguf(path, GGUF_SHAPES[shape], kind)
                 made = Child(options.llama_python, "--llama", path, options.threads, options.tokens)
                 peers[f"llama.cpp {kind}"] = stack.enter_context(contextlib.closing(made))
-        rows = {(name, count): {"served": [], "bare": []} for name in (*servers, *peers) for count in COUNTS}
+        rows = {
+            (name, count): {"served": [], "bare": []}
+            for name in (*servers, *peers)
+            for count in options.count
+        }
         firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
         for number in range(options.rounds + 1):  # the first warms up
-            for count in COUNTS:
+            for count in options.count:
                 for name, server in servers.items():
                     row = rows[name, count]
                     row["served"].append(served(server.told["address"], count, options.tokens, words, chance))
@@ -295,6 +299,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=48, help="that each request asks for")
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one to warm up")
+    parser.add_argument("--count", type=int, nargs="+", choices=COUNTS, default=COUNTS, help="of requests")
     parser.add_argument("--folder", type=Path, help="where models are kept between runs")
     parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")
     parser.add_argument("--quick", action="store_true", help="a tiny shape; nothing is kept")

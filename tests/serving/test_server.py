@@ -109,6 +109,13 @@ def test_likelihoods_of_prompt_and_text_are_the_models(client, model, tokenizer)
     assert told.token_logprobs[4] == pytest.approx(float(logs[3].max()), abs=1e-4)
     none = client.completions.create(**GREEDY, prompt="owls", max_tokens=0, logprobs=0, echo=True).choices[0]
     assert none.text == "owls" and none.logprobs.token_logprobs == told.token_logprobs[:4]
+    # One that scores texts drops the last token, whatever it is; so an end token must be there.
+    end = {str(tokenizer.eos_token_id): 100}
+    ended = client.completions.create(
+        **GREEDY, prompt="owls", max_tokens=1, logprobs=1, echo=True, logit_bias=end
+    ).choices[0]
+    assert ended.logprobs.tokens == [*"owls", "<|end|>"] and ended.text == "owls"
+    assert ended.finish_reason == "stop" and ended.logprobs.token_logprobs[:4] == told.token_logprobs[:4]
     chat = client.chat.completions.create(
         **GREEDY, messages=CHAT, max_tokens=2, logprobs=True, top_logprobs=3
     )

@@ -44,8 +44,8 @@ class Request:
     most: tokens to make at most; None for as many as there is room for.
     stops: strings before which the text ends.
     likelihoods: how many of the likeliest tokens are told with each; None for no likelihoods.
-    of_prompt: tell the likelihoods of the prompt's tokens, too, before the first token. They need a forward of their own
-        over the whole prompt, for which the others wait.
+    of_prompt: tell the likelihoods of the prompt's tokens, too, before the first token, and that of the token that ends the
+        text. They need a forward of their own over the whole prompt, for which the others wait.
     special: whether special tokens are part of the text.
     """
 
@@ -209,14 +209,15 @@ class Scheduler:
         """Choose the next token, and tell it, or how the text ended."""
         if job.room == 0:
             return self._end(job, job.finish)
-        token = job.request.choose(logits)
+        token, count = job.request.choose(logits), job.request.likelihoods
+        found = None if count is None else likelihood(logits, token, count)
         if token in self.ends:
+            if job.request.of_prompt:
+                job.tell(Token(token, "", found))
             return self._end(job, "stop")
         job.last = token
         job.made += 1
-        count = job.request.likelihoods
-        text = job.stops.add(job.text.add(token))
-        job.tell(Token(token, text, None if count is None else likelihood(logits, token, count)))
+        job.tell(Token(token, job.stops.add(job.text.add(token)), found))
         if job.stops.found or job.request.choose.over:
             self._end(job, "stop")
         elif job.made == job.room:
