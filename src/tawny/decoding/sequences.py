@@ -75,10 +75,10 @@ class Sequences:
 
     def __init__(self, model: Any, capacity: int, count: int) -> None:
         self.model, self.capacity, self.count = model, capacity, count
+        self._pool: list[list[Tensor]] | None = self._reserved()
         self._places = [_Place(capacity) for _ in range(count)]
         self._clock = 0
         self._step: Step | None = None
-        self._pool: list[list[Tensor]] | None = self._reserved()
         self.nbytes = sum(t.nbytes for layer in self._pool or () for t in layer)
         if self._pool is not None and capacity > 1 and self._proved():
             self._step = Step.build(model, [(keys, values) for keys, values in self._pool])
