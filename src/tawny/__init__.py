@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Comparison",
+    "FitSettings",
+    "Fitted",
     "Found",
     "Generation",
     "Inspection",
@@ -39,6 +41,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_tasks",
+    "fit",
     "generate",
     "inspect",
     "keep_sparsity",
@@ -84,6 +87,7 @@ _NAMES = {
     "tawny.recovery.run": "recover",
     "tawny.recovery.settings": "Recovery",
     "tawny.recovery.zeros": "SparsityCallback keep_sparsity merge_adapter",
+    "tawny.searching.fit": "FitSettings Fitted fit",
     "tawny.searching.run": "Found search",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -113,6 +117,7 @@ if TYPE_CHECKING:
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
+    from tawny.searching.fit import FitSettings, Fitted, fit
     from tawny.searching.run import Found, search
 
 

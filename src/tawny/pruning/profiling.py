@@ -187,7 +187,7 @@ def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tupl
     recipe, values = job.recipe, job.recipe.values
     sizes = {linear.name: linear.numel for linear in profile.linears}
     if values.mean is None:
-        kinds = dict.fromkeys(sizes, values.kind) if values.kind else {}
+        kinds = dict.fromkeys(sizes, values.kind) if values.kind else job.allocator.kinds(profile)
         return allocate(job.allocator, profile, job.pattern, recipe.sparsity, warnings), kinds
     by_bits = {kind_of(name).bits: name for name in values.of}
     wish = job.allocator.allocate(profile, 1 - values.mean / max(by_bits))
