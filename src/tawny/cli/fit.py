@@ -25,7 +25,7 @@ from tawny.words import duration, kl_text, percent, size
 @recipe_verb(
     "tawny fit smollm2 --bits 4.5 --out fitted --calibration wiki --samples 16 --seqlen 1024",
     "tawny fit ./model --size 700MB --out fitted --memory 6GB",
-    "tawny prune ./model -c fitted/recipe.yaml --out again",
+    "tawny fit ./model --bits 3.5 --out fitted -m sparsegpt -o fit.deciding=16",
     without=("sparsity", "allocator", "pattern", "values"),
 )
 def fit(

@@ -95,7 +95,7 @@ class FitSettings:
         length: tokens of a window, at most those of a calibration sample.
     """
 
-    windows: Count = 4
+    windows: Count = 2
     deciding: Annotated[int, Field(ge=2)] = 8
     length: Annotated[int, Field(ge=2)] = 1024
 
