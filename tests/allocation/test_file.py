@@ -7,10 +7,12 @@ import math
 
 import pytest
 
+import tawny
 from tawny.allocation import File, LinearInfo, Profile
 from tawny.errors import RecipeError
 from tawny.recipe.schema import Recipe
 from tests.reference import allocators as reference
+from tests.tiny import tiny_model
 
 NAMES = [f"model.layers.{block}.{part}" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]
 PROFILE = Profile(tuple(LinearInfo(name, (8, 8), i // 2) for i, name in enumerate(NAMES)))
@@ -157,6 +159,6 @@ def test_kinds_without_a_mean_are_for_a_file_that_gives_them(tmp_path) -> None:
     with pytest.raises(RecipeError, match=r"values\.of is \['int4'\] without values\.mean"):
         Recipe.from_mapping({"sparsity": 0.5, "allocator": "owl", "values": {"of": ["int4"]}})
     (tmp_path / "a.yaml").write_text('allocation: {"*": 0}\nvalues: {"*": int3}\n')
+    given = {"allocator": str(tmp_path / "a.yaml"), "values": {"of": ["int4"]}}
     with pytest.raises(RecipeError, match=r"values\.of is \['int4'\], and the allocation file has int3"):
-        given = {"allocator": str(tmp_path / "a.yaml"), "values": {"of": ["int4"]}}
-        Recipe.from_mapping({"sparsity": 0, **given})
+        tawny.prune(tiny_model("llama"), solver="magnitude", sparsity=0, **given)

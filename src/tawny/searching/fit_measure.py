@@ -1,16 +1,15 @@
 """What it costs to store each linear at each level, in nats of the output's divergence.
 
-1. One walk through the dense model rounds a sample of each linear's rows to each kind, and solves it at some sparsities
-   without a grid, by the quick solver that the recipe's names. Rows are solved apart from each other, so a sample of them
-   tells the error. The whole linear is solved for one kind, the probe.
+1. One walk through the dense model rounds a sample of each linear's rows to each kind, and removes what Wanda would at some
+   sparsities. Rows are rounded apart from each other, so a sample of them tells the error. The whole linear is rounded to one
+   kind, the probe.
 2. All linears of each block in turn are set to their probes, and all of each role (such as every `q_proj`), and the
    divergence of the output is measured. `reactions` makes each linear's share of it.
 3. The head is rounded to each kind, as packing does it, and measured whole.
 
-A level costs the linear's share, times the level's error over that of the probe: for bits the ratio of rounding errors, for
-zeros that of solutions, and their sum for both (docs/log/fit.md: how far off that is). Errors of zeros and bits
-add up within 2 % (five linears, int4 and 50 %, ALPS). Rounding has the ratios of ALPS within 7 % for int4, 20 % for int2 and 55 %
-for int5 (three linears). SparseGPT sees zeros as dearer than ALPS: ALPS has 0.76 of its error on a grid, 0.62 at 50 %.
+A level costs the linear's share, times the level's error over that of the probe; errors of zeros and bits add up. Nothing is
+solved here. A solver takes about the same share off all of these errors, and shares are all that choosing needs
+(docs/log/fit.md: how far off that is).
 """
 
 from __future__ import annotations
@@ -55,12 +54,12 @@ from tawny.searching.divergence import Divergence, Reference
 from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.levels import WALK, LevelStore, key_of
 from tawny.searching.rehearsal import rehearsing
-from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solution, on_grid, reconstruction_error
+from tawny.solvers.wanda import Wanda
 
 KINDS_TRIED = tuple(sorted((kind.name for kind in scaled_kinds()), key=lambda name: -KINDS[name].bits))
 SPARSITIES = (0.0, 0.5, 0.7)  # below, a mask takes more than it saves of any kind but int8
-PROBE = "int3"  # far enough from the dense model to be measured, near enough for errors to add up
+PROBE = "int4"  # far enough from the dense model to be measured, near enough for errors to add up
 PROBED = 1  # its number in the store
 _ROWS = 96  # of a linear that are solved at each level; up to twice as many where they are few
 TOGETHER = 8  # models that go through the blocks together
@@ -85,22 +84,19 @@ class Measures:
 
     Attributes:
         bits: by kind, rounded.
-        zeros: by sparsity, solved without a grid.
-        probe: of the solution that the output's reaction is measured with, on these rows.
-        whole: of that solution, on all rows.
+        zeros: by sparsity.
+        whole: of the probe, on all rows.
     """
 
     bits: Mapping[str, float]
     zeros: Mapping[str, float]
-    probe: float
     whole: float
 
     def relative(self, level: Level) -> float:
         """The error of a level, as a multiple of the probe's."""
-        if self.probe <= 0:
-            return 0.0
+        probe = self.bits[PROBE]
         zeros = self.zeros[str(level.sparsity)] if level.sparsity else 0.0
-        return self.bits[level.kind] / self.bits[PROBE] + zeros / self.probe
+        return (self.bits[level.kind] + zeros) / probe if probe > 0 else 0.0
 
 
 def measure(
@@ -114,11 +110,10 @@ def measure(
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
-    job, journal, stack = session.job, session.journal, session.job.stack
+    journal, stack = session.journal, session.job.stack
     done, found = journal.walk(WALK)
     errors: dict[str, Any] = found.get("errors", {})
-    quick = SOLVERS[job.solver.stand_in]() if job.solver.stand_in else job.solver
-    rehearsal = rehearsing(session, samples, journal, quick)
+    rehearsal = rehearsing(session, samples, journal)
     dense = Stream(stack, held_out, depth=done, saved=journal.hidden(WALK, "held_out"))
     durable_blocks = done
 
@@ -141,13 +136,13 @@ def measure(
         with writing(path), TensorWriter(path, specs) as writer:
             for stage, statistics in block.stages():
                 for linear in stage.linears:
-                    errors[linear.name], probe_OI = _solved(block, linear, statistics)
+                    errors[linear.name], probe_OI = _rounded(block, linear, statistics)
                     writer.write(key_of(linear, PROBED), probe_OI.to(store.dtype).cpu())
         block.advance()
     return {name: Measures(**found) for name, found in errors.items()}, torch.cat(list(dense.hidden))
 
 
-def _solved(
+def _rounded(
     block: LoadedBlock, linear: Linear, statistics: Mapping[str, Statistics]
 ) -> tuple[dict[str, Any], Tensor]:
     """The errors of one linear, and its probe."""
@@ -156,22 +151,21 @@ def _solved(
     known = block.known(linear, statistics.get(linear.name))
     assert known is not None and known.hessian is not None
     H_II = known.hessian
-    step = max(1, linear.shape[0] // _ROWS)
-    W_RI = W_OI[::step].contiguous()
+    W_RI = W_OI[:: max(1, linear.shape[0] // _ROWS)].contiguous()
 
-    def lost(found: Solution) -> float:
-        return reconstruction_error(W_RI, found.weight, H_II, lost=found.lost)
+    def rounded(W: Tensor, kind: str) -> Tensor:
+        kept = torch.ones_like(W, dtype=torch.bool)
+        return on_grid(Solution(W, kept), values.grid(kind), known).weight
 
-    name = linear.name.removeprefix(f"{job.stack.name(block.index)}.")
-    block.session.progress.detail(f"solving {name}", 0, 0)
-    whole = Solution(W_RI, torch.ones_like(W_RI, dtype=torch.bool))
-    bits = {kind: lost(on_grid(whole, values.grid(kind), known)) for kind in KINDS_TRIED}
-    zeros = {str(share): lost(block.solution(linear, W_RI, known, share)[0]) for share in SPARSITIES if share}
-    block.session.record.values[linear.name] = PROBE  # what a solution is rounded to
-    probe_OI = block.solution(linear, W_OI, known, 0.0)[0].weight
-    parts = {"probe": reconstruction_error(W_RI, probe_OI[::step], H_II)}
-    parts["whole"] = reconstruction_error(W_OI, probe_OI, H_II)
-    return {"bits": bits, "zeros": zeros, **parts}, probe_OI
+    block.session.progress.detail(f"rounding {linear.name}", 0, 0)
+    bits = {kind: reconstruction_error(W_RI, rounded(W_RI, kind), H_II) for kind in KINDS_TRIED}
+    zeros = {
+        str(share): reconstruction_error(W_RI, Wanda().solve(W_RI, known, job.pattern, share).weight, H_II)
+        for share in SPARSITIES
+        if share
+    }
+    probe_OI = rounded(W_OI, PROBE)
+    return {"bits": bits, "zeros": zeros, "whole": reconstruction_error(W_OI, probe_OI, H_II)}, probe_OI
 
 
 def react(session: Session, divergence: Divergence, measures: Mapping[str, Measures]) -> dict[str, float]:
