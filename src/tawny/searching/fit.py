@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tawny.allocation.knapsack import choose
+from tawny.allocation.profile import LinearInfo
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.errors import ModelError, RecipeError, TextError
 from tawny.evaluation.agreement import agreement
@@ -338,8 +339,15 @@ def _fit(
                 journal.once(f"finalist {number}", partial(_judged, session, folder, finalist, deciding))
             )
         session.note_cost()
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]["kl"], finalists[i].uniform is None))
+    order = sorted(
+        range(len(rows)),
+        key=lambda i: (rows[i]["bytes"] > budget, rows[i]["kl"], finalists[i].uniform is None),
+    )
     winner = order[0]
+    if rows[winner]["bytes"] > budget:
+        warnings.append(
+            f"packing took {size(rows[winner]['bytes'])}, more than the {size(budget)} that were asked for"
+        )
     lead, stderr = _lead(finalists, rows, winner)
     others = [rows[i] for i in order[1:]]
     if others and _apart(rows[winner], others[0])[0] < _apart(rows[winner], others[0])[1]:
@@ -380,8 +388,9 @@ def _up(bits: float) -> str:
 
 def _few_bits(job: Job) -> str:
     """A warning where the source is itself a model of few bits that was made dense."""
-    with job.stack.block(0):
-        W_OI = job.stack.look(job.by_block[0][0])[:64]
+    first = next(index for index, linears in enumerate(job.by_block) if linears)
+    with job.stack.block(first):
+        W_OI = job.stack.look(job.by_block[first][0])[:64]
         columns = W_OI.shape[1] // 32 * 32
         values = W_OI[:, :columns].reshape(-1, 32)
         different = [len(torch.unique(part)) for part in values] or [32]
@@ -436,14 +445,15 @@ class _Table:
         self.job, self.sizes, self.linears, self.every = job, sizes, job.linears, levels()
         self.found = found
         self.costs = [[self._cost(x.name, level) for level in self.every] for x in self.linears]
-        self.bytes = [
-            [sizes.linear(x, level.sparsity, level.kind) for level in self.every] for x in self.linears
-        ]
+        self.bytes = [[self._size(x, level, None) for level in self.every] for x in self.linears]
         self.heads: list[str | None] = [None, *found.head]
         self.head_costs = [0.0, *found.head.values()]
 
     def _cost(self, name: str, level: Level) -> float:
         return self.found.reactions[name] * self.found.measures[name].relative(level)
+
+    def _size(self, x: LinearInfo, level: Level, group: int | None) -> int:
+        return self.sizes.linear(x, level.sparsity, level.kind, group, self.found.measures[x.name].had)
 
     def chosen(self, budget: float, name: str = "", *, zeros: bool) -> Finalist | None:
         """The least cost that fits; None where nothing does."""
@@ -459,7 +469,7 @@ class _Table:
 
     def _finalist(self, name: str, of: Mapping[str, Level], group: int | None, head: str | None) -> Finalist:
         total = self.sizes.rest + self.sizes.of_head(head)
-        total += sum(self.sizes.linear(x, of[x.name].sparsity, of[x.name].kind, group) for x in self.linears)
+        total += sum(self._size(x, of[x.name], group) for x in self.linears)
         expected = math.fsum(self._cost(x.name, of[x.name]) for x in self.linears)
         return Finalist(name, of, group, head, total, expected + self.head_costs[self.heads.index(head)])
 

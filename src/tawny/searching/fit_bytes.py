@@ -26,6 +26,7 @@ from tawny.packed.folder import PackedLinearEntry
 from tawny.packed.install import ends_of
 from tawny.patterns import removed_count
 from tawny.pruning.prepare import Job
+from tawny.solvers.grid import ACCIDENTS
 
 _SHARD = "packed-00001-of-00001.safetensors"
 _REST = 2048  # metadata, shards, and the padding of headers
@@ -80,9 +81,18 @@ class PackedSize:
         self._dense_head = sum(self._dense(checkpoint, key) for key in self._ends)
         self._head_shape = tuple(checkpoint.shapes[self._ends[0]]) if self._ends else (0, 0)
 
-    def linear(self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None) -> int:
-        """Bytes of one linear and of what names it; an integer that rounds to 0 may make it a little smaller."""
-        kept = info.numel - removed_count(info.numel, sparsity)
+    def linear(
+        self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None, zeros: int = 0
+    ) -> int:
+        """Bytes of one linear and of what names it; an integer that rounds to 0 may make it a little smaller.
+
+        Args:
+            zeros: that the weight has already; more than a few are kept.
+        """
+        removed = removed_count(info.numel, sparsity)
+        if zeros > ACCIDENTS * info.numel:
+            removed = max(removed, zeros)
+        kept = info.numel - removed
         return self._packed(info.name, info.shape, kept, kind, group, self._sources[info.name])
 
     def of_head(self, kind: str | None) -> int:

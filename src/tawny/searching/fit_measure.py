@@ -86,11 +86,13 @@ class Measures:
         bits: by kind, rounded.
         zeros: by sparsity.
         whole: of the probe, on all rows.
+        had: zeros of the weight as it came, a number.
     """
 
     bits: Mapping[str, float]
     zeros: Mapping[str, float]
     whole: float
+    had: int
 
     def relative(self, level: Level) -> float:
         """The error of a level, as a multiple of the probe's."""
@@ -165,7 +167,8 @@ def _rounded(
         if share
     }
     probe_OI = rounded(W_OI, PROBE)
-    return {"bits": bits, "zeros": zeros, "whole": reconstruction_error(W_OI, probe_OI, H_II)}, probe_OI
+    whole, had = reconstruction_error(W_OI, probe_OI, H_II), int((W_OI == 0).sum())
+    return {"bits": bits, "zeros": zeros, "whole": whole, "had": had}, probe_OI
 
 
 def react(session: Session, divergence: Divergence, measures: Mapping[str, Measures]) -> dict[str, float]:
