@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Comparison",
+    "FitSettings",
+    "Fitted",
     "Found",
     "Generation",
     "Inspection",
@@ -41,6 +43,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "fit",
     "generate",
     "inspect",
     "keep_sparsity",
@@ -88,6 +91,7 @@ _NAMES = {
     "tawny.recovery.run": "recover",
     "tawny.recovery.settings": "Recovery",
     "tawny.recovery.zeros": "SparsityCallback keep_sparsity merge_adapter",
+    "tawny.searching.fit": "FitSettings Fitted fit",
     "tawny.searching.run": "Found search",
     "tawny.serving.server": "Server serve",
 }
@@ -119,6 +123,7 @@ if TYPE_CHECKING:
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
+    from tawny.searching.fit import FitSettings, Fitted, fit
     from tawny.searching.run import Found, search
     from tawny.serving.server import Server, serve
 

@@ -63,6 +63,7 @@ class Record:
         values: the kind that each linear was solved for, where the recipe asks for kinds.
         files: bytes and SHA-256 of every weight file written.
         packed: kinds and bytes, where the weights were packed afterwards.
+        fit: what `tawny fit` compared and chose, in short.
         recovery: what `tawny recover` did to the weights afterwards, in short.
     """
 
@@ -98,6 +99,7 @@ class Record:
     packed: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"record_version": RECORD_VERSION, **asdict(self)}

@@ -7,10 +7,12 @@ import math
 
 import pytest
 
+import tawny
 from tawny.allocation import File, LinearInfo, Profile
 from tawny.errors import RecipeError
 from tawny.recipe.schema import Recipe
 from tests.reference import allocators as reference
+from tests.tiny import tiny_model
 
 NAMES = [f"model.layers.{block}.{part}" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]
 PROFILE = Profile(tuple(LinearInfo(name, (8, 8), i // 2) for i, name in enumerate(NAMES)))
@@ -132,3 +134,31 @@ def test_the_recipe_knows_the_contents_of_its_file(tmp_path) -> None:
     assert Recipe.from_mapping(options).fingerprint() != recipe.fingerprint()
     with pytest.raises(RecipeError, match="has changed"):
         recipe.make_allocator().allocate(PROFILE, 0.5)
+
+
+def test_a_file_may_say_the_kind_of_each_linear_beside_its_sparsity(tmp_path) -> None:
+    text = 'allocation: {"*": 0.25}\nvalues:\n  "*": int4\n  "model.layers.1.*": int8\n'
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    file = File(path=str(path))
+    assert list(file.kinds(PROFILE).values()) == ["int4", "int4", "int8", "int8"]
+    assert set(file.allocate(PROFILE, 0.25).values()) == {0.25}
+    recipe = Recipe.from_mapping({"sparsity": 0.25, "allocator": str(path)})
+    assert recipe.values.of == file.named_kinds == ("int4", "int8")
+    assert Recipe.from_mapping(recipe.to_mapping()) == recipe
+    path.with_suffix(".json").write_text(json.dumps({"values": {}, "allocation": {"*": 0.25}}))
+    assert File(path=str(path.with_suffix(".json"))).kinds(PROFILE) == {}
+    wrong = {"int4": "bf16", "values:": "values: 1\nx:"}
+    for old, new in wrong.items():
+        path.write_text(text.replace(old, new))
+        with pytest.raises(RecipeError, match=r"has values 'bf16', expected int8|values is not a mapping"):
+            Recipe.from_mapping({"sparsity": 0.25, "allocator": str(path)})
+
+
+def test_kinds_without_a_mean_are_for_a_file_that_gives_them(tmp_path) -> None:
+    with pytest.raises(RecipeError, match=r"values\.of is \['int4'\] without values\.mean"):
+        Recipe.from_mapping({"sparsity": 0.5, "allocator": "owl", "values": {"of": ["int4"]}})
+    (tmp_path / "a.yaml").write_text('allocation: {"*": 0}\nvalues: {"*": int3}\n')
+    given = {"allocator": str(tmp_path / "a.yaml"), "values": {"of": ["int4"]}}
+    with pytest.raises(RecipeError, match=r"values\.of is \['int4'\], and the allocation file has int3"):
+        tawny.prune(tiny_model("llama"), solver="magnitude", sparsity=0, **given)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tawny
-from tawny.errors import ModelError
 from tawny.packed.folder import PackedFolder
+from tawny.progress import Silent
 from tests.tiny import tiny_model, tokens
 
 
@@ -64,5 +64,14 @@ def test_an_allocator_shares_bits_and_the_mean_is_kept(dense, tmp_path):
     assert 4.5 * sum(sizes.values()) - 4 * max(sizes.values()) < spent <= 4.5 * sum(sizes.values())
     tawny.pack(tmp_path / "pruned", tmp_path / "packed")
     assert {name: entry.values for name, entry in blocks_of(tmp_path / "packed").items()} == record.values
-    with pytest.raises(ModelError, match="several kinds"):
-        tawny.recover(tmp_path / "packed", dense, tmp_path / "x", text=tokens(8, 16))
+    lines = []
+    told = Silent()
+    told.say = lines.append
+    trained = tmp_path / "trained"
+    keys = {"tokens": 16 * 4 * 3, "lr": 1e-2, "eval_every": 2, "progress": told}
+    tawny.recover(tmp_path / "packed", dense, trained, text=tokens(24, 16), **keys)
+    assert {name: entry.values for name, entry in blocks_of(trained).items()} == record.values
+    assert any("training through the grids of int3, int4, int8" in line for line in lines)
+    assert not any("only rounded" in line for line in lines)
+    before, after = (next((tmp_path / name).glob("*.safetensors")) for name in ("packed", "trained"))
+    assert before.read_bytes() != after.read_bytes()

@@ -33,7 +33,7 @@ def solved_levels(
     recipe = resolve_recipe(sparsity=sparsity, pattern=pattern, solver=solver, allocator="uniform")
     job = prepare(recipe, model, tawny.progress.silent, "cpu")
     space = make_space(job.linears, job.pattern, sparsity, count)
-    store = LevelStore(folder, space, torch.float32)
+    store = LevelStore(folder, space.bytes_in(torch.float32), torch.float32)
     samples, held_out = Samples(tokens(4, 24)), Samples(tokens(windows, 16, seed=9))
     session = Session(
         job=job,

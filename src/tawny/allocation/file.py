@@ -7,8 +7,13 @@ glob beats an earlier one:
     "model.layers.0.*": 0.5
     model.layers.29.mlp.down_proj: 0.62
 
-A file whose values stand under `allocation:` (such as a `run.json`) is read too, and so are the
-configurations that EvoPress writes (Sieberling 2025, ICML, 2410.14649): lines `linear: level` with whole
+A file whose values stand under `allocation:` (such as a `run.json`) is read too. Beside it, `values:` may give each linear
+the kind that its survivors are rounded to, by the same rules:
+
+    allocation: {"*": 0}
+    values: {"*": int4, "*.down_proj": int6}
+
+The configurations that EvoPress writes (Sieberling 2025, ICML, 2410.14649) are read, too: lines `linear: level` with whole
 numbers, level k meaning that the linear loses `S·n + k·step` of its n weights. EvoPress keeps the step in its
 database: give it as `step`; unset it is EvoPress's default for 8 levels, `⌊0.5·min(S, 1−S)/8·width²⌋`.
 
@@ -37,6 +42,7 @@ import yaml
 
 from tawny.allocation.profile import Allocation, Allocator, Profile
 from tawny.errors import RecipeError, check_option, nearest, short
+from tawny.kinds import KINDS, names_of, scaled_kinds
 from tawny.patterns import removed_count
 
 
@@ -49,12 +55,16 @@ class Entry:
     where: str
 
 
-def read_entries(text: str, name: str = "the allocation") -> list[Entry]:
-    """The lines of a YAML, JSON or EvoPress text, in order; a key that is given twice is refused."""
-    entries = _from_json(text, name) if text.lstrip().startswith("{") else None
+def read_entries(text: str, name: str = "the allocation", section: str = "allocation") -> list[Entry]:
+    """The lines of a YAML, JSON or EvoPress text, in order; a key that is given twice is refused.
+
+    Args:
+        section: under which they stand. Without an `allocation` the whole text is one, and it has no `values`.
+    """
+    entries = _from_json(text, name, section) if text.lstrip().startswith("{") else None
     if entries is None:
-        entries = _from_yaml(text, name)
-    if not entries:
+        entries = _from_yaml(text, name, section)
+    if not entries and section == "allocation":
         raise RecipeError(f"{name} is empty, expected lines such as '\"*\": 0.7'")
     first: dict[str, Entry] = {}
     for entry in entries:
@@ -80,24 +90,28 @@ def _no_number(where: str, pattern: str, what: str) -> RecipeError:
     return RecipeError(f"{where}: {short(pattern)} has {what}, expected a sparsity such as 0.7")
 
 
-def _from_json(text: str, name: str) -> list[Entry] | None:
+def _from_json(text: str, name: str, section: str) -> list[Entry] | None:
     try:
         pairs = json.loads(text, object_pairs_hook=_Object)
     except (ValueError, RecursionError):
         return None  # a YAML flow mapping also starts with a brace
+    if section != "allocation" and "allocation" not in (key for key, _ in pairs):
+        return []
     for key, value in pairs:
-        if key == "allocation":
+        if key == section:
             if not isinstance(value, _Object):
-                raise _no_mapping(f"{name}: allocation")
+                raise _no_mapping(f"{name}: {section}")
             pairs = value
             break
+    else:
+        pairs = pairs if section == "allocation" else _Object()
     for key, value in pairs:
         if isinstance(value, list):
             raise _no_number(name, key, "a list or a mapping")
     return [Entry(key, str(value), name) for key, value in pairs]
 
 
-def _from_yaml(text: str, name: str) -> list[Entry]:
+def _from_yaml(text: str, name: str, section: str) -> list[Entry]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -108,10 +122,15 @@ def _from_yaml(text: str, name: str) -> list[Entry]:
     except RecursionError:
         raise RecipeError(f"{name}: nested too deeply, expected lines such as '\"*\": 0.7'") from None
     if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        if section != "allocation" and not {section, "allocation"} <= {
+            key for key in keys if isinstance(key, str)
+        }:
+            return []
         for key, value in node.value:
-            if key.value == "allocation":
+            if key.value == section:
                 if not isinstance(value, yaml.MappingNode):
-                    raise _no_mapping(f"{name}:{key.start_mark.line + 1}: allocation")
+                    raise _no_mapping(f"{name}:{key.start_mark.line + 1}: {section}")
                 node = value
                 break
     elif node is not None:
@@ -170,7 +189,8 @@ def _are_levels(entries: Sequence[Entry], path: str) -> bool:
 class File(Allocator):
     """The sparsities of a YAML, JSON or EvoPress file (`path`); taken as they are, the mean is checked.
 
-    `{linear or glob: sparsity}`, or EvoPress's `linear: level` (2410.14649). Needs no data.
+    `{linear or glob: sparsity}`, or EvoPress's `linear: level` (2410.14649). Needs no data. With `allocation:` and
+    `values:` it says kinds, too.
 
     Raises:
         RecipeError: the file cannot be read, does not fit the model, has changed, or misses the mean.
@@ -193,6 +213,27 @@ class File(Allocator):
         if self.sha256 is None and os.path.isfile(self.path):  # noqa: PTH113 - never raises, whatever the name
             # A file that is not there is reported when it is read: a recipe can be shown without it.
             object.__setattr__(self, "sha256", hashlib.sha256(self._bytes()).hexdigest())
+
+    @property
+    def named_kinds(self) -> tuple[str, ...]:
+        if not os.path.isfile(self.path):  # noqa: PTH113 - never raises, whatever the name
+            return ()
+        return tuple(dict.fromkeys(entry.text for entry in self._kinds()))
+
+    def kinds(self, profile: Profile) -> dict[str, str]:
+        entries = self._kinds()
+        chosen = resolve(entries, profile) if entries else {}
+        return {name: chosen[name].text for name in profile.sizes if name in chosen}
+
+    def _kinds(self) -> list[Entry]:
+        entries = read_entries(self._checked_text(), self.path, "values")
+        for entry in entries:
+            if not (entry.text in KINDS and KINDS[entry.text].scaled):
+                names = names_of(scaled_kinds(), " or ")
+                raise RecipeError(
+                    f"{entry.where}: {short(entry.pattern)} has values {short(repr(entry.text))}, expected {names}"
+                )
+        return entries
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         entries = read_entries(self._checked_text(), self.path)

@@ -103,6 +103,15 @@ class Allocator(Measuring, Protocol):
         return False
 
     @property
+    def named_kinds(self) -> tuple[str, ...]:
+        """The kinds that `kinds` gives, where it gives any."""
+        return ()
+
+    def kinds(self, profile: Profile) -> dict[str, str]:
+        """The kind that each linear's survivors are rounded to, where the allocator says so too; else empty."""
+        return {}
+
+    @property
     def outlier_M(self) -> float:
         """A score above so many times the block's mean is counted as an outlier in the record."""
         return DEFAULT_M

@@ -16,6 +16,7 @@ from tawny.cli.root import app, main
 # isort: off
 from tawny.cli import prune  # noqa: F401
 from tawny.cli import search  # noqa: F401
+from tawny.cli import fit  # noqa: F401
 from tawny.cli import recover  # noqa: F401
 from tawny.cli import plan  # noqa: F401
 from tawny.cli import profile  # noqa: F401

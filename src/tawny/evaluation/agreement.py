@@ -50,6 +50,7 @@ class Agreement:
         perplexity: of the model.
         dense: perplexity of the dense model.
         against: what the dense model is called.
+        kl_by_window: mean of each window, which says how sure a difference between two models is.
     """
 
     kl: float
@@ -60,6 +61,7 @@ class Agreement:
     dense: Perplexity
     against: str
     seconds: float
+    kl_by_window: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,6 +130,7 @@ def agreement(
         dense=summarise(made, means[2], dense_stack, seconds),
         against=called,
         seconds=seconds,
+        kl_by_window=tuple(means[0].tolist()),
     )
 
 

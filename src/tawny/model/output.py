@@ -31,6 +31,7 @@ _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.p
 _NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json", *BESIDE}
 # What a folder may hold that a run may throw away.
 _OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
+_OURS |= {"levels", "finalists"}  # of `tawny fit`
 
 
 def unfinished(out: Path) -> Path:

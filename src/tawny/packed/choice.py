@@ -88,10 +88,15 @@ class Choice:
         return self.pack(expert.view(fused), sparsity, expert.name)
 
     def pack_head(self, W_OI: Tensor, name: str) -> PackedTensor:
-        """A head is packed whatever its zeros: it is asked for to save bytes, and integers alone do."""
+        """A head is packed whatever its zeros: it is asked for to save bytes, and integers alone do.
+
+        Nobody removed its zeros, so they have a mask only where that saves bytes.
+        """
         assert self.head is not None
         format.check_dtype(W_OI)
-        return Choice(self.head).pack(W_OI, _sparsity(W_OI), name)
+        whole = _sparsity(W_OI) < 1 / kind_of(self.head).bits
+        with format.naming(name):
+            return format.pack(W_OI, self.head, whole=whole)
 
 
 def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:

@@ -29,7 +29,7 @@ from tawny.allocation.budget import given_nm, mixed_bits, mixed_nm, spread_in_bl
 from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Measuring, Profile
 from tawny.calibration.observe import Stage, observe
 from tawny.calibration.statistics import Statistics
-from tawny.errors import NumericalError, TawnyError
+from tawny.errors import NumericalError, RecipeError, TawnyError
 from tawny.kinds import kind_of
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
@@ -187,7 +187,10 @@ def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tupl
     recipe, values = job.recipe, job.recipe.values
     sizes = {linear.name: linear.numel for linear in profile.linears}
     if values.mean is None:
-        kinds = dict.fromkeys(sizes, values.kind) if values.kind else {}
+        kinds = dict.fromkeys(sizes, values.kind) if values.kind else job.allocator.kinds(profile)
+        if not values.kind and (set(kinds.values()) - set(values.of) or (values.of and not kinds)):
+            has = ", ".join(sorted(set(kinds.values()))) or "no kinds"
+            raise RecipeError(f"values.of is {list(values.of)}, and the allocation file has {has}")
         return allocate(job.allocator, profile, job.pattern, recipe.sparsity, warnings), kinds
     by_bits = {kind_of(name).bits: name for name in values.of}
     wish = job.allocator.allocate(profile, 1 - values.mean / max(by_bits))

@@ -110,7 +110,7 @@ class Values:
 
     A scale belongs to `group_size` columns of a row; None is the kind's usual number. `head` is the kind that the head is
     rounded to when the model is packed. With `mean` and `of` the allocator spends bits instead of zeros: each linear gets
-    one of the kinds, and a weight has so many bits on average.
+    one of the kinds, and a weight has so many bits on average. With `of` alone an allocation file says each linear's kind.
     """
 
     kind: str | None = None
@@ -121,7 +121,7 @@ class Values:
 
     def __post_init__(self) -> None:
         both = self.mean is not None and len(self.of) > 1 and self.kind is None
-        single = self.mean is None and not self.of
+        single = self.mean is None and not (self.of and self.kind)
         given = f"{self.mean} of {list(self.of)}" + (f" with {self.kind}" if self.kind else "")
         check_option(
             both or single, "values.mean", given, "a mean of two kinds or more, and no kind beside it"
@@ -215,6 +215,7 @@ class Recipe:
             values[section] = validated(kind, as_section(section, values.get(section)), "recipe key", section)
         for section in NAMED:
             values[section] = _choice(section, as_section(section, values.get(section)), compat)
+        values["values"] = _with_kinds(values["values"], values["allocator"])
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
         made = validated(cls, values, "recipe key")
         names = ", ".join(made.values.names)
@@ -351,6 +352,20 @@ def _choice(section: str, given: dict[str, Any], compat: Any) -> Choice:
         given["compat"] = compat
     built = validated(registry(section)[name], given, f"option of {section} {name!r}", section)
     return Choice(name, {field: getattr(built, field) for field in known.values()})
+
+
+def _with_kinds(values: Values, allocator: Choice) -> Values:
+    """The values with the kinds that an allocation file names, where nothing else says any."""
+    if values.kind is not None or values.mean is not None:
+        return values
+    if not values.of:
+        named = registry("allocator")[allocator.name](**allocator.options).named_kinds
+        return dataclasses.replace(values, of=named) if named else values
+    if allocator.name != "file":
+        raise RecipeError(
+            f"values.of is {list(values.of)} without values.mean: expected an allocation file that says each linear's kind"
+        )
+    return values  # as they were when the recipe was made; the file may have moved since
 
 
 def unknown_name(section: str, name: Any) -> RecipeError:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 __all__ = ["Coordinates", "Factors", "Survivors", "attach"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class Survivors:
         stored: the parameter as the checkpoint has it, which may be finer than the forwards' dtype; this process's rows
             of it, if the parameter is sharded.
         linears: the linears inside the parameter; needed for `values`.
-        values, group: the kind that the forwards see. Of few bits its scales are trained, too; int8's follow the weights.
+        values, group: the kind that the forwards see of each linear; one that has none is trained freely. Of few bits its
+            scales are trained, too; int8's follow the weights.
     """
 
     def __init__(
@@ -52,17 +53,18 @@ class Survivors:
         *,
         masked: bool,
         linears: Sequence[Linear] = (),
-        values: str | None = None,
+        values: Mapping[str, str] | None = None,
         group: int | None = None,
     ) -> None:
-        self.name, self.parameter, self.linears, self.values = name, parameter, linears, values
+        self.name, self.parameter, self.linears, self.values = name, parameter, linears, values or {}
         self.decays = parameter.dim() > 1
         stored = stored.detach()
         flat = stored.reshape(-1)
         self.grids: dict[str, OnGrid] = {}
-        if values is not None and KINDS[values].bits < 8:
+        few = {name: KINDS[kind] for name, kind in self.values.items() if KINDS[kind].bits < 8}
+        if few:
             moved = stored.to(parameter.device)
-            self.grids = {x.name: OnGrid(x.view(moved), KINDS[values], group) for x in linears}
+            self.grids = {x.name: OnGrid(x.view(moved), few[x.name], group) for x in linears if x.name in few}
         self.places: Tensor | None = None
         if masked:
             kept = stored != 0
@@ -95,6 +97,8 @@ class Survivors:
         if self.grids:
             latent, dense = self._spread(self.vector), self._spread(flat)
             for linear in self.linears:
+                if linear.name not in self.grids:
+                    continue
                 grid, gradient_OI = self.grids[linear.name], linear.view(dense)
                 made_OI, ends_OS = grid.gradients(linear.view(latent), gradient_OI)
                 gradient_OI.copy_(made_OI)
@@ -106,7 +110,7 @@ class Survivors:
     def write(self) -> None:
         """Give the parameter the value the tensors stand for."""
         parameter = here(self.parameter)
-        if self.values is not None:
+        if self.values:
             parameter.copy_(self.value())
         elif self.places is None:
             parameter.copy_(self.vector.view_as(parameter))
@@ -117,11 +121,14 @@ class Survivors:
     def value(self) -> Tensor:
         """That value in float32, as it is to be stored."""
         made = self._spread(self.vector)
-        if self.values is None:
+        if not self.values:
             return made
         for linear in self.linears:
             W_OI, grid = linear.view(made), self.grids.get(linear.name)
-            W_OI.copy_(grid.value(W_OI) if grid else KINDS[self.values].rounded(W_OI))
+            if grid is not None:
+                W_OI.copy_(grid.value(W_OI))
+            elif linear.name in self.values:
+                W_OI.copy_(KINDS[self.values[linear.name]].rounded(W_OI))
         return self._spread(self._gathered(made))  # a grid without zero gave what was removed a level
 
     def _gathered(self, dense: Tensor) -> Tensor:

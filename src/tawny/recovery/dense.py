@@ -4,8 +4,9 @@ from __future__ import annotations
 
 __all__ = ["Request", "recover_dense"]
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Request:
     tokenizer: Any = None
     text: Tensor | None = None
     held_out: Tensor | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)  # of each linear, where it was solved for several
 
 
 def recover_dense(request: Request) -> RecoveryRecord:
@@ -125,7 +127,7 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     request.progress.say(f"reading {'tokens' if request.text is not None else f'text {settings.text}'}")
     reading = read(settings, tokenizer, request.text, request.held_out)
     check_ids(stack.model, reading.windows)
-    student = Student(stack, settings, processes)
+    student = Student(stack, settings, processes, request.kinds)
     ending.callback(student.close)
     check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
     training = Training(

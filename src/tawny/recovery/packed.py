@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["recover_packed"]
+__all__ = ["recover_packed", "several_kinds"]
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
-from tawny.errors import ModelError
 from tawny.kinds import kind_of
 from tawny.model.checkpoint import file_bytes
 from tawny.model.identity import source_identity, tensor_digest, text_identity
 from tawny.model.resumable import WorkFolder
 from tawny.packed.convert import pack, solved_for, unpack
+from tawny.progress import Progress
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
@@ -22,17 +22,26 @@ from tawny.recovery.teacher import check_not_own_teacher, is_own_teacher
 from tawny.recovery.writing import check_apart, claim, deliver, is_made, retell
 
 
+def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[str, str]:
+    """The kind of each linear that a folder was solved for, where it is several and nothing else is asked for.
+
+    int8 in groups is left out: its scales follow the largest weight, and are not found again once it has moved.
+    """
+    solved, kinds = solved_for(folder)
+    if not solved.of or not settings.trains_survivors or settings.values is not None:
+        return {}
+    progress.say(f"training through the grids of {', '.join(solved.of)}, which {folder} was solved for")
+    return {name: kind for name, kind in kinds.items() if kind_of(kind).bits < 8 or solved.group_size is None}
+
+
 def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. Integers are trained through their grid."""
     settings, progress, overwrite = request.settings, request.progress, request.overwrite
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    if len(solved_for(folder)[0].of) > 1:
-        raise ModelError(
-            f"{request.source} holds several kinds of values, and all would become {kind['values']}: `tawny unpack` it, "
-            "recover the dense checkpoint and pack that"
-        )
     group, few = kind.get("group"), kind_of(kind["values"]).bits < 8
-    if kind_of(kind["values"]).scaled and (few or group is None) and settings.trains_survivors:
+    several = several_kinds(settings, folder, progress)  # else all linears have one
+    alike = kind_of(kind["values"]).scaled and (few or group is None) and not several
+    if alike and settings.trains_survivors:
         settings = Recovery.make(settings, values=kind["values"], group_size=group)
     work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
     check_apart(work, {"model": request.source, "teacher": request.teacher})
@@ -56,7 +65,9 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         record = RecoveryRecord.read(after / "recover.json")
         record.source, record.out = str(request.source), str(out)
         draw(record, after, progress)
-        values, group, head = kind["values"], kind.get("group"), kind.get("head")
+        head = kind.get("head")
+        # What was trained through several kinds is packed as its record says.
+        values, group = (None, None) if several else (kind["values"], kind.get("group"))
         pack(after, packed, values, group, head, overwrite=True, progress=progress)
         record.bytes = file_bytes(packed)
         # What packing changed is told by the card too, unless a person wrote it.
@@ -67,6 +78,10 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         processes.once(begin)
         if processes.same(not after.exists()):
             with work.unless_empty():
-                recover_dense(replace(request, source=before, out=after, settings=settings, overwrite=False))
+                recover_dense(
+                    replace(
+                        request, source=before, out=after, settings=settings, overwrite=False, kinds=several
+                    )
+                )
         processes.once(end)
     return RecoveryRecord.read(out / "recover.json")

@@ -27,7 +27,7 @@ from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
 from tawny.progress import Progress, silent
 from tawny.recovery.dense import Request, recover_dense
-from tawny.recovery.packed import recover_packed
+from tawny.recovery.packed import recover_packed, several_kinds
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
 
@@ -84,6 +84,7 @@ def recover(
         if is_packed(folder):
             return recover_packed(request, folder, place)
         request = replace(request, settings=_on_its_grid(chosen, folder, progress))
+        request = replace(request, kinds=several_kinds(request.settings, folder, progress))
     return recover_dense(request)
 
 
@@ -91,11 +92,6 @@ def _on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> Recove
     """The settings, with the values and the group that a dense folder was solved for, where it was."""
     solved, _ = solved_for(folder)
     kind, group = solved.kind, solved.group_size
-    if solved.of and settings.trains_survivors and settings.values is None:
-        progress.say(
-            f"{folder} was solved for several kinds, which training does not go through: packing will round again; "
-            "--values KIND trains through one"
-        )
     if kind is None or not settings.trains_survivors or settings.values not in (None, kind):
         return settings
     if kind_of(kind).bits == 8 and group is not None:

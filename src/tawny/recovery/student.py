@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["LEAST_SPARSITY", "Student"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +26,17 @@ LEAST_SPARSITY = 0.01
 class Student:
     """A model with zeros, ready to be trained.
 
+    Args:
+        kinds: of linears that are trained through the grid of their own kind, where `settings` name none for all.
+
     Raises:
         ModelError: it has no zeros, and neither is a control nor brought to some sparsity or to values of few bits.
     """
 
-    def __init__(self, stack: Stack, settings: Recovery, processes: Processes) -> None:
-        self.stack, self.settings, self.processes = stack, settings, processes
+    def __init__(
+        self, stack: Stack, settings: Recovery, processes: Processes, kinds: Mapping[str, str] | None = None
+    ) -> None:
+        self.stack, self.settings, self.processes, self.kinds = stack, settings, processes, kinds or {}
         self.coordinates: list[Coordinates] = []
         self.linears: list[Linear] = []
         self.zeros: dict[str, int] = {}
@@ -66,7 +71,9 @@ class Student:
         self._cover_small(dict(self._small_outside()))
         self.prunable = sum(linear.numel for linear in self.linears)
         brought = settings.method == "elsa" and settings.sparsity is not None
-        if self.sparsity < LEAST_SPARSITY and not (settings.control or brought or settings.values):
+        if self.sparsity < LEAST_SPARSITY and not (
+            settings.control or brought or settings.values or self.kinds
+        ):
             raise ModelError(
                 f"only {self.sparsity:.2%} of the model's prunable weights are zero, so there is no sparsity to keep: prune it "
                 "first (tawny prune); -o control=true trains a dense model to compare with"
@@ -88,14 +95,15 @@ class Student:
                 self.coordinates.append(Factors(linear, parameter, stored[linear.key], settings.rank, seed))
             return
         masked = settings.method != "elsa"
-        values, group = settings.values, settings.group_size
         for key in dict.fromkeys(linear.key for linear in linears):
             members = [linear for linear in linears if linear.key == key]
             parameter = getattr(members[0].module, members[0].parameter)
-            how: dict[str, Any] = {"linears": members, "values": values, "group": group}
+            wanted = {x.name: settings.values or self.kinds.get(x.name) for x in members}
+            values = {name: kind for name, kind in wanted.items() if kind is not None}
+            how: dict[str, Any] = {"linears": members, "values": values, "group": settings.group_size}
             one = Survivors(key, parameter, stored[key], masked=masked, **how)
             self.coordinates.append(one)
-            if values is not None:
+            if values:
                 one.write()
 
     def _cover_small(self, small: dict[str, tuple[nn.Parameter, Tensor]]) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
-from tawny.words import begun, duration, percent, perplexity_text, size
+from tawny.words import begun, duration, kl_text, percent, perplexity_text, size
 
 CARD = "README.md"
 # Facts about what the weights are made of. Results (`model-index`) and widgets are the dense model's own.
@@ -86,6 +86,7 @@ def model_card(
         _what(record, recovered=bool(recovery)),
         _use(record),
         _numbers(record, recovered=bool(recovery)),
+        *([_fit(record["fit"])] if record.get("fit") else []),
         *([f"## Recovered\n\n{_inline(recovery_words(recovery))}"] if recovery else []),
         _INTENDED,
         f"## Recipe\n\n```yaml\n{dump_yaml(record['recipe']).strip()}\n```",
@@ -219,6 +220,16 @@ def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
     if recovered:
         note += " The pruned model was measured before its recovery."
     return "## Quality\n\n" + "\n".join(rows) + f"\n\n{note}"
+
+
+def _fit(fit: Mapping[str, Any]) -> str:
+    """What the model was chosen from, where `tawny fit` made it."""
+    rows = ["| | bytes | bits a weight | KL from dense |", "|---|---|---|---|"]
+    for row in fit["finalists"]:
+        kl = kl_text(row["kl"], row["kl_stderr"])
+        rows.append(f"| {_inline(row['name'])} | {row['bytes']:,} | {row['bits']:.3f} | {kl} |")
+    table = "\n".join(rows)
+    return f"## Chosen for its size\n\n{_inline(fit['says'])}; {_inline(fit['zeros'])}.\n\n{table}"
 
 
 def _trace(record: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from tawny.record import measured_numbers
 from tawny.report.card import opening, recovery_words
 from tawny.report.figures import WIDTHS, DepthRow, depth_figure
 from tawny.report.pages import render, write_beside
-from tawny.words import begun, duration, percent, perplexity_text, size
+from tawny.words import begun, duration, kl_text, percent, perplexity_text, size
 
 NAME = "report.html"
 _PHASES = {
@@ -147,6 +147,10 @@ def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("computed in", str(record["compute"])),
         ("seed", str(recipe["seed"])),
     ]
+    fit = record.get("fit") or {}
+    rows += [("chosen for its size", fit["says"]), ("zeros", fit["zeros"])] if fit else []
+    for row in fit.get("finalists", []):
+        rows.append((row["name"], f"{size(row['bytes'])}, KL {kl_text(row['kl'], row['kl_stderr'])}"))
     return rows
 
 

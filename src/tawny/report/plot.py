@@ -7,7 +7,7 @@ are drawn as they are: two dollar signs in a path are no formula.
 
 from __future__ import annotations
 
-__all__ = ["plot_allocations", "plot_profile"]
+__all__ = ["plot_allocations", "plot_fit", "plot_profile"]
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,6 +66,40 @@ def plot_profile(report: Mapping[str, Any], path: Path) -> None:
     drawn = "5" if "5" in report["shares"] else next(iter(report["shares"]))
     _draw_allocations(sparsities, report["allocations"], report["sparsity"], report["shares"][drawn], drawn)
     figure.suptitle(str(report["source"]), fontsize=13, parse_math=False)
+    _save(figure, path)
+
+
+def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
+    """Draw what a fit chose (`Fitted.to_dict()`).
+
+    Left, bits of a survivor in each block and its sparsity; right, divergence from the dense model against the size of the
+    files: measured of the finalists, and expected of what would be chosen for other sizes.
+    """
+    figure = _figure(13.0, 5.2)
+    depth, frontier = figure.subplots(1, 2)
+    bits, zeros = fitted["blocks"]["bits"], fitted["blocks"]["sparsity"]
+    depth.bar(range(len(bits)), bits, width=0.8, color=_BARS, label="bits of a survivor")
+    depth.set_xlabel("block")
+    depth.set_ylabel("bits of a survivor")
+    depth.set_title(f"Bits and zeros of each block: {fitted['winner']}", fontsize=11, parse_math=False)
+    depth.xaxis.get_major_locator().set_params(integer=True)
+    shares = depth.twinx()
+    shares.plot(range(len(zeros)), [100 * share for share in zeros], label="sparsity", **_style(1))
+    shares.set_ylabel("sparsity, % of the block's weights")
+    shares.set_ylim(-2, 100)
+    sizes, expected = zip(*fitted["curve"], strict=True)
+    megabytes = [size / 1e6 for size in sizes]
+    frontier.plot(megabytes, expected, color="#5F6872", linewidth=1.2, linestyle="--", label="expected")
+    for number, row in enumerate(fitted["finalists"]):
+        style = {**_style(number), "linestyle": "none", "markersize": 7}
+        frontier.errorbar(row["bytes"] / 1e6, row["kl"], yerr=row["kl_stderr"], label=row["name"], **style)
+    frontier.axvline(fitted["budget"] / 1e6, color="black", linewidth=0.8)
+    frontier.set_yscale("log")
+    frontier.set_xlabel("size of the files, MB")
+    frontier.set_ylabel("KL from the dense model, nats a token")
+    frontier.grid(alpha=0.3)
+    _legend(frontier, 1)
+    figure.suptitle(str(fitted["source"]), fontsize=13, parse_math=False)
     _save(figure, path)
 
 

@@ -118,6 +118,11 @@ class Divergence:
         """The score of a model that the numbered windows have gone through: `stream` is behind its last block."""
         return mean(self._compare(stream, windows, [_Part([0], list(stream.hidden))])[0])
 
+    def parts(self) -> list[slice]:
+        """The tokens of a window, so many at a time that their logits stay small."""
+        step = self._tokens_at_once
+        return [slice(start, start + step) for start in range(0, self.held_out.seqlen, step)]
+
     def samples(self, windows: Sequence[int]) -> Samples:
         """The numbered windows."""
         rows = list(windows)
@@ -163,8 +168,7 @@ class Divergence:
                 valid = None if stream.samples.mask is None else stream.samples.mask[row].bool()
                 count = tokens.shape[1] if valid is None else int(valid.sum())
                 sums: list[list[float]] = [[] for _ in parts]
-                for start in range(0, tokens.shape[1], self._tokens_at_once):
-                    some = slice(start, start + self._tokens_at_once)
+                for some in self.parts():
                     ids = tokens[row : row + 1, some]
                     dense = Reference(self.stack.logits(ids, self.hidden[rows[row], some][None])[0])
                     for number, part in enumerate(parts):

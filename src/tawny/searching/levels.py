@@ -45,15 +45,15 @@ class LevelStore:
     """One file a block in `folder`.
 
     Args:
+        size: bytes that all solutions take.
         kept: of how many blocks the solutions are there already; whatever else is in the folder goes, unless there are any.
 
     Raises:
         OutputError: the disk has not enough room, or what is said to be there is not.
     """
 
-    def __init__(self, folder: Path, space: Space, dtype: torch.dtype, *, kept: int = 0) -> None:
-        self.folder, self.dtype = folder, dtype
-        self.bytes = space.bytes_in(dtype)
+    def __init__(self, folder: Path, size: int, dtype: torch.dtype, *, kept: int = 0) -> None:
+        self.folder, self.dtype, self.bytes = folder, dtype, size
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
         with writing(folder):
@@ -72,7 +72,7 @@ class LevelStore:
                 self.remove()
             raise OutputError(
                 f"the solutions a search compares take {(self.bytes - there) / 1e9:.1f} GB, and {folder.parent} has "
-                f"{free / 1e9:.1f} GB free: choose fewer search.levels, or another place"
+                f"{free / 1e9:.1f} GB free: choose another place, or fewer search.levels in a search"
             )
         self._file: IO[bytes] | None = None
         self._entries: dict[str, Entry] = {}

@@ -290,7 +290,9 @@ def _level_store(session: Session, space: Space) -> Iterator[LevelStore]:
         f"{space.told(space.high)}: {space.bytes_in(dtype) / 1e9:.2g} GB in {folder} until it is over"
     )
     try:
-        store = LevelStore(folder / "levels", space, dtype, kept=session.journal.walk(WALK)[0])
+        store = LevelStore(
+            folder / "levels", space.bytes_in(dtype), dtype, kept=session.journal.walk(WALK)[0]
+        )
         try:
             yield store
         finally:

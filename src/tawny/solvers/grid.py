@@ -23,12 +23,21 @@ from torch import Tensor
 
 from tawny.kernels.fit import fit as kernel
 
-__all__ = ["Grid", "Rounding", "best_scales", "kept_on_grid", "largest", "project", "refit_scales"]
+__all__ = [
+    "ACCIDENTS",
+    "Grid",
+    "Rounding",
+    "best_scales",
+    "kept_on_grid",
+    "largest",
+    "project",
+    "refit_scales",
+]
 
 Rounding = Callable[[Tensor], Tensor]
 _SHARES = [0.55 + 0.5 * i / 7 for i in range(8)]  # of the scale that reaches the largest value
 _PART = 1 << 15  # weights whose half a dozen copies stay in a core's cache
-_ACCIDENTS = 0.01  # share of zeros up to which a weight is one with no zeros
+ACCIDENTS = 0.01  # share of zeros up to which a weight is one with no zeros
 
 
 @dataclass(frozen=True)
@@ -187,4 +196,4 @@ def project(W_OI: Tensor, scales_OS: Tensor, grid: Grid, keep_OI: Tensor | None 
 def kept_on_grid(W_OI: Tensor, keep_OI: Tensor) -> Tensor:
     """The mask, less the zeros of W where they are meant: a few are accidents, and rounded as other weights are."""
     zeros_OI = keep_OI & (W_OI == 0)
-    return keep_OI & ~zeros_OI if int(zeros_OI.sum()) > _ACCIDENTS * W_OI.numel() else keep_OI
+    return keep_OI & ~zeros_OI if int(zeros_OI.sum()) > ACCIDENTS * W_OI.numel() else keep_OI

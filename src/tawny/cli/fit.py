@@ -1,0 +1,87 @@
+"""`tawny fit`: the best packed model of a size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tawny.cli.common import console_for
+from tawny.cli.frames import Result, Shown, facts, parts, table
+from tawny.cli.options import (
+    OUTPUT,
+    RECIPE,
+    AsJson,
+    Device,
+    Memory,
+    Model,
+    TrustRemoteCode,
+    folder_named,
+    option,
+)
+from tawny.cli.recipe_options import Given, recipe_verb
+from tawny.words import duration, kl_text, percent, size
+
+
+@recipe_verb(
+    "tawny fit smollm2 --bits 4.5 --out fitted --calibration wiki --samples 16 --seqlen 1024",
+    "tawny fit ./model --size 700MB --out fitted --memory 6GB",
+    "tawny fit ./model --bits 3.5 --out fitted -m sparsegpt -o fit.deciding=16",
+    without=("sparsity", "allocator", "pattern", "values"),
+)
+def fit(
+    model: Model,
+    *,
+    given: Given,
+    bytes_: str | None = option(
+        "--size SIZE", "Bytes of the weight files and their index, such as 700MB or 4GB.", RECIPE
+    ),
+    bits: float | None = option(
+        "--bits BITS", "The same for each weight, embeddings and head included, such as 4.25.", RECIPE
+    ),
+    out: Path = option("--out DIR", "Packed folder to write.", OUTPUT, default=..., parser=folder_named),
+    device: Device = None,
+    memory: Memory = None,
+    overwrite: bool = option(
+        "--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT, default=False
+    ),
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the best packed model of a size: bits, and zeros where they pay, are chosen for each linear of MODEL.
+
+    What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length.
+    """
+    with console_for(as_json) as console:
+        recipe, own = given.parted("fit.")
+        chosen = recipe.recipe(device=device, allocator="uniform", sparsity=0.0)
+        import tawny
+
+        with console.progress() as progress:
+            keys: dict[str, Any] = {"progress": progress, "overwrite": overwrite, "memory": memory}
+            keys |= {f"fit.{key}": value for key, value in own.items()}
+            fitted = tawny.fit(model, out, size=bytes_, bits=bits, recipe=chosen, **keys)
+        console.result(fitted.to_dict(), fit_tables)
+
+
+def fit_tables(fitted: Result) -> list[Shown]:
+    """The finalists, the sums, and what was chosen."""
+    made = table(
+        "finalist", "size", "bits", "KL from dense", "expected", title="nats a token, on held-out text"
+    )
+    for row in sorted(fitted["finalists"], key=lambda row: row["kl"]):
+        kl = kl_text(row["kl"], row["kl_stderr"])
+        made.add(row["name"], size(row["bytes"]), f"{row['bits']:.3f}", kl, f"{row['expected']:.4f}")
+    held_out = fitted["held_out"]
+    used = f"{size(fitted['bytes'])} of {size(fitted['budget'])} ({percent(fitted['bytes'] / fitted['budget'], 1)})"
+    rows = [
+        ("size", used),
+        ("zeros", fitted["zeros"]),
+        (
+            "held out",
+            f"{held_out['reactions']} windows of {held_out['tokens']} tokens, {held_out['deciding']} to decide",
+        ),
+        ("time", f"{duration(fitted['seconds']['total'])}{parts(fitted['seconds'], 'total', duration)}"),
+        ("peak memory", size(fitted["peak_memory"])),
+        ("written", f"{fitted['out']}; fit.png shows bits and zeros, fit.json all that was measured"),
+    ]
+    return [made, facts(rows + [("warning", warning) for warning in fitted["warnings"]]), fitted["says"]]

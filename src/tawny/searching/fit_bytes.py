@@ -1,0 +1,146 @@
+"""What a model's files will weigh, before they are made: tensors to the byte, the index beside them never too small.
+
+`pack` writes tensors, a header for each shard, and an index that names each tensor with its hash. Only what is in the
+index in decimal numbers is not known before, so there the longest number is taken. It is a few bytes for each tensor.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PackedSize"]
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tawny.allocation.profile import LinearInfo
+from tawny.errors import ModelError
+from tawny.model.checkpoint import Checkpoint
+from tawny.model.linears import is_plain
+from tawny.model.output import SHARD_BYTES
+from tawny.model.tensorfile import NAMES
+from tawny.packed import format
+from tawny.packed.folder import PackedLinearEntry
+from tawny.packed.install import ends_of
+from tawny.patterns import removed_count
+from tawny.pruning.prepare import Job
+from tawny.solvers.grid import ACCIDENTS
+
+_SHARD = "packed-00001-of-00001.safetensors"
+_REST = 2048  # metadata, shards, and the padding of headers
+
+
+class PackedSize:
+    """Bytes of the files that packing a model makes, by what its linears and its head become.
+
+    Args:
+        job: its stack is that of a checkpoint.
+
+    Raises:
+        ModelError: a linear cannot be packed; names it.
+
+    Attributes:
+        head: module path of a head that can be packed; None where there is none.
+        rest: bytes of all that is the same whatever linears and head become.
+    """
+
+    def __init__(self, job: Job) -> None:
+        checkpoint, model = job.stack.checkpoint, job.stack.model
+        assert checkpoint is not None
+        units = {target: unit for unit in checkpoint.units for target in unit.targets}
+        self._sources: dict[str, tuple[str, ...]] = {}
+        inside: set[str] = set()
+        for linear in (linear for linears in job.by_block for linear in linears):
+            unit = units[linear.key]
+            plain = is_plain(linear.module) and unit.converter is None
+            if linear.expert is None and not plain:
+                raise ModelError(
+                    f"{linear.name} cannot be packed, because its module does more than multiply or its file holds it "
+                    "in another layout; `tawny fit` is for models of which every linear can"
+                )
+            count = 1 if linear.expert is None else len(unit.sources)
+            self._sources[linear.name] = tuple(unit.sources[:count])
+            inside.update(unit.sources)
+        outside, embedding, tied = ends_of(model)
+        keys = [] if outside is None else [f"{outside}.weight", *([f"{embedding}.weight"] if tied else [])]
+        found = [units[key] for key in keys if key in units]
+        module = None if outside is None else model.get_submodule(outside)
+        packs = found and all(unit.converter is None for unit in found)
+        self.head = outside if packs and isinstance(module, nn.Linear) and is_plain(module) else None
+        self.tied = embedding if tied else None
+        self._ends = [unit.sources[0] for unit in found] if self.head else []
+        self._storage = NAMES[checkpoint.storage_dtype]
+        every = {key: place.bytes for key, place in checkpoint.places.items()}
+        total = sum(every.values())
+        self._long = 10 ** len(str(total)) - 1  # no offset has more digits
+        kept = [key for key in every if key not in inside and key not in self._ends]
+        self.rest = _REST + sum(self._dense(checkpoint, key) for key in kept)
+        self.rest += sum(self._header(checkpoint, key, index=total > SHARD_BYTES) for key in every)
+        self._dense_head = sum(self._dense(checkpoint, key) for key in self._ends)
+        self._head_shape = tuple(checkpoint.shapes[self._ends[0]]) if self._ends else (0, 0)
+
+    def linear(
+        self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None, zeros: int = 0
+    ) -> int:
+        """Bytes of one linear and of what names it; an integer that rounds to 0 may make it a little smaller.
+
+        Args:
+            zeros: that the weight has already; more than a few are kept.
+        """
+        removed = removed_count(info.numel, sparsity)
+        if zeros > ACCIDENTS * info.numel:
+            removed = max(removed, zeros)
+        kept = info.numel - removed
+        return self._packed(info.name, info.shape, kept, kind, group, self._sources[info.name])
+
+    def of_head(self, kind: str | None) -> int:
+        """Bytes of the head, and of an embedding that is served from it; None leaves it as it is."""
+        if self.head is None or kind is None:
+            return self._dense_head
+        rows, columns = self._head_shape
+        return self._packed(self.head, (rows, columns), rows * columns, kind, None, self._ends)
+
+    def _packed(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        kept: int,
+        kind: str,
+        group: int | None,
+        sources: Sequence[str],
+    ) -> int:
+        whole = format.cheaper_whole(kept / (shape[0] * shape[1]), kind)
+        entry = PackedLinearEntry(
+            name, shape, kind, group, kept, tuple(sources), False, self._storage, self.tied, None, 1000, whole
+        )
+        told = len(json.dumps({name: entry.to_dict()}, separators=(",", ":")))
+        for key, (dtype, size) in entry.wanted().items():
+            stored = torch.Size(size).numel() * dtype.itemsize
+            told += stored + self._told(f"{name}.{key}", NAMES[dtype], size)
+        return told
+
+    def _told(self, name: str, dtype: str, shape: Sequence[int]) -> int:
+        """Bytes in which index and header name one tensor."""
+        facts: dict[str, Any] = {"dtype": dtype, "shape": list(shape)}
+        header = {name: {**facts, "data_offsets": [self._long, self._long]}}
+        place = {"shard": _SHARD, "offset": self._long, "bytes": self._long, "sha256": "0" * 64}
+        parts = (header, {name: {**facts, **place}}, {name: _SHARD})
+        return sum(len(json.dumps(part, separators=(",", ":"))) for part in parts)
+
+    def _dense(self, checkpoint: Checkpoint, key: str) -> int:
+        """A tensor that stays as it is."""
+        named = self._told(key, checkpoint.dtypes[key], checkpoint.shapes[key])
+        return checkpoint.places[key].bytes + named
+
+    def _header(self, checkpoint: Checkpoint, key: str, *, index: bool) -> int:
+        """What the packed index keeps of the dense checkpoint's headers, and of its index where it has one."""
+        offsets = [self._long, self._long]
+        facts = {
+            "dtype": checkpoint.dtypes[key],
+            "shape": list(checkpoint.shapes[key]),
+            "data_offsets": offsets,
+        }
+        told = len(json.dumps(json.dumps({key: facts}, separators=(",", ":"))))
+        return told + (len(json.dumps(json.dumps({key: _SHARD}))) if index else 0)

@@ -1,0 +1,258 @@
+"""What it costs to store each linear at each level, in nats of the output's divergence.
+
+1. One walk through the dense model rounds a sample of each linear's rows to each kind, and removes what Wanda would at some
+   sparsities. Rows are rounded apart from each other, so a sample of them tells the error. The whole linear is rounded to one
+   kind, the probe.
+2. All linears of each block in turn are set to their probes, and all of each role (such as every `q_proj`), and the
+   divergence of the output is measured. `reactions` makes each linear's share of it.
+3. The head is rounded to each kind, as packing does it, and measured whole.
+
+A level costs the linear's share, times the level's error over that of the probe; errors of zeros and bits add up. Nothing is
+solved here. A solver takes about the same share off all of these errors, and shares are all that choosing needs
+(docs/log/fit.md: how far off that is).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "KINDS_TRIED",
+    "SPARSITIES",
+    "TOGETHER",
+    "Level",
+    "Measures",
+    "levels",
+    "measure",
+    "react",
+    "react_head",
+]
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.allocation.knapsack import reactions
+from tawny.calibration.statistics import Statistics
+from tawny.errors import NumericalError
+from tawny.kinds import KINDS, scaled_kinds
+from tawny.model import durable
+from tawny.model.durable import writing
+from tawny.model.linears import Linear
+from tawny.model.streams import Samples, Stream
+from tawny.model.tensorfile import TensorWriter
+from tawny.packed import format
+from tawny.packed.choice import Choice
+from tawny.pruning.block import LoadedBlock
+from tawny.pruning.session import Session
+from tawny.pruning.walk import walk_blocks
+from tawny.searching.divergence import Divergence, Reference
+from tawny.searching.fit_bytes import PackedSize
+from tawny.searching.levels import WALK, LevelStore, key_of
+from tawny.searching.rehearsal import rehearsing
+from tawny.solvers.base import Solution, on_grid, reconstruction_error
+from tawny.solvers.wanda import Wanda
+
+KINDS_TRIED = tuple(sorted((kind.name for kind in scaled_kinds()), key=lambda name: -KINDS[name].bits))
+SPARSITIES = (0.0, 0.5, 0.7)  # below, a mask takes more than it saves of any kind but int8
+PROBE = "int4"  # far enough from the dense model to be measured, near enough for errors to add up
+PROBED = 1  # its number in the store
+_ROWS = 96  # of a linear that are solved at each level; up to twice as many where they are few
+TOGETHER = 8  # models that go through the blocks together
+
+
+@dataclass(frozen=True)
+class Level:
+    """How one linear is stored."""
+
+    sparsity: float
+    kind: str
+
+
+def levels() -> list[Level]:
+    """Those that are tried, the same of each linear."""
+    return [Level(sparsity, kind) for sparsity in SPARSITIES for kind in KINDS_TRIED]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Relative errors of one linear, on a sample of its rows.
+
+    Attributes:
+        bits: by kind, rounded.
+        zeros: by sparsity.
+        whole: of the probe, on all rows.
+        had: zeros of the weight as it came, a number.
+    """
+
+    bits: Mapping[str, float]
+    zeros: Mapping[str, float]
+    whole: float
+    had: int
+
+    def relative(self, level: Level) -> float:
+        """The error of a level, as a multiple of the probe's."""
+        probe = self.bits[PROBE]
+        zeros = self.zeros[str(level.sparsity)] if level.sparsity else 0.0
+        return (self.bits[level.kind] + zeros) / probe if probe > 0 else 0.0
+
+
+def measure(
+    session: Session, store: LevelStore, samples: Samples, held_out: Samples
+) -> tuple[dict[str, Measures], Tensor]:
+    """Step 1, and the probe of step 2 into the store.
+
+    Returns:
+        The errors of each linear, and the dense model's `[windows, tokens, hidden]` behind its last block.
+
+    Raises:
+        NumericalError: a weight or an activation is not finite; names the linear.
+    """
+    journal, stack = session.journal, session.job.stack
+    done, found = journal.walk(WALK)
+    errors: dict[str, Any] = found.get("errors", {})
+    rehearsal = rehearsing(session, samples, journal)
+    dense = Stream(stack, held_out, depth=done, saved=journal.hidden(WALK, "held_out"))
+    durable_blocks = done
+
+    def commit(blocks: int, streams: Mapping[str, Stream | None]) -> None:
+        nonlocal durable_blocks
+        if journal.folder is None:
+            return
+        for path in map(store.path, range(durable_blocks, blocks)):
+            with writing(path):
+                durable.sync(path)
+        durable_blocks = blocks
+        session.note_cost()
+        journal.commit(WALK, blocks, {"errors": errors}, {**streams, "held_out": dense})
+
+    session.progress.phase("measuring what bits and zeros cost", len(stack) - done)
+    for block in walk_blocks(rehearsal, {}, WALK, commit):
+        dense.advance(block.index)
+        path = store.path(block.index)
+        specs = {key_of(linear, PROBED): (store.dtype, linear.shape) for linear in block.linears}
+        with writing(path), TensorWriter(path, specs) as writer:
+            for stage, statistics in block.stages():
+                for linear in stage.linears:
+                    errors[linear.name], probe_OI = _rounded(block, linear, statistics)
+                    writer.write(key_of(linear, PROBED), probe_OI.to(store.dtype).cpu())
+        block.advance()
+    return {name: Measures(**found) for name, found in errors.items()}, torch.cat(list(dense.hidden))
+
+
+def _rounded(
+    block: LoadedBlock, linear: Linear, statistics: Mapping[str, Statistics]
+) -> tuple[dict[str, Any], Tensor]:
+    """The errors of one linear, and its probe."""
+    job, values = block.job, block.job.recipe.values
+    W_OI = job.stack.weight(linear)
+    known = block.known(linear, statistics.get(linear.name))
+    assert known is not None and known.hessian is not None
+    H_II = known.hessian
+    W_RI = W_OI[:: max(1, linear.shape[0] // _ROWS)].contiguous()
+
+    def rounded(W: Tensor, kind: str) -> Tensor:
+        kept = torch.ones_like(W, dtype=torch.bool)
+        return on_grid(Solution(W, kept), values.grid(kind), known).weight
+
+    block.session.progress.detail(f"rounding {linear.name}", 0, 0)
+    bits = {kind: reconstruction_error(W_RI, rounded(W_RI, kind), H_II) for kind in KINDS_TRIED}
+    zeros = {
+        str(share): reconstruction_error(W_RI, Wanda().solve(W_RI, known, job.pattern, share).weight, H_II)
+        for share in SPARSITIES
+        if share
+    }
+    probe_OI = rounded(W_OI, PROBE)
+    whole, had = reconstruction_error(W_OI, probe_OI, H_II), int((W_OI == 0).sum())
+    return {"bits": bits, "zeros": zeros, "whole": whole, "had": had}, probe_OI
+
+
+def react(session: Session, divergence: Divergence, measures: Mapping[str, Measures]) -> dict[str, float]:
+    """Step 2: what each linear, at its probe, adds to the output's divergence; nats a token."""
+    linears = session.job.linears
+    block = {x.name: x.block for x in linears}
+    role = {x.name: re.sub(r"\d+", "*", x.name) for x in linears}
+    sets: dict[tuple[str, Any], tuple[int, ...]] = {}
+    for key in dict.fromkeys(("block", each) for each in block.values()):
+        sets[key] = tuple(PROBED * (x.block == key[1]) for x in linears)
+    for named in dict.fromkeys(("role", each) for each in role.values()):
+        sets[named] = tuple(PROBED * (role[x.name] == named[1]) for x in linears)
+    order = sorted(set(sets.values()))
+    windows = range(len(divergence.held_out))
+    parts = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
+    session.progress.phase("measuring how the output reacts", len(parts), "rounds")
+    found: dict[tuple[int, ...], float] = {}
+    for number, part in enumerate(parts, 1):
+        found |= zip(part, divergence(part, windows), strict=True)
+        session.progress.step(f"round {number}")
+    known = {key: max(0.0, found[levels]) for key, levels in sets.items()}
+    return reactions(
+        {name: measured.whole for name, measured in measures.items()},
+        block,
+        role,
+        {each: value for (kind, each), value in known.items() if kind == "block"},
+        {each: value for (kind, each), value in known.items() if kind == "role"},
+    )
+
+
+@torch.no_grad()
+def react_head(session: Session, size: PackedSize, divergence: Divergence) -> dict[str, float]:
+    """Step 3: the divergence with the head (and an embedding that is tied to it) rounded to each kind; nats a token."""
+    if size.head is None:
+        return {}
+    stack, samples = session.job.stack, divergence.held_out
+    stack.logits(samples.tokens[:1, :1], divergence.hidden[:1, :1])  # a head of its own is read now
+    module = stack.model.get_submodule(size.head)
+    W_OI = module.weight.detach()
+    rounded = {}
+    session.progress.phase("rounding the head", len(KINDS_TRIED), "kinds")
+    for kind in KINDS_TRIED:
+        rounded[kind] = math.inf  # a model that breaks down is not chosen
+        packed = Choice("bf16", head=kind).pack_head(W_OI, size.head)
+        made = format.unpack(packed, W_OI.dtype).to(W_OI.device)
+        del packed
+        with suppress(NumericalError):
+            hidden = divergence.hidden
+            if size.tied is not None:  # the model reads other embeddings, too
+                with _weight(module, made):
+                    stream = Stream(stack, samples)
+                    for index in range(len(stack)):
+                        with stack.block(index):
+                            stream.advance(index)
+                hidden = torch.cat(list(stream.hidden))
+            rounded[kind] = _divergence(session, divergence, hidden, module, made)
+        session.progress.step(kind)
+    return rounded
+
+
+def _divergence(
+    session: Session, divergence: Divergence, hidden: Tensor, module: torch.nn.Module, made: Tensor
+) -> float:
+    stack, tokens, total = session.job.stack, divergence.held_out.tokens, 0.0
+    mask = divergence.held_out.mask
+    counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    for row in range(len(tokens)):
+        for some in divergence.parts():
+            ids = tokens[row : row + 1, some]
+            dense = Reference(stack.logits(ids, divergence.hidden[row, some][None])[0])
+            with _weight(module, made):
+                lost = dense.divergence(stack.logits(ids, hidden[row, some][None])[0])
+            total += float(lost[counted[row, some].to(lost.device)].sum(dtype=torch.float64))
+    value = total / max(1, int(counted.sum()))
+    return max(0.0, value) if math.isfinite(value) else math.inf
+
+
+@contextmanager
+def _weight(module: torch.nn.Module, made: Tensor) -> Iterator[None]:
+    """Inside, a module (and what shares its weight) multiplies by another one."""
+    parameter: Any = module.weight
+    before = parameter.data
+    parameter.data = made
+    try:
+        yield
+    finally:
+        parameter.data = before
