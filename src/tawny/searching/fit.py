@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tawny.allocation.knapsack import choose
 from tawny.allocation.profile import LinearInfo
 from tawny.calibration.windows import TokenisedText, held_out_windows
-from tawny.errors import ModelError, RecipeError, TextError
+from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.agreement import agreement
 from tawny.kinds import KINDS
 from tawny.machine import peak_memory
@@ -329,16 +329,27 @@ def _fit(
     session.progress.say(
         f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {'; '.join(x.name for x in finalists)}"
     )
-    rows = []
+    judged: list[Finalist] = []
+    rows: list[dict[str, Any]] = []
+    folders: list[Path] = []
     for number, finalist in enumerate(finalists, 1):
+        folder = output.work / "finalists" / str(number)
         with session.clock(f"finalist {number}"):
-            folder = _made(
-                session, output.work / "finalists" / str(number), finalist, samples, memory, tokenizer
-            )
-            rows.append(
-                journal.once(f"finalist {number}", partial(_judged, session, folder, finalist, deciding))
-            )
+            try:
+                _made(session, folder, finalist, samples, memory, tokenizer)
+                row = journal.once(
+                    f"finalist {number}", partial(_judged, session, folder, finalist, deciding)
+                )
+            except NumericalError as error:
+                if number == len(finalists) and not judged:
+                    raise
+                warnings.append(f"{finalist.name} breaks down and takes no part: {error}")
+            else:
+                judged.append(finalist)
+                rows.append(row)
+                folders.append(folder)
         session.note_cost()
+    finalists = judged
     order = sorted(
         range(len(rows)),
         key=lambda i: (rows[i]["bytes"] > budget, rows[i]["kl"], finalists[i].uniform is None),
@@ -362,7 +373,7 @@ def _fit(
         finalists,
         rows,
         winner,
-        output.work / "finalists" / str(winner + 1),
+        folders[winner],
         budget,
         table,
         (lead, stderr),
