@@ -92,7 +92,8 @@ def child(name: str, shape: str, threads: int) -> None:
     made = (theirs if name in THEIRS else ours)(name, shape, threads)
     for line in made:
         print(json.dumps(line), flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            return  # whoever asked is gone
 
 
 def compare(names: list[str], shape: str, threads: int, llama: str) -> list[dict[str, Any]]:
