@@ -20,7 +20,7 @@ from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
 from tables.quality import allocators, few_bits, owl_study, recipes, recovery, solvers, tasks
 from tables.runtimes import runtimes
-from tables.speed import decode, few_bits_speed, kernels, peers, sizes
+from tables.speed import decode, few_bits_speed, kernels, peers, serving, sizes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,6 +45,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "kernels": kernels,
         "peers": peers,
         "few_bits_speed": few_bits_speed,
+        "serving": serving,
         "prune_speed": prune_speed,
         "large": large,
         "scale": scale,

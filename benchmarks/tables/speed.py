@@ -283,3 +283,29 @@ def few_bits_speed(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     lines.append(f"<sub>{machine['cpu']}, kernel {machine['kernel']}, {result['date']}.</sub>\n")
     return "\n".join(lines)
+
+
+def serving(result: Mapping[str, Any]) -> str:
+    """Served and bare tokens a second by the number of requests, and the time to a first token."""
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in result["measurements"]):
+        rows = [row for row in result["measurements"] if row["shape"] == shape]
+        lines += [
+            f"{SHAPE_NAMES[shape]}, {rows[0]['threads']} threads, medians of {rows[0]['rounds']} rounds:\n",
+            "| | requests | served, tokens/s | without HTTP | × one request | first token of a 512-token prompt | again |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        alone = {row["variant"]: row["served_tokens_per_second"] for row in rows if row["requests"] == 1}
+        for row in rows:
+            served, first = row["served_tokens_per_second"], row.get("first_token_cold_seconds")
+            waits = (
+                "| | |" if first is None else f"| {first:.2f} s | {row['first_token_cached_seconds']:.2f} s |"
+            )
+            sparse = ", 70 %" if row["variant"].startswith("packed") else ""
+            lines.append(
+                f"| {row['variant']}{sparse} | {row['requests']} | {served:.1f} | {row['bare_tokens_per_second']:.1f} "
+                f"| {served / alone[row['variant']]:.2f} {waits}"
+            )
+        lines.append("")
+    lines.append(f"<sub>{result['machine']['cpu']}, kernel {result['kernel']}, {result['date']}.</sub>\n")
+    return "\n".join(lines)
