@@ -281,7 +281,7 @@ def few_bits_speed(result: Mapping[str, Any]) -> str:
             )
         lines.append("")
     machine = result["machine"]
-    lines.append(f"<sub>{machine['cpu']}, kernel {machine['kernel']}, {result['date']}.</sub>\n")
+    lines.append(f"<sub>{machine['cpu']}, {result['date']}.</sub>\n")
     return "\n".join(lines)
 
 
