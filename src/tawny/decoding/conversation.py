@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Conversation"]
 
-from collections.abc import Generator
+import contextlib
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -41,14 +42,19 @@ class Conversation:
     ) -> None:
         folder = resolve(model, progress.say)
         self.tokenizer, self.max_tokens, self.threads = load_tokenizer(folder), max_tokens, threads
-        with opening.threads(threads):
-            self.model = opening.open_model(folder).model
         self.choose = Sampler(temperature, top_p, seed)
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.kept = len(self.messages)  # that are never forgotten
-        self.scheduler = Scheduler(
-            self.model, self.tokenizer, min(context_of(self.model) or _CONTEXT, _CONTEXT), 1
-        )
+        with opening.threads(threads):
+            self.model = opening.open_model(folder).model
+        capacity = min(context_of(self.model) or _CONTEXT, _CONTEXT)
+        with opening.ready(self.model) as lock, self._alone(lock):
+            self.scheduler = Scheduler(self.model, self.tokenizer, capacity, 1)
+
+    @contextlib.contextmanager
+    def _alone(self, lock: contextlib.AbstractContextManager[object]) -> Iterator[None]:
+        with lock, torch.inference_mode(), opening.threads(self.threads):
+            yield
 
     def say(self, text: str) -> Generator[str, None, None]:
         """The model's answer, piece by piece. Closed early, the answer ends there.
@@ -66,7 +72,7 @@ class Conversation:
         try:
             with opening.ready(self.model) as lock:
                 while self.scheduler.busy:
-                    with lock, torch.inference_mode(), opening.threads(self.threads):
+                    with self._alone(lock):
                         self.scheduler.turn()
                     for event in events:
                         if isinstance(event, Exception):

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+import tawny
+from tawny.decoding import conversation
+from tawny.decoding.conversation import Conversation
+from tawny.errors import TextError
+from tests.serving.tiny import byte_tokenizer, served_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "model"
+    served_model().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def said(talk, text):
+    return "".join(talk.say(text))
+
+
+def test_answers_are_those_of_generate_and_what_was_said_is_not_read_again(folder):
+    talk = Conversation(folder, temperature=0, max_tokens=6, system="Be brief.")
+    messages = [{"role": "system", "content": "Be brief."}]
+    for text in ("An owl", "Another"):
+        messages.append({"role": "user", "content": text})
+        answer = said(talk, text)
+        assert answer == tawny.generate(folder, messages, max_tokens=6).text
+        messages.append({"role": "assistant", "content": answer})
+    assert talk.scheduler.sequences.together  # one call a token, as `tawny generate` has
+
+
+def test_the_oldest_question_is_forgotten_where_the_context_is_full(folder, monkeypatch):
+    monkeypatch.setattr(conversation, "_CONTEXT", 48)
+    talk = Conversation(folder, temperature=0, max_tokens=3)
+    for text in ("x" * 20, "y" * 20, "z" * 20):
+        said(talk, text)
+    assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["z" * 20]
+    with pytest.raises(TextError, match="the context is 48"):
+        said(talk, "w" * 60)
+    said(talk, "v")  # goes on
