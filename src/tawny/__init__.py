@@ -91,7 +91,8 @@ _NAMES = {
     "tawny.recovery.run": "recover",
     "tawny.recovery.settings": "Recovery",
     "tawny.recovery.zeros": "SparsityCallback keep_sparsity merge_adapter",
-    "tawny.searching.fit": "FitSettings Fitted fit",
+    "tawny.searching.fit": "FitSettings fit",
+    "tawny.searching.fit_result": "Fitted",
     "tawny.searching.run": "Found search",
     "tawny.serving.server": "Server serve",
 }
@@ -123,7 +124,8 @@ if TYPE_CHECKING:
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
-    from tawny.searching.fit import FitSettings, Fitted, fit
+    from tawny.searching.fit import FitSettings, fit
+    from tawny.searching.fit_result import Fitted
     from tawny.searching.run import Found, search
     from tawny.serving.server import Server, serve
 

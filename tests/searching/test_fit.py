@@ -16,6 +16,7 @@ from tawny.progress import silent
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.searching import fit as module
+from tawny.searching import fit_finalists
 from tawny.searching.fit_bytes import PackedSize
 from tests.tiny import tiny_model, tokens
 
@@ -75,9 +76,9 @@ def test_a_fit_that_was_stopped_goes_on_and_gives_the_same(dense, fitted, tmp_pa
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for place in ("react_head", "pack"):
+    for home, place in ((module, "react_head"), (fit_finalists, "pack")):
         with monkeypatch.context() as patched:
-            patched.setattr(module, place, stop)
+            patched.setattr(home, place, stop)
             with pytest.raises(Interrupted, match="kept"):
                 tawny.fit(dense, tmp_path / "fitted", bits=9, **KEYS)
         assert not (tmp_path / "fitted").exists()

@@ -119,6 +119,6 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(folder)
     with using_config(folder):
         if getattr(config, "quantization_config", None):
-            dict(config.quantization_config)
+            dict(config.quantization_config)  # what is no mapping cannot be used
             del config.quantization_config  # weights are read unpacked and decoded
         return build_skeleton(config, dtype)

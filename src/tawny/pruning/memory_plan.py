@@ -38,7 +38,7 @@ LOGIT_BYTES = 50_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def parse_size(given: str | float | None) -> int | None:
+def parse_size(given: str | float | None, what: str = "memory") -> int | None:
     """`6GB`, `512 MB`, `2.5g`, `4GiB` or bytes; GB = 10⁹.
 
     Raises:
@@ -55,9 +55,9 @@ def parse_size(given: str | float | None) -> int | None:
         scale = 1024 ** "_KMGT".index(unit) if found[3] and unit else _UNITS[unit]
         size = int(float(found[1]) * scale)
     except (AssertionError, ValueError, OverflowError):
-        raise RecipeError(f"memory {given!r} is not a size: write for example 6GB or 800MB") from None
+        raise RecipeError(f"{what} {given!r} is not a size: write for example 6GB or 800MB") from None
     if size <= 0:
-        raise RecipeError(f"memory {given!r} is nothing: write for example 6GB or 800MB")
+        raise RecipeError(f"{what} {given!r} is nothing: write for example 6GB or 800MB")
     return size
 
 

@@ -1,23 +1,22 @@
 """`tawny fit`: the best model of a size. Read it from `fit` down.
 
 1. One walk measures what each kind and each sparsity costs each linear, and how the output reacts (fit_measure.py).
-2. Levels are chosen under the bytes that are left beside what cannot change (allocation/knapsack.py, fit_bytes.py).
-3. Up to three finalists are pruned and packed like any other model: zeros and bits for each linear, bits alone for each
+2. Levels are chosen under the bytes that are left beside what cannot change (fit_choice.py, on
+   allocation/knapsack.py and fit_bytes.py).
+3. Up to three finalists are pruned and packed like any other model (fit_finalists.py): zeros and bits for each linear, bits alone for each
    linear, and the best of the uniform ones that fit. What each linear gets is an allocation file, so the recipe of the
    winner makes it again.
-4. They are compared on held-out text that took no part so far. The nearest to the dense model wins; uniform wins ties.
+4. They are compared on held-out text that took no part so far. The nearest to the dense model wins; uniform wins ties
+   (fit_result.py).
 
 The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text.
 """
 
 from __future__ import annotations
 
-__all__ = ["FitSettings", "Fitted", "fit"]
+__all__ = ["FitSettings", "fit"]
 
-import json
-import math
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,25 +26,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tawny.allocation.knapsack import choose
-from tawny.allocation.profile import LinearInfo
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
-from tawny.evaluation.agreement import agreement
-from tawny.kinds import KINDS
-from tawny.machine import peak_memory
-from tawny.model.checkpoint import file_bytes
-from tawny.model.output import OutputFolder
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
-from tawny.packed.convert import pack
-from tawny.packed.folder import INDEX
-from tawny.patterns import removed_count
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, parse_size
 from tawny.pruning.prepare import Job, demand_of
-from tawny.pruning.run import prune
 from tawny.pruning.session import (
     OpensPlace,
     Purpose,
@@ -55,32 +43,26 @@ from tawny.pruning.session import (
     open_session,
     text_or_tokens,
 )
-from tawny.recipe.files import dump_recipe
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe, validated
 from tawny.record import finite
-from tawny.report.pages import or_say, write_beside
-from tawny.report.plot import plot_fit
-from tawny.report.publish import refresh
 from tawny.searching.cost import SearchDemand
 from tawny.searching.divergence import Divergence
 from tawny.searching.fit_bytes import PackedSize
+from tawny.searching.fit_choice import Finalist, Found, Table, check_budget
+from tawny.searching.fit_finalists import apart, judge, lead_over_uniform, make
 from tawny.searching.fit_measure import (
-    KINDS_TRIED,
     TOGETHER,
-    Level,
     Measures,
-    levels,
     measure,
     react,
     react_head,
 )
+from tawny.searching.fit_result import Fitted, finish
 from tawny.searching.levels import WALK, LevelStore
 from tawny.searching.measured import Measured
-from tawny.words import kl_text, percent, size
+from tawny.words import size
 
-_ALLOCATION = "allocation.yaml"
-_CURVE = 24  # sizes that the picture's line of expectations is drawn through
 _FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
 
 Count = Annotated[int, Field(ge=1)]
@@ -99,75 +81,6 @@ class FitSettings:
     windows: Count = 2
     deciding: Annotated[int, Field(ge=2)] = 8
     length: Annotated[int, Field(ge=2)] = 1024
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A model that fits.
-
-    Attributes:
-        levels: of each linear.
-        group: columns of a scale; None is each kind's usual number.
-        head: kind of the head; None leaves it as it is.
-        bytes: at most; packing may find a few integers that are 0.
-        expected: divergence from the dense model, nats a token, as far as single measurements add up.
-    """
-
-    name: str
-    levels: Mapping[str, Level]
-    group: int | None
-    head: str | None
-    bytes: int
-    expected: float
-
-    @property
-    def uniform(self) -> str | None:
-        """The kind of all linears, where it is one and nothing is removed."""
-        every = set(self.levels.values())
-        one = next(iter(every))
-        return one.kind if len(every) == 1 and not one.sparsity else None
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a fit made.
-
-    Attributes:
-        budget: bytes that were allowed.
-        bytes: of the weight files and their index.
-        bits: of those files, a weight of the model.
-        finalists: name, bytes, bits, expected and measured divergence with its standard error, perplexity, top-1.
-        lead: how much nearer to the dense model than the best uniform one, as a share of that one's divergence.
-        says: what was chosen, in one line; `zeros` where zeros were used, in another.
-        blocks: bits a weight of survivors, and sparsity, of each block.
-        curve: sizes and the divergence that is expected there.
-    """
-
-    source: str
-    out: str
-    recipe: dict[str, Any]
-    settings: dict[str, Any]
-    budget: int
-    bytes: int
-    bits: float
-    winner: str
-    says: str
-    zeros: str
-    lead: float
-    lead_stderr: float
-    finalists: list[dict[str, Any]]
-    blocks: dict[str, list[float]]
-    curve: list[tuple[int, float]]
-    linears: dict[str, dict[str, Any]]
-    head: dict[str, float]
-    held_out: dict[str, int]
-    warnings: list[str]
-    seconds: dict[str, float]
-    peak_memory: int
-    resumed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @opens_models
@@ -241,7 +154,7 @@ def _asked(size: str | int | None, bits: float | None) -> dict[str, Any]:
         )
     if bits is not None and not 0 < float(bits) <= 32:
         raise RecipeError(f"bits {bits} is not possible; expected bits a weight in (0, 32], such as 4.25")
-    return {"bytes": parse_size(size), "bits": None if bits is None else float(bits)}
+    return {"bytes": parse_size(size, "size"), "bits": None if bits is None else float(bits)}
 
 
 def _base(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
@@ -320,11 +233,11 @@ def _fit(
     assert output is not None
     sizes = PackedSize(job)
     budget = asked["bytes"] or int(asked["bits"] * job.parameters / 8)
-    _check_budget(job, sizes, budget)
+    check_budget(job, sizes, budget)
     samples, searched, deciding = _split(session, settings)
     warnings = [line for line in [journal.once("few bits", lambda: _few_bits(job))] if line]
     found = _measured(session, samples, searched, sizes, output.work)
-    table = _Table(job, sizes, found)
+    table = Table(job, sizes, found)
     finalists = table.finalists(budget)
     session.progress.say(
         f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {'; '.join(x.name for x in finalists)}"
@@ -336,10 +249,8 @@ def _fit(
         folder = output.work / "finalists" / str(number)
         with session.clock(f"finalist {number}"):
             try:
-                _made(session, folder, finalist, samples, memory, tokenizer)
-                row = journal.once(
-                    f"finalist {number}", partial(_judged, session, folder, finalist, deciding)
-                )
+                make(session, folder, finalist, samples, memory, tokenizer)
+                row = journal.once(f"finalist {number}", partial(judge, session, folder, finalist, deciding))
             except NumericalError as error:
                 if number == len(finalists) and not judged:
                     raise
@@ -359,17 +270,17 @@ def _fit(
         warnings.append(
             f"packing took {size(rows[winner]['bytes'])}, more than the {size(budget)} that were asked for"
         )
-    lead, stderr = _lead(finalists, rows, winner)
+    lead, stderr = lead_over_uniform(finalists, rows, winner)
     others = [rows[i] for i in order[1:]]
-    if others and _apart(rows[winner], others[0])[0] < _apart(rows[winner], others[0])[1]:
-        apart = _apart(rows[winner], others[0])
+    ahead, unsure = apart(rows[winner], others[0]) if others else (0.0, 0.0)
+    if ahead < unsure:
         warnings.append(
             f"{len(deciding)} windows of {deciding.shape[1]} held-out tokens do not tell the first two finalists apart: "
-            f"{apart[0]:.5f} ± {apart[1]:.5f} nats a token; give a longer text, or more fit.deciding"
+            f"{ahead:.5f} ± {unsure:.5f} nats a token; give a longer text, or more fit.deciding"
         )
-    return _finish(
+    return finish(
         session,
-        settings,
+        asdict(settings),
         finalists,
         rows,
         winner,
@@ -380,21 +291,6 @@ def _fit(
         warnings,
         {"reactions": len(searched), "deciding": len(deciding), "tokens": searched.seqlen},
     )
-
-
-def _check_budget(job: Job, sizes: PackedSize, budget: int) -> None:
-    least = sizes.rest + min(sizes.of_head(kind) for kind in (None, *KINDS_TRIED))
-    least += sum(min(sizes.linear(x, l.sparsity, l.kind) for l in levels()) for x in job.linears)
-    if budget < least:
-        raise RecipeError(
-            f"{job.source} cannot be made as small as {size(budget)}: the least that linears, head and all that stays as it is "
-            f"take is {size(least)}; give --size {least} (or --bits {_up(8 * least / job.parameters)}), or more"
-        )
-
-
-def _up(bits: float) -> str:
-    """Not less than it is, for a person who is going to ask for it."""
-    return f"{math.ceil(1000 * bits) / 1000:.3f}"
 
 
 def _few_bits(job: Job) -> str:
@@ -410,14 +306,7 @@ def _few_bits(job: Job) -> str:
     return f"the weights of {job.source} were rounded to few bits before: compare with keeping the file that they came from"
 
 
-@dataclass(frozen=True)
-class _Found:
-    measures: dict[str, Measures]
-    reactions: dict[str, float]
-    head: dict[str, float]
-
-
-def _measured(session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path) -> _Found:
+def _measured(session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path) -> Found:
     """Step 1; what is measured once is kept."""
     job, journal = session.job, session.journal
     if "reactions" not in journal.state.get("once", {}):
@@ -440,303 +329,10 @@ def _measured(session: Session, samples: Samples, searched: Samples, sizes: Pack
         store.remove()
     kept = journal.state["once"]["reactions"]
     measures = {name: Measures(**each) for name, each in kept["measures"].items()}
-    return _Found(measures, kept["reactions"], {k: v for k, v in kept["head"].items() if v is not None})
+    return Found(measures, kept["reactions"], {k: v for k, v in kept["head"].items() if v is not None})
 
 
 def _dtype(job: Job) -> torch.dtype:
     """Forwards round weights to the compute dtype anyway."""
     assert job.stack.checkpoint is not None
     return min(job.stack.checkpoint.storage_dtype, job.stack.compute, key=lambda dtype: dtype.itemsize)
-
-
-class _Table:
-    """What each level of each linear costs and takes, and of the head."""
-
-    def __init__(self, job: Job, sizes: PackedSize, found: _Found) -> None:
-        self.job, self.sizes, self.linears, self.every = job, sizes, job.linears, levels()
-        self.found = found
-        self.costs = [[self._cost(x.name, level) for level in self.every] for x in self.linears]
-        self.bytes = [[self._size(x, level, None) for level in self.every] for x in self.linears]
-        self.heads: list[str | None] = [None, *found.head]
-        self.head_costs = [0.0, *found.head.values()]
-
-    def _cost(self, name: str, level: Level) -> float:
-        return self.found.reactions[name] * self.found.measures[name].relative(level)
-
-    def _size(self, x: LinearInfo, level: Level, group: int | None) -> int:
-        return self.sizes.linear(x, level.sparsity, level.kind, group, self.found.measures[x.name].had)
-
-    def chosen(self, budget: float, name: str = "", *, zeros: bool) -> Finalist | None:
-        """The least cost that fits; None where nothing does."""
-        usable = [i for i, level in enumerate(self.every) if zeros or not level.sparsity]
-        costs = [[item[i] for i in usable] for item in self.costs]
-        taken = [[float(item[i]) for i in usable] for item in self.bytes]
-        heads = [float(self.sizes.of_head(kind)) for kind in self.heads]
-        picked = choose([*costs, self.head_costs], [*taken, heads], budget - self.sizes.rest)
-        if picked is None:
-            return None
-        of = {x.name: self.every[usable[p]] for x, p in zip(self.linears, picked, strict=False)}
-        return self._finalist(name, of, None, self.heads[picked[-1]])
-
-    def _finalist(self, name: str, of: Mapping[str, Level], group: int | None, head: str | None) -> Finalist:
-        total = self.sizes.rest + self.sizes.of_head(head)
-        total += sum(self._size(x, of[x.name], group) for x in self.linears)
-        expected = math.fsum(self._cost(x.name, of[x.name]) for x in self.linears)
-        return Finalist(name, of, group, head, total, expected + self.head_costs[self.heads.index(head)])
-
-    def uniform(self, budget: float) -> Finalist | None:
-        """One kind for all linears, by expected divergence; of groups the one that fills the size best."""
-        fits = []
-        for kind in KINDS_TRIED:
-            for group in KINDS[kind].groups:
-                for head in self.heads:
-                    of = dict.fromkeys((x.name for x in self.linears), Level(0.0, kind))
-                    columns = "rows" if group is None else f"groups of {group}"
-                    named = f"uniform {kind} in {columns}, head {head or 'as it is'}"
-                    fits.append(self._finalist(named, of, group, head))
-        fits = [each for each in fits if each.bytes <= budget]
-        return min(fits, key=lambda each: (each.expected, -each.bytes), default=None)
-
-    def finalists(self, budget: float) -> list[Finalist]:
-        """Each once."""
-        made = [
-            self.chosen(budget, "zeros and bits by the linear", zeros=True),
-            self.chosen(budget, "bits by the linear", zeros=False),
-            self.uniform(budget),
-        ]
-        if made[0] is not None and not any(level.sparsity for level in made[0].levels.values()):
-            made[0] = None
-        if made[1] is not None and made[1].uniform is not None and made[2] is not None:
-            made[1] = None
-        return [each for each in made if each is not None]
-
-    def curve(self) -> list[tuple[int, float]]:
-        """Sizes, and the least divergence that is expected there."""
-        smallest = self.sizes.rest + sum(min(x) for x in self.bytes)
-        smallest += min(self.sizes.of_head(kind) for kind in self.heads)
-        largest = self.sizes.rest + sum(max(x) for x in self.bytes) + self.sizes.of_head(None)
-        step = (largest / smallest) ** (1 / (_CURVE - 1))
-        found = (self.chosen(smallest * step**i, zeros=True) for i in range(_CURVE))
-        return [(each.bytes, each.expected) for each in found if each is not None]
-
-
-# --- finalists -------------------------------------------------------------------------------------------------
-
-
-def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
-    """The recipe of a finalist; what its linears get goes into a file beside its folder."""
-    base, head = session.job.recipe, finalist.head
-    if finalist.uniform is not None:
-        return resolve_recipe(
-            base, values={"kind": finalist.uniform, "group_size": finalist.group, "head": head}
-        )
-    numel = {x.name: x.numel for x in session.job.linears}
-    removed = sum(removed_count(numel[name], level.sparsity) for name, level in finalist.levels.items())
-    kinds = sorted({level.kind for level in finalist.levels.values()}, key=lambda name: -KINDS[name].bits)
-    lines = [
-        f"# {finalist.name}. Its mean sparsity is {removed / sum(numel.values()):.6f}.",
-        "# Use it: tawny prune MODEL -s MEAN -a FILE --head KIND --out DIR, or the recipe.yaml beside it.",
-        "allocation:",
-        *(f"  {name}: {level.sparsity!r}" for name, level in finalist.levels.items()),
-        "values:",
-        *(f"  {name}: {level.kind}" for name, level in finalist.levels.items()),
-    ]
-    path = folder.with_suffix(".yaml")
-    write_beside(path, "\n".join(lines) + "\n")
-    return resolve_recipe(
-        base, allocator=str(path), sparsity=removed / sum(numel.values()), values={"of": kinds, "head": head}
-    )
-
-
-def _made(
-    session: Session,
-    folder: Path,
-    finalist: Finalist,
-    samples: Samples,
-    memory: str | int | None,
-    tokenizer: Any,
-) -> Path:
-    """The packed folder of a finalist: pruned in earnest, packed, and not done again."""
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(exist_ok=True)
-    dense, progress = folder.with_suffix(".dense"), session.progress
-    if not dense.exists():
-        progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
-        given = samples if session.held_out is None else None
-        recipe = _recipe_of(session, finalist, folder)
-        source = session.job.folder
-        assert source is not None
-        prune(
-            source,
-            dense,
-            recipe=recipe,
-            progress=progress,
-            memory=memory,
-            tokenizer=tokenizer,
-            calibration=given,
-        )
-    pack(dense, folder, progress=progress)
-    shutil.rmtree(dense)
-    return folder
-
-
-def _judged(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) -> dict[str, Any]:
-    """A row of the table of finalists."""
-    source = session.job.folder
-    assert source is not None
-    found = agreement(folder, source, deciding, compute=session.job.recipe.compute, progress=session.progress)
-    taken = file_bytes(folder) + (folder / INDEX).stat().st_size
-    return {
-        "name": finalist.name,
-        "uniform": finalist.uniform is not None,
-        "bytes": taken,
-        "planned": finalist.bytes,
-        "bits": 8 * taken / session.job.parameters,
-        "head": finalist.head,
-        "expected": finalist.expected,
-        "kl": found.kl,
-        "kl_stderr": found.kl_stderr,
-        "kl_by_window": list(found.kl_by_window),
-        "top1": found.top1,
-        "perplexity": found.perplexity.perplexity,
-        "dense_perplexity": found.dense.perplexity,
-    }
-
-
-def _apart(better: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
-    """How far a row is ahead of another in nats a token, and the standard error of that, over the same windows."""
-    apart = torch.tensor(other["kl_by_window"]) - torch.tensor(better["kl_by_window"])
-    return float(apart.mean()), float(apart.std()) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
-
-
-def _lead(
-    finalists: Sequence[Finalist], rows: Sequence[Mapping[str, Any]], winner: int
-) -> tuple[float, float]:
-    """Of the winner over the best uniform one, as a share of its divergence, with the standard error."""
-    uniform = next((row for row in rows if row["uniform"]), None)
-    if uniform is None or finalists[winner].uniform is not None or not uniform["kl"]:
-        return 0.0, 0.0
-    apart, stderr = _apart(rows[winner], uniform)
-    return apart / uniform["kl"], stderr / uniform["kl"]
-
-
-# --- the end ---------------------------------------------------------------------------------------------------
-
-
-def _zeros_told(job: Job, finalist: Finalist) -> str:
-    """Where zeros were used."""
-    with_zeros = [x for x in job.linears if finalist.levels[x.name].sparsity]
-    if not with_zeros:
-        return "no zeros: at this size bits alone are expected to lose less in every linear"
-    blocks = sorted({x.block for x in with_zeros})
-    names = sorted({x.name.rpartition(".")[2] for x in with_zeros})
-    share = sum(x.numel * finalist.levels[x.name].sparsity for x in with_zeros) / sum(
-        x.numel for x in job.linears
-    )
-    return (
-        f"zeros in {len(with_zeros)} of {len(job.linears)} linears ({', '.join(names)}), in blocks "
-        f"{', '.join(map(str, blocks))}: {percent(share)} of all weights in blocks"
-    )
-
-
-def _told(
-    finalists: Sequence[Finalist], rows: Sequence[Mapping[str, Any]], winner: int, lead: tuple[float, float]
-) -> str:
-    row = rows[winner]
-    head = f"{row['name']}: {size(row['bytes'])}, {row['bits']:.3f} bits a weight, KL {kl_text(row['kl'], row['kl_stderr'])}"
-    uniform = next((other for other in rows if other["uniform"]), None)
-    if finalists[winner].uniform is not None:
-        return f"{head}; nothing that fits came nearer to the dense model"
-    if uniform is None:
-        return f"{head}; no uniform model fits"
-    return (
-        f"{head}; {percent(lead[0], 1)} ± {100 * lead[1]:.1f} nearer to the dense model than {uniform['name']} "
-        f"({size(uniform['bytes'])}, KL {uniform['kl']:.4f})"
-    )
-
-
-def _blocks(job: Job, finalist: Finalist) -> dict[str, list[float]]:
-    """Of each block: bits of a survivor, and sparsity."""
-    bits, zeros = [], []
-    for block in range(len(job.by_block)):
-        here = [x for x in job.linears if x.block == block]
-        total = max(1, sum(x.numel for x in here))
-        bits.append(sum(x.numel * KINDS[finalist.levels[x.name].kind].bits for x in here) / total)
-        zeros.append(sum(x.numel * finalist.levels[x.name].sparsity for x in here) / total)
-    return {"bits": bits, "sparsity": zeros}
-
-
-def _finish(
-    session: Session,
-    settings: FitSettings,
-    finalists: Sequence[Finalist],
-    rows: Sequence[dict[str, Any]],
-    winner: int,
-    folder: Path,
-    budget: int,
-    table: _Table,
-    lead: tuple[float, float],
-    warnings: Sequence[str],
-    held_out: Mapping[str, int],
-) -> Fitted:
-    """Make the winner's folder the output."""
-    job, output, clock, record = session.job, session.output, session.clock, session.record
-    assert output is not None
-    chosen = finalists[winner]
-    clock.seconds["total"] = clock.elapsed
-    fitted = Fitted(
-        source=job.source,
-        out=str(output.out),
-        recipe=job.recipe.to_mapping(),
-        settings=asdict(settings),
-        budget=budget,
-        bytes=rows[winner]["bytes"],
-        bits=rows[winner]["bits"],
-        winner=chosen.name,
-        says=_told(finalists, rows, winner, lead),
-        zeros=_zeros_told(job, chosen),
-        lead=lead[0],
-        lead_stderr=lead[1],
-        finalists=list(rows),
-        blocks=_blocks(job, chosen),
-        curve=table.curve(),
-        linears={
-            x.name: {**asdict(chosen.levels[x.name]), "expected": table._cost(x.name, chosen.levels[x.name])}
-            for x in job.linears
-        },
-        head=table.found.head,
-        held_out=dict(held_out),
-        warnings=list(warnings),
-        seconds={phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
-        peak_memory=max(peak_memory(), record.peak_memory),
-        resumed=record.resumed,
-    )
-    told = finite(fitted.to_dict())
-    beside = folder.with_suffix(".yaml")
-    if beside.exists():
-        shutil.copyfile(beside, folder / _ALLOCATION)
-    _own(folder, output, told)
-    for suffix in (".png", ".svg"):
-        path = folder / f"fit{suffix}"
-        or_say(path, partial(plot_fit, told, path), session.progress)
-    text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_beside(folder / "fit.json", text)
-    shutil.rmtree(output.partial)
-    folder.replace(output.partial)
-    output.finish()
-    return fitted
-
-
-def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any]) -> None:
-    """Let record and recipe name what will be there, and let record, card and page tell of the fit."""
-    path = folder / "run.json"
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    allocator = plain["recipe"]["allocator"]
-    if "path" in allocator:
-        allocator["path"] = str(output.out / _ALLOCATION)
-    kept = ("budget", "says", "zeros", "lead", "lead_stderr", "finalists", "warnings")
-    plain |= {"out": str(output.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
-    write_beside(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
-    write_beside(folder / "recipe.yaml", dump_recipe(Recipe.from_mapping(plain["recipe"])))
-    refresh(folder)

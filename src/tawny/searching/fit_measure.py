@@ -40,7 +40,6 @@ from tawny.allocation.knapsack import reactions
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
 from tawny.kinds import KINDS, scaled_kinds
-from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
@@ -117,16 +116,11 @@ def measure(
     errors: dict[str, Any] = found.get("errors", {})
     rehearsal = rehearsing(session, samples, journal)
     dense = Stream(stack, held_out, depth=done, saved=journal.hidden(WALK, "held_out"))
-    durable_blocks = done
 
     def commit(blocks: int, streams: Mapping[str, Stream | None]) -> None:
-        nonlocal durable_blocks
         if journal.folder is None:
             return
-        for path in map(store.path, range(durable_blocks, blocks)):
-            with writing(path):
-                durable.sync(path)
-        durable_blocks = blocks
+        store.settle(blocks)
         session.note_cost()
         journal.commit(WALK, blocks, {"errors": errors}, {**streams, "held_out": dense})
 

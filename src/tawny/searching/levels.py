@@ -54,6 +54,7 @@ class LevelStore:
 
     def __init__(self, folder: Path, size: int, dtype: torch.dtype, *, kept: int = 0) -> None:
         self.folder, self.dtype, self.bytes = folder, dtype, size
+        self._settled = kept  # blocks whose files a power cut does not lose
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
         with writing(folder):
@@ -79,6 +80,13 @@ class LevelStore:
 
     def path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
+
+    def settle(self, blocks: int) -> None:
+        """Let the files of the first `blocks` blocks survive a power cut."""
+        for path in map(self.path, range(self._settled, blocks)):
+            with writing(path):
+                durable.sync(path)
+        self._settled = blocks
 
     def open(self, index: int) -> None:
         """Turn to the file of one block."""
@@ -159,16 +167,11 @@ def solve_levels(
     if survey.needs != "none" and done < len(stack):
         some = samples.first(profile_count(job.recipe, len(samples), samples.seqlen))
         seen = Stream(stack, some, depth=done, saved=journal.hidden(WALK, "measured"))
-    durable_blocks = done
 
     def commit(blocks: int, streams: Mapping[str, Stream | None]) -> None:
-        nonlocal durable_blocks
         if journal.folder is None:
             return
-        for path in map(store.path, range(durable_blocks, blocks)):
-            with writing(path):
-                durable.sync(path)
-        durable_blocks = blocks
+        store.settle(blocks)
         kept = {**streams, "held_out": dense, "measured": seen if blocks < len(stack) else None}
         session.note_cost()
         told = {"measures": measures, "stages": stages, "warnings": rehearsal.record.warnings}

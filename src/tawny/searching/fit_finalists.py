@@ -1,0 +1,129 @@
+"""The finalists of a fit: pruned and packed like any other model, and compared with the dense one."""
+
+from __future__ import annotations
+
+__all__ = ["apart", "judge", "lead_over_uniform", "make"]
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.evaluation.agreement import agreement
+from tawny.kinds import KINDS
+from tawny.model.checkpoint import file_bytes
+from tawny.model.streams import Samples
+from tawny.packed.convert import pack
+from tawny.packed.folder import INDEX
+from tawny.patterns import removed_count
+from tawny.pruning.run import prune
+from tawny.pruning.session import (
+    Session,
+)
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
+from tawny.report.pages import write_beside
+from tawny.searching.fit_choice import Finalist
+from tawny.words import size
+
+
+def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
+    """The recipe of a finalist; what its linears get goes into a file beside its folder."""
+    base, head = session.job.recipe, finalist.head
+    if finalist.uniform is not None:
+        return resolve_recipe(
+            base, values={"kind": finalist.uniform, "group_size": finalist.group, "head": head}
+        )
+    numel = {x.name: x.numel for x in session.job.linears}
+    removed = sum(removed_count(numel[name], level.sparsity) for name, level in finalist.levels.items())
+    kinds = sorted({level.kind for level in finalist.levels.values()}, key=lambda name: -KINDS[name].bits)
+    lines = [
+        f"# {finalist.name}. Its mean sparsity is {removed / sum(numel.values()):.6f}.",
+        "# Use it: tawny prune MODEL -s MEAN -a FILE --head KIND --out DIR, or the recipe.yaml beside it.",
+        "allocation:",
+        *(f"  {name}: {level.sparsity!r}" for name, level in finalist.levels.items()),
+        "values:",
+        *(f"  {name}: {level.kind}" for name, level in finalist.levels.items()),
+    ]
+    path = folder.with_suffix(".yaml")
+    write_beside(path, "\n".join(lines) + "\n")
+    return resolve_recipe(
+        base, allocator=str(path), sparsity=removed / sum(numel.values()), values={"of": kinds, "head": head}
+    )
+
+
+def make(
+    session: Session,
+    folder: Path,
+    finalist: Finalist,
+    samples: Samples,
+    memory: str | int | None,
+    tokenizer: Any,
+) -> Path:
+    """The packed folder of a finalist: pruned in earnest, packed, and not done again."""
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    dense, progress = folder.with_suffix(".dense"), session.progress
+    if not dense.exists():
+        progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
+        given = samples if session.held_out is None else None
+        recipe = _recipe_of(session, finalist, folder)
+        source = session.job.folder
+        assert source is not None
+        prune(
+            source,
+            dense,
+            recipe=recipe,
+            progress=progress,
+            memory=memory,
+            tokenizer=tokenizer,
+            calibration=given,
+        )
+    pack(dense, folder, progress=progress)
+    shutil.rmtree(dense)
+    return folder
+
+
+def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) -> dict[str, Any]:
+    """A row of the table of finalists."""
+    source = session.job.folder
+    assert source is not None
+    found = agreement(folder, source, deciding, compute=session.job.recipe.compute, progress=session.progress)
+    taken = file_bytes(folder) + (folder / INDEX).stat().st_size
+    return {
+        "name": finalist.name,
+        "uniform": finalist.uniform is not None,
+        "bytes": taken,
+        "planned": finalist.bytes,
+        "bits": 8 * taken / session.job.parameters,
+        "head": finalist.head,
+        "expected": finalist.expected,
+        "kl": found.kl,
+        "kl_stderr": found.kl_stderr,
+        "kl_by_window": list(found.kl_by_window),
+        "top1": found.top1,
+        "perplexity": found.perplexity.perplexity,
+        "dense_perplexity": found.dense.perplexity,
+    }
+
+
+def apart(better: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
+    """How far a row is ahead of another in nats a token, and the standard error of that, over the same windows."""
+    apart = torch.tensor(other["kl_by_window"]) - torch.tensor(better["kl_by_window"])
+    return float(apart.mean()), float(apart.std()) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
+
+
+def lead_over_uniform(
+    finalists: Sequence[Finalist], rows: Sequence[Mapping[str, Any]], winner: int
+) -> tuple[float, float]:
+    """Of the winner over the best uniform one, as a share of its divergence, with the standard error."""
+    uniform = next((row for row in rows if row["uniform"]), None)
+    if uniform is None or finalists[winner].uniform is not None or not uniform["kl"]:
+        return 0.0, 0.0
+    ahead, stderr = apart(rows[winner], uniform)
+    return ahead / uniform["kl"], stderr / uniform["kl"]

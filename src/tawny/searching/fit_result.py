@@ -1,0 +1,191 @@
+"""What a fit made: its folder, its record, and what is said of it."""
+
+from __future__ import annotations
+
+__all__ = ["Fitted", "finish"]
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tawny.kinds import KINDS
+from tawny.machine import peak_memory
+from tawny.model.output import OutputFolder
+from tawny.pruning.prepare import Job
+from tawny.pruning.session import (
+    Session,
+)
+from tawny.recipe.files import dump_recipe
+from tawny.recipe.schema import Recipe
+from tawny.record import finite
+from tawny.report.pages import or_say, write_beside
+from tawny.report.plot import plot_fit
+from tawny.report.publish import refresh
+from tawny.searching.fit_choice import Finalist, Table
+from tawny.words import kl_text, percent, size
+
+ALLOCATION = "allocation.yaml"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit made.
+
+    Attributes:
+        budget: bytes that were allowed.
+        bytes: of the weight files and their index.
+        bits: of those files, a weight of the model.
+        finalists: name, bytes, bits, expected and measured divergence with its standard error, perplexity, top-1.
+        lead: how much nearer to the dense model than the best uniform one, as a share of that one's divergence.
+        says: what was chosen, in one line; `zeros` where zeros were used, in another.
+        blocks: bits a weight of survivors, and sparsity, of each block.
+        curve: sizes and the divergence that is expected there.
+    """
+
+    source: str
+    out: str
+    recipe: dict[str, Any]
+    settings: dict[str, Any]
+    budget: int
+    bytes: int
+    bits: float
+    winner: str
+    says: str
+    zeros: str
+    lead: float
+    lead_stderr: float
+    finalists: list[dict[str, Any]]
+    blocks: dict[str, list[float]]
+    curve: list[tuple[int, float]]
+    linears: dict[str, dict[str, Any]]
+    head: dict[str, float]
+    held_out: dict[str, int]
+    warnings: list[str]
+    seconds: dict[str, float]
+    peak_memory: int
+    resumed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _zeros_told(job: Job, finalist: Finalist) -> str:
+    """Where zeros were used."""
+    with_zeros = [x for x in job.linears if finalist.levels[x.name].sparsity]
+    if not with_zeros:
+        return "no zeros: at this size bits alone are expected to lose less in every linear"
+    blocks = sorted({x.block for x in with_zeros})
+    names = sorted({x.name.rpartition(".")[2] for x in with_zeros})
+    share = sum(x.numel * finalist.levels[x.name].sparsity for x in with_zeros) / sum(
+        x.numel for x in job.linears
+    )
+    return (
+        f"zeros in {len(with_zeros)} of {len(job.linears)} linears ({', '.join(names)}), in blocks "
+        f"{', '.join(map(str, blocks))}: {percent(share)} of all weights in blocks"
+    )
+
+
+def _told(
+    finalists: Sequence[Finalist], rows: Sequence[Mapping[str, Any]], winner: int, lead: tuple[float, float]
+) -> str:
+    row = rows[winner]
+    head = f"{row['name']}: {size(row['bytes'])}, {row['bits']:.3f} bits a weight, KL {kl_text(row['kl'], row['kl_stderr'])}"
+    uniform = next((other for other in rows if other["uniform"]), None)
+    if finalists[winner].uniform is not None:
+        return f"{head}; nothing that fits came nearer to the dense model"
+    if uniform is None:
+        return f"{head}; no uniform model fits"
+    return (
+        f"{head}; {percent(lead[0], 1)} ± {100 * lead[1]:.1f} nearer to the dense model than {uniform['name']} "
+        f"({size(uniform['bytes'])}, KL {uniform['kl']:.4f})"
+    )
+
+
+def _blocks(job: Job, finalist: Finalist) -> dict[str, list[float]]:
+    """Of each block: bits of a survivor, and sparsity."""
+    bits, zeros = [], []
+    for block in range(len(job.by_block)):
+        here = [x for x in job.linears if x.block == block]
+        total = max(1, sum(x.numel for x in here))
+        bits.append(sum(x.numel * KINDS[finalist.levels[x.name].kind].bits for x in here) / total)
+        zeros.append(sum(x.numel * finalist.levels[x.name].sparsity for x in here) / total)
+    return {"bits": bits, "sparsity": zeros}
+
+
+def finish(
+    session: Session,
+    settings: Mapping[str, Any],
+    finalists: Sequence[Finalist],
+    rows: Sequence[dict[str, Any]],
+    winner: int,
+    folder: Path,
+    budget: int,
+    table: Table,
+    lead: tuple[float, float],
+    warnings: Sequence[str],
+    held_out: Mapping[str, int],
+) -> Fitted:
+    """Make the winner's folder the output."""
+    job, output, clock, record = session.job, session.output, session.clock, session.record
+    assert output is not None
+    chosen = finalists[winner]
+    clock.seconds["total"] = clock.elapsed
+    fitted = Fitted(
+        source=job.source,
+        out=str(output.out),
+        recipe=job.recipe.to_mapping(),
+        settings=dict(settings),
+        budget=budget,
+        bytes=rows[winner]["bytes"],
+        bits=rows[winner]["bits"],
+        winner=chosen.name,
+        says=_told(finalists, rows, winner, lead),
+        zeros=_zeros_told(job, chosen),
+        lead=lead[0],
+        lead_stderr=lead[1],
+        finalists=list(rows),
+        blocks=_blocks(job, chosen),
+        curve=table.curve(),
+        linears={
+            x.name: {**asdict(chosen.levels[x.name]), "expected": table.cost(x.name, chosen.levels[x.name])}
+            for x in job.linears
+        },
+        head=table.found.head,
+        held_out=dict(held_out),
+        warnings=list(warnings),
+        seconds={phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
+        peak_memory=max(peak_memory(), record.peak_memory),
+        resumed=record.resumed,
+    )
+    told = finite(fitted.to_dict())
+    beside = folder.with_suffix(".yaml")
+    if beside.exists():
+        shutil.copyfile(beside, folder / ALLOCATION)
+    _own(folder, output, told)
+    for suffix in (".png", ".svg"):
+        path = folder / f"fit{suffix}"
+        or_say(path, partial(plot_fit, told, path), session.progress)
+    text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_beside(folder / "fit.json", text)
+    shutil.rmtree(output.partial)
+    folder.replace(output.partial)
+    output.finish()
+    return fitted
+
+
+def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any]) -> None:
+    """Let record and recipe name what will be there, and let record, card and page tell of the fit."""
+    path = folder / "run.json"
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    allocator = plain["recipe"]["allocator"]
+    if "path" in allocator:
+        allocator["path"] = str(output.out / ALLOCATION)
+    kept = ("budget", "says", "zeros", "lead", "lead_stderr", "finalists", "warnings")
+    plain |= {"out": str(output.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
+    write_beside(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    write_beside(folder / "recipe.yaml", dump_recipe(Recipe.from_mapping(plain["recipe"])))
+    refresh(folder)
