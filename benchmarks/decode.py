@@ -196,7 +196,7 @@ def random_model(settings: dict[str, Any], cell: Cell) -> Any:
         W_OI = magnitude_pruned(linear.shape, cell.sparsity or 0.0, generator)
         count = 0 if linear.expert is None else sum(x.key == linear.key for x in linears)
         if cell.values:
-            packed = pack(W_OI, cell.values, cell.group)  # type: ignore[arg-type]
+            packed = pack(W_OI, cell.values, cell.group, whole=not cell.sparsity)  # type: ignore[arg-type]
             for block in blocks:
                 if count:
                     each = [copied(packed) for _ in range(count)]

@@ -12,8 +12,9 @@ or a noisy neighbour falls on all of them. Every variant walks over copies of it
 four times the last-level cache for one column, and the cache itself for many. A time is the median over rounds of the
 mean over copies; quartiles stand beside it. `columns` is the number of activation vectors (tokens).
 
-Past four columns our dense kernel hands over to torch's product, so `torch bf16` is the only dense variant there. The
-results are written after each case, and a case that is in them is not measured again unless `--again` says so.
+Past so many columns as `DENSE_DIRECT` our dense kernel hands over to torch's product, so `torch bf16` is the only dense
+variant there. The results are written after each case, and a case that is in them is not measured again unless
+`--again` says so.
 """
 
 from __future__ import annotations

@@ -186,6 +186,20 @@ def test_a_dense_product_does_not_depend_on_the_number_of_threads(kernel, dtype)
                 assert kernel == "torch" or (torch.equal(one, two) and torch.equal(one, three))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens_are_multiplied_as_exactly_as_few(kernel, dtype):
+    """Past the kernel's own tokens, whatever type the product is computed in, and over more rows than one part holds."""
+    rows, columns, tokens = 1100, 2051, ops.DENSE_DIRECT + 3
+    W, x = weight((rows, columns), 0.0).to(dtype), activations(tokens, columns, dtype)
+    bias = activations(1, rows, dtype)[0]
+    exact = x.double() @ W.double().T + bias.double()
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-4 * float(exact.abs().max())}
+    for stored, transposed in ((W, False), (W.T.contiguous(), True)):
+        found = ops.dense_linear(x, stored, bias, transposed)
+        assert found.dtype is dtype
+        torch.testing.assert_close(found.double(), exact, **close)
+
+
 def test_activations_may_be_unaligned_strided_or_three_dimensional(kernel):
     packed = pack(weight((20, 128), 0.6), "bf16")
     wide = torch.randn(2, 3, 259)

@@ -4,9 +4,10 @@ Packed weights come as a `Weight`: tensors, an explicit kind and the columns of 
 or a shape. What no compiled kernel takes goes to the twin in plain torch.
 
 By the number of tokens T (rows of x): up to `DIRECT` the compiled kernel multiplies packed weights as they are;
-above, a few hundred rows at a time are expanded into a small buffer that stays in cache and torch's own matrix product runs.
-On AVX2 the kernel takes any number of tokens of integers: it is as fast as torch's product in float32, and many times as
-fast as the one in bfloat16.
+above, a few hundred rows at a time are written out into a small buffer that stays in cache and torch's own matrix product runs.
+On AVX2 the kernel takes any number of tokens of integers: it is as fast as torch's product in float32.
+Where the CPU has no product of 16-bit floats, torch's takes up to eight times as long as the one in float32. There weights
+and activations of many tokens are widened first, some rows at a time.
 Results do not depend on the number of threads; they do depend, in the last bits, on T and on the kernel.
 """
 
@@ -26,10 +27,11 @@ __all__ = [
 ]
 
 import ctypes
+import functools
 import math
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -37,9 +39,11 @@ from torch import Tensor
 from tawny.errors import UserError
 from tawny.kernels import native, reference
 from tawny.kernels.layout import ROWS, Weight
+from tawny.precision import native_dtype
 
 DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
-DENSE_DIRECT = 4  # the same for dense weights: past it torch's product is faster
+# The same for dense weights: past it torch's product is faster.
+DENSE_DIRECT = DIRECT if native_dtype() is torch.float32 else 4
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # activations and results, by their C code
 
 
@@ -129,7 +133,13 @@ def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     bias = _readable(bias, rows, x.dtype)
     if x.numel() > _most_direct(weight) * cols:
-        return _expand_then_multiply(x.view(-1, cols), weight, bias).view(*x.shape[:-1], rows)
+        threads = torch.get_num_threads()
+
+        def write(first: int, last: int, place: Tensor) -> Tensor:
+            _write_out(weight, place, first // ROWS, -(-last // ROWS), threads)
+            return place[: last - first]
+
+        return _multiply_in_parts(x, rows, bias, write)
     y = Call(weight)(x, bias)
     assert y is not None
     return y
@@ -214,44 +224,66 @@ def _buffer(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     return kept[:count].view(dtype).view(rows, cols)
 
 
-def _expand_then_multiply(x_TI: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Prefill: expand some rows, multiply, and so on; the dense weight never exists as a whole."""
-    rows, cols = weight.rows, weight.cols
+@functools.cache
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The type in which torch multiplies matrices of this type fastest."""
+    return torch.float32 if native_dtype() is torch.float32 else dtype
+
+
+def _multiply_in_parts(
+    x: Tensor, rows: int, bias: Tensor | None, write: Callable[[int, int, Tensor], Tensor]
+) -> Tensor:
+    """Prefill: write out some rows, multiply, and so on; the weight never exists as a whole in the type of the product.
+
+    write: (first, last, buffer) → rows [first, last) of the weight as the buffer's type, in the buffer or not.
+    """
+    cols, dtype = x.shape[-1], _computed_in(x.dtype)
+    x_TI = x.view(-1, cols).to(dtype)
     # A power of two: torch's product shares other widths badly among its threads.
     wanted = max(64.0, CHUNK_BYTES / (cols * x_TI.element_size()))
     chunk = min(rows, 1 << round(math.log2(wanted)))
     y_TO = x_TI.new_empty(x_TI.shape[0], rows)
-    buffer = _buffer(chunk, cols, x_TI.dtype)
-    threads = torch.get_num_threads()
+    bias = None if bias is None else bias.to(dtype)
+    buffer = _buffer(chunk, cols, dtype)
     with torch.no_grad():
         for first in range(0, rows, chunk):
             last = min(first + chunk, rows)
-            _write_out(weight, buffer, first // ROWS, -(-last // ROWS), threads)
-            part_IO, place_TO = buffer[: last - first].T, y_TO[:, first:last]
+            part_IO, place_TO = write(first, last, buffer).T, y_TO[:, first:last]
             if bias is None:
                 torch.mm(x_TI, part_IO, out=place_TO)
             else:
                 torch.addmm(bias[first:last], x_TI, part_IO, out=place_TO)
-    return y_TO
+    return y_TO.to(x.dtype).view(*x.shape[:-1], rows)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
-    """x Wᵀ + bias with a dense weight: our matrix-vector kernel for a few tokens, torch's product for more.
+    """x Wᵀ + bias with a dense weight: our kernel for a few tokens, torch's product for more.
 
     transposed: the weight is stored `[in, out]`, as experts of some models are.
     """
     rows, cols = weight.shape[::-1] if transposed else weight.shape
     tokens = x.numel() // cols
-    fits = x.dtype is weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == cols
-    if not (
-        fits
-        and 0 < tokens <= DENSE_DIRECT
-        and native.chosen()
+    fits = (
+        x.dtype is weight.dtype
+        and x.dtype in FLOATS
+        and weight.is_contiguous()
+        and x.shape[-1] == cols
         and x.device.type == weight.device.type == "cpu"
-    ):
+        and native.chosen()
+    )
+    widened = tokens > DENSE_DIRECT and _computed_in(x.dtype) is not x.dtype
+    if not (fits and tokens > 0 and (tokens <= DENSE_DIRECT or widened)):
         return torch.nn.functional.linear(x, weight.T if transposed else weight, bias)
     x = x.contiguous()
     bias = _readable(bias, rows, x.dtype)
+    if widened:
+
+        def widen(first: int, last: int, place: Tensor) -> Tensor:
+            if transposed:
+                return place.view(-1)[: cols * (last - first)].view(cols, -1).copy_(weight[:, first:last]).T
+            return place[: last - first].copy_(weight[first:last])
+
+        return _multiply_in_parts(x, rows, bias, widen)
     y = x.new_empty((*x.shape[:-1], rows))
     code = native.library().tawny_dense(
         weight.data_ptr(),
