@@ -155,45 +155,14 @@ def first_tokens(address: str, words: int, chance: random.Random) -> tuple[float
     return cold[1][0] - cold[0], cached[1][0] - cached[0]
 
 
-# --- llama.cpp -------------------------------------------------------------------------------------------------------------
-
-
-def llama(path: str, threads: int, tokens: int) -> None:
-    """For each number on stdin the speed of so many sequences in one batch; runs in an environment of its own."""
-    import llama_cpp
-
-    llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_seq_max = 1024 * max(COUNTS), 512, max(COUNTS)
-    settings.n_threads = settings.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(model, settings)
-    batch = llama_cpp.llama_batch_init(max(COUNTS), 0, 1)
-    print(json.dumps({"version": llama_cpp.__version__}), flush=True)
-    for line in sys.stdin:
-        count = batch.n_tokens = int(line.split()[0])
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        begin = 0.0
-        for position in range(SHORT + tokens):
-            if position == SHORT:
-                begin = time.perf_counter()
-            for number in range(count):
-                batch.token[number], batch.pos[number] = 300 + position, position
-                batch.n_seq_id[number], batch.seq_id[number][0] = 1, number
-                batch.logits[number] = 1
-            if llama_cpp.llama_decode(context, batch):
-                raise RuntimeError("llama_decode failed")
-        print(json.dumps(count * tokens / (time.perf_counter() - begin)), flush=True)
-
-
 # --- the run -----------------------------------------------------------------------------------------------------------------
 
 
 class Child:
-    """A process of this file that answers lines with JSON."""
+    """A process that answers lines with JSON."""
 
-    def __init__(self, python: str, *arguments: object) -> None:
-        command = [python, str(Path(__file__).resolve()), *map(str, arguments)]
+    def __init__(self, *command: object) -> None:
+        command = tuple(map(str, command))
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.told = self._read()
 
@@ -222,7 +191,7 @@ def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[
     with contextlib.ExitStack() as stack:
         servers, peers = {}, {}
         for variant in CELLS:
-            made = Child(sys.executable, "--child", shape, variant, folder, options.threads)
+            made = Child(sys.executable, __file__, "--child", shape, variant, folder, options.threads)
             servers[variant] = stack.enter_context(contextlib.closing(made))
         if options.llama_python and shape == "1.1b":
             from peers import SHAPES as GGUF_SHAPES
@@ -232,7 +201,10 @@ def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[
                 path = folder / f"{shape}-{kind}.gguf"
                 if not path.exists():
                     write_gguf(path, GGUF_SHAPES[shape], kind)
-                made = Child(options.llama_python, "--llama", path, options.threads, options.tokens)
+                batch = Path(__file__).with_name("llama_batch.py")
+                made = Child(
+                    options.llama_python, batch, path, options.threads, SHORT, options.tokens, max(COUNTS)
+                )
                 peers[f"llama.cpp {kind}"] = stack.enter_context(contextlib.closing(made))
         rows = {
             (name, count): {"served": [], "bare": []}
@@ -305,13 +277,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny shape; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--llama", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         shape, variant, folder, threads = options.child
         return serve(shape, variant, Path(folder), int(threads))
-    if options.llama:
-        return llama(options.llama[0], *map(int, options.llama[1:]))
     if options.quick:
         options.tokens, options.rounds = 8, 1
     from tawny.kernels.native import kernel_name

@@ -295,16 +295,24 @@ def serving(result: Mapping[str, Any]) -> str:
             "| | requests | served, tokens/s | without HTTP | × one request | first token of a 512-token prompt | again |",
             "|---|---|---|---|---|---|---|",
         ]
-        alone = {row["variant"]: row["served_tokens_per_second"] for row in rows if row["requests"] == 1}
+        # llama.cpp is measured without a server.
+        rate = {
+            (row["variant"], row["requests"]): row.get(
+                "served_tokens_per_second", row["bare_tokens_per_second"]
+            )
+            for row in rows
+        }
         for row in rows:
-            served, first = row["served_tokens_per_second"], row.get("first_token_cold_seconds")
+            name, first = row["variant"], row.get("first_token_cold_seconds")
+            served = row.get("served_tokens_per_second")
             waits = (
                 "| | |" if first is None else f"| {first:.2f} s | {row['first_token_cached_seconds']:.2f} s |"
             )
-            sparse = ", 70 %" if row["variant"].startswith("packed") else ""
+            sparse = ", 70 %" if name.startswith("packed") else ""
             lines.append(
-                f"| {row['variant']}{sparse} | {row['requests']} | {served:.1f} | {row['bare_tokens_per_second']:.1f} "
-                f"| {served / alone[row['variant']]:.2f} {waits}"
+                f"| {name}{sparse} | {row['requests']} | {'' if served is None else f'{served:.1f}'} "
+                f"| {row['bare_tokens_per_second']:.1f} "
+                f"| {rate[name, row['requests']] / rate[name, 1]:.2f} {waits}"
             )
         lines.append("")
     lines.append(f"<sub>{result['machine']['cpu']}, kernel {result['kernel']}, {result['date']}.</sub>\n")

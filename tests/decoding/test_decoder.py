@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tawny.decoding import whole
 from tawny.decoding.decoder import Decoder, _rounded_once_more
 from tawny.decoding.step import Step, find_blocks
 from tawny.decoding.swapped import kernels
 from tawny.errors import UserError
 from tawny.kernels import native
 from tawny.model.source import packaged_gguf, resolve
-from tawny.packed.linear import DenseLinear, pack_linear
+from tawny.packed.linear import DenseLinear, PackedLinear, pack_linear
 from tawny.packed.live import pack_model
 from tests.decoding.greedy import compare, greedy, prune
 from tests.tiny import BAMBA, tiny_model, tokens
@@ -41,6 +42,32 @@ def logits(model, quick, ids, more=6):
         decoder.prefill(ids[:-more])
         made = [decoder.step(int(token)).float().clone() for token in ids[-more:]]
     return torch.stack(made), decoder.path
+
+
+@compiled
+@pytest.mark.parametrize("pays", [True, False])
+def test_masks_are_left_out_where_that_is_faster_and_come_back(monkeypatch, pays):
+    """The same bits either way; the model is as it was afterwards, and a second text converts nothing again."""
+    model = tiny_model("llama").eval()
+    prune(model)
+    masked = packed(model, "int4")
+    ids = tokens(1, 20)[0]
+    expected, _ = logits(masked, None, ids)  # too small a model for whole weights to pay
+    before = dict(masked.named_modules())
+    held = dict(masked.named_buffers())
+    twin = copy.deepcopy(masked)
+    monkeypatch.setattr(whole, "_SAMPLE", 1)
+    monkeypatch.setattr(whole, "_WORTH", 1e9 if pays else 0.0)
+    pays = pays and native.kernel_name() != "avx512vbmi2"
+    with kernels(twin):
+        inside = [m for m in twin.modules() if isinstance(m, PackedLinear)]
+        assert all((m.masks is None and m.kind == "int8") == pays for m in inside)
+    with kernels(twin):
+        assert [m for m in twin.modules() if isinstance(m, PackedLinear)] == inside
+    found, path = logits(twin, None, ids)
+    assert path == "blocks" and torch.equal(found, expected)
+    assert dict(twin.named_modules()).keys() == before.keys()
+    assert all(torch.equal(buffer, held[name]) for name, buffer in twin.named_buffers())
 
 
 @compiled

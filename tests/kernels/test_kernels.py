@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tawny.errors import UserError
 from tawny.kernels import native, ops, reference
 from tawny.kinds import KINDS as TABLE
+from tawny.packed import format
 from tawny.packed.format import pack, unpack
 from tests.packed.cases import KINDS, SHAPES, SPARSITIES, python, uneven, weight
 
@@ -184,6 +185,23 @@ def test_a_dense_product_does_not_depend_on_the_number_of_threads(kernel, dtype)
             for stored, transposed in ((W, False), (W.T.contiguous(), True)):
                 one, two, three = by_threads(partial(ops.dense_linear, x, stored, None, transposed))
                 assert kernel == "torch" or (torch.equal(one, two) and torch.equal(one, three))
+
+
+@pytest.mark.parametrize("values,group", [(k, g) for k, g in KINDS if TABLE[k].scaled])
+def test_a_whole_weight_gives_the_bits_of_a_masked_one(kernel, values, group):
+    """So that a decoder may choose whichever is faster here, and the text does not depend on it."""
+    for shape in [(66, 515), (7, 64), (12, 1344)]:
+        packed = pack(weight(shape, 0.6), values, group)
+        bare = format.whole(packed)
+        assert bare.whole and not packed.whole
+        assert torch.equal(unpack(bare), unpack(packed))
+        for tokens in (1, 2, 5, 33):
+            x = activations(tokens, shape[1], torch.float32)
+            found = [ops.packed_linear(x, each.weight, None) for each in (packed, bare)]
+            if kernel in ("torch", "avx512vbmi2"):  # other orders of sums; whole.py does not exchange there
+                torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+            else:
+                assert torch.equal(*found), tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

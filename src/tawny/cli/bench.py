@@ -47,6 +47,8 @@ def speed_tables(speed: Result) -> list[Frame]:
         made.add(name, f"{value:,.1f}", f"{low:,.1f} – {high:,.1f}", f"{1000 / value:,.2f}")
     packed = ", ".join(f"{count} {kind}" for kind, count in speed["packed"].items())
     walks = f"{speed['rounds']} rounds of {speed['prompt_tokens']} tokens in, {speed['decoded_tokens']} out"
+    if speed["whole"]:
+        packed += f"; {speed['whole']} of them without masks, which is faster here and takes more memory"
     rows = [
         ("measured", walks),
         ("weights", speed["dtype"] + (f", packed linears: {packed}" if packed else ", no packed linear")),

@@ -21,6 +21,7 @@ from torch import nn
 from tawny.calibration.context import context_of
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
+from tawny.decoding.whole import exchanged
 from tawny.errors import RecipeError
 from tawny.kernels.native import kernel_name
 from tawny.model.checkpoint import file_bytes
@@ -50,6 +51,7 @@ class Speed:
     rounds: int
     dtype: str
     packed: dict[str, int]
+    whole: int  # packed linears that ran without their masks, because that is faster on this machine
     path: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def bench(
         rounds=rounds,
         dtype=str(next(opened.model.parameters()).dtype).removeprefix("torch."),
         packed=dict(packed),
+        whole=len(exchanged(opened.model)),
         path=path,
     )
 

@@ -28,17 +28,18 @@ __all__ = [
     "scales_of",
     "shapes",
     "unpack",
+    "whole",
 ]
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tawny.errors import NumericalError, UserError
-from tawny.kernels import reference
+from tawny.kernels import ops, reference
 from tawny.kernels.layout import (
     COLUMNS,
     ROWS,
@@ -313,3 +314,22 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype None gives the stored float kind, and float32 for integers.
     """
     return reference.expand(packed.weight, dtype)
+
+
+def whole(packed: PackedTensor) -> PackedTensor:
+    """The same integers as int8 without a mask, zeros in their places, under the same scales.
+
+    Raises:
+        UserError: the weight holds floats, which have no scale that could be kept.
+    """
+    t = packed.tensors
+    if "scales" not in t:
+        raise UserError(f"{packed.values} values have no scales; only integers become whole int8")
+    # The weight whose scales are 1 is the integers, and bfloat16 holds them exactly.
+    integers = replace(packed, tensors=t | {"scales": torch.ones_like(t["scales"])})
+    q_OI = ops.expand(integers.weight, torch.bfloat16).to(torch.int8)
+    padding = t["values"].new_zeros(PADDING, dtype=torch.int8)
+    values = torch.cat([interleave(q_OI).flatten(), padding])
+    return PackedTensor(
+        {"values": values, "scales": t["scales"], "sums": t["sums"]}, packed.shape, "int8", packed.group
+    )
