@@ -1,17 +1,18 @@
 """Divergence from the dense model against the bytes of the files: one kind for all, zeros and bits, `tawny fit`, other tools.
 
     python benchmarks/frontier.py --text wiki --text PATH.txt
-    python benchmarks/frontier.py --text wiki --source scaled --cells          # writes the model that all start from
-    python benchmarks/frontier.py --text wiki --gguf scaled-Q4_K_M.gguf scaled-Q3_K_M.gguf
+    python benchmarks/frontier.py --text wiki --text PATH.txt --work DIR --cells fit:3.5      # keeps the models, and goes on
 
 All start from the same model, whose channels were scaled so that no side meets a grid again (fair_start.py). A cell is
-`KIND:GROUP:SPARSITY` (pruned by ALPS, head in int8), `fit:BITS`, or a `.gguf` file that another tool made of `--source`; the
-last is judged dequantised, by the same evaluator. The same command goes on where a run was stopped. A tiny run:
+`KIND:GROUP:SPARSITY` (by `--solver`, head in int8), `fit:BITS`, or a `.gguf` file that another tool made of that model; the
+last is judged dequantised, by the same evaluator. With `--work` the scaled model is `DIR/source`, each model stays in
+`DIR/CELL`, and the same command goes on inside a fit that was stopped. A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells int4:64:0 fit:4`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import shutil
@@ -23,8 +24,11 @@ from cells import parser_for
 from fair_start import scale_channels
 
 import tawny
+from tawny.evaluation.sources import load_tokenizer, open_model, resolve
 from tawny.machine import machine, versions
+from tawny.model.checkpoint import Checkpoint, file_bytes
 from tawny.model.durable import write
+from tawny.packed.folder import INDEX
 
 UNIFORM = [
     "int8::0",
@@ -36,21 +40,21 @@ UNIFORM = [
     "int3:32:0",
     "int3:64:0",
 ]
-CELLS = [*UNIFORM, "int8::0.5", "int4:64:0.5", "int3:64:0.5", "fit:3", "fit:3.5", "fit:4", "fit:4.5"]
+ZEROS = ["int8::0.5", "int4:64:0.5", "int3:64:0.5"]
+CELLS = ["fit:3", "fit:3.5", "fit:4", "fit:4.5", "fit:6", *UNIFORM, *ZEROS]
 
 
 def main() -> None:
     parser = parser_for(__doc__, "frontier.json")
-    parser.add_argument("--source", type=Path, help="folder of the scaled model; default: made for the run")
-    parser.add_argument("--cells", nargs="*", default=CELLS)
+    parser.add_argument("--work", type=Path, help="folder to keep the models in; default: none is kept")
+    parser.add_argument("--solver", default="alps")
     parser.add_argument(
-        "--gguf", nargs="*", default=[], type=Path, help="files made of --source by another tool"
+        "--cells", nargs="*", default=CELLS, help="KIND:GROUP:SPARSITY, fit:BITS or a .gguf file"
     )
     parser.set_defaults(samples=16)
     args = parser.parse_args()
-    setting = {
-        key: getattr(args, key) for key in ("calibration", "samples", "seqlen", "eval_seqlen", "windows")
-    }
+    keys = ("calibration", "samples", "seqlen", "eval_seqlen", "windows", "solver")
+    setting = {key: getattr(args, key) for key in keys}
     setting |= {"model": Path(args.model).name, "texts": [Path(text).name for text in args.text]}
     setting |= {"channels": "scaled, log-normal 0.1, seed 0"}
     results: dict[str, Any] = {"setting": setting, "cells": {}}
@@ -58,17 +62,19 @@ def main() -> None:
         results = json.loads(args.results.read_text(encoding="utf-8"))
         if results["setting"] != setting:
             raise SystemExit(f"{args.results} holds another setting; give another --results")
-    work = Path(tempfile.mkdtemp(prefix="tawny-frontier-"))
-    try:
-        source = args.source or work / "source"
+    with contextlib.ExitStack() as stack:
+        work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tawny-frontier-")))
+        source = work / "source"
         if not source.exists():
             write_source(args.model, source)
-        for name in [*args.cells, *map(str, args.gguf)]:
+        for name in args.cells:
             key = Path(name).name
             if key in results["cells"]:
                 continue
-            results["cells"][key] = made = cell(args, source, name, work / "cell")
-            shutil.rmtree(work / "cell", ignore_errors=True)
+            folder = work / key
+            results["cells"][key] = made = cell(args, source, name, folder)
+            if args.work is None:
+                shutil.rmtree(folder, ignore_errors=True)
             results |= {"machine": machine(), "versions": versions(), "date": str(datetime.date.today())}
             args.results.parent.mkdir(parents=True, exist_ok=True)
             write(args.results, (json.dumps(results, indent=1) + "\n").encode())
@@ -76,15 +82,10 @@ def main() -> None:
                 f"{k} KL {v['kl']:.4f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()
             )
             print(f"{key}: {made['bytes'] / 1e6:.1f} MB, {made['seconds']:.0f} s, {shown}", flush=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_source(model: str, source: Path) -> None:
     """The scaled model, in the type of the checkpoint."""
-    from tawny.evaluation.sources import load_tokenizer, open_model, resolve
-    from tawny.model.checkpoint import Checkpoint
-
     folder = resolve(model)
     dtypes = {Checkpoint(folder).dtype_of(key) for key in Checkpoint(folder).files}
     live = open_model(folder, max(dtypes, key=lambda dtype: dtype.itemsize))
@@ -94,29 +95,36 @@ def write_source(model: str, source: Path) -> None:
 
 
 def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
+    """One row: the model is made in `folder`, unless it is there."""
     calibration = {"text": args.calibration, "samples": args.samples, "seqlen": args.seqlen}
     keys: dict[str, Any] = {f"calibration.{key}": value for key, value in calibration.items()}
     more: dict[str, Any] = {}
     if name.startswith("fit:"):
-        fitted = tawny.fit(source, folder / "packed", bits=float(name[4:]), **keys)
-        made, size, seconds = folder / "packed", fitted.bytes, fitted.seconds["total"]
-        more = {
-            "winner": fitted.winner,
-            "zeros": fitted.zeros,
-            "lead": fitted.lead,
-            "finalists": fitted.finalists,
-        }
+        if not folder.exists():
+            earlier = next(iter(folder.parent.glob("fit:*/measured.json")), None)
+            measured = earlier and earlier.parent
+            tawny.fit(source, folder, bits=float(name[4:]), solver=args.solver, measured=measured, **keys)
+        fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+        seconds = fitted["seconds"]["total"]
+        more = {key: fitted[key] for key in ("winner", "zeros", "lead", "lead_stderr", "finalists")}
     elif name.endswith(".gguf"):
-        made, size, seconds = Path(name), Path(name).stat().st_size, 0.0
+        folder, seconds = Path(name), 0.0
     else:
         kind, group, sparsity = name.split(":")
         values = {"kind": kind, "group_size": int(group) if group else None}
-        record = tawny.prune(source, folder / "dense", values=values, sparsity=float(sparsity), **keys)
-        report = tawny.pack(folder / "dense", folder / "packed", head="int8")
-        made, size, seconds = folder / "packed", report.file_bytes, record.seconds["total"]
+        dense = folder.with_name(f"{folder.name}.dense")
+        if not folder.exists():
+            if not dense.exists():
+                tawny.prune(
+                    source, dense, values=values, sparsity=float(sparsity), solver=args.solver, **keys
+                )
+            tawny.pack(dense, folder, head="int8")
+            shutil.rmtree(dense)
+        seconds = json.loads((folder / "run.json").read_text(encoding="utf-8"))["seconds"]["total"]
+    size = folder.stat().st_size if folder.is_file() else file_bytes(folder) + (folder / INDEX).stat().st_size
     texts = {}
     for text in args.text:
-        found = tawny.agreement(made, source, text, seqlen=args.eval_seqlen, windows=args.windows)
+        found = tawny.agreement(folder, source, text, seqlen=args.eval_seqlen, windows=args.windows)
         texts[Path(text).name] = {
             "kl": found.kl,
             "kl_stderr": found.kl_stderr,

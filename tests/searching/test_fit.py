@@ -88,6 +88,20 @@ def test_a_fit_that_was_stopped_goes_on_and_gives_the_same(dense, fitted, tmp_pa
     assert weights(tmp_path / "fitted") == weights(dense.parent / "fitted")
 
 
+def test_another_size_takes_what_was_measured(dense, fitted, tmp_path, monkeypatch):
+    small = tawny.fit(dense, tmp_path / "small", bits=8.5, **KEYS)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "measure", None)  # would be called
+        again = tawny.fit(dense, tmp_path / "again", bits=8.5, measured=dense.parent / "fitted", **KEYS)
+        assert again.finalists == small.finalists
+        assert weights(tmp_path / "again") == weights(tmp_path / "small")
+    for words, keys in {"differs in recipe": {"seed": 1}, "no folder that": {"measured": tmp_path}}.items():
+        with pytest.raises(RecipeError, match=words):
+            tawny.fit(
+                dense, tmp_path / "no", bits=8.5, **{"measured": dense.parent / "fitted", **KEYS, **keys}
+            )
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
 def test_bytes_are_known_before_packing(family, tmp_path):
     model = tiny_model(family, dtype=torch.bfloat16, **SHAPE)

@@ -41,6 +41,9 @@ def fit(
     out: Path = option("--out DIR", "Packed folder to write.", OUTPUT, default=..., parser=folder_named),
     device: Device = None,
     memory: Memory = None,
+    measured: Path | None = option(
+        "--measured DIR", "Take what an earlier fit of the same model and text measured.", RECIPE
+    ),
     overwrite: bool = option(
         "--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT, default=False
     ),
@@ -57,7 +60,12 @@ def fit(
         import tawny
 
         with console.progress() as progress:
-            keys: dict[str, Any] = {"progress": progress, "overwrite": overwrite, "memory": memory}
+            keys: dict[str, Any] = {
+                "progress": progress,
+                "overwrite": overwrite,
+                "memory": memory,
+                "measured": measured,
+            }
             keys |= {f"fit.{key}": value for key, value in own.items()}
             fitted = tawny.fit(model, out, size=bytes_, bits=bits, recipe=chosen, **keys)
         console.result(fitted.to_dict(), fit_tables)

@@ -51,6 +51,7 @@ from tawny.searching.divergence import Divergence
 from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.fit_choice import Finalist, Found, Table, check_budget
 from tawny.searching.fit_finalists import apart, judge, lead_over_uniform, make
+from tawny.searching.fit_kept import REACTIONS, keep_measured, read_measured, take_measured
 from tawny.searching.fit_measure import (
     TOGETHER,
     Measures,
@@ -95,6 +96,7 @@ def fit(
     progress: Progress = silent,
     overwrite: bool = False,
     memory: str | int | None = None,
+    measured: str | Path | None = None,
     tokenizer: Any = None,
     calibration: Any = None,
     trust_remote_code: bool = False,
@@ -112,11 +114,12 @@ def fit(
         recipe: of the pruning: solver, calibration, seed. Sparsity, values and allocator are what is chosen.
         settings: what finalists are judged by; `keys` override single entries of both (`**{"fit.deciding": 16}`).
         memory: peak memory of the whole process that may not be passed.
+        measured: the folder of an earlier fit of the same model, recipe and text to another size; what it measured is taken.
         calibration: tokens `[samples, tokens]`, of which some are held out; or the name or path of a text.
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
-        RecipeError: the size cannot be reached; says the smallest one that can.
+        RecipeError: the size cannot be reached; says the smallest one that can. Or what was measured is of another fit.
         ModelError: the model is live, or one of its linears cannot be packed.
         TextError: nothing is left of the text to compare models on.
         UserError: something else that was asked for cannot be done.
@@ -133,6 +136,7 @@ def fit(
     own = {key.removeprefix("fit."): value for key, value in both.items() if key.startswith("fit.")}
     settings = validated(FitSettings, {**(asdict(settings) if settings else {}), **own}, "fit key", "fit")
     recipe = _base(recipe, {key: value for key, value in both.items() if not key.startswith("fit.")})
+    earlier = None if measured is None else read_measured(Path(measured))
     with open_session(
         recipe,
         source,
@@ -144,7 +148,7 @@ def fit(
         tokenizer=tokenizer,
         calibration=given,
     ) as session:
-        return _fit(session, settings, allowed, memory, tokenizer)
+        return _fit(session, settings, allowed, memory, tokenizer, earlier)
 
 
 def _asked(size: str | int | None, bits: float | None) -> dict[str, Any]:
@@ -227,6 +231,7 @@ def _fit(
     asked: Mapping[str, Any],
     memory: str | int | None,
     tokenizer: Any,
+    earlier: Mapping[str, Any] | None,
 ) -> Fitted:
     """Steps 1 to 4."""
     job, journal, output = session.job, session.journal, session.output
@@ -236,6 +241,10 @@ def _fit(
     check_budget(job, sizes, budget)
     samples, searched, deciding = _split(session, settings)
     warnings = [line for line in [journal.once("few bits", lambda: _few_bits(job))] if line]
+    of = {key: session.journal.identity.get(key) for key in ("recipe", "model", "text", "held-out text")}
+    of["searched"] = list(searched.tokens.shape)
+    if earlier is not None:
+        take_measured(journal, earlier, of)
     found = _measured(session, samples, searched, sizes, output.work)
     table = Table(job, sizes, found)
     finalists = table.finalists(budget)
@@ -278,6 +287,7 @@ def _fit(
             f"{len(deciding)} windows of {deciding.shape[1]} held-out tokens do not tell the first two finalists apart: "
             f"{ahead:.5f} ± {unsure:.5f} nats a token; give a longer text, or more fit.deciding"
         )
+    keep_measured(folders[winner], of, journal.state["once"][REACTIONS])
     return finish(
         session,
         asdict(settings),
@@ -309,7 +319,7 @@ def _few_bits(job: Job) -> str:
 def _measured(session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path) -> Found:
     """Step 1; what is measured once is kept."""
     job, journal = session.job, session.journal
-    if "reactions" not in journal.state.get("once", {}):
+    if REACTIONS not in journal.state.get("once", {}):
         dtype = _dtype(job)
         room = sum(x.numel for x in job.linears) * dtype.itemsize
         store = LevelStore(work / "levels", room, dtype, kept=journal.walk(WALK)[0])
@@ -324,10 +334,10 @@ def _measured(session: Session, samples: Samples, searched: Samples, sizes: Pack
         finally:
             store.close()
         plain = {name: asdict(each) for name, each in measures.items()}
-        journal.once("reactions", lambda: finite({"measures": plain, "reactions": reactions, "head": head}))
+        journal.once(REACTIONS, lambda: finite({"measures": plain, "reactions": reactions, "head": head}))
         journal.forget(WALK)
         store.remove()
-    kept = journal.state["once"]["reactions"]
+    kept = journal.state["once"][REACTIONS]
     measures = {name: Measures(**each) for name, each in kept["measures"].items()}
     return Found(measures, kept["reactions"], {k: v for k, v in kept["head"].items() if v is not None})
 

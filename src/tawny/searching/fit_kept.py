@@ -1,0 +1,54 @@
+"""What a fit measured, kept beside its model: another size of the same model is chosen from the same measures."""
+
+from __future__ import annotations
+
+__all__ = ["REACTIONS", "keep_measured", "read_measured", "take_measured"]
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tawny.errors import RecipeError
+from tawny.pruning.journal import Journal
+from tawny.report.pages import write_beside
+
+REACTIONS = "reactions"  # what the journal calls it
+_FILE = "measured.json"
+
+
+def keep_measured(folder: Path, of: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Write what was measured, and of what."""
+    text = json.dumps({"of": dict(of), "found": dict(found)}, ensure_ascii=False, allow_nan=False)
+    write_beside(folder / _FILE, text + "\n")
+
+
+def read_measured(folder: Path) -> dict[str, Any]:
+    """What a finished fit measured.
+
+    Raises:
+        RecipeError: there is no such thing.
+    """
+    try:
+        kept = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        return {"of": dict(kept["of"]), "found": dict(kept["found"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RecipeError(
+            f"measured {str(folder)!r} is no folder that `tawny fit` made; give one, which holds a {_FILE}"
+        ) from None
+
+
+def take_measured(journal: Journal, earlier: Mapping[str, Any], of: Mapping[str, Any]) -> None:
+    """Measure nothing again.
+
+    Raises:
+        RecipeError: it was measured of something else.
+    """
+    plain = json.loads(json.dumps(of))
+    differing = [key for key, value in plain.items() if earlier["of"].get(key) != value]
+    if differing:
+        raise RecipeError(
+            f"what was measured is of another fit, which differs in {' and '.join(differing)}: repeat that one's model, "
+            "recipe and calibration, or leave measured out"
+        )
+    journal.once(REACTIONS, lambda: earlier["found"])
