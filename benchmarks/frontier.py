@@ -2,10 +2,12 @@
 
     python benchmarks/frontier.py --text wiki --text PATH.txt
     python benchmarks/frontier.py --text wiki --text PATH.txt --work DIR --cells fit:3.5      # keeps the models, and goes on
+    python benchmarks/frontier.py --text wiki --text PATH.txt --llama PATH/python --cells llama:Q4_K_M llama:Q3_K_M
 
 All start from the same model, whose channels were scaled so that no side meets a grid again (fair_start.py). A cell is
-`KIND:GROUP:SPARSITY` (by `--solver`, head in int8), `fit:BITS`, or a `.gguf` file that another tool made of that model; the
-last is judged dequantised, by the same evaluator. With `--work` the scaled model is `DIR/source`, each model stays in
+`KIND:GROUP:SPARSITY` (by `--solver`, head in int8), `fit:BITS`, or `llama:TYPE`, which llama.cpp's own quantiser makes of that
+model, without an importance matrix, in the environment whose interpreter is `--llama`; its file is judged dequantised, by the
+same evaluator. With `--work` the scaled model is `DIR/source`, each model stays in
 `DIR/CELL`, and the same command goes on inside a fit that was stopped. A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells int4:64:0 fit:4`.
 """
@@ -16,12 +18,15 @@ import contextlib
 import datetime
 import json
 import shutil
+import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from cells import parser_for
 from fair_start import scale_channels
+from gguf import GGUFReader
 
 import tawny
 from tawny.evaluation.sources import load_tokenizer, open_model, resolve
@@ -40,6 +45,18 @@ UNIFORM = [
     "int3:32:0",
     "int3:64:0",
 ]
+THEIRS = [
+    f"llama:{kind}"
+    for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_XS", "IQ3_XXS")
+]
+# Run by the interpreter with llama-cpp-python: from one file to another, of a type.
+QUANTISE = """
+import ctypes, sys, llama_cpp
+_, source, out, kind = sys.argv
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
+"""
 ZEROS = ["int8::0.5", "int4:64:0.5", "int3:64:0.5"]
 CELLS = ["fit:3", "fit:3.5", "fit:4", "fit:4.5", "fit:6", *UNIFORM, *ZEROS]
 
@@ -68,20 +85,19 @@ def main() -> None:
         if not source.exists():
             write_source(args.model, source)
         for name in args.cells:
-            key = Path(name).name
-            if key in results["cells"]:
+            if name in results["cells"]:
                 continue
-            folder = work / key
-            results["cells"][key] = made = cell(args, source, name, folder)
-            if args.work is None:
-                shutil.rmtree(folder, ignore_errors=True)
+            folder = work / name
+            results["cells"][name] = made = cell(args, source, name, folder)
+            if args.work is None and folder.exists():
+                shutil.rmtree(folder)
             results |= {"machine": machine(), "versions": versions(), "date": str(datetime.date.today())}
             args.results.parent.mkdir(parents=True, exist_ok=True)
             write(args.results, (json.dumps(results, indent=1) + "\n").encode())
             shown = ", ".join(
                 f"{k} KL {v['kl']:.4f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()
             )
-            print(f"{key}: {made['bytes'] / 1e6:.1f} MB, {made['seconds']:.0f} s, {shown}", flush=True)
+            print(f"{name}: {made['bytes'] / 1e6:.1f} MB, {made['seconds']:.0f} s, {shown}", flush=True)
 
 
 def write_source(model: str, source: Path) -> None:
@@ -107,8 +123,19 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
         fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
         seconds = fitted["seconds"]["total"]
         more = {key: fitted[key] for key in ("winner", "zeros", "lead", "lead_stderr", "finalists")}
-    elif name.endswith(".gguf"):
-        folder, seconds = Path(name), 0.0
+    elif name.startswith("llama:"):
+        folder = folder.with_name(f"{name[6:]}.gguf")
+        start = time.perf_counter()
+        if not folder.exists():
+            whole = folder.with_name("source.gguf")
+            if not whole.exists():
+                tawny.export(source, whole, to="gguf")
+            begun = folder.with_suffix(".partial")
+            subprocess.run(
+                [args.llama, "-c", QUANTISE, whole, begun, name[6:]], check=True, stderr=subprocess.DEVNULL
+            )
+            begun.rename(folder)
+        seconds = time.perf_counter() - start
     else:
         kind, group, sparsity = name.split(":")
         values = {"kind": kind, "group_size": int(group) if group else None}
@@ -121,7 +148,10 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
             tawny.pack(dense, folder, head="int8")
             shutil.rmtree(dense)
         seconds = json.loads((folder / "run.json").read_text(encoding="utf-8"))["seconds"]["total"]
-    size = folder.stat().st_size if folder.is_file() else file_bytes(folder) + (folder / INDEX).stat().st_size
+    if folder.is_file():  # a GGUF file begins with its tokenizer, which is a file of its own beside ours
+        size = folder.stat().st_size - GGUFReader(folder).data_offset
+    else:
+        size = file_bytes(folder) + (folder / INDEX).stat().st_size
     texts = {}
     for text in args.text:
         found = tawny.agreement(folder, source, text, seqlen=args.eval_seqlen, windows=args.windows)

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Comparison",
+    "FitPlan",
     "FitSettings",
     "Fitted",
     "Found",
@@ -54,6 +55,7 @@ __all__ = [
     "pack_linear",
     "pack_model",
     "plan",
+    "plan_fit",
     "profile",
     "prune",
     "recover",
@@ -91,8 +93,10 @@ _NAMES = {
     "tawny.recovery.run": "recover",
     "tawny.recovery.settings": "Recovery",
     "tawny.recovery.zeros": "SparsityCallback keep_sparsity merge_adapter",
-    "tawny.searching.fit": "FitSettings fit",
+    "tawny.searching.fit": "fit",
+    "tawny.searching.fit_plan": "FitPlan plan_fit",
     "tawny.searching.fit_result": "Fitted",
+    "tawny.searching.fit_settings": "FitSettings",
     "tawny.searching.run": "Found search",
     "tawny.serving.server": "Server serve",
 }
@@ -124,8 +128,10 @@ if TYPE_CHECKING:
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
-    from tawny.searching.fit import FitSettings, fit
+    from tawny.searching.fit import fit
+    from tawny.searching.fit_plan import FitPlan, plan_fit
     from tawny.searching.fit_result import Fitted
+    from tawny.searching.fit_settings import FitSettings
     from tawny.searching.run import Found, search
     from tawny.serving.server import Server, serve
 

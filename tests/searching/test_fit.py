@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from tawny.progress import silent
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.searching import fit as module
-from tawny.searching import fit_finalists
+from tawny.searching import fit_finalists, fit_refine, fit_speed
+from tawny.searching.divergence import Divergence
 from tawny.searching.fit_bytes import PackedSize
 from tests.tiny import tiny_model, tokens
 
@@ -89,17 +91,80 @@ def test_a_fit_that_was_stopped_goes_on_and_gives_the_same(dense, fitted, tmp_pa
 
 
 def test_another_size_takes_what_was_measured(dense, fitted, tmp_path, monkeypatch):
-    small = tawny.fit(dense, tmp_path / "small", bits=8.5, **KEYS)
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "measure", None)  # would be called
-        again = tawny.fit(dense, tmp_path / "again", bits=8.5, measured=dense.parent / "fitted", **KEYS)
-        assert again.finalists == small.finalists
-        assert weights(tmp_path / "again") == weights(tmp_path / "small")
+    monkeypatch.setattr(module, "measure", None)  # would be called
+    again = tawny.fit(dense, tmp_path / "again", bits=9, measured=dense.parent / "fitted", **KEYS)
+    assert again.finalists == fitted.finalists
     for words, keys in {"differs in recipe": {"seed": 1}, "no folder that": {"measured": tmp_path}}.items():
         with pytest.raises(RecipeError, match=words):
             tawny.fit(
                 dense, tmp_path / "no", bits=8.5, **{"measured": dense.parent / "fitted", **KEYS, **keys}
             )
+
+
+def test_a_plan_says_what_would_come_out(dense, fitted, run):
+    keys = {"solver": "sparsegpt", "calibration.seqlen": 24, "calibration.samples": 32}
+    plan = tawny.plan_fit(dense, bits=9, measured=dense.parent / "fitted", **keys)
+    rows = {row["name"]: row for row in fitted.finalists}
+    best = min(rows.values(), key=lambda row: row["expected"])
+    assert plan.finalists == list(rows) and plan.budget == fitted.budget
+    assert (plan.chosen["bytes"], plan.expected) == (best["planned"], best["expected"])
+    parts = plan.chosen["blocks"] + plan.chosen["head"] + plan.chosen["rest"]
+    assert parts == plan.chosen["bytes"] <= plan.budget and sum(plan.chosen["kinds"].values()) == 1
+    assert [row["kind"] for row in plan.kinds if row["fits"]] == ["int5", "int4", "int3", "int2"]
+    code, shown, _ = run("plan", dense, "--size", plan.smallest, "--seqlen", 24, "--json")
+    alike = json.loads(shown)  # nothing is measured yet
+    assert code == 0 and alike["expected"] is None and alike["chosen"]["bytes"] <= plan.smallest
+    code, _, err = run("plan", dense, "--size", plan.smallest - 1, "--seqlen", 24)
+    assert code == 2 and f"--size {plan.smallest}" in err
+    code, _, err = run("plan", dense, "--size", "1GB", "-s", "0.5")
+    assert code == 2 and "a fit chooses --sparsity itself" in err
+
+
+def test_a_speed_becomes_bytes_that_a_token_reads(dense, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_speed, "_STREAMED", 1_000_000)
+    monkeypatch.setattr(fit_speed, "_WEIGHTS", 1 << 14)
+    pace = fit_speed.measured_pace(prepare(resolve_recipe(sparsity=0), dense, silent, "cpu").linears, silent)
+    assert pace.bandwidth > 0 and min(pace.slower.values()) >= 1
+    pace = replace(pace, bandwidth=2e6, slower=dict.fromkeys(pace.slower, 1.0))
+    monkeypatch.setattr(module, "measured_pace", lambda *_: pace)
+    measured = {"measured": dense.parent / "fitted", **KEYS}
+    quick = tawny.fit(dense, tmp_path / "quick", speed=20, **measured)
+    assert quick.budget is None and quick.speed["asked"] == 20 and quick.speed["measured"] > 0
+    assert quick.bytes < 2e6 / 20 + PackedSize(prepare(resolve_recipe(sparsity=0), dense, silent, "cpu")).rest
+    assert "where 20 were asked for" in quick.says and "attention" in quick.speed["assumes"]
+    slow = dict.fromkeys(pace.slower, 9.0)  # kernels that are far slower than memory
+    monkeypatch.setattr(module, "measured_pace", lambda *_: replace(pace, slower=slow))
+    with pytest.raises(
+        RecipeError, match=r"cannot write 20 tokens a second .* give --speed [0-9.]+, or less"
+    ):
+        tawny.fit(dense, tmp_path / "slow", speed=20, **measured)
+    assert not (tmp_path / "slow.partial").exists()
+
+
+def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_refine, "_TRIALS", 20)  # here they end it, and not time
+    keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
+    whole = tawny.fit(dense, tmp_path / "whole", bits=9, **keys)
+    told = whole.refined.split("KL ")[1].split(" on ")[0].split(" → ")
+    assert "19 models tried" in whole.refined and float(told[1]) <= float(told[0])
+    assert whole.finalists[: len(fitted.finalists)] == fitted.finalists
+    assert all(row["bytes"] <= whole.budget for row in whole.finalists)
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["fit"]["refined"] == whole.refined
+    calls, judge = [], Divergence._measure
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        judge(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Divergence, "_measure", stop)
+        with pytest.raises(Interrupted):
+            tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
+    resumed = tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
+    assert resumed.finalists == whole.finalists and resumed.winner == whole.winner
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
@@ -138,6 +203,8 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):
         "leave sparsity out": {"bits": 4, "sparsity": 0.5},
         "leave include out": {"bits": 4, "include": "*.q_proj"},
         "choose alps or sparsegpt": {"bits": 4, "solver": "wanda"},
+        "fit.budget is 'soon'; expected a time": {"bits": 4, "fit.budget": "soon"},
+        "speed -1 is not possible": {"speed": -1},
         "fit.window is not a known fit key": {"bits": 4, "fit.window": 2},
         "give at least 4 samples": {"bits": 9, "calibration": TOKENS[:3]},
     }
@@ -147,4 +214,4 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):
     with pytest.raises(UserError, match="save the live model"):
         tawny.fit(tiny_model("llama"), out, bits=4)
     code, _, err = run("fit", dense, "--size", "1GB", "--bits", "4", "--out", out, "--calibration", "wiki")
-    assert code == 2 and "either size" in err and not out.exists()
+    assert code == 2 and "size 1GB and bits 4.0 are several" in err and not out.exists()

@@ -9,50 +9,51 @@ from tawny.cli.common import console_for
 from tawny.cli.frames import Result, Shown, facts, parts, table
 from tawny.cli.options import (
     OUTPUT,
-    RECIPE,
     AsJson,
     Device,
+    FitBits,
+    FitBudget,
+    FitMeasured,
+    FitSize,
+    FitSpeed,
     Memory,
     Model,
     TrustRemoteCode,
     folder_named,
     option,
 )
-from tawny.cli.recipe_options import Given, recipe_verb
+from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
 from tawny.words import duration, kl_text, percent, size
 
 
 @recipe_verb(
     "tawny fit smollm2 --bits 4.5 --out fitted --calibration wiki --samples 16 --seqlen 1024",
     "tawny fit ./model --size 700MB --out fitted --memory 6GB",
+    "tawny fit ./model --speed 20 --out fitted",
     "tawny fit ./model --bits 3.5 --out fitted -m sparsegpt -o fit.deciding=16",
-    without=("sparsity", "allocator", "pattern", "values"),
+    without=CHOSEN_BY_FIT,
 )
 def fit(
     model: Model,
     *,
     given: Given,
-    bytes_: str | None = option(
-        "--size SIZE", "Bytes of the weight files and their index, such as 700MB or 4GB.", RECIPE
-    ),
-    bits: float | None = option(
-        "--bits BITS", "The same for each weight, embeddings and head included, such as 4.25.", RECIPE
-    ),
+    bytes_: FitSize = None,
+    bits: FitBits = None,
+    speed: FitSpeed = None,
+    measured: FitMeasured = None,
+    budget: FitBudget = None,
     out: Path = option("--out DIR", "Packed folder to write.", OUTPUT, default=..., parser=folder_named),
     device: Device = None,
     memory: Memory = None,
-    measured: Path | None = option(
-        "--measured DIR", "Take what an earlier fit of the same model and text measured.", RECIPE
-    ),
     overwrite: bool = option(
         "--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT, default=False
     ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make the best packed model of a size: bits, and zeros where they pay, are chosen for each linear of MODEL.
+    """Make the best packed model of a size or speed: bits, and zeros where they pay, are chosen for each linear of MODEL.
 
-    What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length.
+    What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length. With --budget, more fit.windows pay.
     """
     with console_for(as_json) as console:
         recipe, own = given.parted("fit.")
@@ -66,8 +67,8 @@ def fit(
                 "memory": memory,
                 "measured": measured,
             }
-            keys |= {f"fit.{key}": value for key, value in own.items()}
-            fitted = tawny.fit(model, out, size=bytes_, bits=bits, recipe=chosen, **keys)
+            keys |= {f"fit.{key}": value for key, value in ({"budget": budget} | own).items()}
+            fitted = tawny.fit(model, out, size=bytes_, bits=bits, speed=speed, recipe=chosen, **keys)
         console.result(fitted.to_dict(), fit_tables)
 
 
@@ -80,9 +81,16 @@ def fit_tables(fitted: Result) -> list[Shown]:
         kl = kl_text(row["kl"], row["kl_stderr"])
         made.add(row["name"], size(row["bytes"]), f"{row['bits']:.3f}", kl, f"{row['expected']:.4f}")
     held_out = fitted["held_out"]
-    used = f"{size(fitted['bytes'])} of {size(fitted['budget'])} ({percent(fitted['bytes'] / fitted['budget'], 1)})"
-    rows = [
-        ("size", used),
+    used, speed = size(fitted["bytes"]), fitted["speed"]
+    if fitted["budget"]:
+        used += f" of {size(fitted['budget'])} ({percent(fitted['bytes'] / fitted['budget'], 1)})"
+    rows = [("size", used)]
+    if speed:
+        low, high = speed["quartiles"]
+        told = f"{speed['measured']:.1f} tokens a second (quartiles {low:.1f} to {high:.1f}), asked for {speed['asked']:g}"
+        rows += [("speed", told), ("assumed", speed["assumes"])]
+    rows += [
+        *([("refined", fitted["refined"])] if fitted["refined"] else []),
         ("zeros", fitted["zeros"]),
         (
             "held out",

@@ -65,6 +65,27 @@ Memory = Annotated[
     ),
 ]
 AsJson = Annotated[bool, shared("--json", "Print one JSON document on stdout.", OUTPUT)]
+FitSize = Annotated[
+    str | None,
+    shared("--size SIZE", "Bytes of the weight files and their index, such as 700MB or 4GB.", RECIPE),
+]
+FitBits = Annotated[
+    float | None,
+    shared("--bits BITS", "The same for each weight, embeddings and head included, such as 4.25.", RECIPE),
+]
+FitSpeed = Annotated[
+    float | None, shared("--speed RATE", "Tokens a second that this machine is to write, such as 20.", RECIPE)
+]
+FitMeasured = Annotated[
+    Path | None,
+    shared("--measured DIR", "Take what an earlier fit of the same model and text measured.", RECIPE),
+]
+FitBudget = Annotated[
+    str | None,
+    shared(
+        "--budget TIME", "Refine by measured KL for a time such as 20m; another run may then differ.", RECIPE
+    ),
+]
 Overwrite = Annotated[bool, shared("--overwrite", "Replace a finished folder.", OUTPUT)]
 
 

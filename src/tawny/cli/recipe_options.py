@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SHARED", "Given", "recipe_verb"]
+__all__ = ["CHOSEN_BY_FIT", "SHARED", "Given", "recipe_verb"]
 
 import functools
 import inspect
@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 
 from tawny.cli import root
 from tawny.cli.options import DATA, RECIPE, RecipeFile, shared
+from tawny.errors import UserError
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
 
@@ -79,6 +80,9 @@ SHARED: dict[str, Any] = {
     "seqlen": Annotated[int | None, shared("--seqlen N", "Tokens a window. Default: 2048.", DATA)],
 }
 
+# Shared options that say what a fit finds out.
+CHOSEN_BY_FIT = ("sparsity", "allocator", "pattern", "values")
+
 
 @dataclass(frozen=True)
 class Given:
@@ -97,6 +101,17 @@ class Given:
         made = resolve_recipe(base, overrides, default_sparsity=default_sparsity, **named, **keys)
         check_device(made.device)
         return made
+
+    def without(self, names: Collection[str], why: str) -> Given:
+        """Without options that mean nothing here.
+
+        Raises:
+            UserError: one of them was given.
+        """
+        wrong = [f"--{name}" for name in names if self.values[name] is not None]
+        if wrong:
+            raise UserError(f"{why} {' and '.join(wrong)} itself: leave it out")
+        return Given({name: value for name, value in self.values.items() if name not in names})
 
     def parted(self, prefix: str) -> tuple[Given, dict[str, Any]]:
         """Without the overrides whose keys begin with `prefix`, and those, without it."""

@@ -112,12 +112,9 @@ def plan(
         check_context(stack.model, wanted.seqlen)
     if recipe.refine.epochs:
         holds_out(wanted.samples, recipe.refine, recipe.seed)
-    fetched = wanted.text in NAMED_TEXTS and wanted.text != "wiki"  # a plan does not download
-    reads = job.needs_samples and not fetched
-    characters = len(load_text(wanted.text, "calibration").text) if reads else 0
+    load, unknown = load_of(recipe) if job.needs_samples else (Load(wanted.samples, wanted.seqlen, 0), [])
     tokens = wanted.samples * wanted.seqlen if job.needs_samples else 0
     streams = 2 if recipe.refine.epochs else 1  # behind pruned blocks, and behind dense ones
-    load = Load(wanted.samples, wanted.seqlen, characters)
     placement = place(demand_of(job, load), parse_size(memory), available())
     checkpoint = stack.checkpoint
     assert checkpoint is not None
@@ -147,39 +144,46 @@ def plan(
             "checkpoint": written,
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },
-        seconds=_seconds(job),
-        notes=decoded(checkpoint)
-        + rounded
-        + _notes(recipe, allocation is None, job.needs_samples and fetched),
+        seconds=seconds_of(job),
+        notes=decoded(checkpoint) + rounded + _notes(recipe, allocation is None) + unknown,
         reads_text=job.needs_samples,
     )
 
 
-def _notes(recipe: Recipe, undecided: bool, text_unknown: bool) -> list[str]:
-    notes = []
-    if undecided:
-        notes.append(
-            f"{recipe.allocator.name} decides once it has measured the dense model; `tawny profile` shows what it would see"
-        )
-    if text_unknown:
-        notes.append(
-            f"{recipe.calibration.text} is not fetched for a plan: the memory to tokenise it is not counted"
-        )
-    return notes
+def load_of(recipe: Recipe) -> tuple[Load, list[str]]:
+    """What will be calibrated on, and a note where the text is not there yet."""
+    wanted = recipe.calibration
+    if wanted.text in NAMED_TEXTS and wanted.text != "wiki":  # a plan does not download
+        note = f"{wanted.text} is not fetched for a plan: the memory to tokenise it is not counted"
+        return Load(wanted.samples, wanted.seqlen, 0), [note]
+    return Load(wanted.samples, wanted.seqlen, len(load_text(wanted.text, "calibration").text)), []
 
 
-def _seconds(job: Job) -> dict[str, float]:
+def _notes(recipe: Recipe, undecided: bool) -> list[str]:
+    if not undecided:
+        return []
+    return [
+        f"{recipe.allocator.name} decides once it has measured the dense model; `tawny profile` shows what it would see"
+    ]
+
+
+def forward_seconds(stack: Stack) -> float:
+    """Of one token through all blocks."""
+    flops = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
+    return flops / measured_speed(stack.compute) * _OVERHEAD
+
+
+def seconds_of(job: Job) -> dict[str, float]:
     recipe, stack, infos = job.recipe, job.stack, job.linears
     tokens = recipe.calibration.samples * recipe.calibration.seqlen
-    forward_flops = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
-    fast, exact = measured_speed(stack.compute), measured_speed(torch.float32)
+    forward, exact = forward_seconds(stack), measured_speed(torch.float32)
     seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
     if job.allocator.needs != "none":
         count = profile_count(recipe, recipe.calibration.samples, recipe.calibration.seqlen)
-        seconds["profile"] = count * recipe.calibration.seqlen * forward_flops / fast * _OVERHEAD
+        seconds["profile"] = count * recipe.calibration.seqlen * forward
     seconds["profile"] += job.allocator.work(infos) / exact
     if job.needs != "none":
-        seconds["forward"] = 2 * tokens * forward_flops / fast * _OVERHEAD
+        seconds["forward"] = 2 * tokens * forward
     if job.needs == "hessian":
         seconds["statistics"] = tokens * _seconds_a_token(stack)
     seconds["solve"] = _solving(job.solver, infos, bool(recipe.values.names))
@@ -188,7 +192,7 @@ def _seconds(job: Job) -> dict[str, float]:
     if recipe.refine.epochs:
         # Backward costs two forwards; and the dense samples walk beside the pruned ones.
         passes = 1 + 3 * recipe.refine.epochs
-        seconds["refine"] = passes * tokens * forward_flops / fast * _OVERHEAD
+        seconds["refine"] = passes * tokens * forward
     seconds = {phase: round(value, 1) for phase, value in seconds.items()}
     return {"total": round(sum(seconds.values()), 1), **seconds}
 

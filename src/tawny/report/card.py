@@ -229,7 +229,11 @@ def _fit(fit: Mapping[str, Any]) -> str:
         kl = kl_text(row["kl"], row["kl_stderr"])
         rows.append(f"| {_inline(row['name'])} | {row['bytes']:,} | {row['bits']:.3f} | {kl} |")
     table = "\n".join(rows)
-    return f"## Chosen for its size\n\n{_inline(fit['says'])}; {_inline(fit['zeros'])}.\n\n{table}"
+    speed = fit["speed"]
+    aim, more = ("speed", [f"Assumed: {speed['assumes']}"]) if speed else ("size", [])
+    more += [each for each in (fit["refined"], *fit["warnings"]) if each]
+    told = "".join(f"\n\n{_inline(line[0].upper() + line[1:])}." for line in more)
+    return f"## Chosen for its {aim}\n\n{_inline(fit['says'])}; {_inline(fit['zeros'])}.\n\n{table}{told}"
 
 
 def _trace(record: Mapping[str, Any]) -> str:

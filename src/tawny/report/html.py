@@ -148,7 +148,11 @@ def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(recipe["seed"])),
     ]
     fit = record.get("fit") or {}
-    rows += [("chosen for its size", fit["says"]), ("zeros", fit["zeros"])] if fit else []
+    if fit:
+        aim = "speed" if fit["speed"] else "size"
+        rows += [(f"chosen for its {aim}", fit["says"]), ("zeros", fit["zeros"])]
+        rows += [("refined", fit["refined"])] if fit["refined"] else []
+        rows += [("assumed", fit["speed"]["assumes"])] if fit["speed"] else []
     for row in fit.get("finalists", []):
         rows.append((row["name"], f"{size(row['bytes'])}, KL {kl_text(row['kl'], row['kl_stderr'])}"))
     return rows

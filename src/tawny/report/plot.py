@@ -7,7 +7,7 @@ are drawn as they are: two dollar signs in a path are no formula.
 
 from __future__ import annotations
 
-__all__ = ["plot_allocations", "plot_fit", "plot_profile"]
+__all__ = ["plot_allocations", "plot_fit", "plot_frontier", "plot_profile"]
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,13 +93,37 @@ def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
     for number, row in enumerate(fitted["finalists"]):
         style = {**_style(number), "linestyle": "none", "markersize": 7}
         frontier.errorbar(row["bytes"] / 1e6, row["kl"], yerr=row["kl_stderr"], label=row["name"], **style)
-    frontier.axvline(fitted["budget"] / 1e6, color="black", linewidth=0.8)
+    if fitted["budget"] is not None:
+        frontier.axvline(fitted["budget"] / 1e6, color="black", linewidth=0.8)
     frontier.set_yscale("log")
     frontier.set_xlabel("size of the files, MB")
     frontier.set_ylabel("KL from the dense model, nats a token")
     frontier.grid(alpha=0.3)
     _legend(frontier, 1)
     figure.suptitle(str(fitted["source"]), fontsize=13, parse_math=False)
+    _save(figure, path)
+
+
+def plot_frontier(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]], path: Path, *, text: str, title: str
+) -> None:
+    """Draw divergence from the dense model against size.
+
+    Args:
+        lines: by name, points of megabytes, nats a token and their standard error, smallest first.
+        text: what they were measured on.
+    """
+    figure = _figure(8.0, 5.0)
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(lines.items()):
+        sizes, values, errors = zip(*points, strict=True)
+        axes.errorbar(sizes, values, yerr=errors, label=name, capsize=2, **_style(number))
+    axes.set_yscale("log")
+    axes.set_xlabel("size of the files, MB")
+    axes.set_ylabel("KL from the dense model, nats a token")
+    axes.set_title(f"{title}, on {text}", fontsize=11, parse_math=False)
+    axes.grid(alpha=0.3)
+    _legend(axes, len(lines))
     _save(figure, path)
 
 

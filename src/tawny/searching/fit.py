@@ -3,7 +3,8 @@
 1. One walk measures what each kind and each sparsity costs each linear, and how the output reacts (fit_measure.py).
 2. Levels are chosen under the bytes that are left beside what cannot change (fit_choice.py, on
    allocation/knapsack.py and fit_bytes.py).
-3. Up to three finalists are pruned and packed like any other model (fit_finalists.py): zeros and bits for each linear, bits alone for each
+   With a budget of time they are refined by measured divergence (fit_refine.py).
+3. Up to four finalists are pruned and packed like any other model (fit_finalists.py): zeros and bits for each linear, bits alone for each
    linear, and the best of the uniform ones that fit. What each linear gets is an allocation file, so the recipe of the
    winner makes it again.
 4. They are compared on held-out text that took no part so far. The nearest to the dense model wins; uniform wins ties
@@ -14,26 +15,25 @@ The held-out windows are drawn, with the recipe's seed, from what the calibratio
 
 from __future__ import annotations
 
-__all__ = ["FitSettings", "fit"]
+__all__ = ["fit"]
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
+from tawny.evaluation.bench import bench
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
-from tawny.pruning.memory_plan import Load, parse_size
-from tawny.pruning.prepare import Job, demand_of
+from tawny.pruning.prepare import Job
 from tawny.pruning.session import (
     OpensPlace,
     Purpose,
@@ -43,45 +43,36 @@ from tawny.pruning.session import (
     open_session,
     text_or_tokens,
 )
-from tawny.recipe.merge import resolve_recipe
-from tawny.recipe.schema import Recipe, validated
+from tawny.recipe.schema import Recipe
 from tawny.record import finite
-from tawny.searching.cost import SearchDemand
 from tawny.searching.divergence import Divergence
 from tawny.searching.fit_bytes import PackedSize
-from tawny.searching.fit_choice import Finalist, Found, Table, check_budget
+from tawny.searching.fit_choice import Finalist, Found, Table
 from tawny.searching.fit_finalists import apart, judge, lead_over_uniform, make
-from tawny.searching.fit_kept import REACTIONS, keep_measured, read_measured, take_measured
+from tawny.searching.fit_kept import REACTIONS, found_in, keep_measured, read_measured, take_measured
 from tawny.searching.fit_measure import (
-    TOGETHER,
-    Measures,
     measure,
     react,
     react_head,
 )
+from tawny.searching.fit_refine import refine
 from tawny.searching.fit_result import Fitted, finish
+from tawny.searching.fit_settings import (
+    FitSettings,
+    demand_of_fit,
+    few_bits,
+    parted,
+    probe_dtype,
+    probes_bytes,
+)
+from tawny.searching.fit_speed import Pace, measured_pace
+from tawny.searching.fit_target import Room, Target, room_for
 from tawny.searching.levels import WALK, LevelStore
 from tawny.searching.measured import Measured
 from tawny.words import size
 
-_FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
-
-Count = Annotated[int, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What finalists are chosen and judged by.
-
-    Attributes:
-        windows: held-out windows to measure reactions on.
-        deciding: others, to compare finalists on.
-        length: tokens of a window, at most those of a calibration sample.
-    """
-
-    windows: Count = 2
-    deciding: Annotated[int, Field(ge=2)] = 8
-    length: Annotated[int, Field(ge=2)] = 1024
+_PACE = "pace"  # what the journal calls it
+_PROMPT, _DECODED = 16, 32  # tokens of a measured speed
 
 
 @opens_models
@@ -91,6 +82,7 @@ def fit(
     *,
     size: str | int | None = None,
     bits: float | None = None,
+    speed: float | None = None,
     recipe: Recipe | None = None,
     settings: FitSettings | None = None,
     progress: Progress = silent,
@@ -110,7 +102,8 @@ def fit(
         source: a folder, hub id, `.gguf` file or `smollm2`.
         out: the packed folder to write. `allocation.yaml` in it is what was chosen, and its `recipe.yaml` makes it again.
         size: of the weight files and their index, such as `700MB`; GB = 10⁹ bytes.
-        bits: the same for each weight of the model, embeddings and head included: 8 × bytes / weights. Give one of the two.
+        bits: the same for each weight of the model, embeddings and head included: 8 × bytes / weights. Give one of the three.
+        speed: tokens a second of one sequence, at what this machine's memory and kernels are measured to reach now.
         recipe: of the pruning: solver, calibration, seed. Sparsity, values and allocator are what is chosen.
         settings: what finalists are judged by; `keys` override single entries of both (`**{"fit.deciding": 16}`).
         memory: peak memory of the whole process that may not be passed.
@@ -119,7 +112,7 @@ def fit(
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
-        RecipeError: the size cannot be reached; says the smallest one that can. Or what was measured is of another fit.
+        RecipeError: the size or speed cannot be reached; says what can. Or what was measured is of another fit.
         ModelError: the model is live, or one of its linears cannot be packed.
         TextError: nothing is left of the text to compare models on.
         UserError: something else that was asked for cannot be done.
@@ -130,61 +123,22 @@ def fit(
         )
     if started_by_torchrun():
         raise RecipeError("a fit works in one process, and torchrun started several: run it with one")
-    allowed = _asked(size, bits)
+    target = Target.of(size, bits, speed)
     named, given = text_or_tokens(calibration)
-    both = {**named, **keys}
-    own = {key.removeprefix("fit."): value for key, value in both.items() if key.startswith("fit.")}
-    settings = validated(FitSettings, {**(asdict(settings) if settings else {}), **own}, "fit key", "fit")
-    recipe = _base(recipe, {key: value for key, value in both.items() if not key.startswith("fit.")})
+    recipe, settings = parted(recipe, settings, {**named, **keys})
     earlier = None if measured is None else read_measured(Path(measured))
     with open_session(
         recipe,
         source,
-        Purpose(samples=True, demand=partial(_demand, settings), held_out=partial(_held_out, settings)),
+        Purpose(samples=True, demand=partial(demand_of_fit, settings), held_out=partial(_held_out, settings)),
         progress,
-        place_to_write=_place(Path(out), overwrite, source, {"budget": allowed, **asdict(settings)}),
+        place_to_write=_place(Path(out), overwrite, source, {**asdict(target), **asdict(settings)}),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,
         calibration=given,
     ) as session:
-        return _fit(session, settings, allowed, memory, tokenizer, earlier)
-
-
-def _asked(size: str | int | None, bits: float | None) -> dict[str, Any]:
-    if (size is None) == (bits is None):
-        raise RecipeError(
-            "say how large the model may be: either size (such as 700MB) or bits a weight (such as 4.25)"
-        )
-    if bits is not None and not 0 < float(bits) <= 32:
-        raise RecipeError(f"bits {bits} is not possible; expected bits a weight in (0, 32], such as 4.25")
-    return {"bytes": parse_size(size, "size"), "bits": None if bits is None else float(bits)}
-
-
-def _base(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
-    """The recipe of all that is not chosen here."""
-    made = resolve_recipe(recipe, **{"sparsity": 0.0, "allocator": "uniform", **keys})
-    chosen = {
-        "sparsity": made.sparsity,
-        "values": made.values.names,
-        "pattern": made.pattern != "unstructured",
-    }
-    chosen |= {
-        "allocator": made.allocator.name != "uniform",
-        "include": made.include,
-        "exclude": made.exclude,
-    }
-    chosen |= {"refit": made.refit}
-    wrong = [key for key, value in chosen.items() if value]
-    if wrong:
-        raise RecipeError(
-            f"a fit chooses zeros and bits of every linear itself: leave {' and '.join(wrong)} out"
-        )
-    if made.make_solver().needs != "hessian":
-        raise RecipeError(
-            f"a fit weighs kinds by their Hessian error, and {made.solver.name} has none: choose alps or sparsegpt"
-        )
-    return made
+        return _fit(session, settings, target, memory, tokenizer, earlier)
 
 
 def _place(out: Path, overwrite: bool, source: str | Path, asked: Mapping[str, Any]) -> OpensPlace:
@@ -202,12 +156,6 @@ def _held_out(settings: FitSettings, job: Job, tokens: TokenisedText) -> Tensor:
     wanted, length = job.recipe.calibration, min(job.recipe.calibration.seqlen, settings.length)
     count = settings.windows + settings.deciding
     return held_out_windows(tokens, wanted.samples, wanted.seqlen, job.recipe.seed, length, count)
-
-
-def _demand(settings: FitSettings, job: Job, load: Load) -> SearchDemand:
-    own = replace(demand_of(job, load), refining=False)
-    hidden = settings.windows * min(settings.length, load.seqlen) * job.stack.hidden_bytes
-    return SearchDemand(own, own, job.needs, hidden, (2 * TOGETHER + 1) * hidden)
 
 
 def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, Tensor]:
@@ -228,7 +176,7 @@ def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, T
 def _fit(
     session: Session,
     settings: FitSettings,
-    asked: Mapping[str, Any],
+    target: Target,
     memory: str | int | None,
     tokenizer: Any,
     earlier: Mapping[str, Any] | None,
@@ -237,17 +185,21 @@ def _fit(
     job, journal, output = session.job, session.journal, session.output
     assert output is not None
     sizes = PackedSize(job)
-    budget = asked["bytes"] or int(asked["bits"] * job.parameters / 8)
-    check_budget(job, sizes, budget)
+    room = _room(session, sizes, target)
     samples, searched, deciding = _split(session, settings)
-    warnings = [line for line in [journal.once("few bits", lambda: _few_bits(job))] if line]
     of = {key: session.journal.identity.get(key) for key in ("recipe", "model", "text", "held-out text")}
     of["searched"] = list(searched.tokens.shape)
     if earlier is not None:
         take_measured(journal, earlier, of)
+    warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
     found = _measured(session, samples, searched, sizes, output.work)
-    table = Table(job, sizes, found)
-    finalists = table.finalists(budget)
+    table = Table(job, sizes, room, found)
+    finalists = table.finalists()
+    if not finalists:  # what was measured to break down is not chosen
+        raise RecipeError(
+            f"{job.source} breaks down where its head is small enough for what was asked; give a larger size, or a lower speed"
+        )
+    refined = _refined(session, settings, table, samples, searched, output.work, finalists)
     session.progress.say(
         f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {'; '.join(x.name for x in finalists)}"
     )
@@ -270,15 +222,17 @@ def _fit(
                 folders.append(folder)
         session.note_cost()
     finalists = judged
+    allowed = room.budget if target.speed is None else math.inf
     order = sorted(
         range(len(rows)),
-        key=lambda i: (rows[i]["bytes"] > budget, rows[i]["kl"], finalists[i].uniform is None),
+        key=lambda i: (rows[i]["bytes"] > allowed, rows[i]["kl"], finalists[i].uniform is None),
     )
     winner = order[0]
-    if rows[winner]["bytes"] > budget:
+    if rows[winner]["bytes"] > allowed:
         warnings.append(
-            f"packing took {size(rows[winner]['bytes'])}, more than the {size(budget)} that were asked for"
+            f"packing took {size(rows[winner]['bytes'])}, more than the {size(int(allowed))} that were asked for"
         )
+    speed = _speed(session, room, target, folders[winner], warnings)
     lead, stderr = lead_over_uniform(finalists, rows, winner)
     others = [rows[i] for i in order[1:]]
     ahead, unsure = apart(rows[winner], others[0]) if others else (0.0, 0.0)
@@ -287,7 +241,7 @@ def _fit(
             f"{len(deciding)} windows of {deciding.shape[1]} held-out tokens do not tell the first two finalists apart: "
             f"{ahead:.5f} ± {unsure:.5f} nats a token; give a longer text, or more fit.deciding"
         )
-    keep_measured(folders[winner], of, journal.state["once"][REACTIONS])
+    keep_measured(folders[winner], of, journal.state["once"])
     return finish(
         session,
         asdict(settings),
@@ -295,7 +249,9 @@ def _fit(
         rows,
         winner,
         folders[winner],
-        budget,
+        None if target.speed else int(room.budget),
+        speed,
+        refined,
         table,
         (lead, stderr),
         warnings,
@@ -303,26 +259,65 @@ def _fit(
     )
 
 
-def _few_bits(job: Job) -> str:
-    """A warning where the source is itself a model of few bits that was made dense."""
-    first = next(index for index, linears in enumerate(job.by_block) if linears)
-    with job.stack.block(first):
-        W_OI = job.stack.look(job.by_block[first][0])[:64]
-        columns = W_OI.shape[1] // 32 * 32
-        values = W_OI[:, :columns].reshape(-1, 32)
-        different = [len(torch.unique(part)) for part in values] or [32]
-    if sum(different) / len(different) > _FEW_BITS:
+def _refined(
+    session: Session,
+    settings: FitSettings,
+    table: Table,
+    samples: Samples,
+    searched: Samples,
+    work: Path,
+    finalists: list[Finalist],
+) -> str:
+    """Step 2, where time is given: one more finalist, and what came of it."""
+    if settings.seconds is None:
         return ""
-    return f"the weights of {job.source} were rounded to few bits before: compare with keeping the file that they came from"
+    with session.clock("refining"):
+        made, told = refine(
+            session, table, settings.seconds, samples, searched, probe_dtype(session.job), work
+        )
+    finalists += [made] if made is not None else []
+    session.progress.say(told["says"])
+    return str(told["says"])
+
+
+def _room(session: Session, sizes: PackedSize, target: Target) -> Room:
+    """What may be spent. A pace is measured once, so that a fit that goes on decides alike."""
+    journal, job = session.journal, session.job
+    kept = journal.state.get("once", {}).get(_PACE)
+
+    def pace() -> Pace:
+        return measured_pace(job.linears, session.progress) if kept is None else Pace.from_mapping(kept)
+
+    room = room_for(job, sizes, target, pace)
+    if room.pace is not None:
+        plain = asdict(room.pace)
+        journal.once(_PACE, lambda: plain)
+    return room
+
+
+def _speed(
+    session: Session, room: Room, target: Target, folder: Path, warnings: list[str]
+) -> dict[str, Any] | None:
+    """What the model does beside what was asked for."""
+    if room.pace is None or target.speed is None:
+        return None
+    asked = target.speed
+    made = bench(folder, prompt_tokens=_PROMPT, tokens=_DECODED, rounds=3, progress=session.progress)
+    found = made.decode_tokens_per_second
+    if found < asked:
+        warnings.append(
+            f"it writes {found:.1f} tokens a second, fewer than the {asked:g} that were asked for: repeat with "
+            f"--speed {asked * asked / found:.3g} --measured {session.record.out}, which measures nothing again"
+        )
+    told = {"asked": asked, "measured": found, "quartiles": list(made.decode_quartiles)}
+    return {**told, "threads": made.threads, "kernel": made.kernel, "assumes": room.pace.told()}
 
 
 def _measured(session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path) -> Found:
-    """Step 1; what is measured once is kept."""
+    """Step 1, and what outputs and head say to it; what is measured once is kept."""
     job, journal = session.job, session.journal
     if REACTIONS not in journal.state.get("once", {}):
-        dtype = _dtype(job)
-        room = sum(x.numel for x in job.linears) * dtype.itemsize
-        store = LevelStore(work / "levels", room, dtype, kept=journal.walk(WALK)[0])
+        store = LevelStore(work / "levels", probes_bytes(job), probe_dtype(job), kept=journal.walk(WALK)[0])
         try:
             with session.clock("levels"):
                 measures, hidden = measure(session, store, samples, searched)
@@ -337,12 +332,4 @@ def _measured(session: Session, samples: Samples, searched: Samples, sizes: Pack
         journal.once(REACTIONS, lambda: finite({"measures": plain, "reactions": reactions, "head": head}))
         journal.forget(WALK)
         store.remove()
-    kept = journal.state["once"][REACTIONS]
-    measures = {name: Measures(**each) for name, each in kept["measures"].items()}
-    return Found(measures, kept["reactions"], {k: v for k, v in kept["head"].items() if v is not None})
-
-
-def _dtype(job: Job) -> torch.dtype:
-    """Forwards round weights to the compute dtype anyway."""
-    assert job.stack.checkpoint is not None
-    return min(job.stack.checkpoint.storage_dtype, job.stack.compute, key=lambda dtype: dtype.itemsize)
+    return found_in(journal.state["once"])

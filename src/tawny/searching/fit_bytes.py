@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["PackedSize"]
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class PackedSize:
 
     Attributes:
         head: module path of a head that can be packed; None where there is none.
+        head_numel: its weights.
         rest: bytes of all that is the same whatever linears and head become.
     """
 
@@ -80,6 +82,7 @@ class PackedSize:
         self.rest += sum(self._header(checkpoint, key, index=total > SHARD_BYTES) for key in every)
         self._dense_head = sum(self._dense(checkpoint, key) for key in self._ends)
         self._head_shape = tuple(checkpoint.shapes[self._ends[0]]) if self._ends else (0, 0)
+        self.head_numel = math.prod(self._head_shape)
 
     def linear(
         self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None, zeros: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["REACTIONS", "keep_measured", "read_measured", "take_measured"]
+__all__ = ["REACTIONS", "found_in", "keep_measured", "read_measured", "take_measured"]
 
 import json
 from collections.abc import Mapping
@@ -12,14 +12,23 @@ from typing import Any
 from tawny.errors import RecipeError
 from tawny.pruning.journal import Journal
 from tawny.report.pages import write_beside
+from tawny.searching.fit_choice import Found
+from tawny.searching.fit_measure import Measures
 
 REACTIONS = "reactions"  # what the journal calls it
 _FILE = "measured.json"
 
 
-def keep_measured(folder: Path, of: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def found_in(kept: Mapping[str, Any]) -> Found:
+    """What a journal or a file holds, to choose from."""
+    found = kept[REACTIONS]
+    measures = {name: Measures(**each) for name, each in found["measures"].items()}
+    return Found(measures, found["reactions"], {k: v for k, v in found["head"].items() if v is not None})
+
+
+def keep_measured(folder: Path, of: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
     """Write what was measured, and of what."""
-    text = json.dumps({"of": dict(of), "found": dict(found)}, ensure_ascii=False, allow_nan=False)
+    text = json.dumps({"of": dict(of), REACTIONS: kept[REACTIONS]}, ensure_ascii=False, allow_nan=False)
     write_beside(folder / _FILE, text + "\n")
 
 
@@ -31,7 +40,7 @@ def read_measured(folder: Path) -> dict[str, Any]:
     """
     try:
         kept = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        return {"of": dict(kept["of"]), "found": dict(kept["found"])}
+        return {"of": dict(kept["of"]), REACTIONS: dict(kept[REACTIONS])}
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(
             f"measured {str(folder)!r} is no folder that `tawny fit` made; give one, which holds a {_FILE}"
@@ -51,4 +60,4 @@ def take_measured(journal: Journal, earlier: Mapping[str, Any], of: Mapping[str,
             f"what was measured is of another fit, which differs in {' and '.join(differing)}: repeat that one's model, "
             "recipe and calibration, or leave measured out"
         )
-    journal.once(REACTIONS, lambda: earlier["found"])
+    journal.once(REACTIONS, lambda: earlier[REACTIONS])

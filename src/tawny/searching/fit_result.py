@@ -36,7 +36,9 @@ class Fitted:
     """What a fit made.
 
     Attributes:
-        budget: bytes that were allowed.
+        budget: bytes that were allowed; None where a speed was asked for.
+        speed: tokens a second, `asked` and `measured` of the packed model, and what the choice `assumes`; None otherwise.
+        refined: what came of refining by measured divergence; "" where no time was given for it.
         bytes: of the weight files and their index.
         bits: of those files, a weight of the model.
         finalists: name, bytes, bits, expected and measured divergence with its standard error, perplexity, top-1.
@@ -50,7 +52,9 @@ class Fitted:
     out: str
     recipe: dict[str, Any]
     settings: dict[str, Any]
-    budget: int
+    budget: int | None
+    speed: dict[str, Any] | None
+    refined: str
     bytes: int
     bits: float
     winner: str
@@ -90,10 +94,16 @@ def _zeros_told(job: Job, finalist: Finalist) -> str:
 
 
 def _told(
-    finalists: Sequence[Finalist], rows: Sequence[Mapping[str, Any]], winner: int, lead: tuple[float, float]
+    finalists: Sequence[Finalist],
+    rows: Sequence[Mapping[str, Any]],
+    winner: int,
+    lead: tuple[float, float],
+    speed: Mapping[str, Any] | None,
 ) -> str:
     row = rows[winner]
     head = f"{row['name']}: {size(row['bytes'])}, {row['bits']:.3f} bits a weight, KL {kl_text(row['kl'], row['kl_stderr'])}"
+    if speed is not None:
+        head += f", {speed['measured']:.1f} tokens a second where {speed['asked']:g} were asked for"
     uniform = next((other for other in rows if other["uniform"]), None)
     if finalists[winner].uniform is not None:
         return f"{head}; nothing that fits came nearer to the dense model"
@@ -123,7 +133,9 @@ def finish(
     rows: Sequence[dict[str, Any]],
     winner: int,
     folder: Path,
-    budget: int,
+    budget: int | None,
+    speed: dict[str, Any] | None,
+    refined: str,
     table: Table,
     lead: tuple[float, float],
     warnings: Sequence[str],
@@ -140,10 +152,12 @@ def finish(
         recipe=job.recipe.to_mapping(),
         settings=dict(settings),
         budget=budget,
+        speed=speed,
+        refined=refined,
         bytes=rows[winner]["bytes"],
         bits=rows[winner]["bits"],
         winner=chosen.name,
-        says=_told(finalists, rows, winner, lead),
+        says=_told(finalists, rows, winner, lead, speed),
         zeros=_zeros_told(job, chosen),
         lead=lead[0],
         lead_stderr=lead[1],
@@ -184,7 +198,7 @@ def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any]) -> None:
     allocator = plain["recipe"]["allocator"]
     if "path" in allocator:
         allocator["path"] = str(output.out / ALLOCATION)
-    kept = ("budget", "says", "zeros", "lead", "lead_stderr", "finalists", "warnings")
+    kept = ("budget", "speed", "refined", "says", "zeros", "lead", "lead_stderr", "finalists", "warnings")
     plain |= {"out": str(output.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
     write_beside(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
     write_beside(folder / "recipe.yaml", dump_recipe(Recipe.from_mapping(plain["recipe"])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "Settings"]
+__all__ = ["FAMILIES", "Settings", "seconds_in"]
 
 import re
 from collections.abc import Mapping
@@ -95,15 +95,24 @@ class Settings:
     @property
     def seconds(self) -> float | None:
         """The budget: `90s`, `10m`, `1.5h` or a number of seconds."""
-        if self.budget is None:
-            return None
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(self.budget))
-        if not found:
-            raise RecipeError(f"search.budget is {self.budget!r}; expected a time such as 90s, 10m or 1.5h")
-        return float(found[1]) * _UNITS[found[2] or "s"]
+        return seconds_in(self.budget, "search.budget")
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def seconds_in(time: str | float | None, key: str) -> float | None:
+    """`90s`, `10m`, `1.5h` or a number of seconds.
+
+    Raises:
+        RecipeError: it is no time.
+    """
+    if time is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", str(time))
+    if not found:
+        raise RecipeError(f"{key} is {time!r}; expected a time such as 90s, 10m or 1.5h")
+    return float(found[1]) * _UNITS[found[2] or "s"]
 
 
 def parted(keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

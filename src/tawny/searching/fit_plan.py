@@ -1,0 +1,196 @@
+"""`tawny plan MODEL --size …`: what a fit would make and take, before anything is measured.
+
+Sizes are those that packing makes. Which linear gets which kind is not known before the measuring, so the kinds that are shown
+are chosen as if every weight mattered alike, with the errors that bits and zeros cost SmolLM2-135M (docs/log/fit.md); from the
+folder of an earlier fit they are those that it measured. Times are estimates from shapes, as for `prune`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FitPlan", "plan_fit"]
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tawny.calibration.context import check_context
+from tawny.errors import RecipeError
+from tawny.kinds import KINDS
+from tawny.model.trust import opens_models
+from tawny.progress import Progress, silent
+from tawny.pruning.memory_plan import available, parse_size, place
+from tawny.pruning.plan import forward_seconds, load_of, seconds_of
+from tawny.pruning.prepare import Job, decoded, prepare
+from tawny.recipe.schema import Recipe
+from tawny.searching.fit_bytes import PackedSize
+from tawny.searching.fit_choice import Finalist, Found, Table
+from tawny.searching.fit_kept import found_in, read_measured
+from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, Level, Measures
+from tawny.searching.fit_settings import FitSettings, demand_of_fit, few_bits, parted, probes_bytes
+from tawny.searching.fit_speed import measured_pace
+from tawny.searching.fit_target import Target, room_for, smallest
+
+# Of a linear's output, as a multiple of what int3 loses; by plain rounding, and by Wanda (docs/log/fit.md, q_proj).
+_BITS = {"int8": 0.006, "int6": 0.024, "int5": 0.095, "int4": 0.24, "int3": 1.0, "int2": 4.85}
+_ZEROS = {0.5: 1.68, 0.7: 5.21}
+# Seconds a weight, two threads: of rounding a sample of rows to every kind and the whole to one, and of packing.
+_ROUNDING, _PACKING = 5e-7, 1e-7
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What a fit would make and take.
+
+    Attributes:
+        asked: `bytes`, `bits` and `speed`, of which one is not None.
+        budget: bytes that files may take; None for a speed.
+        smallest: bytes of the smallest model there is of it.
+        kinds: of each kind, bytes of the model with it in every linear and the head, and whether that `fits`.
+        chosen: bytes of the model in all, of `blocks`, `head` (with embeddings that are tied to it) and `rest`; the share of the
+            weights in blocks of each kind; the share of zeros; the kind of the head.
+        expected: divergence from the dense model, nats a token, where it was measured; else None.
+        assumes: what a speed is turned into bytes by; "" for a size.
+        memory, disk: peak bytes.
+        seconds: estimated, by phase.
+    """
+
+    source: str
+    recipe: dict[str, Any]
+    settings: dict[str, Any]
+    parameters: int
+    asked: dict[str, Any]
+    budget: int | None
+    smallest: int
+    kinds: list[dict[str, Any]]
+    chosen: dict[str, Any]
+    expected: float | None
+    assumes: str
+    finalists: list[str]
+    memory: dict[str, int]
+    disk: dict[str, int]
+    seconds: dict[str, float]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@opens_models
+def plan_fit(
+    source: str | Path,
+    *,
+    size: str | int | None = None,
+    bits: float | None = None,
+    speed: float | None = None,
+    recipe: Recipe | None = None,
+    settings: FitSettings | None = None,
+    memory: str | int | None = None,
+    measured: str | Path | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+    **keys: Any,
+) -> FitPlan:
+    """What `fit` would do with the same arguments.
+
+    Args:
+        trust_remote_code: let code that lies in a model's folder run.
+
+    Raises:
+        UserError: as `fit` would, for everything that can be known without work.
+    """
+    target = Target.of(size, bits, speed)
+    recipe, settings = parted(recipe, settings, keys)
+    found = None if measured is None else found_in(read_measured(Path(measured)))
+    job = prepare(recipe, source, progress, recipe.device)
+    sizes = PackedSize(job)
+    room = room_for(job, sizes, target, lambda: measured_pace(job.linears, progress))
+    if found is not None and set(found.measures) != {x.name for x in job.linears}:
+        raise RecipeError(f"what {measured} holds was measured of another model than {source}")
+    table = Table(job, sizes, room, found or _alike(job, sizes))
+    finalists = table.finalists()
+    best = min(finalists, key=lambda each: each.expected)
+    check_context(job.stack.model, recipe.calibration.seqlen)
+    load, notes = load_of(recipe)
+    placement = place(demand_of_fit(settings, job, load), parse_size(memory), available())
+    checkpoint = job.stack.checkpoint
+    assert checkpoint is not None
+    dense, probes = checkpoint.bytes_in(None), probes_bytes(job)
+    # Each finalist is written dense before it is packed, and those that are packed stay until one has won.
+    disk = max(probes, dense + sum(each.bytes for each in finalists))
+    if settings.seconds is not None:
+        disk = max(disk, 3 * probes)  # each linear at three kinds
+    return FitPlan(
+        source=job.source,
+        recipe=recipe.to_mapping(),
+        settings=asdict(settings),
+        parameters=job.parameters,
+        asked=asdict(target),
+        budget=None if target.speed else int(room.budget),
+        smallest=int(smallest(job, sizes)),
+        kinds=[_kind(table, kind) for kind in KINDS_TRIED],
+        chosen=_chosen(job, sizes, best),
+        expected=None if found is None else best.expected,
+        assumes="" if room.pace is None else room.pace.told(),
+        finalists=[each.name for each in finalists],
+        memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
+        disk={"peak": disk, "packed": best.bytes},
+        seconds=_seconds(job, settings, len(finalists), measured is not None),
+        notes=[*decoded(checkpoint), *notes, *filter(None, [few_bits(job)])],
+    )
+
+
+def _alike(job: Job, sizes: PackedSize) -> Found:
+    """As if every weight mattered alike."""
+    zeros = {str(share): _ZEROS[share] for share in SPARSITIES if share}
+    measures = {x.name: Measures(_BITS, zeros, _BITS["int4"], 0) for x in job.linears}
+    head = {} if sizes.head is None else {kind: _BITS[kind] * sizes.head_numel for kind in KINDS_TRIED}
+    return Found(measures, {x.name: _BITS["int4"] * x.numel for x in job.linears}, head)
+
+
+def _kind(table: Table, kind: str) -> dict[str, Any]:
+    """A model of one kind."""
+    head = kind if kind in table.heads else None
+    made = table.finalist("", dict.fromkeys((x.name for x in table.linears), Level(0.0, kind)), None, head)
+    return {"kind": kind, "bytes": made.bytes, "fits": made.takes <= table.room.budget}
+
+
+def _chosen(job: Job, sizes: PackedSize, best: Finalist) -> dict[str, Any]:
+    shares: Counter[str] = Counter()
+    zeros = 0.0
+    for x in job.linears:
+        shares[best.levels[x.name].kind] += x.numel
+        zeros += x.numel * best.levels[x.name].sparsity
+    total = sum(shares.values())
+    head = sizes.of_head(best.head)
+    return {
+        "bytes": best.bytes,
+        "bits": 8 * best.bytes / job.parameters,
+        "blocks": best.bytes - sizes.rest - head,
+        "head": head,
+        "rest": sizes.rest,
+        "kinds": {kind: shares[kind] / total for kind in KINDS if shares[kind]},
+        "zeros": zeros / total,
+        "head_kind": best.head,
+    }
+
+
+def _seconds(job: Job, settings: FitSettings, finalists: int, measured: bool) -> dict[str, float]:
+    """Of measuring, of reactions, and of pruning and comparing finalists."""
+    prune = seconds_of(job)
+    length = min(settings.length, job.recipe.calibration.seqlen)
+    blocks, roles = len(job.by_block), max(map(len, job.by_block))
+    # A model in which one block differs goes with the others up to it, and those of a role go alone.
+    models = blocks / 2 + roles + 1 + len(KINDS_TRIED)
+    reactions = settings.windows * length * forward_seconds(job.stack) * models
+    judge = 2 * settings.deciding * length * forward_seconds(job.stack)
+    numel = sum(x.numel for x in job.linears)
+    seconds = {
+        "levels": 0.0 if measured else prune["forward"] + prune["statistics"] + _ROUNDING * numel,
+        "reactions": 0.0 if measured else reactions,
+        "refining": settings.seconds or 0.0,
+        "finalists": (finalists + (settings.seconds is not None))
+        * (prune["total"] + judge + _PACKING * numel),
+    }
+    seconds = {phase: round(value, 1) for phase, value in seconds.items()}
+    return {"total": round(sum(seconds.values()), 1), **seconds}

@@ -1,0 +1,113 @@
+"""What a fit goes by beside its size: settings, the recipe of what it does not choose, memory, and a look at the source."""
+
+from __future__ import annotations
+
+__all__ = ["FitSettings", "demand_of_fit", "few_bits", "parted", "probe_dtype", "probes_bytes"]
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from tawny.errors import RecipeError
+from tawny.pruning.memory_plan import Load
+from tawny.pruning.prepare import Job, demand_of
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe, validated
+from tawny.searching.cost import SearchDemand
+from tawny.searching.fit_measure import TOGETHER
+from tawny.searching.settings import seconds_in
+
+_FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What finalists are chosen and judged by.
+
+    Attributes:
+        windows: held-out windows to measure reactions on.
+        deciding: others, to compare finalists on.
+        length: tokens of a window, at most those of a calibration sample.
+        budget: time such as 20m in which the choice is refined by measured divergence; then another run need not give the
+            same bytes. With it, more `windows` pay.
+    """
+
+    windows: Count = 2
+    deciding: Annotated[int, Field(ge=2)] = 8
+    length: Annotated[int, Field(ge=2)] = 1024
+    budget: str | float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        return seconds_in(self.budget, "fit.budget")
+
+
+def parted(
+    recipe: Recipe | None, settings: FitSettings | None, keys: Mapping[str, Any]
+) -> tuple[Recipe, FitSettings]:
+    """The recipe of all that is not chosen here, and what finalists are judged by."""
+    own = {key.removeprefix("fit."): value for key, value in keys.items() if key.startswith("fit.")}
+    settings = validated(FitSettings, {**(asdict(settings) if settings else {}), **own}, "fit key", "fit")
+    _ = settings.seconds
+    return _base(recipe, {key: value for key, value in keys.items() if not key.startswith("fit.")}), settings
+
+
+def _base(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
+    """The recipe of all that is not chosen here."""
+    made = resolve_recipe(recipe, **{"sparsity": 0.0, "allocator": "uniform", **keys})
+    chosen = {
+        "sparsity": made.sparsity,
+        "values": made.values.names,
+        "pattern": made.pattern != "unstructured",
+    }
+    chosen |= {
+        "allocator": made.allocator.name != "uniform",
+        "include": made.include,
+        "exclude": made.exclude,
+    }
+    chosen |= {"refit": made.refit}
+    wrong = [key for key, value in chosen.items() if value]
+    if wrong:
+        raise RecipeError(
+            f"a fit chooses zeros and bits of every linear itself: leave {' and '.join(wrong)} out"
+        )
+    if made.make_solver().needs != "hessian":
+        raise RecipeError(
+            f"a fit weighs kinds by their Hessian error, and {made.solver.name} has none: choose alps or sparsegpt"
+        )
+    return made
+
+
+def demand_of_fit(settings: FitSettings, job: Job, load: Load) -> SearchDemand:
+    own = replace(demand_of(job, load), refining=False)
+    hidden = settings.windows * min(settings.length, load.seqlen) * job.stack.hidden_bytes
+    return SearchDemand(own, own, job.needs, hidden, (2 * TOGETHER + 1) * hidden)
+
+
+def few_bits(job: Job) -> str:
+    """A warning, or "": the source is itself a model of few bits that was made dense."""
+    first = next(index for index, linears in enumerate(job.by_block) if linears)
+    with job.stack.block(first):
+        W_OI = job.stack.look(job.by_block[first][0])[:64]
+        columns = W_OI.shape[1] // 32 * 32
+        values = W_OI[:, :columns].reshape(-1, 32)
+        different = [len(torch.unique(part)) for part in values] or [32]
+    if sum(different) / len(different) > _FEW_BITS:
+        return ""
+    return f"the weights of {job.source} were rounded to few bits before: compare with keeping the file that they came from"
+
+
+def probes_bytes(job: Job) -> int:
+    """Of one rounding of every linear."""
+    return sum(x.numel for x in job.linears) * probe_dtype(job).itemsize
+
+
+def probe_dtype(job: Job) -> torch.dtype:
+    """Forwards round weights to the compute dtype anyway."""
+    assert job.stack.checkpoint is not None
+    return min(job.stack.checkpoint.storage_dtype, job.stack.compute, key=lambda dtype: dtype.itemsize)

@@ -1,0 +1,162 @@
+"""What a token reads, at the pace of this machine: a speed becomes a number of bytes that a fit can spend.
+
+Decoding one sequence reads every linear and the head once for each token, and one row of an embedding. So a token takes at
+least as long as memory takes to stream those bytes. A kernel that is slower than memory counts its bytes as so many more as it
+is slower. Both are measured here, on random weights of the model's commonest width. Attention, norms, sampling and the cache
+are not counted, so a model is a little slower than this says; what it really does is measured once it is packed.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Pace", "ReadPerToken", "measured_pace"]
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.allocation.profile import LinearInfo
+from tawny.errors import MissingFeature
+from tawny.kernels import native
+from tawny.packed import format
+from tawny.packed.format import PackedTensor
+from tawny.packed.linear import DenseLinear, PackedLinear
+from tawny.progress import Progress
+from tawny.searching.fit_bytes import PackedSize
+from tawny.searching.fit_measure import Level, levels
+
+_STREAMED = 256_000_000  # bytes that no cache holds
+_WEIGHTS = 1 << 20  # of the matrix whose copies are multiplied
+_ROUNDS = 5
+DENSE = "dense"  # what `slower` calls a head that stays as it is
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What this machine reads in a second.
+
+    Attributes:
+        bandwidth: bytes a second that memory streams.
+        slower: of each level (and `dense`), how many times as long a product takes as streaming its bytes; at least 1.
+        shape: of the matrices that were multiplied.
+    """
+
+    bandwidth: float
+    slower: Mapping[str, float]
+    shape: tuple[int, int]
+    threads: int
+    kernel: str
+
+    @classmethod
+    def from_mapping(cls, plain: Mapping[str, Any]) -> Pace:
+        return cls(**{**plain, "shape": tuple(plain["shape"])})
+
+    def budget(self, speed: float) -> float:
+        """Bytes that may be read for each token at so many tokens a second."""
+        return self.bandwidth / speed
+
+    def told(self) -> str:
+        """The assumption, in one line."""
+        read = f"{self.bandwidth / 1e9:.1f} GB/s that {self.threads} thread{'s' * (self.threads > 1)} stream"
+        whole = {kind: self.slower[_key(Level(0.0, kind))] for kind in ("int8", "int4", "int3")}
+        times = ", ".join(f"{kind} {value:.2f}" for kind, value in whole.items())
+        return (
+            f"a token reads every linear and the head once, at {read} (a product by the {self.kernel} kernel takes so many times "
+            f"as long as streaming: {times}); attention, norms and the cache are not counted"
+        )
+
+
+def _key(level: Level) -> str:
+    return f"{level.kind}@{level.sparsity}"
+
+
+def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
+    """Measure memory, and the kernel of each level, with torch's threads.
+
+    Raises:
+        MissingFeature: there are no compiled kernels, without which no speed is worth a promise.
+    """
+    if not native.chosen():
+        raise MissingFeature(
+            "a speed is reached by the compiled kernels, and they are missing: `tawny doctor` says how to get them; or give a size"
+        )
+    widths: Counter[int] = Counter()
+    for linear in linears:
+        widths[linear.shape[1]] += linear.numel
+    columns = widths.most_common(1)[0][0]
+    shape = (max(64, _WEIGHTS // columns), columns)
+    every = levels()
+    progress.phase("measuring the speed of kernels", len(every) + 2, "kernels")
+    threads, streamed = torch.get_num_threads(), torch.zeros(_STREAMED // 4)
+    bandwidth = streamed.nbytes / _least(partial(native.stream, streamed, threads))
+    progress.step("memory")
+    generator = torch.Generator().manual_seed(0)
+    W_OI = torch.randn(shape, generator=generator)
+    order_OI = torch.rand(shape, generator=generator)
+    x_TI = torch.randn(1, columns, generator=generator).bfloat16()
+    slower = {}
+    for level in every:
+        packed = format.pack(W_OI * (order_OI >= level.sparsity), level.kind, whole=not level.sparsity)
+
+        def made(packed: PackedTensor = packed) -> Callable[[Tensor], Any]:
+            tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
+            return PackedLinear(PackedTensor(tensors, packed.shape, packed.values, packed.group))
+
+        slower[_key(level)] = _slower(made, packed.nbytes, x_TI, bandwidth)
+        progress.step(_key(level))
+    W_OI = W_OI.bfloat16()
+    slower[DENSE] = _slower(lambda: DenseLinear(W_OI.clone()), W_OI.nbytes, x_TI, bandwidth)
+    progress.step(DENSE)
+    return Pace(bandwidth, slower, shape, threads, native.kernel_name())
+
+
+def _slower(make: Callable[[], Callable[[Tensor], Any]], size: int, x_TI: Tensor, bandwidth: float) -> float:
+    """How many times as long products over copies that no cache holds take as streaming their bytes."""
+    copies = [make() for _ in range(math.ceil(_STREAMED / 2 / size))]
+
+    def work() -> None:
+        for multiply in copies:
+            multiply(x_TI)
+
+    with torch.inference_mode():
+        work()
+        seconds = _least(work)
+    return max(1.0, seconds * bandwidth / (size * len(copies)))
+
+
+def _least(work: Callable[[], Any]) -> float:
+    """Seconds, undisturbed."""
+    found = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+class ReadPerToken:
+    """What each token reads, in bytes at the pace of memory; the same questions as those to a `PackedSize`.
+
+    All experts count, because which ones a token takes is not known before.
+    """
+
+    rest = 0.0
+
+    def __init__(self, sizes: PackedSize, pace: Pace) -> None:
+        self._sizes, self._pace = sizes, pace
+
+    def linear(
+        self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None, zeros: int = 0
+    ) -> float:
+        slower = self._pace.slower[_key(Level(sparsity, kind))]
+        return slower * self._sizes.linear(info, sparsity, kind, group, zeros)
+
+    def of_head(self, kind: str | None) -> float:
+        slower = self._pace.slower[DENSE if kind is None else _key(Level(0.0, kind))]
+        return slower * self._sizes.of_head(kind)

@@ -1,0 +1,133 @@
+"""What a fit is asked for: bytes, bits a weight, or tokens a second; and what may be spent on it."""
+
+from __future__ import annotations
+
+__all__ = ["Limit", "Room", "Target", "room_for"]
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from tawny.allocation.profile import LinearInfo
+from tawny.errors import RecipeError
+from tawny.pruning.memory_plan import parse_size
+from tawny.pruning.prepare import Job
+from tawny.searching.fit_bytes import PackedSize
+from tawny.searching.fit_measure import KINDS_TRIED, levels
+from tawny.searching.fit_speed import Pace, ReadPerToken
+from tawny.words import size as size_words
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of the three.
+
+    Attributes:
+        bytes: of the weight files and their index.
+        bits: the same for each weight of the model.
+        speed: tokens a second of one sequence on this machine.
+    """
+
+    bytes: int | None = None
+    bits: float | None = None
+    speed: float | None = None
+
+    @classmethod
+    def of(cls, size: str | int | None, bits: float | None, speed: float | None) -> Target:
+        """
+        Raises:
+            RecipeError: none or several are given, or one that cannot be.
+        """
+        given = {"size": size, "bits": bits, "speed": speed}
+        named = [f"{name} {value}" for name, value in given.items() if value is not None]
+        if len(named) != 1:
+            raise RecipeError(
+                "say what the model may take: either size (such as 700MB), bits a weight (such as 4.25), or speed (tokens a second)"
+                + (f"; {' and '.join(named)} are several" if named else "")
+            )
+        if bits is not None and not 0 < float(bits) <= 32:
+            raise RecipeError(f"bits {bits} is not possible; expected bits a weight in (0, 32], such as 4.25")
+        if speed is not None and not 0 < float(speed) < math.inf:
+            raise RecipeError(f"speed {speed} is not possible; expected tokens a second above 0, such as 20")
+        return cls(
+            parse_size(size, "size"),
+            None if bits is None else float(bits),
+            None if speed is None else float(speed),
+        )
+
+
+class Limit(Protocol):
+    """What linears and head take of what may be spent."""
+
+    @property
+    def rest(self) -> float:
+        """What all else takes, whatever they become."""
+        ...
+
+    def linear(
+        self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None, zeros: int = 0
+    ) -> float: ...
+
+    def of_head(self, kind: str | None) -> float: ...
+
+
+@dataclass(frozen=True)
+class Room:
+    """What may be spent.
+
+    Attributes:
+        budget: bytes of files; of a speed, bytes that a token reads at the pace of memory.
+        pace: of a speed.
+    """
+
+    limit: Limit
+    budget: float
+    pace: Pace | None = None
+
+
+def room_for(job: Job, sizes: PackedSize, target: Target, pace: Callable[[], Pace]) -> Room:
+    """
+    Args:
+        pace: measures the machine, where a speed is asked for.
+
+    Raises:
+        RecipeError: nothing is that small or that fast; says what is.
+    """
+    if target.speed is None:
+        asked = target.bytes if target.bits is None else int(target.bits * job.parameters / 8)
+        assert asked is not None
+        least = smallest(job, sizes)
+        if asked < least:
+            raise RecipeError(
+                f"{job.source} cannot be made as small as {size_words(asked)}: the least that linears, head and all that stays "
+                f"as it is take is {size_words(int(least))}; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
+                "or more"
+            )
+        return Room(sizes, asked)
+    measured = pace()
+    limit = ReadPerToken(sizes, measured)
+    fastest = measured.bandwidth / smallest(job, limit)
+    if target.speed > fastest:
+        raise RecipeError(
+            f"{job.source} cannot write {target.speed:g} tokens a second on this machine: with the quickest kind in every linear "
+            f"it writes at most {_down(fastest)}; give --speed {_down(fastest)}, or less"
+        )
+    return Room(limit, measured.budget(target.speed), measured)
+
+
+def smallest(job: Job, limit: Limit) -> float:
+    """The least that a model of these linears takes."""
+    least = limit.rest + min(limit.of_head(kind) for kind in (None, *KINDS_TRIED))
+    return least + sum(min(limit.linear(x, l.sparsity, l.kind) for l in levels()) for x in job.linears)
+
+
+def _up(bits: float) -> str:
+    """Not less than it is, for a person who is going to ask for it."""
+    return f"{math.ceil(1000 * bits) / 1000:.3f}"
+
+
+def _down(speed: float) -> str:
+    """Not more than it is."""
+    digits = max(0, 2 - math.floor(math.log10(speed)))
+    return f"{math.floor(speed * 10**digits) / 10**digits:g}"
