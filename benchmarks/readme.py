@@ -18,7 +18,7 @@ from pathlib import Path
 from tables.glance import glance
 from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
-from tables.quality import allocators, few_bits, owl_study, recipes, recovery, solvers, tasks
+from tables.quality import allocators, few_bits, owl_study, recipes, recovery, solvers, structured, tasks
 from tables.runtimes import runtimes
 from tables.speed import decode, few_bits_speed, kernels, peers, serving, sizes
 
@@ -37,6 +37,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "allocators": allocators,
         "allocators_gemma": allocators,
         "solvers": solvers,
+        "structured": structured,
         "owl_study": owl_study,
         "few_bits": few_bits,
         "tasks": tasks,

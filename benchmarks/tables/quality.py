@@ -8,6 +8,7 @@ from typing import Any
 
 from tables.shared import (
     ALLOCATORS,
+    MEMBER_SOLVERS,
     SOLVERS,
     bold_if,
     known_order,
@@ -277,6 +278,39 @@ def solvers(result: Mapping[str, Any]) -> str:
     times = {name[1]: [groups.get((*name, sparsity), []) for sparsity in sparsities] for name in names}
     parts.append(f"Seconds of whole runs, {threads_of(result['cells'].values())} each:\n")
     parts.append(seconds_table([f"{s:.0%}" for s in sparsities], times, fmean))
+    return "\n".join(parts) + f"\n{machine_and_note(result)}"
+
+
+def structured(result: Mapping[str, Any]) -> str:
+    """One table a text: a row a solver and allocator, a column a sparsity; then the sparsities that whole members gave."""
+    cells = list(result["cells"].values())
+    columns = sorted({(cell["pattern"], cell["sparsity"]) for cell in cells})
+    rows = sorted(
+        {(cell["solver"], cell["allocator"]) for cell in cells},
+        key=lambda row: (MEMBER_SOLVERS.index(row[0]), known_order(ALLOCATORS)(row[1])),
+    )
+    some = {
+        (row, column): [
+            c
+            for c in cells
+            if (c["solver"], c["allocator"]) == row and (c["pattern"], c["sparsity"]) == column
+        ]
+        for row in rows
+        for column in columns
+    }
+    titles = " | ".join(f"{pattern} {sparsity:.0%}" for pattern, sparsity in columns)
+    parts = [
+        setting_line(result) + seeds_line({" + ".join(row): [some[row, c] for c in columns] for row in rows})
+    ]
+    for text in result["evaluation"]["texts"]:
+        parts.append(f"Perplexity on {text}, dense **{plus_minus(result['dense']['evaluation'][text])}**:\n")
+        lines = [f"| solver | allocator | {titles} |", f"|---|---|{'---|' * len(columns)}"]
+        for row in rows:
+            shown = [plus_minus(over_seeds(some[row, c], text)) if some[row, c] else "–" for c in columns]
+            lines.append(f"| {row[0]} | {row[1]} | {' | '.join(shown)} |")
+        parts.append("\n".join(lines) + "\n")
+    achieved = sorted(abs(cell["achieved"] - cell["sparsity"]) for cell in cells)
+    parts.append(f"Sparsities are met to {achieved[-1]:.2%} at most.\n")
     return "\n".join(parts) + f"\n{machine_and_note(result)}"
 
 

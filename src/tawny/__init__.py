@@ -32,6 +32,7 @@ __all__ = [
     "Recovery",
     "RecoveryRecord",
     "Server",
+    "Slimmed",
     "SparsityCallback",
     "Speed",
     "TaskResults",
@@ -62,6 +63,7 @@ __all__ = [
     "recover_gradually",
     "search",
     "serve",
+    "slim",
     "stream",
     "unpack",
 ]
@@ -99,6 +101,7 @@ _NAMES = {
     "tawny.searching.fit_settings": "FitSettings",
     "tawny.searching.run": "Found search",
     "tawny.serving.server": "Server serve",
+    "tawny.slimming.run": "Slimmed slim",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -134,6 +137,7 @@ if TYPE_CHECKING:
     from tawny.searching.fit_settings import FitSettings
     from tawny.searching.run import Found, search
     from tawny.serving.server import Server, serve
+    from tawny.slimming.run import Slimmed, slim
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Which masks are legal, and how a mask is chosen from scores.
 
 A pattern is unstructured (the lowest scores of each row, or of the whole matrix, go) or n:m (the n highest of
-every m neighbours along `in` stay). Promises:
+every m neighbours along `in` stay); or whole members of a coupling go, channels or heads (model/couplings.py). Promises of
+masks of single weights:
 
 - A mask removes an exact count. It is chosen by selection, never by comparing with a threshold alone, so
   equal scores cannot make it remove one too many or one too few.
@@ -28,6 +29,9 @@ from tawny.errors import PatternError
 
 __all__ = [
     "NM",
+    "AnyPattern",
+    "MemberKind",
+    "Members",
     "Pattern",
     "Scope",
     "Unstructured",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 Scope = Literal["row", "matrix"]
+MemberKind = Literal["channels", "heads"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,18 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
-Pattern = Unstructured | NM
+@dataclass(frozen=True)
+class Members:
+    """Whole channels of FFNs, whole key-value groups of attention with their query heads, or both."""
+
+    kinds: tuple[MemberKind, ...]
+
+    def __str__(self) -> str:
+        return "+".join(self.kinds)
+
+
+Pattern = Unstructured | NM  # which single weights may go together
+AnyPattern = Pattern | Members
 
 _UNSTRUCTURED: dict[str, Scope | None] = {
     "unstructured": None,
@@ -91,22 +107,26 @@ _UNSTRUCTURED: dict[str, Scope | None] = {
     "unstructured-matrix": "matrix",
     "matrix": "matrix",
 }
+_MEMBERS: tuple[tuple[MemberKind, ...], ...] = (("channels",), ("heads",), ("channels", "heads"))
 
 
-def parse_pattern(text: str) -> Pattern:
-    """`unstructured`, `row`, `matrix` or `n:m` (n kept of every m) as a pattern."""
+def parse_pattern(text: str) -> AnyPattern:
+    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads` or `channels+heads` as a pattern."""
     word = str(text).strip().lower()
     if word in _UNSTRUCTURED:
         return Unstructured(_UNSTRUCTURED[word])
     if found := re.fullmatch(r"(\d+)\s*:\s*(\d+)", word):
         return NM(int(found[1]), int(found[2]))
+    for kinds in _MEMBERS:
+        if sorted(part.strip() for part in word.split("+")) == list(kinds):
+            return Members(kinds)
     raise PatternError(
-        f"pattern {text!r} is not known; expected 'unstructured', 'row', 'matrix' or n:m such as '2:4' "
-        "(n kept of every m; quote it in YAML)"
+        f"pattern {text!r} is not known; expected 'unstructured', 'row', 'matrix', 'channels', 'heads', 'channels+heads' or "
+        "n:m such as '2:4' (n kept of every m; quote it in YAML)"
     )
 
 
-def check_pattern(pattern: Pattern, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_pattern(pattern: AnyPattern, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Refuse an n:m whose m does not divide the width of some linear."""
     if not isinstance(pattern, NM):
         return

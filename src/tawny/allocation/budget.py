@@ -10,15 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from tawny.allocation.profile import Allocation, Profile
 from tawny.errors import NumericalError, RecipeError
 from tawny.patterns import removed_count
 
-__all__ = ["Allocation", "exact", "given_nm", "mixed_bits", "mixed_nm", "spread_in_blocks"]
+__all__ = [
+    "Allocation",
+    "exact",
+    "given_members",
+    "given_nm",
+    "mixed_bits",
+    "mixed_nm",
+    "spread_in_blocks",
+    "whole_members",
+]
 
 _THREE_DECIMALS = 5.1e-4  # 0.333 is how people write 2:3
+_MISSED = 1e-3  # of all weights: what equal widths of all blocks may miss a target by
 
 
 def exact(
@@ -88,6 +99,92 @@ def mixed_bits(
     return found
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """One coupling, as the budget sees it: it loses members of `cost` weights each."""
+
+    name: str
+    block: int
+    members: int
+    size: int
+
+    @property
+    def cost(self) -> float:
+        return self.size / self.members
+
+
+def whole_members(wish: Mapping[str, float], profile: Profile, target: float) -> Allocation:
+    """Turn wishes for linears into whole members of their couplings, each of which keeps at least one.
+
+    What a coupling of few large members (heads) rounds off goes to the one of many small members (channels) in its block, so
+    that blocks that are wanted alike stay alike. Where this misses the target by more than a thousandth, what is left of one
+    block goes on to the next, and the total is exact to one member of one block.
+
+    Raises:
+        RecipeError: the target would leave a block without heads or channels; says what is possible.
+    """
+    units = _units(profile)
+    sizes = {unit.name: unit.size for unit in units}
+    most = {unit.name: (unit.members - 1) / unit.members for unit in units}
+    total = sum(sizes.values())
+    reach = math.fsum(most[unit.name] * unit.size for unit in units) / total
+    if target > reach:
+        least = min(units, key=lambda unit: unit.members)
+        raise RecipeError(
+            f"sparsity {target:g} leaves nothing of some couplings ({least.name} has {least.members} members and keeps one); the "
+            f"most that is possible is {math.floor(reach * 1e4) / 1e4:g}"
+        )
+    raw = dict.fromkeys(sizes, 0.0)
+    for linear in profile.linears:
+        raw[linear.coupling] += wish[linear.name] * linear.numel / sizes[linear.coupling]
+    _check(raw, target, 0.0, 1.0)
+    share = _shift({name: round(value, 12) for name, value in raw.items()}, sizes, target, 0.0, most)
+    removed = _rounded(units, share, across_blocks=False)
+    apart = abs(sum(removed[unit.name] * unit.cost for unit in units) - target * total)
+    if apart > _MISSED * total:
+        removed = _rounded(units, share, across_blocks=True)
+    by_name = {unit.name: unit for unit in units}
+    return {x.name: removed[x.coupling] / by_name[x.coupling].members for x in profile.linears}
+
+
+def given_members(wish: Mapping[str, float], profile: Profile) -> Allocation:
+    """Numbers that each linear was given on purpose, as the nearest whole members of its coupling."""
+    made: Allocation = {}
+    for unit in _units(profile):
+        linears = [linear for linear in profile.linears if linear.coupling == unit.name]
+        share = math.fsum(wish[x.name] * x.numel for x in linears) / unit.size
+        count = min(unit.members - 1, round(_snap(share * unit.members)))
+        made |= {linear.name: count / unit.members for linear in linears}
+    return made
+
+
+def _units(profile: Profile) -> list[_Unit]:
+    """The couplings, block by block, those of few large members first."""
+    found: dict[str, _Unit] = {}
+    for x in profile.linears:
+        size = found[x.coupling].size if x.coupling in found else 0
+        found[x.coupling] = _Unit(x.coupling, x.block, x.members, size + x.numel)
+    return sorted(found.values(), key=lambda unit: (unit.block, -unit.cost))
+
+
+def _rounded(units: Sequence[_Unit], share: Mapping[str, float], across_blocks: bool) -> dict[str, int]:
+    """Members that each coupling loses; what rounding leaves over is carried on, within its block or to the next one too."""
+    removed: dict[str, int] = {}
+    carried, block = 0.0, -1
+    for unit in units:
+        if unit.block != block and not across_blocks:
+            carried = 0.0
+        block = unit.block
+        wanted = share[unit.name] * unit.size + carried
+        removed[unit.name] = min(unit.members - 1, max(0, round(_snap(wanted / unit.cost))))
+        carried = wanted - removed[unit.name] * unit.cost
+    for unit in reversed(units) if across_blocks else ():  # what the last ones could not take
+        count = min(unit.members - 1, max(0, removed[unit.name] + round(_snap(carried / unit.cost))))
+        carried -= (count - removed[unit.name]) * unit.cost
+        removed[unit.name] = count
+    return removed
+
+
 def given_nm(allocation: Mapping[str, float], m: int) -> Allocation:
     """Numbers that each linear was given on purpose, as the 1 − n/m that they are.
 
@@ -136,27 +233,38 @@ def _check(raw: Mapping[str, float], target: float, low: float, high: float) -> 
 
 
 def _shift(
-    raw: Mapping[str, float], sizes: Mapping[str, int], target: float, low: float, high: float
+    raw: Mapping[str, float],
+    sizes: Mapping[str, int],
+    target: float,
+    low: float,
+    high: float | Mapping[str, float],
 ) -> dict[str, float]:
-    """clamp(raw + t) with the one t whose weighted mean is the target."""
+    """clamp(raw + t) with the one t whose weighted mean is the target; `high` may be one for each."""
     if not raw:
         return {}
     total = sum(sizes[name] for name in raw)
+    most = high if isinstance(high, Mapping) else dict.fromkeys(raw, high)
 
     def shifted(t: float) -> dict[str, float]:
-        return {name: min(high, max(low, value + t)) for name, value in raw.items()}
+        return {name: min(most[name], max(low, value + t)) for name, value in raw.items()}
 
     def mean(values: Mapping[str, float]) -> float:
         return math.fsum(values[name] * sizes[name] for name in raw) / total
 
-    if len(set(raw.values())) == 1:  # equal wishes: the target itself, free of rounding
+    if len(set(raw.values())) == 1 and target <= min(
+        most.values()
+    ):  # equal wishes: the target itself, free of rounding
         return dict.fromkeys(raw, target)
     t = target - mean(raw)
     if abs(mean(shifted(t)) - target) < 1e-12:  # nothing was clamped
         return shifted(t)
     # Water-filling: the mean rises with t, from `low` for all to `high` for all.
     return shifted(
-        _bisect(lambda t: mean(shifted(t)) - target, low - max(raw.values()), high - min(raw.values()))
+        _bisect(
+            lambda t: mean(shifted(t)) - target,
+            low - max(raw.values()),
+            max(most.values()) - min(raw.values()),
+        )
     )
 
 

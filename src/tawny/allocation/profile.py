@@ -34,6 +34,8 @@ class LinearInfo:
     shape: tuple[int, int]
     block: int
     group: str = ""  # the stage of the block, "0" for the first linears that run, and so on
+    coupling: str = ""  # whose members go as a whole, named by its consumer; "" where single weights go
+    members: int = 0  # that the coupling has
 
     @property
     def numel(self) -> int:

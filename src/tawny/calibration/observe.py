@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from tawny.calibration.products import ExpertProducts, Fused
 from tawny.calibration.statistics import Accumulator, Needs, Statistics
 from tawny.errors import ModelError, NumericalError
+from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 
 
 @dataclass
 class Stage:
-    """Linears of a block that are ready to be solved together: one shared input, or the experts of one parameter."""
+    """Linears of a block that are ready to be solved together: one shared input, the experts of one parameter, or a coupling."""
 
     linears: list[Linear] = field(default_factory=list)
+    coupling: Coupling | None = None
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What calibration yields for one linear: column norms or a Hessian, added up chunk by chunk.
 
 Written `X` for the inputs of a linear, `[tokens, in]`: `squared_norms = Σ_t x_tj²` is what Wanda's score needs
-(2306.11695, eq. 1) and `hessian = XᵀX` what the layerwise least-squares solvers need (2301.00774, section 3).
+(2306.11695, eq. 1), `sums = Σ_t x_tj` gives FLAP the means and fluctuations of inputs (2312.11983), and `hessian = XᵀX` what the layerwise least-squares solvers need (2301.00774, section 3).
 
 Norms are added up in float64, where sums of float32 numbers hardly ever round: so it does not matter in which order
 chunks come, or on how many processes. It would matter: a weight that rounding moves across Wanda's threshold changes
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tawny.precision import bfloat16_products
 
-Needs = Literal["none", "norms", "hessian"]
-_RISING: tuple[Needs, ...] = ("none", "norms", "hessian")
+Needs = Literal["none", "norms", "moments", "hessian"]
+_RISING: tuple[Needs, ...] = ("none", "norms", "moments", "hessian")
 
 
 def most(wanted: Iterable[Needs]) -> Needs:
@@ -41,13 +41,15 @@ class Statistics:
     Attributes:
         tokens: how many tokens were seen.
         squared_norms: `[in]` float64, `Σ_t x_tj²`.
-        hessian: `[in, in]` float32, `XᵀX`, or None when only norms were asked for. Until `round` is called on what
+        sums: `[in]` float64, `Σ_t x_tj`, or None when only norms were asked for.
+        hessian: `[in, in]` float32, `XᵀX`, or None when less was asked for. Until `round` is called on what
             `Accumulator.finish(exact=True)` made, float64 where it was added up in that.
     """
 
     tokens: int
     squared_norms: Tensor
     hessian: Tensor | None = None
+    sums: Tensor | None = None
 
     def round(self) -> Statistics:
         """Itself, with the Hessian rounded to float32."""
@@ -68,6 +70,8 @@ class Accumulator:
     def __init__(self, width: int, needs: Needs, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
         self._norms_I = torch.zeros(width, device=device, dtype=torch.float64)
+        moments = needs in ("moments", "hessian")
+        self._sums_I = torch.zeros(width, device=device, dtype=torch.float64) if moments else None
         exact = torch.float64 if width <= EXACT_WIDTH else torch.float32
         self._hessian_II = (
             torch.zeros(width, width, device=device, dtype=exact) if needs == "hessian" else None
@@ -80,6 +84,8 @@ class Accumulator:
         """
         x = x_TI.to(torch.float32)
         self.tokens += x.shape[0]
+        if self._sums_I is not None:
+            self._sums_I += x.sum(0)
         if self._hessian_II is None:
             self._norms_I += x.square().sum(0)
             return
@@ -101,10 +107,10 @@ class Accumulator:
             exact: leave a Hessian in the dtype it was added up in, because others are added to it before `round`.
         """
         if self._hessian_II is None:
-            return Statistics(self.tokens, self._norms_I)
+            return Statistics(self.tokens, self._norms_I, sums=self._sums_I)
         H_II = self._hessian_II.triu_()
         if not exact:
             H_II = H_II.float()
         self._hessian_II = None
         H_II += H_II.triu(1).T
-        return Statistics(self.tokens, H_II.diagonal().double(), H_II)
+        return Statistics(self.tokens, H_II.diagonal().double(), H_II, self._sums_I)

@@ -23,6 +23,7 @@ from tawny.cli import profile  # noqa: F401
 from tawny.cli import eval_  # noqa: F401
 from tawny.cli import compare  # noqa: F401
 from tawny.cli import inspect  # noqa: F401
+from tawny.cli import slim  # noqa: F401
 from tawny.cli import pack  # noqa: F401
 from tawny.cli import unpack  # noqa: F401
 from tawny.cli import export  # noqa: F401

@@ -45,13 +45,19 @@ SHARED: dict[str, Any] = {
         ),
     ],
     "solver": Annotated[
-        str | None, shared("-m --solver NAME", "How a linear is pruned. Default: alps.", RECIPE)
+        str | None,
+        shared(
+            "-m --solver NAME",
+            "How a linear is pruned. Default: alps, and obs for whole channels and heads.",
+            RECIPE,
+        ),
     ],
     "pattern": Annotated[
         str | None,
         shared(
             "-p --pattern PATTERN",
-            "Legal masks: unstructured, or n:m (n kept of every m) such as 2:4. Default: unstructured.",
+            "What may go: unstructured, n:m (n kept of every m) such as 2:4, channels, heads or channels+heads. "
+            "Default: unstructured.",
             RECIPE,
         ),
     ],

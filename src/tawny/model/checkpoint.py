@@ -77,12 +77,15 @@ class Checkpoint:
         files: where each tensor lies, by name; of one that is decoded, where its weight lies.
         places: where in its file a tensor lies as it is read. Those that are decoded are not among them.
         coded: the tensors that are decoded, by name, in the dtype that the model says it computes in.
+        zero_biases: biases of the model that are in no file are zero, and written like the rest.
 
     Raises:
         CheckpointError: a shard named by the index is missing, a file is truncated or not safetensors, or the tensors that
             a quantised weight is made from are not all there or do not fit each other.
         ModelError: quantised in a way that is not read.
     """
+
+    zero_biases = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -183,6 +186,8 @@ class Checkpoint:
             if key in self.coded:
                 parts = {role: self._read(n, *self._parts[n]) for role, n in self.coded[key].parts.items()}
                 tensors[key] = self.coded[key].make(parts, dtype)
+            elif key not in self.files:
+                tensors[key] = torch.zeros(self.shapes[key], dtype=dtype)
             else:
                 tensors[key] = self._read(key, self.files[key], self.places[key])
         return tensors
@@ -238,6 +243,8 @@ class Checkpoint:
             if name not in grouped and twin in grouped and grouped[twin].converter is None:
                 grouped[name] = grouped.pop(twin)
                 grouped[name].targets = [name]
+        if self.zero_biases:
+            self._add_biases(model, grouped)
         self.units = list(grouped.values())
         self._parameters = {name for name, _ in model.named_parameters()}
         found = {target for unit in self.units for target in unit.targets}
@@ -248,6 +255,21 @@ class Checkpoint:
             )
         for unit in self.units:
             self._check_shapes(unit, model, {name: tuple(wanted[name].shape) for name in unit.targets})
+
+    def _add_biases(self, model: PreTrainedModel, grouped: dict[str, Unit]) -> None:
+        """Zeros for biases that no file has, named and typed like the weights beside them."""
+        for name, parameter in model.named_parameters():
+            weight = grouped.get(name.removesuffix(".bias") + ".weight")
+            if (
+                name in grouped
+                or not name.endswith(".bias")
+                or weight is None
+                or weight.converter is not None
+            ):
+                continue
+            source = weight.sources[0].removesuffix(".weight") + ".bias"
+            grouped[name] = Unit([source], [name])
+            self.shapes[source], self.dtypes[source] = tuple(parameter.shape), self.dtypes[weight.sources[0]]
 
     def _check_shapes(
         self, unit: Unit, model: PreTrainedModel, expected: Mapping[str, tuple[int, ...]]

@@ -7,9 +7,9 @@ Here only parameters go to meta, each as it is registered, before anything initi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -110,8 +110,13 @@ def using_config(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def open_skeleton(
+    folder: Path, dtype: torch.dtype, changes: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """`build_skeleton` of what `config.json` in `folder` describes; a packed or quantised folder is taken as the dense one.
+
+    Args:
+        changes: settings that take the place of the file's.
 
     Raises:
         ModelError: it describes no decoder-only causal language model, or one that cannot be built.
@@ -121,4 +126,6 @@ def open_skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         if getattr(config, "quantization_config", None):
             dict(config.quantization_config)  # what is no mapping cannot be used
             del config.quantization_config  # weights are read unpacked and decoded
+        for key, value in (changes or {}).items():
+            setattr(config.get_text_config(), key, value)
         return build_skeleton(config, dtype)

@@ -230,6 +230,25 @@ class Stack:
         stored.copy_(weight_OI)
         return stored
 
+    def bias(self, linear: Linear) -> Tensor | None:
+        """A float32 copy `[out]` of the bias beside a weight, as stored; None where there is none, and for fused experts."""
+        key, held = self._bias(linear)
+        if held is None:
+            return None
+        return (self.stored[key] if self.checkpoint else held.data).to(self.device, torch.float32, copy=True)
+
+    def set_bias(self, linear: Linear, bias_O: Tensor) -> None:
+        """Give a linear that has a bias its new one, in the stored dtype and for forwards."""
+        key, held = self._bias(linear)
+        assert held is not None
+        held.data.copy_(bias_O)
+        if self.checkpoint:
+            self.stored[key].copy_(bias_O)
+
+    def _bias(self, linear: Linear) -> tuple[str, nn.Parameter | None]:
+        own = linear.module._parameters.get("bias") if linear.expert is None else None
+        return f"{linear.name}.bias", own
+
     # --- forwards ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

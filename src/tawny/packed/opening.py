@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["load", "loaded_bytes", "open_checkpoint", "open_stack"]
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,16 @@ def loaded_bytes(folder: Path) -> int:
     return file_bytes(folder) if is_packed(folder) else Checkpoint(folder).bytes_in(None)
 
 
-def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "cpu") -> Stack:
+def open_stack(
+    folder: Path,
+    compute: torch.dtype | None = None,
+    device: str = "cpu",
+    changes: Mapping[str, Any] | None = None,
+) -> Stack:
     """The checkpoint in `folder` as a stack; only what is outside the blocks is read.
+
+    Args:
+        changes: settings that take the place of config.json's; biases that only they ask for are zero.
 
     Raises:
         ModelError: not a decoder-only model, or a configuration that cannot be used.
@@ -49,7 +58,8 @@ def open_stack(folder: Path, compute: torch.dtype | None = None, device: str = "
     check_device(device)
     checkpoint = open_checkpoint(folder)
     dtype = compute or native_dtype()
-    return Stack(open_skeleton(folder, dtype), checkpoint, dtype, device)
+    checkpoint.zero_biases = bool(changes)
+    return Stack(open_skeleton(folder, dtype, changes), checkpoint, dtype, device)
 
 
 @opens_models

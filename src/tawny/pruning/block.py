@@ -18,6 +18,7 @@ from tawny.calibration.statistics import Statistics
 from tawny.calibration.suspended import can_suspend, in_lockstep
 from tawny.errors import NumericalError
 from tawny.kinds import Kind, kind_of
+from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern
@@ -48,9 +49,9 @@ class LoadedBlock:
         self.linears = self.job.by_block[self.index]
         self.outliers = OutlierCount(self.job.allocator.outlier_M, self.job.stack.look)
         self._prepared: tuple[Statistics, Any] | None = None
-        self._stage = 0
+        self.stage = 0
         self._advanced = False
-        self._solved: dict[str, Tensor] = {}
+        self.solved: dict[str, Tensor] = {}
         self.warned = len(self.session.record.warnings)  # what the record held before this block
 
     def aim(self) -> None:
@@ -62,6 +63,9 @@ class LoadedBlock:
     def stages(self) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
         """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
         order = self.job.recipe.order
+        if self.job.couplings:
+            yield from self._couplings(self.job.couplings[self.index])
+            return
         if self.stream is None:
             yield Stage(list(self.linears)), {}
             return
@@ -72,7 +76,7 @@ class LoadedBlock:
         if order == "data" and can_suspend(seen.stages, self.linears) and self._may_hold():
             yield from self._lockstep(self.stream, seen.stages)
             return
-        for self._stage, stage in enumerate(seen.stages):
+        for self.stage, stage in enumerate(seen.stages):
             if order == "data":
                 given = self._observe(stage.linears, self.job.needs).statistics
             else:
@@ -83,6 +87,25 @@ class LoadedBlock:
             # Solved; a Hessian nobody needs any more may be the largest thing in memory.
             self._prepared = None
             given.clear()
+
+    def _couplings(self, couplings: Sequence[Coupling]) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
+        """The couplings as stages; only what the solver looks at is observed."""
+        job = self.job
+        watched = {
+            c.name: list(c.linears) if job.member_solver.looks_at_rows else [c.consumer] for c in couplings
+        }
+        together = [linear for linears in watched.values() for linear in linears]
+        if job.recipe.order == "data":
+            groups = [(watched[c.name], [c]) for c in couplings]
+        else:
+            groups = [(together, list(couplings))]
+        for linears, some in groups:
+            seen = self._observe(linears, job.needs).statistics if self.stream is not None else {}
+            for coupling in some:
+                self.stage = couplings.index(coupling)
+                given = {x.name: seen.pop(x.name) for x in watched[coupling.name] if x.name in seen}
+                yield Stage(list(coupling.linears), coupling), given
+                given.clear()
 
     def _may_hold(self) -> bool:
         """Whether all forwards of the block may be suspended together."""
@@ -117,7 +140,7 @@ class LoadedBlock:
                 item = next(walk, None)
             if item is None:
                 return
-            self._stage = stages.index(item[0])
+            self.stage = stages.index(item[0])
             with self.session.clock("exchange"):
                 self.session.ranks.add(item[1])
             yield item
@@ -152,7 +175,7 @@ class LoadedBlock:
         job, session, notes, measured = self.job, self.session, {}, None
         try:
             with session.clock("solve"):
-                solution: Solution = job.solver.solve(
+                solution: Solution = job.weight_solver.solve(
                     W_OI,
                     statistics,
                     pattern_at(job.pattern, target),
@@ -161,13 +184,13 @@ class LoadedBlock:
                     grid=self._grid(linear),
                 )
             if job.recipe.refit:
-                measured = self._measure(W_OI, solution.weight, statistics, solution.lost)
+                measured = self.measure(W_OI, solution.weight, statistics, solution.lost)
             if measured is not None and measured[0] > 0:
                 assert statistics is not None and statistics.hessian is not None
                 notes["before_refit"] = measured[0]
                 with session.clock("refit"):
                     refitted, left = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
-                better = self._measure(W_OI, refitted, statistics, left)
+                better = self.measure(W_OI, refitted, statistics, left)
                 # Its damped objective and the error here are not quite the same thing.
                 if better[0] < measured[0]:
                     solution.weight, measured = refitted, better
@@ -192,17 +215,17 @@ class LoadedBlock:
             )
         session.progress.detail(f"solving {linear.name.removeprefix(job.stack.name(self.index) + '.')}", 0, 0)
         solution, measured, more = self.solution(linear, W_OI, known, target)
-        lost, kind = measured or self._measure(W_OI, solution.weight, known, solution.lost)
+        lost, kind = measured or self.measure(W_OI, solution.weight, known, solution.lost)
         stored = job.stack.set_weight(linear, solution.weight)
         if self.dense is not None:
-            self._solved[linear.name] = solution.weight
+            self.solved[linear.name] = solution.weight
         zeros = int((stored == 0).sum())
         session.record.linears.append(
             LinearRecord(
                 name=linear.name,
                 shape=linear.shape,
                 block=self.index,
-                stage=self._stage,
+                stage=self.stage,
                 target=target,
                 zeros=zeros,
                 sparsity=zeros / linear.numel,
@@ -233,7 +256,7 @@ class LoadedBlock:
             return blind_statistics(linear.shape[1], self.job.needs, self.job.stack.look(linear).device)
         return statistics
 
-    def _measure(
+    def measure(
         self, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None, lost: float | None = None
     ) -> tuple[float, str]:
         with self.session.clock("error"):
@@ -245,7 +268,7 @@ class LoadedBlock:
             return None
         if self._prepared is None or self._prepared[0] is not statistics:
             self._prepared = None
-            self._prepared = (statistics, self.job.solver.prepare(statistics))
+            self._prepared = (statistics, self.job.weight_solver.prepare(statistics))
         return self._prepared[1]
 
     def refine(self) -> None:
@@ -260,14 +283,14 @@ class LoadedBlock:
                 self.stream,
                 self.dense,
                 self.linears,
-                self._solved,
+                self.solved,
                 job.recipe.refine,
                 job.recipe.seed,
                 step=lambda done, total: session.progress.detail("refining", done, total),
                 dtype=DTYPES[job.recipe.dtype] if job.recipe.dtype else None,
                 kinds=self._few_bits(),
             )
-        self._solved = {}
+        self.solved = {}
         session.record.refined.append(asdict(made))
         if "finite" in made.stopped:
             name = job.stack.name(self.index)
@@ -325,7 +348,8 @@ def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:
 def blind_statistics(width: int, needs: Any, device: torch.device) -> Statistics:
     """Statistics that prefer no input over another."""
     hessian = torch.eye(width, device=device) if needs == "hessian" else None
-    return Statistics(0, torch.ones(width, device=device, dtype=torch.float64), hessian)
+    sums = torch.zeros(width, device=device, dtype=torch.float64)
+    return Statistics(0, torch.ones(width, device=device, dtype=torch.float64), hessian, sums)
 
 
 def relative_error(

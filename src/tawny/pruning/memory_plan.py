@@ -24,6 +24,7 @@ from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Samples
 from tawny.solvers.base import Solver
+from tawny.solvers.members import MemberSolver
 
 # What the interpreter holds with torch, transformers and a tokenizer, where it cannot be measured.
 _INTERPRETER = 380_000_000
@@ -121,7 +122,7 @@ class Demand:
 
     stack: Stack
     by_block: Sequence[Sequence[Linear]]
-    solver: Solver
+    solver: Solver | MemberSolver
     needs: Needs
     measuring: Measuring
     samples: int

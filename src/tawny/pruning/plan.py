@@ -7,6 +7,7 @@ machine shows on such products just now. Both are estimates and say so; sizes on
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tawny.pruning.profiling import spend
 from tawny.pruning.refine import holds_out
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
-from tawny.solvers.base import Solver
+from tawny.solvers.base import Work
 
 # Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.
 _OVERHEAD = 1.7
@@ -186,7 +187,14 @@ def seconds_of(job: Job) -> dict[str, float]:
         seconds["forward"] = 2 * tokens * forward
     if job.needs == "hessian":
         seconds["statistics"] = tokens * _seconds_a_token(stack)
-    seconds["solve"] = _solving(job.solver, infos, bool(recipe.values.names))
+    if job.couplings:
+        consumers = tuple(info for info in infos if info.name == info.coupling)
+        works = [job.member_solver.work] * (job.needs == "hessian")
+        seconds["solve"] = _solving(works, job.needs == "hessian", consumers)
+    else:
+        solver, grid = job.weight_solver, bool(recipe.values.names)
+        works = [solver.work] * (solver.needs == "hessian") + [solver.rounding] * grid
+        seconds["solve"] = _solving(works, solver.needs == "hessian", infos)
     if recipe.refit:
         seconds["refit"] = sum(2.0 * 12 * x.shape[0] * x.shape[1] ** 2 / exact for x in infos)
     if recipe.refine.epochs:
@@ -207,15 +215,14 @@ def _seconds_a_token(stack: Stack) -> float:
     return around * per_block * len(stack) / speed
 
 
-def _solving(solver: Solver, infos: tuple[LinearInfo, ...], rounds: bool) -> float:
+def _solving(works: Sequence[Work], exact_solver: bool, infos: tuple[LinearInfo, ...]) -> float:
     """Seconds of all solves."""
-    works = [solver.work, solver.rounding] if rounds else [solver.work]
     seconds = 0.0
-    for work in works if solver.needs == "hessian" else works[1:]:
+    for work in works:
         exact = measured_speed(torch.float32)
         rounded = measured_speed(native_dtype()) if work.rounded else exact
         a_row = work.tall / exact + work.rounded / rounded
         a_column = work.square / exact + work.rounded_square / rounded
         seconds += sum(2.0 * x.shape[1] ** 2 * (a_row * x.shape[0] + a_column * x.shape[1]) for x in infos)
         seconds += sum(x.numel for x in infos) * work.passes * _PASS
-    return seconds if solver.needs == "hessian" else seconds + sum(x.numel for x in infos) * 2e-8
+    return seconds if exact_solver else seconds + sum(x.numel for x in infos) * 2e-8

@@ -8,9 +8,10 @@ from __future__ import annotations
 __all__ = ["PROFILE_TOKENS", "Job", "decoded", "demand_of", "prepare", "profile_count"]
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,18 +19,21 @@ from torch import nn
 from tawny.allocation.profile import Allocator, LinearInfo
 from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
+from tawny.model.biases import bias_settings
 from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
+from tawny.model.couplings import Coupling, couple
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.source import resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
-from tawny.patterns import Pattern, check_pattern
+from tawny.patterns import AnyPattern, Members, Pattern, check_pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import Demand, Load
 from tawny.recipe.schema import Recipe
 from tawny.solvers.base import Solver
+from tawny.solvers.members import MemberSolver
 from tawny.words import size
 
 # Tokens after which the outlier shares of a model no longer move its sparsities by more than 0.005.
@@ -44,6 +48,9 @@ class Job:
         source: the model as it was named.
         folder: where its files are; None for a live module.
         by_block: the linears to prune, block by block.
+        budget_pattern: what the budget is spent in.
+        couplings: what their members belong to, block by block; empty where single weights go.
+        settings: what config.json will say otherwise, so that there are biases to compensate with.
     """
 
     recipe: Recipe
@@ -51,9 +58,36 @@ class Job:
     folder: Path | None
     stack: Stack
     by_block: Sequence[Sequence[Linear]]
-    pattern: Pattern
+    budget_pattern: AnyPattern
     allocator: Allocator
-    solver: Solver
+    solver: Solver | MemberSolver
+    couplings: Sequence[Sequence[Coupling]] = ()
+    settings: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which single weights may go.
+
+        Raises:
+            RecipeError: the recipe removes whole members.
+        """
+        if isinstance(self.budget_pattern, Members):
+            raise RecipeError(
+                f"this is done with single weights, and pattern {self.budget_pattern} removes none: choose another pattern"
+            )
+        return self.budget_pattern
+
+    @property
+    def weight_solver(self) -> Solver:
+        """The solver of single weights."""
+        assert not self.couplings
+        return cast(Solver, self.solver)
+
+    @property
+    def member_solver(self) -> MemberSolver:
+        """The solver of whole members."""
+        assert self.couplings
+        return cast(MemberSolver, self.solver)
 
     @property
     def needs(self) -> Needs:
@@ -68,7 +102,14 @@ class Job:
     @property
     def linears(self) -> tuple[LinearInfo, ...]:
         """All of them, as an allocator knows them before anything is measured."""
-        return tuple(LinearInfo(x.name, x.shape, i) for i, some in enumerate(self.by_block) for x in some)
+        coupled = {x.name: c for some in self.couplings for c in some for x in c.linears}
+        return tuple(
+            LinearInfo(x.name, x.shape, i, coupling=coupled[x.name].name, members=coupled[x.name].members)
+            if self.couplings
+            else LinearInfo(x.name, x.shape, i)
+            for i, some in enumerate(self.by_block)
+            for x in some
+        )
 
     @property
     def parameters(self) -> int:
@@ -96,6 +137,21 @@ def prepare(
         if changes and is_packed(folder):
             raise ModelError(f"{source} is packed; `tawny unpack` it first and prune the dense checkpoint")
         stack = open_stack(folder, _compute_dtype(recipe), device)
+    job = _chosen(recipe, str(source) if folder else type(source).__name__, folder, stack, changes)
+    if not (changes and folder is not None and job.couplings and job.member_solver.wants_bias):
+        return job
+    consumers = [
+        coupling.name for some in job.couplings for coupling in some if coupling.consumer.expert is None
+    ]
+    settings = bias_settings(stack, consumers)
+    if not settings:
+        return job
+    stack = open_stack(folder, _compute_dtype(recipe), device, settings)
+    return replace(_chosen(recipe, job.source, folder, stack, changes), settings=settings)
+
+
+def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, changes: bool) -> Job:
+    """The job on an open stack: its linears, or couplings, are chosen and checked."""
     every = [stack.linears(index) for index in range(len(stack))]
     by_block = [select(linears, recipe.include, recipe.exclude) for linears in every]
     chosen = [linear for linears in by_block for linear in linears]
@@ -104,8 +160,21 @@ def prepare(
     if changes:
         check_writable(chosen)
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
-    name = str(source) if folder else type(source).__name__
-    return Job(recipe, name, folder, stack, by_block, pattern, recipe.make_allocator(), recipe.make_solver())
+    couplings: list[list[Coupling]] = []
+    if isinstance(pattern, Members):
+        couplings = couple(stack, by_block, pattern.kinds)
+        by_block = [[linear for coupling in some for linear in coupling.linears] for some in couplings]
+    return Job(
+        recipe,
+        source,
+        folder,
+        stack,
+        by_block,
+        pattern,
+        recipe.make_allocator(),
+        recipe.make_solver(),
+        couplings,
+    )
 
 
 def decoded(checkpoint: Checkpoint | None) -> list[str]:

@@ -25,7 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.allocation.budget import given_nm, mixed_bits, mixed_nm, spread_in_blocks
+from tawny.allocation.budget import (
+    given_members,
+    given_nm,
+    mixed_bits,
+    mixed_nm,
+    spread_in_blocks,
+    whole_members,
+)
 from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Measuring, Profile
 from tawny.calibration.observe import Stage, observe
 from tawny.calibration.statistics import Statistics
@@ -34,7 +41,7 @@ from tawny.kinds import kind_of
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Stream
-from tawny.patterns import NM, Pattern
+from tawny.patterns import NM, AnyPattern, Members
 from tawny.pruning.prepare import Job, profile_count
 from tawny.pruning.session import Session
 
@@ -153,11 +160,11 @@ def with_stages(linears: Sequence[LinearInfo], stages: Mapping[str, str]) -> tup
 def allocate(
     allocator: Allocator,
     profile: Profile,
-    pattern: Pattern,
+    pattern: AnyPattern,
     sparsity: float,
     warnings: list[str] | None = None,
 ) -> Allocation:
-    """The allocator's decision; where the pattern is n:m, in whole steps of n.
+    """The allocator's decision; where the pattern is n:m, in whole steps of n, and where members go, in whole members.
 
     One n for each block, as in OWL's mixed n:8 (2310.05175), because finer ratios did worse (docs/allocators.md); only where
     somebody chose the numbers, each linear has its own.
@@ -168,6 +175,9 @@ def allocate(
     Raises:
         RecipeError: a chosen number is no whole n of m.
     """
+    if isinstance(pattern, Members):
+        wish = allocator.allocate(profile, sparsity)
+        return given_members(wish, profile) if allocator.as_given else whole_members(wish, profile, sparsity)
     if not isinstance(pattern, NM):
         return allocator.allocate(profile, sparsity)
     wish = allocator.allocate(profile, pattern.sparsity)
@@ -191,7 +201,7 @@ def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tupl
         if not values.kind and (set(kinds.values()) - set(values.of) or (values.of and not kinds)):
             has = ", ".join(sorted(set(kinds.values()))) or "no kinds"
             raise RecipeError(f"values.of is {list(values.of)}, and the allocation file has {has}")
-        return allocate(job.allocator, profile, job.pattern, recipe.sparsity, warnings), kinds
+        return allocate(job.allocator, profile, job.budget_pattern, recipe.sparsity, warnings), kinds
     by_bits = {kind_of(name).bits: name for name in values.of}
     wish = job.allocator.allocate(profile, 1 - values.mean / max(by_bits))
     bits = mixed_bits(wish, sizes, list(by_bits), values.mean)

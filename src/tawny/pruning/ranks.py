@@ -97,7 +97,8 @@ class Ranks(ProcessGroup):
             return
         for one in {id(statistics[name]): statistics[name] for name in sorted(statistics)}.values():
             tokens = torch.tensor(one.tokens, device=one.squared_norms.device)
-            self.sum([tokens, one.squared_norms if one.hessian is None else one.hessian])
+            sums = [] if one.sums is None else [one.sums]
+            self.sum([tokens, one.squared_norms if one.hessian is None else one.hessian, *sums])
             one.tokens = int(tokens)
             if one.hessian is not None:
                 one.round()

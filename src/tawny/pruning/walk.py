@@ -11,6 +11,7 @@ from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Statistics
 from tawny.model.streams import Stream
 from tawny.pruning.block import LoadedBlock
+from tawny.pruning.members import solve_members
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
 
@@ -58,7 +59,12 @@ def _stream(session: Session, walk: str, name: str, done: int) -> Stream:
 
 
 def solve_stage(block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics]) -> None:
-    """Solve every linear of a stage; of several processes each solves some, and tells the others."""
+    """Solve every linear of a stage; of several processes each solves some, and tells the others.
+
+    A coupling is solved by all of them, with the same numbers.
+    """
+    if stage.coupling is not None:
+        return solve_members(block, stage.coupling, statistics)
     ranks, exact = block.session.ranks, block.job.needs == "hessian"
     costs = [x.numel * x.shape[1] + x.shape[1] ** 3 / 3 if exact else x.numel for x in stage.linears]
     owners = ranks.owners(costs)

@@ -25,7 +25,7 @@ def write_rest(session: Session) -> None:
             session.journal.once("shards", lambda: _plan_shards(session))
         )
         session.output.carry(session.job.folder)
-        _say_dtype(session)
+        _say_settings(session)
     else:
         session.job.stack.model.save_pretrained(session.output.partial)
         session.record.bytes = sum(p.stat().st_size for p in session.output.partial.glob("*.safetensors"))
@@ -66,14 +66,16 @@ def _plan_shards(session: Session) -> list[dict[str, Any]]:
     )
 
 
-def _say_dtype(session: Session) -> None:
+def _say_settings(session: Session) -> None:
     checkpoint = session.job.stack.checkpoint
     assert session.output is not None and checkpoint is not None
     session.record.storage = session.job.recipe.dtype or str(checkpoint.storage_dtype).removeprefix("torch.")
-    if session.job.recipe.dtype is None:
+    if session.job.recipe.dtype is None and not session.job.settings:
         return
     path = session.output.partial / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = session.job.recipe.dtype
+    if session.job.recipe.dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = session.job.recipe.dtype
+    config.get("text_config", config).update(session.job.settings)
     session.output.write_text("config.json", json.dumps(config, indent=2) + "\n")

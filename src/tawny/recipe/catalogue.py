@@ -14,20 +14,23 @@ from tawny.allocation import ALLOCATORS
 from tawny.calibration.text import NAMED_TEXTS
 from tawny.recipe.files import named_recipes
 from tawny.recipe.schema import SECTIONS, Recipe, option_keys
-from tawny.solvers import SOLVERS
+from tawny.solvers import MEMBER_SOLVERS, SOLVERS
 
 _PATTERNS = {
     "unstructured": "any mask; the budget is kept per row or per matrix, as the solver's paper has it",
     "row": "any mask with the same count in every row",
     "matrix": "any mask with the count of the whole matrix",
     "2:4": "two kept of every four along the input, and so sparsity 0.5; any n:m whose m divides the width",
+    "channels": "whole channels of FFNs: `tawny slim` then makes a smaller dense model; solvers obs, flap, wanda, magnitude",
+    "heads": "whole key-value groups of attention with their query heads; the same solvers",
+    "channels+heads": "both under one budget",
 }
 _FILES = {"FILE.txt, FILE.jsonl": "your own; one document, or one a line under 'text' (also .gz)"}
 _KEYS = {
     "sparsity": "share of prunable weights to remove, in [0, 1)",
     "allocator": "how blocks share the budget, and its options",
     "solver": "how a linear is pruned, and its options",
-    "pattern": "which masks are legal",
+    "pattern": "which weights may go together",
     "calibration": "text, samples, seqlen, repeat, bos",
     "seed": "chooses the windows of text",
     "include": "globs of linears to prune, of all",
@@ -49,7 +52,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     return {
         "recipes": [{"name": name, "summary": _told(path)} for name, path in named_recipes().items()],
         "allocators": _registered(ALLOCATORS),
-        "solvers": _registered(SOLVERS),
+        "solvers": _registered({**SOLVERS, **MEMBER_SOLVERS}),
         "patterns": _described(_PATTERNS),
         "texts": _described({**NAMED_TEXTS, **_FILES}),
         "keys": [

@@ -89,7 +89,7 @@ def _options_of_all() -> list[str]:
 
 
 def _chosen(section: str, merged: Mapping[str, Any]) -> Any:
-    return merged[section].get("name") or default_name(section, merged.get("compat"))
+    return merged[section].get("name") or default_name(section, merged)
 
 
 def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -101,7 +101,9 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
     pairs = [(key.removesuffix(".name"), value) for key, value in changes]
     pairs = [("refit" if key == "solver.refit" else key, value) for key, value in pairs]
     seen: set[str] = set()
-    for key, value in sorted(pairs, key=lambda pair: (pair[0] != "compat", pair[0] not in NAMED)):
+    for key, value in sorted(
+        pairs, key=lambda pair: (pair[0] not in ("compat", "pattern"), pair[0] not in NAMED)
+    ):
         if key in SHORTHANDS:
             new = as_section(key, value)
             # An allocator or solver of another name has other options.

@@ -41,7 +41,7 @@ from tawny.errors import RecipeError, TawnyError, check_option, nearest, short
 from tawny.kinds import kind_of, names_of, scaled_kinds
 
 if TYPE_CHECKING:
-    from tawny.patterns import Pattern
+    from tawny.patterns import AnyPattern
     from tawny.solvers.grid import Grid
 
 T = TypeVar("T")
@@ -214,7 +214,8 @@ class Recipe:
         for section, kind in SECTIONS.items():
             values[section] = validated(kind, as_section(section, values.get(section)), "recipe key", section)
         for section in NAMED:
-            values[section] = _choice(section, as_section(section, values.get(section)), compat)
+            given = as_section(section, values.get(section))
+            values[section] = _choice(section, given, compat, default_name(section, values))
         values["values"] = _with_kinds(values["values"], values["allocator"])
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
         made = validated(cls, values, "recipe key")
@@ -227,6 +228,7 @@ class Recipe:
             raise RecipeError(
                 f"values.mean spends the budget in bits and sparsity {made.sparsity:g} spends it in zeros: leave one out"
             )
+        _check_members(made)
         return made
 
     def to_mapping(self) -> dict[str, Any]:
@@ -250,7 +252,7 @@ class Recipe:
     def make_solver(self) -> Any:
         return registry("solver")[self.solver.name](**self.solver.options)
 
-    def make_pattern(self) -> Pattern:
+    def make_pattern(self) -> AnyPattern:
         from tawny.patterns import parse_pattern
 
         return parse_pattern(self.pattern)
@@ -278,14 +280,30 @@ def registry(section: str) -> Mapping[str, Any]:
     """The classes that `allocator` or `solver` can name."""
     # Imported here: the numerics bring torch along, which the command line's help must not wait for.
     from tawny.allocation import ALLOCATORS
-    from tawny.solvers import SOLVERS
+    from tawny.solvers import MEMBER_SOLVERS, SOLVERS
 
-    registries: dict[str, Mapping[str, Any]] = {"allocator": ALLOCATORS, "solver": SOLVERS}
+    registries: dict[str, Mapping[str, Any]] = {
+        "allocator": ALLOCATORS,
+        "solver": {**SOLVERS, **MEMBER_SOLVERS},
+    }
     return registries[section]
 
 
-def default_name(section: str, compat: Any) -> str:
-    return (_OFFICIAL_NAMES if compat == "official" else _DEFAULT_NAMES)[section]
+def default_name(section: str, values: Mapping[str, Any]) -> str:
+    """The allocator or solver of a recipe, given as its keys, that names none."""
+    if section == "solver" and _removes_members(values.get("pattern")):
+        return "obs"
+    return (_OFFICIAL_NAMES if values.get("compat") == "official" else _DEFAULT_NAMES)[section]
+
+
+def _removes_members(pattern: Any) -> bool:
+    from tawny.errors import PatternError
+    from tawny.patterns import Members, parse_pattern
+
+    try:
+        return isinstance(pattern, str) and isinstance(parse_pattern(pattern), Members)
+    except PatternError:  # reported where it is read
+        return False
 
 
 def top_level_keys() -> list[str]:
@@ -343,8 +361,8 @@ def lift_refit(values: dict[str, Any]) -> None:
         values["solver"] = given
 
 
-def _choice(section: str, given: dict[str, Any], compat: Any) -> Choice:
-    name = given.pop("name", None) or default_name(section, compat)
+def _choice(section: str, given: dict[str, Any], compat: Any, default: str) -> Choice:
+    name = given.pop("name", None) or default
     if not isinstance(name, str) or name not in registry(section):
         raise unknown_name(section, name)
     known = option_keys(registry(section)[name])
@@ -399,6 +417,28 @@ def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
             "sparsity is missing: give the share of weights to remove, such as sparsity=0.6 (-s 0.6)"
         )
     return pattern, sparsity
+
+
+def _check_members(recipe: Recipe) -> None:
+    """Refuse a solver that does not know the pattern, and what whole members make pointless."""
+    from tawny.solvers import MEMBER_SOLVERS, SOLVERS
+
+    members = _removes_members(recipe.pattern)
+    known: Mapping[str, Any] = MEMBER_SOLVERS if members else SOLVERS
+    if recipe.solver.name not in known:
+        raise RecipeError(
+            f"solver {recipe.solver.name} does not remove {recipe.pattern if members else 'single weights'}: choose "
+            f"{', '.join(known)}, or another pattern than {recipe.pattern}"
+        )
+    if members and recipe.refit:
+        raise RecipeError(
+            f"refit is for masks of single weights, and {recipe.pattern} leave as a whole: leave it out (obs solves anew)"
+        )
+    if members and recipe.values.names:
+        raise RecipeError(
+            f"values {', '.join(recipe.values.names)} are for masks of single weights: prune {recipe.pattern}, `tawny slim`, then "
+            "`tawny pack --values`"
+        )
 
 
 def _share(value: Any) -> float | None:

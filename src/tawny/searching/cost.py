@@ -23,8 +23,8 @@ _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through 
 def solver_of_levels(settings: Settings, job: Job) -> tuple[str, Solver]:
     """What makes the solutions that are compared: `proxy`, or what the solver names as quick and alike."""
     own = job.recipe.solver.name
-    other = settings.proxy or job.solver.stand_in
-    return (own, job.solver) if other in ("", own) else (other, SOLVERS[other]())
+    other = settings.proxy or job.weight_solver.stand_in
+    return (own, job.weight_solver) if other in ("", own) else (other, SOLVERS[other]())
 
 
 def searched_windows(settings: Settings, held_out: int) -> int:

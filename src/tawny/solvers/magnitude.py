@@ -8,17 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tawny.patterns import Pattern, Scope
 from tawny.solvers.base import Needs, Seen, Solution, Solver, keep_highest, masked, on_grid, require_finite
 from tawny.solvers.grid import Grid
+from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 
 __all__ = ["Magnitude"]
 
 
 @dataclass(frozen=True)
-class Magnitude(Solver):
+class Magnitude(Solver, MemberSolver):
     """The smallest weights of each matrix go; no data needed.
 
     Score |W_ij|, Han et al. 2015 (1506.02626).
@@ -29,6 +31,7 @@ class Magnitude(Solver):
 
     needs: ClassVar[Needs] = "none"
     default_scope: ClassVar[Scope] = "matrix"
+    looks_at_rows: ClassVar[bool] = False
 
     def workspace(self, out: int, width: int) -> int:
         return 20 * out * width  # measured, what judges the result included
@@ -46,3 +49,12 @@ class Magnitude(Solver):
         # Zeros need no special care here: |0| is the lowest score there is.
         keep_OI = keep_highest(W_OI.abs(), pattern, sparsity, self.default_scope)
         return on_grid(Solution(masked(W_OI, keep_OI), keep_OI), grid, statistics)
+
+    def choose(self, coupled: Coupled, removed: int) -> Chosen:
+        """Members of the lowest sums of |W| go, over all their rows and columns."""
+        require_finite(coupled.weight, "weight")
+        scores_G = column_sums_of(coupled.weight.abs(), coupled.columns)
+        for producer in coupled.producers:
+            require_finite(producer.weight, "weight")
+            scores_G += producer.weight.abs().sum(1, dtype=torch.float64)[producer.rows].sum(1)
+        return chosen(coupled, scores_G, removed)

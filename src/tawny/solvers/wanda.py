@@ -27,12 +27,13 @@ from tawny.solvers.base import (
     require_finite,
 )
 from tawny.solvers.grid import Grid
+from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 
 __all__ = ["Wanda"]
 
 
 @dataclass(frozen=True)
-class Wanda(Solver):
+class Wanda(Solver, MemberSolver):
     """Small weights on quiet inputs go, row by row; fast, no update.
 
     Score |W_ij|·‖X_j‖₂, Sun et al. 2023 (2306.11695).
@@ -46,6 +47,7 @@ class Wanda(Solver):
 
     needs: ClassVar[Needs] = "norms"
     default_scope: ClassVar[Scope] = "row"
+    looks_at_rows: ClassVar[bool] = True
 
     def workspace(self, out: int, width: int) -> int:
         return 20 * out * width  # measured, what judges the result included
@@ -75,3 +77,13 @@ class Wanda(Solver):
             zeros_first(scores_OI, W_OI)
             keep_OI = keep_highest(scores_OI, pattern, sparsity, self.default_scope)
         return on_grid(Solution(masked(W_OI, keep_OI), keep_OI), grid, statistics)
+
+    def choose(self, coupled: Coupled, removed: int) -> Chosen:
+        """Members of the lowest sums of scores go, over all their rows and columns."""
+        require_finite(coupled.weight, "weight")
+        scores_G = column_sums_of(coupled.weight.abs().mul_(input_norms(coupled.seen)), coupled.columns)
+        for producer in coupled.producers:
+            require_finite(producer.weight, "weight")
+            rows_O = (producer.weight.abs() @ input_norms(producer.seen)).double()
+            scores_G += rows_O[producer.rows].sum(1)
+        return chosen(coupled, scores_G, removed)

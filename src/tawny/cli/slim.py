@@ -1,0 +1,57 @@
+"""`tawny slim`: the smaller dense checkpoint that is left without zero channels and heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tawny.cli.common import console_for
+from tawny.cli.frames import Frame, Result, facts
+from tawny.cli.options import OUTPUT, AsJson, Model, Overwrite, TrustRemoteCode, folder_named, option
+from tawny.cli.root import verb
+from tawny.words import duration, size
+
+
+@verb(
+    "tawny slim pruned --out slim",
+    "tawny slim pruned --out slim --overwrite --json",
+    "tawny pack slim --out packed --values int8",
+)
+def slim(
+    model: Model,
+    *,
+    out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cut the zero channels and heads out of MODEL, and write the smaller dense checkpoint."""
+    with console_for(as_json) as console:
+        import tawny
+
+        with console.progress() as progress:
+            report = tawny.slim(
+                model, out, overwrite=overwrite, progress=progress, trust_remote_code=trust_remote_code
+            )
+        console.result(report.to_dict(), slim_tables)
+
+
+def slim_tables(report: Result) -> list[Frame]:
+    ranges = {}
+    for key in sorted({key for block in report["widths"] for key in block}):
+        values = [block[key] for block in report["widths"] if key in block]
+        ranges[key] = f"{values[0]}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+    opens = (
+        "plain transformers, and whatever opens the source"
+        if report["same_widths"]
+        else "tawny, and transformers after `import tawny`: blocks differ in width"
+    )
+    rows = [
+        ("parameters", f"{report['parameters']:,} of {report['source_parameters']:,}"),
+        ("size", f"{size(report['bytes'])} from {size(report['source_bytes'])}"),
+        ("widths", ", ".join(f"{key} {text}" for key, text in ranges.items())),
+        ("logits", f"{report['apart']:.1g} apart from the source's"),
+        ("opens in", opens),
+        ("time", duration(report["seconds"])),
+        ("written", report["out"]),
+    ]
+    return [facts(rows)]

@@ -1,0 +1,105 @@
+"""Solve one coupling of a loaded block: who leaves, the consumer's new weight, and zeros where members were."""
+
+from __future__ import annotations
+
+__all__ = ["solve_members"]
+
+import time
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tawny.calibration.statistics import Statistics
+from tawny.errors import NumericalError
+from tawny.model.couplings import Coupling
+from tawny.model.linears import Linear
+from tawny.pruning.block import LoadedBlock
+from tawny.record import LinearRecord
+from tawny.solvers.base import Seen
+from tawny.solvers.members import Chosen, Coupled, Producer
+
+
+def solve_members(block: LoadedBlock, coupling: Coupling, statistics: Mapping[str, Statistics]) -> None:
+    """Remove the members that the allocation asks for, and record what became of every linear."""
+    session, stack, start = block.session, block.job.stack, time.perf_counter()
+    consumer = coupling.consumer
+    block.outliers.see(coupling.linears, statistics, dense=False)
+    session.progress.detail(f"solving {consumer.name.removeprefix(stack.name(block.index) + '.')}", 0, 0)
+    seen = {linear.name: _known(block, linear, statistics) for linear in coupling.linears}
+    removed = round(block.allocation[consumer.name] * coupling.members)
+    with session.clock("solve"):
+        W_OI, made = _choose(block, coupling, seen, removed)
+    gone_G = ~made.keep.cpu()
+    weights = {consumer.name: (W_OI, made.weight)}
+    for rows in coupling.producers:
+        dense_OI = stack.weight(rows.linear)
+        gone_R = rows.index_GR[gone_G].flatten().to(dense_OI.device)
+        weights[rows.linear.name] = dense_OI, dense_OI.index_fill(0, gone_R, 0.0)
+        bias_O = stack.bias(rows.linear)
+        if bias_O is not None:
+            stack.set_bias(rows.linear, bias_O.index_fill_(0, gone_R, 0.0))
+    bias_O = stack.bias(consumer)
+    if bias_O is not None and made.shift is not None:
+        stack.set_bias(consumer, bias_O + made.shift)
+    elif made.shift is not None and removed:
+        session.record.warnings.append(
+            f"{consumer.name} has no bias to compensate with, and {type(stack.model).__name__} no setting that gives it one"
+        )
+    for linear in coupling.linears:
+        dense_OI, pruned_OI = weights[linear.name]
+        lost, kind = block.measure(dense_OI, pruned_OI, seen[linear.name])
+        stored = stack.set_weight(linear, pruned_OI)
+        if block.dense is not None:
+            block.solved[linear.name] = pruned_OI
+        zeros = int((stored == 0).sum())
+        session.record.linears.append(
+            LinearRecord(
+                name=linear.name,
+                shape=linear.shape,
+                block=block.index,
+                stage=block.stage,
+                target=block.allocation[linear.name],
+                zeros=zeros,
+                sparsity=zeros / linear.numel,
+                pattern=coupling.kind,
+                error=lost,
+                error_kind=kind,
+                seconds=round(time.perf_counter() - start, 4) if linear is consumer else 0.0,
+                notes={"removed": removed, "members": coupling.members, **made.notes}
+                if linear is consumer
+                else {},
+            )
+        )
+
+
+def _known(block: LoadedBlock, linear: Linear, statistics: Mapping[str, Statistics]) -> Seen:
+    seen = statistics.get(linear.name)
+    known = block.known(linear, seen)
+    if known is not seen:
+        block.session.record.warnings.append(
+            f"{linear.name} saw no calibration token; its weights alone decided"
+        )
+    return known
+
+
+def _choose(
+    block: LoadedBlock, coupling: Coupling, seen: Mapping[str, Seen], removed: int
+) -> tuple[Tensor, Chosen]:
+    """The consumer's dense weight, and the solver's choice."""
+    stack, consumer = block.job.stack, coupling.consumer
+    W_OI = stack.weight(consumer)
+    producers = [
+        Producer(stack.weight(x.linear), seen[x.linear.name], x.index_GR.to(W_OI.device))
+        for x in coupling.producers
+    ]
+    coupled = Coupled(
+        W_OI,
+        seen[consumer.name],
+        coupling.columns_GC.to(W_OI.device),
+        producers,
+        stack.bias(consumer) is not None,
+    )
+    try:
+        return W_OI, block.job.member_solver.choose(coupled, removed)
+    except NumericalError as error:
+        raise NumericalError(f"{consumer.name} {list(consumer.shape)}: {error}") from error

@@ -1,0 +1,1 @@
+"""A smaller dense checkpoint from one whose channels and heads are zero."""

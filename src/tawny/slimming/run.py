@@ -1,0 +1,238 @@
+"""`tawny slim`: cut out the channels and heads that are zero, and write a smaller dense checkpoint.
+
+Blocks are read, cut and written one at a time. The rows and columns of a member go together (model/couplings.py), biases of the
+rows too; what is left keeps its numbers and its order, so the result computes what the source does. That is proven at
+the end, by logits of both on the same tokens. Where all blocks have the same widths the result is an ordinary checkpoint; where
+they differ, its config.json says so block by block.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Slimmed", "slim"]
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.errors import ModelError, UserError
+from tawny.model.checkpoint import file_bytes, is_packed
+from tawny.model.couplings import Coupling, find_couplings
+from tawny.model.linears import Linear
+from tawny.model.output import OutputFolder
+from tawny.model.own_blocks import KEY
+from tawny.model.source import resolve
+from tawny.model.stack import Stack
+from tawny.model.structure import evaluating
+from tawny.model.trust import opens_models
+from tawny.packed.opening import open_stack
+from tawny.progress import Progress, silent
+from tawny.slimming.widths import described, settings_of_block
+
+_TOKENS = 32
+_CLOSE = 1e-3  # of the logits: sums of fewer numbers are added up in another order
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """What became smaller.
+
+    Attributes:
+        widths: of each block, what config.json calls each width.
+        same_widths: all blocks have the same, so that the result is an ordinary checkpoint.
+        apart: ‖logits − logits of the source‖ / ‖logits of the source‖, in float32.
+    """
+
+    source: str
+    out: str
+    parameters: int
+    source_parameters: int
+    bytes: int
+    source_bytes: int
+    widths: list[dict[str, int]]
+    same_widths: bool
+    apart: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@opens_models
+def slim(
+    source: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+) -> Slimmed:
+    """Cut the zero channels and heads out of a checkpoint, and write the smaller dense one.
+
+    Args:
+        source: a folder that `tawny prune -p channels+heads` wrote, or another checkpoint with whole zero members.
+        out: folder to write.
+        overwrite: replace an existing `out`, once the new one is complete.
+        progress: told how far the work is.
+        trust_remote_code: let code that lies in a model's folder run.
+
+    Raises:
+        ModelError: nothing whole is zero, a width cannot be said in config.json, or a parameter would have to shrink that no
+            coupling knows.
+        OutputError: `out` exists or cannot be written.
+    """
+    started = time.perf_counter()
+    folder = resolve(source, progress.say)
+    if is_packed(folder):
+        raise ModelError(f"{source} is packed; `tawny unpack` it first and slim the dense checkpoint")
+    stack = open_stack(folder, torch.float32)
+    output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
+    try:
+        with torch.no_grad(), evaluating(stack.model):
+            widths, expected = _cut(stack, output, progress)
+            blocks = [f"{index:05d}" for index in range(len(stack))]
+            total = output.assemble(output.plan_shards(["outside", *blocks]))
+            output.carry(folder)
+            raw = json.loads((output.partial / "config.json").read_text(encoding="utf-8"))
+            config = described(stack.config.get_text_config(), raw, widths)
+            output.write_text("config.json", json.dumps(config, indent=2) + "\n")
+            made, apart = _opened(output.partial, expected, str(source))
+        report = Slimmed(
+            source=str(source),
+            out=str(out),
+            parameters=made,
+            source_parameters=sum(p.numel() for p in stack.model.parameters()),
+            bytes=total,
+            source_bytes=file_bytes(folder),
+            widths=widths,
+            same_widths=KEY not in config,
+            apart=apart,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        output.write_text("slim.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        output.finish()
+    finally:
+        output.discard()
+    return report
+
+
+def _cut(stack: Stack, output: OutputFolder, progress: Progress) -> tuple[list[dict[str, int]], Tensor]:
+    """Write the tensors of every block without its zero members, and the rest; the widths, and logits of the source."""
+    checkpoint = stack.checkpoint
+    assert checkpoint is not None
+    couplings = find_couplings(stack)
+    widths, zeros, removed = [], 0, 0
+    inside: set[str] = set()
+    tokens_BT, hidden, calls = _begin(stack)
+    progress.phase("cutting", len(stack))
+    for index in range(len(stack)):
+        with stack.block(index):
+            hidden = stack.forward(index, hidden, calls[index])
+            parameters = dict(stack.stored)
+            kept = [_kept(stack, coupling) for coupling in couplings[index]]
+            _cut_block(stack, couplings[index], kept, parameters)
+            counts = [int(keep.sum()) for keep in kept]
+            zeros += sum(int((stack.look(x) == 0).sum()) for x in stack.linears(index))
+            removed += sum(len(keep) - count for keep, count in zip(kept, counts, strict=True))
+            widths.append(settings_of_block(stack.config.get_text_config(), couplings[index], counts))
+            tensors: dict[str, Tensor] = {}
+            for unit in checkpoint.units_of(stack.name(index)):
+                tensors |= checkpoint.store(unit, {k: parameters[k] for k in unit.targets}, stack.model)
+                inside.update(unit.sources)
+            output.write_block(f"{index:05d}", tensors)
+        progress.step(stack.name(index))
+    if not removed:
+        raise ModelError(
+            f"{checkpoint.folder} holds no channel or head that is zero as a whole ({zeros:,} of its weights are zero, one by one): "
+            "prune with -p channels+heads first, or `tawny pack` it"
+        )
+    output.write_outside("outside", checkpoint, [key for key in checkpoint.files if key not in inside], None)
+    return widths, stack.logits(tokens_BT, hidden)
+
+
+def _kept(stack: Stack, coupling: Coupling) -> Tensor:
+    """[G] bool: members that the consumer reads.
+
+    Raises:
+        ModelError: it reads none.
+    """
+    read_I = (stack.look(coupling.consumer) != 0).any(0).cpu()
+    keep_G = read_I[coupling.columns_GC].any(1)
+    if not bool(keep_G.any()):
+        raise ModelError(
+            f"{coupling.name} reads none of its {coupling.members} {coupling.kind}: a block keeps one of them at least; "
+            "prune less of it"
+        )
+    return keep_G
+
+
+def _cut_block(
+    stack: Stack, couplings: Sequence[Coupling], kept: Sequence[Tensor], parameters: dict[str, Tensor]
+) -> None:
+    """Leave in `parameters`, by name, what is kept of each member's rows and columns."""
+    parts: dict[str, dict[int, Tensor]] = {}  # of fused experts, put together at the end
+
+    def replace(linear: Linear, dim: int, index: Tensor) -> None:
+        whole = linear.view(stack.stored[linear.key])
+        # One linear can lose rows to one coupling and columns to another.
+        before = parts.get(linear.key, {}).get(linear.expert or 0, whole)
+        cut = before.index_select(dim, index.to(before.device))
+        parts.setdefault(linear.key, {})[linear.expert or 0] = cut
+        bias = f"{linear.name}.bias"
+        if dim == 0 and linear.expert is None and bias in parameters:
+            parameters[bias] = parameters[bias].index_select(0, index.to(before.device))
+
+    by_key: dict[str, Linear] = {}
+    for coupling, keep_G in zip(couplings, kept, strict=True):
+        for rows in coupling.producers:
+            replace(rows.linear, 0, rows.index_GR[keep_G].flatten().sort().values)
+        replace(coupling.consumer, 1, coupling.columns_GC[keep_G].flatten())
+        by_key |= {linear.key: linear for linear in coupling.linears}
+    for key, cut in parts.items():
+        made = [part.T if by_key[key].transposed else part for _, part in sorted(cut.items())]
+        if by_key[key].expert is None:
+            parameters[key] = made[0].contiguous()
+            continue
+        if len({part.shape for part in made}) > 1:
+            raise ModelError(
+                f"experts of {key} lost different numbers of channels, and one tensor holds them all: prune with -a uniform"
+            )
+        parameters[key] = torch.stack(made)
+
+
+def _begin(stack: Stack) -> tuple[Tensor, Tensor, Sequence[Any]]:
+    """Some tokens, what the first block receives for them, and what each block is called with."""
+    vocabulary = int(stack.config.get_text_config().vocab_size)
+    tokens_BT = (torch.arange(_TOKENS) * 7919 % vocabulary)[None]
+    return tokens_BT, stack.enter(tokens_BT), stack.calls(tokens_BT)
+
+
+def _opened(folder: Path, expected: Tensor, source: str) -> tuple[int, float]:
+    """Open what was written and compare its logits; its parameters, and how far they are apart.
+
+    Raises:
+        ModelError: it does not open, or computes something else.
+    """
+    try:
+        stack = open_stack(folder, torch.float32)
+    except UserError as error:
+        raise ModelError(
+            f"config.json cannot say the widths that {source} would have ({error}); prune channels only, or to another sparsity"
+        ) from error
+    tokens_BT, hidden, calls = _begin(stack)
+    for index in range(len(stack)):
+        with stack.block(index):
+            hidden = stack.forward(index, hidden, calls[index])
+    logits = stack.logits(tokens_BT, hidden)
+    apart = float((logits - expected).norm() / expected.norm())
+    if not apart <= _CLOSE:
+        raise ModelError(
+            f"the slim model computes something else than {source} (logits are {apart:.2g} apart): a part of it depends on how many "
+            "heads or channels there are; leave it as it is"
+        )
+    return sum(p.numel() for p in stack.model.parameters()), apart

@@ -1,0 +1,138 @@
+"""OBS of whole members: the one that costs least leaves, the others make up for it, and so on; then all are solved anew.
+
+The optimal brain surgeon for structures: ZipLM (Kurtić 2023, NeurIPS, 2302.04089), SlimGPT (Ling 2024, NeurIPS, 2412.18110),
+OSSCAR (Meng 2024, ICML, 2403.12983). With H = XᵀX of the consumer's inputs and S the columns of a member, taking the member away
+costs at least
+
+    tr(W_S [(H⁻¹)_SS]⁻¹ W_Sᵀ)   of squared output error, if   W −= W_S [(H⁻¹)_SS]⁻¹ (H⁻¹)_S,:   makes up for it,
+
+after which H⁻¹ −= (H⁻¹)_:,S [(H⁻¹)_SS]⁻¹ (H⁻¹)_S,: is the inverse for what is left. Members leave one after another, or a few of the
+cheapest at once where they are many: taking a few together is exact too, only their order is not asked again in between.
+At the end the kept columns are W_k = (W H)_k H_kk⁻¹, free of what rounding added up. If the consumer has a bias, H is
+the covariance: then what is lost on average costs nothing, and b += (W − W')·mean(X).
+
+Shapes: G = members still there, C = columns of a member, O = out, I = in, S = columns that leave together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tawny.calibration.statistics import Needs
+from tawny.errors import NumericalError, check_option
+from tawny.solvers.base import input_hessian, require_finite
+from tawny.solvers.inverse import invert
+from tawny.solvers.members import Chosen, Coupled, MemberSolver, input_moments
+
+__all__ = ["Obs"]
+
+_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Obs(MemberSolver):
+    """Channels and heads that cost least go, one after another, and the rest makes up for each.
+
+    Cost tr(W_S [(H⁻¹)_SS]⁻¹ W_Sᵀ), H = XᵀX + damp·mean(diag)·I, Kurtić et al. 2023 (2302.04089).
+
+    Raises:
+        RecipeError: an option is out of range.
+        NumericalError: a number is not finite, or the Hessian has no inverse even with 1000 times the damping.
+        ValueError: no Hessian was given.
+    """
+
+    damp: float = 0.01
+    group: int = 16  # columns that leave together
+    bias: bool = False  # give consumers without a bias one
+
+    needs: ClassVar[Needs] = "hessian"
+    looks_at_rows: ClassVar[bool] = False
+
+    @property
+    def wants_bias(self) -> bool:
+        return self.bias
+
+    def __post_init__(self) -> None:
+        check_option(0 <= self.damp <= 1e6, "solver.damp", self.damp, "a number in [0, 1e6], such as 0.01")
+        columns = "a positive number of columns below 2**31, such as 16"
+        check_option(1 <= self.group < 2**31, "solver.group", self.group, columns)
+
+    def choose(self, coupled: Coupled, removed: int) -> Chosen:
+        W_OI, columns_GC = coupled.weight, coupled.columns
+        require_finite(W_OI, "weight")
+        hessian_II, mean_I = input_hessian(coupled.seen), None
+        if coupled.biased and coupled.seen is not None and coupled.seen.tokens:
+            mean_I = input_moments(coupled.seen)[0].float()
+            hessian_II = torch.addr(hessian_II, mean_I, mean_I, alpha=-coupled.seen.tokens)
+        H_II, inverse_II, damp = self._inverse(hessian_II)
+        keep_G = torch.ones(len(columns_GC), dtype=torch.bool, device=W_OI.device)
+        if removed:
+            gone_G = _leave(
+                W_OI.clone(), inverse_II, columns_GC, removed, max(1, self.group // columns_GC.shape[1])
+            )
+            keep_G[gone_G] = False
+        del inverse_II
+        kept_K = columns_GC[keep_G].flatten().sort().values
+        weight_OI = torch.zeros_like(W_OI)
+        if removed:
+            factor_KK = torch.linalg.cholesky(H_II[kept_K][:, kept_K])
+            weight_OI[:, kept_K] = torch.cholesky_solve((W_OI @ H_II[:, kept_K]).T, factor_KK).T
+        else:
+            weight_OI.copy_(W_OI)
+        require_finite(weight_OI, "pruned weight")
+        shift_O = None if mean_I is None else (W_OI - weight_OI) @ mean_I
+        return Chosen(keep_G, weight_OI, shift_O, {"damp": damp})
+
+    def _inverse(self, hessian_II: Tensor) -> tuple[Tensor, Tensor, float]:
+        """H with damping, its inverse, and the damping that was needed; an input that never fired gets the mean."""
+        energy_I = hessian_II.diagonal()
+        mean, damp = float(energy_I.mean()) or 1.0, self.damp
+        for _ in range(1 + _RETRIES):
+            H_II = hessian_II.to(torch.float32, copy=True)
+            H_II.diagonal().add_(damp * mean).add_(energy_I <= 0, alpha=mean)
+            inverse_II = invert(H_II.clone())
+            if inverse_II is not None:
+                return H_II, inverse_II, damp
+            damp = max(damp * 10, 1e-4)
+        raise NumericalError(
+            f"the Hessian {list(hessian_II.shape)} has no inverse even with damping {damp / 10:g}; use more calibration "
+            "samples or a larger solver.damp"
+        )
+
+
+def _leave(W_OI: Tensor, inverse_II: Tensor, columns_GC: Tensor, removed: int, together: int) -> Tensor:
+    """The members that leave, `together` at a time; W and H⁻¹ are changed in place."""
+    left_G = torch.arange(len(columns_GC), device=W_OI.device)
+    gone: list[Tensor] = []
+    while removed:
+        scores_G = _costs(W_OI, inverse_II, columns_GC[left_G])
+        if not bool(torch.isfinite(scores_G).all()):
+            raise NumericalError("the cost of a member is NaN or infinite")
+        lowest = scores_G.argsort(stable=True)[: min(together, removed)]
+        S = columns_GC[left_G[lowest]].flatten()
+        gone.append(left_G[lowest])
+        stays_G = torch.ones_like(left_G, dtype=torch.bool)
+        stays_G[lowest] = False
+        left_G = left_G[stays_G]
+        removed -= len(lowest)
+        rows_SI = torch.linalg.solve(inverse_II[S][:, S], inverse_II[S])
+        W_OI -= W_OI[:, S] @ rows_SI
+        inverse_II -= inverse_II[:, S] @ rows_SI
+    return torch.cat(gone)
+
+
+def _costs(W_OI: Tensor, inverse_II: Tensor, columns_GC: Tensor) -> Tensor:
+    """[G]: what taking each member away would cost."""
+    if columns_GC.shape[1] == 1:
+        columns_G = columns_GC[:, 0]
+        return W_OI[:, columns_G].square().sum(0) / inverse_II.diagonal()[columns_G]
+    costs = []
+    for S in columns_GC:
+        factor_SS = torch.linalg.cholesky(inverse_II[S][:, S])
+        # W_S [(H⁻¹)_SS]⁻¹ W_Sᵀ = (L⁻¹ W_Sᵀ)ᵀ (L⁻¹ W_Sᵀ)
+        costs.append(torch.linalg.solve_triangular(factor_SS, W_OI[:, S].T, upper=False).square().sum())
+    return torch.stack(costs)

@@ -1,0 +1,99 @@
+"""From zero members to a smaller checkpoint: what it computes, who opens it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tawny
+from tawny.errors import ModelError
+from tawny.model import own_blocks
+from tests.tiny import tiny_model, tokens
+
+KEYS = {"sparsity": 0.3, "pattern": "channels+heads"}
+
+
+def logits(folder) -> torch.Tensor:
+    with torch.no_grad():
+        return tawny.load(folder, dtype="float32")(tokens(2, 16)).logits
+
+
+def pruned(folder, out, **keys):
+    return tawny.prune(folder, out, **{**KEYS, "calibration": tokens(4, 24), **keys})
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slim") / "dense"
+    sizes = {"hidden_size": 48, "intermediate_size": 600, "num_attention_heads": 8, "num_key_value_heads": 4}
+    tiny_model("llama", **sizes).save_pretrained(folder)
+    return folder
+
+
+def test_equal_widths_are_an_ordinary_checkpoint_that_computes_the_same(dense, tmp_path, run):
+    record = pruned(dense, tmp_path / "pruned", allocator="uniform")
+    assert record.recipe["solver"]["name"] == "obs" and {x.pattern for x in record.linears} == {
+        "channels",
+        "heads",
+    }
+    code, out, err = run("slim", tmp_path / "pruned", "--out", tmp_path / "slim", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["same_widths"] and report["apart"] < 1e-3, err
+    assert report["parameters"] == sum(p.numel() for p in tawny.load(tmp_path / "slim").parameters())
+    removed = record.zeros - sum((x.zeros for x in record.linears if x.sparsity < x.target), 0)
+    assert report["source_parameters"] - report["parameters"] == pytest.approx(removed, rel=0.02)
+    assert torch.allclose(logits(tmp_path / "slim"), logits(tmp_path / "pruned"), atol=1e-3)
+    config = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "per_layer_config" not in config
+
+
+def test_different_widths_open_through_tawny_and_nothing_else_makes_weights_up(dense, tmp_path, monkeypatch):
+    pruned(dense, tmp_path / "pruned", allocator="atp", solver="flap", order="data")
+    report = tawny.slim(tmp_path / "pruned", tmp_path / "slim")
+    assert not report.same_widths and len({tuple(block.items()) for block in report.widths}) == 3
+    expected = logits(tmp_path / "pruned")
+    assert torch.allclose(logits(tmp_path / "slim"), expected, atol=1e-3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", dtype=torch.float32)
+    made = model.generate(tokens(1, 8), max_new_tokens=4, do_sample=False)
+    assert made.shape[1] > 8
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "slim"))
+    tawny.pack(tmp_path / "slim", tmp_path / "packed", values="int8")
+    assert (logits(tmp_path / "packed") - expected).norm() < 0.3 * expected.norm()
+    monkeypatch.setattr(own_blocks, "_build_own", lambda model: None)  # as transformers alone
+    with pytest.raises(RuntimeError, match=r"mismatch|shape"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(dense, tmp_path, monkeypatch):
+    whole = pruned(dense, tmp_path / "whole")
+    from tawny.pruning import run as pruning
+
+    commits = []
+
+    def stop(session, blocks, streams):
+        kept(session, blocks, streams)
+        commits.append(blocks)
+        raise KeyboardInterrupt
+
+    kept = pruning._commit
+    monkeypatch.setattr(pruning, "_commit", stop)
+    monkeypatch.setattr("tawny.pruning.journal.Journal.due", lambda self: True)
+    with pytest.raises(tawny.errors.Interrupted):
+        pruned(dense, tmp_path / "cut")
+    monkeypatch.undo()
+    assert commits == [1] and pruned(dense, tmp_path / "cut").files == whole.files
+
+
+def test_what_is_not_zero_as_a_whole_is_refused(dense, tmp_path, run):
+    tawny.prune(dense, tmp_path / "pruned", sparsity=0.5, solver="magnitude", allocator="uniform")
+    code, _, err = run("slim", tmp_path / "pruned", "--out", tmp_path / "slim")
+    assert code == 2 and "no channel or head that is zero as a whole" in err and err.count("error:") == 1
+    assert not (tmp_path / "slim").exists()
+    code, _, err = run("prune", dense, "--out", tmp_path / "none", "-s", 0.3, "-p", "heads", "-m", "alps")
+    assert code == 2 and "choose obs, flap, wanda, magnitude" in err
+    with pytest.raises(ModelError, match="packed"):
+        tawny.slim(tawny.pack(dense, tmp_path / "packed").out, tmp_path / "slim")
