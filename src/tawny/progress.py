@@ -14,6 +14,9 @@ class Progress(Protocol):
     def step(self, text: str) -> None:
         """One step of the phase is done."""
 
+    def at(self, done: int, left: float) -> None:
+        """`done` steps of the phase are done and it takes `left` seconds more, which the mean so far would not tell."""
+
     def detail(self, text: str, done: int, total: int) -> None:
         """What happens inside the current step; `total` 0 when it cannot be counted."""
 
@@ -27,7 +30,7 @@ class Silent:
     def phase(self, *_: Any, **__: Any) -> None:
         pass
 
-    step = detail = say = phase
+    step = at = detail = say = phase
 
 
 silent: Progress = Silent()

@@ -147,9 +147,68 @@ def test_a_slow_teacher_is_asked_for_no_more_than_the_minutes_have_room_for(monk
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock))
     longer = 40 * SHORT["tokens"]
     record = recover_live(pruned, dense, text=tokens(64), minutes=0.06, tokens=longer)
-    assert record.stopped == "minutes" and len(asked[0])
+    assert record.stopped == "minutes"
     # At 0.05 s a window a step of 4 takes 0.8 s with all its forwards: 3.6 s have room for five, of sixteen in all.
-    assert 0 < len(asked[1]) <= 5 * 4
+    held_out, ahead = asked[: record.text["held_out"]], asked[record.text["held_out"]]
+    assert all(len(rows) == 1 for rows in held_out) and 0 < len(ahead) <= 5 * 4
+
+
+@pytest.mark.parametrize("seconds", [0.6, 6.0, 60.0])
+def test_time_given_is_time_trained_and_a_tenth_measures(monkeypatch, seconds):
+    """Forwards of a window take 0.1 s, steps 0.5 s: 64 held-out windows would take all of the shorter times."""
+    dense, pruned = dense_and_pruned()
+    losses, gradients, now, left = Training._losses, Training._gradients, [0.0], []
+
+    def measured(self, windows):
+        now[0] += 0.1 * len(windows)
+        return losses(self, windows)
+
+    def trained(self, rows):
+        now[0] += 0.5
+        return gradients(self, rows)
+
+    class Sees(Silent):
+        def phase(self, name, total, unit="blocks"):
+            left.clear()
+
+        def at(self, done, seconds_left):
+            left.append((seconds_left, now[0]))
+
+    monkeypatch.setattr(Training, "_losses", measured)
+    monkeypatch.setattr(Training, "_gradients", trained)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    keys = {"minutes": seconds / 60, "tokens": "1M", "eval_windows": 64, "eval_every": 2, "progress": Sees()}
+    record = recover_live(pruned, dense, text=tokens(24), held_out=tokens(64, seed=1), **keys)
+    measuring = now[0] - 0.5 * record.steps
+    assert record.stopped == "minutes" and now[0] <= seconds + 0.5
+    assert 0.5 * record.steps >= 0.8 * seconds - 0.5 and record.steps >= 1
+    assert measuring <= max(0.1 * seconds, 0.2) + 1e-6, "one window at the start and at the end is the least"
+    assert all(told + when == pytest.approx(seconds) for told, when in left[:-1])
+
+
+def test_the_time_left_of_a_run_by_tokens_is_right_from_the_first_step(monkeypatch):
+    dense, pruned = dense_and_pruned()
+    make, gradients, now, told = Teacher.make, Training._gradients, [0.0], []
+
+    def asked(self, rows, progress):
+        now[0] += 0.1 * len(self.missing(rows))
+        make(self, rows, progress)
+
+    def trained(self, rows):
+        now[0] += 0.5
+        return gradients(self, rows)
+
+    class Sees(Silent):
+        def at(self, done, left):
+            told.append(now[0] + left)
+
+    monkeypatch.setattr(Teacher, "make", asked)
+    monkeypatch.setattr(Training, "_gradients", trained)
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr("tawny.record.time", clock)
+    recover_live(pruned, dense, text=tokens(24), held_out=tokens(4, seed=1), progress=Sees())
+    assert len(told) == 6 and told == pytest.approx([now[0]] * 6)
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["in a step", "between two steps"])

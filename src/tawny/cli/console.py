@@ -106,11 +106,16 @@ class _Walk:
     def __init__(self, name: str, total: int, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done, self.start = 0, time.monotonic()
+        self._told: float | None = None  # when it ends, by who knows better
         self.end: float | None = None  # of the last step: what comes between two phases belongs to neither
 
     def step(self) -> None:
-        self.done += 1
-        if self.done >= self.total:
+        self.to(self.done + 1)
+
+    def to(self, done: int, left: float | None = None) -> None:
+        self.done = done
+        self._told = None if left is None else time.monotonic() + left
+        if done >= self.total:
             self.end = time.monotonic()
 
     @property
@@ -119,9 +124,12 @@ class _Walk:
 
     def left(self) -> str:
         """Blocks are alike, so the mean so far is the best guess; nothing is known before the first."""
-        if not self.done or self.done >= self.total:
+        if self.done >= self.total or not (self.done or self._told):
             return ""
-        return f"about {duration(self.elapsed / self.done * (self.total - self.done))} left"
+        left = self.elapsed / max(1, self.done) * (self.total - self.done)
+        if self._told is not None:
+            left = max(0.0, self._told - time.monotonic())
+        return f"about {duration(left)} left"
 
     def summary(self) -> str:
         return f"{self.name}: {self.done} {self.unit} in {duration(self.elapsed)}"
@@ -143,6 +151,10 @@ class _BarWatch:
         if self._walk is not None:
             self._walk.step()
         self._inner = ""
+
+    def at(self, done: int, left: float) -> None:
+        if self._walk is not None:
+            self._walk.to(done, left)
 
     def detail(self, text: str, done: int, total: int) -> None:
         self._inner = f"{text} {done}/{total}" if total else text
@@ -185,10 +197,16 @@ class _LineWatch:
         self._print(f"{name}: {total} {unit}")
 
     def step(self, text: str) -> None:
-        walk = self._walk
-        if walk is None:
-            return
-        walk.step()
+        if self._walk is not None:
+            self._walk.step()
+            self._tell(self._walk)
+
+    def at(self, done: int, left: float) -> None:
+        if self._walk is not None:
+            self._walk.to(done, left)
+            self._tell(self._walk)
+
+    def _tell(self, walk: _Walk) -> None:
         if walk.done < walk.total and time.monotonic() - self._last >= _QUIET_SECONDS:
             self._print(
                 f"{walk.name}: {walk.done}/{walk.total} after {duration(walk.elapsed)}, {walk.left()}"

@@ -32,6 +32,9 @@ class Standing:
         measured: one entry a measurement on the held-out windows.
         best: the entry of `measured` with the lowest perplexity.
         stale: measurements since then.
+        held_out: windows that each measurement reads.
+        measuring: seconds that measurements took in all, the teacher's forwards of their windows included.
+        cost: seconds of the last one, without the teacher.
     """
 
     step: int = 0
@@ -42,6 +45,9 @@ class Standing:
     measured: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] | None = None
     stale: int = 0
+    held_out: int = 0
+    measuring: float = 0.0
+    cost: float = 0.0
 
 
 class Shelf:

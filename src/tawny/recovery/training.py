@@ -37,6 +37,7 @@ from tawny.recovery.writing import card, tell_run, write
 
 _BETAS = (0.9, 0.95)
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
+_MEASURING = 0.1  # of the minutes given, the most that measuring takes
 _STEP_FORWARDS = 4  # the teacher's and the student's, and two for the gradients
 
 
@@ -121,11 +122,13 @@ class Training:
 
     def train(self) -> NumericalError | None:
         """Step until the budget is spent; an error that leaves something worth writing is returned, not raised."""
-        timed = self.settings.minutes is not None
-        self._ticks = _Ticks(self.progress, 100 if timed else self.steps, "percent" if timed else "steps")
-        self._ticks.to(self._share())
         if not self.standing.measured:
-            self._measure(0.0)
+            self.progress.phase("measuring", len(self.reading.held_out), "held-out windows")
+            self._measure()
+        timed = self.settings.minutes is not None
+        self.progress.phase("recovering", 100 if timed else self.steps, "percent" if timed else "steps")
+        if timed:
+            self._tell()
         with _stopping(self.progress) as stop:
             while (reason := self._over()) is None:
                 try:
@@ -140,8 +143,9 @@ class Training:
                 over = self._over()
                 if over:
                     self._come_to_rest()
-                if at % self.settings.eval_every == 0 or over in ("tokens", "minutes"):
-                    self._measure(1.0 if over else self._share())
+                due = at % self.settings.eval_every == 0 and self._affords_measuring()
+                if due or over in ("tokens", "minutes"):
+                    self._measure()
                 if self.processes.same(stop.is_set()):
                     self._save()
                     raise Interrupted(
@@ -149,9 +153,11 @@ class Training:
                     )
                 if at % self.settings.eval_every == 0 and not over:
                     self._save()
-                self._ticks.to(self._share())
+                self._tell()
         if self._come_to_rest():  # the minutes ended between two steps
-            self._measure(1.0)
+            self._measure()
+        if reason == "minutes":
+            self.progress.at(100, 0.0)
         self.record.stopped = reason
         return None
 
@@ -174,11 +180,31 @@ class Training:
         settings, standing = self.settings, self.standing
         if standing.step >= self.steps:
             return "tokens"
-        if settings.minutes is not None and self._elapsed() >= settings.minutes * 60:
+        if self._ends and standing.step and self._elapsed() + standing.cost >= self._ends:
             return "minutes"
         if settings.patience and standing.stale >= settings.patience and not self._moving:
             return "patience"
         return None
+
+    @property
+    def _ends(self) -> float | None:
+        """Seconds until the run ends whatever it has read, its last measurement included."""
+        return None if self.settings.minutes is None else 60 * self.settings.minutes
+
+    def _tell(self) -> None:
+        """How far it is and how long it will still take; the minutes know, and else the speed of what was done."""
+        standing, settings = self.standing, self.settings
+        if self._ends is not None:
+            self.progress.at(math.floor(100 * self._share()), self._ends - self._elapsed())
+            return
+        steps = self.steps - standing.step
+        left = steps * self.clock.seconds["train"] / max(1, standing.step - self._resumed)
+        left += standing.cost * (steps // settings.eval_every + 1)
+        if self.teacher is not None:
+            missing = min(len(self.teacher.missing(range(self.reading.training))), steps * settings.batch)
+            a_token = standing.teacher_seconds / max(1, standing.teacher_tokens)
+            left += a_token * missing * settings.seqlen / self.processes.size
+        self.progress.at(standing.step, left)
 
     def _elapsed(self) -> float:
         return self.processes.same(self.standing.seconds + time.perf_counter() - self._begun)
@@ -186,8 +212,8 @@ class Training:
     def _share(self, ahead: int = 0) -> float:
         """How much of the run is over, by whichever budget ends first."""
         share = (self.standing.step + ahead) / self.steps
-        if self.settings.minutes is not None:
-            share = max(share, self._elapsed() / (60 * self.settings.minutes))
+        if self._ends is not None:
+            share = max(share, self._elapsed() / self._ends)
         return min(share, 1.0)
 
     def _rate(self, share: float) -> float:
@@ -302,7 +328,7 @@ class Training:
         Before the first step that speed is guessed from the teacher's forwards of the held-out windows.
         """
         settings, standing = self.settings, self.standing
-        if settings.minutes is None:
+        if self._ends is None:
             return self.steps
         if self.clock.seconds.get("train"):
             each = self._elapsed() / max(1, len(standing.curve))
@@ -311,7 +337,7 @@ class Training:
             each = _STEP_FORWARDS * a_token * settings.batch * settings.seqlen / self.processes.size
         if not each:
             return self.steps
-        return max(1, math.ceil((settings.minutes * 60 - self._elapsed()) / each))
+        return max(1, math.ceil((self._ends - self._elapsed()) / each))
 
     def _make(self, rows: list[int]) -> None:
         assert self.teacher is not None
@@ -321,26 +347,25 @@ class Training:
         self.standing.teacher_seconds += time.perf_counter() - before
         self.standing.teacher_tokens += self.teacher.tokens_made - made
 
+    def _affords_measuring(self) -> bool:
+        """Whether one more measurement and the last one stay within their share of the minutes, now and at the end."""
+        standing = self.standing
+        if self._ends is None:
+            return True
+        most = min(_MEASURING * self._elapsed(), _MEASURING * self._ends - standing.cost)
+        return self.processes.same(standing.measuring + standing.cost <= most)
+
     @torch.no_grad()
-    def _measure(self, share: float) -> None:
+    def _measure(self) -> None:
         """Perplexity, KL and agreement on the held-out windows; the best weights are kept."""
         standing = self.standing
-        everything = self.reading.held_out
-        rows = self.processes.share(everything)
-        if self.teacher is not None:
-            self._make(rows)
+        begun, taught = self._elapsed(), standing.teacher_seconds
         projected = self.elsa.projected() if self.elsa is not None and self._moving else nullcontext()
-        with self.clock("measure"), projected:
-            total = Losses()
-            size = self.settings.micro_batch or self.settings.batch
-            for turn in range(self.processes.rounds(everything, size)):
-                some = rows[turn * size : (turn + 1) * size]
-                if not some:  # the others' forwards gather this process's rows
-                    self.student.hidden(self.reading.windows[everything[:1]])
-                    continue
-                ids_BT = self.reading.windows[some]
-                total.add(self._distil(ids_BT, self.student.hidden(ids_BT), some, None)[0])
-            total = self.processes.add_losses(total)
+        with projected:
+            total = self._held_out_losses()
+        taken = self._elapsed() - begun
+        standing.measuring += taken
+        standing.cost = max(0.0, taken - (standing.teacher_seconds - taught))
         mean = total.next_token / total.tokens
         entry = {
             "step": float(standing.step),
@@ -364,6 +389,41 @@ class Training:
                 self.shelf.keep_best()
         else:
             standing.stale += 1
+
+    def _held_out_losses(self) -> Losses:
+        """Of the windows of every measurement. The first one finds out how many the minutes have room for."""
+        standing, everything = self.standing, self.reading.held_out
+        if standing.held_out or self._ends is None:
+            standing.held_out = standing.held_out or len(everything)
+            return self._losses(everything[: standing.held_out])
+        total, count, begun = Losses(), min(self.processes.size, len(everything)), self._elapsed()
+        while count:
+            start = self._elapsed()
+            total.add(self._losses(everything[standing.held_out : standing.held_out + count]))
+            standing.held_out += count
+            # What is read once for all windows of a walk is counted for each: never too long, and less off each time.
+            each = (self._elapsed() - start) / count
+            room = _MEASURING / 2 * self._ends - (self._elapsed() - begun)
+            left = len(everything) - standing.held_out
+            count = self.processes.same(max(0, min(left, math.floor(room / max(each, 1e-9)))))
+            self.progress.at(standing.held_out, count * each)
+        return total
+
+    def _losses(self, windows: list[int]) -> Losses:
+        rows = self.processes.share(windows)
+        if self.teacher is not None:
+            self._make(rows)
+        with self.clock("measure"):
+            total = Losses()
+            size = self.settings.micro_batch or self.settings.batch
+            for turn in range(self.processes.rounds(windows, size)):
+                some = rows[turn * size : (turn + 1) * size]
+                if not some:  # the others' forwards gather this process's rows
+                    self.student.hidden(self.reading.windows[windows[:1]])
+                    continue
+                ids_BT = self.reading.windows[some]
+                total.add(self._distil(ids_BT, self.student.hidden(ids_BT), some, None)[0])
+            return self.processes.add_losses(total)
 
     @property
     def _moving(self) -> bool:
@@ -395,6 +455,7 @@ class Training:
         record.tokens = standing.step * settings.batch * settings.seqlen
         record.start, record.best = standing.measured[0], best or standing.measured[-1]
         record.measured, record.curve = standing.measured, standing.curve
+        record.text["held_out"] = standing.held_out
         record.teacher_tokens = standing.teacher_tokens
         if self.teacher is not None:
             record.teacher_bytes = standing.teacher_tokens * self.teacher.bytes_per_token
@@ -430,19 +491,6 @@ class Training:
     def _count_trained(self) -> int:
         parts = sum(t.numel() for t in self._parts)
         return sum(t.numel() for t in self._whole) + (self.processes.total(parts) if self._parts else 0)
-
-
-class _Ticks:
-    """A phase told in steps, or in hundredths where the clock decides how many there will be."""
-
-    def __init__(self, progress: Progress, total: int, unit: str) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-        progress.phase("recovering", total, unit)
-
-    def to(self, share: float) -> None:
-        while self._done < math.floor(share * self._total + 1e-9):
-            self._done += 1
-            self._progress.step("recovering")
 
 
 @contextmanager
