@@ -325,8 +325,8 @@ def test_a_card_that_is_not_utf8_ends_no_training(pair, tmp_path):
 def test_what_is_not_finite_is_null_in_what_is_written(pair, tmp_path, monkeypatch):
     measure = Training._measure
 
-    def diverged(self, share):
-        measure(self, share)
+    def diverged(self, *share):
+        measure(self, *share)
         if self.standing.step == 0:
             self.standing.measured[0] |= {"perplexity": float("inf"), "kl": float("nan")}
 
