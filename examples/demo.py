@@ -1,9 +1,9 @@
-"""Prune a real language model at 50 %, pack it, let it talk, and put all three side by side: `make demo`.
+"""Prune a real language model at 50 %, train it for two minutes, pack it and let it talk: `make demo`.
 
-SmolLM2-135M comes from a package, its calibration text (Wikipedia) too; nothing is fetched from a hub. Sparsity rises
-with depth, ALPS decides which weights go and what the others become. The end is what `tawny compare` says of the
-dense, the pruned and the packed model (size, memory, quality and speed), a sentence written by each, and a page about
-the run.
+SmolLM2-135M comes from a package, its text (Wikipedia) too; nothing is fetched from a hub. Sparsity rises with depth, ALPS
+decides which weights go and what the others become. Two minutes of `tawny recover` then teach the rest through the
+rounding of the packed file. The end is what `tawny compare` says of the dense, the pruned and the packed model (size,
+memory, quality and speed), an answer of the dense and of the packed one to the same question, and a page about the run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tawny.report.comparison import to_html, write
 from tawny.report.publish import publish
 
 PROMPT = "The owl is a bird that"
+QUESTION = "What is an owl?"
 
 
 def main() -> None:
@@ -35,9 +36,13 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=32)
     options.add_argument("--seqlen", type=int, default=1024)
     options.add_argument("--windows", type=int, default=8)
+    options.add_argument("--minutes", type=float, default=2.0, help="of training")
     options.add_argument("--prompt", default=PROMPT)
+    options.add_argument("--question", default=QUESTION)
     chosen = options.parse_args()
-    packed = chosen.out.with_name(chosen.out.name + "-packed")
+    recovered, packed = (
+        chosen.out.with_name(f"{chosen.out.name}-{name}") for name in ("recovered", "packed")
+    )
     console = Console()
     with console.progress() as progress:
         record = tawny.prune(
@@ -61,7 +66,18 @@ def main() -> None:
         report = publish(record, chosen.out)
     console.result(record.to_dict(), record_tables)
     with console.progress() as progress:
-        tawny.pack(chosen.out, packed, overwrite=True, progress=progress)
+        tawny.recover(
+            chosen.out,
+            chosen.model,
+            recovered,
+            text=chosen.text,
+            minutes=chosen.minutes,
+            seqlen=min(512, chosen.seqlen),
+            values="int8",
+            overwrite=True,
+            progress=progress,
+        )
+        tawny.pack(recovered, packed, "int8", head="int8", overwrite=True, progress=progress)
         compared = tawny.compare(
             [chosen.model, chosen.out, packed],
             text=chosen.text,
@@ -76,6 +92,10 @@ def main() -> None:
     for sample in record.generated:
         for name in ("dense", "pruned"):
             print(f"\n{name:<7} {sample['prompt']} {sample[name]}")
+    print(f"\n{chosen.question}")
+    for name, model in (("dense", chosen.model), ("packed", packed)):
+        answer = tawny.generate(model, chosen.question, max_tokens=60).text
+        print(f"{name:<7} {' '.join(answer.split())}")
     print(f"\nwritten to {chosen.out}: AutoModelForCausalLM.from_pretrained({str(chosen.out)!r}) opens it")
     print(f"packed to {packed}: tawny.load({str(packed)!r}) opens it")
     print(f"read about the run in {report}, compare in {page}")
