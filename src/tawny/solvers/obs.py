@@ -120,8 +120,8 @@ def _leave(W_OI: Tensor, inverse_II: Tensor, columns_GC: Tensor, removed: int, t
         left_G = left_G[stays_G]
         removed -= len(lowest)
         rows_SI = torch.linalg.solve(inverse_II[S][:, S], inverse_II[S])
-        W_OI -= W_OI[:, S] @ rows_SI
-        inverse_II -= inverse_II[:, S] @ rows_SI
+        W_OI.addmm_(W_OI[:, S], rows_SI, alpha=-1)
+        inverse_II.addmm_(inverse_II[:, S], rows_SI, alpha=-1)
     return torch.cat(gone)
 
 
