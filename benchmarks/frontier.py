@@ -65,8 +65,9 @@ def main() -> None:
     parser = parser_for(__doc__, "frontier.json")
     parser.add_argument("--work", type=Path, help="folder to keep the models in; default: none is kept")
     parser.add_argument("--solver", default="alps")
+    parser.add_argument("--llama", help="interpreter with llama-cpp-python")
     parser.add_argument(
-        "--cells", nargs="*", default=CELLS, help="KIND:GROUP:SPARSITY, fit:BITS or a .gguf file"
+        "--cells", nargs="*", help="default: ours, and llama.cpp's where --llama is given; see above"
     )
     parser.set_defaults(samples=16)
     args = parser.parse_args()
@@ -84,7 +85,7 @@ def main() -> None:
         source = work / "source"
         if not source.exists():
             write_source(args.model, source)
-        for name in args.cells:
+        for name in args.cells or [*CELLS, *(THEIRS if args.llama else ())]:
             if name in results["cells"]:
                 continue
             folder = work / name
@@ -93,6 +94,9 @@ def main() -> None:
                 shutil.rmtree(folder)
             results |= {"machine": machine(), "versions": versions(), "date": str(datetime.date.today())}
             args.results.parent.mkdir(parents=True, exist_ok=True)
+            if args.results.exists():  # another run may have added cells meanwhile
+                theirs = json.loads(args.results.read_text(encoding="utf-8"))["cells"]
+                results["cells"] = theirs | results["cells"]
             write(args.results, (json.dumps(results, indent=1) + "\n").encode())
             shown = ", ".join(
                 f"{k} KL {v['kl']:.4f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()

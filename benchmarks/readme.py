@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tables.frontier import frontier
 from tables.glance import glance
 from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
@@ -40,6 +41,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "structured": structured,
         "owl_study": owl_study,
         "few_bits": few_bits,
+        "frontier": frontier,
         "tasks": tasks,
         "sizes": sizes,
         "decode": decode,

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tawny.report.html import depth_of
-from tawny.report.plot import plot_allocations
+from tawny.report.plot import plot_allocations, plot_frontier
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from tables.frontier import series  # noqa: E402
+
+FRONTIER = ROOT / "benchmarks" / "results" / "frontier.json"
 EXAMPLE = ROOT / "benchmarks" / "results" / "example_run.json"
 PROFILE = ROOT / "benchmarks" / "results" / "example_profile.json"
 IMAGES = ROOT / "docs" / "img"
@@ -61,6 +65,12 @@ def draw_allocations(path: Path) -> None:
     )
 
 
+def draw_frontier(path: Path) -> None:
+    """Divergence against bytes, from benchmarks/frontier.py."""
+    result = json.loads(FRONTIER.read_text(encoding="utf-8"))
+    plot_frontier(series(result), path, text=result["setting"]["texts"][0], title="SmolLM2-135M")
+
+
 def main() -> int:
     if len(sys.argv) > 1:
         record = trimmed(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
@@ -69,6 +79,7 @@ def main() -> int:
     IMAGES.mkdir(parents=True, exist_ok=True)
     (IMAGES / "depth.svg").write_text(picture(record), encoding="utf-8")
     draw_allocations(IMAGES / "allocators.svg")
+    draw_frontier(IMAGES / "frontier.svg")
     return 0
 
 
