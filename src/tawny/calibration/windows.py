@@ -8,39 +8,64 @@ What this file promises:
   windows but the first; `bos=False` does as they do.
 - Calibration samples are seeded random windows, as in the papers; evaluation takes the first N windows, which do
   not overlap unless a stride says so, and drops the tail.
+- Of several texts windows come from each by its share, exactly, and none reaches from one into another.
 - Too little text is one `TextError` that says how much is missing.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "Part",
     "TokenisedText",
     "check_windows",
     "evaluation_windows",
     "held_out_windows",
+    "interleaved",
     "sample_windows",
+    "shared_out",
     "tokenise",
 ]
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tawny.calibration.mixture import Mixture
 from tawny.calibration.text import Text
 from tawny.errors import RecipeError, TextError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the tokens of one text of several lie, and the share of all windows that are taken from it."""
+
+    name: str
+    start: int
+    stop: int
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class TokenisedText:
     """The tokens of a whole text, `[tokens]` int64, and the token that every window of them begins with, if any.
 
-    `name` is what messages call the text.
+    `name` is what messages call the text. `parts` lie one behind the other where it is made of several.
     """
 
     ids: torch.Tensor
     bos: int | None = None
     name: str = "the text"
+    parts: tuple[Part, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            object.__setattr__(self, "parts", (Part(self.name, 0, len(self)),))
 
     def __len__(self) -> int:
         return self.ids.numel()
@@ -60,8 +85,8 @@ class TokenisedText:
         return torch.cat([windows.new_full((len(windows), 1), self.bos), windows], dim=1)
 
 
-def tokenise(text: Text | str, tokenizer: Any, bos: bool | None = None) -> TokenisedText:
-    """The whole text, tokenised once.
+def tokenise(text: Mixture | Text | str, tokenizer: Any, bos: bool | None = None) -> TokenisedText:
+    """The whole text, tokenised once; of several each for itself.
 
     Args:
         bos: whether its windows begin with BOS; without a word, where the tokenizer puts it before a text. Where they do
@@ -70,11 +95,21 @@ def tokenise(text: Text | str, tokenizer: Any, bos: bool | None = None) -> Token
     Raises:
         RecipeError: `bos` asks for what the tokenizer does not have.
     """
-    whole, name = (text.text, f"text {text.name!r}") if isinstance(text, Text) else (text, "the text")
+    if isinstance(text, Mixture):
+        whole = [tokenise(one, tokenizer, bos) for one in text.texts]
+        if len(whole) == 1:
+            return whole[0]
+        ends = torch.tensor([len(one) for one in whole]).cumsum(0).tolist()
+        each = zip(whole, ends, text.shares, strict=True)
+        parts = tuple(Part(one.name, end - len(one), end, share) for one, end, share in each)
+        return TokenisedText(
+            torch.cat([one.ids for one in whole]), whole[0].bos, f"text {text.name!r}", parts
+        )
+    words, name = (text.text, f"text {text.name!r}") if isinstance(text, Text) else (text, "the text")
     first = _first_token(tokenizer, bos)
     bare = {} if first is None else {"add_special_tokens": False}
     # verbose=False: a corpus is longer than the model's context, and the warning about it means nothing here.
-    encoded = tokenizer(whole, return_attention_mask=False, verbose=False, **bare)
+    encoded = tokenizer(words, return_attention_mask=False, verbose=False, **bare)
     return TokenisedText(torch.tensor(encoded["input_ids"], dtype=torch.int64), first, name)
 
 
@@ -89,25 +124,56 @@ def _first_token(tokenizer: Any, bos: bool | None) -> int | None:
     return int(token)
 
 
+def shared_out(count: int, shares: Sequence[float]) -> list[int]:
+    """`count` in whole numbers by shares; what rounding leaves goes to the largest remainders."""
+    exact = [count * share / sum(shares) for share in shares]
+    made = [math.floor(x + 1e-9) for x in exact]
+    for index in sorted(range(len(made)), key=lambda i: made[i] - exact[i])[: count - sum(made)]:
+        made[index] += 1
+    return made
+
+
+def interleaved(counts: Sequence[int]) -> list[int]:
+    """An order of things that lie one kind behind the other, in which any stretch holds about the same mixture."""
+    places = [((i + 0.5) / count, kind, i) for kind, count in enumerate(counts) for i in range(count)]
+    first = [sum(counts[:kind]) for kind in range(len(counts))]
+    return [first[kind] + i for _, kind, i in sorted(places)]
+
+
 def sample_windows(text: TokenisedText, samples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`samples` random windows of `seqlen` tokens, `[samples, seqlen]`; the same for the same seed.
 
     Raises:
-        TextError: the text has fewer places to start than there are samples.
+        TextError: the text, or one of several, has fewer places to start than there are samples of it.
     """
     length = text.of_text(seqlen)
-    if len(text) - length + 1 < samples:  # windows would repeat
-        needed = length + samples - 1
-        raise TextError(
-            f"{text.name} has {len(text):,} tokens, but {samples} samples of {seqlen} need at least {needed:,} "
-            f"({needed - len(text):,} short): give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
-        )
+    for part, count in zip(text.parts, _counts(text, samples), strict=True):
+        if len(part) - length + 1 < count:  # windows would repeat
+            needed = length + count - 1
+            raise TextError(
+                f"{part.name} has {len(part):,} tokens, but {count} samples of {seqlen} need at least {needed:,} "
+                f"({needed - len(part):,} short): give a longer text{_or_less(text)}, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
+            )
     return text.windows(_starts(text, samples, seqlen, seed), seqlen)
 
 
+def _or_less(text: TokenisedText) -> str:
+    return ", or it a smaller share" if len(text.parts) > 1 else ""
+
+
+def _counts(text: TokenisedText, count: int) -> list[int]:
+    return shared_out(count, [part.share for part in text.parts])
+
+
 def _starts(text: TokenisedText, samples: int, seqlen: int, seed: int) -> torch.Tensor:
-    places = len(text) - text.of_text(seqlen) + 1
-    return torch.randint(places, (samples,), generator=torch.Generator().manual_seed(seed))
+    generator, length = torch.Generator().manual_seed(seed), text.of_text(seqlen)
+    counts = _counts(text, samples)
+    starts = [
+        part.start + torch.randint(len(part) - length + 1, (count,), generator=generator)
+        for part, count in zip(text.parts, counts, strict=True)
+        if count
+    ]
+    return torch.cat(starts)[interleaved(counts)]
 
 
 def held_out_windows(
@@ -123,18 +189,22 @@ def held_out_windows(
     of_sample, of_window = text.of_text(seqlen), text.of_text(length)
     first = _starts(text, samples, seqlen, seed)
     taken = sorted((start, start + of_sample) for start in set(first.tolist()))
-    free: list[int] = []
-    end = 0
-    for start, stop in [*taken, (len(text), len(text))]:
-        free += range(end, start - of_window + 1, of_window)
-        end = max(end, stop)
-    if len(free) < 2:
-        raise TextError(
-            f"{samples} samples of {seqlen} tokens leave no {2 * of_window} of {len(text):,} tokens to compare models on: "
-            "give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
-        )
-    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed + 1))[:count]
-    return text.windows(torch.tensor(free)[order], length)
+    generator = torch.Generator().manual_seed(seed + 1)
+    kept: list[torch.Tensor] = []
+    for part, most in zip(text.parts, _counts(text, count), strict=True):
+        inside = [(start, stop) for start, stop in taken if part.start <= start < part.stop]
+        free: list[int] = []
+        end = part.start
+        for start, stop in [*inside, (part.stop, part.stop)]:
+            free += range(end, start - of_window + 1, of_window)
+            end = max(end, stop)
+        if len(free) < (2 if len(text.parts) == 1 else min(most, 1)):
+            raise TextError(
+                f"{samples} samples of {seqlen} tokens leave no {2 * of_window} of {len(part):,} tokens of {part.name} to compare models on: "
+                "give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
+            )
+        kept.append(torch.tensor(free)[torch.randperm(len(free), generator=generator)[:most]])
+    return text.windows(torch.cat(kept)[interleaved([len(one) for one in kept])], length)
 
 
 def check_windows(seqlen: int, windows: int | None = None) -> None:
@@ -162,13 +232,25 @@ def evaluation_windows(
     check_windows(seqlen, windows)
     length = text.of_text(seqlen)
     step = length if stride is None else min(stride, length)
-    available = (len(text) - length) // step + 1 if len(text) >= length else 0
-    wanted = max(available, 1) if windows is None else windows
-    if available < wanted:
-        needed = (wanted - 1) * step + length
-        raise TextError(
-            f"{text.name} has {len(text):,} tokens, but {wanted} window{'s' * (wanted > 1)} of {seqlen} "
-            f"need {needed:,} ({needed - len(text):,} short): give a longer text, or a smaller --windows "
-            f"or --seqlen"
+    available = [max(0, (len(part) - length) // step + 1) for part in text.parts]
+    wanted = windows
+    if wanted is None:  # all, or as many as the scarcest text has the share of
+        wanted = max(
+            1, min(math.floor(n / part.share + 1e-9) for n, part in zip(available, text.parts, strict=True))
         )
-    return text.begun(text.ids.unfold(0, length, step)[:wanted])
+    counts = _counts(text, wanted)
+    for part, count, there in zip(text.parts, counts, available, strict=True):
+        if there < count:
+            needed = (count - 1) * step + length
+            raise TextError(
+                f"{part.name} has {len(part):,} tokens, but {count} window{'s' * (count > 1)} of {seqlen} "
+                f"need {needed:,} ({needed - len(part):,} short): give a longer text{_or_less(text)}, or a smaller --windows "
+                f"or --seqlen"
+            )
+    first = [
+        text.ids[part.start : part.stop].unfold(0, length, step)[:count]
+        for part, count in zip(text.parts, counts, strict=True)
+        if count
+    ]
+    whole = first[0] if len(first) == 1 else torch.cat(first)[interleaved(counts)]
+    return text.begun(whole)

@@ -61,9 +61,10 @@ def check_compute(compute: str) -> None:
 )
 def eval_(
     model: Model,
-    text: str | None = option(
-        "--text TEXT",
-        f"c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: {DEFAULT_TEXT}, or none with --tasks.",
+    text: list[str] | None = option(
+        "--text TEXT[=SHARE]",
+        "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (--against writes it); repeatable. "
+        f"Default: {DEFAULT_TEXT}, or none with --tasks.",
         TEXT,
     ),
     seqlen: int = option("--seqlen N", "Tokens a window.", TEXT, default=2048, min=2),
@@ -105,15 +106,15 @@ def eval_(
             check_tasks(tasks)
             find_sources(task_data)
         measured: dict[str, Any] = {}
-        if text is not None or against is not None or tasks is None:
-            text = text or DEFAULT_TEXT
+        if text or against is not None or tasks is None:
+            texts = text or [DEFAULT_TEXT]
             keys: dict[str, Any] = {"seqlen": seqlen, "windows": windows, "stride": stride, "bos": bos}
             keys |= {"compute": compute, "device": device or "cpu"}
             with console.progress() as progress:
                 if against is None:
-                    measured = tawny.evaluate(model, text, progress=progress, **keys).to_dict()
+                    measured = tawny.evaluate(model, texts, progress=progress, **keys).to_dict()
                 else:
-                    found = tawny.agreement(model, against, text, progress=progress, **keys)
+                    found = tawny.agreement(model, against, texts, progress=progress, **keys)
                     measured = found.under_perplexity()
         if tasks is not None:
             with console.progress() as progress:

@@ -157,16 +157,14 @@ def _made_for(dense: Path, out: Path) -> bool:
 def _windows(model: str, text: str, recipe: Recipe) -> int:
     """How many windows to compare on; asked before the work, since too short a text should not cost a whole run."""
     from tawny.calibration.context import check_context
-    from tawny.calibration.text import load_text
     from tawny.evaluation.perplexity import count_windows
     from tawny.model.source import load_tokenizer, resolve
     from tawny.packed.opening import open_stack
 
-    loaded = load_text(text, "evaluation")
     folder = resolve(model)
     check_context(open_stack(folder).model, recipe.calibration.seqlen)
     tokenizer = load_tokenizer(folder)
-    return count_windows(loaded, recipe.calibration.seqlen, None, tokenizer, most=EVAL_WINDOWS)
+    return count_windows(text, recipe.calibration.seqlen, None, tokenizer, most=EVAL_WINDOWS)
 
 
 def _compare(
@@ -189,11 +187,13 @@ def _compare(
 
 def _samples(console: Console, model: str, out: Path, text: str) -> list[dict[str, str]]:
     """What both models write after the same words of the text."""
-    from tawny.calibration.text import load_text
+    from tawny.calibration.mixture import load_texts
     from tawny.evaluation.samples import prompts_from, text_samples
+    from tawny.model.source import load_tokenizer, resolve
 
+    first = load_texts(text, "evaluation", load_tokenizer(resolve(model))).texts[0]
     with console.progress() as progress:
-        return text_samples(model, out, prompts_from(load_text(text, "evaluation")), progress=progress)
+        return text_samples(model, out, prompts_from(first), progress=progress)
 
 
 def record_tables(record: Result) -> list[Shown]:

@@ -79,8 +79,12 @@ SHARED: dict[str, Any] = {
         ),
     ],
     "calibration": Annotated[
-        str | None,
-        shared("--calibration TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", DATA),
+        list[str] | None,
+        shared(
+            "--calibration TEXT[=SHARE]",
+            "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (the model writes it); repeatable. Default: c4.",
+            DATA,
+        ),
     ],
     "samples": Annotated[int | None, shared("--samples N", "Windows of text. Default: 128.", DATA)],
     "seqlen": Annotated[int | None, shared("--seqlen N", "Tokens a window. Default: 2048.", DATA)],
@@ -102,6 +106,7 @@ class Given:
 
         named = dict(self.values)
         base, overrides = named.pop("recipe"), named.pop("overrides") or ()
+        named["calibration.text"] = named.pop("calibration") or None
         for key in ("samples", "seqlen"):  # bare, an allocator's option might have the same name
             named[f"calibration.{key}"] = named.pop(key)
         made = resolve_recipe(base, overrides, default_sparsity=default_sparsity, **named, **keys)

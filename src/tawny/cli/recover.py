@@ -65,8 +65,10 @@ def recover(
         "Any other setting, such as batch=8 or kl=0.9 (docs/recovery.md); repeatable.",
         RECIPE,
     ),
-    text: str | None = option(
-        "--text TEXT", "c4, wikitext2, ptb, wiki, or a .txt/.jsonl file. Default: c4.", TRAINING
+    text: list[str] | None = option(
+        "--text TEXT[=SHARE]",
+        "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (DENSE writes it); repeatable. Default: c4.",
+        TRAINING,
     ),
     tokens: str | None = option("--tokens N", "How many to read, such as 500k. Default: 2M.", TRAINING),
     minutes: float | None = option("--minutes M", "End after so long, if that is earlier.", TRAINING),
@@ -94,7 +96,7 @@ def recover(
             "method": method,
             "train": train,
             "values": values,
-            "text": text,
+            "text": text or None,
             "tokens": tokens,
         }
         keys |= {"minutes": minutes, "seqlen": seqlen, "lr": lr, "device": device}

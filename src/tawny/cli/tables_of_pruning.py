@@ -6,6 +6,7 @@ __all__ = ["allocation_table", "recipe_words"]
 
 from collections.abc import Sequence
 
+from tawny.calibration.mixture import in_words
 from tawny.cli.frames import Frame, Result, table
 from tawny.words import bar, percent
 
@@ -20,7 +21,7 @@ def recipe_words(recipe: Result, reads_text: bool) -> str:
         steps += f" on {', '.join(values['of'])} at {values['mean']:g} bits"
     elif values.get("kind"):
         steps += f" on {values['kind']}"
-    seen = f"calibrated on {text['samples']} × {text['seqlen']} tokens of {text['text']}"
+    seen = f"calibrated on {text['samples']} × {text['seqlen']} tokens of {in_words(text['text'])}"
     return (
         f"{recipe['allocator']['name']} + {recipe['solver']['name']}{steps}, {recipe['pattern']}, "
         f"{seen if reads_text else 'no text needed'}"

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tawny.calibration.mixture import Texts
 from tawny.errors import ModelError
 from tawny.evaluation.perplexity import (
     Perplexity,
@@ -77,7 +78,7 @@ class Agreement:
 def agreement(
     source: str | Path | nn.Module,
     dense: str | Path | nn.Module,
-    text: str | Tensor = "wikitext2",
+    text: Texts | Tensor = "wikitext2",
     *,
     seqlen: int = 2048,
     windows: int | None = None,
@@ -109,7 +110,7 @@ def agreement(
             f"{called} knows {vocabulary_of(dense_stack):,} tokens and {own} {vocabulary_of(stack):,}: "
             "only models with the same tokenizer agree or disagree; compare their bits per byte instead"
         )
-    made = windows_of(text, seqlen, windows, stride, tokenizer, bos, opened)
+    made = windows_of(text, seqlen, windows, stride, tokenizer, bos, opened, opened[0], progress)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
             stream_through(dense_stack, made.ids, progress, "dense model"),

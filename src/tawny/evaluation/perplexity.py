@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from tawny.calibration.context import check_context, check_ids
-from tawny.calibration.text import Text, load_text
+from tawny.calibration.mixture import Mixture, Texts, load_texts
+from tawny.calibration.text import Text
 from tawny.calibration.windows import check_windows, evaluation_windows, tokenise
 from tawny.errors import RecipeError
-from tawny.evaluation.sources import open_stack_of, shared_tokenizer
+from tawny.evaluation.sources import author_of, open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
@@ -40,6 +41,8 @@ from tawny.progress import Progress, silent
 
 # Logits are [tokens, vocabulary] in float32; so many tokens at once keep them near 100 MB for a large vocabulary.
 _LOGIT_BYTES = 100_000_000
+# Of text that the dense model writes, where nothing says how many are read.
+_WRITTEN_WINDOWS = 20
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Windows:
 
     ids: Tensor
     stride: int
-    text: Text | None = None
+    text: Mixture | None = None
     size: int = 0  # UTF-8 bytes of what is predicted; 0 when only tokens were given
     bos: bool = False  # the first token of each is none of the text
 
@@ -105,9 +108,12 @@ class Windows:
         """What was predicted, in words."""
         count, seqlen = self.ids.shape
         joined = ""
-        if self.text is not None and self.text.documents > 1:
-            by = {" ": "a space", "\n\n": "a blank line"}[self.text.separator]
-            joined = f"{self.text.documents:,} documents joined by {by}, tokenised once; "
+        texts = () if self.text is None else self.text.texts
+        if len(texts) > 1:
+            joined = f"{len(texts)} texts, each tokenised once, by turns and by shares; "
+        elif texts and texts[0].documents > 1:
+            by = {" ": "a space", "\n\n": "a blank line"}[texts[0].separator]
+            joined = f"{texts[0].documents:,} documents joined by {by}, tokenised once; "
         overlaps = self.stride < seqlen - self.bos and count > 1
         overlap = f", {self.stride} apart, all of the first and the last {self.stride} of each other counted"
         # Of a window that overlaps the one before, the first token is never among the last that count.
@@ -119,19 +125,22 @@ class Windows:
 
 
 def windows_of(
-    text: str | Tensor,
+    text: Texts | Tensor,
     seqlen: int,
     windows: int | None,
     stride: int | None,
     tokenizer: Any,
     bos: bool | None = None,
     opened: Sequence[tuple[Stack, Path | None]] = (),
+    dense: tuple[Stack, Path | None] | None = None,
+    progress: Progress = silent,
 ) -> Windows:
     """Windows of a text, or of tokens that are windows already.
 
     Args:
         tokenizer: reads the text; None for that of the folders.
         opened: models that must be able to read the windows, and their folders.
+        dense: the one of them that writes the text `self`.
 
     Raises:
         TextError: the text does not hold one window, or not as many as asked for, or it holds a token unknown to a model.
@@ -149,38 +158,52 @@ def windows_of(
     else:
         if tokenizer is None:
             tokenizer = shared_tokenizer([folder for _, folder in opened if folder is not None])
-        made = _windows_of_text(text, seqlen, windows, stride, tokenizer, bos)
+
+        def own(share: float) -> Text:
+            assert dense is not None
+            stack, folder = dense
+            author = author_of(
+                folder or stack.model, tokenizer, 0, stack.compute, str(stack.device), progress=progress
+            )
+            return author.write(math.ceil(share * (windows or _WRITTEN_WINDOWS) * seqlen))
+
+        loaded = load_texts(text, "evaluation", tokenizer, own if dense is not None else None)
+        made = _windows_of_text(loaded, seqlen, windows, stride, tokenizer, bos)
     for stack, _ in opened:
         check_ids(stack.model, made.ids)
     return made
 
 
 def _windows_of_text(
-    text: str, seqlen: int, windows: int | None, stride: int | None, tokenizer: Any, bos: bool | None
+    text: Mixture, seqlen: int, windows: int | None, stride: int | None, tokenizer: Any, bos: bool | None
 ) -> Windows:
     if stride is not None and not 1 <= stride <= seqlen:
         raise RecipeError(
             f"--stride {stride} is outside 1…{seqlen}: windows would leave out or repeat tokens"
         )
-    loaded = load_text(text, "evaluation")
-    tokens = tokenise(loaded, tokenizer, bos)
+    if stride is not None and len(text.texts) > 1:
+        raise RecipeError(
+            "windows with a --stride overlap the one before, and those of several texts come by turns: give one text"
+        )
+    tokens = tokenise(text, tokenizer, bos)
     ids = evaluation_windows(tokens, seqlen, windows, stride)
-    if windows is None and loaded.most_windows is not None:
-        ids = ids[: loaded.most_windows]
+    if windows is None and len(text.texts) == 1:
+        ids = ids[: text.texts[0].most_windows]
     step = min(stride or seqlen, tokens.of_text(seqlen))
     parts = [row if i == 0 else row[seqlen - step :] for i, row in enumerate(ids)]
     size = sum(len(tokenizer.decode(part.tolist(), skip_special_tokens=True).encode()) for part in parts)
-    return Windows(ids, step, loaded, size, tokens.bos is not None)
+    return Windows(ids, step, text, size, tokens.bos is not None)
 
 
 def count_windows(
-    text: Text, seqlen: int, windows: int | None, tokenizer: Any, bos: bool | None = None, *, most: int
+    text: Texts, seqlen: int, windows: int | None, tokenizer: Any, bos: bool | None = None, *, most: int
 ) -> int:
     """How many windows of a text are read: `windows`, or at most `most`. It raises what `windows_of` raises.
 
     It is asked before work that a short text should not cost.
     """
-    found = evaluation_windows(tokenise(text, tokenizer, bos), seqlen, windows)
+    loaded = load_texts(text, "evaluation", tokenizer)
+    found = evaluation_windows(tokenise(loaded, tokenizer, bos), seqlen, windows)
     return len(found) if windows is not None else min(most, len(found))
 
 
@@ -260,7 +283,7 @@ def summarise(windows: Windows, losses: Tensor, stack: Stack, seconds: float) ->
 @opens_models
 def evaluate(
     source: str | Path | nn.Module,
-    text: str | Tensor = "wikitext2",
+    text: Texts | Tensor = "wikitext2",
     *,
     seqlen: int = 2048,
     windows: int | None = None,
@@ -276,7 +299,7 @@ def evaluate(
 
     Args:
         source: a folder (dense or packed), hub id, `.gguf` file, `smollm2`, or a live module.
-        text: name or path of a text, or tokens `[windows, seqlen]`.
+        text: name or path of a text, or several with shares, or tokens `[windows, seqlen]`.
         seqlen: tokens a window.
         windows: how many from the start of the text; all that fit if None.
         stride: tokens from one window's start to the next's; what a window holds of the text if None, which is also the most.

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tawny.calibration.writing import Author
 from tawny.errors import ModelError, RecipeError
+from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.packed.opening import load, open_stack
 from tawny.precision import DTYPES, native_dtype
+from tawny.process_group import ProcessGroup
+from tawny.progress import Progress, silent
 
 # Written beside the weights, and no part of what the model computes.
 _NOT_THE_MODEL = {"run.json", "journal.json", "report.json"}
@@ -52,6 +57,27 @@ def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
 
     logging.disable_progress_bar()
     return load(folder, dtype=dtype, device=device)
+
+
+def author_of(
+    model: Path | nn.Module,
+    tokenizer: Any,
+    seed: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    memory: int | None = None,
+    group: ProcessGroup | None = None,
+    progress: Progress = silent,
+) -> Author:
+    """Who writes the text `self`: the model in a folder, opened when it is asked, or a live one."""
+    if isinstance(model, nn.Module):
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        return Author(lambda: model, tokenizer, None, held, seed, memory, group, progress)
+    size = file_bytes(model) if is_packed(model) else Checkpoint(model).bytes_in(dtype)
+    identity = [fingerprint(model), str(dtype).removeprefix("torch.")]
+    opened = partial(open_model, model, dtype, device)
+    return Author(opened, tokenizer, identity, size, seed, memory, group, progress)
 
 
 def open_stack_of(

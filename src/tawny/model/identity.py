@@ -10,7 +10,6 @@ __all__ = [
     "model_identity",
     "source_identity",
     "tensor_digest",
-    "text_identity",
     "tokens_identity",
 ]
 
@@ -84,12 +83,6 @@ def tokens_identity(samples: Samples | None) -> str | None:
     if samples.mask is not None:
         digest.update(samples.mask.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def text_identity(text: str) -> str:
-    """What a file holds; the name of a text that Tawny knows says that."""
-    path = Path(text).expanduser()
-    return _hash(path.read_bytes()) if path.is_file() else text
 
 
 def code_identity() -> dict[str, str]:

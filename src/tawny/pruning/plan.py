@@ -16,8 +16,11 @@ import torch
 
 from tawny.allocation.profile import LinearInfo, Profile
 from tawny.calibration.context import check_context
-from tawny.calibration.text import NAMED_TEXTS, load_text
+from tawny.calibration.mixture import OWN, load_texts, parse_texts
+from tawny.calibration.text import NAMED_TEXTS
+from tawny.evaluation.sources import author_of
 from tawny.model.output import SHARD_BYTES
+from tawny.model.source import load_tokenizer
 from tawny.model.stack import Stack
 from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
@@ -29,6 +32,7 @@ from tawny.pruning.refine import holds_out
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.solvers.base import Work
+from tawny.words import size
 
 # Elementwise work, attention and Python beside the matrix products of a forward, as a factor on their time.
 _OVERHEAD = 1.7
@@ -113,10 +117,11 @@ def plan(
         check_context(stack.model, wanted.seqlen)
     if recipe.refine.epochs:
         holds_out(wanted.samples, recipe.refine, recipe.seed)
-    load, unknown = load_of(recipe) if job.needs_samples else (Load(wanted.samples, wanted.seqlen, 0), [])
+    budget = parse_size(memory)
+    load, notes = load_of(job, budget) if job.needs_samples else (Load(wanted.samples, wanted.seqlen, 0), [])
     tokens = wanted.samples * wanted.seqlen if job.needs_samples else 0
     streams = 2 if recipe.refine.epochs else 1  # behind pruned blocks, and behind dense ones
-    placement = place(demand_of(job, load), parse_size(memory), available())
+    placement = place(demand_of(job, load), budget, available())
     checkpoint = stack.checkpoint
     assert checkpoint is not None
     written = checkpoint.bytes_in(DTYPES[recipe.dtype] if recipe.dtype else None)
@@ -146,18 +151,27 @@ def plan(
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },
         seconds=seconds_of(job),
-        notes=decoded(checkpoint) + rounded + _notes(recipe, allocation is None) + unknown,
+        notes=decoded(checkpoint) + rounded + _notes(recipe, allocation is None) + notes,
         reads_text=job.needs_samples,
     )
 
 
-def load_of(recipe: Recipe) -> tuple[Load, list[str]]:
-    """What will be calibrated on, and a note where the text is not there yet."""
-    wanted = recipe.calibration
-    if wanted.text in NAMED_TEXTS and wanted.text != "wiki":  # a plan does not download
-        note = f"{wanted.text} is not fetched for a plan: the memory to tokenise it is not counted"
-        return Load(wanted.samples, wanted.seqlen, 0), [note]
-    return Load(wanted.samples, wanted.seqlen, len(load_text(wanted.text, "calibration").text)), []
+def load_of(job: Job, budget: int | None) -> tuple[Load, list[str]]:
+    """What will be calibrated on, and notes where a text is not there yet: a plan neither downloads nor writes."""
+    wanted, notes = job.recipe.calibration, []
+    sources = parse_texts(wanted.text)
+    fetched = [x.spec for x in sources if x.spec in NAMED_TEXTS and x.spec != "wiki"]
+    here = [x.spec for x in sources if x.spec not in (*fetched, OWN)]
+    tokenizer = load_tokenizer(job.folder) if here and job.folder else None
+    characters = load_texts(here, "calibration", tokenizer).characters if here else 0
+    if job.folder and any(x.spec == OWN for x in sources):
+        author = author_of(job.folder, tokenizer, job.recipe.seed, job.stack.compute, memory=budget)
+        author.check_memory()
+        notes.append(f"the model writes its calibration text first, whole in memory: {size(author.bytes_)}")
+    notes += [
+        f"{text} is not fetched for a plan: the memory to tokenise it is not counted" for text in fetched
+    ]
+    return Load(wanted.samples, wanted.seqlen, characters), notes
 
 
 def _notes(recipe: Recipe, undecided: bool) -> list[str]:

@@ -46,7 +46,7 @@ def prune(
     overwrite: bool = False,
     memory: str | int | None = None,
     tokenizer: Any = None,
-    calibration: Tensor | tuple[Tensor, Tensor] | Samples | str | None = None,
+    calibration: Tensor | tuple[Tensor, Tensor] | Samples | str | list[str] | None = None,
     trust_remote_code: bool = False,
     **keys: Any,
 ) -> Record:
@@ -65,7 +65,8 @@ def prune(
         memory: peak memory of the whole process that may not be passed (`"6GB"`); the result does not depend on it.
         tokenizer: for a live module calibrated on text.
         calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, taken as they are, or the name or path of a
-            text, whose samples begin with BOS as `calibration.bos` says.
+            text, or several with shares (`["wiki=0.6", "code.jsonl=0.4"]`), whose samples begin with BOS as
+            `calibration.bos` says.
         trust_remote_code: let code that lies in a model's folder run.
 
     Returns:

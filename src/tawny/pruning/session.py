@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["Purpose", "Session", "Unfinished", "open_output", "open_session", "text_or_tokens"]
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tawny.calibration.context import check_context, check_ids
-from tawny.calibration.text import load_text
+from tawny.calibration.mixture import in_words, load_texts
+from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText, sample_windows, tokenise
 from tawny.errors import (
     Interrupted,
@@ -30,6 +32,7 @@ from tawny.errors import (
     TextError,
     UserError,
 )
+from tawny.evaluation.sources import author_of
 from tawny.kernels.native import kernel_name
 from tawny.machine import machine, peak_memory, versions
 from tawny.model.identity import code_identity, model_identity, tensor_digest, tokens_identity
@@ -182,7 +185,7 @@ def open_session(
         samples, held_out, placement = None, None, None
         if job.needs_samples if purpose.samples is None else purpose.samples:
             samples, held_out, placement = _calibration(
-                job, purpose, tokenizer, calibration, placed, progress, record, clock
+                job, purpose, tokenizer, calibration, placed, progress, record, clock, budget, ranks
             )
         else:
             placement = placed(Load(0, 0, 0))
@@ -254,9 +257,11 @@ def open_output(out: Path, overwrite: bool, source: str | Path | nn.Module) -> O
 
 
 def text_or_tokens(calibration: Any) -> tuple[dict[str, Any], Any]:
-    """`calibration` as recipe keys where it names a text, and as tokens where it is those."""
+    """`calibration` as recipe keys where it names a text or several, and as tokens where it is those."""
     if isinstance(calibration, str | Path):
         return {"calibration.text": str(calibration)}, None
+    if isinstance(calibration, list) and all(isinstance(one, str | Path) for one in calibration):
+        return {"calibration.text": [str(one) for one in calibration]}, None
     return {}, calibration
 
 
@@ -340,6 +345,8 @@ def _calibration(
     progress: Progress,
     record: Record,
     clock: Clock,
+    budget: int | None,
+    ranks: Ranks,
 ) -> tuple[Samples, Tensor | None, Placement | None]:
     """The samples: tokens that were given, or seeded windows of the recipe's text.
 
@@ -364,11 +371,21 @@ def _calibration(
                 "a live model needs tokens to be calibrated on: give calibration=tokens or tokenizer=…"
             )
         tokenizer = load_tokenizer(job.folder)
-    progress.say(f"reading calibration text {wanted.text}")
+    progress.say(f"reading calibration text {in_words(wanted.text)}")
     held_out = None
+
+    def own(share: float) -> Text:
+        read = wanted.samples * wanted.seqlen * (1 if purpose.held_out is None else 2)
+        keys: dict[str, Any] = {"memory": budget, "group": ranks, "progress": progress}
+        dense: Path | nn.Module = job.folder or model
+        author = author_of(dense, tokenizer, job.recipe.seed, job.stack.compute, ranks.device, **keys)
+        written = author.write(math.ceil(share * read))
+        give_back()
+        return written
+
     with clock("text"):
-        text = load_text(wanted.text, "calibration")
-        placement = placed(Load(wanted.samples, wanted.seqlen, len(text.text)))
+        text = load_texts(wanted.text, "calibration", tokenizer, own)
+        placement = placed(Load(wanted.samples, wanted.seqlen, text.characters))
         tokens = tokenise(text, tokenizer, job.recipe.bos)
         windows = sample_windows(tokens, wanted.samples, wanted.seqlen, job.recipe.seed)
         if purpose.held_out is not None:
@@ -376,9 +393,7 @@ def _calibration(
     check_ids(model, windows)
     give_back()
     record.text = {
-        "name": text.name,
-        "sha256": text.sha256,
-        "tokens": len(tokens),
+        **text.about([len(part) for part in tokens.parts]),
         "samples": len(windows),
         "seqlen": wanted.seqlen,
         "bos": tokens.bos is not None,

@@ -25,7 +25,12 @@ _PATTERNS = {
     "heads": "whole key-value groups of attention with their query heads; the same solvers",
     "channels+heads": "both under one budget",
 }
-_FILES = {"FILE.txt, FILE.jsonl": "your own; one document, or one a line under 'text' (also .gz)"}
+_FILES = {
+    "FILE.txt, FILE.jsonl": "your own; one document, or one a line under 'text' (also .gz)",
+    "chat:FILE.jsonl": "conversations, one a line under 'messages', rendered by the model's chat template",
+    "self": "text that the dense model writes: nothing but the model is needed",
+    "TEXT=SHARE TEXT=SHARE …": "several of these, such as wiki=0.6 code.jsonl=0.4; shares add up to 1",
+}
 _KEYS = {
     "sparsity": "share of prunable weights to remove, in [0, 1)",
     "allocator": "how blocks share the budget, and its options",

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from tawny.calibration.mixture import parse_texts
 from tawny.errors import RecipeError, TawnyError, check_option, nearest, short
 from tawny.kinds import kind_of, names_of, scaled_kinds
 
@@ -64,6 +65,16 @@ def as_list(value: Any) -> Any:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
+def _known_texts(value: Any) -> Any:
+    """One text as it is, several as a tuple; shares that do not add up are refused here."""
+    given = [str(value)] if isinstance(value, str | Path) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(one, str | Path) for one in given):
+        return value
+    parse_texts(given)
+    return str(given[0]) if len(given) == 1 else tuple(map(str, given))
+
+
+TextNames = Annotated[str | tuple[str, ...], BeforeValidator(_known_texts)]
 Dtype = Annotated[Storage | None, BeforeValidator(_long_dtype)]
 Compute = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_long_dtype)]
 Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(as_list)]
@@ -79,14 +90,14 @@ class Choice:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Calibration:
-    """Which tokens the model is shown: `samples` seeded random windows of `seqlen` tokens of `text`.
+    """Which tokens the model is shown: `samples` seeded random windows of `seqlen` tokens of `text`, or of several in shares.
 
     The last share `repeat` of each window repeats what stood before it. `bos` true begins each window with BOS; false
     leaves BOS to the window at the beginning of the text. None does what the tokenizer does, and what the papers do under
     `compat: official`.
     """
 
-    text: Annotated[str, Field(min_length=1)] = "c4"
+    text: TextNames = "c4"
     samples: Annotated[int, Field(ge=1)] = 128
     seqlen: Annotated[int, Field(ge=2)] = 2048
     repeat: Annotated[float, Field(ge=0, le=0.5)] = 0.0
@@ -332,7 +343,7 @@ def as_section(section: str, value: Any) -> dict[str, Any]:
         given = {}
     elif isinstance(value, Mapping):
         given = {str(key): item for key, item in value.items()}
-    elif isinstance(value, str | Path) or (isinstance(value, int) and section == "refine"):
+    elif isinstance(value, (str, Path, {"refine": int, "calibration": list}.get(section, str))):
         given = {SHORTHANDS[section]: value}
     else:
         kind = "a count" if section == "refine" else "a text"

@@ -1,29 +1,42 @@
-"""What a recovery reads: a text cut into windows without padding, an order that a step number decides, and windows held out.
+"""What a recovery reads: texts cut into windows without padding, an order that a step number decides, and windows held out.
 
-Documents are joined, tokenised once and cut into windows that do not overlap, so every token of a batch is text. Each
-epoch has its own seeded order. What is read at a step depends on the step alone, so that a resumed run reads what an
-uninterrupted one would have.
+Documents are joined, tokenised once and cut into windows that do not overlap, so every token of a batch is text. Of
+several texts windows come by turns, as their shares say. Each text has its own epochs, and each epoch its own seeded order: a
+short text is read again while a long one goes on. What is read at a step depends on the step alone, so that a resumed run
+reads what an uninterrupted one would have.
 """
 
 from __future__ import annotations
 
-__all__ = ["Reading", "read"]
+__all__ = ["MOST_WRITTEN", "Reading", "read"]
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tawny.calibration.text import NAMED_TEXTS, load_text
-from tawny.calibration.windows import TokenisedText, evaluation_windows, tokenise
+from tawny.calibration.mixture import load_texts
+from tawny.calibration.text import NAMED_TEXTS, Text
+from tawny.calibration.windows import (
+    TokenisedText,
+    evaluation_windows,
+    interleaved,
+    shared_out,
+    tokenise,
+)
 from tawny.errors import TextError
 from tawny.model.streams import Samples
 from tawny.recovery.settings import Recovery
 
 # Of a text that has no part of its own to be measured on.
 _HELD_OUT = 0.05
+# Tokens that the dense model writes at most; training reads them again.
+MOST_WRITTEN = 131_072
+# Windows of several texts come in turns of so many, in which shares are exact to one.
+_TURN = 100
 
 
 @dataclass
@@ -32,16 +45,27 @@ class Reading:
 
     Attributes:
         windows: `[training + held out, seqlen]`.
-        training: how many of them are trained on.
-        about: name, hash and sizes, for the record.
+        counts: how many of each text are trained on, one text behind the other.
+        shares: of each text in what is read.
+        about: names, hashes and sizes, for the record.
     """
 
     windows: Tensor
-    training: int
+    counts: list[int]
+    shares: list[float]
     batch: int
     seed: int
     about: dict[str, Any]
-    _orders: dict[int, list[int]] = field(default_factory=dict)
+    _orders: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        turns = shared_out(_TURN, self.shares)
+        of = [text for text, count in enumerate(turns) for _ in range(count)]
+        self._turn = [of[place] for place in interleaved(turns)]
+
+    @property
+    def training(self) -> int:
+        return sum(self.counts)
 
     @property
     def held_out(self) -> list[int]:
@@ -53,54 +77,94 @@ class Reading:
         return [self._row(position) for position in range(first, first + self.batch)]
 
     def _row(self, position: int) -> int:
-        epoch, place = divmod(position, self.training)
-        if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(self.training, generator=generator).tolist()
-            self._orders = {epoch - 1: self._orders.get(epoch - 1, []), epoch: order}
-        return self._orders[epoch][place]
+        turn, place = divmod(position, _TURN)
+        text = self._turn[place]
+        read = turn * self._turn.count(text) + self._turn[:place].count(text)
+        epoch, place = divmod(read, self.counts[text])
+        return sum(self.counts[:text]) + self._order(text, epoch)[place]
+
+    def _order(self, text: int, epoch: int) -> list[int]:
+        if (text, epoch) not in self._orders:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + text * 10_007)
+            order = torch.randperm(self.counts[text], generator=generator).tolist()
+            self._orders.pop((text, epoch - 2), None)
+            self._orders[text, epoch] = order
+        return self._orders[text, epoch]
 
 
 def read(
-    settings: Recovery, tokenizer: Any, text: Tensor | None = None, held_out: Tensor | None = None
+    settings: Recovery,
+    tokenizer: Any,
+    text: Tensor | None = None,
+    held_out: Tensor | None = None,
+    own: Callable[[float], Text] | None = None,
 ) -> Reading:
-    """The windows of a text or of given tokens `[windows, seqlen]`.
+    """The windows of a text, of several or of given tokens `[windows, seqlen]`.
+
+    Args:
+        own: lets the dense model write the text of `self` for a share of what is read.
 
     Raises:
-        TextError: it holds less than one batch beside what is held out, or the two have windows of other widths.
+        TextError: there is less than one batch beside what is held out, or the two have windows of other widths.
     """
     if text is not None:
-        windows = Samples(text).tokens
         about: dict[str, Any] = {"name": "tokens"}
-        name = "the tokens given"
+        name, shares = "the tokens given", [1.0]
+        parts = [_parted(Samples(text).tokens, settings.eval_windows, held_out is not None)]
     else:
-        loaded = load_text(settings.text, "calibration")
-        tokens = tokenise(loaded, tokenizer, settings.bos)
-        name = tokens.name
-        windows = _windows(tokens, settings)
-        about = {"name": loaded.name, "sha256": loaded.sha256, "tokens": len(tokens)}
-        about["bos"] = tokens.bos is not None
-        if held_out is None and loaded.name in NAMED_TEXTS:
-            measured = load_text(settings.text, "evaluation")
-            unseen = replace(tokenise(measured, tokenizer, settings.bos), name=f"{name} held out")
-            # Evaluations read it from its beginning, and must not have been chosen by.
-            held_out = evaluation_windows(unseen, settings.seqlen)[-settings.eval_windows :]
+        loaded = load_texts(settings.text, "calibration", tokenizer, own)
+        tokens, shares = [tokenise(one, tokenizer, settings.bos) for one in loaded.texts], list(loaded.shares)
+        name = f"text {loaded.name!r}"
+        about = loaded.about([len(one) for one in tokens]) | {"bos": tokens[0].bos is not None}
+        most = shared_out(settings.eval_windows, shares)
+        each_text = zip(loaded.texts, tokens, most, strict=True)
+        parts = [_windows(*one, settings, tokenizer, given=held_out is not None) for one in each_text]
     if held_out is None:
-        count = min(settings.eval_windows, max(1, round(len(windows) * _HELD_OUT)))
-        windows, held_out = windows[:-count], windows[-count:]
-    _check_held_out(held_out, int(windows.shape[1]))
+        kept = [held for _, held in parts]
+        held_out = torch.cat(kept)[interleaved([len(one) for one in kept])]
+    each = [windows for windows, _ in parts]
+    _check_held_out(held_out, int(each[0].shape[1]))
     held_out = held_out[: settings.eval_windows]
-    if len(windows) < settings.batch:
+    count = sum(map(len, each))
+    if count < settings.batch:
         raise TextError(
-            f"{name} gives {len(windows)} windows of {windows.shape[1]} tokens to train on and a batch takes "
+            f"{name} gives {count} windows of {each[0].shape[1]} tokens to train on and a batch takes "
             f"{settings.batch}: give a longer text, or a smaller -o batch or --seqlen"
         )
-    about |= {"windows": len(windows), "seqlen": int(windows.shape[1]), "held_out": len(held_out)}
+    about |= {"windows": count, "seqlen": int(each[0].shape[1]), "held_out": len(held_out)}
     # Longer texts than the budget need not be cached or hashed whole.
-    windows = windows[: max(settings.batch, settings.steps * settings.batch)]
-    both = torch.cat([windows, held_out])
+    read = max(settings.batch, settings.steps * settings.batch)
+    turns = -(-read // _TURN) if len(each) > 1 else 1
+    most = [read] if len(each) == 1 else [turns * n for n in shared_out(_TURN, shares)]
+    each = [windows[: max(1, n)] for windows, n in zip(each, most, strict=True)]
+    both = torch.cat([*each, held_out])
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
-    return Reading(both, len(windows), settings.batch, settings.seed, about)
+    return Reading(both, list(map(len, each)), shares, settings.batch, settings.seed, about)
+
+
+def _parted(windows: Tensor, most: int, given: bool) -> tuple[Tensor, Tensor]:
+    """Windows to train on, and those at the end that are held out unless others were given."""
+    count = 0 if given else min(most, max(1, round(len(windows) * _HELD_OUT)))
+    return windows[: len(windows) - count], windows[len(windows) - count :]
+
+
+def _windows(
+    text: Text, tokens: TokenisedText, most: int, settings: Recovery, tokenizer: Any, *, given: bool
+) -> tuple[Tensor, Tensor]:
+    try:
+        windows = evaluation_windows(tokens, settings.seqlen)
+    except TextError:
+        needed = (settings.batch + 1) * tokens.of_text(settings.seqlen)
+        raise TextError(
+            f"{tokens.name} has {len(tokens):,} tokens; a batch of {settings.batch} × {settings.seqlen} and a window to measure "
+            f"on need {needed:,}: give a longer text, or a smaller -o batch or --seqlen"
+        ) from None
+    if given or text.name not in NAMED_TEXTS:
+        return _parted(windows, most, given)
+    measured = tokenise(load_texts(text.name, "evaluation"), tokenizer, settings.bos)
+    unseen = replace(measured, name=f"{tokens.name} held out", parts=())
+    # Evaluations read it from its beginning, and must not have been chosen by.
+    return windows, evaluation_windows(unseen, settings.seqlen)[-most:] if most else windows[:0]
 
 
 def _check_held_out(held_out: Tensor, seqlen: int) -> None:
@@ -110,14 +174,3 @@ def _check_held_out(held_out: Tensor, seqlen: int) -> None:
             f"held_out has shape {shape} {str(held_out.dtype).removeprefix('torch.')}; expected integer tokens "
             f"[windows, {seqlen}], in windows as long as those that are trained on"
         )
-
-
-def _windows(text: TokenisedText, settings: Recovery) -> Tensor:
-    try:
-        return evaluation_windows(text, settings.seqlen)
-    except TextError:
-        needed = (settings.batch + 1) * text.of_text(settings.seqlen)
-        raise TextError(
-            f"{text.name} has {len(text):,} tokens; a batch of {settings.batch} × {settings.seqlen} and a window to measure "
-            f"on need {needed:,}: give a longer text, or a smaller -o batch or --seqlen"
-        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Request", "recover_dense"]
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tawny.calibration.context import check_ids
+from tawny.calibration.mixture import in_words
+from tawny.calibration.text import Text
 from tawny.errors import Interrupted, ModelError, RecipeError
+from tawny.evaluation.sources import author_of
 from tawny.machine import peak_memory
 from tawny.model.output import OutputFolder, check_savable
 from tawny.model.resumable import WorkFolder
@@ -25,7 +29,7 @@ from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
-from tawny.recovery.data import read
+from tawny.recovery.data import MOST_WRITTEN, read
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
@@ -124,8 +128,26 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
         consent = request.overwrite or (work is not None and work.consent)
         output = OutputFolder(out, overwrite=consent, source=folder)
         ending.callback(output.discard)
-    request.progress.say(f"reading {'tokens' if request.text is not None else f'text {settings.text}'}")
-    reading = read(settings, tokenizer, request.text, request.held_out)
+    request.progress.say(
+        f"reading {'tokens' if request.text is not None else f'text {in_words(settings.text)}'}"
+    )
+
+    def written(share: float) -> Text:
+        assert teacher_stack is not None
+        author = author_of(
+            dense or teacher_stack.model,
+            tokenizer,
+            settings.seed,
+            teacher_stack.compute,
+            settings.device,
+            group=processes,
+            progress=request.progress,
+        )
+        return author.write(math.ceil(share * min(settings.tokens, MOST_WRITTEN)))
+
+    reading = read(
+        settings, tokenizer, request.text, request.held_out, None if teacher_stack is None else written
+    )
     check_ids(stack.model, reading.windows)
     student = Student(stack, settings, processes, request.kinds)
     ending.callback(student.close)

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tawny.calibration.mixture import texts_identity
 from tawny.errors import RecipeError
-from tawny.model.identity import source_identity, text_identity
+from tawny.model.identity import source_identity
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
@@ -82,7 +83,7 @@ def recover_gradually(
         "settings": chosen.to_mapping(),
         "model": source_identity(folder),
         "teacher": source_identity(teacher),
-        "text": text_identity(chosen.text),
+        "text": texts_identity(chosen.text),
     }
     whole = len(recipes) * (len(recipes) + 1) / 2
     stages: list[dict[str, Any]] = []

@@ -8,9 +8,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from tawny.calibration.mixture import texts_identity
 from tawny.kinds import kind_of
 from tawny.model.checkpoint import file_bytes
-from tawny.model.identity import source_identity, tensor_digest, text_identity
+from tawny.model.identity import source_identity, tensor_digest
 from tawny.model.resumable import WorkFolder
 from tawny.packed.convert import pack, solved_for, unpack
 from tawny.progress import Progress
@@ -52,7 +53,7 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         "model": source_identity(folder),
         "teacher": source_identity(request.teacher),
         "settings": settings.to_mapping(),
-        "text": text_identity(settings.text) if text is None else tensor_digest(text).hexdigest(),
+        "text": texts_identity(settings.text) if text is None else tensor_digest(text).hexdigest(),
         "held_out": None if held_out is None else tensor_digest(held_out).hexdigest(),
     }
 

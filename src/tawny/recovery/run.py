@@ -42,7 +42,7 @@ def recover(
     progress: Progress = silent,
     overwrite: bool = False,
     tokenizer: Any = None,
-    text: Tensor | str | Path | None = None,
+    text: Tensor | str | Path | list[str] | None = None,
     held_out: Tensor | None = None,
     trust_remote_code: bool = False,
     **keys: Any,
@@ -58,7 +58,7 @@ def recover(
         overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
             this same one, which goes on.
         tokenizer: for a live module and a text.
-        text: name or path of a text, or tokens `[windows, seqlen]`.
+        text: name or path of a text, or several with shares, or tokens `[windows, seqlen]`.
         held_out: tokens `[windows, seqlen]` to measure on, instead of a part of the text.
         trust_remote_code: let code that lies in a model's folder run.
 
@@ -67,8 +67,9 @@ def recover(
         NumericalError: the loss became NaN; the best model so far is written, if any was better than the start.
         Interrupted: the user pressed Ctrl-C; the same command goes on.
     """
-    if isinstance(text, str | Path):
-        keys["text"] = str(text)
+    several = isinstance(text, list) and all(isinstance(one, str | Path) for one in text)
+    if several or isinstance(text, str | Path):
+        keys["text"] = text
     elif text is not None and not isinstance(text, Tensor):
         raise TextError(
             f"text is a {type(text).__name__}; expected a name, a path, or a torch tensor [windows, seqlen]"

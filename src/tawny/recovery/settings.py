@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from tawny.errors import RecipeError
 from tawny.kinds import kind_of, scaled_kinds
-from tawny.recipe.schema import validated
+from tawny.recipe.schema import TextNames, validated
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
 LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
@@ -47,7 +47,8 @@ class Recovery:
     Attributes:
         method: `distill` keeps the mask; `elsa` moves it under an exact budget.
         train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask.
-        text: what is read; a named text has a part of its own to be measured on, a file gives its end for that.
+        text: what is read, one text or several in shares; a named text has a part of its own to be measured on, any other
+            gives its end for that.
         bos: begin each window with BOS, or none but the first; as the tokenizer begins a text if None.
         tokens: read in all, again and again if the text is shorter.
         minutes: ends the run and its schedule earlier, evaluations and the teacher's forwards included.
@@ -74,7 +75,7 @@ class Recovery:
 
     method: Literal["distill", "elsa"] = "distill"
     train: Literal["survivors", "norms", "lora"] = "survivors"
-    text: Annotated[str, Field(min_length=1)] = "c4"
+    text: TextNames = "c4"
     bos: bool | None = None
     tokens: Annotated[Count, Field(ge=1)] = 2_000_000
     minutes: Positive | None = None

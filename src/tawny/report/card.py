@@ -245,6 +245,9 @@ def _trace(record: Mapping[str, Any]) -> str:
             f"Calibrated on {text.get('samples', '?')} × {text.get('seqlen', '?')} tokens of "
             f"{_inline(str(text.get('name')))}{hashed}{begun(text)}."
         )
+        for one in text.get("sources", ()):
+            share, name = percent(one["share"], 0), _inline(str(one["name"]))
+            lines.append(f"{share} of it: {name}, sha256 `{one['sha256']}`.")
     else:
         lines.append("No calibration text was needed.")
     if record.get("revision"):

@@ -359,7 +359,9 @@ def _trace(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     if text.get("sha256"):
-        rows.insert(1, ("calibration text", f"{text['name']}, sha256 {text['sha256']}"))
+        parts = [(f"{percent(one['share'], 0)} of it", one) for one in text.get("sources", ())]
+        for place, (key, one) in enumerate([("calibration text", text), *parts], start=1):
+            rows.insert(place, (key, f"{one['name']}, sha256 {one['sha256']}"))
     if record.get("date"):
         rows.append(("date", record["date"]))
     for name, file in record.get("files", {}).items():

@@ -111,8 +111,9 @@ def plan_fit(
     finalists = table.finalists()
     best = min(finalists, key=lambda each: each.expected)
     check_context(job.stack.model, recipe.calibration.seqlen)
-    load, notes = load_of(recipe)
-    placement = place(demand_of_fit(settings, job, load), parse_size(memory), available())
+    limit = parse_size(memory)
+    load, notes = load_of(job, limit)
+    placement = place(demand_of_fit(settings, job, load), limit, available())
     checkpoint = job.stack.checkpoint
     assert checkpoint is not None
     dense, probes = checkpoint.bytes_in(None), probes_bytes(job)

@@ -1,0 +1,177 @@
+"""Text that the dense model writes itself: calibration and training for whoever has nothing but the model (2410.17170).
+
+It is sampled from the model's whole distribution, many texts at once by `generate`, which works for every model that
+transformers can let write. A text begins with BOS or with the chat template's start of a question, by turns where there are
+both. The temperature falls from 2 to 1 over the first tokens: early ones spread the texts, later ones read like the
+model. A passage of six tokens never comes twice in a text, which keeps small models out of loops. An end token does not end a
+text: what follows it is what the model was trained to see there, and every forward stays full.
+
+What this file promises: the text is written once for a model, its settings and a seed, and kept in the cache, so that the
+next run reads the same. Written anew on the same machine it is the same again.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Author"]
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawny.calibration.context import context_of
+from tawny.calibration.mixture import OWN
+from tawny.calibration.text import Text, joined, load_text
+from tawny.errors import RecipeError, TextError
+from tawny.model import durable
+from tawny.model.source import cache_folder
+from tawny.process_group import ProcessGroup
+from tawny.progress import Progress, silent
+from tawny.words import size
+
+LENGTH = 512  # tokens of a text
+TEXTS = 32  # written at once
+HOTTEST, COOLED = 2.0, 10  # the temperature of the first token, and the token from which on it is 1
+PASSAGE = 6  # tokens that never come twice
+_MARK = "\x1e"  # no template has it
+
+
+@dataclass(frozen=True)
+class Author:
+    """A dense model that can be asked for text.
+
+    Args:
+        opened: the whole model, ready for forwards.
+        tokenizer: of the model.
+        identity: of the model's files; None where there are none to know it by, so that nothing is kept.
+        bytes_: of the whole model in memory.
+        memory: peak bytes that were promised, if any.
+        group: processes that all need the text; the first one writes it.
+    """
+
+    opened: Callable[[], Any]
+    tokenizer: Any
+    identity: Any
+    bytes_: int
+    seed: int
+    memory: int | None = None
+    group: ProcessGroup | None = None
+    progress: Progress = silent
+
+    def write(self, tokens: int) -> Text:
+        """About `tokens` tokens of its own text.
+
+        Raises:
+            RecipeError: the model does not fit into the memory that was promised.
+            TextError: nothing to begin with, or the model writes nothing but its end token.
+        """
+        rows = min(TEXTS, max(1, math.ceil(tokens / LENGTH)))
+        told: dict[str, float] = {"tokens": tokens, "length": LENGTH, "texts": rows, "seed": self.seed}
+        told |= {"hottest": HOTTEST, "cooled": COOLED, "passage": PASSAGE}
+        if self.identity is None:
+            return joined(OWN, self._documents(tokens, rows), written=told)
+        known = {"model": self.identity, **told}
+        key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+        kept = cache_folder() / "texts" / f"{key}.jsonl"
+
+        def keep() -> None:
+            if not kept.exists():
+                lines = [
+                    json.dumps({"text": text}, ensure_ascii=False) for text in self._documents(tokens, rows)
+                ]
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                durable.write(kept, ("\n".join(lines) + "\n").encode())
+
+        keep() if self.group is None else self.group.once(keep)
+        found = load_text(kept)
+        return Text(OWN, found.text, found.documents, found.sha256, found.separator, written=told)
+
+    def _documents(self, tokens: int, rows: int) -> list[str]:
+        self.check_memory()
+        starts = self._starts()
+        model = self.opened()
+        length = min(LENGTH, context_of(model) or LENGTH) - max(len(start) for start in starts)
+        batches = math.ceil(tokens / (rows * length))
+        self.progress.phase("writing", batches * length, f"tokens of {rows} texts")
+        made: list[str] = []
+        ends = _end_tokens(model, self.tokenizer)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.seed)
+            for batch in range(batches):
+                start = starts[batch % len(starts)]
+                written_RT = _sampled(model, torch.tensor([start] * rows), length, self.progress)
+                if bool(torch.isin(written_RT[:, : PASSAGE - 1], torch.tensor(ends)).all()):
+                    raise TextError(
+                        "text 'self': the model writes nothing but its end token; give another text, such as wiki or a .txt file"
+                    )
+                # The start is no part of the text, but of a chat it is: the model only knows what follows it.
+                whole_RT = (
+                    torch.cat([torch.tensor([start] * rows), written_RT], dim=1)
+                    if len(start) > 1
+                    else written_RT
+                )
+                made += self.tokenizer.batch_decode(whole_RT.tolist(), clean_up_tokenization_spaces=False)
+        return made
+
+    def check_memory(self) -> None:
+        """Raise a RecipeError if the whole model does not fit into the memory that was promised."""
+        if self.memory is not None and self.bytes_ > self.memory:
+            raise RecipeError(
+                f"text 'self' is written by the whole model, which takes {size(self.bytes_)} and the memory is "
+                f"{size(self.memory)}: give another text, or write it on a larger machine and take its cache along"
+            )
+
+    def _starts(self) -> list[list[int]]:
+        """The tokens that texts begin with: BOS, and a conversation up to its first question."""
+        tokenizer, starts = self.tokenizer, []
+        if tokenizer.bos_token_id is not None:
+            starts.append([int(tokenizer.bos_token_id)])
+        if getattr(tokenizer, "chat_template", None):
+            asked = [{"role": "user", "content": _MARK}]
+            before, mark, _ = tokenizer.apply_chat_template(asked, tokenize=False).partition(_MARK)
+            if mark and (ids := tokenizer(before, add_special_tokens=False)["input_ids"]):
+                starts.append(list(ids))
+        if not starts:
+            raise TextError(
+                "text 'self' begins with BOS or with the chat template's start, and this tokenizer has neither: give another text"
+            )
+        return starts
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    found = getattr(model.generation_config, "eos_token_id", None)
+    ends = found if isinstance(found, list) else [found]
+    return [int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None]
+
+
+def _sampled(model: Any, start_RT: Tensor, length: int, progress: Progress) -> Tensor:
+    """`length` tokens behind each start, `[texts, length]`."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    first = start_RT.shape[1]
+    passages: list[dict[tuple[int, ...], list[int]]] = [{} for _ in start_RT]
+
+    def shaped(ids_RT: Tensor, scores_RV: Tensor) -> Tensor:
+        at = ids_RT.shape[1] - first
+        scores_RV = scores_RV.float() / (1 + (HOTTEST - 1) * max(0.0, 1 - at / COOLED))
+        for row, (seen, ids) in enumerate(zip(passages, ids_RT[:, -PASSAGE:].tolist(), strict=True)):
+            if len(ids) == PASSAGE:
+                seen.setdefault(tuple(ids[:-1]), []).append(ids[-1])
+            scores_RV[row, seen.get(tuple(ids[1 - PASSAGE :]), [])] = -math.inf
+        progress.step("writing")
+        return scores_RV
+
+    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=length, use_cache=True)
+    # Of an end token nothing is told, so that none ends a text.
+    found: Tensor = model.generate(
+        start_RT.to(model.device),
+        attention_mask=torch.ones_like(start_RT).to(model.device),
+        generation_config=plain,
+        logits_processor=LogitsProcessorList([shaped]),
+    )
+    return found.cpu()[:, first:]
