@@ -228,7 +228,7 @@ def test_what_was_written_is_kept_for_a_model_and_its_settings(short):
         return model
 
     def written(identity="a", seed=0):
-        return Author(opening, tokenizer, identity, 1000, seed).write(40)
+        return Author(opening, tokenizer, lambda: identity, 1000, seed).write(40)
 
     assert written().sha256 == written().sha256 and len(opened) == 1
     written(seed=1), written("b")

@@ -339,7 +339,7 @@ def test_eval_prints_the_keys_that_programs_read(run, monkeypatch):
     code, out, _ = run("eval", "m", "--text", "wiki", "--seqlen", 64, "--windows", 4, "--json")
     assert code == 0
     assert {"perplexity", "stderr", "windows", "tokens", "seconds", "text_sha256"} <= set(json.loads(out))
-    assert calls[0][0] == ("m", "wiki") and calls[0][1]["windows"] == 4
+    assert calls[0][0] == ("m", ["wiki"]) and calls[0][1]["windows"] == 4
     for flags, bos in (([], None), (["--bos"], True), (["--no-bos"], False)):
         assert run("eval", "m", *flags)[0] == 0 and calls[-1][1]["bos"] is bos
     assert "20.00 ± 0.50" in run("eval", "m")[1]

@@ -19,6 +19,7 @@ __all__ = [
     "Mixture",
     "Source",
     "Texts",
+    "check_texts",
     "in_words",
     "load_texts",
     "parse_texts",
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tawny.calibration.text import NAMED_TEXTS, Role, Text, joined, json_lines, load_text
+from tawny.calibration.text import NAMED_TEXTS, Role, Text, joined, json_lines, load_text, unknown_text
 from tawny.errors import TextError, first_line
 
 Texts = str | Path | Sequence[str]  # as a recipe, a setting or an option gives them
@@ -84,6 +85,13 @@ def parse_texts(given: Texts) -> tuple[Source, ...]:
     each = (1 - total) / silent if silent else 0.0
     scale = 1.0 if silent else 1 / total
     return tuple(Source(spec, each if share is None else share * scale) for spec, share in parted)
+
+
+def check_texts(given: Texts) -> None:
+    """Raise a TextError, before anything is read, for what `parse_texts` refuses and for files that are not there."""
+    for source in parse_texts(given):
+        if source.path is not None and not source.path.exists():
+            raise unknown_text(source.spec)
 
 
 def _parted(given: str) -> tuple[str, float | None]:

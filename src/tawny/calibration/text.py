@@ -13,7 +13,16 @@ The named texts: `c4`, `wikitext2` and `ptb` come from the Hugging Face hub thro
 
 from __future__ import annotations
 
-__all__ = ["NAMED_TEXTS", "Role", "Text", "joined", "json_lines", "load_text", "packaged_wiki"]
+__all__ = [
+    "NAMED_TEXTS",
+    "Role",
+    "Text",
+    "joined",
+    "json_lines",
+    "load_text",
+    "packaged_wiki",
+    "unknown_text",
+]
 
 import gzip
 import hashlib
@@ -143,11 +152,15 @@ def _hub_rows(name: str, field: str, *where: str, most: int | None = None, **opt
 def _file(path: Path, name: str) -> list[str]:
     kind = _kind(path)
     if not path.exists():
-        names = ", ".join(NAMED_TEXTS)
-        raise TextError(f"text {name!r} is neither a file nor one of {names}{nearest(name, NAMED_TEXTS)}")
+        raise unknown_text(name)
     if path.is_dir() or kind not in ("txt", "jsonl"):
         raise TextError(f"text {name!r} is not a .txt or .jsonl file: convert it to one of these")
     return [_content(path, name)] if kind == "txt" else list(_documents(str(path), name))
+
+
+def unknown_text(name: str) -> TextError:
+    names = ", ".join(NAMED_TEXTS)
+    return TextError(f"text {name!r} is neither a file nor one of {names}{nearest(name, NAMED_TEXTS)}")
 
 
 def _kind(path: Path) -> str:
@@ -180,6 +193,8 @@ def json_lines(path: str, name: str) -> Iterator[tuple[int, Any]]:
         TextError: it is no such file, or cannot be read.
     """
     file = Path(path).expanduser()
+    if not file.exists():
+        raise unknown_text(name)
     if file.is_dir() or _kind(file) != "jsonl":
         raise TextError(f"text {name!r} is not a .jsonl file: convert it to one")
     for number, line in enumerate(_content(file, name).split("\n"), start=1):

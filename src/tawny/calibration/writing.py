@@ -48,7 +48,7 @@ class Author:
     Args:
         opened: the whole model, ready for forwards.
         tokenizer: of the model.
-        identity: of the model's files; None where there are none to know it by, so that nothing is kept.
+        identity: tells the model's files from others; None where there are none to know it by, so that nothing is kept.
         bytes_: of the whole model in memory.
         memory: peak bytes that were promised, if any.
         group: processes that all need the text; the first one writes it.
@@ -56,7 +56,7 @@ class Author:
 
     opened: Callable[[], Any]
     tokenizer: Any
-    identity: Any
+    identity: Callable[[], str] | None
     bytes_: int
     seed: int
     memory: int | None = None
@@ -75,7 +75,7 @@ class Author:
         told |= {"hottest": HOTTEST, "cooled": COOLED, "passage": PASSAGE}
         if self.identity is None:
             return joined(OWN, self._documents(tokens, rows), written=told)
-        known = {"model": self.identity, **told}
+        known = {"model": self.identity(), **told}
         key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
         kept = cache_folder() / "texts" / f"{key}.jsonl"
 
@@ -95,7 +95,8 @@ class Author:
         self.check_memory()
         starts = self._starts()
         model = self.opened()
-        length = min(LENGTH, context_of(model) or LENGTH) - max(len(start) for start in starts)
+        longest = max(len(start) for start in starts)
+        length = max(PASSAGE + 1, min(LENGTH, tokens, context_of(model) or LENGTH) - longest)
         batches = math.ceil(tokens / (rows * length))
         self.progress.phase("writing", batches * length, f"tokens of {rows} texts")
         made: list[str] = []

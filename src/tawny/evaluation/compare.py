@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, cast
 
-from tawny.calibration.mixture import parse_texts
+from tawny.calibration.mixture import check_texts
 from tawny.errors import ModelError, TawnyError
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
@@ -151,7 +151,7 @@ def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None
     """How many windows all models are asked; found out before the first of them is measured."""
     from tawny.evaluation.perplexity import count_windows  # not where a process of its own would load it
 
-    parse_texts(text)
+    check_texts(text)
     failed: list[TawnyError] = []
     for source in sources:
         try:

@@ -75,9 +75,10 @@ def author_of(
         held = sum(p.numel() * p.element_size() for p in model.parameters())
         return Author(lambda: model, tokenizer, None, held, seed, memory, group, progress)
     size = file_bytes(model) if is_packed(model) else Checkpoint(model).bytes_in(dtype)
-    identity = [fingerprint(model), str(dtype).removeprefix("torch.")]
     opened = partial(open_model, model, dtype, device)
-    return Author(opened, tokenizer, identity, size, seed, memory, group, progress)
+    return Author(
+        opened, tokenizer, lambda: f"{fingerprint(model)} {dtype}", size, seed, memory, group, progress
+    )
 
 
 def open_stack_of(
