@@ -11,7 +11,6 @@ from tawny.cli.options import (
     AsJson,
     Device,
     FitBits,
-    FitBudget,
     FitMeasured,
     FitSize,
     FitSpeed,
@@ -27,8 +26,7 @@ from tawny.words import duration, percent, size
 @recipe_verb(
     "tawny plan smollm2 -s 0.7",
     "tawny plan ./model -c owl-sparsegpt-70 --memory 6GB",
-    "tawny plan ./model -s 0.6 -a uniform -m wanda -o 'exclude=*.down_proj' --json",
-    "tawny plan ./model --size 700MB",
+    "tawny plan ./model --size 700MB --json",
 )
 def plan(
     model: Model,
@@ -38,7 +36,6 @@ def plan(
     bits: FitBits = None,
     speed: FitSpeed = None,
     measured: FitMeasured = None,
-    budget: FitBudget = None,
     device: Device = None,
     memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -48,7 +45,7 @@ def plan(
 
     With --size, --bits or --speed it is what the same `tawny fit` would do.
     """
-    fits = {"size": bytes_, "bits": bits, "speed": speed, "measured": measured, "fit.budget": budget}
+    fits = {"size": bytes_, "bits": bits, "speed": speed, "measured": measured}
     with console_for(as_json) as console:
         if any(value is not None for value in fits.values()):
             console.result(_plan_fit(model, given, fits, device, memory, console), fit_plan_tables)
