@@ -1,6 +1,6 @@
 """Whole channels and heads: solver by allocator by sparsity, the same calibration for all.
 
-    python benchmarks/structured.py --text wiki --text PATH.txt
+    python benchmarks/structured.py --text wiki
 
 Cells are made sparsity by sparsity; the same command goes on (see cells.py). A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --sparsity 0.2 --solver flap --allocator uniform`.
@@ -18,7 +18,7 @@ ALLOCATORS = ["uniform", "owl"]
 
 def main() -> None:
     parser = parser_for(__doc__, "structured.json")
-    parser.set_defaults(samples=16)
+    parser.set_defaults(samples=16, seqlen=512, eval_seqlen=512)
     parser.add_argument("--pattern", nargs="+", default=["channels+heads"])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3])
     parser.add_argument("--allocator", nargs="+", default=ALLOCATORS)
