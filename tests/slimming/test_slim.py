@@ -57,6 +57,9 @@ def test_different_widths_open_through_tawny_and_nothing_else_makes_weights_up(d
     expected = logits(tmp_path / "pruned")
     assert torch.allclose(logits(tmp_path / "slim"), expected, atol=1e-3)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", dtype=torch.float32)
+    assert all(
+        block.mlp.down_proj.bias.any() and not block.mlp.up_proj.bias.any() for block in model.model.layers
+    )
     made = model.generate(tokens(1, 8), max_new_tokens=4, do_sample=False)
     assert made.shape[1] > 8
     model.save_pretrained(tmp_path / "again")
