@@ -117,8 +117,8 @@ def test_every_example_of_the_help_is_a_valid_command_line(tmp_path, monkeypatch
             context = root.commands[verb].make_context(verb, arguments)
             if SHARED.keys() <= context.params.keys():
                 fits = any(context.params.get(name) is not None for name in ("bytes_", "bits", "speed"))
-                fixed = {"sparsity": 0.0} if fits else {}  # a fit finds it
-                Given({name: context.params[name] for name in SHARED}).recipe(**fixed)
+                given = {name: context.params[name] for name in SHARED}
+                Given(given | ({"sparsity": 0.0} if fits else {})).recipe()  # a fit finds it
 
 
 def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):
