@@ -162,7 +162,8 @@ def load_of(job: Job, budget: int | None) -> tuple[Load, list[str]]:
     sources = parse_texts(wanted.text)
     fetched = [x.spec for x in sources if x.spec in NAMED_TEXTS and x.spec != "wiki"]
     here = [x.spec for x in sources if x.spec not in (*fetched, OWN)]
-    tokenizer = load_tokenizer(job.folder) if here and job.folder else None
+    chats = any(x.messages for x in sources)
+    tokenizer = load_tokenizer(job.folder) if chats and job.folder else None
     characters = load_texts(here, "calibration", tokenizer).characters if here else 0
     if job.folder and any(x.spec == OWN for x in sources):
         author = author_of(job.folder, tokenizer, job.recipe.seed, job.stack.compute, memory=budget)
