@@ -21,7 +21,7 @@ from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
 from tables.quality import allocators, few_bits, owl_study, recipes, recovery, solvers, structured, tasks
 from tables.runtimes import runtimes
-from tables.speed import decode, few_bits_speed, kernels, peers, serving, sizes
+from tables.speed import decode, few_bits_speed, kernels, peers, recovery_step, serving, sizes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,6 +35,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "recipes": recipes,
         "recipes_gemma": recipes,
         "recovery": recovery,
+        "recovery_step": recovery_step,
         "allocators": allocators,
         "allocators_gemma": allocators,
         "solvers": solvers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -317,3 +318,27 @@ def serving(result: Mapping[str, Any]) -> str:
         lines.append("")
     lines.append(f"<sub>{result['machine']['cpu']}, kernel {result['kernel']}, {result['date']}.</sub>\n")
     return "\n".join(lines)
+
+
+def recovery_step(result: Sequence[Mapping[str, Any]]) -> str:
+    """A row a model: processor seconds of a training step's forwards, backwards and losses, with the base's losses and today's."""
+    lines = [
+        "| model | words | tokens a step | base, tokens a CPU second | now | faster | heads alone, faster | tokens a chunk |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in result:
+        speeds = {
+            side: cell["tokens"] / statistics.median(one[side]["cpu"] for one in cell["rounds"])
+            for side in ("base", "now")
+        }
+        chunks = cell["chunk_tokens"]
+        lines.append(
+            f"| {cell['model']} | {cell['vocabulary']:,} | {cell['tokens']} | {speeds['base']:.1f} | {speeds['now']:.1f} "
+            f"| × {cell['cpu_speedup']:.2f} | × {cell['heads_cpu_speedup']:.2f} | {chunks['base']} → {chunks['now']} |"
+        )
+    last = result[-1]
+    lines.append(
+        f"\nMedians over {len(last['rounds'])} rounds, both sides by turns in one process, {last['machine'].get('cpu')}, "
+        f"{last['machine'].get('threads')} thread(s), {last['date']}. The machine was busy, so processor time is compared."
+    )
+    return "\n".join(lines) + "\n"

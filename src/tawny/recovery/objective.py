@@ -6,6 +6,9 @@ For a chunk of tokens the student's and the teacher's logits are made from hidde
 
 with respect to the student's logits is written down in closed form, `p_S − κ·p_T − (1 − κ)·onehot`, and sent back to the
 hidden states at once. Then the chunk's logits are gone. Nothing is run twice and memory does not depend on the batch.
+
+Both probabilities are needed anyway; both losses follow from them and from the logits without another exponential, because
+the largest probability of a token is `exp(max − log Σ exp)`.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# float32 logits of one chunk: enough tokens that its products run at speed.
-_LOGIT_BYTES = 50_000_000
+# float32 logits of one chunk, and its fewest tokens: each chunk reads the head's weights three times, and with 47 tokens of a
+# vocabulary of 262,144 its products run at two thirds of their speed (benchmarks/results/recovery_step.json).
+_LOGIT_BYTES, _LEAST_TOKENS = 50_000_000, 256
 # float32 logits whose elementwise work stays in a core's cache, and whose memory malloc hands out again and again instead of
 # returning it to the system.
 _CACHED_BYTES = 2_000_000
@@ -45,7 +49,7 @@ class Losses:
 
 
 def chunk_tokens(vocabulary: int, wanted: int | None = None) -> int:
-    return wanted or max(16, _LOGIT_BYTES // (4 * vocabulary))
+    return wanted or max(_LEAST_TOKENS, _LOGIT_BYTES // (4 * vocabulary))
 
 
 def distil(
@@ -84,7 +88,10 @@ def distil(
             teacher_NV = None
             if teacher is not None and teacher_1TH is not None:
                 teacher_NV = teacher(inputs_1T[:, part], teacher_1TH[:, part])[0]
-            slope_NV = None if scale is None else torch.empty_like(logits_NV)
+            slope_NV = None
+            if scale is not None:  # row by row it takes the place of the teacher's logits
+                fits = teacher_NV is not None and teacher_NV.dtype == logits_NV.dtype
+                slope_NV = teacher_NV if fits else torch.empty_like(logits_NV)
             rows = max(1, _CACHED_BYTES // (4 * logits_NV.shape[1]))
             for top in range(0, len(logits_NV), rows):
                 some = slice(top, top + rows)
@@ -121,23 +128,28 @@ def _chunk(
 ) -> Losses:
     """Losses of some tokens, and their gradient with respect to the logits written into `slope_RV`."""
     losses = Losses()
-    log_RV = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
-    losses.next_token = -float(log_RV.gather(1, targets_R1).sum(dtype=torch.float64))
+    p_RV, log_sum_R = _probabilities(logits_RV)
+    said_R1 = logits_RV.gather(1, targets_R1).float()
+    losses.next_token = float((log_sum_R - said_R1.squeeze(1)).sum(dtype=torch.float64))
     p_teacher_RV = None
     if teacher_RV is not None:
         if scale is None:  # only measurements show it
             losses.agree = int((teacher_RV.argmax(-1) == logits_RV.argmax(-1)).sum())
-        log_teacher_RV = torch.log_softmax(teacher_RV, -1, dtype=torch.float32)
-        p_teacher_RV = log_teacher_RV.exp()
-        # Σ p_T (log p_T − log p_S); the in-place difference saves one more tensor of this size.
-        losses.kl = float(log_teacher_RV.sub_(log_RV).mul_(p_teacher_RV).sum(dtype=torch.float64))
+        p_teacher_RV, log_sum_teacher_R = _probabilities(teacher_RV)
+        # Σ p_T (log p_T − log p_S)
+        apart = (teacher_RV.float() - logits_RV).mul_(p_teacher_RV).sum(-1)
+        losses.kl = float((apart - log_sum_teacher_R + log_sum_R).sum(dtype=torch.float64))
     if slope_RV is None or scale is None:
         return losses
-    p_RV = log_RV.exp_()
     if p_teacher_RV is not None:
         p_RV.sub_(p_teacher_RV, alpha=kl)
     weight = 1.0 - kl if p_teacher_RV is not None else 1.0
     p_RV.scatter_add_(1, targets_R1, torch.full_like(targets_R1, -weight, dtype=p_RV.dtype))
-    torch.mul(p_RV, scale, out=p_RV)
-    slope_RV.copy_(p_RV)
+    slope_RV.copy_(p_RV.mul_(scale))
     return losses
+
+
+def _probabilities(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities `[tokens, vocabulary]` in float32, and log Σ exp of the logits `[tokens]`."""
+    p_RV = torch.softmax(logits_RV, -1, dtype=torch.float32)
+    return p_RV, logits_RV.amax(-1).float() - p_RV.amax(-1).log()
