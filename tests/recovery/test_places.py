@@ -124,9 +124,9 @@ def test_a_folder_of_the_users_is_neither_used_nor_cleared(
 def test_a_file_that_came_in_meanwhile_is_left_when_the_run_is_over(pair, tmp_path, monkeypatch):
     measure = Training._measure
 
-    def noting(self, share):
+    def noting(self):
         (tmp_path / "out.recovery" / "notes.txt").write_text("of a person")
-        measure(self, share)
+        measure(self)
 
     monkeypatch.setattr(Training, "_measure", noting)
     recover_pair(pair, tmp_path / "out")
