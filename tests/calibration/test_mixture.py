@@ -175,6 +175,7 @@ def author(model, tokenizer, **more):
 @pytest.fixture
 def short(monkeypatch, tmp_path):
     monkeypatch.setattr(writing, "LENGTH", 24)
+    monkeypatch.setattr(writing, "SHORTEST", 24)
     monkeypatch.setenv("TAWNY_CACHE", str(tmp_path / "cache"))
 
 
@@ -191,6 +192,15 @@ def test_a_model_writes_seeded_text_without_repeated_passages(family, short):
         assert len(row) == 90 and len(passages) == len(set(passages))
 
 
+def test_words_are_drawn_by_their_probability():
+    scores = torch.tensor([1.0, -torch.inf, 3.0, 0.0, 2.0])
+    torch.manual_seed(0)
+    drawn_RV = writing._drawn(scores.repeat(20_000, 1))
+    assert set(drawn_RV.unique().tolist()) == {0.0, -torch.inf} and bool(((drawn_RV == 0).sum(1) == 1).all())
+    shares = (drawn_RV == 0).float().mean(0)
+    assert shares[1] == 0 and torch.allclose(shares, scores.softmax(-1), atol=0.01)
+
+
 def test_a_loop_is_left_and_the_first_tokens_are_hot(short):
     """A model that always continues 2, 3, 4, 2, 3, 4 …; 2 is its end token, which ends nothing."""
     model, seen = tiny_model("llama"), []
@@ -204,14 +214,14 @@ def test_a_loop_is_left_and_the_first_tokens_are_hot(short):
         return made
 
     model.forward = looping
-    real = torch.softmax
+    drawn = writing._drawn
 
-    def watched(scores, *args, **keys):
-        seen.append(float(scores.max()))
-        return real(scores, *args, **keys)
+    def watched(scores_RV):
+        seen.append(float(scores_RV.max()))
+        return drawn(scores_RV)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch.nn.functional, "softmax", watched)
+        patched.setattr(writing, "_drawn", watched)
         written = writing._sampled(model, torch.full((1, 1), 4), 20, tawny.progress.silent)[0].tolist()
     passages = [tuple(written[i : i + writing.PASSAGE]) for i in range(20 - writing.PASSAGE + 1)]
     assert len(passages) == len(set(passages))

@@ -22,7 +22,7 @@ from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, T
 from tawny.progress import Silent
 from tawny.record import weight_files
 from tawny.recovery import training
-from tawny.recovery.data import read
+from tawny.recovery.data import read, written_tokens
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
@@ -439,6 +439,15 @@ def test_a_run_that_gets_no_better_leaves_the_model_unchanged(pair, tmp_path):
 def test_settings_that_make_no_sense_are_refused(keys, words):
     with pytest.raises(RecipeError, match=words):
         tawny.Recovery.make(**keys)
+
+
+def test_a_teacher_writes_no_more_than_the_minutes_read_and_enough_for_a_batch():
+    def written(share, **keys):
+        return written_tokens(tawny.Recovery.make(text=["wiki", "self"], **keys), share)
+
+    assert written(0.5) == 65_536 and written(0.5, minutes=600) == 65_536
+    assert written(0.5, minutes=10) == 20_480 and written(0.5, tokens=30_000, minutes=10) == 15_000
+    assert written(0.25, minutes=0.1) == (4 + 1) * 512  # a batch, and a window to measure on
 
 
 def test_numbers_may_be_written_short():

@@ -1,6 +1,6 @@
 """Text that the dense model writes itself: calibration and training for whoever has nothing but the model (2410.17170).
 
-It is sampled from the model's whole distribution, many texts at once by `generate`, which works for every model that
+It is sampled from the model's whole distribution, many texts at once, by `generate`, which runs every model that
 transformers can let write. A text begins with BOS or with the chat template's start of a question, by turns where there are
 both. The temperature falls from 1.5 to 1 over the first four tokens: early ones spread the texts, later ones read like the
 model. (From 2 over ten tokens SmolLM2 wanders off: by its own measure 4.25 nats a token behind them, against 3.65.) A passage
@@ -35,7 +35,8 @@ from tawny.process_group import ProcessGroup
 from tawny.progress import Progress, silent
 from tawny.words import size
 
-LENGTH = 512  # tokens of a text
+LENGTH = 512  # tokens of a text, at most
+SHORTEST = 128  # where more texts at once cost no more than a longer one
 TEXTS = 32  # written at once
 HOTTEST, COOLED = 1.5, 4  # the temperature of the first token, and the token from which on it is 1
 PASSAGE = 6  # tokens that never come twice
@@ -71,7 +72,7 @@ class Author:
             RecipeError: the model does not fit into the memory that was promised.
             TextError: nothing to begin with, or the model writes nothing but its end token.
         """
-        rows = min(TEXTS, max(1, math.ceil(tokens / LENGTH)))
+        rows = min(TEXTS, max(1, math.ceil(tokens / SHORTEST)))
         told: dict[str, float] = {"tokens": tokens, "length": LENGTH, "texts": rows, "seed": self.seed}
         told |= {"hottest": HOTTEST, "cooled": COOLED, "passage": PASSAGE}
         if self.identity is None:
@@ -97,7 +98,8 @@ class Author:
         starts = self._starts()
         model = self.opened()
         longest = max(len(start) for start in starts)
-        length = max(PASSAGE + 1, min(LENGTH, tokens, context_of(model) or LENGTH) - longest)
+        most = min(LENGTH, context_of(model) or LENGTH) - longest
+        length = max(PASSAGE + 1, min(most, math.ceil(tokens / rows)))
         batches = math.ceil(tokens / (rows * length))
         self.progress.phase("writing", batches * length, f"tokens of {rows} texts")
         made: list[str] = []
@@ -166,9 +168,9 @@ def _sampled(model: Any, start_RT: Tensor, length: int, progress: Progress) -> T
                 seen.setdefault(tuple(ids[:-1]), []).append(ids[-1])
             scores_RV[row, seen.get(tuple(ids[1 - PASSAGE :]), [])] = -math.inf
         progress.step("writing")
-        return scores_RV
+        return _drawn(scores_RV)
 
-    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=length, use_cache=True)
+    plain = GenerationConfig(do_sample=False, max_new_tokens=length, use_cache=True)
     # `generate` fills what a configuration leaves open from the model's own, whose end token would end a text.
     usual, model.generation_config = model.generation_config, plain
     try:
@@ -180,3 +182,15 @@ def _sampled(model: Any, start_RT: Tensor, length: int, progress: Progress) -> T
     finally:
         model.generation_config = usual
     return found.cpu()[:, first:]
+
+
+def _drawn(scores_RV: Tensor) -> Tensor:
+    """Scores that are 0 at one word of each row, drawn by its probability, and −∞ elsewhere.
+
+    One random number a row: torch's own way draws one for each word of the vocabulary, a third of a small model's step.
+    """
+    up_to_RV = scores_RV.softmax(-1).cumsum(-1)
+    total_R1 = up_to_RV[:, -1:]
+    drawn_R1 = torch.searchsorted(up_to_RV, torch.rand_like(total_R1) * total_R1, right=True)
+    nothing_RV = torch.full_like(scores_RV, -math.inf)
+    return nothing_RV.scatter(1, drawn_R1.clamp(max=scores_RV.shape[1] - 1), 0.0)

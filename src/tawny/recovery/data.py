@@ -8,9 +8,10 @@ reads what an uninterrupted one would have.
 
 from __future__ import annotations
 
-__all__ = ["MOST_WRITTEN", "Reading", "read"]
+__all__ = ["Reading", "read", "written_tokens"]
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,8 +34,10 @@ from tawny.recovery.settings import Recovery
 
 # Of a text that has no part of its own to be measured on.
 _HELD_OUT = 0.05
-# Tokens that the dense model writes at most; training reads them again.
-MOST_WRITTEN = 131_072
+# Tokens that the dense model writes at most, in all and for each minute of training, which reads them again. Writing for a
+# minute of training takes a small model about a quarter of a minute.
+_MOST_WRITTEN = 131_072
+_WRITTEN_A_MINUTE = 4_096
 # Windows of several texts come in turns of so many, in which shares are exact to one.
 _TURN = 100
 
@@ -140,6 +143,13 @@ def read(
     both = torch.cat([*each, held_out])
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
     return Reading(both, list(map(len, each)), shares, settings.batch, settings.seed, about)
+
+
+def written_tokens(settings: Recovery, share: float) -> int:
+    """How many tokens of text `self`, which is `share` of what is read, the dense model writes: enough for a batch."""
+    longest = settings.minutes * _WRITTEN_A_MINUTE if settings.minutes else math.inf
+    enough = (settings.batch + 1) * settings.seqlen
+    return max(enough, math.ceil(share * min(settings.tokens, _MOST_WRITTEN, longest)))
 
 
 def _parted(windows: Tensor, most: int, given: bool) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Request", "recover_dense"]
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
-from tawny.recovery.data import MOST_WRITTEN, read
+from tawny.recovery.data import read, written_tokens
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
@@ -143,7 +142,7 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
             group=processes,
             progress=request.progress,
         )
-        return author.write(math.ceil(share * min(settings.tokens, MOST_WRITTEN)))
+        return author.write(written_tokens(settings, share))
 
     reading = read(
         settings, tokenizer, request.text, request.held_out, None if teacher_stack is None else written
