@@ -33,9 +33,9 @@ def main() -> None:
     options.add_argument("--model", default="smollm2")
     options.add_argument("--out", type=Path, default=Path("demo-out"))
     options.add_argument("--text", default="wiki", help="calibrates and evaluates")
-    options.add_argument("--samples", type=int, default=32)
+    options.add_argument("--samples", type=int, default=16)
     options.add_argument("--seqlen", type=int, default=1024)
-    options.add_argument("--windows", type=int, default=8)
+    options.add_argument("--windows", type=int, default=4)
     options.add_argument("--minutes", type=float, default=2.0, help="of training")
     options.add_argument("--prompt", default=PROMPT)
     options.add_argument("--question", default=QUESTION)
@@ -55,15 +55,6 @@ def main() -> None:
             overwrite=True,
             progress=progress,
         )
-        dense, pruned = (
-            tawny.evaluate(
-                model, chosen.text, seqlen=chosen.seqlen, windows=chosen.windows, progress=progress
-            ).to_dict()
-            for model in (chosen.model, chosen.out)
-        )
-        record.evaluation = {"dense": dense, "pruned": {**pruned, "sparsity": record.sparsity}}
-        record.generated = text_samples(chosen.model, chosen.out, [chosen.prompt], progress=progress)
-        report = publish(record, chosen.out)
     console.result(record.to_dict(), record_tables)
     with console.progress() as progress:
         tawny.recover(
@@ -86,6 +77,10 @@ def main() -> None:
             prompt_tokens=min(128, chosen.seqlen // 2),
             progress=progress,
         ).to_dict()
+        record.generated = text_samples(chosen.model, chosen.out, [chosen.prompt], progress=progress)
+    dense, pruned, _ = (model["perplexity"] for model in compared["models"])
+    record.evaluation = {"dense": dense, "pruned": {**pruned, "sparsity": record.sparsity}}
+    report = publish(record, chosen.out)
     page = chosen.out / "compare.html"
     write(compared, page, to_html)
     console.result(compared, compare_tables)
