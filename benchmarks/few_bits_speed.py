@@ -6,7 +6,8 @@
 
 `--llama` is the interpreter of an environment that has llama-cpp-python and gguf. Every model lives in a process of its own
 and waits for its turn, so that a change of clock falls on all of them. Ours are solved for no data: speed does not depend on
-values. K-quants are blocks of random bytes with small scales, in the mixture that llama.cpp's own quantiser chooses.
+values. K-quants are blocks of random bytes with small scales, in the mixture that llama.cpp's own quantiser chooses. The file
+holds the last run of each shape on each CPU.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peers import SHAPES, spread, write_gguf
+from turns import answer, in_turn, of_gguf, of_model
 
 RESULTS = Path(__file__).parent / "results" / "few_bits_speed.json"
 OURS = ["int4:32:0", "int4:128:0", "int4:64:0.5", "int3:64:0"]
@@ -33,32 +33,17 @@ EFFORT = {"1.1b": (512, 24, 5), "7b": (512, 8, 3), "quick": (16, 4, 2)}  # promp
 
 def theirs(kind: str, shape: str, threads: int) -> Iterator[tuple[float, float]]:
     """Bytes of the file first, then seconds of a prompt and of the tokens after it, a round at a time."""
-    import llama_cpp
-
     prompt, tokens, _ = EFFORT[shape]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(path, SHAPES[shape], kind)
         yield path.stat().st_size, 0.0
-        model = llama_cpp.Llama(
-            str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-        while True:
-            model.reset()
-            begin = time.perf_counter()
-            model.eval([300 + i % 200 for i in range(prompt)])
-            filled = time.perf_counter()
-            for i in range(tokens):
-                model.eval([300 + i])
-            yield filled - begin, time.perf_counter() - filled
+        yield from of_gguf(path, prompt, tokens, threads)
 
 
 def ours(kind: str, shape: str, threads: int) -> Iterator[tuple[float, float]]:
     import torch
     from decode import Cell, random_model, tensor_bytes
-
-    from tawny.decoding.decoder import Decoder
-    from tawny.decoding.swapped import kernels
 
     torch.set_num_threads(threads)
     prompt, tokens, _ = EFFORT[shape]
@@ -74,62 +59,20 @@ def ours(kind: str, shape: str, threads: int) -> Iterator[tuple[float, float]]:
     }
     model = random_model(settings, Cell(kind, float(sparsity), "bf16", values, "int8", int(group)))
     yield tensor_bytes(model), 0.0
-    with torch.inference_mode(), kernels(model):
-        while True:
-            decoder = Decoder(model, prompt + tokens + 2)
-            begin = time.perf_counter()
-            decoder.prefill(torch.arange(300, 300 + prompt) % size["vocabulary"])
-            filled = time.perf_counter()
-            decoder.step(300)  # the quick path is decided here
-            start = time.perf_counter()
-            for i in range(tokens):
-                decoder.step(300 + i)
-            assert decoder.path == "blocks"
-            yield filled - begin, time.perf_counter() - start
-
-
-def child(name: str, shape: str, threads: int) -> None:
-    made = (theirs if name in THEIRS else ours)(name, shape, threads)
-    for line in made:
-        print(json.dumps(line), flush=True)
-        if not sys.stdin.readline():
-            return  # whoever asked is gone
+    yield from of_model(model, prompt, tokens)
 
 
 def compare(names: list[str], shape: str, threads: int, llama: str) -> list[dict[str, Any]]:
-    """All of `names`, in turn; a first round warms up."""
+    """All of `names`, in turn."""
     prompt, tokens, rounds = EFFORT[shape]
-    running = {
-        name: subprocess.Popen(
-            [
-                llama if name in THEIRS else sys.executable,
-                __file__,
-                *("--child", name, "--shape", shape, "--threads", str(threads)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in names
+    own = ("--shape", shape, "--threads", str(threads))
+    commands = {
+        name: [llama if name in THEIRS else sys.executable, __file__, "--child", name, *own] for name in names
     }
-    rows: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
-    try:
-        for number in range(rounds + 2):  # the first answer is the size
-            for name, process in running.items():
-                assert process.stdin is not None and process.stdout is not None
-                if number:
-                    process.stdin.write("go\n")
-                    process.stdin.flush()
-                line = json.loads(process.stdout.readline())
-                if number == 0:
-                    rows[name] = {"name": name, "shape": shape, "threads": threads, "bytes": int(line[0])}
-                elif number > 1:
-                    seconds[name].append(line)
-    finally:
-        for process in running.values():
-            process.kill()
-    for name, row in rows.items():
+    sizes, seconds = in_turn(commands, rounds)
+    rows = []
+    for name, (size, _) in sizes.items():
+        row: dict[str, Any] = {"name": name, "shape": shape, "threads": threads, "bytes": int(size)}
         for what, count, column in (("prefill", prompt, 0), ("decode", tokens, 1)):
             median, quartiles = spread([count / times[column] for times in seconds[name]])
             row[f"{what}_tokens_per_second"], row[f"{what}_quartiles"] = median, quartiles
@@ -138,7 +81,8 @@ def compare(names: list[str], shape: str, threads: int, llama: str) -> list[dict
             f"prefill {row['prefill_tokens_per_second']:.1f} tokens/s",
             flush=True,
         )
-    return list(rows.values())
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -154,20 +98,23 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child, args.shape[0], args.threads)
-    from tawny.machine import machine, versions
+        run = theirs if args.child in THEIRS else ours
+        return answer(run(args.child, args.shape[0], args.threads))
+    from tawny.kernels.native import kernel_name
+    from tawny.machine import cpu_name, machine, versions
 
+    cpu = f"{cpu_name()}, kernels {kernel_name()}"
     for shape in ["quick"] if args.quick else args.shape or ["1.1b", "7b"]:
         rows = compare(args.names, shape, args.threads, args.llama)
         if args.quick:
             continue
         kept = json.loads(args.results.read_text()) if args.results.exists() else {"rows": []}
-        others = [row for row in kept["rows"] if row["shape"] != shape]
+        kept["rows"] = [row for row in kept["rows"] if (row["cpu"], row["shape"]) != (cpu, shape)]
+        about = {"cpu": cpu, "date": str(datetime.date.today())}
         made = {
-            "rows": others + rows,
+            "rows": kept["rows"] + [row | about for row in rows],
             "machine": machine(),
             "versions": versions(),
-            "date": str(datetime.date.today()),
         }
         args.results.write_text(json.dumps(made, indent=1) + "\n")
 

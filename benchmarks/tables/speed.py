@@ -257,13 +257,13 @@ def peers(result: Mapping[str, Any]) -> str:
 
 
 def few_bits_speed(result: Mapping[str, Any]) -> str:
-    """Few bits beside llama.cpp's quantised files, each shape in one run."""
+    """Few bits beside llama.cpp's quantised files, each shape on each CPU in one run."""
     lines = []
-    for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["shape"] == shape]
+    for cpu, shape in dict.fromkeys((row["cpu"], row["shape"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["cpu"], row["shape"]) == (cpu, shape)]
         base = next((row for row in rows if row["name"] == "Q4_0"), rows[0])
         lines += [
-            f"{SHAPE_NAMES[shape]}, {rows[0]['threads']} threads:\n",
+            f"{SHAPE_NAMES[shape]}, {rows[0]['threads']} threads, {cpu}, {rows[0]['date']}:\n",
             f"| | file | decode, tokens/s | × {base['name']} | prefill of 512, tokens/s | × {base['name']} |",
             "|---|---|---|---|---|---|",
         ]
@@ -281,8 +281,6 @@ def few_bits_speed(result: Mapping[str, Any]) -> str:
                 f"| {prefill:.1f} | {prefill / base['prefill_tokens_per_second']:.2f} |"
             )
         lines.append("")
-    machine = result["machine"]
-    lines.append(f"<sub>{machine['cpu']}, {result['date']}.</sub>\n")
     return "\n".join(lines)
 
 

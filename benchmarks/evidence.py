@@ -1,0 +1,259 @@
+"""One real model of 1.5 billion weights, all that can be done with it, and llama.cpp's files of it.
+
+    python benchmarks/evidence.py --model FILE.gguf --text PATH.txt --work DIR --llama PATH/python
+    python benchmarks/evidence.py … --cells dense fast:0.5 fast:0.5:int8         # some cells; the same command goes on
+    python benchmarks/evidence.py … --speed                                      # only speeds, of the models in DIR
+    python benchmarks/evidence.py … --tasks 100 --cells dense best:0.5           # seven zero-shot tasks of finished cells
+
+A cell is `RECIPE:SPARSITY`, that packed as `:KIND` (head in int8), `int4:GROUP` (no zeros, solved on the grid),
+`recovered:MINUTES` of the fast model at 50 %, that packed as `:int8`, or `llama:TYPE`, made by llama.cpp's own quantiser from
+the dequantised model and judged dequantised, by the same evaluator. Recipes are those of recipes/, `sparsegpt` (uniform) and
+`2:4`. Every model is made in DIR and stays there.
+
+Texts: `wiki`, the given text, the English of `pydoc_data.topics`, and every tenth module of the standard library by name.
+Calibration reads half `wiki` and half the other modules. The model is a GGUF file of few bits: what is lost against it
+is not what would be lost against the published weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pydoc_data.topics
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+from frontier import QUANTISE
+from peers import spread
+from turns import in_turn
+
+import tawny
+from tawny.machine import machine, versions
+from tawny.model.checkpoint import file_bytes
+from tawny.model.durable import write
+from tawny.model.source import resolve
+
+HERE = Path(__file__).parent
+CELLS = [
+    "dense",
+    *(f"{recipe}:0.5" for recipe in ("fast", "official-owl-sparsegpt-70", "sparsegpt", "best")),
+    *(f"{recipe}:0.6" for recipe in ("fast", "official-owl-sparsegpt-70", "sparsegpt")),
+    "2:4",
+    "fast:0.5:bf16",
+    "fast:0.5:int8",
+    "fast:0.5:int4",
+    "int4:32",
+    "int4:128",
+    "int3:64",
+    "recovered:60",
+    "recovered:60:int8",
+    *(f"llama:{kind}" for kind in ("Q8_0", "Q4_K_M", "Q3_K_M", "Q2_K")),
+]
+PROMPT, TOKENS, ROUNDS = 512, 24, 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--llama", help="interpreter with llama-cpp-python")
+    parser.add_argument("--cells", nargs="*", default=CELLS)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--eval-seqlen", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--tasks", type=int, help="documents a task")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "evidence.json")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    keys = ("samples", "seqlen", "eval_seqlen", "windows")
+    setting = {key: getattr(args, key) for key in keys}
+    setting |= {"model": Path(args.model).name, "text": Path(args.text).name}
+    results: dict[str, Any] = {"setting": setting, "cells": {}}
+    if args.results.exists():
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+        if results["setting"] != setting:
+            raise SystemExit(f"{args.results} holds another setting; give another --results")
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        about = {"cpu": machine()["cpu"], "threads": args.threads, "date": str(datetime.date.today())}
+        results["cells"].setdefault(name, {}).update(found)
+        results["cells"][name].setdefault("measured", {}).update(dict.fromkeys(found, about))
+        results.update(machine=machine(), versions=versions())
+        write(args.results, (json.dumps(results, indent=1) + "\n").encode())
+        print(name, json.dumps(found), flush=True)
+
+    texts = write_texts(args)
+    if args.speed:
+        for name, found in measure_speeds(args, list(results["cells"])).items():
+            keep(name, found)
+        return
+    for name in args.cells:
+        if name.startswith("llama:") and not args.llama:
+            continue
+        if "texts" not in results["cells"].get(name, {}):
+            keep(name, cell(args, name, texts))
+        if args.tasks and "tasks" not in results["cells"][name]:
+            folder = str(place(args, name))
+            found = tawny.evaluate_tasks(folder, "owl7", limit=args.tasks)
+            keep(name, {"tasks": found.to_dict()["tasks"], "mean": found.mean})
+
+
+def write_texts(args: argparse.Namespace) -> dict[str, str]:
+    """The texts to measure on, by name; the code to calibrate with lies beside them."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    parts = {"docs": "\n\n".join(pydoc_data.topics.topics.values())}
+    for name, chosen in (
+        ("code", modules[::10]),
+        ("code-calibration", [m for m in modules if m not in modules[::10]]),
+    ):
+        parts[name] = "\n\n".join(module.read_text(encoding="utf-8") for module in chosen)
+    for name, text in parts.items():
+        (args.work / f"{name}.txt").write_text(text, encoding="utf-8")
+    return {
+        "wiki": "wiki",
+        Path(args.text).name: args.text,
+        **{name: str(args.work / f"{name}.txt") for name in ("docs", "code")},
+    }
+
+
+def place(args: argparse.Namespace, name: str) -> Path:
+    if name == "dense":
+        return resolve(args.model)
+    folder: Path = args.work / name.replace(":", "-")
+    return folder.with_name(f"{name[6:]}.gguf") if name.startswith("llama:") else folder
+
+
+def cell(args: argparse.Namespace, name: str, texts: dict[str, str]) -> dict[str, Any]:
+    """Make a model, unless it is there, and measure it on every text."""
+    folder = place(args, name)
+    begin = time.perf_counter()
+    if not folder.exists():
+        make(args, name, folder)
+    found: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 1), "texts": {}}
+    found["bytes"] = folder.stat().st_size if folder.is_file() else file_bytes(folder)
+    for text, path in texts.items():
+        keys = {"seqlen": args.eval_seqlen, "windows": args.windows}
+        if name == "dense":
+            made = tawny.evaluate(folder, path, **keys)
+            found["texts"][text] = {"perplexity": made.perplexity, "stderr": made.stderr}
+            continue
+        against = tawny.agreement(folder, args.model, path, **keys)
+        found["texts"][text] = {
+            "perplexity": against.perplexity.perplexity,
+            "stderr": against.perplexity.stderr,
+            "kl": against.kl,
+            "top1": against.top1,
+        }
+    if (folder / "run.json").is_file():
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        found |= {"sparsity": record["sparsity"], "peak_memory": record["memory"].get("peak")}
+    return found
+
+
+def make(args: argparse.Namespace, name: str, folder: Path) -> None:
+    """By the command line, in a process of its own, whose peak memory is its own."""
+    calibration = ["--calibration", "wiki=0.5", "--calibration", f"{args.work / 'code-calibration.txt'}=0.5"]
+    calibration += ["--samples", str(args.samples), "--seqlen", str(args.seqlen)]
+    head, _, rest = name.partition(":")
+    if head == "llama":
+        whole = args.work / "source.gguf"
+        if not whole.exists():
+            tawny.export(args.model, whole, to="gguf")
+        begun = folder.with_suffix(".partial")
+        subprocess.run(
+            [args.llama, "-c", QUANTISE, whole, begun, rest], check=True, stderr=subprocess.DEVNULL
+        )
+        begun.rename(folder)
+        return
+    if name.count(":") == 2:  # a finished model, packed
+        base, kind = name.rsplit(":", 1)
+        dense = place(args, base)
+        if kind.startswith("int") and kind != "int8":
+            dense = folder.with_name(f"{folder.name}.dense")
+            recipe, sparsity = base.split(":")
+            tawny_(
+                "prune",
+                args.model,
+                "--out",
+                dense,
+                "-c",
+                recipe,
+                "-s",
+                sparsity,
+                "--values",
+                kind,
+                *calibration,
+            )
+            kind = "as-solved"
+        elif not dense.exists():
+            make(args, base, dense)
+        packing(dense, folder, kind)
+    elif head == "recovered":
+        base = place(args, "fast:0.5")
+        if not base.exists():
+            make(args, "fast:0.5", base)
+        code = args.work / "code-calibration.txt"
+        texts = ["--text", "wiki=0.4", "--text", f"{code}=0.4", "--text", "self=0.2"]
+        tawny_("recover", base, "--teacher", args.model, "--out", folder, *texts, "--minutes", rest)
+    elif head.startswith("int"):
+        dense = folder.with_name(f"{folder.name}.dense")
+        values = f"values={{kind: {head}, group_size: {rest}}}"
+        tawny_("prune", args.model, "--out", dense, "-s", "0", "-a", "uniform", "-o", values, *calibration)
+        packing(dense, folder, "as-solved")
+        shutil.rmtree(dense)
+    elif name == "2:4":
+        tawny_("prune", args.model, "--out", folder, "-p", "2:4", "-a", "uniform", *calibration)
+    elif head == "sparsegpt":
+        tawny_(
+            "prune", args.model, "--out", folder, "-s", rest, "-a", "uniform", "-m", "sparsegpt", *calibration
+        )
+    else:
+        tawny_("prune", args.model, "--out", folder, "-c", head, "-s", rest, *calibration)
+
+
+def packing(dense: Path, folder: Path, kind: str) -> None:
+    tawny.pack(dense, folder, *([] if kind == "as-solved" else [kind]), head="int8")
+
+
+def tawny_(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "tawny", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+
+def measure_speeds(args: argparse.Namespace, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Decode and prefill of every model that is there, in turn."""
+    commands = {}
+    for name in names:
+        folder = place(args, name)
+        if folder.exists():
+            theirs = name.startswith("llama:")
+            runtime = (
+                [args.llama, HERE / "turns.py", "llama"]
+                if theirs
+                else [sys.executable, HERE / "turns.py", "tawny"]
+            )
+            commands[name] = list(map(str, [*runtime, folder, PROMPT, TOKENS, args.threads]))
+    _, seconds = in_turn(commands, ROUNDS)
+    found: dict[str, dict[str, Any]] = {}
+    for name, turns in seconds.items():
+        for what, count, column in (("prefill", PROMPT, 0), ("decode", TOKENS, 1)):
+            median, quartiles = spread([count / turn[column] for turn in turns])
+            found.setdefault(name, {})[f"{what}_tokens_per_second"] = median
+            found[name][f"{what}_quartiles"] = quartiles
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Several processes that each hold a model and wait for their turn, so that a change of clock falls on all of them.
+
+A child prints one line of JSON when it is ready, and one for each line it reads. This file is itself a child, which any
+interpreter that has the runtime can be:
+
+    python benchmarks/turns.py tawny|llama MODEL PROMPT TOKENS THREADS
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def in_turn(
+    commands: Mapping[str, Sequence[str]], rounds: int
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """What each child said first, and in `rounds` turns behind one that warms up."""
+    running = {
+        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name, command in commands.items()
+    }
+    first: dict[str, Any] = {}
+    said: dict[str, list[Any]] = {name: [] for name in commands}
+    try:
+        for number in range(rounds + 2):
+            for name, process in running.items():
+                assert process.stdin is not None and process.stdout is not None
+                if number:
+                    process.stdin.write("go\n")
+                    process.stdin.flush()
+                line = json.loads(process.stdout.readline() or f'"{name} ended early"')
+                if number == 0:
+                    first[name] = line
+                elif number > 1:
+                    said[name].append(line)
+    finally:
+        for process in running.values():
+            process.kill()
+    return first, said
+
+
+def answer(lines: Iterator[Any]) -> None:
+    """The child's side: a line now, and one for each turn."""
+    for line in lines:
+        print(json.dumps(line), flush=True)
+        if not sys.stdin.readline():
+            return  # whoever asked is gone
+
+
+def of_model(model: Any, prompt: int, tokens: int) -> Iterator[tuple[float, float]]:
+    """Seconds of a prompt and of the tokens behind it by our decoder, a turn at a time."""
+    import torch
+
+    from tawny.decoding.decoder import Decoder
+    from tawny.decoding.swapped import kernels
+
+    vocabulary = model.config.vocab_size
+    with torch.inference_mode(), kernels(model):
+        while True:
+            decoder = Decoder(model, prompt + tokens + 2)
+            begin = time.perf_counter()
+            decoder.prefill(torch.arange(300, 300 + prompt) % vocabulary)
+            filled = time.perf_counter()
+            decoder.step(300)  # the quick path is decided here
+            start = time.perf_counter()
+            for i in range(tokens):
+                decoder.step(300 + i)
+            assert decoder.path == "blocks"
+            yield filled - begin, time.perf_counter() - start
+
+
+def of_gguf(path: Path, prompt: int, tokens: int, threads: int) -> Iterator[tuple[float, float]]:
+    """The same by llama.cpp; runs in the environment that has it."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+    while True:
+        model.reset()
+        begin = time.perf_counter()
+        model.eval([300 + i % 200 for i in range(prompt)])
+        filled = time.perf_counter()
+        for i in range(tokens):
+            model.eval([300 + i])
+        yield filled - begin, time.perf_counter() - filled
+
+
+def main() -> None:
+    runtime, model, *numbers = sys.argv[1:]
+    prompt, tokens, threads = map(int, numbers)
+
+    def lines() -> Iterator[Any]:
+        yield "ready"
+        if runtime == "llama":
+            yield from of_gguf(Path(model), prompt, tokens, threads)
+        import torch
+
+        import tawny
+
+        torch.set_num_threads(threads)
+        yield from of_model(tawny.load(model), prompt, tokens)
+
+    answer(lines())
+
+
+if __name__ == "__main__":
+    main()
