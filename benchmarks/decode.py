@@ -49,7 +49,7 @@ from tawny.decoding.step import find_blocks
 from tawny.decoding.swapped import kernels
 from tawny.kernels import native
 from tawny.kernels.native import kernel_name
-from tawny.machine import machine, resident_memory, versions
+from tawny.machine import cpu_name, machine, resident_memory, versions
 from tawny.model.linears import linears_of
 from tawny.model.skeleton import build_skeleton
 from tawny.packed.choice import Choice
@@ -379,6 +379,7 @@ def measure(shape: str, number: int, threads: int, quick: bool, folder: Path) ->
         "group": number,
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
+        "cpu": cpu_name(),
         "stream_gigabytes_per_second": round(statistics.median(speeds), 2) if speeds else None,
     }
     return [common | variant.row() for variant in variants]

@@ -91,8 +91,9 @@ def _gains(shape: str, dtype: str, rows: Sequence[Mapping[str, Any]]) -> list[st
     )
     if not packed or tuned is None:
         return []
+    cpu = f", on {tuned['cpu']}" if "cpu" in tuned else ""
     lines = [
-        f"{SHAPE_NAMES.get(shape, shape)}, {'float32' if dtype == 'f32' else 'bfloat16'}:\n",
+        f"{SHAPE_NAMES.get(shape, shape)}, {'float32' if dtype == 'f32' else 'bfloat16'}{cpu}:\n",
         "| | sparsity | decode, tokens/s | × dense, tuned | × transformers | prefill, tokens/s | memory | file |",
         "|---|---|---|---|---|---|---|---|",
     ]
