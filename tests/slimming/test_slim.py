@@ -91,10 +91,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(dense, tmp_path, monkeypatch):
     assert commits == [1] and pruned(dense, tmp_path / "cut").files == whole.files
 
 
-def test_what_is_not_zero_as_a_whole_is_refused(dense, tmp_path, run):
+def test_what_is_not_zero_as_a_whole_is_refused_by_the_name_that_was_given(dense, tmp_path, run, monkeypatch):
     tawny.prune(dense, tmp_path / "pruned", sparsity=0.5, solver="magnitude", allocator="uniform")
-    code, _, err = run("slim", tmp_path / "pruned", "--out", tmp_path / "slim")
-    assert code == 2 and "no channel or head that is zero as a whole" in err and err.count("error:") == 1
+    monkeypatch.setattr("tawny.slimming.run.resolve", lambda source, say: tmp_path / "pruned")
+    code, _, err = run("slim", "organisation/model", "--out", tmp_path / "slim")
+    assert code == 2 and "organisation/model holds no channel or head that is zero as a whole" in err
+    assert err.count("error:") == 1
+    monkeypatch.undo()
     assert not (tmp_path / "slim").exists()
     code, _, err = run("prune", dense, "--out", tmp_path / "none", "-s", 0.3, "-p", "heads", "-m", "alps")
     assert code == 2 and "choose obs, flap, wanda, magnitude" in err

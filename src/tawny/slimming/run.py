@@ -94,7 +94,7 @@ def slim(
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
     try:
         with torch.no_grad(), evaluating(stack.model):
-            widths, expected = _cut(stack, output, progress)
+            widths, expected = _cut(stack, output, str(source), progress)
             blocks = [f"{index:05d}" for index in range(len(stack))]
             total = output.assemble(output.plan_shards(["outside", *blocks]))
             output.carry(folder)
@@ -121,7 +121,9 @@ def slim(
     return report
 
 
-def _cut(stack: Stack, output: OutputFolder, progress: Progress) -> tuple[list[dict[str, int]], Tensor]:
+def _cut(
+    stack: Stack, output: OutputFolder, source: str, progress: Progress
+) -> tuple[list[dict[str, int]], Tensor]:
     """Write the tensors of every block without its zero members, and the rest; the widths, and logits of the source."""
     checkpoint = stack.checkpoint
     assert checkpoint is not None
@@ -148,7 +150,7 @@ def _cut(stack: Stack, output: OutputFolder, progress: Progress) -> tuple[list[d
         progress.step(stack.name(index))
     if not removed:
         raise ModelError(
-            f"{checkpoint.folder} holds no channel or head that is zero as a whole ({zeros:,} of its weights are zero, one by one): "
+            f"{source} holds no channel or head that is zero as a whole ({zeros:,} of its weights are zero, one by one): "
             "prune with -p channels+heads first, or `tawny pack` it"
         )
     output.write_outside("outside", checkpoint, [key for key in checkpoint.files if key not in inside], None)
