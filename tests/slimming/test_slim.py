@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
-from tawny.errors import ModelError
+from tawny.errors import ModelError, RecipeError
 from tawny.model import own_blocks
 from tests.tiny import tiny_model, tokens
 
@@ -103,3 +103,28 @@ def test_what_is_not_zero_as_a_whole_is_refused_by_the_name_that_was_given(dense
     assert code == 2 and "choose obs, flap, wanda, magnitude" in err
     with pytest.raises(ModelError, match="packed"):
         tawny.slim(tawny.pack(dense, tmp_path / "packed").out, tmp_path / "slim")
+
+
+def test_training_keeps_members_zero_so_that_slim_cuts_as_much(dense, tmp_path):
+    keys = {"allocator": "uniform", "refine.epochs": 1, "calibration": tokens(8, 24)}
+    record = pruned(dense, tmp_path / "refined", **keys)
+    assert any(made["best_epoch"] for made in record.refined)
+    training = {"text": tokens(12, 24), "tokens": 24 * 12, "eval_every": 2, "lr": 1e-3, "compute": "float32"}
+    made = tawny.recover(tmp_path / "refined", dense, tmp_path / "recovered", **training)
+    assert made.zeros == record.zeros and made.best["perplexity"] < made.start["perplexity"]
+    widths = [
+        tawny.slim(tmp_path / name, tmp_path / f"{name}-slim").widths for name in ("refined", "recovered")
+    ]
+    assert widths[0] == widths[1] and widths[0][0]["intermediate_size"] < 600
+    with pytest.raises(RecipeError, match=r"elsa moves zeros one by one.*whole channels\+heads"):
+        tawny.recover(tmp_path / "refined", dense, tmp_path / "moved", method="elsa", **training)
+
+
+def test_what_moves_single_weights_refuses_members_in_one_line(dense, tmp_path, run):
+    for verb, more, said in (
+        ("search", ["-s", 0.3, "-p", "channels"], "channels leave as a whole"),
+        ("fit", ["--size", "1MB", "-o", "pattern=channels"], "leave pattern out"),
+    ):
+        code, _, err = run(verb, dense, "--out", tmp_path / "found.yaml", *more)
+        assert code == 2 and err.count("error:") == 1 and said in err, err
+        assert not (tmp_path / "found.yaml").exists()

@@ -38,6 +38,7 @@ from tawny.machine import peak_memory
 from tawny.model import durable
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
+from tawny.patterns import Members
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load
@@ -149,6 +150,11 @@ def search(
     if of_recipe.get("allocator") is not None:
         raise RecipeError("a search finds the allocation itself: leave the allocator out")
     recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
+    if isinstance(pattern := recipe.make_pattern(), Members):
+        raise RecipeError(
+            f"a search moves single weights from one linear to another, and {pattern} leave as a whole: choose an allocator "
+            "(tawny prune -a owl), or another pattern"
+        )
     settings = Settings.make(settings, **own)
 
     def held_out(job: Job, tokens: TokenisedText) -> Tensor:
