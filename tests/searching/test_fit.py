@@ -109,7 +109,8 @@ def test_a_plan_says_what_would_come_out(dense, fitted, run):
     assert plan.finalists == list(rows) and plan.budget == fitted.budget
     assert (plan.chosen["bytes"], plan.expected) == (best["planned"], best["expected"])
     parts = plan.chosen["blocks"] + plan.chosen["head"] + plan.chosen["rest"]
-    assert parts == plan.chosen["bytes"] <= plan.budget and sum(plan.chosen["kinds"].values()) == 1
+    assert parts == plan.chosen["bytes"] <= plan.budget
+    assert sum(plan.chosen["kinds"].values()) == pytest.approx(1)
     assert [row["kind"] for row in plan.kinds if row["fits"]] == ["int5", "int4", "int3", "int2"]
     code, shown, _ = run("plan", dense, "--size", plan.smallest, "--seqlen", 24, "--json")
     alike = json.loads(shown)  # nothing is measured yet

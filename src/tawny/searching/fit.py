@@ -203,25 +203,8 @@ def _fit(
     session.progress.say(
         f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {'; '.join(x.name for x in finalists)}"
     )
-    judged: list[Finalist] = []
-    rows: list[dict[str, Any]] = []
-    folders: list[Path] = []
-    for number, finalist in enumerate(finalists, 1):
-        folder = output.work / "finalists" / str(number)
-        with session.clock(f"finalist {number}"):
-            try:
-                make(session, folder, finalist, samples, memory, tokenizer)
-                row = journal.once(f"finalist {number}", partial(judge, session, folder, finalist, deciding))
-            except NumericalError as error:
-                if number == len(finalists) and not judged:
-                    raise
-                warnings.append(f"{finalist.name} breaks down and takes no part: {error}")
-            else:
-                judged.append(finalist)
-                rows.append(row)
-                folders.append(folder)
-        session.note_cost()
-    finalists = judged
+    finalists, rows, folders, broken = _judged(session, finalists, samples, deciding, memory, tokenizer)
+    warnings += broken
     allowed = room.budget if target.speed is None else math.inf
     order = sorted(
         range(len(rows)),
@@ -257,6 +240,39 @@ def _fit(
         warnings,
         {"reactions": len(searched), "deciding": len(deciding), "tokens": searched.seqlen},
     )
+
+
+def _judged(
+    session: Session,
+    finalists: list[Finalist],
+    samples: Samples,
+    deciding: Tensor,
+    memory: str | int | None,
+    tokenizer: Any,
+) -> tuple[list[Finalist], list[dict[str, Any]], list[Path], list[str]]:
+    """Step 3: those that could be made, what was measured of them, their folders, and a line on each that broke down."""
+    assert session.output is not None
+    judged: list[Finalist] = []
+    rows: list[dict[str, Any]] = []
+    folders: list[Path] = []
+    broken: list[str] = []
+    for number, finalist in enumerate(finalists, 1):
+        folder = session.output.work / "finalists" / str(number)
+        with session.clock(f"finalist {number}"):
+            try:
+                make(session, folder, finalist, samples, memory, tokenizer)
+                asked = partial(judge, session, folder, finalist, deciding)
+                row = session.journal.once(f"finalist {number}", asked)
+            except NumericalError as error:
+                if number == len(finalists) and not judged:
+                    raise
+                broken.append(f"{finalist.name} breaks down and takes no part: {error}")
+            else:
+                judged.append(finalist)
+                rows.append(row)
+                folders.append(folder)
+        session.note_cost()
+    return judged, rows, folders, broken
 
 
 def _refined(
