@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tables.encoders import encoders, vision_study
 from tables.frontier import frontier
 from tables.glance import glance
 from tables.models import families
@@ -29,6 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 TABLES: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"glance": glance},
+    "docs/encoders.md": {"encoders": encoders},
     "docs/models.md": {"families": families},
     "docs/other-runtimes.md": {"runtimes": runtimes},
     "docs/results.md": {
@@ -41,6 +43,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "solvers": solvers,
         "structured": structured,
         "owl_study": owl_study,
+        "vision_study": vision_study,
         "few_bits": few_bits,
         "frontier": frontier,
         "tasks": tasks,

@@ -111,18 +111,18 @@ def _row(family: Family) -> tuple[str, ...]:
 
 def _reason(family: Family) -> str:
     """Why pruning is not calibrated, and what stopped the first step that did not succeed."""
-    said = [_words(family["pruned"]["refused"])] if "refused" in family.get("pruned", {}) else []
+    said = [in_words(family["pruned"]["refused"])] if "refused" in family.get("pruned", {}) else []
     for step in ("pruned", "packed", "decoded"):
         told = family.get(step, {"outcome": "ok"})
         if told["outcome"] != "ok":
-            said.append(_words(told["reason"]) if told["outcome"] == "refused" else _plain(told["reason"]))
+            said.append(in_words(told["reason"]) if told["outcome"] == "refused" else _plain(told["reason"]))
             if told.get("transformers", "the same") != "the same":
                 said.append("so do transformers' own")
             break
     return "; ".join(said)
 
 
-def _words(message: str) -> str:
+def in_words(message: str) -> str:
     return next(
         (words for part, words in _REASONS.items() if part in message), _plain(message.split("; ")[0])
     )

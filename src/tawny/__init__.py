@@ -17,12 +17,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Comparison",
+    "Features",
     "FitPlan",
     "FitSettings",
     "Fitted",
     "Found",
     "Generation",
     "Inspection",
+    "Latency",
     "Perplexity",
     "Piece",
     "Plan",
@@ -45,10 +47,12 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "features",
     "fit",
     "generate",
     "inspect",
     "keep_sparsity",
+    "latency",
     "load",
     "load_recipe",
     "merge_adapter",
@@ -76,7 +80,9 @@ _NAMES = {
     "tawny.evaluation.agreement": "Agreement agreement",
     "tawny.evaluation.bench": "Speed bench",
     "tawny.evaluation.compare": "Comparison compare",
+    "tawny.evaluation.features": "Features features",
     "tawny.evaluation.inspection": "Inspection inspect",
+    "tawny.evaluation.latency": "Latency latency",
     "tawny.evaluation.perplexity": "Perplexity evaluate",
     "tawny.evaluation.tasks": "TaskResults evaluate_tasks",
     "tawny.exporting.run": "export",
@@ -112,7 +118,9 @@ if TYPE_CHECKING:
     from tawny.evaluation.agreement import Agreement, agreement
     from tawny.evaluation.bench import Speed, bench
     from tawny.evaluation.compare import Comparison, compare
+    from tawny.evaluation.features import Features, features
     from tawny.evaluation.inspection import Inspection, inspect
+    from tawny.evaluation.latency import Latency, latency
     from tawny.evaluation.perplexity import Perplexity, evaluate
     from tawny.evaluation.tasks import TaskResults, evaluate_tasks
     from tawny.exporting.run import export

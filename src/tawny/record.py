@@ -65,6 +65,7 @@ class Record:
         packed: kinds and bytes, where the weights were packed afterwards.
         fit: what `tawny fit` compared and chose, in short.
         recovery: what `tawny recover` did to the weights afterwards, in short.
+        opens: classes of transformers that open the folder, the model's first.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +101,7 @@ class Record:
     memory: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
+    opens: list[str] = field(default_factory=lambda: ["AutoModelForCausalLM", "AutoTokenizer"])
 
     def to_dict(self) -> dict[str, Any]:
         return {"record_version": RECORD_VERSION, **asdict(self)}

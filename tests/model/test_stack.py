@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertForMaskedLM, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, NumericalError
@@ -170,19 +170,11 @@ def test_a_shared_block_copied_as_the_error_says_and_a_tied_head_are_pruned():
 
 
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
-BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
-@pytest.mark.parametrize(
-    ("kind", "config", "said"),
-    [
-        (T5ForConditionalGeneration, T5, "encoder-decoder"),
-        (BertForMaskedLM, BERT, "not a causal decoder"),
-    ],
-)
-def test_an_encoder_is_refused(kind, config, said, tmp_path):
-    kind(kind.config_class(**config)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=said):
+def test_an_encoder_with_a_decoder_is_refused(tmp_path):
+    T5ForConditionalGeneration(T5Config(**T5)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="encoder-decoder, whose decoder takes two streams"):
         open_stack(tmp_path)
 
 

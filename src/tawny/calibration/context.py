@@ -7,13 +7,14 @@ never by a model's name.
 
 from __future__ import annotations
 
-__all__ = ["check_context", "check_ids", "context_of", "hard_context_of", "words_of"]
+__all__ = ["check_context", "check_ids", "context_of", "hard_context_of", "seqlen_of", "words_of"]
 
 from typing import Any
 
 from torch import Tensor, nn
 
 from tawny.errors import RecipeError, TextError
+from tawny.model.structure import predicts_tokens
 
 _ALIBI = "max_seq_len"  # of models that make a table of ALiBi as long as that in every forward (MPT)
 _EXTRA_ROWS = 2  # OPT's table has two that no token uses
@@ -38,7 +39,8 @@ def hard_context_of(model: Any) -> int | None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             if module is not words and 0 <= module.num_embeddings - limit <= _EXTRA_ROWS:
-                return limit
+                # Positions that begin behind the row of the padding, as RoBERTa's do.
+                return limit - (0 if module.padding_idx is None else module.padding_idx + 1)
             continue
         # A table the model makes itself is not in the checkpoint, which sets it apart from packed weights.
         made = (module._buffers[name] for name in module._non_persistent_buffers_set)
@@ -58,6 +60,18 @@ def check_context(model: Any, seqlen: int) -> None:
         raise RecipeError(
             f"seqlen {seqlen} is more than the model's context of {limit}; give --seqlen {limit}"
         )
+
+
+def seqlen_of(model: Any, wanted: int) -> int:
+    """Tokens of a sample: as many as are wanted, or as an encoder has positions for.
+
+    Raises:
+        RecipeError: a language model has no position for the last of them.
+    """
+    if predicts_tokens(model):
+        check_context(model, wanted)
+        return wanted
+    return min(wanted, hard_context_of(model) or wanted)
 
 
 def words_of(model: Any) -> int:

@@ -4,6 +4,7 @@
     wiki=0.4 code.jsonl=0.4 self=0.2         so much of what is read comes from each
     chat:talks.jsonl                         messages, rendered by the model's chat template
     self                                     text that the dense model writes (writing.py)
+    images:DIR, sample                       pictures, for models that see (pictures.py)
 
 What this file promises:
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 __all__ = [
     "CHAT",
+    "IMAGES",
     "OWN",
+    "SAMPLE",
     "Mixture",
     "Source",
     "Texts",
@@ -38,7 +41,7 @@ from tawny.errors import TextError, first_line
 
 Texts = str | Path | Sequence[str]  # as a recipe, a setting or an option gives them
 
-CHAT, OWN = "chat", "self"
+CHAT, OWN, IMAGES, SAMPLE = "chat", "self", "images", "sample"
 _ROUNDING = 0.011  # three thirds may be written 0.33
 
 
@@ -52,14 +55,26 @@ class Source:
     @property
     def messages(self) -> str | None:
         """The file of a chat."""
+        return self._behind(CHAT)
+
+    @property
+    def pictures(self) -> str | None:
+        """The folder of pictures."""
+        return self._behind(IMAGES)
+
+    @property
+    def is_pictures(self) -> bool:
+        return self.pictures is not None or self.spec == SAMPLE
+
+    def _behind(self, wanted: str) -> str | None:
         kind, colon, path = self.spec.partition(":")
-        return path if colon and kind == CHAT else None
+        return path if colon and kind == wanted else None
 
     @property
     def path(self) -> Path | None:
-        """The file behind it; None where a name says it all."""
-        named = self.messages or self.spec
-        return None if named in (*NAMED_TEXTS, OWN) else Path(named).expanduser()
+        """The file or folder behind it; None where a name says it all."""
+        named = self.messages or self.pictures or self.spec
+        return None if named in (*NAMED_TEXTS, OWN, SAMPLE) else Path(named).expanduser()
 
 
 def parse_texts(given: Texts) -> tuple[Source, ...]:
@@ -91,6 +106,8 @@ def check_texts(given: Texts) -> None:
     """Raise a TextError, before anything is read, for what `parse_texts` refuses and for files that are not there."""
     for source in parse_texts(given):
         if source.path is not None and not source.path.exists():
+            if source.pictures is not None:
+                raise TextError(f"{source.spec!r}: no such folder; give one that holds pictures")
             raise unknown_text(source.spec)
 
 
@@ -175,6 +192,10 @@ def load_texts(
     sources = parse_texts(given)
     texts = []
     for source in sources:
+        if source.is_pictures:
+            raise TextError(
+                f"{source.spec!r} names pictures, and this model reads text: give a text such as wiki"
+            )
         if source.spec == OWN:
             if own is None:
                 raise TextError(

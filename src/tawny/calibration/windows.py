@@ -53,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True)
 class TokenisedText:
-    """The tokens of a whole text, `[tokens]` int64, and the token that every window of them begins with, if any.
+    """The tokens of a whole text, `[tokens]` int64, and the tokens that every window of them begins and ends with, if any.
 
     `name` is what messages call the text. `parts` lie one behind the other where it is made of several.
     """
@@ -62,6 +62,7 @@ class TokenisedText:
     bos: int | None = None
     name: str = "the text"
     parts: tuple[Part, ...] = ()
+    end: int | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -72,7 +73,7 @@ class TokenisedText:
 
     def of_text(self, seqlen: int) -> int:
         """How many tokens of a window of `seqlen` are the text's own."""
-        return seqlen - (self.bos is not None)
+        return seqlen - (self.bos is not None) - (self.end is not None)
 
     def windows(self, starts: torch.Tensor, seqlen: int) -> torch.Tensor:
         """Windows of `seqlen` tokens, `[starts, seqlen]`, from these places of the text on."""
@@ -80,15 +81,21 @@ class TokenisedText:
 
     def begun(self, windows: torch.Tensor) -> torch.Tensor:
         """Pieces of the text, `[windows, of_text(seqlen)]`, as windows, `[windows, seqlen]`."""
-        if self.bos is None:
-            return windows
-        return torch.cat([windows.new_full((len(windows), 1), self.bos), windows], dim=1)
+        around = [
+            [windows.new_full((len(windows), 1), x)] if x is not None else [] for x in (self.bos, self.end)
+        ]
+        parts = [*around[0], windows, *around[1]]
+        return windows if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def tokenise(text: Mixture | Text | str, tokenizer: Any, bos: bool | None = None) -> TokenisedText:
+def tokenise(
+    text: Mixture | Text | str, tokenizer: Any, bos: bool | None = None, *, around: bool = False
+) -> TokenisedText:
     """The whole text, tokenised once; of several each for itself.
 
     Args:
+        around: windows begin and end with what the tokenizer puts around a text, such as [CLS] and [SEP]; encoders are
+            never shown anything else.
         bos: whether its windows begin with BOS; without a word, where the tokenizer puts it before a text. Where they do
             not, the text has the tokenizer's special tokens, once.
 
@@ -96,21 +103,29 @@ def tokenise(text: Mixture | Text | str, tokenizer: Any, bos: bool | None = None
         RecipeError: `bos` asks for what the tokenizer does not have.
     """
     if isinstance(text, Mixture):
-        whole = [tokenise(one, tokenizer, bos) for one in text.texts]
+        whole = [tokenise(one, tokenizer, bos, around=around) for one in text.texts]
         if len(whole) == 1:
             return whole[0]
         ends = torch.tensor([len(one) for one in whole]).cumsum(0).tolist()
         each = zip(whole, ends, text.shares, strict=True)
         parts = tuple(Part(one.name, end - len(one), end, share) for one, end, share in each)
         return TokenisedText(
-            torch.cat([one.ids for one in whole]), whole[0].bos, f"text {text.name!r}", parts
+            torch.cat([one.ids for one in whole]), whole[0].bos, f"text {text.name!r}", parts, whole[0].end
         )
     words, name = (text.text, f"text {text.name!r}") if isinstance(text, Text) else (text, "the text")
-    first = _first_token(tokenizer, bos)
-    bare = {} if first is None else {"add_special_tokens": False}
+    first, last = _around(tokenizer) if around else (_first_token(tokenizer, bos), None)
+    bare = {} if first is None and not around else {"add_special_tokens": False}
     # verbose=False: a corpus is longer than the model's context, and the warning about it means nothing here.
     encoded = tokenizer(words, return_attention_mask=False, verbose=False, **bare)
-    return TokenisedText(torch.tensor(encoded["input_ids"], dtype=torch.int64), first, name)
+    return TokenisedText(torch.tensor(encoded["input_ids"], dtype=torch.int64), first, name, end=last)
+
+
+def _around(tokenizer: Any) -> tuple[int | None, int | None]:
+    """The first and the last token that a tokenizer adds to a text."""
+    whole, bare = (tokenizer("a", verbose=False, add_special_tokens=x)["input_ids"] for x in (True, False))
+    added = len(whole) - len(bare)
+    before = next(i for i in range(added + 1) if whole[i : i + len(bare)] == bare)
+    return (int(whole[0]) if before else None), (int(whole[-1]) if before < added else None)
 
 
 def _first_token(tokenizer: Any, bos: bool | None) -> int | None:

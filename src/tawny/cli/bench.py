@@ -12,22 +12,44 @@ from tawny.words import size
 @verb(
     "tawny bench smollm2",
     "tawny bench packed --prompt-tokens 512 --tokens 64 --threads 2",
+    "tawny bench encoder --prompt-tokens 16 --batch 8",
     "tawny bench packed --json | jq .decode_tokens_per_second",
 )
 def bench(
     model: Model,
-    prompt_tokens: int = option("--prompt-tokens N", "Tokens of the prompt.", DATA, default=128, min=1),
+    prompt_tokens: int = option(
+        "--prompt-tokens N",
+        "Tokens of the prompt, or of a sentence for an encoder.",
+        DATA,
+        default=128,
+        min=1,
+    ),
     tokens: int = option("--tokens N", "Tokens decoded in a round.", DATA, default=32, min=1),
+    batch: int = option(
+        "--batch N", "Sentences or pictures at once, for an encoder.", DATA, default=1, min=1
+    ),
     rounds: int = option("--rounds N", "Measured rounds, after one to warm up.", DATA, default=5, min=1),
     threads: Threads = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure decoding, prefill, memory and file size of MODEL, dense or packed."""
+    """Measure decoding, prefill, memory and file size of MODEL, dense or packed; of an encoder the time of a batch."""
     with console_for(as_json) as console:
         import tawny
+        from tawny.evaluation.sources import reads_on
 
         with console.progress() as progress:
+            if not reads_on(model):
+                found = tawny.latency(
+                    model,
+                    batch=batch,
+                    tokens=prompt_tokens,
+                    rounds=rounds,
+                    threads=threads,
+                    progress=progress,
+                ).to_dict()
+                console.result(found, latency_tables)
+                return
             measured = tawny.bench(
                 model,
                 prompt_tokens=prompt_tokens,
@@ -37,6 +59,24 @@ def bench(
                 progress=progress,
             ).to_dict()
         console.result(measured, speed_tables)
+
+
+def latency_tables(found: Result) -> list[Frame]:
+    """Milliseconds of a batch with their spread, and bytes."""
+    low, high = found["seconds_quartiles"]
+    of = f" of {found['tokens']} tokens" if found["tokens"] else ""
+    packed = ", ".join(f"{count} {kind}" for kind, count in found["packed"].items())
+    rows = [
+        ("a batch", f"{1000 * found['seconds']:,.2f} ms ({1000 * low:,.2f} – {1000 * high:,.2f})"),
+        ("samples/s", f"{found['samples_per_second']:,.1f}"),
+        ("measured", f"{found['rounds']} rounds of {found['batch']} samples{of}"),
+        ("weights", found["dtype"] + (f", packed linears: {packed}" if packed else ", no packed linear")),
+        ("memory", size(found["resident_bytes"])),
+        ("with", f"{found['threads']} threads, kernel {found['kernel']}"),
+    ]
+    if found["file_bytes"] is not None:
+        rows.insert(4, ("files", size(found["file_bytes"])))
+    return [facts(rows)]
 
 
 def speed_tables(speed: Result) -> list[Frame]:

@@ -29,7 +29,10 @@ def compare(
         ),
     ],
     text: str = option(
-        "--text TEXT", "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, or none.", TEXT, default=DEFAULT_TEXT
+        "--text TEXT",
+        "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, images:DIR, sample, or none.",
+        TEXT,
+        default=DEFAULT_TEXT,
     ),
     seqlen: int = option("--seqlen N", "Tokens a window.", TEXT, default=2048, min=2),
     windows: int | None = option(

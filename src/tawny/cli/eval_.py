@@ -64,10 +64,12 @@ def eval_(
     text: list[str] | None = option(
         "--text TEXT[=SHARE]",
         "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (--against writes it); repeatable. "
-        f"Default: {DEFAULT_TEXT}, or none with --tasks.",
+        f"images:DIR or sample for models that see. Default: {DEFAULT_TEXT} or sample, none with --tasks.",
         TEXT,
     ),
-    seqlen: int = option("--seqlen N", "Tokens a window.", TEXT, default=2048, min=2),
+    seqlen: int | None = option(
+        "--seqlen N", "Tokens a window. Default: 2048, and 128 for encoders.", TEXT, min=2
+    ),
     windows: int | None = option(
         "--windows N", "How many from the start of the text. Default: all.", TEXT, min=1
     ),
@@ -80,7 +82,8 @@ def eval_(
     bos: Bos = None,
     against: str | None = option(
         "--against DENSE",
-        "Also KL divergence from this model, and how often both say the same next token.",
+        "Also KL divergence from this model, and how often both say the same next token. Encoders need it: how far their "
+        "features are from this model's.",
         TEXT,
     ),
     tasks: Tasks = None,
@@ -92,7 +95,10 @@ def eval_(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of MODEL on a text, its distance from a dense model there, and its zero-shot accuracy."""
+    """Perplexity of MODEL on a text, its distance from a dense model there, and its zero-shot accuracy.
+
+    Encoders predict no next token: with --against it says how far their features are from the dense model's.
+    """
     with console_for(as_json) as console:
         check_compute(compute)
         check_device(device or "cpu")
@@ -108,14 +114,26 @@ def eval_(
         measured: dict[str, Any] = {}
         if text or against is not None or tasks is None:
             texts = text or [DEFAULT_TEXT]
-            keys: dict[str, Any] = {"seqlen": seqlen, "windows": windows, "stride": stride, "bos": bos}
-            keys |= {"compute": compute, "device": device or "cpu"}
+            keys: dict[str, Any] = {
+                "seqlen": seqlen or 2048,
+                "windows": windows,
+                "stride": stride,
+                "bos": bos,
+            }
+            common: dict[str, Any] = {"compute": compute, "device": device or "cpu"}
+            keys |= common
+            from tawny.evaluation.sources import reads_on
+
             with console.progress() as progress:
-                if against is None:
+                if against is not None and not reads_on(model):
+                    common |= {"samples": windows, "seqlen": seqlen}
+                    found = tawny.features(model, against, text, progress=progress, **common)
+                    measured = {"features": found.to_dict()}
+                elif against is None:
                     measured = tawny.evaluate(model, texts, progress=progress, **keys).to_dict()
                 else:
-                    found = tawny.agreement(model, against, texts, progress=progress, **keys)
-                    measured = found.under_perplexity()
+                    agreed = tawny.agreement(model, against, texts, progress=progress, **keys)
+                    measured = agreed.under_perplexity()
         if tasks is not None:
             with console.progress() as progress:
                 measured["tasks"] = tawny.evaluate_tasks(
@@ -162,7 +180,35 @@ def perplexity_tables(result: Result) -> list[Frame]:
 def evaluation_tables(result: Result) -> list[Frame]:
     """What `tawny eval` measured: a perplexity, tasks, or both."""
     tables = perplexity_tables(result) if "perplexity" in result else []
+    tables += features_tables(result["features"]) if "features" in result else []
     return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
+
+
+def features_tables(result: Result) -> list[Frame]:
+    """How far an encoder's output is from that of its dense model."""
+    rows = [
+        ("energy lost", f"{share_text(result['error'], result['error_stderr'])} % of the features'"),
+        ("cosine", f"{result['cosine']:.4f} ± {result['cosine_stderr']:.4f}"),
+        (
+            "same nearest",
+            f"{share_text(result['neighbours'], result['neighbours_stderr'])} % of {result['samples']:,} samples",
+        ),
+    ]
+    if result["kl"] is not None:
+        rows += [
+            ("KL from dense", f"{kl_text(result['kl'], result['kl_stderr'])} nats"),
+            ("same first class", f"{share_text(result['top1'], result['top1_stderr'])} %"),
+            ("in first five", f"{share_text(result['top5'], 0)} %"),
+        ]
+    rows += [
+        ("dense model", result["against"]),
+        ("data", f"{result['data']} (sha256 {result['sha256'][:12]})"),
+        ("samples", f"{result['samples']:,} of {result['seqlen']} positions"),
+        ("computed in", result["compute"]),
+        ("time", duration(result["seconds"])),
+        ("peak memory", size(result["peak_memory"])),
+    ]
+    return [facts(rows)]
 
 
 def tasks_tables(result: Result) -> list[Frame]:

@@ -43,7 +43,9 @@ def pack(
         RECIPE,
     ),
     head: str | None = option(
-        "--head KIND", "Pack the head too, int8 say; a tied embedding is then served from it.", RECIPE
+        "--head KIND",
+        "Pack the head too, int8 say; a tied embedding is then served from it. Of an encoder: the embedding.",
+        RECIPE,
     ),
     out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),
     overwrite: Overwrite = False,

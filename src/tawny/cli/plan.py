@@ -122,7 +122,7 @@ def plan_tables(plan: Result) -> list[Frame]:
     share = plan["prunable"] / max(plan["parameters"], 1)
     rows = [
         ("model", f"{plan['source']}: {plan['parameters']:,} parameters in {len(plan['blocks'])} blocks"),
-        ("recipe", recipe_words(recipe, plan["reads_text"])),
+        ("recipe", recipe_words(recipe, plan["reads_text"], plan["seqlen"])),
         ("prunable", f"{plan['prunable']:,} weights in {len(plan['linears'])} linears ({percent(share, 0)})"),
         ("removed", f"{plan['removed']:,} weights ({percent(recipe['sparsity'])})"),
         ("peak memory", _memory_words(plan)),

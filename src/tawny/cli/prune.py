@@ -159,11 +159,17 @@ def _windows(model: str, text: str, recipe: Recipe) -> int:
     from tawny.calibration.context import check_context
     from tawny.calibration.mixture import check_texts
     from tawny.evaluation.perplexity import count_windows
+    from tawny.evaluation.sources import reads_on
     from tawny.model.source import load_tokenizer, resolve
     from tawny.packed.opening import open_stack
 
     check_texts(text)
     folder = resolve(model)
+    if not reads_on(folder):
+        raise UserError(
+            f"--eval measures perplexity, and {model} predicts no next token: compare its features afterwards, "
+            f"tawny eval OUT --against {model}"
+        )
     check_context(open_stack(folder).model, recipe.calibration.seqlen)
     tokenizer = load_tokenizer(folder)
     return count_windows(text, recipe.calibration.seqlen, None, tokenizer, most=EVAL_WINDOWS)
@@ -204,7 +210,7 @@ def record_tables(record: Result) -> list[Shown]:
     total = seconds.get("total", sum(seconds.values()))
     expected = record.get("memory", {}).get("estimate")
     rows = [
-        ("recipe", recipe_words(record["recipe"], bool(record["text"]))),
+        ("recipe", recipe_words(record["recipe"], bool(record["text"]), record["text"].get("seqlen", 0))),
         ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
         ("time", f"{duration(total)}{parts(seconds, 'total', duration)}"),
         ("peak memory", size(record["peak_memory"]) + (f", {size(expected)} estimated" if expected else "")),

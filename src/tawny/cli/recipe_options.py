@@ -82,7 +82,8 @@ SHARED: dict[str, Any] = {
         list[str] | None,
         shared(
             "--calibration TEXT[=SHARE]",
-            "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (the model writes it); repeatable. Default: c4.",
+            "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (the model writes it); images:DIR or sample for "
+            "models that see; repeatable. Default: c4.",
             DATA,
         ),
     ],

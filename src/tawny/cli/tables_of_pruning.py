@@ -6,12 +6,13 @@ __all__ = ["allocation_table", "recipe_words"]
 
 from collections.abc import Sequence
 
-from tawny.calibration.mixture import in_words
+from tawny.calibration.mixture import in_words, parse_texts
 from tawny.cli.frames import Frame, Result, table
 from tawny.words import bar, percent
 
 
-def recipe_words(recipe: Result, reads_text: bool) -> str:
+def recipe_words(recipe: Result, reads_text: bool, seqlen: int) -> str:
+    """The recipe in a line; a sample of its calibration makes `seqlen` hidden states."""
     text = recipe["calibration"]
     steps = " + refit" if recipe.get("refit") else ""
     if epochs := recipe.get("refine", {}).get("epochs"):
@@ -21,7 +22,8 @@ def recipe_words(recipe: Result, reads_text: bool) -> str:
         steps += f" on {', '.join(values['of'])} at {values['mean']:g} bits"
     elif values.get("kind"):
         steps += f" on {values['kind']}"
-    seen = f"calibrated on {text['samples']} × {text['seqlen']} tokens of {in_words(text['text'])}"
+    unit = "patches" if any(source.is_pictures for source in parse_texts(text["text"])) else "tokens"
+    seen = f"calibrated on {text['samples']} × {seqlen} {unit} of {in_words(text['text'])}"
     return (
         f"{recipe['allocator']['name']} + {recipe['solver']['name']}{steps}, {recipe['pattern']}, "
         f"{seen if reads_text else 'no text needed'}"

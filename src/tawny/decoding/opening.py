@@ -38,13 +38,13 @@ class Opened:
         return max(0, resident_memory() - self.before)
 
 
-def open_model(source: Path | nn.Module) -> Opened:
-    """A folder (dense or packed) or a live causal model, in its own dtype."""
+def open_model(source: Path | nn.Module, dtype: str | None = None) -> Opened:
+    """A folder (dense or packed), in its own dtype or another, or a live model as it is."""
     if isinstance(source, nn.Module):
         return Opened(source, resident_memory())
     _import_code(source)
     before = resident_memory()
-    return Opened(load(source), before)
+    return Opened(load(source, dtype=dtype), before)
 
 
 def _import_code(folder: Path) -> None:
@@ -52,11 +52,13 @@ def _import_code(folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
-    from tawny.model.skeleton import read_config
+    from tawny.model.skeleton import model_class, read_config
 
     logging.disable_progress_bar()  # it would run through the text
     with contextlib.suppress(Exception):  # whatever is wrong with the folder, opening it says so better
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(read_config(folder))]
+        config = read_config(folder)
+        model_class(config)
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 @contextlib.contextmanager

@@ -22,10 +22,11 @@ from tawny.calibration.context import context_of
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.whole import exchanged
-from tawny.errors import RecipeError
+from tawny.errors import ModelError, RecipeError
 from tawny.kernels.native import kernel_name
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
+from tawny.model.structure import predicts_tokens
 from tawny.model.trust import opens_models
 from tawny.packed.linear import PackedLinear
 from tawny.progress import Progress, silent
@@ -87,6 +88,10 @@ def bench(
         threads: torch's threads meanwhile.
         quick: False decodes with the model's own forward only.
         trust_remote_code: let code that lies in a model's folder run.
+
+    Raises:
+        RecipeError: a number out of its range.
+        ModelError: the model decodes nothing.
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("tokens", tokens), ("rounds", rounds)):
         if not 1 <= value <= _MOST:
@@ -97,6 +102,10 @@ def bench(
             source = resolve(source, progress.say)
             size = file_bytes(source)
         opened = opening.open_model(source)
+        if not predicts_tokens(opened.model):
+            raise ModelError(
+                f"{type(opened.model).__name__} decodes nothing: `tawny bench` and tawny.latency say how long a batch takes"
+            )
         limit = context_of(opened.model)
         if limit is not None and prompt_tokens + _UNTIMED + tokens > limit:
             raise RecipeError(

@@ -44,8 +44,8 @@ class Comparison:
     """`models` holds one dictionary a model, `setting` what all of them were asked.
 
     Keys of a model: `source`, `name`, `kind` (dense, pruned or packed), `sparsity`, `file_bytes`, `resident_bytes`,
-    `speed`, `perplexity` (with `agreement` but for the first), `tasks`, and `errors`, which says of each of these parts
-    why it is missing.
+    `speed`, `perplexity` (with `agreement` but for the first) or `features` (of encoders, but for the first), `tasks`, and
+    `errors`, which says of each of these parts why it is missing.
     """
 
     models: list[dict[str, Any]]
@@ -105,7 +105,7 @@ def compare(
         from tawny.evaluation.tasks import check_tasks
 
         tasks = check_tasks(tasks)
-    if text is not None:
+    if text is not None and _read_on(named):
         windows = _windows(named, text, seqlen, windows, bos)
     setting: dict[str, Any] = {
         "text": text,
@@ -161,6 +161,16 @@ def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None
             continue
         return count_windows(text, seqlen, windows, tokenizer, bos, most=MOST_WINDOWS)
     raise failed[0]
+
+
+def _read_on(sources: Sequence[str]) -> bool:
+    """Whether the first model that can be opened predicts tokens."""
+    from tawny.evaluation.sources import reads_on
+
+    for source in sources:
+        with contextlib.suppress(TawnyError):  # its column will say so
+            return reads_on(source)
+    return True
 
 
 # --- the parent's side: one process a model -----------------------------------------------------------------
@@ -237,7 +247,11 @@ def measure(
     row["file_bytes"] = size
     row |= part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, progress)) or {}
     row |= part("sparsity", lambda: _sparsity(folder)) or {}
-    if setting["text"] is not None:
+    predicts = part("model", lambda: _reads_on(folder))
+    if setting["text"] is not None and predicts is False:
+        found = against and part("features", lambda: _features(folder, against, setting, progress))
+        row |= {"features": found} if found else {}
+    elif setting["text"] is not None:
         found = against and part("agreement", lambda: _text(folder, against, setting, progress))
         # The first model, or one whose tokens are others.
         found = found or part("perplexity", lambda: _text(folder, None, setting, progress))
@@ -251,8 +265,13 @@ def measure(
 def _speed(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """What `bench` measures; without it, only the memory of an opened model that has worked once."""
     from tawny.evaluation.bench import bench
+    from tawny.evaluation.latency import latency
 
     full = setting["speed"]
+    if not _reads_on(folder):
+        keys = {"rounds": setting["rounds"] if full else 1, "threads": setting["threads"]}
+        found = latency(folder, progress=progress if full else silent, **keys).to_dict()
+        return {"resident_bytes": found["resident_bytes"], **({"latency": found} if full else {})}
     made = bench(
         folder,
         prompt_tokens=setting["prompt_tokens"],
@@ -294,6 +313,22 @@ def _text(folder: Path, against: str | None, setting: dict[str, Any], progress: 
     if against is None:
         return evaluate(folder, progress=progress, **keys).to_dict()
     return agreement(folder, against, progress=progress, **keys).under_perplexity()
+
+
+def _reads_on(folder: Path) -> bool:
+    from tawny.evaluation.sources import reads_on
+
+    return reads_on(folder)
+
+
+def _features(folder: Path, against: str, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from tawny.evaluation.features import SEQLEN, features
+
+    keys = {key: setting[key] for key in ("compute", "device")}
+    length = min(SEQLEN, setting["seqlen"])
+    return features(
+        folder, against, setting["text"], samples=setting["windows"], seqlen=length, progress=progress, **keys
+    ).to_dict()
 
 
 def _tasks(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:

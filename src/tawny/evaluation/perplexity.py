@@ -30,12 +30,12 @@ from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.mixture import Mixture, Texts, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import check_windows, evaluation_windows, tokenise
-from tawny.errors import RecipeError
+from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.sources import author_of, open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
-from tawny.model.structure import evaluating
+from tawny.model.structure import evaluating, predicts_tokens
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
@@ -146,11 +146,16 @@ def windows_of(
         TextError: the text does not hold one window, or not as many as asked for, or it holds a token unknown to a model.
         RecipeError: a stride outside 1…seqlen, no window, windows too short to predict anything or longer than a model's
             table of positions, or a BOS that the tokenizer does not have.
-        ModelError: no tokenizer, or folders with different ones.
+        ModelError: a model that predicts no next token; no tokenizer, or folders with different ones.
     """
     if isinstance(text, Tensor):
         seqlen = Samples(text).seqlen
     for stack, _ in opened:
+        if not predicts_tokens(stack.model):
+            raise ModelError(
+                f"{type(stack.model).__name__} predicts no next token and so has no perplexity: compare its features with the "
+                "dense model's (tawny eval MODEL --against DENSE, tawny.features)"
+            )
         check_context(stack.model, seqlen)
     check_windows(seqlen, windows)
     if isinstance(text, Tensor):

@@ -16,6 +16,7 @@ from tawny.errors import ModelError, RecipeError
 from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
+from tawny.model.structure import predicts_tokens
 from tawny.packed.opening import load, open_stack
 from tawny.precision import DTYPES, native_dtype
 from tawny.process_group import ProcessGroup
@@ -57,6 +58,17 @@ def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
 
     logging.disable_progress_bar()
     return load(folder, dtype=dtype, device=device)
+
+
+def reads_on(source: str | Path | nn.Module) -> bool:
+    """Whether a model predicts the next token of a text, without reading weights."""
+    from transformers import AutoModelForCausalLM
+
+    from tawny.model.skeleton import model_class, read_config
+
+    if isinstance(source, nn.Module):
+        return predicts_tokens(source)
+    return bool(model_class(read_config(resolve(source))) is AutoModelForCausalLM)
 
 
 def author_of(

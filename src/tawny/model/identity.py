@@ -79,9 +79,10 @@ def tensor_digest(tensor: Tensor) -> hashlib._Hash:
 def tokens_identity(samples: Samples | None) -> str | None:
     if samples is None:
         return None
-    digest = tensor_digest(samples.tokens)
-    if samples.mask is not None:
-        digest.update(samples.mask.cpu().contiguous().numpy().tobytes())
+    first, *more = samples.inputs.values()
+    digest = tensor_digest(first)
+    for value in more:
+        digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -7,6 +7,8 @@ Here only parameters go to meta, each as it is registered, before anything initi
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,35 +41,62 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model `config` describes, in eval mode, parameters on meta, buffers real.
+def model_class(config: PretrainedConfig) -> Any:
+    """What opens the model that a configuration describes: `from_pretrained` and `_from_config` or `from_config`.
+
+    Language models open as causal ones, whatever of them a checkpoint names. Of other models it is the class that
+    `architectures` names, or without one the base model.
 
     Raises:
-        ModelError: the configuration is not one of a decoder-only causal language model.
+        ModelError: transformers has no such class, or it is one with a decoder behind its encoder.
     """
-    from transformers import AutoModelForCausalLM, initialization
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     what = f"model type {config.model_type!r}"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{what} is an encoder-decoder; expected a decoder-only causal language model")
     made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
     known = {cls.__name__ for cls in (made if isinstance(made, tuple) else (made,))}
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    own_code = own_code and (trusted() or not known)
-    if not known and not own_code:
-        raise ModelError(
-            f"{what} has no causal language model in transformers; expected a decoder-only model"
-        )
     named = list(getattr(config, "architectures", None) or [])
-    # An encoder such as BERT has a causal class too, but its checkpoints name a masked one.
-    causal = any(n in known or "CausalLM" in n or "LMHead" in n or n.endswith("Model") for n in named)
-    if named and not own_code and not causal:
+    # A family such as BERT has a causal class too, but its checkpoints name another; it calls its plain one a decoder or not.
+    decodes = getattr(config, "is_decoder", True) or not named
+    causal = [
+        n in known or "CausalLM" in n or "LMHead" in n or (n.endswith("Model") and decodes) for n in named
+    ]
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    if not both and ((own_code and (trusted() or not known)) or (known and (not named or any(causal)))):
+        return AutoModelForCausalLM
+    if not named and not both and type(config) in MODEL_MAPPING:
+        return AutoModel
+    # Classes that transformers does not export lie beside those that it does.
+    modelling = type(config).__module__.replace(".configuration_", ".modeling_")
+    found = getattr(importlib.import_module(modelling), named[0], None) if named else None
+    if found is None:
         raise ModelError(
-            f"{what} with architecture {named[0]!r} is not a causal decoder; expected one of {sorted(known)}"
+            f"{what} with architecture {named[0] if named else None!r} is none of transformers' models: correct config.json"
         )
+    if "decoder_input_ids" in inspect.signature(found.forward).parameters:
+        raise ModelError(
+            f"{what} is an encoder-decoder, whose decoder takes two streams of hidden states; expected a decoder or an encoder "
+            "alone"
+        )
+    return found
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model `config` describes, in eval mode, parameters on meta, buffers real.
+
+    Raises:
+        ModelError: as `model_class` does.
+    """
+    from transformers import PreTrainedModel, initialization
+
+    kind = model_class(config)
     with _parameters_on_meta(), initialization.no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted())
+        if issubclass(kind, PreTrainedModel):
+            model = kind._from_config(config, dtype=dtype)
+        else:
+            model = kind.from_config(config, dtype=dtype, trust_remote_code=trusted())
     return model.eval()
 
 
@@ -119,7 +148,7 @@ def open_skeleton(
         changes: settings that take the place of the file's.
 
     Raises:
-        ModelError: it describes no decoder-only causal language model, or one that cannot be built.
+        ModelError: it describes no decoder or encoder, or one that cannot be built.
     """
     config = read_config(folder)
     with using_config(folder):

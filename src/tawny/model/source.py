@@ -312,3 +312,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     with in_one_line(CheckpointError, text), refusing_code(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
+
+
+def load_processor(folder: Path) -> Any:
+    """The image processor that lies beside the weights.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    from transformers import AutoImageProcessor
+
+    def text(said: str) -> str:
+        return f"{folder} has no usable image processor ({said}); copy preprocessor_config.json of the model there"
+
+    with in_one_line(CheckpointError, text), refusing_code(folder):
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trusted())

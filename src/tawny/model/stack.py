@@ -1,4 +1,4 @@
-"""A decoder as a stack of blocks that are loaded, run and dropped one at a time.
+"""A transformer as a stack of blocks that are loaded, run and dropped one at a time.
 
 Its blocks are found by structure (structure.py).
 The model itself shows what each block is called with: its own forward runs with stand-ins for the blocks, which record all
@@ -10,9 +10,10 @@ The same trick gives the tail: the last stand-in returns streamed hidden states,
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,23 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+# What a model's forward calls its token ids and their mask.
+TOKENS, MASK = "input_ids", "attention_mask"
+# Token ids, or tensors by the names that the model's forward gives them.
+Inputs = Tensor | Mapping[str, Tensor]
+
+
 def _is_of_types(error: RuntimeError) -> bool:
     """Whether torch refuses to compute with tensors of several types."""
     return any(words in str(error) for words in ("scalar type", "same dtype"))
+
+
+def _is_of_shapes(error: RuntimeError) -> bool:
+    """Whether torch refuses to compute with tensors of these shapes."""
+    return any(
+        words in str(error)
+        for words in ("normalized_shape", "size of tensor", "shapes cannot", "is invalid for input")
+    )
 
 
 class _Stop(Exception):
@@ -65,7 +80,7 @@ class Stack:
     """A model, its blocks, and where their weights come from.
 
     Args:
-        model: a transformers causal language model; with a `checkpoint` its parameters are on meta.
+        model: a transformers model; with a `checkpoint` its parameters are on meta.
         checkpoint: source of the weights, or None for a live model that is used as it is.
         compute: dtype of forwards; a live model keeps its own.
     """
@@ -83,7 +98,7 @@ class Stack:
         self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
         self._items = 0
         self._checked = False
-        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._calls: dict[tuple[object, ...], list[Call]] = {}
         self._calls_depend_on_data: bool | None = None
         if checkpoint is not None:
             checkpoint.map_to(model)
@@ -286,31 +301,43 @@ class Stack:
         """What a block returns that makes `hidden`; `other` stands for all that it may return beside."""
         return (hidden, *[other] * (self._items - 1)) if self._items else hidden
 
+    def _call_model(self, inputs: Mapping[str, Tensor], model: Any = None) -> Any:
+        """The model's own forward, or that of a part of it, without a cache."""
+        model = self.model if model is None else model
+        parts = [model, getattr(model, "base_model", model)]
+        caching = any("use_cache" in inspect.signature(part.forward).parameters for part in parts)
+        placed = {name: self._placed(value) for name, value in inputs.items()}
+        return model(**placed, **({"use_cache": False} if caching else {}))
+
+    def _placed(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.compute if value.is_floating_point() else None)
+
     @torch.no_grad()
-    def _capture(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, list[Call]]:
-        tokens_BT = tokens_BT.to(self.device)
-        mask_BT = None if mask_BT is None else mask_BT.to(self.device)
+    def _capture(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
         for items in sorted(_ITEMS, key=lambda items: items != self._items):
             self._items = items
             calls: list[Call] = []
             seen: list[Tensor] = []
             try:
-                self._pass_through(tokens_BT, mask_BT, calls, seen, len(self))
+                self._pass_through(inputs, calls, seen, len(self))
             except _ITEMS_MISFIT:
                 if not calls:
                     raise
                 continue
             if len(calls) == len(self) and all(_same(hidden, seen[0]) for hidden in seen):
                 if not self._checked:
-                    self._check_body(tokens_BT[:1, :8], tokens_BT.shape, seen[0], calls)
+                    self._check_body(inputs, seen[0], calls)
                 return seen[0], calls
-        raise ModelError(
-            f"{type(self.model).__name__} does not pass hidden states straight from block to block; "
-            "expected a decoder whose blocks run one after another"
+        raise self._several()
+
+    def _several(self) -> ModelError:
+        return ModelError(
+            f"{type(self.model).__name__} does not pass hidden states straight from block to block (as models of several "
+            "stacks do, whose blocks differ in width); expected a model whose blocks run one after another"
         )
 
     def _pass_through(
-        self, tokens_BT: Tensor, mask_BT: Tensor | None, calls: list[Call], seen: list[Tensor], most: int
+        self, inputs: Mapping[str, Tensor], calls: list[Call], seen: list[Tensor], most: int
     ) -> None:
         """Run the model with stand-ins for its blocks, up to the call after which there are `most`, or to its head."""
 
@@ -328,32 +355,38 @@ class Stack:
         hook = None if head is None else head.register_forward_pre_hook(stop)
         try:
             with self._stand_ins(record), contextlib.suppress(_Stop):
-                self.model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+                self._call_model(inputs)
+        except RuntimeError as error:
+            if not calls or not _is_of_shapes(error):
+                raise
+            raise self._several() from error
         finally:
             if hook is not None:
                 hook.remove()
 
-    def _check_body(self, tokens_BT: Tensor, shape: torch.Size, hidden: Tensor, calls: list[Call]) -> None:
+    def _check_body(self, inputs: Mapping[str, Tensor], hidden: Tensor, calls: list[Call]) -> None:
         """Refuse a model whose blocks do not make it up, once: they run again, or hand each other more.
 
         Raises:
             ModelError: says what blocks do that cannot be replayed one at a time.
         """
         name = type(self.model).__name__
+        shape = next(iter(inputs.values())).shape
         found: list[Call] = []
+        few = {TOKENS: inputs[TOKENS][:1, :8]} if TOKENS in inputs else {k: v[:1] for k, v in inputs.items()}
         try:
-            self._pass_through(tokens_BT, None, found, [], 2 * len(self))
+            self._pass_through(few, found, [], 2 * len(self))
         except _ITEMS_MISFIT as error:
             raise self._hand_more() from error
         if len(found) > len(self):
             raise ModelError(
-                f"the blocks {self.path} of {name} run more than once a forward; expected a decoder whose blocks run one "
+                f"the blocks {self.path} of {name} run more than once a forward; expected a model whose blocks run one "
                 "after another"
             )
-        if hidden.shape[:2] != shape:
+        if hidden.dim() != 3 or (hidden.shape[:2] != shape if TOKENS in inputs else len(hidden) != shape[0]):
             raise ModelError(
-                f"blocks of {name} pass on hidden states of shape {list(hidden.shape)} for tokens of shape {list(shape)}; "
-                "expected [batch, tokens, hidden]"
+                f"blocks of {name} pass on hidden states of shape {list(hidden.shape)} for {' and '.join(inputs)} of shape "
+                f"{list(shape)}; expected [batch, {'tokens' if TOKENS in inputs else 'positions'}, hidden]"
             )
         if any(isinstance(value, _Other) for call in calls for value in call.values):
             raise self._hand_more()
@@ -361,31 +394,36 @@ class Stack:
 
     def _hand_more(self) -> ModelError:
         return ModelError(
-            f"blocks of {type(self.model).__name__} hand each other more than hidden states; expected a decoder whose "
+            f"blocks of {type(self.model).__name__} hand each other more than hidden states; expected a model whose "
             "blocks depend on nothing else of those before them"
         )
 
-    def enter(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Hidden states `[batch, tokens, hidden]` the first block receives."""
-        return self._begin(tokens_BT, mask_BT)[0].clone()
+    def enter(self, inputs: Inputs) -> Tensor:
+        """Hidden states `[batch, positions, hidden]` the first block receives."""
+        return self._begin(_named(inputs))[0].clone()
 
-    def calls(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> list[Call]:
-        """What each block is called with for these tokens."""
-        known = self._calls.get(tuple(tokens_BT.shape)) if mask_BT is None else None
-        return known or self._begin(tokens_BT, mask_BT)[1]
+    def positions(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many hidden states a sample makes."""
+        return int(self._begin({name: value[:1] for name, value in inputs.items()})[0].shape[1])
 
-    def _begin(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, list[Call]]:
-        """`_capture`, whose calls are kept where all tokens of one shape share them."""
-        hidden, calls = self._capture(tokens_BT, mask_BT)
-        if mask_BT is None and not self._depends_on_data(tokens_BT, calls):
-            self._calls.setdefault(tuple(tokens_BT.shape), calls)
+    def calls(self, inputs: Inputs) -> list[Call]:
+        """What each block is called with for these inputs."""
+        named = _named(inputs)
+        return self._calls.get(_shapes(named)) or self._begin(named)[1]
+
+    def _begin(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
+        """`_capture`, whose calls are kept where all inputs of one shape share them."""
+        hidden, calls = self._capture(inputs)
+        if len(inputs) == 1 and not self._depends_on_data(inputs, calls):
+            self._calls.setdefault(_shapes(inputs), calls)
         return hidden, calls
 
-    def _depends_on_data(self, tokens_BT: Tensor, calls: list[Call]) -> bool:
-        """Whether other tokens of the same shape give a block other arguments."""
+    def _depends_on_data(self, inputs: Mapping[str, Tensor], calls: list[Call]) -> bool:
+        """Whether other numbers in the same shape give a block other arguments."""
         if self._calls_depend_on_data is None:
-            other = (tokens_BT + 1) % int(self.config.get_text_config().vocab_size)
-            _, again = self._capture(other, None)
+            words = int(getattr(self.config.get_text_config(), "vocab_size", 0))
+            other = {k: 1 - v if v.is_floating_point() else (v + 1) % words for k, v in inputs.items()}
+            _, again = self._capture(other)
             self._calls_depend_on_data = not all(
                 _same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(calls, again, strict=True)
             )
@@ -423,15 +461,26 @@ class Stack:
         return output
 
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+    def logits(self, inputs: Inputs, hidden_BTH: Tensor) -> Tensor:
         """`tail`, without a graph."""
-        return self.tail(tokens_BT, hidden_BTH)
+        return self.tail(inputs, hidden_BTH)
 
-    def tail(self, tokens_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+    def tail(self, inputs: Inputs, hidden_BTH: Tensor) -> Tensor:
         """Logits `[batch, tokens, vocabulary]` from the last block's output: the model's own norm and head.
 
-        What follows the blocks acts on each token alone, so a caller may pass any slice of tokens.
+        What follows the blocks of a language model acts on each token alone, so a caller may pass any slice of tokens.
         """
+        made: Tensor = self.output(inputs, hidden_BTH).logits
+        return made
+
+    def features(self, inputs: Inputs, hidden_BTH: Tensor) -> Tensor:
+        """Last hidden states of the model without its head; the last block's output where it ends with something else."""
+        made = self.output(inputs, hidden_BTH, self.model.base_model).get("last_hidden_state")
+        states: Tensor | None = made if isinstance(made, Tensor) and made.dim() == 3 else None
+        return hidden_BTH if states is None else states
+
+    def output(self, inputs: Inputs, hidden_BTH: Tensor, part: Any = None) -> Any:
+        """What the model gives, or a part of it that holds all blocks, from the last block's output."""
         self._load_late()
         # A slice of one sample's tokens keeps the stride of the whole, for which torch would copy the head's weight each time.
         hidden_BTH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).view(hidden_BTH.shape)
@@ -440,8 +489,15 @@ class Stack:
             return self._output(hidden_BTH if index == len(self) - 1 else hidden)
 
         with self._stand_ins(pass_on):
-            made: Tensor = self.model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
-        return made
+            return self._call_model(_named(inputs), part)
+
+
+def _named(inputs: Inputs) -> Mapping[str, Tensor]:
+    return inputs if isinstance(inputs, Mapping) else {TOKENS: inputs}
+
+
+def _shapes(inputs: Mapping[str, Tensor]) -> tuple[object, ...]:
+    return tuple((name, tuple(value.shape)) for name, value in inputs.items())
 
 
 def _same(a: object, b: object) -> bool:

@@ -1,13 +1,12 @@
 """What goes through a model: `Samples`, its inputs, and `Stream`, their hidden states between blocks.
 
-Samples are token ids and a mask today. Another input, such as images, starts here: `Samples` holds the batch, model/stack.py
-hands it to the model's own forward, and calibration/ makes it. Everything behind sees hidden states only.
+Samples are what a model's forward takes by name: token ids and a mask, pictures, sound. calibration/ makes them, and
+model/stack.py hands them to the model's own forward. Everything behind sees hidden states only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from tawny.errors import NumericalError, TextError
 from tawny.model import durable
-from tawny.model.stack import Call, Stack, chunks_of
+from tawny.model.stack import MASK, TOKENS, Call, Stack, chunks_of
 from tawny.model.tensorfile import TensorWriter, entries, read_tensor, read_tensors, write_tensors
 
 # Tokens a forward takes at once: enough rows for full-speed matrix products, few enough that the activations
@@ -39,41 +38,59 @@ def holds_integers(tokens: Tensor) -> bool:
     return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
 
 
-@dataclass(frozen=True)
 class Samples:
-    """Calibration or evaluation tokens.
+    """Calibration or evaluation inputs of a model.
+
+    Args:
+        given: `[samples, tokens]` of any integers; or several tensors by the names that the model's forward gives them,
+            all with samples along the first dimension.
+        mask: `[samples, tokens]`, true for real tokens, or None when nothing is padding.
+        seqlen: hidden states a sample makes, where it is not made of tokens.
 
     Attributes:
-        tokens: `[samples, tokens]` int64, given as any integers.
-        mask: `[samples, tokens]`, true for real tokens, or None when nothing is padding.
+        inputs: by name; tokens are int64.
     """
 
-    tokens: Tensor
-    mask: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        for value, name in ((self.tokens, "calibration"), (self.mask, "attention mask")):
-            if value is not None and not isinstance(value, Tensor):
-                raise TextError(
-                    f"{name} is a {type(value).__name__}; expected a torch tensor [samples, tokens], or the name or path of a text"
-                )
-        shape = list(self.tokens.shape)
-        if self.tokens.dim() != 2 or 0 in shape or not holds_integers(self.tokens):
+    def __init__(
+        self, given: Tensor | Mapping[str, Tensor], mask: Tensor | None = None, seqlen: int | None = None
+    ) -> None:
+        named = dict(given) if isinstance(given, Mapping) else {TOKENS: given}
+        named |= {} if mask is None else {MASK: mask}
+        if TOKENS in named:
+            _check_tokens(named[TOKENS], named.get(MASK))
+            named[TOKENS] = named[TOKENS].to(torch.int64)
+            seqlen = int(named[TOKENS].shape[1])
+        if seqlen is None or len({len(value) for value in named.values()}) != 1:
             raise TextError(
-                f"calibration has shape {shape} {self.tokens.dtype}; expected integer tokens [samples, tokens]"
+                f"samples of {', '.join(named)} are not as many of each; expected tensors with samples along the first dimension"
             )
-        if self.mask is not None and self.mask.shape != self.tokens.shape:
-            raise TextError(
-                f"attention mask has shape {list(self.mask.shape)}, tokens {shape}; expected the same"
-            )
-        object.__setattr__(self, "tokens", self.tokens.to(torch.int64))
+        self.inputs: Mapping[str, Tensor] = named
+        self.seqlen = seqlen
 
     def __len__(self) -> int:
-        return int(self.tokens.shape[0])
+        return len(next(iter(self.inputs.values())))
 
     @property
-    def seqlen(self) -> int:
-        return int(self.tokens.shape[1])
+    def tokens(self) -> Tensor:
+        """`[samples, tokens]` int64.
+
+        Raises:
+            TextError: the samples are something else.
+        """
+        if TOKENS not in self.inputs:
+            raise TextError(
+                f"samples are {next(iter(self.inputs))} here, and this works on tokens only: give a model that reads text"
+            )
+        return self.inputs[TOKENS]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """`[samples, tokens]`, true for real tokens; None when nothing is padding, or hidden states are not of tokens."""
+        return self.inputs.get(MASK) if TOKENS in self.inputs else None
+
+    def take(self, rows: slice | Sequence[int]) -> Samples:
+        """Some of the samples."""
+        return Samples({name: value[rows] for name, value in self.inputs.items()}, seqlen=self.seqlen)
 
     def repeating(self, share: float, *, begun: bool = False) -> Samples:
         """Samples that end with a passage they held before, each from another place; `share` of each is that long.
@@ -84,6 +101,8 @@ class Samples:
         Args:
             begun: each sample begins with BOS, which is not part of any passage.
         """
+        if not share:
+            return self
         tokens_ST = self.tokens.clone()
         length = self.seqlen
         size = repeated_tokens(length, share, begun=begun)
@@ -93,10 +112,26 @@ class Samples:
                 # Multiples of the golden ratio, modulo 1, spread any number of places evenly.
                 start = begun + int((sample + 1) * _GOLDEN % 1 * places)
                 tokens_ST[sample, length - size :] = self.tokens[sample, start : start + size]
-        return Samples(tokens_ST, self.mask)
+        return Samples({**self.inputs, TOKENS: tokens_ST})
 
     def first(self, count: int) -> Samples:
-        return Samples(self.tokens[:count], None if self.mask is None else self.mask[:count])
+        return self.take(slice(count))
+
+
+def _check_tokens(tokens: object, mask: object) -> None:
+    for value, name in ((tokens, "calibration"), (mask, "attention mask")):
+        if value is not None and not isinstance(value, Tensor):
+            raise TextError(
+                f"{name} is a {type(value).__name__}; expected a torch tensor [samples, tokens], or the name or path of a text"
+            )
+    assert isinstance(tokens, Tensor)
+    shape = list(tokens.shape)
+    if tokens.dim() != 2 or 0 in shape or not holds_integers(tokens):
+        raise TextError(
+            f"calibration has shape {shape} {tokens.dtype}; expected integer tokens [samples, tokens]"
+        )
+    if isinstance(mask, Tensor) and mask.shape != tokens.shape:
+        raise TextError(f"attention mask has shape {list(mask.shape)}, tokens {shape}; expected the same")
 
 
 class OnDisk(Sequence[Tensor]):
@@ -189,7 +224,7 @@ class Stream:
         self.slices = chunks_of(len(samples), samples_a_chunk(samples.seqlen, chunk_tokens))
         self.depth = depth
         self.hidden: list[Tensor] | OnDisk
-        entering = (stack.enter(*self._inputs(part)) for part in self.slices)
+        entering = (stack.enter(samples.take(part).inputs) for part in self.slices)
         if spill is not None:
             rows = [part.stop - part.start for part in self.slices]
             self.hidden = OnDisk(spill, rows, stack.device, depth, saved)
@@ -204,13 +239,9 @@ class Stream:
     def __len__(self) -> int:
         return len(self.slices)
 
-    def _inputs(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        mask = None if self.samples.mask is None else self.samples.mask[part]
-        return self.samples.tokens[part], mask
-
     def call(self, index: int, chunk: int) -> Call:
         """What block `index` is called with for one chunk."""
-        return self.stack.calls(*self._inputs(self.slices[chunk]))[index]
+        return self.stack.calls(self.samples.take(self.slices[chunk]).inputs)[index]
 
     def valid(self, chunk: int) -> Tensor | None:
         """`[batch, tokens]` bool of one chunk's real tokens, or None if all are."""

@@ -5,7 +5,7 @@ The stack is the `nn.ModuleList` of same-class modules that holds most linear we
 
 from __future__ import annotations
 
-__all__ = ["check_unshared", "evaluating", "find_stack", "head_of"]
+__all__ = ["check_unshared", "evaluating", "find_stack", "head_of", "input_of", "predicts_tokens"]
 
 import contextlib
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 best = (size, path, module)
     if best is None:
         raise ModelError(
-            f"{type(model).__name__} holds no list of blocks with linear weights; expected a decoder whose blocks are all "
+            f"{type(model).__name__} holds no list of blocks with linear weights; expected a transformer whose blocks are all "
             "of one class"
         )
     size, path, blocks = best
@@ -39,7 +39,7 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if size < everywhere / 2:
         raise ModelError(
             f"{path}, the largest list of blocks of {type(model).__name__}, holds {size:,} of its {everywhere:,} linear "
-            "weights; expected a decoder that is one stack of blocks of one class"
+            "weights; expected a transformer that is one stack of blocks of one class"
         )
     return path, blocks
 
@@ -49,6 +49,22 @@ def head_of(model: nn.Module) -> nn.Module | None:
     ask = getattr(model, "get_output_embeddings", None)
     head: nn.Module | None = ask() if ask is not None else None
     return head
+
+
+def input_of(model: nn.Module) -> str:
+    """What the model's forward calls its main input: `input_ids`, `pixel_values`, `input_features`, …"""
+    from transformers import PreTrainedModel
+
+    return str(model.main_input_name) if isinstance(model, PreTrainedModel) else "input_ids"
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether the model says which token comes next; a class that transformers does not know is taken to."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not type(model).__module__.startswith("transformers."):
+        return True
+    return input_of(model) == "input_ids" and bool(model.can_generate())
 
 
 def check_unshared(model: nn.Module) -> None:

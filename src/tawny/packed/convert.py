@@ -34,7 +34,7 @@ from tawny.packed import format
 from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, is_rounded, tell
 from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
 from tawny.packed.format import PackedTensor
-from tawny.packed.install import ends_of
+from tawny.packed.install import ends_of, table_of
 from tawny.packed.places import Place, places_of
 from tawny.packed.writer import PackedWriter
 from tawny.progress import Progress, silent
@@ -47,7 +47,7 @@ _DENSE_INDEX = "model.safetensors.index.json"
 _ALSO_CARRIED = ("recipe.yaml", "recover.json", "README.md", "report.html")
 _NOTE = (
     "<!-- packed -->\n\n> **Packed by Tawny** ({values}): `pip install tawny`, then `import tawny` before "
-    "`AutoModelForCausalLM.from_pretrained`, or `tawny.load`. Plain transformers cannot open it; "
+    "`from_pretrained`, or `tawny.load`. Plain transformers cannot open it; "
     "`tawny unpack` gives the dense checkpoint back.\n\n<!-- /packed -->\n"
 )
 
@@ -219,12 +219,13 @@ class _Packing:
 
     def _head(self) -> None:
         outside, inside, tied = ends_of(self.model)
+        if outside is None and inside is not None:  # an encoder's embedding, which is most of a small one
+            outside, tied = table_of(inside), True
         units = {unit.targets[0]: unit for unit in self.checkpoint.units}
         keys = [f"{outside}.weight", *([f"{inside}.weight"] if tied else [])]
         found = [units[key] for key in keys if key in units]
-        head = None if outside is None else self.model.get_submodule(outside)
         plain = bool(found) and all(unit.converter is None for unit in found)
-        if outside is None or not isinstance(head, torch.nn.Linear) or not plain or not is_plain(head):
+        if outside is None or not plain or not self._packs(outside, inside):
             raise UserError(f"{type(self.model).__name__} has no plain linear head to pack; leave --head out")
         weights = [self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in found]
         if len(weights) == 2 and not torch.equal(*weights):
@@ -235,6 +236,13 @@ class _Packing:
         sparsity = 1 - int(torch.count_nonzero(weights[0])) / weights[0].numel()
         self._add(outside, packed, Place(sources), False, sparsity, inside if tied else None)
         self.done.update(sources)
+
+    def _packs(self, outside: str, inside: str | None) -> bool:
+        """Whether a head does nothing but multiply, or an embedding that no head shares nothing but look up."""
+        if inside is not None and outside == table_of(inside):
+            return isinstance(self.model.get_submodule(inside), torch.nn.Embedding)
+        head = self.model.get_submodule(outside)
+        return isinstance(head, torch.nn.Linear) and is_plain(head)
 
 
 @opens_models
@@ -257,7 +265,8 @@ def pack(
         values: kind of the survivors, such as bf16 or int8; `tawny pack --help` lists them. None is the kind and group
             that the checkpoint was solved for, or else bf16.
         group: columns that share a scale, of integers; None is the kind's usual number.
-        head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it.
+        head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it. Of a model without a
+            head it is the embedding's.
         overwrite: replace an existing `out`.
         progress: told how far the work is.
         trust_remote_code: let code that lies in a model's folder run.

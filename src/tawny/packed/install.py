@@ -5,7 +5,15 @@ live.py does it with weights in memory, quantizer.py before a folder's weights a
 
 from __future__ import annotations
 
-__all__ = ["ends_of", "install_experts", "install_head", "install_linear", "keep_dense"]
+__all__ = [
+    "ends_of",
+    "install_experts",
+    "install_head",
+    "install_linear",
+    "install_table",
+    "keep_dense",
+    "table_of",
+]
 
 from typing import Any
 
@@ -49,19 +57,35 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
     return name
 
 
-def ends_of(model: Any) -> tuple[str | None, str, bool]:
-    """Module path of the head (None if it has none) and of the embedding, and whether they share a weight."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    inside = _name_of(model, embedding)
+def ends_of(model: Any) -> tuple[str | None, str | None, bool]:
+    """Module path of the head (None if it has none) and of the embedding of tokens, and whether they share a weight."""
+    head, inside, embedding = model.get_output_embeddings(), None, None
+    if model.main_input_name == "input_ids":
+        embedding = model.get_input_embeddings()
+        inside = _name_of(model, embedding)
     if head is None:
         return None, inside, False
     outside = _name_of(model, head)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    shared = (
+    shared = inside is not None and (
         tied.get(f"{outside}.weight") == f"{inside}.weight"
         or tied.get(f"{inside}.weight") == f"{outside}.weight"
+        or (embedding is not None and getattr(head, "weight", None) is embedding.weight)
     )
-    return outside, inside, shared or getattr(head, "weight", None) is embedding.weight
+    return outside, inside, shared
+
+
+def table_of(embedding: str) -> str:
+    """Where the packed rows of an embedding lie that no head shares."""
+    return f"{embedding}.table"
+
+
+def install_table(model: Any, embedding: str, made: PackedLinear) -> None:
+    """Serve an embedding that no head shares from packed rows of its own."""
+    held = model.get_submodule(embedding)
+    dtype = held.weight.dtype
+    held.add_module("table", made.train(model.training))
+    serve_from(held, made, dtype)
 
 
 def install_head(model: Any, outside: str, inside: str | None, made: PackedLinear) -> None:

@@ -21,7 +21,14 @@ from tawny.model.structure import find_stack
 from tawny.packed.choice import Choice, experts_by_parameter, tell
 from tawny.packed.experts import PackedExperts
 from tawny.packed.format import PackedTensor
-from tawny.packed.install import ends_of, install_experts, install_head, install_linear, keep_dense
+from tawny.packed.install import (
+    ends_of,
+    install_experts,
+    install_head,
+    install_linear,
+    install_table,
+    keep_dense,
+)
 from tawny.packed.linear import DenseLinear, PackedLinear
 from tawny.progress import Progress, silent
 
@@ -87,6 +94,8 @@ def pack_model(
 def _check_head(model: Any, values: str | None) -> None:
     """Refuse to pack a head that is none, or no linear."""
     head = model.get_output_embeddings()
+    if head is None and ends_of(model)[1] is not None:
+        return
     if values is not None and not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear head to pack; leave head out")
     if values is not None and not is_plain(head):
@@ -135,6 +144,10 @@ class _Packing:
     def ends(self) -> None:
         outside, inside, tied = ends_of(self.model)
         if outside is None:
+            if self.choice.head is not None and inside is not None:
+                embedding = self.model.get_submodule(inside)
+                packed = self.choice.pack_head(embedding.weight.data, inside)
+                install_table(self.model, inside, PackedLinear(packed, None, embedding.weight.dtype))
             return
         if self.choice.head is None:
             keep_dense(self.model, outside)

@@ -49,7 +49,7 @@ def open_stack(
         changes: settings that take the place of config.json's; biases that only they ask for are zero.
 
     Raises:
-        ModelError: not a decoder-only model, or a configuration that cannot be used.
+        ModelError: neither decoder nor encoder, or a configuration that cannot be used.
         CheckpointError: files are missing, truncated or do not fit the configuration.
         MissingFeature: this machine lacks the device.
     """
@@ -83,11 +83,9 @@ def load(
 
     Raises:
         CheckpointError: a packed folder is damaged, or weights of the model are in no file: names the tensor.
-        ModelError: the folder cannot be opened as a causal language model.
+        ModelError: the folder cannot be opened as a decoder or an encoder.
         MissingFeature: this machine lacks the device.
     """
-    from transformers import AutoModelForCausalLM
-
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
@@ -95,17 +93,17 @@ def load(
     check_device(device)
     folder = resolve(source)
     packed = is_packed(folder)
-    from tawny.model.skeleton import read_config
+    from tawny.model.skeleton import model_class, read_config
     from tawny.packed.quantizer import verification
 
     if packed:
         PackedFolder(folder)  # names what is wrong with an index that transformers would stumble over
-    read_config(folder)
+    kind = model_class(read_config(folder))
     if not packed and settings_of(folder) is not None:
         return _decoded(folder, dtype, device)
     try:
         with verification(hashes=verify), refusing_code(folder):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = kind.from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
@@ -116,8 +114,8 @@ def load(
         raise
     except Exception as error:  # a wrong value fails wherever a model happens to use it
         reason = one_line(error)
-        kind = CheckpointError if packed else ModelError
-        raise kind(f"{source} cannot be opened: {reason}") from error
+        said = CheckpointError if packed else ModelError
+        raise said(f"{source} cannot be opened: {reason}") from error
     if absent := sorted(found["missing_keys"], key=natural):
         raise CheckpointError(
             f"{source} lacks {len(absent)} weights of the model, first {', '.join(map(repr, absent[:3]))}; "

@@ -1,4 +1,4 @@
-"""transformers' side of packed folders: `AutoModelForCausalLM.from_pretrained(DIR)` works once `tawny` is imported.
+"""transformers' side of packed folders: `from_pretrained(DIR)` of its classes works once `tawny` is imported.
 
 Packed shards carry names that plain transformers does not look for, so without this module it fails loudly instead
 of making weights up. The quantizer tells it where they are, in memory only; swaps packed modules in before weights
@@ -25,7 +25,15 @@ from tawny.packed import format
 from tawny.packed.checking import check
 from tawny.packed.experts import PackedExperts
 from tawny.packed.folder import INDEX, METHOD, PackedCheckpoint, PackedFolder, PackedLinearEntry
-from tawny.packed.install import ends_of, install_experts, install_head, install_linear, keep_dense
+from tawny.packed.install import (
+    ends_of,
+    install_experts,
+    install_head,
+    install_linear,
+    install_table,
+    keep_dense,
+    table_of,
+)
 from tawny.packed.linear import PackedLinear
 
 logger = logging.getLogger(__name__)
@@ -100,7 +108,8 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, entry in folder.linears.items():
             if entry.parameter is not None:
                 continue
-            old = model.get_submodule(name)
+            table = entry.embedding if entry.embedding and name == table_of(entry.embedding) else None
+            old = model.get_submodule(table or name)
             made = PackedLinear.empty(
                 entry.shape,
                 entry.nnz,
@@ -114,7 +123,9 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
             _expect(made, entry)
             # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
             made.weight._is_hf_initialized = True  # type: ignore[attr-defined]
-            if entry.embedding is None:
+            if table is not None:
+                install_table(model, table, made)
+            elif entry.embedding is None:
                 install_linear(model, name, made)
                 _untie(model, f"{name}.weight")
             else:
@@ -209,7 +220,8 @@ def _fitting(model: Any, path: Path) -> PackedFolder:
         if entry.parameter is not None:
             continue
         weights = {f"{name}.weight"} | ({f"{entry.embedding}.weight"} if entry.embedding else set())
-        for module in (name, entry.embedding):
+        own_table = entry.embedding is not None and name == table_of(entry.embedding)
+        for module in (None if own_table else name, entry.embedding):
             if module is not None and getattr(modules.get(module), "weight", None) is None:
                 raise refuse(f"the model has no weight {module!r}, which is packed")
         for target in (target for source in entry.sources for target in targets.get(source, ())):

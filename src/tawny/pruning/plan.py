@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from tawny.allocation.profile import LinearInfo, Profile
-from tawny.calibration.context import check_context
+from tawny.calibration.context import seqlen_of
+from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import OWN, load_texts, parse_texts
 from tawny.calibration.text import NAMED_TEXTS
 from tawny.evaluation.sources import author_of
 from tawny.model.output import SHARD_BYTES
 from tawny.model.source import load_tokenizer
-from tawny.model.stack import Stack
+from tawny.model.stack import TOKENS, Stack
+from tawny.model.structure import input_of
 from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
@@ -51,6 +53,7 @@ class Plan:
         disk: bytes written at the peak (hidden states that resuming needs among them), and of the finished checkpoint.
         hidden_states: where they are kept, "memory" or "disk".
         reads_text: whether calibration text is needed at all.
+        seqlen: hidden states that a sample makes.
         seconds: estimated, by phase.
     """
 
@@ -68,6 +71,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     hidden_states: str = "memory"
     reads_text: bool = True
+    seqlen: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,13 +117,11 @@ def plan(
     if not job.allocator.measures_weights:
         allocation, _ = spend(job, Profile(infos), rounded)
     prunable = sum(info.numel for info in infos)
-    if job.needs_samples:
-        check_context(stack.model, wanted.seqlen)
     if recipe.refine.epochs:
         holds_out(wanted.samples, recipe.refine, recipe.seed)
     budget = parse_size(memory)
     load, notes = load_of(job, budget) if job.needs_samples else (Load(wanted.samples, wanted.seqlen, 0), [])
-    tokens = wanted.samples * wanted.seqlen if job.needs_samples else 0
+    tokens = load.samples * load.seqlen if job.needs_samples else 0
     streams = 2 if recipe.refine.epochs else 1  # behind pruned blocks, and behind dense ones
     placement = place(demand_of(job, load), budget, available())
     checkpoint = stack.checkpoint
@@ -150,15 +152,21 @@ def plan(
             "checkpoint": written,
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },
-        seconds=seconds_of(job),
+        seconds=seconds_of(job, load),
         notes=decoded(checkpoint) + rounded + _notes(recipe, allocation is None) + notes,
         reads_text=job.needs_samples,
+        seqlen=load.seqlen,
     )
 
 
 def load_of(job: Job, budget: int | None) -> tuple[Load, list[str]]:
     """What will be calibrated on, and notes where a text is not there yet: a plan neither downloads nor writes."""
     wanted, notes = job.recipe.calibration, []
+    model = job.stack.model
+    if input_of(model) != TOKENS:
+        one, _ = read_inputs(job.stack, job.folder, wanted.text, 1, job.recipe.seed)
+        return Load(wanted.samples, one.seqlen, 0), []
+    seqlen = seqlen_of(model, wanted.seqlen)
     sources = parse_texts(wanted.text)
     fetched = [x.spec for x in sources if x.spec in NAMED_TEXTS and x.spec != "wiki"]
     here = [x.spec for x in sources if x.spec not in (*fetched, OWN)]
@@ -172,7 +180,7 @@ def load_of(job: Job, budget: int | None) -> tuple[Load, list[str]]:
     notes += [
         f"{text} is not fetched for a plan: the memory to tokenise it is not counted" for text in fetched
     ]
-    return Load(wanted.samples, wanted.seqlen, characters), notes
+    return Load(wanted.samples, seqlen, characters), notes
 
 
 def _notes(recipe: Recipe, undecided: bool) -> list[str]:
@@ -189,14 +197,14 @@ def forward_seconds(stack: Stack) -> float:
     return flops / measured_speed(stack.compute) * _OVERHEAD
 
 
-def seconds_of(job: Job) -> dict[str, float]:
+def seconds_of(job: Job, load: Load) -> dict[str, float]:
     recipe, stack, infos = job.recipe, job.stack, job.linears
-    tokens = recipe.calibration.samples * recipe.calibration.seqlen
+    tokens = load.samples * load.seqlen
     forward, exact = forward_seconds(stack), measured_speed(torch.float32)
     seconds = {"profile": 0.0, "forward": 0.0, "statistics": 0.0, "solve": 0.0}
     if job.allocator.needs != "none":
-        count = profile_count(recipe, recipe.calibration.samples, recipe.calibration.seqlen)
-        seconds["profile"] = count * recipe.calibration.seqlen * forward
+        count = profile_count(recipe, load.samples, load.seqlen)
+        seconds["profile"] = count * load.seqlen * forward
     seconds["profile"] += job.allocator.work(infos) / exact
     if job.needs != "none":
         seconds["forward"] = 2 * tokens * forward

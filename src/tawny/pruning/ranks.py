@@ -56,7 +56,7 @@ class Ranks(ProcessGroup):
                 f"{count} samples cannot be shared by {self.size} processes; give at least --samples {self.size}"
             )
         here = self._shares(count, samples.seqlen)[self.rank]
-        return Samples(samples.tokens[here], None if samples.mask is None else samples.mask[here])
+        return samples.take(here)
 
     def largest_part(self, count: int, seqlen: int) -> int:
         """How many of `count` samples the rank with most of them gets."""

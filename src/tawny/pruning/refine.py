@@ -219,12 +219,11 @@ class _Pairs:
         """Output, target and weights of the tokens of a few samples at a time, so that activations stay small."""
         for first in range(0, len(chosen), self.at_once):
             part = list(chosen[first : first + self.at_once])
-            tokens = self.samples.tokens[part]
-            mask = None if self.samples.mask is None else self.samples.mask[part]
-            call = self.stack.calls(tokens, mask)[self.index]
+            samples = self.samples.take(part)
+            call = self.stack.calls(samples.inputs)[self.index]
             made = self.stack.differentiable(self.index, self._pick(self.inputs, part), call)
             wanted = self._pick(self.targets, part)
-            yield made, wanted, _weights(wanted, mask)
+            yield made, wanted, _weights(wanted, samples.mask)
 
     def loss(self, chosen: Sequence[int]) -> float:
         """What a token's output has lost, mean over tokens."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["Purpose", "Session", "Unfinished", "open_output", "open_session", "text_or_tokens"]
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import check_context, check_ids
+from tawny.calibration.context import check_context, check_ids, seqlen_of
+from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import in_words, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText, sample_windows, tokenise
@@ -38,8 +39,9 @@ from tawny.machine import machine, peak_memory, versions
 from tawny.model.identity import code_identity, model_identity, tensor_digest, tokens_identity
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, revision_of
+from tawny.model.stack import TOKENS, Stack
 from tawny.model.streams import Samples
-from tawny.model.structure import evaluating
+from tawny.model.structure import evaluating, input_of, predicts_tokens
 from tawny.progress import Progress, silent
 from tawny.pruning.journal import Journal
 from tawny.pruning.memory_plan import (
@@ -146,7 +148,8 @@ def open_session(
         place_to_write: opens the output and the journal of what is in it, from the folder of the source; None: nothing is
             written.
         memory: peak bytes that may not be passed.
-        calibration: tokens `[samples, tokens]`, or `(tokens, attention mask)`; None: windows of the recipe's text.
+        calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or tensors by the names of the model's inputs;
+            None: windows of the recipe's text, or its pictures.
         alone: do not share the work with the processes that torchrun started.
     """
     before = peak_memory()
@@ -278,7 +281,11 @@ def _check_shared(recipe: Recipe, ranks: Ranks) -> None:
 
 
 def _new_record(job: Job, output: OutputFolder | None, memory_before: int) -> Record:
+    model = job.stack.model
+    readers = {TOKENS: ["AutoTokenizer"], "pixel_values": ["AutoImageProcessor"]}
+    kind = "AutoModelForCausalLM" if predicts_tokens(model) else type(model).__name__
     return Record(
+        opens=[kind, *readers.get(input_of(model), [])],
         recipe=job.recipe.to_mapping(),
         source=job.source,
         revision=revision_of(job.folder) if job.folder else "",
@@ -357,14 +364,33 @@ def _calibration(
         TextError: what was given is no tokens.
     """
     wanted, model = job.recipe.calibration, job.stack.model
-    if given is not None:
-        samples = _samples_of(given)
-        check_context(model, samples.seqlen)
-        check_ids(model, samples.tokens)
-        record.text = {"name": "tokens", "samples": len(samples), "seqlen": samples.seqlen}
+    predicts, kind = predicts_tokens(model), input_of(model)
+    if purpose.held_out is not None and not predicts:
+        raise ModelError(
+            f"{type(model).__name__} predicts no next token, by which models are compared here: choose an allocator yourself (-a)"
+        )
+    if given is not None or kind != TOKENS:
+        if given is None:
+            with clock("text"):
+                samples, record.text = read_inputs(
+                    job.stack,
+                    job.folder,
+                    wanted.text,
+                    wanted.samples,
+                    job.recipe.seed,
+                    tokenizer,
+                    progress.say,
+                )
+        else:
+            samples = _samples_of(given, job.stack)
+            name = "tokens" if TOKENS in samples.inputs else next(iter(samples.inputs))
+            record.text = {"name": name, "samples": len(samples), "seqlen": samples.seqlen}
+        if TOKENS in samples.inputs:
+            check_context(model, samples.seqlen)
+            check_ids(model, samples.tokens)
         placement = placed(Load(len(samples), samples.seqlen, 0, given=samples))
         return samples.repeating(wanted.repeat), None, placement
-    check_context(model, wanted.seqlen)
+    seqlen = seqlen_of(model, wanted.seqlen)
     if tokenizer is None:
         if job.folder is None:
             raise ModelError(
@@ -385,9 +411,9 @@ def _calibration(
 
     with clock("text"):
         text = load_texts(wanted.text, "calibration", tokenizer, own)
-        placement = placed(Load(wanted.samples, wanted.seqlen, text.characters))
-        tokens = tokenise(text, tokenizer, job.recipe.bos)
-        windows = sample_windows(tokens, wanted.samples, wanted.seqlen, job.recipe.seed)
+        placement = placed(Load(wanted.samples, seqlen, text.characters))
+        tokens = tokenise(text, tokenizer, job.recipe.bos, around=not predicts)
+        windows = sample_windows(tokens, wanted.samples, seqlen, job.recipe.seed)
         if purpose.held_out is not None:
             held_out = purpose.held_out(job, tokens)
     check_ids(model, windows)
@@ -395,16 +421,18 @@ def _calibration(
     record.text = {
         **text.about([len(part) for part in tokens.parts]),
         "samples": len(windows),
-        "seqlen": wanted.seqlen,
+        "seqlen": seqlen,
         "bos": tokens.bos is not None,
     }
     return Samples(windows).repeating(wanted.repeat, begun=tokens.bos is not None), held_out, placement
 
 
-def _samples_of(given: Any) -> Samples:
-    """Tokens, or `(tokens, attention mask)`."""
+def _samples_of(given: Any, stack: Stack) -> Samples:
+    """Tokens, `(tokens, attention mask)`, or tensors by the names that the model's forward gives them."""
     if isinstance(given, Samples):
         return given
+    if isinstance(given, Mapping):
+        return Samples(given, seqlen=None if TOKENS in given else stack.positions(given))
     if isinstance(given, tuple):
         if len(given) != 2:
             raise TextError(f"calibration is a tuple of {len(given)}; expected (tokens, attention mask)")

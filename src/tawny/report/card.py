@@ -194,17 +194,19 @@ def _use(record: Mapping[str, Any]) -> str:
 def opening(record: Mapping[str, Any], folder: str) -> str:
     """Python that opens the model; `folder` is an expression."""
     first = "import tawny  # teaches transformers to open packed weights\n" if record.get("packed") else ""
-    return (
-        f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({folder})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({folder})"
-    )
+    classes = record.get("opens") or ["AutoModelForCausalLM", "AutoTokenizer"]  # older records name none
+    names = ("model", "tokenizer" if "AutoTokenizer" in classes else "processor")
+    lines = [f"{name} = {kind}.from_pretrained({folder})" for name, kind in zip(names, classes, strict=False)]
+    return "\n".join([f"{first}from transformers import {', '.join(classes)}", *lines])
 
 
 def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
     measured = record["evaluation"]
     if not {"dense", "pruned"} <= set(measured):
-        return "## Quality\n\nNot measured. `tawny eval THIS_FOLDER --text TEXT` gives perplexity ± its standard error."
+        return (
+            "## Quality\n\nNot measured. `tawny eval THIS_FOLDER --text TEXT` gives perplexity ± its standard error, and with "
+            "`--against DENSE` the distance from the dense model."
+        )
     dense, pruned = measured["dense"], measured["pruned"]
     rows = [
         "| | dense | pruned |",
@@ -242,7 +244,7 @@ def _trace(record: Mapping[str, Any]) -> str:
     if text:
         hashed = f", sha256 `{text['sha256']}`" if text.get("sha256") else ""
         lines.append(
-            f"Calibrated on {text.get('samples', '?')} × {text.get('seqlen', '?')} tokens of "
+            f"Calibrated on {text.get('samples', '?')} × {text.get('seqlen', '?')} {'patches' if 'files' in text else 'tokens'} of "
             f"{_inline(str(text.get('name')))}{hashed}{begun(text)}."
         )
         for one in text.get("sources", ()):

@@ -65,6 +65,11 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
     first = models[0]["name"]
     add(f"KL from {first}", "nats a token", lambda m: _agreed(m, "kl", kl_text), "lower")
     add(f"same next token as {first}", "%", lambda m: _agreed(m, "top1", share_text), "higher")
+    add(f"energy lost from {first}", "%", lambda m: _feature(m, "error", share_text), "lower")
+    add(f"cosine to {first}", "", lambda m: _feature(m, "cosine", kl_text), "higher")
+    add(f"same nearest as {first}", "%", lambda m: _feature(m, "neighbours", share_text), "higher")
+    add(f"KL from {first} a sample", "nats", lambda m: _feature(m, "kl", kl_text), "lower")
+    add(f"same class as {first}", "%", lambda m: _feature(m, "top1", share_text), "higher")
     asked = [task for m in models for task in m.get("tasks", {}).get("tasks", ())]
     for name, metric in {task["name"]: task["metric"] for task in asked}.items():
         read = partial(_task, name=name, metric=metric)
@@ -76,6 +81,7 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
         add("mean of the tasks", "%", _mean_of_tasks, "higher", _points)
     for kind in ("prefill", "decode"):
         add(kind, "tokens/s", partial(_speed, kind=kind), "higher", _times)
+    add("a batch", "ms", _latency, "lower", _times)
     return lines
 
 
@@ -118,6 +124,17 @@ def _agreed(model: Mapping[str, Any], key: str, show: Callable[[float, float], s
     return found[key], show(found[key], found[f"{key}_stderr"])
 
 
+def _feature(model: Mapping[str, Any], key: str, show: Callable[[float, float], str]) -> Found | None:
+    found = model["features"]
+    return None if found[key] is None else (found[key], show(found[key], found[f"{key}_stderr"]))
+
+
+def _latency(model: Mapping[str, Any]) -> Found:
+    found = model["latency"]
+    low, high = found["seconds_quartiles"]
+    return found["seconds"], f"{1000 * found['seconds']:,.2f} ({1000 * low:,.2f}–{1000 * high:,.2f})"
+
+
 def _perplexity(model: Mapping[str, Any]) -> Found:
     return model["perplexity"]["perplexity"], perplexity_text(model["perplexity"])
 
@@ -153,6 +170,12 @@ def caption(result: Mapping[str, Any]) -> list[str]:
     text = next((m["perplexity"] for m in models if "perplexity" in m), None)
     if text is not None:
         said.append(f"Perplexity on {text['text']}: {text['recipe']}. ± is the standard error over windows.")
+    features = next((m["features"] for m in models if "features" in m), None)
+    if features is not None:
+        said.append(
+            f"Features of {features['samples']:,} samples of {features['data']}, {features['seqlen']} positions each. "
+            "± is the standard error over samples."
+        )
     tasks = next((m["tasks"] for m in models if "tasks" in m), None)
     if tasks is not None:
         some = f", the first {tasks['limit']} documents of each" if tasks["limit"] else ""
@@ -162,6 +185,12 @@ def caption(result: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Medians of {speed['rounds']} rounds with quartiles, a prompt of {speed['prompt_tokens']} tokens, "
             f"{speed['threads']} threads, kernels {speed['kernel']}."
+        )
+    batch = next((m["latency"] for m in models if "latency" in m), None)
+    if batch is not None:
+        of = f" of {batch['tokens']} tokens" if batch["tokens"] else ""
+        said.append(
+            f"A batch is {batch['batch']} sample{of}: medians of {batch['rounds']} rounds with quartiles, {batch['threads']} threads."
         )
     if len(models) > 1:
         said.append(f"Differences are from {models[0]['name']}; the best of each line is bold.")

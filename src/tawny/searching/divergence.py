@@ -125,9 +125,7 @@ class Divergence:
 
     def samples(self, windows: Sequence[int]) -> Samples:
         """The numbered windows."""
-        rows = list(windows)
-        mask = None if self.held_out.mask is None else self.held_out.mask[rows]
-        return Samples(self.held_out.tokens[rows], mask)
+        return self.held_out.take(list(windows))
 
     def _walk(self, stream: Stream, candidates: Mapping[int, Levels]) -> list[_Part]:
         """Hidden states of all candidates behind the last block."""

@@ -19,7 +19,7 @@ from tawny.errors import RecipeError
 from tawny.kinds import KINDS
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
-from tawny.pruning.memory_plan import available, parse_size, place
+from tawny.pruning.memory_plan import Load, available, parse_size, place
 from tawny.pruning.plan import forward_seconds, load_of, seconds_of
 from tawny.pruning.prepare import Job, decoded, prepare
 from tawny.recipe.schema import Recipe
@@ -136,7 +136,7 @@ def plan_fit(
         finalists=[each.name for each in finalists],
         memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
         disk={"peak": disk, "packed": best.bytes},
-        seconds=_seconds(job, settings, len(finalists), measured is not None),
+        seconds=_seconds(job, load, settings, len(finalists), measured is not None),
         notes=[*decoded(checkpoint), *notes, *filter(None, [few_bits(job)])],
     )
 
@@ -176,9 +176,9 @@ def _chosen(job: Job, sizes: PackedSize, best: Finalist) -> dict[str, Any]:
     }
 
 
-def _seconds(job: Job, settings: FitSettings, finalists: int, measured: bool) -> dict[str, float]:
+def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measured: bool) -> dict[str, float]:
     """Of measuring, of reactions, and of pruning and comparing finalists."""
-    prune = seconds_of(job)
+    prune = seconds_of(job, load)
     length = min(settings.length, job.recipe.calibration.seqlen)
     blocks, roles = len(job.by_block), max(map(len, job.by_block))
     # A model in which one block differs goes with the others up to it, and those of a role go alone.

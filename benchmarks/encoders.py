@@ -1,0 +1,256 @@
+"""Which encoders Tawny prunes and packs: tiny models of the usual families of text, vision and speech encoders, measured.
+
+    python benchmarks/encoders.py                      # all of them, in some minutes
+    python benchmarks/encoders.py --only bert vit      # some, only printed
+
+Of each family a tiny random model in float32 is made (hidden size 32, three blocks), saved, and taken through three steps, each
+of which is checked:
+
+- walked: blocks that run one by one give the features of the model's own forward.
+- pruned: `tawny.prune` to 50 % with OWL and SparseGPT; every linear has the zeros that the run records, and plain transformers
+  opens the folder with finite features.
+- packed: `tawny.pack` in float32 and `tawny.load`: features are those of the pruned model, and `tawny.unpack` gives the same bytes.
+
+What Tawny refuses is recorded with its message; an exception that is not Tawny's own is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tawny
+from tawny.errors import TawnyError, first_line
+from tawny.machine import machine, versions
+from tawny.model.durable import write
+from tawny.model.stack import Stack, live_stack
+
+RESULTS = Path(__file__).parent / "results" / "encoders.json"
+SPARSITY, TOLERANCE = 0.5, 1e-4
+
+TEXT = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
+SPEECH = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+_CONVOLVED = {
+    "conv_dim": (32, 32),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+
+# Family → the module and class of its model in transformers, and what makes it tiny.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert.BertModel", TEXT),
+    "bert, masked": ("bert.BertForMaskedLM", TEXT),
+    "bert, classes": ("bert.BertForSequenceClassification", {**TEXT, "num_labels": 7}),
+    "roberta": ("roberta.RobertaModel", TEXT),
+    "distilbert": (
+        "distilbert.DistilBertModel",
+        {**TEXT, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
+    ),
+    "mpnet": ("mpnet.MPNetModel", TEXT),
+    "modernbert": ("modernbert.ModernBertModel", {**TEXT, "pad_token_id": 0}),
+    "electra": ("electra.ElectraModel", {**TEXT, "embedding_size": 32}),
+    "albert": ("albert.AlbertModel", {**TEXT, "embedding_size": 16}),
+    "deberta-v2": ("deberta_v2.DebertaV2Model", TEXT),
+    "t5 encoder": (
+        "t5.T5EncoderModel",
+        {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4},
+    ),
+    "clip text": ("clip.CLIPTextModel", TEXT),
+    "siglip text": ("siglip.SiglipTextModel", TEXT),
+    "vit": ("vit.ViTModel", VISION),
+    "vit, classes": ("vit.ViTForImageClassification", {**VISION, "num_labels": 7}),
+    "deit": ("deit.DeiTModel", VISION),
+    "dinov2": ("dinov2.Dinov2Model", {**VISION, "mlp_ratio": 2}),
+    "dinov3": ("dinov3_vit.DINOv3ViTModel", VISION),
+    "beit": ("beit.BeitModel", {**VISION, "use_relative_position_bias": True}),
+    "clip vision": ("clip.CLIPVisionModel", VISION),
+    "siglip vision": ("siglip.SiglipVisionModel", VISION),
+    "swin": (
+        "swin.SwinModel",
+        {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": 4,
+        },
+    ),
+    "swinv2": (
+        "swinv2.Swinv2Model",
+        {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": 4,
+        },
+    ),
+    "convnext": ("convnext.ConvNextModel", {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2}),
+    "convnextv2": (
+        "convnextv2.ConvNextV2Model",
+        {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
+    ),
+    "whisper encoder": (
+        "whisper.WhisperEncoder",
+        {
+            "d_model": 32,
+            "encoder_layers": 3,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "max_source_positions": 16,
+            "num_mel_bins": 8,
+        },
+    ),
+    "wav2vec2": ("wav2vec2.Wav2Vec2Model", {**SPEECH, **_CONVOLVED}),
+    "hubert": ("hubert.HubertModel", {**SPEECH, **_CONVOLVED}),
+}
+
+
+class Wrong(Exception):
+    """A result that is not what it should be."""
+
+
+def tiny_encoder(family: str, seed: int = 0) -> Any:
+    """A random model whose linears differ enough in scale to have outliers."""
+    path, settings = FAMILIES[family]
+    module, name = path.split(".")
+    kind = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
+    torch.manual_seed(seed)
+    model = kind(kind.config_class(**settings)).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * 0.2 + (noise.abs() > 2.5) * noise)
+    return model
+
+
+def inputs_of(model: Any, samples: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of the kind that the model takes."""
+    generator, name, config = torch.Generator().manual_seed(seed), model.main_input_name, model.config
+    if name == "input_ids":
+        return {name: torch.randint(3, 256, (samples, 24), generator=generator)}
+    shapes = {
+        "pixel_values": (samples, 3, getattr(config, "image_size", 32), getattr(config, "image_size", 32)),
+        "input_features": (
+            samples,
+            getattr(config, "num_mel_bins", 8),
+            2 * getattr(config, "max_source_positions", 16),
+        ),
+        "input_values": (samples, 400),
+    }
+    return {name: torch.randn(shapes[name], generator=generator)}
+
+
+def features_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The first thing that the model gives: features or logits."""
+    with torch.no_grad():
+        found: Tensor = model(**inputs)[0]
+    return found
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def walked(stack: Stack, inputs: dict[str, Tensor]) -> None:
+    hidden = stack.enter(inputs)
+    for index, call in enumerate(stack.calls(inputs)):
+        hidden = stack.forward(index, hidden, call)
+    with torch.no_grad():
+        made, own = stack.output(inputs, hidden)[0], features_of(stack.model, inputs)
+    if not distance(made, own) <= TOLERANCE:
+        raise Wrong(
+            f"blocks run one by one give features {distance(made, own):.3g} away from the model's own"
+        )
+
+
+def tried(family: str, work: Path) -> dict[str, Any]:
+    """What became of one family; `refused` and `error` say why a step was not taken."""
+    model = tiny_encoder(family)
+    inputs = inputs_of(model)
+    row: dict[str, Any] = {"family": family, "class": type(model).__name__, "input": model.main_input_name}
+    try:
+        walked(live_stack(model), inputs)
+        model.save_pretrained(work / "dense")
+        keys = {"sparsity": SPARSITY, "allocator": "owl", "solver": "sparsegpt", "compute": "float32"}
+        record = tawny.prune(work / "dense", work / "pruned", calibration=inputs, **keys)
+        if abs(record.zeros - SPARSITY * record.prunable) > len(record.linears):
+            raise Wrong(f"{record.zeros:,} of {record.prunable:,} weights are recorded as zeros")
+        weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+        row |= {"linears": len(record.linears), "share": record.prunable / weights}
+        pruned = type(model).from_pretrained(work / "pruned").eval()
+        expected = features_of(pruned, inputs)
+        if not bool(expected.isfinite().all()):
+            raise Wrong("the pruned model gives NaN")
+        report = tawny.pack(work / "pruned", work / "packed", "f32")
+        for packed in (tawny.load(work / "packed"), type(model).from_pretrained(work / "packed").eval()):
+            if not (far := distance(features_of(packed, inputs), expected)) <= TOLERANCE:
+                raise Wrong(f"packed features are {far:.3g} away")
+        tawny.unpack(work / "packed", work / "again")
+        if any(
+            (work / "again" / p.name).read_bytes() != p.read_bytes()
+            for p in (work / "pruned").glob("*.safetensors")
+        ):
+            raise Wrong("unpacking gives other bytes")
+        row |= {"pruned": True, "packed": report.packed / max(1, len(record.linears))}
+    except TawnyError as error:
+        row["refused"] = first_line(error)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {first_line(error)[:200]}"
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", choices=list(FAMILIES))
+    chosen = parser.parse_args().only
+    warnings.simplefilter("ignore")
+    rows = []
+    for family in chosen or FAMILIES:
+        with tempfile.TemporaryDirectory() as work:
+            rows.append(tried(family, Path(work)))
+        print(json.dumps(rows[-1]), flush=True)
+    if not chosen:
+        result = {
+            "machine": machine(),
+            "versions": versions(),
+            "date": str(datetime.date.today()),
+            "rows": rows,
+        }
+        write(RESULTS, (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Samples of what a model takes in the place of tokens: the loader of its batches.
+
+This is the one place that asks what a model takes. Behind it there are samples.
+"""
+
+from __future__ import annotations
+
+__all__ = ["read_inputs"]
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tawny.calibration.mixture import Texts, check_texts, in_words, parse_texts
+from tawny.calibration.pictures import read_pictures
+from tawny.errors import ModelError
+from tawny.model.source import load_processor
+from tawny.model.stack import Stack
+from tawny.model.streams import Samples
+from tawny.model.structure import input_of
+
+
+def read_inputs(
+    stack: Stack,
+    folder: Path | None,
+    given: Texts,
+    samples: int,
+    seed: int,
+    processor: Any = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Samples, dict[str, Any]]:
+    """Samples for a model that takes no tokens, and what a record says of them.
+
+    Args:
+        processor: the model's own, where it has no folder.
+
+    Raises:
+        ModelError: the model takes something that no file is read as, or a live one comes without its processor.
+        TextError: no picture is named, or none can be read.
+    """
+    name = input_of(stack.model)
+    if name != "pixel_values":
+        raise ModelError(
+            f"{type(stack.model).__name__} takes {name}, which no file is read as: calibrate it from Python, calibration={{{name!r}: tensor}}"
+        )
+    check_texts(given)
+    if processor is None:
+        if folder is None:
+            raise ModelError(
+                "a live model needs its image processor to see pictures: give tokenizer=processor"
+            )
+        processor = load_processor(folder)
+    say(f"reading pictures {in_words(given)}")
+    read = read_pictures(parse_texts(given), samples, seed, processor)
+    if read.broken:
+        many = len(read.broken) > 1
+        say(
+            f"{len(read.broken)} picture{'s' * many} cannot be read and {'are' if many else 'is'} skipped, first {read.broken[0]}"
+        )
+    positions = stack.positions({name: read.pixels})
+    return Samples({name: read.pixels}, seqlen=positions), {
+        **read.about(),
+        "samples": len(read.pixels),
+        "seqlen": positions,
+    }

@@ -1,0 +1,68 @@
+"""Pictures as calibration samples: seeded crops of the files in a folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tawny.calibration.mixture import check_texts, load_texts, parse_texts
+from tawny.calibration.pictures import read_pictures
+from tawny.errors import TextError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures, each of one shade, and a file that only looks like one."""
+    for shade in (10, 100, 200):
+        Image.fromarray(np.full((20, 30, 3), shade, np.uint8)).save(tmp_path / f"{shade}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "notes.txt").write_text("no picture either")
+    return tmp_path
+
+
+def processor(images, return_tensors):
+    pixels = torch.from_numpy(np.array(images.resize((4, 4)))).permute(2, 0, 1)
+    return {"pixel_values": [pixels.float()]}
+
+
+def shades(found):
+    return [int(x.mean()) for x in found.pixels]
+
+
+def test_the_same_seed_gives_the_same_pixels_and_each_picture_comes_once_before_any_comes_twice(folder):
+    sources = parse_texts(f"images:{folder}")
+    first, again, other = (read_pictures(sources, 6, seed, processor) for seed in (0, 0, 1))
+    assert torch.equal(first.pixels, again.pixels) and first.about() == again.about()
+    assert not torch.equal(first.pixels, other.pixels)
+    assert set(shades(first)[:3]) == set(shades(first)[3:]) == {10, 100, 200}
+
+
+def test_a_broken_picture_is_named_once(folder):
+    found = read_pictures(parse_texts(f"images:{folder}"), 8, 0, processor)
+    assert len(found.broken) == 1 and "broken.jpg: " in found.broken[0]
+    assert found.files == 4
+
+
+def test_folders_share_the_samples(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    Image.fromarray(np.full((9, 9), 50, np.uint8)).save(other / "grey.png")
+    found = read_pictures(parse_texts([f"images:{folder}=0.75", f"images:{other}=0.25"]), 8, 0, processor)
+    assert shades(found).count(50) == 2
+
+
+def test_what_holds_no_picture_is_refused(tmp_path, folder):
+    with pytest.raises(TextError, match="no such folder"):
+        check_texts(f"images:{tmp_path / 'absent'}")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(TextError, match="holds no pictures"):
+        read_pictures(parse_texts(f"images:{empty}"), 2, 0, processor)
+    (empty / "a.png").write_bytes(b"")
+    with pytest.raises(TextError, match=r"no picture that can be read, first .*a\.png: "):
+        read_pictures(parse_texts(f"images:{empty}"), 2, 0, processor)
+    with pytest.raises(TextError, match="is a text, and this model sees pictures"):
+        read_pictures(parse_texts("wiki"), 2, 0, processor)
+    with pytest.raises(TextError, match="names pictures, and this model reads text"):
+        load_texts(f"images:{folder}")

@@ -1,0 +1,87 @@
+"""How far features have moved, beside a slow obvious twin."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import tawny
+from tawny.errors import ModelError
+from tawny.model.streams import Samples
+from tests.encoders import inputs_for, padded, tiny_encoder
+
+
+def pair(name):
+    dense = tiny_encoder(name)
+    pruned = copy.deepcopy(dense)
+    tawny.prune(pruned, sparsity=0.6, solver="magnitude", allocator="uniform")
+    return dense, pruned
+
+
+def slowly(dense, pruned, inputs):
+    """Error, cosine and equal neighbours, one position after another."""
+    mask = inputs.get("attention_mask")
+    with torch.no_grad():
+        G, F = (model.base_model(**inputs).last_hidden_state.double() for model in (dense, pruned))
+    lost = energy = 0.0
+    cosines, pooled = [], ([], [])
+    for s in range(len(G)):
+        real = [p for p in range(G.shape[1]) if mask is None or mask[s, p]]
+        lost += sum(float((F[s, p] - G[s, p]).square().sum()) for p in real)
+        energy += sum(float(G[s, p].square().sum()) for p in real)
+        each = [float(F[s, p] @ G[s, p] / F[s, p].norm() / G[s, p].norm()) for p in real]
+        cosines.append(sum(each) / len(each))
+        for kept, X in zip(pooled, (G, F), strict=True):
+            kept.append(sum(X[s, p] for p in real) / len(real))
+    near = []
+    for kept in pooled:
+        angle = [[float(a @ b / a.norm() / b.norm()) if a is not b else -2.0 for b in kept] for a in kept]
+        near.append([row.index(max(row)) for row in angle])
+    same = sum(a == b for a, b in zip(*near, strict=True)) / len(G)
+    return lost / energy, sum(cosines) / len(cosines), same
+
+
+@pytest.mark.parametrize("name", ["bert", "masked", "vit"])
+def test_features_are_compared_as_the_slow_twin_compares_them(name):
+    dense, pruned = pair(name)
+    inputs = inputs_for(dense, 10)
+    inputs = padded(inputs) if "input_ids" in inputs else inputs
+    samples = Samples(inputs, seqlen=17)
+    found = tawny.features(pruned, dense, samples)
+    error, cosine, same = slowly(dense, pruned, inputs)
+    assert found.error == pytest.approx(error, rel=1e-4)
+    assert found.cosine == pytest.approx(cosine, rel=1e-4)
+    assert found.neighbours == pytest.approx(same)
+    assert (found.kl is None) == (name == "bert")
+
+
+def test_logits_are_compared_sample_by_sample_or_token_by_token():
+    for name in ("masked", "vit"):
+        dense, pruned = pair(name)
+        inputs = inputs_for(dense, 5)
+        with torch.no_grad():
+            p, q = (model(**inputs).logits.flatten(0, -2).log_softmax(-1) for model in (dense, pruned))
+        found = tawny.features(pruned, dense, Samples(inputs, seqlen=17))
+        assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+        assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+def test_a_model_beside_itself_has_lost_nothing():
+    dense = tiny_encoder("vit")
+    found = tawny.features(dense, copy.deepcopy(dense), Samples(inputs_for(dense), seqlen=17))
+    assert (found.error, found.neighbours, found.kl, found.top1, found.top5) == (0, 1, 0, 1, 1)
+
+
+def test_models_that_take_different_things_are_refused():
+    with pytest.raises(ModelError, match="the dense model takes input_ids and the other pixel_values"):
+        tawny.features(
+            tiny_encoder("vit"), tiny_encoder("bert"), inputs_for(tiny_encoder("bert"))["input_ids"]
+        )
+
+
+def test_a_batch_is_timed_of_what_the_model_takes():
+    for name, tokens in (("bert", 8), ("vit", None)):
+        found = tawny.latency(tiny_encoder(name), batch=2, tokens=8, rounds=2)
+        assert found.tokens == tokens and found.samples_per_second == pytest.approx(2 / found.seconds)
