@@ -10,6 +10,7 @@ __all__ = [
     "kl_text",
     "percent",
     "perplexity_text",
+    "quality_text",
     "score_text",
     "share_text",
     "size",
@@ -62,6 +63,13 @@ def perplexity_text(result: Mapping[str, Any]) -> str:
     value, error = float(result["perplexity"]), float(result["stderr"])
     digits = 2 if value < 1000 else 0
     return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error else "")
+
+
+def quality_text(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """What a recovery measured, by its name: perplexity, or of a model that predicts no token the share of its features lost."""
+    if "perplexity" in entry:
+        return "perplexity", f"{entry['perplexity']:,.2f}"
+    return "energy lost", percent(entry["loss"])
 
 
 def begun(of: Mapping[str, Any]) -> str:

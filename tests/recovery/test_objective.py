@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tawny.recovery.objective import distil
+from tawny.recovery.objective import distil, match
 from tests.reference.distil import whole_loss
 
 
@@ -56,3 +56,24 @@ def test_logits_exist_for_a_chunk_only():
     ids = torch.zeros(3, 9, dtype=torch.int64)
     distil(head, None, ids, torch.randn(3, 9, 4), None, kl=0, chunk=5, scale=1.0)
     assert max(seen) == 5 and sum(seen) == 24
+
+
+def test_features_are_matched_by_the_share_of_each_positions_energy_that_is_lost():
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(6, 5), nn.Linear(6, 5)
+    hidden, seen = torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 6)
+    lost = sum(
+        (student(hidden)[b, t] - teacher(seen)[b, t].detach()).norm() ** 2
+        / teacher(seen)[b, t].detach().norm() ** 2
+        for b in range(2)
+        for t in range(3)
+    )
+    (lost / 6).backward()
+    expected = [hidden.grad.clone(), student.weight.grad.clone()]
+    student.zero_grad()
+    tails = [lambda _, h: student(h), lambda _, h: teacher(h)]
+    losses, gradient = match(*tails, torch.zeros(2, 3, dtype=torch.int64), hidden, seen, scale=1 / 6)
+    assert losses.tokens == 6 and losses.next_token == pytest.approx(float(lost), rel=1e-5)
+    torch.testing.assert_close(gradient, expected[0])
+    torch.testing.assert_close(student.weight.grad, expected[1])
+    assert match(*tails, torch.zeros(2, 3), hidden, seen, scale=None) == (losses, None)

@@ -22,7 +22,7 @@ from tawny.cli.options import (
 from tawny.cli.root import verb
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
-from tawny.words import duration, percent, size
+from tawny.words import duration, percent, quality_text, size
 
 TRAINING = "Training"
 
@@ -128,20 +128,21 @@ def recovery_tables(record: Result) -> list[Frame]:
     settings, text = record["settings"], record["text"]
     title = f"on {text['held_out']} held-out windows of {text['seqlen']} tokens of {text['name']}"
     taught = any("kl" in entry for entry in record["measured"])
-    made = table(
-        "step", "time", "perplexity", *(["KL", "top-1"] if taught else []), "", title=title, left=(5,)
-    )
+    name = quality_text(record["start"])[0]
+    made = table("step", "time", name, *(["KL", "top-1"] if taught else []), "", title=title, left=(5,))
     measured = record["measured"]
     # A long run measures often; ten rows show its course.
     shown = measured if len(measured) <= 12 else [*measured[:: -(-len(measured) // 10)], measured[-1]]
     for entry in shown:
-        cells = [f"{entry['step']:.0f}", duration(entry["seconds"]), f"{entry['perplexity']:,.2f}"]
+        cells = [f"{entry['step']:.0f}", duration(entry["seconds"]), quality_text(entry)[1]]
         cells += [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []
         made.add(*cells, "best" if entry["step"] == record["best"]["step"] else "")
     seconds = record["seconds"]
-    start, best = (record[when]["perplexity"] for when in ("start", "best"))
+    measure = "perplexity" if "perplexity" in record["start"] else "loss"
+    ratio = record["best"][measure] / record["start"][measure]
+    start, best = (quality_text(record[when])[1] for when in ("start", "best"))
     rows = [
-        ("perplexity", f"{start:,.2f} → {best:,.2f} (× {best / start:.3f})"),
+        (name, f"{start} → {best} (× {ratio:.3f})"),
         ("sparsity", f"{percent(record['sparsity'])} of {record['prunable']:,} prunable weights"),
         ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
         (

@@ -101,11 +101,13 @@ def read(
     text: Tensor | None = None,
     held_out: Tensor | None = None,
     own: Callable[[float], Text] | None = None,
+    around: bool = False,
 ) -> Reading:
     """The windows of a text, of several or of given tokens `[windows, seqlen]`.
 
     Args:
         own: lets the dense model write the text of `self` for a share of what is read.
+        around: windows begin and end with what the tokenizer puts around a text.
 
     Raises:
         TextError: there is less than one batch beside what is held out, or the two have windows of other widths.
@@ -116,12 +118,14 @@ def read(
         parts = [_parted(Samples(text).tokens, settings.eval_windows, held_out is not None)]
     else:
         loaded = load_texts(settings.text, "calibration", tokenizer, own)
-        tokens, shares = [tokenise(one, tokenizer, settings.bos) for one in loaded.texts], list(loaded.shares)
+        tokens = [tokenise(one, tokenizer, settings.bos, around=around) for one in loaded.texts]
+        shares = list(loaded.shares)
         name = f"text {loaded.name!r}"
         about = loaded.about([len(one) for one in tokens]) | {"bos": tokens[0].bos is not None}
         most = shared_out(settings.eval_windows, shares)
         each_text = zip(loaded.texts, tokens, most, strict=True)
-        parts = [_windows(*one, settings, tokenizer, given=held_out is not None) for one in each_text]
+        how: dict[str, Any] = {"given": held_out is not None, "around": around}
+        parts = [_windows(*one, settings, tokenizer, **how) for one in each_text]
     if held_out is None:
         kept = [held for _, held in parts]
         held_out = torch.cat(kept)[interleaved([len(one) for one in kept])]
@@ -159,7 +163,14 @@ def _parted(windows: Tensor, most: int, given: bool) -> tuple[Tensor, Tensor]:
 
 
 def _windows(
-    text: Text, tokens: TokenisedText, most: int, settings: Recovery, tokenizer: Any, *, given: bool
+    text: Text,
+    tokens: TokenisedText,
+    most: int,
+    settings: Recovery,
+    tokenizer: Any,
+    *,
+    given: bool,
+    around: bool,
 ) -> tuple[Tensor, Tensor]:
     try:
         windows = evaluation_windows(tokens, settings.seqlen)
@@ -171,7 +182,7 @@ def _windows(
         ) from None
     if given or text.name not in NAMED_TEXTS:
         return _parted(windows, most, given)
-    measured = tokenise(load_texts(text.name, "evaluation"), tokenizer, settings.bos)
+    measured = tokenise(load_texts(text.name, "evaluation"), tokenizer, settings.bos, around=around)
     unseen = replace(measured, name=f"{tokens.name} held out", parts=())
     # Evaluations read it from its beginning, and must not have been chosen by.
     return windows, evaluation_windows(unseen, settings.seqlen)[-most:] if most else windows[:0]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import check_ids
+from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.mixture import in_words
 from tawny.calibration.text import Text
 from tawny.errors import Interrupted, ModelError, RecipeError
@@ -22,8 +22,8 @@ from tawny.machine import peak_memory
 from tawny.model.output import OutputFolder, check_savable
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer, resolve
-from tawny.model.stack import Stack, live_stack
-from tawny.model.structure import evaluating
+from tawny.model.stack import TOKENS, Stack, live_stack
+from tawny.model.structure import evaluating, input_of, predicts_tokens
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
@@ -144,9 +144,11 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
         )
         return author.write(written_tokens(settings, share))
 
-    reading = read(
-        settings, tokenizer, request.text, request.held_out, None if teacher_stack is None else written
-    )
+    predicts = predicts_tokens(stack.model)
+    if not predicts:
+        _check_encoder(stack, teacher_stack, settings)
+    own_text = None if teacher_stack is None else written
+    reading = read(settings, tokenizer, request.text, request.held_out, own_text, around=not predicts)
     check_ids(stack.model, reading.windows)
     student = Student(stack, settings, processes, request.kinds)
     ending.callback(student.close)
@@ -159,6 +161,25 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
         training.record.teacher = str(teacher) if dense is not None else type(teacher).__name__
     training.shelve(work, request.overwrite)
     return training
+
+
+def _check_encoder(stack: Stack, teacher: Stack | None, settings: Recovery) -> None:
+    """Refuse what an encoder cannot be trained on or from.
+
+    Raises:
+        ModelError: it takes no tokens, or there is no dense model to learn from.
+        RecipeError: windows are longer than it has positions.
+    """
+    if input_of(stack.model) != TOKENS:
+        raise ModelError(
+            f"recovery reads text, and {type(stack.model).__name__} takes {input_of(stack.model)}"
+        )
+    if teacher is None:
+        raise ModelError(
+            f"{type(stack.model).__name__} predicts no next token and so learns from the dense model alone: give --teacher DENSE, and "
+            "leave kl at more than 0"
+        )
+    check_context(stack.model, settings.seqlen)
 
 
 def _check_wanted(request: Request) -> None:

@@ -13,7 +13,7 @@ the largest probability of a token is `exp(max − log Σ exp)`.
 
 from __future__ import annotations
 
-__all__ = ["Losses", "chunk_tokens", "distil"]
+__all__ = ["Losses", "chunk_tokens", "distil", "match"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,6 +115,37 @@ def distil(
     whole_BTH = torch.zeros_like(hidden_BTH)
     whole_BTH[:, :-1] = gradient_1TH.view(len(ids_BT), -1, width)
     return total, whole_BTH
+
+
+def match(
+    student: Tail,
+    teacher: Tail,
+    ids_BT: Tensor,
+    hidden_BTH: Tensor,
+    teacher_BTH: Tensor,
+    *,
+    scale: float | None,
+) -> tuple[Losses, Tensor | None]:
+    """For models that predict no token: how far the student's features f are from the teacher's g, and the gradient.
+
+    The loss of a token, in the place of its next-token loss, is ‖f − g‖² / ‖g‖²: the share of its energy that is lost.
+
+    Args:
+        student, teacher: what follows the last block. Gradients of the student's own parameters are accumulated.
+        scale: multiplies the gradient of the summed loss; None measures only.
+    """
+    with torch.no_grad():
+        g_BTH = teacher(ids_BT, teacher_BTH).float()
+    with torch.set_grad_enabled(scale is not None):
+        leaf_BTH = hidden_BTH.detach().clone().requires_grad_(scale is not None)
+        f_BTH = student(ids_BT, leaf_BTH).float()
+        energy_BT = g_BTH.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        lost = ((f_BTH - g_BTH).square().sum(-1) / energy_BT).sum()
+    losses = Losses(tokens=energy_BT.numel(), next_token=float(lost.detach()))
+    if scale is None:
+        return losses, None
+    (lost * scale).backward()  # type: ignore[no-untyped-call]
+    return losses, leaf_BTH.grad
 
 
 def _chunk(

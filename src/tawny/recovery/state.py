@@ -30,7 +30,7 @@ class Standing:
         seconds: of all processes that worked on it.
         curve: one entry a step: step, tokens, lr, loss, kl, norm.
         measured: one entry a measurement on the held-out windows.
-        best: the entry of `measured` with the lowest perplexity.
+        best: the entry of `measured` with the lowest loss.
         stale: measurements since then.
         held_out: windows that each measurement reads.
         measuring: seconds that measurements took in all, the teacher's forwards of their windows included.

@@ -22,11 +22,12 @@ from tawny.model.identity import source_identity
 from tawny.model.output import OutputFolder
 from tawny.model.resumable import WorkFolder
 from tawny.model.stack import Stack
+from tawny.model.structure import predicts_tokens
 from tawny.progress import Progress
 from tawny.record import Clock
 from tawny.recovery.data import Reading
 from tawny.recovery.elsa import Elsa
-from tawny.recovery.objective import Losses, chunk_tokens, distil
+from tawny.recovery.objective import Losses, chunk_tokens, distil, match
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
@@ -34,6 +35,7 @@ from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.student import Student
 from tawny.recovery.teacher import WALK_TOKENS, Teacher
 from tawny.recovery.writing import card, tell_run, write
+from tawny.words import quality_text
 
 _BETAS = (0.9, 0.95)
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
@@ -66,6 +68,7 @@ class Training:
         self._resumed = 0
         vocabulary = int(student.stack.config.get_text_config().vocab_size)
         self.chunk = chunk_tokens(vocabulary, settings.chunk)
+        self.predicts = predicts_tokens(student.stack.model)
         decayed = [t for c in student.coordinates if c.decays for t in c.tensors.values()]
         others = [t for c in student.coordinates if not c.decays for t in c.tensors.values()]
         groups = ((decayed, settings.weight_decay), (others, 0.0))
@@ -265,7 +268,7 @@ class Training:
 
     @property
     def _kl(self) -> float:
-        return self.settings.kl if self.teacher is not None else 0.0
+        return self.settings.kl if self.teacher is not None and self.predicts else 0.0
 
     def _kept(self) -> str:
         best = self.standing.best
@@ -295,6 +298,10 @@ class Training:
         self, ids_BT: Tensor, hidden_BTH: Tensor, rows: list[int], scale: float | None
     ) -> tuple[Losses, Tensor | None]:
         teacher = self.teacher
+        if not self.predicts:
+            assert teacher is not None
+            stacks, states = (self.student.stack, teacher.stack), teacher.hidden(rows)
+            return match(stacks[0].features, stacks[1].features, ids_BT, hidden_BTH, states, scale=scale)
         return distil(
             self.student.stack.tail,
             None if teacher is None else teacher.stack.logits,
@@ -370,20 +377,22 @@ class Training:
         entry = {
             "step": float(standing.step),
             "seconds": round(self._elapsed(), 1),
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
             "loss": mean,
         }
-        if self.teacher is not None:
+        if self.predicts:
+            entry["perplexity"] = math.exp(mean) if mean < 700 else math.inf
+        if self.teacher is not None and self.predicts:
             entry |= {"kl": total.kl / total.tokens, "top1": total.agree / total.tokens}
         standing.measured.append(entry)
-        line = f"step {standing.step}: held-out perplexity {entry['perplexity']:.2f}"
-        line += f" (from {standing.measured[0]['perplexity']:.2f})" if standing.step else ""
+        name, said = quality_text(entry)
+        line = f"step {standing.step}: held-out {name} {said}"
+        line += f" (from {quality_text(standing.measured[0])[1]})" if standing.step else ""
         if "kl" in entry:
             line += f", KL {entry['kl']:.3f}, top-1 {entry['top1']:.1%}"
         self.progress.say(line)
         if self._moving:
             return  # a mask that still moves is not a model
-        if standing.best is None or entry["perplexity"] < standing.best["perplexity"]:
+        if standing.best is None or entry["loss"] < standing.best["loss"]:
             standing.best, standing.stale = entry, 0
             if self._keeps:
                 self.shelf.keep_best()

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from tawny.report.figures import PALETTE, WIDTHS, draw_panels, log_scale, to_page
 from tawny.report.html import NAME
 from tawny.report.pages import render, write_beside
-from tawny.words import duration, percent, size
+from tawny.words import duration, percent, quality_text, size
 
 _DOTS = 400  # points a curve keeps: more than the picture has room for
 _PHASES = {
@@ -45,7 +45,8 @@ def render_recovery(record: Mapping[str, Any]) -> str:
         tiles=_tiles(record),
         warnings=record["warnings"],
         figures={name: curve_figure(record, width=width, prefix=name) for name, width in WIDTHS.items()},
-        judged=bool(record["teacher"]),
+        judged="kl" in record["start"],
+        measure=quality_text(record["start"])[0],
         rows=[_row(record, entry) for entry in record["measured"]],
         asked=_asked(record),
         phases=_phases(record["seconds"]),
@@ -81,8 +82,8 @@ def _summary(record: Mapping[str, Any]) -> str:
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     start, best, text = record["start"], record["best"], record["text"]
     windows = f"{text['held_out']} windows of {text['seqlen']} tokens"
-    remark = f"from {start['perplexity']:.2f}; {windows}"
-    tiles = [("held-out perplexity", f"{best['perplexity']:.2f}", remark)]
+    name, reached = quality_text(best)
+    tiles = [(f"held-out {name}", reached, f"from {quality_text(start)[1]}; {windows}")]
     if "kl" in best:
         tiles.append(("KL to the dense model", f"{best['kl']:.3f}", f"from {start['kl']:.3f} nats a token"))
         tiles.append(("same next word", percent(best["top1"], 1), f"from {percent(start['top1'], 1)}"))
@@ -99,7 +100,7 @@ def _row(record: Mapping[str, Any], entry: Mapping[str, float]) -> dict[str, Any
         "step": f"{entry['step']:.0f}",
         "tokens": f"{_tokens_at(record, entry['step']):,}",
         "time": duration(entry["seconds"]),
-        "perplexity": f"{entry['perplexity']:.2f}",
+        "perplexity": quality_text(entry)[1],
         "kl": f"{entry['kl']:.4f}" if "kl" in entry else "",
         "top1": percent(entry["top1"], 1) if "top1" in entry else "",
         "best": entry["step"] == record["best"]["step"],
@@ -126,9 +127,17 @@ def _phases(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def curve_figure(record: Mapping[str, Any], *, width: int, prefix: str) -> Markup:
     """Loss, KL and held-out perplexity over training tokens, as an inline SVG about `width` pixels wide."""
-    measured = [entry for entry in record["measured"] if math.isfinite(entry["perplexity"])]
+    predicts = "perplexity" in record["start"]
+    measured = [
+        entry for entry in record["measured"] if math.isfinite(entry["perplexity" if predicts else "loss"])
+    ]
     curve = _thinned(record["curve"])
-    shown = {"perplexity": "Held-out perplexity", "loss": "Next-token loss, nats: each step, and held out"}
+    shown = {"loss": "Energy lost of the features, share: each step, and held out"}
+    if predicts:
+        shown = {
+            "perplexity": "Held-out perplexity",
+            "loss": "Next-token loss, nats: each step, and held out",
+        }
     if any("kl" in entry for entry in measured):
         shown["kl"] = "KL to the dense model, nats a token: each step, and held out"
 

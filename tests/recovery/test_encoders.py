@@ -1,0 +1,40 @@
+"""Encoders learn the features of their dense model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import tawny
+from tawny.errors import ModelError, RecipeError
+from tests.encoders import inputs_for, tiny_encoder
+from tests.recovery.models import SHORT
+from tests.tiny import tokens
+
+
+@pytest.mark.parametrize("name", ["bert", "masked"])
+def test_a_pruned_encoder_comes_nearer_to_its_dense_model_and_keeps_its_zeros(name):
+    dense = tiny_encoder(name)
+    pruned = copy.deepcopy(dense)
+    tawny.prune(pruned, sparsity=0.5, solver="magnitude", allocator="uniform")
+    before = {key: p.detach() == 0 for key, p in pruned.named_parameters() if p.dim() == 2}
+    record = tawny.recover(pruned, dense, text=tokens(24), **SHORT)
+    assert record.best["loss"] < record.start["loss"] and record.zeros == record.zeros_before
+    assert "perplexity" not in record.start
+    assert all(bool((p[before[key]] == 0).all()) for key, p in pruned.named_parameters() if key in before)
+
+
+def test_what_an_encoder_cannot_learn_from_is_refused():
+    dense = tiny_encoder("bert")
+    pruned = copy.deepcopy(dense)
+    tawny.prune(pruned, sparsity=0.5, solver="magnitude", allocator="uniform")
+    with pytest.raises(ModelError, match="learns from the dense model alone: give --teacher"):
+        tawny.recover(pruned, None, text=tokens(24), **SHORT, kl=0)
+    with pytest.raises(RecipeError, match="more than the model's context of 64"):
+        tawny.recover(pruned, dense, text=torch.randint(3, 200, (8, 65)), **SHORT)
+    seeing = tiny_encoder("vit")
+    tawny.prune(seeing, sparsity=0.5, solver="magnitude", calibration=inputs_for(seeing))
+    with pytest.raises(ModelError, match="takes pixel_values"):
+        tawny.recover(seeing, tiny_encoder("vit"), text=tokens(24), **SHORT)
