@@ -109,6 +109,18 @@ def test_a_live_encoder_is_pruned_and_refined_on_what_it_takes():
     assert len(record.refined) == 3
 
 
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_channels_and_heads_of_an_encoder_are_removed_whole(name):
+    model = tiny_encoder(name)
+    keys = {"sparsity": 0.25, "allocator": "uniform", "pattern": "channels+heads"}
+    record = tawny.prune(model, calibration=inputs_for(model), **keys)
+    assert record.sparsity == pytest.approx(0.25, abs=0.05)
+    weights = dict(model.named_modules())
+    gone = {x.name: int((weights[x.name].weight == 0).all(1).sum()) for x in record.linears}
+    queries = [count for key, count in gone.items() if "query" in key or "q_proj" in key]
+    assert queries and all(count % 8 == 0 for count in queries) and any(queries)
+
+
 def test_a_model_of_several_stacks_is_refused_in_one_line():
     model = tiny_encoder("swin")
     with pytest.raises(ModelError, match="as models of several stacks do") as error:

@@ -6,7 +6,7 @@ place, the last takes them out again. Between steps nothing is locked and nothin
 
 from __future__ import annotations
 
-__all__ = ["Opened", "open_model", "ready", "threads"]
+__all__ = ["Opened", "check_predicts", "open_model", "ready", "threads"]
 
 import contextlib
 import threading
@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from tawny.decoding.swapped import kernels
-from tawny.errors import RecipeError
+from tawny.errors import ModelError, RecipeError
 from tawny.machine import resident_memory
-from tawny.model.structure import evaluating
+from tawny.model.structure import evaluating, predicts_tokens
 from tawny.packed.opening import load
 
 
@@ -88,12 +88,25 @@ _all: WeakKeyDictionary[nn.Module, _Ready] = WeakKeyDictionary()
 _locking = threading.Lock()
 
 
+def check_predicts(model: nn.Module) -> None:
+    """Raise a ModelError for a model that predicts no next token."""
+    if not predicts_tokens(model):
+        raise ModelError(
+            f"{type(model).__name__} predicts no next token and so decodes nothing: `tawny bench` and tawny.latency say how long a "
+            "batch takes"
+        )
+
+
 @contextlib.contextmanager
 def ready(model: nn.Module) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """Inside, a model is in eval mode and runs our kernels. Its forwards must be run under the lock that this gives.
 
     One forward a model at a time: the proof of the quick path hooks its modules.
+
+    Raises:
+        ModelError: the model predicts no next token.
     """
+    check_predicts(model)
     with _locking:
         shared = _all.setdefault(model, _Ready())
     with shared.lock:

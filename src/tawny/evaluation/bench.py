@@ -22,11 +22,10 @@ from tawny.calibration.context import context_of
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.whole import exchanged
-from tawny.errors import ModelError, RecipeError
+from tawny.errors import RecipeError
 from tawny.kernels.native import kernel_name
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
-from tawny.model.structure import predicts_tokens
 from tawny.model.trust import opens_models
 from tawny.packed.linear import PackedLinear
 from tawny.progress import Progress, silent
@@ -102,10 +101,7 @@ def bench(
             source = resolve(source, progress.say)
             size = file_bytes(source)
         opened = opening.open_model(source)
-        if not predicts_tokens(opened.model):
-            raise ModelError(
-                f"{type(opened.model).__name__} decodes nothing: `tawny bench` and tawny.latency say how long a batch takes"
-            )
+        opening.check_predicts(opened.model)
         limit = context_of(opened.model)
         if limit is not None and prompt_tokens + _UNTIMED + tokens > limit:
             raise RecipeError(

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from tawny.calibration.context import hard_context_of, words_of
 from tawny.decoding import opening
-from tawny.errors import ModelError, RecipeError
+from tawny.errors import RecipeError
 from tawny.kernels.native import kernel_name
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
-from tawny.model.structure import evaluating, input_of
+from tawny.model.structure import evaluating, input_of, pixels_for
 from tawny.model.trust import opens_models
 from tawny.packed.linear import PackedLinear
 from tawny.progress import Progress, silent
@@ -126,11 +126,4 @@ def _inputs(model: Any, batch: int, tokens: int) -> dict[str, Tensor]:
         if limit is not None and tokens > limit:
             raise RecipeError(f"{tokens} tokens are more than the model's {limit} positions; ask for fewer")
         return {name: torch.randint(0, words_of(model), (batch, tokens), generator=generator)}
-    size = getattr(model.config, "image_size", None)
-    if name != "pixel_values" or size is None:
-        raise ModelError(
-            f"{type(model).__name__} takes {name}, of which the shape is not known here: time its forward yourself"
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (batch, int(getattr(model.config, "num_channels", 3)), height, width)
-    return {name: torch.randn(shape, generator=generator).to(next(model.parameters()).dtype)}
+    return pixels_for(model, batch)

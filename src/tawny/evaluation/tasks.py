@@ -36,7 +36,7 @@ from torch import nn
 
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.language_model import ask, language_model
-from tawny.evaluation.sources import compute_dtype, fingerprint
+from tawny.evaluation.sources import compute_dtype, fingerprint, reads_on
 from tawny.evaluation.task_config import MEANING, PRESETS, find_manager, find_sources, load_task, quiet
 from tawny.model.source import cache_folder, resolve
 from tawny.model.trust import opens_models
@@ -165,6 +165,10 @@ def evaluate_tasks(
     else:
         folder = resolve(source, progress.say)
         dtype = compute_dtype(compute)
+    if not reads_on(source):
+        raise ModelError(
+            f"{source if folder else type(source).__name__} predicts no next token, by which tasks are answered"
+        )
     lm: Any = None
     identity = fingerprint(folder) if cache and folder is not None else ""
     done: list[TaskResult] = []

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from tawny.errors import ModelError
 from tawny.model.linears import Linear
-from tawny.model.stack import Call, Stack
+from tawny.model.stack import TOKENS, Call, Stack
+from tawny.model.structure import input_of, pixels_for
 from tawny.patterns import MemberKind
 
 __all__ = ["Coupling", "Rows", "couple", "find_couplings"]
@@ -110,9 +111,12 @@ def find_couplings(stack: Stack) -> list[list[Coupling]]:
 
     Blocks of the same class and linears are looked at once.
     """
-    vocabulary = int(stack.config.get_text_config().vocab_size)
-    tokens_BT = (torch.arange(_TOKENS) * 7919 % vocabulary)[None]
-    calls = stack.calls(tokens_BT)
+    if input_of(stack.model) == TOKENS:
+        vocabulary = int(stack.config.get_text_config().vocab_size)
+        inputs = {TOKENS: (torch.arange(_TOKENS) * 7919 % vocabulary)[None]}
+    else:
+        inputs = pixels_for(stack.model, 1)
+    calls, hidden = stack.calls(inputs), stack.enter(inputs)
     known: dict[object, tuple[int, list[Coupling]]] = {}
     found = []
     for index in range(len(stack)):
@@ -121,7 +125,7 @@ def find_couplings(stack: Stack) -> list[list[Coupling]]:
         alike = tuple((x.name[prefix:], x.shape) for x in linears)
         if alike not in known:
             with stack.block(index):
-                known[alike] = prefix, _Probe(stack, index, linears, calls[index]).couplings()
+                known[alike] = prefix, _Probe(stack, index, linears, calls[index], hidden.shape).couplings()
         by_tail = {x.name[prefix:]: x for x in linears}
         first, couplings = known[alike]
         found.append([_moved(coupling, first, by_tail) for coupling in couplings])
@@ -153,12 +157,14 @@ def _refuse_tied(stack: Stack, linears: Sequence[Linear]) -> None:
 class _Probe:
     """Finds the couplings of one loaded block."""
 
-    def __init__(self, stack: Stack, index: int, linears: Sequence[Linear], call: Call) -> None:
+    def __init__(
+        self, stack: Stack, index: int, linears: Sequence[Linear], call: Call, shape: torch.Size
+    ) -> None:
         self.stack, self.index, self.call = stack, index, call
         self.linears = [linear for linear in linears if linear.expert is None]
         self.experts = [linear for linear in linears if linear.expert is not None]
         self.random = torch.Generator().manual_seed(0)
-        self.hidden = self._normal(1, _TOKENS, int(stack.config.get_text_config().hidden_size))
+        self.hidden = self._normal(*shape)
 
     def _normal(self, *shape: int) -> Tensor:
         made = torch.randn(shape, generator=self.random)

@@ -5,12 +5,21 @@ The stack is the `nn.ModuleList` of same-class modules that holds most linear we
 
 from __future__ import annotations
 
-__all__ = ["check_unshared", "evaluating", "find_stack", "head_of", "input_of", "predicts_tokens"]
+__all__ = [
+    "check_unshared",
+    "evaluating",
+    "find_stack",
+    "head_of",
+    "input_of",
+    "pixels_for",
+    "predicts_tokens",
+]
 
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tawny.errors import ModelError
 from tawny.model.linears import linears_of, prunable_numel
@@ -65,6 +74,25 @@ def predicts_tokens(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel) or not type(model).__module__.startswith("transformers."):
         return True
     return input_of(model) == "input_ids" and bool(model.can_generate())
+
+
+def pixels_for(model: nn.Module, count: int) -> dict[str, Tensor]:
+    """Random pixels `[count, channels, height, width]` as the model's configuration says that it takes them.
+
+    Raises:
+        ModelError: the model takes something else, or does not say in which size.
+    """
+    config, name = getattr(model, "config", None), input_of(model)
+    size = getattr(config, "image_size", None)
+    if name != "pixel_values" or size is None:
+        raise ModelError(
+            f"{type(model).__name__} takes {name} in a shape that is not known here; only models that take tokens, or pixels whose "
+            "image_size their configuration says, can be probed"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (count, int(getattr(config, "num_channels", 3)), height, width)
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {name: made.to(next(model.parameters()).dtype)}
 
 
 def check_unshared(model: nn.Module) -> None:

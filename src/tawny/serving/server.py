@@ -169,6 +169,7 @@ def serve(
             if tokenizer is None:
                 raise UserError("a live model needs tokenizer=… to be served")
             opened = opening.open_model(model).model
+            opening.check_predicts(opened)
             limit = context_of(opened) or _CONTEXT
             capacity = min(limit, context or _CONTEXT)
         worker = Worker(
