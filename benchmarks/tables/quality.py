@@ -8,8 +8,8 @@ from typing import Any
 
 from tables.shared import (
     ALLOCATORS,
-    MEMBER_SOLVERS,
     SOLVERS,
+    WHOLE_SOLVERS,
     bold_if,
     known_order,
     machine_and_note,
@@ -282,36 +282,62 @@ def solvers(result: Mapping[str, Any]) -> str:
 
 
 def structured(result: Mapping[str, Any]) -> str:
-    """One table a text: a row a solver and allocator, a column a sparsity; then the sparsities that whole members gave."""
+    """One table a text: a row a pattern, solver and allocator, a column a sparsity; then speeds, where they were measured."""
     cells = list(result["cells"].values())
-    columns = sorted({(cell["pattern"], cell["sparsity"]) for cell in cells})
+    columns = sorted({cell["sparsity"] for cell in cells})
     rows = sorted(
-        {(cell["solver"], cell["allocator"]) for cell in cells},
-        key=lambda row: (MEMBER_SOLVERS.index(row[0]), known_order(ALLOCATORS)(row[1])),
+        {(cell["pattern"], cell["solver"], cell["allocator"]) for cell in cells},
+        key=lambda row: (row[0] == "blocks", WHOLE_SOLVERS.index(row[1]), known_order(ALLOCATORS)(row[2])),
     )
     some = {
         (row, column): [
-            c
-            for c in cells
-            if (c["solver"], c["allocator"]) == row and (c["pattern"], c["sparsity"]) == column
+            c for c in cells if (c["pattern"], c["solver"], c["allocator"]) == row and c["sparsity"] == column
         ]
         for row in rows
         for column in columns
     }
-    titles = " | ".join(f"{pattern} {sparsity:.0%}" for pattern, sparsity in columns)
+    titles = " | ".join(f"{sparsity:.0%}" for sparsity in columns)
     parts = [
         setting_line(result) + seeds_line({" + ".join(row): [some[row, c] for c in columns] for row in rows})
     ]
     for text in result["evaluation"]["texts"]:
         parts.append(f"Perplexity on {text}, dense **{plus_minus(result['dense']['evaluation'][text])}**:\n")
-        lines = [f"| solver | allocator | {titles} |", f"|---|---|{'---|' * len(columns)}"]
+        lines = [f"| pattern | solver | allocator | {titles} |", f"|---|---|---|{'---|' * len(columns)}"]
         for row in rows:
             shown = [plus_minus(over_seeds(some[row, c], text)) if some[row, c] else "–" for c in columns]
-            lines.append(f"| {row[0]} | {row[1]} | {' | '.join(shown)} |")
+            lines.append(f"| {' | '.join(row)} | {' | '.join(shown)} |")
         parts.append("\n".join(lines) + "\n")
-    achieved = sorted(abs(cell["achieved"] - cell["sparsity"]) for cell in cells)
-    parts.append(f"Sparsities are met to {achieved[-1]:.2%} at most.\n")
+    for pattern in sorted({cell["pattern"] for cell in cells}, reverse=True):
+        apart = max(abs(c["achieved"] - c["sparsity"]) for c in cells if c["pattern"] == pattern)
+        parts.append(f"Sparsities of {pattern} are met to {apart:.2%} at most.\n")
+    if result.get("speed"):
+        parts.append(_slim_speed(result["speed"]))
     return "\n".join(parts) + f"\n{machine_and_note(result)}"
+
+
+def _slim_speed(speed: Mapping[str, Any]) -> str:
+    """The slim model beside the dense one in plain transformers, and what its bytes and operations allow."""
+    dense, slim = speed["models"]["dense"], speed["models"]["slim"]
+    lines = [
+        f"Slim at {speed['sparsity']:.0%} beside dense in plain transformers ({dense['dtype']}), tokens a second; what could be gained at "
+        "most follows from the bytes that a token reads, and for a prompt from its operations:\n",
+        "| | dense | slim | gain | at most |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, title, unit in (
+        ("decode", "decode", "read_bytes"),
+        ("prompt", "prompt of 512", "block_weights"),
+    ):
+        before, after = (one["tokens_per_second"][kind] for one in (dense, slim))
+        gain, most = after / before, dense[unit] / slim[unit]
+        lines.append(f"| {title} | {before:.1f} | {after:.1f} | {gain:.2f} × | {most:.2f} × |")
+    obs, other = (speed["passes"][name]["total"] for name in ("obs", "sparsegpt"))
+    cpu, threads = speed["machine"]["cpu"], speed["machine"]["threads"]
+    lines.append(
+        f"\nOne pass over {speed['samples']} × {speed['seqlen']} tokens: obs {obs:.0f} s, SparseGPT {other:.0f} s ({cpu}, {threads} threads, "
+        f"{speed['date']}).\n"
+    )
+    return "\n".join(lines)
 
 
 _KINDS = {"recovered": "**recovered**", "lora-reprune": "LoRA without a mask, pruned again"}

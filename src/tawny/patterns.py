@@ -1,8 +1,8 @@
 """Which masks are legal, and how a mask is chosen from scores.
 
 A pattern is unstructured (the lowest scores of each row, or of the whole matrix, go) or n:m (the n highest of
-every m neighbours along `in` stay); or whole members of a coupling go, channels or heads (model/couplings.py). Promises of
-masks of single weights:
+every m neighbours along `in` stay); or whole members of a coupling go, channels or heads (model/couplings.py); or whole
+blocks. Promises of masks of single weights:
 
 - A mask removes an exact count. It is chosen by selection, never by comparing with a threshold alone, so
   equal scores cannot make it remove one too many or one too few.
@@ -30,6 +30,7 @@ from tawny.errors import PatternError
 __all__ = [
     "NM",
     "AnyPattern",
+    "Blocks",
     "MemberKind",
     "Members",
     "Pattern",
@@ -97,8 +98,16 @@ class Members:
         return "+".join(self.kinds)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Whole blocks of the stack."""
+
+    def __str__(self) -> str:
+        return "blocks"
+
+
 Pattern = Unstructured | NM  # which single weights may go together
-AnyPattern = Pattern | Members
+AnyPattern = Pattern | Members | Blocks
 
 _UNSTRUCTURED: dict[str, Scope | None] = {
     "unstructured": None,
@@ -111,18 +120,20 @@ _MEMBERS: tuple[tuple[MemberKind, ...], ...] = (("channels",), ("heads",), ("cha
 
 
 def parse_pattern(text: str) -> AnyPattern:
-    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads` or `channels+heads` as a pattern."""
+    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads`, `channels+heads` or `blocks`."""
     word = str(text).strip().lower()
     if word in _UNSTRUCTURED:
         return Unstructured(_UNSTRUCTURED[word])
     if found := re.fullmatch(r"(\d+)\s*:\s*(\d+)", word):
         return NM(int(found[1]), int(found[2]))
+    if word == "blocks":
+        return Blocks()
     for kinds in _MEMBERS:
         if sorted(part.strip() for part in word.split("+")) == list(kinds):
             return Members(kinds)
     raise PatternError(
-        f"pattern {text!r} is not known; expected 'unstructured', 'row', 'matrix', 'channels', 'heads', 'channels+heads' or "
-        "n:m such as '2:4' (n kept of every m; quote it in YAML)"
+        f"pattern {text!r} is not known; expected 'unstructured', 'row', 'matrix', 'channels', 'heads', 'channels+heads', "
+        "'blocks' or n:m such as '2:4' (n kept of every m; quote it in YAML)"
     )
 
 

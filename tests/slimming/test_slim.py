@@ -95,7 +95,7 @@ def test_what_is_not_zero_as_a_whole_is_refused_by_the_name_that_was_given(dense
     tawny.prune(dense, tmp_path / "pruned", sparsity=0.5, solver="magnitude", allocator="uniform")
     monkeypatch.setattr("tawny.slimming.run.resolve", lambda source, say: tmp_path / "pruned")
     code, _, err = run("slim", "organisation/model", "--out", tmp_path / "slim")
-    assert code == 2 and "organisation/model holds no channel or head that is zero as a whole" in err
+    assert code == 2 and "organisation/model holds no channel, head or block that is zero as a whole" in err
     assert err.count("error:") == 1
     monkeypatch.undo()
     assert not (tmp_path / "slim").exists()

@@ -20,6 +20,7 @@ from tawny.patterns import removed_count
 __all__ = [
     "Allocation",
     "exact",
+    "given_blocks",
     "given_members",
     "given_nm",
     "mixed_bits",
@@ -156,6 +157,25 @@ def given_members(wish: Mapping[str, float], profile: Profile) -> Allocation:
         count = min(unit.members - 1, round(_snap(share * unit.members)))
         made |= {linear.name: count / unit.members for linear in linears}
     return made
+
+
+def given_blocks(wish: Mapping[str, float], profile: Profile) -> Allocation:
+    """Numbers that each linear was given on purpose: 1 for all of a block, or 0.
+
+    Raises:
+        RecipeError: a block would leave in part, or all of them would leave.
+    """
+    for block in range(profile.blocks):
+        given = {wish[linear.name] for linear in profile.linears_of(block)}
+        if len(given) > 1 or given - {0.0, 1.0}:
+            name = profile.linears_of(block)[0].name
+            raise RecipeError(
+                f"block {block} (first {name}) is given sparsity {', '.join(f'{x:g}' for x in sorted(given))}; blocks leave as a whole: "
+                "expected 1 for all of its linears, or 0"
+            )
+    if all(value == 1 for value in wish.values()):
+        raise RecipeError("the allocation lets every block leave; expected 0 for one of them at least")
+    return dict(wish)
 
 
 def _units(profile: Profile) -> list[_Unit]:

@@ -1,4 +1,4 @@
-"""`tawny slim`: the smaller dense checkpoint that is left without zero channels and heads."""
+"""`tawny slim`: the smaller dense checkpoint that is left without zero channels, heads and blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def slim(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Cut the zero channels and heads out of MODEL, and write the smaller dense checkpoint."""
+    """Cut the zero channels, heads and blocks out of MODEL, and write the smaller dense checkpoint."""
     with console_for(as_json) as console:
         import tawny
 
@@ -45,7 +45,9 @@ def slim_tables(report: Result) -> list[Frame]:
         if report["same_widths"]
         else "tawny, and transformers after `import tawny`: blocks differ in width"
     )
+    left, gone = len(report["widths"]), len(report["dropped"])
     rows = [
+        *([("blocks", f"{left} of {left + gone}")] if gone else []),
         ("parameters", f"{report['parameters']:,} of {report['source_parameters']:,}"),
         ("size", f"{size(report['bytes'])} from {size(report['source_bytes'])}"),
         ("widths", ", ".join(f"{key} {text}" for key, text in ranges.items())),

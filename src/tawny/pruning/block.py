@@ -54,6 +54,13 @@ class LoadedBlock:
         self.solved: dict[str, Tensor] = {}
         self.warned = len(self.session.record.warnings)  # what the record held before this block
 
+    @property
+    def leaves(self) -> bool:
+        """Whether it leaves as a whole."""
+        if not self.job.removes_blocks or not self.linears:
+            return False
+        return all(self.allocation[linear.name] == 1 for linear in self.linears)
+
     def aim(self) -> None:
         """Let the dense samples pass, before anything is pruned: their outputs are what refining aims at."""
         if self.dense is not None:
@@ -66,7 +73,7 @@ class LoadedBlock:
         if self.job.couplings:
             yield from self._couplings(self.job.couplings[self.index])
             return
-        if self.stream is None:
+        if self.stream is None or self.job.removes_blocks:
             yield Stage(list(self.linears)), {}
             return
         seen = self._observe(self.linears, "none" if order == "data" else self.job.needs)
@@ -274,7 +281,7 @@ class LoadedBlock:
     def refine(self) -> None:
         """Train what the block has left, where the recipe asks for it, and correct what is recorded of it."""
         job, session, self._prepared = self.job, self.session, None
-        if self.stream is None or self.dense is None or not self.linears:
+        if self.stream is None or self.dense is None or not self.linears or self.leaves:
             return
         with session.clock("refine"):
             made = refine(

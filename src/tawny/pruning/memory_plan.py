@@ -24,6 +24,7 @@ from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Samples
 from tawny.solvers.base import Solver
+from tawny.solvers.blocks import BlockSolver
 from tawny.solvers.members import MemberSolver
 
 # What the interpreter holds with torch, transformers and a tokenizer, where it cannot be measured.
@@ -118,11 +119,12 @@ class Demand:
         profiled: samples of the profile walk.
         in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
+        compared: tokens that candidates of blocks that leave are compared on; 0 where no such choice is made.
     """
 
     stack: Stack
     by_block: Sequence[Sequence[Linear]]
-    solver: Solver | MemberSolver
+    solver: Solver | MemberSolver | BlockSolver
     needs: Needs
     measuring: Measuring
     samples: int
@@ -131,6 +133,7 @@ class Demand:
     profiled: int
     in_data_order: bool
     refining: bool
+    compared: int = 0
 
     def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
         """Parts of each phase; those of every phase are the interpreter and what is outside the blocks."""
@@ -150,6 +153,10 @@ class Demand:
                 "forward": max(self.forward_bytes() if observed else 0, self.measuring_bytes()),
                 "statistics": self.observing(self.measuring.needs, at_once=True),
             }
+        if self.compared:
+            states = (len(stack) + 3) * self.compared * stack.hidden_bytes
+            parts = {"block": self.block_bytes(), "hidden_states": states, "forward": self.forward_bytes()}
+            phases["choose"] = {**base, **parts, "logits": 4 * LOGIT_BYTES}
         hidden = 0
         if self.needs != "none" or self.refining:
             hidden = 0 if spill else self.samples * self.seqlen * stack.hidden_bytes

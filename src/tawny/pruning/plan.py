@@ -114,7 +114,7 @@ def plan(
     stack, infos, wanted = job.stack, job.linears, recipe.calibration
     allocation = None
     rounded: list[str] = []
-    if not job.allocator.measures_weights:
+    if not (job.allocator.measures_weights or job.chooses_blocks):
         allocation, _ = spend(job, Profile(infos), rounded)
     prunable = sum(info.numel for info in infos)
     if recipe.refine.epochs:
@@ -153,7 +153,7 @@ def plan(
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },
         seconds=seconds_of(job, load),
-        notes=decoded(checkpoint) + rounded + _notes(recipe, allocation is None) + notes,
+        notes=decoded(checkpoint) + rounded + _notes(job, allocation is None) + notes,
         reads_text=job.needs_samples,
         seqlen=load.seqlen,
     )
@@ -183,9 +183,12 @@ def load_of(job: Job, budget: int | None) -> tuple[Load, list[str]]:
     return Load(wanted.samples, seqlen, characters), notes
 
 
-def _notes(recipe: Recipe, undecided: bool) -> list[str]:
+def _notes(job: Job, undecided: bool) -> list[str]:
+    recipe = job.recipe
     if not undecided:
         return []
+    if job.chooses_blocks:
+        return [f"{recipe.solver.name} decides which blocks leave once it has measured the dense model"]
     return [
         f"{recipe.allocator.name} decides once it has measured the dense model; `tawny profile` shows what it would see"
     ]
@@ -206,6 +209,8 @@ def seconds_of(job: Job, load: Load) -> dict[str, float]:
         count = profile_count(recipe, load.samples, load.seqlen)
         seconds["profile"] = count * load.seqlen * forward
     seconds["profile"] += job.allocator.work(infos) / exact
+    if job.chooses_blocks:
+        seconds["choose"] = _comparing(job) * job.block_solver.tokens * forward
     if job.needs != "none":
         seconds["forward"] = 2 * tokens * forward
     if job.needs == "hessian":
@@ -214,7 +219,7 @@ def seconds_of(job: Job, load: Load) -> dict[str, float]:
         consumers = tuple(info for info in infos if info.name == info.coupling)
         works = [job.member_solver.work] * (job.needs == "hessian")
         seconds["solve"] = _solving(works, job.needs == "hessian", consumers)
-    else:
+    elif not job.removes_blocks:
         solver, grid = job.weight_solver, bool(recipe.values.names)
         works = [solver.work] * (solver.needs == "hessian") + [solver.rounding] * grid
         seconds["solve"] = _solving(works, solver.needs == "hessian", infos)
@@ -226,6 +231,14 @@ def seconds_of(job: Job, load: Load) -> dict[str, float]:
         seconds["refine"] = passes * tokens * forward
     seconds = {phase: round(value, 1) for phase, value in seconds.items()}
     return {"total": round(sum(seconds.values()), 1), **seconds}
+
+
+def _comparing(job: Job) -> float:
+    """Forwards of the whole model that it takes to choose blocks: half of one for each candidate, of logits a whole one."""
+    blocks, solver = len(job.stack), job.block_solver
+    if solver.compares == "block":
+        return 1.0
+    return (blocks + solver.again * max(0, round(job.recipe.sparsity * blocks) - 1)) / 2 + blocks
 
 
 def _seconds_a_token(stack: Stack) -> float:

@@ -27,12 +27,13 @@ from tawny.model.source import resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
-from tawny.patterns import AnyPattern, Members, Pattern, check_pattern
+from tawny.patterns import AnyPattern, Blocks, Members, Pattern, check_pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import Demand, Load
 from tawny.recipe.schema import Recipe
 from tawny.solvers.base import Solver
+from tawny.solvers.blocks import BlockSolver
 from tawny.solvers.members import MemberSolver
 from tawny.words import size
 
@@ -60,7 +61,7 @@ class Job:
     by_block: Sequence[Sequence[Linear]]
     budget_pattern: AnyPattern
     allocator: Allocator
-    solver: Solver | MemberSolver
+    solver: Solver | MemberSolver | BlockSolver
     couplings: Sequence[Sequence[Coupling]] = ()
     settings: Mapping[str, bool] = field(default_factory=dict)
 
@@ -69,9 +70,9 @@ class Job:
         """Which single weights may go.
 
         Raises:
-            RecipeError: the recipe removes whole members.
+            RecipeError: the recipe removes whole members or blocks.
         """
-        if isinstance(self.budget_pattern, Members):
+        if isinstance(self.budget_pattern, Members | Blocks):
             raise RecipeError(
                 f"this is done with single weights, and pattern {self.budget_pattern} removes none: choose another pattern"
             )
@@ -90,6 +91,21 @@ class Job:
         return cast(MemberSolver, self.solver)
 
     @property
+    def block_solver(self) -> BlockSolver:
+        """The solver of whole blocks."""
+        assert self.removes_blocks
+        return cast(BlockSolver, self.solver)
+
+    @property
+    def removes_blocks(self) -> bool:
+        return isinstance(self.budget_pattern, Blocks)
+
+    @property
+    def chooses_blocks(self) -> bool:
+        """Whether the solver decides which blocks leave; otherwise an allocation file has."""
+        return self.removes_blocks and not self.allocator.as_given
+
+    @property
     def needs(self) -> Needs:
         """What calibration has to yield for the solves."""
         return "hessian" if self.recipe.refit else self.solver.needs
@@ -97,7 +113,7 @@ class Job:
     @property
     def needs_samples(self) -> bool:
         refining = self.recipe.refine.epochs > 0
-        return self.needs != "none" or self.allocator.needs != "none" or refining
+        return self.needs != "none" or self.allocator.needs != "none" or refining or self.chooses_blocks
 
     @property
     def linears(self) -> tuple[LinearInfo, ...]:
@@ -161,6 +177,8 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         check_writable(chosen)
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
     couplings: list[list[Coupling]] = []
+    if isinstance(pattern, Blocks):
+        _check_whole_blocks(stack, every, by_block)
     if isinstance(pattern, Members):
         couplings = couple(stack, by_block, pattern.kinds)
         by_block = [[linear for coupling in some for linear in coupling.linears] for some in couplings]
@@ -175,6 +193,20 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         recipe.make_solver(),
         couplings,
     )
+
+
+def _check_whole_blocks(
+    stack: Stack, every: Sequence[Sequence[Linear]], by_block: Sequence[Sequence[Linear]]
+) -> None:
+    """Refuse a block that is chosen in part: it could not leave."""
+    for index, (linears, chosen) in enumerate(zip(every, by_block, strict=True)):
+        if 0 < len(chosen) < len(linears):
+            names = {linear.name for linear in chosen}
+            missing = next(linear.name for linear in linears if linear.name not in names)
+            raise ModelError(
+                f"blocks leave as a whole, and include or exclude leaves {missing} of {stack.name(index)} out: choose all linears of a "
+                "block, or none (-o exclude=layers.0.*)"
+            )
 
 
 def decoded(checkpoint: Checkpoint | None) -> list[str]:
@@ -212,6 +244,7 @@ def demand_of(job: Job, load: Load) -> Demand:
         profiled=profile_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
         in_data_order=job.recipe.order == "data",
         refining=job.recipe.refine.epochs > 0,
+        compared=min(job.block_solver.tokens, load.samples * load.seqlen) if job.chooses_blocks else 0,
     )
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.budget import (
+    given_blocks,
     given_members,
     given_nm,
     mixed_bits,
@@ -41,7 +42,7 @@ from tawny.kinds import kind_of
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Stream
-from tawny.patterns import NM, AnyPattern, Members
+from tawny.patterns import NM, AnyPattern, Blocks, Members
 from tawny.pruning.prepare import Job, profile_count
 from tawny.pruning.session import Session
 
@@ -173,8 +174,10 @@ def allocate(
         warnings: told where rounding made equal what the allocator gave different linears of a block.
 
     Raises:
-        RecipeError: a chosen number is no whole n of m.
+        RecipeError: a chosen number is no whole n of m, or blocks are to leave in part.
     """
+    if isinstance(pattern, Blocks):
+        return given_blocks(allocator.allocate(profile, sparsity), profile)
     if isinstance(pattern, Members):
         wish = allocator.allocate(profile, sparsity)
         return given_members(wish, profile) if allocator.as_given else whole_members(wish, profile, sparsity)

@@ -23,6 +23,7 @@ from tawny.machine import peak_memory
 from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
+from tawny.pruning.blocks import choose_blocks
 from tawny.pruning.prepare import decoded, demand_of
 from tawny.pruning.profiling import profile_walk, spend
 from tawny.pruning.refine import holds_out
@@ -112,7 +113,11 @@ def _allocate(session: Session) -> Allocation:
     with session.clock("profile"):
         profile = profile_walk(session, job.allocator)
     warnings = decoded(job.stack.checkpoint)
-    record.allocation, record.values = spend(job, profile, warnings)
+    if job.chooses_blocks:
+        with session.clock("choose"):
+            record.allocation = choose_blocks(session)
+    else:
+        record.allocation, record.values = spend(job, profile, warnings)
     if session.journal.walk(WALK)[0] == 0:  # later, the finished blocks bring them along
         record.warnings += warnings
     if profile.measures:

@@ -11,6 +11,7 @@ from tawny.calibration.observe import Stage
 from tawny.calibration.statistics import Statistics
 from tawny.model.streams import Stream
 from tawny.pruning.block import LoadedBlock
+from tawny.pruning.blocks import remove_block
 from tawny.pruning.members import solve_members
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
@@ -61,8 +62,10 @@ def _stream(session: Session, walk: str, name: str, done: int) -> Stream:
 def solve_stage(block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics]) -> None:
     """Solve every linear of a stage; of several processes each solves some, and tells the others.
 
-    A coupling is solved by all of them, with the same numbers.
+    A coupling is solved by all of them, with the same numbers; so is a block that stays or leaves.
     """
+    if block.job.removes_blocks:
+        return remove_block(block)
     if stage.coupling is not None:
         return solve_members(block, stage.coupling, statistics)
     ranks, exact = block.session.ranks, block.job.needs == "hessian"

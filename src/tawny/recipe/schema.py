@@ -239,7 +239,7 @@ class Recipe:
             raise RecipeError(
                 f"values.mean spends the budget in bits and sparsity {made.sparsity:g} spends it in zeros: leave one out"
             )
-        _check_members(made)
+        _check_whole(made)
         return made
 
     def to_mapping(self) -> dict[str, Any]:
@@ -291,30 +291,35 @@ def registry(section: str) -> Mapping[str, Any]:
     """The classes that `allocator` or `solver` can name."""
     # Imported here: the numerics bring torch along, which the command line's help must not wait for.
     from tawny.allocation import ALLOCATORS
-    from tawny.solvers import MEMBER_SOLVERS, SOLVERS
+    from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, SOLVERS
 
     registries: dict[str, Mapping[str, Any]] = {
         "allocator": ALLOCATORS,
-        "solver": {**SOLVERS, **MEMBER_SOLVERS},
+        "solver": {**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS},
     }
     return registries[section]
 
 
 def default_name(section: str, values: Mapping[str, Any]) -> str:
     """The allocator or solver of a recipe, given as its keys, that names none."""
-    if section == "solver" and _removes_members(values.get("pattern")):
+    whole = _whole(values.get("pattern"))
+    if whole == "blocks":
+        return {"solver": "divergence", "allocator": "uniform"}[section]
+    if section == "solver" and whole:
         return "obs"
     return (_OFFICIAL_NAMES if values.get("compat") == "official" else _DEFAULT_NAMES)[section]
 
 
-def _removes_members(pattern: Any) -> bool:
+def _whole(pattern: Any) -> Literal["", "members", "blocks"]:
+    """What leaves as a whole; nothing where single weights go."""
     from tawny.errors import PatternError
-    from tawny.patterns import Members, parse_pattern
+    from tawny.patterns import Blocks, Members, parse_pattern
 
     try:
-        return isinstance(pattern, str) and isinstance(parse_pattern(pattern), Members)
+        parsed = parse_pattern(pattern) if isinstance(pattern, str) else None
     except PatternError:  # reported where it is read
-        return False
+        return ""
+    return "blocks" if isinstance(parsed, Blocks) else "members" if isinstance(parsed, Members) else ""
 
 
 def top_level_keys() -> list[str]:
@@ -430,22 +435,28 @@ def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
     return pattern, sparsity
 
 
-def _check_members(recipe: Recipe) -> None:
-    """Refuse a solver that does not know the pattern, and what whole members make pointless."""
-    from tawny.solvers import MEMBER_SOLVERS, SOLVERS
+def _check_whole(recipe: Recipe) -> None:
+    """Refuse a solver that does not know the pattern, and what whole members or blocks make pointless."""
+    from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, SOLVERS
 
-    members = _removes_members(recipe.pattern)
-    known: Mapping[str, Any] = MEMBER_SOLVERS if members else SOLVERS
+    whole = _whole(recipe.pattern)
+    of_all: dict[str, Mapping[str, Any]] = {"": SOLVERS, "members": MEMBER_SOLVERS, "blocks": BLOCK_SOLVERS}
+    known = of_all[whole]
     if recipe.solver.name not in known:
         raise RecipeError(
-            f"solver {recipe.solver.name} does not remove {recipe.pattern if members else 'single weights'}: choose "
+            f"solver {recipe.solver.name} does not remove {recipe.pattern if whole else 'single weights'}: choose "
             f"{', '.join(known)}, or another pattern than {recipe.pattern}"
         )
-    if members and recipe.refit:
+    if whole == "blocks" and recipe.allocator.name not in ("uniform", "file"):
+        raise RecipeError(
+            f"allocator {recipe.allocator.name} shares a budget among blocks, and pattern blocks lets the solver choose which of them "
+            "leave: leave the allocator out, or give an allocation file"
+        )
+    if whole and recipe.refit:
         raise RecipeError(
             f"refit is for masks of single weights, and {recipe.pattern} leave as a whole: leave it out (obs solves anew)"
         )
-    if members and recipe.values.names:
+    if whole and recipe.values.names:
         raise RecipeError(
             f"values {', '.join(recipe.values.names)} are for masks of single weights: prune {recipe.pattern}, `tawny slim`, then "
             "`tawny pack --values`"

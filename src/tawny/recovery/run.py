@@ -25,7 +25,7 @@ from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
-from tawny.patterns import Members
+from tawny.patterns import Blocks, Members
 from tawny.progress import Progress, silent
 from tawny.recipe.files import load_recipe
 from tawny.recovery.dense import Request, recover_dense
@@ -100,7 +100,7 @@ def _check_members(settings: Recovery, folder: Path, source: str) -> None:
         pattern = load_recipe(folder / "run.json").make_pattern()
     except (RecipeError, OSError):
         return
-    if isinstance(pattern, Members):
+    if isinstance(pattern, Members | Blocks):
         raise RecipeError(
             f"method=elsa moves zeros one by one, and {source} lost whole {pattern}: leave it out (distill keeps them zero)"
         )

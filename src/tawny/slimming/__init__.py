@@ -1,1 +1,1 @@
-"""A smaller dense checkpoint from one whose channels and heads are zero."""
+"""A smaller dense checkpoint from one whose channels, heads or blocks are zero."""

@@ -1,8 +1,9 @@
-"""`tawny slim`: cut out the channels and heads that are zero, and write a smaller dense checkpoint.
+"""`tawny slim`: cut out the channels, heads and blocks that are zero, and write a smaller dense checkpoint.
 
 Blocks are read, cut and written one at a time. The rows and columns of a member go together (model/couplings.py), biases of the
 rows too; what is left keeps its numbers and its order, so the result computes what the source does. That is proven at
-the end, by logits of both on the same tokens. Where all blocks have the same widths the result is an ordinary checkpoint; where
+the end, by logits of both on the same tokens. A block whose linears are all zero, and that passes on what it receives, is left
+out, and later ones take its number. Where all blocks have the same widths the result is an ordinary checkpoint; where
 they differ, its config.json says so block by block.
 """
 
@@ -32,6 +33,7 @@ from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress, silent
+from tawny.slimming.depth import renumbered
 from tawny.slimming.widths import described, settings_of_block
 
 _TOKENS = 32
@@ -43,7 +45,8 @@ class Slimmed:
     """What became smaller.
 
     Attributes:
-        widths: of each block, what config.json calls each width.
+        widths: of each block that is left, what config.json calls each width.
+        dropped: blocks of the source that were left out.
         same_widths: all blocks have the same, so that the result is an ordinary checkpoint.
         apart: ‖logits − logits of the source‖ / ‖logits of the source‖, in float32.
     """
@@ -55,6 +58,7 @@ class Slimmed:
     bytes: int
     source_bytes: int
     widths: list[dict[str, int]]
+    dropped: list[int]
     same_widths: bool
     apart: float
     seconds: float
@@ -72,10 +76,10 @@ def slim(
     progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Slimmed:
-    """Cut the zero channels and heads out of a checkpoint, and write the smaller dense one.
+    """Cut the zero channels, heads and blocks out of a checkpoint, and write the smaller dense one.
 
     Args:
-        source: a folder that `tawny prune -p channels+heads` wrote, or another checkpoint with whole zero members.
+        source: a folder that `tawny prune -p channels+heads` or `-p blocks` wrote, or another checkpoint with whole zero members.
         out: folder to write.
         overwrite: replace an existing `out`, once the new one is complete.
         progress: told how far the work is.
@@ -94,12 +98,12 @@ def slim(
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
     try:
         with torch.no_grad(), evaluating(stack.model):
-            widths, expected = _cut(stack, output, str(source), progress)
-            blocks = [f"{index:05d}" for index in range(len(stack))]
+            widths, dropped, expected = _cut(stack, output, str(source), progress)
+            blocks = [f"{index:05d}" for index in range(len(stack)) if index not in dropped]
             total = output.assemble(output.plan_shards(["outside", *blocks]))
             output.carry(folder)
             raw = json.loads((output.partial / "config.json").read_text(encoding="utf-8"))
-            config = described(stack.config.get_text_config(), raw, widths)
+            config = described(stack.config.get_text_config(), raw, widths, dropped)
             output.write_text("config.json", json.dumps(config, indent=2) + "\n")
             made, apart = _opened(output.partial, expected, str(source))
         report = Slimmed(
@@ -110,6 +114,7 @@ def slim(
             bytes=total,
             source_bytes=file_bytes(folder),
             widths=widths,
+            dropped=dropped,
             same_widths=KEY not in config,
             apart=apart,
             seconds=round(time.perf_counter() - started, 3),
@@ -123,18 +128,29 @@ def slim(
 
 def _cut(
     stack: Stack, output: OutputFolder, source: str, progress: Progress
-) -> tuple[list[dict[str, int]], Tensor]:
-    """Write the tensors of every block without its zero members, and the rest; the widths, and logits of the source."""
+) -> tuple[list[dict[str, int]], list[int], Tensor]:
+    """Write the tensors of every block without its zero members, and the rest.
+
+    Returns:
+        The widths of blocks that are left, the numbers of those that are not, and logits of the source.
+    """
     checkpoint = stack.checkpoint
     assert checkpoint is not None
     couplings = find_couplings(stack)
-    widths, zeros, removed = [], 0, 0
+    widths, dropped, zeros, removed = [], [], 0, 0
     inside: set[str] = set()
     tokens_BT, hidden, calls = _begin(stack)
     progress.phase("cutting", len(stack))
     for index in range(len(stack)):
         with stack.block(index):
-            hidden = stack.forward(index, hidden, calls[index])
+            entering, hidden = hidden, stack.forward(index, hidden.clone(), calls[index])
+            units = checkpoint.units_of(stack.name(index))
+            inside.update(key for unit in units for key in unit.sources)
+            if torch.equal(entering, hidden) and not any(
+                bool(stack.look(x).any()) for x in stack.linears(index)
+            ):
+                dropped.append(index)
+                continue
             parameters = dict(stack.stored)
             kept = [_kept(stack, coupling) for coupling in couplings[index]]
             _cut_block(stack, couplings[index], kept, parameters)
@@ -143,18 +159,19 @@ def _cut(
             removed += sum(len(keep) - count for keep, count in zip(kept, counts, strict=True))
             widths.append(settings_of_block(stack.config.get_text_config(), couplings[index], counts))
             tensors: dict[str, Tensor] = {}
-            for unit in checkpoint.units_of(stack.name(index)):
+            for unit in units:
                 tensors |= checkpoint.store(unit, {k: parameters[k] for k in unit.targets}, stack.model)
-                inside.update(unit.sources)
+            if dropped:
+                tensors = {renumbered(key, index, index - len(dropped)): x for key, x in tensors.items()}
             output.write_block(f"{index:05d}", tensors)
         progress.step(stack.name(index))
-    if not removed:
+    if not removed and not dropped:
         raise ModelError(
-            f"{source} holds no channel or head that is zero as a whole ({zeros:,} of its weights are zero, one by one): "
-            "prune with -p channels+heads first, or `tawny pack` it"
+            f"{source} holds no channel, head or block that is zero as a whole ({zeros:,} of its weights are zero, one by one): "
+            "prune with -p channels+heads or -p blocks first, or `tawny pack` it"
         )
     output.write_outside("outside", checkpoint, [key for key in checkpoint.files if key not in inside], None)
-    return widths, stack.logits(tokens_BT, hidden)
+    return widths, dropped, stack.logits(tokens_BT, hidden)
 
 
 def _kept(stack: Stack, coupling: Coupling) -> Tensor:
@@ -224,7 +241,7 @@ def _opened(folder: Path, expected: Tensor, source: str) -> tuple[int, float]:
         stack = open_stack(folder, torch.float32)
     except UserError as error:
         raise ModelError(
-            f"config.json cannot say the widths that {source} would have ({error}); prune channels only, or to another sparsity"
+            f"config.json cannot say the widths or the blocks that {source} would have ({error}); prune channels only, or to another sparsity"
         ) from error
     tokens_BT, hidden, calls = _begin(stack)
     for index in range(len(stack)):
@@ -235,6 +252,6 @@ def _opened(folder: Path, expected: Tensor, source: str) -> tuple[int, float]:
     if not apart <= _CLOSE:
         raise ModelError(
             f"the slim model computes something else than {source} (logits are {apart:.2g} apart): a part of it depends on how many "
-            "heads or channels there are; leave it as it is"
+            "heads, channels or blocks there are; leave it as it is"
         )
     return sum(p.numel() for p in stack.model.parameters()), apart

@@ -15,6 +15,7 @@ from tawny.errors import ModelError
 from tawny.model.couplings import Coupling
 from tawny.model.own_blocks import KEY, READS_GLOBAL
 from tawny.patterns import MemberKind
+from tawny.slimming.depth import settings_of_depth
 
 _FFN = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 _HEADS, _GROUPS, _HEAD = "num_attention_heads", "num_key_value_heads", "head_dim"
@@ -59,14 +60,17 @@ def _of(config: Any, key: str) -> Any:
     return getattr(config, key, None)
 
 
-def described(config: Any, raw: Mapping[str, Any], blocks: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+def described(
+    config: Any, raw: Mapping[str, Any], blocks: Sequence[Mapping[str, int]], dropped: Sequence[int] = ()
+) -> dict[str, Any]:
     """config.json with the widths of its blocks.
 
     Args:
         config: of the model, before; `raw` as its file has it.
-        blocks: `settings_of_block` of each.
+        blocks: `settings_of_block` of each that is left.
+        dropped: numbers of those that are not.
     """
-    made = dict(raw)
+    made = {**raw, **(settings_of_depth(config, raw, dropped) if dropped else {})}
     own: list[dict[str, int]] = [{} for _ in blocks]
     names = getattr(type(config), "attribute_map", {})
     for key in sorted({key for settings in blocks for key in settings}):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from tawny.solvers.alps import Alps
 from tawny.solvers.base import Needs, Solution, Solver, energy, reconstruction_error
+from tawny.solvers.blocks import BlockSolver
+from tawny.solvers.divergence import Divergence
 from tawny.solvers.flap import Flap
 from tawny.solvers.grid import Grid
+from tawny.solvers.influence import Influence
 from tawny.solvers.magnitude import Magnitude
 from tawny.solvers.members import MemberSolver
 from tawny.solvers.obs import Obs
@@ -14,12 +17,16 @@ from tawny.solvers.sparsegpt import SparseGPT
 from tawny.solvers.wanda import Wanda
 
 __all__ = [
+    "BLOCK_SOLVERS",
     "MEMBER_SOLVERS",
     "RIA",
     "SOLVERS",
     "Alps",
+    "BlockSolver",
+    "Divergence",
     "Flap",
     "Grid",
+    "Influence",
     "Magnitude",
     "MemberSolver",
     "Needs",
@@ -47,3 +54,6 @@ MEMBER_SOLVERS: dict[str, type[MemberSolver]] = {
     "wanda": Wanda,
     "magnitude": Magnitude,
 }
+
+# Of whole blocks: which leave.
+BLOCK_SOLVERS: dict[str, type[BlockSolver]] = {"divergence": Divergence, "influence": Influence}

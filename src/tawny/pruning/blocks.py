@@ -1,0 +1,188 @@
+"""Whole blocks leave: which ones, and what that makes of them.
+
+The stack is the one coupling here and its blocks are the members, so there is nothing to share among blocks: the solver ranks
+them. A block that leaves has only zero linears and is an identity, because it adds to the hidden states what its output
+projections make. So the checkpoint keeps its shapes, and `tawny slim` cuts such blocks out. That a block without its
+linears is an identity is proven by a forward.
+
+Candidates share a walk: what the model does without block i is the same up to block i. So n candidates cost n/2 forwards,
+and as many hidden states, of the few tokens that the solver looks at.
+"""
+
+from __future__ import annotations
+
+__all__ = ["choose_blocks", "remove_block"]
+
+import math
+import time
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from tawny.allocation.profile import Allocation
+from tawny.errors import ModelError, NumericalError, RecipeError
+from tawny.model.stack import Stack
+from tawny.model.streams import Samples, Stream
+from tawny.pruning.block import LoadedBlock
+from tawny.pruning.memory_plan import LOGIT_BYTES
+from tawny.pruning.session import Session
+from tawny.record import LinearRecord
+from tawny.solvers.blocks import BlockSolver
+
+WALK = "blocks"  # what the journal calls the choice
+
+
+def choose_blocks(session: Session) -> Allocation:
+    """Sparsity 1 for the linears of the blocks that leave, 0 for the others: as near to the budget as whole blocks come.
+
+    Raises:
+        RecipeError: no block would be left.
+    """
+    job, journal = session.job, session.journal
+    sizes = {i: sum(x.numel for x in linears) for i, linears in enumerate(job.by_block) if linears}
+    wanted = job.recipe.sparsity * sum(sizes.values())
+    most = sum(sizes.values()) - min(sizes.values())
+    if wanted > most + min(sizes.values()) / 2:
+        raise RecipeError(
+            f"sparsity {job.recipe.sparsity:g} leaves no block; of {len(sizes)} blocks one stays, so the most that is possible is "
+            f"{math.floor(most / sum(sizes.values()) * 1e4) / 1e4:g}"
+        )
+    _, found = journal.walk(WALK)
+    if not found:
+        found = session.ranks.same(_leaving(session, sizes, wanted) if session.ranks.first else {})
+        journal.commit(WALK, len(found["gone"]), found, {})
+    gone = set(found["gone"])
+    return {x.name: float(i in gone) for i, linears in enumerate(job.by_block) for x in linears}
+
+
+def _leaving(session: Session, sizes: dict[int, int], wanted: float) -> dict[str, list[int]]:
+    """The blocks that leave, in this order."""
+    solver, left = session.job.block_solver, wanted
+    gone: list[int] = []
+    scores: dict[int, float] = {}
+    fresh: dict[int, float] = {}
+    session.progress.phase("choosing blocks", max(1, round(wanted / max(sizes.values()))))
+    while len(gone) < len(sizes) - 1 and left >= min(sizes[i] for i in sizes if i not in gone) / 2:
+        if not scores or solver.again:
+            order = sorted(sizes.keys() - set(gone), key=lambda i: (scores.get(i, 0.0), i))
+            fresh = _apart(session, gone, order[: solver.again] if scores else order)
+            scores |= fresh
+        best = min(fresh.keys() - set(gone), key=lambda i: (fresh[i], i))
+        if left < sizes[best] / 2:
+            break
+        gone.append(best)
+        left -= sizes[best]
+        session.progress.step(session.job.stack.name(best))
+    return {"gone": gone}
+
+
+def _apart(session: Session, gone: Collection[int], candidates: Collection[int]) -> dict[int, float]:
+    """What the model without the blocks that are gone loses where each of the candidates leaves, too."""
+    stack, solver = session.job.stack, session.job.block_solver
+    assert session.samples is not None
+    samples = session.samples.first(math.ceil(solver.tokens / session.samples.seqlen))
+    stream = Stream(stack, samples)
+    without: dict[int, list[Tensor]] = {}
+    dense = [hidden.clone() for hidden in stream.hidden]  # some blocks change what they are given
+    found: dict[int, float] = {}
+    for index in range(len(stack)):
+        session.progress.detail(f"trying block {index}", index, len(stack))
+        with stack.block(index):
+            if solver.compares == "logits":
+                dense = _through(stream, index, dense)
+            if index in gone:
+                continue
+            without = {other: _through(stream, index, hidden) for other, hidden in without.items()}
+            before = [hidden.clone() for hidden in stream.hidden]
+            stream.advance(index)
+            if index in candidates and solver.compares == "logits":
+                without[index] = before
+            elif index in candidates:
+                found[index] = _mean(samples, stream, solver, list(stream.hidden), before)
+    for index, hidden in without.items():
+        found[index] = _mean(samples, stream, solver, dense, hidden, stack)
+    if bad := [index for index, value in found.items() if not math.isfinite(value)]:
+        raise NumericalError(
+            f"without block {stack.name(bad[0])} the model gives NaN or infinite activations"
+        )
+    return found
+
+
+def _through(stream: Stream, index: int, hidden: list[Tensor]) -> list[Tensor]:
+    """Outputs of a loaded block, a chunk each; what went in is kept by whoever still needs it."""
+    return [stream.stack.forward(index, one.clone(), stream.call(index, c)) for c, one in enumerate(hidden)]
+
+
+def _mean(
+    samples: Samples,
+    stream: Stream,
+    solver: BlockSolver,
+    with_: list[Tensor],
+    without: list[Tensor],
+    tail: Stack | None = None,
+) -> float:
+    """The mean over all tokens that are not masked; of logits where a `tail` makes them from hidden states."""
+    step = samples.seqlen
+    if tail is not None:
+        step = max(16, LOGIT_BYTES // 4 // int(tail.config.get_text_config().vocab_size))
+    total, count = 0.0, 0
+    for chunk, part in enumerate(stream.slices):
+        valid_BT = stream.valid(chunk)
+        for row in range(part.stop - part.start):
+            for start in range(0, samples.seqlen, step):
+                here = slice(start, start + step)
+                pair = [hidden[chunk][row : row + 1, here] for hidden in (with_, without)]
+                if tail is not None:
+                    ids = samples.tokens[part][row : row + 1, here]
+                    pair = [tail.logits(ids, one) for one in pair]
+                apart_T = solver.apart(pair[0][0], pair[1][0])
+                if valid_BT is not None:
+                    apart_T = apart_T[valid_BT[row, here].to(apart_T.device)]
+                total, count = total + float(apart_T.sum(dtype=torch.float64)), count + len(apart_T)
+    return total / max(count, 1)
+
+
+def remove_block(block: LoadedBlock) -> None:
+    """Write zeros where the allocation says that a block leaves, and record what became of every linear.
+
+    Raises:
+        ModelError: without its linears the block still changes what passes through it.
+    """
+    session, stack, index = block.session, block.job.stack, block.index
+    for linear in block.linears:
+        start, leaves = time.perf_counter(), block.allocation[linear.name] == 1
+        if leaves:
+            stack.set_weight(linear, torch.zeros(linear.shape, device=stack.device))
+            if (bias_O := stack.bias(linear)) is not None:
+                stack.set_bias(linear, bias_O.zero_())
+        elif block.dense is not None:
+            block.solved[linear.name] = stack.weight(linear)
+        zeros = int((stack.look(linear) == 0).sum())
+        session.record.linears.append(
+            LinearRecord(
+                name=linear.name,
+                shape=linear.shape,
+                block=index,
+                stage=block.stage,
+                target=block.allocation[linear.name],
+                zeros=zeros,
+                sparsity=zeros / linear.numel,
+                pattern="blocks",
+                error=float(leaves),
+                error_kind="weights",
+                seconds=round(time.perf_counter() - start, 4),
+            )
+        )
+    if block.leaves and not _passes_on(stack, index):
+        raise ModelError(
+            f"{stack.name(index)} of {type(stack.model).__name__} changes what passes through it without its linears, too, so it cannot "
+            "leave: choose another pattern"
+        )
+
+
+def _passes_on(stack: Stack, index: int) -> bool:
+    """Whether a loaded block passes on what it receives."""
+    ids_BT = torch.arange(1, 9, device=stack.device)[None] % int(stack.config.get_text_config().vocab_size)
+    hidden = stack.enter(ids_BT)
+    return torch.equal(stack.forward(index, hidden.clone(), stack.calls(ids_BT)[index]), hidden)

@@ -1,0 +1,39 @@
+"""Block influence: a block leaves that hardly turns the hidden states which pass through it.
+
+Men et al., "ShortGPT: Layers in large language models are more redundant than you expect", 2024, 2403.03853. With the hidden
+states X_i in front of block i, its influence is BI_i = 1 − E_t[X_iᵗ·X_{i+1}ᵗ / (‖X_iᵗ‖ ‖X_{i+1}ᵗ‖)] (eq. 1); the blocks of the lowest
+leave together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tawny.errors import check_option
+from tawny.solvers.blocks import BlockSolver
+
+__all__ = ["Influence"]
+
+
+@dataclass(frozen=True)
+class Influence(BlockSolver):
+    """Blocks leave that hardly turn the hidden states.
+
+    1 − mean cosine of a block's inputs and outputs, Men et al. 2024 (2403.03853).
+    """
+
+    tokens: int = 8192
+
+    compares: ClassVar[Literal["block", "logits"]] = "block"
+
+    def __post_init__(self) -> None:
+        check_option(
+            1 <= self.tokens < 2**31, "solver.tokens", self.tokens, "a positive number, such as 8192"
+        )
+
+    def apart(self, with_TX: Tensor, without_TX: Tensor) -> Tensor:
+        return 1 - torch.nn.functional.cosine_similarity(with_TX.float(), without_TX.float(), dim=-1)
