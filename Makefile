@@ -103,7 +103,8 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/recipes.py --text wiki --text $(TEXT)
 	$(BIN)/python benchmarks/allocators.py --text wiki --text $(TEXT)
 	$(BIN)/python benchmarks/solvers.py --text wiki --text $(TEXT)
-	$(BIN)/python benchmarks/structured.py --text wiki
+	$(BIN)/python benchmarks/structured.py --text wiki --text $(TEXT)
+	$(BIN)/python benchmarks/structured.py --text wiki --text $(TEXT) --pattern blocks --allocator uniform --solver divergence influence
 	$(BIN)/python benchmarks/owl_study.py --text wiki --text $(TEXT)
 	$(BIN)/python benchmarks/recovery.py --other $(TEXT) --recipe recipes/fast.yaml --samples 64
 	$(BIN)/python benchmarks/lsa.py

@@ -67,6 +67,29 @@ def test_blocks_that_stay_are_trained_and_the_others_stay_zero(tmp_path):
     assert tawny.slim(tmp_path / "recovered", tmp_path / "slim").dropped == gone(record)
 
 
+def test_a_stopped_choice_goes_on_behind_the_blocks_that_have_left(tmp_path, monkeypatch):
+    tiny_model("llama", num_hidden_layers=5).save_pretrained(tmp_path / "dense")
+    keys = {"sparsity": 0.4, **KEYS}
+    whole = tawny.prune(tmp_path / "dense", tmp_path / "whole", **keys)
+    from tawny.pruning import blocks as choice
+
+    looks = []
+
+    def stopped(session, gone, candidates):
+        if len(looks) == 1:
+            looks.append(gone)
+            raise KeyboardInterrupt
+        looks.append(gone)
+        return kept(session, gone, candidates)
+
+    kept = choice._apart
+    monkeypatch.setattr(choice, "_apart", stopped)
+    with pytest.raises(tawny.errors.Interrupted):
+        tawny.prune(tmp_path / "dense", tmp_path / "cut", **keys)
+    assert tawny.prune(tmp_path / "dense", tmp_path / "cut", **keys).files == whole.files
+    assert [len(left) for left in looks] == [0, 1, 1]
+
+
 def test_an_allocation_file_says_which_blocks_leave(tmp_path):
     path = tmp_path / "given.yaml"
     path.write_text('"*": 0\n"model.layers.1.*": 1\n', encoding="utf-8")

@@ -16,6 +16,7 @@ __all__ = ["choose_blocks", "remove_block"]
 import math
 import time
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,11 @@ from tawny.errors import ModelError, NumericalError, RecipeError
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.pruning.block import LoadedBlock
+from tawny.pruning.journal import BLOCKS
 from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.session import Session
 from tawny.record import LinearRecord
 from tawny.solvers.blocks import BlockSolver
-
-WALK = "blocks"  # what the journal calls the choice
 
 
 def choose_blocks(session: Session) -> Allocation:
@@ -48,33 +48,35 @@ def choose_blocks(session: Session) -> Allocation:
             f"sparsity {job.recipe.sparsity:g} leaves no block; of {len(sizes)} blocks one stays, so the most that is possible is "
             f"{math.floor(most / sum(sizes.values()) * 1e4) / 1e4:g}"
         )
-    _, found = journal.walk(WALK)
-    if not found:
-        found = session.ranks.same(_leaving(session, sizes, wanted) if session.ranks.first else {})
-        journal.commit(WALK, len(found["gone"]), found, {})
+    _, found = journal.walk(BLOCKS)
+    found = found or {"gone": [], "scores": [], "over": False}
+    session.progress.phase(
+        "choosing blocks", max(1, round(wanted / max(sizes.values())) - len(found["gone"]))
+    )
+    while not found["over"]:
+        found = session.ranks.same(_next(session, sizes, wanted, found) if session.ranks.first else {})
+        journal.commit(BLOCKS, len(found["gone"]), found, {})
+        if not found["over"]:
+            session.progress.step(job.stack.name(found["gone"][-1]))
     gone = set(found["gone"])
     return {x.name: float(i in gone) for i, linears in enumerate(job.by_block) for x in linears}
 
 
-def _leaving(session: Session, sizes: dict[int, int], wanted: float) -> dict[str, list[int]]:
-    """The blocks that leave, in this order."""
-    solver, left = session.job.block_solver, wanted
-    gone: list[int] = []
-    scores: dict[int, float] = {}
-    fresh: dict[int, float] = {}
-    session.progress.phase("choosing blocks", max(1, round(wanted / max(sizes.values()))))
-    while len(gone) < len(sizes) - 1 and left >= min(sizes[i] for i in sizes if i not in gone) / 2:
-        if not scores or solver.again:
-            order = sorted(sizes.keys() - set(gone), key=lambda i: (scores.get(i, 0.0), i))
-            fresh = _apart(session, gone, order[: solver.again] if scores else order)
-            scores |= fresh
-        best = min(fresh.keys() - set(gone), key=lambda i: (fresh[i], i))
-        if left < sizes[best] / 2:
-            break
-        gone.append(best)
-        left -= sizes[best]
-        session.progress.step(session.job.stack.name(best))
-    return {"gone": gone}
+def _next(session: Session, sizes: dict[int, int], wanted: float, found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, with one more block that leaves; or that enough have left."""
+    solver, gone, scores = session.job.block_solver, list(found["gone"]), dict(found["scores"])
+    stay, left = sizes.keys() - set(gone), wanted - sum(sizes[index] for index in gone)
+    over = {**found, "over": True}
+    if len(stay) == 1 or left < min(sizes[index] for index in stay) / 2:
+        return over
+    order = sorted(stay, key=lambda index: (scores.get(index, 0.0), index))
+    if not scores or solver.again:
+        order = order[: solver.again] if scores else order
+        scores |= _apart(session, gone, order)
+    best = min(order, key=lambda index: (scores[index], index))
+    if left < sizes[best] / 2:
+        return over
+    return {"gone": [*gone, best], "scores": sorted(map(list, scores.items())), "over": False}
 
 
 def _apart(session: Session, gone: Collection[int], candidates: Collection[int]) -> dict[int, float]:

@@ -20,8 +20,9 @@ from tawny.model.streams import Stream
 from tawny.process_group import ProcessGroup
 from tawny.pruning.ranks import Ranks
 
-# The walk of a search, which solves at several levels.
+# The walk of a search, which solves at several levels; and the choice of whole blocks that leave.
 LEVELS = "levels"
+BLOCKS = "blocks"
 # What commits may add to the time of the work between them.
 SHARE = 0.02
 
@@ -95,6 +96,8 @@ class Journal(Resumable):
         pruned, profiled, solved = (self.walk(name)[0] for name in ("prune", "profile", LEVELS))
         if not pruned and not profiled and self.state.get("once"):
             return "the results of a search"
+        if (chosen := self.walk(BLOCKS)[0]) and not pruned:
+            return f"choices of {chosen} block{'s' * (chosen != 1)}"
         if solved and not pruned:
             return f"{solved} block{'s' * (solved != 1)} solved at each level"
         count, kind = (pruned, "finished") if pruned else (profiled, "profiled")

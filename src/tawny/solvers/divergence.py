@@ -26,14 +26,14 @@ class Divergence(BlockSolver):
     KL(dense ‖ without it), measured on `tokens` of the calibration; after each, the `again` best are measured anew.
     """
 
-    tokens: int = 2048
+    tokens: int = 1024
     again: int = 8
 
     compares: ClassVar[Literal["block", "logits"]] = "logits"
 
     def __post_init__(self) -> None:
         check_option(
-            1 <= self.tokens < 2**31, "solver.tokens", self.tokens, "a positive number, such as 2048"
+            1 <= self.tokens < 2**31, "solver.tokens", self.tokens, "a positive number, such as 1024"
         )
         check_option(
             1 <= self.again < 2**31, "solver.again", self.again, "a positive number of blocks, such as 8"
