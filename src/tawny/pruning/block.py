@@ -223,24 +223,38 @@ class LoadedBlock:
         session.progress.detail(f"solving {linear.name.removeprefix(job.stack.name(self.index) + '.')}", 0, 0)
         solution, measured, more = self.solution(linear, W_OI, known, target)
         lost, kind = measured or self.measure(W_OI, solution.weight, known, solution.lost)
-        stored = job.stack.set_weight(linear, solution.weight)
+        words = f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "unstructured"
+        seconds = time.perf_counter() - start
+        self.put(linear, solution.weight, words, (lost, kind), seconds, {**solution.notes, **notes, **more})
+
+    def put(
+        self,
+        linear: Linear,
+        weight_OI: Tensor,
+        pattern: str,
+        error: tuple[float, str],
+        seconds: float,
+        notes: dict[str, Any],
+    ) -> None:
+        """Give a linear its new weight, and record what became of it."""
+        stored = self.job.stack.set_weight(linear, weight_OI)
         if self.dense is not None:
-            self.solved[linear.name] = solution.weight
+            self.solved[linear.name] = weight_OI
         zeros = int((stored == 0).sum())
-        session.record.linears.append(
+        self.session.record.linears.append(
             LinearRecord(
                 name=linear.name,
                 shape=linear.shape,
                 block=self.index,
                 stage=self.stage,
-                target=target,
+                target=self.allocation[linear.name],
                 zeros=zeros,
                 sparsity=zeros / linear.numel,
-                pattern=f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "unstructured",
-                error=lost,
-                error_kind=kind,
-                seconds=round(time.perf_counter() - start, 4),
-                notes={**solution.notes, **notes, **more},
+                pattern=pattern,
+                error=error[0],
+                error_kind=error[1],
+                seconds=round(seconds, 4),
+                notes=notes,
             )
         )
 

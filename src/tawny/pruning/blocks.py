@@ -29,7 +29,6 @@ from tawny.pruning.block import LoadedBlock
 from tawny.pruning.journal import BLOCKS
 from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.session import Session
-from tawny.record import LinearRecord
 from tawny.solvers.blocks import BlockSolver
 
 
@@ -151,31 +150,13 @@ def remove_block(block: LoadedBlock) -> None:
     Raises:
         ModelError: without its linears the block still changes what passes through it.
     """
-    session, stack, index = block.session, block.job.stack, block.index
+    stack, index = block.job.stack, block.index
     for linear in block.linears:
         start, leaves = time.perf_counter(), block.allocation[linear.name] == 1
-        if leaves:
-            stack.set_weight(linear, torch.zeros(linear.shape, device=stack.device))
-            if (bias_O := stack.bias(linear)) is not None:
-                stack.set_bias(linear, bias_O.zero_())
-        elif block.dense is not None:
-            block.solved[linear.name] = stack.weight(linear)
-        zeros = int((stack.look(linear) == 0).sum())
-        session.record.linears.append(
-            LinearRecord(
-                name=linear.name,
-                shape=linear.shape,
-                block=index,
-                stage=block.stage,
-                target=block.allocation[linear.name],
-                zeros=zeros,
-                sparsity=zeros / linear.numel,
-                pattern="blocks",
-                error=float(leaves),
-                error_kind="weights",
-                seconds=round(time.perf_counter() - start, 4),
-            )
-        )
+        if leaves and (bias_O := stack.bias(linear)) is not None:
+            stack.set_bias(linear, bias_O.zero_())
+        weight_OI = torch.zeros(linear.shape, device=stack.device) if leaves else stack.weight(linear)
+        block.put(linear, weight_OI, "blocks", (float(leaves), "weights"), time.perf_counter() - start, {})
     if block.leaves and not _passes_on(stack, index):
         raise ModelError(
             f"{stack.name(index)} of {type(stack.model).__name__} changes what passes through it without its linears, too, so it cannot "

@@ -14,7 +14,6 @@ from tawny.errors import NumericalError
 from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
 from tawny.pruning.block import LoadedBlock
-from tawny.record import LinearRecord
 from tawny.solvers.base import Seen
 from tawny.solvers.members import Chosen, Coupled, Producer
 
@@ -47,29 +46,11 @@ def solve_members(block: LoadedBlock, coupling: Coupling, statistics: Mapping[st
         )
     for linear in coupling.linears:
         dense_OI, pruned_OI = weights[linear.name]
-        lost, kind = block.measure(dense_OI, pruned_OI, seen[linear.name])
-        stored = stack.set_weight(linear, pruned_OI)
-        if block.dense is not None:
-            block.solved[linear.name] = pruned_OI
-        zeros = int((stored == 0).sum())
-        session.record.linears.append(
-            LinearRecord(
-                name=linear.name,
-                shape=linear.shape,
-                block=block.index,
-                stage=block.stage,
-                target=block.allocation[linear.name],
-                zeros=zeros,
-                sparsity=zeros / linear.numel,
-                pattern=coupling.kind,
-                error=lost,
-                error_kind=kind,
-                seconds=round(time.perf_counter() - start, 4) if linear is consumer else 0.0,
-                notes={"removed": removed, "members": coupling.members, **made.notes}
-                if linear is consumer
-                else {},
-            )
-        )
+        error = block.measure(dense_OI, pruned_OI, seen[linear.name])
+        first = linear is consumer
+        notes = {"removed": removed, "members": coupling.members, **made.notes} if first else {}
+        seconds = time.perf_counter() - start if first else 0.0
+        block.put(linear, pruned_OI, coupling.kind, error, seconds, notes)
 
 
 def _known(block: LoadedBlock, linear: Linear, statistics: Mapping[str, Statistics]) -> Seen:
