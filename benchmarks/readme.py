@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.encoders import encoders, vision_study
+from tables.evidence import evidence
 from tables.frontier import frontier
 from tables.glance import glance
 from tables.models import families
@@ -45,6 +46,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "owl_study": owl_study,
         "vision_study": vision_study,
         "few_bits": few_bits,
+        "evidence": evidence,
         "frontier": frontier,
         "tasks": tasks,
         "sizes": sizes,

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from tawny.decoding.cache import cache_in, holds_something, reserved_layer
 from tawny.decoding.step import Step, find_blocks, find_rotary
 from tawny.errors import UserError
+from tawny.kinds import kind_of
 from tawny.model.linears import changed
+from tawny.packed.linear import PackedLinear
 
 # How far the quick path may be from the model's own logits, in units of what one rounding of each block's output does.
 TOLERANCE = 3.0
@@ -268,6 +270,7 @@ class Decoder:
         block changed by half a unit in the last place, up or down at random: the most one rounding can do there. The
         two paths must not be further apart than `TOLERANCE` times the change that makes (norms over the
         vocabulary). A missing scale, norm, bias or mask moves logits by tens of per cent, hundreds of times as much.
+        Products with integers round activations to 16 bits, and a last bit of float32 decides where some of them go.
         """
         position = self.length
         logits = quick([(token, 0, position)])[0].clone()
@@ -277,7 +280,9 @@ class Decoder:
         self._rewind(position)
         own = self._forward(ids).float()
         self._rewind(position)
-        unit = float((noisy - own).norm()) + 1e-5 * float((own - own.mean()).norm())
+        integers = any(isinstance(m, PackedLinear) and kind_of(m.kind).scaled for m in self.model.modules())
+        least = 2**-14 if integers else 1e-5
+        unit = float((noisy - own).norm()) + least * float((own - own.mean()).norm())
         return bool((logits - own).norm() <= TOLERANCE * unit)
 
     def _rewind(self, length: int) -> None:
