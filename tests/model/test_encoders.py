@@ -64,11 +64,14 @@ def test_a_pruned_encoder_is_packed_and_opens_in_transformers(name, tmp_path):
     model = tiny_encoder(name)
     inputs = inputs_for(model)
     model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "1_Pooling").mkdir()
+    (tmp_path / "dense" / "1_Pooling" / "config.json").write_text("{}")
     record = tawny.prune(tmp_path / "dense", tmp_path / "pruned", calibration=inputs, **KEYS)
     assert record.sparsity == pytest.approx(0.5, abs=1e-3)
     assert record.text["seqlen"] == live_stack(model).enter(inputs).shape[1]
     pruned = type(model).from_pretrained(tmp_path / "pruned").eval()
     tawny.pack(tmp_path / "pruned", tmp_path / "packed", "f32")
+    assert (tmp_path / "packed" / "1_Pooling" / "config.json").read_text() == "{}"
     with torch.no_grad():
         for packed in (
             tawny.load(tmp_path / "packed"),

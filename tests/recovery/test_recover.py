@@ -714,7 +714,7 @@ def test_a_named_text_is_held_out_from_its_end(monkeypatch):
     def loaded(given, role="calibration", *_):
         return Mixture((Text("wiki", role, 1, ""),))
 
-    def tokenised(text, tokenizer, bos):
+    def tokenised(text, tokenizer, bos, around):
         role = text.texts[0].text if isinstance(text, Mixture) else text.text
         return TokenisedText(ids[role], first[0])
 

@@ -28,6 +28,7 @@ from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_
 SHARD_BYTES = 2_000_000_000
 # Everything that is not weights travels with the model, except what describes weights of another format.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
+_PARTS = "[0-9]_*/*"  # what sentence-transformers keeps of its modules, such as 1_Pooling/config.json
 _NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json", *BESIDE}
 # What a folder may hold that a run may throw away.
 _OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
@@ -240,6 +241,10 @@ class OutputFolder:
         with writing(self.partial):
             for name in {name for name in found if not name.endswith(".index.json")} | named:
                 shutil.copyfile(source / name, self.partial / name)
+            for part in source.glob(_PARTS):
+                if part.suffix in (".json", ".safetensors") and part.is_file():
+                    (self.partial / part.parent.name).mkdir(exist_ok=True)
+                    shutil.copyfile(part, self.partial / part.parent.name / part.name)
             path = self.partial / "config.json"
             config = json.loads(path.read_text(encoding="utf-8"))
             if config.pop("quantization_config", None) is not None:
