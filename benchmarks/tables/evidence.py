@@ -1,0 +1,67 @@
+"""The table of the one real model of 1.5 billion weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NAMES = {
+    "dense": "dense",
+    "fast": "fast",
+    "best": "best",
+    "sparsegpt": "SparseGPT, uniform",
+    "official-owl-sparsegpt-70": "official OWL + SparseGPT",
+    "2:4": "2:4",
+}
+
+
+def evidence(result: Mapping[str, Any]) -> str:
+    """Quality on four texts, bytes, speed and cost of each model; only what was measured."""
+    cells, setting = result["cells"], result["setting"]
+    dense = cells["dense"]["texts"]
+    texts = list(dense)
+    heads = [f"{text.split('.')[0]}, ×" for text in texts]
+    lines = [
+        f"Calibration: {setting['samples']} × {setting['seqlen']} tokens, half wiki and half code. Measured on {setting['windows']} windows of "
+        f"{setting['eval_seqlen']} tokens of each text. × is of the dense model.\n",
+        f"| | file | {' | '.join(heads)} | KL on {texts[0]} | KL on {texts[-1]} | decode, tokens/s "
+        "| prefill, tokens/s | made in | peak memory |",
+        f"|---|---|{'---|' * len(texts)}---|---|---|---|---|---|",
+    ]
+    for name, cell in cells.items():
+        quality = []
+        for text in texts:
+            value = cell["texts"][text]["perplexity"]
+            shown = f"{value:.2f}" if name == "dense" else f"{value / dense[text]['perplexity']:.2f}"
+            quality.append(shown)
+        kl = [
+            f"{cell['texts'][text]['kl']:.3f}" if name != "dense" else "0" for text in (texts[0], texts[-1])
+        ]
+        speeds = [
+            f"{cell[key]:.1f}" if key in cell else "–"
+            for key in ("decode_tokens_per_second", "prefill_tokens_per_second")
+        ]
+        made = f"{cell['seconds'] / 60:.0f} min" if cell["seconds"] > 30 else "–"
+        memory = f"{cell['peak_memory'] / 1e9:.1f} GB" if cell.get("peak_memory") else "–"
+        row = [_named(name), f"{cell['bytes'] / 1e9:.2f} GB", *quality, *kl, *speeds, made, memory]
+        lines.append(f"| {' | '.join(row)} |")
+    lines.append(
+        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads. Dates stand in the file.</sub>\n"
+    )
+    return "\n".join(lines)
+
+
+def _named(name: str) -> str:
+    """`fast:0.5:int8` in words."""
+    if name.startswith("llama:"):
+        return f"llama.cpp {name[6:]}"
+    if name.startswith("recovered:"):
+        _, minutes, *kind = name.split(":")
+        return f"fast 50%, recovered for {minutes} min{''.join(f', packed {one}' for one in kind)}"
+    if name.startswith("int"):
+        kind, group = name.split(":")
+        return f"{kind}, groups of {group}, no zeros"
+    if name in NAMES:
+        return NAMES[name]
+    recipe, sparsity, *kind = name.split(":")
+    return f"{NAMES.get(recipe, recipe)} {float(sparsity):.0%}{''.join(f', packed {one}' for one in kind)}"
