@@ -2,6 +2,7 @@
 
     python benchmarks/structured.py --text wiki --text other.txt
     python benchmarks/structured.py --text wiki --text other.txt --pattern blocks --allocator uniform --solver divergence influence
+    python benchmarks/structured.py --text wiki --text other.txt --pattern rank --solver svd
     python benchmarks/structured.py --text wiki --text other.txt --speed --samples 32 --seqlen 1024 --results speed.json
 
 Cells are made sparsity by sparsity; the same command goes on (see cells.py). A tiny run:

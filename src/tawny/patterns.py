@@ -34,6 +34,7 @@ __all__ = [
     "MemberKind",
     "Members",
     "Pattern",
+    "Rank",
     "Scope",
     "Unstructured",
     "check_pattern",
@@ -106,8 +107,16 @@ class Blocks:
         return "blocks"
 
 
+@dataclass(frozen=True)
+class Rank:
+    """No weight goes: each linear becomes a product of two factors of r(out + in) numbers, written dense."""
+
+    def __str__(self) -> str:
+        return "rank"
+
+
 Pattern = Unstructured | NM  # which single weights may go together
-AnyPattern = Pattern | Members | Blocks
+AnyPattern = Pattern | Members | Blocks | Rank
 
 _UNSTRUCTURED: dict[str, Scope | None] = {
     "unstructured": None,
@@ -120,20 +129,20 @@ _MEMBERS: tuple[tuple[MemberKind, ...], ...] = (("channels",), ("heads",), ("cha
 
 
 def parse_pattern(text: str) -> AnyPattern:
-    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads`, `channels+heads` or `blocks`."""
+    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads`, `channels+heads`, `blocks` or `rank`."""
     word = str(text).strip().lower()
     if word in _UNSTRUCTURED:
         return Unstructured(_UNSTRUCTURED[word])
     if found := re.fullmatch(r"(\d+)\s*:\s*(\d+)", word):
         return NM(int(found[1]), int(found[2]))
-    if word == "blocks":
-        return Blocks()
+    if word in ("blocks", "rank"):
+        return Blocks() if word == "blocks" else Rank()
     for kinds in _MEMBERS:
         if sorted(part.strip() for part in word.split("+")) == list(kinds):
             return Members(kinds)
     raise PatternError(
         f"pattern {text!r} is not known; expected 'unstructured', 'row', 'matrix', 'channels', 'heads', 'channels+heads', "
-        "'blocks' or n:m such as '2:4' (n kept of every m; quote it in YAML)"
+        "'blocks', 'rank' or n:m such as '2:4' (n kept of every m; quote it in YAML)"
     )
 
 

@@ -122,7 +122,7 @@ def test_training_keeps_members_zero_so_that_slim_cuts_as_much(dense, tmp_path):
 
 def test_what_moves_single_weights_refuses_members_in_one_line(dense, tmp_path, run):
     for verb, more, said in (
-        ("search", ["-s", 0.3, "-p", "channels"], "channels leave as a whole"),
+        ("search", ["-s", 0.3, "-p", "channels"], "channels are no single weights"),
         ("fit", ["--size", "1MB", "-o", "pattern=channels"], "leave pattern out"),
     ):
         code, _, err = run(verb, dense, "--out", tmp_path / "found.yaml", *more)

@@ -27,6 +27,7 @@ __all__ = [
     "mixed_nm",
     "spread_in_blocks",
     "whole_members",
+    "whole_ranks",
 ]
 
 _THREE_DECIMALS = 5.1e-4  # 0.333 is how people write 2:3
@@ -146,6 +147,33 @@ def whole_members(wish: Mapping[str, float], profile: Profile, target: float) ->
         removed = _rounded(units, share, across_blocks=True)
     by_name = {unit.name: unit for unit in units}
     return {x.name: removed[x.coupling] / by_name[x.coupling].members for x in profile.linears}
+
+
+def whole_ranks(wish: Mapping[str, float], profile: Profile, target: float) -> Allocation:
+    """Turn wishes into whole ranks of at least 1, as sparsities 1 − r(out + in) / (out·in).
+
+    The factors hold at most as many numbers as the target leaves, and fewer by less than one rank of one linear.
+
+    Raises:
+        RecipeError: ranks of 1 are too much already; says what is possible.
+    """
+    sizes, costs = profile.sizes, {linear.name: sum(linear.shape) for linear in profile.linears}
+    most = {name: 1 - costs[name] / sizes[name] for name in sizes}
+    total = sum(sizes.values())
+    reach = 1 - sum(costs.values()) / total
+    if target > reach:
+        raise RecipeError(
+            f"sparsity {target:g} leaves less than rank 1 of each linear; the most that is possible is {math.floor(reach * 1e4) / 1e4:g}"
+        )
+    _check(wish, target, 0.0, 1.0)
+    share = _shift(wish, sizes, target, 0.0, most)
+    kept = {name: _snap((1 - share[name]) * sizes[name] / costs[name]) for name in sizes}
+    rank = {name: max(1, math.floor(value)) for name, value in kept.items()}
+    left = (1 - target) * total - sum(rank[name] * costs[name] for name in rank)
+    for name in sorted(rank, key=lambda name: rank[name] - kept[name]):  # the largest remainder first
+        if costs[name] <= left + 1e-6 and (rank[name] + 1) * costs[name] <= sizes[name]:
+            rank[name], left = rank[name] + 1, left - costs[name]
+    return {name: 1 - rank[name] * costs[name] / sizes[name] for name in rank}
 
 
 def given_members(wish: Mapping[str, float], profile: Profile) -> Allocation:

@@ -13,7 +13,6 @@ from tawny.words import size
     "tawny bench smollm2",
     "tawny bench packed --prompt-tokens 512 --tokens 64 --threads 2",
     "tawny bench encoder --prompt-tokens 16 --batch 8",
-    "tawny bench packed --json | jq .decode_tokens_per_second",
 )
 def bench(
     model: Model,

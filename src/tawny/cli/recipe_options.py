@@ -48,7 +48,7 @@ SHARED: dict[str, Any] = {
         str | None,
         shared(
             "-m --solver NAME",
-            "How a linear is pruned. Default: alps; obs for channels and heads, divergence for blocks.",
+            "How a linear is pruned. Default: alps; obs for channels and heads, divergence for blocks, svd for rank.",
             RECIPE,
         ),
     ],
@@ -56,7 +56,7 @@ SHARED: dict[str, Any] = {
         str | None,
         shared(
             "-p --pattern PATTERN",
-            "What may go: unstructured, n:m (n kept of every m) such as 2:4, channels, heads, channels+heads or blocks. "
+            "What may go: unstructured, n:m (n kept of every m) such as 2:4, channels, heads, channels+heads, blocks or rank. "
             "Default: unstructured.",
             RECIPE,
         ),

@@ -21,7 +21,7 @@ from tawny.kinds import Kind, kind_of
 from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
-from tawny.patterns import NM, Pattern
+from tawny.patterns import NM, Pattern, Rank
 from tawny.precision import DTYPES, native_dtype
 from tawny.pruning.memory_plan import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import OutlierCount
@@ -223,7 +223,8 @@ class LoadedBlock:
         session.progress.detail(f"solving {linear.name.removeprefix(job.stack.name(self.index) + '.')}", 0, 0)
         solution, measured, more = self.solution(linear, W_OI, known, target)
         lost, kind = measured or self.measure(W_OI, solution.weight, known, solution.lost)
-        words = f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "unstructured"
+        low = isinstance(job.budget_pattern, Rank)
+        words = f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "rank" if low else "unstructured"
         seconds = time.perf_counter() - start
         self.put(linear, solution.weight, words, (lost, kind), seconds, {**solution.notes, **notes, **more})
 

@@ -27,7 +27,7 @@ from tawny.model.source import resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
-from tawny.patterns import AnyPattern, Blocks, Members, Pattern, check_pattern
+from tawny.patterns import AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import Demand, Load
@@ -76,7 +76,8 @@ class Job:
             raise RecipeError(
                 f"this is done with single weights, and pattern {self.budget_pattern} removes none: choose another pattern"
             )
-        return self.budget_pattern
+        # A solver of low rank goes by the share alone.
+        return Unstructured() if isinstance(self.budget_pattern, Rank) else self.budget_pattern
 
     @property
     def weight_solver(self) -> Solver:

@@ -33,6 +33,7 @@ from tawny.allocation.budget import (
     mixed_nm,
     spread_in_blocks,
     whole_members,
+    whole_ranks,
 )
 from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Measuring, Profile
 from tawny.calibration.observe import Stage, observe
@@ -42,7 +43,7 @@ from tawny.kinds import kind_of
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Stream
-from tawny.patterns import NM, AnyPattern, Blocks, Members
+from tawny.patterns import NM, AnyPattern, Blocks, Members, Rank
 from tawny.pruning.prepare import Job, profile_count
 from tawny.pruning.session import Session
 
@@ -176,6 +177,12 @@ def allocate(
     Raises:
         RecipeError: a chosen number is no whole n of m, or blocks are to leave in part.
     """
+    if isinstance(pattern, Rank):
+        if warnings is not None:
+            warnings.append(
+                "the product of each two factors is written dense, for studies: no zero is made and no file gets smaller"
+            )
+        return whole_ranks(allocator.allocate(profile, sparsity), profile, sparsity)
     if isinstance(pattern, Blocks):
         return given_blocks(allocator.allocate(profile, sparsity), profile)
     if isinstance(pattern, Members):

@@ -14,7 +14,7 @@ from tawny.allocation import ALLOCATORS
 from tawny.calibration.text import NAMED_TEXTS
 from tawny.recipe.files import named_recipes
 from tawny.recipe.schema import SECTIONS, Recipe, option_keys
-from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, SOLVERS
+from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
 
 _PATTERNS = {
     "unstructured": "any mask; the budget is kept per row or per matrix, as the solver's paper has it",
@@ -25,6 +25,7 @@ _PATTERNS = {
     "heads": "whole key-value groups of attention with their query heads; the same solvers",
     "channels+heads": "both under one budget",
     "blocks": "whole blocks: `tawny slim` then leaves them out; solvers divergence, influence",
+    "rank": "low rank instead of zeros, written dense, for studies; solver svd",
 }
 _FILES = {
     "FILE.txt, FILE.jsonl": "your own; one document, or one a line under 'text' (also .gz)",
@@ -58,7 +59,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     return {
         "recipes": [{"name": name, "summary": _told(path)} for name, path in named_recipes().items()],
         "allocators": _registered(ALLOCATORS),
-        "solvers": _registered({**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS}),
+        "solvers": _registered({**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS, **RANK_SOLVERS}),
         "patterns": _described(_PATTERNS),
         "texts": _described({**NAMED_TEXTS, **_FILES}),
         "keys": [

@@ -291,11 +291,11 @@ def registry(section: str) -> Mapping[str, Any]:
     """The classes that `allocator` or `solver` can name."""
     # Imported here: the numerics bring torch along, which the command line's help must not wait for.
     from tawny.allocation import ALLOCATORS
-    from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, SOLVERS
+    from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
 
     registries: dict[str, Mapping[str, Any]] = {
         "allocator": ALLOCATORS,
-        "solver": {**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS},
+        "solver": {**SOLVERS, **MEMBER_SOLVERS, **BLOCK_SOLVERS, **RANK_SOLVERS},
     }
     return registries[section]
 
@@ -306,20 +306,25 @@ def default_name(section: str, values: Mapping[str, Any]) -> str:
     if whole == "blocks":
         return {"solver": "divergence", "allocator": "uniform"}[section]
     if section == "solver" and whole:
-        return "obs"
+        return {"members": "obs", "rank": "svd"}[whole]
     return (_OFFICIAL_NAMES if values.get("compat") == "official" else _DEFAULT_NAMES)[section]
 
 
-def _whole(pattern: Any) -> Literal["", "members", "blocks"]:
-    """What leaves as a whole; nothing where single weights go."""
+def _whole(pattern: Any) -> Literal["", "members", "blocks", "rank"]:
+    """What the budget is spent in; nothing where single weights go."""
     from tawny.errors import PatternError
-    from tawny.patterns import Blocks, Members, parse_pattern
+    from tawny.patterns import Blocks, Members, Rank, parse_pattern
 
     try:
         parsed = parse_pattern(pattern) if isinstance(pattern, str) else None
     except PatternError:  # reported where it is read
         return ""
-    return "blocks" if isinstance(parsed, Blocks) else "members" if isinstance(parsed, Members) else ""
+    kinds: dict[type, Literal["", "members", "blocks", "rank"]] = {
+        Blocks: "blocks",
+        Members: "members",
+        Rank: "rank",
+    }
+    return kinds.get(type(parsed), "")
 
 
 def top_level_keys() -> list[str]:
@@ -437,10 +442,15 @@ def _pattern_and_sparsity(values: Mapping[str, Any]) -> tuple[str, float]:
 
 def _check_whole(recipe: Recipe) -> None:
     """Refuse a solver that does not know the pattern, and what whole members or blocks make pointless."""
-    from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, SOLVERS
+    from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
 
     whole = _whole(recipe.pattern)
-    of_all: dict[str, Mapping[str, Any]] = {"": SOLVERS, "members": MEMBER_SOLVERS, "blocks": BLOCK_SOLVERS}
+    of_all: dict[str, Mapping[str, Any]] = {
+        "": SOLVERS,
+        "members": MEMBER_SOLVERS,
+        "blocks": BLOCK_SOLVERS,
+        "rank": RANK_SOLVERS,
+    }
     known = of_all[whole]
     if recipe.solver.name not in known:
         raise RecipeError(
@@ -451,6 +461,10 @@ def _check_whole(recipe: Recipe) -> None:
         raise RecipeError(
             f"allocator {recipe.allocator.name} shares a budget among blocks, and pattern blocks lets the solver choose which of them "
             "leave: leave the allocator out, or give an allocation file"
+        )
+    if whole == "rank" and (recipe.refit or recipe.refine.epochs or recipe.values.names):
+        raise RecipeError(
+            "pattern rank is for studies of how ranks are shared: leave refit, refine and values out"
         )
     if whole and recipe.refit:
         raise RecipeError(

@@ -38,7 +38,7 @@ from tawny.machine import peak_memory
 from tawny.model import durable
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
-from tawny.patterns import Blocks, Members
+from tawny.patterns import Blocks, Members, Rank
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load
@@ -150,9 +150,9 @@ def search(
     if of_recipe.get("allocator") is not None:
         raise RecipeError("a search finds the allocation itself: leave the allocator out")
     recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
-    if isinstance(pattern := recipe.make_pattern(), Members | Blocks):
+    if isinstance(pattern := recipe.make_pattern(), Members | Blocks | Rank):
         raise RecipeError(
-            f"a search moves single weights from one linear to another, and {pattern} leave as a whole: give this pattern to "
+            f"a search moves single weights from one linear to another, and {pattern} are no single weights: give this pattern to "
             "`tawny prune`, or search with another"
         )
     settings = Settings.make(settings, **own)

@@ -14,11 +14,13 @@ from tawny.solvers.members import MemberSolver
 from tawny.solvers.obs import Obs
 from tawny.solvers.ria import RIA
 from tawny.solvers.sparsegpt import SparseGPT
+from tawny.solvers.svd import Svd
 from tawny.solvers.wanda import Wanda
 
 __all__ = [
     "BLOCK_SOLVERS",
     "MEMBER_SOLVERS",
+    "RANK_SOLVERS",
     "RIA",
     "SOLVERS",
     "Alps",
@@ -34,6 +36,7 @@ __all__ = [
     "Solution",
     "Solver",
     "SparseGPT",
+    "Svd",
     "Wanda",
     "energy",
     "reconstruction_error",
@@ -57,3 +60,6 @@ MEMBER_SOLVERS: dict[str, type[MemberSolver]] = {
 
 # Of whole blocks: which leave.
 BLOCK_SOLVERS: dict[str, type[BlockSolver]] = {"divergence": Divergence, "influence": Influence}
+
+# Of low rank; studies only, since nothing here stores the two factors.
+RANK_SOLVERS: dict[str, type[Solver]] = {"svd": Svd}
