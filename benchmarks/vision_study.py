@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import itertools
 import json
 import time
@@ -46,6 +47,7 @@ class Study:
         self.stack = live_stack(self.dense)
         self.measured = self._measured()
 
+    @functools.cache  # noqa: B019 - a study lives as long as the process
     def calibration(self, seed: int) -> Samples:
         args = self.args
         if input_of(self.dense) != TOKENS:

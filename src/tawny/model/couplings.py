@@ -29,7 +29,7 @@ from tawny.model.stack import TOKENS, Call, Stack
 from tawny.model.structure import input_of, pixels_for
 from tawny.patterns import MemberKind
 
-__all__ = ["Coupling", "Rows", "couple", "find_couplings"]
+__all__ = ["Coupling", "Rows", "couple", "find_couplings", "probe_of"]
 
 _TOKENS = 64  # a ReLU that is silent for a random token is so for all of them once in 2⁶⁴
 _CLOSE = 1e-2  # of the largest output: what rounding to bfloat16 may change
@@ -106,16 +106,24 @@ def couple(
     return made
 
 
+def probe_of(stack: Stack) -> dict[str, Tensor]:
+    """Something that the model takes, to see what it does with it.
+
+    Raises:
+        ModelError: it takes neither tokens nor pixels of a known size.
+    """
+    if input_of(stack.model) != TOKENS:
+        return pixels_for(stack.model, 1)
+    vocabulary = int(stack.config.get_text_config().vocab_size)
+    return {TOKENS: (torch.arange(_TOKENS) * 7919 % vocabulary)[None]}
+
+
 def find_couplings(stack: Stack) -> list[list[Coupling]]:
     """All couplings of each block, heads or channels, in call order.
 
     Blocks of the same class and linears are looked at once.
     """
-    if input_of(stack.model) == TOKENS:
-        vocabulary = int(stack.config.get_text_config().vocab_size)
-        inputs = {TOKENS: (torch.arange(_TOKENS) * 7919 % vocabulary)[None]}
-    else:
-        inputs = pixels_for(stack.model, 1)
+    inputs = probe_of(stack)
     calls, hidden = stack.calls(inputs), stack.enter(inputs)
     known: dict[object, tuple[int, list[Coupling]]] = {}
     found = []

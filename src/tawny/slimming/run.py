@@ -2,7 +2,7 @@
 
 Blocks are read, cut and written one at a time. The rows and columns of a member go together (model/couplings.py), biases of the
 rows too; what is left keeps its numbers and its order, so the result computes what the source does. That is proven at
-the end, by logits of both on the same tokens. A block whose linears are all zero, and that passes on what it receives, is left
+the end, by what both compute of the same input. A block whose linears are all zero, and that passes on what it receives, is left
 out, and later ones take its number. Where all blocks have the same widths the result is an ordinary checkpoint; where
 they differ, its config.json says so block by block.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tawny.errors import ModelError, UserError
 from tawny.model.checkpoint import file_bytes, is_packed
-from tawny.model.couplings import Coupling, find_couplings
+from tawny.model.couplings import Coupling, find_couplings, probe_of
 from tawny.model.linears import Linear
 from tawny.model.output import OutputFolder
 from tawny.model.own_blocks import KEY
@@ -36,8 +36,7 @@ from tawny.progress import Progress, silent
 from tawny.slimming.depth import renumbered
 from tawny.slimming.widths import described, settings_of_block
 
-_TOKENS = 32
-_CLOSE = 1e-3  # of the logits: sums of fewer numbers are added up in another order
+_CLOSE = 1e-3  # of what the models compute: sums of fewer numbers are added up in another order
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Slimmed:
         widths: of each block that is left, what config.json calls each width.
         dropped: blocks of the source that were left out.
         same_widths: all blocks have the same, so that the result is an ordinary checkpoint.
-        apart: ‖logits − logits of the source‖ / ‖logits of the source‖, in float32.
+        apart: ‖output − output of the source‖ / ‖output of the source‖, in float32; logits where there are some.
     """
 
     source: str
@@ -132,14 +131,15 @@ def _cut(
     """Write the tensors of every block without its zero members, and the rest.
 
     Returns:
-        The widths of blocks that are left, the numbers of those that are not, and logits of the source.
+        The widths of blocks that are left, the numbers of those that are not, and what the source computes.
     """
     checkpoint = stack.checkpoint
     assert checkpoint is not None
     couplings = find_couplings(stack)
     widths, dropped, zeros, removed = [], [], 0, 0
     inside: set[str] = set()
-    tokens_BT, hidden, calls = _begin(stack)
+    probe = probe_of(stack)
+    hidden, calls = stack.enter(probe), stack.calls(probe)
     progress.phase("cutting", len(stack))
     for index in range(len(stack)):
         with stack.block(index):
@@ -171,7 +171,7 @@ def _cut(
             "prune with -p channels+heads or -p blocks first, or `tawny pack` it"
         )
     output.write_outside("outside", checkpoint, [key for key in checkpoint.files if key not in inside], None)
-    return widths, dropped, stack.logits(tokens_BT, hidden)
+    return widths, dropped, stack.output(probe, hidden)[0]
 
 
 def _kept(stack: Stack, coupling: Coupling) -> Tensor:
@@ -224,15 +224,8 @@ def _cut_block(
         parameters[key] = torch.stack(made)
 
 
-def _begin(stack: Stack) -> tuple[Tensor, Tensor, Sequence[Any]]:
-    """Some tokens, what the first block receives for them, and what each block is called with."""
-    vocabulary = int(stack.config.get_text_config().vocab_size)
-    tokens_BT = (torch.arange(_TOKENS) * 7919 % vocabulary)[None]
-    return tokens_BT, stack.enter(tokens_BT), stack.calls(tokens_BT)
-
-
 def _opened(folder: Path, expected: Tensor, source: str) -> tuple[int, float]:
-    """Open what was written and compare its logits; its parameters, and how far they are apart.
+    """Open what was written and compare what it computes; its parameters, and how far they are apart.
 
     Raises:
         ModelError: it does not open, or computes something else.
@@ -243,15 +236,15 @@ def _opened(folder: Path, expected: Tensor, source: str) -> tuple[int, float]:
         raise ModelError(
             f"config.json cannot say the widths or the blocks that {source} would have ({error}); prune channels only, or to another sparsity"
         ) from error
-    tokens_BT, hidden, calls = _begin(stack)
+    probe = probe_of(stack)
+    hidden, calls = stack.enter(probe), stack.calls(probe)
     for index in range(len(stack)):
         with stack.block(index):
             hidden = stack.forward(index, hidden, calls[index])
-    logits = stack.logits(tokens_BT, hidden)
-    apart = float((logits - expected).norm() / expected.norm())
+    apart = float((stack.output(probe, hidden)[0] - expected).norm() / expected.norm())
     if not apart <= _CLOSE:
         raise ModelError(
-            f"the slim model computes something else than {source} (logits are {apart:.2g} apart): a part of it depends on how many "
+            f"the slim model computes something else than {source} (its output is {apart:.2g} away): a part of it depends on how many "
             "heads, channels or blocks there are; leave it as it is"
         )
     return sum(p.numel() for p in stack.model.parameters()), apart
