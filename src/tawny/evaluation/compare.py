@@ -247,8 +247,10 @@ def measure(
     row["file_bytes"] = size
     row |= part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, progress)) or {}
     row |= part("sparsity", lambda: _sparsity(folder)) or {}
-    predicts = part("model", lambda: _reads_on(folder))
-    if setting["text"] is not None and predicts is False:
+    predicts = True
+    with contextlib.suppress(Exception):  # whatever is wrong with the folder, the parts below say
+        predicts = _reads_on(folder)
+    if setting["text"] is not None and not predicts:
         found = against and part("features", lambda: _features(folder, against, setting, progress))
         row |= {"features": found} if found else {}
     elif setting["text"] is not None:
