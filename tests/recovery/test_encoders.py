@@ -12,6 +12,7 @@ from tawny.errors import ModelError, RecipeError
 from tests.encoders import inputs_for, tiny_encoder
 from tests.recovery.models import SHORT
 from tests.tiny import tokens
+from tests.tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", ["bert", "masked"])
@@ -38,3 +39,16 @@ def test_what_an_encoder_cannot_learn_from_is_refused():
     tawny.prune(seeing, sparsity=0.5, solver="magnitude", calibration=inputs_for(seeing))
     with pytest.raises(ModelError, match="takes pixel_values"):
         tawny.recover(seeing, tiny_encoder("vit"), text=tokens(24), **SHORT)
+
+
+def test_the_command_line_says_what_an_encoder_lost(run, tmp_path):
+    dense, pruned, text = tmp_path / "dense", tmp_path / "pruned", tmp_path / "text.txt"
+    tiny_encoder("bert").save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    text.write_text("\n\n".join(f"owl {i} sees the field at night and {i * 7} mice" for i in range(400)))
+    keys = ["-s", 0.5, "-m", "magnitude", "-a", "uniform", "--calibration", text]
+    code, _, err = run("prune", dense, "--out", pruned, *keys)
+    assert code == 0, err
+    short = ["--seqlen", 16, "--tokens", 512, "--text", text]
+    code, out, err = run("recover", pruned, "--teacher", dense, "--out", tmp_path / "out", *short)
+    assert code == 0 and "energy lost" in out and "best" in out, err

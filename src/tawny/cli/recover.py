@@ -129,7 +129,8 @@ def recovery_tables(record: Result) -> list[Frame]:
     title = f"on {text['held_out']} held-out windows of {text['seqlen']} tokens of {text['name']}"
     taught = any("kl" in entry for entry in record["measured"])
     name = quality_text(record["start"])[0]
-    made = table("step", "time", name, *(["KL", "top-1"] if taught else []), "", title=title, left=(5,))
+    columns = ["step", "time", name, *(["KL", "top-1"] if taught else []), ""]
+    made = table(*columns, title=title, left=(len(columns) - 1,))
     measured = record["measured"]
     # A long run measures often; ten rows show its course.
     shown = measured if len(measured) <= 12 else [*measured[:: -(-len(measured) // 10)], measured[-1]]
