@@ -11,6 +11,7 @@ from tawny.words import size
 
 @verb(
     "tawny bench smollm2",
+    "tawny bench packed --prompt-tokens 512 --tokens 64 --threads 2",
     "tawny bench encoder --prompt-tokens 16 --batch 8",
 )
 def bench(
