@@ -57,7 +57,11 @@ def model_class(config: PretrainedConfig) -> Any:
     made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())
     known = {cls.__name__ for cls in (made if isinstance(made, tuple) else (made,))}
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    named = list(getattr(config, "architectures", None) or [])
+    named = getattr(config, "architectures", None) or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(
+            f"config.json names the architectures {named!r}; expected a list of names such as ['LlamaForCausalLM']"
+        )
     # A family such as BERT has a causal class too, but its checkpoints name another; it calls its plain one a decoder or not.
     decodes = getattr(config, "is_decoder", True) or not named
     causal = [
