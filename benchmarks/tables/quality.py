@@ -287,7 +287,11 @@ def structured(result: Mapping[str, Any]) -> str:
     columns = sorted({cell["sparsity"] for cell in cells})
     rows = sorted(
         {(cell["pattern"], cell["solver"], cell["allocator"]) for cell in cells},
-        key=lambda row: (row[0] == "blocks", WHOLE_SOLVERS.index(row[1]), known_order(ALLOCATORS)(row[2])),
+        key=lambda row: (
+            row[0] in ("blocks", "rank"),
+            WHOLE_SOLVERS.index(row[1]),
+            known_order(ALLOCATORS)(row[2]),
+        ),
     )
     some = {
         (row, column): [
@@ -307,7 +311,9 @@ def structured(result: Mapping[str, Any]) -> str:
             shown = [plus_minus(over_seeds(some[row, c], text)) if some[row, c] else "–" for c in columns]
             lines.append(f"| {' | '.join(row)} | {' | '.join(shown)} |")
         parts.append("\n".join(lines) + "\n")
-    for pattern in sorted({cell["pattern"] for cell in cells}, reverse=True):
+    for pattern in sorted(
+        {cell["pattern"] for cell in cells} - {"rank"}, reverse=True
+    ):  # of zeros, which it makes none
         apart = max(abs(c["achieved"] - c["sparsity"]) for c in cells if c["pattern"] == pattern)
         parts.append(f"Sparsities of {pattern} are met to {apart:.2%} at most.\n")
     if result.get("speed"):

@@ -9,7 +9,7 @@ from statistics import stdev
 from typing import Any
 
 SOLVERS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
-WHOLE_SOLVERS = ("obs", "flap", "wanda", "magnitude", "divergence", "influence")
+WHOLE_SOLVERS = ("obs", "flap", "wanda", "magnitude", "divergence", "influence", "svd")
 ALLOCATORS = ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend", "auto")
 SHAPE_NAMES = {
     "1.1b": "LLaMA-shaped, 1.1B",
