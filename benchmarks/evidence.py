@@ -182,25 +182,11 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
         base, kind = name.rsplit(":", 1)
         dense = place(args, base)
         if kind.startswith("int") and kind != "int8":
-            dense = folder.with_name(f"{folder.name}.dense")
             recipe, sparsity = base.split(":")
-            tawny_(
-                "prune",
-                args.model,
-                "--out",
-                dense,
-                "-c",
-                recipe,
-                "-s",
-                sparsity,
-                "--values",
-                kind,
-                *calibration,
-            )
-            kind = "as-solved"
-        elif not dense.exists():
+            return few_bits(args, folder, {"kind": kind}, recipe=recipe, sparsity=float(sparsity))
+        if not dense.exists():
             make(args, base, dense)
-        packing(dense, folder, kind)
+        tawny.pack(dense, folder, kind, head="int8")
     elif head == "recovered":
         base = place(args, "fast:0.5")
         if not base.exists():
@@ -209,11 +195,8 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
         texts = ["--text", "wiki=0.4", "--text", f"{code}=0.4", "--text", "self=0.2"]
         tawny_("recover", base, "--teacher", args.model, "--out", folder, *texts, "--minutes", rest)
     elif head.startswith("int"):
-        dense = folder.with_name(f"{folder.name}.dense")
-        values = f"values={{kind: {head}, group_size: {rest}}}"
-        tawny_("prune", args.model, "--out", dense, "-s", "0", "-a", "uniform", "-o", values, *calibration)
-        packing(dense, folder, "as-solved")
-        shutil.rmtree(dense)
+        values = {"kind": head, "group_size": int(rest)}
+        few_bits(args, folder, values, sparsity=0.0, allocator="uniform")
     elif name == "2:4":
         tawny_("prune", args.model, "--out", folder, "-p", "2:4", "-a", "uniform", *calibration)
     elif head == "sparsegpt":
@@ -224,8 +207,28 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
         tawny_("prune", args.model, "--out", folder, "-c", head, "-s", rest, *calibration)
 
 
-def packing(dense: Path, folder: Path, kind: str) -> None:
-    tawny.pack(dense, folder, *([] if kind == "as-solved" else [kind]), head="int8")
+# The command line packs such a model at once, and leaves the head as it is.
+FEW_BITS = """
+import json, sys, tawny
+from tawny.recipe.merge import resolve_recipe
+keys = json.loads(sys.argv[1])
+recipe = resolve_recipe(keys.pop("recipe"), keys.pop("options"))
+tawny.prune(recipe=recipe, **keys)
+"""
+
+
+def few_bits(args: argparse.Namespace, folder: Path, values: dict[str, Any], **options: Any) -> None:
+    """Solved on the grid, packed with a head in int8; the dense folder goes."""
+    dense = folder.with_name(f"{folder.name}.dense")
+    texts = ["wiki=0.5", f"{args.work / 'code-calibration.txt'}=0.5"]
+    recipe = options.pop("recipe", None)
+    options |= {"values": values, "calibration.text": texts}
+    options |= {"calibration.samples": args.samples, "calibration.seqlen": args.seqlen}
+    keys = {"source": args.model, "out": str(dense), "recipe": recipe, "options": options}
+    if not dense.exists():
+        subprocess.run([sys.executable, "-c", FEW_BITS, json.dumps(keys)], check=True)
+    tawny.pack(dense, folder, head="int8")
+    shutil.rmtree(dense)
 
 
 def tawny_(*words: object) -> None:
