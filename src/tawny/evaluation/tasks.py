@@ -165,7 +165,7 @@ def evaluate_tasks(
     else:
         folder = resolve(source, progress.say)
         dtype = compute_dtype(compute)
-    if not reads_on(source):
+    if not reads_on(folder or source):
         raise ModelError(
             f"{source if folder else type(source).__name__} predicts no next token, by which tasks are answered"
         )

@@ -370,24 +370,7 @@ def _calibration(
             f"{type(model).__name__} predicts no next token, by which models are compared here: choose an allocator yourself (-a)"
         )
     if given is not None or kind != TOKENS:
-        if given is None:
-            with clock("text"):
-                samples, record.text = read_inputs(
-                    job.stack,
-                    job.folder,
-                    wanted.text,
-                    wanted.samples,
-                    job.recipe.seed,
-                    tokenizer,
-                    progress.say,
-                )
-        else:
-            samples = _samples_of(given, job.stack)
-            name = "tokens" if TOKENS in samples.inputs else next(iter(samples.inputs))
-            record.text = {"name": name, "samples": len(samples), "seqlen": samples.seqlen}
-        if TOKENS in samples.inputs:
-            check_context(model, samples.seqlen)
-            check_ids(model, samples.tokens)
+        samples, record.text = _without_text(job, tokenizer, given, progress, clock)
         placement = placed(Load(len(samples), samples.seqlen, 0, given=samples))
         return samples.repeating(wanted.repeat), None, placement
     seqlen = seqlen_of(model, wanted.seqlen)
@@ -425,6 +408,22 @@ def _calibration(
         "bos": tokens.bos is not None,
     }
     return Samples(windows).repeating(wanted.repeat, begun=tokens.bos is not None), held_out, placement
+
+
+def _without_text(
+    job: Job, processor: Any, given: Any, progress: Progress, clock: Clock
+) -> tuple[Samples, dict[str, Any]]:
+    """Samples that were given, or those of a model that takes no tokens; and what a record says of them."""
+    if given is None:
+        wanted, seed, say = job.recipe.calibration, job.recipe.seed, progress.say
+        with clock("text"):
+            return read_inputs(job.stack, job.folder, wanted.text, wanted.samples, seed, processor, say)
+    samples = _samples_of(given, job.stack)
+    if TOKENS in samples.inputs:
+        check_context(job.stack.model, samples.seqlen)
+        check_ids(job.stack.model, samples.tokens)
+    name = "tokens" if TOKENS in samples.inputs else next(iter(samples.inputs))
+    return samples, {"name": name, "samples": len(samples), "seqlen": samples.seqlen}
 
 
 def _samples_of(given: Any, stack: Stack) -> Samples:
