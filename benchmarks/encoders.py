@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families_tiny import with_outliers
 from torch import Tensor
 
 import tawny
@@ -53,6 +54,15 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+SWIN = {
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
+CONVNEXT = {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2}
 SPEECH = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 _CONVOLVED = {
     "conv_dim": (32, 32),
@@ -91,33 +101,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "beit": ("beit.BeitModel", {**VISION, "use_relative_position_bias": True}),
     "clip vision": ("clip.CLIPVisionModel", VISION),
     "siglip vision": ("siglip.SiglipVisionModel", VISION),
-    "swin": (
-        "swin.SwinModel",
-        {
-            "image_size": 32,
-            "patch_size": 4,
-            "embed_dim": 16,
-            "depths": [2, 2],
-            "num_heads": [2, 4],
-            "window_size": 4,
-        },
-    ),
-    "swinv2": (
-        "swinv2.Swinv2Model",
-        {
-            "image_size": 32,
-            "patch_size": 4,
-            "embed_dim": 16,
-            "depths": [2, 2],
-            "num_heads": [2, 4],
-            "window_size": 4,
-        },
-    ),
-    "convnext": ("convnext.ConvNextModel", {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2}),
-    "convnextv2": (
-        "convnextv2.ConvNextV2Model",
-        {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
-    ),
+    "swin": ("swin.SwinModel", SWIN),
+    "swinv2": ("swinv2.Swinv2Model", SWIN),
+    "convnext": ("convnext.ConvNextModel", CONVNEXT),
+    "convnextv2": ("convnextv2.ConvNextV2Model", CONVNEXT),
     "whisper encoder": (
         "whisper.WhisperEncoder",
         {
@@ -138,20 +125,13 @@ class Wrong(Exception):
     """A result that is not what it should be."""
 
 
-def tiny_encoder(family: str, seed: int = 0) -> Any:
+def tiny_encoder(family: str) -> Any:
     """A random model whose linears differ enough in scale to have outliers."""
     path, settings = FAMILIES[family]
     module, name = path.split(".")
     kind = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
-    torch.manual_seed(seed)
-    model = kind(kind.config_class(**settings)).eval()
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise * 0.2 + (noise.abs() > 2.5) * noise)
-    return model
+    torch.manual_seed(0)
+    return with_outliers(kind(kind.config_class(**settings)).eval())
 
 
 def inputs_of(model: Any, samples: int = 8, seed: int = 0) -> dict[str, Tensor]:

@@ -430,6 +430,17 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
+def with_outliers(model: Any) -> Any:
+    """The model with random matrices, a hundredth of whose weights are large."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * 0.2 + (noise.abs() > 2.5) * noise)
+    return model
+
+
 def tiny_model(family: str) -> Any:
     """A random model whose weights differ enough to have outliers."""
     try:
@@ -440,13 +451,7 @@ def tiny_model(family: str) -> Any:
         if size > LARGEST:
             raise NotTried(f"no settings here make it small: {size:,} weights")
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() >= 2:
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.copy_(noise * 0.2 + (noise.abs() > 2.5) * noise)
+        model = with_outliers(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
         seen = logits_of(model, tokens(2, 16, 0))
     except NotTried:
         raise

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.tiny import with_outliers
+
 _TEXT = {
     "vocab_size": 256,
     "hidden_size": 32,
@@ -45,14 +47,7 @@ def tiny_encoder(name: str, seed: int = 0) -> Any:
     module, kind_name = path.split(".")
     kind = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), kind_name)
     torch.manual_seed(seed)
-    model = kind(kind.config_class(**settings)).eval()
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise * 0.2 + (noise.abs() > 2.5) * noise)
-    return model
+    return with_outliers(kind(kind.config_class(**settings)).eval(), seed + 1)
 
 
 def inputs_for(model: Any, samples: int = 6, seed: int = 0) -> dict[str, Tensor]:

@@ -73,12 +73,17 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
     """A random model whose linears differ enough in scale to have outliers."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype).eval()
-    generator = torch.Generator().manual_seed(seed + 1)
+    return with_outliers(model, seed + 1)
+
+
+def with_outliers(model: Any, seed: int) -> Any:
+    """The model with random matrices, a hundredth of whose weights are large."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_((noise * 0.2 + (noise.abs() > 2.5) * noise).to(dtype))
+                parameter.copy_(noise * 0.2 + (noise.abs() > 2.5) * noise)
     return model
 
 
