@@ -11,6 +11,7 @@ import tawny
 from tawny.errors import ModelError
 from tawny.model.streams import Samples
 from tests.encoders import inputs_for, padded, tiny_encoder
+from tests.tiny import tiny_model
 
 
 def pair(name):
@@ -85,3 +86,21 @@ def test_a_batch_is_timed_of_what_the_model_takes():
     for name, tokens in (("bert", 8), ("vit", None)):
         found = tawny.latency(tiny_encoder(name), batch=2, tokens=8, rounds=2)
         assert found.tokens == tokens and found.samples_per_second == pytest.approx(2 / found.seconds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "reason"),
+    [
+        ("encoder", ("bench", "--tokens", 3), "is an encoder and decodes nothing: leave --tokens out"),
+        ("language", ("bench", "--batch", 2), "is measured with one text at a time: --batch is for encoders"),
+        ("encoder", ("eval", "--stride", 4), "predicts no next token, so --stride says nothing of it"),
+        ("encoder", ("eval", "--bos"), "predicts no next token, so --bos and --no-bos say nothing of it"),
+    ],
+)
+def test_options_that_say_nothing_of_a_model_are_refused(run, tmp_path, kind, arguments, reason):
+    folder = tmp_path / "model"
+    (tiny_encoder("bert") if kind == "encoder" else tiny_model("llama")).save_pretrained(folder)
+    verb, *options = arguments
+    against = ("--against", folder) if verb == "eval" else ()
+    code, out, err = run(verb, folder, *options, *against)
+    assert (code, out) == (2, "") and reason in " ".join(err.split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import DATA, AsJson, Model, Threads, TrustRemoteCode, option
@@ -23,9 +25,9 @@ def bench(
         default=128,
         min=1,
     ),
-    tokens: int = option("--tokens N", "Tokens decoded in a round.", DATA, default=32, min=1),
-    batch: int = option(
-        "--batch N", "Sentences or pictures at once, for an encoder.", DATA, default=1, min=1
+    tokens: int | None = option("--tokens N", "Tokens decoded in a round. Default: 32.", DATA, min=1),
+    batch: int | None = option(
+        "--batch N", "Sentences or pictures at once, for an encoder. Default: 1.", DATA, min=1
     ),
     rounds: int = option("--rounds N", "Measured rounds, after one to warm up.", DATA, default=5, min=1),
     threads: Threads = None,
@@ -35,29 +37,23 @@ def bench(
     """Measure decoding, prefill, memory and file size of MODEL, dense or packed; of an encoder the time of a batch."""
     with console_for(as_json) as console:
         import tawny
+        from tawny.errors import RecipeError
         from tawny.evaluation.sources import reads_on
 
+        decodes = reads_on(model)
+        if tokens is not None and not decodes:
+            raise RecipeError(f"{model} is an encoder and decodes nothing: leave --tokens out")
+        if batch is not None and decodes:
+            raise RecipeError(f"{model} is measured with one text at a time: --batch is for encoders")
+        keys: dict[str, Any] = {"rounds": rounds, "threads": threads}
         with console.progress() as progress:
-            if not reads_on(model):
-                found = tawny.latency(
-                    model,
-                    batch=batch,
-                    tokens=prompt_tokens,
-                    rounds=rounds,
-                    threads=threads,
-                    progress=progress,
-                ).to_dict()
-                console.result(found, latency_tables)
-                return
-            measured = tawny.bench(
-                model,
-                prompt_tokens=prompt_tokens,
-                tokens=tokens,
-                rounds=rounds,
-                threads=threads,
-                progress=progress,
-            ).to_dict()
-        console.result(measured, speed_tables)
+            if decodes:
+                keys |= {"prompt_tokens": prompt_tokens} | ({"tokens": tokens} if tokens else {})
+                measured = tawny.bench(model, progress=progress, **keys).to_dict()
+            else:
+                keys |= {"tokens": prompt_tokens, "batch": batch or 1}
+                measured = tawny.latency(model, progress=progress, **keys).to_dict()
+        console.result(measured, speed_tables if decodes else latency_tables)
 
 
 def latency_tables(found: Result) -> list[Frame]:

@@ -126,6 +126,7 @@ def eval_(
 
             with console.progress() as progress:
                 if against is not None and not reads_on(model):
+                    _check_encoder(model, stride, bos)
                     common |= {"samples": windows, "seqlen": seqlen}
                     found = tawny.features(model, against, text, progress=progress, **common)
                     measured = {"features": found.to_dict()}
@@ -147,6 +148,15 @@ def eval_(
                     progress=progress,
                 ).to_dict()
         console.result(measured, evaluation_tables)
+
+
+def _check_encoder(model: str, stride: int | None, bos: bool | None) -> None:
+    """Refuse what says nothing where features are compared."""
+    for given, said in ((stride, "--stride says"), (bos, "--bos and --no-bos say")):
+        if given is not None:
+            from tawny.errors import RecipeError
+
+            raise RecipeError(f"{model} predicts no next token, so {said} nothing of it")
 
 
 def perplexity_tables(result: Result) -> list[Frame]:

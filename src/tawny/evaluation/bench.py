@@ -6,7 +6,7 @@ added to this process: resident memory afterwards minus before it was opened, in
 
 from __future__ import annotations
 
-__all__ = ["Speed", "bench"]
+__all__ = ["Speed", "bench", "quartiles"]
 
 import statistics
 import time
@@ -118,8 +118,8 @@ def bench(
         file_bytes=size,
         threads=used,
         kernel=kernel_name(),
-        decode_quartiles=_quartiles(decode),
-        prefill_quartiles=_quartiles(prefill),
+        decode_quartiles=quartiles(decode),
+        prefill_quartiles=quartiles(prefill),
         prompt_tokens=prompt_tokens,
         decoded_tokens=tokens,
         rounds=rounds,
@@ -143,7 +143,7 @@ def _rounds(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (prompt_tokens,), generator=generator)
     prefill, decode, path = [], [], "model"
-    progress.phase("measuring", rounds + 1)
+    progress.phase("measuring", rounds + 1, "rounds")
     with opening.ready(model) as lock, lock, torch.inference_mode():
         for number in range(rounds + 1):
             decoder = Decoder(model, prompt_tokens + _UNTIMED + tokens, quick)
@@ -163,7 +163,8 @@ def _rounds(
     return prefill, decode, path
 
 
-def _quartiles(values: list[float]) -> tuple[float, float]:
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The lower and the upper one; a single value is both."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tawny.calibration.context import hard_context_of, words_of
 from tawny.decoding import opening
 from tawny.errors import RecipeError
+from tawny.evaluation.bench import quartiles
 from tawny.kernels.native import kernel_name
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import resolve
@@ -89,7 +90,7 @@ def latency(
         opened = opening.open_model(source, dtype)
         model = opened.model
         inputs = _inputs(model, batch, tokens)
-        progress.phase("measuring", rounds + 1)
+        progress.phase("measuring", rounds + 1, "rounds")
         taken = []
         with evaluating(model), torch.inference_mode():
             for number in range(rounds + 1):
@@ -99,12 +100,9 @@ def latency(
                 progress.step(f"round {number}")
         resident = opened.added()
     median = statistics.median(taken[1:])
-    low, high = median, median
-    if rounds > 1:
-        low, _, high = statistics.quantiles(taken[1:], n=4, method="inclusive")
     return Latency(
         seconds=median,
-        seconds_quartiles=(low, high),
+        seconds_quartiles=quartiles(taken[1:]),
         samples_per_second=batch / median,
         batch=batch,
         tokens=tokens if "input_ids" in inputs else None,
