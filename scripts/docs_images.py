@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tawny.report.html import depth_of
-from tawny.report.plot import plot_allocations, plot_frontier
+from tawny.report.plot import plot_allocations, plot_frontier, plot_outliers
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from tables.frontier import series  # noqa: E402
 
-FRONTIER = ROOT / "benchmarks" / "results" / "frontier.json"
-EXAMPLE = ROOT / "benchmarks" / "results" / "example_run.json"
-PROFILE = ROOT / "benchmarks" / "results" / "example_profile.json"
+RESULTS = ROOT / "benchmarks" / "results"
+EXAMPLE = RESULTS / "example_run.json"
 IMAGES = ROOT / "docs" / "img"
 # The colours of the report's page, which a picture outside of it has to bring along.
 _STYLE = """<style>
@@ -52,9 +51,13 @@ def picture(record: dict[str, Any]) -> str:
     return f'{head} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">{_STYLE}{body}\n'
 
 
+def _result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def draw_allocations(path: Path) -> None:
     """Sparsity against depth for several allocators, over the outliers: the paper's Figure 1."""
-    report = json.loads(PROFILE.read_text(encoding="utf-8"))
+    report = _result("example_profile")
     plot_allocations(
         report["allocations"],
         path,
@@ -67,8 +70,14 @@ def draw_allocations(path: Path) -> None:
 
 def draw_frontier(path: Path) -> None:
     """Divergence against bytes, from benchmarks/frontier.py."""
-    result = json.loads(FRONTIER.read_text(encoding="utf-8"))
+    result = _result("frontier")
     plot_frontier(series(result), path, text=result["setting"]["texts"][0], title="SmolLM2-135M")
+
+
+def draw_outliers(path: Path) -> None:
+    """How outliers lie over depth in a language model and in encoders, all dense, M = 5."""
+    encoders = {name: model["lod"] for name, model in _result("vision_study")["models"].items()}
+    plot_outliers({"smollm2": _result("structured")["dense"]["lod"]["shares"]["5"], **encoders}, path)
 
 
 def main() -> int:
@@ -80,6 +89,7 @@ def main() -> int:
     (IMAGES / "depth.svg").write_text(picture(record), encoding="utf-8")
     draw_allocations(IMAGES / "allocators.svg")
     draw_frontier(IMAGES / "frontier.svg")
+    draw_outliers(IMAGES / "outliers.svg")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tawny.report.plot import plot_allocations, plot_profile
+from tawny.report.plot import plot_allocations, plot_outliers, plot_profile
 
 ALLOCATIONS = {"uniform": [0.7] * 4, "owl": [0.6, 0.7, 0.7, 0.8], "dlp": [0.5, 0.7, 0.8, 0.8]}
 REPORT = {
@@ -43,3 +43,9 @@ def test_dollars_in_names_are_no_formula(suffix, tmp_path):
 def test_a_profile_without_outliers_somewhere_is_drawn(tmp_path):
     plot_profile(REPORT, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_models_of_different_depth_share_one_axis(tmp_path):
+    plot_outliers({"two $x^$": [1.0, 2.0], "four": [0.5, 0.4, 0.3, 0.2]}, tmp_path / "o.svg")
+    drawn = (tmp_path / "o.svg").read_text(encoding="utf-8")
+    assert "two $x^$, 2 blocks" in drawn and "four, 4 blocks" in drawn

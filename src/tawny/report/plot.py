@@ -7,7 +7,7 @@ are drawn as they are: two dollar signs in a path are no formula.
 
 from __future__ import annotations
 
-__all__ = ["plot_allocations", "plot_fit", "plot_frontier", "plot_profile"]
+__all__ = ["plot_allocations", "plot_fit", "plot_frontier", "plot_outliers", "plot_profile"]
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,6 +124,26 @@ def plot_frontier(
     axes.set_title(f"{title}, on {text}", fontsize=11, parse_math=False)
     axes.grid(alpha=0.3)
     _legend(axes, len(lines))
+    _save(figure, path)
+
+
+def plot_outliers(shares: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the outlier shares of the blocks of several models, from the first block to the last.
+
+    Args:
+        shares: by the name of a model, one share in % a block.
+    """
+    figure = _figure(8.0, 4.6)
+    axes = figure.subplots()
+    for number, (name, values) in enumerate(shares.items()):
+        depth = [100 * (block + 0.5) / len(values) for block in range(len(values))]
+        axes.plot(depth, values, label=f"{name}, {len(values)} blocks", **_style(number))
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("depth, % of the blocks")
+    axes.set_ylabel("outliers, % of the block's weights")
+    axes.grid(alpha=0.3)
+    _legend(axes, len(shares))
     _save(figure, path)
 
 
