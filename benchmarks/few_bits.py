@@ -4,9 +4,10 @@
 
 A cell is a kind, a group size, a sparsity and a solver: `magnitude` rounds by the best scale, `sparsegpt` rounds in its
 column loop (with nothing removed that is GPTQ), `alps` solves on the grid by ADMM. Each is pruned, packed with a head in
-int8, and the packed folder is evaluated. The same command goes on where a run was stopped. A model that was itself
-dequantised from few bits flatters plain rounding; the results file says what the model is. A tiny run:
-`--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --kinds int4:64:0`.
+int8, and the packed folder is evaluated. The same command goes on where a run was stopped, with `--work DIR` inside a cell.
+There the models that `alps` makes stay, where frontier.py finds them. A model that was itself dequantised from few bits
+flatters plain rounding: `frontier.py --work DIR --cells` writes `DIR/source`, which lies on no grid (fair_start.py).
+A tiny run: `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --kinds int4:64:0`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ KINDS = ["int4:32:0", "int4:64:0", "int4:128:0", "int3:64:0", "int4:64:0.5", "in
 def main() -> None:
     parser = parser_for(__doc__, "few_bits.json")
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="KIND:GROUP:SPARSITY")
+    parser.add_argument("--name", help="what to call the model; default: its folder")
     parser.add_argument("--solvers", nargs="+", default=["magnitude", "sparsegpt", "alps"])
+    parser.add_argument("--work", type=Path, help="folder to work and to keep models in")
     parser.set_defaults(samples=16)
     args = parser.parse_args()
     setting = {
         key: getattr(args, key) for key in ("calibration", "samples", "seqlen", "eval_seqlen", "windows")
     }
-    setting |= {"model": Path(args.model).name, "texts": [Path(text).name for text in args.text]}
+    setting |= {"model": args.name or Path(args.model).name, "texts": [Path(text).name for text in args.text]}
     results: dict[str, Any] = {"setting": setting, "cells": {}}
     if args.results.exists():
         results = json.loads(args.results.read_text(encoding="utf-8"))
@@ -64,10 +67,11 @@ def main() -> None:
 def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
     values, group, sparsity = kind.split(":")
     folder = Path(tempfile.mkdtemp(prefix="tawny-bits-"))
+    dense = folder / "dense" if args.work is None else args.work / f"{kind} {solver} {seed}"  # may be stopped
     try:
         record = tawny.prune(
             args.model,
-            folder / "dense",
+            dense,
             values={"kind": values, "group_size": int(group)},
             sparsity=float(sparsity),
             solver=solver,
@@ -77,7 +81,7 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
                 for k, v in (("text", args.calibration), ("samples", args.samples), ("seqlen", args.seqlen))
             },
         )
-        report = tawny.pack(folder / "dense", folder / "packed", head="int8")
+        report = tawny.pack(dense, folder / "packed", head="int8")
         packed = [linear for linear in report.linears if linear.name in record.allocation]
         texts = {}
         for text in args.text:
@@ -90,6 +94,9 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
                 "perplexity": found.perplexity.perplexity,
             }
             texts[Path(text).name] = {**measured, "dense": found.dense.perplexity}
+        if args.work is not None and solver == "alps":
+            shutil.move(folder / "packed", args.work / kind)
+        shutil.rmtree(dense)
         return {
             "bits": 8 * sum(x.bytes for x in packed) / sum(x.shape[0] * x.shape[1] for x in packed),
             "bytes": report.file_bytes,

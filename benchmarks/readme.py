@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tables.encoders import encoders, vision_study
+from tables.encoders import encoder_speed, encoders, vision_study
 from tables.evidence import evidence
 from tables.frontier import frontier
 from tables.glance import glance
@@ -45,6 +45,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "structured": structured,
         "owl_study": owl_study,
         "vision_study": vision_study,
+        "encoder_speed": encoder_speed,
         "few_bits": few_bits,
         "evidence": evidence,
         "frontier": frontier,

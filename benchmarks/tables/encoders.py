@@ -57,6 +57,33 @@ def vision_study(result: Mapping[str, Any]) -> str:
     )
 
 
+def encoder_speed(result: Mapping[str, Any]) -> str:
+    """Milliseconds of a sentence of so many tokens, or of a picture, and how many times as fast as float32 that is."""
+    parts = []
+    for name, model in result["models"].items():
+        kinds = list(model["rows"][0]["seconds"])
+        lines = [f"| {name} | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
+        for row in model["rows"]:
+            dense = row["seconds"]["float32"]
+            shown = (
+                f"{1000 * seconds:.1f}" + ("" if kind == "float32" else f" ({dense / seconds:.2f} ×)")
+                for kind, seconds in row["seconds"].items()
+            )
+            count = row["tokens"]
+            what = f"{count} token{'s' * (count > 1)}" if count else "a picture"
+            lines.append(f"| {what} | {' | '.join(shown)} |")
+        sizes = ", ".join(f"{size / 1e6:.1f} MB with {kind}" for kind, size in model["bytes"].items())
+        lines.append(f"\nFiles: {4 * model['weights'] / 1e6:.1f} MB in float32, {sizes}.\n")
+        parts.append("\n".join(lines))
+    threads = next(iter(result["models"].values()))["threads"]
+    return (
+        f"Milliseconds, medians of {result['rounds']} rounds in turns, {threads} threads, and how many times as fast as "
+        "float32 in transformers. `bfloat16` is transformers, too.\n\n"
+        + "\n".join(parts)
+        + f"\n{machine_line(result)}"
+    )
+
+
 def _shown(cells: list[Mapping[str, Any]]) -> str:
     """Means over seeds."""
     if not cells:

@@ -6,7 +6,7 @@ round answers one batch of random tokens or pixels; a first one warms up and is 
 
 from __future__ import annotations
 
-__all__ = ["Latency", "latency"]
+__all__ = ["Latency", "inputs_for", "latency"]
 
 import statistics
 import time
@@ -89,7 +89,7 @@ def latency(
             size = file_bytes(source)
         opened = opening.open_model(source, dtype)
         model = opened.model
-        inputs = _inputs(model, batch, tokens)
+        inputs = inputs_for(model, batch, tokens)
         progress.phase("measuring", rounds + 1, "rounds")
         taken = []
         with evaluating(model), torch.inference_mode():
@@ -116,7 +116,7 @@ def latency(
     )
 
 
-def _inputs(model: Any, batch: int, tokens: int) -> dict[str, Tensor]:
+def inputs_for(model: Any, batch: int, tokens: int) -> dict[str, Tensor]:
     """Random numbers in the shape that the model takes."""
     generator, name = torch.Generator().manual_seed(0), input_of(model)
     if name == "input_ids":
