@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accuracy",
     "Agreement",
     "Comparison",
     "Features",
@@ -41,6 +42,7 @@ __all__ = [
     "TawnyError",
     "UserError",
     "__version__",
+    "accuracy",
     "agreement",
     "bench",
     "compare",
@@ -77,6 +79,7 @@ _NAMES = {
     "tawny.allocation.profile": "Profile",
     "tawny.decoding.stream": "Generation Piece generate stream",
     "tawny.errors": "TawnyError UserError",
+    "tawny.evaluation.accuracy": "Accuracy accuracy",
     "tawny.evaluation.agreement": "Agreement agreement",
     "tawny.evaluation.bench": "Speed bench",
     "tawny.evaluation.compare": "Comparison compare",
@@ -115,6 +118,7 @@ if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
     from tawny.decoding.stream import Generation, Piece, generate, stream
     from tawny.errors import TawnyError, UserError
+    from tawny.evaluation.accuracy import Accuracy, accuracy
     from tawny.evaluation.agreement import Agreement, agreement
     from tawny.evaluation.bench import Speed, bench
     from tawny.evaluation.compare import Comparison, compare

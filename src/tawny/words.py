@@ -6,10 +6,12 @@ __all__ = [
     "SHARES",
     "bar",
     "begun",
+    "counted",
     "duration",
     "kl_text",
     "percent",
     "perplexity_text",
+    "points_text",
     "quality_text",
     "score_text",
     "share_text",
@@ -72,6 +74,12 @@ def quality_text(entry: Mapping[str, Any]) -> tuple[str, str]:
     return "energy lost", percent(entry["loss"])
 
 
+def counted(text: Mapping[str, Any]) -> tuple[str, str]:
+    """What a recovery was shown and what it counts in it: windows and tokens, crops and positions, …"""
+    of, units = text.get("counted", ("windows", "tokens"))
+    return of, units
+
+
 def begun(of: Mapping[str, Any]) -> str:
     """What stands behind a number of windows or samples, of which `bos` says whether each begins with BOS."""
     return ", each begun with BOS" if of.get("bos") else ""
@@ -85,6 +93,11 @@ def kl_text(value: float, error: float) -> str:
 def share_text(value: float, error: float) -> str:
     """`61.2 ± 1.4`, in percent."""
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error else "")
+
+
+def points_text(value: float, error: float) -> str:
+    """`−1.8 ± 0.6`, a difference in percent points."""
+    return f"{100 * value:+.1f}".replace("-", "−") + (f" ± {100 * error:.1f}" if error else "")
 
 
 def score_text(task: Mapping[str, Any]) -> str:

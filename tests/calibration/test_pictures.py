@@ -10,6 +10,7 @@ from PIL import Image
 from tawny.calibration.mixture import check_texts, load_texts, parse_texts
 from tawny.calibration.pictures import read_pictures
 from tawny.errors import TextError
+from tawny.recipe.merge import resolve_recipe
 
 
 @pytest.fixture
@@ -66,3 +67,9 @@ def test_what_holds_no_picture_is_refused(tmp_path, folder):
         read_pictures(parse_texts("wiki"), 2, 0, processor)
     with pytest.raises(TextError, match="names pictures, and this model reads text"):
         load_texts(f"images:{folder}")
+
+
+def test_strict_refuses_the_first_broken_picture_by_name(folder):
+    assert resolve_recipe({"sparsity": 0.5}, ["strict=true"]).calibration.strict
+    with pytest.raises(TextError, match=r"broken\.jpg cannot be read as a picture .*leave strict out"):
+        read_pictures(parse_texts(f"images:{folder}"), 8, 0, processor, strict=True)

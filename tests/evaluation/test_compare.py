@@ -54,6 +54,7 @@ def job(source, against, text):
         "limit": None,
         "speed": True,
         "bos": None,
+        "labels": None,
         "threads": 1,
         "rounds": 1,
         "prompt_tokens": 8,

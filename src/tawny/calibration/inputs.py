@@ -5,9 +5,9 @@ This is the one place that asks what a model takes. Behind it there are samples.
 
 from __future__ import annotations
 
-__all__ = ["read_inputs"]
+__all__ = ["processor_for", "read_inputs", "skipped"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +28,49 @@ def read_inputs(
     seed: int,
     processor: Any = None,
     say: Callable[[str], None] = lambda _: None,
+    *,
+    strict: bool = False,
 ) -> tuple[Samples, dict[str, Any]]:
     """Samples for a model that takes no tokens, and what a record says of them.
 
     Args:
         processor: the model's own, where it has no folder.
+        strict: refuse the first picture that cannot be read.
 
     Raises:
         ModelError: the model takes something that no file is read as, or a live one comes without its processor.
         TextError: no picture is named, or none can be read.
     """
     name = input_of(stack.model)
-    if name != "pixel_values":
-        raise ModelError(
-            f"{type(stack.model).__name__} takes {name}, which no file is read as: calibrate it from Python, calibration={{{name!r}: tensor}}"
-        )
-    check_texts(given)
-    if processor is None:
-        if folder is None:
-            raise ModelError(
-                "a live model needs its image processor to see pictures: give tokenizer=processor"
-            )
-        processor = load_processor(folder)
+    processor = processor_for(stack, folder, given, processor)
     say(f"reading pictures {in_words(given)}")
-    read = read_pictures(parse_texts(given), samples, seed, processor)
+    read = read_pictures(parse_texts(given), samples, seed, processor, strict=strict)
     if read.broken:
-        many = len(read.broken) > 1
-        say(
-            f"{len(read.broken)} picture{'s' * many} cannot be read and {'are' if many else 'is'} skipped, first {read.broken[0]}"
-        )
+        say(skipped(read.broken))
     positions = stack.positions({name: read.pixels})
     return Samples({name: read.pixels}, seqlen=positions), {
         **read.about(),
         "samples": len(read.pixels),
         "seqlen": positions,
     }
+
+
+def processor_for(stack: Stack, folder: Path | None, given: Texts, processor: Any = None) -> Any:
+    """The image processor of a model that is to see the pictures of `given`; raises as `read_inputs` does."""
+    name = input_of(stack.model)
+    if name != "pixel_values":
+        raise ModelError(
+            f"{type(stack.model).__name__} takes {name}, which no file is read as: give tensors from Python, {{{name!r}: tensor}}"
+        )
+    check_texts(given)
+    if processor is not None:
+        return processor
+    if folder is None:
+        raise ModelError("a live model needs its image processor to see pictures: give tokenizer=processor")
+    return load_processor(folder)
+
+
+def skipped(broken: Sequence[str]) -> str:
+    """What is said of pictures that cannot be read."""
+    many = len(broken) > 1
+    return f"{len(broken)} picture{'s' * many} cannot be read and {'are' if many else 'is'} skipped, first {broken[0]}"

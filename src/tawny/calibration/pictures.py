@@ -6,13 +6,13 @@
 What this file promises:
 
 - The same files, seed and numbers give the same pixels. Each file comes once before any comes twice.
-- A picture that cannot be read is named and skipped. So is a file that is none.
+- A picture that cannot be read is named and skipped, or with `strict` refused. So is a file that is none.
 - Of several folders samples come from each by its share, exactly.
 """
 
 from __future__ import annotations
 
-__all__ = ["Pictures", "pictures_in", "read_pictures"]
+__all__ = ["BrokenPicture", "Pictures", "crop", "pictures_in", "pixels_of", "read_pictures", "whole"]
 
 import hashlib
 from collections.abc import Sequence
@@ -31,6 +31,16 @@ from tawny.machine import in_package
 # A crop's side, as a share of the picture's shorter one.
 _SMALLEST = 0.6
 _SAMPLES = (("skimage", "data"), ("sklearn", "datasets/images"))
+
+
+class BrokenPicture(TextError):
+    """A file that Pillow cannot read; `why` is what it says."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(
+            f"{path} cannot be read as a picture ({why}): repair it or take it away, or leave strict out to skip it"
+        )
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def pictures_in(source: Source) -> list[Path]:
         folders, missing = [Path(source.pictures).expanduser()], "give a folder that holds some"
     else:
         raise TextError(
-            f"calibration {source.spec!r} is a text, and this model sees pictures: give images:DIR, or sample"
+            f"{source.spec!r} is a text, and this model sees pictures: give images:DIR, or sample"
         )
     known = _pillow().registered_extensions()
     files = sorted(
@@ -85,11 +95,17 @@ def _pillow() -> Any:
     return Image
 
 
-def read_pictures(sources: Sequence[Source], samples: int, seed: int, processor: Any) -> Pictures:
+def read_pictures(
+    sources: Sequence[Source], samples: int, seed: int, processor: Any, *, strict: bool = False
+) -> Pictures:
     """`samples` square crops of chance, sized and normalised by the model's image processor.
+
+    Args:
+        strict: refuse the first picture that cannot be read, of those that are wanted.
 
     Raises:
         TextError: a folder is no folder, or holds no picture that can be read.
+        BrokenPicture: one cannot be read, and `strict` was asked for.
     """
     generator = torch.Generator().manual_seed(seed)
     made: list[Tensor] = []
@@ -104,11 +120,13 @@ def read_pictures(sources: Sequence[Source], samples: int, seed: int, processor:
                 if len(rows) == count:
                     break
                 try:
-                    crop = _crop(left[place], generator)
-                except (OSError, ValueError, SyntaxError, _pillow().DecompressionBombError) as error:
-                    broken[str(left[place])] = first_line(error)[:120]
+                    square = crop(left[place], generator)
+                except BrokenPicture as error:
+                    if strict:
+                        raise
+                    broken[str(left[place])] = error.why
                     continue
-                rows.append(processor(images=crop, return_tensors="pt")["pixel_values"][0])
+                rows.append(pixels_of(square, processor))
             left = [path for path in left if str(path) not in broken]
             if not left:
                 path, why = next(iter(broken.items()))
@@ -119,11 +137,29 @@ def read_pictures(sources: Sequence[Source], samples: int, seed: int, processor:
     return Pictures(pixels, name, files, [f"{path}: {why}" for path, why in broken.items()])
 
 
-def _crop(path: Path, generator: torch.Generator) -> Any:
-    """A square of a picture, somewhere in it."""
-    with _pillow().open(path) as opened:
-        picture = opened.convert("RGB")
+def whole(path: Path) -> Any:
+    """A picture in colours.
+
+    Raises:
+        BrokenPicture: Pillow cannot read it.
+    """
+    try:
+        with _pillow().open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, _pillow().DecompressionBombError) as error:
+        raise BrokenPicture(path, first_line(error)[:120]) from None
+
+
+def crop(path: Path, generator: torch.Generator) -> Any:
+    """A square of a picture, somewhere in it; raises as `whole` does, before a number is drawn."""
+    picture = whole(path)
     scale, across, down = torch.rand(3, generator=generator).tolist()
     side = max(1, round(min(picture.size) * (_SMALLEST + (1 - _SMALLEST) * scale)))
     left, top = (round((length - side) * at) for length, at in zip(picture.size, (across, down), strict=True))
     return picture.crop((left, top, left + side, top + side))
+
+
+def pixels_of(picture: Any, processor: Any) -> Tensor:
+    """A picture as the model takes it, `[channels, height, width]` float32."""
+    made: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    return made.float()

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from tawny.cli.common import check_file, console_for
-from tawny.cli.eval_ import DEFAULT_TEXT, TASKS, TEXT, Bos, Compute, Limit, TaskFolder, Tasks, check_compute
+from tawny.cli.eval_ import (
+    DEFAULT_TEXT,
+    TASKS,
+    TEXT,
+    Bos,
+    Compute,
+    Labels,
+    Limit,
+    TaskFolder,
+    Tasks,
+    check_compute,
+)
 from tawny.cli.frames import Frame, Marked, Result, facts
 from tawny.cli.options import OUTPUT, AsJson, Device, Threads, TrustRemoteCode, option
 from tawny.cli.root import verb
@@ -39,6 +50,7 @@ def compare(
         "--windows N", "How many from the start of the text. Default: up to 20.", TEXT, min=1
     ),
     bos: Bos = None,
+    labels: Labels = None,
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
@@ -68,6 +80,7 @@ def compare(
                 seqlen=seqlen,
                 windows=windows,
                 bos=bos,
+                labels=labels,
                 tasks=tasks,
                 task_data=task_data,
                 limit=limit,

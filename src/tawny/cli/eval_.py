@@ -10,12 +10,21 @@ from tawny.cli.frames import Frame, Result, facts, table
 from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode, option, shared
 from tawny.cli.root import verb
 from tawny.machine import check_device
-from tawny.words import SHARES, duration, kl_text, perplexity_text, score_text, share_text, size
+from tawny.words import (
+    SHARES,
+    duration,
+    kl_text,
+    perplexity_text,
+    points_text,
+    score_text,
+    share_text,
+    size,
+)
 
 # Panels of `--help`.
 TEXT, TASKS = "On a text", "On questions"
 
-DEFAULT_TEXT = "wikitext2"
+DEFAULT_TEXT, DEFAULT_PICTURES = "wikitext2", "sample"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Bos = Annotated[
@@ -43,6 +52,14 @@ TaskFolder = Annotated[
     ),
 ]
 Limit = Annotated[int | None, shared("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
+Labels = Annotated[
+    str | None,
+    shared(
+        "--labels FILE.csv",
+        "Accuracy of a classifier on pictures (images:DIR): lines FILE,CLASS, or the word folder for DIR/CLASS/picture.",
+        TEXT,
+    ),
+]
 Compute = Annotated[str, shared("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)]
 
 
@@ -86,6 +103,10 @@ def eval_(
         "features are from this model's.",
         TEXT,
     ),
+    labels: Labels = None,
+    strict: bool = option(
+        "--strict", "Refuse a picture that cannot be read instead of skipping it.", TEXT, default=False
+    ),
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
@@ -97,7 +118,8 @@ def eval_(
 ) -> None:
     """Perplexity of MODEL on a text, its distance from a dense model there, and its zero-shot accuracy.
 
-    Encoders predict no next token: with --against it says how far their features are from the dense model's.
+    Encoders predict no next token: with --against it says how far their features are from the dense model's, and with
+    --labels how often a classifier of pictures is right.
     """
     with console_for(as_json) as console:
         check_compute(compute)
@@ -112,29 +134,24 @@ def eval_(
             check_tasks(tasks)
             find_sources(task_data)
         measured: dict[str, Any] = {}
-        if text or against is not None or tasks is None:
-            texts = text or [DEFAULT_TEXT]
-            keys: dict[str, Any] = {
-                "seqlen": seqlen or 2048,
-                "windows": windows,
-                "stride": stride,
-                "bos": bos,
-            }
-            common: dict[str, Any] = {"compute": compute, "device": device or "cpu"}
-            keys |= common
-            from tawny.evaluation.sources import reads_on
-
+        common: dict[str, Any] = {"compute": compute, "device": device or "cpu"}
+        if text or labels is not None or against is not None or tasks is None:
+            keys: dict[str, Any] = {"seqlen": seqlen, "windows": windows, "stride": stride, "bos": bos}
             with console.progress() as progress:
-                if against is not None and not reads_on(model):
+                common["progress"] = progress
+                if _shows_pictures(model, text, labels, strict, against is not None):
                     _check_encoder(model, stride, bos)
-                    common |= {"samples": windows, "seqlen": seqlen}
-                    found = tawny.features(model, against, text, progress=progress, **common)
-                    measured = {"features": found.to_dict()}
-                elif against is None:
-                    measured = tawny.evaluate(model, texts, progress=progress, **keys).to_dict()
+                    shown = {"samples": windows, "strict": strict, **common}
+                    if labels is not None:
+                        found = tawny.accuracy(
+                            model, text or DEFAULT_PICTURES, labels, dense=against, **shown
+                        )
+                        measured["accuracy"] = found.to_dict()
+                    if against is not None:
+                        moved = tawny.features(model, against, text, seqlen=seqlen, **shown)
+                        measured["features"] = moved.to_dict()
                 else:
-                    agreed = tawny.agreement(model, against, texts, progress=progress, **keys)
-                    measured = agreed.under_perplexity()
+                    measured = _on_text(model, text or [DEFAULT_TEXT], against, **keys, **common)
         if tasks is not None:
             with console.progress() as progress:
                 measured["tasks"] = tawny.evaluate_tasks(
@@ -142,12 +159,45 @@ def eval_(
                     tasks,
                     task_data=task_data,
                     limit=limit,
-                    compute=compute,
-                    device=device or "cpu",
                     cache=not no_cache,
-                    progress=progress,
+                    **{**common, "progress": progress},
                 ).to_dict()
         console.result(measured, evaluation_tables)
+
+
+def _on_text(model: str, texts: list[str], against: str | None, **keys: Any) -> dict[str, Any]:
+    """Perplexity, and with a dense model the distance from it."""
+    import tawny
+
+    keys["seqlen"] = keys["seqlen"] or 2048
+    if against is None:
+        return tawny.evaluate(model, texts, **keys).to_dict()
+    return tawny.agreement(model, against, texts, **keys).under_perplexity()
+
+
+def _shows_pictures(
+    model: str, text: list[str] | None, labels: str | None, strict: bool, against: bool
+) -> bool:
+    """Whether a model is measured by what it makes of samples, not by the next token of a text.
+
+    Raises:
+        RecipeError: labels or `strict` are given for a model that reads text, or labels without pictures.
+    """
+    if not (labels is not None or strict or against):
+        return False
+    from tawny.errors import RecipeError
+    from tawny.evaluation.sources import reads_on
+
+    wrong = [name for name, given in (("--labels", labels is not None), ("--strict", strict)) if given]
+    if not reads_on(model):
+        if labels is not None:
+            from tawny.evaluation.labels import check_labels
+
+            check_labels(labels, text or DEFAULT_PICTURES)
+        return labels is not None or against
+    if wrong:
+        raise RecipeError(f"{' and '.join(wrong)} go with pictures, and {model} reads text: leave them out")
+    return False
 
 
 def _check_encoder(model: str, stride: int | None, bos: bool | None) -> None:
@@ -190,8 +240,30 @@ def perplexity_tables(result: Result) -> list[Frame]:
 def evaluation_tables(result: Result) -> list[Frame]:
     """What `tawny eval` measured: a perplexity, tasks, or both."""
     tables = perplexity_tables(result) if "perplexity" in result else []
+    tables += accuracy_tables(result["accuracy"]) if "accuracy" in result else []
     tables += features_tables(result["features"]) if "features" in result else []
     return tables + (tasks_tables(result["tasks"]) if "tasks" in result else [])
+
+
+def accuracy_tables(result: Result) -> list[Frame]:
+    """How often a classifier is right, and beside it its dense model."""
+    rows = [("accuracy", f"{share_text(result['accuracy'], result['stderr'])} %")]
+    if result["dense"] is not None:
+        dense = share_text(result["dense"], result["dense_stderr"])
+        rows += [
+            ("dense accuracy", f"{dense} % ({result['against']})"),
+            ("difference", f"{points_text(result['difference'], result['difference_stderr'])} points"),
+        ]
+    left = [f"{result['unlabelled']:,} without a label"] * bool(result["unlabelled"])
+    left += [f"{len(result['skipped'])} cannot be read"] * bool(result["skipped"])
+    rows += [
+        ("pictures", f"{result['samples']:,} of {result['data']}" + f" ({', '.join(left)})" * bool(left)),
+        ("classes", f"{result['classes']:,}, labels {result['labels']}"),
+        ("computed in", result["compute"]),
+        ("time", duration(result["seconds"])),
+        ("peak memory", size(result["peak_memory"])),
+    ]
+    return [facts(rows)]
 
 
 def features_tables(result: Result) -> list[Frame]:

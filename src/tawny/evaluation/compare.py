@@ -30,6 +30,7 @@ from typing import IO, Any, cast
 
 from tawny.calibration.mixture import check_texts
 from tawny.errors import ModelError, TawnyError
+from tawny.evaluation.labels import check_labels
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
@@ -44,8 +45,8 @@ class Comparison:
     """`models` holds one dictionary a model, `setting` what all of them were asked.
 
     Keys of a model: `source`, `name`, `kind` (dense, pruned or packed), `sparsity`, `file_bytes`, `resident_bytes`,
-    `speed`, `perplexity` (with `agreement` but for the first) or `features` (of encoders, but for the first), `tasks`, and
-    `errors`, which says of each of these parts why it is missing.
+    `speed`, `perplexity` (with `agreement` but for the first) or `features` (of encoders, but for the first), `accuracy`,
+    `tasks`, and `errors`, which says of each of these parts why it is missing.
     """
 
     models: list[dict[str, Any]]
@@ -66,6 +67,7 @@ def compare(
     seqlen: int = 2048,
     windows: int | None = None,
     bos: bool | None = None,
+    labels: str | Path | None = None,
     tasks: str | Sequence[str] | None = None,
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -86,6 +88,7 @@ def compare(
         text: for perplexity and KL divergence; None leaves them out.
         windows: how many from the start of the text; at most 20 if None.
         bos: as for `evaluate`.
+        labels: of the pictures in `text`, for the accuracy of classifiers; as for `accuracy`.
         tasks: as for `evaluate_tasks`; none if None.
         speed: also prefill and decoding speed.
         rounds, prompt_tokens: as for `bench`.
@@ -105,6 +108,8 @@ def compare(
         from tawny.evaluation.tasks import check_tasks
 
         tasks = check_tasks(tasks)
+    if labels is not None:
+        check_labels(labels, text or "none")
     if text is not None and _read_on(named):
         windows = _windows(named, text, seqlen, windows, bos)
     setting: dict[str, Any] = {
@@ -112,6 +117,7 @@ def compare(
         "seqlen": seqlen,
         "windows": windows,
         "bos": bos,
+        "labels": None if labels is None else str(labels),
         "tasks": tasks,
         "task_data": None if task_data is None else str(task_data),
         "limit": limit,
@@ -258,6 +264,9 @@ def measure(
         # The first model, or one whose tokens are others.
         found = found or part("perplexity", lambda: _text(folder, None, setting, progress))
         row |= {"perplexity": found} if found else {}
+    if setting["labels"] is not None:
+        found = part("accuracy", lambda: _accuracy(folder, setting, progress))
+        row |= {"accuracy": found} if found else {}
     if setting["tasks"] is not None:
         found = part("tasks", lambda: _tasks(folder, setting, progress))
         row |= {"tasks": found} if found else {}
@@ -331,6 +340,14 @@ def _features(folder: Path, against: str, setting: dict[str, Any], progress: Pro
     return features(
         folder, against, setting["text"], samples=setting["windows"], seqlen=length, progress=progress, **keys
     ).to_dict()
+
+
+def _accuracy(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from tawny.evaluation.accuracy import accuracy
+
+    keys = {key: setting[key] for key in ("compute", "device")}
+    shown, labels = setting["text"], setting["labels"]
+    return accuracy(folder, shown, labels, samples=setting["windows"], progress=progress, **keys).to_dict()
 
 
 def _tasks(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def features(
     samples: int | None = None,
     seqlen: int | None = None,
     tokenizer: Any = None,
+    strict: bool = False,
     compute: str = "auto",
     device: str = "cpu",
     progress: Progress = silent,
@@ -97,6 +98,7 @@ def features(
         samples: windows from the start of the text, or crops of pictures; at most 1000, or 100 pictures, if None.
         seqlen: tokens a window; 128 if None, and never more than the model has positions for.
         tokenizer: of a live module and a text, or the image processor of one and pictures.
+        strict: refuse the first picture that cannot be read, instead of skipping it.
         compute: dtype of forwards: auto, float32, bfloat16 or float16.
         trust_remote_code: let code that lies in a model's folder run.
 
@@ -107,7 +109,7 @@ def features(
     start = time.perf_counter()
     opened = [open_stack_of(model, compute, device, progress.say) for model in (dense, source)]
     stacks = [stack for stack, _ in opened]
-    given, about = _samples(opened, data, samples, seqlen, tokenizer, progress)
+    given, about = _samples(opened, data, samples, seqlen, tokenizer, strict, progress)
     with evaluating(stacks[0].model), evaluating(stacks[1].model):
         streams = [
             _through(stack, given, progress, f"{name} model")
@@ -136,6 +138,7 @@ def _samples(
     samples: int | None,
     seqlen: int | None,
     tokenizer: Any,
+    strict: bool,
     progress: Progress,
 ) -> tuple[Samples, dict[str, Any]]:
     """What both models are shown, and how it is called."""
@@ -149,7 +152,8 @@ def _samples(
         given, about = data if isinstance(data, Samples) else Samples(data), {"data": "given", "sha256": ""}
     elif kinds[0] != TOKENS:
         pictures = PICTURES if data is None else data
-        read = read_inputs(stack, folder, pictures, samples or MOST_PICTURES, _SEED, tokenizer, progress.say)
+        how: dict[str, Any] = {"processor": tokenizer, "say": progress.say, "strict": strict}
+        read = read_inputs(stack, folder, pictures, samples or MOST_PICTURES, _SEED, **how)
         given, about = read[0], {"data": read[1]["name"], "sha256": read[1]["sha256"]}
     else:
         length = min(seqlen_of(each.model, seqlen or SEQLEN) for each, _ in opened)

@@ -164,7 +164,7 @@ def load_of(job: Job, budget: int | None) -> tuple[Load, list[str]]:
     wanted, notes = job.recipe.calibration, []
     model = job.stack.model
     if input_of(model) != TOKENS:
-        one, _ = read_inputs(job.stack, job.folder, wanted.text, 1, job.recipe.seed)
+        one, _ = read_inputs(job.stack, job.folder, wanted.text, 1, job.recipe.seed, strict=wanted.strict)
         return Load(wanted.samples, one.seqlen, 0), []
     seqlen = seqlen_of(model, wanted.seqlen)
     sources = parse_texts(wanted.text)

@@ -417,7 +417,8 @@ def _without_text(
     if given is None:
         wanted, seed, say = job.recipe.calibration, job.recipe.seed, progress.say
         with clock("text"):
-            return read_inputs(job.stack, job.folder, wanted.text, wanted.samples, seed, processor, say)
+            how: dict[str, Any] = {"processor": processor, "say": say, "strict": wanted.strict}
+            return read_inputs(job.stack, job.folder, wanted.text, wanted.samples, seed, **how)
     samples = _samples_of(given, job.stack)
     if TOKENS in samples.inputs:
         check_context(job.stack.model, samples.seqlen)

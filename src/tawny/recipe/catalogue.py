@@ -38,7 +38,7 @@ _KEYS = {
     "allocator": "how blocks share the budget, and its options",
     "solver": "how a linear is pruned, and its options",
     "pattern": "which weights may go together",
-    "calibration": "text, samples, seqlen, repeat, bos",
+    "calibration": "text, samples, seqlen, repeat, bos, strict",
     "seed": "chooses the windows of text",
     "include": "globs of linears to prune, of all",
     "exclude": "globs of linears to leave alone",

@@ -14,7 +14,8 @@ What this file promises:
   numbers are in range. A mistake is one `RecipeError` line with the key, the value and the nearest name.
 - `Recipe.from_mapping(recipe.to_mapping()) == recipe`, with every default spelled out, so that a recipe kept
   in `run.json` means the same to a later version whose defaults moved.
-- `fingerprint()` is the same on every machine for the same recipe and differs for any other.
+- `fingerprint()` is the same on every machine for the same recipe and differs for any other,
+  but for `calibration.strict`, which lets a run end or not and changes none.
 
 merge.py puts a recipe together from a base and changes; files.py reads and writes it.
 """
@@ -94,7 +95,7 @@ class Calibration:
 
     The last share `repeat` of each window repeats what stood before it. `bos` true begins each window with BOS; false
     leaves BOS to the window at the beginning of the text. None does what the tokenizer does, and what the papers do under
-    `compat: official`.
+    `compat: official`. `strict` refuses the first picture that cannot be read, instead of skipping it.
     """
 
     text: TextNames = "c4"
@@ -102,6 +103,7 @@ class Calibration:
     seqlen: Annotated[int, Field(ge=2)] = 2048
     repeat: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     bos: bool | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -253,8 +255,10 @@ class Recipe:
         return plain
 
     def fingerprint(self) -> str:
-        """64 hex digits that name this recipe: the SHA-256 of its canonical JSON."""
-        canonical = json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
+        """64 hex digits that name this recipe: the SHA-256 of its canonical JSON, without what changes no result."""
+        plain = self.to_mapping()
+        del plain["calibration"]["strict"]
+        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def make_allocator(self) -> Any:

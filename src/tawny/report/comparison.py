@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tawny.report.pages import render, write_beside
-from tawny.words import SHARES, kl_text, percent, perplexity_text, score_text, share_text, size
+from tawny.words import SHARES, kl_text, percent, perplexity_text, points_text, score_text, share_text, size
 
 _NOTHING = "–"
 Better = Literal["lower", "higher"]
@@ -70,6 +70,7 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
     add(f"same nearest as {first}", "%", lambda m: _feature(m, "neighbours", share_text), "higher")
     add(f"KL from {first} a sample", "nats", lambda m: _feature(m, "kl", kl_text), "lower")
     add(f"same class as {first}", "%", lambda m: _feature(m, "top1", share_text), "higher")
+    add("accuracy", "%", _accuracy, "higher", _points)
     asked = [task for m in models for task in m.get("tasks", {}).get("tasks", ())]
     for name, metric in {task["name"]: task["metric"] for task in asked}.items():
         read = partial(_task, name=name, metric=metric)
@@ -116,7 +117,7 @@ def _times(value: float, reference: float) -> str:
 
 
 def _points(value: float, reference: float) -> str:
-    return f"{100 * (value - reference):+.1f}".replace("-", "−")
+    return points_text(value - reference, 0)
 
 
 def _agreed(model: Mapping[str, Any], key: str, show: Callable[[float, float], str]) -> Found:
@@ -127,6 +128,11 @@ def _agreed(model: Mapping[str, Any], key: str, show: Callable[[float, float], s
 def _feature(model: Mapping[str, Any], key: str, show: Callable[[float, float], str]) -> Found | None:
     found = model["features"]
     return None if found[key] is None else (found[key], show(found[key], found[f"{key}_stderr"]))
+
+
+def _accuracy(model: Mapping[str, Any]) -> Found:
+    found = model["accuracy"]
+    return found["accuracy"], share_text(found["accuracy"], found["stderr"])
 
 
 def _latency(model: Mapping[str, Any]) -> Found:
@@ -175,6 +181,11 @@ def caption(result: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Features of {features['samples']:,} samples of {features['data']}, {features['seqlen']} positions each. "
             "± is the standard error over samples."
+        )
+    shown = next((m["accuracy"] for m in models if "accuracy" in m), None)
+    if shown is not None:
+        said.append(
+            f"Accuracy on {shown['samples']:,} pictures of {shown['data']}, {shown['classes']:,} classes. ± is the standard error."
         )
     tasks = next((m["tasks"] for m in models if "tasks" in m), None)
     if tasks is not None:
