@@ -14,6 +14,7 @@ from tawny.errors import Interrupted, RecipeError
 from tawny.progress import Silent
 from tawny.pruning import plan as plan_module
 from tawny.pruning.journal import Journal
+from tests.encoders import tiny_encoder
 from tests.tiny import tiny_model, tokens
 
 
@@ -159,3 +160,15 @@ def test_a_plan_counts_what_an_allocator_measures_beside_statistics(tmp_path, mo
     seconds = {name: plan.seconds["profile"] for name, plan in planned.items()}
     assert seconds["uniform"] == 0
     assert seconds["alpha"] == seconds["blend"] == pytest.approx(Alpha().work(linears) / 1e6, abs=0.06)
+
+
+def test_an_encoder_that_is_not_pruned_uniformly_is_warned_of():
+    said = {}
+    for model in (tiny_encoder("bert"), tiny_model("llama")):
+        for allocator in ("atp", "uniform"):
+            pruned = copy.deepcopy(model)
+            record = tawny.prune(pruned, sparsity=0.5, solver="magnitude", allocator=allocator)
+            said[type(model).__name__, allocator] = record.warnings
+    encoder = said.pop(("BertModel", "atp"))
+    assert len(encoder) == 1 and "uniform kept more than atp: try -a uniform" in encoder[0]
+    assert list(said.values()) == [[], [], []]

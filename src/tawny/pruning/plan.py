@@ -28,7 +28,7 @@ from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, available, parse_size, place, sharing_inputs
-from tawny.pruning.prepare import Job, decoded, demand_of, prepare, profile_count
+from tawny.pruning.prepare import Job, demand_of, prepare, profile_count, warned
 from tawny.pruning.profiling import spend
 from tawny.pruning.refine import holds_out
 from tawny.recipe.merge import resolve_recipe
@@ -153,7 +153,7 @@ def plan(
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },
         seconds=seconds_of(job, load),
-        notes=decoded(checkpoint) + rounded + _notes(job, allocation is None) + notes,
+        notes=warned(job) + rounded + _notes(job, allocation is None) + notes,
         reads_text=job.needs_samples,
         seqlen=load.seqlen,
     )

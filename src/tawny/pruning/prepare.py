@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PROFILE_TOKENS", "Job", "decoded", "demand_of", "prepare", "profile_count"]
+__all__ = ["PROFILE_TOKENS", "Job", "demand_of", "prepare", "profile_count", "warned"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,12 @@ from tawny.allocation.profile import Allocator, LinearInfo
 from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
 from tawny.model.biases import bias_settings
-from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
+from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.couplings import Coupling, couple
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.source import resolve
 from tawny.model.stack import Stack, live_stack
+from tawny.model.structure import predicts_tokens
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
 from tawny.patterns import AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
@@ -210,15 +211,18 @@ def _check_whole_blocks(
             )
 
 
-def decoded(checkpoint: Checkpoint | None) -> list[str]:
-    """What whoever prunes a quantised checkpoint has to know: the result is larger. Empty for others."""
-    if checkpoint is None or not checkpoint.coded:
-        return []
-    dense = checkpoint.bytes_in(None)
-    return [
-        f"{checkpoint.folder.name} is stored as {checkpoint.stored_as} ({size(file_bytes(checkpoint.folder))}) and is written dense "
-        f"({size(dense)}); `tawny pack` makes it smaller"
-    ]
+def warned(job: Job) -> list[str]:
+    """What whoever prunes this has to know: that the result is larger, or that another choice was measured to keep more."""
+    said, checkpoint, allocator = [], job.stack.checkpoint, job.recipe.allocator.name
+    if checkpoint is not None and checkpoint.coded:
+        said.append(
+            f"{checkpoint.folder.name} is stored as {checkpoint.stored_as} ({size(file_bytes(checkpoint.folder))}) and is written "
+            f"dense ({size(checkpoint.bytes_in(None))}); `tawny pack` makes it smaller"
+        )
+    weights = not (job.couplings or job.removes_blocks)
+    if weights and not (predicts_tokens(job.stack.model) or allocator == "uniform" or job.allocator.as_given):
+        said.append(f"of the encoders that were measured, uniform kept more than {allocator}: try -a uniform")
+    return said
 
 
 def profile_count(recipe: Recipe, samples: int, seqlen: int) -> int:
