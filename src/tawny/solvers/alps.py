@@ -254,8 +254,8 @@ class Alps(Solver):
         best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
         chunks = parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1]))
         rho = before = max(_GRID_RHO, self.rho)
+        inverse_II = scaled.inverse(rho)
         for step in range(1, _GRID_STEPS + 1):
-            inverse_II = scaled.inverse(rho)
             assert inverse_II is not None  # `prepare` has made one for a ρ that is no larger
             for chunk in chunks:
                 right_CI = T_OI[chunk].new_empty(T_OI[chunk].shape, dtype=inverse_II.dtype)
@@ -284,8 +284,10 @@ class Alps(Solver):
                     best_OI[chunk] = torch.where(better_C[:, None], grid_OI[chunk], best_OI[chunk])
                     best_OS[chunk] = torch.where(better_C[:, None], scales_OS[chunk], best_OS[chunk])
             before = rho
-            if step % _CHECK == 0:
+            if step % _CHECK == 0 and step < _GRID_STEPS:
                 rho *= _GRID_GROWTH
+                inverse_II = None  # before the next one needs its memory
+                inverse_II = scaled.inverse(rho)
         scaled.forget()
         lost = float(lost_O.sum(dtype=torch.float64))
         return Solution(best_OI, keep_OI, solution.notes, lost, best_OS)
