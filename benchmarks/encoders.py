@@ -1,7 +1,7 @@
 """Which encoders Tawny prunes and packs: tiny models of the usual families of text, vision and speech encoders, measured.
 
     python benchmarks/encoders.py                      # all of them, in some minutes
-    python benchmarks/encoders.py --only bert vit      # some, only printed
+    python benchmarks/encoders.py --only bert vit      # some, only printed; with --json PATH put into that file
 
 Of each family a tiny random model in float32 is made (hidden size 32, three blocks), saved, and taken through three steps, each
 of which is checked:
@@ -62,7 +62,10 @@ SWIN = {
     "num_heads": [2, 4],
     "window_size": 4,
 }
-CONVNEXT = {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2}
+CONVNEXT = {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2, "image_size": 32}
+CONVNEXT |= {"layer_scale_init_value": 0.5}
+FOCALNET = {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "focal_levels": [2, 2]}
+PYRAMID = {"hidden_sizes": [16, 32, 64, 128], "num_attention_heads": [1, 2, 4, 8], "image_size": 64}
 SPEECH = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 _CONVOLVED = {
     "conv_dim": (32, 32),
@@ -103,8 +106,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip vision": ("siglip.SiglipVisionModel", VISION),
     "swin": ("swin.SwinModel", SWIN),
     "swinv2": ("swinv2.Swinv2Model", SWIN),
+    "swin, classes": ("swin.SwinForImageClassification", {**SWIN, "num_labels": 7}),
     "convnext": ("convnext.ConvNextModel", CONVNEXT),
     "convnextv2": ("convnextv2.ConvNextV2Model", CONVNEXT),
+    "focalnet": ("focalnet.FocalNetModel", {**FOCALNET, "focal_windows": [3, 3]}),
+    "pvt": ("pvt.PvtModel", PYRAMID),
+    "pvt v2": ("pvt_v2.PvtV2Model", PYRAMID),
+    "segformer": ("segformer.SegformerModel", PYRAMID),
     "whisper encoder": (
         "whisper.WhisperEncoder",
         {
@@ -139,8 +147,9 @@ def inputs_of(model: Any, samples: int = 8, seed: int = 0) -> dict[str, Tensor]:
     generator, name, config = torch.Generator().manual_seed(seed), model.main_input_name, model.config
     if name == "input_ids":
         return {name: torch.randint(3, 256, (samples, 24), generator=generator)}
+    size = getattr(config, "image_size", 32)
     shapes = {
-        "pixel_values": (samples, 3, getattr(config, "image_size", 32), getattr(config, "image_size", 32)),
+        "pixel_values": (samples, 3, *((size, size) if isinstance(size, int) else size)),
         "input_features": (
             samples,
             getattr(config, "num_mel_bins", 8),
@@ -215,21 +224,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", choices=list(FAMILIES))
-    chosen = parser.parse_args().only
+    parser.add_argument("--json", type=Path, help="results file; with --only, other families in it are kept")
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = []
-    for family in chosen or FAMILIES:
+    path = args.json or (None if args.only else RESULTS)
+    rows: dict[str, dict[str, Any]] = {}
+    if args.only and path is not None and path.exists():
+        rows = {row["family"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    for family in args.only or FAMILIES:
         with tempfile.TemporaryDirectory() as work:
-            rows.append(tried(family, Path(work)))
-        print(json.dumps(rows[-1]), flush=True)
-    if not chosen:
+            rows[family] = tried(family, Path(work))
+        print(json.dumps(rows[family]), flush=True)
+    if path is not None:
         result = {
             "machine": machine(),
             "versions": versions(),
             "date": str(datetime.date.today()),
-            "rows": rows,
+            "rows": [rows[family] for family in FAMILIES if family in rows],
         }
-        write(RESULTS, (json.dumps(result, indent=1) + "\n").encode())
+        write(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,13 @@ _TEXT = {
 }
 _VISION = {k: v for k, v in _TEXT.items() if k[0] in "hni"} | {"image_size": 32, "patch_size": 8}
 _SWIN = {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+_CONVNEXT = {
+    "image_size": 32,
+    "hidden_sizes": [16, 32],
+    "depths": [2, 2],
+    "num_stages": 2,
+    "layer_scale_init_value": 0.5,
+}
 _WHISPER = {
     "d_model": 32,
     "encoder_layers": 3,
@@ -39,6 +46,9 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("dinov2.Dinov2Model", {**_VISION, "mlp_ratio": 2}),
     "whisper": ("whisper.WhisperEncoder", _WHISPER),
     "swin": ("swin.SwinModel", _SWIN),
+    "swin, classes": ("swin.SwinForImageClassification", {**_SWIN, "num_labels": 7}),
+    "swin, maps": ("swin.SwinBackbone", {**_SWIN, "out_features": ["stage1", "stage2"]}),
+    "convnext": ("convnext.ConvNextModel", _CONVNEXT),
 }
 
 

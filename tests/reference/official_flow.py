@@ -15,7 +15,18 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
-def _squared_norms(model: Any, block: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def _shown(model: Any, inputs: Any) -> None:
+    """Run the model on one sample after another: tokens, or pixels by the name that its forward gives them."""
+    if isinstance(inputs, torch.Tensor):
+        for row in inputs:
+            model(input_ids=row[None], use_cache=False)
+        return
+    ((name, rows),) = inputs.items()
+    for row in rows:
+        model(**{name: row[None]})
+
+
+def _squared_norms(model: Any, block: nn.Module, ids: Any) -> dict[str, torch.Tensor]:
     """Running mean over samples of each input column's squared norm, in the model's own whole forward."""
     sums: dict[str, torch.Tensor] = {}
     seen: dict[str, int] = {}
@@ -32,14 +43,13 @@ def _squared_norms(model: Any, block: nn.Module, ids: torch.Tensor) -> dict[str,
 
     handles = [module.register_forward_hook(hook(name)) for name, module in linears(block).items()]
     with torch.no_grad():
-        for row in ids:
-            model(input_ids=row[None], use_cache=False)
+        _shown(model, ids)
     for handle in handles:
         handle.remove()
     return sums
 
 
-def outlier_shares(model: Any, blocks: Any, ids: torch.Tensor, M: float) -> list[float]:
+def outlier_shares(model: Any, blocks: Any, ids: Any, M: float) -> list[float]:
     shares = []
     for block in blocks:
         norms = _squared_norms(model, block, ids)
@@ -58,7 +68,7 @@ def owl_ratios(shares: list[float], lam: float, sparsity: float) -> list[float]:
     return [1 - (d + shift) for d in density]
 
 
-def prune_wanda(model: Any, blocks: Any, ids: torch.Tensor, ratios: list[float]) -> None:
+def prune_wanda(model: Any, blocks: Any, ids: Any, ratios: list[float]) -> None:
     """In place: each block on the activations of the pruned prefix; int(in·ratio) a row, stable sort."""
     for block, ratio in zip(blocks, ratios, strict=True):
         norms = _squared_norms(model, block, ids)

@@ -38,4 +38,5 @@ def inspection_tables(inspection: Result) -> list[Frame]:
         ("parameters", f"{inspection['parameters']:,}{tied}"),
         ("files", f"{size(inspection['bytes'])}, stored as {inspection['stored']}"),
     ]
+    rows += [("dense", line) for line in inspection["dense"]]
     return [made, facts(rows)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import gguf_behind, gguf_form, resolve
+from tawny.model.structure import staying_dense
 from tawny.model.trust import opens_models
 from tawny.packed.opening import open_stack
 from tawny.patterns import matches
@@ -38,7 +39,9 @@ class LinearInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All prunable linears of a checkpoint, and its parameters as a whole; `stored` says how most of its files hold it."""
+    """All prunable linears of a checkpoint, and its parameters as a whole; `stored` says how most of its files hold it.
+
+    `dense` names, in one line, convolutions and linears that a model of several stacks has outside what is pruned."""
 
     source: str
     stored: str
@@ -49,6 +52,7 @@ class Inspection:
     bytes: int
     blocks: int
     tied_head: bool
+    dense: list[str] = field(default_factory=list)
     linears: list[LinearInspection] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,5 +123,6 @@ def inspect(
         bytes=file_bytes(folder),
         blocks=len(stack),
         tied_head=bool(getattr(stack.config.get_text_config(), "tie_word_embeddings", False)),
+        dense=staying_dense(stack.model, stack.structure),
         linears=found,
     )

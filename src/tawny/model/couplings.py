@@ -95,6 +95,7 @@ def couple(
                     "linears of a coupling, or none"
                 )
         made.append([coupling for coupling in wanted if coupling.linears[0].name in names])
+        _refuse_shared(made[-1])
     for kind in kinds:
         if not any(coupling.kind == kind for couplings in made for coupling in couplings):
             raise ModelError(
@@ -124,7 +125,7 @@ def find_couplings(stack: Stack) -> list[list[Coupling]]:
     Blocks of the same class and linears are looked at once.
     """
     inputs = probe_of(stack)
-    calls, hidden = stack.calls(inputs), stack.enter(inputs)
+    calls = stack.calls(inputs)
     known: dict[object, tuple[int, list[Coupling]]] = {}
     found = []
     for index in range(len(stack)):
@@ -133,7 +134,7 @@ def find_couplings(stack: Stack) -> list[list[Coupling]]:
         alike = tuple((x.name[prefix:], x.shape) for x in linears)
         if alike not in known:
             with stack.block(index):
-                known[alike] = prefix, _Probe(stack, index, linears, calls[index], hidden.shape).couplings()
+                known[alike] = prefix, _Probe(stack, index, linears, calls[index]).couplings()
         by_tail = {x.name[prefix:]: x for x in linears}
         first, couplings = known[alike]
         found.append([_moved(coupling, first, by_tail) for coupling in couplings])
@@ -144,6 +145,19 @@ def _moved(coupling: Coupling, prefix: int, by_tail: Mapping[str, Linear]) -> Co
     """The same coupling in another block, whose linears are known by their names without the block's own."""
     producers = tuple(Rows(by_tail[x.linear.name[prefix:]], x.index_GR) for x in coupling.producers)
     return Coupling(coupling.kind, producers, by_tail[coupling.consumer.name[prefix:]], coupling.columns_GC)
+
+
+def _refuse_shared(couplings: Sequence[Coupling]) -> None:
+    """Refuse a linear that would lose rows to one coupling and columns to another: each linear has one sparsity."""
+    owners: dict[str, Coupling] = {}
+    for coupling in couplings:
+        for linear in coupling.linears:
+            other = owners.setdefault(linear.name, coupling)
+            if other is not coupling:
+                raise ModelError(
+                    f"{linear.name} belongs to the {other.kind} of {other.name} and to the {coupling.kind} of {coupling.name}: "
+                    "remove one kind alone, or leave it out with -o exclude=GLOB"
+                )
 
 
 def _refuse_tied(stack: Stack, linears: Sequence[Linear]) -> None:
@@ -165,14 +179,12 @@ def _refuse_tied(stack: Stack, linears: Sequence[Linear]) -> None:
 class _Probe:
     """Finds the couplings of one loaded block."""
 
-    def __init__(
-        self, stack: Stack, index: int, linears: Sequence[Linear], call: Call, shape: torch.Size
-    ) -> None:
+    def __init__(self, stack: Stack, index: int, linears: Sequence[Linear], call: Call) -> None:
         self.stack, self.index, self.call = stack, index, call
         self.linears = [linear for linear in linears if linear.expert is None]
         self.experts = [linear for linear in linears if linear.expert is not None]
         self.random = torch.Generator().manual_seed(0)
-        self.hidden = self._normal(*shape)
+        self.hidden = self._normal(*call.shape)
 
     def _normal(self, *shape: int) -> Tensor:
         made = torch.randn(shape, generator=self.random)
@@ -200,7 +212,7 @@ class _Probe:
         return proven + self._of_experts()
 
     def _forward(self) -> Tensor:
-        return self.stack.differentiable(self.index, self.hidden, self.call)
+        return self.stack.alone(self.index, self.hidden, self.call)
 
     @contextlib.contextmanager
     def _hooked(self, received: Callable[..., Any], made: Callable[..., Any]) -> Iterator[None]:
@@ -224,7 +236,7 @@ class _Probe:
             """For each producer `[tokens, rows]` bool: whether some of the columns depend on it there."""
             cotangent = self._normal(*x.shape) * columns_I.to(x)
             if last_token:
-                cotangent[..., :-1, :] = 0
+                cotangent.view(-1, width)[:-1] = 0
             made = torch.autograd.grad(
                 x, list(leaves.values()), cotangent, retain_graph=True, allow_unused=True
             )

@@ -183,14 +183,19 @@ def is_plain(module: nn.Module) -> bool:
     return False
 
 
-def prunable_numel(block: nn.Module) -> int:
-    """Weights in linears, those included that another kind of storage (packed) puts out of pruning's reach."""
-    found = sum(linear.numel for linear in linears_of(block, ""))
+def products_of(block: nn.Module) -> list[tuple[int, int]]:
+    """`(out, in)` of all linears, those included that another kind of storage (packed) puts out of pruning's reach."""
+    found = [linear.shape for linear in linears_of(block, "")]
     for module in block.modules():
         if not isinstance(module, nn.Linear) and hasattr(module, "in_features"):
             shape: Any = module
-            found += int(shape.in_features) * int(shape.out_features)
+            found.append((int(shape.out_features), int(shape.in_features)))
     return found
+
+
+def prunable_numel(block: nn.Module) -> int:
+    """Weights in the linears of `products_of`."""
+    return sum(rows * columns for rows, columns in products_of(block))
 
 
 def select(linears: Sequence[Linear], include: Sequence[str], exclude: Sequence[str]) -> list[Linear]:

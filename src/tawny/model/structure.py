@@ -1,28 +1,140 @@
 """What a module shows of itself: where its blocks are, whether they share weights, and the mode it is in.
 
 The stack is the `nn.ModuleList` of same-class modules that holds most linear weights; nothing is known by name.
+Where each of these modules holds a list of blocks itself, and no width is common to all of the lists, the model has several
+stacks, one behind the other (Swin, ConvNeXt). Experts are such lists too, but all of them take the width of the model.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "Blocks",
     "check_unshared",
     "evaluating",
+    "find_blocks",
     "find_stack",
     "head_of",
     "input_of",
     "pixels_for",
     "predicts_tokens",
+    "staying_dense",
 ]
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tawny.errors import ModelError
-from tawny.model.linears import linears_of, prunable_numel
+from tawny.model.linears import linears_of, products_of, prunable_numel
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a model, in the order they lie in it.
+
+    Attributes:
+        path: module path of the list that holds them all.
+        names: module path of each.
+        starts: number of the first block of each stack; most models have one stack.
+        widths: for each stack, what the width of its hidden states may be, by the shapes of its linears.
+    """
+
+    path: str
+    names: Sequence[str]
+    modules: Sequence[nn.Module]
+    starts: Sequence[int]
+    widths: Sequence[frozenset[int]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def stack_of(self, index: int) -> int:
+        """The number of the stack that block `index` belongs to."""
+        return sum(start <= index for start in self.starts) - 1
+
+    def ends_stack(self, index: int) -> bool:
+        """Whether another stack follows block `index`."""
+        return index + 1 in self.starts
+
+    def hold(self, name: str) -> bool:
+        """Whether a module or parameter lies in a block."""
+        return name.startswith(tuple(f"{block}." for block in self.names))
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """The blocks of `model`, of one stack or several.
+
+    Raises:
+        ModelError: as `find_stack` does.
+    """
+    path, outer = find_stack(model)
+    stacks = _stacks_in(outer) or {"": outer}
+    names = [
+        ".".join(filter(None, (path, inner, str(index))))
+        for inner, blocks in stacks.items()
+        for index in range(len(blocks))
+    ]
+    lengths = [len(blocks) for blocks in stacks.values()]
+    return Blocks(
+        path,
+        names,
+        [block for blocks in stacks.values() for block in blocks],
+        [sum(lengths[:number]) for number in range(len(lengths))],
+        [_widths(blocks) for blocks in stacks.values()],
+    )
+
+
+def _stacks_in(outer: nn.ModuleList) -> dict[str, nn.ModuleList] | None:
+    """The lists of blocks that the members of a list hold, by path below it; None where they are no stacks."""
+    stacks: dict[str, nn.ModuleList] = {}
+    tails: set[str] = set()
+    for number, member in enumerate(outer):
+        found = [(prunable_numel(held), tail, held) for tail, held in _lists(member)]
+        size, tail, held = max(found, key=lambda each: each[0], default=(0, "", outer))
+        if size <= prunable_numel(member) / 2:
+            return None
+        tails.add(tail)
+        stacks[".".join(filter(None, (str(number), tail)))] = held
+    kinds = {type(block) for held in stacks.values() for block in held}
+    widths = [_widths(held) for held in stacks.values()]
+    apart = all(widths) and not frozenset.intersection(*widths)
+    return stacks if apart and len(tails) == len(kinds) == 1 else None
+
+
+def _lists(module: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    for path, held in module.named_modules():
+        if isinstance(held, nn.ModuleList) and len(held) and len({type(block) for block in held}) == 1:
+            yield path, held
+
+
+def _widths(blocks: nn.ModuleList) -> frozenset[int]:
+    """Numbers that are the inputs or the outputs of more than half of the linears."""
+    shapes = [set(shape) for block in blocks for shape in products_of(block)]
+    counts = Counter(size for shape in shapes for size in shape)
+    return frozenset(size for size, count in counts.items() if count > len(shapes) / 2)
+
+
+def staying_dense(model: nn.Module, blocks: Blocks) -> list[str]:
+    """One line that names what is not pruned in a model of several stacks: convolutions, and linears between the stacks.
+
+    Empty for a model of one stack, whose other weights are embeddings, norms and heads.
+    """
+    if len(blocks.starts) == 1:
+        return []
+    stay = Counter(
+        re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd)
+        or (isinstance(module, nn.Linear) and name.startswith(blocks.path + ".") and not blocks.hold(name))
+    )
+    named = ", ".join(name if count == 1 else f"{name} ({count})" for name, count in stay.items())
+    return [f"convolutions and linears between the stacks stay dense: {named}"] if stay else []
 
 
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -32,11 +144,10 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         ModelError: no list of same-class modules with linear weights exists.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1:
-            size = sum(prunable_numel(block) for block in module)
-            if size and (best is None or size > best[0]):
-                best = (size, path, module)
+    for path, module in _lists(model):
+        size = sum(prunable_numel(block) for block in module)
+        if size and (best is None or size > best[0]):
+            best = (size, path, module)
     if best is None:
         raise ModelError(
             f"{type(model).__name__} holds no list of blocks with linear weights; expected a transformer whose blocks are all "
@@ -101,15 +212,15 @@ def check_unshared(model: nn.Module) -> None:
     Raises:
         ModelError: names two places that hold the same parameter.
     """
-    path, blocks = find_stack(model)
+    blocks = find_blocks(model)
     owners: dict[int, tuple[int, str]] = {}
     held: dict[tuple[int, int | None], str] = {}
-    for index, block in enumerate(blocks):
-        for name, parameter in block.named_parameters(prefix=f"{path}.{index}", remove_duplicate=False):
+    for index, (path, block) in enumerate(zip(blocks.names, blocks.modules, strict=True)):
+        for name, parameter in block.named_parameters(prefix=path, remove_duplicate=False):
             owner, first = owners.setdefault(id(parameter), (index, name))
             if owner != index:
                 raise _shared(first, name)
-        for linear in linears_of(block, f"{path}.{index}"):
+        for linear in linears_of(block, path):
             place = (id(getattr(linear.module, linear.parameter)), linear.expert)
             if held.setdefault(place, linear.key) != linear.key:
                 raise _shared(held[place], linear.key)

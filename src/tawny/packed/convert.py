@@ -27,7 +27,7 @@ from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.output import OutputFolder, index_of
 from tawny.model.source import resolve
-from tawny.model.structure import find_stack
+from tawny.model.structure import find_blocks, staying_dense
 from tawny.model.tensorfile import DTYPES, header_for, raw
 from tawny.model.trust import opens_models
 from tawny.packed import format
@@ -104,7 +104,7 @@ class _Packing:
         self.checkpoint = Checkpoint(folder)
         self.model: Any = open_skeleton(folder, torch.float32)
         self.checkpoint.map_to(self.model)
-        self.path, self.blocks = find_stack(self.model)
+        self.blocks = find_blocks(self.model)
         self.linears: list[LinearForm] = []
         self.untouched: list[str] = []
         self.rounded = 0
@@ -118,9 +118,8 @@ class _Packing:
             for key, shape in checkpoint.shapes.items()
         )
 
-    def block(self, index: int) -> None:
-        name = f"{self.path}.{index}"
-        found = linears_of(self.blocks[index], name)
+    def block(self, name: str, module: torch.nn.Module) -> None:
+        found = linears_of(module, name)
         by_key = {linear.key: linear for linear in found if linear.expert is None and is_plain(linear.module)}
         own = {linear.key for linear in found} - by_key.keys()
         fused = experts_by_parameter(found)
@@ -294,9 +293,9 @@ def pack(
                 )
         work = _Packing(folder, writer, choice)
         progress.phase("packing", len(work.blocks))
-        for index in range(len(work.blocks)):
-            work.block(index)
-            progress.step(f"{work.path}.{index}")
+        for name, block in zip(work.blocks.names, work.blocks.modules, strict=True):
+            work.block(name, block)
+            progress.step(name)
         work.ends()
         method = {
             "quant_method": METHOD,
@@ -310,6 +309,8 @@ def pack(
         _record(output, folder, {**choice.told, "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]
         tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched), work.rounded)
+        for line in staying_dense(work.model, work.blocks):
+            progress.say(line)
         output.finish()
     finally:
         output.discard()

@@ -17,7 +17,7 @@ from torch import nn
 
 from tawny.errors import ModelError, NumericalError, UserError
 from tawny.model.linears import Linear, is_plain, linears_of
-from tawny.model.structure import find_stack
+from tawny.model.structure import find_blocks
 from tawny.packed.choice import Choice, experts_by_parameter, tell
 from tawny.packed.experts import PackedExperts
 from tawny.packed.format import PackedTensor
@@ -69,14 +69,14 @@ def pack_model(
             f"{type(model).__name__} is packed already; expected a dense model: load it again and pack it once, with "
             "values and head together"
         )
-    path, blocks = find_stack(model)
+    blocks = find_blocks(model)
     _check_head(model, head)
     work = _Packing(model, choice)
     progress.phase("packing", len(blocks))
     try:
-        for index, block in enumerate(blocks):
-            work.block(linears_of(block, f"{path}.{index}"))
-            progress.step(f"{path}.{index}")
+        for name, block in zip(blocks.names, blocks.modules, strict=True):
+            work.block(linears_of(block, name))
+            progress.step(name)
         work.ends()
     except BaseException as error:
         if work.packed:

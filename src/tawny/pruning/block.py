@@ -119,7 +119,8 @@ class LoadedBlock:
         assert self.stream is not None
         limit = HELD_BYTES if self.session.placement is None else self.session.placement.held_bytes
         samples = self.stream.samples
-        return held_bytes(self.job.stack, self.linears, len(samples) * samples.seqlen) <= limit
+        here = {self.index: self.linears}
+        return held_bytes(self.job.stack, here, len(samples) * samples.seqlen) <= limit
 
     def _lockstep(
         self, stream: Stream, stages: Sequence[Stage]

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from tawny.allocation.profile import Allocation
 from tawny.errors import ModelError, NumericalError, RecipeError
-from tawny.model.stack import Stack
+from tawny.model.couplings import probe_of
+from tawny.model.stack import TOKENS, Stack
 from tawny.model.streams import Samples, Stream
+from tawny.model.structure import head_of, input_of
 from tawny.pruning.block import LoadedBlock
 from tawny.pruning.journal import BLOCKS
 from tawny.pruning.memory_plan import LOGIT_BYTES
@@ -36,9 +38,14 @@ def choose_blocks(session: Session) -> Allocation:
     """Sparsity 1 for the linears of the blocks that leave, 0 for the others: as near to the budget as whole blocks come.
 
     Raises:
-        RecipeError: no block would be left.
+        RecipeError: no block would be left, or the solver compares what the model does not give.
     """
     job, journal = session.job, session.journal
+    if job.block_solver.compares == "logits" and not _says_words(job.stack):
+        raise RecipeError(
+            f"solver {job.recipe.solver.name} compares what a model says of each token, and {type(job.stack.model).__name__} says "
+            "nothing of tokens: choose --solver influence"
+        )
     sizes = {i: sum(x.numel for x in linears) for i, linears in enumerate(job.by_block) if linears}
     wanted = job.recipe.sparsity * sum(sizes.values())
     most = sum(sizes.values()) - min(sizes.values())
@@ -59,6 +66,11 @@ def choose_blocks(session: Session) -> Allocation:
             session.progress.step(job.stack.name(found["gone"][-1]))
     gone = set(found["gone"])
     return {x.name: float(i in gone) for i, linears in enumerate(job.by_block) for x in linears}
+
+
+def _says_words(stack: Stack) -> bool:
+    """Whether the model reads tokens and gives logits for each."""
+    return input_of(stack.model) == TOKENS and head_of(stack.model) is not None
 
 
 def _next(session: Session, sizes: dict[int, int], wanted: float, found: dict[str, Any]) -> dict[str, Any]:
@@ -92,15 +104,16 @@ def _apart(session: Session, gone: Collection[int], candidates: Collection[int])
         with stack.block(index):
             if solver.compares == "logits":
                 dense = _through(stream, index, dense)
+            passed_on = _onward(stream, index)
             if index in gone:
+                stream.hidden = passed_on
                 continue
             without = {other: _through(stream, index, hidden) for other, hidden in without.items()}
-            before = [hidden.clone() for hidden in stream.hidden]
             stream.advance(index)
             if index in candidates and solver.compares == "logits":
-                without[index] = before
+                without[index] = passed_on
             elif index in candidates:
-                found[index] = _mean(samples, stream, solver, list(stream.hidden), before)
+                found[index] = _mean(samples, stream, solver, list(stream.hidden), passed_on)
     for index, hidden in without.items():
         found[index] = _mean(samples, stream, solver, dense, hidden, stack)
     if bad := [index for index, value in found.items() if not math.isfinite(value)]:
@@ -113,6 +126,11 @@ def _apart(session: Session, gone: Collection[int], candidates: Collection[int])
 def _through(stream: Stream, index: int, hidden: list[Tensor]) -> list[Tensor]:
     """Outputs of a loaded block, a chunk each; what went in is kept by whoever still needs it."""
     return [stream.stack.forward(index, one.clone(), stream.call(index, c)) for c, one in enumerate(hidden)]
+
+
+def _onward(stream: Stream, index: int) -> list[Tensor]:
+    """What comes behind block `index` if it passes on what it receives, a chunk each, in memory of its own."""
+    return [stream.stack.onward(one.clone(), stream.call(index, c)) for c, one in enumerate(stream.hidden)]
 
 
 def _mean(
@@ -166,6 +184,7 @@ def remove_block(block: LoadedBlock) -> None:
 
 def _passes_on(stack: Stack, index: int) -> bool:
     """Whether a loaded block passes on what it receives."""
-    ids_BT = torch.arange(1, 9, device=stack.device)[None] % int(stack.config.get_text_config().vocab_size)
-    hidden = stack.enter(ids_BT)
-    return torch.equal(stack.forward(index, hidden.clone(), stack.calls(ids_BT)[index]), hidden)
+    call = stack.calls(probe_of(stack))[index]
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(call.shape, generator=random).to(stack.device, stack.compute)
+    return torch.equal(stack.alone(index, hidden.clone(), call), hidden)

@@ -175,7 +175,7 @@ class Demand:
         """What is gone through for every block of a run; `hidden`: bytes of the hidden states in memory."""
         walking = {**base, "block": self.block_bytes(), "hidden_states": hidden}
         if self.needs != "none" and self.in_data_order and held:
-            walking["held"] = held_bytes(self.stack, self._flat, self.samples * self.seqlen)
+            walking["held"] = self._held_bytes()
         phases = {}
         if self.needs != "none":
             phases["observe"] = {
@@ -213,7 +213,7 @@ class Demand:
     def forward_bytes(self) -> int:
         """For one chunk of samples: hidden states and what a block makes of them, widest input, scores."""
         compute = self.stack.compute.itemsize
-        widest = max(linear.shape[1] for linear in self._flat)
+        widest = widest_input(self.stack, dict(enumerate(self.by_block)))
         chunk = self._chunk_samples() * self.seqlen
         attention = 3 * self._scores_bytes() + self._mask_bytes()
         return chunk * (4 * self.stack.hidden_bytes + widest * (4 + 3 * compute)) + attention
@@ -267,7 +267,13 @@ class Demand:
         eager = getattr(config, "_attn_implementation", None) == "eager"
         if not eager and not getattr(config, "multi_query", False):
             return 0
-        return 4 * self._chunk_samples() * int(getattr(config, "num_attention_heads", 0)) * self.seqlen**2
+        said = getattr(config, "num_attention_heads", 0)
+        heads, starts = said if isinstance(said, list) else [said], self.stack.structure.starts
+        # Of several stacks each has its own heads. Attention within windows takes less than what is counted here.
+        scores = [
+            count * self.stack.positions_at(start) ** 2 for count, start in zip(heads, starts, strict=False)
+        ]
+        return int(4 * self._chunk_samples() * max(scores) * self.seqlen**2)
 
     def _mask_bytes(self) -> int:
         """The mask of a window of attention that samples are longer than: as booleans, and added to scores in float32."""
@@ -281,7 +287,10 @@ class Demand:
         return max(1, CHUNK_TOKENS // max(self.seqlen, 1))
 
     def held(self) -> int | None:
-        return held_bytes(self.stack, self._flat, self.samples * self.seqlen) if self.in_data_order else None
+        return self._held_bytes() if self.in_data_order else None
+
+    def _held_bytes(self) -> int:
+        return held_bytes(self.stack, dict(enumerate(self.by_block)), self.samples * self.seqlen)
 
     def block_bytes(self) -> int:
         checkpoint = self.stack.checkpoint
@@ -350,10 +359,15 @@ def outside_bytes(stack: Stack) -> int:
     return sum(p.numel() * p.element_size() for p in stack.model.parameters() if not p.is_meta)
 
 
-def held_bytes(stack: Stack, linears: Sequence[Linear], tokens: int) -> int:
+def held_bytes(stack: Stack, by_block: Mapping[int, Sequence[Linear]], tokens: int) -> int:
     """What suspended forwards of all tokens hold in front of the widest stage: residual, its norm, and its input twice."""
-    widest = max((linear.shape[1] for linear in linears), default=0) * stack.compute.itemsize
-    return tokens * 2 * (stack.hidden_bytes + widest)
+    return tokens * 2 * (stack.hidden_bytes + widest_input(stack, by_block) * stack.compute.itemsize)
+
+
+def widest_input(stack: Stack, by_block: Mapping[int, Sequence[Linear]]) -> int:
+    """Numbers that the widest linear receives for each position in front of the first block."""
+    widths = (stack.positions_at(index) * x.shape[1] for index, linears in by_block.items() for x in linears)
+    return math.ceil(max(widths, default=0))
 
 
 def sharing_inputs(linears: Sequence[Linear]) -> list[list[Linear]]:

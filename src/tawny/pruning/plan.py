@@ -28,7 +28,7 @@ from tawny.model.trust import opens_models
 from tawny.precision import DTYPES, native_dtype, rounds_products
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, available, parse_size, place, sharing_inputs
-from tawny.pruning.prepare import Job, demand_of, prepare, profile_count, warned
+from tawny.pruning.prepare import Job, demand_of, notices, prepare, profile_count
 from tawny.pruning.profiling import spend
 from tawny.pruning.refine import holds_out
 from tawny.recipe.merge import resolve_recipe
@@ -153,7 +153,7 @@ def plan(
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },
         seconds=seconds_of(job, load),
-        notes=warned(job) + rounded + _notes(job, allocation is None) + notes,
+        notes=notices(job) + rounded + _notes(job, allocation is None) + notes,
         reads_text=job.needs_samples,
         seqlen=load.seqlen,
     )
@@ -196,7 +196,12 @@ def _notes(job: Job, undecided: bool) -> list[str]:
 
 def forward_seconds(stack: Stack) -> float:
     """Of one token through all blocks."""
-    flops = 2.0 * sum(p.numel() for b in stack.blocks for p in b.parameters() if p.dim() > 1)
+    flops = 2.0 * sum(
+        stack.positions_at(index) * p.numel()
+        for index, block in enumerate(stack.blocks)
+        for p in block.parameters()
+        if p.dim() > 1
+    )
     return flops / measured_speed(stack.compute) * _OVERHEAD
 
 
@@ -243,12 +248,16 @@ def _comparing(job: Job) -> float:
 
 def _seconds_a_token(stack: Stack) -> float:
     """Of the Hessians of every block."""
-    per_block = sum(group[0].shape[1] ** 2 for group in sharing_inputs(stack.linears(0)))
+    products = sum(
+        stack.positions_at(index) * group[0].shape[1] ** 2
+        for index in range(len(stack))
+        for group in sharing_inputs(stack.linears(index))
+    )
     rounded = stack.compute == torch.bfloat16 and rounds_products()
     speed = measured_speed(torch.bfloat16 if rounded else torch.float32)
     # Inputs multiplied as bfloat16 are so fast that converting them and adding up take as long again.
     around = 2.6 if rounded else 1.3
-    return around * per_block * len(stack) / speed
+    return around * products / speed
 
 
 def _solving(works: Sequence[Work], exact_solver: bool, infos: tuple[LinearInfo, ...]) -> float:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PROFILE_TOKENS", "Job", "demand_of", "prepare", "profile_count", "warned"]
+__all__ = ["PROFILE_TOKENS", "Job", "demand_of", "notices", "prepare", "profile_count"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from tawny.model.couplings import Coupling, couple
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.source import resolve
 from tawny.model.stack import Stack, live_stack
-from tawny.model.structure import predicts_tokens
+from tawny.model.structure import predicts_tokens, staying_dense
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
 from tawny.patterns import AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
@@ -211,9 +211,10 @@ def _check_whole_blocks(
             )
 
 
-def warned(job: Job) -> list[str]:
-    """What whoever prunes this has to know: that the result is larger, or that another choice was measured to keep more."""
-    said, checkpoint, allocator = [], job.stack.checkpoint, job.recipe.allocator.name
+def notices(job: Job) -> list[str]:
+    """What whoever prunes this has to know: which products stay dense, that the result is larger, or that another choice kept more."""
+    said = staying_dense(job.stack.model, job.stack.structure)
+    checkpoint, allocator = job.stack.checkpoint, job.recipe.allocator.name
     if checkpoint is not None and checkpoint.coded:
         said.append(
             f"{checkpoint.folder.name} is stored as {checkpoint.stored_as} ({size(file_bytes(checkpoint.folder))}) and is written "

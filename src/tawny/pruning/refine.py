@@ -121,7 +121,7 @@ def refine(
     train, held = holds_out(len(inputs.samples), options, seed)
     pairs = _Pairs(stack, index, inputs, targets)
     with ExitStack() as stacked:
-        stacked.enter_context(_borrowed(stack.blocks[index].parameters()))
+        stacked.enter_context(_borrowed(stack.model.parameters()))
         trained = _trained(stack, index, linears, solved, dtype, kinds or {})
         for entry in trained:
             stacked.callback(entry.close)

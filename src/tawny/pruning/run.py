@@ -24,7 +24,7 @@ from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.blocks import choose_blocks
-from tawny.pruning.prepare import demand_of, warned
+from tawny.pruning.prepare import demand_of, notices
 from tawny.pruning.profiling import profile_walk, spend
 from tawny.pruning.refine import holds_out
 from tawny.pruning.session import Purpose, Session, open_output, open_session, text_or_tokens
@@ -112,7 +112,7 @@ def _allocate(session: Session) -> Allocation:
         holds_out(len(session.samples), job.recipe.refine, job.recipe.seed)  # refuses a single sample
     with session.clock("profile"):
         profile = profile_walk(session, job.allocator)
-    warnings = warned(job)
+    warnings = notices(job)
     if job.chooses_blocks:
         with session.clock("choose"):
             record.allocation = choose_blocks(session)

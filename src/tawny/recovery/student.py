@@ -117,7 +117,7 @@ class Student:
         stack, checkpoint = self.stack, self.stack.checkpoint
         units = {name: unit for unit in (checkpoint.units if checkpoint else ()) for name in unit.targets}
         for name, parameter in stack.model.named_parameters():
-            if parameter.dim() == 1 and not name.startswith(stack.path + "."):
+            if parameter.dim() == 1 and not stack.structure.hold(name):
                 stored: Tensor = parameter
                 if checkpoint is not None and name in units:
                     stored = checkpoint.load(units[name], stack.model)[name]

@@ -74,7 +74,7 @@ class Teacher:
         theirs = dict(student.model.named_parameters())
         for name, parameter in self.stack.model.named_parameters():
             other = theirs.get(name)
-            if other is None or name.startswith(self.stack.path + ".") or parameter.dim() < 2:
+            if other is None or self.stack.structure.hold(name) or parameter.dim() < 2:
                 continue
             if parameter.is_meta or other.is_meta:  # read when it is needed
                 continue

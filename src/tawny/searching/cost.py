@@ -122,10 +122,9 @@ class SearchDemand:
             "solver": max(work, levels.forward_bytes(), levels.measuring_bytes()),
         }
         if levels.needs != "none" and levels.in_data_order and held:
-            linears = [x for some in levels.by_block for x in some]
             phases["levels, in data order"] = {
                 **solving,
-                "held": held_bytes(stack, linears, levels.samples * levels.seqlen),
+                "held": held_bytes(stack, dict(enumerate(levels.by_block)), levels.samples * levels.seqlen),
                 "forward": levels.forward_bytes(),
                 "statistics": levels.observing(self.collected, at_once=False),
             }

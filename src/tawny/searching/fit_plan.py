@@ -21,7 +21,7 @@ from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, available, parse_size, place
 from tawny.pruning.plan import forward_seconds, load_of, seconds_of
-from tawny.pruning.prepare import Job, prepare, warned
+from tawny.pruning.prepare import Job, notices, prepare
 from tawny.recipe.schema import Recipe
 from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.fit_choice import Finalist, Found, Table
@@ -137,7 +137,7 @@ def plan_fit(
         memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
         disk={"peak": disk, "packed": best.bytes},
         seconds=_seconds(job, load, settings, len(finalists), measured is not None),
-        notes=[*warned(job), *notes, *filter(None, [few_bits(job)])],
+        notes=[*notices(job), *notes, *filter(None, [few_bits(job)])],
     )
 
 

@@ -94,6 +94,11 @@ def slim(
     if is_packed(folder):
         raise ModelError(f"{source} is packed; `tawny unpack` it first and slim the dense checkpoint")
     stack = open_stack(folder, torch.float32)
+    if len(stack.structure.starts) > 1:
+        raise ModelError(
+            f"{source} is a model of several stacks, whose config.json cannot say the widths or blocks that are left; `tawny pack` "
+            "makes it smaller instead"
+        )
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
     try:
         with torch.no_grad(), evaluating(stack.model):
