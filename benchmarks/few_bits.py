@@ -102,6 +102,8 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
             "bytes": report.file_bytes,
             "seconds": record.seconds["total"],
             "solve_seconds": record.seconds.get("solve", 0.0),
+            "cpu": record.machine["cpu"],
+            "threads": record.machine["threads"],
             "mean_error": sum(x.error for x in record.linears) / len(record.linears),
             "texts": texts,
         }

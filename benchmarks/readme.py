@@ -47,6 +47,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "vision_study": vision_study,
         "encoder_speed": encoder_speed,
         "few_bits": few_bits,
+        "few_bits_qwen": few_bits,
         "evidence": evidence,
         "frontier": frontier,
         "tasks": tasks,

@@ -418,7 +418,7 @@ def few_bits(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|" + "---|---|" * len(texts),
     ]
     names = {"magnitude": "best scale", "sparsegpt": "column loop", "alps": "ADMM"}
-    for name, cell in cells.items():
+    for name, cell in sorted(cells.items(), key=lambda item: (-item[1]["bits"], item[0].split()[0])):
         kind, solver, _ = name.split()
         values, group, sparsity = kind.split(":")
         numbers = " | ".join(
@@ -430,9 +430,5 @@ def few_bits(result: Mapping[str, Any]) -> str:
             f"| {values}, groups of {group} | {float(sparsity):.0%} | {names[solver]} | {cell['bits']:.2f} "
             f"| {cell['bytes'] / 1e6:.0f} MB | {cell['seconds']:.0f} | {numbers} |"
         )
-    machine = result["machine"]
-    lines.append(
-        f"\n<sub>One seed. {machine['cpu']}, {result['date']}, beside other work, so seconds compare only roughly. The model is "
-        "itself dequantised from four bits, which flatters plain rounding.</sub>\n"
-    )
+    lines.append(f"\n{machine_and_note(result)}")
     return "\n".join(lines)

@@ -80,6 +80,6 @@ def admm_rounded(
             gone = W_OI.double() - D / scale
             now = ((gone @ H) * gone).sum(1)
             best, lost = torch.where((now < lost)[:, None], D / scale, best), torch.minimum(lost, now)
-        if step % 3 == 0:
-            rho *= 1.2
+        if step % 6 == 0:
+            rho *= 1.35
     return best

@@ -13,7 +13,7 @@ from tawny.errors import RecipeError
 from tawny.patterns import NM, Unstructured, removed_count
 from tawny.solvers import RIA, Alps, Grid, Magnitude, SparseGPT, Wanda, energy, reconstruction_error
 from tawny.solvers.base import Solution
-from tawny.solvers.grid import best_scales, project, refit_scales
+from tawny.solvers.grid import ACCIDENTS, best_scales, project, refit_scales
 from tests.reference import grid as twin
 from tests.reference.alps import admm_rounded
 from tests.reference.problems import lifelike
@@ -113,8 +113,8 @@ def test_every_solver_answers_on_the_grid(solver, pattern, size, group, sparsity
     if isinstance(pattern, NM):
         budget = W.numel() // pattern.m * (pattern.m - pattern.n)
     assert budget <= gone <= budget + zeros and (zeros or gone == budget)
-    if zeros > 0.01 * W.numel():  # a weight that was pruned before stays so
-        assert not solution.mask[W == 0].any()
+    # A weight that was pruned before stays so; a few that were kept are accidents.
+    assert int(solution.mask[W == 0].sum()) <= ACCIDENTS * W.numel()
 
 
 @each_solver

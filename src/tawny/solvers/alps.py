@@ -59,7 +59,8 @@ _RETRIES = 3
 _CHECK = 3  # iterations between two looks at the support
 _FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
-_GRID_RHO, _GRID_GROWTH, _GRID_STEPS = 0.2, 1.2, 36  # with a grid: ρ grows every third step, whatever happens
+# With a grid ρ grows every sixth step, whatever happens, and is never so large that it needs a third exact inverse.
+_GRID_RHO, _GRID_GROWTH, _GRID_STEPS = 0.2, 1.35, 36
 _GRID_CHECK = 6  # steps between two looks at what is lost, in the second half
 
 
@@ -96,7 +97,7 @@ class Alps(Solver):
         """36 more iterations, in which the grid costs more than a mask does, and looks at what is lost."""
         if native_dtype() is torch.bfloat16:
             return Work(tall=3.0, square=1.4, rounded=36.0, rounded_square=6.0, passes=2800.0)
-        return Work(tall=3.0, square=9.0, rounded=36.0, passes=2800.0)
+        return Work(tall=3.0, square=4.4, rounded=36.0, passes=2800.0)
 
     def __post_init__(self) -> None:
         damping = "a positive number up to 1e6, such as 0.01"
@@ -284,7 +285,7 @@ class Alps(Solver):
                     best_OI[chunk] = torch.where(better_C[:, None], grid_OI[chunk], best_OI[chunk])
                     best_OS[chunk] = torch.where(better_C[:, None], scales_OS[chunk], best_OS[chunk])
             before = rho
-            if step % _CHECK == 0 and step < _GRID_STEPS:
+            if step % _GRID_CHECK == 0 and step < _GRID_STEPS:
                 rho *= _GRID_GROWTH
                 inverse_II = None  # before the next one needs its memory
                 inverse_II = scaled.inverse(rho)
