@@ -22,7 +22,7 @@ from tawny.cli.options import (
 from tawny.cli.root import verb
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
-from tawny.words import duration, percent, quality_text, size
+from tawny.words import counted, duration, percent, quality_text, size
 
 TRAINING = "Training"
 
@@ -67,7 +67,8 @@ def recover(
     ),
     text: list[str] | None = option(
         "--text TEXT[=SHARE]",
-        "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (DENSE writes it); repeatable. Default: c4.",
+        "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (DENSE writes it); repeatable. images:DIR or sample for "
+        "models that see. Default: c4.",
         TRAINING,
     ),
     tokens: str | None = option("--tokens N", "How many to read, such as 500k. Default: 2M.", TRAINING),
@@ -126,7 +127,8 @@ def _sparsities(text: str) -> list[float]:
 def recovery_tables(record: Result) -> list[Frame]:
     """What `tawny recover` did: the measurements on the way, and the sums."""
     settings, text = record["settings"], record["text"]
-    title = f"on {text['held_out']} held-out windows of {text['seqlen']} tokens of {text['name']}"
+    samples, units = counted(text)
+    title = f"on {text['held_out']} held-out {samples} of {text['seqlen']} {units} of {text['name']}"
     taught = any("kl" in entry for entry in record["measured"])
     name = quality_text(record["start"])[0]
     columns = ["step", "time", name, *(["KL", "top-1"] if taught else []), ""]
@@ -148,14 +150,16 @@ def recovery_tables(record: Result) -> list[Frame]:
         ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
         (
             "trained",
-            f"{record['trained']:,} values ({settings['train']}, {settings['method']}) on {record['tokens']:,} tokens "
+            f"{record['trained']:,} values ({settings['train']}, {settings['method']}) on {record['tokens']:,} {units} "
             f"in {record['steps']:,} steps; ended by {record['stopped']}",
         ),
         ("time", f"{duration(seconds['total'])}{parts(seconds, 'total', duration)}"),
-        ("speed", f"{record['tokens_per_second']:,.0f} tokens/s while training"),
+        ("speed", f"{record['tokens_per_second']:,.0f} {units}/s while training"),
         ("peak memory", size(record["peak_memory"])),
     ]
     if record["out"]:
         rows.append(("written", f"{record['out']} ({size(record['bytes'])})"))
+    if skipped := text.get("skipped"):
+        rows.append(("skipped", f"{len(skipped)} that cannot be read, first {skipped[0]}"))
     rows += [("warning", warning) for warning in record["warnings"]]
     return [made, facts(rows)]

@@ -8,13 +8,13 @@ reads what an uninterrupted one would have.
 
 from __future__ import annotations
 
-__all__ = ["Reading", "read", "written_tokens"]
+__all__ = ["Order", "Reading", "Windows", "read", "read_given", "written_tokens"]
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from tawny.calibration.windows import (
     tokenise,
 )
 from tawny.errors import TextError
+from tawny.model.identity import tokens_identity
 from tawny.model.streams import Samples
 from tawny.recovery.settings import Recovery
 
@@ -42,23 +43,50 @@ _WRITTEN_A_MINUTE = 4_096
 _TURN = 100
 
 
-@dataclass
-class Reading:
-    """Windows to train on and, behind them, windows held out; a row names one of either.
+class Reading(Protocol):
+    """What a recovery is shown: rows to train on and, behind them, rows held out.
 
     Attributes:
-        windows: `[training + held out, seqlen]`.
-        counts: how many of each text are trained on, one text behind the other.
-        shares: of each text in what is read.
+        passes: each row that is trained on is read once and never again.
+        seqlen: hidden states of a row.
         about: names, hashes and sizes, for the record.
     """
 
-    windows: Tensor
+    about: dict[str, Any]
+
+    @property
+    def passes(self) -> bool: ...
+
+    @property
+    def training(self) -> int: ...
+
+    @property
+    def seqlen(self) -> int: ...
+
+    @property
+    def held_out(self) -> list[int]: ...
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of one step, over all processes."""
+        ...
+
+    def take(self, rows: Sequence[int]) -> Samples:
+        """What the model takes for some rows."""
+        ...
+
+
+@dataclass
+class Order:
+    """Which of what is trained on comes when: each source in seeded epochs of its own, and all by turns.
+
+    Args:
+        counts: how many each source has, one behind the other.
+        shares: of each source in what is read.
+    """
+
     counts: list[int]
     shares: list[float]
-    batch: int
     seed: int
-    about: dict[str, Any]
     _orders: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,20 +94,8 @@ class Reading:
         of = [text for text, count in enumerate(turns) for _ in range(count)]
         self._turn = [of[place] for place in interleaved(turns)]
 
-    @property
-    def training(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def held_out(self) -> list[int]:
-        return list(range(self.training, len(self.windows)))
-
-    def rows(self, step: int) -> list[int]:
-        """Training windows of one step, over all processes."""
-        first = step * self.batch
-        return [self._row(position) for position in range(first, first + self.batch)]
-
-    def _row(self, position: int) -> int:
+    def row(self, position: int) -> int:
+        """What is read at a place of the whole reading."""
         turn, place = divmod(position, _TURN)
         text = self._turn[place]
         read = turn * self._turn.count(text) + self._turn[:place].count(text)
@@ -95,6 +111,42 @@ class Reading:
         return self._orders[text, epoch]
 
 
+@dataclass
+class Windows:
+    """Samples to train on and, behind them, samples held out; a row names one of either."""
+
+    samples: Samples
+    order: Order
+    batch: int
+    about: dict[str, Any]
+    passes: ClassVar[bool] = False
+
+    @property
+    def windows(self) -> Tensor:
+        """Tokens `[training + held out, seqlen]`."""
+        return self.samples.tokens
+
+    @property
+    def training(self) -> int:
+        return sum(self.order.counts)
+
+    @property
+    def seqlen(self) -> int:
+        return self.samples.seqlen
+
+    @property
+    def held_out(self) -> list[int]:
+        return list(range(self.training, len(self.samples)))
+
+    def rows(self, step: int) -> list[int]:
+        """Training windows of one step, over all processes."""
+        first = step * self.batch
+        return [self.order.row(position) for position in range(first, first + self.batch)]
+
+    def take(self, rows: Sequence[int]) -> Samples:
+        return self.samples.take(rows)
+
+
 def read(
     settings: Recovery,
     tokenizer: Any,
@@ -102,7 +154,7 @@ def read(
     held_out: Tensor | None = None,
     own: Callable[[float], Text] | None = None,
     around: bool = False,
-) -> Reading:
+) -> Windows:
     """The windows of a text, of several or of given tokens `[windows, seqlen]`.
 
     Args:
@@ -146,7 +198,43 @@ def read(
     each = [windows[: max(1, n)] for windows, n in zip(each, most, strict=True)]
     both = torch.cat([*each, held_out])
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
-    return Reading(both, list(map(len, each)), shares, settings.batch, settings.seed, about)
+    order = Order(list(map(len, each)), shares, settings.seed)
+    return Windows(Samples(both), order, settings.batch, about)
+
+
+def read_given(settings: Recovery, given: Samples, held_out: Samples | None) -> Windows:
+    """Samples that were given by the names of a model's inputs, for models that predict no token.
+
+    Raises:
+        TextError: there is less than one batch beside what is held out, or the two are of different inputs or shapes.
+    """
+    count = len(given)
+    if held_out is None:
+        kept = min(settings.eval_windows, max(1, round(count * _HELD_OUT)))
+        given, held_out = given.first(count - kept), given.take(slice(count - kept, count))
+    shapes = [{name: value.shape[1:] for name, value in one.inputs.items()} for one in (given, held_out)]
+    if shapes[0] != shapes[1]:
+        raise TextError(
+            "held_out has other inputs than text, or in another shape: give the same names and as long samples"
+        )
+    if len(given) < settings.batch:
+        raise TextError(
+            f"{len(given)} samples are left to train on and a batch takes {settings.batch}: give more, or a smaller -o batch"
+        )
+    held_out = held_out.first(settings.eval_windows)
+    both = Samples(
+        {name: torch.cat([value, held_out.inputs[name]]) for name, value in given.inputs.items()},
+        seqlen=given.seqlen,
+    )
+    about = {
+        "name": " + ".join(given.inputs),
+        "windows": len(given),
+        "seqlen": given.seqlen,
+        "held_out": len(held_out),
+        "tokens_sha256": tokens_identity(both),
+        "counted": ["samples", "positions"],
+    }
+    return Windows(both, Order([len(given)], [1.0], settings.seed), settings.batch, about)
 
 
 def written_tokens(settings: Recovery, share: float) -> int:

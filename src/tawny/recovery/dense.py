@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.calibration.context import check_context, check_ids
+from tawny.calibration.inputs import processor_for
 from tawny.calibration.mixture import in_words
 from tawny.calibration.text import Text
 from tawny.errors import Interrupted, ModelError, RecipeError
@@ -23,15 +24,17 @@ from tawny.model.output import OutputFolder, check_savable
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import TOKENS, Stack, live_stack
+from tawny.model.streams import Samples
 from tawny.model.structure import evaluating, input_of, predicts_tokens
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
-from tawny.recovery.data import read, written_tokens
+from tawny.recovery.crops import PIXELS, crops_of
+from tawny.recovery.data import Reading, read, read_given, written_tokens
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
-from tawny.recovery.settings import Recovery
+from tawny.recovery.settings import SEEING_RATE, Recovery
 from tawny.recovery.student import LEAST_SPARSITY, Student
 from tawny.recovery.teacher import check_not_own_teacher, check_teacher, check_tokenizers, is_own_teacher
 from tawny.recovery.training import Training
@@ -58,8 +61,8 @@ class Request:
     progress: Progress = silent
     overwrite: bool = False
     tokenizer: Any = None
-    text: Tensor | None = None
-    held_out: Tensor | None = None
+    text: Tensor | Mapping[str, Tensor] | None = None
+    held_out: Tensor | Mapping[str, Tensor] | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)  # of each linear, where it was solved for several
 
 
@@ -109,16 +112,8 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     if teacher_stack is not None:
         check_teacher(stack, teacher_stack)
         ending.enter_context(evaluating(teacher_stack.model))
-    tokenizer = request.tokenizer
-    if tokenizer is None and request.text is None:
-        if folder is None:
-            raise ModelError(
-                "a live model needs tokens to train on: give text=tokens [windows, seqlen] or tokenizer=…"
-            )
-        tokenizer = load_tokenizer(folder)
     dense = None if teacher is None or isinstance(teacher, nn.Module) else resolve(teacher)
-    if dense is not None and folder is not None and request.text is None:
-        check_tokenizers(tokenizer, load_tokenizer(dense))
+    reader = _reader(request, stack, folder, dense)
     output: OutputFolder | None = None
     if out is not None and processes.first:
         check_no_pruning(out, request.overwrite)
@@ -127,29 +122,12 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
         consent = request.overwrite or (work is not None and work.consent)
         output = OutputFolder(out, overwrite=consent, source=folder)
         ending.callback(output.discard)
-    request.progress.say(
-        f"reading {'tokens' if request.text is not None else f'text {in_words(settings.text)}'}"
-    )
-
-    def written(share: float) -> Text:
-        assert teacher_stack is not None
-        author = author_of(
-            dense or teacher_stack.model,
-            tokenizer,
-            settings.seed,
-            teacher_stack.compute,
-            settings.device,
-            group=processes,
-            progress=request.progress,
-        )
-        return author.write(written_tokens(settings, share))
-
-    predicts = predicts_tokens(stack.model)
-    if not predicts:
-        _check_encoder(stack, teacher_stack, settings)
-    own_text = None if teacher_stack is None else written
-    reading = read(settings, tokenizer, request.text, request.held_out, own_text, around=not predicts)
-    check_ids(stack.model, reading.windows)
+    if not predicts_tokens(stack.model):
+        _check_encoder(stack, teacher_stack)
+    reading = _reading(request, stack, teacher_stack, dense, reader, processes)
+    # What is not made of tokens is as long as its model makes it.
+    slow = settings.lr is None and settings.train == "survivors" and input_of(stack.model) == PIXELS
+    settings = Recovery.make(settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.lr)
     student = Student(stack, settings, processes, request.kinds)
     ending.callback(student.close)
     check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
@@ -163,23 +141,93 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     return training
 
 
-def _check_encoder(stack: Stack, teacher: Stack | None, settings: Recovery) -> None:
-    """Refuse what an encoder cannot be trained on or from.
-
-    Raises:
-        ModelError: it takes no tokens, or there is no dense model to learn from.
-        RecipeError: windows are longer than it has positions.
-    """
+def _reader(request: Request, stack: Stack, folder: Path | None, dense: Path | None) -> Any:
+    """The tokenizer of a model that reads, or the image processor of one that sees; None where tensors were given."""
+    if request.text is not None:
+        return request.tokenizer
     if input_of(stack.model) != TOKENS:
-        raise ModelError(
-            f"recovery reads text, and {type(stack.model).__name__} takes {input_of(stack.model)}"
+        return processor_for(stack, folder, request.settings.text, request.tokenizer)
+    tokenizer = request.tokenizer
+    if tokenizer is None:
+        if folder is None:
+            raise ModelError(
+                "a live model needs tokens to train on: give text=tokens [windows, seqlen] or tokenizer=…"
+            )
+        tokenizer = load_tokenizer(folder)
+    if dense is not None and folder is not None:
+        check_tokenizers(tokenizer, load_tokenizer(dense))
+    return tokenizer
+
+
+def _reading(
+    request: Request,
+    stack: Stack,
+    teacher: Stack | None,
+    dense: Path | None,
+    reader: Any,
+    processes: Processes,
+) -> Reading:
+    """What is trained on and measured on, checked against what the model takes."""
+    settings, say = request.settings, request.progress.say
+    predicts, taken = predicts_tokens(stack.model), input_of(stack.model)
+    if isinstance(request.text, Mapping):
+        if predicts:
+            raise ModelError(
+                f"{type(stack.model).__name__} is trained on tokens alone: give text=tokens [windows, seqlen]"
+            )
+        say(f"reading {', '.join(request.text)}")
+        held = request.held_out
+        reading = read_given(
+            settings, _samples(request.text, stack), None if held is None else _samples(held, stack)
         )
+    elif request.text is None and taken != TOKENS:
+        if request.held_out is not None:
+            raise ModelError(
+                "held_out goes with tensors, and of pictures some files are held out: leave it out"
+            )
+        say(f"reading pictures {in_words(settings.text)}")
+        return crops_of(settings, reader, lambda pixels: stack.positions({taken: pixels}), say)
+    else:
+        if isinstance(request.held_out, Mapping) or taken != TOKENS:
+            raise ModelError(
+                f"{type(stack.model).__name__} takes {taken}: give text={{{taken!r}: tensor}}, and held_out alike"
+            )
+        say(f"reading {'tokens' if request.text is not None else f'text {in_words(settings.text)}'}")
+        if not predicts:
+            check_context(stack.model, settings.seqlen)
+
+        def written(share: float) -> Text:
+            assert teacher is not None
+            how: dict[str, Any] = {"group": processes, "progress": request.progress}
+            model = dense or teacher.model
+            author = author_of(model, reader, settings.seed, teacher.compute, settings.device, **how)
+            return author.write(written_tokens(settings, share))
+
+        own = None if teacher is None else written
+        reading = read(settings, reader, request.text, request.held_out, own, around=not predicts)
+    if TOKENS in reading.samples.inputs:
+        check_context(stack.model, reading.seqlen)
+        check_ids(stack.model, reading.samples.tokens)
+    return reading
+
+
+def _samples(given: Tensor | Mapping[str, Tensor], stack: Stack) -> Samples:
+    """Tensors by name; raises a ModelError where what the model takes is not among them."""
+    named = given if isinstance(given, Mapping) else {TOKENS: given}
+    if (taken := input_of(stack.model)) not in named:
+        raise ModelError(
+            f"{type(stack.model).__name__} takes {taken}, and {', '.join(named)} was given: give {{{taken!r}: tensor}}"
+        )
+    return Samples(named, seqlen=None if TOKENS in named else stack.positions(named))
+
+
+def _check_encoder(stack: Stack, teacher: Stack | None) -> None:
+    """Raise a ModelError for an encoder without a dense model to learn from."""
     if teacher is None:
         raise ModelError(
             f"{type(stack.model).__name__} predicts no next token and so learns from the dense model alone: give --teacher DENSE, and "
             "leave kl at more than 0"
         )
-    check_context(stack.model, settings.seqlen)
 
 
 def _check_wanted(request: Request) -> None:

@@ -70,7 +70,7 @@ def recover_gradually(
     chosen = Recovery.make(settings)
     folder = resolve(source, progress.say)
     if recipe is None:
-        recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos}}
+        recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos, "strict": chosen.strict}}
     base = recipe.to_mapping() if isinstance(recipe, Recipe) else recipe
     recipes = [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
     work = WorkFolder(

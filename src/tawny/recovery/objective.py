@@ -15,7 +15,7 @@ from __future__ import annotations
 
 __all__ = ["Losses", "chunk_tokens", "distil", "match"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ _CACHED_BYTES = 2_000_000
 
 # (tokens [1, n], hidden [1, n, H]) → logits [1, n, V]
 Tail = Callable[[Tensor, Tensor], Tensor]
+# (a model's inputs by name, hidden [B, T, H]) → features [B, T, H]
+Features = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 @dataclass
@@ -118,13 +120,14 @@ def distil(
 
 
 def match(
-    student: Tail,
-    teacher: Tail,
-    ids_BT: Tensor,
+    student: Features,
+    teacher: Features,
+    inputs: Mapping[str, Tensor],
     hidden_BTH: Tensor,
     teacher_BTH: Tensor,
     *,
     scale: float | None,
+    mask_BT: Tensor | None = None,
 ) -> tuple[Losses, Tensor | None]:
     """For models that predict no token: how far the student's features f are from the teacher's g, and the gradient.
 
@@ -133,15 +136,19 @@ def match(
     Args:
         student, teacher: what follows the last block. Gradients of the student's own parameters are accumulated.
         scale: multiplies the gradient of the summed loss; None measures only.
+        mask_BT: true for real tokens; None where nothing is padding.
     """
     with torch.no_grad():
-        g_BTH = teacher(ids_BT, teacher_BTH).float()
+        g_BTH = teacher(inputs, teacher_BTH).float()
     with torch.set_grad_enabled(scale is not None):
         leaf_BTH = hidden_BTH.detach().clone().requires_grad_(scale is not None)
-        f_BTH = student(ids_BT, leaf_BTH).float()
+        f_BTH = student(inputs, leaf_BTH).float()
         energy_BT = g_BTH.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        lost = ((f_BTH - g_BTH).square().sum(-1) / energy_BT).sum()
-    losses = Losses(tokens=energy_BT.numel(), next_token=float(lost.detach()))
+        lost_BT = (f_BTH - g_BTH).square().sum(-1) / energy_BT
+        real_BT = None if mask_BT is None else mask_BT.to(lost_BT.device, torch.bool)
+        lost = (lost_BT if real_BT is None else lost_BT[real_BT]).sum()
+    count = energy_BT.numel() if real_BT is None else int(real_BT.sum())
+    losses = Losses(tokens=count, next_token=float(lost.detach()))
     if scale is None:
         return losses, None
     (lost * scale).backward()  # type: ignore[no-untyped-call]

@@ -5,8 +5,11 @@ from __future__ import annotations
 __all__ = ["recover_packed", "several_kinds"]
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from tawny.calibration.mixture import texts_identity
 from tawny.kinds import kind_of
@@ -53,8 +56,8 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         "model": source_identity(folder),
         "teacher": source_identity(request.teacher),
         "settings": settings.to_mapping(),
-        "text": texts_identity(settings.text) if text is None else tensor_digest(text).hexdigest(),
-        "held_out": None if held_out is None else tensor_digest(held_out).hexdigest(),
+        "text": texts_identity(settings.text) if text is None else _digest(text),
+        "held_out": None if held_out is None else _digest(held_out),
     }
 
     def begin() -> None:
@@ -86,3 +89,10 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
                 )
         processes.once(end)
     return RecoveryRecord.read(out / "recover.json")
+
+
+def _digest(given: Tensor | Mapping[str, Tensor]) -> str:
+    """Of tokens, or of tensors by name."""
+    if isinstance(given, Tensor):
+        return tensor_digest(given).hexdigest()
+    return " ".join(f"{name} {tensor_digest(value).hexdigest()}" for name, value in given.items())

@@ -44,8 +44,8 @@ def recover(
     progress: Progress = silent,
     overwrite: bool = False,
     tokenizer: Any = None,
-    text: Tensor | str | Path | list[str] | None = None,
-    held_out: Tensor | None = None,
+    text: Tensor | Mapping[str, Tensor] | str | Path | list[str] | None = None,
+    held_out: Tensor | Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
     **keys: Any,
 ) -> RecoveryRecord:
@@ -59,9 +59,10 @@ def recover(
         progress: told how far the work is.
         overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
             this same one, which goes on.
-        tokenizer: for a live module and a text.
-        text: name or path of a text, or several with shares, or tokens `[windows, seqlen]`.
-        held_out: tokens `[windows, seqlen]` to measure on, instead of a part of the text.
+        tokenizer: for a live module and a text, or the image processor of one and pictures.
+        text: name or path of a text, or several with shares, or tokens `[windows, seqlen]`. For models that see `images:DIR`.
+            For encoders also tensors by the names that the model's forward gives them, samples along the first dimension.
+        held_out: tokens `[windows, seqlen]`, or tensors by name, to measure on instead of a part of the text.
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
@@ -72,13 +73,13 @@ def recover(
     several = isinstance(text, list) and all(isinstance(one, str | Path) for one in text)
     if several or isinstance(text, str | Path):
         keys["text"] = text
-    elif text is not None and not isinstance(text, Tensor):
+    elif text is not None and not isinstance(text, Tensor | Mapping):
         raise TextError(
-            f"text is a {type(text).__name__}; expected a name, a path, or a torch tensor [windows, seqlen]"
+            f"text is a {type(text).__name__}; expected a name, a path, a torch tensor [windows, seqlen], or tensors by name"
         )
     chosen = Recovery.make(settings, **keys)
-    given = text if isinstance(text, Tensor) else None
-    if given is not None and given.dim() == 2:
+    given = text if isinstance(text, Tensor | Mapping) else None
+    if isinstance(given, Tensor) and given.dim() == 2:
         chosen = Recovery.make(chosen, seqlen=int(given.shape[1]))
     place = None if out is None else Path(out)
     request = Request(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)

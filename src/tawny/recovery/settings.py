@@ -7,7 +7,7 @@ Like a recipe it refuses an unknown key with its nearest neighbour and spells ou
 
 from __future__ import annotations
 
-__all__ = ["LEARNING_RATES", "Recovery"]
+__all__ = ["LEARNING_RATES", "SEEING_RATE", "Recovery"]
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,6 +22,8 @@ from tawny.recipe.schema import TextNames, validated
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
 LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
+# Survivors of models that see: at 3e-5 a ViT-S lost in its first step more than pruning took (docs/encoders.md).
+SEEING_RATE = 3e-6
 
 
 def _count(value: Any) -> Any:
@@ -48,12 +50,14 @@ class Recovery:
         method: `distill` keeps the mask; `elsa` moves it under an exact budget.
         train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask.
         text: what is read, one text or several in shares; a named text has a part of its own to be measured on, any other
-            gives its end for that.
+            gives its end for that. Of pictures some files are held out.
+        strict: refuse the first picture that cannot be read, instead of skipping it.
         bos: begin each window with BOS, or none but the first; as the tokenizer begins a text if None.
-        tokens: read in all, again and again if the text is shorter.
+        tokens: read in all, again and again if the text is shorter; of pictures and sound, positions.
         minutes: ends the run and its schedule earlier, evaluations and the teacher's forwards included.
-        seqlen, batch, micro_batch: tokens a window, windows an optimiser step, windows a forward.
-        lr: the highest; the default depends on `train`.
+        seqlen, batch, micro_batch: tokens a window, windows an optimiser step, windows a forward. What is not made of tokens
+            is as long as its model makes it.
+        lr: the highest; the default depends on `train`, and is lower for models that see.
         warmup: share of the run in which it rises.
         kl: weight of KL(teacher‖student) in the loss, the rest is next-token loss; 0 needs no teacher.
         weight_decay: of surviving weights, not of norms or biases.
@@ -77,6 +81,7 @@ class Recovery:
     train: Literal["survivors", "norms", "lora"] = "survivors"
     text: TextNames = "c4"
     bos: bool | None = None
+    strict: bool = False
     tokens: Annotated[Count, Field(ge=1)] = 2_000_000
     minutes: Positive | None = None
     seqlen: Annotated[int, Field(ge=2)] = 512

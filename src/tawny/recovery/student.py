@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as run_again
 
 from tawny.errors import ModelError
 from tawny.model.linears import Linear
-from tawny.model.stack import Stack
+from tawny.model.stack import Inputs, Stack
 from tawny.recovery.coordinates import Coordinates, Factors, Survivors, attach
 from tawny.recovery.processes import Processes
 from tawny.recovery.settings import Recovery
@@ -138,11 +138,11 @@ class Student:
             for linear in self.linears
         }
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
+    def hidden(self, inputs: Inputs) -> Tensor:
         """Output of the last block, with a graph wherever gradients are on."""
         stack = self.stack
-        hidden = stack.enter(ids_BT)
-        calls = stack.calls(ids_BT)
+        hidden = stack.enter(inputs)
+        calls = stack.calls(inputs)
         for block, call in zip(stack.blocks, calls, strict=True):
             if self.settings.checkpointing and torch.is_grad_enabled():
                 made = run_again(

@@ -3,7 +3,8 @@
 Logits are too many to keep (100 kB a token for 49,152 words) and hidden states are few (1.2 kB). They are made by walking
 the teacher's blocks one at a time, as in pruning, for as many windows as the next steps read, so that a run that ends
 early has not paid for the rest; and kept in bfloat16, so that a window costs its forward once, over epochs and resumed
-runs. What stays in memory is the teacher's embedding, norm and head, shared with the student where they are equal.
+runs. Those of samples that are read once, such as crops, stay in memory until they have been. What stays in memory is the
+teacher's embedding, norm and head, shared with the student where they are equal.
 """
 
 from __future__ import annotations
@@ -24,28 +25,33 @@ from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.source import resolve
 from tawny.model.stack import Stack
-from tawny.model.streams import Samples, Stream
+from tawny.model.streams import Stream
 from tawny.progress import Progress
+from tawny.recovery.data import Reading
+from tawny.words import counted
 
 # Windows made in one walk: each walk reads every block once, and holds this many tokens' hidden states.
 WALK_TOKENS = 32_768
 
 
 class Teacher:
-    """Hidden states of a dense model for numbered windows.
+    """Hidden states of a dense model for numbered samples.
 
     Args:
         stack: the dense model.
-        windows: `[windows, seqlen]` tokens; what is asked for is named by row.
+        reading: the samples; what is asked for is named by row.
         cache: file in the run's own folder to keep hidden states in; None keeps them in memory.
     """
 
-    def __init__(self, stack: Stack, windows: Tensor, cache: Path | None) -> None:
-        self.stack, self.windows, self.cache = stack, windows, cache
+    def __init__(self, stack: Stack, reading: Reading, cache: Path | None) -> None:
+        self.stack, self.reading, self.cache = stack, reading, cache
         self.tokens_made = 0
-        width = int(stack.enter(windows[:1, :2]).shape[-1])
-        self._shape = (len(windows), int(windows.shape[1]), width)
-        self._done = np.zeros(len(windows), dtype=bool)
+        held_out = reading.held_out
+        self._first = reading.training if reading.passes else 0  # row that is kept
+        self._passing: dict[int, Tensor] = {}
+        width = int(stack.enter(reading.take(held_out[:1]).inputs).shape[-1])
+        self._shape = (reading.training + len(held_out) - self._first, reading.seqlen, width)
+        self._done = np.zeros(self._shape[0], dtype=bool)
         self._states: Any
         if cache is None:
             self._states = np.zeros(self._shape, np.int16)
@@ -86,40 +92,55 @@ class Teacher:
         return 2 * self._shape[2]
 
     def missing(self, rows: Sequence[int]) -> list[int]:
-        return [row for row in dict.fromkeys(rows) if not self._done[row]]
+        return [row for row in dict.fromkeys(rows) if not self._has(row)]
+
+    def _has(self, row: int) -> bool:
+        return row in self._passing if row < self._first else bool(self._done[row - self._first])
 
     @torch.no_grad()
     def make(self, rows: Sequence[int], progress: Progress) -> None:
-        """Walk the blocks for those of `rows` that are not there yet."""
+        """Walk the blocks for those of `rows` that are not there yet. What was read once before them is dropped."""
         left = self.missing(rows)
+        if left and left[0] < self._first:
+            self._passing = {row: kept for row, kept in self._passing.items() if row >= left[0]}
         size = max(1, WALK_TOKENS // self._shape[1])
         for start in range(0, len(left), size):
             self._walk(left[start : start + size], progress)
 
     def _walk(self, rows: list[int], progress: Progress) -> None:
-        stream = Stream(self.stack, Samples(self.windows[rows]))
+        stream = Stream(self.stack, self.reading.take(rows))
         blocks = len(self.stack)
         for index in range(blocks):
             with self.stack.block(index):
                 stream.advance(index)
-            progress.detail(f"teacher, {len(rows)} windows", index + 1, blocks)
+            progress.detail(f"teacher, {len(rows)} {counted(self.reading.about)[0]}", index + 1, blocks)
         for part, hidden in zip(stream.slices, stream.hidden, strict=True):
             for row, state_TH in zip(rows[part], hidden, strict=True):
                 kept_TH = state_TH.to("cpu", torch.bfloat16).contiguous()
-                self._states[row] = kept_TH.view(torch.int16).numpy()
-        self._done[rows] = True
+                if row < self._first:
+                    self._passing[row] = kept_TH.clone()
+                else:
+                    self._states[row - self._first] = kept_TH.view(torch.int16).numpy()
+        kept = [row - self._first for row in rows if row >= self._first]
+        self._done[kept] = True
         self.tokens_made += len(rows) * self._shape[1]
-        if self.cache is not None:
+        if self.cache is not None and kept:
             with writing(self.cache):
                 self._states.flush()
                 done = np.flatnonzero(self._done).tolist()
                 durable.write(self._index, json.dumps({"done": done}).encode())
 
     def hidden(self, rows: Sequence[int]) -> Tensor:
-        """`[rows, seqlen, hidden]` in the dtype of the teacher's forwards; `make` came before."""
+        """`[rows, seqlen, hidden]` in the dtype of the teacher's forwards; `make` came before.
+
+        The rows are all trained on, or all held out.
+        """
         if self.missing(rows):
             raise ModelError(f"the teacher has not seen windows {self.missing(rows)[:3]}")
-        states = torch.from_numpy(self._states[list(rows)]).view(torch.bfloat16)
+        if rows[0] < self._first:
+            states = torch.stack([self._passing[row] for row in rows])
+        else:
+            states = torch.from_numpy(self._states[[row - self._first for row in rows]]).view(torch.bfloat16)
         return states.to(self.stack.device, self.stack.compute)
 
 

@@ -22,6 +22,7 @@ from tawny.model.identity import source_identity
 from tawny.model.output import OutputFolder
 from tawny.model.resumable import WorkFolder
 from tawny.model.stack import Stack
+from tawny.model.streams import Samples
 from tawny.model.structure import predicts_tokens
 from tawny.progress import Progress
 from tawny.record import Clock
@@ -35,11 +36,13 @@ from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.student import Student
 from tawny.recovery.teacher import WALK_TOKENS, Teacher
 from tawny.recovery.writing import card, tell_run, write
-from tawny.words import quality_text
+from tawny.words import counted, quality_text
 
 _BETAS = (0.9, 0.95)
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
 _MEASURING = 0.1  # of the minutes given, the most that measuring takes
+# Of what is read once, a walk of the teacher: a run that ends early has made few in vain.
+_PASSING_TOKENS = 8192
 _STEP_FORWARDS = 4  # the teacher's and the student's, and two for the gradients
 
 
@@ -66,9 +69,9 @@ class Training:
         self.steps = settings.steps
         self._begun = time.perf_counter()
         self._resumed = 0
-        vocabulary = int(student.stack.config.get_text_config().vocab_size)
-        self.chunk = chunk_tokens(vocabulary, settings.chunk)
         self.predicts = predicts_tokens(student.stack.model)
+        vocabulary = int(student.stack.config.get_text_config().vocab_size) if self.predicts else 1
+        self.chunk = chunk_tokens(vocabulary, settings.chunk)
         decayed = [t for c in student.coordinates if c.decays for t in c.tensors.values()]
         others = [t for c in student.coordinates if not c.decays for t in c.tensors.values()]
         groups = ((decayed, settings.weight_decay), (others, 0.0))
@@ -118,7 +121,7 @@ class Training:
             )
         if teacher is not None:
             cache = None if work is None else work.path / f"teacher-{self.processes.rank}.bin"
-            self.teacher = Teacher(teacher, self.reading.windows, cache)
+            self.teacher = Teacher(teacher, self.reading, cache)
             self.teacher.share(self.student.stack)
 
     # --- the loop ----------------------------------------------------------------------------------------------
@@ -126,7 +129,8 @@ class Training:
     def train(self) -> NumericalError | None:
         """Step until the budget is spent; an error that leaves something worth writing is returned, not raised."""
         if not self.standing.measured:
-            self.progress.phase("measuring", len(self.reading.held_out), "held-out windows")
+            what = counted(self.reading.about)[0]
+            self.progress.phase("measuring", len(self.reading.held_out), f"held-out {what}")
             self._measure()
         timed = self.settings.minutes is not None
         self.progress.phase("recovering", 100 if timed else self.steps, "percent" if timed else "steps")
@@ -204,7 +208,9 @@ class Training:
         left = steps * self.clock.seconds["train"] / max(1, standing.step - self._resumed)
         left += standing.cost * (steps // settings.eval_every + 1)
         if self.teacher is not None:
-            missing = min(len(self.teacher.missing(range(self.reading.training))), steps * settings.batch)
+            missing = steps * settings.batch
+            if not self.reading.passes:
+                missing = min(missing, len(self.teacher.missing(range(self.reading.training))))
             a_token = standing.teacher_seconds / max(1, standing.teacher_tokens)
             left += a_token * missing * settings.seqlen / self.processes.size
         self.progress.at(standing.step, left)
@@ -284,9 +290,9 @@ class Training:
         scale = 1.0 / (settings.batch * (settings.seqlen - 1))
         for start in range(0, len(rows), max(1, micro)):
             some = rows[start : start + micro]
-            ids_BT = self.reading.windows[some]
-            hidden_BTH = self.student.hidden(ids_BT)
-            losses, gradient_BTH = self._distil(ids_BT, hidden_BTH, some, scale)
+            samples = self.reading.take(some)
+            hidden_BTH = self.student.hidden(samples.inputs)
+            losses, gradient_BTH = self._distil(samples, hidden_BTH, some, scale)
             total.add(losses)
             if gradient_BTH is not None:
                 if self.processes.sharded:  # whose gradients are averaged
@@ -295,17 +301,24 @@ class Training:
         return total
 
     def _distil(
-        self, ids_BT: Tensor, hidden_BTH: Tensor, rows: list[int], scale: float | None
+        self, samples: Samples, hidden_BTH: Tensor, rows: list[int], scale: float | None
     ) -> tuple[Losses, Tensor | None]:
         teacher = self.teacher
         if not self.predicts:
             assert teacher is not None
-            stacks, states = (self.student.stack, teacher.stack), teacher.hidden(rows)
-            return match(stacks[0].features, stacks[1].features, ids_BT, hidden_BTH, states, scale=scale)
+            return match(
+                self.student.stack.features,
+                teacher.stack.features,
+                samples.inputs,
+                hidden_BTH,
+                teacher.hidden(rows),
+                scale=scale,
+                mask_BT=samples.mask,
+            )
         return distil(
             self.student.stack.tail,
             None if teacher is None else teacher.stack.logits,
-            ids_BT,
+            samples.tokens,
             hidden_BTH,
             None if teacher is None else teacher.hidden(rows),
             kl=self._kl,
@@ -320,14 +333,20 @@ class Training:
         now = self.processes.share(self.reading.rows(self.standing.step))
         if not any(self.processes.all_of(bool(self.teacher.missing(now)))):
             return
-        ahead = max(1, WALK_TOKENS // (max(1, len(now)) * self.settings.seqlen))
-        ahead = min(ahead, self.steps - self.standing.step, self._steps_left())
-        wanted = [
-            row
-            for step in range(self.standing.step, self.standing.step + ahead)
-            for row in self.processes.share(self.reading.rows(step))
-        ]
-        self._make(wanted)
+        first, last = self._walked_with(max(1, len(now)) * self.settings.seqlen)
+        steps = range(first, min(last, self.steps))
+        self._make([row for step in steps for row in self.processes.share(self.reading.rows(step))])
+
+    def _walked_with(self, tokens: int) -> tuple[int, int]:
+        """The steps, of so many tokens each, whose hidden states are made in one walk with those of this one.
+
+        What is not kept is made again after a stop. It is walked in the same company as before, to the same bytes.
+        """
+        step = self.standing.step
+        if self.reading.passes:
+            size = max(1, _PASSING_TOKENS // tokens)
+            return step - step % size, step - step % size + size
+        return step, step + min(max(1, WALK_TOKENS // tokens), self._steps_left())
 
     def _steps_left(self) -> int:
         """As many as the minutes that are left allow at the speed so far; what is made early changes no result.
@@ -428,10 +447,10 @@ class Training:
             for turn in range(self.processes.rounds(windows, size)):
                 some = rows[turn * size : (turn + 1) * size]
                 if not some:  # the others' forwards gather this process's rows
-                    self.student.hidden(self.reading.windows[windows[:1]])
+                    self.student.hidden(self.reading.take(windows[:1]).inputs)
                     continue
-                ids_BT = self.reading.windows[some]
-                total.add(self._distil(ids_BT, self.student.hidden(ids_BT), some, None)[0])
+                samples = self.reading.take(some)
+                total.add(self._distil(samples, self.student.hidden(samples.inputs), some, None)[0])
             return self.processes.add_losses(total)
 
     @property

@@ -16,7 +16,7 @@ import yaml
 
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
-from tawny.words import begun, duration, kl_text, percent, perplexity_text, size
+from tawny.words import begun, counted, duration, kl_text, percent, perplexity_text, size
 
 CARD = "README.md"
 # Facts about what the weights are made of. Results (`model-index`) and widgets are the dense model's own.
@@ -132,7 +132,7 @@ def recovery_words(recovery: Mapping[str, Any], how: str = "Trained after prunin
 
     words = how
     if _is_number(recovery.get("tokens")):
-        words += f" on {recovery['tokens']:,} tokens"
+        words += f" on {recovery['tokens']:,} {counted(part('text'))[1]}"
         text = part("text").get("name", recovery.get("text"))
         words += f" of {text}" if isinstance(text, str) and text else ""
     settings = {**recovery, **part("settings")}

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from tawny.report.figures import PALETTE, WIDTHS, draw_panels, log_scale, to_page
 from tawny.report.html import NAME
 from tawny.report.pages import render, write_beside
-from tawny.words import duration, percent, quality_text, size
+from tawny.words import counted, duration, percent, quality_text, size
 
 _DOTS = 400  # points a curve keeps: more than the picture has room for
 _PHASES = {
@@ -47,6 +47,7 @@ def render_recovery(record: Mapping[str, Any]) -> str:
         figures={name: curve_figure(record, width=width, prefix=name) for name, width in WIDTHS.items()},
         judged="kl" in record["start"],
         measure=quality_text(record["start"])[0],
+        shown=counted(record["text"]),
         rows=[_row(record, entry) for entry in record["measured"]],
         asked=_asked(record),
         phases=_phases(record["seconds"]),
@@ -76,19 +77,20 @@ def _summary(record: Mapping[str, Any]) -> str:
     behind = f" against {record['teacher']}" if record["teacher"] else ""
     text = record["text"]["name"]
     of = f" of {text}" if text != "tokens" else ""
-    return f"{how}{behind} on {record['tokens']:,} tokens{of}. {kept}."
+    return f"{how}{behind} on {record['tokens']:,} {counted(record['text'])[1]}{of}. {kept}."
 
 
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     start, best, text = record["start"], record["best"], record["text"]
-    windows = f"{text['held_out']} windows of {text['seqlen']} tokens"
+    shown, units = counted(text)
+    windows = f"{text['held_out']} {shown} of {text['seqlen']} {units}"
     name, reached = quality_text(best)
     tiles = [(f"held-out {name}", reached, f"from {quality_text(start)[1]}; {windows}")]
     if "kl" in best:
         tiles.append(("KL to the dense model", f"{best['kl']:.3f}", f"from {start['kl']:.3f} nats a token"))
         tiles.append(("same next word", percent(best["top1"], 1), f"from {percent(start['top1'], 1)}"))
     tiles.append(("sparsity", percent(record["sparsity"], 1), f"{record['trained']:,} numbers trained"))
-    speed = f"{record['tokens_per_second']:.0f} tokens a second while training"
+    speed = f"{record['tokens_per_second']:.0f} {units} a second while training"
     tiles.append(("time", duration(record["seconds"].get("total", 0.0)), speed))
     before = f"{size(record['memory_before'])} before it began"
     tiles.append(("peak memory", size(record["peak_memory"]), before))
@@ -127,7 +129,7 @@ def _phases(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def curve_figure(record: Mapping[str, Any], *, width: int, prefix: str) -> Markup:
     """Loss, KL and held-out perplexity over training tokens, as an inline SVG about `width` pixels wide."""
-    predicts = "perplexity" in record["start"]
+    predicts, units = "perplexity" in record["start"], counted(record["text"])[1]
     measured = [
         entry for entry in record["measured"] if math.isfinite(entry["perplexity" if predicts else "loss"])
     ]
@@ -151,9 +153,9 @@ def curve_figure(record: Mapping[str, Any], *, width: int, prefix: str) -> Marku
         log_scale(axis, values, 30)
 
     panels = [(title, partial(draw, key=key)) for key, title in shown.items()]
-    svg, height, _ = draw_panels(panels, width, "thousand tokens", until=":")
+    svg, height, _ = draw_panels(panels, width, f"thousand {units}", until=":")
     names = ", ".join(title.partition(",")[0].partition(":")[0] for title in shown.values())
-    label = f"{names} over training tokens; the table below holds what was measured"
+    label = f"{names} over training {units}; the table below holds what was measured"
     return to_page(svg, prefix, width, height, label)
 
 
