@@ -154,8 +154,8 @@ def test_the_command_line_shows_accuracy_beside_features(run, seen):
     assert code == 0 and "66.7 ± 14.2 %" in out and "12 of images:" in out, err
     tiny_model("llama").save_pretrained(seen.root / "reads")
     for arguments, reason in (
-        ((seen.root / "reads", "--labels", seen.table), "--labels go with pictures"),
-        ((seen.root / "reads", "--strict"), "--strict go with pictures"),
+        ((seen.root / "reads", "--labels", seen.table), "--labels can be said of pictures only"),
+        ((seen.root / "reads", "--strict"), "--strict can be said of pictures only"),
         ((seen.dense, "--labels", seen.table), "and sample was given: give one images:DIR"),
         ((seen.dense, *pictures, "--labels", "none.csv"), "'none.csv': no such table"),
     ):

@@ -196,7 +196,9 @@ def _shows_pictures(
             check_labels(labels, text or DEFAULT_PICTURES)
         return labels is not None or against
     if wrong:
-        raise RecipeError(f"{' and '.join(wrong)} go with pictures, and {model} reads text: leave them out")
+        raise RecipeError(
+            f"{model} reads text, and {' and '.join(wrong)} can be said of pictures only: leave that out"
+        )
     return False
 
 
