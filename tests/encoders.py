@@ -46,6 +46,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("dinov2.Dinov2Model", {**_VISION, "mlp_ratio": 2}),
     "whisper": ("whisper.WhisperEncoder", _WHISPER),
     "swin": ("swin.SwinModel", _SWIN),
+    "swinv2": ("swinv2.Swinv2Model", _SWIN),
     "swin, classes": ("swin.SwinForImageClassification", {**_SWIN, "num_labels": 7}),
     "swin, maps": ("swin.SwinBackbone", {**_SWIN, "out_features": ["stage1", "stage2"]}),
     "convnext": ("convnext.ConvNextModel", _CONVNEXT),

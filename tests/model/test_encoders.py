@@ -8,7 +8,7 @@ from transformers import AutoModel, BertForMaskedLM, BertLMHeadModel, BertModel
 
 import tawny
 from tawny.calibration.observe import observe
-from tawny.errors import ModelError, TextError
+from tawny.errors import ModelError, TextError, UserError
 from tawny.model.skeleton import open_skeleton
 from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, Stream
@@ -124,6 +124,25 @@ def test_channels_and_heads_of_an_encoder_are_removed_whole(name):
     gone = {x.name: int((weights[x.name].weight == 0).all(1).sum()) for x in record.linears}
     queries = [count for key, count in gone.items() if "query" in key or "q_proj" in key]
     assert queries and all(count % 8 == 0 for count in queries) and any(queries)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "said"),
+    [
+        ("vit", "blocks", "says nothing of tokens: choose --solver influence"),
+        (
+            "swinv2",
+            "channels+heads",
+            "mlp.2 belongs to the channels of .* and to the heads of .*: remove one",
+        ),
+        ("swinv2", "2:4", "needs widths that 4 divides, but .*bias_mlp.0 .512, 2."),
+    ],
+)
+def test_a_pattern_that_does_not_fit_an_encoder_is_refused_in_one_line(name, pattern, said):
+    model = tiny_encoder(name)
+    with pytest.raises(UserError, match=said) as error:
+        tawny.prune(model, sparsity=0.5, pattern=pattern, calibration=inputs_for(model))
+    assert "\n" not in str(error.value)
 
 
 def test_what_needs_the_next_token_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 import tawny
 from tawny.report.html import render_report, write_report
+from tests.encoders import tiny_encoder
 from tests.report.records import hostile_record, record
 from tests.tiny import tiny_model, tokens
 
@@ -173,6 +174,12 @@ def test_experts_share_a_column_of_the_heat_map():
     page = Page(render_report(json.loads(made.to_json())))
     roles = {a["title"] for a in page.all("th", scope="col") if "title" in a}
     assert any("*" in role for role in roles) and len(roles) < 12
+
+
+def test_blocks_of_several_stacks_share_the_columns_of_the_heat_map():
+    made = tawny.prune(tiny_encoder("convnext"), sparsity=0.5, solver="magnitude", allocator="uniform")
+    page = Page(render_report(json.loads(made.to_json())))
+    assert {a["title"] for a in page.all("th", scope="col") if "title" in a} == {"pwconv1", "pwconv2"}
 
 
 def test_every_prune_writes_its_report_and_it_can_be_made_again(tmp_path):

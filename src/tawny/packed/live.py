@@ -17,7 +17,7 @@ from torch import nn
 
 from tawny.errors import ModelError, NumericalError, UserError
 from tawny.model.linears import Linear, is_plain, linears_of
-from tawny.model.structure import find_blocks
+from tawny.model.structure import find_blocks, staying_dense
 from tawny.packed.choice import Choice, experts_by_parameter, tell
 from tawny.packed.experts import PackedExperts
 from tawny.packed.format import PackedTensor
@@ -88,6 +88,8 @@ def pack_model(
         raise
     _keep_from_saving(model, choice)
     tell(progress, work.packed, work.dense, len(work.untouched))
+    for line in staying_dense(model, blocks):
+        progress.say(line)
     return model
 
 

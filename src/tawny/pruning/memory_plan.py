@@ -253,8 +253,11 @@ class Demand:
         block = max(sum(p.numel() for p in b.parameters()) for b in stack.blocks)
         state = block * (16 + 1 + stored + stack.compute.itemsize)
         # Every linear keeps its input and gives an output, and about as much again is kept between them.
-        widths = max(sum(sum(x.shape) for x in linears) for linears in self.by_block)
-        kept = 2 * max(CHUNK_TOKENS, self.seqlen) * widths * stack.compute.itemsize
+        widths = max(
+            stack.positions_at(index) * sum(sum(x.shape) for x in linears)
+            for index, linears in enumerate(self.by_block)
+        )
+        kept = math.ceil(2 * max(CHUNK_TOKENS, self.seqlen) * widths * stack.compute.itemsize)
         return state + kept + 3 * self._scores_bytes() + self._mask_bytes()
 
     def _scores_bytes(self) -> int:

@@ -17,6 +17,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,8 @@ def depth_of(record: Mapping[str, Any], *, width: int, prefix: str = "depth") ->
 
 
 def _role(linear: Mapping[str, Any]) -> str:
-    """The linear's name inside its block; experts and the like share one."""
-    name = str(linear["name"])
-    inside = name.split(f".{linear['block']}.", 1)[-1]
-    return re.sub(r"\b\d+\b", "*", inside)
+    """The linear's name without numbers, which those of all blocks share; experts and the like, too."""
+    return re.sub(r"\b\d+\b", "*", str(linear["name"]))
 
 
 def _heat(
@@ -251,7 +250,10 @@ def _heat(
             for v in values
         ]
         rows.append({"block": block, "cells": shown})
-    heads = [{"name": role, "short": role.rsplit(".", 1)[-1]} for role in roles]
+    parts = [role.split(".") for role in roles]
+    columns = zip(*(each[:-1] for each in parts), strict=False)
+    common = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))  # the path of the blocks
+    heads = [{"name": ".".join(each[common:]), "short": each[-1]} for each in parts]
     return {"key": key, "title": title, "roles": heads, "rows": rows}
 
 
