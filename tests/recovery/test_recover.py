@@ -737,7 +737,7 @@ def test_several_texts_are_read_by_turns_each_in_epochs_of_its_own(tmp_path):
     given = [f"{tmp_path / 'a.txt'}=0.75", f"{tmp_path / 'b.txt'}=0.25"]
     settings = tawny.Recovery.make(text=given, seqlen=10, batch=4, tokens=8000, eval_windows=8)
     reading = read(settings, tiny_tokenizer())
-    a, b = reading.counts
+    a, b = reading.order.counts
     rows = [row for step in range(settings.steps) for row in reading.rows(step)]
     assert sum(row < a for row in rows) == 600 and len(rows) == 800 and a == 394 and b == 19
     assert all(sum(row >= a for row in rows[i : i + 20]) in (4, 5, 6) for i in range(0, 800, 20))

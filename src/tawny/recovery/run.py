@@ -75,7 +75,7 @@ def recover(
         keys["text"] = text
     elif text is not None and not isinstance(text, Tensor | Mapping):
         raise TextError(
-            f"text is a {type(text).__name__}; expected a name, a path, a torch tensor [windows, seqlen], or tensors by name"
+            f"text is a {type(text).__name__}; expected a name, a path, or a torch tensor [windows, seqlen], or several by name for encoders"
         )
     chosen = Recovery.make(settings, **keys)
     given = text if isinstance(text, Tensor | Mapping) else None
