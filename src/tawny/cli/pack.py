@@ -44,7 +44,7 @@ def pack(
     ),
     head: str | None = option(
         "--head KIND",
-        "Pack the head too, int8 say; a tied embedding is then served from it. Of an encoder: the embedding.",
+        "Pack head and embedding too, int8 say; if they are tied, one matrix serves both.",
         RECIPE,
     ),
     out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),

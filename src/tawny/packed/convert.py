@@ -217,31 +217,46 @@ class _Packing:
                 self._as_it_is([key])
 
     def _head(self) -> None:
+        """The head and the embedding: one matrix where they are tied, else two."""
         outside, inside, tied = ends_of(self.model)
-        if outside is None and inside is not None:  # an encoder's embedding, which is most of a small one
-            outside, tied = table_of(inside), True
-        units = {unit.targets[0]: unit for unit in self.checkpoint.units}
-        keys = [f"{outside}.weight", *([f"{inside}.weight"] if tied else [])]
-        found = [units[key] for key in keys if key in units]
-        plain = bool(found) and all(unit.converter is None for unit in found)
-        if outside is None or not plain or not self._packs(outside, inside):
-            raise UserError(f"{type(self.model).__name__} has no plain linear head to pack; leave --head out")
-        weights = [self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in found]
-        if len(weights) == 2 and not torch.equal(*weights):
-            # Stored apart and different: not tied after all.
-            weights, found, tied = weights[:1], found[:1], False
-        sources = [unit.sources[0] for unit in found]
-        packed = self.choice.pack_head(weights[0], outside)
-        sparsity = 1 - int(torch.count_nonzero(weights[0])) / weights[0].numel()
-        self._add(outside, packed, Place(sources), False, sparsity, inside if tied else None)
-        self.done.update(sources)
+        none = UserError(f"{type(self.model).__name__} has no plain linear head to pack; leave --head out")
+        if outside is not None:
+            head = self.model.get_submodule(outside)
+            keys = [f"{outside}.weight", *([f"{inside}.weight"] if tied else [])]
+            weights = self._found(keys) if isinstance(head, torch.nn.Linear) and is_plain(head) else {}
+            if not weights:
+                raise none
+            first = next(iter(weights.values()))
+            tied = tied and all(
+                torch.equal(first, other) for other in weights.values()
+            )  # or stored apart, and not tied
+            self._end(
+                outside, weights if tied else dict([next(iter(weights.items()))]), inside if tied else None
+            )
+        if inside is not None and not tied:
+            table = isinstance(self.model.get_submodule(inside), torch.nn.Embedding)
+            if weights := self._found([f"{inside}.weight"]) if table else {}:
+                self._end(table_of(inside), weights, inside)
+            elif outside is None:
+                raise none
+        elif outside is None:
+            raise none
 
-    def _packs(self, outside: str, inside: str | None) -> bool:
-        """Whether a head does nothing but multiply, or an embedding that no head shares nothing but look up."""
-        if inside is not None and outside == table_of(inside):
-            return isinstance(self.model.get_submodule(inside), torch.nn.Embedding)
-        head = self.model.get_submodule(outside)
-        return isinstance(head, torch.nn.Linear) and is_plain(head)
+    def _found(self, keys: list[str]) -> dict[str, torch.Tensor]:
+        """What the files hold for parameters, by source; empty where one of them is held in another layout."""
+        units = {unit.targets[0]: unit for unit in self.checkpoint.units}
+        found = [units[key] for key in keys if key in units]
+        if not all(unit.converter is None for unit in found):
+            return {}
+        return {unit.sources[0]: self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in found}
+
+    def _end(self, name: str, weights: dict[str, torch.Tensor], embedding: str | None) -> None:
+        """Pack equal weights once, as a head or as the rows of an embedding."""
+        first = next(iter(weights.values()))
+        packed = self.choice.pack_head(first, name)
+        sparsity = 1 - int(torch.count_nonzero(first)) / first.numel()
+        self._add(name, packed, Place(list(weights)), False, sparsity, embedding)
+        self.done.update(weights)
 
 
 @opens_models
@@ -264,8 +279,7 @@ def pack(
         values: kind of the survivors, such as bf16 or int8; `tawny pack --help` lists them. None is the kind and group
             that the checkpoint was solved for, or else bf16.
         group: columns that share a scale, of integers; None is the kind's usual number.
-        head: kind to pack the head in too, whatever its zeros; a tied embedding is then served from it. Of a model without a
-            head it is the embedding's.
+        head: kind to pack the head and the embedding in, too, whatever their zeros. If they are tied, one matrix serves both.
         overwrite: replace an existing `out`.
         progress: told how far the work is.
         trust_remote_code: let code that lies in a model's folder run.

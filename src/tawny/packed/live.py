@@ -3,7 +3,7 @@
 Blocks and linears are found by structure, as pruning finds them. A linear whose zeros are too few to pay stays dense
 and decodes through our dense kernel. Fused experts are packed one by one, all of a parameter or none (experts.py).
 A linear that does more than multiply stays as it is: one with hooks, or of a class with a forward of its own.
-Embedding and head stay dense unless `head` is given; a tied embedding is then served from the packed head's storage.
+Embedding and head stay dense unless `head` is given; if they are tied, one packed matrix serves both.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tawny.packed.install import (
     install_linear,
     install_table,
     keep_dense,
+    table_of,
 )
 from tawny.packed.linear import DenseLinear, PackedLinear
 from tawny.progress import Progress, silent
@@ -145,18 +146,21 @@ class _Packing:
 
     def ends(self) -> None:
         outside, inside, tied = ends_of(self.model)
-        if outside is None:
-            if self.choice.head is not None and inside is not None:
-                embedding = self.model.get_submodule(inside)
-                packed = self.choice.pack_head(embedding.weight.data, inside)
-                install_table(self.model, inside, PackedLinear(packed, None, embedding.weight.dtype))
-            return
         if self.choice.head is None:
-            keep_dense(self.model, outside)
+            if outside is not None:
+                keep_dense(self.model, outside)
             return
-        head = self.model.get_submodule(outside)
-        packed = self.choice.pack_head(head.weight.data, outside)
-        install_head(self.model, outside, inside if tied else None, _over(head, head.weight.dtype, packed))
+        if inside is not None and not tied:
+            embedding = self.model.get_submodule(inside)
+            if isinstance(embedding, nn.Embedding):
+                packed = self.choice.pack_head(embedding.weight.data, table_of(inside))
+                install_table(self.model, inside, PackedLinear(packed, None, embedding.weight.dtype))
+        if outside is not None:
+            head = self.model.get_submodule(outside)
+            packed = self.choice.pack_head(head.weight.data, outside)
+            install_head(
+                self.model, outside, inside if tied else None, _over(head, head.weight.dtype, packed)
+            )
 
 
 def _over(old: nn.Module, dtype: torch.dtype, packed: PackedTensor) -> PackedLinear:

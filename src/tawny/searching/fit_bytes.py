@@ -24,7 +24,7 @@ from tawny.model.output import SHARD_BYTES
 from tawny.model.tensorfile import NAMES
 from tawny.packed import format
 from tawny.packed.folder import PackedLinearEntry
-from tawny.packed.install import ends_of
+from tawny.packed.install import ends_of, table_of
 from tawny.patterns import removed_count
 from tawny.pruning.prepare import Job
 from tawny.solvers.grid import ACCIDENTS
@@ -73,15 +73,24 @@ class PackedSize:
         self.head = outside if packs and isinstance(module, nn.Linear) and is_plain(module) else None
         self.tied = embedding if tied else None
         self._ends = [unit.sources[0] for unit in found] if self.head else []
+        # An embedding of its own is packed with the head.
+        table = None if tied or embedding is None or not self.head else units.get(f"{embedding}.weight")
+        apart = table is not None and table.converter is None
+        self.embedding = (
+            embedding if apart and isinstance(model.get_submodule(embedding or ""), nn.Embedding) else None
+        )
+        self._table = list(table.sources) if table is not None and self.embedding else []
         self._storage = NAMES[checkpoint.storage_dtype]
         every = {key: place.bytes for key, place in checkpoint.places.items()}
         total = sum(every.values())
         self._long = 10 ** len(str(total)) - 1  # no offset has more digits
-        kept = [key for key in every if key not in inside and key not in self._ends]
+        ends = [*self._ends, *self._table]
+        kept = [key for key in every if key not in inside and key not in ends]
         self.rest = _REST + sum(self._dense(checkpoint, key) for key in kept)
         self.rest += sum(self._header(checkpoint, key, index=total > SHARD_BYTES) for key in every)
-        self._dense_head = sum(self._dense(checkpoint, key) for key in self._ends)
+        self._dense_head = sum(self._dense(checkpoint, key) for key in ends)
         self._head_shape = tuple(checkpoint.shapes[self._ends[0]]) if self._ends else (0, 0)
+        self._table_shape = tuple(checkpoint.shapes[self._table[0]]) if self._table else (0, 0)
         self.head_numel = math.prod(self._head_shape)
 
     def linear(
@@ -99,11 +108,18 @@ class PackedSize:
         return self._packed(info.name, info.shape, kept, kind, group, self._sources[info.name])
 
     def of_head(self, kind: str | None) -> int:
-        """Bytes of the head, and of an embedding that is served from it; None leaves it as it is."""
+        """Bytes of head and embedding; None leaves them as they are."""
         if self.head is None or kind is None:
             return self._dense_head
         rows, columns = self._head_shape
-        return self._packed(self.head, (rows, columns), rows * columns, kind, None, self._ends)
+        made = self._packed(self.head, (rows, columns), rows * columns, kind, None, self._ends)
+        if self.embedding is not None:
+            rows, columns = self._table_shape
+            name = table_of(self.embedding)
+            made += self._packed(
+                name, (rows, columns), rows * columns, kind, None, self._table, self.embedding
+            )
+        return made
 
     def _packed(
         self,
@@ -113,10 +129,22 @@ class PackedSize:
         kind: str,
         group: int | None,
         sources: Sequence[str],
+        embedding: str | None = None,
     ) -> int:
         whole = format.cheaper_whole(kept / (shape[0] * shape[1]), kind)
         entry = PackedLinearEntry(
-            name, shape, kind, group, kept, tuple(sources), False, self._storage, self.tied, None, 1000, whole
+            name,
+            shape,
+            kind,
+            group,
+            kept,
+            tuple(sources),
+            False,
+            self._storage,
+            embedding or self.tied,
+            None,
+            1000,
+            whole,
         )
         told = len(json.dumps({name: entry.to_dict()}, separators=(",", ":")))
         for key, (dtype, size) in entry.wanted().items():

@@ -195,32 +195,38 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
 
 @torch.no_grad()
 def react_head(session: Session, size: PackedSize, divergence: Divergence) -> dict[str, float]:
-    """Step 3: the divergence with the head (and an embedding that is tied to it) rounded to each kind; nats a token."""
+    """Step 3: the divergence with head and embedding rounded to each kind; nats a token."""
     if size.head is None:
         return {}
     stack, samples = session.job.stack, divergence.held_out
     stack.logits(samples.tokens[:1, :1], divergence.hidden[:1, :1])  # a head of its own is read now
     module = stack.model.get_submodule(size.head)
+    inside = size.tied or size.embedding  # what the model reads is rounded with the head
+    read: Any = None if inside is None else stack.model.get_submodule(inside)
     W_OI = module.weight.detach()
     rounded = {}
     session.progress.phase("rounding the head", len(KINDS_TRIED), "kinds")
     for kind in KINDS_TRIED:
         rounded[kind] = math.inf  # a model that breaks down is not chosen
-        packed = Choice("bf16", head=kind).pack_head(W_OI, size.head)
-        made = format.unpack(packed, W_OI.dtype).to(W_OI.device)
-        del packed
+        choice = Choice("bf16", head=kind)
         with suppress(NumericalError):
             hidden = divergence.hidden
-            if size.tied is not None:  # the model reads other embeddings, too
-                with _weight(module, made):
+            if read is not None:
+                with _weight(read, _packed_once(choice, read.weight.detach(), size.head)):
                     stream = Stream(stack, samples)
                     for index in range(len(stack)):
                         with stack.block(index):
                             stream.advance(index)
                 hidden = torch.cat(list(stream.hidden))
+            made = _packed_once(choice, W_OI, size.head)
             rounded[kind] = _divergence(session, divergence, hidden, module, made)
         session.progress.step(kind)
     return rounded
+
+
+def _packed_once(choice: Choice, W_OI: Tensor, name: str) -> Tensor:
+    """What comes back after a head or an embedding was packed."""
+    return format.unpack(choice.pack_head(W_OI, name), W_OI.dtype).to(W_OI.device)
 
 
 def _divergence(
