@@ -418,8 +418,13 @@ def few_bits(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|" + "---|---|" * len(texts),
     ]
     names = {"magnitude": "best scale", "sparsegpt": "column loop", "alps": "ADMM"}
-    for name, cell in sorted(cells.items(), key=lambda item: (-item[1]["bits"], item[0].split()[0])):
+
+    def place(name: str) -> tuple[float, str, int]:
         kind, solver, _ = name.split()
+        return -cells[name]["bits"], kind, list(names).index(solver)
+
+    for name in sorted(cells, key=place):
+        cell, (kind, solver, _) = cells[name], name.split()
         values, group, sparsity = kind.split(":")
         numbers = " | ".join(
             f"{cell['texts'][text]['kl']:.3f} ± {cell['texts'][text]['kl_stderr']:.3f} "
