@@ -172,3 +172,15 @@ def test_an_encoder_that_is_not_pruned_uniformly_is_warned_of():
     encoder = said.pop(("BertModel", "atp"))
     assert len(encoder) == 1 and "uniform kept more than atp: try -a uniform" in encoder[0]
     assert list(said.values()) == [[], [], []]
+
+
+def test_fewer_tokens_than_a_linear_has_inputs_are_warned_of():
+    said = {}
+    for solver in ("sparsegpt", "wanda"):
+        for count in (47, 48):
+            model = tiny_model("llama", intermediate_size=48)
+            keys = {"sparsity": 0.5, "solver": solver, "allocator": "uniform"}
+            said[solver, count] = tawny.prune(model, calibration=tokens(1, count), **keys).warnings
+    (line,) = said.pop(("sparsegpt", 47))
+    assert "47 calibration tokens are fewer than the 48 inputs of model.layers.0.mlp.down_proj" in line
+    assert not any(said.values())

@@ -153,7 +153,7 @@ def plan(
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },
         seconds=seconds_of(job, load),
-        notes=notices(job) + rounded + _notes(job, allocation is None) + notes,
+        notes=notices(job, tokens) + rounded + _notes(job, allocation is None) + notes,
         reads_text=job.needs_samples,
         seqlen=load.seqlen,
     )

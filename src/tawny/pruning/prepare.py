@@ -211,8 +211,12 @@ def _check_whole_blocks(
             )
 
 
-def notices(job: Job) -> list[str]:
-    """What whoever prunes this has to know: which products stay dense, that the result is larger, or that another choice kept more."""
+def notices(job: Job, tokens: int) -> list[str]:
+    """What whoever prunes this has to know: which products stay dense, that the result is larger, or that another choice kept more.
+
+    Args:
+        tokens: that are calibrated on; of what is not made of tokens, positions.
+    """
     said = staying_dense(job.stack.model, job.stack.structure)
     checkpoint, allocator = job.stack.checkpoint, job.recipe.allocator.name
     if checkpoint is not None and checkpoint.coded:
@@ -223,6 +227,12 @@ def notices(job: Job) -> list[str]:
     weights = not (job.couplings or job.removes_blocks)
     if weights and not (predicts_tokens(job.stack.model) or allocator == "uniform" or job.allocator.as_given):
         said.append(f"of the encoders that were measured, uniform kept more than {allocator}: try -a uniform")
+    widest = max((linear for linears in job.by_block for linear in linears), key=lambda x: x.shape[1])
+    if job.needs == "hessian" and tokens < widest.shape[1]:
+        said.append(
+            f"{tokens:,} calibration tokens are fewer than the {widest.shape[1]:,} inputs of {widest.name}: {job.recipe.solver.name} "
+            "fits so few too closely; give more samples"
+        )
     return said
 
 

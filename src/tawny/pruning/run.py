@@ -112,7 +112,8 @@ def _allocate(session: Session) -> Allocation:
         holds_out(len(session.samples), job.recipe.refine, job.recipe.seed)  # refuses a single sample
     with session.clock("profile"):
         profile = profile_walk(session, job.allocator)
-    warnings = notices(job)
+    samples = session.samples
+    warnings = notices(job, 0 if samples is None else len(samples) * samples.seqlen)
     if job.chooses_blocks:
         with session.clock("choose"):
             record.allocation = choose_blocks(session)

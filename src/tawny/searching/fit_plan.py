@@ -137,7 +137,7 @@ def plan_fit(
         memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
         disk={"peak": disk, "packed": best.bytes},
         seconds=_seconds(job, load, settings, len(finalists), measured is not None),
-        notes=[*notices(job), *notes, *filter(None, [few_bits(job)])],
+        notes=[*notices(job, load.samples * load.seqlen), *notes, *filter(None, [few_bits(job)])],
     )
 
 
