@@ -88,6 +88,7 @@ def inspected(name, **changes):
     """What `tawny inspect` found in a model of one linear."""
     linear = {"name": name, "shape": (32, 32), "zeros": 512, "sparsity": 0.5, "pattern": "unstructured"}
     found = {"sparsity": 0.5, "prunable": 9, "blocks": 1, "parameters": 9, "tied_head": False, "bytes": 9}
+    found["dense"] = []
     return {"linears": [{**linear, "ties": 511, **changes}], "stored": "bfloat16", **found}
 
 
