@@ -220,27 +220,24 @@ class _Packing:
         """The head and the embedding: one matrix where they are tied, else two."""
         outside, inside, tied = ends_of(self.model)
         none = UserError(f"{type(self.model).__name__} has no plain linear head to pack; leave --head out")
+        if outside is None and inside is None:
+            raise none
         if outside is not None:
             head = self.model.get_submodule(outside)
             keys = [f"{outside}.weight", *([f"{inside}.weight"] if tied else [])]
             weights = self._found(keys) if isinstance(head, torch.nn.Linear) and is_plain(head) else {}
             if not weights:
                 raise none
-            first = next(iter(weights.values()))
-            tied = tied and all(
-                torch.equal(first, other) for other in weights.values()
-            )  # or stored apart, and not tied
-            self._end(
-                outside, weights if tied else dict([next(iter(weights.items()))]), inside if tied else None
-            )
+            first = next(iter(weights))
+            # Two that are stored apart and differ are not tied after all.
+            tied = tied and all(torch.equal(weights[first], other) for other in weights.values())
+            self._end(outside, weights if tied else {first: weights[first]}, inside if tied else None)
         if inside is not None and not tied:
             table = isinstance(self.model.get_submodule(inside), torch.nn.Embedding)
             if weights := self._found([f"{inside}.weight"]) if table else {}:
                 self._end(table_of(inside), weights, inside)
             elif outside is None:
                 raise none
-        elif outside is None:
-            raise none
 
     def _found(self, keys: list[str]) -> dict[str, torch.Tensor]:
         """What the files hold for parameters, by source; empty where one of them is held in another layout."""
