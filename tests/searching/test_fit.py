@@ -142,6 +142,17 @@ def test_a_speed_becomes_bytes_that_a_token_reads(dense, fitted, tmp_path, monke
     assert not (tmp_path / "slow.partial").exists()
 
 
+def test_an_embedding_of_its_own_takes_bytes_of_the_file_and_one_row_of_a_token(tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "dense")
+    sizes = PackedSize(prepare(resolve_recipe(sparsity=0), tmp_path / "dense", silent, "cpu"))
+    for kind in (None, "int8", "int4"):
+        assert 1.9 < sizes.of_head(kind) / sizes.read_head(kind) < 2.1
+    pace = fit_speed.Pace(1.0, {fit_speed.DENSE: 1.0, "int8@0.0": 1.0}, (1, 1), 1, "")
+    assert fit_speed.ReadPerToken(sizes, pace).of_head("int8") == sizes.read_head("int8")
+    made = tawny.fit(tmp_path / "dense", tmp_path / "fitted", bits=9, **KEYS)
+    assert made.bytes <= made.budget
+
+
 def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(fit_refine, "_TRIALS", 20)  # here they end it, and not time
     keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}

@@ -88,7 +88,9 @@ class PackedSize:
         kept = [key for key in every if key not in inside and key not in ends]
         self.rest = _REST + sum(self._dense(checkpoint, key) for key in kept)
         self.rest += sum(self._header(checkpoint, key, index=total > SHARD_BYTES) for key in every)
-        self._dense_head = sum(self._dense(checkpoint, key) for key in ends)
+        self._dense_head, self._dense_table = (
+            sum(self._dense(checkpoint, key) for key in keys) for keys in (self._ends, self._table)
+        )
         self._head_shape = tuple(checkpoint.shapes[self._ends[0]]) if self._ends else (0, 0)
         self._table_shape = tuple(checkpoint.shapes[self._table[0]]) if self._table else (0, 0)
         self.head_numel = math.prod(self._head_shape)
@@ -109,17 +111,19 @@ class PackedSize:
 
     def of_head(self, kind: str | None) -> int:
         """Bytes of head and embedding; None leaves them as they are."""
+        rows, columns = self._table_shape
+        if self.embedding is None or kind is None:
+            return self.read_head(kind) + self._dense_table
+        name = table_of(self.embedding)
+        table = self._packed(name, (rows, columns), rows * columns, kind, None, self._table, self.embedding)
+        return self.read_head(kind) + table
+
+    def read_head(self, kind: str | None) -> int:
+        """Bytes of the head alone, all of which every token reads; with an embedding that is tied to it."""
         if self.head is None or kind is None:
             return self._dense_head
         rows, columns = self._head_shape
-        made = self._packed(self.head, (rows, columns), rows * columns, kind, None, self._ends)
-        if self.embedding is not None:
-            rows, columns = self._table_shape
-            name = table_of(self.embedding)
-            made += self._packed(
-                name, (rows, columns), rows * columns, kind, None, self._table, self.embedding
-            )
-        return made
+        return self._packed(self.head, (rows, columns), rows * columns, kind, None, self._ends)
 
     def _packed(
         self,

@@ -210,15 +210,18 @@ def react_head(session: Session, size: PackedSize, divergence: Divergence) -> di
         rounded[kind] = math.inf  # a model that breaks down is not chosen
         choice = Choice("bf16", head=kind)
         with suppress(NumericalError):
-            hidden = divergence.hidden
+            hidden, made = divergence.hidden, None
             if read is not None:
-                with _weight(read, _packed_once(choice, read.weight.detach(), size.head)):
+                made = _packed_once(choice, read.weight.detach(), size.head)
+                with _weight(read, made):
                     stream = Stream(stack, samples)
                     for index in range(len(stack)):
                         with stack.block(index):
                             stream.advance(index)
                 hidden = torch.cat(list(stream.hidden))
-            made = _packed_once(choice, W_OI, size.head)
+            if made is None or size.tied is None:
+                made = None  # before the head needs its memory
+                made = _packed_once(choice, W_OI, size.head)
             rounded[kind] = _divergence(session, divergence, hidden, module, made)
         session.progress.step(kind)
     return rounded

@@ -159,4 +159,4 @@ class ReadPerToken:
 
     def of_head(self, kind: str | None) -> float:
         slower = self._pace.slower[DENSE if kind is None else _key(Level(0.0, kind))]
-        return slower * self._sizes.of_head(kind)
+        return slower * self._sizes.read_head(kind)
