@@ -94,7 +94,7 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
                 "perplexity": found.perplexity.perplexity,
             }
             texts[Path(text).name] = {**measured, "dense": found.dense.perplexity}
-        if args.work is not None and solver == "alps":
+        if args.work is not None and solver == "alps" and not (args.work / kind).exists():
             shutil.move(folder / "packed", args.work / kind)
         shutil.rmtree(dense)
         return {
