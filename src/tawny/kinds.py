@@ -80,7 +80,9 @@ class Kind:
         import torch
 
         padded = torch.nn.functional.pad(survivors, (0, -len(survivors) % CHUNK), value=self.grid[0])
-        codes = torch.bucketize(padded.short(), torch.tensor(self.grid, dtype=torch.int16)).to(torch.uint8)
+        code_of = torch.zeros(self.grid[-1] - self.grid[0] + 1, dtype=torch.uint8)
+        code_of[torch.tensor(self.grid) - self.grid[0]] = torch.arange(len(self.grid), dtype=torch.uint8)
+        codes = code_of.index_select(0, padded.int() - self.grid[0])
         left, planes = codes.view(-1, CHUNK), []
         for width in self._planes():
             part = left & (1 << width) - 1
@@ -120,8 +122,12 @@ class Kind:
         ratio = (W / scale).nan_to_num(0.0)
         if len(self.grid) == self.grid[-1] - self.grid[0] + 1:
             return ratio.round_().clamp_(self.grid[0], self.grid[-1])
-        table = torch.tensor(self.grid, dtype=ratio.dtype, device=ratio.device)
-        return table[torch.bucketize(ratio.contiguous(), (table[1:] + table[:-1]) / 2)]
+        # Levels are integers, so the middles between them are halves: a table of half units holds the nearest level.
+        levels = torch.tensor(self.grid, dtype=ratio.dtype)
+        halves = torch.arange(2 * self.grid[0] + 1, 2 * self.grid[-1] + 1, dtype=ratio.dtype) / 2
+        nearest = levels[torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)].to(ratio.device)
+        places = ratio.mul_(2).ceil_().sub_(2 * self.grid[0] + 1).clamp_(0, len(halves) - 1)
+        return torch.take(nearest, places.to(torch.int64))
 
     def rounded(self, W_OI: Tensor) -> Tensor:
         """The weight that comes back after it was packed with a scale a row."""

@@ -51,6 +51,19 @@ def test_gradients_are_those_of_lsq_as_autograd_has_them(name):
     assert not made_OI[beyond_OI & ~inward_OI].any()
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_rounding_finds_a_nearest_level_whose_code_gives_it_back(name):
+    grid = KINDS[name].grid
+    halves = torch.arange(2 * grid[0] - 9, 2 * grid[-1] + 10) / 2
+    values = torch.cat([halves, halves + 0.1, halves - 0.1, torch.tensor([1e38, -1e38])])
+    made = KINDS[name].round(values, torch.ones(1))
+    assert set(made.tolist()) == set(grid)
+    distances = (values[:, None].double() - torch.tensor(grid)).abs().amin(1)
+    assert torch.equal((values.double() - made).abs(), distances)
+    survivors = made.to(torch.int8)
+    assert torch.equal(KINDS[name].decode(KINDS[name].encode(survivors), 0, len(survivors)), survivors)
+
+
 def test_what_was_removed_under_a_scale_below_zero_is_removed_when_packed_again():
     W_OI = 0 - weight().abs()  # whose best scales are below zero
     once = format.unpack(format.pack(W_OI, "int4", 64))
