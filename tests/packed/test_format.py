@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.errors import CheckpointError, NumericalError, UserError
+from tawny.kernels import reference
 from tawny.kinds import KINDS as TABLE
 from tawny.packed import format
 from tawny.packed.checking import check
@@ -44,6 +45,21 @@ def test_any_bit_pattern_survives_packing(data, rows, columns, values):
     flat = torch.tensor(bits * (rows * columns // len(bits) + 1), dtype=BITS[dtype])[: rows * columns]
     W = flat.view(rows, columns).view(dtype)
     assert same_bits(unpack(pack(W, values)), W)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("values", TABLE)
+def test_unpack_writes_out_what_plain_torch_does_bit_for_bit(values, whole):
+    W = 0 - weight((37, 200), 0.0 if whole else 0.5).abs()  # the best scales of few bits are below zero
+    W[8] *= 6e4 / W[8].abs().max()
+    for group in TABLE[values].groups:
+        packed = pack(W, values, group, whole)
+        for dtype in (None, *BITS, torch.float64):
+            made, wanted = unpack(packed, dtype), reference.expand(packed.weight, dtype)
+            if dtype is torch.float64:
+                assert made.dtype is dtype and torch.equal(made, wanted)
+            else:
+                assert same_bits(made, wanted)
 
 
 def test_negative_zero_is_a_survivor_and_positive_zero_is_not():

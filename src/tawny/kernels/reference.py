@@ -38,7 +38,7 @@ def expand(
     W_OI = deinterleave(W_GBRC, min(ROWS * last, weight.rows) - ROWS * first, weight.cols)
     if weight.kind.scaled:
         # A scale that was rounded up may carry the largest weight past what is finite.
-        largest = torch.finfo(dtype or torch.float32).max
+        largest = min(torch.finfo(dtype or torch.float32).max, torch.finfo(W_OI.dtype).max)
         # A scale below zero makes −0.0 of what was removed; packed again, that would count as a survivor.
         W_OI.clamp_(-largest, largest).add_(0.0)
     return W_OI if dtype is None else W_OI.to(dtype)

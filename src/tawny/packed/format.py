@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from tawny.errors import NumericalError, UserError
-from tawny.kernels import ops, reference
+from tawny.kernels import ops
 from tawny.kernels.layout import (
     COLUMNS,
     ROWS,
@@ -313,7 +313,11 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
 
     dtype None gives the stored float kind, and float32 for integers.
     """
-    return reference.expand(packed.weight, dtype)
+    kind = packed.weight.kind
+    if not kind.scaled:
+        return ops.expand(packed.weight, dtype or kind.dtype)
+    # A scale below zero makes −0.0 of what was removed; packed again, that would count as a survivor.
+    return ops.expand(packed.weight, dtype or torch.float32).add_(0.0)
 
 
 def whole(packed: PackedTensor) -> PackedTensor:
