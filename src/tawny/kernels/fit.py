@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["fit"]
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,18 @@ _SHARE = 1 << 14  # weights a thread is worth waking for
 _COUNTS = (4, 8, 16)  # levels that a loop is compiled for, beside all integers of a range
 
 
+@functools.cache
+def _loop(levels: tuple[int, ...]) -> tuple[Tensor, int] | None:
+    """Levels as the kernel takes them, and how many: the ends, and 0, for all integers of a range. None where no loop fits."""
+    if levels[-1] - levels[0] == len(levels) - 1:
+        return torch.tensor([levels[0], levels[-1]], dtype=torch.float32), 0
+    return (torch.tensor(levels, dtype=torch.float32), len(levels)) if len(levels) in _COUNTS else None
+
+
 def fit(
     X_OI: Tensor,
     scales_OS: Tensor,
-    levels: Tensor,
+    levels: tuple[int, ...],
     group: int,
     weights_I: Tensor | None,
     keep_OI: Tensor | None,
@@ -27,22 +37,16 @@ def fit(
 
     Args:
         X_OI: float32; a scale belongs to `group` columns of it, S = ceil(I / group).
-        levels: float32, ascending integers.
+        levels: ascending.
         weights_I, keep_OI: float32 and bool: what a squared error counts, and what of it counts at all.
         made_OI: becomes level · scale where kept, else +0, with the fitted scales rounded to bfloat16, or the given ones if `fixed`.
     """
-    given = [X_OI, scales_OS, levels, *(t for t in (weights_I, made_OI) if t is not None)]
+    given = [X_OI, scales_OS, *(t for t in (weights_I, made_OI) if t is not None)]
     usable = native.chosen() and all(
         t.device.type == "cpu" and t.is_contiguous() and t.dtype is torch.float32 for t in given
     )
-    count = len(levels)
-    if bool(levels[-1] - levels[0] == count - 1):
-        levels, count = levels[[0, -1]].contiguous(), 0
-    if (
-        not usable
-        or (count and count not in _COUNTS)
-        or (keep_OI is not None and not keep_OI.is_contiguous())
-    ):
+    loop = _loop(levels)
+    if not usable or loop is None or (keep_OI is not None and not keep_OI.is_contiguous()):
         return None
     rows, width = X_OI.shape
     fitted_OS, saved_OS = torch.empty_like(scales_OS), torch.empty_like(scales_OS)
@@ -50,8 +54,8 @@ def fit(
         X_OI.data_ptr(),
         native.address(weights_I),
         native.address(keep_OI),
-        levels.data_ptr(),
-        count,
+        loop[0].data_ptr(),
+        loop[1],
         scales_OS.data_ptr(),
         fitted_OS.data_ptr(),
         saved_OS.data_ptr(),

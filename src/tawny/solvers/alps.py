@@ -256,26 +256,33 @@ class Alps(Solver):
         chunks = parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1]))
         rho = before = max(_GRID_RHO, self.rho)
         inverse_II = scaled.inverse(rho)
+        assert inverse_II is not None  # `prepare` has made one for a ρ that is no larger
+        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=inverse_II.dtype)
+        spare = torch.empty_like(
+            T_OI[parts(T_OI, CACHED)[0]]
+        )  # fresh memory for each pass would cost as much as the pass
         for step in range(1, _GRID_STEPS + 1):
-            assert inverse_II is not None  # `prepare` has made one for a ρ that is no larger
+            assert inverse_II is not None
             for chunk in chunks:
-                right_CI = T_OI[chunk].new_empty(T_OI[chunk].shape, dtype=inverse_II.dtype)
+                right_CI, step_CI = (spare_CI[: chunk.stop - chunk.start] for spare_CI in scratch)
                 for part in parts(right_CI, CACHED):
                     here = _within(chunk, part)
-                    D_PI = grid_OI[here] * scaled.scale_I
-                    T_OI[here] -= D_PI
-                    right_PI = torch.sub(D_PI, scaled_OI[here]).mul_(rho)
-                    right_CI[part] = right_PI.sub_(T_OI[here], alpha=before)
-                step_CI = right_CI @ inverse_II
+                    T_PI, spare_PI = T_OI[here], spare[: part.stop - part.start]
+                    T_PI -= torch.mul(grid_OI[here], scaled.scale_I, out=spare_PI)
+                    right_CI[part] = spare_PI.sub_(scaled_OI[here]).mul_(rho).sub_(T_PI, alpha=before)
+                torch.mm(right_CI, inverse_II, out=step_CI)
                 for part in parts(right_CI, CACHED):
                     here = _within(chunk, part)
-                    T_OI[here] = torch.add(scaled_OI[here] + step_CI[part], T_OI[here], alpha=before / rho)
-                    grid_OI[here], scales_OS[here] = refit_scales(
-                        T_OI[here] / scaled.scale_I,
+                    T_PI, spare_PI = T_OI[here], spare[: part.stop - part.start]
+                    spare_PI.copy_(step_CI[part]).add_(scaled_OI[here])
+                    torch.add(spare_PI, T_PI, alpha=before / rho, out=T_PI)
+                    _, scales_OS[here] = refit_scales(
+                        torch.div(T_PI, scaled.scale_I, out=spare_PI),
                         scales_OS[here],
                         grid,
                         weights_I,
                         None if mask_OI is None else mask_OI[here],
+                        grid_OI[here],
                     )
                 if step % _GRID_CHECK == 0 and step > _GRID_STEPS // 2:
                     gone_CI = W_OI[chunk] - grid_OI[chunk]

@@ -104,7 +104,7 @@ def _fit(
     """
     scales_OS = scales_OS.contiguous()
     group = min(grid.group or X_OI.shape[1], X_OI.shape[1])
-    found = kernel(X_OI, scales_OS, grid.values, group, weights_I, keep_OI, made_OI, fixed)
+    found = kernel(X_OI, scales_OS, grid.levels, group, weights_I, keep_OI, made_OI, fixed)
     if found is not None:
         return (_held(found[0]), found[1]) if made_OI is not None and not fixed else found
     weights_OSJ = _weights(X_OI, weights_I, keep_OI, grid)
@@ -175,10 +175,15 @@ def best_scales(
 
 
 def refit_scales(
-    X_OI: Tensor, scales_OS: Tensor, grid: Grid, weights_I: Tensor | None, keep_OI: Tensor | None
+    X_OI: Tensor,
+    scales_OS: Tensor,
+    grid: Grid,
+    weights_I: Tensor | None,
+    keep_OI: Tensor | None,
+    out_OI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """X on the grid, levels by the scales given and values by their least-squares refit; and the refitted scales."""
-    made_OI = torch.empty_like(X_OI)
+    """X on the grid, levels by the scales given and values by their least-squares refit, in `out` if given; and the refitted scales."""
+    made_OI = torch.empty_like(X_OI) if out_OI is None else out_OI
     fitted_OS, _ = _fit(X_OI, scales_OS, grid, weights_I, keep_OI, made_OI)
     return made_OI, fitted_OS
 
