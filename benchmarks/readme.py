@@ -21,7 +21,17 @@ from tables.frontier import frontier
 from tables.glance import glance
 from tables.models import families
 from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling_model
-from tables.quality import allocators, few_bits, owl_study, recipes, recovery, solvers, structured, tasks
+from tables.quality import (
+    allocators,
+    few_bits,
+    owl_study,
+    recipes,
+    recovery,
+    recovery_texts,
+    solvers,
+    structured,
+    tasks,
+)
 from tables.runtimes import runtimes
 from tables.speed import decode, few_bits_speed, kernels, peers, recovery_step, serving, sizes
 
@@ -38,6 +48,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "recipes": recipes,
         "recipes_gemma": recipes,
         "recovery": recovery,
+        "recovery_texts": recovery_texts,
         "recovery_step": recovery_step,
         "allocators": allocators,
         "allocators_gemma": allocators,

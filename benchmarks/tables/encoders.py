@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tables.models import in_words
-from tables.shared import ALLOCATORS, SOLVERS, machine_line
+from tables.shared import ALLOCATORS, SOLVERS, machine_line, noted
 
 
 def encoders(result: Mapping[str, Any]) -> str:
@@ -53,7 +53,7 @@ def vision_study(result: Mapping[str, Any]) -> str:
     return (
         "Energy of the features that is lost, in %, and in brackets the samples whose nearest neighbour stayed the same, in %.\n\n"
         + "\n".join(parts)
-        + f"\n{machine_line(result)}"
+        + f"\n{noted(machine_line(result), result)}"
     )
 
 

@@ -14,6 +14,7 @@ from tables.shared import (
     known_order,
     machine_and_note,
     machine_line,
+    noted,
     over_seeds,
     plus_minus,
     seconds_table,
@@ -401,6 +402,29 @@ def _packed(found: Mapping[str, Any] | None) -> str:
     return (
         f"{found['file_bytes'] / 1e6:.0f} MB | {found['decode_tokens_per_second']:.0f}" if found else "– | –"
     )
+
+
+def recovery_texts(result: Mapping[str, Any]) -> str:
+    """A row a model: what it was calibrated and trained on, and × dense with the divergence on each text."""
+    setting, cells = result["setting"], result["cells"].values()
+    texts = setting["texts"]
+    first = next(iter(cells))["texts"]
+    dense = ", ".join(f"{first[text]['dense']:.2f} on {text}" for text in texts)
+    mixes = "; ".join(f"*{name}* is {' '.join(parts)}" for name, parts in result["mixes"].items())
+    lines = [
+        f"{setting['model']}, calibrated on {setting['samples']} × {setting['seqlen']} tokens of a mix and trained on {setting['tokens']:,} of it. "
+        f"Measured on {setting['windows']} windows of {setting['eval_seqlen']} tokens: perplexity in times of the dense model's "
+        f"({dense}), and KL. Mixes: {mixes}.\n",
+        "| sparsity | mix | model | " + " | ".join(f"{text} | KL" for text in texts) + " |",
+        "|---|---|---|" + "---:|---:|" * len(texts),
+    ]
+    for cell in sorted(cells, key=lambda cell: (cell["sparsity"], cell["method"] != "one-shot")):
+        weight = {0.5: "", 1.0: ", KL alone"}.get(cell["kl"], f", {cell['kl']:g} KL")
+        name = cell["method"] + (weight if cell["method"] != "one-shot" else "")
+        found = (cell["texts"][text] for text in texts)
+        shown = " | ".join(f"{x['perplexity'] / x['dense']:.2f} | {x['kl']:.3f}" for x in found)
+        lines.append(f"| {cell['sparsity']:.0%} | {cell['mix']} | {name} | {shown} |")
+    return "\n".join(lines) + f"\n\n{noted(machine_line(result), result)}"
 
 
 def few_bits(result: Mapping[str, Any]) -> str:

@@ -117,6 +117,11 @@ def machine_and_note(result: Mapping[str, Any]) -> str:
         line = _machine_line(result, cpus_of(cells.values()), cells.values())
     else:
         line = machine_line(result)
+    return noted(line, result)
+
+
+def noted(line: str, result: Mapping[str, Any]) -> str:
+    """A line about the machine, with what else must be known of these numbers."""
     said = result.get("note", "")
     note = f" {said[0].upper()}{said[1:]}." if said else ""
     return line.removesuffix("</sub>\n") + f"{note}</sub>\n"
