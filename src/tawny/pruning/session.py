@@ -384,11 +384,12 @@ def _calibration(
     held_out = None
 
     def own(share: float) -> Text:
-        read = wanted.samples * wanted.seqlen * (1 if purpose.held_out is None else 2)
+        # At least two windows: read again, a text may have fewer tokens than were written.
+        samples = max(2, math.ceil(share * wanted.samples)) * (1 if purpose.held_out is None else 2)
         keys: dict[str, Any] = {"memory": budget, "group": ranks, "progress": progress}
         dense: Path | nn.Module = job.folder or model
         author = author_of(dense, tokenizer, job.recipe.seed, job.stack.compute, ranks.device, **keys)
-        written = author.write(math.ceil(share * read))
+        written = author.write(samples * wanted.seqlen)
         give_back()
         return written
 
