@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NAMES = {
-    "fit": "`tawny fit`",
+    "fit": "tawny fit",
     "uniform": "one kind for all",
     "zeros": "50 % zeros, one kind for all",
     "llama": "llama.cpp",
