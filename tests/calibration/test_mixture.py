@@ -288,7 +288,7 @@ def test_every_verb_reads_mixtures_and_what_the_model_writes(run, short, tmp_pat
     for page in ("README.md", "report.html"):
         told = (pruned / page).read_text()
         assert all(one["sha256"] in told for one in (text, *text["sources"]))
-    little = ["--calibration", f"{a}=0.8", "--calibration", "self=0.2", "--samples", 4]  # 0.8 of a sample, rounded up
+    little = ["--calibration", f"{a}=0.8", "--calibration", "self=0.2", "--samples", 4]  # 0.8 of a sample
     code, out, err = run("prune", dense, "--out", tmp_path / "little", *sizes[:-4], *little, "--seqlen", 16)
     assert code == 0, err
     mixture = ["--text", f"{a}=0.5", "--text", "self"]

@@ -226,7 +226,9 @@ def notices(job: Job, tokens: int) -> list[str]:
         )
     weights = not (job.couplings or job.removes_blocks)
     if weights and not (predicts_tokens(job.stack.model) or allocator == "uniform" or job.allocator.as_given):
-        said.append("uniform kept more than other allocators in nearly every trial on encoders: try -a uniform")
+        said.append(
+            "uniform kept more than other allocators in nearly every trial on encoders: try -a uniform"
+        )
     widest = max((linear for linears in job.by_block for linear in linears), key=lambda x: x.shape[1])
     if job.needs == "hessian" and tokens < widest.shape[1]:
         said.append(
