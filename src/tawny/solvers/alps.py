@@ -258,9 +258,8 @@ class Alps(Solver):
         inverse_II = scaled.inverse(rho)
         assert inverse_II is not None  # `prepare` has made one for a ρ that is no larger
         scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=inverse_II.dtype)
-        spare = torch.empty_like(
-            T_OI[parts(T_OI, CACHED)[0]]
-        )  # fresh memory for each pass would cost as much as the pass
+        # Fresh memory for each pass would cost as much as the pass.
+        spare = torch.empty_like(T_OI[parts(T_OI, CACHED)[0]])
         for step in range(1, _GRID_STEPS + 1):
             assert inverse_II is not None
             for chunk in chunks:
