@@ -170,7 +170,7 @@ def test_an_encoder_that_is_not_pruned_uniformly_is_warned_of():
             record = tawny.prune(pruned, sparsity=0.5, solver="magnitude", allocator=allocator)
             said[type(model).__name__, allocator] = record.warnings
     encoder = said.pop(("BertModel", "atp"))
-    assert len(encoder) == 1 and "tried on encoders: try -a uniform" in encoder[0]
+    assert len(encoder) == 1 and "trial on encoders: try -a uniform" in encoder[0]
     assert list(said.values()) == [[], [], []]
 
 
