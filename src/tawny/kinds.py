@@ -6,8 +6,9 @@ make the compiled kernels read it too. Nothing here imports torch before it comp
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "Kind", "kind_of", "names_of", "scaled_kinds"]
+__all__ = ["KINDS", "Kind", "half_steps", "kind_of", "names_of", "scaled_kinds"]
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -122,17 +123,27 @@ class Kind:
         ratio = (W / scale).nan_to_num(0.0)
         if len(self.grid) == self.grid[-1] - self.grid[0] + 1:
             return ratio.round_().clamp_(self.grid[0], self.grid[-1])
-        # Levels are integers, so the middles between them are halves: a table of half units holds the nearest level.
-        levels = torch.tensor(self.grid, dtype=ratio.dtype)
-        halves = torch.arange(2 * self.grid[0] + 1, 2 * self.grid[-1] + 1, dtype=ratio.dtype) / 2
-        nearest = levels[torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2)].to(ratio.device)
-        places = ratio.mul_(2).ceil_().sub_(2 * self.grid[0] + 1).clamp_(0, len(halves) - 1)
+        nearest = half_steps(self.grid).to(ratio)
+        places = ratio.mul_(2).ceil_().sub_(2 * self.grid[0] + 1).clamp_(0, len(nearest) - 1)
         return torch.take(nearest, places.to(torch.int64))
 
     def rounded(self, W_OI: Tensor) -> Tensor:
         """The weight that comes back after it was packed with a scale a row."""
         scale_O1 = W_OI.abs().amax(1, keepdim=True) / self.largest
         return self.round(W_OI, scale_O1) * scale_O1
+
+
+@functools.cache
+def half_steps(levels: tuple[int, ...]) -> Tensor:
+    """The level nearest to what lies in each half of a unit, from the first level on, float32.
+
+    Levels are integers, so the middles between them are halves, and no half of a unit has a middle inside it.
+    """
+    import torch
+
+    table = torch.tensor(levels, dtype=torch.float32)
+    inside = torch.arange(2 * levels[0], 2 * levels[-1] + 1) / 2 + 0.25
+    return table[torch.bucketize(inside, (table[1:] + table[:-1]) / 2)]
 
 
 def _few(name: str, help: str, code: int, grid: Iterable[int]) -> Kind:

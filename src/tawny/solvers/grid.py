@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tawny.kernels.fit import fit as kernel
+from tawny.kinds import half_steps
 
 __all__ = [
     "ACCIDENTS",
@@ -64,21 +64,9 @@ class Grid:
             X_OI = torch.nn.functional.pad(X_OI, (0, -width % size))
         return X_OI.reshape(*X_OI.shape[:-1], X_OI.shape[-1] // size, size)
 
-    @cached_property
-    def values(self) -> Tensor:
-        """The levels, float32."""
-        return torch.tensor(self.levels, dtype=torch.float32)
-
-    @cached_property
-    def _table(self) -> Tensor:
-        """The nearest level of each half of a unit: levels are integers, so the middles between them are halves."""
-        levels = self.values
-        cells = torch.arange(2 * self.levels[0], 2 * self.levels[-1] + 1) / 2 + 0.25
-        return levels[torch.bucketize(cells, (levels[1:] + levels[:-1]) / 2)]
-
     def nearest(self, X: Tensor) -> Tensor:
         """The nearest level of each value, float32; of two as near, the upper one."""
-        table, low = self._table.to(X.device), 2 * self.levels[0]
+        table, low = half_steps(self.levels).to(X.device), 2 * self.levels[0]
         # A scale so small that it has no reciprocal leaves a NaN, which no index must come of.
         places = torch.mul(X, 2).sub_(low).nan_to_num_(0.0).clamp_(0, len(table) - 1)
         return torch.take(table, places.to(torch.int64))
