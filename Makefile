@@ -49,10 +49,10 @@ demo: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python examples/demo.py
 
 test: lint $(VENV)/.packaged
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: lint $(VENV)/.packaged
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Needs Chromium and its driver from the system; without them the reason for skipping is printed.
 test-browser: $(VENV)/.installed

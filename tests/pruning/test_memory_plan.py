@@ -241,7 +241,13 @@ SEARCHED = {"search.finalists": 0, "search.trials": 8, "search.levels": 3, "sear
             "wanda",
             UNIFORM,
         ),  # fused when read, parted when written
-        ("llama", {**WIDE, "vocab_size": 120_000, "tie_word_embeddings": False}, "wanda", SEARCHED),
+        pytest.param(
+            "llama",
+            {**WIDE, "vocab_size": 120_000, "tie_word_embeddings": False},
+            "wanda",
+            SEARCHED,
+            marks=pytest.mark.slow,
+        ),
         *(pytest.param("llama", WIDE, x, UNIFORM, marks=pytest.mark.slow) for x in ("wanda", "alps")),
     ],
 )
