@@ -37,11 +37,17 @@ def models(tmp_path_factory):
 def here(monkeypatch):
     """In this process: the processes themselves have a test of their own."""
 
-    def run(job, progress):
-        torch.set_num_threads(1)
-        return measure(job["source"], job["against"], job["setting"], progress)
+    class Here:
+        def __init__(self, job, progress, noise):
+            self.asked, self.row = (job["source"], job["against"], job["setting"], progress, Silent()), None
 
-    monkeypatch.setattr(module, "_in_a_process", run)
+        def go_on(self):
+            self.row = self.row or measure(*self.asked)
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(module, "_Process", Here)
 
 
 def job(source, against, text):
@@ -65,24 +71,47 @@ def job(source, against, text):
     return {"source": source, "against": against, "setting": setting, "trusted": False}
 
 
-def test_a_model_in_a_process_of_its_own_gives_all_its_numbers_and_its_progress(models, text):
-    phases = []
+class Seen(Silent):
+    def __init__(self):
+        self.phases, self.steps, self.said = [], [], []
 
-    class Seen(Silent):
-        def phase(self, name, total, unit="blocks"):
-            phases.append(name)
+    def phase(self, name, total, unit="blocks"):
+        self.phases.append(name)
 
-    made = module._in_a_process(job(models[1], models[0], text), Seen())
-    assert made["errors"] == {} and made["kind"] == "pruned"
-    assert made["sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert made["perplexity"]["agreement"]["kl"] > 0 and made["perplexity"]["windows"] == 3
-    assert made["speed"]["decode_tokens_per_second"] > 0 and made["file_bytes"] > 0
-    assert {"measuring", "dense model", "pruned model", "comparing"} <= set(phases)
+    def step(self, text):
+        self.steps.append(text)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_models_in_processes_of_their_own_are_timed_in_turn_and_give_all_numbers(models, text):
+    seen = Seen()
+    jobs = [job(models[0], None, text), job(models[1], models[0], text)]
+    dense, pruned = module._rows(jobs, ["dense", "pruned"], seen)
+    assert dense["errors"] == pruned["errors"] == {}
+    assert (dense["kind"], pruned["kind"]) == ("dense", "pruned")
+    assert pruned["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert pruned["perplexity"]["agreement"]["kl"] > 0 and pruned["perplexity"]["windows"] == 3
+    assert all(
+        row["speed"]["decode_tokens_per_second"] > 0 and row["file_bytes"] > 0 for row in (dense, pruned)
+    )
+    timed = [f"{name}, round {number}" for number in (0, 1) for name in ("dense", "pruned")]
+    assert seen.steps[:4] == timed and seen.phases[0] == "measuring speeds in turn"
+    assert {"dense model", "pruned model", "comparing"} <= set(seen.phases)
+    assert seen.said == ["measuring dense (1 of 2)", "measuring pruned (2 of 2)"]
+
+
+def test_models_are_timed_together_as_far_as_half_of_the_memory_goes(models, text, monkeypatch):
+    sizes = {model: module.file_bytes(module.resolve(model)) for model in models}
+    monkeypatch.setattr(module, "free_memory", lambda: 2 * (sizes[models[0]] + sizes[models[1]]))
+    jobs = [job(source, None, text) for source in (*models, "nowhere")]
+    assert module._groups(jobs) == [jobs[:2], jobs[2:]]
 
 
 def test_a_process_that_dies_is_a_reason_and_no_crash(models, text, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    made = module._in_a_process(job(models[0], None, text), Silent())
+    (made,) = module._rows([job(models[0], None, text)], ["dense"], Silent())
     assert "ended early" in made["errors"]["model"]
 
 

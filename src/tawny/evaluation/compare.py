@@ -2,8 +2,10 @@
 
 What this file promises:
 
-- One process a model, one after the other: resident memory is that model's, and nobody else's threads are in its
+- One process a model, and one works at a time: resident memory is that model's, and nobody else's threads are in its
   speed. Speed and memory come first in it, before anything else has touched the process.
+- Rounds are timed in turn, so that a change of the clock or another program falls on all models alike. Models that do
+  not fit into half of the free memory together are timed in groups.
 - All models predict the same windows and answer the same questions. KL divergence is from the first model.
 - A failure of one model (a damaged file, another tokenizer, no memory) is said in its column, and the rest goes on.
 
@@ -16,6 +18,7 @@ __all__ = ["Comparison", "compare"]
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,11 +34,11 @@ from typing import IO, Any, cast
 from tawny.calibration.mixture import check_texts
 from tawny.errors import ModelError, TawnyError
 from tawny.evaluation.labels import check_labels
-from tawny.machine import machine, versions
+from tawny.machine import free_memory, machine, versions
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.trust import opens_models, trusted, trusting
-from tawny.progress import Progress, silent
+from tawny.progress import Progress, Silent, silent
 
 MOST_WINDOWS = 20  # where nobody says how many: enough for a standard error, few enough to wait for
 
@@ -129,15 +132,19 @@ def compare(
         "device": device,
         "cache": cache,
     }
-    models: list[dict[str, Any]] = []
-    for name, called in zip(named, short_names(named), strict=True):
-        progress.say(f"measuring {called} ({len(models) + 1} of {len(named)})")
-        against = named[0] if models else None
-        job = {"source": name, "against": against, "setting": setting, "trusted": trusted()}
-        row = _in_a_process(job, progress)
-        models.append({"source": name, "name": called, **row})
+    jobs = [
+        {"source": name, "against": named[0] if i else None, "setting": setting, "trusted": trusted()}
+        for i, name in enumerate(named)
+    ]
+    called = short_names(named)
+    found = _rows(jobs, called, progress)
+    models = [
+        {"source": source, "name": name, **row}
+        for source, name, row in zip(named, called, found, strict=True)
+    ]
+    for row in models:
         for part, message in row["errors"].items():
-            progress.say(f"{called}: no {part}: {message}")
+            progress.say(f"{row['name']}: no {part}: {message}")
     if all("file_bytes" not in row for row in models):
         raise ModelError(f"none of the models could be opened: {models[0]['errors'].get('model', 'unknown')}")
     return Comparison(models, setting, time.perf_counter() - start, machine(), versions())
@@ -182,41 +189,107 @@ def _read_on(sources: Sequence[str]) -> bool:
 # --- the parent's side: one process a model -----------------------------------------------------------------
 
 
-def _in_a_process(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Run `measure` in a fresh interpreter, pass its progress on, and return its row, whatever becomes of it."""
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    row: dict[str, Any] | None = None
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
-        with subprocess.Popen(  # leaving waits for it
+def _rows(jobs: Sequence[dict[str, Any]], names: Sequence[str], progress: Progress) -> list[dict[str, Any]]:
+    """What `measure` says of each job: speeds in turn, the rest of each behind them."""
+    rows: list[dict[str, Any]] = []
+    setting = jobs[0]["setting"]
+    turns = setting["rounds"] + 1 if setting["speed"] else 0  # one warms up
+    for group in _groups(jobs):
+        if turns:
+            progress.phase("measuring speeds in turn", turns * len(group), "rounds")
+        with contextlib.ExitStack() as running:
+            processes = []
+            for job in group:
+                noise = running.enter_context(
+                    tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+                )
+                processes.append(_Process(job, progress, noise))
+                running.callback(processes[-1].end)
+            for number in range(turns):
+                for i, process in enumerate(processes, len(rows)):
+                    process.go_on()
+                    progress.step(f"{names[i]}, round {number}")
+            for process in processes:
+                progress.say(f"measuring {names[len(rows)]} ({len(rows) + 1} of {len(names)})")
+                while process.row is None:
+                    process.go_on()
+                rows.append(process.row)
+    return rows
+
+
+def _groups(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Neighbours that half of the free memory holds together."""
+    free = free_memory()
+    groups: list[list[dict[str, Any]]] = []
+    held = math.inf
+    for job in jobs:
+        size = 0
+        with contextlib.suppress(TawnyError):  # its column will say so
+            size = file_bytes(resolve(job["source"]))
+        if free is not None and held + size > free / 2:
+            groups.append([])
+            held = 0
+        groups[-1].append(job)
+        held += size
+    return groups
+
+
+class _Process:
+    """A fresh interpreter that measures one model, stops behind each timed round, and goes on when it is told.
+
+    `row` is what it says at its end, whatever becomes of it. `noise` takes what libraries print there.
+    """
+
+    def __init__(self, job: dict[str, Any], progress: Progress, noise: IO[str]) -> None:
+        self.row: dict[str, Any] | None = None
+        self._job, self._progress, self._noise = job, progress, noise
+        self._child: subprocess.Popen[str] | None = None
+
+    def go_on(self) -> None:
+        """Let it work up to its next stop, and pass its progress on."""
+        if self.row is not None:
+            return
+        told = ""
+        if self._child is None:
+            self._child, told = self._start(), json.dumps(self._job)
+        assert self._child.stdin is not None and self._child.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(told + "\n")
+            self._child.stdin.flush()
+        for line in self._child.stdout:
+            event, *values = json.loads(line)
+            if event == "turn":
+                return
+            if event == "row":
+                self.row = values[0]
+                return
+            getattr(self._progress, event)(*values)
+        self.row = {"errors": {"model": f"its process ended early: {self._reason()}"}}
+
+    def end(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            with contextlib.suppress(BrokenPipeError), self._child:  # it may have gone before it had read
+                pass
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+        return subprocess.Popen(
             [sys.executable, "-m", "tawny.evaluation.compare"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=noise,
+            stderr=self._noise,
             encoding="utf-8",
             env=environment,
-        ) as child:
-            assert child.stdin is not None and child.stdout is not None
-            try:
-                with contextlib.suppress(BrokenPipeError), child.stdin:
-                    child.stdin.write(json.dumps(job))
-                for line in child.stdout:
-                    event, *values = json.loads(line)
-                    if event == "row":
-                        row = values[0]
-                    else:
-                        getattr(progress, event)(*values)
-            except BaseException:
-                child.kill()
-                raise
-        if row is not None:
-            return row
-        noise.seek(0)
-        last = [line.strip() for line in noise.read().splitlines() if line.strip()][-1:]
-        code = child.returncode
+        )
+
+    def _reason(self) -> str:
+        assert self._child is not None
+        code = self._child.wait()
+        self._noise.seek(0)
+        last = [line.strip() for line in self._noise.read().splitlines() if line.strip()][-1:]
         reason = f"killed by signal {-code}" if code < 0 else "".join(last) or "no answer"
-        if code == -9:
-            reason += " (out of memory?)"
-        return {"errors": {"model": f"its process ended early: {reason}"}}
+        return reason + (" (out of memory?)" if code == -9 else "")
 
 
 # --- the child's side ---------------------------------------------------------------------------------------
@@ -228,9 +301,9 @@ def _tell(out: IO[str], event: str, *values: Any) -> None:
 
 
 def measure(
-    source: str, against: str | None, setting: dict[str, Any], progress: Progress = silent
+    source: str, against: str | None, setting: dict[str, Any], progress: Progress, timed: Progress
 ) -> dict[str, Any]:
-    """All numbers of one model; a part that fails leaves its reason under `errors`."""
+    """All numbers of one model; a part that fails leaves its reason under `errors`. `timed` hears of the timed rounds."""
     errors: dict[str, str] = {}
     row: dict[str, Any] = {"errors": errors}
 
@@ -251,7 +324,7 @@ def measure(
     if folder is None or size is None:
         return row
     row["file_bytes"] = size
-    row |= part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, progress)) or {}
+    row |= part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, timed)) or {}
     row |= part("sparsity", lambda: _sparsity(folder)) or {}
     predicts = True
     with contextlib.suppress(Exception):  # whatever is wrong with the folder, the parts below say
@@ -273,7 +346,7 @@ def measure(
     return row
 
 
-def _speed(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _speed(folder: Path, setting: dict[str, Any], timed: Progress) -> dict[str, Any]:
     """What `bench` measures; without it, only the memory of an opened model that has worked once."""
     from tawny.evaluation.bench import bench
     from tawny.evaluation.latency import latency
@@ -281,7 +354,7 @@ def _speed(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[st
     full = setting["speed"]
     if not _reads_on(folder):
         keys = {"rounds": setting["rounds"] if full else 1, "threads": setting["threads"]}
-        found = latency(folder, progress=progress if full else silent, **keys).to_dict()
+        found = latency(folder, progress=timed if full else silent, **keys).to_dict()
         return {"resident_bytes": found["resident_bytes"], **({"latency": found} if full else {})}
     made = bench(
         folder,
@@ -289,7 +362,7 @@ def _speed(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[st
         tokens=32 if full else 1,
         rounds=setting["rounds"] if full else 1,
         threads=setting["threads"],
-        progress=progress if full else silent,
+        progress=timed if full else silent,
     ).to_dict()
     row = {"resident_bytes": made["resident_bytes"]}
     return {**row, "speed": made} if full else row
@@ -357,12 +430,24 @@ def _tasks(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[st
     return evaluate_tasks(folder, progress=progress, **keys).to_dict()
 
 
+class _Turns(Silent):
+    """Waits behind each round until the parent says that it is this process's turn."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+
+    def step(self, *_: Any, **__: Any) -> None:
+        _tell(self._out, "turn")
+        if not sys.stdin.readline():
+            sys.exit(1)  # the parent is gone
+
+
 def main() -> None:
     """One model's numbers: a job as JSON on stdin, events and at last the row as lines of JSON on stdout."""
     # Whatever libraries print must not get between the lines.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.readline())
     if job["setting"]["threads"] is not None:
         import torch
 
@@ -371,7 +456,7 @@ def main() -> None:
     progress = cast(Progress, SimpleNamespace(**{event: partial(_tell, out, event) for event in events}))
     try:
         with trusting(job["trusted"]):
-            _tell(out, "row", measure(job["source"], job["against"], job["setting"], progress))
+            _tell(out, "row", measure(job["source"], job["against"], job["setting"], progress, _Turns(out)))
     except (KeyboardInterrupt, BrokenPipeError):  # the parent has stopped, and says so
         sys.exit(1)
 
