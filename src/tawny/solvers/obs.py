@@ -31,6 +31,7 @@ from tawny.solvers.members import Chosen, Coupled, MemberSolver, input_moments
 __all__ = ["Obs"]
 
 _RETRIES = 3
+_DELAYED = 256  # columns: a product of so many is bound by arithmetic, not by memory
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,17 @@ class Obs(MemberSolver):
 
 
 def _leave(W_OI: Tensor, inverse_II: Tensor, columns_GC: Tensor, removed: int, together: int) -> Tensor:
-    """The members that leave, `together` at a time; W and H⁻¹ are changed in place."""
+    """The members that leave, `together` at a time; W is changed in place, H⁻¹ is used up.
+
+    H⁻¹ is large and what leaves at once is little, so H⁻¹ is not written each time. Of what left since, its rows and columns are
+    kept, up to _DELAYED of them; members of one column need no more of H⁻¹ than its diagonal and their own rows.
+    """
     left_G = torch.arange(len(columns_GC), device=W_OI.device)
+    diagonal_I = inverse_II.diagonal().clone()
+    since: list[tuple[Tensor, Tensor]] = []  # (H⁻¹)_S,: and [(H⁻¹)_SS]⁻¹ (H⁻¹)_S,: of the time
     gone: list[Tensor] = []
     while removed:
-        scores_G = _costs(W_OI, inverse_II, columns_GC[left_G])
+        scores_G = _costs(W_OI, inverse_II, diagonal_I, columns_GC[left_G])
         if not bool(torch.isfinite(scores_G).all()):
             raise NumericalError("the cost of a member is NaN or infinite")
         lowest = scores_G.argsort(stable=True)[: min(together, removed)]
@@ -119,17 +126,25 @@ def _leave(W_OI: Tensor, inverse_II: Tensor, columns_GC: Tensor, removed: int, t
         stays_G[lowest] = False
         left_G = left_G[stays_G]
         removed -= len(lowest)
-        rows_SI = torch.linalg.solve(inverse_II[S][:, S], inverse_II[S])
+        now_SI = inverse_II[S]
+        for then_SI, made_SI in since:
+            now_SI.addmm_(then_SI[:, S].T, made_SI, alpha=-1)
+        rows_SI = torch.linalg.solve(now_SI[:, S], now_SI)
         W_OI.addmm_(W_OI[:, S], rows_SI, alpha=-1)
-        inverse_II.addmm_(inverse_II[:, S], rows_SI, alpha=-1)
+        diagonal_I -= (now_SI * rows_SI).sum(0)
+        since.append((now_SI, rows_SI))
+        if columns_GC.shape[1] > 1 or len(S) * len(since) >= _DELAYED:
+            thens, mades = zip(*since, strict=True)
+            inverse_II.addmm_(torch.cat(thens).T, torch.cat(mades), alpha=-1)
+            since = []
     return torch.cat(gone)
 
 
-def _costs(W_OI: Tensor, inverse_II: Tensor, columns_GC: Tensor) -> Tensor:
+def _costs(W_OI: Tensor, inverse_II: Tensor, diagonal_I: Tensor, columns_GC: Tensor) -> Tensor:
     """[G]: what taking each member away would cost."""
     if columns_GC.shape[1] == 1:
         columns_G = columns_GC[:, 0]
-        return W_OI[:, columns_G].square().sum(0) / inverse_II.diagonal()[columns_G]
+        return W_OI.square().sum(0)[columns_G] / diagonal_I[columns_G]
     costs = []
     for S in columns_GC:
         factor_SS = torch.linalg.cholesky(inverse_II[S][:, S])
