@@ -3,8 +3,8 @@
     python benchmarks/recovery_texts.py --mix wiki=wiki --mix self=self --mix 'mixed=wiki=0.5 code.txt=0.3 self=0.2' --text wiki --text PATH.txt
 
 A mix is NAME=TEXT[=SHARE] … as `tawny recover --text` takes them. Each mix calibrates the pruned model (`one-shot`), and then trains it
-on so many tokens (`recovered`). `--kl` are weights of the divergence in the loss; 1 leaves the next token out. `--method elsa` moves the
-mask, too. All rows of a sparsity read equally many tokens, because minutes say little on a busy machine. Each is measured on every
+on so many tokens (`recovered`). `--kl` are weights of the divergence in the loss; 1 leaves the next token out. All rows of a
+sparsity read equally many tokens, because minutes say little on a busy machine. Each is measured on every
 `--text`. Finished cells are not repeated. A tiny run: `--samples 4 --seqlen 128 --tokens 4096 --windows 2 --eval-seqlen 128`.
 """
 
@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--mix", action="append", required=True, metavar="NAME=TEXTS")
     parser.add_argument("--text", action="append", required=True, help="to measure on; repeatable")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--method", nargs="+", default=["distill"])
     parser.add_argument("--kl", type=float, nargs="+", default=[0.5])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -61,7 +60,7 @@ def main() -> None:
             keys = {f"calibration.{key}": value for key, value in calibration.items()}
             tawny.prune(args.model, start, sparsity=sparsity, **keys)
         wanted: list[tuple[str, float]] = [("one-shot", 0.0)]
-        wanted += itertools.product(args.method, args.kl) if args.tokens else []
+        wanted += [("distill", kl) for kl in args.kl] if args.tokens else []
         for method, kl in wanted:
             key = f"{name} {sparsity:g} {method} {kl:g}"
             if key in results["cells"]:
@@ -70,7 +69,7 @@ def main() -> None:
             folder = start
             if method != "one-shot":
                 folder = args.scratch / key
-                settings = {"text": texts, "tokens": args.tokens, "method": method, "kl": kl}
+                settings = {"text": texts, "tokens": args.tokens, "kl": kl}
                 if not folder.exists():
                     tawny.recover(start, args.model, folder, settings=settings)
                 found["seconds"] = json.loads((folder / "recover.json").read_text())["seconds"]["total"]

@@ -105,33 +105,6 @@ def test_compact_training_is_dense_training_behind_a_mask():
     torch.testing.assert_close(pruned.state_dict(), twin.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("budget", ["linear", "block", "global"])
-def test_elsa_moves_the_mask_and_keeps_the_budget(budget):
-    dense, pruned = dense_and_pruned()
-    before = zeros(pruned)
-    record = recover_live(pruned, dense, method="elsa", interval=2, budget=budget, tokens=24 * 4 * 12)
-    assert record.zeros == record.zeros_before and not kept(before, pruned)
-    if budget == "linear":
-        after = dict(pruned.named_parameters())
-        assert all(int((after[n] == 0).sum()) == int(zero.sum()) for n, zero in before.items())
-    assert record.best["perplexity"] < record.start["perplexity"]
-
-
-def test_elsa_brings_a_dense_model_to_a_sparsity():
-    dense = tiny_model("llama")
-    student = copy.deepcopy(dense)
-    record = recover_live(student, dense, method="elsa", interval=2, sparsity=0.7)
-    assert record.sparsity == pytest.approx(0.7, abs=1e-3)
-
-
-def test_elsa_gives_no_zero_back_below_the_sparsity_that_the_model_has():
-    dense, pruned = dense_and_pruned(sparsity=0.5)
-    record = recover_live(pruned, dense, method="elsa", interval=2, sparsity=0.3)
-    assert record.zeros == record.zeros_before
-    record = recover_live(pruned, dense, method="elsa", interval=2, sparsity=0.6)
-    assert record.sparsity == pytest.approx(0.6, abs=1e-3)
-
-
 def test_a_slow_teacher_is_asked_for_no_more_than_the_minutes_have_room_for(monkeypatch):
     dense, pruned = dense_and_pruned()
     make, asked, seconds = Teacher.make, [], [0.0]
@@ -213,25 +186,6 @@ def test_the_time_left_of_a_run_by_tokens_is_right_from_the_first_step(monkeypat
     assert len(told) == 6 and told == pytest.approx([now[0]] * 6)
 
 
-@pytest.mark.parametrize("between", [False, True], ids=["in a step", "between two steps"])
-def test_elsa_comes_to_rest_when_the_minutes_end_before_its_mask_has(monkeypatch, between):
-    """The clock decides, so a step that begins within the minutes may be the last one."""
-    dense, pruned = dense_and_pruned()
-    over = Training._over
-    asked = []
-
-    def ended(self):
-        asked.append(self.standing.step)
-        # Asked behind a step and again before the next one.
-        return "minutes" if self.standing.step == 3 and (not between or asked.count(3) > 1) else over(self)
-
-    monkeypatch.setattr(Training, "_over", ended)
-    record = recover_live(pruned, dense, method="elsa", settle=0, minutes=60, eval_every=2)
-    assert record.stopped == "minutes" and record.steps == 3
-    assert record.zeros == record.zeros_before == sum(int(z.sum()) for z in zeros(pruned).values())
-    assert record.best["step"] == 3 and not record.warnings
-
-
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +218,7 @@ def same_weights(folder, other):
     return all(torch.equal(one, others[name]) for name, one in ones.items())
 
 
-@pytest.mark.parametrize("how", [{}, {"method": "elsa", "interval": 2}, {"train": "lora"}])
+@pytest.mark.parametrize("how", [{}, {"train": "lora"}])
 def test_a_run_stopped_at_any_step_goes_on_to_the_same_curve_and_bytes(pair, tmp_path, monkeypatch, how):
     whole = recover_pair(pair, tmp_path / "whole", **how)
     for after in (2, 5):
@@ -288,33 +242,31 @@ def test_the_state_of_other_settings_is_refused_and_overwritten_on_request(pair,
 
 
 def test_a_recovered_folder_is_what_its_run_json_says(pair, tmp_path):
-    for name, keys in (("masked", {}), ("moved", {"method": "elsa", "interval": 2, "budget": "global"})):
-        record = recover_pair(pair, tmp_path / name, **keys)
-        run = json.loads((tmp_path / name / "run.json").read_text())
-        assert run["files"] == weight_files(tmp_path / name)
-        assert run["out"] == str(tmp_path / name) and run["source"] == pair[0]
-        assert run["bytes"] == record.bytes
-        told = run["recovery"]
-        assert (told["source"], told["teacher"]) == (pair[1], pair[0])
-        assert (told["best"], told["zeros"]) == (record.best, record.zeros)
-        assert {x.name: x.zeros for x in tawny.inspect(tmp_path / name).linears} == {
-            entry["name"]: entry["zeros"] for entry in run["linears"]
-        }
-        assert run["zeros"] == sum(entry["zeros"] for entry in run["linears"]) == record.zeros
-        assert push(tmp_path / name, "owner/name", dry_run=True).dry_run
-        card = (tmp_path / name / "README.md").read_text()
-        assert card.count("## Recovered") == 1 and "behind its mask" not in card
-        assert all(file["sha256"] in card for file in run["files"].values())
+    record = recover_pair(pair, tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["files"] == weight_files(tmp_path / "out")
+    assert run["out"] == str(tmp_path / "out") and run["source"] == pair[0]
+    assert run["bytes"] == record.bytes
+    told = run["recovery"]
+    assert (told["source"], told["teacher"]) == (pair[1], pair[0])
+    assert (told["best"], told["zeros"]) == (record.best, record.zeros)
+    assert {x.name: x.zeros for x in tawny.inspect(tmp_path / "out").linears} == {
+        entry["name"]: entry["zeros"] for entry in run["linears"]
+    }
+    assert run["zeros"] == sum(entry["zeros"] for entry in run["linears"]) == record.zeros
+    assert push(tmp_path / "out", "owner/name", dry_run=True).dry_run
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("## Recovered") == 1 and "behind its mask" not in card
+    assert all(file["sha256"] in card for file in run["files"].values())
 
 
-def test_a_card_that_a_person_wrote_is_kept_with_what_elsa_did(pair, tmp_path):
+def test_a_card_that_a_person_wrote_is_kept(pair, tmp_path):
     shutil.copytree(pair[1], tmp_path / "pruned")
     with (tmp_path / "pruned" / "README.md").open("a") as card:
         card.write("\nFor owls.\n")
-    recover_pair(pair, tmp_path / "out", source=tmp_path / "pruned", method="elsa", interval=2)
+    recover_pair(pair, tmp_path / "out", source=tmp_path / "pruned")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "For owls.\n\n## Recovered\n\nTrained while its mask moved" in text
-    assert "behind its mask" not in text
+    assert "For owls.\n\n## Recovered\n\nTrained behind its mask" in text
 
 
 def test_a_card_that_is_not_utf8_ends_no_training(pair, tmp_path):
@@ -428,7 +380,6 @@ def test_a_run_that_gets_no_better_leaves_the_model_unchanged(pair, tmp_path):
         ({"tokns": 3}, "did you mean 'tokens'"),
         ({"tokens": "many"}, "tokens: 'many'"),
         ({"train": "all"}, "'survivors'"),
-        ({"method": "elsa", "train": "lora"}, "goes with train=survivors"),
         ({"values": "int8", "train": "norms"}, "goes with train=survivors"),
         ({"micro_batch": 9}, "more than batch"),
         ({"minutes": float("inf")}, "minutes: inf.*finite"),
@@ -469,7 +420,7 @@ def test_recovery_needs_a_teacher_and_a_place_and_is_not_its_own_teacher(pair):
 
 def test_a_folder_is_not_its_own_teacher_unless_it_is_dense(pair, tmp_path):
     (tmp_path / "link").symlink_to(pair[1])
-    for keys in ({}, {"control": True}, {"method": "elsa", "sparsity": 0.6}):
+    for keys in ({}, {"control": True}):
         with pytest.raises(ModelError, match="the teacher is the model that is trained"):
             recover_pair(pair, tmp_path / "out", teacher=tmp_path / "link", **keys)
     record = recover_pair(pair, tmp_path / "out", source=pair[0], control=True)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
-from tawny.errors import ModelError, RecipeError
+from tawny.errors import ModelError
 from tawny.model import own_blocks
 from tests.tiny import tiny_model, tokens
 
@@ -116,8 +116,6 @@ def test_training_keeps_members_zero_so_that_slim_cuts_as_much(dense, tmp_path):
         tawny.slim(tmp_path / name, tmp_path / f"{name}-slim").widths for name in ("refined", "recovered")
     ]
     assert widths[0] == widths[1] and widths[0][0]["intermediate_size"] < 600
-    with pytest.raises(RecipeError, match=r"elsa moves zeros one by one.*whole channels\+heads"):
-        tawny.recover(tmp_path / "refined", dense, tmp_path / "moved", method="elsa", **training)
 
 
 def test_what_moves_single_weights_refuses_members_in_one_line(dense, tmp_path, run):

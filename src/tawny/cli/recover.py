@@ -41,11 +41,6 @@ def recover(
         RECIPE,
     ),
     out: Path = option("--out DIR", "Folder to write to.", OUTPUT, default=..., parser=folder_named),
-    method: str | None = option(
-        "--method NAME",
-        "distill keeps the mask; elsa moves it under an exact budget. Default: distill.",
-        RECIPE,
-    ),
     train: str | None = option(
         "--train WHAT",
         "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
@@ -94,7 +89,6 @@ def recover(
             )
         named = dict(parse_override(given) for given in overrides or ())
         keys: dict[str, Any] = {
-            "method": method,
             "train": train,
             "values": values,
             "text": text or None,
@@ -150,7 +144,7 @@ def recovery_tables(record: Result) -> list[Frame]:
         ("zeros", f"{record['zeros_before']:,} before, {record['zeros']:,} after"),
         (
             "trained",
-            f"{record['trained']:,} values ({settings['train']}, {settings['method']}) on {record['tokens']:,} {units} "
+            f"{record['trained']:,} values ({settings['train']}) on {record['tokens']:,} {units} "
             f"in {record['steps']:,} steps; ended by {record['stopped']}",
         ),
         ("time", f"{duration(seconds['total'])}{parts(seconds, 'total', duration)}"),

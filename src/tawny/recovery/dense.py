@@ -103,9 +103,8 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
             work = None
             check_savable(source)
     own = is_own_teacher(folder, teacher)
-    brought = settings.method == "elsa" and settings.sparsity is not None
     rounded = settings.values is not None and not (folder and solved_for(folder)[0].names)
-    check_not_own_teacher(own and not (settings.control or brought or rounded))
+    check_not_own_teacher(own and not (settings.control or rounded))
     stack, teacher_stack = _stacks(request, folder)
     # Dropout would make the curve depend on more than its settings.
     ending.enter_context(evaluating(stack.model))

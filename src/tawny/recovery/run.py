@@ -19,15 +19,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tawny.errors import RecipeError, TextError
+from tawny.errors import TextError
 from tawny.kinds import kind_of
 from tawny.model.checkpoint import is_packed
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
-from tawny.patterns import Blocks, Members
 from tawny.progress import Progress, silent
-from tawny.recipe.files import load_recipe
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.packed import recover_packed, several_kinds
 from tawny.recovery.record import RecoveryRecord
@@ -87,24 +85,9 @@ def recover(
         folder = resolve(source, progress.say)
         if is_packed(folder):
             return recover_packed(request, folder, place)
-        _check_members(chosen, folder, str(source))
         request = replace(request, settings=_on_its_grid(chosen, folder, progress))
         request = replace(request, kinds=several_kinds(request.settings, folder, progress))
     return recover_dense(request)
-
-
-def _check_members(settings: Recovery, folder: Path, source: str) -> None:
-    """Refuse to move zeros one by one where they went as whole members, as far as `run.json` says so."""
-    if settings.method != "elsa":
-        return
-    try:
-        pattern = load_recipe(folder / "run.json").make_pattern()
-    except (RecipeError, OSError):
-        return
-    if isinstance(pattern, Members | Blocks):
-        raise RecipeError(
-            f"method=elsa moves zeros one by one, and {source} lost whole {pattern}: leave it out (distill keeps them zero)"
-        )
 
 
 def _on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> Recovery:

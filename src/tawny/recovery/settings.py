@@ -47,7 +47,6 @@ class Recovery:
     """How a pruned model is trained.
 
     Attributes:
-        method: `distill` keeps the mask; `elsa` moves it under an exact budget.
         train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask.
         text: what is read, one text or several in shares; a named text has a part of its own to be measured on, any other
             gives its end for that. Of pictures some files are held out.
@@ -69,15 +68,11 @@ class Recovery:
             model was solved for or packed in, if it has few bits.
         group_size: columns that share a scale of few bits; None is the kind's usual number.
         rank: of LoRA factors.
-        penalty, interval, settle: ELSA's λ, steps between projections, and the share of the run after the last one.
-        budget: what ELSA may move weights within.
-        sparsity: what ELSA brings a model to; a linear that has more zeros keeps them.
         control: allow a model without zeros, to compare with.
         chunk: tokens whose logits exist at once; None is about 50 MB of them.
         shard: of several processes each keeps its rows of the blocks only (FSDP2), for models that one cannot hold.
     """
 
-    method: Literal["distill", "elsa"] = "distill"
     train: Literal["survivors", "norms", "lora"] = "survivors"
     text: TextNames = "c4"
     bos: bool | None = None
@@ -99,11 +94,6 @@ class Recovery:
     values: str | None = None
     group_size: int | None = None
     rank: Annotated[int, Field(ge=1)] = 16
-    penalty: Positive = 0.01
-    interval: Annotated[int, Field(ge=1)] = 32
-    settle: Share = 0.25
-    budget: Literal["linear", "block", "global"] = "linear"
-    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     control: bool = False
     chunk: Annotated[int, Field(ge=1)] | None = None
@@ -129,15 +119,11 @@ class Recovery:
             )
         if made.values is not None:
             kind_of(made.values, made.group_size)
-        if made.method == "elsa" and (made.train != "survivors" or made.values):
-            raise RecipeError(
-                "method=elsa moves the mask of all weights; it goes with train=survivors and no values"
-            )
         if made.values and made.train != "survivors":
             raise RecipeError(f"values={made.values} rounds surviving weights; it goes with train=survivors")
-        if made.shard and (made.method != "distill" or made.train == "lora" or made.values):
+        if made.shard and (made.train == "lora" or made.values):
             raise RecipeError(
-                "shard=true trains rows where they lie; it goes with method=distill, train=survivors or norms, and no values"
+                "shard=true trains rows where they lie; it goes with train=survivors or norms, and no values"
             )
         if (made.micro_batch or 1) > made.batch:
             raise RecipeError(f"micro_batch={made.micro_batch} is more than batch={made.batch}")
@@ -146,7 +132,7 @@ class Recovery:
     @property
     def trains_survivors(self) -> bool:
         """Whether surviving weights themselves are trained, where they are: what values may be given for."""
-        return self.method == "distill" and self.train == "survivors"
+        return self.train == "survivors"
 
     @property
     def learning_rate(self) -> float:

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from tawny.errors import OutputError
 from tawny.model.resumable import WorkFolder
 from tawny.recovery.coordinates import Coordinates
-from tawny.recovery.elsa import Elsa
 from tawny.recovery.processes import Processes
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,16 +62,15 @@ class Shelf:
         work: WorkFolder | None,
         coordinates: Sequence[Coordinates],
         optimiser: torch.optim.Optimizer,
-        elsa: Elsa | None,
         parts: Processes | None,
     ) -> None:
         self.work, self.parts, self.coordinates = work, parts, coordinates
-        self.optimiser, self.elsa = optimiser, elsa
+        self.optimiser = optimiser
         self._tag = "" if parts is None else f"-{parts.rank}"
         self._best: dict[str, torch.Tensor] = {}
 
     def load(self) -> Standing | None:
-        """Put tensors, moments and what ELSA holds back; None if there is no state."""
+        """Put tensors and moments back; None if there is no state."""
         path = self._state()
         if path is None:
             return None
@@ -86,10 +84,6 @@ class Shelf:
                         moments = {m: file.get_tensor(f"{name}|{m}").to(tensor.device) for m in _MOMENTS}
                         steps = torch.tensor(float(found["optimiser_steps"]))
                         self.optimiser.state[tensor] = {"step": steps, **moments}
-                if self.elsa is not None:
-                    self.elsa.load(
-                        {key[5:]: file.get_tensor(key) for key in names if key.startswith("more|")}
-                    )
         except (SafetensorError, OSError) as error:
             raise OutputError(f"{path} cannot be read ({error}): pass --overwrite to start anew") from error
         return Standing(**json.loads(found["standing"]))
@@ -103,8 +97,6 @@ class Shelf:
             if state := self.optimiser.state.get(tensor):
                 tensors |= {f"{name}|{moment}": state[moment] for moment in _MOMENTS}
                 steps = float(state["step"])
-        if self.elsa is not None:
-            tensors |= {f"more|{name}": tensor for name, tensor in self.elsa.tensors().items()}
         metadata = {"standing": json.dumps(asdict(standing)), "optimiser_steps": str(steps)}
         before = self._states()
         self.work.write_tensors(name := f"state{self._tag}-{standing.step}.safetensors", tensors, metadata)

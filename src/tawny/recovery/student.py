@@ -70,10 +70,7 @@ class Student:
         stack.stored = {}
         self._cover_small(dict(self._small_outside()))
         self.prunable = sum(linear.numel for linear in self.linears)
-        brought = settings.method == "elsa" and settings.sparsity is not None
-        if self.sparsity < LEAST_SPARSITY and not (
-            settings.control or brought or settings.values or self.kinds
-        ):
+        if self.sparsity < LEAST_SPARSITY and not (settings.control or settings.values or self.kinds):
             raise ModelError(
                 f"only {self.sparsity:.2%} of the model's prunable weights are zero, so there is no sparsity to keep: prune it "
                 "first (tawny prune); -o control=true trains a dense model to compare with"
@@ -94,14 +91,13 @@ class Student:
                 seed = settings.seed * 100_003 + len(self.coordinates)
                 self.coordinates.append(Factors(linear, parameter, stored[linear.key], settings.rank, seed))
             return
-        masked = settings.method != "elsa"
         for key in dict.fromkeys(linear.key for linear in linears):
             members = [linear for linear in linears if linear.key == key]
             parameter = getattr(members[0].module, members[0].parameter)
             wanted = {x.name: settings.values or self.kinds.get(x.name) for x in members}
             values = {name: kind for name, kind in wanted.items() if kind is not None}
             how: dict[str, Any] = {"linears": members, "values": values, "group": settings.group_size}
-            one = Survivors(key, parameter, stored[key], masked=masked, **how)
+            one = Survivors(key, parameter, stored[key], masked=True, **how)
             self.coordinates.append(one)
             if values:
                 one.write()

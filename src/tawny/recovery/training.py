@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from tawny.model.structure import predicts_tokens
 from tawny.progress import Progress
 from tawny.record import Clock
 from tawny.recovery.data import Reading
-from tawny.recovery.elsa import Elsa
 from tawny.recovery.objective import Losses, chunk_tokens, distil, match
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
@@ -84,7 +83,6 @@ class Training:
         self.tensors = decayed + others
         self._parts = [t for c in student.coordinates if c.sharded for t in c.tensors.values()]
         self._whole = [t for c in student.coordinates if not c.sharded for t in c.tensors.values()]
-        self.elsa = Elsa(student, settings, self.optimiser) if settings.method == "elsa" else None
         self.record = RecoveryRecord(
             settings=settings.to_mapping(),
             text=reading.about,
@@ -113,7 +111,7 @@ class Training:
             }
             self.processes.once(lambda: work.open(identity, overwrite))
         parts = self.processes if self.processes.sharded else None
-        self.shelf = Shelf(work, self.student.coordinates, self.optimiser, self.elsa, parts)
+        self.shelf = Shelf(work, self.student.coordinates, self.optimiser, parts)
         if found := self.shelf.load():
             self.standing, self._resumed = found, found.step
             self.progress.say(
@@ -148,8 +146,6 @@ class Training:
                     return error
                 at = self.standing.step
                 over = self._over()
-                if over:
-                    self._come_to_rest()
                 due = at % self.settings.eval_every == 0 and self._affords_measuring()
                 if due or over in ("tokens", "minutes"):
                     self._measure()
@@ -161,27 +157,10 @@ class Training:
                 if at % self.settings.eval_every == 0 and not over:
                     self._save()
                 self._tell()
-        if self._come_to_rest():  # the minutes ended between two steps
-            self._measure()
         if reason == "minutes":
             self.progress.at(100, 0.0)
         self.record.stopped = reason
         return None
-
-    def _come_to_rest(self) -> bool:
-        """Settle a mask that still moves when the budget is spent, since only a model with its zeros can be written."""
-        if self.elsa is None or self.elsa.settled:
-            return False
-        self.elsa.project()
-        self.elsa.settle()
-        for one in self.student.coordinates:
-            one.write()
-        if self.settings.settle:
-            self.record.warnings.append(
-                f"the mask came to rest only at the end, without the last {self.settings.settle:.0%} of training behind it: "
-                "give more --tokens or --minutes, or a larger -o settle"
-            )
-        return True
 
     def _over(self) -> str | None:
         settings, standing = self.settings, self.standing
@@ -189,7 +168,7 @@ class Training:
             return "tokens"
         if self._ends and standing.step and self._elapsed() + standing.cost >= self._ends:
             return "minutes"
-        if settings.patience and standing.stale >= settings.patience and not self._moving:
+        if settings.patience and standing.stale >= settings.patience:
             return "patience"
         return None
 
@@ -244,8 +223,6 @@ class Training:
             losses = self._gradients(self.processes.share(self.reading.rows(standing.step)))
             self.processes.sum([t.grad for t in self._whole if t.grad is not None])
             losses = self.processes.add_losses(losses)
-            if self.elsa is not None:
-                self.elsa.before_step()
             norm = self.processes.clip(self._whole, self._parts, settings.clip)
             loss = (losses.next_token * (1 - self._kl) + losses.kl * self._kl) / losses.tokens
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -256,8 +233,6 @@ class Training:
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
             standing.step += 1
-            if self.elsa is not None:
-                self.elsa.after_step(standing.step, share)
             for one in self.student.coordinates:
                 one.write()
         entry = {
@@ -386,9 +361,7 @@ class Training:
         """Perplexity, KL and agreement on the held-out windows; the best weights are kept."""
         standing = self.standing
         begun, taught = self._elapsed(), standing.teacher_seconds
-        projected = self.elsa.projected() if self.elsa is not None and self._moving else nullcontext()
-        with projected:
-            total = self._held_out_losses()
+        total = self._held_out_losses()
         taken = self._elapsed() - begun
         standing.measuring += taken
         standing.cost = max(0.0, taken - (standing.teacher_seconds - taught))
@@ -409,8 +382,6 @@ class Training:
         if "kl" in entry:
             line += f", KL {entry['kl']:.3f}, top-1 {entry['top1']:.1%}"
         self.progress.say(line)
-        if self._moving:
-            return  # a mask that still moves is not a model
         if standing.best is None or entry["loss"] < standing.best["loss"]:
             standing.best, standing.stale = entry, 0
             if self._keeps:
@@ -452,10 +423,6 @@ class Training:
                 samples = self.reading.take(some)
                 total.add(self._distil(samples, self.student.hidden(samples.inputs), some, None)[0])
             return self.processes.add_losses(total)
-
-    @property
-    def _moving(self) -> bool:
-        return self.elsa is not None and not self.elsa.settled
 
     def _save(self) -> None:
         self.standing.seconds = self._elapsed()

@@ -196,9 +196,8 @@ def _body(text: str) -> list[str]:
 
 
 def _section(record: RecoveryRecord) -> str:
-    how = "Trained while its mask moved" if record.settings["method"] == "elsa" else "Trained behind its mask"
     return (
-        f"## Recovered\n\n{recovery_words(record.to_dict(), how)}\n\n"
+        f"## Recovered\n\n{recovery_words(record.to_dict(), 'Trained behind its mask')}\n\n"
         "What the sections above say about unchanged weights held before this training. `recover.json` has every setting and "
         "the curve, `report.html` shows them.\n"
     )

@@ -69,15 +69,15 @@ def _tokens_at(record: Mapping[str, Any], step: float) -> int:
 
 
 def _summary(record: Mapping[str, Any]) -> str:
-    moved = record["settings"]["method"] == "elsa"
     kept = f"All {record['zeros']:,} zeros are still there"
-    if moved or record["zeros"] != record["zeros_before"]:
+    if record["zeros"] != record["zeros_before"]:
         kept = f"{record['zeros']:,} weights are zero, {record['zeros_before']:,} were before"
-    how = "Trained while its mask moved" if moved else "Trained behind its mask"
     behind = f" against {record['teacher']}" if record["teacher"] else ""
     text = record["text"]["name"]
     of = f" of {text}" if text != "tokens" else ""
-    return f"{how}{behind} on {record['tokens']:,} {counted(record['text'])[1]}{of}. {kept}."
+    return (
+        f"Trained behind its mask{behind} on {record['tokens']:,} {counted(record['text'])[1]}{of}. {kept}."
+    )
 
 
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
