@@ -69,6 +69,17 @@ def test_obs_is_the_greedy_choice_of_least_squares(count, size, removed, seed):
     assert torch.allclose(made.weight.double(), weight, rtol=1e-3, atol=1e-3 * float(weight.abs().max()))
 
 
+@pytest.mark.parametrize("delayed", [1, 6])
+@pytest.mark.parametrize("size", [1, 3])
+def test_obs_chooses_alike_however_seldom_it_writes_the_inverse(monkeypatch, size, delayed):
+    coupled, _ = problem(30, size)
+    seldom = Obs(group=2).choose(coupled, 20)
+    monkeypatch.setattr("tawny.solvers.obs._DELAYED", delayed)
+    often = Obs(group=2).choose(coupled, 20)
+    assert torch.equal(seldom.keep, often.keep)
+    torch.testing.assert_close(seldom.weight, often.weight, rtol=1e-4, atol=1e-4)
+
+
 def test_obs_loses_less_than_leaving_the_rest_alone_and_still_less_with_a_bias():
     plain, X = problem(12, 2)
     biased, _ = problem(12, 2, biased=True)
