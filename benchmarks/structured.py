@@ -35,6 +35,7 @@ from tawny.machine import machine
 SOLVERS = ["obs", "flap", "wanda", "magnitude"]
 ALLOCATORS = ["uniform", "owl"]
 PROMPT, TOKENS = 512, 32
+PASSES = (("obs", "channels+heads"), ("sparsegpt", "unstructured"))
 
 
 def main() -> None:
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--allocator", nargs="+", default=ALLOCATORS)
     parser.add_argument("--solver", nargs="+", default=SOLVERS)
     parser.add_argument("--speed", action="store_true", help="measure speeds instead, on a quiet machine")
+    parser.add_argument(
+        "--passes", action=argparse.BooleanOptionalAction, default=True, help="with --speed: time a pass, too"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     cells = Cells(args)
@@ -77,7 +81,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             "calibration.seqlen": args.seqlen,
         }
         passes = {}
-        for solver, pattern in (("obs", "channels+heads"), ("sparsegpt", "unstructured")):
+        for solver, pattern in PASSES if args.passes else ():
             record = tawny.prune(args.model, folder / solver, pattern=pattern, solver=solver, **keys)
             passes[solver] = record.seconds
             print(f"{solver}: {record.seconds['total']:.0f} s", flush=True)

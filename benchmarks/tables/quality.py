@@ -338,12 +338,12 @@ def _slim_speed(speed: Mapping[str, Any]) -> str:
         before, after = (one["tokens_per_second"][kind] for one in (dense, slim))
         gain, most = after / before, dense[unit] / slim[unit]
         lines.append(f"| {title} | {before:.1f} | {after:.1f} | {gain:.2f} × | {most:.2f} × |")
-    obs, other = (speed["passes"][name]["total"] for name in ("obs", "sparsegpt"))
+    passes = ""
+    if speed["passes"]:
+        obs, other = (speed["passes"][name]["total"] for name in ("obs", "sparsegpt"))
+        passes = f"One pass over {speed['samples']} × {speed['seqlen']} tokens: obs {obs:.0f} s, SparseGPT {other:.0f} s. "
     cpu, threads = speed["machine"]["cpu"], speed["machine"]["threads"]
-    lines.append(
-        f"\nOne pass over {speed['samples']} × {speed['seqlen']} tokens: obs {obs:.0f} s, SparseGPT {other:.0f} s ({cpu}, {threads} threads, "
-        f"{speed['date']}).\n"
-    )
+    lines.append(f"\n{passes}{cpu}, {threads} threads, {speed['date']}.\n")
     return "\n".join(lines)
 
 
