@@ -301,7 +301,11 @@ def _tell(out: IO[str], event: str, *values: Any) -> None:
 
 
 def measure(
-    source: str, against: str | None, setting: dict[str, Any], progress: Progress, timed: Progress
+    source: str,
+    against: str | None,
+    setting: dict[str, Any],
+    progress: Progress = silent,
+    timed: Progress = silent,
 ) -> dict[str, Any]:
     """All numbers of one model; a part that fails leaves its reason under `errors`. `timed` hears of the timed rounds."""
     errors: dict[str, str] = {}
