@@ -40,9 +40,10 @@ def here(monkeypatch):
     class Here:
         def __init__(self, job, progress, noise):
             self.asked, self.row = (job["source"], job["against"], job["setting"], progress), None
+            self.timed = False
 
         def go_on(self):
-            self.row = self.row or measure(*self.asked)
+            self.row, self.timed = self.row or measure(*self.asked), True
 
         def end(self):
             pass
@@ -96,8 +97,7 @@ def test_models_in_processes_of_their_own_are_timed_in_turn_and_give_all_numbers
     assert all(
         row["speed"]["decode_tokens_per_second"] > 0 and row["file_bytes"] > 0 for row in (dense, pruned)
     )
-    timed = [f"{name}, round {number}" for number in (0, 1) for name in ("dense", "pruned")]
-    assert seen.steps[:4] == timed and seen.phases[0] == "measuring speeds in turn"
+    assert seen.steps[:4] == ["dense", "pruned"] * 2 and seen.phases[0] == "measuring speeds in turn"
     assert {"dense model", "pruned model", "comparing"} <= set(seen.phases)
     assert seen.said == ["measuring dense (1 of 2)", "measuring pruned (2 of 2)"]
 
@@ -107,6 +107,18 @@ def test_models_are_timed_together_as_far_as_half_of_the_memory_goes(models, tex
     monkeypatch.setattr(module, "free_memory", lambda: 2 * (sizes[models[0]] + sizes[models[1]]))
     jobs = [job(source, None, text) for source in (*models, "nowhere")]
     assert module._groups(jobs) == [jobs[:2], jobs[2:]]
+    monkeypatch.setattr(module, "free_memory", lambda: None)  # where that cannot be asked
+    assert module._groups(jobs) == [jobs]
+
+
+def test_a_model_that_cannot_be_timed_waits_with_the_rest_until_the_others_are(models, text, tmp_path):
+    shutil.copytree(models[0], tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"nonsense")
+    seen = Seen()
+    jobs = [job(str(tmp_path / "broken"), None, text), job(models[0], None, text)]
+    broken, dense = module._rows(jobs, ["broken", "dense"], seen)
+    assert "speed" in broken["errors"] and dense["errors"] == {}
+    assert seen.steps[:2] == ["dense", "dense"] and seen.phases[0] == "measuring speeds in turn"
 
 
 def test_a_process_that_dies_is_a_reason_and_no_crash(models, text, monkeypatch):

@@ -193,10 +193,7 @@ def _rows(jobs: Sequence[dict[str, Any]], names: Sequence[str], progress: Progre
     """What `measure` says of each job: speeds in turn, the rest of each behind them."""
     rows: list[dict[str, Any]] = []
     setting = jobs[0]["setting"]
-    turns = setting["rounds"] + 1 if setting["speed"] else 0  # one warms up
     for group in _groups(jobs):
-        if turns:
-            progress.phase("measuring speeds in turn", turns * len(group), "rounds")
         with contextlib.ExitStack() as running:
             processes = []
             for job in group:
@@ -205,10 +202,8 @@ def _rows(jobs: Sequence[dict[str, Any]], names: Sequence[str], progress: Progre
                 )
                 processes.append(_Process(job, progress, noise))
                 running.callback(processes[-1].end)
-            for number in range(turns):
-                for i, process in enumerate(processes, len(rows)):
-                    process.go_on()
-                    progress.step(f"{names[i]}, round {number}")
+            if setting["speed"]:
+                _time(processes, names[len(rows) :], setting["rounds"] + 1, progress)  # one warms up
             for process in processes:
                 progress.say(f"measuring {names[len(rows)]} ({len(rows) + 1} of {len(names)})")
                 while process.row is None:
@@ -217,16 +212,28 @@ def _rows(jobs: Sequence[dict[str, Any]], names: Sequence[str], progress: Progre
     return rows
 
 
+def _time(processes: Sequence[_Process], names: Sequence[str], rounds: int, progress: Progress) -> None:
+    """A round of each in turn, until all speeds are known; who fails earlier leaves the others to it."""
+    progress.phase("measuring speeds in turn", rounds * len(processes), "rounds")
+    while any(not process.timed for process in processes):
+        for process, name in zip(processes, names, strict=False):
+            if not process.timed:
+                process.go_on()
+            if not process.timed:
+                progress.step(name)
+
+
 def _groups(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Neighbours that half of the free memory holds together."""
     free = free_memory()
+    room = math.inf if free is None else free / 2
     groups: list[list[dict[str, Any]]] = []
-    held = math.inf
+    held = 0
     for job in jobs:
         size = 0
-        with contextlib.suppress(TawnyError):  # its column will say so
+        with contextlib.suppress(Exception):  # whatever is wrong with the folder, its column will say
             size = file_bytes(resolve(job["source"]))
-        if free is not None and held + size > free / 2:
+        if not groups or held + size > room:
             groups.append([])
             held = 0
         groups[-1].append(job)
@@ -235,13 +242,15 @@ def _groups(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 class _Process:
-    """A fresh interpreter that measures one model, stops behind each timed round, and goes on when it is told.
+    """A fresh interpreter that measures one model, stops behind each timed round and behind the last, and goes on when it is told.
 
-    `row` is what it says at its end, whatever becomes of it. `noise` takes what libraries print there.
+    `timed` says that no round is left, `row` is what it says at its end, whatever becomes of it. `noise` takes what libraries
+    print there.
     """
 
     def __init__(self, job: dict[str, Any], progress: Progress, noise: IO[str]) -> None:
         self.row: dict[str, Any] | None = None
+        self.timed = False
         self._job, self._progress, self._noise = job, progress, noise
         self._child: subprocess.Popen[str] | None = None
 
@@ -259,11 +268,13 @@ class _Process:
         for line in self._child.stdout:
             event, *values = json.loads(line)
             if event == "turn":
+                self.timed = values[0]
                 return
             if event == "row":
-                self.row = values[0]
+                self.timed, self.row = True, values[0]
                 return
             getattr(self._progress, event)(*values)
+        self.timed = True
         self.row = {"errors": {"model": f"its process ended early: {self._reason()}"}}
 
     def end(self) -> None:
@@ -305,9 +316,12 @@ def measure(
     against: str | None,
     setting: dict[str, Any],
     progress: Progress = silent,
-    timed: Progress = silent,
+    turn: Callable[[bool], None] = lambda over: None,
 ) -> dict[str, Any]:
-    """All numbers of one model; a part that fails leaves its reason under `errors`. `timed` hears of the timed rounds."""
+    """All numbers of one model; a part that fails leaves its reason under `errors`.
+
+    `turn` is called behind each timed round, and once behind all of them, with True.
+    """
     errors: dict[str, str] = {}
     row: dict[str, Any] = {"errors": errors}
 
@@ -328,7 +342,8 @@ def measure(
     if folder is None or size is None:
         return row
     row["file_bytes"] = size
-    row |= part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, timed)) or {}
+    row |= part("speed" if setting["speed"] else "memory", lambda: _speed(folder, setting, turn)) or {}
+    turn(True)
     row |= part("sparsity", lambda: _sparsity(folder)) or {}
     predicts = True
     with contextlib.suppress(Exception):  # whatever is wrong with the folder, the parts below say
@@ -350,7 +365,7 @@ def measure(
     return row
 
 
-def _speed(folder: Path, setting: dict[str, Any], timed: Progress) -> dict[str, Any]:
+def _speed(folder: Path, setting: dict[str, Any], turn: Callable[[bool], None]) -> dict[str, Any]:
     """What `bench` measures; without it, only the memory of an opened model that has worked once."""
     from tawny.evaluation.bench import bench
     from tawny.evaluation.latency import latency
@@ -358,7 +373,7 @@ def _speed(folder: Path, setting: dict[str, Any], timed: Progress) -> dict[str, 
     full = setting["speed"]
     if not _reads_on(folder):
         keys = {"rounds": setting["rounds"] if full else 1, "threads": setting["threads"]}
-        found = latency(folder, progress=timed if full else silent, **keys).to_dict()
+        found = latency(folder, progress=_Rounds(turn) if full else silent, **keys).to_dict()
         return {"resident_bytes": found["resident_bytes"], **({"latency": found} if full else {})}
     made = bench(
         folder,
@@ -366,7 +381,7 @@ def _speed(folder: Path, setting: dict[str, Any], timed: Progress) -> dict[str, 
         tokens=32 if full else 1,
         rounds=setting["rounds"] if full else 1,
         threads=setting["threads"],
-        progress=timed if full else silent,
+        progress=_Rounds(turn) if full else silent,
     ).to_dict()
     row = {"resident_bytes": made["resident_bytes"]}
     return {**row, "speed": made} if full else row
@@ -434,16 +449,14 @@ def _tasks(folder: Path, setting: dict[str, Any], progress: Progress) -> dict[st
     return evaluate_tasks(folder, progress=progress, **keys).to_dict()
 
 
-class _Turns(Silent):
-    """Waits behind each round until the parent says that it is this process's turn."""
+class _Rounds(Silent):
+    """Hears of timed rounds, and lets others have their turn behind each."""
 
-    def __init__(self, out: IO[str]) -> None:
-        self._out = out
+    def __init__(self, turn: Callable[[bool], None]) -> None:
+        self._turn = turn
 
     def step(self, *_: Any, **__: Any) -> None:
-        _tell(self._out, "turn")
-        if not sys.stdin.readline():
-            sys.exit(1)  # the parent is gone
+        self._turn(False)
 
 
 def main() -> None:
@@ -456,11 +469,17 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(job["setting"]["threads"])
+
+    def turn(over: bool) -> None:
+        _tell(out, "turn", over)
+        if not sys.stdin.readline():
+            sys.exit(1)  # the parent is gone
+
     events = ("phase", "step", "detail", "say")
     progress = cast(Progress, SimpleNamespace(**{event: partial(_tell, out, event) for event in events}))
     try:
         with trusting(job["trusted"]):
-            _tell(out, "row", measure(job["source"], job["against"], job["setting"], progress, _Turns(out)))
+            _tell(out, "row", measure(job["source"], job["against"], job["setting"], progress, turn))
     except (KeyboardInterrupt, BrokenPipeError):  # the parent has stopped, and says so
         sys.exit(1)
 
