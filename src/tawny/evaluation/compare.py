@@ -193,7 +193,7 @@ def _rows(jobs: Sequence[dict[str, Any]], names: Sequence[str], progress: Progre
     """What `measure` says of each job: speeds in turn, the rest of each behind them."""
     rows: list[dict[str, Any]] = []
     setting = jobs[0]["setting"]
-    for group in _groups(jobs):
+    for group in _groups(jobs, progress):
         with contextlib.ExitStack() as running:
             processes = []
             for job in group:
@@ -223,7 +223,7 @@ def _time(processes: Sequence[_Process], names: Sequence[str], rounds: int, prog
                 progress.step(name)
 
 
-def _groups(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _groups(jobs: Sequence[dict[str, Any]], progress: Progress = silent) -> list[list[dict[str, Any]]]:
     """Neighbours that half of the free memory holds together."""
     free = free_memory()
     room = math.inf if free is None else free / 2
@@ -232,7 +232,7 @@ def _groups(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     for job in jobs:
         size = 0
         with contextlib.suppress(Exception):  # whatever is wrong with the folder, its column will say
-            size = file_bytes(resolve(job["source"]))
+            size = file_bytes(resolve(job["source"], progress.say))
         if not groups or held + size > room:
             groups.append([])
             held = 0
