@@ -152,10 +152,10 @@ def _few(name: str, help: str, code: int, grid: Iterable[int]) -> Kind:
     return Kind(name, help, bits, "uint8", code, 0.0, grid=grid, groups=(64, 32, 128))
 
 
-# The grids of few bits are those that lose least of a linear's output once it is solved on them, dense and pruned, with a
-# scale that may be negative (docs/log/few-bits.md). Of a pruned weight no survivor is near 0, so none of them spends much there.
-_INT4 = (-53, -40, -31, -24, -17, -11, -4, 2, 7, 13, 19, 25, 32, 40, 49, 63)
-_INT3 = (-50, -31, -16, -3, 10, 22, 38, 63)
+# The grids of few bits lose least of a linear, dense and pruned, with a scale that may be negative (docs/log/few-bits.md). They
+# hold 0, because some linears have groups in which one weight is hundreds of times as large as the others.
+_INT4 = (-53, -40, -31, -24, -18, -12, -6, 0, 5, 11, 17, 24, 31, 39, 49, 63)
+_INT3 = (-48, -29, -15, 0, 12, 24, 39, 63)
 _INT2 = (-50, -15, 24, 63)
 
 # break_even: benchmarks/kernels.py, one token.

@@ -355,7 +355,7 @@ def test_the_summary_says_what_was_refined_and_how_much_it_helped():
 def test_a_block_of_few_bits_is_trained_through_its_grid(family, sparsity):
     keys = {"values": {"kind": "int4", "group_size": 32}, "sparsity": sparsity}
     before, _ = pruned(family, **keys)
-    after, record = pruned(family, **keys, **TRAINING | {"refine.lr": 0.01})
+    after, record = pruned(family, **keys, **TRAINING | {"refine.lr": 0.003})
     old, new = prunable(before), prunable(after)
     assert record.refined[0]["best_epoch"] > 0 and record.refined[0]["after"] < record.refined[0]["before"]
     assert any(not torch.equal(old[name], new[name]) for name in old)
@@ -363,4 +363,5 @@ def test_a_block_of_few_bits_is_trained_through_its_grid(family, sparsity):
         for W_OI in weight if weight.dim() == 3 else [weight]:
             packed = format.pack(W_OI, "int4", 32, whole=not sparsity)
             assert torch.equal(format.unpack(packed, W_OI.dtype), W_OI), name
-            assert int((W_OI == 0).sum()) == round(sparsity * W_OI.numel())
+            assert int((W_OI == 0).sum()) >= round(sparsity * W_OI.numel())  # 0 is a level, too
+    assert record.zeros == round(sparsity * record.prunable)

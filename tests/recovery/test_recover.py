@@ -783,7 +783,7 @@ def test_a_folder_solved_for_few_bits_is_trained_through_its_grid(pair, tmp_path
     assert lies_on_the_grid(tmp_path / "out")
     before, after = weights(source), weights(tmp_path / "out")
     assert all((after[name][W == 0] == 0).all() for name, W in before.items())
-    assert kind == "int6" or record.zeros == record.zeros_before
+    assert record.zeros >= record.zeros_before  # 0 is a level, too
     stopped(monkeypatch, lambda: recover_pair(pair, tmp_path / "parts", **keys), 7)
     assert recover_pair(pair, tmp_path / "parts", **keys).curve == record.curve
     assert same_weights(tmp_path / "out", tmp_path / "parts")
@@ -796,18 +796,18 @@ def test_a_pruned_folder_is_brought_to_few_bits_and_its_run_json_says_so(pair, t
     assert config["quantization_config"]["values"] == "int4" and config["quantization_config"]["group"] == 32
 
 
-@pytest.mark.parametrize("family,lr", [("gpt2", 0.003), ("mixtral", 0.02)])
+@pytest.mark.parametrize("family,lr", [("gpt2", 0.003), ("mixtral", 0.006)])
 def test_transposed_weights_and_experts_are_trained_through_few_bits(family, lr):
     dense, pruned = dense_and_pruned(family)
     before = zeros(pruned)
     record = recover_live(pruned, dense, values="int4", lr=lr)
-    assert kept(before, pruned) and record.zeros == record.zeros_before
+    assert kept(before, pruned) and record.zeros >= record.zeros_before  # 0 is a level, too
     assert record.best["perplexity"] < record.start["perplexity"]
 
 
 def test_a_dense_model_is_trained_through_few_bits_with_itself_as_the_teacher(pair, tmp_path):
     record = recover_pair(pair, tmp_path / "out", source=pair[0], values="int4")
-    assert record.best["perplexity"] < record.start["perplexity"] and not record.zeros
+    assert record.best["perplexity"] < record.start["perplexity"]
     assert lies_on_the_grid(tmp_path / "out", "int4", None)
 
 

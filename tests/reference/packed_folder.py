@@ -23,7 +23,7 @@ def numbers(data: bytes, dtype: str) -> list[float]:
 def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
     """Name in the dense checkpoint, and dense weight [out][in], of every packed weight; NAME[i] where several share one."""
     index = json.loads((folder / "packed.safetensors.index.json").read_text())
-    assert index["metadata"]["format"] == "tawny" and index["metadata"]["version"] == 2
+    assert index["metadata"]["format"] == "tawny" and index["metadata"]["version"] == 3
 
     def tensor(name: str) -> list[float] | None:
         place = index["tensors"].get(name)

@@ -48,7 +48,7 @@ def test_the_model_fits_and_is_the_nearest_of_the_finalists(dense, fitted):
     rows = {row["name"]: row for row in fitted.finalists}
     assert fitted.bytes <= fitted.budget and sum(row["uniform"] for row in rows.values()) == 1
     for row in rows.values():
-        assert 0.95 * row["planned"] <= row["bytes"] <= row["planned"]
+        assert 0.85 * row["planned"] <= row["bytes"] <= row["planned"]
     taken = (
         sum(path.stat().st_size for path in folder.glob("*.safetensors")) + (folder / INDEX).stat().st_size
     )
@@ -111,7 +111,7 @@ def test_a_plan_says_what_would_come_out(dense, fitted, run):
     parts = plan.chosen["blocks"] + plan.chosen["head"] + plan.chosen["rest"]
     assert parts == plan.chosen["bytes"] <= plan.budget
     assert sum(plan.chosen["kinds"].values()) == pytest.approx(1)
-    assert [row["kind"] for row in plan.kinds if row["fits"]] == ["int5", "int4", "int3", "int2"]
+    assert [row["kind"] for row in plan.kinds if row["fits"]] == ["int4", "int3", "int2"]
     code, shown, _ = run("plan", dense, "--size", plan.smallest, "--seqlen", 24, "--json")
     alike = json.loads(shown)  # nothing is measured yet
     assert code == 0 and alike["expected"] is None and alike["chosen"]["bytes"] <= plan.smallest
@@ -197,7 +197,7 @@ def test_bytes_are_known_before_packing(family, tmp_path):
         planned += sum(sizes.linear(x, sparsity, kind, group) for x in job.linears)
         tawny.prune(tmp_path / "dense", tmp_path / f"{number}.dense", recipe=recipe)
         made = tawny.pack(tmp_path / f"{number}.dense", tmp_path / str(number))
-        assert 0.9 * planned <= made.file_bytes <= planned
+        assert 0.85 * planned <= made.file_bytes <= planned
         tensors = sum(x.bytes for x in made.linears)
         kept = [x.numel - removed_count(x.numel, sparsity) for x in job.linears]
         assert tensors > sum(kept) * KINDS[kind].bits / 8

@@ -157,12 +157,12 @@ struct FewTrait {
 template <>
 struct Trait<INT4> : FewTrait<4> {
     static constexpr int kind = INT4;
-    static constexpr int8_t levels[16] = {-53, -40, -31, -24, -17, -11, -4, 2, 7, 13, 19, 25, 32, 40, 49, 63};
+    static constexpr int8_t levels[16] = {-53, -40, -31, -24, -18, -12, -6, 0, 5, 11, 17, 24, 31, 39, 49, 63};
 };
 template <>
 struct Trait<INT3> : FewTrait<3> {
     static constexpr int kind = INT3;
-    static constexpr int8_t levels[16] = {-50, -31, -16, -3, 10, 22, 38, 63};
+    static constexpr int8_t levels[16] = {-48, -29, -15, 0, 12, 24, 39, 63};
 };
 template <>
 struct Trait<INT2> : FewTrait<2> {

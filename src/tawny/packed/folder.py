@@ -170,6 +170,7 @@ class PackedFolder:
             self.source_index: str | None = index["source_index"]
             self._check_tensors()
             self.linears = {name: self._entry(name, entry) for name, entry in index["linears"].items()}
+            self._check_levels(version)
             # What each tensor of the dense checkpoint became.
             self.made: dict[str, list[PackedLinearEntry]] = {}
             for linear in self.linears.values():
@@ -284,6 +285,15 @@ class PackedFolder:
             raise ValueError(f"dense holds {self.dense!r}")
         if not isinstance(self.source_index, str | None):
             raise ValueError(f"source_index is {self.source_index!r}")
+
+    def _check_levels(self, version: int) -> None:
+        """What was packed to stand for other numbers is not read as what it would mean now."""
+        moved = sorted({entry.values for entry in self.linears.values()} & set(format.MOVED))
+        if version == 2 and moved:
+            raise CheckpointError(
+                f"{self.folder} holds {' and '.join(moved)} values of packed format version 2, which stood for other numbers; "
+                "pack the model again"
+            )
 
     def _check_whole(self, shards: Mapping[str, str]) -> None:
         """Every tensor of the dense checkpoint is packed or stored, once, and nothing else is.

@@ -16,6 +16,7 @@ Shapes: O out, I in, G = ceil(O/4) groups, B = ceil(I/64) blocks of columns, S =
 from __future__ import annotations
 
 __all__ = [
+    "MOVED",
     "READABLE",
     "VERSION",
     "PackedTensor",
@@ -53,8 +54,11 @@ from tawny.kernels.layout import (
 from tawny.kinds import KINDS, Kind, kind_of
 from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
 
-VERSION = 2  # 1 knew no weights without offsets, and no kinds of few bits
-READABLE = (1, 2)
+VERSION = (
+    3  # 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels
+)
+READABLE = (1, 2, 3)
+MOVED = ("int4", "int3")
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
 _LOOKED_AT = 256  # groups of columns that tell whether a weight was solved on the grid
 PADDING = 64  # bytes after the last value, because kernels load whole vectors
@@ -133,14 +137,14 @@ def packed_bytes(
     return total
 
 
-def cheaper_whole(density: float, values: str) -> bool:
+def cheaper_whole(shape: tuple[int, int], nnz: int, values: str) -> bool:
     """True where storing the zeros as values takes fewer bytes than a mask that says where they are.
 
     A grid without zero moves them by half a step. One in a thousand is a coincidence; more are a mask, and are kept.
     """
-    kind = KINDS[values]
+    kind, numel = KINDS[values], shape[0] * shape[1]
     least = 1e-3 if kind.scaled and 0 not in kind.grid else 1 / kind.bits
-    return 1 - density < least
+    return numel - nnz < least * numel
 
 
 def full_masks(shape: tuple[int, int]) -> Tensor:

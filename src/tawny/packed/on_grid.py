@@ -68,5 +68,5 @@ class OnGrid:
 
 
 def whole(W_OI: Tensor, kind: Kind) -> bool:
-    """Whether a weight is packed without a mask, and on a grid without zero: then every weight takes a level."""
-    return 0 not in kind.grid and cheaper_whole(int(torch.count_nonzero(W_OI)) / W_OI.numel(), kind.name)
+    """Whether a weight is packed without a mask: then 0 is a level like the others, or there is none."""
+    return cheaper_whole((W_OI.shape[0], W_OI.shape[1]), int(torch.count_nonzero(W_OI)), kind.name)

@@ -227,7 +227,10 @@ class LoadedBlock:
         low = isinstance(job.budget_pattern, Rank)
         words = f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else "rank" if low else "unstructured"
         seconds = time.perf_counter() - start
-        self.put(linear, solution.weight, words, (lost, kind), seconds, {**solution.notes, **notes, **more})
+        # On a grid 0 may be a level, which says nothing of what was removed.
+        removed = None if self._grid(linear) is None else linear.numel - int(solution.mask.sum())
+        told = {**solution.notes, **notes, **more}
+        self.put(linear, solution.weight, words, (lost, kind), seconds, told, removed)
 
     def put(
         self,
@@ -237,12 +240,13 @@ class LoadedBlock:
         error: tuple[float, str],
         seconds: float,
         notes: dict[str, Any],
+        removed: int | None = None,
     ) -> None:
-        """Give a linear its new weight, and record what became of it."""
+        """Give a linear its new weight, and record what became of it; `removed` of None are all zeros."""
         stored = self.job.stack.set_weight(linear, weight_OI)
         if self.dense is not None:
             self.solved[linear.name] = weight_OI
-        zeros = int((stored == 0).sum())
+        zeros = int((stored == 0).sum()) if removed is None else removed
         self.session.record.linears.append(
             LinearRecord(
                 name=linear.name,
@@ -322,6 +326,8 @@ class LoadedBlock:
             )
         entries = {entry.name: entry for entry in session.record.linears}
         for linear in self.linears:
+            if self._grid(linear) is not None:
+                continue  # a grid keeps what was removed, and has a level at 0
             entry = entries[linear.name]
             entry.zeros = int((job.stack.weight(linear) == 0).sum())
             entry.sparsity = entry.zeros / linear.numel

@@ -18,6 +18,7 @@ from torch import nn
 
 from tawny.allocation.profile import LinearInfo
 from tawny.errors import ModelError
+from tawny.kinds import KINDS
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.linears import is_plain
 from tawny.model.output import SHARD_BYTES
@@ -135,7 +136,25 @@ class PackedSize:
         sources: Sequence[str],
         embedding: str | None = None,
     ) -> int:
-        whole = format.cheaper_whole(kept / (shape[0] * shape[1]), kind)
+        numel = shape[0] * shape[1]
+        forms = [(kept, format.cheaper_whole(shape, kept, kind))]
+        if forms[0][1] and KINDS[kind].bits < 8:  # so many may be rounded to 0 that they get a mask
+            forms.append((numel - numel // KINDS[kind].bits, False))
+        return max(
+            self._form(name, shape, nnz, kind, group, sources, embedding, whole) for nnz, whole in forms
+        )
+
+    def _form(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        kept: int,
+        kind: str,
+        group: int | None,
+        sources: Sequence[str],
+        embedding: str | None,
+        whole: bool,
+    ) -> int:
         entry = PackedLinearEntry(
             name,
             shape,
