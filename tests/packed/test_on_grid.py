@@ -69,3 +69,22 @@ def test_what_was_removed_under_a_scale_below_zero_is_removed_when_packed_again(
     once = format.unpack(format.pack(W_OI, "int4", 64))
     assert torch.equal(format.unpack(format.pack(once, "int4", 64)), once)
     assert not once[W_OI == 0].any()
+
+
+@pytest.mark.parametrize("name", [name for name in FEW if name != "int2"])
+def test_one_weight_hundreds_of_times_as_large_leaves_the_others_of_its_group_no_worse_than_zero(name):
+    W_OI = weight(sparsity=0)
+    W_OI[:, 7] = torch.tensor([5.0, -5.0, 6.0, -6.0, 7.0, -7.0])
+    made_OI = format.unpack(format.pack(W_OI, name, 64, whole=True))
+    others = torch.ones(80, dtype=torch.bool)
+    others[7] = False
+    assert ((made_OI - W_OI)[:, others].abs() <= W_OI[:, others].abs() * 1.01).all()
+    assert (made_OI - W_OI)[:, 7].abs().max() < 0.03
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_zeros_that_rounding_made_are_trained_and_those_of_a_mask_are_not(name):
+    kind = KINDS[name]
+    for sparsity in (0, 0.5):
+        W_OI = format.unpack(format.pack(weight(sparsity, (32, 256)), name, 64, whole=not sparsity))
+        assert OnGrid(W_OI, kind, 64).whole == (not sparsity)

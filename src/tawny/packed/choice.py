@@ -35,10 +35,6 @@ def _sparsity(W: Tensor) -> float:
     return 1.0 - int(torch.count_nonzero(W)) / W.numel()
 
 
-def _whole(W_OI: Tensor, values: str) -> bool:
-    return format.cheaper_whole((W_OI.shape[0], W_OI.shape[1]), int(torch.count_nonzero(W_OI)), values)
-
-
 @dataclass(frozen=True)
 class Choice:
     """The kinds that a person asked for; those that do not exist are refused before any work is done.
@@ -70,16 +66,17 @@ class Choice:
         """True when a linear of this sparsity decodes faster packed than dense in bfloat16, by measurement."""
         return sparsity >= kind_of(self.values).break_even
 
-    def pack(self, W_OI: Tensor, name: str) -> PackedTensor:
+    def pack(self, W_OI: Tensor, sparsity: float, name: str) -> PackedTensor:
         values = self.kinds.get(name, self.values)
+        whole = format.cheaper_whole(1 - sparsity, values)
         with format.naming(name):
-            return format.pack(W_OI, values, self.group, whole=_whole(W_OI, values))
+            return format.pack(W_OI, values, self.group, whole=whole)
 
     def pack_linear(self, W_OI: Tensor, name: str) -> tuple[PackedTensor | None, float]:
         """The packed weight, or None where dense is cheaper; and its share of zeros."""
         format.check_dtype(W_OI)
         sparsity = _sparsity(W_OI)
-        return self.pack(W_OI, name) if self.pays(sparsity) else None, sparsity
+        return self.pack(W_OI, sparsity, name) if self.pays(sparsity) else None, sparsity
 
     def sparsities(self, fused: Tensor, experts: Sequence[Linear]) -> tuple[list[float], float]:
         """Each expert's share of zeros, and the mean, which decides for all experts of a parameter."""
@@ -87,8 +84,8 @@ class Choice:
         each = [_sparsity(fused[expert.expert]) for expert in experts]
         return each, mean(each)
 
-    def pack_expert(self, fused: Tensor, expert: Linear) -> PackedTensor:
-        return self.pack(expert.view(fused), expert.name)
+    def pack_expert(self, fused: Tensor, expert: Linear, sparsity: float) -> PackedTensor:
+        return self.pack(expert.view(fused), sparsity, expert.name)
 
     def pack_head(self, W_OI: Tensor, name: str) -> PackedTensor:
         """A head is packed whatever its zeros: it is asked for to save bytes, and integers alone do.
@@ -97,7 +94,7 @@ class Choice:
         """
         assert self.head is not None
         format.check_dtype(W_OI)
-        whole = _whole(W_OI, self.head)
+        whole = _sparsity(W_OI) < 1 / kind_of(self.head).bits
         with format.naming(name):
             return format.pack(W_OI, self.head, whole=whole)
 

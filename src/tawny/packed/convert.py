@@ -168,7 +168,7 @@ class _Packing:
             self._as_it_is(unit.sources)
             return
         for expert, place, own in zip(experts, places, sparsities, strict=True):
-            made = self.choice.pack_expert(fused, expert)
+            made = self.choice.pack_expert(fused, expert, own)
             self._add(expert.name, made, place, expert.transposed, own)
             self.rounded += is_rounded(made, expert.view(fused))
         self.done.update(unit.sources)

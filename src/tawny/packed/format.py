@@ -54,9 +54,8 @@ from tawny.kernels.layout import (
 from tawny.kinds import KINDS, Kind, kind_of
 from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
 
-VERSION = (
-    3  # 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels
-)
+# 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels.
+VERSION = 3
 READABLE = (1, 2, 3)
 MOVED = ("int4", "int3")
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
@@ -137,14 +136,14 @@ def packed_bytes(
     return total
 
 
-def cheaper_whole(shape: tuple[int, int], nnz: int, values: str) -> bool:
+def cheaper_whole(density: float, values: str) -> bool:
     """True where storing the zeros as values takes fewer bytes than a mask that says where they are.
 
     A grid without zero moves them by half a step. One in a thousand is a coincidence; more are a mask, and are kept.
     """
-    kind, numel = KINDS[values], shape[0] * shape[1]
+    kind = KINDS[values]
     least = 1e-3 if kind.scaled and 0 not in kind.grid else 1 / kind.bits
-    return numel - nnz < least * numel
+    return 1 - density < least
 
 
 def full_masks(shape: tuple[int, int]) -> Tensor:

@@ -136,11 +136,11 @@ class _Packing:
 
     def _experts(self, key: str, experts: list[Linear]) -> None:
         fused = getattr(experts[0].module, experts[0].parameter).data
-        _, together = self.choice.sparsities(fused, experts)
+        sparsities, together = self.choice.sparsities(fused, experts)
         if not self.choice.pays(together):
             self.dense += len(experts)
             return
-        each = [self.choice.pack_expert(fused, x) for x in experts]
+        each = [self.choice.pack_expert(fused, x, own) for x, own in zip(experts, sparsities, strict=True)]
         install_experts(self.model, key, PackedExperts(each, experts[0].transposed, fused.dtype))
         self.packed += len(experts)
 

@@ -69,4 +69,4 @@ class OnGrid:
 
 def whole(W_OI: Tensor, kind: Kind) -> bool:
     """Whether a weight is packed without a mask: then 0 is a level like the others, or there is none."""
-    return cheaper_whole((W_OI.shape[0], W_OI.shape[1]), int(torch.count_nonzero(W_OI)), kind.name)
+    return cheaper_whole(int(torch.count_nonzero(W_OI)) / W_OI.numel(), kind.name)

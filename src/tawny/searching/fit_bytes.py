@@ -11,6 +11,7 @@ __all__ = ["PackedSize"]
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,24 +138,7 @@ class PackedSize:
         embedding: str | None = None,
     ) -> int:
         numel = shape[0] * shape[1]
-        forms = [(kept, format.cheaper_whole(shape, kept, kind))]
-        if forms[0][1] and KINDS[kind].bits < 8:  # so many may be rounded to 0 that they get a mask
-            forms.append((numel - numel // KINDS[kind].bits, False))
-        return max(
-            self._form(name, shape, nnz, kind, group, sources, embedding, whole) for nnz, whole in forms
-        )
-
-    def _form(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        kept: int,
-        kind: str,
-        group: int | None,
-        sources: Sequence[str],
-        embedding: str | None,
-        whole: bool,
-    ) -> int:
+        whole = format.cheaper_whole(kept / numel, kind)
         entry = PackedLinearEntry(
             name,
             shape,
@@ -169,10 +153,18 @@ class PackedSize:
             1000,
             whole,
         )
-        told = len(json.dumps({name: entry.to_dict()}, separators=(",", ":")))
+        if not whole or KINDS[kind].bits == 8 or 0 not in KINDS[kind].grid:
+            return self._weighs(entry)
+        # So many weights may be rounded to 0 that they get a mask.
+        masked = replace(entry, nnz=numel - numel // KINDS[kind].bits, whole=False)
+        return max(self._weighs(entry), self._weighs(masked))
+
+    def _weighs(self, entry: PackedLinearEntry) -> int:
+        """Bytes of a packed weight and of what names it."""
+        told = len(json.dumps({entry.name: entry.to_dict()}, separators=(",", ":")))
         for key, (dtype, size) in entry.wanted().items():
             stored = torch.Size(size).numel() * dtype.itemsize
-            told += stored + self._told(f"{name}.{key}", NAMES[dtype], size)
+            told += stored + self._told(f"{entry.name}.{key}", NAMES[dtype], size)
         return told
 
     def _told(self, name: str, dtype: str, shape: Sequence[int]) -> int:
