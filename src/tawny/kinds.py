@@ -149,7 +149,7 @@ def half_steps(levels: tuple[int, ...]) -> Tensor:
 def _few(name: str, help: str, code: int, grid: Iterable[int]) -> Kind:
     grid = tuple(grid)
     bits = (len(grid) - 1).bit_length()
-    return Kind(name, help, bits, "uint8", code, 0.0, grid=grid, groups=(64, 32, 128))
+    return Kind(name, help, bits, "uint8", code, 0.0, grid=grid, groups=(32, 64, 128))
 
 
 # The grids of few bits lose least of a linear, dense and pruned, with a scale that may be negative (docs/log/few-bits.md). They

@@ -181,12 +181,12 @@ def test_an_index_with_nonsense_is_refused(packed_llama, tmp_path):
 
 def test_an_unknown_version_is_refused(packed_llama, tmp_path):
     folder = copy(packed_llama, tmp_path / "x")
-    edit_index(folder, lambda index: index["metadata"].update(version=4))
-    with pytest.raises(CheckpointError, match="version 4"):
+    edit_index(folder, lambda index: index["metadata"].update(version=5))
+    with pytest.raises(CheckpointError, match="version 5"):
         tawny.load(folder)
     folder = copy(packed_llama, tmp_path / "y")
-    edit_config(folder, put(4, "quantization_config", "version"))
-    with pytest.raises(CheckpointError, match="version 4"):
+    edit_config(folder, put(5, "quantization_config", "version"))
+    with pytest.raises(CheckpointError, match="version 5"):
         tawny.load(folder)
 
 

@@ -355,7 +355,7 @@ def test_the_summary_says_what_was_refined_and_how_much_it_helped():
 def test_a_block_of_few_bits_is_trained_through_its_grid(family, sparsity):
     keys = {"values": {"kind": "int4", "group_size": 32}, "sparsity": sparsity}
     before, _ = pruned(family, **keys)
-    after, record = pruned(family, **keys, **TRAINING | {"refine.lr": 0.003})
+    after, record = pruned(family, **keys, **TRAINING | {"refine.lr": 0.001})
     old, new = prunable(before), prunable(after)
     assert record.refined[0]["best_epoch"] > 0 and record.refined[0]["after"] < record.refined[0]["before"]
     assert any(not torch.equal(old[name], new[name]) for name in old)

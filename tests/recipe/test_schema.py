@@ -113,7 +113,7 @@ def test_every_option_of_every_class_is_a_key():
 
 def test_values_are_a_kind_or_a_mean_of_several():
     bits = Recipe.from_mapping({"values": "int4"})
-    assert (bits.sparsity, bits.values.names, bits.values.grid("int4").group) == (0.0, ("int4",), 64)
+    assert (bits.sparsity, bits.values.names, bits.values.grid("int4").group) == (0.0, ("int4",), 32)
     both = Recipe.from_mapping({"values": {"kind": "int3", "group_size": 128}, "sparsity": 0.5})
     assert (both.sparsity, both.values.grid("int3").group) == (0.5, 128)
     mixed = Recipe.from_mapping({"values": {"mean": 3.5, "of": ["int3", "int4"]}, "allocator": "owl"})

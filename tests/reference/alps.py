@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.reference.grid import rounded, scales
+from tests.reference.grid import held, rounded, scales
 
 
 def admm_mask(
@@ -73,7 +73,8 @@ def admm_rounded(
         for s in range(by.shape[1]):
             here = slice(s * group, (s + 1) * group)
             along, square = ((weights * q * x)[:, here].sum(1) for x in (T / scale, q))
-            by[:, s] = torch.where(square > 0, along / square, 0.0).bfloat16().double()
+            found = torch.where(square > 0, along / square, 0.0)
+            by[:, s] = torch.tensor([held(scale) for scale in found.tolist()])
         D = q * by.repeat_interleave(group, 1)[:, : W.shape[1]] * scale
         V = rho * (T - D)
         if step in (24, 30, 36):

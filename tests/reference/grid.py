@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,14 @@ def nearest(value: float, levels: tuple[int, ...]) -> int:
     return min(reversed(levels), key=lambda level: abs(level - value))
 
 
-def held(scale: float) -> float:
-    return float(torch.tensor(scale, dtype=torch.float32).bfloat16())
+def held(scale: float, bits: int = 5) -> float:
+    """So many significant bits, ties to the even one."""
+    fraction, exponent = math.frexp(scale)
+    return math.ldexp(round(fraction * 2**bits), exponent - bits)
 
 
-def group_scale(values: list[float], weights: list[float], levels: tuple[int, ...]) -> float:
-    """The best of the least-squares scales that sixteen first guesses lead to."""
+def group_scale(values: list[float], weights: list[float], levels: tuple[int, ...], bits: int = 5) -> float:
+    """The best of the rounded least-squares scales that sixteen first guesses lead to."""
     counted = [(x, w) for x, w in zip(values, weights, strict=True) if w > 0]
     if not any(x for x, _ in counted):
         return 0.0
@@ -28,20 +32,20 @@ def group_scale(values: list[float], weights: list[float], levels: tuple[int, ..
             chosen = [nearest(x / first, levels) for x, _ in counted] if first else [0]
             square = sum(w * q * q for (_, w), q in zip(counted, chosen, strict=False))
             if square > 0:
-                scale = sum(w * x * q for (x, w), q in zip(counted, chosen, strict=True)) / square
+                scale = held(sum(w * x * q for (x, w), q in zip(counted, chosen, strict=True)) / square, bits)
                 lost = sum(w * (x - scale * q) ** 2 for (x, w), q in zip(counted, chosen, strict=True))
                 if lost < smallest:
                     best, smallest = scale, lost
-    return held(best)
+    return best
 
 
-def scales(W: Tensor, weights: Tensor, levels: tuple[int, ...], group: int) -> Tensor:
+def scales(W: Tensor, weights: Tensor, levels: tuple[int, ...], group: int, bits: int = 5) -> Tensor:
     """[O, S]; `weights` [O, I] are what errors count, 0 where a weight is removed."""
     width = W.shape[1]
     return torch.tensor(
         [
             [
-                group_scale(w[a : a + group].tolist(), v[a : a + group].tolist(), levels)
+                group_scale(w[a : a + group].tolist(), v[a : a + group].tolist(), levels, bits)
                 for a in range(0, width, group)
             ]
             for w, v in zip(W.double(), weights.double(), strict=True)

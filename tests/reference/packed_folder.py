@@ -20,10 +20,21 @@ def numbers(data: bytes, dtype: str) -> list[float]:
     return list(struct.unpack(f"<{len(data) // struct.calcsize(kind)}{kind}", data))
 
 
+def long(codes: list[int], exponents: list[int]) -> list[float]:
+    """Scales [G, S, 4] of codes of the same order."""
+    spans = len(codes) // len(exponents)
+    found = []
+    for place, code in enumerate(codes):
+        row = place // (4 * spans) * 4 + place % 4
+        bits = (code & 128) << 8 | (exponents[row] + (code >> 4 & 7)) << 7 | (code & 15) << 3
+        found += numbers(struct.pack("<H", bits if code else 0), "BF16")
+    return found
+
+
 def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
     """Name in the dense checkpoint, and dense weight [out][in], of every packed weight; NAME[i] where several share one."""
     index = json.loads((folder / "packed.safetensors.index.json").read_text())
-    assert index["metadata"]["format"] == "tawny" and index["metadata"]["version"] == 3
+    assert index["metadata"]["format"] == "tawny" and index["metadata"]["version"] == 4
 
     def tensor(name: str) -> list[float] | None:
         place = index["tensors"].get(name)
@@ -37,6 +48,8 @@ def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
         out, columns = linear["shape"]
         named = {key: tensor(f"{name}.{key}") for key in ("masks", "values", "offsets", "scales", "sums")}
         tensors = {key: found for key, found in named.items() if found is not None}
+        if linear.get("short"):
+            tensors["scales"] = long(tensors["scales"], tensor(f"{name}.exponents"))
         assert linear.get("whole") or tensors["offsets"][-1] == linear["nnz"]
         dense = weight((out, columns), linear["values"], linear["group"], tensors)
         if "index" in linear:

@@ -111,7 +111,7 @@ def test_a_plan_says_what_would_come_out(dense, fitted, run):
     parts = plan.chosen["blocks"] + plan.chosen["head"] + plan.chosen["rest"]
     assert parts == plan.chosen["bytes"] <= plan.budget
     assert sum(plan.chosen["kinds"].values()) == pytest.approx(1)
-    assert [row["kind"] for row in plan.kinds if row["fits"]] == ["int4", "int3", "int2"]
+    assert [row["kind"] for row in plan.kinds if row["fits"]] == ["int3", "int2"]
     code, shown, _ = run("plan", dense, "--size", plan.smallest, "--seqlen", 24, "--json")
     alike = json.loads(shown)  # nothing is measured yet
     assert code == 0 and alike["expected"] is None and alike["chosen"]["bytes"] <= plan.smallest

@@ -31,12 +31,12 @@ each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=str)
 
 
 def assert_on_grid(solution: Solution, grid: Grid, like: torch.Tensor) -> None:
-    """Exactly scale · level where kept, by scales that bfloat16 holds, and +0 elsewhere."""
+    """Exactly scale · level where kept, by scales of the grid's bits, and +0 elsewhere."""
     weight, scales = solution.weight, solution.scales
     size = min(grid.group or like.shape[1], like.shape[1])
     assert scales is not None and scales.shape == (len(like), -(-like.shape[1] // size))
     assert weight.dtype == scales.dtype == torch.float32 and weight.is_contiguous()
-    assert torch.equal(scales.bfloat16().float(), scales) and bool(torch.isfinite(scales).all())
+    assert torch.equal(grid.held(scales), scales) and bool(torch.isfinite(scales).all())
     wide = scales.repeat_interleave(size, 1)[:, : like.shape[1]]
     values = wide[..., None] * torch.tensor(grid.levels)
     assert bool((weight[..., None] == values).any(-1)[solution.mask].all())
@@ -58,12 +58,11 @@ def test_scales_and_rounding_are_those_of_the_twin(levels, out, width, group, go
     keep = torch.rand(out, width, generator=dice) >= gone
     grid, size = Grid(levels, group), min(group or width, width)
     scales = best_scales(W, grid, weights, keep)
-    wanted = twin.scales(W, weights * keep, levels, size)
+    wanted = twin.scales(W, weights * keep, levels, size, 24 - grid.lost)
 
     def lost(s: torch.Tensor) -> float:
         return float(((W - twin.rounded(W, s, keep, levels, size)).square() * weights * keep).sum())
 
-    # Two first guesses may be as good as each other until bfloat16 holds their scales, to 2**-8 of them.
     whole = float((W.square() * weights * keep).sum())
     assert lost(scales) == pytest.approx(lost(wanted), rel=1e-2, abs=2**-16 * whole + 1e-30)
     assert torch.equal(project(W, scales, grid, keep), twin.rounded(W, scales, keep, levels, size))

@@ -397,10 +397,11 @@ int32_t tawny_admm_support(const float* values, const uint8_t* zero, uint8_t* su
 // For every group of columns of `values` [rows, width] the levels nearest by `scales`, and the scales that fit them best (see Fit).
 int32_t tawny_fit(const float* values, const float* weights, const uint8_t* keep, const float* levels, int32_t count,
                   const float* scales, float* fitted, float* saved, float* made, int64_t rows, int64_t width, int64_t group,
-                  int32_t fixed, int32_t threads) {
+                  int32_t lost, int32_t threads) {
     if (!chosen) return 1;
-    if (rows < 0 || width <= 0 || group <= 0 || (count != 0 && count != 4 && count != 8 && count != 16)) return 2;
-    Fit f = {values, weights, keep, levels, scales, fitted, saved, made, width, group, count, fixed};
+    if (rows < 0 || width <= 0 || group <= 0 || lost < 0 || lost > 22) return 2;
+    if (count != 0 && count != 4 && count != 8 && count != 16) return 2;
+    Fit f = {values, weights, keep, levels, scales, fitted, saved, made, width, group, count, lost};
     FitJob job = {&f, rows};
     if (threads > 1 && gomp_parallel) gomp_parallel(fit_worker, &job, (unsigned)threads, 0);
     else chosen->fit(&f, 0, rows);

@@ -6,6 +6,15 @@
 
 namespace {
 
+// The nearest number without the last bits, of two as near the even one.
+inline float held(float x, int32_t lost) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + ((bits >> lost & 1) + (1u << (lost - 1)) - 1)) >> lost << lost;
+    memcpy(&x, &bits, sizeof bits);
+    return x;
+}
+
 template <class I>
 struct Fitting {
     static void fit(const Fit* p, int64_t from, int64_t to) {  // rows
@@ -69,8 +78,8 @@ struct Fitting {
                 for (int l = 0; l < LANES; l++) sum += along[l], squares += square[l];
                 float fitted = squares > 0.0f ? sum / squares : 0.0f;
                 if (p->saved) p->saved[row * spans + s] = sum * fitted;
-                if (p->fixed) fitted = scale;
-                else if (made) fitted = bf16_to_float(float_to_bf16(fitted));
+                if (!p->lost) fitted = scale;
+                else if (made) fitted = held(fitted, p->lost);
                 if (p->fitted) p->fitted[row * spans + s] = fitted;
                 if (made)  // adding 0 mends what is −0
                     for (int64_t j = first; j < end; j++) made[j] = made[j] * fitted + 0.0f;

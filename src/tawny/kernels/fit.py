@@ -31,7 +31,7 @@ def fit(
     weights_I: Tensor | None,
     keep_OI: Tensor | None,
     made_OI: Tensor | None = None,
-    fixed: bool = False,
+    lost: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Least-squares scales [O, S] for the levels nearest to X by `scales_OS`, and the squares that they save; None where it cannot.
 
@@ -39,7 +39,8 @@ def fit(
         X_OI: float32; a scale belongs to `group` columns of it, S = ceil(I / group).
         levels: ascending.
         weights_I, keep_OI: float32 and bool: what a squared error counts, and what of it counts at all.
-        made_OI: becomes level · scale where kept, else +0, with the fitted scales rounded to bfloat16, or the given ones if `fixed`.
+        made_OI: becomes level · scale where kept, else +0.
+        lost: bits of a float32 that the fitted scales in `made` do without; None: it has the given scales.
     """
     given = [X_OI, scales_OS, *(t for t in (weights_I, made_OI) if t is not None)]
     usable = native.chosen() and all(
@@ -63,7 +64,7 @@ def fit(
         rows,
         width,
         group,
-        fixed,
+        lost or 0,
         max(1, min(torch.get_num_threads(), rows, X_OI.numel() // _SHARE)),
     )
     native.raise_for(code, f"a grid for a weight of shape {tuple(X_OI.shape)}")

@@ -98,9 +98,9 @@ struct Fit {  // weights to a grid (fit.h)
     const float* levels;   // `count` of them, ascending; the first and the last of all integers between them where count is 0
     const float* scales;   // [rows, groups of columns]
     float *fitted, *saved; // like scales, each may be null: the least-squares scales, and the squares they save
-    float* made;           // like values, or null: level times fitted scale, which bfloat16 then holds
+    float* made;           // like values, or null: level times fitted scale
     int64_t width, group;
-    int32_t count, fixed;  // fixed: `made` has the given scales
+    int32_t count, lost;  // lost: bits of a float32 that the scales of `made` do without; 0: it has the given scales
 };
 
 struct Kernels {

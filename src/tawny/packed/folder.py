@@ -30,6 +30,7 @@ from tawny.model.tensorfile import DTYPES, NAMES, Entry
 from tawny.model.tensorfile import entries as tensors_in
 from tawny.packed import checking, format
 from tawny.packed.format import PackedTensor
+from tawny.packed.scales import long
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class PackedLinearEntry:
         rows: of an expert whose projections are stored apart: how many rows each of `sources` has, which follow each other.
         index: of an expert that is stored together with others: its place in the one source.
         whole: nothing was removed, and there are no offsets.
+        short: scales are stored in eight bits (packed/scales.py).
         transposed: the dense checkpoint stores `[in, out]`.
         storage: safetensors name of the type the dense checkpoint stores.
         embedding: module path of the embedding that is served from this weight, if any.
@@ -96,6 +98,7 @@ class PackedLinearEntry:
     rows: tuple[int, ...] | None = None
     index: int | None = None
     whole: bool = False
+    short: bool = False
 
     @property
     def parameter(self) -> str | None:
@@ -118,7 +121,7 @@ class PackedLinearEntry:
     def to_dict(self) -> dict[str, Any]:
         told = {key: list(fact) if isinstance(fact, tuple) else fact for key, fact in vars(self).items()}
         absent = {"name"} | {
-            key for key in ("rows", "index", "whole") if told[key] is None or told[key] is False
+            key for key in ("rows", "index", "whole", "short") if told[key] is None or told[key] is False
         }
         return {key: fact for key, fact in told.items() if key not in absent}
 
@@ -130,6 +133,9 @@ class PackedLinearEntry:
     def wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that are stored, by name: those of the format, without masks where every weight is there."""
         found = format.shapes(self.shape, self.values, self.group, self.nnz, self.whole)
+        if self.short:
+            found["scales"] = torch.uint8, found["scales"][1]
+            found["exponents"] = torch.uint8, found["sums"][1]
         if self.full:
             del found["masks"]
         return found
@@ -225,9 +231,12 @@ class PackedFolder:
             None if (rows := entry.get("rows")) is None else tuple(rows),
             entry.get("index"),
             bool(entry.get("whole")),
+            bool(entry.get("short")),
         )
         if type(entry.get("whole", False)) is not bool or (made.whole and not KINDS[made.values].scaled):
             raise ValueError(f"{name}: whole {entry['whole']!r} of values {made.values!r}")
+        if type(entry.get("short", False)) is not bool or (made.short and made.group is None):
+            raise ValueError(f"{name}: short {entry['short']!r} of group {made.group!r}")
         self._check_expert(made)
         for key, (dtype, shape) in made.wanted().items():
             tensor = self.tensors.get(f"{name}.{key}")
@@ -440,6 +449,8 @@ class PackedFolder:
         tensors = {key: self.read(f"{name}.{key}") for key in entry.wanted()}
         if entry.full:
             tensors = {"masks": format.full_masks(entry.shape), **tensors}
+        if entry.short:
+            tensors["scales"] = long(tensors["scales"], tensors.pop("exponents"))
         packed = PackedTensor(tensors, entry.shape, entry.values, entry.group)
         checking.check(packed, name)
         return packed

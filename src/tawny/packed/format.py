@@ -6,9 +6,10 @@ a group says where its values begin. docs/packed-format.md is the specification,
 
 What is promised: `unpack(pack(W))` is W bit for bit for the float kinds (after the cast to that kind), −0.0 and NaN
 payloads included, because a survivor is a weight with any bit set, not a weight that differs from zero. Integers
-carry a float32 scale a row, or a bfloat16 scale for each group of columns of a row. Every survivor stays a survivor even
-when it rounds to 0, so the mask of a pruned weight is never lost. One format serves 0-100 % sparsity and n:m. A weight of
-integers that is whole has no masks and no offsets: every column is stored, those of the padding too.
+carry a float32 scale a row, or a scale for each group of columns of a row: bfloat16 in memory, eight bits in a file where
+nothing is lost by it. Every survivor stays a survivor even when it rounds to 0, so the mask of a pruned weight is never lost.
+One format serves 0-100 % sparsity and n:m. A weight of integers that is whole has no masks and no offsets: every column is
+stored, those of the padding too.
 
 Shapes: O out, I in, G = ceil(O/4) groups, B = ceil(I/64) blocks of columns, S = ceil(64 B / group) spans of a scale.
 """
@@ -52,11 +53,12 @@ from tawny.kernels.layout import (
     spread,
 )
 from tawny.kinds import KINDS, Kind, kind_of
+from tawny.packed.scales import short
 from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
 
-# 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels.
-VERSION = 3
-READABLE = (1, 2, 3)
+# 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels; 3 had no short scales.
+VERSION = 4
+READABLE = (1, 2, 3, 4)
 MOVED = ("int4", "int3")
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
 _LOOKED_AT = 256  # groups of columns that tell whether a weight was solved on the grid
@@ -92,6 +94,13 @@ class PackedTensor:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors as a file holds them: `scales` with `exponents` where eight bits hold a scale."""
+        if self.group is None or (found := short(self.tensors["scales"])) is None:
+            return self.tensors
+        return self.tensors | dict(zip(("scales", "exponents"), found, strict=True))
 
     @property
     def weight(self) -> Weight:
@@ -249,7 +258,7 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     W_OI = stored_OI.float()
     if group is None:
         return W_OI.abs().amax(1, keepdim=True) / kind.largest
-    grid = Grid(kind.grid, group)
+    grid = Grid(kind.grid, group, long=True)
     if kind.bits == 8:
         return _bf16_up(grid.split(W_OI).abs().amax(2) / kind.largest).float()
     keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
@@ -260,7 +269,11 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     if float(found_G.isnan().float().mean()) <= _ON_GRID:
         found_OS = _scales_again(W_GC, stored_GC, keep_GC, grid).view(found_OS.shape)
     if bool(found_OS.isnan().any()):
-        found_OS = torch.where(found_OS.isnan(), best_scales(W_OI, grid, None, keep_OI), found_OS)
+        found_OS = torch.where(
+            found_OS.isnan(),
+            best_scales(W_OI, replace(grid, long=False).suiting(W_OI), None, keep_OI),
+            found_OS,
+        )
     return found_OS
 
 

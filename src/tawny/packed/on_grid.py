@@ -1,10 +1,10 @@
 """A weight of few bits that is trained: the straight-through gradient of its levels, and the gradient of its scales.
 
-    W = s · l(V / s),   s = bf16(e / L)
+    W = s · l(V / s),   s = e / L, rounded
 
-V are weights in float32, l the nearest level of the kind's grid, L its largest level. In place of a scale its e is
-trained, where the grid ends: that is as large as a weight, so one learning rate fits both. As in LSQ (Esser et al. 2020,
-1902.08153, eq. 3), with W's gradient g and r = V / s:
+V are weights in float32, l the nearest level of the kind's grid, L its largest level. A scale is rounded to as many bits as
+it starts with. In place of a scale its e is trained, where the grid ends: that is as large as a weight, so one learning rate
+fits both. As in LSQ (Esser et al. 2020, 1902.08153, eq. 3), with W's gradient g and r = V / s:
 
     ∂/∂V = g          beyond the grid's ends only where a step leads back
     ∂/∂e = Σ g (l(r) − r) / L        beyond the ends Σ g l(r) / L
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tawny.kinds import Kind
 from tawny.packed.format import cheaper_whole, scales_of
+from tawny.solvers.grid import Grid
 
 
 class OnGrid:
@@ -35,7 +36,11 @@ class OnGrid:
     def __init__(self, W_OI: Tensor, kind: Kind, group: int | None) -> None:
         self.kind, self.group = kind, kind.span(group) or W_OI.shape[1]
         self.whole = whole(W_OI, kind)
-        self.ends_OS = nn.Parameter(scales_of(W_OI, kind, self.group, self.whole) * kind.largest)
+        scales_OS = scales_of(W_OI, kind, self.group, self.whole)
+        self.grid = Grid(kind.grid, self.group)
+        if not torch.equal(self.grid.held(scales_OS), scales_OS):
+            self.grid = Grid(kind.grid, self.group, long=True)
+        self.ends_OS = nn.Parameter(scales_OS * kind.largest)
 
     @torch.no_grad()
     def value(self, V_OI: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ class OnGrid:
         return self._joined(g_OSC.masked_fill(outward_OSC, 0), V_OI), ends_OS
 
     def _scale(self) -> Tensor:
-        return (self.ends_OS / self.kind.largest).bfloat16().float().unsqueeze(2)
+        return self.grid.held(self.ends_OS.detach() / self.kind.largest).unsqueeze(2)
 
     def _cut(self, W_OI: Tensor) -> Tensor:
         width = W_OI.shape[1]

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -35,6 +36,7 @@ from tawny.packed.install import (
     table_of,
 )
 from tawny.packed.linear import PackedLinear
+from tawny.packed.scales import long
 
 logger = logging.getLogger(__name__)
 _verify: ContextVar[bool] = ContextVar("tawny_verify", default=True)
@@ -138,6 +140,9 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(name)
             if entry.full:
                 module.register_buffer("masks", format.full_masks(entry.shape).to(module.values.device))
+            if entry.short:
+                module.scales = long(module.scales, module.exponents)
+                del module.exponents
         if _verify.get():
             self.folder.verify()
         for name in self.folder.linears:
@@ -167,9 +172,13 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _expect(made: PackedLinear, entry: PackedLinearEntry) -> None:
-    """Where every weight is there, transformers must not miss masks that no file holds."""
+    """Buffers as the file has them: no masks where every weight is there, and short scales until all are read."""
     if entry.full:
         made.register_buffer("masks", made.masks, persistent=False)
+    if entry.short:
+        for key in ("scales", "exponents"):
+            dtype, shape = entry.wanted()[key]
+            made.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def _install_experts(model: Any, folder: PackedFolder) -> None:

@@ -6,6 +6,7 @@ __all__ = ["PackedWriter"]
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ class PackedWriter:
 
     def add_packed(self, packed: PackedTensor, entry: PackedLinearEntry) -> int:
         """Returns the bytes it takes."""
+        stored = packed.stored
+        entry = replace(entry, short="exponents" in stored)
         wanted = entry.wanted()
         for key in wanted:
-            self.add(f"{entry.name}.{key}", packed.tensors[key])
+            self.add(f"{entry.name}.{key}", stored[key])
         self.linears[entry.name] = entry
-        return sum(int(packed.tensors[key].nbytes) for key in wanted)
+        return sum(int(stored[key].nbytes) for key in wanted)
 
     def finish(self, source: list[dict[str, str]], source_index: str | None) -> int:
         """Write what is left and the index; returns the bytes of all tensors.

@@ -181,6 +181,7 @@ class LoadedBlock:
             The solution; its relative error and what that was measured by, if it had to be known; notes for the record.
         """
         job, session, notes, measured = self.job, self.session, {}, None
+        grid = self._grid(linear)
         try:
             with session.clock("solve"):
                 solution: Solution = job.weight_solver.solve(
@@ -189,7 +190,7 @@ class LoadedBlock:
                     pattern_at(job.pattern, target),
                     target,
                     prepared=self._prepare(statistics),
-                    grid=self._grid(linear),
+                    grid=None if grid is None else grid.suiting(W_OI),
                 )
             if job.recipe.refit:
                 measured = self.measure(W_OI, solution.weight, statistics, solution.lost)

@@ -168,7 +168,7 @@ class Values:
         from tawny.solvers.grid import Grid
 
         kind = kind_of(name)
-        return Grid(kind.grid, kind.span(self.group_size))
+        return Grid(kind.grid, kind.span(self.group_size), long=kind.bits == 8)
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -31,6 +31,7 @@ from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.bench import bench
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
+from tawny.packed import format
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
 from tawny.pruning.prepare import Job
@@ -188,7 +189,7 @@ def _fit(
     room = _room(session, sizes, target)
     samples, searched, deciding = _split(session, settings)
     of = {key: session.journal.identity.get(key) for key in ("recipe", "model", "text", "held-out text")}
-    of["searched"] = list(searched.tokens.shape)
+    of |= {"searched": list(searched.tokens.shape), "packed format": format.VERSION}
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]

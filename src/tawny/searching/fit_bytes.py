@@ -98,18 +98,25 @@ class PackedSize:
         self.head_numel = math.prod(self._head_shape)
 
     def linear(
-        self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None, zeros: int = 0
+        self,
+        info: LinearInfo,
+        sparsity: float,
+        kind: str,
+        group: int | None = None,
+        zeros: int = 0,
+        far: bool = False,
     ) -> int:
         """Bytes of one linear and of what names it; an integer that rounds to 0 may make it a little smaller.
 
         Args:
             zeros: that the weight has already; more than a few are kept.
+            far: scales of a row may lie too far apart for eight bits.
         """
         removed = removed_count(info.numel, sparsity)
         if zeros > ACCIDENTS * info.numel:
             removed = max(removed, zeros)
         kept = info.numel - removed
-        return self._packed(info.name, info.shape, kept, kind, group, self._sources[info.name])
+        return self._packed(info.name, info.shape, kept, kind, group, self._sources[info.name], far=far)
 
     def of_head(self, kind: str | None) -> int:
         """Bytes of head and embedding; None leaves them as they are."""
@@ -136,6 +143,7 @@ class PackedSize:
         group: int | None,
         sources: Sequence[str],
         embedding: str | None = None,
+        far: bool = False,
     ) -> int:
         numel = shape[0] * shape[1]
         whole = format.cheaper_whole(kept / numel, kind)
@@ -152,6 +160,7 @@ class PackedSize:
             None,
             1000,
             whole,
+            KINDS[kind].bits < 8 and not far,
         )
         if not whole or KINDS[kind].bits == 8 or 0 not in KINDS[kind].grid:
             return self._weighs(entry)

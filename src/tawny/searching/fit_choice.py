@@ -76,7 +76,8 @@ class Table:
         return self.found.reactions[name] * self.found.measures[name].relative(level)
 
     def _takes(self, limit: Limit, x: LinearInfo, level: Level, group: int | None = None) -> float:
-        return limit.linear(x, level.sparsity, level.kind, group, self.found.measures[x.name].had)
+        found = self.found.measures[x.name]
+        return limit.linear(x, level.sparsity, level.kind, group, found.had, found.far)
 
     def _whole(self, limit: Limit, of: Mapping[str, Level], group: int | None, head: str | None) -> float:
         linears = sum(self._takes(limit, x, of[x.name], group) for x in self.linears)

@@ -86,12 +86,14 @@ class Measures:
         zeros: by sparsity.
         whole: of the probe, on all rows.
         had: zeros of the weight as it came, a number.
+        far: a group dwarfs others of its row, so scales take 16 bits (`Grid.suiting`).
     """
 
     bits: Mapping[str, float]
     zeros: Mapping[str, float]
     whole: float
     had: int
+    far: bool
 
     def relative(self, level: Level) -> float:
         """The error of a level, as a multiple of the probe's."""
@@ -151,7 +153,7 @@ def _rounded(
 
     def rounded(W: Tensor, kind: str) -> Tensor:
         kept = torch.ones_like(W, dtype=torch.bool)
-        return on_grid(Solution(W, kept), values.grid(kind), known).weight
+        return on_grid(Solution(W, kept), values.grid(kind).suiting(W_OI), known).weight
 
     block.session.progress.detail(f"rounding {linear.name}", 0, 0)
     bits = {kind: reconstruction_error(W_RI, rounded(W_RI, kind), H_II) for kind in KINDS_TRIED}
@@ -162,7 +164,8 @@ def _rounded(
     }
     probe_OI = rounded(W_OI, PROBE)
     whole, had = reconstruction_error(W_OI, probe_OI, H_II), int((W_OI == 0).sum())
-    return {"bits": bits, "zeros": zeros, "whole": whole, "had": had}, probe_OI
+    far = values.grid(PROBE).suiting(W_OI).long
+    return {"bits": bits, "zeros": zeros, "whole": whole, "had": had, "far": far}, probe_OI
 
 
 def react(session: Session, divergence: Divergence, measures: Mapping[str, Measures]) -> dict[str, float]:

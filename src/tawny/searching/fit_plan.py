@@ -144,7 +144,7 @@ def plan_fit(
 def _alike(job: Job, sizes: PackedSize) -> Found:
     """As if every weight mattered alike."""
     zeros = {str(share): _ZEROS[share] for share in SPARSITIES if share}
-    measures = {x.name: Measures(_BITS, zeros, _BITS["int4"], 0) for x in job.linears}
+    measures = {x.name: Measures(_BITS, zeros, _BITS["int4"], 0, False) for x in job.linears}
     head = {} if sizes.head is None else {kind: _BITS[kind] * sizes.head_numel for kind in KINDS_TRIED}
     return Found(measures, {x.name: _BITS["int4"] * x.numel for x in job.linears}, head)
 

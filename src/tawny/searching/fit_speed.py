@@ -108,7 +108,8 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
             tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
             return PackedLinear(PackedTensor(tensors, packed.shape, packed.values, packed.group))
 
-        slower[_key(level)] = _slower(made, packed.nbytes, x_TI, bandwidth)
+        stored = sum(tensor.nbytes for tensor in packed.stored.values())
+        slower[_key(level)] = _slower(made, stored, x_TI, bandwidth)
         progress.step(_key(level))
     W_OI = W_OI.bfloat16()
     slower[DENSE] = _slower(lambda: DenseLinear(W_OI.clone()), W_OI.nbytes, x_TI, bandwidth)
@@ -152,10 +153,16 @@ class ReadPerToken:
         self._sizes, self._pace = sizes, pace
 
     def linear(
-        self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None, zeros: int = 0
+        self,
+        info: LinearInfo,
+        sparsity: float,
+        kind: str,
+        group: int | None = None,
+        zeros: int = 0,
+        far: bool = False,
     ) -> float:
         slower = self._pace.slower[_key(Level(sparsity, kind))]
-        return slower * self._sizes.linear(info, sparsity, kind, group, zeros)
+        return slower * self._sizes.linear(info, sparsity, kind, group, zeros, far)
 
     def of_head(self, kind: str | None) -> float:
         slower = self._pace.slower[DENSE if kind is None else _key(Level(0.0, kind))]

@@ -66,7 +66,13 @@ class Limit(Protocol):
         ...
 
     def linear(
-        self, info: LinearInfo, sparsity: float, kind: str, group: int | None = None, zeros: int = 0
+        self,
+        info: LinearInfo,
+        sparsity: float,
+        kind: str,
+        group: int | None = None,
+        zeros: int = 0,
+        far: bool = False,
     ) -> float: ...
 
     def of_head(self, kind: str | None) -> float: ...

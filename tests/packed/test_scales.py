@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tawny
+from tawny.errors import CheckpointError
+from tawny.packed import format
+from tawny.packed.folder import PackedFolder
+from tawny.packed.scales import long, short
+from tests.packed.test_folder import edit_index, saved
+from tests.reference import packed_folder as twin
+
+
+def five_bits(fractions: list[int], exponents: list[int]) -> torch.Tensor:
+    """bfloat16 scales [1, S, 4] of signs and five significant bits."""
+    scales = torch.tensor(
+        [(1 + abs(f) / 16) * 2.0**e * (-1 if f < 0 else 1) for f, e in zip(fractions, exponents, strict=True)]
+    )
+    return scales.bfloat16().view(1, -1, 4)
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 5), st.integers(-120, 110))
+def test_scales_of_five_bits_come_back_from_eight(data, spans, low) -> None:
+    count = 4 * spans
+    fractions = data.draw(st.lists(st.integers(-15, 15), min_size=count, max_size=count))
+    exponents = data.draw(st.lists(st.integers(low, low + 6), min_size=count, max_size=count))
+    scales = five_bits(fractions, exponents)
+    scales[torch.rand(scales.shape) < 0.2] = 0
+    codes, rows = short(scales)
+    assert codes.dtype == rows.dtype == torch.uint8 and codes.shape == scales.shape and rows.shape == (4,)
+    assert torch.equal(long(codes, rows), scales)
+    assert twin.long(codes.flatten().tolist(), rows.tolist()) == scales.flatten().tolist()
+
+
+@pytest.mark.parametrize("last", [1.5 * 2**-9, 1 + 2**-7, float("nan"), float("inf")])
+def test_what_eight_bits_do_not_hold_is_not_short(last) -> None:
+    scales = five_bits([0] * 8, [0] * 8)
+    assert short(scales) is not None
+    scales[0, 1, 2] = last
+    assert short(scales) is None
+
+
+def test_a_folder_has_short_scales_where_nothing_is_lost(tmp_path) -> None:
+    dense = saved(tmp_path / "dense")
+    tawny.pack(dense, tmp_path / "packed", "int4", head="int6")
+    folder = PackedFolder(tmp_path / "packed")
+    assert all(entry.short for entry in folder.linears.values())
+    model = tawny.load(tmp_path / "packed")
+    for name, entry in folder.linears.items():
+        packed, live = folder.read_packed(name), model.get_submodule(name).packed
+        assert (
+            packed.tensors["scales"].dtype == torch.bfloat16 and packed.tensors.keys() == live.tensors.keys()
+        )
+        assert all(torch.equal(tensor, live.tensors[key]) for key, tensor in packed.tensors.items())
+        taken = sum(folder.tensors[f"{name}.{key}"]["bytes"] for key in entry.wanted())
+        assert taken == sum(tensor.nbytes for tensor in packed.stored.values()) < packed.nbytes
+
+
+def test_a_weight_with_a_group_that_dwarfs_others_has_long_scales_and_loses_nothing(tmp_path) -> None:
+    W_OI = torch.randn(4, 3200, generator=torch.Generator().manual_seed(0))
+    W_OI[1, 7] = 500
+    packed = format.pack(W_OI, "int4")
+    assert (
+        packed.stored.keys() == packed.tensors.keys() and "exponents" in format.pack(W_OI[2:], "int4").stored
+    )
+    assert abs(float(format.unpack(packed)[1, 7]) - 500) < 1.5  # 0.3 %, where five bits are off by up to 3
+
+
+@pytest.mark.parametrize("told", ["yes", True])
+def test_what_the_index_says_of_scales_must_fit(told, tmp_path) -> None:
+    tawny.pack(saved(tmp_path / "dense"), tmp_path / "packed", "int8", group=64)
+
+    def edit(index) -> None:
+        next(iter(index["linears"].values()))["short"] = told
+
+    edit_index(tmp_path / "packed", edit)
+    with pytest.raises(CheckpointError, match="damaged"):
+        PackedFolder(tmp_path / "packed")
