@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import tawny
 from tawny.errors import CheckpointError
+from tawny.kinds import KINDS
 from tawny.packed import format
 from tawny.packed.folder import PackedFolder
 from tawny.packed.scales import long, short
@@ -80,3 +81,17 @@ def test_what_the_index_says_of_scales_must_fit(told, tmp_path) -> None:
     edit_index(tmp_path / "packed", edit)
     with pytest.raises(CheckpointError, match="damaged"):
         PackedFolder(tmp_path / "packed")
+
+
+def test_of_scales_that_give_a_group_back_a_short_one_is_found() -> None:
+    """Of a group with one weight that is not 0 nearly any scale does, and one long scale would make all of them long."""
+    levels, generator = torch.tensor(KINDS["int4"].grid), torch.Generator().manual_seed(0)
+    scales = (
+        five_bits(torch.randint(-15, 16, (64,), generator=generator).tolist(), [-6] * 64).view(64, 1).float()
+    )
+    W_OI = levels[torch.randint(0, 16, (64, 96), generator=generator)] * scales
+    W_OI[:, 33:64] = 0
+    for stored_OI in (W_OI, W_OI.bfloat16()):
+        packed = format.pack(stored_OI, "int4", whole=True)
+        assert "exponents" in packed.stored
+        assert torch.equal(format.unpack(packed, stored_OI.dtype), stored_OI)

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -258,7 +259,7 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     W_OI = stored_OI.float()
     if group is None:
         return W_OI.abs().amax(1, keepdim=True) / kind.largest
-    grid = Grid(kind.grid, group, long=True)
+    grid = Grid(kind.grid, group)
     if kind.bits == 8:
         return _bf16_up(grid.split(W_OI).abs().amax(2) / kind.largest).float()
     keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
@@ -271,27 +272,32 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     if bool(found_OS.isnan().any()):
         found_OS = torch.where(
             found_OS.isnan(),
-            best_scales(W_OI, replace(grid, long=False).suiting(W_OI), None, keep_OI),
+            best_scales(W_OI, grid.suiting(W_OI), None, keep_OI),
             found_OS,
         )
     return found_OS
 
 
 def _scales_again(W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid) -> Tensor:
-    """[G]: for each group of columns the scale that gives every weight back as it is stored; NaN where none does."""
+    """[G]: for each group of columns the scale that gives every weight back as it is stored; NaN where none does.
+
+    Where several do, one of few bits is taken: a single one of more would make all scales of the weight long.
+    """
     found_G, left_G = W_GC.new_full((len(W_GC),), torch.nan), torch.arange(len(W_GC))
-    for neighbour in (0, -1, 1):
-        for level in sorted(grid.levels, key=abs, reverse=True):  # the likeliest first
-            if not level or not len(left_G):
-                continue
-            made_GC, tried_G1 = refit_scales(W_GC, largest(W_GC, grid) / level, grid, None, keep_GC)
-            if neighbour:
-                tried_G1 = (tried_G1.bfloat16().view(torch.int16) + neighbour).view(torch.bfloat16).float()
-                made_GC = project(W_GC, tried_G1.nan_to_num_(0.0), grid, keep_GC)
-            same_G = (made_GC.to(stored_GC.dtype) == stored_GC).all(1)
-            found_G[left_G[same_G]] = tried_G1[same_G, 0]
-            left_G = left_G[~same_G]
-            W_GC, stored_GC, keep_GC = W_GC[~same_G], stored_GC[~same_G], keep_GC[~same_G]
+    levels = sorted(filter(None, grid.levels), key=abs, reverse=True)  # the likeliest first
+    tries = ((False, 0), (True, 0), (True, -1), (True, 1))  # few bits lie too far apart for a neighbour
+    for (long, neighbour), level in itertools.product(tries, levels):
+        if not len(left_G):
+            break
+        grid = replace(grid, long=long)
+        made_GC, tried_G1 = refit_scales(W_GC, largest(W_GC, grid) / level, grid, None, keep_GC)
+        if neighbour:
+            tried_G1 = (tried_G1.view(torch.int32) + (neighbour << grid.lost)).view(torch.float32)
+            made_GC = project(W_GC, tried_G1.nan_to_num_(0.0), grid, keep_GC)
+        same_G = (made_GC.to(stored_GC.dtype) == stored_GC).all(1)
+        found_G[left_G[same_G]] = tried_G1[same_G, 0]
+        left_G = left_G[~same_G]
+        W_GC, stored_GC, keep_GC = W_GC[~same_G], stored_GC[~same_G], keep_GC[~same_G]
     return found_G
 
 
