@@ -55,7 +55,8 @@ def frontier(result: Mapping[str, Any]) -> str:
         )
         lines.append(f"| {named(name)} | {cell['bytes'] / 1e6:.1f} | {numbers} |")
     machine = result["machine"]
-    lines.append(f"\n<sub>One seed. {machine['cpu']}, {result['date']}.</sub>\n")
+    note = f" {result['note']}." if "note" in result else ""
+    lines.append(f"\n<sub>One seed. {machine['cpu']}, {result['date']}.{note}</sub>\n")
     return "\n".join(lines)
 
 
