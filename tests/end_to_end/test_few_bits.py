@@ -9,7 +9,10 @@ import torch
 
 import tawny
 from tawny.packed.folder import PackedFolder
-from tawny.progress import Silent
+from tawny.progress import Silent, silent
+from tawny.pruning.prepare import prepare
+from tawny.recipe.schema import Recipe
+from tawny.searching.fit_bytes import PackedSize
 from tests.tiny import tiny_model, tokens
 
 
@@ -42,6 +45,28 @@ def test_what_is_solved_on_a_grid_is_packed_without_a_change(dense, tmp_path, so
     for name in entries:
         dense_OI = packed.get_submodule(name).dense(torch.bfloat16)
         assert torch.equal(dense_OI, pruned.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("solver", ["alps", "sparsegpt", "magnitude"])
+def test_a_weight_that_dwarfs_others_keeps_long_scales_and_the_planned_bytes(dense, tmp_path, solver):
+    model, name = tawny.load(dense), "model.layers.0.mlp.down_proj"
+    model.get_submodule(name).weight.data[1, 3] = 300.0
+    model.save_pretrained(tmp_path / "lopsided")
+    keys = {"sparsity": 0.0, "solver": solver, "values": {"kind": "int4", "head": "int8"}}
+    tawny.prune(tmp_path / "lopsided", tmp_path / "pruned", calibration=tokens(8, 16), **keys)
+    tawny.pack(tmp_path / "pruned", tmp_path / "packed")
+    long = {key for key, entry in blocks_of(tmp_path / "packed").items() if not entry.short}
+    assert long == {name}
+    pruned, packed = tawny.load(tmp_path / "pruned"), tawny.load(tmp_path / "packed")
+    for key in blocks_of(tmp_path / "packed"):
+        assert torch.equal(packed.get_submodule(key).dense(torch.bfloat16), pruned.get_submodule(key).weight)
+    job = prepare(Recipe.from_mapping(keys), tmp_path / "lopsided", silent, "cpu")
+    sizes, info = PackedSize(job), next(x for x in job.linears if x.name == name)
+    folder = PackedFolder(tmp_path / "packed")
+    taken = sum(folder.tensors[f"{name}.{key}"]["bytes"] for key in folder.linears[name].wanted())
+    spans = -(-info.shape[1] // 64) * 2  # of 32 columns
+    assert sizes.linear(info, 0.0, "int4", far=True) - sizes.linear(info, 0.0, "int4") < info.shape[0] * spans
+    assert sizes.linear(info, 0.0, "int4", far=True) > taken
 
 
 def test_the_command_line_packs_what_it_solved(run, dense, tmp_path):

@@ -61,8 +61,9 @@ def test_a_folder_has_short_scales_where_nothing_is_lost(tmp_path) -> None:
         assert taken == sum(tensor.nbytes for tensor in packed.stored.values()) < packed.nbytes
 
 
-def test_a_weight_with_a_group_that_dwarfs_others_has_long_scales_and_loses_nothing(tmp_path) -> None:
-    W_OI = torch.randn(4, 3200, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("width", [96, 3200])
+def test_a_weight_with_a_group_that_dwarfs_others_has_long_scales_and_loses_nothing(width) -> None:
+    W_OI = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
     W_OI[1, 7] = 500
     packed = format.pack(W_OI, "int4")
     assert (

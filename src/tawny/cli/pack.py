@@ -39,7 +39,7 @@ def pack(
     ),
     group: int | None = option(
         "--group COLUMNS",
-        "Columns that share a scale, of integers: 32, 64 or 128. Default: 64, and the whole row with int8.",
+        f"Columns that share a scale, of integers: 32, 64 or 128. Default: {KINDS['int4'].span(None)}, and the whole row with int8.",
         RECIPE,
     ),
     head: str | None = option(

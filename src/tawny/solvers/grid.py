@@ -37,7 +37,7 @@ __all__ = [
 
 Rounding = Callable[[Tensor], Tensor]
 _SHARES = [0.55 + 0.5 * i / 7 for i in range(8)]  # of the scale that reaches the largest value
-_DWARFS = 32  # times the mean of its row
+_DWARFS = 48  # times the median of its row
 _PART = 1 << 15  # weights whose half a dozen copies stay in a core's cache
 ACCIDENTS = 0.01  # share of zeros up to which a weight is one with no zeros
 
@@ -85,7 +85,10 @@ class Grid:
         if self.lost == 16:
             return self
         ends_OS = largest(W_OI, self).abs()
-        return replace(self, long=bool((ends_OS.amax(1) > _DWARFS * ends_OS.mean(1)).any()))
+        usual_O = (
+            ends_OS.where(ends_OS > 0, torch.nan).nanmedian(1).values
+        )  # NaN where all are 0, and nothing is larger
+        return replace(self, long=bool((ends_OS.amax(1) > _DWARFS * usual_O).any()))
 
     @property
     def lost(self) -> int:
