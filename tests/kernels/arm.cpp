@@ -14,11 +14,11 @@ extern "C" {
 int32_t tawny_supported();
 int32_t tawny_choose(int32_t level);
 int32_t tawny_describe(Packed* out, const void* masks, const void* values, const void* offsets, const void* scales,
-                       const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span);
+                       const void* exponents, const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span);
 int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* y, int32_t xkind, int64_t tokens,
                         int32_t threads);
-int32_t tawny_expand(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
-                     int64_t rows, int64_t cols, int32_t kind, int32_t span, int64_t from, int64_t to, void* out,
+int32_t tawny_expand(const void* masks, const void* values, const void* offsets, const void* scales, const void* exponents,
+                     const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span, int64_t from, int64_t to, void* out,
                      int32_t okind, int64_t stride, int32_t threads);
 int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind, int32_t transposed, const void* x,
                     const void* bias, void* y, int32_t xkind, int64_t tokens, int32_t threads);
@@ -99,15 +99,15 @@ bool run(const Case& c, const Kernels& k) {
     switch (c.what) {
         case 'p': {  // packed
             Packed p;
-            tawny_describe(&p, a[0], a[1], a[2], a[3], a[4], n[0], n[1], (int32_t)n[2], (int32_t)n[3]);
+            tawny_describe(&p, a[0], a[1], a[2], a[3], a[4], a[5], n[0], n[1], (int32_t)n[2], (int32_t)n[3]);
             Memory y((size_t)(n[5] * n[0] * value_size((int32_t)n[4])));
-            return !tawny_packed_at(&p, a[5], a[6], y.at, (int32_t)n[4], n[5], 1) && compare(c, 7, y, (int32_t)n[4]);
+            return !tawny_packed_at(&p, a[6], a[7], y.at, (int32_t)n[4], n[5], 1) && compare(c, 8, y, (int32_t)n[4]);
         }
         case 'e': {  // expand
             Memory y((size_t)(n[0] * n[1] * value_size((int32_t)n[4])));
-            return !tawny_expand(a[0], a[1], a[2], a[3], a[4], n[0], n[1], (int32_t)n[2], (int32_t)n[3], 0, (n[0] + 3) / 4, y.at,
+            return !tawny_expand(a[0], a[1], a[2], a[3], a[4], a[5], n[0], n[1], (int32_t)n[2], (int32_t)n[3], 0, (n[0] + 3) / 4, y.at,
                                  (int32_t)n[4], n[1], 1) &&
-                   compare(c, 5, y, (int32_t)n[4]);
+                   compare(c, 6, y, (int32_t)n[4]);
         }
         case 'd': {  // dense
             Memory y((size_t)(n[4] * n[0] * value_size((int32_t)n[3])));

@@ -70,7 +70,7 @@ def product(name: str, packed: PackedTensor, x: Tensor, bias: Tensor | None = No
         magnitude = magnitude + x64.abs().amax(-1, keepdim=True) / 32767 * 0.51e6 / 2 * W.abs().sum(1)
     w = packed.weight
     numbers = (w.rows, w.cols, w.kind.code or 0, w.span, FLOATS[x.dtype], len(x))
-    return Case(name, numbers, (*w[:5], x, bias, *answers(exact, magnitude, x.dtype)))
+    return Case(name, numbers, (*w[:6], x, bias, *answers(exact, magnitude, x.dtype)))
 
 
 def packed_cases(values: str, group: int | None, whole: bool) -> Iterator[Case]:
@@ -86,7 +86,7 @@ def packed_cases(values: str, group: int | None, whole: bool) -> Iterator[Case]:
                 yield product(name, packed, activations(tokens, shape[1], dtype), bias)
             wanted = unpack(packed, dtype).double()
             numbers = (w.rows, w.cols, w.kind.code or 0, w.span, code)
-            yield Case(f"expand {store} {shape} {dtype}", numbers, (*w[:5], wanted, None))
+            yield Case(f"expand {store} {shape} {dtype}", numbers, (*w[:6], wanted, None))
     packed = pack(weight((8, 128), 0.0), values, group, whole)
     for bad in (float("nan"), float("inf")):
         x = activations(2, 128, torch.float32)

@@ -62,7 +62,15 @@ def test_what_is_no_linear_is_refused():
 def test_an_empty_one_on_meta_is_filled_by_a_state_dict(values, group):
     module = linear()
     packed = PackedLinear.from_linear(module, values, group)
-    empty = PackedLinear.empty((24, 96), packed.packed.nnz, values, group, bias=True, device="meta")
+    empty = PackedLinear.empty(
+        (24, 96),
+        packed.packed.nnz,
+        values,
+        group,
+        bias=True,
+        device="meta",
+        short=packed.exponents is not None,
+    )
     assert all(t.is_meta for t in empty.state_dict().values())
     empty.load_state_dict(packed.state_dict(), assign=True)
     x = torch.randn(1, 96)
@@ -183,7 +191,7 @@ def test_a_model_with_packed_linears_compiles_and_exports():
 
 def test_the_operators_pass_torch_own_checks():
     packed = pack(weight((24, 96), 0.5), "int8").tensors
-    tensors = (packed[k] for k in ("masks", "values", "offsets", "scales", "sums"))
+    tensors = (packed.get(k) for k in ("masks", "values", "offsets", "scales", "exponents", "sums"))
     weight_ = (*tensors, 24, 96, "int8", 0)
     x, bias, ids = torch.randn(2, 96, requires_grad=True), torch.randn(24), torch.tensor([[3, 9, 3]])
     torch.library.opcheck(torch.ops.tawny.packed_linear, (x, bias, *weight_))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 from tawny.packed.format import PackedTensor
 
 GRIDS = {
@@ -26,6 +28,17 @@ def code(chunk: list[int], place: int, bits: int) -> int:
     return found
 
 
+def long(codes: list[int], exponents: list[int]) -> list[float]:
+    """Scales [G, S, 4] of codes of the same order."""
+    spans = len(codes) // len(exponents)
+    found = []
+    for place, code in enumerate(codes):
+        row = place // (4 * spans) * 4 + place % 4
+        bits = (code & 128) << 8 | (exponents[row] + (code >> 4 & 7)) << 7 | (code & 15) << 3
+        found += struct.unpack("<f", b"\0\0" + struct.pack("<H", bits if code else 0))
+    return found
+
+
 def read(packed: PackedTensor) -> list[list[float]]:
     """The dense weight as nested lists."""
     tensors = {name: tensor.flatten().tolist() for name, tensor in packed.tensors.items()}
@@ -39,6 +52,8 @@ def dense(
     out, columns = shape
     G, B = -(-out // 4), -(-columns // 64)
     values, scales = tensors["values"], tensors.get("scales")
+    if "exponents" in tensors:
+        scales = long(scales, tensors["exponents"])
     masks, offsets = tensors.get("masks"), tensors.get("offsets")
     bits = int(kind[3:]) if kind in GRIDS else 0
 

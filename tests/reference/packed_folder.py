@@ -20,17 +20,6 @@ def numbers(data: bytes, dtype: str) -> list[float]:
     return list(struct.unpack(f"<{len(data) // struct.calcsize(kind)}{kind}", data))
 
 
-def long(codes: list[int], exponents: list[int]) -> list[float]:
-    """Scales [G, S, 4] of codes of the same order."""
-    spans = len(codes) // len(exponents)
-    found = []
-    for place, code in enumerate(codes):
-        row = place // (4 * spans) * 4 + place % 4
-        bits = (code & 128) << 8 | (exponents[row] + (code >> 4 & 7)) << 7 | (code & 15) << 3
-        found += numbers(struct.pack("<H", bits if code else 0), "BF16")
-    return found
-
-
 def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
     """Name in the dense checkpoint, and dense weight [out][in], of every packed weight; NAME[i] where several share one."""
     index = json.loads((folder / "packed.safetensors.index.json").read_text())
@@ -46,10 +35,10 @@ def read(folder: Path) -> Iterator[tuple[str, list[list[float]]]]:
 
     for name, linear in index["linears"].items():
         out, columns = linear["shape"]
-        named = {key: tensor(f"{name}.{key}") for key in ("masks", "values", "offsets", "scales", "sums")}
+        keys = "masks", "values", "offsets", "scales", "exponents", "sums"
+        named = {key: tensor(f"{name}.{key}") for key in keys}
         tensors = {key: found for key, found in named.items() if found is not None}
-        if linear.get("short"):
-            tensors["scales"] = long(tensors["scales"], tensor(f"{name}.exponents"))
+        assert linear.get("short", False) == ("exponents" in tensors)
         assert linear.get("whole") or tensors["offsets"][-1] == linear["nnz"]
         dense = weight((out, columns), linear["values"], linear["group"], tensors)
         if "index" in linear:

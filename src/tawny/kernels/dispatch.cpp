@@ -237,14 +237,14 @@ void fit_worker(void* given) {
 bool valid(const Packed& p) {
     if (p.rows <= 0 || p.cols <= 0 || p.kind < 0 || p.kind >= KINDS || !p.values || !p.masks != !p.offsets) return false;
     bool scaled = with_kind(p.kind, [](auto trait) { return trait.scaled; });
-    if (!scaled) return p.masks && !p.scales && p.span == 0;
+    if (!scaled) return p.masks && !p.scales && !p.exponents && p.span == 0;
     bool span = p.span == 32 || p.span == 64 || p.span == 128 || (p.span == 0 && p.kind == INT8);
-    return span && p.scales && p.sums;
+    return span && p.scales && p.sums && (p.span || !p.exponents);
 }
 
-Packed describe(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
-                int64_t rows, int64_t cols, int32_t kind, int32_t span) {
-    return {(const uint64_t*)masks, values, (const int64_t*)offsets, scales, (const float*)sums, rows, cols,
+Packed describe(const void* masks, const void* values, const void* offsets, const void* scales, const void* exponents,
+                const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span) {
+    return {(const uint64_t*)masks, values, (const int64_t*)offsets, scales, (const uint8_t*)exponents, (const float*)sums, rows, cols,
             (rows + 3) / 4, (cols + 63) / 64, kind, span};
 }
 
@@ -257,7 +257,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 9; }
+int32_t tawny_abi() { return 10; }
 
 // Bits of a survivor of this kind, times -1 where it is an integer with a scale; 0 for a kind that there is none of.
 int32_t tawny_kind_bits(int32_t kind) {
@@ -310,17 +310,17 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
 
 // Fill a `Packed`, so that a caller can keep it; `out` has room for `tawny_describe(nullptr, …)` bytes.
 int32_t tawny_describe(Packed* out, const void* masks, const void* values, const void* offsets, const void* scales,
-                       const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span) {
-    if (out) *out = describe(masks, values, offsets, scales, sums, rows, cols, kind, span);
+                       const void* exponents, const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span) {
+    if (out) *out = describe(masks, values, offsets, scales, exponents, sums, rows, cols, kind, span);
     return (int32_t)sizeof(Packed);
 }
 
 // Rows [4 * from, min(4 * to, rows)) written out densely, in float32, bfloat16 or float16.
-int32_t tawny_expand(const void* masks, const void* values, const void* offsets, const void* scales, const void* sums,
-                     int64_t rows, int64_t cols, int32_t kind, int32_t span, int64_t from, int64_t to, void* out,
+int32_t tawny_expand(const void* masks, const void* values, const void* offsets, const void* scales, const void* exponents,
+                     const void* sums, int64_t rows, int64_t cols, int32_t kind, int32_t span, int64_t from, int64_t to, void* out,
                      int32_t okind, int64_t stride, int32_t threads) {
     if (!chosen) return 1;
-    Packed p = describe(masks, values, offsets, scales, sums, rows, cols, kind, span);
+    Packed p = describe(masks, values, offsets, scales, exponents, sums, rows, cols, kind, span);
     if (!valid(p) || okind < F32 || okind > F16 || from < 0 || to > p.groups || stride < cols) return 2;
     Job job = {&p, nullptr, nullptr, nullptr, out, okind, stride, from, to, 0, 0};
     if (from >= to) return 0;

@@ -232,14 +232,25 @@ inline const float* group_scales(const Packed& p, int64_t group) {
     return p.scales && p.span == 0 ? (const float*)p.scales + group * 4 : nullptr;
 }
 
-// Four bfloat16, one a row, of the span that holds a column.
-inline const uint16_t* span_scales(const Packed& p, int64_t group, int64_t column) {
+// Of scales [groups, spans, 4], the number of the first of the span that holds a column.
+inline int64_t span_place(const Packed& p, int64_t group, int64_t column) {
     int64_t shift = __builtin_ctz((uint32_t)p.span), spans = ((p.blocks * 64 - 1) >> shift) + 1;
-    return (const uint16_t*)p.scales + (group * spans + (column >> shift)) * 4;
+    return (group * spans + (column >> shift)) * 4;
+}
+
+// A scale of eight bits: a sign, an exponent above the row's own, four bits of a fraction. `row` is the row's exponent where
+// a float has it. Few operations, so that a loop of vectors keeps up with memory.
+inline float coded_scale(int8_t code, uint32_t row) {
+    uint32_t bits = code ? (((uint32_t)(int32_t)code << 19) & 0x83f80000u) + row : 0;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 inline float span_scale(const Packed& p, int64_t group, int64_t column, int row) {
-    return bf16_to_float(span_scales(p, group, column)[row]);
+    int64_t place = span_place(p, group, column) + row;
+    if (!p.exponents) return bf16_to_float(((const uint16_t*)p.scales)[place]);
+    return coded_scale(((const int8_t*)p.scales)[place], (uint32_t)p.exponents[group * 4 + row] << 23);
 }
 
 template <int N>

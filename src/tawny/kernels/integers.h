@@ -162,9 +162,22 @@ struct Integers {
                 return;
             }
             int64_t left = p.blocks - block, i = 0, count = ((left < STRIP ? left : STRIP) * 64 + p.span - 1) / p.span * 4;
-            const uint16_t* from = span_scales(p, group, block * 64);
+            int64_t place = span_place(p, group, block * 64);
+            if (p.exponents) {
+                decode((const int8_t*)p.scales + place, p.exponents + group * 4, count);
+                return;
+            }
+            const uint16_t* from = (const uint16_t*)p.scales + place;
             for (; i + W <= count; i += W) I::store(at + i, I::load_kind(from, BF16, i));
             for (; i < count; i++) at[i] = bf16_to_float(from[i]);
+        }
+        void decode(const int8_t* codes, const uint8_t* exponents, int64_t count) {
+            uint32_t rows[16];  // as many as the widest vector has lanes
+            for (int i = 0; i < 16; i++) rows[i] = (uint32_t)exponents[i & 3] << 23;
+            int64_t i = 0;
+            for (; i + 16 <= count; i += 16)
+                for (int j = 0; j < 16; j++) at[i + j] = coded_scale(codes[i + j], rows[j]);
+            for (; i < count; i++) at[i] = coded_scale(codes[i], rows[i & 3]);
         }
     };
 

@@ -34,6 +34,7 @@ COLUMNS = 64  # of a block: one mask word
 class Weight(NamedTuple):
     """One packed weight. `span` is how many columns a scale covers: 0 for the whole row.
 
+    With exponents, scales are codes of eight bits (kernels/scales.py).
     Without masks and offsets it is whole: every column is stored, those of the padding too.
     """
 
@@ -41,6 +42,7 @@ class Weight(NamedTuple):
     values: Tensor
     offsets: Tensor | None
     scales: Tensor | None
+    exponents: Tensor | None
     sums: Tensor | None
     rows: int
     cols: int

@@ -39,7 +39,7 @@ from tawny.errors import MissingFeature, TawnyError, UserError, nearest
 from tawny.kernels import reference
 
 LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2", "neon")  # index = level in the library
-ABI = 9
+ABI = 10
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 
@@ -64,7 +64,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if found.tawny_abi() != ABI:
         return None, "the compiled kernels belong to another version of tawny; reinstall"
     pointer, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-    weight = [pointer] * 5 + [i64, i64, i32, i32]
+    weight = [pointer] * 6 + [i64, i64, i32, i32]
     found.tawny_packed_at.argtypes = [pointer, pointer, pointer, pointer, i32, i64, i32]
     found.tawny_describe.argtypes = [pointer, *weight]
     found.tawny_expand.argtypes = [*weight, i64, i64, pointer, i32, i64, i32]

@@ -63,8 +63,8 @@ def _most_direct(weight: Weight) -> int:
 
 
 def _spelled(weight: Weight) -> tuple[int | None, ...]:
-    """The first nine arguments of the C functions."""
-    return (*map(native.address, weight[:5]), weight.rows, weight.cols, weight.kind.code, weight.span)
+    """The first ten arguments of the C functions."""
+    return (*map(native.address, weight[:6]), weight.rows, weight.cols, weight.kind.code, weight.span)
 
 
 def _write_out(weight: Weight, out: Tensor, first: int, last: int, threads: int) -> None:
@@ -164,7 +164,7 @@ class Call:
         self._memory = ctypes.create_string_buffer(self._library.tawny_describe(None, *spelled))
         self._at = ctypes.addressof(self._memory)
         self._library.tawny_describe(self._at, *spelled)
-        self._held = _addresses(weight[:5])
+        self._held = _addresses(weight[:6])
         self._most = _most_direct(weight)
 
     @property
@@ -174,12 +174,13 @@ class Call:
 
     def fits(self, buffers: dict[str, Tensor | None]) -> bool:
         """False once a buffer was replaced, or moved under its name."""
-        tensors = masks, values, offsets, scales, sums = self.weight[:5]
+        tensors = masks, values, offsets, scales, exponents, sums = self.weight[:6]
         return (
             buffers["masks"] is masks
             and buffers["values"] is values
             and buffers["offsets"] is offsets
             and buffers["scales"] is scales
+            and buffers["exponents"] is exponents
             and buffers["sums"] is sums
             and _addresses(tensors) == self._held
         )

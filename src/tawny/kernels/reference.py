@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tawny.kernels.layout import COLUMNS, ROWS, Weight, deinterleave, masks_to_bits, place, spread
+from tawny.kernels.scales import long
 
 
 def expand(
@@ -32,7 +33,10 @@ def expand(
     if weight.kind.scaled:
         assert weight.scales is not None
         if weight.span:
-            W_GBRC = W_GBRC * spread(weight.scales[first:last], weight.blocks)
+            scales_GSR = weight.scales[first:last]
+            if weight.exponents is not None:
+                scales_GSR = long(scales_GSR, weight.exponents[ROWS * first : ROWS * last])
+            W_GBRC = W_GBRC * spread(scales_GSR, weight.blocks)
         else:
             W_GBRC = W_GBRC * weight.scales[ROWS * first : ROWS * last].view(-1, 1, ROWS, 1)
     W_OI = deinterleave(W_GBRC, min(ROWS * last, weight.rows) - ROWS * first, weight.cols)

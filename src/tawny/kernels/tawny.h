@@ -21,7 +21,8 @@ struct Packed {
     const uint64_t* masks;   // [groups, blocks, 4]; null: whole
     const void* values;      // survivors, then 64 bytes of padding
     const int64_t* offsets;  // [groups + 1], in values; null: whole
-    const void* scales;      // of integers only: float32 [groups * 4], or bfloat16 [groups, spans, 4] when span != 0
+    const void* scales;      // of integers only: float32 [groups * 4]; with a span bfloat16, or codes, [groups, spans, 4]
+    const uint8_t* exponents;  // [groups * 4], of the codes (kernels/scales.py); null: scales are bfloat16
     const float* sums;       // of integers only: [groups * 4]; sum of a row's integers, or of scale * integer when span != 0
     int64_t rows, cols;      // of the weight, before padding
     int64_t groups, blocks;  // ceil(rows / 4), ceil(cols / 64)

@@ -8,6 +8,7 @@ import torch
 
 from tawny.errors import CheckpointError
 from tawny.kernels import native
+from tawny.kernels.scales import long
 from tawny.kinds import KINDS
 from tawny.packed.format import PackedTensor, shapes
 
@@ -34,7 +35,8 @@ def check(packed: PackedTensor, name: str = "weight") -> None:
             raise refuse("offsets are not an int64 vector")
         if not 0 <= (nnz := int(offsets[-1])) <= packed.shape[0] * packed.shape[1]:
             raise refuse(f"{nnz} survivors in a weight of shape {packed.shape}")
-    wanted = shapes(packed.shape, packed.values, packed.group, nnz, packed.whole)
+    coded = "exponents" in packed.tensors
+    wanted = shapes(packed.shape, packed.values, packed.group, nnz, packed.whole, coded)
     if wanted.keys() != packed.tensors.keys():
         raise refuse(f"tensors {sorted(packed.tensors)} where {sorted(wanted)} belong")
     for key, (dtype, size) in wanted.items():
@@ -44,5 +46,7 @@ def check(packed: PackedTensor, name: str = "weight") -> None:
     if offsets is not None and (fault := native.check(packed.tensors["masks"], offsets, *packed.shape, nnz)):
         raise refuse(fault)
     floats = [packed.tensors[key] for key in ("scales", "sums") if key in wanted]
+    if coded:
+        floats[0] = long(floats[0], packed.tensors["exponents"])
     if not all(bool(torch.isfinite(tensor).all()) for tensor in floats):
         raise refuse("scales or sums hold NaN or infinity")

@@ -8,7 +8,7 @@ others hold references to the module. So the module stays, and its class becomes
 own. An empty `weight` of the model's type says what type rows come out in and follows `model.to(dtype)`.
 
 What it buys: no second matrix. Head and embedding of a tied model in bfloat16 take 66 % less with the head in int8 than
-with a dense embedding beside it (`format.packed_bytes`: 157 instead of 468 MB for Qwen3-0.6B).
+with a dense embedding beside it (157 instead of 468 MB for Qwen3-0.6B).
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ from tawny.model.tensorfile import DTYPES, NAMES, Entry
 from tawny.model.tensorfile import entries as tensors_in
 from tawny.packed import checking, format
 from tawny.packed.format import PackedTensor
-from tawny.packed.scales import long
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class PackedLinearEntry:
         rows: of an expert whose projections are stored apart: how many rows each of `sources` has, which follow each other.
         index: of an expert that is stored together with others: its place in the one source.
         whole: nothing was removed, and there are no offsets.
-        short: scales are stored in eight bits (packed/scales.py).
+        short: scales are stored in eight bits (kernels/scales.py).
         transposed: the dense checkpoint stores `[in, out]`.
         storage: safetensors name of the type the dense checkpoint stores.
         embedding: module path of the embedding that is served from this weight, if any.
@@ -132,10 +131,7 @@ class PackedLinearEntry:
 
     def wanted(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that are stored, by name: those of the format, without masks where every weight is there."""
-        found = format.shapes(self.shape, self.values, self.group, self.nnz, self.whole)
-        if self.short:
-            found["scales"] = torch.uint8, found["scales"][1]
-            found["exponents"] = torch.uint8, found["sums"][1]
+        found = format.shapes(self.shape, self.values, self.group, self.nnz, self.whole, self.short)
         if self.full:
             del found["masks"]
         return found
@@ -449,8 +445,6 @@ class PackedFolder:
         tensors = {key: self.read(f"{name}.{key}") for key in entry.wanted()}
         if entry.full:
             tensors = {"masks": format.full_masks(entry.shape), **tensors}
-        if entry.short:
-            tensors["scales"] = long(tensors["scales"], tensors.pop("exponents"))
         packed = PackedTensor(tensors, entry.shape, entry.values, entry.group)
         checking.check(packed, name)
         return packed

@@ -6,8 +6,8 @@ a group says where its values begin. docs/packed-format.md is the specification,
 
 What is promised: `unpack(pack(W))` is W bit for bit for the float kinds (after the cast to that kind), −0.0 and NaN
 payloads included, because a survivor is a weight with any bit set, not a weight that differs from zero. Integers
-carry a float32 scale a row, or a scale for each group of columns of a row: bfloat16 in memory, eight bits in a file where
-nothing is lost by it. Every survivor stays a survivor even when it rounds to 0, so the mask of a pruned weight is never lost.
+carry a float32 scale a row, or a scale for each group of columns of a row: eight bits where nothing is lost by it, else
+bfloat16. Every survivor stays a survivor even when it rounds to 0, so the mask of a pruned weight is never lost.
 One format serves 0-100 % sparsity and n:m. A weight of integers that is whole has no masks and no offsets: every column is
 stored, those of the padding too.
 
@@ -26,7 +26,6 @@ __all__ = [
     "full_masks",
     "naming",
     "pack",
-    "packed_bytes",
     "scales_of",
     "shapes",
     "unpack",
@@ -53,8 +52,8 @@ from tawny.kernels.layout import (
     masks_to_bits,
     spread,
 )
+from tawny.kernels.scales import short
 from tawny.kinds import KINDS, Kind, kind_of
-from tawny.packed.scales import short
 from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
 
 # 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels; 3 had no short scales.
@@ -72,7 +71,7 @@ class PackedTensor:
 
     tensors: `values` [what the kind stores of nnz survivors + padding]; `masks` int64 [G, B, 4] and `offsets` int64
     [G + 1], unless it is whole; with integers also `scales` (float32 [4G], or bfloat16 [G, S, 4] with a group) and
-    `sums` float32 [4G].
+    `sums` float32 [4G]. With `exponents` uint8 [4G] scales are codes, uint8.
     """
 
     tensors: dict[str, Tensor]
@@ -97,24 +96,24 @@ class PackedTensor:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     @property
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors as a file holds them: `scales` with `exponents` where eight bits hold a scale."""
-        if self.group is None or (found := short(self.tensors["scales"])) is None:
-            return self.tensors
-        return self.tensors | dict(zip(("scales", "exponents"), found, strict=True))
-
-    @property
     def weight(self) -> Weight:
         """As kernels take it."""
         t = self.tensors
-        parts = t.get("masks"), t["values"], t.get("offsets"), t.get("scales"), t.get("sums")
-        return Weight(*parts, *self.shape, KINDS[self.values], self.group or 0)
+        masks, scales = t.get("masks"), (t.get("scales"), t.get("exponents"), t.get("sums"))
+        return Weight(
+            masks, t["values"], t.get("offsets"), *scales, *self.shape, KINDS[self.values], self.group or 0
+        )
 
 
 def shapes(
-    shape: tuple[int, int], values: str, group: int | None, nnz: int, whole: bool = False
+    shape: tuple[int, int],
+    values: str,
+    group: int | None,
+    nnz: int,
+    whole: bool = False,
+    short: bool = False,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every tensor a packed weight of `nnz` survivors consists of."""
+    """dtype and shape of every tensor a packed weight of `nnz` survivors consists of; `short`: scales are codes."""
     kind = kind_of(values, group)
     group = kind.span(group)
     out, columns = shape
@@ -127,23 +126,14 @@ def shapes(
     found["values"] = (kind.dtype, (stored + PADDING // kind.dtype.itemsize,))
     if kind.scaled:
         rows = (groups * ROWS,)
-        found["scales"] = (
-            (torch.bfloat16, (groups, -(-blocks * COLUMNS // group), ROWS))
-            if group
-            else (torch.float32, rows)
-        )
+        found["scales"] = torch.float32, rows
+        if group:
+            dtype = torch.uint8 if short else torch.bfloat16
+            found["scales"] = dtype, (groups, -(-blocks * COLUMNS // group), ROWS)
+        if short:
+            found["exponents"] = torch.uint8, rows
         found["sums"] = (torch.float32, rows)
     return found
-
-
-def packed_bytes(
-    shape: tuple[int, int], values: str, group: int | None, nnz: int, whole: bool = False
-) -> int:
-    """Bytes a weight would take when packed."""
-    total = 0
-    for dtype, size in shapes(shape, values, group, nnz, whole).values():
-        total += torch.Size(size).numel() * dtype.itemsize
-    return total
 
 
 def cheaper_whole(density: float, values: str) -> bool:
@@ -320,7 +310,10 @@ def _scale(
         q_GBRC *= kept_GBRC  # a grid without zero would give what was removed a value
     # What 16-bit activations need to take an offset back: the sum of a row's integers, or of scale x integer.
     sums_GBR = (q_GBRC * scale_GBRC.double()).sum(-1) if group else q_GBRC.sum(-1, dtype=torch.int64)
-    return q_GBRC, {"scales": scales, "sums": sums_GBR.sum(1).flatten().float()}
+    tensors = {"scales": scales, "sums": sums_GBR.sum(1).flatten().float()}
+    if group and (coded := short(scales)) is not None:
+        tensors |= dict(zip(("scales", "exponents"), coded, strict=True))
+    return q_GBRC, tensors
 
 
 def _bf16_up(x: Tensor) -> Tensor:
@@ -352,10 +345,11 @@ def whole(packed: PackedTensor) -> PackedTensor:
     if "scales" not in t:
         raise UserError(f"{packed.values} values have no scales; only integers become whole int8")
     # The weight whose scales are 1 is the integers, and bfloat16 holds them exactly.
-    integers = replace(packed, tensors=t | {"scales": torch.ones_like(t["scales"])})
+    ones = torch.ones_like(t["scales"], dtype=torch.bfloat16 if packed.group else torch.float32)
+    kept = {key: tensor for key, tensor in t.items() if key != "exponents"}
+    integers = replace(packed, tensors=kept | {"scales": ones})
     q_OI = ops.expand(integers.weight, torch.bfloat16).to(torch.int8)
     padding = t["values"].new_zeros(PADDING, dtype=torch.int8)
     values = torch.cat([interleave(q_OI).flatten(), padding])
-    return PackedTensor(
-        {"values": values, "scales": t["scales"], "sums": t["sums"]}, packed.shape, "int8", packed.group
-    )
+    tensors = {key: tensor for key, tensor in t.items() if key in ("scales", "exponents", "sums")}
+    return PackedTensor(tensors | {"values": values}, packed.shape, "int8", packed.group)

@@ -22,7 +22,7 @@ from tawny.kernels import native, ops
 from tawny.packed import format, operators
 from tawny.packed.format import PackedTensor
 
-_TENSORS = ("masks", "values", "offsets", "scales", "sums")
+_TENSORS = ("masks", "values", "offsets", "scales", "exponents", "sums")
 
 
 def _bias(bias: Tensor | None, rows: int) -> nn.Parameter | None:
@@ -43,6 +43,7 @@ class PackedLinear(nn.Module):
     values: Tensor
     offsets: Tensor | None
     scales: Tensor | None
+    exponents: Tensor | None
     sums: Tensor | None
     bias: nn.Parameter | None
 
@@ -86,9 +87,10 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         whole: bool = False,
+        short: bool = False,
     ) -> PackedLinear:
         """Uninitialised buffers of the right types and shapes, on `device` ("meta" costs nothing), to be filled."""
-        wanted = format.shapes(shape, values, group, nnz, whole)
+        wanted = format.shapes(shape, values, group, nnz, whole, short)
         tensors = {key: torch.empty(size, dtype=kind, device=device) for key, (kind, size) in wanted.items()}
         return cls(
             PackedTensor(tensors, shape, values, group),

@@ -17,15 +17,18 @@ from tawny.kernels import ops
 from tawny.kernels.layout import Weight
 from tawny.kinds import KINDS
 
-_WEIGHT = "Tensor? masks, Tensor values, Tensor? offsets, Tensor? scales, Tensor? sums, int rows, int cols, str kind, int span"
+_WEIGHT = (
+    "Tensor? masks, Tensor values, Tensor? offsets, Tensor? scales, Tensor? exponents, Tensor? sums, "
+    "int rows, int cols, str kind, int span"
+)
 
 
 def _weight(parts: tuple[Any, ...]) -> Weight:
-    return Weight._make((*parts[:7], KINDS[parts[7]], parts[8]))
+    return Weight._make((*parts[:8], KINDS[parts[8]], parts[9]))
 
 
 def _spelled(weight: Weight) -> tuple[Any, ...]:
-    return (*weight[:7], weight.kind.name, weight.span)
+    return (*weight[:8], weight.kind.name, weight.span)
 
 
 def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -62,19 +65,19 @@ _define(
     "packed_linear",
     f"(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor",
     lambda x, bias, *parts: ops.packed_linear(x, _weight(parts), bias),
-    lambda x, bias, *parts: x.new_empty((*x.shape[:-1], parts[5])),
+    lambda x, bias, *parts: x.new_empty((*x.shape[:-1], parts[6])),
 )
 _define(
     "expand",
     f"(ScalarType dtype, {_WEIGHT}) -> Tensor",
     lambda dtype, *parts: ops.expand(_weight(parts), dtype),
-    lambda dtype, *parts: parts[1].new_empty(parts[5:7], dtype=dtype),
+    lambda dtype, *parts: parts[1].new_empty(parts[6:8], dtype=dtype),
 )
 _define(
     "gather_rows",
     f"(Tensor ids, ScalarType dtype, {_WEIGHT}) -> Tensor",
     lambda ids, dtype, *parts: ops.gather_rows(ids, _weight(parts), dtype),
-    lambda ids, dtype, *parts: parts[1].new_empty((*ids.shape, parts[6]), dtype=dtype),
+    lambda ids, dtype, *parts: parts[1].new_empty((*ids.shape, parts[7]), dtype=dtype),
 )
 _define(
     "dense_linear",
@@ -86,15 +89,15 @@ _define(
 
 def _packed_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, bias, *parts = inputs
-    ctx.save_for_backward(*parts[:5])
-    ctx.facts, ctx.dtype, ctx.has_bias = parts[5:], x.dtype, bias is not None
+    ctx.save_for_backward(*parts[:6])
+    ctx.facts, ctx.dtype, ctx.has_bias = parts[6:], x.dtype, bias is not None
 
 
 def _packed_backward(ctx, grad):  # type: ignore[no-untyped-def]
     """Packed weights are frozen: the gradient goes to the activations and the bias."""
     W_OI = torch.ops.tawny.expand(ctx.dtype, *ctx.saved_tensors, *ctx.facts)
     grad_bias = grad.reshape(-1, ctx.facts[0]).sum(0) if ctx.has_bias else None
-    return (grad @ W_OI, grad_bias, *[None] * 9)
+    return (grad @ W_OI, grad_bias, *[None] * 10)
 
 
 def _dense_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -36,7 +35,6 @@ from tawny.packed.install import (
     table_of,
 )
 from tawny.packed.linear import PackedLinear
-from tawny.packed.scales import long
 
 logger = logging.getLogger(__name__)
 _verify: ContextVar[bool] = ContextVar("tawny_verify", default=True)
@@ -121,6 +119,7 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
                 old.weight.dtype,
                 "meta",
                 entry.whole,
+                entry.short,
             )
             _expect(made, entry)
             # Initialisers of some models reach for the weights of their linears; this one says it needs nothing.
@@ -140,9 +139,6 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(name)
             if entry.full:
                 module.register_buffer("masks", format.full_masks(entry.shape).to(module.values.device))
-            if entry.short:
-                module.scales = long(module.scales, module.exponents)
-                del module.exponents
         if _verify.get():
             self.folder.verify()
         for name in self.folder.linears:
@@ -172,13 +168,9 @@ class TawnyQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _expect(made: PackedLinear, entry: PackedLinearEntry) -> None:
-    """Buffers as the file has them: no masks where every weight is there, and short scales until all are read."""
+    """Buffers as the file has them: no masks where every weight is there."""
     if entry.full:
         made.register_buffer("masks", made.masks, persistent=False)
-    if entry.short:
-        for key in ("scales", "exponents"):
-            dtype, shape = entry.wanted()[key]
-            made.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
 
 
 def _install_experts(model: Any, folder: PackedFolder) -> None:
@@ -187,7 +179,9 @@ def _install_experts(model: Any, folder: PackedFolder) -> None:
         if (entries := folder.experts.get(key)) is None:
             continue
         empty = [
-            PackedLinear.empty(e.shape, e.nnz, e.values, e.group, device="meta", whole=e.whole).packed
+            PackedLinear.empty(
+                e.shape, e.nnz, e.values, e.group, device="meta", whole=e.whole, short=e.short
+            ).packed
             for e in entries
         ]
         made = PackedExperts(empty, entries[0].transposed, parameter.dtype)

@@ -43,7 +43,7 @@ class PackedWriter:
 
     def add_packed(self, packed: PackedTensor, entry: PackedLinearEntry) -> int:
         """Returns the bytes it takes."""
-        stored = packed.stored
+        stored = packed.tensors
         entry = replace(entry, short="exponents" in stored)
         wanted = entry.wanted()
         for key in wanted:

@@ -108,7 +108,7 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
             tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
             return PackedLinear(PackedTensor(tensors, packed.shape, packed.values, packed.group))
 
-        stored = sum(tensor.nbytes for tensor in packed.stored.values())
+        stored = packed.nbytes
         slower[_key(level)] = _slower(made, stored, x_TI, bandwidth)
         progress.step(_key(level))
     W_OI = W_OI.bfloat16()

@@ -80,7 +80,7 @@ class Grid:
         """Itself, with long scales for a weight in which one group dwarfs the others of its row.
 
         An error of 3 % in the scale of a group whose largest weight is hundreds of times as large as others is as large
-        as several of these. And their scales lie too far apart for eight bits (packed/scales.py).
+        as several of these. And their scales lie too far apart for eight bits (kernels/scales.py).
         """
         if self.lost == 16:
             return self

@@ -1,6 +1,6 @@
-"""Scales of groups of columns in eight bits: what a file stores where nothing is lost by it.
+"""Scales of groups of columns in eight bits: how they are stored where nothing is lost by it.
 
-Kernels multiply by bfloat16 scales. Solvers choose scales of five significant bits (solvers/grid.py), and those of one row
+Scales are bfloat16 otherwise. Solvers choose scales of five significant bits (solvers/grid.py), and those of one row
 seldom differ by more than a factor of 2⁸. So a sign, an exponent above the row's own, and four bits behind the leading one
 are enough:
 
