@@ -62,6 +62,21 @@ def test_blocks_that_are_wanted_alike_keep_equal_widths(target):
     )
 
 
+@pytest.mark.parametrize(("target", "gone"), [(0.3, 0), (0.34, 1), (0.5, 1), (0.66, 1), (0.67, 2)])
+def test_a_head_goes_once_its_share_pays_for_it_and_channels_pay_for_the_rest(target, gone):
+    profile = stack(2)
+    made = whole_members(dict.fromkeys(profile.sizes, target), profile, target)
+    assert round(made["0.o"] * 3) == round(made["1.o"] * 3) == gone
+    assert abs(spent(made, profile) - target * sum(profile.sizes.values())) <= 24
+
+
+def test_heads_pay_for_what_channels_cannot():
+    profile = stack(2, channels=20)
+    made = whole_members(dict.fromkeys(profile.sizes, 0.6), profile, 0.6)
+    assert made["0.down"] <= 19 / 20 and made["0.o"] >= 1 / 3
+    assert abs(spent(made, profile) - 0.6 * sum(profile.sizes.values())) <= 640
+
+
 def test_heads_alone_are_spread_over_depth_where_equal_widths_would_miss_the_target():
     profile = Profile(tuple(x for x in stack(6).linears if x.coupling.endswith("o")))
     made = whole_members(dict.fromkeys(profile.sizes, 0.2), profile, 0.2)

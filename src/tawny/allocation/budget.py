@@ -118,8 +118,8 @@ class _Unit:
 def whole_members(wish: Mapping[str, float], profile: Profile, target: float) -> Allocation:
     """Turn wishes for linears into whole members of their couplings, each of which keeps at least one.
 
-    What a coupling of few large members (heads) rounds off goes to the one of many small members (channels) in its block, so
-    that blocks that are wanted alike stay alike. Where this misses the target by more than a thousandth, what is left of one
+    A coupling of few large members (heads) loses a member once its share pays for all of it. What its share does not pay for
+    goes to the coupling of many small members (channels) in its block, so that blocks that are wanted alike stay alike. Where this misses the target by more than a thousandth, what is left of one
     block goes on to the next, and the total is exact to one member of one block.
 
     Raises:
@@ -216,15 +216,22 @@ def _units(profile: Profile) -> list[_Unit]:
 
 
 def _rounded(units: Sequence[_Unit], share: Mapping[str, float], across_blocks: bool) -> dict[str, int]:
-    """Members that each coupling loses; what rounding leaves over is carried on, within its block or to the next one too."""
+    """Members that each coupling loses; what rounding leaves over is carried on, within its block or to the next one too.
+
+    Only the smallest members of a block are rounded to the nearest number. Of two or three heads the nearest number would often
+    be a whole one too many, which costs more than the channels that could go instead (docs/log/heads.md).
+    """
     removed: dict[str, int] = {}
+    smallest = {unit.block: unit.name for unit in units}
     carried, block = 0.0, -1
     for unit in units:
         if unit.block != block and not across_blocks:
             carried = 0.0
         block = unit.block
         wanted = share[unit.name] * unit.size + carried
-        removed[unit.name] = min(unit.members - 1, max(0, round(_snap(wanted / unit.cost))))
+        paid = _snap(wanted / unit.cost)
+        count = round(paid) if smallest[block] == unit.name else math.floor(paid)
+        removed[unit.name] = min(unit.members - 1, max(0, count))
         carried = wanted - removed[unit.name] * unit.cost
     for unit in reversed(units) if across_blocks else ():  # what the last ones could not take
         count = min(unit.members - 1, max(0, removed[unit.name] + round(_snap(carried / unit.cost))))
