@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tawny.decoding import whole
+from tawny.decoding import decoder, whole
 from tawny.decoding.decoder import Decoder, _rounded_once_more
 from tawny.decoding.step import Step, find_blocks
 from tawny.decoding.swapped import kernels
@@ -248,11 +249,26 @@ def test_without_our_kernels_nothing_is_built():
         assert logits(model, None, tokens(1, 12)[0])[1] == "model"
 
 
+@compiled
+def test_a_change_that_by_chance_moves_nothing_is_tried_again(monkeypatch):
+    model, ids = tiny_model("llama", dtype=torch.bfloat16), tokens(1, 12)[0]
+    tried = []
+
+    def changed(model, seed):
+        tried.append(seed)
+        return _rounded_once_more(model, seed) if seed > 1 else contextlib.nullcontext()
+
+    monkeypatch.setattr(decoder, "_rounded_once_more", changed)
+    assert logits(model, None, ids)[1] == "blocks" and max(tried) == 2
+    monkeypatch.setattr(decoder.Step, "__call__", lambda *args: torch.randn(1, 1, model.config.vocab_size))
+    assert logits(copy.deepcopy(model), None, ids)[1] == "model" and max(tried) == decoder._CHANGES - 1
+
+
 def test_the_noise_hooks_leave_no_trace():
     model, ids = tiny_model("llama"), tokens(1, 6)
     with torch.inference_mode():
         before = model(input_ids=ids).logits
-        with _rounded_once_more(model):
+        with _rounded_once_more(model, 0):
             during = model(input_ids=ids).logits
         assert not torch.equal(before, during) and torch.equal(before, model(input_ids=ids).logits)
 
