@@ -108,8 +108,9 @@ class Cells:
         self.results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
         with _alone(path):
             if path.exists():
-                theirs = json.loads(path.read_text(encoding="utf-8"))["cells"]
-                self.results["cells"] = theirs | self.results["cells"]
+                theirs = json.loads(path.read_text(encoding="utf-8"))
+                for key in {"cells", "recovered"} & (theirs.keys() | self.results.keys()):
+                    self.results[key] = theirs.get(key, {}) | self.results.get(key, {})
             write(path, (json.dumps(self.results, indent=1) + "\n").encode())
 
     def searches(self) -> dict[str, Search]:
