@@ -220,5 +220,5 @@ def test_the_demo_explains_itself():
     finally:
         sys.path.pop(0)
     assert callable(demo["main"]) and demo["__doc__"]
-    small, large = map(float, re.findall(r"is (\d\.\d\d)", demo["larger"]()))
+    small, large = map(float, re.findall(r"is (\d\.\d\d)", demo["measured"]()))
     assert large < small
