@@ -28,14 +28,15 @@ def over_seeds(cells: Sequence[Mapping[str, Any]], text: str) -> dict[str, float
 
 
 def seeds_line(groups: Mapping[str, Iterable[Sequence[Any]]]) -> str:
-    """How many seeds each row or column was made with, the exceptions by name."""
-    counts = {name: sorted(len(cells) for cells in some) for name, some in groups.items()}
-    said = {
-        name: str(some[0]) if some[0] == some[-1] else f"{some[0]} to {some[-1]}"
-        for name, some in counts.items()
-    }
-    usual = Counter(said.values()).most_common(1)[0][0]
-    others = ", ".join(f"{name} {count}" for name, count in said.items() if count != usual)
+    """How many seeds the cells of each row or column were made with, the exceptions by name."""
+    made = {name: sorted(len(cells) for cells in some if cells) for name, some in groups.items()}
+    counts = {name: some for name, some in made.items() if some}
+    named: dict[str, list[str]] = {}
+    for name, some in counts.items():
+        said = str(some[0]) if some[0] == some[-1] else f"{some[0]} to {some[-1]}"
+        named.setdefault(said, []).append(name)
+    usual = max(named, key=lambda said: len(named[said]))
+    others = "; ".join(f"{said}: {', '.join(names)}" for said, names in named.items() if said != usual)
     spread = "; ± includes their spread" if max(some[-1] for some in counts.values()) > 1 else ""
     return f"Calibration seeds: {usual}{f' ({others})' if others else ''}{spread}.\n"
 
