@@ -280,8 +280,8 @@ class Decoder:
         own = self._forward(ids).float()
         self._rewind(position)
         integers = any(isinstance(m, PackedLinear) and kind_of(m.kind).scaled for m in self.model.modules())
-        least = 2**-14 if integers else 1e-5
-        apart, least = float((logits - own).norm()), least * float((own - own.mean()).norm())
+        least = (2**-14 if integers else 1e-5) * float((own - own.mean()).norm())
+        apart = float((logits - own).norm())
         for seed in range(_CHANGES):
             with _rounded_once_more(self.model, seed):
                 noisy = self._forward(ids).float()

@@ -99,9 +99,16 @@ class PackedTensor:
     def weight(self) -> Weight:
         """As kernels take it."""
         t = self.tensors
-        masks, scales = t.get("masks"), (t.get("scales"), t.get("exponents"), t.get("sums"))
         return Weight(
-            masks, t["values"], t.get("offsets"), *scales, *self.shape, KINDS[self.values], self.group or 0
+            t.get("masks"),
+            t["values"],
+            t.get("offsets"),
+            t.get("scales"),
+            t.get("exponents"),
+            t.get("sums"),
+            *self.shape,
+            KINDS[self.values],
+            self.group or 0,
         )
 
 

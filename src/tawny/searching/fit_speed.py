@@ -108,8 +108,7 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
             tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
             return PackedLinear(PackedTensor(tensors, packed.shape, packed.values, packed.group))
 
-        stored = packed.nbytes
-        slower[_key(level)] = _slower(made, stored, x_TI, bandwidth)
+        slower[_key(level)] = _slower(made, packed.nbytes, x_TI, bandwidth)
         progress.step(_key(level))
     W_OI = W_OI.bfloat16()
     slower[DENSE] = _slower(lambda: DenseLinear(W_OI.clone()), W_OI.nbytes, x_TI, bandwidth)

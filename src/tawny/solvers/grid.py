@@ -85,9 +85,8 @@ class Grid:
         if self.lost == 16:
             return self
         ends_OS = largest(W_OI, self).abs()
-        usual_O = (
-            ends_OS.where(ends_OS > 0, torch.nan).nanmedian(1).values
-        )  # NaN where all are 0, and nothing is larger
+        # NaN where all are 0, and nothing is larger.
+        usual_O = ends_OS.where(ends_OS > 0, torch.nan).nanmedian(1).values
         return replace(self, long=bool((ends_OS.amax(1) > _DWARFS * usual_O).any()))
 
     @property
