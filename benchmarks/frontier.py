@@ -85,7 +85,8 @@ def main() -> None:
         source = work / "source"
         if not source.exists():
             write_source(args.model, source)
-        for name in args.cells or [*CELLS, *(THEIRS if args.llama else ())]:
+        ours_and_theirs = [*CELLS, *(THEIRS if args.llama else ())]
+        for name in ours_and_theirs if args.cells is None else args.cells:
             if name in results["cells"]:
                 continue
             folder = work / name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tawny.calibration.statistics import Accumulator
-from tawny.precision import bfloat16_products, rounds_products
+from tawny.precision import bfloat16_products, native_dtype, rounds_products
 
 HARDWARE = pytest.mark.skipif(
     not rounds_products(), reason="this CPU has no AMX, or this torch cannot be told to use it"
@@ -48,3 +48,27 @@ def test_hessians_are_as_exact_as_float32_sums_are(dtype: torch.dtype, width: in
         accumulator.add(chunk)
     H = accumulator.finish().hessian
     assert torch.allclose(H.double(), X.double().T @ X.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("amx", "bf16", "fp16", "expected"),
+    [
+        (True, True, True, torch.bfloat16),
+        (
+            False,
+            True,
+            True,
+            torch.float32,
+        ),  # a hypervisor hides AMX, and the other unit is slower than float32
+        (False, True, False, torch.bfloat16),
+        (False, False, False, torch.float32),
+    ],
+)
+def test_bfloat16_is_native_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, bf16: bool, fp16: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": fp16}, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    assert native_dtype.__wrapped__() is expected

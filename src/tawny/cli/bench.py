@@ -10,6 +10,8 @@ from tawny.cli.options import DATA, AsJson, Model, Threads, TrustRemoteCode, opt
 from tawny.cli.root import verb
 from tawny.words import size
 
+_PATHS = {"blocks": "one C++ call a token", "model": "the model's own forward for each token"}
+
 
 @verb(
     "tawny bench smollm2",
@@ -88,7 +90,7 @@ def speed_tables(speed: Result) -> list[Frame]:
         ("measured", walks),
         ("weights", speed["dtype"] + (f", packed linears: {packed}" if packed else ", no packed linear")),
         ("memory", size(speed["resident_bytes"])),
-        ("with", f"{speed['threads']} threads, kernel {speed['kernel']}"),
+        ("with", f"{speed['threads']} threads, kernel {speed['kernel']}, {_PATHS[speed['path']]}"),
     ]
     if speed["file_bytes"] is not None:
         rows.insert(2, ("files", size(speed["file_bytes"])))
