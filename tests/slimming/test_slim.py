@@ -118,9 +118,9 @@ def test_training_keeps_members_zero_so_that_slim_cuts_as_much(dense, tmp_path):
     assert widths[0] == widths[1] and widths[0][0]["intermediate_size"] < 600
 
 
-def test_what_moves_single_weights_refuses_members_in_one_line(dense, tmp_path, run):
+def test_what_cannot_spend_a_budget_in_a_pattern_says_so_in_one_line(dense, tmp_path, run):
     for verb, more, said in (
-        ("search", ["-s", 0.3, "-p", "channels"], "channels are no single weights"),
+        ("search", ["-s", 0.5, "-p", "blocks"], "blocks removes neither"),
         ("fit", ["--size", "1MB", "-o", "pattern=channels"], "leave pattern out"),
     ):
         code, _, err = run(verb, dense, "--out", tmp_path / "found.yaml", *more)

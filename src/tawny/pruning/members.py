@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["solve_members"]
+__all__ = ["Without", "seen_by", "solve_members", "without_members"]
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,39 +19,77 @@ from tawny.solvers.base import Seen
 from tawny.solvers.members import Chosen, Coupled, Producer
 
 
+@dataclass(frozen=True)
+class Without:
+    """A coupling without some of its members.
+
+    Attributes:
+        weights: of each linear the dense weight and the new one, float32.
+        biases: what takes the place of those that change, float32.
+    """
+
+    chosen: Chosen
+    weights: Mapping[str, tuple[Tensor, Tensor]]
+    biases: Mapping[str, Tensor]
+
+    def set_biases(self, block: LoadedBlock, coupling: Coupling) -> None:
+        for linear in coupling.linears:
+            if linear.name in self.biases:
+                block.job.stack.set_bias(linear, self.biases[linear.name])
+
+
 def solve_members(block: LoadedBlock, coupling: Coupling, statistics: Mapping[str, Statistics]) -> None:
     """Remove the members that the allocation asks for, and record what became of every linear."""
     session, stack, start = block.session, block.job.stack, time.perf_counter()
     consumer = coupling.consumer
     block.outliers.see(coupling.linears, statistics, dense=False)
     session.progress.detail(f"solving {consumer.name.removeprefix(stack.name(block.index) + '.')}", 0, 0)
-    seen = {linear.name: _known(block, linear, statistics) for linear in coupling.linears}
+    seen = seen_by(block, coupling, statistics)
     removed = round(block.allocation[consumer.name] * coupling.members)
     with session.clock("solve"):
-        W_OI, made = _choose(block, coupling, seen, removed)
+        made = without_members(block, coupling, seen, removed)
+    made.set_biases(block, coupling)
+    if made.chosen.shift is not None and removed and consumer.name not in made.biases:
+        session.record.warnings.append(
+            f"{consumer.name} has no bias to compensate with, and {type(stack.model).__name__} no setting that gives it one"
+        )
+    for linear in coupling.linears:
+        dense_OI, pruned_OI = made.weights[linear.name]
+        error = block.measure(dense_OI, pruned_OI, seen[linear.name])
+        first = linear is consumer
+        notes = {"removed": removed, "members": coupling.members, **made.chosen.notes} if first else {}
+        seconds = time.perf_counter() - start if first else 0.0
+        block.put(linear, pruned_OI, coupling.kind, error, seconds, notes)
+
+
+def seen_by(block: LoadedBlock, coupling: Coupling, statistics: Mapping[str, Statistics]) -> dict[str, Seen]:
+    """What a solve goes by, of each linear."""
+    return {linear.name: _known(block, linear, statistics) for linear in coupling.linears}
+
+
+def without_members(
+    block: LoadedBlock, coupling: Coupling, seen: Mapping[str, Seen], removed: int
+) -> Without:
+    """The coupling without so many members, which the solver chooses; the block stays as it is.
+
+    Raises:
+        NumericalError: names the linear.
+    """
+    stack, consumer = block.job.stack, coupling.consumer
+    W_OI, made = _choose(block, coupling, seen, removed)
     gone_G = ~made.keep.cpu()
-    weights = {consumer.name: (W_OI, made.weight)}
+    weights, biases = {consumer.name: (W_OI, made.weight)}, {}
     for rows in coupling.producers:
         dense_OI = stack.weight(rows.linear)
         gone_R = rows.index_GR[gone_G].flatten().to(dense_OI.device)
         weights[rows.linear.name] = dense_OI, dense_OI.index_fill(0, gone_R, 0.0)
         bias_O = stack.bias(rows.linear)
         if bias_O is not None:
-            stack.set_bias(rows.linear, bias_O.index_fill_(0, gone_R, 0.0))
+            biases[rows.linear.name] = bias_O.index_fill_(0, gone_R, 0.0)
     bias_O = stack.bias(consumer)
     if bias_O is not None and made.shift is not None:
-        stack.set_bias(consumer, bias_O + made.shift)
-    elif made.shift is not None and removed:
-        session.record.warnings.append(
-            f"{consumer.name} has no bias to compensate with, and {type(stack.model).__name__} no setting that gives it one"
-        )
-    for linear in coupling.linears:
-        dense_OI, pruned_OI = weights[linear.name]
-        error = block.measure(dense_OI, pruned_OI, seen[linear.name])
-        first = linear is consumer
-        notes = {"removed": removed, "members": coupling.members, **made.notes} if first else {}
-        seconds = time.perf_counter() - start if first else 0.0
-        block.put(linear, pruned_OI, coupling.kind, error, seconds, notes)
+        biases[consumer.name] = bias_O + made.shift
+    return Without(made, weights, biases)
 
 
 def _known(block: LoadedBlock, linear: Linear, statistics: Mapping[str, Statistics]) -> Seen:

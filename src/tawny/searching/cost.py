@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tawny.calibration.statistics import Needs, most
+from tawny.errors import RecipeError
 from tawny.model.streams import Samples
 from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load, held_bytes
 from tawny.pruning.prepare import Job, demand_of
@@ -16,13 +17,24 @@ from tawny.searching.candidates import surveyed
 from tawny.searching.settings import Settings
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
+from tawny.solvers.members import MemberSolver
 
 _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
 
 
-def solver_of_levels(settings: Settings, job: Job) -> tuple[str, Solver]:
-    """What makes the solutions that are compared: `proxy`, or what the solver names as quick and alike."""
+def solver_of_levels(settings: Settings, job: Job) -> tuple[str, Solver | MemberSolver]:
+    """What makes the solutions that are compared: `proxy`, or what the solver names as quick and alike.
+
+    Raises:
+        RecipeError: a proxy is named, and whole members go.
+    """
     own = job.recipe.solver.name
+    if job.couplings:
+        if settings.proxy not in (None, own):
+            raise RecipeError(
+                f"search.proxy {settings.proxy} stands in for a solver of single weights, and {job.budget_pattern} are none: leave it out"
+            )
+        return own, job.member_solver
     other = settings.proxy or job.weight_solver.stand_in
     return (own, job.weight_solver) if other in ("", own) else (other, SOLVERS[other]())
 

@@ -25,18 +25,22 @@ from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import OutputError
 from tawny.model import durable
+from tawny.model.couplings import Coupling
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, read_tensor
 from tawny.pruning.block import LoadedBlock
+from tawny.pruning.members import seen_by, without_members
 from tawny.pruning.prepare import profile_count
 from tawny.pruning.profiling import LazyWeights, measured, places, with_stages
 from tawny.pruning.session import Session
 from tawny.pruning.walk import walk_blocks
+from tawny.searching.member_space import AnySpace
 from tawny.searching.rehearsal import dense_again, rehearsing
-from tawny.searching.space import Choice, Space
+from tawny.searching.space import Choice
 from tawny.solvers.base import Solver
+from tawny.solvers.members import MemberSolver
 
 WALK = "levels"  # what the journal calls it
 
@@ -134,10 +138,10 @@ class Solved:
 
 def solve_levels(
     session: Session,
-    space: Space,
+    space: AnySpace,
     store: LevelStore,
     *,
-    solver: Solver,
+    solver: Solver | MemberSolver,
     survey: Survey,
     samples: Samples,
     held_out: Samples,
@@ -198,14 +202,16 @@ def solve_levels(
     return Solved(profile, torch.cat(list(dense.hidden)), rehearsal.record.warnings)
 
 
-def _solve_block(block: LoadedBlock, space: Space, store: LevelStore) -> None:
+def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None:
     """Every linear of one block at every level that removes something, a tensor at a time onto the disk.
 
     The block is left pruned uniformly, each stage behind those before it.
     """
     stack, session = block.job.stack, block.session
     choices: dict[str, dict[int, Choice]] = {
-        x.name: {level: space.choice(i, level) for level in space.levels if space.sparsity(i, level) > 0}
+        x.name: {
+            level: space.choice(i, level) for level in space.levels_of(i) if space.sparsity(i, level) > 0
+        }
         for i, x in enumerate(space.linears)
         if x.block == block.index
     }
@@ -217,6 +223,12 @@ def _solve_block(block: LoadedBlock, space: Space, store: LevelStore) -> None:
     done, path = 0, store.path(block.index)
     with writing(path), TensorWriter(path, specs) as writer:
         for stage, statistics in block.stages():
+            if stage.coupling is not None:
+                consumer = choices[stage.coupling.consumer.name]
+                done = _solve_coupling(
+                    block, stage.coupling, statistics, consumer, store.dtype, writer, done, len(specs)
+                )
+                continue
             for linear in stage.linears:
                 W_OI, seen = stack.weight(linear), statistics.get(linear.name)
                 known = block.known(linear, seen)
@@ -231,3 +243,30 @@ def _solve_block(block: LoadedBlock, space: Space, store: LevelStore) -> None:
                     if level == 0:
                         stack.set_weight(linear, solution.weight)
                     done += 1
+
+
+def _solve_coupling(
+    block: LoadedBlock,
+    coupling: Coupling,
+    statistics: Mapping[str, Statistics],
+    choices: Mapping[int, Choice],
+    dtype: torch.dtype,
+    writer: TensorWriter,
+    done: int,
+    total: int,
+) -> int:
+    """One coupling at every level; it is left at level 0. Returns how many tensors are done."""
+    stack, seen = block.job.stack, seen_by(block, coupling, statistics)
+    for level in sorted(choices, key=lambda level: level == 0):  # others are solved for the dense block
+        block.session.progress.detail("solving", done, total)
+        removed = round(choices[level].sparsity * coupling.members)
+        made = without_members(block, coupling, seen, removed)
+        for linear in coupling.linears:
+            pruned_OI = made.weights[linear.name][1]
+            writer.write(key_of(linear, level), pruned_OI.to(dtype).cpu())
+            if level == 0:
+                stack.set_weight(linear, pruned_OI)
+            done += 1
+        if level == 0:
+            made.set_biases(block, coupling)
+    return done

@@ -23,6 +23,7 @@ from tawny.pruning.session import Session
 from tawny.pruning.walk import solve_stage, walk_blocks
 from tawny.record import Record
 from tawny.solvers.base import Solver
+from tawny.solvers.members import MemberSolver
 
 WALK = "rehearsal"
 
@@ -41,7 +42,11 @@ class _Steps(Silent):
 
 
 def rehearsing(
-    session: Session, samples: Samples, journal: Journal, solver: Solver | None = None, name: str = ""
+    session: Session,
+    samples: Samples,
+    journal: Journal,
+    solver: Solver | MemberSolver | None = None,
+    name: str = "",
 ) -> Session:
     """The same session with a record of its own, no output, and no refining.
 
@@ -100,12 +105,15 @@ def forget_spilled(session: Session) -> None:
 def dense_again(block: LoadedBlock) -> Iterator[None]:
     """A live model gets its weights back; those of a checkpoint are dropped in any case, and read anew."""
     stack, linears = block.job.stack, block.linears
-    kept = {} if stack.checkpoint else {linear.name: stack.stored_weight(linear) for linear in linears}
+    live = () if stack.checkpoint else linears
+    kept = [(linear, stack.stored_weight(linear), stack.bias(linear)) for linear in live]
     try:
         yield
     except NumericalError:
         stack.release(block.index)  # the search goes on
         raise
     finally:
-        for linear in linears if kept else ():
-            stack.set_weight(linear, kept[linear.name])
+        for linear, weight_OI, bias_O in kept:
+            stack.set_weight(linear, weight_OI)
+            if bias_O is not None:
+                stack.set_bias(linear, bias_O)

@@ -38,7 +38,7 @@ from tawny.machine import peak_memory
 from tawny.model import durable
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
-from tawny.patterns import Blocks, Members, Rank
+from tawny.patterns import Blocks, Rank
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load
@@ -55,10 +55,11 @@ from tawny.searching.divergence import Divergence
 from tawny.searching.evolution import Outcome, Proposal, Trial, evolve
 from tawny.searching.levels import WALK, LevelStore, solve_levels
 from tawny.searching.measured import Measured
+from tawny.searching.member_space import AnySpace, make_member_space
 from tawny.searching.output import SearchOutput, open_search
 from tawny.searching.rehearsal import rehearse
 from tawny.searching.settings import Settings, parted
-from tawny.searching.space import Space, make_space
+from tawny.searching.space import make_space
 
 _DRAWN_M = "5"
 
@@ -150,10 +151,10 @@ def search(
     if of_recipe.get("allocator") is not None:
         raise RecipeError("a search finds the allocation itself: leave the allocator out")
     recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
-    if isinstance(pattern := recipe.make_pattern(), Members | Blocks | Rank):
+    if isinstance(pattern := recipe.make_pattern(), Blocks | Rank):
         raise RecipeError(
-            f"a search moves single weights from one linear to another, and {pattern} are no single weights: give this pattern to "
-            "`tawny prune`, or search with another"
+            f"a search moves weights or whole members from one linear to another, and {pattern} removes neither: give this pattern "
+            "to `tawny prune`, or search with another"
         )
     settings = Settings.make(settings, **own)
 
@@ -210,7 +211,11 @@ def _found(session: Session, settings: Settings, found: dict[str, Any], out: str
 def _search(session: Session, settings: Settings) -> dict[str, Any]:
     """Steps 1 to 5: what is told of them, and the allocation."""
     job, recipe = session.job, session.job.recipe
-    space = make_space(job.linears, job.pattern, recipe.sparsity, settings.levels)
+    space: AnySpace = (
+        make_member_space(job.linears, recipe.sparsity, settings.levels)
+        if job.couplings
+        else make_space(job.linears, job.pattern, recipe.sparsity, settings.levels)
+    )
     samples, held_out = _split(session, settings)
     searched = searched_windows(settings, len(held_out))
     windows, deciding = range(searched), range(searched, len(held_out))
@@ -243,7 +248,7 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
             blocks = len(solved.profile.span)
             for family, name, allocator in allocators_to_try(settings.families, recipe.sparsity, blocks):
                 own = survey.profile_of(family, solved.profile)
-                wish = allocate(allocator, own, job.pattern, recipe.sparsity)
+                wish = allocate(allocator, own, job.budget_pattern, recipe.sparsity)
                 yield Proposal(name, space.within(wish))
 
         outcome = evolve(
@@ -271,7 +276,7 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
         "says": _says(outcome, space),
         "cut_short": outcome.cut_short,
         "solver": name_of_solver,
-        "levels": {"from": space.sparsity(0, space.low), "to": space.sparsity(0, space.high)}
+        "levels": dict(zip(("from", "to"), space.reach, strict=True))
         | {"count": len(space.levels), "bytes": store.bytes},
         "held_out": {"windows": len(windows), "deciding": len(deciding), "tokens": held_out.seqlen}
         | {"repeated": repeated_tokens(held_out.seqlen, settings.repeat, begun=begun)},
@@ -285,7 +290,7 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def _level_store(session: Session, space: Space) -> Iterator[LevelStore]:
+def _level_store(session: Session, space: AnySpace) -> Iterator[LevelStore]:
     """Room for the solutions beside the output; where a journal is kept, they outlive a search that was stopped."""
     kept = session.journal.folder
     folder = kept or Path(tempfile.mkdtemp(prefix="tawny-"))
@@ -308,7 +313,7 @@ def _level_store(session: Session, space: Space) -> Iterator[LevelStore]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _pictured(settings: Settings, space: Space, outcome: Outcome) -> dict[str, Allocation]:
+def _pictured(settings: Settings, space: AnySpace, outcome: Outcome) -> dict[str, Allocation]:
     """Uniform, and the best that was tried of each family."""
     pictured = {"uniform": space.allocation(space.uniform)}
     for family in settings.families:
@@ -375,7 +380,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _says(outcome: Outcome, space: Space) -> str:
+def _says(outcome: Outcome, space: AnySpace) -> str:
     """The winner and its margin over uniform, in one line."""
     winner, uniform = outcome.winner, outcome.uniform
     tail = f"; {outcome.cut_short}" if outcome.cut_short else ""
@@ -413,10 +418,12 @@ def _write(found: Found, session: Session) -> None:
 
     for suffix in (".png", ".svg"):
         or_say(out.with_suffix(suffix), partial(draw, suffix), session.progress)
+    spent_in = found.recipe["pattern"]
+    pattern = "" if spent_in == "unstructured" else f" -p {spent_in}"
     told = json.dumps(finite(found.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     lines = [
         f"# {found.says}",
-        f"# Use it: tawny prune MODEL -s {found.sparsity:g} -a {out.name} --out DIR",
+        f"# Use it: tawny prune MODEL -s {found.sparsity:g}{pattern} -a {out.name} --out DIR",
         *(f"{name}: {value!r}" for name, value in found.allocation.items()),
     ]
     place.finish(told, "\n".join(lines) + "\n")

@@ -1,7 +1,7 @@
 """The search space: a candidate is a tuple of levels, one whole number for each linear; `Choice` says what a level does.
 
-Only this file knows which choices there are. The rest of the room solves choices, compares tuples of levels and moves in
-them. To try more than a sparsity, such as pairs of sparsity and kind, extend `Choice` and the space here.
+Only this file, and member_space.py for whole members, know which choices there are. The rest of the room solves choices,
+compares tuples of levels and moves in them. To try more than a sparsity, such as pairs of sparsity and kind, extend `Choice` and the space here.
 
 Level k means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being proportional to
 their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or from one block
@@ -10,7 +10,7 @@ to another of the same shape, keeps the budget to the weight.
 
 from __future__ import annotations
 
-__all__ = ["Choice", "Levels", "Space", "make_space"]
+__all__ = ["Choice", "Levels", "Space", "make_space", "repaired"]
 
 import math
 import random
@@ -71,6 +71,15 @@ class Space:
     def sparsity(self, index: int, level: int) -> float:
         return self.choice(index, level).sparsity
 
+    def levels_of(self, index: int) -> range:
+        """The levels that one linear has; here all of them."""
+        return self.levels
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The sparsities of the lowest and the highest level."""
+        return self.sparsity(0, self.low), self.sparsity(0, self.high)
+
     def told(self, level: int) -> str:
         """A level of the first linear, for a person."""
         if isinstance(self.pattern, NM):
@@ -128,21 +137,8 @@ class Space:
         return max(self.low, min(self.high, level))
 
     def _repaired(self, levels: list[int], wishes: Sequence[float]) -> Levels:
-        """Move the levels that are cheapest to move until the budget is met, or cannot be met more closely."""
-        excess = self.excess(tuple(levels))
-        while excess:
-            move = -1 if excess > 0 else 1
-            legal = [
-                (abs(level + move - wish) - abs(level - wish), i)
-                for i, (level, wish) in enumerate(zip(levels, wishes, strict=True))
-                if self.low <= level + move <= self.high and abs(excess + move * self.steps[i]) < abs(excess)
-            ]
-            if not legal:
-                break
-            _, chosen = min(legal)
-            levels[chosen] += move
-            excess += move * self.steps[chosen]
-        return tuple(levels)
+        count = len(levels)
+        return repaired(levels, wishes, self.steps, [self.low] * count, [self.high] * count)
 
     def mutated(self, levels: Levels, chance: random.Random) -> Levels:
         """A few switches of one level each; few are likelier than many."""
@@ -180,6 +176,30 @@ class Space:
             for i in down:
                 levels[i] -= 1
         return legal
+
+
+def repaired(
+    levels: list[int],
+    wishes: Sequence[float],
+    steps: Sequence[int],
+    low: Sequence[int],
+    high: Sequence[int],
+) -> Levels:
+    """Move the levels that are cheapest to move until the budget is met, or cannot be met more closely."""
+    excess = sum(level * step for level, step in zip(levels, steps, strict=True))
+    while excess:
+        move = -1 if excess > 0 else 1
+        legal = [
+            (abs(level + move - wish) - abs(level - wish), i)
+            for i, (level, wish) in enumerate(zip(levels, wishes, strict=True))
+            if low[i] <= level + move <= high[i] and abs(excess + move * steps[i]) < abs(excess)
+        ]
+        if not legal:
+            break
+        _, chosen = min(legal)
+        levels[chosen] += move
+        excess += move * steps[chosen]
+    return tuple(levels)
 
 
 def make_space(linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, levels: int) -> Space:

@@ -1,0 +1,215 @@
+"""The search space of whole members: the linears of a coupling share a level, and one level is some of its members.
+
+Channels are many and small, heads few and large. One level of a coupling of heads is one group, so a move may give a block its
+heads back and let channels go for them, here or elsewhere. So the search decides what `whole_members` can only guess: how
+many heads should go with the channels.
+"""
+
+from __future__ import annotations
+
+__all__ = ["AnySpace", "MemberSpace", "make_member_space"]
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tawny.allocation.budget import Allocation, whole_members
+from tawny.allocation.profile import LinearInfo, Profile
+from tawny.searching.space import Choice, Levels, Space, repaired
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One coupling: at level k it loses `base + k·step` of its members.
+
+    Attributes:
+        places: of its linears.
+        weight: of one member, in weights.
+    """
+
+    places: tuple[int, ...]
+    members: int
+    weight: int
+    base: int
+    step: int
+    low: int
+    high: int
+
+    def removed(self, level: int) -> int:
+        return self.base + max(self.low, min(self.high, level)) * self.step
+
+
+@dataclass(frozen=True)
+class MemberSpace:
+    """The linears of a model, and the levels that their couplings can have; what `Space` is for single weights."""
+
+    linears: tuple[LinearInfo, ...]
+    target: float
+    units: tuple[_Unit, ...]
+
+    @property
+    def low(self) -> int:
+        return min((unit.low for unit in self.units), default=0)
+
+    @property
+    def high(self) -> int:
+        return max((unit.high for unit in self.units), default=0)
+
+    @property
+    def uniform(self) -> Levels:
+        return (0,) * len(self.linears)
+
+    @property
+    def levels(self) -> range:
+        return range(self.low, self.high + 1)
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The sparsities of the lowest and the highest level of the coupling with the most members."""
+        unit = self._finest
+        return unit.removed(unit.low) / unit.members, unit.removed(unit.high) / unit.members
+
+    @property
+    def _finest(self) -> _Unit:
+        return max(self.units, key=lambda unit: unit.members)
+
+    @functools.cached_property
+    def _unit_of(self) -> dict[int, _Unit]:
+        return {place: unit for unit in self.units for place in unit.places}
+
+    def levels_of(self, index: int) -> range:
+        """The levels that one linear has, which are those of its coupling."""
+        unit = self._unit_of[index]
+        return range(unit.low, unit.high + 1)
+
+    def choice(self, index: int, level: int) -> Choice:
+        """Of one linear at one level."""
+        unit = self._unit_of[index]
+        return Choice(unit.removed(level) / unit.members)
+
+    def sparsity(self, index: int, level: int) -> float:
+        return self.choice(index, level).sparsity
+
+    def told(self, level: int) -> str:
+        """A level of the coupling with the most members, for a person."""
+        unit = self._finest
+        return f"{unit.removed(level) / unit.members:.1%}"
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Bytes that the solutions of all levels take; a level that removes nothing takes none."""
+        return sum(
+            unit.members * unit.weight * dtype.itemsize
+            for unit in self.units
+            for level in range(unit.low, unit.high + 1)
+            if unit.removed(level)
+        )
+
+    def excess(self, levels: Levels) -> int:
+        """Weights that are removed beyond those of level 0 everywhere."""
+        return self._beyond(self._of_units(levels))
+
+    def allocation(self, levels: Levels) -> Allocation:
+        """Whole members that meet the budget to one of the smallest; couplings of these share what levels leave over."""
+        own = self._of_units(levels)
+        removed = [unit.removed(level) for unit, level in zip(self.units, own, strict=True)]
+        smallest = min(unit.weight for unit in self.units)
+        fine = [place for place, unit in enumerate(self.units) if unit.weight == smallest]
+        owed = round(-self._beyond(own) / smallest)
+        for turn, place in enumerate(fine):
+            part = owed * (turn + 1) // len(fine) - owed * turn // len(fine)
+            removed[place] = min(self.units[place].members - 1, max(0, removed[place] + part))
+        made = dict(zip(self.units, removed, strict=True))
+        units = (self._unit_of[place] for place in range(len(self.linears)))
+        return {x.name: made[unit] / unit.members for x, unit in zip(self.linears, units, strict=True)}
+
+    def within(self, allocation: Allocation) -> Allocation:
+        """An allocation as the levels that follow it most closely: what can be scored as it is."""
+        return self.allocation(self.nearest(allocation))
+
+    def nearest(self, allocation: Allocation) -> Levels:
+        """The levels that follow an allocation most closely within the budget."""
+        wishes = [
+            (allocation[self.linears[unit.places[0]].name] * unit.members - unit.base) / unit.step
+            for unit in self.units
+        ]
+        levels = [
+            max(unit.low, min(unit.high, round(wish))) for unit, wish in zip(self.units, wishes, strict=True)
+        ]
+        low, high = [unit.low for unit in self.units], [unit.high for unit in self.units]
+        return self._of_linears(repaired(levels, wishes, self._steps, low, high))
+
+    def mutated(self, levels: Levels, chance: random.Random) -> Levels:
+        """One to three couplings move by a level, and others, by chance, so that the budget is met again."""
+        made = list(self._of_units(levels))
+        for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
+            self._move(made, chance)
+        return self._of_linears(made)
+
+    def _move(self, levels: list[int], chance: random.Random) -> None:
+        before, first = list(levels), chance.randrange(len(levels))
+        levels[first] += chance.choice((-1, 1))
+        if self.units[first].low <= levels[first] <= self.units[first].high:
+            while excess := self._beyond(levels):
+                move = -1 if excess > 0 else 1
+                legal = [
+                    place
+                    for place, (unit, step) in enumerate(zip(self.units, self._steps, strict=True))
+                    if place != first
+                    and unit.low <= levels[place] + move <= unit.high
+                    and abs(excess + move * step) < abs(excess)
+                ]
+                if not legal:
+                    break
+                levels[chance.choice(legal)] += move
+            if 2 * abs(self._beyond(levels)) <= min(self._steps):
+                return
+        levels[:] = before
+
+    @functools.cached_property
+    def _steps(self) -> list[int]:
+        return [unit.step * unit.weight for unit in self.units]
+
+    def _beyond(self, levels: Sequence[int]) -> int:
+        return sum(level * step for level, step in zip(levels, self._steps, strict=True))
+
+    def _of_units(self, levels: Levels) -> list[int]:
+        return [levels[unit.places[0]] for unit in self.units]
+
+    def _of_linears(self, levels: Sequence[int]) -> Levels:
+        made = [0] * len(self.linears)
+        for unit, level in zip(self.units, levels, strict=True):
+            for place in unit.places:
+                made[place] = level
+        return tuple(made)
+
+
+AnySpace = Space | MemberSpace
+
+
+def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: int) -> MemberSpace:
+    """Level 0 is what uniform removes; the others are spread over half of the way to 0 or 1, whichever is nearer.
+
+    Args:
+        linears: with their couplings.
+        levels: an odd number.
+
+    Raises:
+        RecipeError: the target would leave a coupling without members.
+    """
+    half = levels // 2
+    uniform = whole_members({x.name: target for x in linears}, Profile(linears), target)
+    places: dict[str, list[int]] = {}
+    for place, linear in enumerate(linears):
+        places.setdefault(linear.coupling, []).append(place)
+    units = []
+    for some in places.values():
+        members = linears[some[0]].members
+        base = round(uniform[linears[some[0]].name] * members)
+        step = max(1, round(0.5 * min(target, 1 - target) * members / half)) if half else 1
+        low, high = -min(half, base // step), min(half, (members - 1 - base) // step)
+        weight = sum(linears[place].numel for place in some) // members
+        units.append(_Unit(tuple(some), members, weight, base, step, low, high))
+    return MemberSpace(linears, target, tuple(units))
