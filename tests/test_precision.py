@@ -54,12 +54,8 @@ def test_hessians_are_as_exact_as_float32_sums_are(dtype: torch.dtype, width: in
     ("amx", "bf16", "fp16", "expected"),
     [
         (True, True, True, torch.bfloat16),
-        (
-            False,
-            True,
-            True,
-            torch.float32,
-        ),  # a hypervisor hides AMX, and the other unit is slower than float32
+        # A hypervisor hides AMX, and the other unit is slower than float32.
+        (False, True, True, torch.float32),
         (False, True, False, torch.bfloat16),
         (False, False, False, torch.float32),
     ],

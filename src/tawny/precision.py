@@ -6,7 +6,7 @@ of others, which some algorithms do not feel. Float32 matrices are multiplied th
 oneDNN keeps them float32 whatever it is allowed, measured on an AMD EPYC.
 
 Intel's processors since Sapphire Rapids have both, and hypervisors often hide AMX. What is left multiplies bfloat16 at
-0.55 to 0.6 times the speed of float32, measured. Theirs is the only AVX512-BF16 so far that comes with AVX512-FP16.
+0.5 to 0.7 times the speed of float32 (docs/log/native-products.md). Theirs is the only AVX512-BF16 so far that comes with AVX512-FP16.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from tawny.pruning.session import Session
 from tawny.recipe.merge import resolve_recipe
 from tawny.record import Clock, Record
 from tawny.searching.levels import LevelStore, Solved, solve_levels
-from tawny.searching.member_space import AnySpace, make_member_space
-from tawny.searching.space import make_space
+from tawny.searching.member_space import AnySpace, space_of
 from tests.tiny import tokens
 
 
@@ -33,11 +32,7 @@ def solved_levels(
     """All blocks at the levels of a search."""
     recipe = resolve_recipe(sparsity=sparsity, pattern=pattern, solver=solver, allocator="uniform")
     job = prepare(recipe, model, tawny.progress.silent, "cpu")
-    space: AnySpace = (
-        make_member_space(job.linears, sparsity, count)
-        if job.couplings
-        else make_space(job.linears, job.pattern, sparsity, count)
-    )
+    space = space_of(job, count)
     store = LevelStore(folder, space.bytes_in(torch.float32), torch.float32)
     samples, held_out = Samples(tokens(4, 24)), Samples(tokens(windows, 16, seed=9))
     session = Session(

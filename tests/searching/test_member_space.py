@@ -73,6 +73,13 @@ def test_a_head_may_go_and_channels_come_back_for_it():
     assert seen == {0, 1, 2}
 
 
+def test_where_nothing_can_come_back_nothing_moves():
+    for infos, target in ((linears(2, 16, 3, 60), 0.0), (linears(1, 16, 1, 1), 0.0)):
+        space = make_member_space(infos, target, 7)
+        assert space.low == space.high == 0 and space.bytes_in(torch.float32) == 0
+        assert space.mutated(space.uniform, random.Random(0)) == space.uniform
+
+
 def test_a_target_beyond_all_members_says_what_is_possible():
     with pytest.raises(RecipeError, match="the most that is possible is"):
         make_member_space(linears(2, 16, 1, 4), 0.9, 5)

@@ -270,8 +270,8 @@ class Decoder:
         They do the same sums in another order and round at other places, so they never agree to the bit. How much
         rounding may move the logits is measured: the model's own forward runs a second time with the output of every
         block changed by half a unit in the last place, up or down at random: the most one rounding can do there. The
-        two paths must not be further apart than `TOLERANCE` times the change that makes (norms over the
-        vocabulary), of the largest of a few such changes. A missing scale, norm, bias or mask moves logits by tens of per cent, hundreds of times as much.
+        two paths must not be further apart than `TOLERANCE` times what the largest of a few such changes makes (norms
+        over the vocabulary). A missing scale, norm, bias or mask moves logits by tens of per cent, hundreds of times as much.
         Products with integers round activations to 16 bits, and a last bit of float32 decides where some of them go.
         """
         position = self.length

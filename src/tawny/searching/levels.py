@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["LevelStore", "Solved", "solve_levels"]
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +21,10 @@ from torch import Tensor
 
 from tawny.allocation.joint import Survey
 from tawny.allocation.profile import Profile
-from tawny.calibration.observe import observe
+from tawny.calibration.observe import Stage, observe
 from tawny.calibration.statistics import Statistics
 from tawny.errors import OutputError
 from tawny.model import durable
-from tawny.model.couplings import Coupling
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
@@ -43,6 +42,8 @@ from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 
 WALK = "levels"  # what the journal calls it
+_Choices = Mapping[str, Mapping[int, Choice]]  # by linear and level
+_Solution = tuple[Linear, int, Tensor]  # a linear, a level, its weight [out, in]
 
 
 class LevelStore:
@@ -208,7 +209,7 @@ def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None
     The block is left pruned uniformly, each stage behind those before it.
     """
     stack, session = block.job.stack, block.session
-    choices: dict[str, dict[int, Choice]] = {
+    choices = {
         x.name: {
             level: space.choice(i, level) for level in space.levels_of(i) if space.sparsity(i, level) > 0
         }
@@ -223,50 +224,45 @@ def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None
     done, path = 0, store.path(block.index)
     with writing(path), TensorWriter(path, specs) as writer:
         for stage, statistics in block.stages():
-            if stage.coupling is not None:
-                consumer = choices[stage.coupling.consumer.name]
-                done = _solve_coupling(
-                    block, stage.coupling, statistics, consumer, store.dtype, writer, done, len(specs)
-                )
-                continue
-            for linear in stage.linears:
-                W_OI, seen = stack.weight(linear), statistics.get(linear.name)
-                known = block.known(linear, seen)
-                if known is not seen:
-                    session.record.warnings.append(
-                        f"{linear.name} saw no calibration token while allocations were tried"
-                    )
-                for level, choice in choices[linear.name].items():
-                    session.progress.detail("solving", done, len(specs))
-                    solution, _, _ = block.solution(linear, W_OI, known, choice.sparsity)
-                    writer.write(key_of(linear, level), solution.weight.to(store.dtype).cpu())
-                    if level == 0:
-                        stack.set_weight(linear, solution.weight)
-                    done += 1
+            solve = _weights if stage.coupling is None else _members
+            session.progress.detail("solving", done, len(specs))
+            for linear, level, weight_OI in solve(block, stage, statistics, choices):
+                writer.write(key_of(linear, level), weight_OI.to(store.dtype).cpu())
+                if level == 0:
+                    stack.set_weight(linear, weight_OI)
+                del weight_OI  # before the next one is made
+                done += 1
+                session.progress.detail("solving", done, len(specs))
 
 
-def _solve_coupling(
-    block: LoadedBlock,
-    coupling: Coupling,
-    statistics: Mapping[str, Statistics],
-    choices: Mapping[int, Choice],
-    dtype: torch.dtype,
-    writer: TensorWriter,
-    done: int,
-    total: int,
-) -> int:
-    """One coupling at every level; it is left at level 0. Returns how many tensors are done."""
-    stack, seen = block.job.stack, seen_by(block, coupling, statistics)
-    for level in sorted(choices, key=lambda level: level == 0):  # others are solved for the dense block
-        block.session.progress.detail("solving", done, total)
-        removed = round(choices[level].sparsity * coupling.members)
-        made = without_members(block, coupling, seen, removed)
+def _weights(
+    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], choices: _Choices
+) -> Iterator[_Solution]:
+    """Each linear without some of its weights."""
+    for linear in stage.linears:
+        W_OI, seen = block.job.stack.weight(linear), statistics.get(linear.name)
+        known = block.known(linear, seen)
+        if known is not seen:
+            block.session.record.warnings.append(
+                f"{linear.name} saw no calibration token while allocations were tried"
+            )
+        for level, choice in choices[linear.name].items():
+            yield linear, level, block.solution(linear, W_OI, known, choice.sparsity)[0].weight
+
+
+def _members(
+    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], choices: _Choices
+) -> Iterator[_Solution]:
+    """A coupling without some of its members.
+
+    All levels are solved from the dense block, so level 0, which the block is left at, comes last.
+    """
+    coupling = stage.coupling
+    assert coupling is not None
+    seen, levels = seen_by(block, coupling, statistics), choices[coupling.consumer.name]
+    for level in sorted(levels, key=lambda level: level == 0):
+        made = without_members(block, coupling, seen, round(levels[level].sparsity * coupling.members))
         for linear in coupling.linears:
-            pruned_OI = made.weights[linear.name][1]
-            writer.write(key_of(linear, level), pruned_OI.to(dtype).cpu())
-            if level == 0:
-                stack.set_weight(linear, pruned_OI)
-            done += 1
+            yield linear, level, made.weights[linear.name][1]
         if level == 0:
             made.set_biases(block, coupling)
-    return done

@@ -1,24 +1,25 @@
 """The search space of whole members: the linears of a coupling share a level, and one level is some of its members.
 
-Channels are many and small, heads few and large. One level of a coupling of heads is one group, so a move may give a block its
-heads back and let channels go for them, here or elsewhere. So the search decides what `whole_members` can only guess: how
-many heads should go with the channels.
+Channels are many and small, heads few and large. Where heads are few, one level is one group of them. So a move may give a
+block its heads back and let channels go for them, here or elsewhere. The search decides what `whole_members` can only guess:
+how many heads should go with the channels.
 """
 
 from __future__ import annotations
 
-__all__ = ["AnySpace", "MemberSpace", "make_member_space"]
+__all__ = ["AnySpace", "MemberSpace", "make_member_space", "space_of"]
 
 import functools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tawny.allocation.budget import Allocation, whole_members
 from tawny.allocation.profile import LinearInfo, Profile
-from tawny.searching.space import Choice, Levels, Space, repaired
+from tawny.pruning.prepare import Job
+from tawny.searching.space import Choice, Levelled, Levels, Space, make_space, repaired
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,10 @@ class _Unit:
 
 
 @dataclass(frozen=True)
-class MemberSpace:
-    """The linears of a model, and the levels that their couplings can have; what `Space` is for single weights."""
+class MemberSpace(Levelled):
+    """Levels of whole members: the linears of a coupling share theirs, and lose at level 0 what uniform removes."""
 
-    linears: tuple[LinearInfo, ...]
-    target: float
     units: tuple[_Unit, ...]
-
-    @property
-    def low(self) -> int:
-        return min((unit.low for unit in self.units), default=0)
-
-    @property
-    def high(self) -> int:
-        return max((unit.high for unit in self.units), default=0)
-
-    @property
-    def uniform(self) -> Levels:
-        return (0,) * len(self.linears)
-
-    @property
-    def levels(self) -> range:
-        return range(self.low, self.high + 1)
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -189,6 +172,13 @@ class MemberSpace:
 AnySpace = Space | MemberSpace
 
 
+def space_of(job: Job, levels: int) -> AnySpace:
+    """The space that a recipe's budget is moved in."""
+    if job.couplings:
+        return make_member_space(job.linears, job.recipe.sparsity, levels)
+    return make_space(job.linears, job.pattern, job.recipe.sparsity, levels)
+
+
 def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: int) -> MemberSpace:
     """Level 0 is what uniform removes; the others are spread over half of the way to 0 or 1, whichever is nearer.
 
@@ -212,4 +202,7 @@ def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: in
         low, high = -min(half, base // step), min(half, (members - 1 - base) // step)
         weight = sum(linears[place].numel for place in some) // members
         units.append(_Unit(tuple(some), members, weight, base, step, low, high))
-    return MemberSpace(linears, target, tuple(units))
+    low, high = min(unit.low for unit in units), max(unit.high for unit in units)
+    if not (low and high):  # what one coupling gains another loses, so nothing moves
+        low, high, units = 0, 0, [replace(unit, low=0, high=0) for unit in units]
+    return MemberSpace(linears, target, low, high, tuple(units))

@@ -55,11 +55,10 @@ from tawny.searching.divergence import Divergence
 from tawny.searching.evolution import Outcome, Proposal, Trial, evolve
 from tawny.searching.levels import WALK, LevelStore, solve_levels
 from tawny.searching.measured import Measured
-from tawny.searching.member_space import AnySpace, make_member_space
+from tawny.searching.member_space import AnySpace, space_of
 from tawny.searching.output import SearchOutput, open_search
 from tawny.searching.rehearsal import rehearse
 from tawny.searching.settings import Settings, parted
-from tawny.searching.space import make_space
 
 _DRAWN_M = "5"
 
@@ -211,11 +210,7 @@ def _found(session: Session, settings: Settings, found: dict[str, Any], out: str
 def _search(session: Session, settings: Settings) -> dict[str, Any]:
     """Steps 1 to 5: what is told of them, and the allocation."""
     job, recipe = session.job, session.job.recipe
-    space: AnySpace = (
-        make_member_space(job.linears, recipe.sparsity, settings.levels)
-        if job.couplings
-        else make_space(job.linears, job.pattern, recipe.sparsity, settings.levels)
-    )
+    space = space_of(job, settings.levels)
     samples, held_out = _split(session, settings)
     searched = searched_windows(settings, len(held_out))
     windows, deciding = range(searched), range(searched, len(held_out))

@@ -1,7 +1,8 @@
 """The search space: a candidate is a tuple of levels, one whole number for each linear; `Choice` says what a level does.
 
 Only this file, and member_space.py for whole members, know which choices there are. The rest of the room solves choices,
-compares tuples of levels and moves in them. To try more than a sparsity, such as pairs of sparsity and kind, extend `Choice` and the space here.
+compares tuples of levels and moves in them. To try more than a sparsity, such as pairs of sparsity and kind, extend `Choice`
+and the spaces.
 
 Level k means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being proportional to
 their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or from one block
@@ -10,7 +11,7 @@ to another of the same shape, keeps the budget to the weight.
 
 from __future__ import annotations
 
-__all__ = ["Choice", "Levels", "Space", "make_space", "repaired"]
+__all__ = ["Choice", "Levelled", "Levels", "Space", "make_space", "repaired"]
 
 import math
 import random
@@ -35,23 +36,19 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Space:
-    """The linears of a model and the levels they can have.
+class Levelled:
+    """What every space is: the linears of a model, and the levels that there are.
 
     Attributes:
         linears: in model order.
-        target: sparsity at level 0.
-        steps: what one level of each linear is worth, in weights.
-        low, high: the levels there are, of every linear; `low ≤ 0 ≤ high`.
-        pattern: n:m levels are whole steps of n.
+        target: sparsity of the whole model.
+        low, high: the lowest and the highest level of any linear; `low ≤ 0 ≤ high`.
     """
 
     linears: tuple[LinearInfo, ...]
     target: float
-    steps: tuple[int, ...]
     low: int
     high: int
-    pattern: Pattern
 
     @property
     def uniform(self) -> Levels:
@@ -60,6 +57,19 @@ class Space:
     @property
     def levels(self) -> range:
         return range(self.low, self.high + 1)
+
+
+@dataclass(frozen=True)
+class Space(Levelled):
+    """Levels of single weights: each linear has all of them, and loses `target` at level 0.
+
+    Attributes:
+        steps: what one level of each linear is worth, in weights.
+        pattern: n:m levels are whole steps of n.
+    """
+
+    steps: tuple[int, ...]
+    pattern: Pattern
 
     def choice(self, index: int, level: int) -> Choice:
         """Of one linear at one level."""
@@ -225,4 +235,4 @@ def make_space(linears: tuple[LinearInfo, ...], pattern: Pattern, target: float,
         widest = max((s / x.numel for s, x in zip(steps, linears, strict=True)), default=1.0)
         low = -min(half, int(target / widest + 1e-9)) if wanted else 0
         high = min(half, max(0, int((_HIGHEST - target) / widest + 1e-9))) if wanted else 0
-    return Space(linears, target, steps, low if high else 0, high if low else 0, pattern)
+    return Space(linears, target, low if high else 0, high if low else 0, steps, pattern)
