@@ -52,7 +52,7 @@ from tawny.kernels.native import kernel_name
 from tawny.machine import cpu_name, machine, resident_memory, versions
 from tawny.model.linears import linears_of
 from tawny.model.skeleton import build_skeleton
-from tawny.packed.choice import Choice
+from tawny.packed.choice import pack_end
 from tawny.packed.experts import PackedExperts
 from tawny.packed.format import PackedTensor, pack
 from tawny.packed.install import install_experts
@@ -220,7 +220,7 @@ def random_model(settings: dict[str, Any], cell: Cell) -> Any:
     if cell.head:
         model.set_submodule(
             "lm_head",
-            PackedLinear(Choice(cell.head, head=cell.head).pack_head(model.lm_head.weight.data, "lm_head")),
+            PackedLinear(pack_end(model.lm_head.weight.data, cell.head, "lm_head")),
         )
     return model
 

@@ -31,8 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from frontier import QUANTISE
-from peers import spread
-from turns import in_turn
+from turns import speeds_of
 
 import tawny
 from tawny.machine import machine, versions
@@ -97,7 +96,9 @@ def main() -> None:
 
     texts = write_texts(args)
     if args.speed:
-        for name, found in measure_speeds(args, list(results["cells"])).items():
+        models = {name: place(args, name) for name in results["cells"]}
+        models = {name: path for name, path in models.items() if path.exists()}
+        for name, found in speeds_of(models, args.llama, PROMPT, TOKENS, ROUNDS, args.threads).items():
             keep(name, found)
         return
     for name in args.cells:
@@ -233,29 +234,6 @@ def few_bits(args: argparse.Namespace, folder: Path, values: dict[str, Any], **o
 
 def tawny_(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "tawny", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
-
-
-def measure_speeds(args: argparse.Namespace, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Decode and prefill of every model that is there, in turn."""
-    commands = {}
-    for name in names:
-        folder = place(args, name)
-        if folder.exists():
-            theirs = name.startswith("llama:")
-            runtime = (
-                [args.llama, HERE / "turns.py", "llama"]
-                if theirs
-                else [sys.executable, HERE / "turns.py", "tawny"]
-            )
-            commands[name] = list(map(str, [*runtime, folder, PROMPT, TOKENS, args.threads]))
-    _, seconds = in_turn(commands, ROUNDS)
-    found: dict[str, dict[str, Any]] = {}
-    for name, turns in seconds.items():
-        for what, count, column in (("prefill", PROMPT, 0), ("decode", TOKENS, 1)):
-            median, quartiles = spread([count / turn[column] for turn in turns])
-            found.setdefault(name, {})[f"{what}_tokens_per_second"] = median
-            found[name][f"{what}_quartiles"] = quartiles
-    return found
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
     python benchmarks/frontier.py --text wiki --text PATH.txt
     python benchmarks/frontier.py --text wiki --text PATH.txt --work DIR --cells fit:3.5      # keeps the models, and goes on
     python benchmarks/frontier.py --text wiki --text PATH.txt --llama PATH/python --cells llama:Q4_K_M llama:Q3_K_M
+    python benchmarks/frontier.py … --work DIR --llama PATH/python --speed      # tokens a second of what is in DIR, in turn
 
 All start from the same model, whose channels were scaled so that no side meets a grid again (fair_start.py). A cell is
 `KIND:GROUP:SPARSITY` (by `--solver`, head in int8), `fit:BITS`, or `llama:TYPE`, which llama.cpp's own quantiser makes of that
 model, without an importance matrix, in the environment whose interpreter is `--llama`; its file is judged dequantised, by the
-same evaluator. With `--work` the scaled model is `DIR/source`, each model stays in
-`DIR/CELL`, and the same command goes on inside a fit that was stopped. A tiny run:
+same evaluator. `CELL+MINUTES` is one of ours after so many minutes of `tawny recover` on the calibration text. With `--work`
+the scaled model is `DIR/source`, each model stays in `DIR/CELL`, and the same command goes on inside a fit that was stopped.
+A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --cells int4:64:0 fit:4`.
 """
 
@@ -17,16 +19,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cells import parser_for
 from fair_start import scale_channels
 from gguf import GGUFReader
+from turns import speeds_of
 
 import tawny
 from tawny.evaluation.sources import load_tokenizer, open_model, resolve
@@ -58,6 +63,7 @@ params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"),
 sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
 """
 ZEROS = ["int8::0.5", "int4:64:0.5", "int3:64:0.5"]
+PROMPT, TOKENS, ROUNDS = 512, 24, 3
 CELLS = ["fit:3", "fit:3.5", "fit:4", "fit:4.5", "fit:6", *UNIFORM, *ZEROS]
 
 
@@ -69,6 +75,8 @@ def main() -> None:
     parser.add_argument(
         "--cells", nargs="*", help="default: ours, and llama.cpp's where --llama is given; see above"
     )
+    parser.add_argument("--speed", action="store_true", help="only measure speeds of models in --work")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of --speed")
     parser.set_defaults(samples=16)
     args = parser.parse_args()
     keys = ("calibration", "samples", "seqlen", "eval_seqlen", "windows", "solver")
@@ -82,6 +90,9 @@ def main() -> None:
             raise SystemExit(f"{args.results} holds another setting; give another --results")
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tawny-frontier-")))
+        if args.speed:
+            measure_speeds(args, results)
+            return
         source = work / "source"
         if not source.exists():
             write_source(args.model, source)
@@ -89,7 +100,7 @@ def main() -> None:
         for name in ours_and_theirs if args.cells is None else args.cells:
             if name in results["cells"]:
                 continue
-            folder = work / name
+            folder = place(work, name)
             results["cells"][name] = made = cell(args, source, name, folder)
             if args.work is None and folder.exists():
                 shutil.rmtree(folder)
@@ -98,11 +109,32 @@ def main() -> None:
             if args.results.exists():  # another run may have added cells meanwhile
                 theirs = json.loads(args.results.read_text(encoding="utf-8"))["cells"]
                 results["cells"] = theirs | results["cells"]
-            write(args.results, (json.dumps(results, indent=1) + "\n").encode())
+            keep(args, results)
             shown = ", ".join(
                 f"{k} KL {v['kl']:.4f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()
             )
             print(f"{name}: {made['bytes'] / 1e6:.1f} MB, {made['seconds']:.0f} s, {shown}", flush=True)
+
+
+def place(work: Path, name: str) -> Path:
+    """The folder or the file of a cell."""
+    return work / (f"{name[6:]}.gguf" if name.startswith("llama:") else name)
+
+
+def keep(args: Any, results: Mapping[str, Any]) -> None:
+    write(args.results, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def measure_speeds(args: Any, results: dict[str, Any]) -> None:
+    """Of the cells whose models are there; the results say when and where, which may differ from the cells'."""
+    models = {name: place(args.work, name) for name in results["cells"]}
+    models = {name: path for name, path in models.items() if path.exists()}
+    found = speeds_of(models, args.llama, PROMPT, TOKENS, ROUNDS, args.threads)
+    about = {"cpu": machine()["cpu"], "threads": args.threads, "date": str(datetime.date.today())}
+    results["speeds"] = {"cells": found, "prompt": PROMPT, "tokens": TOKENS, **about}
+    keep(args, results)
+    for name, speeds in found.items():
+        print(f"{name}: {speeds['decode_tokens_per_second']:.1f} tokens/s", flush=True)
 
 
 def write_source(model: str, source: Path) -> None:
@@ -120,7 +152,15 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
     calibration = {"text": args.calibration, "samples": args.samples, "seqlen": args.seqlen}
     keys: dict[str, Any] = {f"calibration.{key}": value for key, value in calibration.items()}
     more: dict[str, Any] = {}
-    if name.startswith("fit:"):
+    base, recovered, minutes = name.partition("+")
+    if recovered:
+        begun = place(folder.parent, base)
+        if not begun.exists():
+            cell(args, source, base, begun)
+        if not folder.exists():
+            tawny.recover(begun, source, folder, text=args.calibration, minutes=float(minutes))
+        seconds = 60 * float(minutes)
+    elif name.startswith("fit:"):
         if not folder.exists():
             earlier = next(iter(folder.parent.glob("fit:*/measured.json")), None)
             measured = earlier and earlier.parent
@@ -129,7 +169,6 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
         seconds = fitted["seconds"]["total"]
         more = {key: fitted[key] for key in ("winner", "zeros", "lead", "lead_stderr", "finalists")}
     elif name.startswith("llama:"):
-        folder = folder.with_name(f"{name[6:]}.gguf")
         start = time.perf_counter()
         if not folder.exists():
             whole = folder.with_name("source.gguf")

@@ -45,6 +45,33 @@ def in_turn(
     return first, said
 
 
+def speeds_of(
+    models: Mapping[str, Path], llama: str | None, prompt: int, tokens: int, rounds: int, threads: int
+) -> dict[str, dict[str, Any]]:
+    """Decode and prefill of finished models, in turn: `.gguf` files by llama.cpp in its environment, others by Tawny.
+
+    Args:
+        llama: the interpreter of that environment; without one its files are left out.
+    """
+    from peers import spread
+
+    commands = {}
+    for name, model in models.items():
+        theirs = model.suffix == ".gguf"
+        if theirs and llama is None:
+            continue
+        runtime = [llama, __file__, "llama"] if theirs else [sys.executable, __file__, "tawny"]
+        commands[name] = list(map(str, [*runtime, model, prompt, tokens, threads]))
+    _, seconds = in_turn(commands, rounds)
+    found: dict[str, dict[str, Any]] = {}
+    for name, turns in seconds.items():
+        for what, count, column in (("prefill", prompt, 0), ("decode", tokens, 1)):
+            median, quartiles = spread([count / turn[column] for turn in turns])
+            found.setdefault(name, {})[f"{what}_tokens_per_second"] = median
+            found[name][f"{what}_quartiles"] = quartiles
+    return found
+
+
 def answer(lines: Iterator[Any]) -> None:
     """The child's side: a line now, and one for each turn."""
     for line in lines:

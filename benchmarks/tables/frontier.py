@@ -9,6 +9,7 @@ NAMES = {
     "fit": "tawny fit",
     "uniform": "one kind for all",
     "zeros": "50 % zeros, one kind for all",
+    "recovered": "after `tawny recover`",
     "llama": "llama.cpp",
 }
 SOLVERS = {"sparsegpt": "the column loop", "alps": "ADMM"}
@@ -16,6 +17,8 @@ SOLVERS = {"sparsegpt": "the column loop", "alps": "ADMM"}
 
 def group_of(name: str) -> str:
     """Which line of the picture a cell lies on."""
+    if "+" in name:
+        return "recovered"
     kind, *rest = name.split(":")
     if kind in ("fit", "llama"):
         return kind
@@ -24,6 +27,9 @@ def group_of(name: str) -> str:
 
 def named(name: str) -> str:
     """A cell, for a person."""
+    base, recovered, minutes = name.partition("+")
+    if recovered:
+        return f"{named(base)}, then {minutes} minutes of `tawny recover`"
     kind, *rest = name.split(":")
     if kind == "fit":
         return f"**`tawny fit --bits {rest[0]}`**"
@@ -45,16 +51,24 @@ def frontier(result: Mapping[str, Any]) -> str:
         f"{SOLVERS[setting['solver']]}; {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}; judged on "
         f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}. Heads are int8 "
         "but for `tawny fit`, which chooses one.\n",
-        "| model | MB | " + " | ".join(f"KL, {text} | top-1 | perplexity" for text in texts) + " |",
-        "|---|---|" + "---|---|---|" * len(texts),
     ]
+    speeds = result.get("speeds", {"cells": {}})
+    head = ["model", "MB", *(f"KL, {text} | top-1 | perplexity" for text in texts)]
+    head += ["decode, tokens/s"] * bool(speeds["cells"])
+    lines += ["| " + " | ".join(head) + " |", "|---" * (2 + 3 * len(texts) + bool(speeds["cells"])) + "|"]
     for name, cell in sorted(cells.items(), key=lambda item: item[1]["bytes"]):
         numbers = " | ".join(
             f"{found['kl']:.3f} ± {found['kl_stderr']:.3f} | {found['top1']:.1%} | {found['perplexity']:.2f}"
             for found in (cell["texts"][text] for text in texts)
         )
-        lines.append(f"| {named(name)} | {cell['bytes'] / 1e6:.1f} | {numbers} |")
+        speed = speeds["cells"].get(name, {}).get("decode_tokens_per_second")
+        shown = (f" {speed:.1f} |" if speed else " – |") if speeds["cells"] else ""
+        lines.append(f"| {named(name)} | {cell['bytes'] / 1e6:.1f} | {numbers} |{shown}")
     machine = result["machine"]
+    if speeds["cells"]:
+        lines.append(
+            f"\nSpeeds: in turn in one run, {speeds['threads']} threads, {speeds['cpu']}, {speeds['date']}."
+        )
     note = f" {result['note']}." if "note" in result else ""
     lines.append(f"\n<sub>One seed. {machine['cpu']}, {result['date']}.{note}</sub>\n")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
+from tawny.packed.folder import PackedFolder
 from tests.packed.test_folder import bytes_of, saved
 from tests.packed.test_live import logits
 from tests.tiny import tokens
@@ -51,6 +52,28 @@ def test_pack_and_unpack_say_what_they_did_and_undo_each_other(run, dense, tmp_p
     assert code == 0 and json.loads(out)["head"] == "bf16"
     code, _, err = run("pack", dense, "--out", packed, "--overwrite", "--head", "BFloat16")
     assert code == 2 and "did you mean 'bf16'?" in err
+
+
+def test_an_embedding_gets_a_kind_of_its_own_unless_it_is_the_head(run, dense, tmp_path):
+    ends = ("--head", "int8", "--embedding", "int4")
+    code, out, _ = run("pack", dense, "--out", tmp_path / "packed", *ends)
+    assert code == 0 and "head int8, embedding int4" in out
+    folder = PackedFolder(tmp_path / "packed")
+    kinds = {name: entry.values for name, entry in folder.linears.items() if "layers" not in name}
+    assert kinds == {"lm_head": "int8", "model.embed_tokens.table": "int4"}
+    live = tawny.pack_model(tawny.load(dense), head="int8", embedding="int4")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(tawny.load(tmp_path / "packed")(ids).logits, live(ids).logits)
+    code, out, _ = run("pack", dense, "--out", tmp_path / "rows", "--embedding", "int4", "--json")
+    assert code == 0 and json.loads(out)["embedding"] == "int4"
+    rows = PackedFolder(tmp_path / "rows").linears
+    assert "lm_head" not in rows and rows["model.embed_tokens.table"].values == "int4"
+    tied = saved(tmp_path / "tied", dtype=torch.bfloat16, tie_word_embeddings=True)
+    code, _, err = run("pack", tied, "--out", tmp_path / "no", *ends)
+    assert code == 2 and "are one matrix" in err and not (tmp_path / "no").exists()
+    code, _, err = run("prune", dense, "--out", tmp_path / "no", *PRUNE, "--embedding", "int4")
+    assert code == 2 and "embedding=int4 is of a packed folder" in err
 
 
 def test_prune_with_pack_writes_one_packed_folder_with_its_record(run, dense, tmp_path):

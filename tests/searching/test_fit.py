@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tawny
+from tawny.allocation.knapsack import reactions
 from tawny.errors import Interrupted, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
 from tawny.packed.folder import INDEX, PackedFolder
@@ -18,8 +19,12 @@ from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.searching import fit as module
 from tawny.searching import fit_finalists, fit_refine, fit_speed
+from tawny.searching import fit_measure as measuring
 from tawny.searching.divergence import Divergence
 from tawny.searching.fit_bytes import PackedSize
+from tawny.searching.fit_choice import Found, Table
+from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Measures, far_from_role
+from tawny.searching.fit_target import Room
 from tests.tiny import tiny_model, tokens
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
@@ -78,7 +83,7 @@ def test_a_fit_that_was_stopped_goes_on_and_gives_the_same(dense, fitted, tmp_pa
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for home, place in ((module, "react_head"), (fit_finalists, "pack")):
+    for home, place in ((module, "react_ends"), (fit_finalists, "pack")):
         with monkeypatch.context() as patched:
             patched.setattr(home, place, stop)
             with pytest.raises(Interrupted, match="kept"):
@@ -108,7 +113,7 @@ def test_a_plan_says_what_would_come_out(dense, fitted, run):
     best = min(rows.values(), key=lambda row: row["expected"])
     assert plan.finalists == list(rows) and plan.budget == fitted.budget
     assert (plan.chosen["bytes"], plan.expected) == (best["planned"], best["expected"])
-    parts = plan.chosen["blocks"] + plan.chosen["head"] + plan.chosen["rest"]
+    parts = sum(plan.chosen[part] for part in ("blocks", "head", "embedding", "rest"))
     assert parts == plan.chosen["bytes"] <= plan.budget
     assert sum(plan.chosen["kinds"].values()) == pytest.approx(1)
     assert [row["kind"] for row in plan.kinds if row["fits"]] == ["int3", "int2"]
@@ -146,11 +151,64 @@ def test_an_embedding_of_its_own_takes_bytes_of_the_file_and_one_row_of_a_token(
     tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "dense")
     sizes = PackedSize(prepare(resolve_recipe(sparsity=0), tmp_path / "dense", silent, "cpu"))
     for kind in (None, "int8", "int4"):
-        assert 1.9 < sizes.of_head(kind) / sizes.read_head(kind) < 2.1
+        assert 0.9 < sizes.of_embedding(kind) / sizes.of_head(kind) < 1.1
     pace = fit_speed.Pace(1.0, {fit_speed.DENSE: 1.0, "int8@0.0": 1.0}, (1, 1), 1, "")
-    assert fit_speed.ReadPerToken(sizes, pace).of_head("int8") == sizes.read_head("int8")
+    read = fit_speed.ReadPerToken(sizes, pace)
+    assert read.of_head("int8") == sizes.of_head("int8") and read.of_embedding("int8") == 0
     made = tawny.fit(tmp_path / "dense", tmp_path / "fitted", bits=9, **KEYS)
     assert made.bytes <= made.budget
+    costs = list(made.embedding.values())
+    assert len(costs) == len(made.head) and 0 < costs[0] < costs[-1]
+
+
+def test_linears_whose_errors_are_far_from_their_role_are_measured_alone(dense, tmp_path, monkeypatch):
+    errors = {f"{role}.{i}": 0.01 * (1 + i / 10) for role in ("up", "down") for i in range(9)}
+    role = {name: name.partition(".")[0] for name in errors}
+    assert far_from_role(errors, role) == []
+    errors |= {"up.3": 0.0001, "down.2": 0.1, "down.4": 0.0}
+    assert far_from_role(errors, role) == ["up.3", "down.2"]
+    errors |= {f"up.{i}": 10.0**i for i in range(9)}
+    assert len(far_from_role(errors, role)) == TOGETHER
+    name = "model.layers.1.mlp.down_proj"
+    seen = []
+    monkeypatch.setattr(measuring, "far_from_role", lambda *_: [name])
+    monkeypatch.setattr(measuring, "reactions", lambda *given: seen.append(given) or reactions(*given))
+    fitted = tawny.fit(dense, tmp_path / "fitted", bits=9, **KEYS)
+    ((others, _, _, of_block, of_role),) = seen
+    assert name not in others and fitted.linears[name]["expected"] > 0
+    assert all(value >= 0 for value in (*of_block.values(), *of_role.values()))
+
+
+def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
+    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "dense")
+    job = prepare(resolve_recipe(sparsity=0), tmp_path / "dense", silent, "cpu")
+    sizes = PackedSize(job)
+    none = {str(share): 0.0 for share in SPARSITIES}
+    measures = {x.name: Measures(dict.fromkeys(KINDS_TRIED, 0.0), none, 0.0, 0, False) for x in job.linears}
+    little, much = ({kind: i * step for i, kind in enumerate(KINDS_TRIED)} for step in (0.01, 1.0))
+    found = Found(measures, dict.fromkeys(measures, 0.0), much, little)
+    least = sum(sizes.linear(x, 0.0, "int2") for x in job.linears)
+    budget = sizes.rest + least + sizes.of_head("int8") + sizes.of_embedding("int3")
+    best = Table(job, sizes, Room(sizes, budget), found).chosen(budget, zeros=False)
+    assert best is not None and best.bytes <= budget
+    assert (best.head, best.embedding) == ("int8", "int3")
+    assert best.expected == pytest.approx(little["int3"])
+    assert [each.head for each in Table(job, sizes, Room(sizes, budget), found).finalists()] == ["int8"]
+
+
+def test_zeros_are_tried_where_they_promise_enough(dense):
+    job = prepare(resolve_recipe(sparsity=0), dense, silent, "cpu")
+    sizes = PackedSize(job)
+    budget = sizes.rest + sizes.of_head("int8") + sum(sizes.linear(x, 0.0, "int3") for x in job.linears)
+    names = {}
+    for cost in (0.0, 10.0):
+        zeros = {str(share): cost for share in SPARSITIES}
+        bits = {kind: float(i) for i, kind in enumerate(KINDS_TRIED)}
+        measures = {x.name: Measures(bits, zeros, 1.0, 0, False) for x in job.linears}
+        found = Found(measures, dict.fromkeys(measures, 1.0), {"int8": 0.0}, {})
+        names[cost] = [each.name for each in Table(job, sizes, Room(sizes, budget), found).finalists()]
+    assert names[0.0][:2] == ["zeros and bits by the linear", "bits by the linear"]
+    assert not any("zeros" in name for name in names[10.0])
 
 
 def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fitted, tmp_path, monkeypatch):
@@ -184,16 +242,21 @@ def test_bytes_are_known_before_packing(family, tmp_path):
     model = tiny_model(family, dtype=torch.bfloat16, **SHAPE)
     model.get_output_embeddings().weight.data[:4] = 0  # zeros that nobody removed
     model.save_pretrained(tmp_path / "dense")
-    for number, (kind, group, sparsity, head) in enumerate(
-        [("int8", None, 0.0, "int8"), ("int4", 32, 0.0, None), ("int3", None, 0.5, "int4")]
+    for number, (kind, group, sparsity, head, embedding) in enumerate(
+        [
+            ("int8", None, 0.0, "int8", "int4"),
+            ("int4", 32, 0.0, None, "int6"),
+            ("int3", None, 0.5, "int4", None),
+        ]
     ):
+        embedding = None if model.config.tie_word_embeddings else embedding
         recipe = resolve_recipe(
             {"allocator": "uniform", "solver": "magnitude", "sparsity": sparsity},
-            values={"kind": kind, "group_size": group, "head": head},
+            values={"kind": kind, "group_size": group, "head": head, "embedding": embedding},
         )
         job = prepare(recipe, tmp_path / "dense", silent, "cpu")
         sizes = PackedSize(job)
-        planned = sizes.rest + sizes.of_head(head)
+        planned = sizes.rest + sizes.of_head(head) + sizes.of_embedding(embedding or head)
         planned += sum(sizes.linear(x, sparsity, kind, group) for x in job.linears)
         tawny.prune(tmp_path / "dense", tmp_path / f"{number}.dense", recipe=recipe)
         made = tawny.pack(tmp_path / f"{number}.dense", tmp_path / str(number))

@@ -47,6 +47,9 @@ def pack(
         "Pack head and embedding too, int8 say; if they are tied, one matrix serves both.",
         RECIPE,
     ),
+    embedding: str | None = option(
+        "--embedding KIND", "Another kind for an embedding that is not the head's weight.", RECIPE
+    ),
     out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -63,6 +66,7 @@ def pack(
                 None if values is None else packed_values(values),
                 group,
                 None if head is None else packed_values(head),
+                None if embedding is None else packed_values(embedding),
                 overwrite=overwrite,
                 progress=progress,
             )
@@ -79,9 +83,10 @@ def pack_tables(report: Result) -> list[Frame]:
     weights = [linear["shape"][0] * linear["shape"][1] for linear in packed]
     kept = [w * (1 - linear["sparsity"]) for w, linear in zip(weights, packed, strict=True)]
     kind = report["values"] + (f", a scale each {report['group']} columns" if report["group"] else "")
+    ends = "".join(f", {end} {report[end]}" for end in ("head", "embedding") if report[end])
     rows = [
         ("size", f"{size(report['bytes'])}, {percent(report['ratio'], 1)} of {size(report['source_bytes'])}"),
-        ("values", kind + (f", head {report['head']}" if report["head"] else "")),
+        ("values", kind + ends),
         (
             "packed",
             f"{report['packed']} weights, {percent(1 - sum(kept) / sum(weights), 1)} zeros, "

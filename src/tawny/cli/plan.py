@@ -80,7 +80,8 @@ def fit_plan_tables(plan: Result) -> list[Frame]:
     shares = ", ".join(f"{kind} {percent(share, 0)}" for kind, share in chosen["kinds"].items())
     basis = "if all weights mattered alike" if plan["expected"] is None else "by what was measured"
     zeros = f"; zeros in {percent(chosen['zeros'])}" if chosen["zeros"] else ""
-    head = chosen["head_kind"] or "as it is"
+    ends = f"; head {chosen['head_kind'] or 'as it is'}"
+    ends += f", embedding {chosen['embedding_kind']}" if chosen["embedding_kind"] else ""
     rows = [
         ("model", f"{plan['source']}: {plan['parameters']:,} parameters"),
         ("asked", _asked_words(plan)),
@@ -91,9 +92,11 @@ def fit_plan_tables(plan: Result) -> list[Frame]:
         (
             "would be",
             f"about {size(chosen['bytes'])}, {chosen['bits']:.3f} bits a weight: blocks {size(chosen['blocks'])}, "
-            f"head {size(chosen['head'])}, all else {size(chosen['rest'])}",
+            f"head {size(chosen['head'])}, "
+            + (f"embedding {size(chosen['embedding'])}, " if chosen["embedding"] else "")
+            + f"all else {size(chosen['rest'])}",
         ),
-        ("kinds", f"{basis}, of weights in blocks {shares}; head {head}{zeros}"),
+        ("kinds", f"{basis}, of weights in blocks {shares}{ends}{zeros}"),
     ]
     if plan["expected"] is not None:
         rows.append(("KL", f"{plan['expected']:.4f} nats a token expected from the dense model"))

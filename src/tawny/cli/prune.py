@@ -70,8 +70,9 @@ def prune(
         chosen = given.recipe(device=device)
         values = None if pack is None else packed_values(pack)
         packing = values is not None or bool(chosen.values.names)
-        if chosen.values.head is not None and not packing:
-            raise UserError(f"head={chosen.values.head} is of a packed folder: give --pack or --values, too")
+        for end, kind in (("head", chosen.values.head), ("embedding", chosen.values.embedding)):
+            if kind is not None and not packing:
+                raise UserError(f"{end}={kind} is of a packed folder: give --pack or --values, too")
         windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
         import tawny
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Choice", "LinearForm", "experts_by_parameter", "is_rounded", "tell"]
+__all__ = ["Choice", "LinearForm", "experts_by_parameter", "is_rounded", "pack_end", "tell"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +40,7 @@ class Choice:
     """The kinds that a person asked for; those that do not exist are refused before any work is done.
 
     Attributes:
+        embedding: kind of an embedding that shares no weight with the head; None is that of the head.
         kinds: of linears, by name, that were solved for another kind than `values`.
 
     Raises:
@@ -49,18 +50,30 @@ class Choice:
     values: str
     group: int | None = None
     head: str | None = None
+    embedding: str | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kind = kind_of(self.values, self.group)
         object.__setattr__(self, "group", kind.span(self.group))  # frozen
-        if self.head is not None:
-            kind_of(self.head)
+        for end in (self.head, self.embedding):
+            if end is not None:
+                kind_of(end)
 
     @property
     def told(self) -> dict[str, Any]:
         """For configs and reports; the index says what holds for each weight."""
-        return {"values": self.values, "group": self.group, "head": self.head}
+        return {
+            "values": self.values,
+            "group": self.group,
+            "head": self.head,
+            "embedding": self.embedding,
+        }
+
+    @property
+    def table(self) -> str | None:
+        """Kind of an embedding that shares no weight with the head; None leaves it as it is."""
+        return self.embedding or self.head
 
     def pays(self, sparsity: float) -> bool:
         """True when a linear of this sparsity decodes faster packed than dense in bfloat16, by measurement."""
@@ -87,16 +100,16 @@ class Choice:
     def pack_expert(self, fused: Tensor, expert: Linear, sparsity: float) -> PackedTensor:
         return self.pack(expert.view(fused), sparsity, expert.name)
 
-    def pack_head(self, W_OI: Tensor, name: str) -> PackedTensor:
-        """A head is packed whatever its zeros: it is asked for to save bytes, and integers alone do.
 
-        Nobody removed its zeros, so they have a mask only where that saves bytes.
-        """
-        assert self.head is not None
-        format.check_dtype(W_OI)
-        whole = _sparsity(W_OI) < 1 / kind_of(self.head).bits
-        with format.naming(name):
-            return format.pack(W_OI, self.head, whole=whole)
+def pack_end(W_OI: Tensor, kind: str, name: str) -> PackedTensor:
+    """A head or an embedding is packed whatever its zeros: it is asked for to save bytes, and integers alone do.
+
+    Nobody removed its zeros, so they have a mask only where that saves bytes.
+    """
+    format.check_dtype(W_OI)
+    whole = _sparsity(W_OI) < 1 / kind_of(kind).bits
+    with format.naming(name):
+        return format.pack(W_OI, kind, whole=whole)
 
 
 def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:

@@ -31,10 +31,10 @@ from tawny.model.structure import find_blocks, staying_dense
 from tawny.model.tensorfile import DTYPES, header_for, raw
 from tawny.model.trust import opens_models
 from tawny.packed import format
-from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, is_rounded, tell
+from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, is_rounded, pack_end, tell
 from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
 from tawny.packed.format import PackedTensor
-from tawny.packed.install import ends_of, table_of
+from tawny.packed.install import check_ends, ends_of, table_of
 from tawny.packed.places import Place, places_of
 from tawny.packed.writer import PackedWriter
 from tawny.progress import Progress, silent
@@ -61,6 +61,7 @@ class PackReport:
     values: str
     group: int | None
     head: str | None
+    embedding: str | None
     bytes: int
     source_bytes: int
     file_bytes: int
@@ -103,6 +104,7 @@ class _Packing:
         self.writer, self.choice = writer, choice
         self.checkpoint = Checkpoint(folder)
         self.model: Any = open_skeleton(folder, torch.float32)
+        check_ends(self.model, choice)
         self.checkpoint.map_to(self.model)
         self.blocks = find_blocks(self.model)
         self.linears: list[LinearForm] = []
@@ -209,8 +211,8 @@ class _Packing:
             self.done.add(key)
 
     def ends(self) -> None:
-        """The head, if it is wanted packed, and everything else that lies outside the blocks."""
-        if self.choice.head is not None:
+        """Head and embedding, if they are wanted packed, and everything else that lies outside the blocks."""
+        if self.choice.table is not None:
             self._head()
         for key in self.checkpoint.files:  # tensors no parameter uses travel too
             if key not in self.done:
@@ -222,7 +224,7 @@ class _Packing:
         none = UserError(f"{type(self.model).__name__} has no plain linear head to pack; leave --head out")
         if outside is None and inside is None:
             raise none
-        if outside is not None:
+        if outside is not None and self.choice.head is not None:
             head = self.model.get_submodule(outside)
             keys = [f"{outside}.weight", *([f"{inside}.weight"] if tied else [])]
             weights = self._found(keys) if isinstance(head, torch.nn.Linear) and is_plain(head) else {}
@@ -231,11 +233,13 @@ class _Packing:
             first = next(iter(weights))
             # Two that are stored apart and differ are not tied after all.
             tied = tied and all(torch.equal(weights[first], other) for other in weights.values())
-            self._end(outside, weights if tied else {first: weights[first]}, inside if tied else None)
+            both = weights if tied else {first: weights[first]}
+            self._end(outside, both, self.choice.head, inside if tied else None)
         if inside is not None and not tied:
+            assert self.choice.table is not None
             table = isinstance(self.model.get_submodule(inside), torch.nn.Embedding)
             if weights := self._found([f"{inside}.weight"]) if table else {}:
-                self._end(table_of(inside), weights, inside)
+                self._end(table_of(inside), weights, self.choice.table, inside)
             elif outside is None:
                 raise none
 
@@ -247,10 +251,10 @@ class _Packing:
             return {}
         return {unit.sources[0]: self.checkpoint.read(unit.sources)[unit.sources[0]] for unit in found}
 
-    def _end(self, name: str, weights: dict[str, torch.Tensor], embedding: str | None) -> None:
+    def _end(self, name: str, weights: dict[str, torch.Tensor], kind: str, embedding: str | None) -> None:
         """Pack equal weights once, as a head or as the rows of an embedding."""
         first = next(iter(weights.values()))
-        packed = self.choice.pack_head(first, name)
+        packed = pack_end(first, kind, name)
         sparsity = 1 - int(torch.count_nonzero(first)) / first.numel()
         self._add(name, packed, Place(list(weights)), False, sparsity, embedding)
         self.done.update(weights)
@@ -263,6 +267,7 @@ def pack(
     values: str | None = None,
     group: int | None = None,
     head: str | None = None,
+    embedding: str | None = None,
     *,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -277,20 +282,21 @@ def pack(
             that the checkpoint was solved for, or else bf16.
         group: columns that share a scale, of integers; None is the kind's usual number.
         head: kind to pack the head and the embedding in, too, whatever their zeros. If they are tied, one matrix serves both.
+        embedding: kind of an embedding that shares no weight with the head; None is that of the head.
         overwrite: replace an existing `out`.
         progress: told how far the work is.
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
-        UserError: unknown values or group, or the model has no linear head.
+        UserError: unknown values or group, the model has no linear head, or its embedding none of its own.
         CheckpointError: the folder is packed already, or damaged.
         OutputError: `out` exists or cannot be written.
     """
     started = time.perf_counter()
     if values is not None:
-        Choice(values, group, head)  # refused before anything is fetched
+        Choice(values, group, head, embedding)  # refused before anything is fetched
     folder = resolve(source, progress.say)
-    choice = _choice(folder, values, group, head)
+    choice = _choice(folder, values, group, head, embedding)
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
@@ -371,14 +377,16 @@ def solved_for(folder: Path) -> tuple[Values, dict[str, str]]:
     return values, {name: kind for name, kind in kinds.items() if kind in values.names}
 
 
-def _choice(folder: Path, values: str | None, group: int | None, head: str | None) -> Choice:
+def _choice(
+    folder: Path, values: str | None, group: int | None, head: str | None, embedding: str | None
+) -> Choice:
     """What is asked for, and where nobody asked for values, what the folder was solved for."""
     solved, kinds = solved_for(folder)
-    head = head or solved.head
+    head, embedding = head or solved.head, embedding or solved.embedding
     if values is not None and (values, len(solved.names)) != (solved.kind, 1):
-        return Choice(values, group, head)
+        return Choice(values, group, head, embedding)
     most = max(solved.names, key=lambda name: kind_of(name).bits, default="bf16")
-    return Choice(most, group or solved.group_size, head, kinds)
+    return Choice(most, group or solved.group_size, head, embedding, kinds)
 
 
 def unpack(

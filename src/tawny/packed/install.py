@@ -6,6 +6,7 @@ live.py does it with weights in memory, quantizer.py before a folder's weights a
 from __future__ import annotations
 
 __all__ = [
+    "check_ends",
     "ends_of",
     "install_experts",
     "install_head",
@@ -19,7 +20,9 @@ from typing import Any
 
 from torch import nn
 
+from tawny.errors import UserError
 from tawny.model.linears import is_plain
+from tawny.packed.choice import Choice
 from tawny.packed.embedding import serve_from
 from tawny.packed.expert_loop import IMPLEMENTATION, can_run
 from tawny.packed.experts import PackedExperts
@@ -73,6 +76,22 @@ def ends_of(model: Any) -> tuple[str | None, str | None, bool]:
         or (embedding is not None and getattr(head, "weight", None) is embedding.weight)
     )
     return outside, inside, shared
+
+
+def check_ends(model: Any, choice: Choice) -> None:
+    """
+    Raises:
+        UserError: an embedding is to have a kind of its own, and there is none that could.
+    """
+    _, embedding, tied = ends_of(model)
+    if choice.embedding in (None, choice.head):
+        return
+    if embedding is None:
+        raise UserError(f"{type(model).__name__} has no embedding of tokens to pack; leave --embedding out")
+    if tied:
+        raise UserError(
+            f"embedding and head of {type(model).__name__} are one matrix, which has one kind: give --head alone"
+        )
 
 
 def table_of(embedding: str) -> str:

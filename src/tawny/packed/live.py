@@ -18,10 +18,11 @@ from torch import nn
 from tawny.errors import ModelError, NumericalError, UserError
 from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.structure import find_blocks, staying_dense
-from tawny.packed.choice import Choice, experts_by_parameter, tell
+from tawny.packed.choice import Choice, experts_by_parameter, pack_end, tell
 from tawny.packed.experts import PackedExperts
 from tawny.packed.format import PackedTensor
 from tawny.packed.install import (
+    check_ends,
     ends_of,
     install_experts,
     install_head,
@@ -40,6 +41,7 @@ def pack_model(
     values: str = "bf16",
     group: int | None = None,
     head: str | None = None,
+    embedding: str | None = None,
     *,
     progress: Progress = silent,
 ) -> Any:
@@ -52,6 +54,7 @@ def pack_model(
         values: kind of the survivors, such as bf16 or int8; `tawny pack --help` lists them.
         group: columns that share a scale, of integers; None is the kind's usual number.
         head: kind of values to pack the head in too, whatever its zeros (int8 is what saves bytes).
+        embedding: kind of an embedding that shares no weight with the head; None is that of the head.
         progress: told what stays dense, and why.
 
     Returns:
@@ -61,7 +64,7 @@ def pack_model(
         ModelError: no blocks, weights on the meta device, or a model that is packed already.
         UserError: unknown values or group.
     """
-    choice = Choice(values, group, head)
+    choice = Choice(values, group, head, embedding)
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise ModelError(f"parameter {meta!r} of the model is on the meta device; load its weights first")
@@ -71,6 +74,7 @@ def pack_model(
             "values and head together"
         )
     blocks = find_blocks(model)
+    check_ends(model, choice)
     _check_head(model, head)
     work = _Packing(model, choice)
     progress.phase("packing", len(blocks))
@@ -146,18 +150,18 @@ class _Packing:
 
     def ends(self) -> None:
         outside, inside, tied = ends_of(self.model)
-        if self.choice.head is None:
-            if outside is not None:
-                keep_dense(self.model, outside)
-            return
-        if inside is not None and not tied:
+        if inside is not None and not tied and self.choice.table is not None:
             embedding = self.model.get_submodule(inside)
             if isinstance(embedding, nn.Embedding):
-                packed = self.choice.pack_head(embedding.weight.data, table_of(inside))
+                packed = pack_end(embedding.weight.data, self.choice.table, table_of(inside))
                 install_table(self.model, inside, PackedLinear(packed, None, embedding.weight.dtype))
-        if outside is not None:
+        if outside is None:
+            return
+        if self.choice.head is None:
+            keep_dense(self.model, outside)
+        else:
             head = self.model.get_submodule(outside)
-            packed = self.choice.pack_head(head.weight.data, outside)
+            packed = pack_end(head.weight.data, self.choice.head, outside)
             install_head(
                 self.model, outside, inside if tied else None, _over(head, head.weight.dtype, packed)
             )
@@ -176,5 +180,5 @@ def _keep_from_saving(model: Any, choice: Choice) -> None:
     if isinstance(model, PreTrainedModel):
         from tawny.packed.quantizer import TawnyConfig, TawnyQuantizer
 
-        config = TawnyConfig(values=choice.values, group=choice.group, head=choice.head)
+        config = TawnyConfig(**choice.told)
         model.hf_quantizer = TawnyQuantizer(config, pre_quantized=True)

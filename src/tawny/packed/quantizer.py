@@ -58,6 +58,7 @@ class TawnyConfig(QuantizationConfigMixin):  # type: ignore[misc]
         values: str = "bf16",
         group: int | None = None,
         head: str | None = None,
+        embedding: str | None = None,
         version: int = format.VERSION,
         **rest: Any,
     ) -> None:
@@ -70,6 +71,7 @@ class TawnyConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.values = values
         self.group = group
         self.head = head
+        self.embedding = embedding
         rest.pop("quant_method", None)
         # What is called like a method would stand in its place.
         self.__dict__.update({key: value for key, value in rest.items() if not hasattr(type(self), key)})

@@ -122,8 +122,9 @@ class Values:
     """What survivors are rounded to while they are solved. A kind of None leaves them as the checkpoint has them.
 
     A scale belongs to `group_size` columns of a row; None is the kind's usual number. `head` is the kind that the head is
-    rounded to when the model is packed. With `mean` and `of` the allocator spends bits instead of zeros: each linear gets
-    one of the kinds, and a weight has so many bits on average. With `of` alone an allocation file says each linear's kind.
+    rounded to when the model is packed, and `embedding` that of an embedding which shares no weight with it (None: the
+    same). With `mean` and `of` the allocator spends bits instead of zeros: each linear gets one of the kinds, and a weight
+    has so many bits on average. With `of` alone an allocation file says each linear's kind.
     """
 
     kind: str | None = None
@@ -131,6 +132,7 @@ class Values:
     mean: float | None = None
     of: Globs = ()
     head: str | None = None
+    embedding: str | None = None
 
     def __post_init__(self) -> None:
         both = self.mean is not None and len(self.of) > 1 and self.kind is None
@@ -139,8 +141,9 @@ class Values:
         check_option(
             both or single, "values.mean", given, "a mean of two kinds or more, and no kind beside it"
         )
-        if self.head is not None:
-            kind_of(self.head)
+        for end in (self.head, self.embedding):
+            if end is not None:
+                kind_of(end)
         kinds = [kind_of(name, self.group_size) for name in self.names]
         for kind in kinds:
             if not kind.scaled:

@@ -69,10 +69,10 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         record = RecoveryRecord.read(after / "recover.json")
         record.source, record.out = str(request.source), str(out)
         draw(record, after, progress)
-        head = kind.get("head")
         # What was trained through several kinds is packed as its record says.
         values, group = (None, None) if several else (kind["values"], kind.get("group"))
-        pack(after, packed, values, group, head, overwrite=True, progress=progress)
+        ends = {key: kind.get(key) for key in ("head", "embedding")}
+        pack(after, packed, values, group, **ends, overwrite=True, progress=progress)
         record.bytes = file_bytes(packed)
         # What packing changed is told by the card too, unless a person wrote it.
         retell(packed, record, base=packed if is_made(after) else None)

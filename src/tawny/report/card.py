@@ -171,8 +171,11 @@ def _afterwards(record: Mapping[str, Any]) -> str:
 def _untouched(record: Mapping[str, Any], recovered: bool) -> str:
     """What besides the pruned weights is still the source's; empty where nothing is."""
     refined = any(made["also"] for made in record.get("refined") or [])
-    if (record.get("packed") or {}).get("head"):  # which packs a tied embedding as well
+    packed = record.get("packed") or {}
+    if packed.get("head"):  # which packs the embedding as well
         kept = "" if refined or recovered else "Norms and biases"
+    elif packed.get("embedding"):
+        kept = "" if refined or recovered else "Head, norms and biases"
     elif recovered:
         kept = "Embeddings and head (not norms and biases, which were trained along)"
     elif refined:

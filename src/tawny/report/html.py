@@ -340,10 +340,11 @@ def _command(record: Mapping[str, Any]) -> str:
     how = f" -c {shlex.quote(str(record['out']))}/run.json"
     if not packed.get("values"):
         return f"tawny prune {source} --out {again}{how}"
-    if not packed.get("group") and not packed.get("head"):
+    given = {key: packed[key] for key in ("values", "group", "head", "embedding") if packed.get(key)}
+    if given.keys() == {"values"}:
         return f"tawny prune {source} --out {again}{how} --pack {packed['values']}"
     dense = shlex.quote(f"{record['out']}-again-dense")
-    kinds = "".join(f" --{key} {packed[key]}" for key in ("values", "group", "head") if packed.get(key))
+    kinds = "".join(f" --{key} {value}" for key, value in given.items())
     return f"tawny prune {source} --out {dense}{how}\ntawny pack {dense} --out {again}{kinds}"
 
 

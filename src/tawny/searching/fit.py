@@ -54,7 +54,7 @@ from tawny.searching.fit_kept import REACTIONS, found_in, keep_measured, read_me
 from tawny.searching.fit_measure import (
     measure,
     react,
-    react_head,
+    react_ends,
 )
 from tawny.searching.fit_refine import refine
 from tawny.searching.fit_result import Fitted, finish
@@ -331,7 +331,7 @@ def _speed(
 
 
 def _measured(session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path) -> Found:
-    """Step 1, and what outputs and head say to it; what is measured once is kept."""
+    """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
     job, journal = session.job, session.journal
     if REACTIONS not in journal.state.get("once", {}):
         store = LevelStore(work / "levels", probes_bytes(job), probe_dtype(job), kept=journal.walk(WALK)[0])
@@ -342,11 +342,11 @@ def _measured(session: Session, samples: Samples, searched: Samples, sizes: Pack
             divergence = Divergence(job, store, searched, hidden, session.progress, measured)
             with session.clock("reactions"):
                 reactions = react(session, divergence, measures)
-                head = react_head(session, sizes, divergence)
+                ends = react_ends(session, sizes, divergence)
         finally:
             store.close()
         plain = {name: asdict(each) for name, each in measures.items()}
-        journal.once(REACTIONS, lambda: finite({"measures": plain, "reactions": reactions, "head": head}))
+        journal.once(REACTIONS, lambda: finite({"measures": plain, "reactions": reactions, **ends}))
         journal.forget(WALK)
         store.remove()
     return found_in(journal.state["once"])

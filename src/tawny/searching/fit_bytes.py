@@ -47,6 +47,8 @@ class PackedSize:
     Attributes:
         head: module path of a head that can be packed; None where there is none.
         head_numel: its weights.
+        embedding: module path of an embedding that can be packed and shares no weight with the head; None where there is none.
+        embedding_numel: its weights.
         rest: bytes of all that is the same whatever linears and head become.
     """
 
@@ -75,7 +77,6 @@ class PackedSize:
         self.head = outside if packs and isinstance(module, nn.Linear) and is_plain(module) else None
         self.tied = embedding if tied else None
         self._ends = [unit.sources[0] for unit in found] if self.head else []
-        # An embedding of its own is packed with the head.
         table = None if tied or embedding is None or not self.head else units.get(f"{embedding}.weight")
         apart = table is not None and table.converter is None
         self.embedding = (
@@ -93,9 +94,10 @@ class PackedSize:
         self._dense_head, self._dense_table = (
             sum(self._dense(checkpoint, key) for key in keys) for keys in (self._ends, self._table)
         )
-        self._head_shape = tuple(checkpoint.shapes[self._ends[0]]) if self._ends else (0, 0)
-        self._table_shape = tuple(checkpoint.shapes[self._table[0]]) if self._table else (0, 0)
+        self._head_shape = _shape(checkpoint, self._ends)
+        self._table_shape = _shape(checkpoint, self._table)
         self.head_numel = math.prod(self._head_shape)
+        self.embedding_numel = math.prod(self._table_shape)
 
     def linear(
         self,
@@ -118,17 +120,15 @@ class PackedSize:
         kept = info.numel - removed
         return self._packed(info.name, info.shape, kept, kind, group, self._sources[info.name], far=far)
 
-    def of_head(self, kind: str | None) -> int:
-        """Bytes of head and embedding; None leaves them as they are."""
-        rows, columns = self._table_shape
+    def of_embedding(self, kind: str | None) -> int:
+        """Bytes of an embedding that shares no weight with the head; None leaves it as it is."""
         if self.embedding is None or kind is None:
-            return self.read_head(kind) + self._dense_table
-        name = table_of(self.embedding)
-        table = self._packed(name, (rows, columns), rows * columns, kind, None, self._table, self.embedding)
-        return self.read_head(kind) + table
+            return self._dense_table
+        name, numel = table_of(self.embedding), self.embedding_numel
+        return self._packed(name, self._table_shape, numel, kind, None, self._table, self.embedding)
 
-    def read_head(self, kind: str | None) -> int:
-        """Bytes of the head alone, all of which every token reads; with an embedding that is tied to it."""
+    def of_head(self, kind: str | None) -> int:
+        """Bytes of the head, with an embedding that is tied to it; None leaves it as it is."""
         if self.head is None or kind is None:
             return self._dense_head
         rows, columns = self._head_shape
@@ -199,3 +199,11 @@ class PackedSize:
         }
         told = len(json.dumps(json.dumps({key: facts}, separators=(",", ":"))))
         return told + (len(json.dumps(json.dumps({key: _SHARD}))) if index else 0)
+
+
+def _shape(checkpoint: Checkpoint, keys: Sequence[str]) -> tuple[int, int]:
+    """Rows and columns of a matrix that the files hold once or twice, or not at all."""
+    if not keys:
+        return (0, 0)
+    rows, columns = checkpoint.shapes[keys[0]]
+    return rows, columns

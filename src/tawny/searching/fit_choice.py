@@ -1,4 +1,4 @@
-"""What a fit chooses from: levels for each linear and the head under a number of bytes, and the finalists of a size."""
+"""What a fit chooses from: levels for each linear, head and embedding under a number of bytes, and the finalists of a size."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ __all__ = ["Finalist", "Found", "Table"]
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from tawny.allocation.knapsack import choose
 from tawny.allocation.profile import LinearInfo
@@ -21,6 +22,10 @@ from tawny.searching.fit_measure import (
 )
 from tawny.searching.fit_target import Limit, Room
 
+ZEROS_GAIN = 0.03  # of the expected divergence; less is no more than chance (docs/log/fit.md)
+_DOUBLED = (
+    1.28  # times the error of rounding, where twice as many columns share a scale (docs/log/few-bits.md)
+)
 _CURVE = 24  # sizes that the picture's line of expectations is drawn through
 
 
@@ -32,6 +37,7 @@ class Finalist:
         levels: of each linear.
         group: columns of a scale; None is each kind's usual number.
         head: kind of the head; None leaves it as it is.
+        embedding: kind of an embedding that shares no weight with the head; None is that of the head.
         bytes: at most; packing may find a few integers that are 0.
         takes: of what may be spent: the same bytes, or those that a token reads.
         expected: divergence from the dense model, nats a token, as far as single measurements add up.
@@ -41,6 +47,7 @@ class Finalist:
     levels: Mapping[str, Level]
     group: int | None
     head: str | None
+    embedding: str | None
     bytes: int
     takes: float
     expected: float
@@ -53,15 +60,22 @@ class Finalist:
         return one.kind if len(every) == 1 and not one.sparsity else None
 
 
+def _coarser(kind: str, group: int | None) -> float:
+    """Times the error that the kind has in its usual groups, which is what was measured."""
+    usual = KINDS[kind].span(None)
+    return 1.0 if group is None or usual is None else _DOUBLED ** math.log2(group / usual)
+
+
 @dataclass(frozen=True)
 class Found:
     measures: dict[str, Measures]
     reactions: dict[str, float]
     head: dict[str, float]
+    embedding: dict[str, float]  # empty where it shares its weight with the head
 
 
 class Table:
-    """What each level of each linear costs and takes, and of the head."""
+    """What each level of each linear costs and takes, and of head and embedding."""
 
     def __init__(self, job: Job, sizes: PackedSize, room: Room, found: Found) -> None:
         self.job, self.sizes, self.linears, self.every = job, sizes, job.linears, levels()
@@ -71,6 +85,8 @@ class Table:
         self.takes = [[self._takes(self.limit, x, level) for level in self.every] for x in self.linears]
         self.heads: list[str | None] = [None, *found.head]
         self.head_costs = [0.0, *found.head.values()]
+        self.embeddings: list[str | None] = [*(found.embedding or [None])]
+        self.embedding_costs = [*(found.embedding.values() or [0.0])]
 
     def cost(self, name: str, level: Level) -> float:
         return self.found.reactions[name] * self.found.measures[name].relative(level)
@@ -79,9 +95,12 @@ class Table:
         found = self.found.measures[x.name]
         return limit.linear(x, level.sparsity, level.kind, group, found.had, found.far)
 
-    def _whole(self, limit: Limit, of: Mapping[str, Level], group: int | None, head: str | None) -> float:
-        linears = sum(self._takes(limit, x, of[x.name], group) for x in self.linears)
-        return limit.rest + limit.of_head(head) + linears
+    def _ends(self, limit: Limit, head: str | None, embedding: str | None) -> float:
+        return limit.of_head(head) + limit.of_embedding(embedding or head)
+
+    def _lost_by_ends(self, head: str | None, embedding: str | None) -> float:
+        lost = self.head_costs[self.heads.index(head)]
+        return lost + self.found.embedding.get(embedding or head or "", 0.0)
 
     def chosen(self, budget: float, name: str = "", *, zeros: bool) -> Finalist | None:
         """The least cost that fits; None where nothing does."""
@@ -89,51 +108,80 @@ class Table:
         costs = [[item[i] for i in usable] for item in self.costs]
         taken = [[float(item[i]) for i in usable] for item in self.takes]
         heads = [float(self.limit.of_head(kind)) for kind in self.heads]
-        picked = choose([*costs, self.head_costs], [*taken, heads], budget - self.limit.rest)
+        embeddings = [float(self.limit.of_embedding(kind)) for kind in self.embeddings]
+        picked = choose(
+            [*costs, self.head_costs, self.embedding_costs],
+            [*taken, heads, embeddings],
+            budget - self.limit.rest,
+        )
         if picked is None:
             return None
         of = {x.name: self.every[usable[p]] for x, p in zip(self.linears, picked, strict=False)}
-        return self.finalist(name, of, None, self.heads[picked[-1]])
+        return self.finalist(name, of, None, self.heads[picked[-2]], self.embeddings[picked[-1]])
 
-    def finalist(self, name: str, of: Mapping[str, Level], group: int | None, head: str | None) -> Finalist:
+    def finalist(
+        self,
+        name: str,
+        of: Mapping[str, Level],
+        group: int | None,
+        head: str | None,
+        embedding: str | None = None,
+    ) -> Finalist:
         """A model of these levels."""
-        expected = math.fsum(self.cost(x.name, of[x.name]) for x in self.linears)
-        expected += self.head_costs[self.heads.index(head)]
-        size = int(self._whole(self.sizes, of, group, head))
-        return Finalist(name, of, group, head, size, self._whole(self.limit, of, group, head), expected)
+        expected = math.fsum(
+            self.cost(x.name, of[x.name]) * _coarser(of[x.name].kind, group) for x in self.linears
+        )
+        expected += self._lost_by_ends(head, embedding)
+        size, takes = (
+            limit.rest
+            + self._ends(limit, head, embedding)
+            + sum(self._takes(limit, x, of[x.name], group) for x in self.linears)
+            for limit in (self.sizes, self.limit)
+        )
+        return Finalist(name, of, group, head, embedding, int(size), takes, expected)
 
     def uniform(self) -> Finalist | None:
         """One kind for all linears, by expected divergence; of groups the one that fills the size best."""
-        fits = []
+        found = []
+        ends = [
+            (self._lost_by_ends(*kinds), self._ends(self.limit, *kinds), kinds)
+            for kinds in product(self.heads, [None, *self.found.embedding])
+        ]
         for kind in KINDS_TRIED:
+            of = dict.fromkeys((x.name for x in self.linears), Level(0.0, kind))
             for group in KINDS[kind].groups:
-                for head in self.heads:
-                    of = dict.fromkeys((x.name for x in self.linears), Level(0.0, kind))
-                    columns = "rows" if group is None else f"groups of {group}"
-                    named = f"uniform {kind} in {columns}, head {head or 'as it is'}"
-                    fits.append(self.finalist(named, of, group, head))
-        fits = [each for each in fits if each.takes <= self.room.budget]
-        return min(fits, key=lambda each: (each.expected, -each.takes), default=None)
+                plain = self.finalist("", of, group, None)
+                linears = plain.takes - self._ends(self.limit, None, None)
+                for lost, takes, kinds in ends:
+                    if linears + takes <= self.room.budget:
+                        found.append((plain.expected + lost, -linears - takes, plain, kinds))
+        if not found:
+            return None
+        _, _, plain, (head, embedding) = min(found, key=lambda each: each[:2])
+        columns = "rows" if plain.group is None else f"groups of {plain.group}"
+        named = f"uniform {plain.uniform} in {columns}, head {head or 'as it is'}"
+        named += f", embedding {embedding}" if embedding else ""
+        return self.finalist(named, plain.levels, plain.group, head, embedding)
 
     def finalists(self) -> list[Finalist]:
-        """Each once."""
+        """Each once, and zeros only where they promise enough to be worth a prune."""
         budget = self.room.budget
-        made = [
-            self.chosen(budget, "zeros and bits by the linear", zeros=True),
-            self.chosen(budget, "bits by the linear", zeros=False),
-            self.uniform(),
-        ]
-        if made[0] is not None and not any(level.sparsity for level in made[0].levels.values()):
-            made[0] = None
-        if made[1] is not None and made[1].uniform is not None and made[2] is not None:
-            made[1] = None
-        return [each for each in made if each is not None]
+        zeros = self.chosen(budget, "zeros and bits by the linear", zeros=True)
+        bits = self.chosen(budget, "bits by the linear", zeros=False)
+        uniform = self.uniform()
+        if zeros is not None and bits is not None and zeros.expected > (1 - ZEROS_GAIN) * bits.expected:
+            zeros = None
+        if bits is not None and bits.uniform is not None and uniform is not None:
+            bits = None
+        return [each for each in (zeros, bits, uniform) if each is not None]
 
     def curve(self) -> list[tuple[int, float]]:
         """What may be spent, and the least divergence that is expected there."""
         least = self.limit.rest + sum(min(x) for x in self.takes)
         least += min(self.limit.of_head(kind) for kind in self.heads)
-        most = self.limit.rest + sum(max(x) for x in self.takes) + self.limit.of_head(None)
+        least += min(self.limit.of_embedding(kind) for kind in self.embeddings)
+        most = self.limit.rest + sum(max(x) for x in self.takes)
+        most += self.limit.of_head(None) + self.limit.of_embedding(None)
         step = (most / least) ** (1 / (_CURVE - 1))
         found = (self.chosen(least * step**i, zeros=True) for i in range(_CURVE))
         return [(each.bytes, each.expected) for each in found if each is not None]

@@ -33,17 +33,15 @@ from tawny.words import size
 
 def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
     """The recipe of a finalist; what its linears get goes into a file beside its folder."""
-    base, head = session.job.recipe, finalist.head
+    base, ends = session.job.recipe, {"head": finalist.head, "embedding": finalist.embedding}
     if finalist.uniform is not None:
-        return resolve_recipe(
-            base, values={"kind": finalist.uniform, "group_size": finalist.group, "head": head}
-        )
+        return resolve_recipe(base, values={"kind": finalist.uniform, "group_size": finalist.group, **ends})
     numel = {x.name: x.numel for x in session.job.linears}
     removed = sum(removed_count(numel[name], level.sparsity) for name, level in finalist.levels.items())
     kinds = sorted({level.kind for level in finalist.levels.values()}, key=lambda name: -KINDS[name].bits)
     lines = [
         f"# {finalist.name}. Its mean sparsity is {removed / sum(numel.values()):.6f}.",
-        "# Use it: tawny prune MODEL -s MEAN -a FILE --head KIND --out DIR, or the recipe.yaml beside it.",
+        "# Use it: tawny prune MODEL -c RECIPE --out DIR, with the recipe.yaml beside it.",
         "allocation:",
         *(f"  {name}: {level.sparsity!r}" for name, level in finalist.levels.items()),
         "values:",
@@ -52,7 +50,7 @@ def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
     path = folder.with_suffix(".yaml")
     write_beside(path, "\n".join(lines) + "\n")
     return resolve_recipe(
-        base, allocator=str(path), sparsity=removed / sum(numel.values()), values={"of": kinds, "head": head}
+        base, allocator=str(path), sparsity=removed / sum(numel.values()), values={"of": kinds, **ends}
     )
 
 
@@ -102,6 +100,7 @@ def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) 
         "planned": finalist.bytes,
         "bits": 8 * taken / session.job.parameters,
         "head": finalist.head,
+        "embedding": finalist.embedding,
         "expected": finalist.expected,
         "kl": found.kl,
         "kl_stderr": found.kl_stderr,

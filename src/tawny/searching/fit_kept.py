@@ -23,7 +23,11 @@ def found_in(kept: Mapping[str, Any]) -> Found:
     """What a journal or a file holds, to choose from."""
     found = kept[REACTIONS]
     measures = {name: Measures(**each) for name, each in found["measures"].items()}
-    return Found(measures, found["reactions"], {k: v for k, v in found["head"].items() if v is not None})
+    head, embedding = (
+        {kind: value for kind, value in found[end].items() if value is not None}
+        for end in ("head", "embedding")
+    )
+    return Found(measures, found["reactions"], head, embedding)
 
 
 def keep_measured(folder: Path, of: Mapping[str, Any], kept: Mapping[str, Any]) -> None:

@@ -4,8 +4,9 @@
    sparsities. Rows are rounded apart from each other, so a sample of them tells the error. The whole linear is rounded to one
    kind, the probe.
 2. All linears of each block in turn are set to their probes, and all of each role (such as every `q_proj`), and the
-   divergence of the output is measured. `reactions` makes each linear's share of it.
-3. The head is rounded to each kind, as packing does it, and measured whole.
+   divergence of the output is measured. `reactions` makes each linear's share of it. Linears whose error is far from that of
+   their role are measured alone: where a few huge activations are most of an output, a small relative error loses much.
+3. Head and embedding are rounded to each kind, as packing does it, and each is measured whole.
 
 A level costs the linear's share, times the level's error over that of the probe; errors of zeros and bits add up. Nothing is
 solved here. A solver takes about the same share off all of these errors, and shares are all that choosing needs
@@ -20,17 +21,19 @@ __all__ = [
     "TOGETHER",
     "Level",
     "Measures",
+    "far_from_role",
     "levels",
     "measure",
     "react",
-    "react_head",
+    "react_ends",
 ]
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -45,7 +48,7 @@ from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import TensorWriter
 from tawny.packed import format
-from tawny.packed.choice import Choice
+from tawny.packed.choice import pack_end
 from tawny.pruning.block import LoadedBlock
 from tawny.pruning.session import Session
 from tawny.pruning.walk import walk_blocks
@@ -61,7 +64,8 @@ SPARSITIES = (0.0, 0.5, 0.7)  # below, a mask takes more than it saves of any ki
 PROBE = "int4"  # far enough from the dense model to be measured, near enough for errors to add up
 PROBED = 1  # its number in the store
 _ROWS = 96  # of a linear that are solved at each level; up to twice as many where they are few
-TOGETHER = 8  # models that go through the blocks together
+TOGETHER = 8  # models that go through the blocks together, and the most linears that are measured alone
+_FAR = 4  # times the median error of its role, or a share of it
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,9 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
         sets[key] = tuple(PROBED * (x.block == key[1]) for x in linears)
     for named in dict.fromkeys(("role", each) for each in role.values()):
         sets[named] = tuple(PROBED * (role[x.name] == named[1]) for x in linears)
+    alone = far_from_role({name: measured.whole for name, measured in measures.items()}, role)
+    for name in alone:
+        sets["linear", name] = tuple(PROBED * (x.name == name) for x in linears)
     order = sorted(set(sets.values()))
     windows = range(len(divergence.held_out))
     parts = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
@@ -187,57 +194,75 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
         found |= zip(part, divergence(part, windows), strict=True)
         session.progress.step(f"round {number}")
     known = {key: max(0.0, found[levels]) for key, levels in sets.items()}
-    return reactions(
-        {name: measured.whole for name, measured in measures.items()},
+    own = {name: known["linear", name] for name in alone}
+    for name, value in own.items():
+        known["block", block[name]] = max(0.0, known["block", block[name]] - value)
+        known["role", role[name]] = max(0.0, known["role", role[name]] - value)
+    others = reactions(
+        {name: measured.whole for name, measured in measures.items() if name not in own},
         block,
         role,
         {each: value for (kind, each), value in known.items() if kind == "block"},
         {each: value for (kind, each), value in known.items() if kind == "role"},
     )
+    return {x.name: own.get(x.name, others.get(x.name, 0.0)) for x in linears}
+
+
+def far_from_role(errors: Mapping[str, float], role: Mapping[str, str]) -> list[str]:
+    """The linears whose errors are far from the median of their role, the farthest first; not more than go together."""
+    usual = {each: median(errors[name] for name in errors if role[name] == each) for each in role.values()}
+    far = {
+        name: abs(math.log(error / usual[role[name]]))
+        for name, error in errors.items()
+        if error > 0 and usual[role[name]] > 0
+    }
+    order = sorted(far, key=lambda name: -far[name])
+    return [name for name in order if far[name] > math.log(_FAR)][:TOGETHER]
 
 
 @torch.no_grad()
-def react_head(session: Session, size: PackedSize, divergence: Divergence) -> dict[str, float]:
-    """Step 3: the divergence with head and embedding rounded to each kind; nats a token."""
-    if size.head is None:
-        return {}
+def react_ends(session: Session, size: PackedSize, divergence: Divergence) -> dict[str, dict[str, float]]:
+    """Step 3: the divergence with the head rounded to each kind, and with an embedding of its own; nats a token.
+
+    A kind of the `head` is that of an embedding which is tied to it, too.
+    """
     stack, samples = session.job.stack, divergence.held_out
+    found: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
+    names = {"head": size.head, "embedding": size.embedding}
+    kinds = len(KINDS_TRIED) * sum(name is not None for name in names.values())
+    session.progress.phase("rounding head and embedding", kinds, "kinds")
     stack.logits(samples.tokens[:1, :1], divergence.hidden[:1, :1])  # a head of its own is read now
-    module = stack.model.get_submodule(size.head)
-    inside = size.tied or size.embedding  # what the model reads is rounded with the head
-    read: Any = None if inside is None else stack.model.get_submodule(inside)
-    W_OI = module.weight.detach()
-    rounded = {}
-    session.progress.phase("rounding the head", len(KINDS_TRIED), "kinds")
-    for kind in KINDS_TRIED:
-        rounded[kind] = math.inf  # a model that breaks down is not chosen
-        choice = Choice("bf16", head=kind)
-        with suppress(NumericalError):
-            hidden, made = divergence.hidden, None
-            if read is not None:
-                made = _packed_once(choice, read.weight.detach(), size.head)
-                with _weight(read, made):
-                    stream = Stream(stack, samples)
-                    for index in range(len(stack)):
-                        with stack.block(index):
-                            stream.advance(index)
-                hidden = torch.cat(list(stream.hidden))
-            if made is None or size.tied is None:
-                made = None  # before the head needs its memory
-                made = _packed_once(choice, W_OI, size.head)
-            rounded[kind] = _divergence(session, divergence, hidden, module, made)
-        session.progress.step(kind)
-    return rounded
+    for end, name in names.items():
+        module: Any = None if name is None else stack.model.get_submodule(name)
+        for kind in () if module is None else KINDS_TRIED:
+            found[end][kind] = math.inf  # a model that breaks down is not chosen
+            with suppress(NumericalError):
+                W = module.weight.detach()
+                made = format.unpack(pack_end(W, kind, str(name)), W.dtype).to(W.device)
+                hidden = divergence.hidden
+                if end == "embedding" or size.tied:
+                    hidden = _through(session, samples, size.tied or name, made)
+                head = module if end == "head" else None
+                found[end][kind] = _divergence(session, divergence, hidden, head, made)
+            session.progress.step(f"{end} {kind}")
+    return found
 
 
-def _packed_once(choice: Choice, W_OI: Tensor, name: str) -> Tensor:
-    """What comes back after a head or an embedding was packed."""
-    return format.unpack(choice.pack_head(W_OI, name), W_OI.dtype).to(W_OI.device)
+def _through(session: Session, samples: Samples, embedding: str | None, made: Tensor) -> Tensor:
+    """`[windows, tokens, hidden]` behind the last block with another embedding."""
+    stack = session.job.stack
+    with _weight(stack.model.get_submodule(str(embedding)), made):
+        stream = Stream(stack, samples)
+        for index in range(len(stack)):
+            with stack.block(index):
+                stream.advance(index)
+    return torch.cat(list(stream.hidden))
 
 
 def _divergence(
-    session: Session, divergence: Divergence, hidden: Tensor, module: torch.nn.Module, made: Tensor
+    session: Session, divergence: Divergence, hidden: Tensor, head: torch.nn.Module | None, made: Tensor
 ) -> float:
+    """From the dense model, of other hidden states, and of another head where one is given."""
     stack, tokens, total = session.job.stack, divergence.held_out.tokens, 0.0
     mask = divergence.held_out.mask
     counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
@@ -245,7 +270,7 @@ def _divergence(
         for some in divergence.parts():
             ids = tokens[row : row + 1, some]
             dense = Reference(stack.logits(ids, divergence.hidden[row, some][None])[0])
-            with _weight(module, made):
+            with nullcontext() if head is None else _weight(head, made):
                 lost = dense.divergence(stack.logits(ids, hidden[row, some][None])[0])
             total += float(lost[counted[row, some].to(lost.device)].sum(dtype=torch.float64))
     value = total / max(1, int(counted.sum()))

@@ -47,8 +47,8 @@ class FitPlan:
         budget: bytes that files may take; None for a speed.
         smallest: bytes of the smallest model there is of it.
         kinds: of each kind, bytes of the model with it in every linear and the head, and whether that `fits`.
-        chosen: bytes of the model in all, of `blocks`, `head` (with embeddings that are tied to it) and `rest`; the share of the
-            weights in blocks of each kind; the share of zeros; the kind of the head.
+        chosen: bytes of the model in all, of `blocks`, `head` (with embeddings that are tied to it), `embedding` and `rest`; the
+            share of the weights in blocks of each kind; the share of zeros; the kinds of head and embedding.
         expected: divergence from the dense model, nats a token, where it was measured; else None.
         assumes: what a speed is turned into bytes by; "" for a size.
         memory, disk: peak bytes.
@@ -145,8 +145,12 @@ def _alike(job: Job, sizes: PackedSize) -> Found:
     """As if every weight mattered alike."""
     zeros = {str(share): _ZEROS[share] for share in SPARSITIES if share}
     measures = {x.name: Measures(_BITS, zeros, _BITS["int4"], 0, False) for x in job.linears}
-    head = {} if sizes.head is None else {kind: _BITS[kind] * sizes.head_numel for kind in KINDS_TRIED}
-    return Found(measures, {x.name: _BITS["int4"] * x.numel for x in job.linears}, head)
+    head, embedding = (
+        {kind: _BITS[kind] * numel for kind in KINDS_TRIED} if numel else {}
+        for numel in (sizes.head_numel, sizes.embedding_numel)
+    )
+    reactions = {x.name: _BITS["int4"] * x.numel for x in job.linears}
+    return Found(measures, reactions, head, embedding)
 
 
 def _kind(table: Table, kind: str) -> dict[str, Any]:
@@ -164,15 +168,18 @@ def _chosen(job: Job, sizes: PackedSize, best: Finalist) -> dict[str, Any]:
         zeros += x.numel * best.levels[x.name].sparsity
     total = sum(shares.values())
     head = sizes.of_head(best.head)
+    embedding = sizes.of_embedding(best.embedding or best.head)
     return {
         "bytes": best.bytes,
         "bits": 8 * best.bytes / job.parameters,
-        "blocks": best.bytes - sizes.rest - head,
+        "blocks": best.bytes - sizes.rest - head - embedding,
         "head": head,
+        "embedding": embedding,
         "rest": sizes.rest,
         "kinds": {kind: shares[kind] / total for kind in KINDS if shares[kind]},
         "zeros": zeros / total,
         "head_kind": best.head,
+        "embedding_kind": best.embedding or best.head if sizes.embedding else None,
     }
 
 

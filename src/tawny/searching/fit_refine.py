@@ -223,6 +223,7 @@ class Moves:
             for takes, allowed in zip(table.takes, self.allowed, strict=True)
         ]
         self._room = table.room.budget - table.limit.rest - table.limit.of_head(start.head)
+        self._room -= table.limit.of_embedding(start.embedding or start.head)
 
     def of(self, name: str) -> tuple[int, ...]:
         return self._of[name]

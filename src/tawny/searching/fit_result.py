@@ -25,7 +25,7 @@ from tawny.record import finite
 from tawny.report.pages import or_say, write_beside
 from tawny.report.plot import plot_fit
 from tawny.report.publish import refresh
-from tawny.searching.fit_choice import Finalist, Table
+from tawny.searching.fit_choice import ZEROS_GAIN, Finalist, Table
 from tawny.words import kl_text, percent, size
 
 ALLOCATION = "allocation.yaml"
@@ -67,6 +67,7 @@ class Fitted:
     curve: list[tuple[int, float]]
     linears: dict[str, dict[str, Any]]
     head: dict[str, float]
+    embedding: dict[str, float]
     held_out: dict[str, int]
     warnings: list[str]
     seconds: dict[str, float]
@@ -81,7 +82,7 @@ def _zeros_told(job: Job, finalist: Finalist) -> str:
     """Where zeros were used."""
     with_zeros = [x for x in job.linears if finalist.levels[x.name].sparsity]
     if not with_zeros:
-        return "no zeros: at this size bits alone are expected to lose less in every linear"
+        return f"no zeros: at this size they are expected to gain less than {percent(ZEROS_GAIN, 0)} over bits alone"
     blocks = sorted({x.block for x in with_zeros})
     names = sorted({x.name.rpartition(".")[2] for x in with_zeros})
     share = sum(x.numel * finalist.levels[x.name].sparsity for x in with_zeros) / sum(
@@ -169,6 +170,7 @@ def finish(
             for x in job.linears
         },
         head=table.found.head,
+        embedding=table.found.embedding,
         held_out=dict(held_out),
         warnings=list(warnings),
         seconds={phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},

@@ -165,4 +165,8 @@ class ReadPerToken:
 
     def of_head(self, kind: str | None) -> float:
         slower = self._pace.slower[DENSE if kind is None else _key(Level(0.0, kind))]
-        return slower * self._sizes.read_head(kind)
+        return slower * self._sizes.of_head(kind)
+
+    def of_embedding(self, kind: str | None) -> float:
+        """A token reads one row."""
+        return 0.0

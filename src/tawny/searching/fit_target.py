@@ -77,6 +77,10 @@ class Limit(Protocol):
 
     def of_head(self, kind: str | None) -> float: ...
 
+    def of_embedding(self, kind: str | None) -> float:
+        """Of an embedding that shares no weight with the head."""
+        ...
+
 
 @dataclass(frozen=True)
 class Room:
@@ -124,7 +128,8 @@ def room_for(job: Job, sizes: PackedSize, target: Target, pace: Callable[[], Pac
 
 def smallest(job: Job, limit: Limit) -> float:
     """The least that a model of these linears takes."""
-    least = limit.rest + min(limit.of_head(kind) for kind in (None, *KINDS_TRIED))
+    ends = (limit.of_head, limit.of_embedding)
+    least = limit.rest + sum(min(of(kind) for kind in (None, *KINDS_TRIED)) for of in ends)
     return least + sum(min(limit.linear(x, l.sparsity, l.kind) for l in levels()) for x in job.linears)
 
 
