@@ -169,7 +169,20 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
             )
         ]
     }
-    made = readme["glance"](recipes, recovery, decode).splitlines()
+    kl = {"kl": 0.02, "kl_stderr": 0.001}
+    frontier = {
+        "setting": {"windows": 8, "eval_seqlen": 512},
+        "cells": {
+            name: {"bytes": 1e9, "texts": {"wiki": kl, "other": kl}} for name in ("llama:Q4_K_M", "fit:5")
+        },
+        "speeds": {
+            "cells": {
+                "llama:Q4_K_M": {"decode_tokens_per_second": 10.0},
+                "fit:5": {"decode_tokens_per_second": 15.0},
+            }
+        },
+    }
+    made = readme["glance"](recipes, recovery, decode, frontier).splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ", 1)[1] for line in made if line.startswith("| ")}
     assert (
         rows["| perplexity, × dense: OWL and SparseGPT, as their authors run them"]
@@ -183,10 +196,10 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     )
     assert rows["| file size, packed"] == "8 MB | 4 MB | 3 MB | 2 MB |"
     assert rows["| decoding speed, × dense"] == "1.00 | – | – | 2.50 |"
-    assert len(rows) == 7  # six claims and the head
-    assert (
-        "to 0.90 ×" in made[-1] and "7B at 70%: 4.00 × (int8 with its head) of the dense speed." in made[-1]
-    )
+    assert rows["| `tawny fit --bits 5`"] == "1,000 MB | 0.020 ± 0.001, 0.020 ± 0.001 | 15.0 |"
+    assert len(rows) == 10  # six claims and two models, and two heads
+    (note,) = (line for line in made if "to 0.90 ×" in line)
+    assert "7B at 70%: 4.00 × (int8 with its head) of the dense speed." in note
 
 
 def test_the_pages_stay_as_short_as_they_promise():

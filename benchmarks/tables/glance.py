@@ -1,4 +1,4 @@
-"""The table of the README: six rows about one model."""
+"""The tables of the README: six rows about one model, and a larger one at the bytes of another tool's file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ _RECIPES = {
     "fast": "`tawny prune`",
     "best": "`tawny prune -c best`",
 }
+_SAME = {"llama:Q4_K_M": "llama.cpp Q4_K_M", "fit:5": "`tawny fit --bits 5`"}
 _SHAPE, _LARGE = "smollm2", "7b"  # the model of all rows, and the one that the note adds
 _VARIANTS = {"packed bf16": "bf16", "packed int8, int8 head": "int8 with its head"}
 
 
-def glance(recipes: Mapping[str, Any], recovery: Mapping[str, Any], decode: Mapping[str, Any]) -> str:
-    """One row for each claim, one column for each sparsity.
+def glance(
+    recipes: Mapping[str, Any],
+    recovery: Mapping[str, Any],
+    decode: Mapping[str, Any],
+    frontier_qwen: Mapping[str, Any],
+) -> str:
+    """One row for each claim, one column for each sparsity; and what has the same bytes.
 
     Args:
-        recipes, recovery, decode: the results files of these names.
+        recipes, recovery, decode, frontier_qwen: the results files of these names.
     """
     lines = [
         f"| | dense | {' | '.join(f'{sparsity:.0%}' for sparsity in _SPARSITIES)} |",
@@ -41,7 +47,27 @@ def glance(recipes: Mapping[str, Any], recovery: Mapping[str, Any], decode: Mapp
         "\n".join(lines)
         + f"\n\n<sub>{SHAPE_NAMES[_SHAPE]}, perplexity on `{text}`, packed as bf16, decoded on two CPU cores. The dense baseline uses our own tuned "
         f"kernels. The same {_minutes(recovery):g} minutes of training take the dense model to {adapted:.2f} × on this text."
-        f"{_large(decode['measurements'])}</sub>\n"
+        f"{_large(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
+    )
+
+
+def _same_bytes(frontier: Mapping[str, Any]) -> str:
+    """llama.cpp's usual file and a fit of its size."""
+    setting, speeds = frontier["setting"], frontier["speeds"]
+    lines = [
+        "| 1.5 billion weights, without pruning | file | KL from dense, two texts | decoding, tokens/s |",
+        "|---|---|---|---|",
+    ]
+    for name, shown in _SAME.items():
+        cell = frontier["cells"][name]
+        kl = ", ".join(f"{x['kl']:.3f} ± {x['kl_stderr']:.3f}" for x in cell["texts"].values())
+        speed = speeds["cells"][name]["decode_tokens_per_second"]
+        lines.append(f"| {shown} | {cell['bytes'] / 1e6:,.0f} MB | {kl} | {speed:.1f} |")
+    return (
+        "\n".join(lines)
+        + f"\n\n<sub>Qwen2.5-Coder-1.5B, both from the same dense model; {setting['windows']} windows of "
+        f"{setting['eval_seqlen']} tokens of `wiki` and of WikiText-2; one of `wiki` is an "
+        "[outlier](docs/results.md#the-same-on-qwen25-coder-15b).</sub>\n"
     )
 
 
