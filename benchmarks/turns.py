@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peers import spread
+
 
 def in_turn(
     commands: Mapping[str, Sequence[str]], rounds: int
@@ -53,8 +55,6 @@ def speeds_of(
     Args:
         llama: the interpreter of that environment; without one its files are left out.
     """
-    from peers import spread
-
     commands = {}
     for name, model in models.items():
         theirs = model.suffix == ".gguf"

@@ -72,6 +72,10 @@ def test_an_embedding_gets_a_kind_of_its_own_unless_it_is_the_head(run, dense, t
     tied = saved(tmp_path / "tied", dtype=torch.bfloat16, tie_word_embeddings=True)
     code, _, err = run("pack", tied, "--out", tmp_path / "no", *ends)
     assert code == 2 and "are one matrix" in err and not (tmp_path / "no").exists()
+    words = ("prune", tied, "--out", tmp_path / "no", *PRUNE, "--pack", "int8", *ends)
+    code, _, err = run(*words)
+    assert code == 2 and "are one matrix" in err
+    assert not list(tmp_path.glob("no*"))  # refused before the work
     code, _, err = run("prune", dense, "--out", tmp_path / "no", *PRUNE, "--embedding", "int4")
     assert code == 2 and "embedding=int4 is of a packed folder" in err
 

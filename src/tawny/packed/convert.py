@@ -104,7 +104,7 @@ class _Packing:
         self.writer, self.choice = writer, choice
         self.checkpoint = Checkpoint(folder)
         self.model: Any = open_skeleton(folder, torch.float32)
-        check_ends(self.model, choice)
+        check_ends(self.model, choice.head, choice.embedding)
         self.checkpoint.map_to(self.model)
         self.blocks = find_blocks(self.model)
         self.linears: list[LinearForm] = []

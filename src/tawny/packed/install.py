@@ -22,7 +22,6 @@ from torch import nn
 
 from tawny.errors import UserError
 from tawny.model.linears import is_plain
-from tawny.packed.choice import Choice
 from tawny.packed.embedding import serve_from
 from tawny.packed.expert_loop import IMPLEMENTATION, can_run
 from tawny.packed.experts import PackedExperts
@@ -78,16 +77,21 @@ def ends_of(model: Any) -> tuple[str | None, str | None, bool]:
     return outside, inside, shared
 
 
-def check_ends(model: Any, choice: Choice) -> None:
+def check_ends(model: Any, head: str | None, embedding: str | None) -> None:
     """
+    Args:
+        head, embedding: their kinds; None where nothing was said.
+
     Raises:
         UserError: an embedding is to have a kind of its own, and there is none that could.
     """
-    _, embedding, tied = ends_of(model)
-    if choice.embedding in (None, choice.head):
+    _, inside, tied = ends_of(model)
+    if embedding in (None, head):
         return
-    if embedding is None:
-        raise UserError(f"{type(model).__name__} has no embedding of tokens to pack; leave --embedding out")
+    if inside is None or not isinstance(model.get_submodule(inside), nn.Embedding):
+        raise UserError(
+            f"{type(model).__name__} has no plain embedding of tokens to pack; leave --embedding out"
+        )
     if tied:
         raise UserError(
             f"embedding and head of {type(model).__name__} are one matrix, which has one kind: give --head alone"

@@ -74,7 +74,7 @@ def pack_model(
             "values and head together"
         )
     blocks = find_blocks(model)
-    check_ends(model, choice)
+    check_ends(model, head, embedding)
     _check_head(model, head)
     work = _Packing(model, choice)
     progress.phase("packing", len(blocks))

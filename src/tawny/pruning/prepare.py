@@ -26,6 +26,7 @@ from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.source import resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.model.structure import predicts_tokens, staying_dense
+from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
 from tawny.patterns import AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
@@ -146,6 +147,7 @@ def prepare(
         ModelError: the model is packed, a glob matches nothing, or there is nothing to prune.
         PatternError: m does not divide a width.
         RecipeError: a key says another thing than a live model does.
+        UserError: an embedding is to have a kind of its own, and has none.
     """
     if isinstance(source, nn.Module):
         folder, stack = None, live_stack(source)
@@ -176,6 +178,7 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
     check_selection(chosen, [x for linears in every for x in linears], recipe.include, recipe.exclude)
     pattern = recipe.make_pattern()
     if changes:
+        check_ends(stack.model, recipe.values.head, recipe.values.embedding)  # before the work, not behind it
         check_writable(chosen)
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
     couplings: list[list[Coupling]] = []

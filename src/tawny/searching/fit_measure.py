@@ -210,7 +210,10 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
 
 def far_from_role(errors: Mapping[str, float], role: Mapping[str, str]) -> list[str]:
     """The linears whose errors are far from the median of their role, the farthest first; not more than go together."""
-    usual = {each: median(errors[name] for name in errors if role[name] == each) for each in role.values()}
+    of_role: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        of_role.setdefault(role[name], []).append(error)
+    usual = {each: median(found) for each, found in of_role.items()}
     far = {
         name: abs(math.log(error / usual[role[name]]))
         for name, error in errors.items()
