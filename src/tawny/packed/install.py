@@ -85,9 +85,9 @@ def check_ends(model: Any, head: str | None, embedding: str | None) -> None:
     Raises:
         UserError: an embedding is to have a kind of its own, and there is none that could.
     """
-    _, inside, tied = ends_of(model)
     if embedding in (None, head):
         return
+    _, inside, tied = ends_of(model)
     if inside is None or not isinstance(model.get_submodule(inside), nn.Embedding):
         raise UserError(
             f"{type(model).__name__} has no plain embedding of tokens to pack; leave --embedding out"
