@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tawny
@@ -34,6 +34,7 @@ def test_what_is_lost_are_the_squared_singular_values_that_were_dropped(out, wid
 
 @settings(deadline=None, max_examples=50)
 @given(target=st.floats(0, 0.8), spread=st.lists(st.floats(-0.3, 0.3), min_size=4, max_size=4))
+@example(target=0.015718081328952582, spread=[0.0] * 4)
 def test_the_numbers_of_all_factors_meet_the_budget_to_one_rank(target, spread):
     shapes = [(480, 320), (320, 480), (640, 640), (160, 960)]
     profile = Profile(tuple(LinearInfo(str(i), shape, 0) for i, shape in enumerate(shapes)))

@@ -170,9 +170,12 @@ def whole_ranks(wish: Mapping[str, float], profile: Profile, target: float) -> A
     kept = {name: _snap((1 - share[name]) * sizes[name] / costs[name]) for name in sizes}
     rank = {name: max(1, math.floor(value)) for name, value in kept.items()}
     left = (1 - target) * total - sum(rank[name] * costs[name] for name in rank)
-    for name in sorted(rank, key=lambda name: rank[name] - kept[name]):  # the largest remainder first
-        if costs[name] <= left + 1e-6 and (rank[name] + 1) * costs[name] <= sizes[name]:
-            rank[name], left = rank[name] + 1, left - costs[name]
+    order, rose = sorted(rank, key=lambda name: rank[name] - kept[name]), True  # the largest remainder first
+    while rose:  # what is too little for one linear may be another rank of a smaller one
+        rose = False
+        for name in order:
+            if costs[name] <= left + 1e-6 and (rank[name] + 1) * costs[name] <= sizes[name]:
+                rank[name], left, rose = rank[name] + 1, left - costs[name], True
     return {name: 1 - rank[name] * costs[name] / sizes[name] for name in rank}
 
 
