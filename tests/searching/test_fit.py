@@ -290,3 +290,5 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):
         tawny.fit(tiny_model("llama"), out, bits=4)
     code, _, err = run("fit", dense, "--size", "1GB", "--bits", "4", "--out", out, "--calibration", "wiki")
     assert code == 2 and "size 1GB and bits 4.0 are several" in err and not out.exists()
+    code, _, err = run("fit", dense, "--size", "10kB", "--out", out, "--calibration", "absent.txt")
+    assert code == 2 and "as small as 10 kB" in err  # no text is read for it

@@ -68,12 +68,14 @@ class Purpose:
         changes: weights are going to change, so the source must be dense and the pattern must fit.
         demand: what the verb asks of memory; None where nothing is placed.
         held_out: windows that are kept out of the calibration, from the tokens of the text.
+        check: refuses what the verb cannot do with this model, before any text is read.
     """
 
     samples: bool | None = None
     changes: bool = True
     demand: Callable[[Job, Load], Demanding] | None = None
     held_out: Callable[[Job, TokenisedText], Tensor] | None = None
+    check: Callable[[Job], None] = lambda _: None
 
 
 class Unfinished(Protocol):
@@ -161,6 +163,7 @@ def open_session(
     try:
         _check_shared(recipe, ranks)
         job = prepare(recipe, source, progress, ranks.device, changes=purpose.changes)
+        purpose.check(job)
         if place_to_write is not None:
             target, journal = place_to_write(job.folder, ranks)
         budget = parse_size(memory)

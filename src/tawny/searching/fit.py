@@ -67,7 +67,7 @@ from tawny.searching.fit_settings import (
     probes_bytes,
 )
 from tawny.searching.fit_speed import Pace, measured_pace
-from tawny.searching.fit_target import Room, Target, room_for
+from tawny.searching.fit_target import Room, Target, check_size, room_for
 from tawny.searching.levels import WALK, LevelStore
 from tawny.searching.measured import Measured
 from tawny.words import size
@@ -131,7 +131,12 @@ def fit(
     with open_session(
         recipe,
         source,
-        Purpose(samples=True, demand=partial(demand_of_fit, settings), held_out=partial(_held_out, settings)),
+        Purpose(
+            samples=True,
+            demand=partial(demand_of_fit, settings),
+            held_out=partial(_held_out, settings),
+            check=partial(check_size, target),
+        ),
         progress,
         place_to_write=_place(Path(out), overwrite, source, {**asdict(target), **asdict(settings)}),
         overwrite=overwrite,

@@ -26,7 +26,7 @@ from tawny.recipe.schema import Recipe
 from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.fit_choice import Finalist, Found, Table
 from tawny.searching.fit_kept import found_in, read_measured
-from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, Level, Measures
+from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures
 from tawny.searching.fit_settings import FitSettings, demand_of_fit, few_bits, parted, probes_bytes
 from tawny.searching.fit_speed import measured_pace
 from tawny.searching.fit_target import Target, room_for, smallest
@@ -188,8 +188,8 @@ def _seconds(job: Job, load: Load, settings: FitSettings, finalists: int, measur
     prune = seconds_of(job, load)
     length = min(settings.length, job.recipe.calibration.seqlen)
     blocks, roles = len(job.by_block), max(map(len, job.by_block))
-    # A model in which one block differs goes with the others up to it, and those of a role go alone.
-    models = blocks / 2 + roles + 1 + len(KINDS_TRIED)
+    # A model in which one block or linear differs goes with the others up to it, and those of a role go alone.
+    models = (blocks + TOGETHER) / 2 + roles + 1 + len(KINDS_TRIED)
     reactions = settings.windows * length * forward_seconds(job.stack) * models
     judge = 2 * settings.deciding * length * forward_seconds(job.stack)
     numel = sum(x.numel for x in job.linears)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Limit", "Room", "Target", "room_for"]
+__all__ = ["Limit", "Room", "Target", "check_size", "room_for"]
 
 import math
 from collections.abc import Callable
@@ -105,16 +105,7 @@ def room_for(job: Job, sizes: PackedSize, target: Target, pace: Callable[[], Pac
         RecipeError: nothing is that small or that fast; says what is.
     """
     if target.speed is None:
-        asked = target.bytes if target.bits is None else int(target.bits * job.parameters / 8)
-        assert asked is not None
-        least = smallest(job, sizes)
-        if asked < least:
-            raise RecipeError(
-                f"{job.source} cannot be made as small as {size_words(asked)}: the least that linears, head and all that stays "
-                f"as it is take is {size_words(int(least))}; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
-                "or more"
-            )
-        return Room(sizes, asked)
+        return Room(sizes, _bytes(job, sizes, target))
     measured = pace()
     limit = ReadPerToken(sizes, measured)
     fastest = measured.bandwidth / smallest(job, limit)
@@ -124,6 +115,25 @@ def room_for(job: Job, sizes: PackedSize, target: Target, pace: Callable[[], Pac
             f"it writes at most {_down(fastest)}; give --speed {_down(fastest)}, or less"
         )
     return Room(limit, measured.budget(target.speed), measured)
+
+
+def check_size(target: Target, job: Job) -> None:
+    """Refuse a size that nothing is as small as, for which nothing has to be measured; raises as `room_for` does."""
+    if target.speed is None:
+        _bytes(job, PackedSize(job), target)
+
+
+def _bytes(job: Job, sizes: PackedSize, target: Target) -> int:
+    asked = target.bytes if target.bits is None else int(target.bits * job.parameters / 8)
+    assert asked is not None
+    least = smallest(job, sizes)
+    if asked < least:
+        raise RecipeError(
+            f"{job.source} cannot be made as small as {size_words(asked)}: the least that linears, head and all that stays "
+            f"as it is take is {size_words(int(least))}; give --size {int(least)} (or --bits {_up(8 * least / job.parameters)}), "
+            "or more"
+        )
+    return asked
 
 
 def smallest(job: Job, limit: Limit) -> float:
