@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 
 import tawny
+from tawny.evaluation import dense_stream
 from tests.evaluation.questions import tiny_folder
 from tests.tiny import FAMILIES, tiny_model, tokens
 
@@ -78,3 +80,84 @@ def test_the_verb_shows_both(tmp_path, text, run):
     assert made["agreement"]["dense"]["windows"] == 3
     code, out, _ = run(*given)
     assert code == 0 and "KL from dense" in out and "same next token" in out and "bits per byte" in out
+
+
+class Phases(tawny.progress.Silent):
+    def __init__(self):
+        self.seen = []
+
+    def phase(self, name, total, unit="blocks"):
+        self.seen.append(name)
+
+
+@pytest.fixture
+def keeps(tmp_path, monkeypatch):
+    """Every walk is worth a file, in a cache of its own."""
+    monkeypatch.setenv("TAWNY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dense_stream, "_WORTH", 0.0)
+    return tmp_path / "cache" / "dense"
+
+
+def walked(model, dense, ids, **keys):
+    """What was measured, and whether the dense model was walked for it."""
+    phases = Phases()
+    made = tawny.agreement(model, dense, ids, progress=phases, **keys)
+    return made, "dense model" in phases.seen
+
+
+def same(made, other):
+    return (made.kl_by_window, made.top1, made.dense.loss) == (
+        other.kl_by_window,
+        other.top1,
+        other.dense.loss,
+    )
+
+
+def test_a_dense_model_is_walked_once_for_the_same_windows(tmp_path, keeps):
+    dense, model, ids = tmp_path / "dense", tiny_model("llama", seed=3), tokens(4, 30)
+    tiny_model("llama").save_pretrained(dense)
+    first, was_walked = walked(model, dense, ids, compute="float32")
+    assert was_walked and len(list(keeps.iterdir())) == 1
+    again, was_walked = walked(model, dense, ids, compute="float32")
+    assert not was_walked and same(first, again)
+    assert walked(model, dense, ids, compute="float32", cache=False)[1]
+    assert walked(model, dense, ids, compute="bfloat16")[1]
+    assert walked(model, dense, ids[:2], compute="float32")[1]
+    tiny_model("llama", seed=5).save_pretrained(dense)
+    other, was_walked = walked(model, dense, ids, compute="float32")
+    assert was_walked and other.kl != first.kl
+    assert walked(model, tiny_model("llama"), ids)[1]  # a live one has no files to know it by
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 40, None], ids=["empty", "zeros", "cut off"])
+def test_what_is_damaged_is_walked_again(tmp_path, keeps, damage):
+    dense, model, ids = tmp_path / "dense", tiny_model("llama", seed=3), tokens(4, 30)
+    tiny_model("llama").save_pretrained(dense)
+    first, _ = walked(model, dense, ids)
+    (file,) = keeps.iterdir()
+    file.write_bytes(file.read_bytes()[:-8] if damage is None else damage)
+    again, was_walked = walked(model, dense, ids)
+    assert was_walked and same(first, again)
+    assert not walked(model, dense, ids)[1]
+
+
+def test_the_oldest_go_where_room_is_needed(tmp_path, keeps, monkeypatch):
+    dense, model, ids = tmp_path / "dense", tiny_model("llama", seed=3), tokens(4, 30)
+    tiny_model("llama").save_pretrained(dense)
+    walked(model, dense, ids[:1])
+    (first,) = keeps.iterdir()
+    os.utime(first, (1, 1))
+    monkeypatch.setattr(dense_stream, "KEPT_BYTES", first.stat().st_size + 10)
+    walked(model, dense, ids[1:2])
+    (left,) = keeps.iterdir()
+    assert left != first
+    walked(model, dense, ids)  # more than there is room for at all
+    assert list(keeps.iterdir()) == [left]
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, keeps):
+    dense, model, ids = tmp_path / "dense", tiny_model("llama", seed=3), tokens(2, 30)
+    tiny_model("llama").save_pretrained(dense)
+    keeps.parent.write_text("in the way")
+    first, was_walked = walked(model, dense, ids)
+    assert was_walked and first.kl > 0

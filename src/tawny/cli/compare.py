@@ -10,12 +10,12 @@ import typer
 from tawny.cli.common import check_file, console_for
 from tawny.cli.eval_ import (
     DEFAULT_TEXT,
-    TASKS,
     TEXT,
     Bos,
     Compute,
     Labels,
     Limit,
+    NoCache,
     TaskFolder,
     Tasks,
     check_compute,
@@ -54,7 +54,7 @@ def compare(
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
-    no_cache: bool = option("--no-cache", "Ask again what was asked before.", TASKS, default=False),
+    no_cache: NoCache = False,
     no_speed: bool = option("--no-speed", "Leave prefill and decoding speed out.", OUTPUT, default=False),
     threads: Threads = None,
     compute: Compute = "auto",

@@ -51,6 +51,14 @@ TaskFolder = Annotated[
         TASKS,
     ),
 ]
+NoCache = Annotated[
+    bool,
+    shared(
+        "--no-cache",
+        "Measure anew what was kept from before: answers to tasks, and what the dense model makes of a text.",
+        OUTPUT,
+    ),
+]
 Limit = Annotated[int | None, shared("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
 Labels = Annotated[
     str | None,
@@ -110,7 +118,7 @@ def eval_(
     tasks: Tasks = None,
     task_data: TaskFolder = None,
     limit: Limit = None,
-    no_cache: bool = option("--no-cache", "Ask again what was asked before.", TASKS, default=False),
+    no_cache: NoCache = False,
     compute: Compute = "auto",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -151,7 +159,9 @@ def eval_(
                         moved = tawny.features(model, against, text, seqlen=seqlen, **shown)
                         measured["features"] = moved.to_dict()
                 else:
-                    measured = _on_text(model, text or [DEFAULT_TEXT], against, **keys, **common)
+                    measured = _on_text(
+                        model, text or [DEFAULT_TEXT], against, not no_cache, **keys, **common
+                    )
         if tasks is not None:
             with console.progress() as progress:
                 measured["tasks"] = tawny.evaluate_tasks(
@@ -165,14 +175,14 @@ def eval_(
         console.result(measured, evaluation_tables)
 
 
-def _on_text(model: str, texts: list[str], against: str | None, **keys: Any) -> dict[str, Any]:
+def _on_text(model: str, texts: list[str], against: str | None, cache: bool, **keys: Any) -> dict[str, Any]:
     """Perplexity, and with a dense model the distance from it."""
     import tawny
 
     keys["seqlen"] = keys["seqlen"] or 2048
     if against is None:
         return tawny.evaluate(model, texts, **keys).to_dict()
-    return tawny.agreement(model, against, texts, **keys).under_perplexity()
+    return tawny.agreement(model, against, texts, cache=cache, **keys).under_perplexity()
 
 
 def _shows_pictures(

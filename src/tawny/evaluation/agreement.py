@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tawny.calibration.mixture import Texts
 from tawny.errors import ModelError
+from tawny.evaluation.dense_stream import dense_stream
 from tawny.evaluation.perplexity import (
     Perplexity,
     Windows,
@@ -87,12 +88,14 @@ def agreement(
     tokenizer: Any = None,
     compute: str = "auto",
     device: str = "cpu",
+    cache: bool = True,
     progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Agreement:
     """Compare a model with its dense one on a text; arguments are those of `tawny.evaluate`.
 
     Args:
+        cache: keep and reuse what the dense model in a folder makes of these windows.
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
@@ -113,7 +116,7 @@ def agreement(
     made = windows_of(text, seqlen, windows, stride, tokenizer, bos, opened, opened[0], progress)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
-            stream_through(dense_stack, made.ids, progress, "dense model"),
+            dense_stream(dense_stack, opened[0][1] if cache else None, made.ids, progress),
             stream_through(stack, made.ids, progress, "pruned model"),
         ]
         sums = _compare(made, (dense_stack, stack), streams, progress)

@@ -95,6 +95,7 @@ def compare(
         tasks: as for `evaluate_tasks`; none if None.
         speed: also prefill and decoding speed.
         rounds, prompt_tokens: as for `bench`.
+        cache: keep and reuse answers to tasks, and what the first model makes of the text.
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
@@ -415,7 +416,7 @@ def _text(folder: Path, against: str | None, setting: dict[str, Any], progress: 
     keys = {key: setting[key] for key in ("text", "seqlen", "windows", "bos", "compute", "device")}
     if against is None:
         return evaluate(folder, progress=progress, **keys).to_dict()
-    return agreement(folder, against, progress=progress, **keys).under_perplexity()
+    return agreement(folder, against, cache=setting["cache"], progress=progress, **keys).under_perplexity()
 
 
 def _reads_on(folder: Path) -> bool:

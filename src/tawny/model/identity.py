@@ -64,7 +64,7 @@ def model_identity(folder: Path) -> dict[str, Any]:
                 header = file.read(min(size, 1 << 28))
             stat = path.stat()
             found[path.name] = [stat.st_size, stat.st_mtime_ns, _hash(header)]
-        elif path.suffix in (".json", ".model", ".txt", ".jinja") and path.is_file():
+        elif path.suffix in (".json", ".model", ".txt", ".jinja", ".py") and path.is_file():
             found[path.name] = _hash(path.read_bytes())
     return found
 

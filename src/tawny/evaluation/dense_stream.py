@@ -1,0 +1,83 @@
+"""What a dense model makes of windows, kept so that the next model compared with it takes half the time.
+
+Kept are the hidden states behind the last block, under everything that they depend on: the model's files, the windows, dtype,
+device, code and machine. The files take at most 2 GB together; those that were not read for the longest time go first.
+"""
+
+from __future__ import annotations
+
+__all__ = ["dense_stream"]
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from tawny.errors import CheckpointError, OutputError
+from tawny.evaluation.perplexity import stream_through
+from tawny.machine import machine
+from tawny.model.checkpoint import is_packed
+from tawny.model.identity import code_identity, model_identity, tensor_digest
+from tawny.model.source import cache_folder
+from tawny.model.stack import Stack
+from tawny.model.streams import Samples, Stream
+from tawny.progress import Progress
+
+KEPT_BYTES = 2 * 10**9
+_WORTH = 3.0  # seconds of a walk that is worth a file
+
+
+def dense_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progress) -> Stream:
+    """The windows behind the last block of a dense model, from an earlier walk where there was the same.
+
+    Args:
+        folder: of the model; None, as for a live one, where nothing is to be kept.
+        ids: `[windows, tokens]`.
+    """
+    if folder is None or is_packed(folder):
+        return stream_through(stack, ids, progress, "dense model")
+    kept = cache_folder() / "dense" / f"{_key(stack, folder, ids)}.safetensors"
+    if kept.exists():
+        with contextlib.suppress(CheckpointError, KeyError, OSError):  # a damaged one is made again
+            found = Stream(stack, Samples(ids), depth=len(stack), saved=kept)
+            kept.touch()
+            progress.say("dense model: kept from before")
+            return found
+    began = time.perf_counter()
+    made = stream_through(stack, ids, progress, "dense model")
+    if time.perf_counter() - began >= _WORTH:
+        _keep(made, kept)
+    return made
+
+
+def _key(stack: Stack, folder: Path, ids: Tensor) -> str:
+    here = machine()
+    known = {
+        "model": model_identity(folder),
+        "windows": tensor_digest(ids).hexdigest(),
+        "compute": [str(stack.compute), str(stack.device)],
+        "code": code_identity(),
+        "machine": [here["cpu"], here["threads"]],
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _keep(stream: Stream, kept: Path) -> None:
+    """Write a file and make room for it. What cannot be written costs time later, never the result now."""
+    needed = sum(hidden.nbytes for hidden in stream.hidden)
+    if needed > KEPT_BYTES:
+        return
+    with contextlib.suppress(OSError, OutputError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        mine = kept.with_name(f"{kept.name}.{os.getpid()}")  # another process may keep the same
+        stream.save(mine)
+        mine.replace(kept)
+        total = 0
+        for path in sorted(kept.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+            total += path.stat().st_size
+            if total > KEPT_BYTES:
+                path.unlink()
