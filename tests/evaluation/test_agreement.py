@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tawny
-from tawny.evaluation import dense_stream
+from tawny.evaluation import hidden_states
 from tests.evaluation.questions import tiny_folder
 from tests.tiny import FAMILIES, tiny_model, tokens
 
@@ -94,8 +94,8 @@ class Phases(tawny.progress.Silent):
 def keeps(tmp_path, monkeypatch):
     """Every walk is worth a file, in a cache of its own."""
     monkeypatch.setenv("TAWNY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dense_stream, "_WORTH", 0.0)
-    return tmp_path / "cache" / "dense"
+    monkeypatch.setattr(hidden_states, "_WORTH", 0.0)
+    return tmp_path / "cache" / "hidden"
 
 
 def walked(model, dense, ids, **keys):
@@ -121,11 +121,16 @@ def test_a_dense_model_is_walked_once_for_the_same_windows(tmp_path, keeps):
     again, was_walked = walked(model, dense, ids, compute="float32")
     assert not was_walked and same(first, again)
     assert walked(model, dense, ids, compute="float32", cache=False)[1]
+    phases = Phases()
+    alone = tawny.evaluate(dense, ids, compute="float32", progress=phases)
+    assert alone.loss == pytest.approx(first.dense.loss) and not phases.seen
     assert walked(model, dense, ids, compute="bfloat16")[1]
     assert walked(model, dense, ids[:2], compute="float32")[1]
     tiny_model("llama", seed=5).save_pretrained(dense)
     other, was_walked = walked(model, dense, ids, compute="float32")
     assert was_walked and other.kl != first.kl
+    assert tawny.evaluate(dense, ids[:3], compute="float32").loss > 0
+    assert not walked(model, dense, ids[:3], compute="float32")[1]
     assert walked(model, tiny_model("llama"), ids)[1]  # a live one has no files to know it by
 
 
@@ -147,7 +152,7 @@ def test_the_oldest_go_where_room_is_needed(tmp_path, keeps, monkeypatch):
     walked(model, dense, ids[:1])
     (first,) = keeps.iterdir()
     os.utime(first, (1, 1))
-    monkeypatch.setattr(dense_stream, "KEPT_BYTES", first.stat().st_size + 10)
+    monkeypatch.setattr(hidden_states, "KEPT_BYTES", first.stat().st_size + 10)
     walked(model, dense, ids[1:2])
     (left,) = keeps.iterdir()
     assert left != first

@@ -145,6 +145,7 @@ def eval_(
         common: dict[str, Any] = {"compute": compute, "device": device or "cpu"}
         if text or labels is not None or against is not None or tasks is None:
             keys: dict[str, Any] = {"seqlen": seqlen, "windows": windows, "stride": stride, "bos": bos}
+            keys["cache"] = not no_cache
             with console.progress() as progress:
                 common["progress"] = progress
                 if _shows_pictures(model, text, labels, strict, against is not None):
@@ -159,9 +160,7 @@ def eval_(
                         moved = tawny.features(model, against, text, seqlen=seqlen, **shown)
                         measured["features"] = moved.to_dict()
                 else:
-                    measured = _on_text(
-                        model, text or [DEFAULT_TEXT], against, not no_cache, **keys, **common
-                    )
+                    measured = _on_text(model, text or [DEFAULT_TEXT], against, **keys, **common)
         if tasks is not None:
             with console.progress() as progress:
                 measured["tasks"] = tawny.evaluate_tasks(
@@ -175,14 +174,14 @@ def eval_(
         console.result(measured, evaluation_tables)
 
 
-def _on_text(model: str, texts: list[str], against: str | None, cache: bool, **keys: Any) -> dict[str, Any]:
+def _on_text(model: str, texts: list[str], against: str | None, **keys: Any) -> dict[str, Any]:
     """Perplexity, and with a dense model the distance from it."""
     import tawny
 
     keys["seqlen"] = keys["seqlen"] or 2048
     if against is None:
         return tawny.evaluate(model, texts, **keys).to_dict()
-    return tawny.agreement(model, against, texts, cache=cache, **keys).under_perplexity()
+    return tawny.agreement(model, against, texts, **keys).under_perplexity()
 
 
 def _shows_pictures(

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from tawny.calibration.mixture import Texts
 from tawny.errors import ModelError
-from tawny.evaluation.dense_stream import dense_stream
+from tawny.evaluation.hidden_states import kept_stream, stream_through
 from tawny.evaluation.perplexity import (
     Perplexity,
     Windows,
     logits_of,
     pieces,
-    stream_through,
     summarise,
     vocabulary_of,
     windows_of,
@@ -116,7 +115,7 @@ def agreement(
     made = windows_of(text, seqlen, windows, stride, tokenizer, bos, opened, opened[0], progress)
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
-            dense_stream(dense_stack, opened[0][1] if cache else None, made.ids, progress),
+            kept_stream(dense_stack, opened[0][1] if cache else None, made.ids, progress, "dense model"),
             stream_through(stack, made.ids, progress, "pruned model"),
         ]
         sums = _compare(made, (dense_stack, stack), streams, progress)

@@ -413,10 +413,10 @@ def _text(folder: Path, against: str | None, setting: dict[str, Any], progress: 
     from tawny.evaluation.agreement import agreement
     from tawny.evaluation.perplexity import evaluate
 
-    keys = {key: setting[key] for key in ("text", "seqlen", "windows", "bos", "compute", "device")}
+    keys = {key: setting[key] for key in ("text", "seqlen", "windows", "bos", "compute", "device", "cache")}
     if against is None:
         return evaluate(folder, progress=progress, **keys).to_dict()
-    return agreement(folder, against, cache=setting["cache"], progress=progress, **keys).under_perplexity()
+    return agreement(folder, against, progress=progress, **keys).under_perplexity()
 
 
 def _reads_on(folder: Path) -> bool:

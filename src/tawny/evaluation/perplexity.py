@@ -31,6 +31,7 @@ from tawny.calibration.mixture import Mixture, Texts, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import check_windows, evaluation_windows, tokenise
 from tawny.errors import ModelError, RecipeError
+from tawny.evaluation.hidden_states import kept_stream
 from tawny.evaluation.sources import author_of, open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
 from tawny.model.stack import Stack
@@ -215,17 +216,6 @@ def count_windows(
 # --- losses ------------------------------------------------------------------------------------------------
 
 
-def stream_through(stack: Stack, ids: Tensor, progress: Progress, phase: str = "evaluating") -> Stream:
-    """The windows behind the last block, whose weights are then the only ones not needed any more."""
-    stream = Stream(stack, Samples(ids))
-    progress.phase(phase, len(stack))
-    for index in range(len(stack)):
-        with stack.block(index):
-            stream.advance(index)
-        progress.step(stack.name(index))
-    return stream
-
-
 def pieces(windows: Windows, index: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
     """`(inputs, targets)` of a window's tokens that count, so many at once that their logits stay small."""
     step, last = max(16, _LOGIT_BYTES // (4 * vocabulary)), int(windows.ids.shape[1]) - 1
@@ -247,9 +237,8 @@ def logits_of(stack: Stack, stream: Stream, index: int, inputs: slice) -> Tensor
 
 
 @torch.no_grad()
-def window_losses(stack: Stack, windows: Windows, progress: Progress) -> Tensor:
-    """Mean loss `[windows]` (float64, nats) of each window."""
-    stream = stream_through(stack, windows.ids, progress)
+def window_losses(stack: Stack, stream: Stream, windows: Windows) -> Tensor:
+    """Mean loss `[windows]` (float64, nats) of each window, which the stream holds behind the last block."""
     losses = torch.zeros(len(windows.ids), dtype=torch.float64)
     for index in range(len(losses)):
         for inputs, targets in pieces(windows, index, vocabulary_of(stack)):
@@ -297,6 +286,7 @@ def evaluate(
     tokenizer: Any = None,
     compute: str = "auto",
     device: str = "cpu",
+    cache: bool = True,
     progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> Perplexity:
@@ -312,6 +302,7 @@ def evaluate(
             Tokens are taken as they are.
         tokenizer: needed for a live module and a text.
         compute: dtype of forwards: auto, float32, bfloat16 or float16.
+        cache: keep and reuse what a dense model in a folder makes of these windows.
         progress: told how far the work is.
         trust_remote_code: let code that lies in a model's folder run.
 
@@ -324,5 +315,6 @@ def evaluate(
     stack, folder = open_stack_of(source, compute, device, progress.say)
     made = windows_of(text, seqlen, windows, stride, tokenizer, bos, [(stack, folder)])
     with evaluating(stack.model):
-        losses = window_losses(stack, made, progress)
+        stream = kept_stream(stack, folder if cache else None, made.ids, progress, "evaluating")
+        losses = window_losses(stack, stream, made)
     return summarise(made, losses, stack, time.perf_counter() - start)

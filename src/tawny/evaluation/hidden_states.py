@@ -1,12 +1,13 @@
-"""What a dense model makes of windows, kept so that the next model compared with it takes half the time.
+"""Windows on their way through a model, kept behind the last block so that the next measurement need not walk it again.
 
-Kept are the hidden states behind the last block, under everything that they depend on: the model's files, the windows, dtype,
-device, code and machine. The files take at most 2 GB together; those that were not read for the longest time go first.
+A dense model is walked for its perplexity, and once for each model that is compared with it. So what it makes of windows is kept
+under everything that this depends on: the model's files, the windows, dtype, device, code and machine. The files take at most
+2 GB together; those that were not read for the longest time go first.
 """
 
 from __future__ import annotations
 
-__all__ = ["dense_stream"]
+__all__ = ["kept_stream", "stream_through"]
 
 import contextlib
 import hashlib
@@ -18,7 +19,6 @@ from pathlib import Path
 from torch import Tensor
 
 from tawny.errors import CheckpointError, OutputError
-from tawny.evaluation.perplexity import stream_through
 from tawny.machine import machine
 from tawny.model.checkpoint import is_packed
 from tawny.model.identity import code_identity, model_identity, tensor_digest
@@ -31,24 +31,34 @@ KEPT_BYTES = 2 * 10**9
 _WORTH = 3.0  # seconds of a walk that is worth a file
 
 
-def dense_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progress) -> Stream:
-    """The windows behind the last block of a dense model, from an earlier walk where there was the same.
+def stream_through(stack: Stack, ids: Tensor, progress: Progress, phase: str) -> Stream:
+    """The windows `[windows, tokens]` behind the last block, whose weights are then the only ones not needed any more."""
+    stream = Stream(stack, Samples(ids))
+    progress.phase(phase, len(stack))
+    for index in range(len(stack)):
+        with stack.block(index):
+            stream.advance(index)
+        progress.step(stack.name(index))
+    return stream
+
+
+def kept_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progress, phase: str) -> Stream:
+    """The same, from an earlier walk where there was one.
 
     Args:
-        folder: of the model; None, as for a live one, where nothing is to be kept.
-        ids: `[windows, tokens]`.
+        folder: of the model; None, as for a live one, where nothing is to be kept. Nothing is kept of a packed one either.
     """
     if folder is None or is_packed(folder):
-        return stream_through(stack, ids, progress, "dense model")
-    kept = cache_folder() / "dense" / f"{_key(stack, folder, ids)}.safetensors"
+        return stream_through(stack, ids, progress, phase)
+    kept = cache_folder() / "hidden" / f"{_key(stack, folder, ids)}.safetensors"
     if kept.exists():
         with contextlib.suppress(CheckpointError, KeyError, OSError):  # a damaged one is made again
             found = Stream(stack, Samples(ids), depth=len(stack), saved=kept)
             kept.touch()
-            progress.say("dense model: kept from before")
+            progress.say(f"{phase}: hidden states kept from before")
             return found
     began = time.perf_counter()
-    made = stream_through(stack, ids, progress, "dense model")
+    made = stream_through(stack, ids, progress, phase)
     if time.perf_counter() - began >= _WORTH:
         _keep(made, kept)
     return made
@@ -68,8 +78,7 @@ def _key(stack: Stack, folder: Path, ids: Tensor) -> str:
 
 def _keep(stream: Stream, kept: Path) -> None:
     """Write a file and make room for it. What cannot be written costs time later, never the result now."""
-    needed = sum(hidden.nbytes for hidden in stream.hidden)
-    if needed > KEPT_BYTES:
+    if sum(hidden.nbytes for hidden in stream.hidden) > KEPT_BYTES:
         return
     with contextlib.suppress(OSError, OutputError):
         kept.parent.mkdir(parents=True, exist_ok=True)
