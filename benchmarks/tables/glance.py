@@ -14,7 +14,12 @@ _RECIPES = {
     "fast": "`tawny prune`",
     "best": "`tawny prune -c best`",
 }
-_SAME = {"llama:Q4_K_M": "llama.cpp Q4_K_M", "fit:5": "`tawny fit --bits 5`"}
+_SAME = {
+    "llama:Q4_K_M": "llama.cpp Q4_K_M",
+    "fit:5": "`tawny fit --bits 5`",
+    "llama:Q3_K_M": "llama.cpp Q3_K_M",
+    "fit:4.13": "`tawny fit --bits 4.13`",
+}
 _SHAPE, _LARGE = "smollm2", "7b"  # the model of all rows, and the one that the note adds
 _VARIANTS = {"packed bf16": "bf16", "packed int8, int8 head": "int8 with its head"}
 
@@ -52,7 +57,7 @@ def glance(
 
 
 def _same_bytes(frontier: Mapping[str, Any]) -> str:
-    """llama.cpp's usual file and a fit of its size."""
+    """llama.cpp's usual files, each above a fit of its size."""
     setting, speeds = frontier["setting"], frontier["speeds"]
     lines = [
         "| 1.5 billion weights, without pruning | file | KL from dense, two texts | decoding, tokens/s |",
@@ -65,7 +70,7 @@ def _same_bytes(frontier: Mapping[str, Any]) -> str:
         lines.append(f"| {shown} | {cell['bytes'] / 1e6:,.0f} MB | {kl} | {speed:.1f} |")
     return (
         "\n".join(lines)
-        + f"\n\n<sub>Qwen2.5-Coder-1.5B, both from the same dense model; {setting['windows']} windows of "
+        + f"\n\n<sub>Qwen2.5-Coder-1.5B, all from the same dense model; {setting['windows']} windows of "
         f"{setting['eval_seqlen']} tokens of `wiki` and of WikiText-2; one of `wiki` is an "
         "[outlier](docs/results.md#the-same-on-qwen25-coder-15b).</sub>\n"
     )
