@@ -160,9 +160,15 @@ def test_the_oldest_go_where_room_is_needed(tmp_path, keeps, monkeypatch):
     assert list(keeps.iterdir()) == [left]
 
 
-def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, keeps):
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path, keeps, monkeypatch):
     dense, model, ids = tmp_path / "dense", tiny_model("llama", seed=3), tokens(2, 30)
     tiny_model("llama").save_pretrained(dense)
     keeps.parent.write_text("in the way")
     first, was_walked = walked(model, dense, ids)
     assert was_walked and first.kl > 0
+
+    def nobodys():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(hidden_states, "cache_folder", nobodys)
+    assert walked(model, dense, ids)[1]

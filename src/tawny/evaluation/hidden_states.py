@@ -48,15 +48,14 @@ def kept_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progre
     Args:
         folder: of the model; None, as for a live one, where nothing is to be kept. Nothing is kept of a packed one either.
     """
-    if folder is None or is_packed(folder):
+    kept = None if folder is None or is_packed(folder) else _place(stack, folder, ids)
+    if kept is None:
         return stream_through(stack, ids, progress, phase)
-    kept = cache_folder() / "hidden" / f"{_key(stack, folder, ids)}.safetensors"
-    if kept.exists():
-        with contextlib.suppress(CheckpointError, KeyError, OSError):  # a damaged one is made again
-            found = Stream(stack, Samples(ids), depth=len(stack), saved=kept)
-            kept.touch()
-            progress.say(f"{phase}: hidden states kept from before")
-            return found
+    with contextlib.suppress(CheckpointError, KeyError, OSError):  # none there, or a damaged one
+        found = Stream(stack, Samples(ids), depth=len(stack), saved=kept)
+        kept.touch()
+        progress.say(f"{phase}: hidden states kept from before")
+        return found
     began = time.perf_counter()
     made = stream_through(stack, ids, progress, phase)
     if time.perf_counter() - began >= _WORTH:
@@ -64,7 +63,8 @@ def kept_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progre
     return made
 
 
-def _key(stack: Stack, folder: Path, ids: Tensor) -> str:
+def _place(stack: Stack, folder: Path, ids: Tensor) -> Path | None:
+    """Under everything that the hidden states depend on; None where a process has no home to keep anything in."""
     here = machine()
     known = {
         "model": model_identity(folder),
@@ -73,7 +73,10 @@ def _key(stack: Stack, folder: Path, ids: Tensor) -> str:
         "code": code_identity(),
         "machine": [here["cpu"], here["threads"]],
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    with contextlib.suppress(RuntimeError):
+        return cache_folder() / "hidden" / f"{name}.safetensors"
+    return None
 
 
 def _keep(stream: Stream, kept: Path) -> None:
