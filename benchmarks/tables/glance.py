@@ -50,7 +50,7 @@ def glance(
     )
     return (
         "\n".join(lines)
-        + f"\n\n<sub>{SHAPE_NAMES[_SHAPE]}, perplexity on `{text}`, packed as bf16, decoded on two CPU cores. The dense baseline uses our own tuned "
+        + f"\n\n<sub>{SHAPE_NAMES[_SHAPE]}, perplexity on `{text}`, packed as bf16, decoded on two CPU cores with AVX-512. The dense baseline uses our own tuned "
         f"kernels. The same {_minutes(recovery):g} minutes of training take the dense model to {adapted:.2f} × on this text."
         f"{_large(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
     )
