@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 64  # codes that are stored together
+_ENCODED = CHUNK << 14  # that are made at once: each takes many bytes on the way
 _PLANES = (4, 2, 1)  # bits of a code that lie together
 
 
@@ -80,6 +81,9 @@ class Kind:
             return survivors
         import torch
 
+        if len(survivors) > _ENCODED:
+            tops = range(0, len(survivors), _ENCODED)
+            return torch.cat([self.encode(survivors[top : top + _ENCODED]) for top in tops])
         padded = torch.nn.functional.pad(survivors, (0, -len(survivors) % CHUNK), value=self.grid[0])
         code_of = torch.zeros(self.grid[-1] - self.grid[0] + 1, dtype=torch.uint8)
         code_of[torch.tensor(self.grid) - self.grid[0]] = torch.arange(len(self.grid), dtype=torch.uint8)

@@ -62,6 +62,7 @@ READABLE = (1, 2, 3, 4)
 MOVED = ("int4", "int3")
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
 _LOOKED_AT = 256  # groups of columns that tell whether a weight was solved on the grid
+_PART = 1 << 20  # weights that are packed at once
 PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
 
@@ -203,27 +204,52 @@ def pack(
     check_dtype(W_OI)
     W_OI = W_OI.detach().cpu()
     shape = (W_OI.shape[0], W_OI.shape[1])
-    cast_OI = _cast(W_OI, kind)
-    bits_GBRC = interleave(bit_pattern(cast_OI))
-    # −0.0 was a survivor of pruning: its place stays in the mask.
-    kept_GBRC = masks_to_bits(full_masks(shape)) if whole else bits_GBRC != 0
-    tensors: dict[str, Tensor] = {}
-    if kind.scaled:
-        scales = scales_of(W_OI, kind, group, whole)
-        removing = None if whole else kept_GBRC
-        bits_GBRC, tensors = _scale(bits_GBRC.view(torch.float32), kind, group, scales, removing)
-    if kind.scaled and whole:
-        survivors = bits_GBRC.flatten()
-    else:
-        counts = kept_GBRC.flatten(1).sum(1)
-        offsets = counts.new_zeros(counts.numel() + 1)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        tensors |= {"masks": bits_to_masks(kept_GBRC), "offsets": offsets}
-        survivors = bits_GBRC[kept_GBRC]
+    if kind.scaled and not torch.isfinite(W_OI).all():
+        raise NumericalError(f"a weight of shape {shape} holds NaN or infinity and cannot become {kind.name}")
+    scales_OS = scales_of(W_OI, kind, group, whole) if kind.scaled else None
+    step = ROWS * max(1, _PART // (ROWS * shape[1]))
+    parts = [
+        _rows(
+            W_OI[top : top + step],
+            kind,
+            group,
+            whole,
+            None if scales_OS is None else scales_OS[top : top + step],
+        )
+        for top in range(0, shape[0], step)
+    ]
+    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    if "counts" in tensors:
+        counts = tensors.pop("counts")
+        tensors["offsets"] = counts.new_zeros(counts.numel() + 1)
+        torch.cumsum(counts, 0, out=tensors["offsets"][1:])
+    if kind.scaled and group and (coded := short(tensors["scales"])) is not None:
+        tensors |= dict(zip(("scales", "exponents"), coded, strict=True))
+    survivors = tensors.pop("values")
     stored = kind.encode(survivors if kind.scaled else survivors.view(kind.dtype))
     padding = stored.new_zeros(PADDING // stored.element_size())
     tensors["values"] = torch.cat([bit_pattern(stored), bit_pattern(padding)]).view(stored.dtype)
     return PackedTensor(tensors, shape, values, group)
+
+
+def _rows(
+    W_OI: Tensor, kind: Kind, group: int | None, whole: bool, scales_OS: Tensor | None
+) -> dict[str, Tensor]:
+    """Some rows of a weight: survivors as bits or integers, `counts` of them, `masks`, and what belongs to scales.
+
+    A head has hundreds of millions of weights, and this takes many bytes for each.
+    """
+    bits_GBRC = interleave(bit_pattern(_cast(W_OI, kind)))
+    # −0.0 was a survivor of pruning: its place stays in the mask.
+    kept_GBRC = masks_to_bits(full_masks((len(W_OI), W_OI.shape[1]))) if whole else bits_GBRC != 0
+    made: dict[str, Tensor] = {}
+    if scales_OS is not None:
+        removing = None if whole else kept_GBRC
+        bits_GBRC, made = _scale(bits_GBRC.view(torch.float32), kind, group, scales_OS, removing)
+        if whole:
+            return {**made, "values": bits_GBRC.flatten()}
+    counts, masks = kept_GBRC.flatten(1).sum(1), bits_to_masks(kept_GBRC)
+    return {**made, "masks": masks, "counts": counts, "values": bits_GBRC[kept_GBRC]}
 
 
 def _cast(W_OI: Tensor, kind: Kind) -> Tensor:
@@ -232,8 +258,6 @@ def _cast(W_OI: Tensor, kind: Kind) -> Tensor:
     Infinity that was there before is the checkpoint's own and is kept bit for bit; more of it is a loss.
     """
     shape = tuple(W_OI.shape)
-    if kind.scaled and not torch.isfinite(W_OI).all():
-        raise NumericalError(f"a weight of shape {shape} holds NaN or infinity and cannot become {kind.name}")
     dtype, name = (torch.float32, "f32") if kind.scaled else (kind.dtype, kind.name)
     cast_OI = W_OI.to(dtype)
     if torch.finfo(dtype).max < torch.finfo(W_OI.dtype).max:
@@ -253,9 +277,9 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     the nearest levels, and its neighbours. One that gives every weight back bit for bit is taken. A checkpoint in 16 bits
     stored scale × level rounded, and so a weight that was solved on the grid comes back as it is.
     """
-    W_OI = stored_OI.float()
     if group is None:
-        return W_OI.abs().amax(1, keepdim=True) / kind.largest
+        return stored_OI.abs().amax(1, keepdim=True).float() / kind.largest
+    W_OI = stored_OI.float()
     grid = Grid(kind.grid, group)
     if kind.bits == 8:
         return _bf16_up(grid.split(W_OI).abs().amax(2) / kind.largest).float()
@@ -265,7 +289,12 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     found_G = _scales_again(W_GC[::step].contiguous(), stored_GC[::step], keep_GC[::step].contiguous(), grid)
     found_OS = torch.full((len(W_OI), len(W_GC) // len(W_OI)), torch.nan)
     if float(found_G.isnan().float().mean()) <= _ON_GRID:
-        found_OS = _scales_again(W_GC, stored_GC, keep_GC, grid).view(found_OS.shape)
+        size = max(1, _PART // W_GC.shape[1])
+        tops = range(0, len(W_GC), size)
+        parts = [tuple(each[top : top + size] for each in (W_GC, stored_GC, keep_GC)) for top in tops]
+        found_OS = torch.cat([_scales_again(W, stored, keep, grid) for W, stored, keep in parts]).view_as(
+            found_OS
+        )
     if bool(found_OS.isnan().any()):
         found_OS = torch.where(
             found_OS.isnan(),
@@ -317,10 +346,7 @@ def _scale(
         q_GBRC *= kept_GBRC  # a grid without zero would give what was removed a value
     # What 16-bit activations need to take an offset back: the sum of a row's integers, or of scale x integer.
     sums_GBR = (q_GBRC * scale_GBRC.double()).sum(-1) if group else q_GBRC.sum(-1, dtype=torch.int64)
-    tensors = {"scales": scales, "sums": sums_GBR.sum(1).flatten().float()}
-    if group and (coded := short(scales)) is not None:
-        tensors |= dict(zip(("scales", "exponents"), coded, strict=True))
-    return q_GBRC, tensors
+    return q_GBRC, {"scales": scales, "sums": sums_GBR.sum(1).flatten().float()}
 
 
 def _bf16_up(x: Tensor) -> Tensor:
