@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tawny
 from tawny.evaluation import hidden_states
@@ -132,6 +133,19 @@ def test_a_dense_model_is_walked_once_for_the_same_windows(tmp_path, keeps):
     assert tawny.evaluate(dense, ids[:3], compute="float32").loss > 0
     assert not walked(model, dense, ids[:3], compute="float32")[1]
     assert walked(model, tiny_model("llama"), ids)[1]  # a live one has no files to know it by
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_kept_states_serve_a_model_whose_blocks_return_more_than_hidden_states(family, tmp_path, keeps):
+    config = AutoConfig.for_model(family, vocab_size=256, hidden_size=32, num_hidden_layers=2, n_layer=2)
+    config.num_attention_heads = config.n_head = 4
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    ids = tokens(2, 20)
+    first = tawny.evaluate(tmp_path / "dense", ids)
+    again = tawny.agreement(tmp_path / "dense", tmp_path / "dense", ids)
+    assert len(list(keeps.iterdir())) == 1
+    assert again.dense.loss == pytest.approx(first.loss) and again.kl == 0
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 40, None], ids=["empty", "zeros", "cut off"])

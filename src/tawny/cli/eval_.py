@@ -222,7 +222,6 @@ def _check_encoder(model: str, stride: int | None, bos: bool | None) -> None:
 
 def perplexity_tables(result: Result) -> list[Frame]:
     """What `tawny.evaluate` measured; `agreement` where a dense model stood beside it."""
-    speed = result["tokens"] / max(result["seconds"], 1e-9)
     rows = [("perplexity", perplexity_text(result))]
     if result.get("bits_per_byte"):
         rows.append(("bits per byte", f"{result['bits_per_byte']:.4f}"))
@@ -242,7 +241,7 @@ def perplexity_tables(result: Result) -> list[Frame]:
         rows.append(("recipe", result["recipe"]))
     rows += [
         ("computed in", result["compute"]),
-        ("time", f"{duration(result['seconds'])} ({speed:,.0f} tokens/s)"),
+        ("time", duration(result["seconds"])),
         ("peak memory", size(result["peak_memory"])),
     ]
     return [facts(rows)]

@@ -247,8 +247,7 @@ def comparison_table(dense: Result, pruned: Result) -> Frame:
     made = table("", "dense", "pruned", "change", title=title)
     ratio = pruned["perplexity"] / dense["perplexity"]
     made.add("perplexity", perplexity_text(dense), perplexity_text(pruned), f"× {ratio:.2f}")
-    for key, name, show in (("sparsity", "sparsity", percent), ("seconds", "time to evaluate", duration)):
-        values = [result.get(key) for result in (dense, pruned)]
-        if any(value is not None for value in values):
-            made.add(name, *("–" if value is None else show(value) for value in values), "")
+    zeros = [result.get("sparsity") for result in (dense, pruned)]
+    if any(value is not None for value in zeros):
+        made.add("sparsity", *("–" if value is None else percent(value) for value in zeros), "")
     return made

@@ -36,6 +36,7 @@ from tawny.evaluation.perplexity import (
 )
 from tawny.evaluation.sources import open_stack_of
 from tawny.model.stack import Stack
+from tawny.model.streams import Samples
 from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -116,7 +117,7 @@ def agreement(
     with evaluating(dense_stack.model), evaluating(stack.model):
         streams = [
             kept_stream(dense_stack, opened[0][1] if cache else None, made.ids, progress, "dense model"),
-            stream_through(stack, made.ids, progress, "pruned model"),
+            stream_through(stack, Samples(made.ids), progress, "pruned model"),
         ]
         sums = _compare(made, (dense_stack, stack), streams, progress)
     means = sums / made.counts()

@@ -31,6 +31,7 @@ from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import Texts, load_texts
 from tawny.calibration.windows import evaluation_windows, tokenise
 from tawny.errors import ModelError
+from tawny.evaluation.hidden_states import stream_through
 from tawny.evaluation.sources import open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
 from tawny.model.stack import TOKENS, Stack
@@ -112,7 +113,7 @@ def features(
     given, about = _samples(opened, data, samples, seqlen, tokenizer, strict, progress)
     with evaluating(stacks[0].model), evaluating(stacks[1].model):
         streams = [
-            _through(stack, given, progress, f"{name} model")
+            stream_through(stack, given, progress, f"{name} model")
             for stack, name in zip(stacks, ("dense", "pruned"), strict=True)
         ]
         sums = _Sums()
@@ -166,16 +167,6 @@ def _samples(
         if TOKENS in given.inputs:
             check_ids(each.model, given.tokens)
     return given, about
-
-
-def _through(stack: Stack, samples: Samples, progress: Progress, phase: str) -> Stream:
-    stream = Stream(stack, samples)
-    progress.phase(phase, len(stack))
-    for index in range(len(stack)):
-        with stack.block(index):
-            stream.advance(index)
-        progress.step(stack.name(index))
-    return stream
 
 
 class _Output:

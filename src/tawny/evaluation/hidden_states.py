@@ -31,9 +31,9 @@ KEPT_BYTES = 2 * 10**9
 _WORTH = 3.0  # seconds of a walk that is worth a file
 
 
-def stream_through(stack: Stack, ids: Tensor, progress: Progress, phase: str) -> Stream:
-    """The windows `[windows, tokens]` behind the last block, whose weights are then the only ones not needed any more."""
-    stream = Stream(stack, Samples(ids))
+def stream_through(stack: Stack, samples: Samples, progress: Progress, phase: str) -> Stream:
+    """Samples behind the last block, whose weights are then the only ones not needed any more."""
+    stream = Stream(stack, samples)
     progress.phase(phase, len(stack))
     for index in range(len(stack)):
         with stack.block(index):
@@ -43,21 +43,22 @@ def stream_through(stack: Stack, ids: Tensor, progress: Progress, phase: str) ->
 
 
 def kept_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progress, phase: str) -> Stream:
-    """The same, from an earlier walk where there was one.
+    """Windows `[windows, tokens]` behind the last block, from an earlier walk where there was one.
 
     Args:
         folder: of the model; None, as for a live one, where nothing is to be kept. Nothing is kept of a packed one either.
     """
     kept = None if folder is None or is_packed(folder) else _place(stack, folder, ids)
     if kept is None:
-        return stream_through(stack, ids, progress, phase)
+        return stream_through(stack, Samples(ids), progress, phase)
     with contextlib.suppress(CheckpointError, KeyError, OSError):  # none there, or a damaged one
         found = Stream(stack, Samples(ids), depth=len(stack), saved=kept)
-        kept.touch()
+        with contextlib.suppress(OSError):  # it may be another user's
+            kept.touch()
         progress.say(f"{phase}: hidden states kept from before")
         return found
     began = time.perf_counter()
-    made = stream_through(stack, ids, progress, phase)
+    made = stream_through(stack, Samples(ids), progress, phase)
     if time.perf_counter() - began >= _WORTH:
         _keep(made, kept)
     return made
@@ -89,7 +90,11 @@ def _keep(stream: Stream, kept: Path) -> None:
         stream.save(mine)
         mine.replace(kept)
         total = 0
-        for path in sorted(kept.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+        for path in sorted(
+            kept.parent.glob(f"{'[0-9a-f]' * 32}.safetensors*"),
+            key=lambda path: path.stat().st_mtime,
+            reverse=True,
+        ):
             total += path.stat().st_size
             if total > KEPT_BYTES:
                 path.unlink()

@@ -339,6 +339,8 @@ class Replay:
         Raises:
             ModelError: what it gives depends on earlier stacks, too.
         """
+        if not self._checked:  # of an earlier walk: nothing has told yet how many items a block returns
+            self._capture(inputs)
         kind = type(self.model if part is None else part)
         if len(self.blocks.starts) > 1 and kind not in self._tails:
             few, row_1TH = {k: v[:1] for k, v in inputs.items()}, hidden_BTH[:1]

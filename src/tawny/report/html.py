@@ -296,7 +296,6 @@ def _comparison(measured: Mapping[str, Any]) -> dict[str, Any] | None:
     if dense.get("bits_per_byte") and pruned.get("bits_per_byte"):
         a, b = dense["bits_per_byte"], pruned["bits_per_byte"]
         rows.append(("bits per byte", f"{a:.4f}", f"{b:.4f}", f"+{b - a:.4f}" if b >= a else f"−{a - b:.4f}"))
-    rows.append(("time to evaluate", duration(dense["seconds"]), duration(pruned["seconds"]), ""))
     note = (
         f"{dense['windows']} windows of {dense['seqlen']} tokens of {dense['text']} "
         f"(sha256 {dense['text_sha256'][:12]}){begun(dense)}, computed in {dense['compute']}; ± is the standard error over windows."
