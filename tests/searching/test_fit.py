@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,7 +101,14 @@ def test_another_size_takes_what_was_measured(dense, fitted, tmp_path, monkeypat
     monkeypatch.setattr(module, "measure", None)  # would be called
     again = tawny.fit(dense, tmp_path / "again", bits=9, measured=dense.parent / "fitted", **KEYS)
     assert again.finalists == fitted.finalists
-    for words, keys in {"differs in recipe": {"seed": 1}, "no folder that": {"measured": tmp_path}}.items():
+    refused = {
+        "differs in recipe": {"seed": 1},
+        "differs in held-out text": {
+            "fit.deciding": 4
+        },  # of tokens that are given, others are kept back then
+        "no folder that": {"measured": tmp_path},
+    }
+    for words, keys in refused.items():
         with pytest.raises(RecipeError, match=words):
             tawny.fit(
                 dense, tmp_path / "no", bits=8.5, **{"measured": dense.parent / "fitted", **KEYS, **keys}
@@ -193,7 +202,15 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     assert best is not None and best.bytes <= budget
     assert (best.head, best.embedding) == ("int8", "int3")
     assert best.expected == pytest.approx(little["int3"])
-    assert [each.head for each in Table(job, sizes, Room(sizes, budget), found).finalists()] == ["int8"]
+    table = Table(job, sizes, Room(sizes, budget), found)
+    assert [each.head for each in table.finalists()] == ["int8"]
+    journal = SimpleNamespace(
+        once=lambda *_: {"kinds": dict.fromkeys(measures, "int2")}, forget=lambda _: None
+    )
+    refined, _ = fit_refine.refine(SimpleNamespace(journal=journal), table, 1.0, *[None] * 4)
+    assert refined is not None and (refined.embedding, refined.takes) == ("int3", best.takes)
+    with pytest.raises(RecipeError, match=f"give --size {math.ceil(table.least)}, or more"):
+        Table(job, sizes, Room(sizes, table.least / 2), found).finalists()
 
 
 def test_zeros_are_tried_where_they_promise_enough(dense):

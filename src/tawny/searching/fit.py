@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.bench import bench
+from tawny.model.identity import tensor_digest
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
 from tawny.packed import format
@@ -67,7 +68,7 @@ from tawny.searching.fit_settings import (
     probes_bytes,
 )
 from tawny.searching.fit_speed import Pace, measured_pace
-from tawny.searching.fit_target import Room, Target, check_size, room_for
+from tawny.searching.fit_target import Room, Target, check_target, room_for
 from tawny.searching.levels import WALK, LevelStore
 from tawny.searching.measured import Measured
 from tawny.words import size
@@ -135,7 +136,7 @@ def fit(
             samples=True,
             demand=partial(demand_of_fit, settings),
             held_out=partial(_held_out, settings),
-            check=partial(check_size, target),
+            check=partial(check_target, target),
         ),
         progress,
         place_to_write=_place(Path(out), overwrite, source, {**asdict(target), **asdict(settings)}),
@@ -193,19 +194,20 @@ def _fit(
     sizes = PackedSize(job)
     room = _room(session, sizes, target)
     samples, searched, deciding = _split(session, settings)
-    of = {key: session.journal.identity.get(key) for key in ("recipe", "model", "text", "held-out text")}
-    of |= {"searched": list(searched.tokens.shape), "packed format": format.VERSION}
+    of = {key: session.journal.identity.get(key) for key in ("recipe", "model", "text")}
+    of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), "packed format": format.VERSION}
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
     found = _measured(session, samples, searched, sizes, output.work)
     table = Table(job, sizes, room, found)
     finalists = table.finalists()
-    if not finalists:  # what was measured to break down is not chosen
-        raise RecipeError(
-            f"{job.source} breaks down where its head is small enough for what was asked; give a larger size, or a lower speed"
-        )
-    refined = _refined(session, settings, table, samples, searched, output.work, finalists)
+    refined = ""
+    try:
+        refined = _refined(session, settings, table, samples, searched, output.work, finalists)
+    except NumericalError as error:  # what was measured is not lost with it
+        journal.forget(WALK)
+        warnings.append(f"refining broke down and takes no part: {error}")
     session.progress.say(
         f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {'; '.join(x.name for x in finalists)}"
     )

@@ -11,6 +11,7 @@ from itertools import product
 
 from tawny.allocation.knapsack import choose
 from tawny.allocation.profile import LinearInfo
+from tawny.errors import RecipeError
 from tawny.kinds import KINDS
 from tawny.pruning.prepare import Job
 from tawny.searching.fit_bytes import PackedSize
@@ -164,7 +165,11 @@ class Table:
         return self.finalist(named, plain.levels, plain.group, head, embedding)
 
     def finalists(self) -> list[Finalist]:
-        """Each once, and zeros only where they promise enough to be worth a prune."""
+        """Each once, and zeros only where they promise enough to be worth a prune.
+
+        Raises:
+            RecipeError: nothing fits, which was not known before all was measured.
+        """
         budget = self.room.budget
         zeros = self.chosen(budget, "zeros and bits by the linear", zeros=True)
         bits = self.chosen(budget, "bits by the linear", zeros=False)
@@ -173,13 +178,28 @@ class Table:
             zeros = None
         if bits is not None and bits.uniform is not None and uniform is not None:
             bits = None
-        return [each for each in (zeros, bits, uniform) if each is not None]
+        found = [each for each in (zeros, bits, uniform) if each is not None]
+        if found:
+            return found
+        if self.least > budget and self.room.pace is None:
+            raise RecipeError(
+                f"{self.job.source} cannot be made that small: some of its linears need scales of 16 bits, which only measuring "
+                f"tells; give --size {math.ceil(self.least)}, or more"
+            )
+        raise RecipeError(
+            f"{self.job.source} breaks down where its head is small enough for what was asked; give a larger size, or a lower speed"
+        )
+
+    @property
+    def least(self) -> float:
+        """Of what may be spent, what the smallest model takes."""
+        least = self.limit.rest + sum(min(x) for x in self.takes)
+        least += min(self.limit.of_head(kind) for kind in self.heads)
+        return least + min(self.limit.of_embedding(kind) for kind in self.embeddings)
 
     def curve(self) -> list[tuple[int, float]]:
         """What may be spent, and the least divergence that is expected there."""
-        least = self.limit.rest + sum(min(x) for x in self.takes)
-        least += min(self.limit.of_head(kind) for kind in self.heads)
-        least += min(self.limit.of_embedding(kind) for kind in self.embeddings)
+        least = self.least
         most = self.limit.rest + sum(max(x) for x in self.takes)
         most += self.limit.of_head(None) + self.limit.of_embedding(None)
         step = (most / least) ** (1 / (_CURVE - 1))

@@ -124,8 +124,6 @@ def measure(
     dense = Stream(stack, held_out, depth=done, saved=journal.hidden(WALK, "held_out"))
 
     def commit(blocks: int, streams: Mapping[str, Stream | None]) -> None:
-        if journal.folder is None:
-            return
         store.settle(blocks)
         session.note_cost()
         journal.commit(WALK, blocks, {"errors": errors}, {**streams, "held_out": dense})

@@ -71,7 +71,7 @@ def refine(
     if told["kinds"] is None:
         return None, told
     levels = {name: Level(0.0, kind) for name, kind in told["kinds"].items()}
-    return table.finalist(_NAME, levels, None, start.head), told
+    return table.finalist(_NAME, levels, None, start.head, embedding=start.embedding), told
 
 
 def _refined(

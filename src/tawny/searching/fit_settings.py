@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from tawny.errors import RecipeError
-from tawny.pruning.memory_plan import Load
+from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load
 from tawny.pruning.prepare import Job, demand_of
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe, validated
@@ -21,6 +21,10 @@ from tawny.searching.fit_measure import TOGETHER
 from tawny.searching.settings import seconds_in
 
 _FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
+
+_PACKED_END = (
+    16  # bytes for each weight of a head or an embedding while it is packed, and what comes back of it
+)
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -83,10 +87,52 @@ def _base(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
     return made
 
 
-def demand_of_fit(settings: FitSettings, job: Job, load: Load) -> SearchDemand:
-    own = replace(demand_of(job, load), refining=False)
-    hidden = settings.windows * min(settings.length, load.seqlen) * job.stack.hidden_bytes
-    return SearchDemand(own, own, job.needs, hidden, (2 * TOGETHER + 1) * hidden)
+@dataclass(frozen=True)
+class FitDemand:
+    """A fit as far as memory is concerned.
+
+    Attributes:
+        measuring: the walks that measure, and those that refine.
+        finalist: the prune of a finalist, beside the model that measured, which stays open.
+        judged: bytes of the hidden states that a finalist is judged by.
+    """
+
+    measuring: SearchDemand
+    finalist: Demand
+    judged: int
+
+    def held(self) -> int | None:
+        return self.measuring.held()
+
+    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
+        phases = self.measuring.phases(spill=spill, held=held)
+        if "text" not in phases:
+            return phases
+        stack = self.finalist.stack
+        base = {key: value for key, value in phases["text"].items() if key != "text"}
+        ends = base["embeddings"] + stack.late_bytes
+        largest = max(base["embeddings"], stack.late_bytes) // stack.compute.itemsize
+        packing = {**base, "head": stack.late_bytes, "packing": _PACKED_END * largest}
+        phases["packing head and embedding"] = packing
+        for name, parts in self.finalist.phases(spill=spill, held=held).items():
+            phases[f"finalists, {name}"] = {**parts, "the model that measured": ends}
+        judging = {"the two models": 2 * ends, "hidden_states": 2 * self.judged, "logits": 4 * LOGIT_BYTES}
+        phases["judging"] = {
+            **base,
+            "head": stack.late_bytes,
+            "block": self.finalist.block_bytes(),
+            **judging,
+        }
+        return phases
+
+
+def demand_of_fit(settings: FitSettings, job: Job, load: Load) -> FitDemand:
+    finalist = demand_of(job, load)
+    walk = replace(finalist, refining=False)
+    window = min(settings.length, load.seqlen) * job.stack.hidden_bytes
+    hidden = settings.windows * window
+    measuring = SearchDemand(walk, None, job.needs, hidden, (2 * TOGETHER + 1) * hidden)
+    return FitDemand(measuring, finalist, settings.deciding * window)
 
 
 def few_bits(job: Job) -> str:

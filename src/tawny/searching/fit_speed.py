@@ -8,7 +8,7 @@ are not counted, so a model is a little slower than this says; what it really do
 
 from __future__ import annotations
 
-__all__ = ["Pace", "ReadPerToken", "measured_pace"]
+__all__ = ["Pace", "ReadPerToken", "check_kernels", "measured_pace"]
 
 import math
 import time
@@ -76,9 +76,8 @@ def _key(level: Level) -> str:
     return f"{level.kind}@{level.sparsity}"
 
 
-def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
-    """Measure memory, and the kernel of each level, with torch's threads.
-
+def check_kernels() -> None:
+    """
     Raises:
         MissingFeature: there are no compiled kernels, without which no speed is worth a promise.
     """
@@ -86,6 +85,11 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
         raise MissingFeature(
             "a speed is reached by the compiled kernels, and they are missing: `tawny doctor` says how to get them; or give a size"
         )
+
+
+def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
+    """Measure memory, and the kernel of each level, with torch's threads; raises as `check_kernels` does."""
+    check_kernels()
     widths: Counter[int] = Counter()
     for linear in linears:
         widths[linear.shape[1]] += linear.numel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Limit", "Room", "Target", "check_size", "room_for"]
+__all__ = ["Limit", "Room", "Target", "check_target", "room_for"]
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tawny.pruning.memory_plan import parse_size
 from tawny.pruning.prepare import Job
 from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.fit_measure import KINDS_TRIED, levels
-from tawny.searching.fit_speed import Pace, ReadPerToken
+from tawny.searching.fit_speed import Pace, ReadPerToken, check_kernels
 from tawny.words import size as size_words
 
 
@@ -117,10 +117,13 @@ def room_for(job: Job, sizes: PackedSize, target: Target, pace: Callable[[], Pac
     return Room(limit, measured.budget(target.speed), measured)
 
 
-def check_size(target: Target, job: Job) -> None:
-    """Refuse a size that nothing is as small as, for which nothing has to be measured; raises as `room_for` does."""
+def check_target(target: Target, job: Job) -> None:
+    """Refuse what needs no measuring to be refused; raises as `room_for` and `PackedSize` do."""
+    sizes = PackedSize(job)
     if target.speed is None:
-        _bytes(job, PackedSize(job), target)
+        _bytes(job, sizes, target)
+    else:
+        check_kernels()
 
 
 def _bytes(job: Job, sizes: PackedSize, target: Target) -> int:
