@@ -160,7 +160,7 @@ def cell(args: argparse.Namespace, name: str, texts: dict[str, str]) -> dict[str
         }
     if (folder / "run.json").is_file():
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        found |= {"sparsity": record["sparsity"], "peak_memory": record["memory"].get("peak")}
+        found |= {"sparsity": record["sparsity"], "peak_memory": record["peak_memory"]}
     return found
 
 
