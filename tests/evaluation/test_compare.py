@@ -240,3 +240,10 @@ def test_every_model_is_measured_on_windows_that_begin_alike(text, tmp_path, her
         assert [each["bos"] for each in measured] == [begun] * 2
         alone = tawny.evaluate(folder, text, seqlen=24, windows=measured[0]["windows"], bos=begun)
         assert measured[0]["perplexity"] == pytest.approx(alone.perplexity, rel=1e-6)
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_refused_before_the_work(tmp_path, run):
+    dense = tiny_folder(tmp_path / "dense")
+    given = ("--text", "none", "--tasks", "owl7", "--task-data", tmp_path / "absent")
+    code, _, err = run("compare", dense, *given)
+    assert code == 2 and "no such folder" in err

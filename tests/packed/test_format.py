@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tawny import kinds
 from tawny.errors import CheckpointError, NumericalError, UserError
 from tawny.kernels import reference
 from tawny.kinds import KINDS as TABLE
@@ -282,3 +283,19 @@ def test_infinity_that_the_checkpoint_holds_is_kept_and_the_largest_finite_weigh
     W = torch.tensor([[float("inf"), -float("inf"), float("nan"), 65504.0, -65504.0]])
     made = format.unpack(format.pack(W, "f16"))
     assert torch.equal(made.nan_to_num(1.0), W.half().nan_to_num(1.0))
+
+
+@pytest.mark.parametrize("values", TABLE)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_weight_is_packed_in_parts_as_in_one(values, whole, monkeypatch):
+    W_OI = torch.randn(90, 200).bfloat16() * (1 if whole else torch.rand(90, 200) > 0.5)
+    solved_OI = format.unpack(format.pack(W_OI, values, whole=whole), torch.bfloat16)
+    for weight_OI in (W_OI, solved_OI):
+        at_once = format.pack(weight_OI, values, whole=whole)
+        with monkeypatch.context() as small:
+            small.setattr(format, "_PART", 3000)
+            small.setattr(kinds, "_ENCODED", 5 * kinds.CHUNK)
+            parts = format.pack(weight_OI, values, whole=whole)
+        assert parts.tensors.keys() == at_once.tensors.keys()
+        for name, tensor in at_once.tensors.items():
+            assert torch.equal(parts.tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name

@@ -12,11 +12,12 @@ import torch
 
 import tawny
 from tawny.allocation.knapsack import reactions
-from tawny.errors import Interrupted, RecipeError, TextError, UserError
+from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
 from tawny.packed.folder import INDEX, PackedFolder
 from tawny.patterns import removed_count
 from tawny.progress import silent
+from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
 from tawny.searching import fit as module
@@ -26,6 +27,7 @@ from tawny.searching.divergence import Divergence
 from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.fit_choice import Found, Table
 from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Measures, far_from_role
+from tawny.searching.fit_settings import FitSettings, demand_of_fit
 from tawny.searching.fit_target import Room
 from tests.tiny import tiny_model, tokens
 
@@ -211,6 +213,29 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     assert refined is not None and (refined.embedding, refined.takes) == ("int3", best.takes)
     with pytest.raises(RecipeError, match=f"give --size {math.ceil(table.least)}, or more"):
         Table(job, sizes, Room(sizes, table.least / 2), found).finalists()
+
+
+def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense):
+    job = prepare(resolve_recipe(sparsity=0, solver="sparsegpt", refine={"epochs": 1}), dense, silent, "cpu")
+    demand = demand_of_fit(FitSettings(), job, Load(8, 24, 1000))
+    phases = demand.phases(spill=False, held=False)
+    alone = demand.finalist.phases(spill=False, held=False)
+    assert "refine" in alone and {f"finalists, {name}" for name in alone} <= phases.keys()
+    for name, parts in alone.items():
+        beside = sum(phases[f"finalists, {name}"].values()) - sum(parts.values())
+        assert beside == parts["embeddings"] + job.stack.late_bytes > 0
+    assert sum(phases["judging"].values()) > 2 * beside
+
+
+def test_refining_that_breaks_down_loses_nothing(dense, fitted, tmp_path, monkeypatch):
+    def breaks(*_):
+        raise NumericalError("NaN in block 1")
+
+    monkeypatch.setattr(module, "refine", breaks)
+    keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
+    made = tawny.fit(dense, tmp_path / "made", bits=9, **keys)
+    assert made.finalists == fitted.finalists and made.refined == ""
+    assert any("refining broke down and takes no part: NaN in block 1" in line for line in made.warnings)
 
 
 def test_zeros_are_tried_where_they_promise_enough(dense):

@@ -171,8 +171,8 @@ class PackedSize:
 
     def _weighs(self, entry: PackedLinearEntry) -> int:
         """Bytes of a packed weight and of what names it; thousands of experts are alike but for the letters of their names."""
-        sources = tuple(map(len, entry.sources))
-        alike = replace(entry, name="x" * len(entry.name), sources=tuple("x" * size for size in sources))
+        sources = tuple("x" * len(source) for source in entry.sources)
+        alike = replace(entry, name="x" * len(entry.name), sources=sources)
         if (known := self._known.get(alike)) is not None:
             return known
         told = len(json.dumps({entry.name: entry.to_dict()}, separators=(",", ":")))

@@ -22,9 +22,8 @@ from tawny.searching.settings import seconds_in
 
 _FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
 
-_PACKED_END = (
-    16  # bytes for each weight of a head or an embedding while it is packed, and what comes back of it
-)
+# Bytes for each weight of a head or an embedding while it is packed, with what comes back of it.
+_PACKED_END = 16
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -116,7 +115,9 @@ class FitDemand:
         phases["packing head and embedding"] = packing
         for name, parts in self.finalist.phases(spill=spill, held=held).items():
             phases[f"finalists, {name}"] = {**parts, "the model that measured": ends}
-        judging = {"the two models": 2 * ends, "hidden_states": 2 * self.judged, "logits": 4 * LOGIT_BYTES}
+        # The dense model, and a finalist whose head and embedding stay packed, in eight bits at most.
+        models = ends + ends // stack.compute.itemsize
+        judging = {"the two models": models, "hidden_states": 2 * self.judged, "logits": 4 * LOGIT_BYTES}
         phases["judging"] = {
             **base,
             "head": stack.late_bytes,
