@@ -7,7 +7,7 @@ from typing import Any
 
 NAMES = {
     "dense": "dense",
-    "fast": "fast",
+    "fast": "`tawny prune` (fast)",
     "best": "best",
     "sparsegpt": "SparseGPT, uniform",
     "official-owl-sparsegpt-70": "official OWL + SparseGPT",

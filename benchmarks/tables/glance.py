@@ -70,8 +70,8 @@ def _same_bytes(frontier: Mapping[str, Any]) -> str:
         lines.append(f"| {shown} | {cell['bytes'] / 1e6:,.0f} MB | {kl} | {speed:.1f} |")
     return (
         "\n".join(lines)
-        + f"\n\n<sub>Qwen2.5-Coder-1.5B, all from the same dense model; {setting['windows']} windows of "
-        f"{setting['eval_seqlen']} tokens of `wiki` and of WikiText-2; one of `wiki` is an "
+        + f"\n\n<sub>Qwen2.5-Coder-1.5B, all from the same dense model. KL is of {setting['windows']} windows of "
+        f"{setting['eval_seqlen']} tokens of `wiki` and of WikiText-2. One of `wiki` is an "
         "[outlier](docs/results.md#the-same-on-qwen25-coder-15b).</sub>\n"
     )
 
