@@ -199,8 +199,25 @@ def test_one_inverse_serves_all_penalties_near_it(grown: float, powers: int, mon
     off = vectors.T @ found @ vectors - torch.diag(wanted)
     # bfloat16 rounds every entry by up to its 2⁻⁹th part
     assert float(torch.linalg.matrix_norm(off, 2)) <= (0.018 + 2**-7) * float(wanted.max())
-    assert len(scaled.powers) <= 2
-    assert max(len(made) for made in scaled.powers.values()) in (1, powers)
+    assert len(scaled.made) <= 2
+    assert max(len(made) for made in scaled.made.values()) in (1, powers)
+
+
+@pytest.mark.parametrize("rows", [3, 70, 140, 141, 400])
+def test_a_factor_multiplies_like_an_inverse(rows: int, monkeypatch) -> None:
+    monkeypatch.setattr(inverses, "native_dtype", lambda: torch.float32)
+    _, statistics = lifelike(20, 280)
+    scaled = Alps().prepare(statistics)
+    right = torch.randn(rows, 280, generator=torch.Generator().manual_seed(rows))
+    found = torch.empty_like(right)
+    scaled.times_inverse(0.3, rows)(right, found)
+    H = scaled.hessian_II.double() + scaled.ridge * torch.eye(280)
+    H = H / scaled.scale_I.double() / scaled.scale_I.double()[:, None] + 0.3 * torch.eye(280)
+    wanted = torch.linalg.solve(H, right.double().T).T
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-5
+    assert {by for by, _ in scaled.made} == (
+        {"factor"} if inverses.wide(rows, 280) else {"factor", "inverse"}
+    )
 
 
 def test_few_inverses_and_bfloat16_lose_no_more(monkeypatch) -> None:
@@ -226,7 +243,7 @@ def test_inverses_that_were_dropped_are_made_again_as_they_were(dtype, monkeypat
         monkeypatch.setattr(inverses, "_KEPT", kept)
         prepared = Alps().prepare(statistics)
         solutions += [Alps().solve(weight, statistics, Unstructured(), 0.6, prepared) for weight in (W, W)]
-        assert (len(prepared.powers) > 1) == (kept > one)
+        assert (len(prepared.made) > 1) == (kept > one)
     assert all(torch.equal(solutions[0].weight, other.weight) for other in solutions[1:])
 
 

@@ -1,4 +1,4 @@
-"""The blocked inverse against float64's, at sizes around its blocks."""
+"""The blocked factor and inverse against float64's, at sizes around their blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.solvers import inverse
-from tawny.solvers.inverse import invert
+from tawny.solvers.inverse import factorise, invert
 from tests.reference.problems import lifelike
 
 
@@ -23,9 +23,10 @@ def test_it_is_the_inverse_whatever_the_blocks(width: int, block: int, seed: int
     A = damped(width, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inverse, "_BLOCK", block)
-        found = invert(A.clone())
+        L, found = factorise(A.clone()).double().tril(), invert(A.clone())
     exact = torch.linalg.inv(A.double())
     assert float((found.double() - exact).norm() / exact.norm()) < 1e-4
+    assert float((L @ L.T - A).norm() / A.norm()) < 1e-6
 
 
 def test_it_is_as_near_as_lapack_with_many_blocks_and_lies_in_the_memory_of_its_argument() -> None:

@@ -7,8 +7,9 @@ machine shows on such products just now. Both are estimates and say so; sizes on
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -260,14 +261,16 @@ def _seconds_a_token(stack: Stack) -> float:
     return around * products / speed
 
 
-def _solving(works: Sequence[Work], exact_solver: bool, infos: tuple[LinearInfo, ...]) -> float:
+def _solving(
+    works: Sequence[Callable[[int, int], Work]], exact_solver: bool, infos: tuple[LinearInfo, ...]
+) -> float:
     """Seconds of all solves."""
-    seconds = 0.0
-    for work in works:
-        exact = measured_speed(torch.float32)
-        rounded = measured_speed(native_dtype()) if work.rounded else exact
+    seconds, exact = 0.0, measured_speed(torch.float32)
+    rounded = exact if native_dtype() is torch.float32 else measured_speed(native_dtype())
+    for work_of, info in product(works, infos):
+        out, width = info.shape
+        work = work_of(out, width)
         a_row = work.tall / exact + work.rounded / rounded
         a_column = work.square / exact + work.rounded_square / rounded
-        seconds += sum(2.0 * x.shape[1] ** 2 * (a_row * x.shape[0] + a_column * x.shape[1]) for x in infos)
-        seconds += sum(x.numel for x in infos) * work.passes * _PASS
+        seconds += 2.0 * width**2 * (a_row * out + a_column * width) + info.numel * work.passes * _PASS
     return seconds if exact_solver else seconds + sum(x.numel for x in infos) * 2e-8

@@ -14,7 +14,8 @@ it changes by less than 0.03 %, or at 300. Then masked conjugate gradients (`ref
 best values on the support.
 
 What we do differently: an inverse (`inverse.py`) instead of an eigendecomposition, so that an iteration costs one
-product of a weight with a square matrix. The product is of what B has left to go,
+product of a weight with a square matrix, or two triangular solves where a weight is wide. The product is of what B has
+left to go,
 
     B = W + S,   S = (ρ(D − W) − V)(H + ρI)⁻¹,
 
@@ -50,7 +51,7 @@ from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_
 from tawny.precision import native_dtype
 from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian, require_finite
 from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project, refit_scales
-from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes
+from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes, wide
 from tawny.solvers.refit import refit
 
 __all__ = ["Alps", "Scaled"]
@@ -85,18 +86,20 @@ class Alps(Solver):
     default_scope: ClassVar[Scope] = "matrix"
     stand_in: ClassVar[str] = "sparsegpt"  # where many solutions are only compared: a fraction of the time
 
-    @property
-    def work(self) -> Work:
-        """A residual; about 33 iterations, four steps, and what lies between; two inverses with powers, or eleven."""
+    def work(self, out: int, width: int) -> Work:
+        """A residual; about 33 iterations, four steps, and what lies between; two inverses with powers, or eleven for all ρ."""
         if native_dtype() is torch.bfloat16:
             return Work(tall=1.2, square=1.4, rounded=37.0, rounded_square=6.0, passes=280.0)
+        if wide(out, width):
+            return Work(tall=1.2, square=3.0, rounded=40.0, passes=280.0)
         return Work(tall=1.2, square=8.0, rounded=37.0, passes=280.0)
 
-    @property
-    def rounding(self) -> Work:
+    def rounding(self, out: int, width: int) -> Work:
         """36 more iterations, in which the grid costs more than a mask does, and looks at what is lost."""
         if native_dtype() is torch.bfloat16:
             return Work(tall=3.0, square=1.4, rounded=36.0, rounded_square=6.0, passes=2800.0)
+        if wide(out, width):
+            return Work(tall=3.0, square=1.6, rounded=39.0, passes=2800.0)
         return Work(tall=3.0, square=4.4, rounded=36.0, passes=2800.0)
 
     def __post_init__(self) -> None:
@@ -126,7 +129,7 @@ class Alps(Solver):
         for _ in range(1 + _RETRIES):
             scale_I = (diagonal_I + damp * mean).clamp(min=1e-6 * mean).sqrt_()
             scaled = Scaled(H_II, scale_I, damp * mean, damp, self.rho)
-            if scaled.inverse(self.rho) is not None:
+            if scaled.factor(self.rho) is not None:
                 return scaled
             damp *= 10
         raise NumericalError(
@@ -196,21 +199,20 @@ class Alps(Solver):
 
         T_OI = first()
         chunks = parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1]))
-        inverse_II = scaled.inverse(self.rho)
-        assert inverse_II is not None  # `prepare` has made it
-        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=inverse_II.dtype)
+        times_inverse = scaled.times_inverse(self.rho, len(W_OI))
+        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=scaled.dtype)
         survivors = max(support.changes(T_OI), 1)
         rho = before = self.rho
         grown = False
         iteration = 0
         for iteration in range(1, self.iterations + 1):
-            assert inverse_II is not None
+            assert times_inverse is not None  # `prepare` has made the first one's factor
             support.begin(T_OI)
             for chunk in chunks:
                 T_CI, W_CI = T_OI[chunk], scaled_OI[chunk]
                 right_CI, step_CI = (spare_CI[: len(T_CI)] for spare_CI in scratch)
                 support.right(T_CI, W_CI, chunk, rho, before, right_CI)
-                torch.mm(right_CI, inverse_II, out=step_CI)
+                times_inverse(right_CI, step_CI)
                 support.update(T_CI, W_CI, step_CI, chunk, rho, before)
             support.finish(T_OI)
             before = rho  # V was made with it
@@ -233,9 +235,9 @@ class Alps(Solver):
                     T_OI = first()
                     support.changes(T_OI)
                     before = rho
-            inverse_II = None  # before the next one needs its memory
-            inverse_II = scaled.inverse(rho)
-            if inverse_II is None:
+            times_inverse = None  # before the next one needs its memory
+            times_inverse = scaled.times_inverse(rho, len(W_OI))
+            if times_inverse is None:
                 break
         return T_OI, iteration, rho
 
@@ -255,13 +257,12 @@ class Alps(Solver):
         best_OI, best_OS, lost_O = grid_OI.clone(), scales_OS.clone(), W_OI.new_full((len(W_OI),), torch.inf)
         chunks = parts(T_OI, max(CHUNK, ROWS * T_OI.shape[1]))
         rho = before = max(_GRID_RHO, self.rho)
-        inverse_II = scaled.inverse(rho)
-        assert inverse_II is not None  # `prepare` has made one for a ρ that is no larger
-        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=inverse_II.dtype)
+        times_inverse = scaled.times_inverse(rho, len(W_OI))
+        scratch = T_OI.new_empty((2, *T_OI[chunks[0]].shape), dtype=scaled.dtype)
         # Fresh memory for each pass would cost as much as the pass.
         spare = torch.empty_like(T_OI[parts(T_OI, CACHED)[0]])
         for step in range(1, _GRID_STEPS + 1):
-            assert inverse_II is not None
+            assert times_inverse is not None  # `prepare` has made a factor for a ρ that is no larger
             for chunk in chunks:
                 right_CI, step_CI = (spare_CI[: chunk.stop - chunk.start] for spare_CI in scratch)
                 for part in parts(right_CI, CACHED):
@@ -269,7 +270,7 @@ class Alps(Solver):
                     T_PI, spare_PI = T_OI[here], spare[: part.stop - part.start]
                     T_PI -= torch.mul(grid_OI[here], scaled.scale_I, out=spare_PI)
                     right_CI[part] = spare_PI.sub_(scaled_OI[here]).mul_(rho).sub_(T_PI, alpha=before)
-                torch.mm(right_CI, inverse_II, out=step_CI)
+                times_inverse(right_CI, step_CI)
                 for part in parts(right_CI, CACHED):
                     here = _within(chunk, part)
                     T_PI, spare_PI = T_OI[here], spare[: part.stop - part.start]
@@ -293,8 +294,8 @@ class Alps(Solver):
             before = rho
             if step % _GRID_CHECK == 0 and step < _GRID_STEPS:
                 rho *= _GRID_GROWTH
-                inverse_II = None  # before the next one needs its memory
-                inverse_II = scaled.inverse(rho)
+                times_inverse = None  # before the next one needs its memory
+                times_inverse = scaled.times_inverse(rho, len(W_OI))
         scaled.forget()
         lost = float(lost_O.sum(dtype=torch.float64))
         return Solution(best_OI, keep_OI, solution.notes, lost, best_OS)

@@ -85,13 +85,11 @@ class Solver(Protocol):
     default_scope: ClassVar[Scope]
     stand_in: ClassVar[str] = ""
 
-    @property
-    def work(self) -> Work:
-        """What a solve costs: a column loop, and the factor and inverse of the Hessian."""
+    def work(self, out: int, width: int) -> Work:
+        """What a solve of a weight `[out, width]` costs: a column loop, and the factor and inverse of the Hessian."""
         return Work(tall=3.0, square=3.0)
 
-    @property
-    def rounding(self) -> Work:
+    def rounding(self, out: int, width: int) -> Work:
         """What a grid adds to a solve: the search for scales, measured."""
         return Work(tall=0.0, square=0.0, passes=700.0)
 

@@ -39,13 +39,11 @@ class BlockSolver(Protocol):
         """How many blocks, those that came off best, are compared anew after each one that left; 0: all are taken by one look."""
         return 0
 
-    @property
-    def work(self) -> Work:
+    def work(self, out: int, width: int) -> Work:
         """Zeros cost nothing."""
         return Work(tall=0.0, square=0.0)
 
-    @property
-    def rounding(self) -> Work:
+    def rounding(self, out: int, width: int) -> Work:
         """No survivor is rounded."""
         return Work(tall=0.0, square=0.0)
 

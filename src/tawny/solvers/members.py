@@ -69,9 +69,8 @@ class MemberSolver(Protocol):
         """Whether a consumer without a bias is given one, where the model's configuration can say so."""
         return False
 
-    @property
-    def work(self) -> Work:
-        """What choosing costs: a factor and an inverse of the consumer's Hessian, and its new weight."""
+    def work(self, out: int, width: int) -> Work:
+        """What choosing for a consumer `[out, width]` costs: a factor and an inverse of the consumer's Hessian, and its new weight."""
         return Work(tall=2.0, square=3.0)
 
     def workspace(self, out: int, width: int) -> int:

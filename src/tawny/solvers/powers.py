@@ -1,26 +1,31 @@
-"""Trick: one inverse of a Hessian serves ALPS for several penalties ρ, by its powers.
+"""What multiplies by (H + ρI)⁻¹ in ALPS, for one penalty ρ after another.
 
-What it buys, where the hardware multiplies bfloat16: with bfloat16 factors, which it needs, it took 17 % off the solving of a
-whole run (70 to 58 s; docs/log/alps-products.md). Elsewhere a product of square matrices costs more than an inverse, and
-every ρ has its own.
+Trick: where the hardware multiplies bfloat16, one inverse serves several ρ, by its powers. With bfloat16 factors, which it
+needs, that took 17 % off the solving of a whole run (70 to 58 s; docs/log/alps-products.md).
 Paid: inverses that are off by 1.7 % at most, which changes losses in the fourth digit.
 
-Shapes: I = in, R = rows of a part.
+Elsewhere a product of square matrices costs more than an inverse, and every ρ has its own. Where a weight has few rows for
+its columns a Cholesky factor stands for the inverse: two triangular solves take 1.05 to 1.2 times as long as a product, and a
+factor takes a third of the time of an inverse.
+
+Shapes: I = in, C = rows of a chunk, R = rows of a part.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from tawny.precision import native_dtype
-from tawny.solvers.inverse import invert
+from tawny.solvers.inverse import factorise, inverse_of_factor
 
-__all__ = ["CACHED", "CHUNK", "ROWS", "SMALLEST_RHO", "Scaled", "parts", "waiting_bytes"]
+__all__ = ["CACHED", "CHUNK", "ROWS", "SMALLEST_RHO", "Scaled", "parts", "waiting_bytes", "wide"]
 
 CHUNK = 1 << 22  # weights a product takes at once,
 ROWS = 1024  # or so many rows: every product arranges the whole inverse again
@@ -33,7 +38,7 @@ _KEPT = 1 << 28  # bytes of inverses and their powers that may wait for another 
 
 @dataclass
 class Scaled:
-    """What the linears that share an input share: the scaling of their Hessian, and inverses.
+    """What the linears that share an input share: the scaling of their Hessian, factors and inverses.
 
     Where the hardware multiplies bfloat16, one inverse serves while ρ grows by `_GROWTH`: its powers, each a product of
     bfloat16 factors, give the inverses of those ρ (`_nearest`). Where all of them are too large to keep there are two, and
@@ -45,25 +50,58 @@ class Scaled:
     ridge: float
     damp: float  # the damping that was needed
     rho: float
-    powers: dict[float, list[Tensor]] = field(default_factory=dict)  # X = (H' + ρI)⁻¹, X², … by ρ
+    # By what and ρ: of a factor L with LLᵀ = H' + ρI, of an inverse X = (H' + ρI)⁻¹, X², …
+    made: dict[tuple[str, float], list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the hardware multiplies fastest."""
+        return native_dtype() if self.hessian_II.device.type == "cpu" else torch.float32
+
+    def times_inverse(self, rho: float, rows: int) -> Callable[[Tensor, Tensor], None] | None:
+        """A function of R and S, `[any, in]` of `dtype`, that writes R(H' + ρI)⁻¹ into S; None where float32 cannot tell.
+
+        Args:
+            rho: the penalty.
+            rows: of the weight that is solved.
+        """
+        on_cpu = self.hessian_II.device.type == "cpu"
+        if on_cpu and self.dtype is torch.float32 and wide(rows, len(self.hessian_II)):
+            L_II = self.factor(rho)
+            return None if L_II is None else partial(_substitute, L_II)
+        X_II = self.inverse(rho)
+        return None if X_II is None else partial(_multiply, X_II)
+
+    def factor(self, rho: float) -> Tensor | None:
+        """L with LLᵀ = H' + ρI, in its lower triangle; None where float32 cannot tell."""
+        if ("factor", rho) not in self.made:
+            self.forget(max(self._sizes(), default=0))
+            A_II = self.hessian_II / self.scale_I
+            A_II /= self.scale_I[:, None]
+            A_II.diagonal().add_(self.ridge / self.scale_I.square() + rho)
+            L_II = factorise(A_II)
+            if L_II is None:
+                return None
+            self.made["factor", rho] = [L_II]
+        return self.made["factor", rho][0]
 
     def inverse(self, rho: float) -> Tensor | None:
-        """(H' + ρI)⁻¹, in the dtype that the hardware multiplies fastest; None where float32 cannot tell."""
-        dtype = native_dtype() if self.hessian_II.device.type == "cpu" else torch.float32
+        """(H' + ρI)⁻¹; None where float32 cannot tell."""
         near = self.rho * _GROWTH ** math.floor(math.log(rho / self.rho) / math.log(_GROWTH) + 1e-9)
-        if dtype is torch.float32 or near < SMALLEST_RHO:
+        if self.dtype is torch.float32 or near < SMALLEST_RHO:
             near = rho
-        powers = self.powers.get(near)
+        powers = self.made.get(("inverse", near))
         if powers is None:
-            X_II = self._exactly(near, dtype)
-            if X_II is None:
+            L_II = self.factor(near)
+            if L_II is None:
                 return None
-            powers = self.powers[near] = [X_II]
+            del self.made["factor", near]  # its memory becomes the inverse
+            powers = self.made["inverse", near] = [inverse_of_factor(L_II).to(self.dtype)]
         shift = rho - near
         if shift < 1e-6 * near:
             return powers[0]
         shares = [share * shift**power for power, share in enumerate(_nearest(shift / near))]
-        kept = _powers_kept(len(powers[0]), dtype)
+        kept = _powers_kept(len(powers[0]), self.dtype)
         while len(powers) < kept:
             powers.append(powers[-1] @ powers[0])
         made_II = torch.empty_like(powers[0])
@@ -71,24 +109,27 @@ class Scaled:
             made_II[part] = _weighed(powers, shares[:kept], part)
         if kept < len(shares):  # X⁴ = X²X², X³ = X²X
             for part in parts(made_II, max(CHUNK, ROWS * len(made_II))):
-                made_II[part].addmm_(_weighed(powers, shares[kept:], part).to(dtype), powers[-1])
+                made_II[part].addmm_(_weighed(powers, shares[kept:], part).to(self.dtype), powers[-1])
         return made_II
 
     def forget(self, beside: int = 0) -> None:
-        """Drop the oldest inverses until those that stay, and so many bytes beside them, are few enough to wait."""
-        while self.powers and beside + sum(self._sizes()) > _KEPT:
-            del self.powers[next(iter(self.powers))]
+        """Drop the oldest until those that stay, and so many bytes beside them, are few enough to wait."""
+        while self.made and beside + sum(self._sizes()) > _KEPT:
+            del self.made[next(iter(self.made))]
 
     def _sizes(self) -> list[int]:
-        return [sum(X_II.nbytes for X_II in powers) for powers in self.powers.values()]
+        return [sum(matrix.nbytes for matrix in matrices) for matrices in self.made.values()]
 
-    def _exactly(self, rho: float, dtype: torch.dtype) -> Tensor | None:
-        self.forget(max(self._sizes(), default=0))
-        A_II = self.hessian_II / self.scale_I
-        A_II /= self.scale_I[:, None]
-        A_II.diagonal().add_(self.ridge / self.scale_I.square() + rho)
-        X_II = invert(A_II)
-        return None if X_II is None else X_II.to(dtype)
+
+def _multiply(X_II: Tensor, R_CI: Tensor, S_CI: Tensor) -> None:
+    """S ← RX."""
+    torch.mm(R_CI, X_II, out=S_CI)
+
+
+def _substitute(L_II: Tensor, R_CI: Tensor, S_CI: Tensor) -> None:
+    """S ← R(LLᵀ)⁻¹."""
+    torch.linalg.solve_triangular(L_II.T, R_CI, upper=True, left=False, out=S_CI)
+    torch.linalg.solve_triangular(L_II, S_CI, upper=False, left=False, out=S_CI)
 
 
 def _powers_kept(width: int, dtype: torch.dtype) -> int:
@@ -118,8 +159,13 @@ def _nearest(a: float) -> list[float]:
     return [float(share) for share in quotient.coef]
 
 
+def wide(rows: int, width: int) -> bool:
+    """Whether a factor for each ρ and two triangular solves an iteration take less time than an inverse and a product."""
+    return 2 * rows <= width
+
+
 def waiting_bytes(width: int) -> int:
-    """What the inverses for so many inputs take while another weight is pruned: two with their powers, or one for each ρ."""
+    """What is kept for so many inputs while another weight is pruned: two inverses with their powers, or one for each ρ."""
     dtype = native_dtype()
     kept = min(12 * dtype.itemsize * width**2, _KEPT)
     return kept if _powers_kept(width, dtype) > _DEGREE else 0
