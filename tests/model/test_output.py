@@ -71,3 +71,16 @@ def test_a_folder_without_a_name_of_its_own_can_be_written(tmp_path, monkeypatch
 def test_the_root_is_refused_in_one_line():
     with pytest.raises(OutputError, match=r"^/ is the root of the file system; choose a folder"):
         OutputFolder(Path("/"), overwrite=True)
+
+
+def test_an_unfinished_run_is_only_cleared_by_consent(tmp_path):
+    journal = tmp_path / "out.partial" / "journal.json"
+    journal.parent.mkdir()
+    journal.write_text("{}")
+    with pytest.raises(OutputError, match="holds an unfinished run: repeat its command"):
+        OutputFolder(tmp_path / "out")
+    assert journal.exists()
+    OutputFolder(tmp_path / "out", keep=True).release()
+    assert journal.exists()
+    OutputFolder(tmp_path / "out", overwrite=True).discard()
+    assert not journal.parent.exists()

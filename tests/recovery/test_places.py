@@ -283,8 +283,8 @@ def test_overwrite_discards_a_run_that_began_without_it(pair, tmp_path, monkeypa
 def test_an_unfinished_pruning_run_is_not_cleared_by_a_recovery_in_steps(pair, packed, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "journal.json").write_text("{}")
-    with pytest.raises(OutputError, match="unfinished pruning run"):
+    with pytest.raises(OutputError, match="holds an unfinished run"):
         steps(pair, pair[0], pair[0], tmp_path / "out")
-    with pytest.raises(OutputError, match="unfinished pruning run"):
+    with pytest.raises(OutputError, match="holds an unfinished run"):
         recover_pair(pair, tmp_path / "out", packed)
     assert (tmp_path / "out.partial" / "journal.json").exists()

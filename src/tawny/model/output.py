@@ -31,8 +31,9 @@ _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.p
 _PARTS = "[0-9]_*/*"  # what sentence-transformers keeps of its modules, such as 1_Pooling/config.json
 _NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json", *BESIDE}
 # What a folder may hold that a run may throw away.
-_OURS = {"lock", "journal.json", "journal.json.tmp", "blocks", "hidden", "checkpoint", "replaced"}
-_OURS |= {"levels", "finalists"}  # of `tawny fit`
+MEASURED = "measured.json"  # of `tawny fit`, as are levels and finalists
+_FILES = {name + more for name in (JOURNAL, MEASURED) for more in ("", ".tmp")}
+_OURS = {"lock", "blocks", "hidden", "checkpoint", "replaced", "levels", "finalists"} | _FILES
 
 
 def unfinished(out: Path) -> Path:
@@ -119,6 +120,16 @@ def index_of(keys: Mapping[str, Sequence[str]], total: int) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
+def refuse_unfinished(out: Path) -> None:
+    """Raise an OutputError where work of hours may lie in `OUT.partial`, which a new run would clear."""
+    work = unfinished(out)
+    if (work / JOURNAL).exists():
+        raise OutputError(
+            f"{work} holds an unfinished run: repeat its command to go on with it, choose another --out, or pass --overwrite "
+            "to discard it"
+        )
+
+
 def spare(places: Sequence[Path], read: Path, what: str) -> None:
     """Refuse places to write whose replacement, or whose clearing, would take a model that is read with it.
 
@@ -145,8 +156,8 @@ class OutputFolder:
         keep: go on with what lies in `OUT.partial`; otherwise it is thrown away.
 
     Raises:
-        OutputError: `OUT` exists and `overwrite` is false, it holds `source`, another process writes it, or nothing
-            can be written there.
+        OutputError: `OUT` exists, or an unfinished run that is not kept, and `overwrite` is false; it holds `source`,
+            another process writes it, or nothing can be written there.
     """
 
     def __init__(
@@ -166,6 +177,8 @@ class OutputFolder:
             if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
                 raise OutputError(f"{out} exists and is not a checkpoint folder; refusing to replace it")
         refuse_foreign(self.work, _OURS)
+        if not keep and not overwrite:
+            refuse_unfinished(out)
         with writing(out):
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.work / "lock", out)
@@ -188,7 +201,9 @@ class OutputFolder:
     def _clear(self) -> None:
         # The journal goes first: without it nothing that is left can be taken for more than it is.
         (self.work / JOURNAL).unlink(missing_ok=True)
-        for name in _OURS - {"lock"}:
+        for name in _FILES:
+            (self.work / name).unlink(missing_ok=True)
+        for name in _OURS - _FILES - {"lock"}:
             shutil.rmtree(self.work / name, ignore_errors=True)
 
     def block_path(self, name: str) -> Path:

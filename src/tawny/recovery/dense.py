@@ -38,7 +38,7 @@ from tawny.recovery.settings import SEEING_RATE, Recovery
 from tawny.recovery.student import LEAST_SPARSITY, Student
 from tawny.recovery.teacher import check_not_own_teacher, check_teacher, check_tokenizers, is_own_teacher
 from tawny.recovery.training import Training
-from tawny.recovery.writing import check_apart, check_no_pruning
+from tawny.recovery.writing import check_apart
 
 # What lies in OUT.recovery: states, the best weights, parts to be joined, the teacher's hidden states and their index.
 _SHELVED = (
@@ -115,7 +115,6 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     reader = _reader(request, stack, folder, dense)
     output: OutputFolder | None = None
     if out is not None and processes.first:
-        check_no_pruning(out, request.overwrite)
         if work is not None:
             work.check()
         consent = request.overwrite or (work is not None and work.consent)

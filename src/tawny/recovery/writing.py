@@ -9,7 +9,6 @@ from __future__ import annotations
 __all__ = [
     "card",
     "check_apart",
-    "check_no_pruning",
     "claim",
     "deliver",
     "is_made",
@@ -29,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.output import OutputFolder, spare, unfinished
-from tawny.model.resumable import JOURNAL, WorkFolder
+from tawny.model.output import OutputFolder, refuse_unfinished, spare, unfinished
+from tawny.model.resumable import WorkFolder
 from tawny.model.source import resolve
 from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
@@ -78,20 +76,12 @@ def claim(work: WorkFolder, identity: Mapping[str, Any], overwrite: bool, source
     """Open the folder of a run, unless OUT is taken or cannot be written to; what is unfinished there stays."""
     work.check()
     consent = overwrite or work.consent
-    check_no_pruning(work.out, consent)
+    if not consent:
+        refuse_unfinished(work.out)
     fresh = not unfinished(work.out).exists()
     folder = OutputFolder(work.out, overwrite=consent, source=source, keep=True)
     folder.discard() if fresh else folder.release()
     work.open(identity, overwrite)
-
-
-def check_no_pruning(out: Path, overwrite: bool) -> None:
-    """Refuse a place where a pruning run is unfinished, whose blocks would be lost."""
-    journal = unfinished(out) / JOURNAL
-    if journal.exists() and not overwrite:
-        raise OutputError(
-            f"{journal.parent} holds an unfinished pruning run; finish it, choose another --out or pass --overwrite"
-        )
 
 
 def deliver(made: Path, work: WorkFolder, overwrite: bool, source: Path) -> None:
