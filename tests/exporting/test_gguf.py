@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import tawny
 from tawny.errors import CheckpointError, ModelError, OutputError, UserError
 from tawny.exporting.architectures import ARCHITECTURES
-from tawny.exporting.gguf import TYPES
+from tawny.exporting.gguf import TYPES, _check, _stored, _Tensor
 from tawny.exporting.tokenizer import keys_of_folder, keys_of_gguf
 from tawny.model.source import packaged_gguf
 from tests.tiny import tiny_model, tokens
@@ -192,6 +192,17 @@ def test_every_type_keeps_every_zero_of_a_pruned_model(kind, words, tmp_path, ru
     )
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
+@pytest.mark.parametrize("magnitude", [1e-2, 2e-3, 1e-4, 1e-6, 1e-9])
+def test_scales_that_float16_hardly_holds_are_no_error(kind: str, magnitude: float) -> None:
+    values = magnitude * (2 * torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) - 1)
+    tensor = _Tensor("blk.0.ffn_up.weight", (64, 64), kind, None)
+    data = _stored(values, tensor)
+    _check(values, data, tensor)
+    with pytest.raises(CheckpointError, match="is not what was exported"):
+        _check(values + max(0.6 * magnitude, 1e-5), data, tensor)
+
+
 def test_a_packed_folder_gives_the_file_of_the_dense_one_and_remembers_no_tokenizer_that_is_gone(
     words, tmp_path
 ):
@@ -235,6 +246,16 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, said
     with pytest.raises(ModelError, match=said) as caught:
         tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_file_of_the_model_is_not_replaced_by_its_export(words, tmp_path):
+    folder, made = saved(tmp_path / "model", "llama"), tmp_path / "m.gguf"
+    tawny.export(folder, made, tokenizer_from=words)
+    for source, out in ((folder, folder / "model.safetensors"), (made, made)):
+        before = out.read_bytes()
+        with pytest.raises(OutputError, match="a source is never overwritten"):
+            tawny.export(source, out, tokenizer_from=words, overwrite=True)
+        assert out.read_bytes() == before
 
 
 def test_wrong_arguments_and_tokenizers_are_refused_and_leave_nothing(words, tmp_path):

@@ -30,7 +30,9 @@ def export(
     to: str = option("--to RUNTIME", "gguf, for llama.cpp.", RECIPE, default=...),
     out: Path = option("--out FILE", "File to write.", OUTPUT, default=..., parser=_file),
     type: str | None = option(
-        "--type TYPE", "F32, F16, BF16, Q8_0, Q5_0 or Q4_0. Default: as the weights are stored.", RECIPE
+        "--type TYPE",
+        "F32, F16, BF16, Q8_0, Q5_0 or Q4_0. Default: as the weights are stored, and F32 for packed integers.",
+        RECIPE,
     ),
     tokenizer_from: str | None = option(
         "--tokenizer-from FILE",

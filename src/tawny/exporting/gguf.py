@@ -203,8 +203,9 @@ def _check(values: Tensor, data: Any, tensor: _Tensor) -> int:
     else:
         groups = values.view(-1, _GROUP)
         largest = groups.abs().amax(1, keepdim=True)
-        # The scale itself is rounded to float16.
-        fits = bool(((found.view(-1, _GROUP) - groups).abs() <= largest * (off + 2**-10) + 2**-20).all())
+        # The scale itself is rounded to float16: off by a share, or by 2⁻²⁵ where it is tiny, times a code of 1 / off at most.
+        allowed = largest * (off + 2**-10) + 2**-25 / off
+        fits = bool(((found.view(-1, _GROUP) - groups).abs() <= allowed).all())
     zeros = values == 0
     if not fits or bool(found[zeros].any()):
         raise CheckpointError(
@@ -232,13 +233,19 @@ def export_gguf(
     if out.is_dir() or (out.exists() and not overwrite):
         raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
     folder = resolve(source, progress.say)
+    whole = gguf_behind(source)
+    if out.exists() and out.resolve() in (
+        whole and whole.resolve(),
+        *(folder.resolve() / x.name for x in folder.iterdir()),
+    ):
+        raise OutputError(
+            f"{out} is a file of the model itself; a source is never overwritten: choose another --out"
+        )
     work = _Export(folder)
     keys, whose = _tokenizer(source, folder, tokenizer, work.words)
     planned = work.plan(kind)
     with writing(out), durable.beside(out) as made:
-        _write(
-            made, work, planned, keys, folder.name if gguf_behind(source) is None else str(source), progress
-        )
+        _write(made, work, planned, keys, folder.name if whole is None else str(source), progress)
         zeros = _compare(made, work, planned, progress)
     return ExportReport(
         source=str(source),
