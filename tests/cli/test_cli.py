@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import runpy
@@ -17,6 +18,7 @@ from tawny.cli.recipe_options import SHARED, Given, _spelled_out
 from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
+from tests.serving.tiny import byte_tokenizer, served_model
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -436,3 +438,21 @@ def test_too_little_text_says_how_short(run, model, text, tmp_path):
     for words in (("--calibration", tmp_path / "tiny.txt"), data):
         code, _, err = run("prune", model, "--out", tmp_path / "o", "-s", 0.5, *words)
         assert code == 2 and "short" in err and not (tmp_path / "o").exists()
+
+
+def test_generate_says_on_stderr_that_it_fetches_a_model(run, model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(model))
+    words = ("generate", "owl/tiny", "the owl", "-n", 2)
+    code, shown, err = run(*words)
+    assert code == 0 and "fetching owl/tiny from the hub\n" in err and "fetching" not in shown, err
+    code, document, err = run(*words, "--json")
+    assert code == 0 and shown == json.loads(document)["text"] + "\n" and "fetching" not in err, err
+
+
+def test_a_text_that_is_too_long_does_not_end_a_chat_and_a_cut_answer_is_told(run, monkeypatch, tmp_path):
+    served_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("w" * 2000 + "\nHi\n"))
+    code, shown, err = run("chat", tmp_path, "-t", 0, "-n", 3)
+    assert code == 0 and shown.strip(), err
+    assert "the context is 1024; shorten it\nthe answer was cut at 3 tokens" in err

@@ -40,4 +40,16 @@ def test_the_oldest_question_is_forgotten_where_the_context_is_full(folder, monk
     assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["z" * 20]
     with pytest.raises(TextError, match="the context is 48"):
         said(talk, "w" * 60)
+    assert talk.messages[0]["content"] == "z" * 20  # forgetting it would not have helped
     said(talk, "v")  # goes on
+
+
+def test_the_oldest_question_is_forgotten_where_an_answer_would_have_no_room(folder, monkeypatch):
+    monkeypatch.setattr(conversation, "_CONTEXT", 48)
+    talk = Conversation(folder, temperature=0, max_tokens=12)
+    talk.messages = [{"role": "user", "content": "x" * 10}, {"role": "assistant", "content": "y" * 10}]
+    said(talk, "z" * 10)  # 37 tokens with the history
+    assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["z" * 10]
+    assert talk.finish == "length"
+    said(talk, "w" * 40)  # fits alone, but leaves less room
+    assert talk.finish == "context"

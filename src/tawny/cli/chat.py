@@ -7,6 +7,7 @@ import sys
 from tawny.cli.common import console_for
 from tawny.cli.options import RECIPE, Model, Threads, TrustRemoteCode, option, possible_seed
 from tawny.cli.root import verb
+from tawny.errors import TextError
 
 
 @verb(
@@ -38,6 +39,10 @@ def chat(
                 threads=threads,
                 progress=progress,
             )
+        cut = {
+            "length": f"the answer was cut at {max_tokens} tokens; --max-tokens allows more",
+            "context": "the answer was cut because the context is full",
+        }
         shown = sys.stdin.isatty()
         if shown:
             import readline  # noqa: F401  arrow keys and what was typed before
@@ -59,4 +64,9 @@ def chat(
                     sys.stdout.flush()
             except KeyboardInterrupt:
                 pass
+            except TextError as error:
+                console.note(str(error))
+                continue
             print()
+            if talk.finish in cut:
+                console.note(cut[talk.finish])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,11 @@ from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.options import RECIPE, AsJson, Model, Threads, TrustRemoteCode, option, possible_seed
 from tawny.cli.root import verb
+from tawny.progress import Silent, silent
 from tawny.words import duration, size
+
+if TYPE_CHECKING:
+    from tawny.cli.console import Console
 
 
 @verb(
@@ -54,6 +58,7 @@ def generate(
             chat=None if chat else False,
             threads=threads,
             on_text=None if as_json else show,
+            progress=silent if as_json else _Notes(console),
         ).to_dict()
 
         if as_json:
@@ -61,6 +66,16 @@ def generate(
         else:
             show("\n")
             console.aside(generation_tables(made))
+
+
+class _Notes(Silent):
+    """What is said while the model is opened. A bar would take the text as well, and write it to stderr."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, text: str) -> None:
+        self.console.note(text)
 
 
 def generation_tables(made: Result) -> list[Frame]:

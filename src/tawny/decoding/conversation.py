@@ -13,7 +13,7 @@ import torch
 from tawny.calibration.context import context_of
 from tawny.decoding import opening
 from tawny.decoding.sampling import Sampler
-from tawny.decoding.scheduler import Event, Request, Scheduler, Token
+from tawny.decoding.scheduler import Event, Request, Scheduler, Token, Usage
 from tawny.decoding.text import Message, check_prompt, tokens_of
 from tawny.errors import TextError
 from tawny.model.source import load_tokenizer, resolve
@@ -24,7 +24,11 @@ _CONTEXT = 8192  # tokens of a conversation, where the model's context is longer
 
 
 class Conversation:
-    """Arguments are those of `tawny.stream`; `system` is what the model is told first."""
+    """Arguments are those of `tawny.stream`; `system` is what the model is told first.
+
+    Attributes:
+        finish: how the last answer ended, as `Usage` says it; None where it was closed early.
+    """
 
     @opens_models
     def __init__(
@@ -45,6 +49,7 @@ class Conversation:
         self.choose = Sampler(temperature, top_p, seed)
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.kept = len(self.messages)  # that are never forgotten
+        self.finish: str | None = None
         with opening.threads(threads):
             self.model = opening.open_model(folder).model
         capacity = min(context_of(self.model) or _CONTEXT, _CONTEXT)
@@ -60,12 +65,12 @@ class Conversation:
         """The model's answer, piece by piece. Closed early, the answer ends there.
 
         Raises:
-            TextError: the text alone is longer than the context.
+            TextError: the text alone is longer than the context; nothing is forgotten for it.
             CheckpointError: the model has no chat template.
         """
         check_prompt(text)
-        self.messages.append({"role": "user", "content": text})
-        ids = self._ids()
+        self.finish = None
+        ids = self._ids({"role": "user", "content": text})
         events: list[Event] = []
         answer = ""
         job = self.scheduler.submit(Request(ids, self.choose, self.max_tokens), events.append)
@@ -80,20 +85,25 @@ class Conversation:
                         if isinstance(event, Token) and event.text:
                             answer += event.text
                             yield event.text
+                        if isinstance(event, Usage):
+                            self.finish = event.finish
                     events.clear()
         finally:
             self.scheduler.cancel(job)
             self.messages.append({"role": "assistant", "content": answer})
 
-    def _ids(self) -> torch.Tensor:
-        """The conversation's tokens; the oldest question and answer are forgotten where it is too long."""
+    def _ids(self, question: Message) -> torch.Tensor:
+        """The tokens with a new question; the oldest questions and answers are forgotten for room for an answer."""
+        capacity = self.scheduler.capacity
+        room = min(self.max_tokens, capacity // 4)
+        first, old = self.messages[: self.kept], self.messages[self.kept :]
         while True:
-            ids, _ = tokens_of(self.messages, self.tokenizer, True)
-            if len(ids) < self.scheduler.capacity:
-                return ids
-            if len(self.messages) - self.kept < 2:
-                self.messages.pop()
-                raise TextError(
-                    f"the text has {len(ids)} tokens and the context is {self.scheduler.capacity}; shorten it"
-                )
-            del self.messages[self.kept : self.kept + 2]
+            messages = [*first, *old, question]
+            ids, _ = tokens_of(messages, self.tokenizer, True)
+            if len(ids) + room <= capacity or not old:
+                break
+            del old[:2]
+        if len(ids) >= capacity:
+            raise TextError(f"the text has {len(ids)} tokens and the context is {capacity}; shorten it")
+        self.messages = messages
+        return ids
