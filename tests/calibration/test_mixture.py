@@ -142,6 +142,26 @@ def test_a_chat_is_rendered_by_the_models_template(tmp_path):
     assert made.texts[0].text == "<user>hi|<assistant>ho|\n\n<user>x|" and made.name == f"chat:{path}"
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_chat_loses_its_first_token_only_where_windows_begin_with_it(begins, tmp_path):
+    tokenizer = tiny_tokenizer(begins=begins)
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT
+    (tmp_path / "talks.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+    made = load_texts(f"chat:{tmp_path / 'talks.jsonl'}", tokenizer=tokenizer)
+    assert made.texts[0].text == ("" if begins else "<s>") + "<user>hi|"
+
+
+def test_a_chat_is_the_same_on_every_day_and_in_every_encoding(tmp_path):
+    tokenizer = chatting()
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%f') %}{% endif %}{{ date_string }}"
+        + CHAT
+    )
+    (tmp_path / "talks.jsonl").write_text('{"messages": [{"role": "user", "content": "\\ud83d"}]}')
+    one, two = (load_texts(f"chat:{tmp_path / 'talks.jsonl'}", tokenizer=tokenizer) for _ in range(2))
+    assert one.sha256 == two.sha256 and "\ufffd" in one.texts[0].text
+
+
 @pytest.mark.parametrize(
     ("content", "template", "words"),
     [
@@ -242,6 +262,13 @@ def test_what_was_written_is_kept_for_a_model_and_its_settings(short):
     assert written().sha256 == written().sha256 and len(opened) == 1
     written(seed=1), written("b")
     assert len(opened) == 3
+
+
+def test_a_template_that_trims_questions_still_begins_texts(short):
+    tokenizer = chatting()
+    plain = author(tiny_model("llama"), tokenizer)._starts()
+    tokenizer.chat_template = CHAT.replace("m['content']", "m['content'] | trim")
+    assert author(tiny_model("llama"), tokenizer)._starts() == plain and len(plain) == 2
 
 
 def test_bad_authors_are_one_line(short):

@@ -155,7 +155,7 @@ def test_time_given_is_time_trained_and_a_tenth_measures(monkeypatch, seconds):
     keys = {"minutes": seconds / 60, "tokens": "1M", "eval_windows": 64, "eval_every": 2, "progress": Sees()}
     record = recover_live(pruned, dense, text=tokens(24), held_out=tokens(64, seed=1), **keys)
     measuring = now[0] - 0.5 * record.steps
-    assert record.stopped == "minutes" and now[0] <= seconds + 0.5
+    assert record.stopped == "minutes" and now[0] <= max(seconds, 0.7) + 1e-6
     assert 0.5 * record.steps >= 0.8 * seconds - 0.5 and record.steps >= 1
     assert measuring <= max(0.1 * seconds, 0.2) + 1e-6, "one window at the start and at the end is the least"
     assert all(told + when == pytest.approx(seconds) for told, when in left[:-1])
@@ -398,7 +398,8 @@ def test_a_teacher_writes_no_more_than_the_minutes_read_and_enough_for_a_batch()
 
     assert written(0.5) == 65_536 and written(0.5, minutes=600) == 65_536
     assert written(0.5, minutes=10) == 20_480 and written(0.5, tokens=30_000, minutes=10) == 15_000
-    assert written(0.25, minutes=0.1) == (4 + 1) * 512  # a batch, and a window to measure on
+    # A batch, a window to measure on, and a tenth more
+    assert written(0.25, minutes=0.1) == 7 * 512 and written(0.25, minutes=0.1, batch=32) == 39 * 512
 
 
 def test_numbers_may_be_written_short():

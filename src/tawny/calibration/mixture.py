@@ -23,9 +23,11 @@ __all__ = [
     "Source",
     "Texts",
     "check_texts",
+    "first_token",
     "in_words",
     "load_texts",
     "parse_texts",
+    "rendered",
     "texts_identity",
 ]
 
@@ -36,12 +38,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tawny.calibration.text import NAMED_TEXTS, Role, Text, joined, json_lines, load_text, unknown_text
-from tawny.errors import TextError, first_line
+from tawny.calibration.text import (
+    NAMED_TEXTS,
+    Role,
+    Text,
+    joined,
+    json_lines,
+    load_text,
+    printable,
+    unknown_text,
+)
+from tawny.errors import RecipeError, TextError, first_line
 
 Texts = str | Path | Sequence[str]  # as a recipe, a setting or an option gives them
 
 CHAT, OWN, IMAGES, SAMPLE = "chat", "self", "images", "sample"
+_DAY = "01 Jan 2026"  # templates that tell the model today's date take it as `date_string`
 _ROUNDING = 0.011  # three thirds may be written 0.33
 
 
@@ -189,6 +201,7 @@ def load_texts(
     Raises:
         TextError: shares that do not add up; a text that is unknown, unreadable, empty or out of reach.
     """
+    check_texts(given)  # before the dense model writes hours of it
     sources = parse_texts(given)
     texts = []
     for source in sources:
@@ -216,6 +229,7 @@ def _chat(path: str, name: str, tokenizer: Any) -> Text:
             f"text {name!r} is rendered by the model's chat template, and this model's tokenizer has none: give plain text"
         )
     documents = []
+    begins = first_token(tokenizer, None) is not None  # with BOS, as windows then do anyway
     for number, line in json_lines(path, name):
         messages = line.get("messages") if isinstance(line, dict) else None
         if not isinstance(messages, list) or not messages:
@@ -223,15 +237,35 @@ def _chat(path: str, name: str, tokenizer: Any) -> Text:
                 f"text {name!r}, line {number}: expected a JSON object with a list under 'messages'"
             )
         try:
-            rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # a template may refuse a role or an order in words of its own
-            raise TextError(
-                f"text {name!r}, line {number}: the chat template refuses its messages ({first_line(error)[:160]})"
-            ) from None
-        # Windows begin with BOS anyway, where the tokenizer begins a text with it.
-        documents.append(
-            rendered.removeprefix(tokenizer.bos_token or "") if tokenizer.bos_token_id else rendered
-        )
+            text = rendered(tokenizer, messages)
+        except TextError as error:
+            raise TextError(f"text {name!r}, line {number}: {error}") from None
+        documents.append(text.removeprefix(tokenizer.bos_token) if begins else text)
     if not documents:
         raise TextError(f"text {name!r} holds no messages: expected one JSON object with 'messages' a line")
     return joined(name, documents)
+
+
+def rendered(tokenizer: Any, messages: Sequence[Any]) -> str:
+    """A conversation as the model's chat template writes it, on one day for ever where the template takes one.
+
+    Raises:
+        TextError: the template refuses a role or an order, in words of its own.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DAY)
+    except Exception as error:
+        raise TextError(f"the chat template refuses its messages ({first_line(error)[:160]})") from None
+    return printable(text)
+
+
+def first_token(tokenizer: Any, bos: bool | None) -> int | None:
+    """BOS where windows begin with it: if that is asked for, or the tokenizer begins a text with it."""
+    token: int | None = getattr(tokenizer, "bos_token_id", None)
+    if bos and token is None:
+        raise RecipeError("bos: true given, but this tokenizer has no BOS: leave it out")
+    if token is None or bos is False:
+        return None
+    if bos is None and tokenizer("a", return_attention_mask=False, verbose=False)["input_ids"][:1] != [token]:
+        return None
+    return int(token)

@@ -21,6 +21,7 @@ __all__ = [
     "json_lines",
     "load_text",
     "packaged_wiki",
+    "printable",
     "unknown_text",
 ]
 
@@ -183,7 +184,12 @@ def _documents(path: str, name: str) -> Iterator[str]:
         document = line.get("text") if isinstance(line, dict) else None
         if not isinstance(document, str):
             raise TextError(f"text {name!r}, line {number}: expected a JSON object with a text under 'text'")
-        yield _SURROGATE.sub("\ufffd", document)
+        yield printable(document)
+
+
+def printable(text: str) -> str:
+    """Halves of surrogate pairs, which no tokenizer takes, become signs of replacement."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def json_lines(path: str, name: str) -> Iterator[tuple[int, Any]]:

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from tawny.calibration.mixture import Mixture
+from tawny.calibration.mixture import Mixture, first_token
 from tawny.calibration.text import Text
 from tawny.errors import RecipeError, TextError
 
@@ -113,7 +113,7 @@ def tokenise(
             torch.cat([one.ids for one in whole]), whole[0].bos, f"text {text.name!r}", parts, whole[0].end
         )
     words, name = (text.text, f"text {text.name!r}") if isinstance(text, Text) else (text, "the text")
-    first, last = _around(tokenizer) if around else (_first_token(tokenizer, bos), None)
+    first, last = _around(tokenizer) if around else (first_token(tokenizer, bos), None)
     bare = {} if first is None and not around else {"add_special_tokens": False}
     # verbose=False: a corpus is longer than the model's context, and the warning about it means nothing here.
     encoded = tokenizer(words, return_attention_mask=False, verbose=False, **bare)
@@ -126,17 +126,6 @@ def _around(tokenizer: Any) -> tuple[int | None, int | None]:
     added = len(whole) - len(bare)
     before = next(i for i in range(added + 1) if whole[i : i + len(bare)] == bare)
     return (int(whole[0]) if before else None), (int(whole[-1]) if before < added else None)
-
-
-def _first_token(tokenizer: Any, bos: bool | None) -> int | None:
-    token: int | None = getattr(tokenizer, "bos_token_id", None)
-    if bos and token is None:
-        raise RecipeError("bos: true given, but this tokenizer has no BOS: leave it out")
-    if token is None or bos is False:
-        return None
-    if bos is None and tokenizer("a", return_attention_mask=False, verbose=False)["input_ids"][:1] != [token]:
-        return None
-    return int(token)
 
 
 def shared_out(count: int, shares: Sequence[float]) -> list[int]:

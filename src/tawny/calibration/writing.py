@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from tawny.calibration.context import context_of
-from tawny.calibration.mixture import OWN
+from tawny.calibration.mixture import OWN, rendered
 from tawny.calibration.text import Text, joined, load_text
 from tawny.errors import RecipeError, TextError
 from tawny.model import durable
 from tawny.model.source import cache_folder
+from tawny.model.structure import predicts_tokens
 from tawny.process_group import ProcessGroup
 from tawny.progress import Progress, silent
 from tawny.words import size
@@ -40,7 +41,7 @@ SHORTEST = 128  # where more texts at once cost no more than a longer one
 TEXTS = 32  # written at once
 HOTTEST, COOLED = 1.5, 4  # the temperature of the first token, and the token from which on it is 1
 PASSAGE = 6  # tokens that never come twice
-_MARK = "\x1e"  # no template has it
+_MARK = "\ue000"  # no template has it, or trims it
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Author:
         told |= {"hottest": HOTTEST, "cooled": COOLED, "passage": PASSAGE}
         if self.identity is None:
             return joined(OWN, self._documents(tokens, rows), written=told)
-        known = {"model": self.identity(), **told}
+        known = {"model": self.identity(), "starts": self._starts(), **told}
         key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
         kept = cache_folder() / "texts" / f"{key}.jsonl"
 
@@ -97,6 +98,10 @@ class Author:
         self.check_memory()
         starts = self._starts()
         model = self.opened()
+        if not predicts_tokens(model):
+            raise TextError(
+                "text 'self' is written by a language model, and this one predicts no next token: give a text"
+            )
         longest = max(len(start) for start in starts)
         most = min(LENGTH, context_of(model) or LENGTH) - longest
         length = max(PASSAGE + 1, min(most, math.ceil(tokens / rows)))
@@ -137,7 +142,7 @@ class Author:
             starts.append([int(tokenizer.bos_token_id)])
         if getattr(tokenizer, "chat_template", None):
             asked = [{"role": "user", "content": _MARK}]
-            before, mark, _ = tokenizer.apply_chat_template(asked, tokenize=False).partition(_MARK)
+            before, mark, _ = rendered(tokenizer, asked).partition(_MARK)
             if mark and (ids := tokenizer(before, add_special_tokens=False)["input_ids"]):
                 starts.append(list(ids))
         if not starts:

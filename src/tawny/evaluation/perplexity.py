@@ -171,7 +171,8 @@ def windows_of(
             author = author_of(
                 folder or stack.model, tokenizer, 0, stack.compute, str(stack.device), progress=progress
             )
-            return author.write(math.ceil(share * (windows or _WRITTEN_WINDOWS) * seqlen))
+            # One more: read again, a text may have fewer tokens than were written.
+            return author.write(math.ceil((share * (windows or _WRITTEN_WINDOWS) + 1) * seqlen))
 
         loaded = load_texts(text, "evaluation", tokenizer, own if dense is not None else None)
         made = _windows_of_text(loaded, seqlen, windows, stride, tokenizer, bos)

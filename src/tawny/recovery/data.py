@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tawny.calibration.mixture import load_texts
+from tawny.calibration.mixture import Mixture, load_texts
 from tawny.calibration.text import NAMED_TEXTS, Text
 from tawny.calibration.windows import (
     TokenisedText,
@@ -178,6 +178,7 @@ def read(
         each_text = zip(loaded.texts, tokens, most, strict=True)
         how: dict[str, Any] = {"given": held_out is not None, "around": around}
         parts = [_windows(*one, settings, tokenizer, **how) for one in each_text]
+        _check_read(loaded, [windows for windows, _ in parts])
     if held_out is None:
         kept = [held for _, held in parts]
         held_out = torch.cat(kept)[interleaved([len(one) for one in kept])]
@@ -200,6 +201,21 @@ def read(
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
     order = Order(list(map(len, each)), shares, settings.seed)
     return Windows(Samples(both), order, settings.batch, about)
+
+
+def _check_read(loaded: Mixture, each: Sequence[Tensor]) -> None:
+    """Refuse a text of which nothing would be read."""
+    turns = shared_out(_TURN, loaded.shares)
+    for text, share, windows, read in zip(loaded.texts, loaded.shares, each, turns, strict=True):
+        if not read:
+            raise TextError(
+                f"text {text.name!r} has a share of {share:.2g}, too small to be read: give at least {1 / _TURN}"
+            )
+        if not len(windows) and len(each) > 1:
+            raise TextError(
+                f"text {text.name!r} gives one window of {windows.shape[1]} tokens, which is held out, and none to train on: "
+                "give a longer text, or a smaller --seqlen"
+            )
 
 
 def read_given(settings: Recovery, given: Samples, held_out: Samples | None) -> Windows:
@@ -238,9 +254,13 @@ def read_given(settings: Recovery, given: Samples, held_out: Samples | None) -> 
 
 
 def written_tokens(settings: Recovery, share: float) -> int:
-    """How many tokens of text `self`, which is `share` of what is read, the dense model writes: enough for a batch."""
+    """How many tokens of text `self`, which is `share` of what is read, the dense model writes.
+
+    Enough for a batch beside what is held out; read again, a text may have fewer tokens than were written.
+    """
     longest = settings.minutes * _WRITTEN_A_MINUTE if settings.minutes else math.inf
-    enough = (settings.batch + 1) * settings.seqlen
+    held_out = max(1, math.ceil(_HELD_OUT * settings.batch))
+    enough = math.ceil(1.1 * (settings.batch + held_out + 1)) * settings.seqlen
     return max(enough, math.ceil(share * min(settings.tokens, _MOST_WRITTEN, longest)))
 
 

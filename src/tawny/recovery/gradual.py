@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tawny.calibration.mixture import texts_identity
+from tawny.calibration.mixture import check_texts, texts_identity
 from tawny.errors import RecipeError
 from tawny.model.identity import source_identity
 from tawny.model.resumable import WorkFolder
@@ -68,6 +68,7 @@ def recover_gradually(
             f"gradual sparsities {list(sparsities)} do not rise; expected such as 0.4,0.55,0.65,0.7"
         )
     chosen = Recovery.make(settings)
+    check_texts(chosen.text)
     folder = resolve(source, progress.say)
     if recipe is None:
         recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos, "strict": chosen.strict}}
