@@ -149,6 +149,9 @@ def test_a_speed_becomes_bytes_that_a_token_reads(dense, fitted, tmp_path, monke
     assert quick.budget is None and quick.speed["asked"] == 20 and quick.speed["measured"] > 0
     assert quick.bytes < 2e6 / 20 + PackedSize(prepare(resolve_recipe(sparsity=0), dense, silent, "cpu")).rest
     assert "where 20 were asked for" in quick.says and "attention" in quick.speed["assumes"]
+    monkeypatch.setattr(module, "resident_memory", lambda: 10**12)
+    bounded = tawny.fit(dense, tmp_path / "bounded", speed=20, memory="900GB", **measured)
+    assert bounded.speed is None and any("its speed was not measured" in line for line in bounded.warnings)
     slow = dict.fromkeys(pace.slower, 9.0)  # kernels that are far slower than memory
     monkeypatch.setattr(module, "measured_pace", lambda *_: replace(pace, slower=slow))
     with pytest.raises(
@@ -228,14 +231,37 @@ def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense)
 
 
 def test_refining_that_breaks_down_loses_nothing(dense, fitted, tmp_path, monkeypatch):
-    def breaks(*_):
+    def breaks(*_, **__):
+        assert list((tmp_path / "made.partial" / "levels").iterdir())
         raise NumericalError("NaN in block 1")
 
-    monkeypatch.setattr(module, "refine", breaks)
+    def cleared(*arguments, **keys):
+        assert not (tmp_path / "made.partial" / "levels").exists()
+        return judge(*arguments, **keys)
+
+    judge = module.judge
+    monkeypatch.setattr(fit_refine, "evolve", breaks)
+    monkeypatch.setattr(module, "judge", cleared)
     keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
     made = tawny.fit(dense, tmp_path / "made", bits=9, **keys)
     assert made.finalists == fitted.finalists and made.refined == ""
     assert any("refining broke down and takes no part: NaN in block 1" in line for line in made.warnings)
+
+
+def test_a_fit_of_which_nothing_can_be_made_keeps_what_it_measured(dense, fitted, tmp_path, monkeypatch):
+    def breaks(*_):
+        raise NumericalError("NaN in block 1")
+
+    out = tmp_path / "made"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "make", breaks)
+        with pytest.raises(
+            RecipeError, match=r"NaN in block 1: give a larger size.* with --measured .* again"
+        ):
+            tawny.fit(dense, out, bits=8, **KEYS)
+    monkeypatch.setattr(module, "measure", None)  # would be called
+    again = tawny.fit(dense, out, bits=9, measured=out, overwrite=True, **KEYS)
+    assert again.finalists == fitted.finalists and not (tmp_path / "made.partial").exists()
 
 
 def test_zeros_are_tried_where_they_promise_enough(dense):
@@ -279,7 +305,7 @@ def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fit
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "qwen3_moe"])
 def test_bytes_are_known_before_packing(family, tmp_path):
     model = tiny_model(family, dtype=torch.bfloat16, **SHAPE)
     model.get_output_embeddings().weight.data[:4] = 0  # zeros that nobody removed
@@ -318,6 +344,8 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):
         "bits 40.0 is not possible": {"bits": 40.0},
         "is not a size": {"size": "much"},
         "leave sparsity out": {"bits": 4, "sparsity": 0.5},
+        "leave dtype out": {"bits": 4, "dtype": "float32"},
+        "leave values out": {"bits": 4, "values.head": "int8"},
         "leave include out": {"bits": 4, "include": "*.q_proj"},
         "choose alps or sparsegpt": {"bits": 4, "solver": "wanda"},
         "fit.budget is 'soon'; expected a time": {"bits": 4, "fit.budget": "soon"},

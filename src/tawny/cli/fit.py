@@ -29,7 +29,7 @@ from tawny.words import duration, kl_text, percent, size
 @recipe_verb(
     "tawny fit smollm2 --bits 4.5 --out fitted --calibration wiki --samples 16 --seqlen 1024",
     "tawny fit ./model --size 700MB --out fitted --memory 6GB --budget 20m",
-    "tawny fit ./model --speed 20 --out fitted -m sparsegpt -o fit.deciding=16",
+    "tawny fit ./model --speed 20 --out fitted -m sparsegpt -o fit.deciding=64",
     without=CHOSEN_BY_FIT,
 )
 def fit(

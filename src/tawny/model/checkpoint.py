@@ -160,6 +160,12 @@ class Checkpoint:
             )
         return known[name]
 
+    def bytes_of(self, key: str) -> int:
+        """Bytes of one tensor, decoded where it is."""
+        if key in self.places:
+            return self.places[key].bytes
+        return int(torch.Size(self.shapes[key]).numel()) * self.dtype_of(key).itemsize
+
     def bytes_in(self, dtype: torch.dtype | None) -> int:
         """Bytes of all tensors, floats in `dtype` if there is one."""
 

@@ -29,12 +29,15 @@ from torch import Tensor, nn
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.bench import bench
+from tawny.machine import resident_memory
 from tawny.model.identity import tensor_digest
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
 from tawny.packed import format
+from tawny.packed.opening import loaded_bytes
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
+from tawny.pruning.memory_plan import parse_size
 from tawny.pruning.prepare import Job
 from tawny.pruning.session import (
     OpensPlace,
@@ -174,8 +177,12 @@ def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, T
             raise TextError(
                 "a fit compares models on held-out tokens: give at least 4 samples, without a mask"
             )
-        kept = max(3, min(settings.windows + settings.deciding, len(samples) // 4))
-        samples, held_out = samples.first(len(samples) - kept), samples.tokens[-kept:, : settings.length]
+        length = min(samples.seqlen, settings.length)
+        pieces = samples.seqlen // length  # of each
+        wanted = math.ceil((settings.windows + settings.deciding) / pieces)
+        kept = max(math.ceil(3 / pieces), min(wanted, len(samples) // 4))
+        held_out = samples.tokens[-kept:, : pieces * length].reshape(-1, length)
+        samples = samples.first(len(samples) - kept)
     first = max(1, min(settings.windows, len(held_out) // 3))
     return samples, Samples(held_out[:first]), held_out[first : first + settings.deciding]
 
@@ -200,18 +207,24 @@ def _fit(
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
     found = _measured(session, samples, searched, sizes, output.work)
+    keep_measured(output.work, of, journal.state["once"])
+    again = f"with --measured {output.out} --overwrite nothing is measured again"
     table = Table(job, sizes, room, found)
-    finalists = table.finalists()
+    try:
+        finalists = table.finalists()
+    except RecipeError as error:
+        raise RecipeError(f"{error}; {again}") from None
     refined = ""
     try:
         refined = _refined(session, settings, table, samples, searched, output.work, finalists)
     except NumericalError as error:  # what was measured is not lost with it
-        journal.forget(WALK)
         warnings.append(f"refining broke down and takes no part: {error}")
     session.progress.say(
         f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {'; '.join(x.name for x in finalists)}"
     )
     finalists, rows, folders, broken = _judged(session, finalists, samples, deciding, memory, tokenizer)
+    if not finalists:
+        raise RecipeError(f"{'; '.join(broken)}: give a larger size, or more calibration; {again}")
     warnings += broken
     allowed = room.budget if target.speed is None else math.inf
     order = sorted(
@@ -223,7 +236,7 @@ def _fit(
         warnings.append(
             f"packing took {size(rows[winner]['bytes'])}, more than the {size(int(allowed))} that were asked for"
         )
-    speed = _speed(session, room, target, folders[winner], warnings)
+    speed = _speed(session, room, target, folders[winner], parse_size(memory), warnings)
     lead, stderr = lead_over_uniform(finalists, rows, winner)
     others = [rows[i] for i in order[1:]]
     ahead, unsure = apart(rows[winner], others[0]) if others else (0.0, 0.0)
@@ -272,8 +285,6 @@ def _judged(
                 asked = partial(judge, session, folder, finalist, deciding)
                 row = session.journal.once(f"finalist {number}", asked)
             except NumericalError as error:
-                if number == len(finalists) and not judged:
-                    raise
                 broken.append(f"{finalist.name} breaks down and takes no part: {error}")
             else:
                 judged.append(finalist)
@@ -320,10 +331,16 @@ def _room(session: Session, sizes: PackedSize, target: Target) -> Room:
 
 
 def _speed(
-    session: Session, room: Room, target: Target, folder: Path, warnings: list[str]
+    session: Session, room: Room, target: Target, folder: Path, memory: int | None, warnings: list[str]
 ) -> dict[str, Any] | None:
-    """What the model does beside what was asked for."""
+    """What the model does beside what was asked for; None where it was not measured."""
     if room.pace is None or target.speed is None:
+        return None
+    if memory is not None and resident_memory() + loaded_bytes(folder) > memory:
+        warnings.append(
+            f"its speed was not measured: the whole model does not fit into the {size(memory)} that were given; "
+            f"`tawny bench {session.record.out}` measures it"
+        )
         return None
     asked = target.speed
     made = bench(folder, prompt_tokens=_PROMPT, tokens=_DECODED, rounds=3, progress=session.progress)

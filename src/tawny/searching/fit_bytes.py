@@ -10,6 +10,7 @@ __all__ = ["PackedSize"]
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -59,7 +60,9 @@ class PackedSize:
         self._sources: dict[str, tuple[str, ...]] = {}
         self._known: dict[PackedLinearEntry, int] = {}
         inside: set[str] = set()
-        for linear in (linear for linears in job.by_block for linear in linears):
+        linears = [linear for group in job.by_block for linear in group]
+        experts = Counter(linear.key for linear in linears)
+        for linear in linears:
             unit = units[linear.key]
             plain = is_plain(linear.module) and unit.converter is None
             if linear.expert is None and not plain:
@@ -67,7 +70,8 @@ class PackedSize:
                     f"{linear.name} cannot be packed, because its module does more than multiply or its file holds it "
                     "in another layout; `tawny fit` is for models of which every linear can"
                 )
-            count = 1 if linear.expert is None else len(unit.sources)
+            # Experts are stored apart, each in as many tensors, or together in one.
+            count = 1 if linear.expert is None else max(1, len(unit.sources) // experts[linear.key])
             self._sources[linear.name] = tuple(unit.sources[:count])
             inside.update(unit.sources)
         outside, embedding, tied = ends_of(model)
@@ -85,13 +89,12 @@ class PackedSize:
         )
         self._table = list(table.sources) if table is not None and self.embedding else []
         self._storage = NAMES[checkpoint.storage_dtype]
-        every = {key: place.bytes for key, place in checkpoint.places.items()}
-        total = sum(every.values())
+        total = sum(map(checkpoint.bytes_of, checkpoint.files))
         self._long = 10 ** len(str(total)) - 1  # no offset has more digits
         ends = [*self._ends, *self._table]
-        kept = [key for key in every if key not in inside and key not in ends]
+        kept = [key for key in checkpoint.files if key not in inside and key not in ends]
         self.rest = _REST + sum(self._dense(checkpoint, key) for key in kept)
-        self.rest += sum(self._header(checkpoint, key, index=total > SHARD_BYTES) for key in every)
+        self.rest += sum(self._header(checkpoint, key, index=total > SHARD_BYTES) for key in checkpoint.files)
         self._dense_head, self._dense_table = (
             sum(self._dense(checkpoint, key) for key in keys) for keys in (self._ends, self._table)
         )
@@ -193,7 +196,7 @@ class PackedSize:
     def _dense(self, checkpoint: Checkpoint, key: str) -> int:
         """A tensor that stays as it is."""
         named = self._told(key, checkpoint.dtypes[key], checkpoint.shapes[key])
-        return checkpoint.places[key].bytes + named
+        return checkpoint.bytes_of(key) + named
 
     def _header(self, checkpoint: Checkpoint, key: str, *, index: bool) -> int:
         """What the packed index keeps of the dense checkpoint's headers, and of its index where it has one."""

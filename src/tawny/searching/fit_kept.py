@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tawny.errors import RecipeError
+from tawny.model import durable
+from tawny.model.output import MEASURED, unfinished
 from tawny.pruning.journal import Journal
-from tawny.report.pages import write_beside
 from tawny.searching.fit_choice import Found
 from tawny.searching.fit_measure import Measures
 
 REACTIONS = "reactions"  # what the journal calls it
-_FILE = "measured.json"
 
 
 def found_in(kept: Mapping[str, Any]) -> Found:
@@ -33,21 +33,24 @@ def found_in(kept: Mapping[str, Any]) -> Found:
 def keep_measured(folder: Path, of: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
     """Write what was measured, and of what."""
     text = json.dumps({"of": dict(of), REACTIONS: kept[REACTIONS]}, ensure_ascii=False, allow_nan=False)
-    write_beside(folder / _FILE, text + "\n")
+    durable.write(folder / MEASURED, (text + "\n").encode())
 
 
 def read_measured(folder: Path) -> dict[str, Any]:
-    """What a finished fit measured.
+    """What a fit measured that has this folder, or was stopped or refused on its way to it.
 
     Raises:
         RecipeError: there is no such thing.
     """
+    path = folder / MEASURED
     try:
-        kept = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        kept = json.loads(
+            (path if path.exists() else unfinished(folder) / MEASURED).read_text(encoding="utf-8")
+        )
         return {"of": dict(kept["of"]), REACTIONS: dict(kept[REACTIONS])}
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(
-            f"measured {str(folder)!r} is no folder that `tawny fit` made; give one, which holds a {_FILE}"
+            f"measured {str(folder)!r} is no folder that `tawny fit` made; give one, which holds a {MEASURED}"
         ) from None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tawny.allocation.profile import Allocation
+from tawny.errors import NumericalError
 from tawny.model.durable import writing
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import TensorWriter
@@ -108,6 +109,10 @@ def _refined(
             stopped=clock.stopped,
             step=session.progress.step,
         )
+    except NumericalError:  # goes on without, and no other walk would clear this one
+        store.remove()
+        journal.forget(WALK)
+        raise
     finally:
         store.close()
     store.remove()

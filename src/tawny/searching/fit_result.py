@@ -78,9 +78,12 @@ class Fitted:
         return asdict(self)
 
 
-def _zeros_told(job: Job, finalist: Finalist) -> str:
+def _zeros_told(job: Job, finalists: Sequence[Finalist], winner: int) -> str:
     """Where zeros were used."""
+    finalist = finalists[winner]
     with_zeros = [x for x in job.linears if finalist.levels[x.name].sparsity]
+    if not with_zeros and any(level.sparsity for other in finalists for level in other.levels.values()):
+        return "no zeros: the model with zeros that was made is farther from the dense one"
     if not with_zeros:
         return f"no zeros: at this size they are expected to gain less than {percent(ZEROS_GAIN, 0)} over bits alone"
     blocks = sorted({x.block for x in with_zeros})
@@ -109,7 +112,7 @@ def _told(
     if finalists[winner].uniform is not None:
         return f"{head}; nothing that fits came nearer to the dense model"
     if uniform is None:
-        return f"{head}; no uniform model fits"
+        return f"{head}; no uniform model took part"
     return (
         f"{head}; {percent(lead[0], 1)} ± {100 * lead[1]:.1f} nearer to the dense model than {uniform['name']} "
         f"({size(uniform['bytes'])}, KL {uniform['kl']:.4f})"
@@ -159,7 +162,7 @@ def finish(
         bits=rows[winner]["bits"],
         winner=chosen.name,
         says=_told(finalists, rows, winner, lead, speed),
-        zeros=_zeros_told(job, chosen),
+        zeros=_zeros_told(job, finalists, winner),
         lead=lead[0],
         lead_stderr=lead[1],
         finalists=list(rows),

@@ -35,14 +35,15 @@ class FitSettings:
     Attributes:
         windows: held-out windows to measure reactions on.
         deciding: others, to compare finalists on.
-        length: tokens of a window, at most those of a calibration sample.
+        length: tokens of a window, at most those of a calibration sample. Short ones, because a model reacts most to its
+            embedding and its first blocks where little text has come before.
         budget: time such as 20m in which the choice is refined by measured divergence; then another run need not give the
             same bytes. With it, more `windows` pay.
     """
 
-    windows: Count = 2
-    deciding: Annotated[int, Field(ge=2)] = 8
-    length: Annotated[int, Field(ge=2)] = 1024
+    windows: Count = 8
+    deciding: Annotated[int, Field(ge=2)] = 32
+    length: Annotated[int, Field(ge=2)] = 256
     budget: str | float | None = None
 
     @property
@@ -65,7 +66,8 @@ def _base(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
     made = resolve_recipe(recipe, **{"sparsity": 0.0, "allocator": "uniform", **keys})
     chosen = {
         "sparsity": made.sparsity,
-        "values": made.values.names,
+        "values": made.values.names or made.values.head or made.values.embedding,
+        "dtype": made.dtype,
         "pattern": made.pattern != "unstructured",
     }
     chosen |= {
