@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["recover_packed", "several_kinds"]
+__all__ = ["check_grid", "recover_packed", "several_kinds"]
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from tawny.calibration.mixture import texts_identity
+from tawny.errors import RecipeError
 from tawny.kinds import kind_of
-from tawny.model.checkpoint import file_bytes
+from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.identity import source_identity, tensor_digest
 from tawny.model.resumable import WorkFolder
 from tawny.packed.convert import pack, solved_for, unpack
@@ -38,10 +40,24 @@ def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[
     return {name: kind for name, kind in kinds.items() if kind_of(kind).bits < 8 or solved.group_size is None}
 
 
+def check_grid(settings: Recovery, folder: Path) -> None:
+    """Raise a RecipeError for factors whose product would leave a grid of few bits; packing would then undo the training."""
+    if settings.train != "lora":
+        return
+    kinds = set(solved_for(folder)[0].names)
+    if is_packed(folder):
+        kinds.add(_packing(folder)["values"])
+    if few := sorted(name for name in kinds if kind_of(name).bits < 8):
+        raise RecipeError(
+            f"train=lora would move {folder} off the grid of {', '.join(few)}: expected train=survivors, which is trained "
+            "through the grid, or train=norms"
+        )
+
+
 def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. Integers are trained through their grid."""
     settings, progress, overwrite = request.settings, request.progress, request.overwrite
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    kind = _packing(folder)
     group, few = kind.get("group"), kind_of(kind["values"]).bits < 8
     several = several_kinds(settings, folder, progress)  # else all linears have one
     alike = kind_of(kind["values"]).scaled and (few or group is None) and not several
@@ -69,9 +85,10 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         record = RecoveryRecord.read(after / "recover.json")
         record.source, record.out = str(request.source), str(out)
         draw(record, after, progress)
-        # What was trained through several kinds is packed as its record says.
-        values, group = (None, None) if several else (kind["values"], kind.get("group"))
-        ends = {key: kind.get(key) for key in ("head", "embedding")}
+        # What has several kinds is packed as its record says, trained through them or left on them.
+        untrained = not settings.trains_survivors and kind["values"] in solved_for(folder)[0].of
+        values, group = (None, None) if several or untrained else (kind["values"], kind.get("group"))
+        ends: dict[str, Any] = {key: kind.get(key) for key in ("head", "embedding")}
         pack(after, packed, values, group, **ends, overwrite=True, progress=progress)
         record.bytes = file_bytes(packed)
         # What packing changed is told by the card too, unless a person wrote it.
@@ -89,6 +106,13 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
                 )
         processes.once(end)
     return RecoveryRecord.read(out / "recover.json")
+
+
+def _packing(folder: Path) -> dict[str, Any]:
+    """How a folder was packed."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    told: dict[str, Any] = config["quantization_config"]
+    return told
 
 
 def _digest(given: Tensor | Mapping[str, Tensor]) -> str:

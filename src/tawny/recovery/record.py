@@ -23,6 +23,7 @@ class RecoveryRecord:
     Attributes:
         sparsity, zeros: after training; never fewer zeros than before.
         start, best: measurements on the held-out windows; `best` is of what was written.
+        seconds: wall time by phase and in all; of a run that was stopped, up to each state it went on from.
         tokens_per_second: of the training steps alone.
         stopped: why it ended: tokens, minutes, patience, or nan.
         stages: of a gradual recovery, one a sparsity.

@@ -27,7 +27,7 @@ from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
 from tawny.progress import Progress, silent
 from tawny.recovery.dense import Request, recover_dense
-from tawny.recovery.packed import recover_packed, several_kinds
+from tawny.recovery.packed import check_grid, recover_packed, several_kinds
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
 
@@ -83,6 +83,7 @@ def recover(
     request = Request(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)
     if place is not None and not isinstance(source, nn.Module):
         folder = resolve(source, progress.say)
+        check_grid(chosen, folder)
         if is_packed(folder):
             return recover_packed(request, folder, place)
         request = replace(request, settings=_on_its_grid(chosen, folder, progress))

@@ -18,6 +18,7 @@ from tawny.recovery.coordinates import Coordinates
 from tawny.recovery.processes import Processes
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_OF_EACH = ("step", *_MOMENTS)  # an expert without a token in some step has made fewer than the others
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Standing:
     Attributes:
         step: optimiser steps done.
         seconds: of all processes that worked on it.
+        phases: the same by phase.
+        step_seconds: of the last step, without the teacher.
         curve: one entry a step: step, tokens, lr, loss, kl, norm.
         measured: one entry a measurement on the held-out windows.
         best: the entry of `measured` with the lowest loss.
@@ -38,6 +41,8 @@ class Standing:
 
     step: int = 0
     seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    step_seconds: float = 0.0
     teacher_seconds: float = 0.0
     teacher_tokens: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -81,9 +86,11 @@ class Shelf:
                 self._put_back(file.get_tensor)
                 for name, tensor in self._tensors().items():
                     if f"{name}|exp_avg" in names:
-                        moments = {m: file.get_tensor(f"{name}|{m}").to(tensor.device) for m in _MOMENTS}
-                        steps = torch.tensor(float(found["optimiser_steps"]))
-                        self.optimiser.state[tensor] = {"step": steps, **moments}
+                        kept = {key: file.get_tensor(f"{name}|{key}") for key in _OF_EACH}
+                        # As in torch's own loader, only a fused step counts where its tensor is.
+                        for key in _OF_EACH if self.optimiser.defaults["fused"] else _MOMENTS:
+                            kept[key] = kept[key].to(tensor.device)
+                        self.optimiser.state[tensor] = kept
         except (SafetensorError, OSError) as error:
             raise OutputError(f"{path} cannot be read ({error}): pass --overwrite to start anew") from error
         return Standing(**json.loads(found["standing"]))
@@ -92,12 +99,10 @@ class Shelf:
         if self.work is None:
             return
         tensors = self._tensors()
-        steps = 0.0
         for name, tensor in self._tensors().items():
             if state := self.optimiser.state.get(tensor):
-                tensors |= {f"{name}|{moment}": state[moment] for moment in _MOMENTS}
-                steps = float(state["step"])
-        metadata = {"standing": json.dumps(asdict(standing)), "optimiser_steps": str(steps)}
+                tensors |= {f"{name}|{key}": state[key] for key in _OF_EACH}
+        metadata = {"standing": json.dumps(asdict(standing))}
         before = self._states()
         self.work.write_tensors(name := f"state{self._tag}-{standing.step}.safetensors", tensors, metadata)
         if self.parts is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["Teacher", "check_not_own_teacher", "check_teacher", "check_tokenizers", "is_own_teacher"]
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,16 @@ class Teacher:
         with writing(cache):
             if fresh:
                 self._index.unlink(missing_ok=True)
-            self._states = np.memmap(cache, np.int16, "w+" if fresh else "r+", shape=self._shape)
+                with cache.open("wb") as file:
+                    file.truncate(2 * math.prod(self._shape))
+            self._states = np.memmap(cache, np.int16, "r", shape=self._shape)
 
     def _known(self) -> bool:
         """Whether the cache on disk is of these windows; takes over which of them it holds."""
         assert self.cache is not None
         try:
             index = json.loads(self._index.read_text(encoding="utf-8"))
-            if self.cache.stat().st_size != 2 * int(np.prod(self._shape)):
+            if self.cache.stat().st_size != 2 * math.prod(self._shape):
                 return False
             self._done[index["done"]] = True
         except (OSError, ValueError, KeyError, IndexError):
@@ -120,15 +123,24 @@ class Teacher:
                 if row < self._first:
                     self._passing[row] = kept_TH.clone()
                 else:
-                    self._states[row - self._first] = kept_TH.view(torch.int16).numpy()
+                    self._put(row - self._first, kept_TH.view(torch.int16).numpy())
         kept = [row - self._first for row in rows if row >= self._first]
         self._done[kept] = True
         self.tokens_made += len(rows) * self._shape[1]
         if self.cache is not None and kept:
             with writing(self.cache):
-                self._states.flush()
+                durable.sync(self.cache)
                 done = np.flatnonzero(self._done).tolist()
                 durable.write(self._index, json.dumps({"done": done}).encode())
+
+    def _put(self, place: int, states_TH: Any) -> None:
+        """Through the file and not its memory map: there a full disk kills the process without a word."""
+        if self.cache is None:
+            self._states[place] = states_TH
+            return
+        with writing(self.cache), self.cache.open("r+b") as file:
+            file.seek(place * states_TH.nbytes)
+            file.write(states_TH)
 
     def hidden(self, rows: Sequence[int]) -> Tensor:
         """`[rows, seqlen, hidden]` in the dtype of the teacher's forwards; `make` came before.

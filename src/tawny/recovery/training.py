@@ -43,6 +43,7 @@ _MEASURING = 0.1  # of the minutes given, the most that measuring takes
 # Of what is read once, a walk of the teacher: a run that ends early has made few in vain.
 _PASSING_TOKENS = 8192
 _STEP_FORWARDS = 4  # the teacher's and the student's, and two for the gradients
+_SAVING = 600  # seconds after which a state is saved, measured or not
 
 
 class Training:
@@ -67,7 +68,7 @@ class Training:
         self.standing = Standing()
         self.steps = settings.steps
         self._begun = time.perf_counter()
-        self._resumed = 0
+        self._saved = 0  # the step of the newest state
         self.predicts = predicts_tokens(student.stack.model)
         vocabulary = int(student.stack.config.get_text_config().vocab_size) if self.predicts else 1
         self.chunk = chunk_tokens(vocabulary, settings.chunk)
@@ -113,7 +114,8 @@ class Training:
         parts = self.processes if self.processes.sharded else None
         self.shelf = Shelf(work, self.student.coordinates, self.optimiser, parts)
         if found := self.shelf.load():
-            self.standing, self._resumed = found, found.step
+            self.standing, self._saved = found, found.step
+            self.clock.go_on(found.phases)
             self.progress.say(
                 f"going on after step {found.step} of {self.steps}; remove {work and work.path} to start over instead"
             )
@@ -154,9 +156,16 @@ class Training:
                     raise Interrupted(
                         f"stopped by Ctrl-C after step {self.standing.step}; the same command goes on from there"
                     )
-                if at % self.settings.eval_every == 0 and not over:
+                late = self._elapsed() - self.standing.seconds >= _SAVING
+                if (at % self.settings.eval_every == 0 or late) and not over:
                     self._save()
                 self._tell()
+        if (
+            self.standing.measured[-1]["step"] != self.standing.step
+        ):  # stopped just before the end, and resumed
+            self._measure()
+        if self.standing.step > self._saved:  # what writes the result may be killed, or fill the disk
+            self._save()
         if reason == "minutes":
             self.progress.at(100, 0.0)
         self.record.stopped = reason
@@ -166,11 +175,17 @@ class Training:
         settings, standing = self.settings, self.standing
         if standing.step >= self.steps:
             return "tokens"
-        if self._ends and standing.step and self._elapsed() + standing.cost >= self._ends:
+        if self._ends and standing.step and self._elapsed() + self._ahead() + standing.cost >= self._ends:
             return "minutes"
         if settings.patience and standing.stale >= settings.patience:
             return "patience"
         return None
+
+    def _ahead(self) -> float:
+        """Seconds of one more step, if it takes as long as the last one, and of the teacher's forwards for it."""
+        standing, settings = self.standing, self.settings
+        taught = self._a_token() * settings.batch * settings.seqlen / self.processes.size
+        return standing.step_seconds + (taught if self._unseen() else 0.0)
 
     @property
     def _ends(self) -> float | None:
@@ -184,7 +199,7 @@ class Training:
             self.progress.at(math.floor(100 * self._share()), self._ends - self._elapsed())
             return
         steps = self.steps - standing.step
-        left = steps * self.clock.seconds["train"] / max(1, standing.step - self._resumed)
+        left = steps * self.clock.seconds["train"] / standing.step
         left += standing.cost * (steps // settings.eval_every + 1)
         if self.teacher is not None:
             missing = steps * settings.batch
@@ -215,6 +230,7 @@ class Training:
     def _step(self) -> None:
         settings, standing = self.settings, self.standing
         self._ask_teacher()
+        begun = self._elapsed()
         share = self._share(ahead=1)
         rate = self._rate(share)
         for group in self.optimiser.param_groups:
@@ -244,6 +260,7 @@ class Training:
             "norm": norm,
         }
         standing.curve.append(entry)
+        standing.step_seconds = self._elapsed() - begun
         kl = f", KL {entry['kl']:.3f}" if self._kl else ""
         self.progress.detail(f"loss {entry['loss']:.3f}{kl}", 0, 0)
 
@@ -303,14 +320,21 @@ class Training:
 
     def _ask_teacher(self) -> None:
         """Have the hidden states of this step's windows; if any are missing, those of the next steps too."""
-        if self.teacher is None:
+        if not self._unseen():
             return
-        now = self.processes.share(self.reading.rows(self.standing.step))
-        if not any(self.processes.all_of(bool(self.teacher.missing(now)))):
-            return
+        now = self._rows(self.standing.step)
         first, last = self._walked_with(max(1, len(now)) * self.settings.seqlen)
-        steps = range(first, min(last, self.steps))
-        self._make([row for step in steps for row in self.processes.share(self.reading.rows(step))])
+        self._make([row for step in range(first, min(last, self.steps)) for row in self._rows(step)])
+
+    def _unseen(self) -> bool:
+        """Whether the teacher has yet to see windows of the next step, in any process."""
+        if self.teacher is None:
+            return False
+        missing = self.teacher.missing(self._rows(self.standing.step))
+        return any(self.processes.all_of(bool(missing)))
+
+    def _rows(self, step: int) -> list[int]:
+        return self.processes.share(self.reading.rows(step))
 
     def _walked_with(self, tokens: int) -> tuple[int, int]:
         """The steps, of so many tokens each, whose hidden states are made in one walk with those of this one.
@@ -334,11 +358,15 @@ class Training:
         if self.clock.seconds.get("train"):
             each = self._elapsed() / max(1, len(standing.curve))
         else:
-            a_token = self.processes.same(standing.teacher_seconds / max(1, standing.teacher_tokens))
-            each = _STEP_FORWARDS * a_token * settings.batch * settings.seqlen / self.processes.size
+            each = _STEP_FORWARDS * self._a_token() * settings.batch * settings.seqlen / self.processes.size
         if not each:
             return self.steps
         return max(1, math.ceil((self._ends - self._elapsed()) / each))
+
+    def _a_token(self) -> float:
+        """Seconds that the teacher takes for one."""
+        standing = self.standing
+        return self.processes.same(standing.teacher_seconds / max(1, standing.teacher_tokens))
 
     def _make(self, rows: list[int]) -> None:
         assert self.teacher is not None
@@ -425,11 +453,12 @@ class Training:
             return self.processes.add_losses(total)
 
     def _save(self) -> None:
-        self.standing.seconds = self._elapsed()
+        self.standing.seconds, self.standing.phases = self._elapsed(), dict(self.clock.seconds)
         self._begun = time.perf_counter()
         if self.processes.first or self.processes.sharded:
             with self.clock("save"):
                 self.shelf.save(self.standing)
+        self._saved = self.standing.step
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -454,17 +483,16 @@ class Training:
         record.teacher_tokens = standing.teacher_tokens
         if self.teacher is not None:
             record.teacher_bytes = standing.teacher_tokens * self.teacher.bytes_per_token
-        total = self._elapsed()
         whole = self.shelf.join() if self.processes.sharded else None
         if self.output is not None:
             with self.clock("write"):
                 record.out = str(self.output.out)
                 record.bytes = write(self.output, self.student, self.folder, whole)
         if trained := self.clock.seconds.get("train", 0.0):
-            here = max(1, len(standing.curve)) - self._resumed
-            record.tokens_per_second = max(0, here) * settings.batch * settings.seqlen / trained
+            record.tokens_per_second = record.tokens / trained
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
-        record.seconds["total"] = round(total, 3)
+        # Not `_elapsed`, for which the other processes would wait until this one has written.
+        record.seconds["total"] = round(standing.seconds + time.perf_counter() - self._begun, 3)
         record.peak_memory = peak_memory()
         if self.output is not None:
             self.output.write_text("recover.json", record.to_json())
