@@ -192,7 +192,7 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     )
     assert rows["| file size, packed"] == "8 MB | 4 MB | 3 MB | 2 MB |"
     assert rows["| decoding speed, × dense"] == "1.00 | – | – | 2.50 |"
-    assert rows["| `tawny fit --bits 5`"] == "1,000 MB | 0.020 ± 0.001, 0.020 ± 0.001 | 15.0 |"
+    assert rows["| `tawny fit --bits 5`"] == "1,000 MB | 0.0200 ± 0.0010, 0.0200 ± 0.0010 | 15.0 |"
     assert rows["| `tawny fit --bits 4.13`"].endswith("| 19.0 |")
     assert len(rows) == 12  # six claims and four models, and two heads
     (note,) = (line for line in made if "to 0.90 ×" in line)

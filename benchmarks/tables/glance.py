@@ -7,6 +7,7 @@ from typing import Any
 
 from tables.shared import SHAPE_NAMES, over_seeds
 from tables.speed import baseline_of, speed
+from tawny.words import kl_text
 
 _SPARSITIES = (0.5, 0.6, 0.7)
 _RECIPES = {
@@ -65,14 +66,14 @@ def _same_bytes(frontier: Mapping[str, Any]) -> str:
     ]
     for name, shown in _SAME.items():
         cell = frontier["cells"][name]
-        kl = ", ".join(f"{x['kl']:.3f} ± {x['kl_stderr']:.3f}" for x in cell["texts"].values())
+        kl = ", ".join(kl_text(x["kl"], x["kl_stderr"]) for x in cell["texts"].values())
         speed = speeds["cells"][name]["decode_tokens_per_second"]
         lines.append(f"| {shown} | {cell['bytes'] / 1e6:,.0f} MB | {kl} | {speed:.1f} |")
     return (
         "\n".join(lines)
         + f"\n\n<sub>Qwen2.5-Coder-1.5B, all from the same dense model. KL is of {setting['windows']} windows of "
-        f"{setting['eval_seqlen']} tokens of `wiki` and of WikiText-2. One of `wiki` is an "
-        "[outlier](docs/results.md#the-same-on-qwen25-coder-15b).</sub>\n"
+        f"{setting['eval_seqlen']} tokens of `wiki` and of WikiText-2. The fit of 4.13 bits is "
+        "[an older one](docs/results.md#the-same-on-qwen25-coder-15b).</sub>\n"
     )
 
 
