@@ -26,9 +26,11 @@ from tawny.searching import fit_measure as measuring
 from tawny.searching.divergence import Divergence
 from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.fit_choice import Found, Table
-from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Measures, far_from_role
+from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures, far_from_role
+from tawny.searching.fit_result import _zeros_told
 from tawny.searching.fit_settings import FitSettings, demand_of_fit
 from tawny.searching.fit_target import Room
+from tests.model.formats import FORMATS, quantised
 from tests.tiny import tiny_model, tokens
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
@@ -307,7 +309,8 @@ def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fit
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "qwen3_moe"])
 def test_bytes_are_known_before_packing(family, tmp_path):
-    model = tiny_model(family, dtype=torch.bfloat16, **SHAPE)
+    many = {"num_experts": 48} if family == "qwen3_moe" else {}  # each is named in the index
+    model = tiny_model(family, dtype=torch.bfloat16, **SHAPE, **many)
     model.get_output_embeddings().weight.data[:4] = 0  # zeros that nobody removed
     model.save_pretrained(tmp_path / "dense")
     for number, (kind, group, sparsity, head, embedding) in enumerate(
@@ -332,6 +335,32 @@ def test_bytes_are_known_before_packing(family, tmp_path):
         tensors = sum(x.bytes for x in made.linears)
         kept = [x.numel - removed_count(x.numel, sparsity) for x in job.linears]
         assert tensors > sum(kept) * KINDS[kind].bits / 8
+
+
+def test_bytes_are_known_where_a_quantised_head_is_decoded(tmp_path):
+    quantised(tmp_path / "dense", FORMATS["GPTQ, 8 bits"])
+    recipe = resolve_recipe(
+        {"allocator": "uniform", "solver": "magnitude", "sparsity": 0.0},
+        values={"kind": "int4", "head": "int8"},
+    )
+    job = prepare(recipe, tmp_path / "dense", silent, "cpu")
+    sizes = PackedSize(job)
+    assert any(key.startswith("lm_head") for key in job.stack.checkpoint.coded) and sizes.head
+    planned = sizes.rest + sizes.of_head("int8") + sizes.of_embedding("int8")
+    planned += sum(sizes.linear(x, 0.0, "int4") for x in job.linears)
+    tawny.prune(tmp_path / "dense", tmp_path / "pruned", recipe=recipe)
+    made = tawny.pack(tmp_path / "pruned", tmp_path / "packed")
+    assert 0.85 * planned <= made.file_bytes <= planned
+
+
+def test_why_there_are_no_zeros_is_said_as_it_was(dense):
+    job = prepare(resolve_recipe(sparsity=0), dense, silent, "cpu")
+    plain, sparse = (
+        SimpleNamespace(levels={x.name: Level(share, "int4") for x in job.linears}) for share in (0.0, 0.5)
+    )
+    assert "less than 3 %" in _zeros_told(job, [plain], 0)
+    assert "farther from the dense one" in _zeros_told(job, [sparse, plain], 1)
+    assert _zeros_told(job, [plain, sparse], 1).startswith("zeros in 14 of 14 linears")
 
 
 def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):

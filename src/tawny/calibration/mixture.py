@@ -254,7 +254,7 @@ def rendered(tokenizer: Any, messages: Sequence[Any]) -> str:
     """
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DAY)
-    except Exception as error:
+    except Exception as error:  # what a template raises is its author's choice
         raise TextError(f"the chat template refuses its messages ({first_line(error)[:160]})") from None
     return printable(text)
 

@@ -208,7 +208,8 @@ def _fit(
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
     found = _measured(session, samples, searched, sizes, output.work)
     keep_measured(output.work, of, journal.state["once"])
-    again = f"with --measured {output.out} --overwrite nothing is measured again"
+    # To another folder: `--overwrite` would clear what was measured before a misspelt text is refused.
+    again = f"to another --out, with --measured {output.out}, nothing is measured again"
     table = Table(job, sizes, room, found)
     try:
         finalists = table.finalists()
