@@ -102,12 +102,32 @@ def test_a_hub_text_out_of_reach_is_one_line_that_says_what_to_do(name, monkeypa
     def load_dataset(*where, **options):
         raise ConnectionError("no route\nto host")
 
+    asked = []
+    hub = types.SimpleNamespace(
+        HfApi=lambda: types.SimpleNamespace(dataset_info=lambda *where, timeout: asked.append(where))
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     offline = types.SimpleNamespace(load_dataset=load_dataset)
     for datasets, words in ((None, r"pip install 'tawny\[hub\]'"), (offline, "no route")):
         monkeypatch.setitem(sys.modules, "datasets", datasets)
         with pytest.raises(TextError, match=words) as caught:
             load_text(name)
         assert "\n" not in str(caught.value)
+    assert asked == ([("allenai/c4",)] if name == "c4" else [])  # the others may lie in the cache
+
+
+def test_a_text_that_is_never_kept_is_not_waited_for_without_a_network(monkeypatch):
+    class Api:
+        def dataset_info(self, *where, timeout):
+            raise ConnectionError("no route")
+
+    def load_dataset(*where, **options):
+        raise AssertionError("it tries again for half a minute")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Api))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(TextError, match="no route"):
+        load_text("c4")
 
 
 def test_hub_texts_ask_for_the_parts_the_papers_use(monkeypatch):
@@ -117,6 +137,8 @@ def test_hub_texts_ask_for_the_parts_the_papers_use(monkeypatch):
         asked.append((*where, split))
         return [{"text": f"row {i}", "sentence": f"row {i}"} for i in range(3)]
 
+    api = types.SimpleNamespace(dataset_info=lambda *where, timeout: None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=lambda: api))
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert load_text("wikitext2").text == "row 0\n\nrow 1\n\nrow 2"
     assert load_text("ptb", "evaluation").text == "row 0 row 1 row 2"

@@ -138,11 +138,14 @@ def _wiki(role: Role) -> list[str]:
 def _hub_rows(name: str, field: str, *where: str, most: int | None = None, **options: Any) -> list[str]:
     try:
         import datasets
+        from huggingface_hub import HfApi
     except ImportError:
         raise TextError(
             f"text {name!r} comes from the hub and needs `datasets`: pip install 'tawny[hub]', or {_HUB_HELP}"
         ) from None
     try:
+        if options.get("streaming"):  # nothing of it is ever kept, so that retries without a network are half a minute lost
+            HfApi().dataset_info(where[0], timeout=10)
         rows = datasets.load_dataset(*where, **options)
         return [row[field] for row in itertools.islice(rows, most)]
     except Exception as error:  # the hub client raises a dozen unrelated kinds when it is offline

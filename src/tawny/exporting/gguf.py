@@ -232,15 +232,10 @@ def export_gguf(
         )
     if out.is_dir() or (out.exists() and not overwrite):
         raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
-    folder = resolve(source, progress.say)
     whole = gguf_behind(source)
-    if out.exists() and out.resolve() in (
-        whole and whole.resolve(),
-        *(folder.resolve() / x.name for x in folder.iterdir()),
-    ):
-        raise OutputError(
-            f"{out} is a file of the model itself; a source is never overwritten: choose another --out"
-        )
+    _check_apart(out, [] if whole is None else [whole])  # before the minutes that reading such a file takes
+    folder = resolve(source, progress.say)
+    _check_apart(out, [folder.resolve() / x.name for x in folder.iterdir()])
     work = _Export(folder)
     keys, whose = _tokenizer(source, folder, tokenizer, work.words)
     planned = work.plan(kind)
@@ -260,6 +255,13 @@ def export_gguf(
         zeros=zeros,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_apart(out: Path, files: list[Path]) -> None:
+    if out.exists() and out.resolve() in [file.resolve() for file in files]:
+        raise OutputError(
+            f"{out} is a file of the model itself; a source is never overwritten: choose another --out"
+        )
 
 
 def _write(

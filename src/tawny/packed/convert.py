@@ -313,7 +313,9 @@ def pack(
         for name, block in zip(work.blocks.names, work.blocks.modules, strict=True):
             work.block(name, block)
             progress.step(name)
+        progress.phase("head and embedding", 1, "step")
         work.ends()
+        progress.step("head and embedding")
         method = {
             "quant_method": METHOD,
             "version": format.VERSION,
