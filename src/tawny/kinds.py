@@ -6,7 +6,7 @@ make the compiled kernels read it too. Nothing here imports torch before it comp
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "Kind", "half_steps", "kind_of", "names_of", "scaled_kinds"]
+__all__ = ["KINDS", "Kind", "half_steps", "kind_of", "names_of", "range_of", "scaled_kinds"]
 
 import functools
 from collections.abc import Iterable
@@ -192,6 +192,16 @@ def names_of(kinds: Iterable[Kind], last: str = ", ") -> str:
     """Names for a person: `bf16, f16, f32 or int8`, with the word between the last two given."""
     *first, end = [kind.name for kind in kinds]
     return f"{', '.join(first)}{last}{end}" if first else end
+
+
+def range_of(names: Iterable[str]) -> str:
+    """`int4`, or `int3 to int8` where there are several.
+
+    Raises:
+        UserError: a name is no kind's.
+    """
+    kinds = sorted({kind_of(name) for name in names}, key=lambda kind: (kind.bits, kind.name))
+    return names_of(kinds if len(kinds) == 1 else (kinds[0], kinds[-1]), " to ")
 
 
 def scaled_kinds() -> list[Kind]:

@@ -511,7 +511,7 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
     told = run["recovery"]["stages"]
     assert [stage["sparsity"] for stage in told] == [stage["sparsity"] for stage in record.stages]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "# dense, 60.0% sparse" in card and "## Recovered" in card
+    assert "# dense, 60.0 % sparse" in card and "## Recovered" in card
     assert "<title>dense, recovered" in (tmp_path / "out" / "report.html").read_text()
     assert no_way_there(tmp_path / "out")
     assert push(tmp_path / "out", "owner/name", dry_run=True).files

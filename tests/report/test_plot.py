@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tawny.report.plot import plot_allocations, plot_outliers, plot_profile
+from tawny.report.plot import plot_allocations, plot_fit, plot_outliers, plot_profile
 
 ALLOCATIONS = {"uniform": [0.7] * 4, "owl": [0.6, 0.7, 0.7, 0.8], "dlp": [0.5, 0.7, 0.8, 0.8]}
 REPORT = {
@@ -49,3 +49,17 @@ def test_models_of_different_depth_share_one_axis(tmp_path):
     plot_outliers({"two $x^$": [1.0, 2.0], "four": [0.5, 0.4, 0.3, 0.2]}, tmp_path / "o.svg")
     drawn = (tmp_path / "o.svg").read_text(encoding="utf-8")
     assert "two $x^$, 2 blocks" in drawn and "four, 4 blocks" in drawn
+
+
+def test_a_fit_is_drawn_linear_by_linear(tmp_path):
+    finalists = [{"name": "bits $x^$", "bytes": 4_900_000, "kl": 0.125, "kl_stderr": 0.01}]
+    roles = {
+        "mlp.up_proj": {"bits": [4, 6, 16], "sparsity": [0.0, 0.5, 0.0]},
+        "mlp.experts.*.down_proj": {"bits": [None, 3.25, 4], "sparsity": [None, 0.0, 0.0]},
+    }
+    told = {"source": "a model", "winner": "bits $x^$", "roles": roles, "finalists": finalists}
+    for name, budget in (("a.svg", 5_000_000), ("b.svg", None)):
+        plot_fit(told | {"curve": [(4_000_000, 0.2), (6_000_000, 0.1)], "budget": budget}, tmp_path / name)
+        drawn = (tmp_path / name).read_text(encoding="utf-8")
+        texts = ("<!-- 3.25 -->", "<!-- −50% -->", "<!-- up_proj -->", "<!-- 16 -->")
+        assert all(text in drawn for text in texts) and ("<!-- asked for -->" in drawn) == bool(budget)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tawny.errors import CheckpointError, RecipeError, UserError
-from tawny.kinds import KINDS, kind_of
+from tawny.kinds import KINDS, kind_of, range_of
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
@@ -324,7 +324,7 @@ def pack(
         }
         _carry(output, folder, method)
         total = writer.finish(*_layout_of(work.checkpoint, files))
-        _card(output, folder, _NOTE.format(values=choice.values))
+        _card(output, folder, _NOTE.format(values=range_of(choice.kinds.values() or [choice.values])))
         _record(output, folder, {**choice.told, "bytes": total, "source_bytes": work.source_bytes}, total)
         dense = [form for form in work.linears if form.form == "dense"]
         tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched), work.rounded)

@@ -14,19 +14,20 @@ from typing import Any
 
 import yaml
 
+from tawny.kinds import range_of
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
+from tawny.report.form import Form, form_of
 from tawny.words import begun, counted, duration, kl_text, percent, perplexity_text, size
 
 CARD = "README.md"
 # Facts about what the weights are made of. Results (`model-index`) and widgets are the dense model's own.
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model", "datasets", "pipeline_tag")
-_TAGS = ["pruned", "sparse", "tawny"]
 _INTENDED = (
     "## Intended use and limits\n\n"
     "For what the base model is for, under its licence, where memory or speed matters more than the last bit of "
-    "quality; and for research on sparsity. Pruning loses quality, and more of it the smaller the model and the "
-    "higher the sparsity. It can lose unevenly: facts, languages and safety behaviour that calibration text did "
+    "quality; and for research. Pruning and rounding lose quality, and more of it the smaller the model, the "
+    "higher the sparsity and the fewer the bits. They can lose unevenly: facts, languages and safety behaviour that calibration text did "
     "not show may suffer more than perplexity says. Biases of the base model remain. Measure the model on your own "
     "task before relying on it."
 )
@@ -78,13 +79,14 @@ def model_card(
     metadata["library_name"] = "transformers"
     tags = base.get("tags") or []
     words = [tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)]
-    metadata["tags"] = list(dict.fromkeys([*words, *_TAGS]))
+    form = form_of(record)
+    metadata["tags"] = list(dict.fromkeys([*words, *form.tags, "tawny"]))
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---",
         *([note.rstrip("\n")] if note else []),
-        f"# {_inline(source.rstrip('/').split('/')[-1])}, {record['sparsity']:.1%} sparse",
-        _what(record, recovered=bool(recovery)),
-        _use(record),
+        f"# {_inline(source.rstrip('/').split('/')[-1])}, {form.title}",
+        _what(record, form, recovered=bool(recovery)),
+        _use(record, form),
         _numbers(record, recovered=bool(recovery)),
         *([_fit(record["fit"])] if record.get("fit") else []),
         *([f"## Recovered\n\n{_inline(recovery_words(recovery))}"] if recovery else []),
@@ -147,12 +149,20 @@ def recovery_words(recovery: Mapping[str, Any], how: str = "Trained after prunin
     return words
 
 
-def _what(record: Mapping[str, Any], recovered: bool) -> str:
+def _what(record: Mapping[str, Any], form: Form, recovered: bool) -> str:
     recipe = record["recipe"]
+    zeros = (
+        f"{record['zeros']:,} of {record['prunable']:,} prunable weights are zero ({record['sparsity']:.2%})"
+    )
+    if form.pruned:
+        how = f"Allocated by `{recipe['allocator']['name']}`, solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`"
+    else:
+        zeros += ", all by rounding"
+        how = f"Solved by `{recipe['solver']['name']}`"
+    if form.kinds:
+        how += f", on the grid of {range_of(form.kinds.values())} ({form.bits:.2f} bits each)"
     return (
-        f"{record['zeros']:,} of {record['prunable']:,} prunable weights are zero ({record['sparsity']:.2%}); "
-        f"the model has {record['parameters']:,} parameters in all. Allocated by `{recipe['allocator']['name']}`, "
-        f"solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`{_afterwards(record)}. "
+        f"{zeros}; the model has {record['parameters']:,} parameters in all. {how}{_afterwards(record)}. "
         f"{_untouched(record, recovered)}"
     ).rstrip()
 
@@ -185,9 +195,13 @@ def _untouched(record: Mapping[str, Any], recovered: bool) -> str:
     return f"{kept} are those of the source, to the bit." if kept else ""
 
 
-def _use(record: Mapping[str, Any]) -> str:
-    if record.get("packed"):
+def _use(record: Mapping[str, Any], form: Form) -> str:
+    if record.get("packed") and form.pruned:
         text = "Zeros are not stored: weights are a bit mask and the survivors, in files and in memory."
+    elif record.get("packed"):
+        text = "Weights are integers with a scale for each group of columns, in files and in memory."
+    elif not form.pruned:
+        text = "This folder is as large as the dense one and opens with plain transformers; `tawny pack` makes it small."
     else:
         text = "The zeros are stored: this folder is as large as the dense one and opens with plain transformers."
     code = opening(record, '"THIS_FOLDER"')
@@ -206,8 +220,9 @@ def opening(record: Mapping[str, Any], folder: str) -> str:
 def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
     measured = record["evaluation"]
     if not {"dense", "pruned"} <= set(measured):
+        known = "Its finalists were compared, below. " if record.get("fit") else "Not measured. "
         return (
-            "## Quality\n\nNot measured. `tawny eval THIS_FOLDER --text TEXT` gives perplexity ± its standard error, and with "
+            f"## Quality\n\n{known}`tawny eval THIS_FOLDER --text TEXT` gives perplexity ± its standard error, and with "
             "`--against DENSE` the distance from the dense model."
         )
     dense, pruned = measured["dense"], measured["pruned"]

@@ -23,10 +23,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tawny.kinds import kind_of, range_of
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import opening, recovery_words
 from tawny.report.figures import WIDTHS, DepthRow, depth_figure
+from tawny.report.form import Form, form_of
 from tawny.report.pages import render, write_beside
 from tawny.words import begun, duration, kl_text, percent, perplexity_text, size
 
@@ -59,15 +61,25 @@ def render_report(record: Mapping[str, Any]) -> str:
 
 def _view(record: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the template shows, as text and numbers ready to be shown."""
-    linears = record["linears"]
+    form = form_of(record)
+    linears = [
+        {**x, "bits": kind_of(form.kinds[x["name"]]).bits}
+        for x in record["linears"]
+        if x["name"] in form.kinds
+    ]
     M = record.get("outlier_M") or 5.0
     blocks = _blocks(record, M)
+    heat = [_heat(linears, "bits", "Bits of a survivor", _linear_scale, "{:.3g}".format)] * (
+        len(set(form.kinds.values())) > 1
+    )
+    heat += [_heat(record["linears"], "sparsity", "Sparsity, %", _linear_scale)] * form.pruned
+    heat.append(_heat(record["linears"], "error", "Error, % of the output lost", _log_scale))
     return {
-        "title": f"{_name(record)}, {percent(record['sparsity'], 1)} sparse",
-        "summary": _summary(record),
-        "tiles": _tiles(record),
+        "title": f"{_name(record)}, {form.title}",
+        "summary": _summary(record, form),
+        "tiles": _tiles(record, form),
         "warnings": record["warnings"],
-        "asked": _asked(record),
+        "asked": _asked(record, form),
         "M": f"{M:g}",
         "blocks": blocks,
         "knows_before": any("before" in row.counted for row in blocks),
@@ -75,11 +87,10 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "figures": {
             name: depth_of(record, width=width, prefix=name) for name, width in WIDTHS.items() if blocks
         },
-        "heat": [
-            _heat(linears, "sparsity", "Sparsity, %", _linear_scale),
-            _heat(linears, "error", "Error, % of the output lost", _log_scale),
-        ],
-        "error_kind": _error_kind(linears),
+        "heat": heat,
+        "error_kind": _error_kind(record["linears"]),
+        "fit": _fit(record.get("fit") or {}),
+        "made": "pruned" if form.pruned else "result",
         "comparison": _comparison(record["evaluation"]),
         "generated": record.get("generated", []),
         "phases": _phases(record["seconds"]),
@@ -98,38 +109,59 @@ def _name(record: Mapping[str, Any]) -> str:
     return str(record["source"]).rstrip("/").split("/")[-1] or "model"
 
 
-def _summary(record: Mapping[str, Any]) -> str:
+def _summary(record: Mapping[str, Any], form: Form) -> str:
     recipe, blocks = record["recipe"], len({linear["block"] for linear in record["linears"]})
-    text = (
-        f"{record['zeros']:,} of {record['prunable']:,} prunable weights were removed. "
-        f"{recipe['allocator']['name']} shared the budget among {blocks} blocks, "
-        f"{recipe['solver']['name']} chose the weights"
-    )
-    text += f", pattern {recipe['pattern']}." if ":" in str(recipe["pattern"]) else "."
+    grid = f" on the grid of {range_of(form.kinds.values())}" if form.kinds else ""
+    if form.pruned:
+        text = (
+            f"{record['zeros']:,} of {record['prunable']:,} prunable weights were removed. "
+            f"{recipe['allocator']['name']} shared the budget among {blocks} blocks, "
+            f"{recipe['solver']['name']} chose the weights{' and solved the others' if grid else ''}{grid}"
+        )
+        text += f", pattern {recipe['pattern']}." if ":" in str(recipe["pattern"]) else "."
+    else:
+        text = f"{recipe['solver']['name']} solved {record['prunable']:,} weights of {blocks} blocks{grid}. None was removed."
     return f"{text} {recovery_words(record['recovery'])}" if record.get("recovery") else text
 
 
-def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(record: Mapping[str, Any], form: Form) -> list[tuple[str, str, str]]:
     """Name, value, remark: what a hurried reader takes away."""
-    tiles = [("sparsity", percent(record["sparsity"], 1), f"{record['parameters']:,} parameters in all")]
-    measured = record["evaluation"]
-    quality, remark = "not measured", "--eval TEXT measures both models"
+    tiles = []
+    if form.pruned:
+        tiles.append(
+            ("sparsity", percent(record["sparsity"], 1), f"{record['parameters']:,} parameters in all")
+        )
+    if form.kinds:
+        tiles.append(("bits of a survivor", f"{form.bits:.2f}", range_of(form.kinds.values())))
+    measured, fit = record["evaluation"], record.get("fit") or {}
+    name, quality, remark = "perplexity", "not measured", "--eval TEXT measures both models"
     if {"dense", "pruned"} <= set(measured):
         dense, quality = measured["dense"], perplexity_text(measured["pruned"])
         remark = f"dense {perplexity_text(dense)} on {dense['text']}"
-    total = record["seconds"].get("total", sum(record["seconds"].values()))
+    elif fit:
+        rows = {row["name"]: row for row in fit["finalists"]}
+        won = rows.get(fit.get("winner", ""), min(rows.values(), key=lambda row: row["kl"]))
+        name, quality, remark = (
+            "KL from dense",
+            kl_text(won["kl"], won["kl_stderr"]),
+            "nats a token, on held-out text",
+        )
+    seconds = fit.get("seconds") or record["seconds"]
+    total, threads = seconds.get("total", sum(seconds.values())), record["machine"].get("threads", "?")
     before = f"{size(record['memory_before'])} before it began"
     tiles += [
-        ("perplexity", quality, remark),
-        ("time", duration(total), f"{record['machine'].get('threads', '?')} threads"),
+        (name, quality, remark),
+        ("time", duration(total), f"{threads} threads" + (", the whole fit" if fit.get("seconds") else "")),
         ("peak memory", size(record["peak_memory"]), before),
     ]
     if record["bytes"]:
-        tiles.append(("weights on disk", size(record["bytes"]), record["storage"] or "as they came"))
+        packed = (record.get("packed") or {}).get("source_bytes")
+        stored = f"packed from {size(packed)}" if packed else record["storage"] or "as they came"
+        tiles.append(("weights on disk", size(record["bytes"]), stored))
     return tiles
 
 
-def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _asked(record: Mapping[str, Any], form: Form) -> list[tuple[str, str]]:
     recipe, text = record["recipe"], record["text"]
     orders = {"block": "all linears of a block at once", "data": "stage by stage"}
     calibration = "none: the weights alone decided"
@@ -138,7 +170,8 @@ def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         calibration = f"{tokens} of {text.get('name')}{begun(text)}"
     rows = [
         ("model", record["source"] + (f" at {record['revision']}" if record.get("revision") else "")),
-        ("sparsity", percent(recipe["sparsity"], 2)),
+        *([("sparsity", percent(recipe["sparsity"], 2))] if form.pruned else []),
+        *([("values", _values(recipe, form))] if form.kinds else []),
         ("allocator", _choice(recipe["allocator"])),
         ("solver", _choice(recipe["solver"])),
         ("pattern", str(recipe["pattern"])),
@@ -148,15 +181,26 @@ def _asked(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("computed in", str(record["compute"])),
         ("seed", str(recipe["seed"])),
     ]
-    fit = record.get("fit") or {}
-    if fit:
-        aim = "speed" if fit["speed"] else "size"
-        rows += [(f"chosen for its {aim}", fit["says"]), ("zeros", fit["zeros"])]
-        rows += [("refined", fit["refined"])] if fit["refined"] else []
-        rows += [("assumed", fit["speed"]["assumes"])] if fit["speed"] else []
-    for row in fit.get("finalists", []):
-        rows.append((row["name"], f"{size(row['bytes'])}, KL {kl_text(row['kl'], row['kl_stderr'])}"))
     return rows
+
+
+def _values(recipe: Mapping[str, Any], form: Form) -> str:
+    ends = [f"{end} {recipe['values'][end]}" for end in ("head", "embedding") if recipe["values"].get(end)]
+    return ", ".join([range_of(form.kinds.values()), *ends])
+
+
+def _fit(fit: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `tawny fit` compared and chose."""
+    if not fit:
+        return None
+    facts = [("chosen", fit["says"]), ("zeros", fit["zeros"])]
+    facts += [("refined", fit["refined"])] if fit["refined"] else []
+    facts += [("assumed", fit["speed"]["assumes"])] if fit["speed"] else []
+    rows = [
+        (row["name"], size(row["bytes"]), f"{row['bits']:.3f}", kl_text(row["kl"], row["kl_stderr"]))
+        for row in fit["finalists"]
+    ]
+    return {"aim": "speed" if fit["speed"] else "size", "facts": facts, "rows": rows}
 
 
 def _choice(choice: Mapping[str, Any]) -> str:
@@ -233,7 +277,11 @@ def _role(linear: Mapping[str, Any]) -> str:
 
 
 def _heat(
-    linears: Sequence[Mapping[str, Any]], key: str, title: str, scale: Callable[[Sequence[float]], Any]
+    linears: Sequence[Mapping[str, Any]],
+    key: str,
+    title: str,
+    scale: Callable[[Sequence[float]], Any],
+    shown: Callable[[float], str] = lambda share: _short(100 * share),
 ) -> dict[str, Any]:
     """A table of blocks by linears; `level` is how dark a cell is, 0 to 100."""
     roles = list(_by(linears, _role))
@@ -245,11 +293,11 @@ def _heat(
     rows = []
     for block in sorted({block for block, _ in cells}):
         values = [cells.get((block, role)) for role in roles]
-        shown = [
-            {"text": "", "level": 0} if v is None else {"text": _short(100 * v), "level": round(level(v))}
+        row = [
+            {"text": "", "level": 0} if v is None else {"text": shown(v), "level": round(level(v))}
             for v in values
         ]
-        rows.append({"block": block, "cells": shown})
+        rows.append({"block": block, "cells": row})
     parts = [role.split(".") for role in roles]
     columns = zip(*(each[:-1] for each in parts), strict=False)
     common = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))  # the path of the blocks

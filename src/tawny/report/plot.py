@@ -72,21 +72,14 @@ def plot_profile(report: Mapping[str, Any], path: Path) -> None:
 def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
     """Draw what a fit chose (`Fitted.to_dict()`).
 
-    Left, bits of a survivor in each block and its sparsity; right, divergence from the dense model against the size of the
-    files: measured of the finalists, and expected of what would be chosen for other sizes.
+    Left, bits of a survivor of each linear, and its sparsity where zeros were used; right, divergence from the dense model
+    against the size of the files: measured of the finalists, and expected of what would be chosen for other sizes.
     """
-    figure = _figure(13.0, 5.2)
+    roles = fitted["roles"]
+    figure = _figure(14.0, max(5.2, 1.2 + 0.24 * len(roles)))
     depth, frontier = figure.subplots(1, 2)
-    bits, zeros = fitted["blocks"]["bits"], fitted["blocks"]["sparsity"]
-    depth.bar(range(len(bits)), bits, width=0.8, color=_BARS, label="bits of a survivor")
-    depth.set_xlabel("block")
-    depth.set_ylabel("bits of a survivor")
-    depth.set_title(f"Bits and zeros of each block: {fitted['winner']}", fontsize=11, parse_math=False)
-    depth.xaxis.get_major_locator().set_params(integer=True)
-    shares = depth.twinx()
-    shares.plot(range(len(zeros)), [100 * share for share in zeros], label="sparsity", **_style(1))
-    shares.set_ylabel("sparsity, % of the block's weights")
-    shares.set_ylim(-2, 100)
+    _draw_bits(depth, roles)
+    depth.set_title(f"Bits of each linear: {fitted['winner']}", fontsize=11, parse_math=False)
     sizes, expected = zip(*fitted["curve"], strict=True)
     megabytes = [size / 1e6 for size in sizes]
     frontier.plot(megabytes, expected, color="#5F6872", linewidth=1.2, linestyle="--", label="expected")
@@ -94,7 +87,7 @@ def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
         style = {**_style(number), "linestyle": "none", "markersize": 7}
         frontier.errorbar(row["bytes"] / 1e6, row["kl"], yerr=row["kl_stderr"], label=row["name"], **style)
     if fitted["budget"] is not None:
-        frontier.axvline(fitted["budget"] / 1e6, color="black", linewidth=0.8)
+        frontier.axvline(fitted["budget"] / 1e6, color="black", linewidth=0.8, label="asked for")
     frontier.set_yscale("log")
     frontier.set_xlabel("size of the files, MB")
     frontier.set_ylabel("KL from the dense model, nats a token")
@@ -102,6 +95,27 @@ def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
     _legend(frontier, 1)
     figure.suptitle(str(fitted["source"]), fontsize=13, parse_math=False)
     _save(figure, path)
+
+
+def _draw_bits(axes: Any, roles: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    """A square a linear: blocks from left to right, roles from top to bottom."""
+    import numpy as np
+
+    bits = np.array(
+        [row["bits"] for row in roles.values()], dtype=float
+    )  # None is not a number, and stays white
+    drawn = axes.imshow(bits, cmap="YlGnBu", vmin=2, vmax=8, aspect="auto", interpolation="nearest")
+    for y, row in enumerate(roles.values()):
+        for x, (number, zeros) in enumerate(zip(row["bits"], row["sparsity"], strict=True)):
+            if number is None:
+                continue
+            told = f"{number:.3g}" + (f"\n−{zeros:.0%}" if zeros else "")
+            style = {"fontsize": 5.5 if zeros else 7, "color": "white" if number > 5 else "black"}
+            axes.text(x, y, told, ha="center", va="center", **style)
+    axes.set_yticks(range(len(roles)), [name.rpartition(".")[2] for name in roles])
+    axes.set_xlabel("block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.figure.colorbar(drawn, ax=axes, label="bits of a survivor", extend="max", shrink=0.8)
 
 
 def plot_frontier(

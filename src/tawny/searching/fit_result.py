@@ -5,13 +5,15 @@ from __future__ import annotations
 __all__ = ["Fitted", "finish"]
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tawny.allocation.profile import LinearInfo
 from tawny.kinds import KINDS
 from tawny.machine import peak_memory
 from tawny.model.output import OutputFolder
@@ -26,6 +28,7 @@ from tawny.report.pages import or_say, write_beside
 from tawny.report.plot import plot_fit
 from tawny.report.publish import refresh
 from tawny.searching.fit_choice import ZEROS_GAIN, Finalist, Table
+from tawny.searching.fit_measure import Level
 from tawny.words import kl_text, percent, size
 
 ALLOCATION = "allocation.yaml"
@@ -44,7 +47,7 @@ class Fitted:
         finalists: name, bytes, bits, expected and measured divergence with its standard error, perplexity, top-1.
         lead: how much nearer to the dense model than the best uniform one, as a share of that one's divergence.
         says: what was chosen, in one line; `zeros` where zeros were used, in another.
-        blocks: bits a weight of survivors, and sparsity, of each block.
+        roles: by role, such as `mlp.up_proj`: bits of a survivor and sparsity, one a block; None where a block has none.
         curve: sizes and the divergence that is expected there.
     """
 
@@ -63,7 +66,7 @@ class Fitted:
     lead: float
     lead_stderr: float
     finalists: list[dict[str, Any]]
-    blocks: dict[str, list[float]]
+    roles: dict[str, dict[str, list[float | None]]]
     curve: list[tuple[int, float]]
     linears: dict[str, dict[str, Any]]
     head: dict[str, float]
@@ -114,20 +117,29 @@ def _told(
     if uniform is None:
         return f"{head}; no uniform model took part"
     return (
-        f"{head}; {percent(lead[0], 1)} ± {100 * lead[1]:.1f} nearer to the dense model than {uniform['name']} "
+        f"{head}; {100 * lead[0]:.1f} ± {100 * lead[1]:.1f} % nearer to the dense model than {uniform['name']} "
         f"({size(uniform['bytes'])}, KL {uniform['kl']:.4f})"
     )
 
 
-def _blocks(job: Job, finalist: Finalist) -> dict[str, list[float]]:
-    """Of each block: bits of a survivor, and sparsity."""
-    bits, zeros = [], []
-    for block in range(len(job.by_block)):
-        here = [x for x in job.linears if x.block == block]
-        total = max(1, sum(x.numel for x in here))
-        bits.append(sum(x.numel * KINDS[finalist.levels[x.name].kind].bits for x in here) / total)
-        zeros.append(sum(x.numel * finalist.levels[x.name].sparsity for x in here) / total)
-    return {"bits": bits, "sparsity": zeros}
+def _roles(job: Job, finalist: Finalist) -> dict[str, dict[str, list[float | None]]]:
+    """By role, such as `mlp.up_proj`: bits of a survivor and sparsity in each block, of several linears their mean."""
+    here: dict[str, list[list[LinearInfo]]] = {}
+    for x in job.linears:
+        role = re.sub(r"\d+", "*", x.name).partition("*.")[2] or x.name
+        here.setdefault(role, [[] for _ in job.by_block])[x.block].append(x)
+
+    def means(blocks: list[list[LinearInfo]], of: Callable[[Level], float]) -> list[float | None]:
+        weights = [[(of(finalist.levels[x.name]), x.numel) for x in linears] for linears in blocks]
+        return [sum(v * n for v, n in each) / sum(n for _, n in each) if each else None for each in weights]
+
+    return {
+        role: {
+            "bits": means(blocks, lambda level: KINDS[level.kind].bits),
+            "sparsity": means(blocks, lambda level: level.sparsity),
+        }
+        for role, blocks in here.items()
+    }
 
 
 def finish(
@@ -166,7 +178,7 @@ def finish(
         lead=lead[0],
         lead_stderr=lead[1],
         finalists=list(rows),
-        blocks=_blocks(job, chosen),
+        roles=_roles(job, chosen),
         curve=table.curve(),
         linears={
             x.name: {**asdict(chosen.levels[x.name]), "expected": table.cost(x.name, chosen.levels[x.name])}
@@ -203,7 +215,18 @@ def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any]) -> None:
     allocator = plain["recipe"]["allocator"]
     if "path" in allocator:
         allocator["path"] = str(output.out / ALLOCATION)
-    kept = ("budget", "speed", "refined", "says", "zeros", "lead", "lead_stderr", "finalists", "warnings")
+    kept = (
+        "budget",
+        "speed",
+        "refined",
+        "winner",
+        "says",
+        "zeros",
+        "lead",
+        "lead_stderr",
+        "finalists",
+        "warnings",
+    )
     plain |= {"out": str(output.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
     write_beside(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
     write_beside(folder / "recipe.yaml", dump_recipe(Recipe.from_mapping(plain["recipe"])))

@@ -1,0 +1,50 @@
+"""What was done to the weights of a record: how many went, and the grids that the others were solved on."""
+
+from __future__ import annotations
+
+__all__ = ["Form", "form_of"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tawny.kinds import kind_of, range_of
+from tawny.words import percent
+
+
+@dataclass(frozen=True)
+class Form:
+    """What titles and summaries say of a model.
+
+    Attributes:
+        sparsity: share of the prunable weights that is zero, by rounding too.
+        pruned: whether weights were to go.
+        kinds: that linears were solved for, by linear; empty where none was asked for.
+        bits: of a survivor, their mean over all weights; 16 and the like where `kinds` are floats, 0 without any.
+    """
+
+    sparsity: float
+    pruned: bool
+    kinds: Mapping[str, str]
+    bits: float
+
+    @property
+    def title(self) -> str:
+        """`50.0 % sparse`, `int4`, `int3 to int8` or `50.0 % sparse, int4`."""
+        grids = [range_of(self.kinds.values())] if self.kinds else []
+        return ", ".join([f"{percent(self.sparsity, 1)} sparse"] * self.pruned + grids)
+
+    @property
+    def tags(self) -> list[str]:
+        """What the hub finds it by."""
+        return [*["pruned", "sparse"] * self.pruned, *["quantized"] * bool(self.kinds)]
+
+
+def form_of(record: Mapping[str, Any]) -> Form:
+    """The form of what `run.json` tells of."""
+    linears, kinds = record["linears"], record.get("values") or {}
+    size = {x["name"]: int(x["shape"][0]) * int(x["shape"][1]) for x in linears}
+    total = sum(size[name] for name in kinds if name in size)
+    bits = sum(size[name] * kind_of(kind).bits for name, kind in kinds.items() if name in size)
+    pruned = not kinds or any(x["target"] > 0 for x in linears)
+    return Form(record["sparsity"], pruned, kinds, bits / total if total else 0.0)
