@@ -338,3 +338,21 @@ def test_a_full_decoder_says_so():
         decoder.step(4)
         with pytest.raises(UserError, match="room for"):
             decoder.step(4)
+
+
+@compiled
+def test_a_router_that_is_not_a_number_picks_each_expert_once():
+    """Picked more than once, an expert had more tokens than places, and what lay behind them in memory was lost."""
+    model = tiny_model(
+        "qwen3_moe", num_experts=16, num_experts_per_tok=8, moe_intermediate_size=2048, mlp_only_layers=[]
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = float("nan")
+    with kernels(model), torch.inference_mode():
+        made = Decoder(model, 64)
+        made.prefill(tokens(1, 8)[0])
+        made.step(5)
+        assert made.path == "blocks"
+        assert bool(made.step(77).isnan().all())
+        buffers = next(held for held in made._quick._alive if isinstance(held, dict))
+        assert len(set(buffers["picks"][0].tolist())) == 8

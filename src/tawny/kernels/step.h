@@ -157,9 +157,9 @@ void pick(const Decoder& d, float* logits, int64_t* picks, float* shares) {
     for (int64_t e = 0; e < d.experts; e++) total += logits[e] = expf(logits[e] - highest);
     float sum = 0.0f;
     for (int64_t i = 0; i < d.picked; i++) {
-        int64_t best = 0;
-        for (int64_t e = 1; e < d.experts; e++)
-            if (logits[e] > logits[best]) best = e;
+        int64_t best = -1;  // never one that was picked, even among NaN: an expert has room for each token once
+        for (int64_t e = 0; e < d.experts; e++)
+            if (logits[e] != -1.0f && (best < 0 || logits[e] > logits[best])) best = e;
         picks[i] = best;
         sum += shares[i] = logits[best] / total;
         logits[best] = -1.0f;
