@@ -3,7 +3,8 @@
     python scripts/docs_images.py [RUN_JSON]
 
 With a RUN_JSON the parts of it that are drawn are committed first (benchmarks/results/example_run.json, no times).
-The allocations are drawn from what `tawny profile --json` gave (benchmarks/results/example_profile.json).
+The allocations are drawn from what `tawny profile --json` gave (benchmarks/results/example_profile.json), the bits of a fit
+from what its `fit.json` holds (benchmarks/results/example_fit.json).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.report.html import depth_of
-from tawny.report.plot import plot_allocations, plot_frontier, plot_outliers
+from tawny.report.plot import plot_allocations, plot_fit, plot_frontier, plot_outliers
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -89,6 +90,7 @@ def main() -> int:
     (IMAGES / "depth.svg").write_text(picture(record), encoding="utf-8")
     draw_allocations(IMAGES / "allocators.svg")
     draw_frontier(IMAGES / "frontier.svg")
+    plot_fit(_result("example_fit"), IMAGES / "fit.svg")
     draw_outliers(IMAGES / "outliers.svg")
     return 0
 
