@@ -32,6 +32,11 @@ def test_answers_are_those_of_generate_and_what_was_said_is_not_read_again(folde
     assert talk.scheduler.sequences.together  # one call a token, as `tawny generate` has
 
 
+def test_what_the_model_is_told_first_must_be_text():
+    with pytest.raises(TextError, match=r"not valid UTF-8 \(at character 1\)"):
+        Conversation("no/such", system="\udcff")
+
+
 def test_the_oldest_question_is_forgotten_where_the_context_is_full(folder, monkeypatch):
     monkeypatch.setattr(conversation, "_CONTEXT", 48)
     talk = Conversation(folder, temperature=0, max_tokens=3)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -204,6 +205,19 @@ def test_whoever_waits_is_told_that_a_worker_broke(monkeypatch):
     monkeypatch.setattr("tawny.decoding.sequences.free_memory", lambda: 1000)
     with pytest.raises(UserError, match="of memory are free"):
         Worker(model(), None, capacity=CAPACITY, count=1, queue=1).__enter__()
+
+
+def test_a_worker_that_is_not_waited_for_ends_before_python_may():
+    class Impatient(SimpleQueue):
+        def get(self):
+            super().get()
+            raise KeyboardInterrupt
+
+    worker = Worker(model(), None, capacity=CAPACITY, count=1, queue=1)
+    worker._started = Impatient()
+    with pytest.raises(KeyboardInterrupt):
+        worker.__enter__()
+    assert not worker.alive and not worker._thread.is_alive()
 
 
 class Slow(Sampler):

@@ -33,6 +33,14 @@ MODELS = {
     "gemma3_text": (lambda: tiny_model("gemma3_text"), False, False),
     "bamba": (lambda: tiny_model("bamba", **BAMBA), False, False),
 }
+# Two sets of rotary angles: for texts up to 12 tokens, and for longer ones.
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 12}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+PHI = {"sliding_window": 99, "original_max_position_embeddings": 12}
+MODELS |= {
+    "longrope": (lambda: tiny_model("llama", rope_parameters={**LONG}), False, False),
+    "phi3": (lambda: tiny_model("phi3", rope_parameters={**LONG}, **PHI), False, False),
+}
 _made = {}
 
 
@@ -116,6 +124,12 @@ def test_a_prompt_that_was_read_is_not_read_again():
         other = sequences.begin(torch.cat([ids[:15], tokens(1, 5, seed=9)[0]]))
         assert (again.cached, other.cached) == (19, 15)
         assert sequences.read(again, 1) is not None
+
+
+def test_prompts_are_kept_where_rotary_angles_change_beyond_the_capacity():
+    with torch.inference_mode():
+        assert Sequences(model_of("longrope"), 12, 1).keeps
+        assert not Sequences(model_of("longrope"), 13, 1).keeps
 
 
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):

@@ -13,7 +13,7 @@ import torch
 import tawny
 from tawny.errors import NumericalError, RecipeError, TextError
 from tests.decoding.greedy import prune
-from tests.decoding.tokenizers import Bytes
+from tests.decoding.tokenizers import Bytes, llama_2_tokenizer
 from tests.tiny import FAMILIES, endless, tiny_model, tokens
 
 IDS = tokens(1, 7)[0]
@@ -32,6 +32,16 @@ def test_a_stream_makes_what_generate_makes(keys):
     whole = tawny.generate(model, "owl", max_tokens=40, tokenizer=Bytes(), **keys)
     made = read(tawny.stream(model, "owl", max_tokens=40, tokenizer=Bytes(), **keys))
     assert made == (whole.tokens, whole.text, whole.finish) and made[2] == "length"
+
+
+def test_a_text_keeps_the_space_that_it_begins_with_and_an_answer_does_not():
+    tokenizer = llama_2_tokenizer(["</s>", "▁the", "▁owl", *(f"▁w{number}" for number in range(253))])
+    tokenizer.chat_template = "the owl"
+    model = endless("llama")
+    for chat, cut in ((False, 0), (True, 1)):
+        made = tawny.generate(model, "the owl", max_tokens=4, chat=chat, tokenizer=tokenizer)
+        whole = tokenizer.decode([1, 2, *made.tokens]).removeprefix("the owl")
+        assert made.text == whole[cut:] and whole.startswith(" w")
 
 
 def test_packed_and_dense_folders_stream_the_same(tmp_path):
@@ -175,6 +185,18 @@ def test_greedy_text_is_that_of_transformers(family):
     assert made.tokens == own_greedy(model, IDS, 12)
     assert (made.finish, made.prompt_tokens, made.text, made.chat) == ("length", 7, "", False)
     assert made.decode_tokens_per_second > 0 and made.first_token_seconds > 0
+
+
+@pytest.mark.parametrize("window", [None, 99])
+def test_a_text_that_outgrows_its_rotary_angles_is_read_again(window):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, **factors}
+    # Transformers reads again only where the configuration says it, too.
+    keys = {"rope_parameters": rope, "original_max_position_embeddings": 16, "sliding_window": window}
+    model = tiny_model("phi3", **keys)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    for count in (6, 7, 8, 30):
+        assert tawny.generate(model, IDS, max_tokens=count).tokens == own_greedy(model, IDS, count)
 
 
 @pytest.mark.parametrize("family", ["openai-gpt", "rwkv"])

@@ -28,6 +28,25 @@ def test_streamed_lines_keep_the_spaces_they_begin_with():
     assert decode(tokenizer, ids) == "".join(pieces) == "def f():\n        x\n y\n\n z"
 
 
+LETTERS = ["</s>", "▁", "▁the", "▁owl", "s", "<0x0A>", *(f"<0x{byte:02X}>" for byte in "🦉é".encode())]
+OWLS = llama_2_tokenizer(LETTERS)
+parts = st.lists(st.sampled_from([[0], [1], [2], [3], [4], [5], [6, 7, 8, 9], [10, 11]]), max_size=50)
+
+
+@given(parts, parts)
+def test_a_text_continues_its_prompt_with_the_spaces_that_decoders_drop(prompt, made):
+    prompt, made = ([token for part in parts for token in part] for parts in (prompt, made))
+    text = TextPieces(OWLS, after=prompt)
+    said = decode(OWLS, prompt) + "".join(map(text.add, made)) + text.rest()
+    assert said == decode(OWLS, prompt + made)
+
+
+def test_a_character_whose_first_half_is_in_the_prompt_stays_broken():
+    *before, last = "a🦉".encode()
+    text = TextPieces(Bytes(), after=before)
+    assert text.add(last) + text.add(ord("b")) == "�b"
+
+
 def test_a_text_needs_a_tokenizer_and_a_chat_a_template():
     model = tiny_model("llama")
     with pytest.raises(UserError, match="tokenizer="):

@@ -22,10 +22,11 @@ class Bytes:
 
 def llama_2_tokenizer(words):
     """One that writes spaces as ▁ and bytes as <0x0A>, and drops a space from the front of what it decodes."""
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
     made.decoder = decoders.Sequence(list(steps))
     return PreTrainedTokenizerFast(

@@ -44,6 +44,7 @@ class Conversation:
         progress: Progress = silent,
         trust_remote_code: bool = False,
     ) -> None:
+        check_prompt(system or "")
         folder = resolve(model, progress.say)
         self.tokenizer, self.max_tokens, self.threads = load_tokenizer(folder), max_tokens, threads
         self.choose = Sampler(temperature, top_p, seed)

@@ -11,12 +11,12 @@ cheaper than transformers' own, each only where it applies:
   with the model's own forward, where the text is and where it may end; see `Decoder._prove`.
 
 Everything else is the model's own forward. A model that refuses transformers' cache gets its own back, and one that keeps
-none reads the whole text again for each token.
+none reads the whole text again for each token. One whose rotary angles change at some length does so once, there.
 """
 
 from __future__ import annotations
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "border_of"]
 
 import contextlib
 import inspect
@@ -56,11 +56,10 @@ class Decoder:
         self.model, self.capacity, self.length = model, capacity, 0
         self.device = next(model.parameters()).device
         config = model.config.get_text_config(decoder=True)
-        self.cache = DynamicCache(config=config)
-        kind = reserved_layer()
-        for index, layer in enumerate(self.cache.layers):
-            if type(layer) is DynamicLayer:
-                self.cache.layers[index] = kind(capacity if reserve is None else min(capacity, reserve))
+        self._reserve = capacity if reserve is None else min(capacity, reserve)
+        self._border = border_of(model, capacity)
+        self._short = torch.empty(1, 0, dtype=torch.long)  # everything so far, up to that border
+        self.cache = self._new_cache()
         parameters = inspect.signature(model.forward).parameters
         # Transformers is renaming the argument; a model of either age must decode.
         self._cached = "cache" if "cache" in parameters else "past_key_values"
@@ -73,8 +72,16 @@ class Decoder:
         self._takes_positions = "position_ids" in parameters
         self._told = not plain and self._must_be_told(lambda: DynamicCache(config=config))
         self._read: Tensor | None = None  # everything so far, for a model without a cache
-        self._want_quick = quick is not False
+        self._want_quick = quick is not False and self._border is None
         self._quick: Step | None = None
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        made, kind = DynamicCache(config=self.model.config.get_text_config(decoder=True)), reserved_layer()
+        made.layers = [kind(self._reserve) if type(one) is DynamicLayer else one for one in made.layers]
+        return made
 
     @property
     def path(self) -> str:
@@ -149,9 +156,21 @@ class Decoder:
         self._check_room(ids.shape[1])
         if self._read is not None:
             ids = self._read = torch.cat([self._read, ids], 1)
+        elif self._border is not None:
+            self._short = torch.cat([self._short, ids], 1)
+            if self._short.shape[1] > self._border:
+                self._border = None
+                if self.length:
+                    return self._read_again(self._short)
         made = self._run(ids)
         self.length = ids.shape[1] if self._read is not None else self.length + ids.shape[1]
         return _last(made)
+
+    def _read_again(self, ids: Tensor) -> Tensor:
+        """Begin anew with everything so far, because what the cache holds is no longer right."""
+        self.length, self.cache = 0, self._new_cache()
+        self._arguments[self._cached] = self.cache
+        return self.prefill(ids)
 
     def _run(self, ids: Tensor) -> Any:
         more = dict(self._arguments)
@@ -300,6 +319,20 @@ def _last(made: Any) -> Tensor:
     """Logits `[vocabulary]` after the last token of a forward."""
     logits: Tensor = made.logits[0, -1]
     return logits
+
+
+def border_of(model: Any, capacity: int) -> int | None:
+    """Tokens beyond which a model rotates all positions by other angles; None where `capacity` ends before.
+
+    LongRoPE has two sets of angles (Ding et al. 2024), and keys of both do not go together. `dynamic` angles change beyond
+    the model's context only, where every text ends.
+    """
+    config = model.config.get_text_config(decoder=True)
+    said = getattr(config, "rope_parameters", None) or {}
+    ropes = [said, *(part for part in said.values() if isinstance(part, dict))]  # one, or one a kind of layer
+    own = getattr(config, "original_max_position_embeddings", None)
+    borders = [rope.get("original_max_position_embeddings", own) for rope in ropes if "long_factor" in rope]
+    return min((border for border in borders if border is not None and border < capacity), default=None)
 
 
 # Whether a model must be told positions: with the cache it was given (False), and with one of its own (True).

@@ -79,7 +79,7 @@ class Sampler:
             ("min_p", min_p, 0 <= min_p <= 1, "0 to 1"),
             ("presence_penalty", presence_penalty, math.isfinite(presence_penalty), "a finite number"),
             ("frequency_penalty", frequency_penalty, math.isfinite(frequency_penalty), "a finite number"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "more than 0"),
+            ("repetition_penalty", repetition_penalty, 0.01 <= repetition_penalty < math.inf, "0.01 or more"),
         ):
             if not possible:
                 raise RecipeError(f"{name} {value} is not possible; give {expected}")

@@ -47,6 +47,7 @@ class Request:
     of_prompt: tell the likelihoods of the prompt's tokens, too, before the first token, and that of the token that ends the
         text. They need a forward of their own over the whole prompt, for which the others wait.
     special: whether special tokens are part of the text.
+    continues: whether the text continues that of the prompt; the answer of a chat does not.
     """
 
     ids: Tensor
@@ -56,6 +57,7 @@ class Request:
     likelihoods: int | None = None
     of_prompt: bool = False
     special: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Job:
         self.request, self.tell = request, listener
         self.room = room if request.most is None else min(room, request.most)
         self.finish = "length" if self.room == request.most else "context"
-        self.text, self.stops = TextPieces(tokenizer, request.special), StopStrings(request.stops)
+        before = request.ids.tolist() if request.continues else []
+        self.text, self.stops = TextPieces(tokenizer, request.special, before), StopStrings(request.stops)
         self.sequence: Sequence | None = None
         self.asks = request.of_prompt  # still wants the prompt's likelihoods
         self.last: int | None = None  # the token that its next step is made with

@@ -9,7 +9,7 @@
   If it makes a token in one C++ call (step.py), so it does for all sequences: weights are read once for all of them.
 - What a sequence that ended has left in its place is the prefix cache. A prompt that begins like the text of any place,
   free or taken, copies what they have in common. The place that was left longest ago is taken first.
-- Other models (sliding windows, state spaces) have a cache for each sequence and take turns.
+- Other models (sliding windows, state spaces, two sets of rotary angles) have a cache for each sequence and take turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.decoding.decoder import Decoder
+from tawny.decoding.decoder import Decoder, border_of
 from tawny.decoding.step import Step
 from tawny.errors import UserError
 from tawny.machine import free_memory
@@ -67,7 +67,7 @@ class Sequences:
     Attributes:
         together: whether a step of several sequences is one call; else they take turns.
         keeps: whether prompts that begin alike share what was read.
-        nbytes: memory that is set aside for keys and values.
+        nbytes: memory for keys and values: set aside, or taken as texts grow where each has a cache of its own.
 
     Raises:
         UserError: keys and values do not fit the memory of this machine.
@@ -75,11 +75,11 @@ class Sequences:
 
     def __init__(self, model: Any, capacity: int, count: int) -> None:
         self.model, self.capacity, self.count = model, capacity, count
+        self.nbytes = 0
         self._pool: list[list[Tensor]] | None = self._reserved()
         self._places = [_Place(capacity) for _ in range(count)]
         self._clock = 0
         self._step: Step | None = None
-        self.nbytes = sum(t.nbytes for layer in self._pool or () for t in layer)
         if self._pool is not None and capacity > 1 and self._proved():
             self._step = Step.build(model, [(keys, values) for keys, values in self._pool])
         self.together, self.keeps = self._step is not None, self._pool is not None
@@ -88,10 +88,8 @@ class Sequences:
         """Keys and values `[count, capacity, heads, dim]` of every layer, as large as one token's show."""
         probe = Decoder(self.model, 1, quick=False)
         probe.prefill(torch.ones(1, dtype=torch.long))
-        if probe.memory is None:
-            return None
-        each = self.capacity * sum(t[0, 0].nbytes for layer in probe.memory for t in layer)
-        free = free_memory()
+        each = sum(_nbytes(layer, self.capacity) for layer in probe.cache.layers)
+        self.nbytes, free = each * self.count, free_memory()
         if free is not None and each * self.count > free:
             fit = (
                 f"{free // each} sequences"
@@ -102,6 +100,8 @@ class Sequences:
                 f"keys and values of {self.count} sequences of {self.capacity} tokens take {size(each * self.count)}, "
                 f"and {size(free)} of memory are free; there is room for {fit}"
             )
+        if probe.memory is None or border_of(self.model, self.capacity) is not None:
+            return None
         shape = (self.count, self.capacity)
         return [[t.new_empty(*shape, *t.shape[2:]) for t in layer] for layer in probe.memory]
 
@@ -186,3 +186,10 @@ class Sequences:
         if place.taken is sequence:
             self._clock += 1
             place.taken, place.left = None, self._clock
+
+
+def _nbytes(layer: Any, capacity: int) -> int:
+    """Of the keys and values of a sequence in a layer of a cache that holds one token; a sliding window forgets some."""
+    held = [t for name in ("keys", "values") if (t := getattr(layer, name, None)) is not None]
+    length = min(capacity, getattr(layer, "sliding_window", None) or capacity)
+    return length * sum(int(t.nbytes) for t in held)

@@ -31,7 +31,7 @@ from tawny.calibration.context import check_ids, context_of
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.sampling import Sampler
-from tawny.decoding.text import Prompt, TextPieces, Tokenizer, check_prompt, decode, end_tokens, tokens_of
+from tawny.decoding.text import Prompt, TextPieces, Tokenizer, check_prompt, end_tokens, tokens_of
 from tawny.errors import RecipeError, TextError
 from tawny.kernels.native import kernel_name
 from tawny.machine import peak_memory
@@ -124,7 +124,8 @@ class _Continuation:
     def pieces(self) -> Generator[Piece, None, None]:
         """The text; ask for it once."""
         model = self.opened.model
-        ends, text = end_tokens(model, self.tokenizer), TextPieces(self.tokenizer)
+        ends = end_tokens(model, self.tokenizer)
+        text = TextPieces(self.tokenizer, after=[] if self.chat else self.ids.tolist())
         with opening.ready(model) as lock:
             with self._alone(lock):
                 decoder = Decoder(model, len(self.ids) + self.room, reserve=len(self.ids) + _RESERVE)
@@ -209,16 +210,17 @@ def generate(
     """
     with opening.threads(threads) as used:
         choose = Sampler(temperature, top_p, seed)
-        text = _Continuation(model, prompt, choose, max_tokens, chat, tokenizer, threads, progress)
+        text, said = _Continuation(model, prompt, choose, max_tokens, chat, tokenizer, threads, progress), ""
         with contextlib.closing(text.pieces()) as pieces:
             for piece in pieces:
+                said += piece.text
                 if on_text is not None and piece.text:
                     on_text(piece.text)
         first, *steps = text.seconds
         # The first step may have proved the quick path, which costs a few tokens' time once.
         steady = steps[1:] if len(steps) > 1 else steps
         return Generation(
-            text="" if text.tokenizer is None else decode(text.tokenizer, text.tokens),
+            text=said,
             tokens=text.tokens,
             prompt_tokens=len(text.ids),
             finish=text.finish,

@@ -29,6 +29,9 @@ from tawny.model.streams import holds_integers
 Message = Mapping[str, Any]  # as chat templates take it: {"role": "user", "content": "…"}
 Prompt = str | Tensor | Sequence[Message]
 
+_MANY = 32  # tokens that are decoded at once, at most
+_FRONT = 8  # tokens that may be needed for a whole character, special ones among them
+
 
 class Tokenizer(Protocol):
     """What is used of a tokenizer of transformers."""
@@ -131,12 +134,15 @@ class TextPieces:
     """The text of tokens that come one at a time. Without a tokenizer every text is empty.
 
     special: whether special tokens are part of the text.
+    after: tokens whose text is continued.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, special: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, special: bool = False, after: Sequence[int] = ()) -> None:
         self.tokenizer, self.special = tokenizer, special
         self._ids: list[int] = []  # since `_said` begins
         self._said = ""
+        if tokenizer is not None:
+            self._go_on_from(after)
 
     def add(self, token: int) -> str:
         """The characters that this token makes whole."""
@@ -144,16 +150,29 @@ class TextPieces:
             return ""
         self._ids.append(token)
         whole = self._decode(self._ids)
-        piece = "" if whole.endswith("�") else self._new(whole)
-        # Decoding starts again at a line's end, or a long text would cost its square. It starts with the last
-        # token of that line, because some decoders drop a space from the front of whatever they are given.
-        if whole.endswith("\n") and (last := self._decode(self._ids[-1:])).endswith("\n"):
-            self._ids, self._said = self._ids[-1:], last
+        if whole.endswith("�"):
+            return ""
+        piece = self._new(whole)
+        if len(self._ids) > _MANY:
+            self._go_on_from(self._ids)
         return piece
 
     def rest(self) -> str:
         """What is left when no token comes any more; half a character is a `�`."""
         return "" if self.tokenizer is None else self._new(self._decode(self._ids))
+
+    def _go_on_from(self, ids: Sequence[int]) -> None:
+        """Decode from the last of these tokens on, which have been said.
+
+        Decoded from its beginning, a long text would cost its square. Decoded without what is before it, it would lose
+        a space: some decoders drop one from the front of whatever they are given. So the front is a text, however short.
+        """
+        for count in range(1, min(_FRONT, len(ids)) + 1):
+            front = list(ids[-count:])
+            said = self._decode(front)
+            if (said or count == len(ids)) and not said.endswith("�"):
+                self._ids, self._said = front, said
+                return
 
     def _decode(self, ids: list[int]) -> str:
         assert self.tokenizer is not None

@@ -69,14 +69,22 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self._thread.start()
-        error = self._started.get()
+        try:
+            error = self._started.get()
+        except BaseException:  # Ctrl-C; Python must not end while the thread is inside torch
+            self.__exit__()
+            raise
         if error is not None:
             raise error
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._calls.put(partial(self._close, Interrupted("the server ends")))
+        self.end()
         self._thread.join()
+
+    def end(self) -> None:
+        """Let whatever runs or waits fail with `Interrupted`, after the step that is being made; any thread may ask."""
+        self._calls.put(partial(self._close, Interrupted("the server ends")))
 
     @property
     def scheduler(self) -> Scheduler:
