@@ -109,8 +109,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def short(text: str) -> str:
-    """At most 60 characters of a text, on one line."""
-    text = " ".join(text.split())
+    """At most 60 characters of a text, on one line; what a terminal would obey or hide is escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -23,7 +23,10 @@ import torch
 
 import tawny
 from tawny.errors import UserError
+from tawny.progress import Silent
+from tawny.words import size
 from tests.serving.tiny import byte_tokenizer, served_model
+from tests.tiny import BAMBA, tiny_model
 
 CHAT = [{"role": "user", "content": "Héllo"}]
 GREEDY = {"model": "tiny", "temperature": 0}
@@ -237,13 +240,14 @@ def test_what_is_served_is_told(server, client):
         ({"best_of": 2}, 400, "'best_of' is not supported"),
         ({"temperature": 3}, 400, "'temperature'.*less than or equal to 2"),
         ({"max_tokens": "5"}, 400, "'max_tokens'.*valid integer"),
+        ({"repetition_penalty": 1e-320}, 400, "'repetition_penalty'.*greater than or equal to 0.01"),
         ({"n": 100}, 400, "100 texts in one request are more than the 7"),
         ({"model": "gpt-4"}, 404, "'gpt-4' is not served here; 'tiny' is"),
         ({"logit_bias": {"99999": 1}}, 400, "token 99999 of 264"),
         ({"messages": []}, 400, "'messages'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'image_url' is not supported"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "tokens and the context is 1024"),
-        ({"messages": [{"role": "user", "content": "x" * 10**6}]}, 400, "1000000 characters"),
+        ({"messages": [{"role": "user", "content": "x" * 10**6}]}, 400, "1000004 characters"),
         ({"stream_options": {}}, 400, "stream_options need stream"),
         ({"tool_choice": "auto"}, 400, "tool_choice needs tools"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "owl"}}}}, 400, "'response_format'"),
@@ -374,6 +378,89 @@ def test_a_model_without_a_chat_template_continues_texts(model):
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             client.chat.completions.create(model="tiny", messages=CHAT)
         assert client.completions.create(**GREEDY, prompt="owl", max_tokens=3).usage.completion_tokens == 3
+
+
+def test_keys_and_values_of_sliding_windows_are_counted_and_must_fit(tokenizer, monkeypatch):
+    window, context, count = 16, 256, 4
+    for family, more, windows, wholes in (
+        ("mistral", {"sliding_window": window}, 3, 0),
+        ("gemma3_text", {"sliding_window": window}, 2, 1),
+        ("bamba", BAMBA, 0, 1),
+    ):
+        model = tiny_model(family, vocab_size=264, max_position_embeddings=1024, **more)
+        keys = {"tokenizer": tokenizer, "max_sequences": count, "context": context}
+        with tawny.serve(model, **keys) as server:
+            said = server.described()[1]
+        token = 2 * 2 * 8 * 4  # keys and values, heads, numbers of a head, bytes of a number
+        wanted = count * token * (windows * window + wholes * context)
+        assert said == f"{count} sequences of {context} tokens, {size(wanted)} for keys and values"
+        with monkeypatch.context() as patched:
+            patched.setattr("tawny.decoding.sequences.free_memory", lambda free=wanted - 1: free)
+            with pytest.raises(UserError, match="keys and values of 4 sequences"), tawny.serve(model, **keys):
+                pass
+
+
+class Said(Silent):
+    """Keeps what a person should read."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_the_context_that_is_asked_for_is_kept_or_its_lowering_said(model, tokenizer):
+    unbound = tiny_model("bloom", vocab_size=264)  # its configuration states no context
+    for served, context, capacity in (
+        (unbound, None, 4096),
+        (unbound, 5000, 5000),
+        (unbound, 64, 64),
+        (model, None, 1024),
+        (model, 64, 64),
+        (model, 5000, 1024),
+    ):
+        said = Said()
+        with tawny.serve(
+            served, tokenizer=tokenizer, max_sequences=1, context=context, progress=said
+        ) as server:
+            assert f"1 sequences of {capacity} tokens" in server.described()[1]
+        lowered = [f"a context of {context} tokens is more than the model has; it is {capacity}"]
+        assert said.lines == (lowered if context is not None and capacity < context else [])
+
+
+def test_a_stream_that_runs_when_the_server_ends_is_told_so(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr("tawny.serving.web._GRACE", 0)
+    with tawny.serve(served_model(), tokenizer=tokenizer, name="tiny", max_sequences=1) as server:
+        body = {**GREEDY, "prompt": "owl", "max_tokens": 1000, "n": 4}
+        streamed = begun(server, body | {"stream": True}).getresponse()
+        whole = begun(server, body)
+        streamed.readline()
+    answer = whole.getresponse()
+    assert answer.status == 503 and json.loads(answer.read())["error"]["code"] == "ending"
+    *_, error, end = [line for line in streamed.read().decode().splitlines() if line]
+    assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server ends"
+    assert end == "data: [DONE]" and not caplog.records
+
+
+def test_a_request_that_is_cut_at_the_end_leaves_no_traceback(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr("tawny.serving.web._GRACE", 0)
+    monkeypatch.setattr("tawny.serving.web._LAST", 0.01)
+    monkeypatch.setattr("tawny.decoding.worker.Worker.end", lambda self: None)
+    with tawny.serve(served_model(), tokenizer=tokenizer, name="tiny") as server:
+        body = {**GREEDY, "prompt": "owl", "max_tokens": 1000, "n": 4, "stream": True}
+        streamed = begun(server, body).getresponse()
+        streamed.readline()
+        monkeypatch.undo()
+    streamed.close()
+    assert "Cancel 1 running task" in caplog.text and "Traceback" not in caplog.text
+
+
+def begun(server, body):
+    """A request of a text, whose answer is not waited for."""
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=20)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection
 
 
 def wait(condition, seconds=20):

@@ -65,6 +65,31 @@ def test_calls_are_found_in_what_the_template_writes(tokenizer):
     assert learnt.parse(cut) == (cut, [])
 
 
+def test_arguments_are_handed_out_as_the_model_wrote_them():
+    tokenizer = byte_tokenizer()
+    learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
+    for arguments in ('{"a": 1e400}', r'{"a": "\ud83d"}', '{ "a":1.50,\n"a": "é" }'):
+        text = f'<call>\n{{"name": "f", "arguments": {arguments}}}\n</call>'
+        assert learnt.parse(text) == ("", [Call("f", arguments)])
+    for arguments in ('{"a": NaN}', '{"a": -Infinity}', '{"a":' + "[" * 100_000):
+        text = f'<call>\n{{"name": "f", "arguments": {arguments}}}\n</call>'
+        assert learnt.parse(text) == (text, [])
+
+
+def test_a_copy_is_a_text_of_its_own(tokenizer):
+    learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
+    grammars = Grammars(tokenizer, 264, {tokenizer.eos_token_id})
+    inside = learnt.grammar(FUNCTIONS, grammars, tokenizer, several=False)
+    first = Watched(learnt.begin, grammars.form(inside, "tools"), tokenizer)
+    other = first.copy()
+    for token in tokenizer(learnt.begin, add_special_tokens=False)["input_ids"]:
+        first.take(token)
+    assert int(first.allowed().sum()) == 2 and other.allowed().all()
+    for token in tokenizer(learnt.begin + "l", add_special_tokens=False)["input_ids"]:
+        other.take(token)
+    assert int(first.allowed().sum()) == 2 and int(other.allowed().sum()) == 1
+
+
 def test_the_grammar_allows_what_the_template_writes_and_nothing_else(tokenizer):
     learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
     grammars = Grammars(tokenizer, 264, {tokenizer.eos_token_id})

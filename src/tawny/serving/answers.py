@@ -9,6 +9,8 @@ from __future__ import annotations
 __all__ = ["Answer", "Service"]
 
 import functools
+import json
+import re
 import secrets
 import time
 import uuid
@@ -21,13 +23,22 @@ import torch
 from tawny.calibration.context import words_of
 from tawny.decoding.sampling import Constraint, Likelihood, Sampler
 from tawny.decoding.scheduler import Request, Token, Usage
-from tawny.decoding.text import StopStrings, decode, end_tokens, tokens_of
+from tawny.decoding.text import StopStrings, TextPieces, decode, end_tokens, tokens_of
 from tawny.errors import CheckpointError, one_line
-from tawny.serving.grammar import Grammars, of_schema
-from tawny.serving.protocol import ChatRequest, CompletionRequest, NamedTool, Refused, SamplingFields
+from tawny.serving.grammar import Form, Grammars, of_schema
+from tawny.serving.protocol import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    NamedTool,
+    Refused,
+    SamplingFields,
+    Tool,
+)
 from tawny.serving.tools import CallFormat, Watched
 
 Json = dict[str, Any]
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # of a vocabulary that falls back on bytes
 
 
 class Answer(Protocol):
@@ -53,11 +64,14 @@ class Service:
     """One model, its tokenizer, and its name to clients. One thread at a time may prepare.
 
     capacity: tokens of a prompt and its text, at most.
+    most: texts that there is room for, running and waiting.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, capacity: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, capacity: int, most: int) -> None:
         self.model, self.tokenizer, self.name, self.capacity = model, tokenizer, name, capacity
+        self.most = most
         self.ends, self.words = end_tokens(model, tokenizer), words_of(model)
+        self._front: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -80,14 +94,21 @@ class Service:
             )
             raise Refused(f"{said}; shorten it", param=param)
 
+    def _check_room(self, tokens: int, param: str) -> None:
+        """Refuse what leaves no room for a token before a sampler is made for each choice."""
+        if tokens >= self.capacity:
+            said = f"the prompt has {tokens} tokens and the context is {self.capacity}"
+            raise Refused(f"{said}; shorten it", param=param)
+
     def chat(self, asked: ChatRequest) -> tuple[list[Request], Answer]:
         """
         Raises:
             Refused: the model or the template cannot do what is asked.
         """
-        self._check(asked)
-        self._check_length(sum(len(message.content or "") for message in asked.messages), "messages")
+        self._check(asked, asked.n)
         tools = [] if asked.tool_choice == "none" else asked.tools
+        shown: list[ChatMessage | Tool] = [*asked.messages, *tools]
+        self._check_length(sum(map(_characters, shown)), "messages")
         calls = self.calls if tools else None
         try:
             ids, _ = tokens_of(
@@ -100,10 +121,12 @@ class Service:
             raise Refused("the model has no chat template; use /v1/completions", param="messages") from None
         except Exception as error:  # a template is a program, and a tokenizer takes no half of a character
             raise Refused(f"the messages cannot be read: {one_line(error)}", param="messages") from None
+        self._check_room(len(ids), "messages")
+        constraint = self._constraint(asked)
         requests = [
             Request(
                 ids,
-                self._sampler(asked, ids, number, self._constraint(asked)),
+                self._sampler(asked, ids, number, constraint and constraint.copy()),
                 asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
                 tuple(asked.stop),
                 (asked.top_logprobs or 0) if asked.logprobs else None,
@@ -118,12 +141,13 @@ class Service:
         Raises:
             Refused: the model cannot do what is asked.
         """
-        self._check(asked)
-        requests, echoes = [], []
+        self._check(asked, len(asked.prompt) * asked.n)
+        requests, prompts = [], []
         longest = max((len(prompt) for prompt in asked.prompt if isinstance(prompt, str)), default=0)
         self._check_length(longest, "prompt")
         for prompt in asked.prompt:
             if not isinstance(prompt, str):
+                self._check_room(len(prompt), "prompt")
                 unknown = [token for token in prompt if not 0 <= token < self.words]
                 if unknown:
                     raise Refused(f"the prompt has token id {unknown[0]} of {self.words}", param="prompt")
@@ -132,8 +156,9 @@ class Service:
                 ids, _ = tokens_of(given, self.tokenizer, False)
             except Exception as error:
                 raise Refused(f"the prompt cannot be read: {one_line(error)}", param="prompt") from None
+            self._check_room(len(ids), "prompt")
             text = prompt if isinstance(prompt, str) else decode(self.tokenizer, prompt, special=True)
-            echoes += [(text, ids.tolist())] * asked.n
+            prompts += [(text, ids.tolist())] * asked.n
             requests += [
                 Request(
                     ids,
@@ -142,10 +167,11 @@ class Service:
                     tuple(asked.stop),
                     asked.logprobs,
                     of_prompt=asked.echo and asked.logprobs is not None,
+                    continues=True,
                 )
                 for number in range(asked.n)
             ]
-        return requests, _Completion(self, asked, echoes)
+        return requests, _Completion(self, asked, prompts)
 
     def check_name(self, name: str) -> None:
         """Refuse a model that is not this one."""
@@ -153,8 +179,10 @@ class Service:
             said = f"the model {name!r} is not served here; {self.name!r} is"
             raise Refused(said, 404, param="model", code="model_not_found")
 
-    def _check(self, asked: SamplingFields) -> None:
+    def _check(self, asked: SamplingFields, texts: int) -> None:
         self.check_name(asked.model)
+        if texts > self.most:
+            raise Refused(f"{texts} texts in one request are more than the {self.most} there is room for")
         beyond = [token for token in asked.logit_bias if token >= self.words]
         if beyond:
             raise Refused(f"logit_bias names token {beyond[0]} of {self.words}", param="logit_bias")
@@ -177,11 +205,11 @@ class Service:
             prompt=prompt,
         )
 
-    def _constraint(self, asked: ChatRequest) -> Constraint | None:
+    def _constraint(self, asked: ChatRequest) -> Form | Watched | None:
         wanted = asked.response_format
         if wanted is not None and wanted.type != "text":
             schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
-            return self.grammars.form(of_schema(schema), "response_format")
+            return self.grammars.form(of_schema(schema, "response_format"), "response_format")
         if not asked.tools or asked.tool_choice == "none":
             return None
         functions = [tool.function for tool in asked.tools]
@@ -195,7 +223,48 @@ class Service:
         return self.grammars.form(whole, "tools")
 
     def word(self, token: int) -> str:
-        return decode(self.tokenizer, [token], special=True)
+        """A token's text, with the space that it begins with."""
+        # Some decoders drop a space from the front of whatever they are given.
+        front = decode(self.tokenizer, self._front, special=True)
+        both = decode(self.tokenizer, [*self._front, token], special=True)
+        return both[len(front) :] if both.startswith(front) else decode(self.tokenizer, [token], special=True)
+
+    def bytes_of(self, token: int) -> list[int] | None:
+        """UTF-8 of a token's text, or of its part of a character; None where the vocabulary does not tell that."""
+        word = self.word(token)
+        if "�" not in word:
+            return list(word.encode())
+        entry = self.tokenizer.convert_ids_to_tokens(token)
+        found = bytes.fromhex(entry[3:5]) if _BYTE.fullmatch(entry) else _bytes_of_letters(entry)
+        return list(found) if found.decode(errors="replace") == word else None
+
+    def lengths(self, text: str, ids: list[int]) -> list[int]:
+        """How many characters of a prompt each of its tokens makes whole."""
+        pieces, made, lengths = TextPieces(self.tokenizer, special=True), 0, []
+        for token in ids:
+            # The tokenizer may have put something before the text, as a token that begins it.
+            added = not text.startswith(self.word(token), made) and not decode(self.tokenizer, [token])
+            lengths.append(0 if added else len(pieces.add(token)))
+            made += lengths[-1]
+        return lengths
+
+
+def _characters(part: ChatMessage | Tool) -> int:
+    """That a template writes for it, at least."""
+    if isinstance(part, Tool):
+        function = part.function
+        written = json.dumps(function.parameters, ensure_ascii=False)
+        return len(function.name) + len(function.description or "") + len(written)
+    called = [call.function for call in part.tool_calls]
+    return len(part.role) + len(part.content or "") + sum(len(f.name) + len(f.arguments) for f in called)
+
+
+def _bytes_of_letters(entry: str) -> bytes:
+    """The bytes that a vocabulary of bytes writes as letters, as GPT-2's does; empty where it is no such vocabulary."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain} | {chr(256 + at): byte for at, byte in enumerate(others)}
+    return bytes(letters[letter] for letter in entry) if letters.keys() >= {*entry} else b""
 
 
 def _finish(usage: Usage) -> str:
@@ -316,8 +385,7 @@ class _Chat(_Common):
 
 def _told(service: Service, token: int, likelihood: Likelihood) -> Json:
     def entry(number: int, logprob: float) -> Json:
-        word = service.word(number)
-        return {"token": word, "logprob": logprob, "bytes": None if "�" in word else list(word.encode())}
+        return {"token": service.word(number), "logprob": logprob, "bytes": service.bytes_of(number)}
 
     tops = [entry(*each) for each in likelihood.top]
     return entry(token, likelihood.logprob) | {"top_logprobs": tops}
@@ -330,12 +398,13 @@ def _told(service: Service, token: int, likelihood: Likelihood) -> Json:
 class _Text:
     """One choice of a completion."""
 
+    pieces: TextPieces
     text: str = ""
     finish: str = ""
     logprobs: Json = field(
         default_factory=lambda: {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     )
-    offset: int = 0
+    offset: int = 0  # in the text, of the next token
 
 
 class _Completion(_Common):
@@ -346,7 +415,7 @@ class _Completion(_Common):
     ) -> None:
         super().__init__(service, asked)
         self.prompts, self.echo, self.tells = prompts, asked.echo, asked.logprobs is not None
-        self.texts = [_Text() for _ in prompts]
+        self.texts = [_Text(TextPieces(service.tokenizer, after=ids)) for _, ids in prompts]
 
     def opening(self) -> Iterable[Json]:
         if not self.echo:
@@ -363,12 +432,15 @@ class _Completion(_Common):
         made = self.texts[index]
         if isinstance(event, list):
             text, ids = self.prompts[index]
-            yield self._piece(index, text, self._tell(made, ids, event))
+            lengths = self.service.lengths(text, ids)
+            yield self._piece(index, text, self._tell(made, ids, event, lengths))
+            made.offset = len(text)
         elif isinstance(event, Token):
             made.text += event.text
             told = None
             if self.tells and event.id is not None:
-                told = self._tell(made, [event.id], [event.likelihood])
+                length = len(made.pieces.add(event.id))
+                told = self._tell(made, [event.id], [event.likelihood], [length])
             if event.text or told:
                 yield self._piece(index, event.text, told)
         else:
@@ -376,10 +448,12 @@ class _Completion(_Common):
             made.finish = _finish(event)
             yield self._piece(index, "", finish=made.finish)
 
-    def _tell(self, made: _Text, ids: list[int], likelihoods: Sequence[Likelihood | None]) -> Json:
+    def _tell(
+        self, made: _Text, ids: list[int], likelihoods: Sequence[Likelihood | None], lengths: list[int]
+    ) -> Json:
         """The logprobs of these tokens, which are added to the choice's."""
         told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token, likelihood in zip(ids, likelihoods, strict=True):
+        for token, likelihood, length in zip(ids, likelihoods, lengths, strict=True):
             word = self.service.word(token)
             top: dict[str, float] | None = None
             if likelihood is not None:
@@ -390,7 +464,7 @@ class _Completion(_Common):
             told["token_logprobs"].append(None if likelihood is None else likelihood.logprob)
             told["top_logprobs"].append(top)
             told["text_offset"].append(made.offset)
-            made.offset += len(word)
+            made.offset += length
         for key, values in told.items():
             made.logprobs[key] += values
         return told

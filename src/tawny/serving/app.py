@@ -190,9 +190,6 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
     entry = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "tawny"}
 
     def start(requests: list[scheduler.Request]) -> Running:
-        most = worker.places + worker.queue
-        if len(requests) > most:
-            raise Refused(f"{len(requests)} texts in one request are more than the {most} there is room for")
         try:
             return Running(worker, metrics, requests, timeout)
         except Full as error:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawny.errors import UserError
+from tawny.errors import UserError, one_line
 from tawny.serving.protocol import Refused
 
 # A model may break and indent lines, but not write spaces for ever.
 _SPACES = r"( |\n[ \t]{0,16})?"
+_MOST_CHARACTERS = 1 << 18  # of a grammar, which is read in 0.2 s while other requests wait
 
 
 def bounded(schema: dict[str, Any]) -> dict[str, Any]:
@@ -22,11 +23,14 @@ def bounded(schema: dict[str, Any]) -> dict[str, Any]:
     return schema | {"x-guidance": {"whitespace_pattern": _SPACES}}
 
 
-def of_schema(schema: dict[str, Any]) -> str:
-    """The grammar of JSON that a schema describes."""
+def of_schema(schema: dict[str, Any], param: str) -> str:
+    """The grammar of JSON that a schema describes; `param` is the field it came from."""
     from llguidance import LLMatcher
 
-    return str(LLMatcher.grammar_from_json_schema(bounded(schema)))
+    try:
+        return str(LLMatcher.grammar_from_json_schema(bounded(schema)))
+    except ValueError as error:  # half of a character
+        raise Refused(f"'{param}' cannot be read: {one_line(error)}", param=param) from None
 
 
 class Grammars:
@@ -54,6 +58,9 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
+        if len(grammar) > _MOST_CHARACTERS:
+            long = f"has {len(grammar)} characters; expected at most {_MOST_CHARACTERS}"
+            raise Refused(f"the grammar of '{param}' {long}", param=param)
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
         if matcher.is_error():
             said = matcher.get_error().strip().splitlines() or ["unknown"]
@@ -66,6 +73,10 @@ class Form:
 
     def __init__(self, matcher: Any, tokenizer: Any, words: int) -> None:
         self.matcher, self.tokenizer, self.words = matcher, tokenizer, words
+
+    def copy(self) -> Form:
+        """The same text apart, without reading the grammar again."""
+        return Form(self.matcher.deep_copy(), self.tokenizer, self.words)
 
     def starts_with(self, text: str) -> bool:
         """Take a text that is there already, if it may stand at the beginning."""

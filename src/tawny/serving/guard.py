@@ -2,6 +2,7 @@
 
 A page of another site that a user looks at can send requests to this machine. It cannot choose the `Host` that its own
 name has become after a trick with DNS, nor the `Origin` that the browser writes. So both must be this server's own.
+Where there is a key, it decides instead: such a page does not know it, and a proxy may use any name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from tawny.errors import short
 from tawny.serving.protocol import error_body
 
 _MOST_BYTES, _MOST_SECONDS = 16 << 20, 30.0  # of a body
-_OPEN = ("/", "/health")  # paths that need no key: the page holds no secret
+# Paths that need no key: the page is the same for everybody, and health is two numbers.
+_OPEN = ("/", "/health")
 
 
 def is_loopback(host: str) -> bool:
@@ -74,21 +76,21 @@ class Guard:
 
     def _refusal(self, scope: Any) -> JSONResponse | None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get("host", "")
-        if not self._is_ours(_name(f"//{host}")):
-            return _refused(403, f"the host {short(host)!r} is not this server's")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return _refused(403, f"pages of {short(origin)!r} may not ask this server")
+        if self.key is None:
+            host, origin = headers.get("host", ""), headers.get("origin")
+            if not self._is_ours(_name(f"//{host}")):
+                return _refused(403, f"the host '{short(host)}' is not this server's")
+            if origin is not None and origin.partition("://")[2].lower() != host.lower():
+                return _refused(403, f"pages of '{short(origin)}' may not ask this server")
+        elif scope["path"] not in _OPEN:
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self.key.encode()):
+                return _refused(401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'")
         if (
             headers.get("content-length", "0").isdecimal()
             and int(headers.get("content-length", "0")) > _MOST_BYTES
         ):
             return _refused(413, f"the body is larger than {_MOST_BYTES} bytes")
-        if self.key is not None and scope["path"] not in _OPEN:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.key.encode()):
-                return _refused(401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'")
         return None
 
     def _is_ours(self, name: str) -> bool:

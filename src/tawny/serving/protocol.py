@@ -18,9 +18,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
-_MOST_STOPS, _MOST_CHOICES, _MOST_TOP = 16, 128, 20
+_MOST_STOPS, _MOST_CHOICES, _MOST_TOP, _MOST_TOOLS = 16, 128, 20, 128
+# A body is looked at while all other requests wait: 2048 messages take 0.05 s.
+_MOST_ITEMS, _MOST_FIELDS = 2048, 64
 
 
 class Refused(Exception):
@@ -65,7 +67,12 @@ class _Fields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        kept = {k: v for k, v in given.items() if v is not None}
+        if len(kept) > _MOST_FIELDS:  # pydantic would make an error of each
+            raise ValueError(f"an object has {len(kept)} fields; expected at most {_MOST_FIELDS}")
+        return kept
 
 
 def _as_list(given: Any) -> Any:
@@ -76,6 +83,8 @@ def _biases(given: Any) -> Any:
     """JSON's keys are texts."""
     if not isinstance(given, dict) or not all(isinstance(k, str) and k.isdecimal() for k in given):
         raise ValueError("expected token ids with numbers")
+    if len(given) > _MOST_ITEMS:
+        raise ValueError(f"{len(given)} biases are too many; expected at most {_MOST_ITEMS}")
     return {int(key): value for key, value in given.items()}
 
 
@@ -97,10 +106,13 @@ class SamplingFields(_Fields):
     n: int = Field(1, ge=1, le=_MOST_CHOICES)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=0.01)
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases)] = {}
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(max_length=_MOST_STOPS), BeforeValidator(_as_list)
+        list[Annotated[str, Field(min_length=1)]],
+        FailFast(),
+        Field(max_length=_MOST_STOPS),
+        BeforeValidator(_as_list),
     ] = []
     user: str | None = None
 
@@ -129,7 +141,9 @@ def _prompts(given: Any) -> Any:
 
 
 class CompletionRequest(SamplingFields):
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[
+        list[str | list[int]], FailFast(), Field(max_length=_MOST_ITEMS), BeforeValidator(_prompts)
+    ]
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=_MOST_TOP)
@@ -164,7 +178,7 @@ class ChatMessage(_Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_content)] = None
     name: str | None = None
-    tool_calls: list[ToolCall] = []
+    tool_calls: Annotated[list[ToolCall], FailFast()] = []
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -234,14 +248,23 @@ class ResponseFormat(_Fields):
         return self
 
 
+def _messages(given: Any) -> Any:
+    if isinstance(given, list):
+        calls = [one["tool_calls"] for one in given if isinstance(one, dict) and "tool_calls" in one]
+        count = len(given) + sum(len(some) for some in calls if isinstance(some, list))
+        if count > _MOST_ITEMS:
+            raise ValueError(f"{count} messages and calls are too many; expected at most {_MOST_ITEMS}")
+    return given
+
+
 class ChatRequest(SamplingFields):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), BeforeValidator(_messages)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=_MOST_TOP)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] = []
+    tools: Annotated[list[Tool], FailFast(), Field(max_length=_MOST_TOOLS)] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
 

@@ -27,11 +27,10 @@ from tawny.progress import Progress, silent
 from tawny.words import size
 
 if TYPE_CHECKING:
-    import uvicorn
+    from tawny.serving.web import Web
 
 _CONTEXT = 4096  # tokens of a sequence, where the user says nothing
 _MOST_SEQUENCES, _MOST_QUEUE = 1024, 1_000_000
-_GRACE = 3  # seconds that running texts are given to end
 
 
 class Server:
@@ -40,9 +39,7 @@ class Server:
     name: of the model, to clients.
     """
 
-    def __init__(
-        self, web: uvicorn.Server, worker: Worker, listening: socket.socket, host: str, name: str
-    ) -> None:
+    def __init__(self, web: Web, worker: Worker, listening: socket.socket, host: str, name: str) -> None:
         self.name, self._web, self._worker, self._socket = name, web, worker, listening
         self._entered = contextlib.ExitStack()
         port = listening.getsockname()[1]
@@ -122,7 +119,7 @@ def serve(
         name: of the model to clients; None for what `model` is called.
         host: where to listen. Beyond this machine only with `api_key`, or with `allow_open`.
         port: 0 for any that is free.
-        api_key: what clients must send.
+        api_key: what clients must send; with it they may come by any `Host`, as through a proxy.
         allow_open: let anybody who reaches this machine use the server.
         max_sequences: texts that are made at once.
         context: most tokens of a prompt and its text; None for the model's own, at most 4096.
@@ -135,14 +132,13 @@ def serve(
     Raises:
         MissingFeature: the extra `serve` is not installed.
         UserError: the address is taken or open to others, or keys and values do not fit into memory.
-        RecipeError: a number outside its range.
+        RecipeError: a number outside its range, or a blank key.
     """
     try:
-        import uvicorn
-
         from tawny.serving.answers import Service
         from tawny.serving.app import make_app
         from tawny.serving.guard import Guard, is_loopback
+        from tawny.serving.web import Web
     except ModuleNotFoundError as error:
         raise MissingFeature(f"serving needs {error.name!r}: pip install 'tawny[serve]'") from None
 
@@ -155,6 +151,8 @@ def serve(
             raise RecipeError(f"{key} {value} is not possible; give {least} to {most}")
     if not timeout > 0:
         raise RecipeError(f"timeout {timeout} is not possible; give more than 0 seconds")
+    if api_key is not None and not api_key.strip():
+        raise RecipeError("api_key is blank; give one that nobody guesses, or leave it out")
     if not is_loopback(host) and api_key is None and not allow_open:
         raise UserError(
             f"everybody who reaches {host} could use the server; give --api-key, or --allow-open if that is wanted"
@@ -170,26 +168,19 @@ def serve(
                 raise UserError("a live model needs tokenizer=… to be served")
             opened = opening.open_model(model).model
             opening.check_predicts(opened)
-            limit = context_of(opened) or _CONTEXT
-            capacity = min(limit, context or _CONTEXT)
+            wanted = context or _CONTEXT
+            capacity = min(wanted, context_of(opened) or wanted)
+            if context is not None and capacity < context:
+                progress.say(f"a context of {context} tokens is more than the model has; it is {capacity}")
         worker = Worker(
             opened, tokenizer, capacity=capacity, count=max_sequences, queue=queue, threads=threads
         )
-        app = make_app(Service(opened, tokenizer, named, capacity), worker, timeout)
+        app = make_app(Service(opened, tokenizer, named, capacity, max_sequences + queue), worker, timeout)
     except BaseException:
         listening.close()
         raise
     guard = Guard(app, host=host, key=api_key, log=log or (lambda _: None))
-    settings = uvicorn.Config(
-        guard,
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_GRACE,
-    )
-    return Server(uvicorn.Server(settings), worker, listening, host, named)
+    return Server(Web(guard, worker.end), worker, listening, host, named)
 
 
 def _name_of(model: str | Path | nn.Module) -> str:

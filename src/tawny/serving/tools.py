@@ -24,7 +24,13 @@ _NAMES = ("tawny_first", "tawny_second")
 _ARGUMENTS = {"tawny_key": "tawny_value"}
 _ID = "tawnyid00"  # nine letters and digits, which some templates insist on
 _TEXT = "☃"  # which no call begins with
-_RAW = json.JSONDecoder()
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+_RAW = json.JSONDecoder(parse_constant=_no_constant)
 
 
 class Call(NamedTuple):
@@ -109,10 +115,11 @@ class CallFormat:
         while (named := middle.search(text, at)) is not None:
             name = text[at : named.start()]
             try:
-                arguments, at = _RAW.raw_decode(text, named.end())
-            except ValueError:
+                _, at = _RAW.raw_decode(text, named.end())
+            except (ValueError, RecursionError):
                 break
-            calls.append(Call(name, json.dumps(arguments, ensure_ascii=False)))
+            # As the model wrote them: written anew, 1e400 would be no JSON.
+            calls.append(Call(name, text[named.end() : at]))
             following = between.match(text, at) or begin.search(text, at)
             if following is None:
                 break
@@ -201,6 +208,10 @@ class Watched:
         self.begin, self.form, self.text = begin, form, ""
         self.pieces = TextPieces(tokenizer, special=True)
         self.inside = False
+
+    def copy(self) -> Watched:
+        """Another that nothing was taken of."""
+        return Watched(self.begin, self.form.copy(), self.pieces.tokenizer)
 
     @property
     def over(self) -> bool:
