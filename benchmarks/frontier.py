@@ -96,8 +96,10 @@ def main() -> None:
         source = work / "source"
         if not source.exists():
             write_source(args.model, source)
-        ours_and_theirs = [*CELLS, *(THEIRS if args.llama else ())]
-        for name in ours_and_theirs if args.cells is None else args.cells:
+        cells = [*CELLS, *(THEIRS if args.llama else ())] if args.cells is None else args.cells
+        if not args.llama and any(name.startswith("llama:") for name in cells):
+            raise SystemExit("cells of llama.cpp need --llama, an interpreter with llama-cpp-python")
+        for name in cells:
             if name in results["cells"]:
                 continue
             folder = place(work, name)

@@ -171,6 +171,7 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     }
     kl = {"kl": 0.02, "kl_stderr": 0.001}
     speeds = {"llama:Q4_K_M": 10.0, "fit:5": 15.0, "llama:Q3_K_M": 11.0, "fit:4.13": 19.0}
+    speeds |= {"llama:Q2_K": 12.0, "fit:3.38": 20.0}
     frontier = {
         "setting": {"windows": 8, "eval_seqlen": 512},
         "cells": {name: {"bytes": 1e9, "texts": {"wiki": kl, "other": kl}} for name in speeds},
@@ -194,7 +195,7 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     assert rows["| decoding speed, × dense"] == "1.00 | – | – | 2.50 |"
     assert rows["| `tawny fit --bits 5`"] == "1,000 MB | 0.0200 ± 0.0010, 0.0200 ± 0.0010 | 15.0 |"
     assert rows["| `tawny fit --bits 4.13`"].endswith("| 19.0 |")
-    assert len(rows) == 12  # six claims and four models, and two heads
+    assert len(rows) == 14  # six claims and six models, and two heads
     (note,) = (line for line in made if "to 0.90 ×" in line)
     assert "7B at 70%: 4.00 × (int8 with its head) of the dense speed." in note
 

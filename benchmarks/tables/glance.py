@@ -20,6 +20,8 @@ _SAME = {
     "fit:5": "`tawny fit --bits 5`",
     "llama:Q3_K_M": "llama.cpp Q3_K_M",
     "fit:4.13": "`tawny fit --bits 4.13`",
+    "llama:Q2_K": "llama.cpp Q2_K",
+    "fit:3.38": "`tawny fit --bits 3.38`",
 }
 _SHAPE, _LARGE = "smollm2", "7b"  # the model of all rows, and the one that the note adds
 _VARIANTS = {"packed bf16": "bf16", "packed int8, int8 head": "int8 with its head"}
@@ -73,7 +75,8 @@ def _same_bytes(frontier: Mapping[str, Any]) -> str:
         "\n".join(lines)
         + f"\n\n<sub>Qwen2.5-Coder-1.5B, all from the same dense model. KL is of {setting['windows']} windows of "
         f"{setting['eval_seqlen']} tokens of `wiki` and of WikiText-2. The fit of 4.13 bits is "
-        "[an older one](docs/results.md#the-same-on-qwen25-coder-15b).</sub>\n"
+        "[an older one](docs/results.md#the-same-on-qwen25-coder-15b). Settings, errors, other texts and models: "
+        "[results](docs/results.md).</sub>\n"
     )
 
 
