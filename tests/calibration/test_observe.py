@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import types
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tawny.calibration import statistics
 from tawny.calibration.observe import observe
 from tawny.calibration.statistics import Accumulator
-from tawny.errors import ModelError
+from tawny.errors import ModelError, NumericalError
 from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, Stream
 from tests.end_to_end.test_prune import TRANSPOSED
@@ -29,6 +30,32 @@ def test_stages_are_the_linears_that_share_an_input(family):
     seen = observe(Stream(stack, Samples(tokens())), 0, stack.linears(0), "none")
     stages = [{linear.name.rsplit(".", 1)[1] for linear in stage.linears} for stage in seen.stages]
     assert stages == EXPECTED_STAGES[family]
+
+
+@pytest.mark.parametrize("advance", [False, True])
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "input_layernorm"])
+def test_a_weight_that_is_not_finite_is_named_before_what_comes_of_it(name, advance):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.0.{name}").weight.view(-1)[5] = torch.nan
+    stack = live_stack(model)
+    words = rf"^model\.layers\.0\.{re.escape(name)}\.weight .* holds NaN .* in float32; check the checkpoint$"
+    with pytest.raises(NumericalError, match=words):
+        observe(Stream(stack, Samples(tokens())), 0, stack.linears(0), "norms", advance=advance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [(torch.float32, "float32; check"), (torch.float16, "float16; try compute=float32, or check")],
+)
+def test_activations_that_are_not_finite_are_told_with_what_can_be_done(dtype, words):
+    stack = live_stack(tiny_model("llama", dtype=dtype))
+    stream = Stream(stack, Samples(tokens()))
+    stream.hidden[0].fill_(torch.nan)
+    with pytest.raises(NumericalError, match=f"q_proj receives NaN or infinite activations in {words} the"):
+        observe(stream, 0, stack.linears(0), "norms")
+    with pytest.raises(NumericalError, match=f"layers.0 gives NaN or infinite activations in {words} the"):
+        stream.advance(0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

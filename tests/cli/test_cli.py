@@ -89,6 +89,11 @@ def test_the_help_of_all_lists_the_verbs(run):
     assert code == 0 and all(f"  {verb} " in out for verb in VERBS)
 
 
+def test_who_gives_no_verb_is_shown_the_help_as_it_is(run):
+    code, out, err = run()
+    assert (code, err) == (2, "") and out == run("--help")[1] and out.count("\n") > 20
+
+
 def test_help_imports_no_heavy_library_and_python_dash_m_is_the_same_command():
     script = (
         "import sys; from tawny.cli import main\n"
@@ -272,6 +277,12 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["prun"], "prune"),
         (["eval", "m", "--compute", "int8"], "bfloat16"),
         (["eval", "m", "--windows", "0"], "--windows"),
+        (["eval", "m", "--limit", "5"], "--limit can be said with --tasks only"),
+        (["eval", "m", "--text", "t", "--task-data", "d", "--limit", "5"], "--limit and --task-data can"),
+        (["eval", "m", "--tasks", "rte", "--windows", "4"], "--windows can be said with --text only"),
+        (["eval", "m", "--tasks", "rte", "--stride", "4", "--seqlen", "9"], "--seqlen and --stride can"),
+        (["eval", "m", "--tasks", "rte", "--no-bos"], "--bos or --no-bos can"),
+        (["eval", "m", "--tasks", "rte", "--strict"], "--strict can"),
         (["profile", "m", "--plot", "x.pdf"], ".svg"),
         (["profile", "m", "-s", "0.7", "-o", "pattern=2:4"], "implies"),
         (["profile", "m", "-M", "0"], "M is 0; expected a positive"),
@@ -401,6 +412,37 @@ def test_the_verbs_work_on_a_real_folder_from_plan_to_inspection(run, model, tex
         "prune", model, "--out", out, "-c", out / "run.json", "-s", 0.25, "--overwrite", "--json"
     )
     assert code == 0 and json.loads(shown)["sparsity"] == pytest.approx(0.25, abs=1e-3), err
+
+
+def test_prune_compares_in_the_dtype_of_its_recipe(run, model, text, tmp_path):
+    how = ("-s", 0.5, "-m", "magnitude", "-a", "uniform", "--seqlen", 32, "--eval", text, "--json")
+    for compute in ("bfloat16", "float32"):
+        code, shown, err = run("prune", model, "--out", tmp_path / compute, *how, "-o", f"compute={compute}")
+        assert code == 0, err
+        made = json.loads(shown)
+        assert [made["evaluation"][which]["compute"] for which in ("dense", "pruned")] == [compute] * 2
+
+
+@pytest.mark.parametrize("verb", ["prune", "profile", "eval"])
+def test_a_weight_that_is_not_finite_is_named_with_a_way_out(run, text, tmp_path, verb):
+    bad = tiny_model("llama")
+    with torch.no_grad():
+        bad.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
+    bad.save_pretrained(tmp_path / "bad")
+    tiny_tokenizer().save_pretrained(tmp_path / "bad")
+    data = ("--seqlen", 32, *(("--text", text) if verb == "eval" else ("--calibration", text)))
+    out = ("--out", tmp_path / "out", "-s", 0.5) if verb == "prune" else ()
+    for compute, words in (
+        ("float32", "check the checkpoint"),
+        ("bfloat16", "try compute=float32, or check"),
+    ):
+        code, _, err = run(verb, tmp_path / "bad", *data, *out, "--compute", compute)
+        told = err.splitlines()[-1]
+        assert (
+            code == 1
+            and f"model.layers.1.mlp.up_proj.weight [48, 32] holds NaN or infinite weights in {compute}; {words}"
+            in told
+        )
 
 
 def test_who_needs_no_text_says_so_and_who_packs_nothing_too(run, model, tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -133,6 +134,19 @@ def test_a_dense_model_is_walked_once_for_the_same_windows(tmp_path, keeps):
     assert tawny.evaluate(dense, ids[:3], compute="float32").loss > 0
     assert not walked(model, dense, ids[:3], compute="float32")[1]
     assert walked(model, tiny_model("llama"), ids)[1]  # a live one has no files to know it by
+
+
+@pytest.mark.parametrize("in_its_place", [False, True])
+def test_a_model_with_the_names_sizes_and_times_of_another_is_walked_itself(tmp_path, keeps, in_its_place):
+    first, ids = tmp_path / "first", tokens(2, 30)
+    tiny_model("llama").save_pretrained(first)
+    one = tawny.evaluate(first, ids, compute="float32")
+    time = (first / "model.safetensors").stat()
+    second = first if in_its_place else shutil.copytree(first, tmp_path / "second")
+    tiny_model("llama", seed=5).save_pretrained(second)
+    os.utime(second / "model.safetensors", ns=(time.st_atime_ns, time.st_mtime_ns))
+    other = tawny.evaluate(second, ids, compute="float32")
+    assert other.loss == tawny.evaluate(second, ids, compute="float32", cache=False).loss != one.loss
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 import tawny
 from tawny.report.card import front_matter, model_card, packed_note
+from tawny.report.html import render_report
 from tawny.report.publish import publish
 from tests.report.records import HOSTILE, hostile_record, record
 from tests.tiny import tiny_model, tokens
@@ -102,6 +103,55 @@ def test_a_packed_head_is_not_that_of_the_source():
     packed = {**record(), "packed": {"values": "bf16", "head": "int8"}}
     assert "Norms and biases are those of the source" in model_card(packed)
     assert "to the bit" not in model_card(packed, recovery={"tokens": 1})
+
+
+@pytest.mark.parametrize("pattern", ["channels", "heads", "blocks"])
+def test_biases_that_leave_with_whole_members_are_not_those_of_the_source(pattern):
+    made = record()
+    made["recipe"]["pattern"] = pattern
+    assert "Embeddings, head and norms are those of the source, to the bit." in model_card(made)
+    made["packed"] = {"values": "bf16", "embedding": "int8"}
+    assert "Head and norms are those of the source, to the bit." in model_card(made)
+    made["packed"]["head"] = "int8"
+    assert " Norms are those of the source, to the bit." in model_card(made)
+
+
+def test_a_model_stored_in_a_dtype_of_its_own_is_neither_the_source_to_the_bit_nor_as_large():
+    plain, other = record(), record()
+    other["recipe"]["dtype"] = "float16"
+    for claim in ("to the bit", "as large as the dense one"):
+        assert claim in model_card(plain) and claim not in model_card(other)
+    assert "The zeros are stored: this folder opens with plain transformers." in model_card(other)
+
+
+@pytest.mark.parametrize("opens", [["AutoModelForImageClassification", "AutoImageProcessor"], ["AutoModel"]])
+def test_only_a_model_that_writes_text_is_tagged_so(opens):
+    assert front_matter(model_card(record()))["pipeline_tag"] == "text-generation"
+    older = {key: value for key, value in record().items() if key != "opens"}
+    assert front_matter(model_card(older))["pipeline_tag"] == "text-generation"
+    made = {**record(), "opens": opens}
+    assert "pipeline_tag" not in front_matter(model_card(made))
+    assert front_matter(model_card(made, {"pipeline_tag": "x"}))["pipeline_tag"] == "x"
+
+
+def test_card_and_page_say_who_chose_the_blocks_that_left(tmp_path):
+    made = tawny.prune(tiny_model("llama"), sparsity=0.34, pattern="blocks", calibration=tokens())
+    plain = json.loads(made.to_json())
+    plain["source"] = "tiny-llama"
+    card, page = model_card(plain), render_report(plain)
+    assert "`divergence` chose the 1 of 3 blocks that left." in card and "Allocated" not in card
+    assert "divergence chose the 1 of 3 blocks that left." in page and "shared the budget" not in page
+    plain["recipe"]["allocator"] = {"name": "file", "path": "a.yaml"}
+    assert "An allocation file chose the 1 of 3 blocks that left." in model_card(plain)
+
+
+def test_card_and_page_count_patches_of_pictures():
+    made = record()
+    made["text"] = {"name": "sample", "samples": 8, "seqlen": 17, "files": [], "skipped": []}
+    assert "8 × 17 patches of sample" in model_card(made) and "8 × 17 patches of sample" in render_report(
+        made
+    )
+    assert "24 tokens of" in render_report(record())
 
 
 def test_the_card_has_numbers_with_errors_hashes_limits_and_the_recipe():

@@ -24,7 +24,7 @@ from tawny.calibration.statistics import Accumulator, Needs, Statistics
 from tawny.errors import ModelError, NumericalError
 from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
-from tawny.model.streams import Stream
+from tawny.model.streams import Stream, way_out
 
 
 @dataclass
@@ -81,9 +81,9 @@ class Input:
             return {}
         made, self._statistics = self._statistics.finish(exact), None
         if not bool(torch.isfinite(made.squared_norms).all()):
-            raise NumericalError(
-                f"{self.linears[0].name} receives NaN or infinite activations; try -o compute=float32, or check the checkpoint"
-            )
+            first = self.linears[0]
+            compute = getattr(first.module, first.parameter).dtype
+            raise NumericalError(f"{first.name} receives NaN or infinite activations {way_out(compute)}")
         return {linear.name: made for linear in self.linears}
 
 
@@ -271,7 +271,7 @@ def observe(
 
     Raises:
         ModelError: a linear takes no observable part in the forward.
-        NumericalError: an activation is not finite.
+        NumericalError: an activation is not finite; names the weight of the block that makes it so, if there is one.
     """
     watcher = _Watcher(linears, needs, stream.stack.device, exact)
     if not linears and not advance:
@@ -288,4 +288,8 @@ def observe(
             step()
             if needs == "none" and not advance:
                 break
-    return watcher.observation()
+    try:
+        return watcher.observation()
+    except NumericalError:
+        stream.check_weights(index)
+        raise

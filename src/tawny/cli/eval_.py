@@ -131,6 +131,10 @@ def eval_(
     """
     with console_for(as_json) as console:
         check_compute(compute)
+        on_text = bool(text) or labels is not None or against is not None or tasks is None
+        window = {"--windows": windows, "--seqlen": seqlen, "--stride": stride, "--bos or --no-bos": bos}
+        _check_useful(on_text, "--text", {**window, "--strict": strict or None})
+        _check_useful(tasks is not None, "--tasks", {"--limit": limit, "--task-data": task_data})
         check_device(device or "cpu")
         import tawny
 
@@ -143,7 +147,7 @@ def eval_(
             find_sources(task_data)
         measured: dict[str, Any] = {}
         common: dict[str, Any] = {"compute": compute, "device": device or "cpu"}
-        if text or labels is not None or against is not None or tasks is None:
+        if on_text:
             keys: dict[str, Any] = {"seqlen": seqlen, "windows": windows, "stride": stride, "bos": bos}
             keys["cache"] = not no_cache
             with console.progress() as progress:
@@ -172,6 +176,15 @@ def eval_(
                     **{**common, "progress": progress},
                 ).to_dict()
         console.result(measured, evaluation_tables)
+
+
+def _check_useful(asked: bool, by: str, options: dict[str, Any]) -> None:
+    """Refuse options of a measurement that is not asked for."""
+    given = [name for name, value in options.items() if value is not None]
+    if given and not asked:
+        from tawny.errors import RecipeError
+
+        raise RecipeError(f"{' and '.join(given)} can be said with {by} only: leave that out, or give {by}")
 
 
 def _on_text(model: str, texts: list[str], against: str | None, **keys: Any) -> dict[str, Any]:

@@ -186,9 +186,14 @@ def _compare(
     for name, source in (("dense", model), ("pruned", str(out))):
         with console.progress() as progress:
             progress.say(f"measuring the {name} model on {text}")
-            length, device = recipe.calibration.seqlen, recipe.device
             result = tawny.evaluate(
-                source, text, seqlen=length, windows=windows, device=device, progress=progress
+                source,
+                text,
+                seqlen=recipe.calibration.seqlen,
+                windows=windows,
+                compute=recipe.compute,
+                device=recipe.device,
+                progress=progress,
             )
         measured[name] = result.to_dict()
     return measured

@@ -24,7 +24,6 @@ app = typer.Typer(
         "tawny eval pruned --text wiki --windows 8",
         "tawny doctor",
     ),
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     # Frames and panels are for a window; a pipe gets plain text.
@@ -40,6 +39,7 @@ def verb(*examples: str, name: str | None = None, cls: Any = None) -> Callable[[
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if version:
@@ -47,6 +47,9 @@ def _root(
 
         print(f"tawny {tawny.__version__}")
         raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 def main() -> None:

@@ -69,6 +69,9 @@ def _place(stack: Stack, folder: Path, ids: Tensor) -> Path | None:
     here = machine()
     known = {
         "model": model_identity(folder),
+        # A copy may have the sizes, times and headers of another model. No tool sets the time of a file's last change.
+        "place": str(folder.resolve()),
+        "changed": [path.stat().st_ctime_ns for path in sorted(folder.glob("*.safetensors"))],
         "windows": tensor_digest(ids).hexdigest(),
         "compute": [str(stack.compute), str(stack.device)],
         "code": code_identity(),

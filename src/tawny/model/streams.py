@@ -33,6 +33,12 @@ def repeated_tokens(length: int, share: float, *, begun: bool = False) -> int:
     return min(int(length * share), (length - begun) // 2)
 
 
+def way_out(dtype: torch.dtype) -> str:
+    """What to do about numbers that are not finite; `compute` is an option of some verbs, a key of others, and an argument."""
+    wider = "" if dtype.itemsize >= torch.float32.itemsize else "try compute=float32, or "
+    return f"in {str(dtype).removeprefix('torch.')}; {wider}check the checkpoint"
+
+
 def holds_integers(tokens: Tensor) -> bool:
     kind = tokens.dtype
     return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
@@ -260,13 +266,25 @@ class Stream:
     def replace(self, index: int, chunk: int, made: Tensor) -> None:
         """Replace one chunk by what block `index` made of it, in the order of the chunks; raises as `advance` does."""
         if not bool(torch.isfinite(made.sum(dtype=torch.float32))) and not bool(torch.isfinite(made).all()):
+            self.check_weights(index)
             raise NumericalError(
-                f"block {self.stack.name(index)} gives NaN or infinite activations in {self.stack.compute}; "
-                "try -o compute=float32, or check the checkpoint"
+                f"block {self.stack.name(index)} gives NaN or infinite activations {way_out(self.stack.compute)}"
             )
         self.hidden[chunk] = made
         if chunk == len(self.slices) - 1:
             self.depth = index + 1
+
+    def check_weights(self, index: int) -> None:
+        """Name what makes the outputs of block `index`, which must be loaded, not finite, where that is a weight of it.
+
+        Raises:
+            NumericalError: a weight of the block is NaN or infinite.
+        """
+        for key, weight in self.stack.blocks[index].named_parameters():
+            if not bool(torch.isfinite(weight).all()):
+                raise NumericalError(
+                    f"{self.stack.name(index)}.{key} {list(weight.shape)} holds NaN or infinite weights {way_out(weight.dtype)}"
+                )
 
     def save(self, path: Path) -> None:
         """A durable copy of the hidden states."""

@@ -17,7 +17,7 @@ import yaml
 from tawny.kinds import range_of
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
-from tawny.report.form import Form, form_of
+from tawny.report.form import Form, choice_of_blocks, form_of, samples_shown, whole_kind
 from tawny.words import begun, counted, duration, kl_text, percent, perplexity_text, size
 
 CARD = "README.md"
@@ -75,7 +75,8 @@ def model_card(
         metadata["language"] = language
     if _is_hub_id(record):
         metadata["base_model"] = source
-    metadata.setdefault("pipeline_tag", "text-generation")
+    if _classes(record)[0] == "AutoModelForCausalLM":
+        metadata.setdefault("pipeline_tag", "text-generation")
     metadata["library_name"] = "transformers"
     tags = base.get("tags") or []
     words = [tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)]
@@ -154,7 +155,9 @@ def _what(record: Mapping[str, Any], form: Form, recovered: bool) -> str:
     zeros = (
         f"{record['zeros']:,} of {record['prunable']:,} prunable weights are zero ({record['sparsity']:.2%})"
     )
-    if form.pruned:
+    if whole_kind(record) == "blocks":
+        how = choice_of_blocks(record, mark="`")
+    elif form.pruned:
         how = f"Allocated by `{recipe['allocator']['name']}`, solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`"
     else:
         zeros += ", all by rounding"
@@ -180,30 +183,34 @@ def _afterwards(record: Mapping[str, Any]) -> str:
 
 def _untouched(record: Mapping[str, Any], recovered: bool) -> str:
     """What besides the pruned weights is still the source's; empty where nothing is."""
+    if record["recipe"].get("dtype"):  # a record does not say what it was before
+        return ""
     refined = any(made["also"] for made in record.get("refined") or [])
     packed = record.get("packed") or {}
+    biases = not whole_kind(record)
     if packed.get("head"):  # which packs the embedding as well
-        kept = "" if refined or recovered else "Norms and biases"
+        kept = "" if refined or recovered else "Norms and biases" if biases else "Norms"
     elif packed.get("embedding"):
-        kept = "" if refined or recovered else "Head, norms and biases"
+        kept = "" if refined or recovered else "Head, norms and biases" if biases else "Head and norms"
     elif recovered:
         kept = "Embeddings and head (not norms and biases, which were trained along)"
     elif refined:
         kept = "Embeddings and head (not the blocks' norms and biases, which were trained along)"
     else:
-        kept = "Embeddings, head, norms and biases"
+        kept = "Embeddings, head, norms and biases" if biases else "Embeddings, head and norms"
     return f"{kept} are those of the source, to the bit." if kept else ""
 
 
 def _use(record: Mapping[str, Any], form: Form) -> str:
+    large = "" if record["recipe"].get("dtype") else "is as large as the dense one and "
     if record.get("packed") and form.pruned:
         text = "Zeros are not stored: weights are a bit mask and the survivors, in files and in memory."
     elif record.get("packed"):
         text = "Weights are integers with a scale for each group of columns, in files and in memory."
     elif not form.pruned:
-        text = "This folder is as large as the dense one and opens with plain transformers; `tawny pack` makes it small."
+        text = f"This folder {large}opens with plain transformers; `tawny pack` makes it small."
     else:
-        text = "The zeros are stored: this folder is as large as the dense one and opens with plain transformers."
+        text = f"The zeros are stored: this folder {large}opens with plain transformers."
     code = opening(record, '"THIS_FOLDER"')
     return f"## Use\n\n{text}\n\n```python\n{code}\n```"
 
@@ -211,10 +218,15 @@ def _use(record: Mapping[str, Any], form: Form) -> str:
 def opening(record: Mapping[str, Any], folder: str) -> str:
     """Python that opens the model; `folder` is an expression."""
     first = "import tawny  # teaches transformers to open packed weights\n" if record.get("packed") else ""
-    classes = record.get("opens") or ["AutoModelForCausalLM", "AutoTokenizer"]  # older records name none
+    classes = _classes(record)
     names = ("model", "tokenizer" if "AutoTokenizer" in classes else "processor")
     lines = [f"{name} = {kind}.from_pretrained({folder})" for name, kind in zip(names, classes, strict=False)]
     return "\n".join([f"{first}from transformers import {', '.join(classes)}", *lines])
+
+
+def _classes(record: Mapping[str, Any]) -> list[str]:
+    """Of transformers, that open the folder, the model's first; older records name none."""
+    return list(record.get("opens") or ["AutoModelForCausalLM", "AutoTokenizer"])
 
 
 def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
@@ -262,8 +274,7 @@ def _trace(record: Mapping[str, Any]) -> str:
     if text:
         hashed = f", sha256 `{text['sha256']}`" if text.get("sha256") else ""
         lines.append(
-            f"Calibrated on {text.get('samples', '?')} × {text.get('seqlen', '?')} {'patches' if 'files' in text else 'tokens'} of "
-            f"{_inline(str(text.get('name')))}{hashed}{begun(text)}."
+            f"Calibrated on {samples_shown(text)} of {_inline(str(text.get('name')))}{hashed}{begun(text)}."
         )
         for one in text.get("sources", ()):
             share, name = percent(one["share"], 0), _inline(str(one["name"]))

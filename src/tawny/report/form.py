@@ -1,12 +1,12 @@
-"""What was done to the weights of a record: how many went, and the grids that the others were solved on."""
+"""What was done to the weights of a record, as pages say it: which went, on what samples, and the grids of the others."""
 
 from __future__ import annotations
 
-__all__ = ["Form", "form_of"]
+__all__ = ["Form", "choice_of_blocks", "form_of", "samples_shown", "whole_kind"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tawny.kinds import kind_of, range_of
 from tawny.words import percent
@@ -48,3 +48,27 @@ def form_of(record: Mapping[str, Any]) -> Form:
     bits = sum(size[name] * kind_of(kind).bits for name, kind in kinds.items() if name in size)
     pruned = not kinds or any(x["target"] > 0 for x in linears)
     return Form(record["sparsity"], pruned, kinds, bits / total if total else 0.0)
+
+
+def whole_kind(record: Mapping[str, Any]) -> Literal["", "members", "blocks"]:
+    """What left as a whole, biases and all; nothing where single weights went."""
+    from tawny.patterns import Blocks, Members, parse_pattern  # which bring torch along
+
+    pattern = parse_pattern(record["recipe"]["pattern"])
+    return "blocks" if isinstance(pattern, Blocks) else "members" if isinstance(pattern, Members) else ""
+
+
+def choice_of_blocks(record: Mapping[str, Any], mark: str = "") -> str:
+    """`divergence chose the 2 of 30 blocks that left`, with `mark` around a solver's name."""
+    recipe = record["recipe"]
+    blocks = {x["block"] for x in record["linears"]}
+    left = {x["block"] for x in record["linears"] if x["target"] == 1}
+    by_file = recipe["allocator"]["name"] == "file"
+    who = "An allocation file" if by_file else f"{mark}{recipe['solver']['name']}{mark}"
+    return f"{who} chose the {len(left)} of {len(blocks)} blocks that left"
+
+
+def samples_shown(text: Mapping[str, Any]) -> str:
+    """`128 × 2048 tokens`; pictures are patches."""
+    unit = "patches" if "files" in text else "tokens"
+    return f"{text.get('samples', '?')} × {text.get('seqlen', '?')} {unit}"

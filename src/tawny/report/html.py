@@ -28,7 +28,7 @@ from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import opening, recovery_words
 from tawny.report.figures import WIDTHS, DepthRow, depth_figure
-from tawny.report.form import Form, form_of
+from tawny.report.form import Form, choice_of_blocks, form_of, samples_shown, whole_kind
 from tawny.report.pages import render, write_beside
 from tawny.words import begun, duration, kl_text, percent, perplexity_text, size
 
@@ -112,7 +112,9 @@ def _name(record: Mapping[str, Any]) -> str:
 def _summary(record: Mapping[str, Any], form: Form) -> str:
     recipe, blocks = record["recipe"], len({linear["block"] for linear in record["linears"]})
     grid = f" on the grid of {range_of(form.kinds.values())}" if form.kinds else ""
-    if form.pruned:
+    if whole_kind(record) == "blocks":
+        text = f"{record['zeros']:,} of {record['prunable']:,} prunable weights were removed. {choice_of_blocks(record)}."
+    elif form.pruned:
         text = (
             f"{record['zeros']:,} of {record['prunable']:,} prunable weights were removed. "
             f"{recipe['allocator']['name']} shared the budget among {blocks} blocks, "
@@ -166,8 +168,7 @@ def _asked(record: Mapping[str, Any], form: Form) -> list[tuple[str, str]]:
     orders = {"block": "all linears of a block at once", "data": "stage by stage"}
     calibration = "none: the weights alone decided"
     if text:
-        tokens = f"{text.get('samples', '?')} × {text.get('seqlen', '?')} tokens"
-        calibration = f"{tokens} of {text.get('name')}{begun(text)}"
+        calibration = f"{samples_shown(text)} of {text.get('name')}{begun(text)}"
     rows = [
         ("model", record["source"] + (f" at {record['revision']}" if record.get("revision") else "")),
         *([("sparsity", percent(recipe["sparsity"], 2))] if form.pruned else []),
