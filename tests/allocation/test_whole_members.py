@@ -92,6 +92,31 @@ def test_a_target_that_leaves_a_block_without_heads_says_what_is_possible():
         whole_members(dict.fromkeys(profile.sizes, 0.7), profile, 0.7)
 
 
+@pytest.mark.parametrize("target", [0.3, 0.31, 0.45, 0.6])
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_experts_of_a_block_that_are_wanted_alike_lose_equally_many(target, spread):
+    linears = [LinearInfo("0.o", (8, 80), 0, coupling="0.o", members=2)]
+    for block in range(3):
+        for expert in range(4):
+            down = f"{block}.{expert}.down"
+            linears += [LinearInfo(f"{block}.{expert}.up", (96, 8), block, coupling=down, members=48)]
+            linears += [LinearInfo(down, (8, 48), block, coupling=down, members=48)]
+    profile = Profile(tuple(linears))
+    # An allocator rounds its wishes to whole weights, so that equal ones differ by one.
+    wish = {x.name: target + spread * x.block + (i % 2) / x.numel for i, x in enumerate(linears)}
+    made = whole_members(wish, profile, target)
+    for block in range(3):
+        assert len({made[f"{block}.{expert}.down"] for expert in range(4)}) == 1
+    assert abs(spent(made, profile) - target * sum(profile.sizes.values())) <= 4 * 24
+
+
+def test_experts_of_a_block_that_are_wanted_otherwise_lose_otherwise():
+    linears = [LinearInfo(f"0.{e}", (8, 48), 0, coupling=f"0.{e}", members=48) for e in range(4)]
+    profile = Profile(tuple(linears))
+    made = whole_members({x.name: 0.2 + 0.1 * i for i, x in enumerate(linears)}, profile, 0.35)
+    assert sorted(made.values()) == list(made.values()) and len(set(made.values())) == 4
+
+
 def test_numbers_given_on_purpose_are_taken_as_the_nearest_whole_members():
     profile = stack(1)
     made = given_members({"0.up": 0.25, "0.down": 0.25, "0.qkv": 0.33, "0.o": 0.33}, profile)

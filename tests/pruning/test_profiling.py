@@ -16,6 +16,7 @@ from tawny.pruning import plan as plan_module
 from tawny.pruning.journal import Journal
 from tests.encoders import tiny_encoder
 from tests.tiny import tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
 
 
 def test_several_allocators_are_measured_in_one_walk():
@@ -47,6 +48,23 @@ def test_the_default_rows_show_what_a_pattern_makes_of_owl():
     assert {value % 0.25 for row in report.allocations.values() for value in row} == {0.0}
     assert report.allocations["owl M=5"] == named.allocations["owl"]
     assert tawny.profile(model, pattern="3:8", **data).sparsity == 0.625
+
+
+@pytest.mark.parametrize("pattern", ["blocks", "heads", "channels+heads"])
+@pytest.mark.parametrize("allocators", [(), ("owl", "uniform")])
+def test_a_pattern_of_whole_parts_shows_the_sparsities_of_single_weights(pattern, allocators):
+    class Says(Silent):
+        said = ""
+
+        def say(self, text: str) -> None:
+            self.said += text
+
+    progress, model = Says(), tiny_model("llama")
+    keys = {"sparsity": 0.7, "allocators": allocators, "calibration": tokens(), "progress": progress}
+    report = tawny.profile(model, pattern=pattern, **keys)
+    assert progress.said.count(f"as for single weights, not as whole {pattern}") == 1
+    for shares in report.allocations.values():
+        assert sum(shares) / len(shares) == pytest.approx(0.7, abs=1e-3)
 
 
 @pytest.mark.parametrize("M", [0, -1, float("nan"), float("inf")])
@@ -127,6 +145,26 @@ def test_a_plan_says_what_n_of_m_averages_over_a_block(tmp_path):
     keys = {**KEYS, "pattern": "3:8", "calibration": "wiki"}
     assert any("one n of 8" in note for note in tawny.plan(tmp_path, **{**keys, "allocator": "er"}).notes)
     assert tawny.plan(tmp_path, **{**keys, "allocator": "atp"}).notes == []
+
+
+@pytest.mark.parametrize("pattern", ["heads", "channels", "2:4"])
+def test_a_plan_counts_what_its_allocation_removes(tmp_path, pattern):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    keys = {"pattern": pattern, "allocator": "uniform", "solver": "magnitude"}
+    keys |= {} if ":" in pattern else {"sparsity": 0.3}
+    planned = tawny.plan(tmp_path / "dense", **keys)
+    record = tawny.prune(tmp_path / "dense", tmp_path / "out", **keys)
+    assert planned.removed == record.zeros
+
+
+def test_a_plan_of_blocks_counts_whole_ones_and_says_that_it_is_about(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    planned = tawny.plan(tmp_path / "dense", sparsity=0.4, pattern="blocks", calibration="wiki")
+    assert planned.removed == planned.prunable // 3
+    assert "about so many weights are removed: whole blocks go" in planned.notes
+    owl = tawny.plan(tmp_path / "dense", sparsity=0.4, pattern="heads", allocator="owl", calibration="wiki")
+    assert any("about" in note and "whole heads go" in note for note in owl.notes)
 
 
 def test_it_is_said_once_though_a_run_is_stopped_and_resumed(tmp_path, monkeypatch):

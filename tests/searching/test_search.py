@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import time
 
 import pytest
@@ -182,9 +183,71 @@ def test_an_unfinished_search_is_gone_on_with_only_by_the_same_one(dense, tmp_pa
         search(dense, out)
     lost.write_bytes(kept)
     assert search(dense, out).resumed == 2
-    with pytest.raises(OutputError, match=r"out\.yaml exists; choose another --out or pass --overwrite"):
+    with pytest.raises(
+        OutputError, match=r"out\.yaml, out\.json, out\.png, out\.svg exist; choose another --out or"
+    ):
         search(dense, out)
     assert search(dense, out, overwrite=True).resumed == 0
+
+
+@pytest.mark.parametrize("kind", ["json", "png", "svg"])
+def test_a_file_beside_the_allocation_is_replaced_only_on_demand(dense, tmp_path, kind):
+    beside = tmp_path / f"mine.{kind}"
+    beside.write_text("mine")
+    with pytest.raises(OutputError, match=rf"mine\.{kind} exists; choose another --out or pass --overwrite"):
+        search(dense, tmp_path / "mine.yaml")
+    assert beside.read_text() == "mine" and not list(tmp_path.glob("*.partial"))
+    search(dense, tmp_path / "mine.yaml", overwrite=True)
+    assert beside.read_bytes() != b"mine"
+
+
+def test_no_file_of_the_model_is_ever_replaced(dense, monkeypatch):
+    before = (dense / "config.json").read_bytes()
+    (dense / "config.yaml").write_text("a: 1")
+    for overwrite in (False, True):
+        with pytest.raises(
+            OutputError, match=r"would replace .*config\.yaml, config\.json of the model; choose another"
+        ):
+            search(dense, dense / "config.yaml", overwrite=overwrite)
+    assert (dense / "config.json").read_bytes() == before
+    search(dense, dense / "allocation.yaml")
+    search(dense, dense / "allocation.yaml", overwrite=True)  # files of a search are no files of the model
+
+
+def test_a_search_that_was_killed_between_its_files_goes_on(dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(module.SearchOutput, "finish", _interrupts)
+        search(dense, tmp_path / "a.yaml")
+    assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.png", "a.svg", "a.yaml.partial"]
+    assert search(dense, tmp_path / "a.yaml").resumed == 1
+
+
+def _interrupts(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"pattern": "heads", "sparsity": 0.3, "solver": "magnitude"}, "-p heads -m magnitude"),
+        ({"pattern": "channels", "sparsity": 0.31, "solver": "wanda"}, "-p channels -m wanda"),
+        ({"solver": "magnitude", "values": "int4"}, "-s 0.6 -m magnitude --values int4"),
+        ({"solver": "alps"}, "-s 0.6 -a"),
+    ],
+)
+def test_the_command_in_the_file_prunes_by_it(dense, tmp_path, run, monkeypatch, keys, said):
+    found = search(dense, tmp_path / "a b.yaml", **keys, **{"search.trials": 2, "search.candidates": "atp"})
+    line = (tmp_path / "a b.yaml").read_text().splitlines()[1]
+    assert said in line
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(
+        line.removeprefix("# Use it: tawny ").replace("MODEL", "dense").replace("DIR", "made")
+    )
+    tiny_tokenizer().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text(" ".join(str(n * 7 % 997) for n in range(400)))
+    code, _, err = run(*words, "--calibration", "text.txt", "--samples", 4, "--seqlen", 24)
+    assert code == 0, err
+    assert json.loads((tmp_path / "made" / "run.json").read_text())["allocation"] == found.allocation
 
 
 def test_a_search_on_other_held_out_text_is_another_one(dense, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import tawny
 from tawny.errors import ModelError
 from tawny.model import own_blocks
+from tawny.progress import Silent
 from tests.tiny import tiny_model, tokens
 
 KEYS = {"sparsity": 0.3, "pattern": "channels+heads"}
@@ -48,6 +49,31 @@ def test_equal_widths_are_an_ordinary_checkpoint_that_computes_the_same(dense, t
     assert torch.allclose(logits(tmp_path / "slim"), logits(tmp_path / "pruned"), atol=1e-3)
     config = json.loads((tmp_path / "slim" / "config.json").read_text())
     assert config["model_type"] == "llama" and "per_layer_config" not in config
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("allocator", ["uniform", "atp"])
+def test_experts_become_smaller_together(tmp_path, family, allocator):
+    tiny_model(family).save_pretrained(tmp_path / "dense")
+    keys = {"pattern": "channels", "solver": "magnitude", "allocator": allocator}
+    pruned(tmp_path / "dense", tmp_path / "pruned", **keys)
+    report = tawny.slim(tmp_path / "pruned", tmp_path / "slim")
+    assert report.parameters < report.source_parameters
+    # Widths are no whole times 8 here, and kernels for all experts at once take no others.
+    assert torch.allclose(logits(tmp_path / "slim"), logits(tmp_path / "pruned"), atol=1e-3)
+
+
+def test_a_block_that_leaves_is_counted(dense, tmp_path):
+    class Counts(Silent):
+        steps = 0
+
+        def step(self, text: str) -> None:
+            self.steps += 1
+
+    progress = Counts()
+    pruned(dense, tmp_path / "pruned", pattern="blocks")
+    report = tawny.slim(tmp_path / "pruned", tmp_path / "slim", progress=progress)
+    assert len(report.dropped) == 1 and progress.steps == 3
 
 
 def test_different_widths_open_through_tawny_and_nothing_else_makes_weights_up(dense, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from tawny.allocation.profile import Allocation, Profile
 from tawny.errors import NumericalError, RecipeError
@@ -120,7 +120,8 @@ def whole_members(wish: Mapping[str, float], profile: Profile, target: float) ->
 
     A coupling of few large members (heads) loses a member once its share pays for all of it. What its share does not pay for
     goes to the coupling of many small members (channels) in its block, so that blocks that are wanted alike stay alike. Where this misses the target by more than a thousandth, what is left of one
-    block goes on to the next, and the total is exact to one member of one block.
+    block goes on to the next, and the total is exact to one member of one block. Equal couplings of a block that are wanted
+    alike (experts) lose equally many, since one tensor may hold them all: there the total is exact to one member of each.
 
     Raises:
         RecipeError: the target would leave a block without heads or channels; says what is possible.
@@ -222,25 +223,51 @@ def _rounded(units: Sequence[_Unit], share: Mapping[str, float], across_blocks: 
     """Members that each coupling loses; what rounding leaves over is carried on, within its block or to the next one too.
 
     Only the smallest members of a block are rounded to the nearest number. Of two or three heads the nearest number would often
-    be a whole one too many, which costs more than the channels that could go instead (docs/log/heads.md).
+    be a whole one too many, which costs more than the channels that could go instead (docs/log/heads.md). Equal couplings of a
+    block that are wanted alike (experts) are rounded as one, whose members are one of each.
     """
+    groups = _alike(units, share)
+    smallest = {unit.block: unit.name for unit, *_ in groups}
     removed: dict[str, int] = {}
-    smallest = {unit.block: unit.name for unit in units}
     carried, block = 0.0, -1
-    for unit in units:
+    for some in groups:
+        unit, cost = some[0], len(some) * some[0].cost
         if unit.block != block and not across_blocks:
             carried = 0.0
         block = unit.block
-        wanted = share[unit.name] * unit.size + carried
-        paid = _snap(wanted / unit.cost)
+        wanted = sum(share[x.name] * x.size for x in some) + carried
+        paid = _snap(wanted / cost)
         count = round(paid) if smallest[block] == unit.name else math.floor(paid)
-        removed[unit.name] = min(unit.members - 1, max(0, count))
-        carried = wanted - removed[unit.name] * unit.cost
-    for unit in reversed(units) if across_blocks else ():  # what the last ones could not take
-        count = min(unit.members - 1, max(0, removed[unit.name] + round(_snap(carried / unit.cost))))
-        carried -= (count - removed[unit.name]) * unit.cost
-        removed[unit.name] = count
+        count = min(unit.members - 1, max(0, count))
+        removed |= {x.name: count for x in some}
+        carried = wanted - count * cost
+    for some in reversed(groups) if across_blocks else ():  # what the last ones could not take
+        unit, cost = some[0], len(some) * some[0].cost
+        count = min(unit.members - 1, max(0, removed[unit.name] + round(_snap(carried / cost))))
+        carried -= (count - removed[unit.name]) * cost
+        removed |= {x.name: count for x in some}
     return removed
+
+
+def _alike(units: Sequence[_Unit], share: Mapping[str, float]) -> list[list[_Unit]]:
+    """The couplings, those of a block together that are equal and whose shares differ by less than half a member.
+
+    An allocator's wishes for equal linears differ by a weight: it rounds to whole ones.
+    """
+    groups: list[list[_Unit]] = []
+    for _, block in groupby(units, key=lambda unit: unit.block):
+        own: list[list[_Unit]] = []
+        for unit in block:
+            for some in own:
+                first = some[0]
+                apart = abs(share[first.name] - share[unit.name]) * unit.members
+                if (first.members, first.size) == (unit.members, unit.size) and apart < 0.5:
+                    some.append(unit)
+                    break
+            else:
+                own.append([unit])
+        groups += own
+    return groups
 
 
 def given_nm(allocation: Mapping[str, float], m: int) -> Allocation:

@@ -127,7 +127,7 @@ def plan_tables(plan: Result) -> list[Frame]:
         ("model", f"{plan['source']}: {plan['parameters']:,} parameters in {len(plan['blocks'])} blocks"),
         ("recipe", recipe_words(recipe, plan["reads_text"], plan["seqlen"])),
         ("prunable", f"{plan['prunable']:,} weights in {len(plan['linears'])} linears ({percent(share, 0)})"),
-        ("removed", f"{plan['removed']:,} weights ({percent(recipe['sparsity'])})"),
+        ("removed", f"{plan['removed']:,} weights ({percent(plan['removed'] / max(1, plan['prunable']))})"),
         ("peak memory", _memory_words(plan)),
         ("disk", f"{size(disk['checkpoint'])} written, {size(disk['peak'])} while it is being written"),
         ("time", f"about {duration(seconds['total'])}{parts(seconds, 'total', duration)}"),

@@ -6,6 +6,7 @@ machine shows on such products just now. Both are estimates and say so; sizes on
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tawny.allocation.profile import LinearInfo, Profile
+from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.calibration.context import seqlen_of
 from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import OWN, load_texts, parse_texts
@@ -49,6 +50,7 @@ class Plan:
 
     Attributes:
         blocks: `[{index, linears, parameters}]`.
+        removed: weights; about, where the allocation is not known.
         allocation: by linear name, or None where the allocator has to see data first.
         memory: estimated peak bytes of the whole process, the smallest budget that would do, and the parts of the peak.
         disk: bytes written at the peak (hidden states that resuming needs among them), and of the finished checkpoint.
@@ -133,7 +135,7 @@ def plan(
         recipe=recipe.to_mapping(),
         parameters=sum(p.numel() for p in stack.model.parameters()),
         prunable=prunable,
-        removed=round(recipe.sparsity * prunable),
+        removed=_removed(job, allocation),
         blocks=[
             {"index": i, "linears": len(linears), "parameters": sum(x.numel for x in linears)}
             for i, linears in enumerate(job.by_block)
@@ -158,6 +160,17 @@ def plan(
         reads_text=job.needs_samples,
         seqlen=load.seqlen,
     )
+
+
+def _removed(job: Job, allocation: Allocation | None) -> int:
+    """Weights: those of the allocation, or about so many where it is not known; of blocks whole ones."""
+    if allocation is not None:
+        return sum(round(allocation[x.name] * x.numel) for x in job.linears)
+    share = job.recipe.sparsity
+    if job.chooses_blocks:
+        blocks = sum(bool(linears) for linears in job.by_block)
+        share = min(blocks - 1, math.floor(share * blocks + 0.5)) / blocks
+    return round(share * sum(x.numel for x in job.linears))
 
 
 def load_of(job: Job, budget: int | None) -> tuple[Load, list[str]]:
@@ -189,10 +202,14 @@ def _notes(job: Job, undecided: bool) -> list[str]:
     if not undecided:
         return []
     if job.chooses_blocks:
-        return [f"{recipe.solver.name} decides which blocks leave once it has measured the dense model"]
-    return [
-        f"{recipe.allocator.name} decides once it has measured the dense model; `tawny profile` shows what it would see"
-    ]
+        notes = [f"{recipe.solver.name} decides which blocks leave once it has measured the dense model"]
+    else:
+        notes = [
+            f"{recipe.allocator.name} decides once it has measured the dense model; `tawny profile` shows what it would see"
+        ]
+    if job.chooses_blocks or job.couplings:
+        notes.append(f"about so many weights are removed: whole {job.budget_pattern} go")
+    return notes
 
 
 def forward_seconds(stack: Stack) -> float:

@@ -18,6 +18,7 @@ from tawny.allocation.owl import Owl
 from tawny.allocation.profile import Allocator, Profile
 from tawny.errors import RecipeError
 from tawny.model.trust import opens_models
+from tawny.patterns import AnyPattern, Blocks, Members, Unstructured
 from tawny.progress import Progress, silent
 from tawny.pruning.profiling import allocate, block_sparsities, profile_walk
 from tawny.pruning.session import Purpose, open_session, text_or_tokens
@@ -73,7 +74,8 @@ def profile(
 
     Args:
         source: a folder, hub id, `.gguf` file, `smollm2`, or a live module.
-        recipe: calibration, include and exclude are used; `keys` override single entries.
+        recipe: calibration, include and exclude are used; `keys` override single entries. Where its pattern removes whole
+            blocks, channels or heads, sparsities are those of single weights.
         Ms: an outlier is a score above M times the block's mean (OWL, 2310.05175, section 3).
         allocators: names whose sparsities are given; the recipe's own with its options, others with their defaults.
             Empty: OWL for every M.
@@ -97,6 +99,10 @@ def profile(
     with open_session(
         recipe, source, purpose, progress, tokenizer=tokenizer, calibration=given, alone=True
     ) as session:
+        pattern = session.job.budget_pattern
+        if isinstance(pattern, Blocks | Members):
+            progress.say(f"sparsities are shown as for single weights, not as whole {pattern}")
+            pattern = Unstructured()
         walked = profile_walk(session, survey)
     sizes = [walked.parameters(block) for block in range(walked.blocks)]
     return ProfileReport(
@@ -107,9 +113,9 @@ def profile(
         mean_score=[m["mean_score"] for m in walked.measures],
         max_score=[m["max_score"] for m in walked.measures],
         zeros=[m["zeros"] / max(1, n) for m, n in zip(walked.measures, sizes, strict=True)],
-        allocations=_named_allocations(walked, survey, recipe)
+        allocations=_named_allocations(walked, survey, recipe, pattern)
         if named_allocators
-        else _owl_allocations(walked, recipe, survey.Ms),
+        else _owl_allocations(walked, recipe, survey.Ms, pattern),
         sparsity=recipe.sparsity,
         text=session.record.text,
         seconds=time.perf_counter() - start,
@@ -118,14 +124,15 @@ def profile(
 
 def _allocator(name: str, recipe: Recipe) -> Allocator:
     if recipe.allocator.name != name:
-        recipe = resolve_recipe(recipe, allocator=name)
+        recipe = resolve_recipe(sparsity=recipe.sparsity, compat=recipe.compat, allocator=name)
     made: Allocator = recipe.make_allocator()
     return made
 
 
-def _named_allocations(walked: Profile, survey: Survey, recipe: Recipe) -> dict[str, list[float]]:
+def _named_allocations(
+    walked: Profile, survey: Survey, recipe: Recipe, pattern: AnyPattern
+) -> dict[str, list[float]]:
     """Sparsity of each block as each allocator would set it."""
-    pattern = recipe.make_pattern()
     made = {}
     for name, allocator in survey.joint.allocators.items():
         allocation = allocate(allocator, survey.profile_of(name, walked), pattern, recipe.sparsity)
@@ -133,10 +140,12 @@ def _named_allocations(walked: Profile, survey: Survey, recipe: Recipe) -> dict[
     return made
 
 
-def _owl_allocations(walked: Profile, recipe: Recipe, Ms: Sequence[float]) -> dict[str, list[float]]:
+def _owl_allocations(
+    walked: Profile, recipe: Recipe, Ms: Sequence[float], pattern: AnyPattern
+) -> dict[str, list[float]]:
     """Sparsity of each block as OWL would set it for every M, with the recipe's λ where it has one."""
     strength = recipe.allocator.options.get("lambda_", recipe.allocator.options.get("lambda", 0.08))
-    pattern, made = recipe.make_pattern(), {}
+    made = {}
     for M in Ms:
         owl = Owl(M=M, lambda_=float(strength))
         made[f"owl M={M:g}"] = block_sparsities(allocate(owl, walked, pattern, recipe.sparsity), walked)

@@ -22,22 +22,37 @@ from tawny.searching.settings import Settings
 # What a folder may hold that a search may throw away.
 _OURS = {"lock", JOURNAL, f"{JOURNAL}.tmp", "levels", "hidden", "picture.png", "picture.svg"}
 _ENDINGS = (".yaml", ".yml")
+_BESIDE = (".json", ".png", ".svg")
+USE = "# Use it: tawny prune"  # begins the line by which an earlier search knows its file again
 
 
 class SearchOutput:
-    """The file that is written, and the folder beside it of what is unfinished.
+    """The file that is written with those beside it, and the folder of what is unfinished.
 
     Args:
         keep: go on with what lies in the folder; otherwise it is thrown away.
+        source: folder of the model, of which nothing is replaced.
 
     Raises:
-        OutputError: the file exists, its folder does not, or the folder of what is unfinished is not Tawny's.
+        OutputError: one of the files exists, their folder does not, or the folder of what is unfinished is not Tawny's.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, keep: bool) -> None:
+    def __init__(self, out: Path, *, overwrite: bool, keep: bool, source: Path | None = None) -> None:
         self.out, self.work = named(out), unfinished(out)
-        if self.out.exists() and not overwrite:
-            raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+        # A search that is gone on with may have written those beside it already.
+        files = [self.out, *(self.out.with_suffix(ending) for ending in _BESIDE if not keep)]
+        there = [path for path in files if path.exists()]
+        names = ", ".join([str(there[0]), *(path.name for path in there[1:])]) if there else ""
+        if (
+            there
+            and source is not None
+            and self.out.absolute().parent.samefile(source)
+            and not self._searched()
+        ):
+            raise OutputError(f"a search would replace {names} of the model; choose another --out")
+        if there and not overwrite:
+            exist = "exists" if len(there) == 1 else "exist"
+            raise OutputError(f"{names} {exist}; choose another --out or pass --overwrite")
         if self.out.is_dir():
             raise OutputError(
                 f"--out {out} is a folder; name a file in it, such as {out / 'allocation.yaml'}"
@@ -53,6 +68,10 @@ class SearchOutput:
                 for name in ("levels", "hidden"):
                     shutil.rmtree(self.work / name, ignore_errors=True)
             (self.work / "hidden").mkdir(exist_ok=True)
+
+    def _searched(self) -> bool:
+        """Whether `out` is of an earlier search, so that the files beside it are, too."""
+        return self.out.is_file() and USE in self.out.read_text(encoding="utf-8", errors="replace")
 
     def finish(self, told: str, allocation: str) -> None:
         """Write the two files, each in one piece, and drop what was unfinished."""
@@ -82,12 +101,12 @@ def open_search(
 
     def opened(folder: Path | None, ranks: Ranks) -> tuple[SearchOutput, Journal]:
         if folder is None or overwrite:
-            output = SearchOutput(out, overwrite=overwrite, keep=False)
+            output = SearchOutput(out, overwrite=overwrite, keep=False, source=folder)
             journal = Journal(None if folder is None else work)
         else:
             journal = Journal(work)
             consent = bool(journal.state.get("overwrite"))
-            output = SearchOutput(out, overwrite=consent, keep=journal.found)
+            output = SearchOutput(out, overwrite=consent, keep=journal.found, source=folder)
             journal.reload()
         journal.require("search", settings.to_mapping())
         return output, journal

@@ -19,6 +19,7 @@ __all__ = ["Found", "search"]
 
 import json
 import math
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import allocate, block_sparsities
 from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
 from tawny.recipe.merge import resolve_recipe
-from tawny.recipe.schema import Recipe
+from tawny.recipe.schema import Recipe, default_name
 from tawny.record import finite
 from tawny.report.pages import or_say
 from tawny.searching.candidates import allocators_to_try, surveyed
@@ -56,7 +57,7 @@ from tawny.searching.evolution import Outcome, Proposal, Trial, evolve
 from tawny.searching.levels import WALK, LevelStore, solve_levels
 from tawny.searching.measured import Measured
 from tawny.searching.member_space import AnySpace, space_of
-from tawny.searching.output import SearchOutput, open_search
+from tawny.searching.output import USE, SearchOutput, open_search
 from tawny.searching.rehearsal import rehearse
 from tawny.searching.settings import Settings, parted
 
@@ -140,7 +141,7 @@ def search(
 
     Raises:
         TextError: nothing is left of the text to compare models on.
-        OutputError: `out` exists, or the disk has no room for the solutions.
+        OutputError: `out` or a file beside it exists, or the disk has no room for the solutions.
         UserError: something else that was asked for cannot be done.
     """
     if started_by_torchrun():
@@ -413,12 +414,26 @@ def _write(found: Found, session: Session) -> None:
 
     for suffix in (".png", ".svg"):
         or_say(out.with_suffix(suffix), partial(draw, suffix), session.progress)
-    spent_in = found.recipe["pattern"]
-    pattern = "" if spent_in == "unstructured" else f" -p {spent_in}"
     told = json.dumps(finite(found.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     lines = [
         f"# {found.says}",
-        f"# Use it: tawny prune MODEL -s {found.sparsity:g}{pattern} -a {out.name} --out DIR",
+        f"{USE} MODEL {_options(found, session.job)} -a {shlex.quote(out.name)} --out DIR",
         *(f"{name}: {value!r}" for name, value in found.allocation.items()),
     ]
     place.finish(told, "\n".join(lines) + "\n")
+
+
+def _options(found: Found, job: Job) -> str:
+    """What `tawny prune` has to be told beside the file. Of whole members the file's own mean: they miss the one asked for."""
+    sparsity, recipe = found.sparsity, job.recipe
+    if job.couplings:
+        removed = math.fsum(found.allocation[x.name] * x.numel for x in job.linears)
+        sparsity = removed / sum(x.numel for x in job.linears)
+    words = [f"-s {sparsity:.6g}"]
+    if recipe.pattern != "unstructured":
+        words.append(f"-p {recipe.pattern}")
+    if recipe.solver.name != default_name("solver", {"pattern": recipe.pattern}):
+        words.append(f"-m {recipe.solver.name}")
+    if recipe.values.kind:
+        words.append(f"--values {recipe.values.kind}")
+    return " ".join(words)

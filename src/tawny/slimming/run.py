@@ -36,6 +36,8 @@ from tawny.progress import Progress, silent
 from tawny.slimming.depth import renumbered
 from tawny.slimming.widths import described, settings_of_block
 
+# transformers multiplies experts together only where a row is whole times 16 bytes: 8 numbers of two bytes.
+_ALIGNED = 8
 _CLOSE = 1e-3  # of what the models compute: sums of fewer numbers are added up in another order
 
 
@@ -102,12 +104,14 @@ def slim(
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
     try:
         with torch.no_grad(), evaluating(stack.model):
-            widths, dropped, expected = _cut(stack, output, str(source), progress)
+            widths, dropped, aligned, expected = _cut(stack, output, str(source), progress)
             blocks = [f"{index:05d}" for index in range(len(stack)) if index not in dropped]
             total = output.assemble(output.plan_shards(["outside", *blocks]))
             output.carry(folder)
             raw = json.loads((output.partial / "config.json").read_text(encoding="utf-8"))
             config = described(stack.config.get_text_config(), raw, widths, dropped)
+            if not aligned:
+                config["experts_implementation"] = "eager"
             output.write_text("config.json", json.dumps(config, indent=2) + "\n")
             made, apart = _opened(output.partial, expected, str(source))
         report = Slimmed(
@@ -132,16 +136,17 @@ def slim(
 
 def _cut(
     stack: Stack, output: OutputFolder, source: str, progress: Progress
-) -> tuple[list[dict[str, int]], list[int], Tensor]:
+) -> tuple[list[dict[str, int]], list[int], bool, Tensor]:
     """Write the tensors of every block without its zero members, and the rest.
 
     Returns:
-        The widths of blocks that are left, the numbers of those that are not, and what the source computes.
+        The widths of blocks that are left, the numbers of those that are not, whether transformers can multiply all experts of
+        a block together, and what the source computes.
     """
     checkpoint = stack.checkpoint
     assert checkpoint is not None
     couplings = find_couplings(stack)
-    widths, dropped, zeros, removed = [], [], 0, 0
+    widths, dropped, zeros, removed, aligned = [], [], 0, 0, True
     inside: set[str] = set()
     probe = probe_of(stack)
     hidden, calls = stack.enter(probe), stack.calls(probe)
@@ -155,12 +160,17 @@ def _cut(
                 bool(stack.look(x).any()) for x in stack.linears(index)
             ):
                 dropped.append(index)
+                progress.step(stack.name(index))
                 continue
             parameters = dict(stack.stored)
             kept = [_kept(stack, coupling) for coupling in couplings[index]]
             _cut_block(stack, couplings[index], kept, parameters)
             counts = [int(keep.sum()) for keep in kept]
             zeros += sum(int((stack.look(x) == 0).sum()) for x in stack.linears(index))
+            experts = [
+                n for x, n in zip(couplings[index], counts, strict=True) if x.consumer.expert is not None
+            ]
+            aligned = aligned and not any(count % _ALIGNED for count in experts)
             removed += sum(len(keep) - count for keep, count in zip(kept, counts, strict=True))
             widths.append(settings_of_block(stack.config.get_text_config(), couplings[index], counts))
             tensors: dict[str, Tensor] = {}
@@ -176,7 +186,7 @@ def _cut(
             "prune with -p channels+heads or -p blocks first, or `tawny pack` it"
         )
     output.write_outside("outside", checkpoint, [key for key in checkpoint.files if key not in inside], None)
-    return widths, dropped, stack.output(probe, hidden)[0]
+    return widths, dropped, aligned, stack.output(probe, hidden)[0]
 
 
 def _kept(stack: Stack, coupling: Coupling) -> Tensor:
