@@ -91,5 +91,7 @@ def test_the_page_of_a_fit_shows_what_was_compared_and_the_time_of_all():
     assert not page.mistakes and "Nothing was measured" not in page.text
     assert "KL from dense 0.1250 ± 0.0100" in page.text and "uniform int4 5 MB 4.500 0.2500" in page.text
     assert "1 h 30 min" in page.text and "Not measured" not in model_card(made)
+    resumed = Page(render_report(made | {"fit": FIT | {"resumed": 1}}))
+    assert "1 h 30 min" not in resumed.text and "to solve what was chosen" in resumed.text
     del made["fit"]["winner"], made["fit"]["seconds"]  # a folder of an earlier version
     assert "KL from dense 0.1250" in Page(render_report(made)).text

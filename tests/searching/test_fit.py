@@ -76,8 +76,10 @@ def test_the_record_tells_of_the_fit_and_its_recipe_makes_the_model_again(dense,
     assert not (dense.parent / "fitted.partial").exists()
     run = json.loads((folder / "run.json").read_text())
     assert run["fit"]["says"] == fitted.says and run["out"] == str(folder)
+    assert run["fit"]["winner"] == fitted.winner and run["fit"]["seconds"] == fitted.seconds
     assert "Chosen for its size" in (folder / "README.md").read_text()
-    assert "Chosen for its size" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "Chosen for its size" in page and "the whole fit" in page
     assert {"fit.png", "fit.svg", "fit.json"} <= {path.name for path in folder.iterdir()}
     recipe = tawny.load_recipe(folder / "recipe.yaml")
     tawny.prune(dense, tmp_path / "again", recipe=recipe, calibration=TOKENS[:-8])

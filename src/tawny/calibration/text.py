@@ -144,9 +144,8 @@ def _hub_rows(name: str, field: str, *where: str, most: int | None = None, **opt
             f"text {name!r} comes from the hub and needs `datasets`: pip install 'tawny[hub]', or {_HUB_HELP}"
         ) from None
     try:
-        if options.get(
-            "streaming"
-        ):  # nothing of it is ever kept, so that retries without a network are half a minute lost
+        if options.get("streaming"):
+            # Nothing of it is ever kept, so without a network its retries would be half a minute lost.
             HfApi().dataset_info(where[0], timeout=10)
         rows = datasets.load_dataset(*where, **options)
         return [row[field] for row in itertools.islice(rows, most)]

@@ -160,7 +160,7 @@ def _what(record: Mapping[str, Any], form: Form, recovered: bool) -> str:
     elif form.pruned:
         how = f"Allocated by `{recipe['allocator']['name']}`, solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`"
     else:
-        zeros += ", all by rounding"
+        zeros += ", all by rounding" if record["zeros"] else ""
         how = f"Solved by `{recipe['solver']['name']}`"
     if form.kinds:
         how += f", on the grid of {range_of(form.kinds.values())} ({form.bits:.2f} bits each)"

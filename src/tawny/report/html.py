@@ -148,12 +148,16 @@ def _tiles(record: Mapping[str, Any], form: Form) -> list[tuple[str, str, str]]:
             kl_text(won["kl"], won["kl_stderr"]),
             "nats a token, on held-out text",
         )
-    seconds = fit.get("seconds") or record["seconds"]
+    whole = (
+        fit.get("seconds") if not fit.get("resumed") else None
+    )  # of a fit that went on, the last part alone
+    seconds = whole or record["seconds"]
     total, threads = seconds.get("total", sum(seconds.values())), record["machine"].get("threads", "?")
+    spent = ", the whole fit" if whole else ", to solve what was chosen" if fit else ""
     before = f"{size(record['memory_before'])} before it began"
     tiles += [
         (name, quality, remark),
-        ("time", duration(total), f"{threads} threads" + (", the whole fit" if fit.get("seconds") else "")),
+        ("time", duration(total), f"{threads} threads{spent}"),
         ("peak memory", size(record["peak_memory"]), before),
     ]
     if record["bytes"]:

@@ -226,6 +226,8 @@ def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any]) -> None:
         "lead_stderr",
         "finalists",
         "warnings",
+        "seconds",
+        "resumed",
     )
     plain |= {"out": str(output.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
     write_beside(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
