@@ -101,9 +101,8 @@ def _draw_bits(axes: Any, roles: Mapping[str, Mapping[str, Sequence[float | None
     """A square a linear: blocks from left to right, roles from top to bottom."""
     import numpy as np
 
-    bits = np.array(
-        [row["bits"] for row in roles.values()], dtype=float
-    )  # None is not a number, and stays white
+    # A block without such a linear has None, which becomes NaN and stays white.
+    bits = np.array([row["bits"] for row in roles.values()], dtype=float)
     drawn = axes.imshow(bits, cmap="YlGnBu", vmin=2, vmax=8, aspect="auto", interpolation="nearest")
     for y, row in enumerate(roles.values()):
         for x, (number, zeros) in enumerate(zip(row["bits"], row["sparsity"], strict=True)):
