@@ -181,7 +181,7 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path):
 def test_a_model_that_does_not_compute_in_sixteen_bits_says_what_to_try(tmp_path):
     tiny_model("xlstm", num_heads=4, num_blocks=3, chunk_size=8).save_pretrained(tmp_path / "dense")
     keys = {"sparsity": 0.5, "allocator": "uniform", "solver": "wanda", "calibration": tokens()}
-    with pytest.raises(ModelError, match=r"does not compute in bfloat16 \(.*\); try -o compute=float32$"):
+    with pytest.raises(ModelError, match=r"does not compute in bfloat16 \(.*\); try compute=float32$"):
         tawny.prune(tmp_path / "dense", tmp_path / "out", compute="bfloat16", **keys)
     record = tawny.prune(tmp_path / "dense", tmp_path / "out", compute="float32", **keys)
     assert record.sparsity == pytest.approx(0.5, abs=0.01)

@@ -156,6 +156,15 @@ def test_factors_that_would_leave_a_grid_of_few_bits_are_refused_before_any_work
     said = r"train=lora would move .*source off the grid of .*int4: expected train=survivors.*train=norms"
     with pytest.raises(RecipeError, match=said):
         recover_pair(pair, tmp_path / "out", source=source, train="lora")
+    with pytest.raises(RecipeError, match="train=lora would move what each step prunes off the grid of int4"):
+        tawny.recover_gradually(
+            pair[0],
+            pair[0],
+            tmp_path / "out",
+            [0.3],
+            recipe={**RECIPE, "values": "int4"},
+            settings={"train": "lora"},
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

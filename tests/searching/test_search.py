@@ -231,8 +231,18 @@ def _interrupts(*args):
     [
         ({"pattern": "heads", "sparsity": 0.3, "solver": "magnitude"}, "-p heads -m magnitude"),
         ({"pattern": "channels", "sparsity": 0.31, "solver": "wanda"}, "-p channels -m wanda"),
-        ({"solver": "magnitude", "values": "int4"}, "-s 0.6 -m magnitude --values int4"),
-        ({"solver": "alps"}, "-s 0.6 -a"),
+        ({"solver": "magnitude", "values": "int4"}, "-s 0.6 -m magnitude -o compute=float32 --values int4"),
+        ({"solver": "alps"}, "-s 0.6 -o compute=float32 -a"),
+        (
+            {
+                "solver": "alps",
+                "solver.damp": 0.02,
+                "exclude": "*.q_proj",
+                "values": "int4",
+                "values.group_size": 32,
+            },
+            "-s 0.6 -o solver.damp=0.02 -o 'exclude=[\"*.q_proj\"]' -o compute=float32 --values int4 -o values.group_size=32",
+        ),
     ],
 )
 def test_the_command_in_the_file_prunes_by_it(dense, tmp_path, run, monkeypatch, keys, said):

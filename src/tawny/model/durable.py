@@ -79,5 +79,5 @@ def writing(what: Path) -> Iterator[None]:
         elif code in (errno.EACCES, errno.EROFS, errno.EPERM):
             said = f"{what} cannot be written (read-only or no permission); choose another --out"
         else:
-            said = f"{what} cannot be written: {text}"
+            said = f"{what} cannot be written: {getattr(error, 'strerror', None) or text}"
         raise OutputError(said) from error

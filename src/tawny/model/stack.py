@@ -292,7 +292,7 @@ class Stack:
                 raise
             raise ModelError(
                 f"{self.name(index)} of {type(self.model).__name__} does not compute in {str(self.compute).removeprefix('torch.')} "
-                f"({first_line(error)}); try -o compute=float32"
+                f"({first_line(error)}); try compute=float32"
             ) from error
         for value in call.empty:
             value.clear()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tawny.allocation.profile import Allocation
 from tawny.errors import RecipeError
 from tawny.machine import peak_memory
+from tawny.model.source import resolve
 from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -48,6 +49,7 @@ def prune(
     memory: str | int | None = None,
     tokenizer: Any = None,
     calibration: Tensor | tuple[Tensor, Tensor] | Samples | str | list[str] | None = None,
+    author: str | Path | None = None,
     trust_remote_code: bool = False,
     **keys: Any,
 ) -> Record:
@@ -68,6 +70,8 @@ def prune(
         calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, taken as they are, or the name or path of a
             text, or several with shares (`["wiki=0.6", "code.jsonl=0.4"]`), whose samples begin with BOS as
             `calibration.bos` says.
+        author: the model that writes the text `self`, such as the dense one of a `source` that was pruned before; None:
+            `source`.
         trust_remote_code: let code that lies in a model's folder run.
 
     Returns:
@@ -85,7 +89,7 @@ def prune(
     with open_session(
         recipe,
         source,
-        Purpose(demand=demand_of),
+        Purpose(demand=demand_of, author=None if author is None else resolve(author, progress.say)),
         progress,
         place_to_write=None if out is None else open_output(Path(out), overwrite, source),
         overwrite=overwrite,

@@ -69,6 +69,7 @@ class Purpose:
         demand: what the verb asks of memory; None where nothing is placed.
         held_out: windows that are kept out of the calibration, from the tokens of the text.
         check: refuses what the verb cannot do with this model, before any text is read.
+        author: the model that writes the text `self`; None: the source.
     """
 
     samples: bool | None = None
@@ -76,6 +77,7 @@ class Purpose:
     demand: Callable[[Job, Load], Demanding] | None = None
     held_out: Callable[[Job, TokenisedText], Tensor] | None = None
     check: Callable[[Job], None] = lambda _: None
+    author: Path | None = None
 
 
 class Unfinished(Protocol):
@@ -390,8 +392,8 @@ def _calibration(
         # At least two windows: read again, a text may have fewer tokens than were written.
         samples = max(2, math.ceil(share * wanted.samples)) * (1 if purpose.held_out is None else 2)
         keys: dict[str, Any] = {"memory": budget, "group": ranks, "progress": progress}
-        dense: Path | nn.Module = job.folder or model
-        author = author_of(dense, tokenizer, job.recipe.seed, job.stack.compute, ranks.device, **keys)
+        writer: Path | nn.Module = purpose.author or job.folder or model
+        author = author_of(writer, tokenizer, job.recipe.seed, job.stack.compute, ranks.device, **keys)
         written = author.write(samples * wanted.seqlen)
         give_back()
         return written

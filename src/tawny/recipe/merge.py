@@ -6,7 +6,7 @@ before options, since they decide which options there are: the order in which ke
 
 from __future__ import annotations
 
-__all__ = ["bare_keys", "parse_override", "resolve_recipe"]
+__all__ = ["bare_keys", "changes_from", "parse_override", "resolve_recipe"]
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -73,6 +73,22 @@ def parse_override(text: str) -> tuple[str, Any]:
     except yaml.YAMLError:
         parsed = value.strip()
     return key.strip(), parsed
+
+
+def changes_from(recipe: Recipe, base: Recipe) -> dict[str, Any]:
+    """What `recipe` says otherwise than `base`, by dotted key, so that `resolve_recipe(base, changes) == recipe`.
+
+    An option of an allocator or solver that `base` does not name is always told.
+    """
+    mine, theirs = _dotted(recipe.to_mapping()), _dotted(base.to_mapping())
+    return {key: value for key, value in mine.items() if key not in theirs or theirs[key] != value}
+
+
+def _dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def bare_keys() -> set[str]:

@@ -25,6 +25,7 @@ from tawny.progress import Progress, silent
 from tawny.pruning.run import prune
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
+from tawny.recovery.packed import check_factors
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.run import recover
@@ -49,7 +50,8 @@ def recover_gradually(
 
     Args:
         source: the dense model, or one pruned less than the first sparsity.
-        recipe: how to prune; its sparsity is replaced. Left out, pruning calibrates on the text that is trained on.
+        recipe: how to prune; its sparsity is replaced. Left out, pruning calibrates on the text that is trained on. The
+            text `self` is the teacher's, in every step.
         settings: how to train; `tokens` and `minutes` are those of all steps together.
         overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
             this same one, which goes on.
@@ -74,6 +76,7 @@ def recover_gradually(
         recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos, "strict": chosen.strict}}
     base = recipe.to_mapping() if isinstance(recipe, Recipe) else recipe
     recipes = [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
+    check_factors(chosen, recipes[0].values.names, "what each step prunes")
     work = WorkFolder(
         target, "stages", ("[0-9]-pruned", "[0-9]-recovered", "[0-9][0-9]-pruned", "[0-9][0-9]-recovered")
     )
@@ -102,7 +105,7 @@ def recover_gradually(
                     minutes=None if chosen.minutes is None else chosen.minutes * share,
                 )
                 if processes.same(not pruned.exists() and not recovered.exists()):
-                    prune(here, pruned, recipe=recipe, progress=progress)
+                    prune(here, pruned, recipe=recipe, progress=progress, author=teacher)
                 if processes.same(not recovered.exists()):
                     recover(pruned, teacher, recovered, settings=part, progress=progress)
                 processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["check_grid", "recover_packed", "several_kinds"]
+__all__ = ["check_factors", "check_grid", "recover_packed", "several_kinds"]
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,19 @@ def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[
 
 
 def check_grid(settings: Recovery, folder: Path) -> None:
-    """Raise a RecipeError for factors whose product would leave a grid of few bits; packing would then undo the training."""
-    if settings.train != "lora":
-        return
+    """`check_factors` for what a folder was solved for or packed in."""
     kinds = set(solved_for(folder)[0].names)
     if is_packed(folder):
         kinds.add(_packing(folder)["values"])
-    if few := sorted(name for name in kinds if kind_of(name).bits < 8):
+    check_factors(settings, kinds, str(folder))
+
+
+def check_factors(settings: Recovery, kinds: Iterable[str], what: str) -> None:
+    """Raise a RecipeError for factors whose product would leave a grid of few bits; packing would then undo the training."""
+    few = sorted(name for name in kinds if kind_of(name).bits < 8)
+    if few and settings.train == "lora":
         raise RecipeError(
-            f"train=lora would move {folder} off the grid of {', '.join(few)}: expected train=survivors, which is trained "
+            f"train=lora would move {what} off the grid of {', '.join(few)}: expected train=survivors, which is trained "
             "through the grid, or train=norms"
         )
 

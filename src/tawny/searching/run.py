@@ -46,8 +46,8 @@ from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import allocate, block_sparsities
 from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
-from tawny.recipe.merge import resolve_recipe
-from tawny.recipe.schema import Recipe, default_name
+from tawny.recipe.merge import changes_from, resolve_recipe
+from tawny.recipe.schema import Recipe, as_list, default_name
 from tawny.record import finite
 from tawny.report.pages import or_say
 from tawny.searching.candidates import allocators_to_try, surveyed
@@ -429,11 +429,18 @@ def _options(found: Found, job: Job) -> str:
     if job.couplings:
         removed = math.fsum(found.allocation[x.name] * x.numel for x in job.linears)
         sparsity = removed / sum(x.numel for x in job.linears)
-    words = [f"-s {sparsity:.6g}"]
+    words = ["-s", f"{sparsity:.6g}"]
+    chosen = {"pattern": recipe.pattern, "solver": recipe.solver.name}
     if recipe.pattern != "unstructured":
-        words.append(f"-p {recipe.pattern}")
+        words += ["-p", recipe.pattern]
     if recipe.solver.name != default_name("solver", {"pattern": recipe.pattern}):
-        words.append(f"-m {recipe.solver.name}")
-    if recipe.values.kind:
-        words.append(f"--values {recipe.values.kind}")
-    return " ".join(words)
+        words += ["-m", recipe.solver.name]
+    named = {"values.kind": "--values", "calibration.samples": "--samples", "calibration.seqlen": "--seqlen"}
+    for key, value in changes_from(recipe, resolve_recipe(chosen, sparsity=recipe.sparsity)).items():
+        if key == "calibration.text":
+            for text in as_list(value):
+                words += ["--calibration", text]
+        elif not key.startswith("allocator."):
+            plain = value if isinstance(value, str) else json.dumps(value)
+            words += [named[key], plain] if key in named else ["-o", f"{key}={plain}"]
+    return shlex.join(words)
