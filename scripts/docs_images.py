@@ -19,7 +19,7 @@ from tawny.report.plot import plot_allocations, plot_fit, plot_frontier, plot_ou
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from tables.frontier import series  # noqa: E402
+from tables.frontier import notes, series  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLE = RESULTS / "example_run.json"
@@ -69,10 +69,12 @@ def draw_allocations(path: Path) -> None:
     )
 
 
-def draw_frontier(path: Path) -> None:
-    """Divergence against bytes, from benchmarks/frontier.py."""
-    result = _result("frontier")
-    plot_frontier(series(result), path, text=result["setting"]["texts"][0], title="SmolLM2-135M")
+def draw_frontier(name: str, title: str) -> None:
+    """Divergence against bytes, from benchmarks/frontier.py, and how fast the models write where that was measured."""
+    result = _result(name)
+    how = {"text": result["setting"]["texts"][0], "title": title}
+    beside = notes(result) if "speeds" in result else None
+    plot_frontier(series(result), IMAGES / f"{name}.svg", **how, notes=beside)
 
 
 def draw_outliers(path: Path) -> None:
@@ -89,7 +91,8 @@ def main() -> int:
     IMAGES.mkdir(parents=True, exist_ok=True)
     (IMAGES / "depth.svg").write_text(picture(record), encoding="utf-8")
     draw_allocations(IMAGES / "allocators.svg")
-    draw_frontier(IMAGES / "frontier.svg")
+    draw_frontier("frontier", "SmolLM2-135M")
+    draw_frontier("frontier_qwen", "Qwen2.5-Coder-1.5B")
     plot_fit(_result("example_fit"), IMAGES / "fit.svg")
     draw_outliers(IMAGES / "outliers.svg")
     return 0

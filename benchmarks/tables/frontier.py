@@ -74,6 +74,18 @@ def frontier(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def notes(result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What stands beside the points of `series`: which model it is, and how fast it writes."""
+    found, cells = result["speeds"]["cells"], result["cells"]
+    told: dict[str, list[str]] = {label: [] for label in NAMES.values()}
+    for name in sorted(cells, key=lambda name: float(cells[name]["bytes"])):
+        kind, _, rest = name.partition(":")
+        shown = {"fit": f"--bits {rest}", "llama": rest}.get(kind, name)
+        speed = f"\n{found[name]['decode_tokens_per_second']:.0f} tokens/s" if name in found else ""
+        told[NAMES[group_of(name)]].append(shown + speed)
+    return told
+
+
 def series(result: Mapping[str, Any]) -> dict[str, list[tuple[float, float, float]]]:
     """Megabytes, KL on the first text and its standard error, by the name of a line, smallest first."""
     text = result["setting"]["texts"][0]

@@ -121,4 +121,11 @@ def test_the_pictures_are_drawn_from_the_committed_run(tmp_path):
     script["draw_allocations"](tmp_path / "a.svg")
     for path in (tmp_path / "a.svg", script["IMAGES"] / "allocators.svg"):
         assert len(list(ET.parse(path).getroot().iter())) > 100
+    result = script["_result"]("frontier_qwen")
+    drawn = (script["IMAGES"] / "frontier_qwen.svg").read_text(encoding="utf-8")
+    speeds = result["speeds"]["cells"]
+    assert speeds.keys() == result["cells"].keys()
+    for name, found in speeds.items():
+        assert f"<!-- {name.removeprefix('llama:').replace('fit:', '- -bits ')} -->" in drawn
+        assert f"<!-- {found['decode_tokens_per_second']:.0f} tokens/s -->" in drawn
     assert (script["IMAGES"] / "report.png").stat().st_size < 200_000

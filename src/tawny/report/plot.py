@@ -118,20 +118,33 @@ def _draw_bits(axes: Any, roles: Mapping[str, Mapping[str, Sequence[float | None
 
 
 def plot_frontier(
-    lines: Mapping[str, Sequence[tuple[float, float, float]]], path: Path, *, text: str, title: str
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: Path,
+    *,
+    text: str,
+    title: str,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Draw divergence from the dense model against size.
 
     Args:
         lines: by name, points of megabytes, nats a token and their standard error, smallest first.
         text: what they were measured on.
+        notes: by name of a line, what stands beside each of its points; the first line's stand below it, others' above.
     """
     figure = _figure(8.0, 5.0)
     axes = figure.subplots()
     for number, (name, points) in enumerate(lines.items()):
         sizes, values, errors = zip(*points, strict=True)
-        axes.errorbar(sizes, values, yerr=errors, label=name, capsize=2, **_style(number))
+        style = _style(number)
+        axes.errorbar(sizes, values, yerr=errors, label=name, capsize=2, **style)
+        away, align = ((-7, -7), ("right", "top")) if number == 0 else ((7, 5), ("left", "bottom"))
+        for x, y, note in zip(sizes, values, (notes or {}).get(name, ()), strict=False):
+            where = {"xytext": away, "textcoords": "offset points", "ha": align[0], "va": align[1]}
+            axes.annotate(note, (x, y), fontsize=9, color=style["color"], **where)
     axes.set_yscale("log")
+    axes.margins(x=0.22 if notes else None, y=0.1 if notes else None)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("size of the files, MB")
     axes.set_ylabel("KL from the dense model, nats a token")
     axes.set_title(f"{title}, on {text}", fontsize=11, parse_math=False)
