@@ -35,6 +35,7 @@ from turns import speeds_of
 
 import tawny
 from tawny.evaluation.sources import load_tokenizer, open_model, resolve
+from tawny.kinds import kind_of
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import Checkpoint, file_bytes
 from tawny.model.durable import write
@@ -184,12 +185,12 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - start
     else:
         kind, group, sparsity = name.split(":")
-        values = {"kind": kind, "group_size": int(group) if group else None}
+        rounded = {"kind": kind, "group_size": int(group) if group else None} if kind_of(kind).scaled else {}
         dense = folder.with_name(f"{folder.name}.dense")
         if not folder.exists():
             if not dense.exists():
                 tawny.prune(
-                    source, dense, values=values, sparsity=float(sparsity), solver=args.solver, **keys
+                    source, dense, values=rounded, sparsity=float(sparsity), solver=args.solver, **keys
                 )
             tawny.pack(dense, folder, head="int8")
             shutil.rmtree(dense)

@@ -28,16 +28,17 @@ def blocks_of(folder):
 
 @pytest.mark.parametrize("solver", ["alps", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_what_is_solved_on_a_grid_is_packed_without_a_change(dense, tmp_path, solver, sparsity):
-    values = {"kind": "int4", "group_size": 32, "head": "int8"}
+@pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int8", None), ("int8", 64)])
+def test_what_is_solved_on_a_grid_is_packed_without_a_change(dense, tmp_path, solver, sparsity, kind, group):
+    values = {"kind": kind, "group_size": group, "head": "int8"}
     record = tawny.prune(
         dense, tmp_path / "pruned", sparsity=sparsity, solver=solver, values=values, calibration=tokens(8, 16)
     )
-    assert record.sparsity == pytest.approx(sparsity, abs=0.01) and set(record.values.values()) == {"int4"}
+    assert record.sparsity == pytest.approx(sparsity, abs=0.01) and set(record.values.values()) == {kind}
     report = tawny.pack(tmp_path / "pruned", tmp_path / "packed")
-    assert (report.values, report.group, report.head) == ("int4", 32, "int8")
+    assert (report.values, report.group, report.head) == (kind, group, "int8")
     entries = blocks_of(tmp_path / "packed")
-    assert {entry.values for entry in entries.values()} == {"int4"}
+    assert {entry.values for entry in entries.values()} == {kind}
     # Weights as lopsided as a random tiny model's have so many zeros in some linears that a mask takes less.
     whole = sum(entry.whole for entry in entries.values())
     assert whole == 0 if sparsity else whole > len(entries) / 2

@@ -228,9 +228,9 @@ DAMAGES = {
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_refused_with_the_name_of_the_weight(damage, native, monkeypatch):
+    packed = pack(weight((6, 70), 0.5), "int8")
     if not native:
         monkeypatch.setattr("tawny.kernels.native._load", lambda: (None, "test"))
-    packed = pack(weight((6, 70), 0.5), "int8")
     check(packed)
     DAMAGES[damage](packed.tensors)
     with pytest.raises(CheckpointError, match=r"mlp\.up"):

@@ -61,7 +61,7 @@ VERSION = 4
 READABLE = (1, 2, 3, 4)
 MOVED = ("int4", "int3")
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
-_LOOKED_AT = 256  # groups of columns that tell whether a weight was solved on the grid
+_LOOKED_AT = 1 << 14  # weights that tell whether all were solved on the grid
 _PART = 1 << 20  # weights that are packed at once
 PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
@@ -273,51 +273,60 @@ def _cast(W_OI: Tensor, kind: Kind) -> Tensor:
 def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = False) -> Tensor:
     """float32 [O, 1 or ceil(I / group)], values that bfloat16 holds where there is a group: the best scales.
 
-    Of few bits, each scale is tried first that makes the largest weight of the group a level: the least-squares scale for
-    the nearest levels, and its neighbours. One that gives every weight back bit for bit is taken. A checkpoint in 16 bits
-    stored scale × level rounded, and so a weight that was solved on the grid comes back as it is.
+    Each scale is tried first that makes the largest weight of the group a level: the least-squares scale for the nearest
+    levels, and its neighbours. One that gives every weight back bit for bit is taken. A checkpoint in 16 bits stored
+    scale × level rounded, and so a weight that was solved on the grid comes back as it is. Eight bits of other weights
+    follow the largest one.
     """
-    if group is None:
-        return stored_OI.abs().amax(1, keepdim=True).float() / kind.largest
-    W_OI = stored_OI.float()
     grid = Grid(kind.grid, group)
+    rows, stored_GC = len(stored_OI), grid.split(stored_OI).flatten(0, 1)
+    groups, width = stored_GC.shape
+    real_SC = grid.split(torch.ones(1, stored_OI.shape[1], dtype=torch.bool))[0]
+
+    def again(index_G: Tensor) -> Tensor:
+        some_GC = stored_GC[index_G]
+        W_GC = some_GC.float()
+        return _scales_again(
+            W_GC, some_GC, real_SC[index_G % len(real_SC)] if whole else W_GC != 0, grid, kind
+        )
+
+    found_G = torch.full((groups,), torch.nan)
+    some_G = torch.arange(0, groups, max(1, groups // max(8, _LOOKED_AT // width)))
+    if float(again(some_G).isnan().float().mean()) <= _ON_GRID:
+        size = max(1, _PART // width)
+        found_G = torch.cat([again(torch.arange(groups)[top : top + size]) for top in range(0, groups, size)])
+    found_OS = found_G.view(rows, -1)
+    if not bool(found_G.isnan().any()):
+        return found_OS
     if kind.bits == 8:
-        return _bf16_up(grid.split(W_OI).abs().amax(2) / kind.largest).float()
-    keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
-    W_GC, stored_GC, keep_GC = (grid.split(each).flatten(0, 1) for each in (W_OI, stored_OI, keep_OI))
-    step = max(1, len(W_GC) // _LOOKED_AT)
-    found_G = _scales_again(W_GC[::step].contiguous(), stored_GC[::step], keep_GC[::step].contiguous(), grid)
-    found_OS = torch.full((len(W_OI), len(W_GC) // len(W_OI)), torch.nan)
-    if float(found_G.isnan().float().mean()) <= _ON_GRID:
-        size = max(1, _PART // W_GC.shape[1])
-        tops = range(0, len(W_GC), size)
-        parts = [tuple(each[top : top + size] for each in (W_GC, stored_GC, keep_GC)) for top in tops]
-        found_OS = torch.cat([_scales_again(W, stored, keep, grid) for W, stored, keep in parts]).view_as(
-            found_OS
-        )
-    if bool(found_OS.isnan().any()):
-        found_OS = torch.where(
-            found_OS.isnan(),
-            best_scales(W_OI, grid.suiting(W_OI), None, keep_OI),
-            found_OS,
-        )
-    return found_OS
+        largest_OS = stored_GC.abs().amax(1).view(rows, -1).float() / kind.largest
+        usual_OS = largest_OS if group is None else _bf16_up(largest_OS).float()
+    else:
+        W_OI = stored_OI.float()
+        keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if whole else W_OI != 0
+        usual_OS = best_scales(W_OI, grid.suiting(W_OI), None, keep_OI)
+    return torch.where(found_OS.isnan(), usual_OS, found_OS)
 
 
-def _scales_again(W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid) -> Tensor:
+def _scales_again(W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid, kind: Kind) -> Tensor:
     """[G]: for each group of columns the scale that gives every weight back as it is stored; NaN where none does.
 
-    Where several do, one of few bits is taken: a single one of more would make all scales of the weight long.
+    Where several do, one of few bits is taken: a single one of more would make all scales of the weight long. Those of
+    eight-bit values are long, and the largest weight is not far from their last level.
     """
     found_G, left_G = W_GC.new_full((len(W_GC),), torch.nan), torch.arange(len(W_GC))
-    levels = sorted(filter(None, grid.levels), key=abs, reverse=True)  # the likeliest first
-    tries = ((False, 0), (True, 0), (True, -1), (True, 1))  # few bits lie too far apart for a neighbour
+    if kind.bits == 8:
+        tries: tuple[tuple[bool, int], ...] = ((True, 0), (True, -1), (True, 1))
+        levels = list(range(kind.largest, kind.largest // 2, -1))
+    else:
+        tries = ((False, 0), (True, 0), (True, -1), (True, 1))  # few bits lie too far apart for a neighbour
+        levels = sorted(filter(None, grid.levels), key=abs, reverse=True)  # the likeliest first
     for (long, neighbour), level in itertools.product(tries, levels):
         if not len(left_G):
             break
         grid = replace(grid, long=long)
         made_GC, tried_G1 = refit_scales(W_GC, largest(W_GC, grid) / level, grid, None, keep_GC)
-        if neighbour:
+        if neighbour or kind.bits == 8:  # the first guess is too rough for the highest of so many levels
             tried_G1 = (tried_G1.view(torch.int32) + (neighbour << grid.lost)).view(torch.float32)
             made_GC = project(W_GC, tried_G1.nan_to_num_(0.0), grid, keep_GC)
         same_G = (made_GC.to(stored_GC.dtype) == stored_GC).all(1)
