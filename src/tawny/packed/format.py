@@ -330,6 +330,7 @@ def _scales_again(W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid, 
             tried_G1 = (tried_G1.view(torch.int32) + (neighbour << grid.lost)).view(torch.float32)
             made_GC = project(W_GC, tried_G1.nan_to_num_(0.0), grid, keep_GC)
         same_G = (made_GC.to(stored_GC.dtype) == stored_GC).all(1)
+        same_G &= (tried_G1[:, 0] * kind.largest).isfinite()  # sums near the end of float32 fit anything
         found_G[left_G[same_G]] = tried_G1[same_G, 0]
         left_G = left_G[~same_G]
         W_GC, stored_GC, keep_GC = W_GC[~same_G], stored_GC[~same_G], keep_GC[~same_G]
