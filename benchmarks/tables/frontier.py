@@ -8,7 +8,7 @@ from typing import Any
 NAMES = {
     "fit": "tawny fit",
     "uniform": "one kind for all",
-    "zeros": "50 % zeros, one kind for all",
+    **{f"{kind} with zeros": f"{kind} with zeros" for kind in ("bf16", "int8", "int4", "int3")},
     "recovered": "after `tawny recover`",
     "llama": "llama.cpp",
 }
@@ -22,7 +22,7 @@ def group_of(name: str) -> str:
     kind, *rest = name.split(":")
     if kind in ("fit", "llama"):
         return kind
-    return "zeros" if float(rest[1]) else "uniform"
+    return f"{kind} with zeros" if float(rest[1]) else "uniform"
 
 
 def named(name: str) -> str:
