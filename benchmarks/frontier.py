@@ -63,9 +63,9 @@ params = llama_cpp.llama_model_quantize_default_params()
 params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
 sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
 """
-ZEROS = ["int8::0.5", "int4:64:0.5", "int3:64:0.5"]
+ZEROS = [f"{kind}:{share}" for share in (0.3, 0.5, 0.6) for kind in ("bf16:", "int8:", "int4:32", "int3:32")]
 PROMPT, TOKENS, ROUNDS = 512, 24, 3
-CELLS = ["fit:3", "fit:3.5", "fit:4", "fit:4.5", "fit:6", *UNIFORM, *ZEROS]
+CELLS = ["fit:2.5", "fit:3", "fit:3.5", "fit:4", "fit:4.5", "fit:6", *UNIFORM, *ZEROS]
 
 
 def main() -> None:
