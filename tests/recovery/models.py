@@ -71,6 +71,19 @@ def prose(letters: int = 3000) -> str:
     return "".join(words[pick] for pick in picks)[:letters]
 
 
+def explode(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Let the loss become NaN after so many steps of any training."""
+    gradients = Training._gradients
+
+    def nan(self: Training, rows: list[int]) -> Any:
+        losses = gradients(self, rows)
+        if self.standing.step == at:
+            losses.next_token = float("nan")
+        return losses
+
+    monkeypatch.setattr(Training, "_gradients", nan)
+
+
 def stopped(monkeypatch: pytest.MonkeyPatch, call: Any, after: int = 3) -> None:
     """Run `call` until Ctrl-C comes after so many steps of one training."""
     step = Training._step

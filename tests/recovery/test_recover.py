@@ -31,6 +31,7 @@ from tests.recovery.models import (
     RECIPE,
     SHORT,
     dense_and_pruned,
+    explode,
     folder_keys,
     recover_live,
     recover_pair,
@@ -336,18 +337,6 @@ def test_a_text_shorter_than_a_batch_is_refused(pair, tmp_path):
         recover_pair(pair, tmp_path / "out", text=str(tmp_path / "shorter.txt"))
 
 
-def explode(monkeypatch, at):
-    gradients = Training._gradients
-
-    def nan(self, rows):
-        losses = gradients(self, rows)
-        if self.standing.step == at:
-            losses.next_token = float("nan")
-        return losses
-
-    monkeypatch.setattr(Training, "_gradients", nan)
-
-
 def test_a_loss_that_becomes_nan_names_the_learning_rate_and_leaves_the_last_good_model(
     pair, tmp_path, monkeypatch
 ):
@@ -385,6 +374,9 @@ def test_a_run_that_gets_no_better_leaves_the_model_unchanged(pair, tmp_path):
         ({"minutes": float("inf")}, "minutes: inf.*finite"),
         ({"lr": float("nan")}, "lr: nan"),
         ({"clip": float("inf")}, "clip: inf.*finite"),
+        ({"kl": 0, "text": ["wiki=0.5", "self=0.5"]}, "kl=0 opens no dense model.*give another text, or kl"),
+        ({"weight_decay": 0.1, "train": "lora"}, "weight_decay=0.1 is of surviving weights.*train=lora"),
+        ({"weight_decay": 0.1, "train": "norms"}, "weight_decay=0.1 is of surviving weights.*train=norms"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(keys, words):
@@ -446,6 +438,15 @@ def test_held_out_windows_of_another_shape_are_refused(held_out):
     dense, pruned = dense_and_pruned()
     with pytest.raises(TextError, match=r"held_out has shape .* expected integer tokens \[windows, 24\]"):
         recover_live(pruned, dense, held_out=held_out)
+
+
+@pytest.mark.parametrize(
+    "text", [tokens(4).float(), tokens(4)[0], tokens(4)[:0], tokens(4)[:, :0], tokens(4) > 3], ids=repr
+)
+def test_tokens_of_another_shape_are_refused_as_text(text):
+    dense, pruned = dense_and_pruned()
+    with pytest.raises(TextError, match=r"^text has shape .* expected integer tokens \[windows, seqlen\]"):
+        recover_live(pruned, dense, text=text)
 
 
 def test_a_live_model_is_left_as_trainable_as_it_was():
@@ -523,7 +524,7 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
 def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_path, monkeypatch, recipe):
     asked = []
 
-    def pruning(source, out, *, recipe, progress):
+    def pruning(source, out, *, recipe, progress, author):
         asked.append((recipe.calibration.text, recipe.calibration.bos, recipe.sparsity))
         raise RecipeError("enough")
 
@@ -559,7 +560,7 @@ def call_of(pair, out, **more):
         (2, {}),
         (2, {"shard": True}),
         (2, {"shard": True, "micro_batch": 1, "checkpointing": True, "eval_windows": 3}),
-        (4, {"shard": True, "train": "norms", "lr": 2e-3}),
+        (4, {"shard": True, "train": "norms", "lr": 2e-3, "weight_decay": 0}),
     ],
 )
 def test_several_processes_give_the_curve_of_one(pair, tmp_path, processes, more):
@@ -648,6 +649,21 @@ def test_several_processes_recover_packed_folders_and_in_steps(pair, tmp_path):
         told = json.loads((tmp_path / name / "recover.json").read_text())
         assert told["processes"] == 2 and told["best"]["perplexity"] < told["start"]["perplexity"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "packed", "run.py", "two"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_process_ends_over_a_nan_before_the_first_has_written(pair, tmp_path, packed):
+    source = tmp_path / "packed" if packed else pair[1]
+    if packed:
+        tawny.pack(pair[1], source, "f32")
+    slow = (
+        "import time\nfrom tawny.recovery import training\nfrom pytest import MonkeyPatch\n"
+        "from tests.recovery.models import explode\nexplode(MonkeyPatch(), at=5)\nwrite = training.write\n"
+        "training.write = lambda *given: (time.sleep(1), write(*given))[1]\n"
+    )
+    call = call_of((pair[0], str(source), pair[2]), tmp_path / "out")
+    assert "of step 3, is kept" in as_torchrun(tmp_path, 2, slow + call)
+    assert json.loads((tmp_path / "out" / "recover.json").read_text())["stopped"] == "nan"
 
 
 def test_a_batch_that_sharded_processes_cannot_share_is_refused(pair, tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +14,22 @@ import torch
 from torch import nn
 
 import tawny
-from tawny.errors import OutputError, RecipeError
+from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError
 from tawny.model.resumable import WorkFolder
 from tawny.packed.folder import INDEX
 from tawny.recovery import training
 from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
-from tests.recovery.models import RECIPE, dense_and_pruned, recover_live, recover_pair, stopped
+from tests.recovery.models import (
+    RECIPE,
+    dense_and_pruned,
+    explode,
+    folder_keys,
+    recover_live,
+    recover_pair,
+    stopped,
+)
 from tests.tiny import tokens
 
 
@@ -142,6 +153,132 @@ def test_each_tensor_gets_its_own_count_of_steps_back_where_its_optimiser_wants_
         assert device == "meta" or steps == [1.0, 2.0]
 
 
+# --- what is left of live models, and after a loss that became NaN ----------------------------------------------------
+
+
+def test_a_live_teacher_shares_no_memory_with_what_was_trained():
+    dense, pruned = dense_and_pruned()
+    recover_live(pruned, dense)
+    places = [{p.data_ptr() for p in model.parameters()} for model in (dense, pruned)]
+    assert places[0].isdisjoint(places[1])
+
+
+def unchanged(model, start):
+    return all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("train", ["survivors", "lora", "norms"])
+def test_a_live_model_is_as_it_was_after_a_loss_that_became_nan(monkeypatch, train):
+    dense, pruned = dense_and_pruned()
+    start = copy.deepcopy(pruned.state_dict())
+    explode(monkeypatch, at=2)
+    with pytest.raises(NumericalError, match=r"nothing is written, and the model is as it was there: try"):
+        recover_live(pruned, dense, train=train, eval_every=50)
+    assert unchanged(pruned, start)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_ctrl_c_leaves_a_live_model_with_its_best_weights_and_says_so(monkeypatch, at_once):
+    dense, pruned = dense_and_pruned()
+    start = copy.deepcopy(pruned.state_dict())
+    step = Training._step
+
+    def stopping(self):
+        step(self)
+        if self.standing.step == 2 and at_once:
+            raise KeyboardInterrupt
+        if self.standing.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Training, "_step", stopping)
+    said = "best weights measured so far" if at_once else "after step 2.*best weights measured, of step 0"
+    with pytest.raises(Interrupted, match=f"{said}, and the same call begins anew"):
+        recover_live(pruned, dense, eval_every=50)
+    assert unchanged(pruned, start)
+
+
+def test_a_packed_folder_is_written_before_a_loss_that_became_nan_is_told(pair, tmp_path, monkeypatch):
+    tawny.pack(pair[1], tmp_path / "packed", "int8")
+    explode(monkeypatch, at=5)
+
+    def call():
+        recover_pair(pair, tmp_path / "out", source=tmp_path / "packed")
+
+    with monkeypatch.context() as patched:  # the process ends between training and packing
+        patched.setattr("tawny.recovery.packed.pack", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call()
+    monkeypatch.setattr(Training, "_step", lambda self: pytest.fail("a step was made again"))
+    with pytest.raises(NumericalError, match=r"^the loss became nan.*of step 3, is kept"):
+        call()
+    told = json.loads((tmp_path / "out" / "recover.json").read_text())
+    assert told["stopped"] == "nan" and told["best"]["step"] == 3
+    assert (tmp_path / "out" / INDEX).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
+
+
+def test_a_step_of_several_that_became_nan_is_told_each_time(pair, tmp_path, monkeypatch):
+    def call():
+        settings = folder_keys(pair, eval_every=1)
+        tawny.recover_gradually(
+            pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=RECIPE, settings=settings
+        )
+
+    explode(monkeypatch, at=2)
+    said = r"^step 1 of 2, in .*0-recovered: the loss became nan.*is kept"
+    with pytest.raises(NumericalError, match=said):
+        call()
+    monkeypatch.setattr(Training, "_step", lambda self: pytest.fail("a step was made again"))
+    with pytest.raises(NumericalError, match=said):
+        call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("recipe", "device"), [({}, "cuda"), ({"device": "cpu"}, "cpu")])
+def test_steps_are_pruned_on_the_device_of_the_training_unless_the_recipe_names_one(
+    pair, tmp_path, monkeypatch, recipe, device
+):
+    asked = []
+
+    def pruning(source, out, *, recipe, progress, author):
+        asked.append(recipe.device)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr("tawny.recovery.gradual.prune", pruning)
+    more = [tawny.Recipe.from_mapping({**RECIPE})] if not recipe else []
+    for given in ({**RECIPE, **recipe}, *more):
+        with pytest.raises(RecipeError, match="enough"):
+            settings = folder_keys(pair, device="cuda")
+            tawny.recover_gradually(
+                pair[0], pair[0], tmp_path / "out", [0.4], recipe=given, settings=settings
+            )
+    assert set(asked) == {device}
+
+
+def test_only_weights_decay_and_not_their_scales(monkeypatch):
+    seen, train = [], Training.train
+    monkeypatch.setattr(Training, "train", lambda self: (seen.append(self), train(self))[1])
+    dense, pruned = dense_and_pruned()
+    recover_live(pruned, dense, values="int4", weight_decay=0.1)
+    decayed, others = (group["params"] for group in seen[0].optimiser.param_groups)
+    named = {id(t): name for one in seen[0].student.coordinates for name, t in one.tensors.items()}
+    assert all(named[id(tensor)].endswith("_proj.weight") for tensor in decayed)
+    assert sum(named[id(tensor)].endswith(".ends") for tensor in others) == len(decayed) > 0
+
+
+def test_zeros_that_few_bits_store_no_mask_for_are_told_once_they_become_levels():
+    def told(pruned, dense):
+        record = recover_live(pruned, dense, values="int4")
+        said = f"{record.zeros_before:,} zeros lie in linears with too few of them for a mask"
+        return any(line.startswith(said) for line in record.warnings)
+
+    dense, pruned = dense_and_pruned(sparsity=0.2)
+    assert told(pruned, dense)
+    assert not told(pruned, dense), "it lies on the grid"
+    dense, pruned = dense_and_pruned(sparsity=0.5)
+    assert not told(pruned, dense)
+
+
 # --- what cannot be trained, and cannot be kept ----------------------------------------------------------------------
 
 
@@ -181,6 +318,29 @@ def test_a_folder_packed_in_several_kinds_keeps_each_when_norms_are_trained(pair
     recover_pair(pair, tmp_path / "out", source=tmp_path / "packed", train="norms")
     indices = [json.loads((tmp_path / name / INDEX).read_text())["linears"] for name in ("packed", "out")]
     assert indices[0] == indices[1] and len({one["values"] for one in indices[0].values()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("packed", "asked", "has"),
+    [
+        (("int8", None), {"values": "int4", "group_size": 64}, "int8"),
+        (("int4", 32), {"values": "int4", "group_size": 64}, "int4 in groups of 32"),
+        (("int8", 32), {"values": "int8"}, "int8 in groups of 32"),
+        (("f32", None), {"values": "int8"}, "f32"),
+    ],
+)
+def test_values_that_a_packed_folder_does_not_have_are_refused(pair, tmp_path, packed, asked, has):
+    tawny.pack(pair[1], tmp_path / "packed", *packed)
+    said = rf"values {asked['values']}.* asked for, and .*packed is packed as {has}: unpack it first .*leave values out"
+    with pytest.raises(RecipeError, match=said):
+        recover_pair(pair, tmp_path / "out", source=tmp_path / "packed", **asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_values_that_a_packed_folder_has_may_be_named(pair, tmp_path):
+    tawny.pack(pair[1], tmp_path / "packed", "int4", 64)
+    record = recover_pair(pair, tmp_path / "out", source=tmp_path / "packed", values="int4", tokens=24 * 4)
+    assert (record.settings["values"], record.settings["group_size"]) == ("int4", 64)
 
 
 def test_int8_is_still_trained_by_factors(pair, tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 
 import tawny
 from tawny.errors import ModelError
+from tawny.recovery.zeros import SparsityGuard
 from tests.tiny import tiny_model, tokens
 
 OPTIMISERS = {
@@ -172,6 +173,31 @@ def test_a_zero_outside_the_stack_is_not_held():
     assert bool((net.head.weight.grad != 0).any())
 
 
+def test_a_guard_that_died_without_saying_so_masks_no_gradient():
+    net = pruned_net(torch.float32, 0.5)
+    guard = SparsityGuard(net)
+    del guard
+    net(torch.ones(2, 8)).sum().backward()
+    assert all(bool((block.weight.grad[block.weight == 0] != 0).any()) for block in net.blocks)
+
+
+def test_weights_that_are_sharded_are_refused():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = pruned_net(torch.float32, 0.5)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            ModelError, match=r"blocks.0.weight is sharded.*expected whole weights.*shard=true"
+        ):
+            tawny.keep_sparsity(net).__enter__()
+    finally:
+        dist.destroy_process_group()
+
+
 # --- other people's loops ------------------------------------------------------------------------------------------
 
 
@@ -208,14 +234,14 @@ def test_the_callback_keeps_zeros_in_a_trainer(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_lora_merges_into_exactly_the_model_that_was_trained(family):
+@pytest.mark.parametrize(("family", "bias"), [("llama", False), ("gpt2", False), ("gpt2", True)])
+def test_a_lora_merges_into_exactly_the_model_that_was_trained(family, bias):
     peft = pytest.importorskip("peft")
 
     model = pruned_decoder(family)
     before = decoder_zeros(model)
     targets = ["q_proj", "down_proj"] if family == "llama" else ["c_attn", "c_fc"]
-    config = peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2")
+    config = peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2", lora_bias=bias)
     adapted = peft.get_peft_model(model, config)
     optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-2)
     ids = tokens(2)
@@ -225,6 +251,9 @@ def test_a_lora_merges_into_exactly_the_model_that_was_trained(family):
             adapted(input_ids=ids, labels=ids).loss.backward()
             optimiser.step()
             optimiser.zero_grad()
+        assert not bias or any(
+            bool(p.any()) for n, p in adapted.named_parameters() if "lora_B" in n and "bias" in n
+        )
         with torch.no_grad():
             trained = adapted(input_ids=ids).logits
     merged = tawny.merge_adapter(adapted)
@@ -233,6 +262,22 @@ def test_a_lora_merges_into_exactly_the_model_that_was_trained(family):
     after = dict(merged.named_parameters())
     assert all(bool((after[name] == 0)[zero].all()) for name, zero in before.items())
     assert sum(int((after[n] == 0).sum()) for n in before) == sum(int(z.sum()) for z in before.values())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+def test_an_adapter_whose_guard_died_adds_its_whole_product():
+    peft = pytest.importorskip("peft")
+
+    adapted = peft.get_peft_model(pruned_decoder(), peft.LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    ids = tokens(2)
+    whole = adapted(input_ids=ids).logits
+    guard = SparsityGuard(adapted)
+    assert not torch.allclose(adapted(input_ids=ids).logits, whole)
+    del guard
+    assert torch.equal(adapted(input_ids=ids).logits, whole)
 
 
 def test_merging_nothing_is_refused():

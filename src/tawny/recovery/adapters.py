@@ -22,18 +22,20 @@ def adapters(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, peft.BaseTunerLayer)] if peft else []
 
 
-def mask_adapter(layer: Any, mask: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+def mask_adapter(layer: Any, alive: Callable[[], Callable[[Tensor], Tensor] | None]) -> Callable[[], None]:
     """Let a LoRA layer add its product only where the weight survives; returns what undoes it.
 
     Args:
-        mask: gives the places of zeros on the device of a tensor.
+        alive: gives what gives the places of zeros on the device of a tensor; None once nobody keeps them.
     """
     plain = layer.forward
 
     def masked(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", {})]
         special = getattr(layer, "lora_variant", {})
-        if layer.disable_adapters or layer.merged or not active or any(name in special for name in active):
+        mask = alive()
+        plainly = layer.disable_adapters or layer.merged or not active
+        if plainly or mask is None or any(name in special for name in active):
             result: Tensor = plain(x, *args, **kwargs)
             return result
         result = layer.base_layer(x)
@@ -42,7 +44,10 @@ def mask_adapter(layer: Any, mask: Callable[[Tensor], Tensor]) -> Callable[[], N
             delta = delta.masked_fill(mask(delta), 0)
             seen = layer.lora_dropout[name](x).to(result.dtype)
             conv = isinstance(layer.base_layer, Conv1D)
-            result = result + nn.functional.linear(seen, delta.T if conv else delta)
+            bias = layer.lora_B[name].bias  # of lora_bias=True
+            if bias is not None:
+                bias = (bias * layer.scaling[name]).to(result.dtype)
+            result = result + nn.functional.linear(seen, delta.T if conv else delta, bias)
         return result
 
     layer.forward = masked

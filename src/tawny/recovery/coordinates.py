@@ -57,7 +57,6 @@ class Survivors:
         group: int | None = None,
     ) -> None:
         self.name, self.parameter, self.linears, self.values = name, parameter, linears, values or {}
-        self.decays = parameter.dim() > 1
         stored = stored.detach()
         flat = stored.reshape(-1)
         self.grids: dict[str, OnGrid] = {}
@@ -66,10 +65,13 @@ class Survivors:
             moved = stored.to(parameter.device)
             self.grids = {x.name: OnGrid(x.view(moved), few[x.name], group) for x in linears if x.name in few}
         self.places: Tensor | None = None
+        # Zeros by linear where no mask is stored: they are levels from now on, and training moves them.
+        self.unmasked: dict[str, int] = {}
         if masked:
             kept = stored != 0
             for linear in linears:
                 if linear.name in self.grids and self.grids[linear.name].whole:
+                    self.unmasked[linear.name] = self._zeros_of_a_mask(linear, moved)
                     linear.view(kept).fill_(True)
             found = torch.nonzero(kept.reshape(-1)).squeeze(1)
             if len(found) < len(flat):
@@ -81,6 +83,8 @@ class Survivors:
             self.places = self.places.to(parameter.device)
         self.tensors = {name: self.vector}
         self.tensors |= {f"{linear}.ends": grid.ends_OS for linear, grid in self.grids.items()}
+        # No scales: their decay would shrink the whole grid.
+        self.decayed = [self.vector] if parameter.dim() > 1 else []
 
     @property
     def sharded(self) -> bool:
@@ -131,6 +135,12 @@ class Survivors:
                 W_OI.copy_(KINDS[self.values[linear.name]].rounded(W_OI))
         return self._spread(self._gathered(made))  # a grid without zero gave what was removed a level
 
+    def _zeros_of_a_mask(self, linear: Linear, stored: Tensor) -> int:
+        """How many zeros a linear has that are no levels yet; of one that lies on its grid all are."""
+        W_OI = linear.view(stored)
+        on_grid = self.grids[linear.name].value(W_OI.float()).to(W_OI.dtype)
+        return 0 if torch.equal(on_grid, W_OI) else W_OI.numel() - int(torch.count_nonzero(W_OI))
+
     def _gathered(self, dense: Tensor) -> Tensor:
         flat = dense.reshape(-1)
         return flat if self.places is None else flat.index_select(0, self.places)
@@ -150,7 +160,7 @@ class Factors:
 
     def __init__(self, linear: Linear, parameter: nn.Parameter, stored: Tensor, rank: int, seed: int) -> None:
         self.name, self.linear, self.parameter = linear.name, linear, parameter
-        self.decays = False
+        self.decayed: list[nn.Parameter] = []
         self.sharded = False
         self.base_OI = linear.view(stored.detach().to(parameter.device)).clone()
         out, columns = self.base_OI.shape

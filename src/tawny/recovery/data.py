@@ -8,7 +8,7 @@ reads what an uninterrupted one would have.
 
 from __future__ import annotations
 
-__all__ = ["Order", "Reading", "Windows", "read", "read_given", "written_tokens"]
+__all__ = ["Order", "Reading", "Windows", "check_given", "read", "read_given", "written_tokens"]
 
 import hashlib
 import math
@@ -30,7 +30,7 @@ from tawny.calibration.windows import (
 )
 from tawny.errors import TextError
 from tawny.model.identity import tokens_identity
-from tawny.model.streams import Samples
+from tawny.model.streams import Samples, holds_integers
 from tawny.recovery.settings import Recovery
 
 # Of a text that has no part of its own to be measured on.
@@ -165,6 +165,7 @@ def read(
         TextError: there is less than one batch beside what is held out, or the two have windows of other widths.
     """
     if text is not None:
+        check_given("text", text)
         about: dict[str, Any] = {"name": "tokens"}
         name, shares = "the tokens given", [1.0]
         parts = [_parted(Samples(text).tokens, settings.eval_windows, held_out is not None)]
@@ -294,6 +295,17 @@ def _windows(
     unseen = replace(measured, name=f"{tokens.name} held out", parts=())
     # Evaluations read it from its beginning, and must not have been chosen by.
     return windows, evaluation_windows(unseen, settings.seqlen)[-most:] if most else windows[:0]
+
+
+def check_given(name: str, tokens: object) -> None:
+    """Raise a TextError for tokens that are no windows, by the name they were given under."""
+    if not isinstance(tokens, Tensor):
+        raise TextError(f"{name} is a {type(tokens).__name__}; expected a torch tensor [windows, seqlen]")
+    shape = list(tokens.shape)
+    if tokens.dim() != 2 or 0 in shape or not holds_integers(tokens):
+        raise TextError(
+            f"{name} has shape {shape} {str(tokens.dtype).removeprefix('torch.')}; expected integer tokens [windows, seqlen]"
+        )
 
 
 def _check_held_out(held_out: Tensor, seqlen: int) -> None:

@@ -31,7 +31,7 @@ from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
 from tawny.recovery.crops import PIXELS, crops_of
-from tawny.recovery.data import Reading, read, read_given, written_tokens
+from tawny.recovery.data import Reading, check_given, read, read_given, written_tokens
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import SEEING_RATE, Recovery
@@ -77,10 +77,13 @@ def recover_dense(request: Request) -> RecoveryRecord:
             training.record.memory_before = before
             failure = training.train()
             record = training.finish(failure)
+            if failure is not None:
+                processes.wait()  # the error of one process ends them all: not before the first has written
         except KeyboardInterrupt as error:
-            raise Interrupted(
-                "stopped by Ctrl-C; the same command goes on from the last state it saved"
-            ) from error
+            left = "the same command goes on from the last state it saved"
+            if isinstance(request.source, nn.Module):
+                left = "the model has the best weights measured so far, and the same call begins anew"
+            raise Interrupted(f"stopped by Ctrl-C; {left}") from error
     if failure is not None:
         raise failure
     return record
@@ -136,6 +139,7 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     if teacher is not None:
         training.record.teacher = str(teacher) if dense is not None else type(teacher).__name__
     training.shelve(work, request.overwrite)
+    ending.push(lambda _, error, __: training.give_up(error))
     return training
 
 
@@ -176,7 +180,9 @@ def _reading(
         say(f"reading {', '.join(request.text)}")
         held = request.held_out
         reading = read_given(
-            settings, _samples(request.text, stack), None if held is None else _samples(held, stack)
+            settings,
+            _samples("text", request.text, stack),
+            None if held is None else _samples("held_out", held, stack),
         )
     elif request.text is None and taken != TOKENS:
         if request.held_out is not None:
@@ -209,13 +215,15 @@ def _reading(
     return reading
 
 
-def _samples(given: Tensor | Mapping[str, Tensor], stack: Stack) -> Samples:
+def _samples(name: str, given: Tensor | Mapping[str, Tensor], stack: Stack) -> Samples:
     """Tensors by name; raises a ModelError where what the model takes is not among them."""
     named = given if isinstance(given, Mapping) else {TOKENS: given}
     if (taken := input_of(stack.model)) not in named:
         raise ModelError(
             f"{type(stack.model).__name__} takes {taken}, and {', '.join(named)} was given: give {{{taken!r}: tensor}}"
         )
+    if TOKENS in named:
+        check_given(name, named[TOKENS])
     return Samples(named, seqlen=None if TOKENS in named else stack.positions(named))
 
 

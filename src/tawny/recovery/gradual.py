@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from tawny.calibration.mixture import check_texts, texts_identity
-from tawny.errors import RecipeError
+from tawny.errors import NumericalError, RecipeError
 from tawny.model.identity import source_identity
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.run import prune
+from tawny.recipe.files import read_mapping
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.recovery.packed import check_factors
 from tawny.recovery.processes import Processes
-from tawny.recovery.record import RecoveryRecord, draw
+from tawny.recovery.record import RecoveryRecord, draw, failure_of, left_behind
 from tawny.recovery.run import recover
 from tawny.recovery.settings import Recovery
 from tawny.recovery.writing import check_apart, claim, deliver, retell
@@ -51,7 +52,7 @@ def recover_gradually(
     Args:
         source: the dense model, or one pruned less than the first sparsity.
         recipe: how to prune; its sparsity is replaced. Left out, pruning calibrates on the text that is trained on. The
-            text `self` is the teacher's, in every step.
+            text `self` is the teacher's, in every step. If it names no device, that of the training is taken.
         settings: how to train; `tokens` and `minutes` are those of all steps together.
         overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
             this same one, which goes on.
@@ -62,6 +63,7 @@ def recover_gradually(
 
     Raises:
         RecipeError: the sparsities do not rise.
+        NumericalError: the loss of a step became NaN; its best model so far stays in `OUT.stages`.
         OutputError: `OUT.stages` holds the steps of another run, or `out` cannot be written.
     """
     target = Path(out)
@@ -74,7 +76,11 @@ def recover_gradually(
     folder = resolve(source, progress.say)
     if recipe is None:
         recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos, "strict": chosen.strict}}
-    base = recipe.to_mapping() if isinstance(recipe, Recipe) else recipe
+    if isinstance(recipe, Recipe):  # spells out its defaults, and so does not say whether a device was named
+        base = {key: value for key, value in recipe.to_mapping().items() if (key, value) != ("device", "cpu")}
+    else:
+        base = dict(recipe if isinstance(recipe, Mapping) else read_mapping(recipe))
+    base.setdefault("device", chosen.device)
     recipes = [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
     check_factors(chosen, recipes[0].values.names, "what each step prunes")
     work = WorkFolder(
@@ -107,9 +113,12 @@ def recover_gradually(
                 if processes.same(not pruned.exists() and not recovered.exists()):
                     prune(here, pruned, recipe=recipe, progress=progress, author=teacher)
                 if processes.same(not recovered.exists()):
-                    recover(pruned, teacher, recovered, settings=part, progress=progress)
+                    with left_behind(recovered):
+                        recover(pruned, teacher, recovered, settings=part, progress=progress)
                 processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
                 record = RecoveryRecord.read(recovered / "recover.json")
+                if failure := failure_of(record):  # told again when it is repeated, and no step follows
+                    raise NumericalError(f"step {number + 1} of {len(recipes)}, in {recovered}: {failure}")
                 kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
                 stages.append({key: getattr(record, key) for key in kept})
                 here = recovered

@@ -22,7 +22,7 @@ from tawny.packed.convert import pack, solved_for, unpack
 from tawny.progress import Progress
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
-from tawny.recovery.record import RecoveryRecord, draw
+from tawny.recovery.record import RecoveryRecord, draw, failure_of, left_behind
 from tawny.recovery.settings import Recovery
 from tawny.recovery.teacher import check_not_own_teacher, is_own_teacher
 from tawny.recovery.writing import check_apart, claim, deliver, is_made, retell
@@ -48,6 +48,25 @@ def check_grid(settings: Recovery, folder: Path) -> None:
     check_factors(settings, kinds, str(folder))
 
 
+def check_values(settings: Recovery, folder: Path) -> None:
+    """Raise a RecipeError for values that a packed folder does not have, since it is packed again as it was."""
+    if settings.values is None:
+        return
+    packing, of = _packing(folder), solved_for(folder)[0].of
+    kind, group = packing["values"], packing.get("group")
+    asked = settings.values + (f" in groups of {settings.group_size}" if settings.group_size else "")
+    has = kind if group is None else f"{kind} in groups of {group}"
+    # int8 is trained with a scale a row, which packing in groups would not keep.
+    in_groups = kind_of(kind).bits == 8 and group is not None
+    if kind in of:
+        has = " and ".join(of)
+    elif settings.values == kind and settings.group_size in (None, group) and not in_groups:
+        return
+    raise RecipeError(
+        f"values {asked} were asked for, and {folder} is packed as {has}: unpack it first (tawny unpack), or leave values out"
+    )
+
+
 def check_factors(settings: Recovery, kinds: Iterable[str], what: str) -> None:
     """Raise a RecipeError for factors whose product would leave a grid of few bits; packing would then undo the training."""
     few = sorted(name for name in kinds if kind_of(name).bits < 8)
@@ -61,6 +80,7 @@ def check_factors(settings: Recovery, kinds: Iterable[str], what: str) -> None:
 def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. Integers are trained through their grid."""
     settings, progress, overwrite = request.settings, request.progress, request.overwrite
+    check_values(settings, folder)
     kind = _packing(folder)
     group, few = kind.get("group"), kind_of(kind["values"]).bits < 8
     several = several_kinds(settings, folder, progress)  # else all linears have one
@@ -102,14 +122,16 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     with Processes(settings.device) as processes:
         processes.once(begin)
         if processes.same(not after.exists()):
-            with work.unless_empty():
-                recover_dense(
-                    replace(
-                        request, source=before, out=after, settings=settings, overwrite=False, kinds=several
-                    )
-                )
+            wanted = replace(
+                request, source=before, out=after, settings=settings, overwrite=False, kinds=several
+            )
+            with work.unless_empty(), left_behind(after):
+                recover_dense(wanted)
         processes.once(end)
-    return RecoveryRecord.read(out / "recover.json")
+    record = RecoveryRecord.read(out / "recover.json")
+    if failure := failure_of(record):
+        raise failure
+    return record
 
 
 def _packing(folder: Path) -> dict[str, Any]:

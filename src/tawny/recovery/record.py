@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["RecoveryRecord", "draw"]
+__all__ = ["NAN", "RecoveryRecord", "draw", "failure_of", "left_behind"]
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tawny.errors import NumericalError
 from tawny.progress import Progress
 from tawny.record import finite
 from tawny.report.html import NAME
 from tawny.report.pages import or_say
 from tawny.report.recovery import known, write_recovery
+
+# How the error begins that such a record holds among its warnings.
+NAN = "the loss became"
 
 
 @dataclass
@@ -70,6 +76,24 @@ class RecoveryRecord:
     def read(cls, path: Path) -> RecoveryRecord:
         """From a `recover.json`; what is null there is NaN here, since infinity and NaN cannot be told apart."""
         return cls(**known(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def failure_of(record: RecoveryRecord) -> NumericalError | None:
+    """The error of a training that ended early and left its best model, to be told however often it is repeated."""
+    if record.stopped != "nan":
+        return None
+    said = (line for line in record.warnings if line.startswith(NAN))
+    return NumericalError(next(said, f"{NAN} nan"))
+
+
+@contextmanager
+def left_behind(folder: Path) -> Iterator[None]:
+    """Inside, a training that failed and yet wrote its best model is no error yet: `failure_of` has it from the record."""
+    try:
+        yield
+    except NumericalError:
+        if not folder.exists():
+            raise
 
 
 def draw(record: RecoveryRecord, folder: Path, progress: Progress) -> None:

@@ -66,7 +66,7 @@ def recover(
     Raises:
         UserError: something asked for cannot be done; one line says what can.
         NumericalError: the loss became NaN; the best model so far is written, if any was better than the start.
-        Interrupted: the user pressed Ctrl-C; the same command goes on.
+        Interrupted: the user pressed Ctrl-C. The same command goes on; a live model has its best weights so far.
     """
     several = isinstance(text, list) and all(isinstance(one, str | Path) for one in text)
     if several or isinstance(text, str | Path):
@@ -77,7 +77,7 @@ def recover(
         )
     chosen = Recovery.make(settings, **keys)
     given = text if isinstance(text, Tensor | Mapping) else None
-    if isinstance(given, Tensor) and given.dim() == 2:
+    if isinstance(given, Tensor) and given.dim() == 2 and 0 not in given.shape:
         chosen = Recovery.make(chosen, seqlen=int(given.shape[1]))
     place = None if out is None else Path(out)
     request = Request(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from tawny.calibration.mixture import OWN, parse_texts
 from tawny.errors import RecipeError
 from tawny.kinds import kind_of, scaled_kinds
 from tawny.recipe.schema import TextNames, validated
@@ -59,7 +60,7 @@ class Recovery:
         lr: the highest; the default depends on `train`, and is lower for models that see.
         warmup: share of the run in which it rises.
         kl: weight of KL(teacher‖student) in the loss, the rest is next-token loss; 0 needs no teacher.
-        weight_decay: of surviving weights, not of norms or biases.
+        weight_decay: of surviving weights, not of norms, biases or scales.
         clip: largest norm of the gradient.
         eval_every, eval_windows: steps between measurements on held-out windows, and how many.
         patience: stop after so many measurements without a better one; 0 never.
@@ -121,6 +122,15 @@ class Recovery:
             kind_of(made.values, made.group_size)
         if made.values and made.train != "survivors":
             raise RecipeError(f"values={made.values} rounds surviving weights; it goes with train=survivors")
+        if made.kl == 0 and any(source.spec == OWN for source in parse_texts(made.text)):
+            raise RecipeError(
+                "kl=0 opens no dense model, and text 'self' is written by it: give another text, or kl of more than 0"
+            )
+        if made.weight_decay and made.train != "survivors":
+            raise RecipeError(
+                f"weight_decay={made.weight_decay:g} is of surviving weights, and train={made.train} trains none of them: leave it "
+                "out, or give train=survivors"
+            )
         if made.shard and (made.train == "lora" or made.values):
             raise RecipeError(
                 "shard=true trains rows where they lie; it goes with train=survivors or norms, and no values"

@@ -40,6 +40,7 @@ class Student:
         self.coordinates: list[Coordinates] = []
         self.linears: list[Linear] = []
         self.zeros: dict[str, int] = {}
+        self.unmasked = 0  # zeros of pruned linears for which few bits store no mask
         self._flags = [(p, p.requires_grad) for p in stack.model.parameters()]
         self._handles: list[Any] = []
         try:
@@ -99,6 +100,9 @@ class Student:
             how: dict[str, Any] = {"linears": members, "values": values, "group": settings.group_size}
             one = Survivors(key, parameter, stored[key], masked=True, **how)
             self.coordinates.append(one)
+            # A few zeros are chance, as in a dense model.
+            numel = {linear.name: linear.numel for linear in members}
+            self.unmasked += sum(n for x, n in one.unmasked.items() if n >= LEAST_SPARSITY * numel[x])
             if values:
                 one.write()
 

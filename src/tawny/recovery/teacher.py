@@ -4,7 +4,7 @@ Logits are too many to keep (100 kB a token for 49,152 words) and hidden states 
 the teacher's blocks one at a time, as in pruning, for as many windows as the next steps read, so that a run that ends
 early has not paid for the rest; and kept in bfloat16, so that a window costs its forward once, over epochs and resumed
 runs. Those of samples that are read once, such as crops, stay in memory until they have been. What stays in memory is the
-teacher's embedding, norm and head, shared with the student where they are equal.
+teacher's embedding, norm and head, shared with the student where they are equal and the teacher was read from a folder.
 """
 
 from __future__ import annotations
@@ -79,7 +79,12 @@ class Teacher:
         return True
 
     def share(self, student: Stack) -> None:
-        """Use the student's tensors outside the blocks wherever they are equal, and drop the copies."""
+        """Use the student's tensors outside the blocks wherever they are equal, and drop the copies.
+
+        A live teacher is its owner's, and shares nothing: what is done to the student later must not change it.
+        """
+        if self.stack.checkpoint is None:
+            return
         theirs = dict(student.model.named_parameters())
         for name, parameter in self.stack.model.named_parameters():
             other = theirs.get(name)

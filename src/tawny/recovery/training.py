@@ -29,7 +29,7 @@ from tawny.record import Clock
 from tawny.recovery.data import Reading
 from tawny.recovery.objective import Losses, chunk_tokens, distil, match
 from tawny.recovery.processes import Processes
-from tawny.recovery.record import RecoveryRecord, draw
+from tawny.recovery.record import NAN, RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
 from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.student import Student
@@ -72,8 +72,9 @@ class Training:
         self.predicts = predicts_tokens(student.stack.model)
         vocabulary = int(student.stack.config.get_text_config().vocab_size) if self.predicts else 1
         self.chunk = chunk_tokens(vocabulary, settings.chunk)
-        decayed = [t for c in student.coordinates if c.decays for t in c.tensors.values()]
-        others = [t for c in student.coordinates if not c.decays for t in c.tensors.values()]
+        decayed = [t for c in student.coordinates for t in c.decayed]
+        known = set(map(id, decayed))
+        others = [t for c in student.coordinates for t in c.tensors.values() if id(t) not in known]
         groups = ((decayed, settings.weight_decay), (others, 0.0))
         self.optimiser = torch.optim.AdamW(
             [{"params": tensors, "weight_decay": decay} for tensors, decay in groups if tensors],
@@ -95,6 +96,11 @@ class Training:
             trained=self._count_trained(),
             processes=processes.size,
         )
+        if student.unmasked:
+            self.record.warnings.append(
+                f"{student.unmasked:,} zeros lie in linears with too few of them for a mask beside {settings.values}: they are "
+                "levels now, which training may change; prune more to keep them"
+            )
 
     def shelve(self, work: WorkFolder | None, overwrite: bool) -> None:
         """Find the state of an earlier run, and the teacher's hidden states it made."""
@@ -153,9 +159,7 @@ class Training:
                     self._measure()
                 if self.processes.same(stop.is_set()):
                     self._save()
-                    raise Interrupted(
-                        f"stopped by Ctrl-C after step {self.standing.step}; the same command goes on from there"
-                    )
+                    raise Interrupted(f"stopped by Ctrl-C after step {at}; {self._left()}")
                 late = self._elapsed() - self.standing.seconds >= _SAVING
                 if (at % self.settings.eval_every == 0 or late) and not over:
                     self._save()
@@ -243,7 +247,7 @@ class Training:
             loss = (losses.next_token * (1 - self._kl) + losses.kl * self._kl) / losses.tokens
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NumericalError(
-                    f"the loss became {loss} (gradient norm {norm}) at step {standing.step + 1} with a learning rate of "
+                    f"{NAN} {loss} (gradient norm {norm}) at step {standing.step + 1} with a learning rate of "
                     f"{rate:.3g}; {self._kept()}: try a smaller --lr than {settings.learning_rate:g}"
                 )
             self.optimiser.step()
@@ -268,10 +272,19 @@ class Training:
     def _kl(self) -> float:
         return self.settings.kl if self.teacher is not None and self.predicts else 0.0
 
+    def _left(self) -> str:
+        """What a run that is stopped leaves."""
+        best = self.standing.best
+        if self.shelf.work is not None:
+            return "the same command goes on from there"
+        assert best is not None
+        return f"the model has the best weights measured, of step {best['step']:.0f}, and the same call begins anew"
+
     def _kept(self) -> str:
         best = self.standing.best
         if best is None or best["step"] == 0:
-            return "nothing better than the start was reached, and nothing is written"
+            live = ", and the model is as it was there" if self.shelf.work is None else ""
+            return f"nothing better than the start was reached, and nothing is written{live}"
         return f"the best model so far, of step {best['step']:.0f}, is kept"
 
     def _gradients(self, rows: list[int]) -> Losses:
@@ -411,9 +424,9 @@ class Training:
             line += f", KL {entry['kl']:.3f}, top-1 {entry['top1']:.1%}"
         self.progress.say(line)
         if standing.best is None or entry["loss"] < standing.best["loss"]:
-            standing.best, standing.stale = entry, 0
             if self._keeps:
                 self.shelf.keep_best()
+            standing.best, standing.stale = entry, 0  # once it is kept: Ctrl-C may come between
         else:
             standing.stale += 1
 
@@ -461,6 +474,11 @@ class Training:
         self._saved = self.standing.step
 
     # --- the end -----------------------------------------------------------------------------------------------
+
+    def give_up(self, error: object) -> None:
+        """After an error, leave a live model with its best weights: no folder has better ones."""
+        if error is not None and self.shelf.work is None and self.standing.best is not None:
+            self.shelf.restore_best()
 
     def finish(self, failure: NumericalError | None) -> RecoveryRecord:
         """Go back to the best weights, count the zeros, write."""

@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tawny.errors import ModelError
 from tawny.recovery.adapters import adapters, mask_adapter
+from tawny.recovery.sharding import here
 
 
 @dataclass(eq=False)
@@ -87,6 +88,11 @@ def _zeros(model: nn.Module) -> list[_Held]:
             raise ModelError(
                 f"{name}.{attribute} is on the meta device; load the weights before keep_sparsity"
             )
+        if here(value) is not value:
+            raise ModelError(
+                f"{name}.{attribute} is sharded over processes; expected whole weights: give the model before it is sharded, "
+                "or let tawny recover shard it (-o shard=true)"
+            )
         pruned = value.detach() == 0
         if bool(pruned.any()):
             held.append(_Held(name, owner, attribute, pruned))
@@ -115,8 +121,8 @@ class SparsityGuard:
         self._install(model)
 
     def _install(self, model: nn.Module) -> None:
-        # Global hooks see optimisers made later, and those that accelerate or a gradient scaler wraps. They hold the guard
-        # weakly: a trainer that died without saying so leaves nothing behind.
+        # Global hooks see optimisers made later, and those that accelerate or a gradient scaler wraps. Like the model's they
+        # hold the guard and its masks weakly: a trainer that died without saying so leaves nothing behind.
         me = weakref.ref(self)
 
         def weakly(method: Callable[[SparsityGuard], None]) -> Callable[..., None]:
@@ -129,10 +135,10 @@ class SparsityGuard:
         self._undo.append(register_optimizer_step_pre_hook(weakly(SparsityGuard.check)).remove)
         self._undo.append(register_optimizer_step_post_hook(weakly(SparsityGuard.apply)).remove)
         for held in self._held:
-            parameter = held.parameter
+            parameter, alive = held.parameter, weakref.ref(held)
 
-            def mask_gradient(parameter: Tensor, held: _Held = held) -> None:
-                if parameter.grad is not None:
+            def mask_gradient(parameter: Tensor, alive: Callable[[], _Held | None] = alive) -> None:
+                if parameter.grad is not None and (held := alive()) is not None:
                     parameter.grad.masked_fill_(held.mask(parameter.grad), 0)
 
             if parameter.requires_grad:
@@ -142,7 +148,7 @@ class SparsityGuard:
         for layer in adapters(model):
             base = by_owner.get(id(layer.get_base_layer()))
             if base is not None and hasattr(layer, "get_delta_weight"):
-                self._undo.append(mask_adapter(layer, base.mask))
+                self._undo.append(mask_adapter(layer, weakref.WeakMethod(base.mask)))
 
     @torch.no_grad()
     def check(self) -> None:
@@ -192,7 +198,7 @@ def keep_sparsity(model: nn.Module, *, strict: bool = False) -> Iterator[Sparsit
         strict: raise if code other than an optimiser changes a zero, instead of warning once.
 
     Raises:
-        ModelError: the model has no zeros; or, if strict, something tried to change them.
+        ModelError: the model has no zeros, or its weights are sharded; or, if strict, something tried to change them.
     """
     guard = SparsityGuard(model, strict)
     try:
