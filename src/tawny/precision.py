@@ -11,7 +11,7 @@ Intel's processors since Sapphire Rapids have both, and hypervisors often hide A
 
 from __future__ import annotations
 
-__all__ = ["DTYPES", "bfloat16_products", "native_dtype", "rounds_products"]
+__all__ = ["DTYPES", "bfloat16_products", "cast", "native_dtype", "rounds_products"]
 
 import contextlib
 import functools
@@ -19,9 +19,31 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from tawny.errors import NumericalError
 
 # The dtypes that can be asked for by name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor in another dtype. Infinity that was there before is kept; more of it is a loss.
+
+    Raises:
+        NumericalError: a finite number would be infinity; names the tensor.
+    """
+    made = value.to(dtype)
+    floats = dtype.is_floating_point and value.is_floating_point()
+    if floats and torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+        infinite = made.isinf()
+        if infinite.any() and (lost := infinite & value.isfinite()).any():
+            said = str(dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"{name} {list(value.shape)} holds {float(value[lost][0]):.4g}, which is infinity in {said}; "
+                "choose a dtype that holds it (bfloat16 or float32), or leave dtype out"
+            )
+    return made
 
 
 @functools.cache

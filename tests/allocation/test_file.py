@@ -87,7 +87,20 @@ def test_evopress_levels_become_weights_more_or_less(allocate) -> None:
         ('"*": 0.5\x07', r"a\.yaml: not valid YAML: unacceptable character #x0007"),
         ('{"allocation": [1, 2]}', r"a\.yaml: allocation is not a mapping"),
         ('{"allocation": null}', r"a\.yaml: allocation is not a mapping"),
-        ("x: 1\nallocation: [1, 2]", r"a\.yaml:2: allocation is not a mapping"),
+        ("recipe: 1\nallocation: [1, 2]", r"a\.yaml:2: allocation is not a mapping"),
+        (
+            'allocation: {"*": 0.5}\nvaluse: {"*": int4}',
+            r"a\.yaml:2: valuse stands .*did you mean 'values'\?",
+        ),
+        ('{"allocation": {"*": 0.5}, "valuse": {}}', r"a\.yaml: valuse stands beside the section allocation"),
+        (
+            'allocation: {"*": 0.5}\nallocation: {"*": 0.6}',
+            r"a\.yaml:2: the section allocation is given twice",
+        ),
+        (
+            '{"values": {}, "allocation": {"*": 0.5}, "values": {}}',
+            r"a\.yaml: the section values is given twice",
+        ),
         ('"*": .nan', r"has '?\.nan"),
         ('"*": -0.1', r"q_proj has -0\.1, expected a share"),
         ('"*": {a: 1}', "expected a sparsity"),
@@ -148,11 +161,21 @@ def test_a_file_may_say_the_kind_of_each_linear_beside_its_sparsity(tmp_path) ->
     assert Recipe.from_mapping(recipe.to_mapping()) == recipe
     path.with_suffix(".json").write_text(json.dumps({"values": {}, "allocation": {"*": 0.25}}))
     assert File(path=str(path.with_suffix(".json"))).kinds(PROFILE) == {}
-    wrong = {"int4": "bf16", "values:": "values: 1\nx:"}
-    for old, new in wrong.items():
-        path.write_text(text.replace(old, new))
-        with pytest.raises(RecipeError, match=r"has values 'bf16', expected int8|values is not a mapping"):
+    wrong = {
+        text.replace("int4", "bf16"): r":3: \* has values 'bf16', expected int8",
+        'allocation: {"*": 0.25}\nvalues: 1': r":2: values is not a mapping of linears to values, .*int4",
+        'allocation: {"*": 0.25}\nvalues: {"*": [int4]}': r":2: \* has a list or a mapping, expected values such as int4",
+        text + "values: {}": r":5: the section values is given twice",
+    }
+    for written, says in wrong.items():
+        path.write_text(written)
+        with pytest.raises(RecipeError, match=says):
             Recipe.from_mapping({"sparsity": 0.25, "allocator": str(path)})
+    path.write_text('allocation: {"*": 0.25}\nvalues: {"model.layers.1.*": int4}')
+    with pytest.raises(
+        RecipeError, match=r"the section values says nothing of .*a first line such as '\"\*\": int4'"
+    ):
+        File(path=str(path)).kinds(PROFILE)
 
 
 def test_kinds_without_a_mean_are_for_a_file_that_gives_them(tmp_path) -> None:

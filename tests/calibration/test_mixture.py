@@ -114,6 +114,13 @@ def test_a_text_too_short_for_its_share_is_named(tmp_path):
         evaluation_windows(tokens, 20, 8)
 
 
+def test_a_text_without_a_free_window_leaves_those_of_the_others(tmp_path):
+    tokenizer, (a, b) = mixed(tmp_path, a=900, b=30)
+    tokens = tokenise(load_texts([f"{a}=0.95", f"{b}=0.05"]), tokenizer)
+    windows = held_out_windows(tokens, 20, 20, 0, 19, 8)  # the one sample of b leaves no 19 of its 30 tokens
+    assert windows.shape == (8, 19) and windows.dtype == torch.int64
+
+
 def test_the_hash_of_a_mixture_is_of_its_texts_and_shares(tmp_path):
     _, (a, b) = mixed(tmp_path, a=90, b=30)
     known = {load_texts(given).sha256 for given in ([a], [a, b], [b, a], [f"{a}=0.4", f"{b}=0.6"])}

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tawny
 from tawny.allocation import ALLOCATORS
@@ -206,6 +206,18 @@ def test_include_and_exclude_restrict_what_is_pruned():
     assert int((model.model.layers[1].mlp.up_proj.weight == 0).sum()) == 0
 
 
+def test_the_tokenizer_of_a_live_model_is_written_beside_it(tmp_path):
+    keys = {"sparsity": 0.5, "solver": "wanda", "calibration.samples": 2, "calibration.seqlen": 16}
+    (tmp_path / "a.txt").write_text("the quick brown fox " * 20)
+    given, out = tiny_tokenizer(), tmp_path / "out"
+    tawny.prune(tiny_model("llama"), out, **keys, calibration=tmp_path / "a.txt", tokenizer=given)
+    assert AutoTokenizer.from_pretrained(out)("fox")["input_ids"] == given("fox")["input_ids"]
+    assert "AutoTokenizer" in (out / "README.md").read_text()
+    record = tawny.prune(tiny_model("llama"), tmp_path / "alone", **PLAIN)  # nobody gave one
+    assert record.opens == ["AutoModelForCausalLM"]
+    assert "AutoTokenizer" not in (tmp_path / "alone" / "README.md").read_text()
+
+
 def test_an_include_pattern_that_matches_nothing_is_refused():
     with pytest.raises(ModelError, match=r"'\*\.nothing' matches none of 21 linears"):
         tawny.prune(tiny_model("llama"), **PLAIN, include=["*.nothing"])
@@ -214,6 +226,20 @@ def test_an_include_pattern_that_matches_nothing_is_refused():
 def test_an_m_that_does_not_divide_a_width_names_the_linears():
     with pytest.raises(PatternError, match=r"q_proj.*32"):
         tawny.prune(tiny_model("llama"), **PLAIN | {"pattern": "3:5", "sparsity": 0.4})
+
+
+def test_an_m_that_does_not_fit_the_columns_of_a_scale_is_refused_before_the_work(tmp_path):
+    tiny_model("llama", intermediate_size=48).save_pretrained(tmp_path / "dense")
+    keys = {"solver": "sparsegpt", "pattern": "3:6", "sparsity": 0.5, "include": "*.down_proj"}
+    words = "pattern is 3:6; expected an m that divides 32, the columns that share a scale"
+    with pytest.raises(RecipeError, match=words):
+        tawny.plan(tmp_path / "dense", **keys, values="int4")
+    with pytest.raises(RecipeError, match=words):  # no text is read for it
+        tawny.prune(tmp_path / "dense", tmp_path / "out", **keys, values="int4", calibration="none.txt")
+    record = tawny.prune(
+        tmp_path / "dense", tmp_path / "out", **keys, values="int8", calibration=tokens(4, 24)
+    )
+    assert record.sparsity == pytest.approx(0.5)  # a scale a row goes with any m
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -281,6 +307,21 @@ def test_storage_dtype_can_be_asked_for(dense, tmp_path):
     tawny.prune(dense, tmp_path / "out", **PLAIN, dtype="bfloat16")
     assert set(Checkpoint(tmp_path / "out").dtypes.values()) == {"BF16"}
     assert read_config(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_number_that_the_storage_dtype_cannot_hold_is_refused(tmp_path, name):
+    model = tiny_model("llama")
+    model.get_parameter(name).data.view(-1)[3] = -70000.0
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(
+        NumericalError, match=rf"^{name} \[.*\] holds -7e\+04, which is infinity in float16; choose"
+    ):
+        tawny.prune(tmp_path / "dense", tmp_path / "out", **PLAIN, dtype="float16")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    model.get_parameter(name).data.view(-1)[3] = 6e4
+    model.save_pretrained(tmp_path / "dense")
+    tawny.prune(tmp_path / "dense", tmp_path / "out", **PLAIN, dtype="float16")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tawny
 from tawny.errors import CheckpointError, MissingFeature, ModelError, OutputError, UserError
@@ -62,6 +63,21 @@ def test_plain_transformers_opens_a_packed_folder_once_tawny_is_imported(order, 
     code = "import sys; {}; print(type(A.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj))"
     done = python(code.format(ORDERS[order]), packed_llama)
     assert "PackedLinear" in done.stdout, done.stderr
+
+
+def test_another_class_than_the_folder_holds_is_told_what_opens_it(packed_llama, tmp_path):
+    for other, name, more in (
+        (AutoModel, "LlamaModel", "; its base model is `.model`"),
+        (AutoModelForSequenceClassification, "LlamaForSequenceClassification", ""),
+    ):
+        words = f"{packed_llama} holds a LlamaForCausalLM, not a {name}: open it with AutoModelForCausalLM or tawny.load{more}"
+        with pytest.raises(CheckpointError, match=f"^{re.escape(words)}$"):
+            other.from_pretrained(packed_llama)
+    damaged = copy(packed_llama, tmp_path / "damaged")
+    edit_config(damaged, lambda config: config.update(num_hidden_layers=4))
+    # The class is right, and so the folder is damaged.
+    with pytest.raises(CheckpointError, match=r"lacks .* weights of the model"):
+        AutoModelForCausalLM.from_pretrained(damaged)
 
 
 def test_load_may_be_the_first_thing_a_process_does(packed_llama, tmp_path):

@@ -217,6 +217,27 @@ def test_overwrite_starts_over(dense, tmp_path):
     assert record.resumed == 0 and record.sparsity == pytest.approx(0.7, abs=1e-3)
 
 
+def test_the_same_run_that_overwrites_goes_on_and_another_starts_over(dense, tmp_path):
+    prune(dense, tmp_path / "out", sparsity=0.5)
+    interrupted(dense, tmp_path / "out", overwrite=True)
+    assert prune(dense, tmp_path / "out", overwrite=True).resumed == 1
+    prune(dense, tmp_path / "whole")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    for change in (
+        {"sparsity": 0.7},
+        {"calibration": tokens(6, 24, seed=1)},
+    ):  # known before the text is read, and behind
+        interrupted(dense, tmp_path / "out", overwrite=True)
+        assert prune(dense, tmp_path / "out", overwrite=True, **change).resumed == 0
+        prune(dense, tmp_path / "whole", overwrite=True, **change)
+        assert files(tmp_path / "out") == files(tmp_path / "whole")
+    interrupted(dense, tmp_path / "out", overwrite=True)
+    (tmp_path / "out.partial" / "journal.json").write_text("{}")
+    assert (
+        prune(dense, tmp_path / "out", overwrite=True).resumed == 0
+    )  # what cannot be read is no reason to refuse
+
+
 def test_who_asked_to_overwrite_once_need_not_ask_again_to_go_on(dense, tmp_path):
     prune(dense, tmp_path / "out", sparsity=0.5)
     interrupted(dense, tmp_path / "out", overwrite=True)

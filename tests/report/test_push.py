@@ -7,6 +7,7 @@ import pytest
 
 import tawny
 from tawny.errors import CheckpointError, MissingFeature, OutputError
+from tawny.model import output
 from tawny.report.push import push
 from tests.tiny import tiny_model, tokens
 
@@ -68,12 +69,14 @@ def test_a_card_that_is_no_text_is_named_before_anything_is_sent(out, hub):
 def test_a_push_uploads_exactly_what_the_dry_run_listed(out, hub):
     (out / "README.md.new").write_text("half")
     (out / ".hidden").write_text("mine")
+    (out / ".git" / "objects").mkdir(parents=True)
+    (out / ".git" / "objects" / "token").write_text("mine")
     listed = push(out, "someone/model", dry_run=True).files
     report = push(out, "someone/model", private=True)
     (_, repo, keys), (_, uploaded) = hub.calls
     assert repo == "someone/model" and keys == {"private": True, "exist_ok": True}
     assert uploaded["allow_patterns"] == list(listed) and report.url == "https://hub.example/someone/model"
-    assert not {"README.md.new", ".hidden"} & set(listed)
+    assert not {"README.md.new", ".hidden", ".git/objects/token"} & set(listed)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,30 @@ def test_a_folder_that_is_not_what_it_should_be_is_refused_in_one_line(out, hub,
     with pytest.raises(CheckpointError, match=words) as caught:
         push(out, "someone/model")
     assert "\n" not in str(caught.value) and not hub.calls
+
+
+def test_weights_that_nobody_could_open_are_refused(out, hub, tmp_path, monkeypatch):
+    tawny.pack(out, tmp_path / "packed", "int8")
+    push(tmp_path / "packed", "someone/model", dry_run=True)
+    (tmp_path / "packed" / "packed.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"packed\.safetensors\.index\.json is missing or not an index"):
+        push(tmp_path / "packed", "someone/model")
+    monkeypatch.setattr(output, "SHARD_BYTES", 30_000)
+    tawny.prune(out, tmp_path / "shards", sparsity=0.5, solver="magnitude", allocator="uniform")
+    push(tmp_path / "shards", "someone/model", dry_run=True)
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    whole = index.read_text()
+    index.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"neither model\.safetensors nor the model\.safetensors\.index\.json"
+    ):
+        push(tmp_path / "shards", "someone/model")
+    index.write_text(whole.replace("model-00001-of", "model-00009-of"))
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 of \d+ shards named by its index, first model-00009-of"
+    ):
+        push(tmp_path / "shards", "someone/model")
+    assert not hub.calls
 
 
 def test_an_unfinished_run_and_no_folder_are_refused(out, tmp_path):

@@ -32,6 +32,7 @@ from tawny.searching.fit_settings import FitSettings, demand_of_fit
 from tawny.searching.fit_target import Room
 from tests.model.formats import FORMATS, quantised
 from tests.tiny import tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 TOKENS = tokens(40, 24)
@@ -363,6 +364,20 @@ def test_why_there_are_no_zeros_is_said_as_it_was(dense):
     assert "less than 3 %" in _zeros_told(job, [plain], 0)
     assert "farther from the dense one" in _zeros_told(job, [sparse, plain], 1)
     assert _zeros_told(job, [plain, sparse], 1).startswith("zeros in 14 of 14 linears")
+
+
+def test_held_out_text_that_decides_by_one_window_is_too_little(dense, tmp_path):
+    (tmp_path / "short.txt").write_text("a" * 56)  # one sample of 24 leaves two windows of 12
+    keys = {
+        "calibration.samples": 1,
+        "calibration.seqlen": 24,
+        "fit.length": 12,
+        "tokenizer": tiny_tokenizer(),
+    }
+    with pytest.raises(
+        TextError, match=r"leaves 2 windows of 12 tokens .* expected 3 or more: give a longer"
+    ):
+        tawny.fit(dense, tmp_path / "out", bits=9, **{**KEYS, **keys, "calibration": tmp_path / "short.txt"})
 
 
 def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):

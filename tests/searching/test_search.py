@@ -188,6 +188,10 @@ def test_an_unfinished_search_is_gone_on_with_only_by_the_same_one(dense, tmp_pa
     ):
         search(dense, out)
     assert search(dense, out, overwrite=True).resumed == 0
+    interrupted(dense, out, overwrite=True)
+    assert search(dense, out, overwrite=True).resumed == 1
+    interrupted(dense, out, overwrite=True)
+    assert search(dense, out, overwrite=True, **{"search.trials": 13}).resumed == 0
 
 
 @pytest.mark.parametrize("kind", ["json", "png", "svg"])

@@ -186,6 +186,13 @@ def test_weights_of_inputs_that_never_fire_have_values_too(solver: Any) -> None:
     assert bool(solution.mask.all()) and float((W - solution.weight).norm() / W.norm()) < 0.5
 
 
+@pytest.mark.parametrize("nm", [(2, 12), (3, 6), (5, 24)])
+def test_a_scale_a_row_goes_with_any_m(nm: tuple[int, int]) -> None:
+    W, statistics = lifelike(4, 24)
+    solution = SparseGPT(group=16).solve(W, statistics, NM(*nm), 0.5, grid=Grid(TABLES[3]))
+    assert bool((solution.mask.view(4, -1, nm[1]).sum(2) == nm[0]).all())
+
+
 def test_an_m_that_does_not_divide_the_columns_of_a_scale_is_an_error() -> None:
     W, statistics = lifelike(4, 24)
     with pytest.raises(RecipeError, match="pattern is 2:12; expected an m that divides 8"):

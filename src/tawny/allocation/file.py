@@ -45,6 +45,9 @@ from tawny.errors import RecipeError, check_option, nearest, short
 from tawny.kinds import KINDS, names_of, scaled_kinds
 from tawny.patterns import removed_count
 
+# The sections of a text, and what a line of each looks like.
+_SECTIONS = {"allocation": "'\"*\": 0.7'", "values": "'\"*\": int4'"}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -56,7 +59,7 @@ class Entry:
 
 
 def read_entries(text: str, name: str = "the allocation", section: str = "allocation") -> list[Entry]:
-    """The lines of a YAML, JSON or EvoPress text, in order; a key that is given twice is refused.
+    """The lines of a YAML, JSON or EvoPress text, in order; a key or a section that is given twice is refused.
 
     Args:
         section: under which they stand. Without an `allocation` the whole text is one, and it has no `values`.
@@ -76,18 +79,41 @@ def read_entries(text: str, name: str = "the allocation", section: str = "alloca
     return entries
 
 
+def _check_sections(keys: Sequence[tuple[str, str]]) -> None:
+    """Refuse a section that is given twice or has another name; what a record holds beside its allocation is its own.
+
+    Args:
+        keys: of the whole text, each with where it stands.
+    """
+    names = [key for key, _ in keys]
+    if "allocation" not in names:
+        return
+    for index, (key, where) in enumerate(keys):
+        if key in _SECTIONS and key in names[:index]:
+            raise RecipeError(
+                f"{where}: the section {key} is given twice, expected one: put its lines together"
+            )
+        if key not in _SECTIONS and "recipe" not in names:  # every record has one
+            raise RecipeError(
+                f"{where}: {short(key)} stands beside the section allocation, expected only values"
+                f"{nearest(key, _SECTIONS)}: rename it or take it out"
+            )
+
+
 class _Object(list[tuple[str, Any]]):
     """A JSON object as its pairs, those given twice too, and not to be taken for a JSON list."""
 
 
-def _no_mapping(what: str) -> RecipeError:
+def _no_mapping(what: str, section: str = "allocation") -> RecipeError:
+    given = "values" if section == "values" else "sparsities"
     return RecipeError(
-        f"{what} is not a mapping of linears to sparsities, expected lines such as '\"*\": 0.7'"
+        f"{what} is not a mapping of linears to {given}, expected lines such as {_SECTIONS[section]}"
     )
 
 
-def _no_number(where: str, pattern: str, what: str) -> RecipeError:
-    return RecipeError(f"{where}: {short(pattern)} has {what}, expected a sparsity such as 0.7")
+def _no_number(where: str, pattern: str, what: str, section: str = "allocation") -> RecipeError:
+    expected = "values such as int4" if section == "values" else "a sparsity such as 0.7"
+    return RecipeError(f"{where}: {short(pattern)} has {what}, expected {expected}")
 
 
 def _from_json(text: str, name: str, section: str) -> list[Entry] | None:
@@ -95,19 +121,20 @@ def _from_json(text: str, name: str, section: str) -> list[Entry] | None:
         pairs = json.loads(text, object_pairs_hook=_Object)
     except (ValueError, RecursionError):
         return None  # a YAML flow mapping also starts with a brace
+    _check_sections([(key, name) for key, _ in pairs])
     if section != "allocation" and "allocation" not in (key for key, _ in pairs):
         return []
     for key, value in pairs:
         if key == section:
             if not isinstance(value, _Object):
-                raise _no_mapping(f"{name}: {section}")
+                raise _no_mapping(f"{name}: {section}", section)
             pairs = value
             break
     else:
         pairs = pairs if section == "allocation" else _Object()
     for key, value in pairs:
         if isinstance(value, list):
-            raise _no_number(name, key, "a list or a mapping")
+            raise _no_number(name, key, "a list or a mapping", section)
     return [Entry(key, str(value), name) for key, value in pairs]
 
 
@@ -122,15 +149,14 @@ def _from_yaml(text: str, name: str, section: str) -> list[Entry]:
     except RecursionError:
         raise RecipeError(f"{name}: nested too deeply, expected lines such as '\"*\": 0.7'") from None
     if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        if section != "allocation" and not {section, "allocation"} <= {
-            key for key in keys if isinstance(key, str)
-        }:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        _check_sections([(key.value, f"{name}:{key.start_mark.line + 1}") for key in keys])
+        if section != "allocation" and not {section, "allocation"} <= {key.value for key in keys}:
             return []
         for key, value in node.value:
             if key.value == section:
                 if not isinstance(value, yaml.MappingNode):
-                    raise _no_mapping(f"{name}:{key.start_mark.line + 1}: {section}")
+                    raise _no_mapping(f"{name}:{key.start_mark.line + 1}: {section}", section)
                 node = value
                 break
     elif node is not None:
@@ -141,14 +167,14 @@ def _from_yaml(text: str, name: str, section: str) -> list[Entry]:
         if not isinstance(key, yaml.ScalarNode):
             raise RecipeError(f"{where}: a list or a mapping is given a value, expected the name of a linear")
         if not isinstance(value, yaml.ScalarNode):
-            raise _no_number(where, key.value, "a list or a mapping")
+            raise _no_number(where, key.value, "a list or a mapping", section)
         # As it was written: YAML would make 1:30 a number and 70% a text.
         entries.append(Entry(key.value, value.value, where))
     return entries
 
 
-def resolve(entries: Sequence[Entry], profile: Profile) -> dict[str, Entry]:
-    """Which line speaks for which linear."""
+def resolve(entries: Sequence[Entry], profile: Profile, section: str = "allocation") -> dict[str, Entry]:
+    """Which line of a section speaks for which linear."""
     names = [linear.name for linear in profile.linears]
     chosen: dict[str, Entry] = {}
     for exact in (False, True):
@@ -163,8 +189,8 @@ def resolve(entries: Sequence[Entry], profile: Profile) -> dict[str, Entry]:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise RecipeError(
-            f"the allocation says nothing of {', '.join(missing[:3])}{more}: "
-            "add lines for them, or a first line '\"*\": SPARSITY'"
+            f"{'the allocation' if section == 'allocation' else f'the section {section}'} says nothing of {', '.join(missing[:3])}{more}: "
+            f"add lines for them, or a first line such as {_SECTIONS[section]}"
         )
     return chosen
 
@@ -222,7 +248,7 @@ class File(Allocator):
 
     def kinds(self, profile: Profile) -> dict[str, str]:
         entries = self._kinds()
-        chosen = resolve(entries, profile) if entries else {}
+        chosen = resolve(entries, profile, "values") if entries else {}
         return {name: chosen[name].text for name in profile.sizes if name in chosen}
 
     def _kinds(self) -> list[Entry]:

@@ -207,7 +207,10 @@ def held_out_windows(
                 f"{samples} samples of {seqlen} tokens leave no {2 * of_window} of {len(part):,} tokens of {part.name} to compare models on: "
                 "give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
             )
-        kept.append(torch.tensor(free)[torch.randperm(len(free), generator=generator)[:most]])
+        # With a dtype, since an empty list would be floats, and they would turn the places of all texts into floats.
+        kept.append(
+            torch.tensor(free, dtype=torch.int64)[torch.randperm(len(free), generator=generator)[:most]]
+        )
     return text.windows(torch.cat(kept)[interleaved([len(one) for one in kept])], length)
 
 

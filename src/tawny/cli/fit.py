@@ -45,7 +45,7 @@ def fit(
     device: Device = None,
     memory: Memory = None,
     overwrite: bool = option(
-        "--overwrite", "Replace a finished folder; start an unfinished one over.", OUTPUT, default=False
+        "--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT, default=False
     ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,

@@ -24,6 +24,7 @@ from tawny.model.durable import writing
 from tawny.model.quantised import BESIDE
 from tawny.model.resumable import JOURNAL, named, refuse_foreign
 from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_tensors
+from tawny.precision import cast
 
 SHARD_BYTES = 2_000_000_000
 # Everything that is not weights travels with the model, except what describes weights of another format.
@@ -184,8 +185,7 @@ class OutputFolder:
             self._lock = locked(self.work / "lock", out)
             if not keep:
                 self._clear()
-            for name in ("blocks", "hidden", "checkpoint"):
-                (self.work / name).mkdir(exist_ok=True)
+            self._make_folders()
             for left in self.work.glob("*/*.tmp"):
                 left.unlink()
 
@@ -197,6 +197,16 @@ class OutputFolder:
                 replaced.replace(self.out)
             elif self.out.exists() and (self.work / JOURNAL).exists() and not self.partial.exists():
                 shutil.rmtree(self.work)
+
+    def start_over(self) -> None:
+        """Throw away what is unfinished, but hold the folder."""
+        with writing(self.work):
+            self._clear()
+            self._make_folders()
+
+    def _make_folders(self) -> None:
+        for name in ("blocks", "hidden", "checkpoint"):
+            (self.work / name).mkdir(exist_ok=True)
 
     def _clear(self) -> None:
         # The journal goes first: without it nothing that is left can be taken for more than it is.
@@ -244,7 +254,7 @@ class OutputFolder:
             }
             with TensorWriter(temporary, specs) as writer:
                 for key in keys:
-                    writer.write(key, checkpoint.read([key])[key].to(specs[key][0]))
+                    writer.write(key, cast(checkpoint.read([key])[key], specs[key][0], key))
 
     def carry(self, source: Path, also: Sequence[str] = ()) -> None:
         """Copy configuration, tokenizer and licence files of `source`, and those of the names `also` that it has.

@@ -196,9 +196,36 @@ def _fitting(model: Any, path: Path) -> PackedFolder:
     """The packed folder, once every weight it names has been found in the model, and every weight of the model in it.
 
     Raises:
-        CheckpointError: names the weight that does not fit.
+        CheckpointError: names the weight that does not fit, or the class that opens the folder.
     """
     checkpoint = PackedCheckpoint(path)
+    try:
+        return _fitted(model, path, checkpoint)
+    except CheckpointError as error:
+        if held := _of_another_class(model):
+            raise CheckpointError(f"{path} {held}") from error
+        raise
+
+
+def _of_another_class(model: Any) -> str:
+    """Of a model that is not what its folder holds: what that is, and what opens it; otherwise ""."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from tawny.model.skeleton import model_class
+
+    named, opens = model.config.architectures or [], model_class(model.config).__name__
+    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
+    # Language models open as causal ones, whatever of them the configuration names.
+    causal = opens == "AutoModelForCausalLM" and type(model) in (made if isinstance(made, tuple) else (made,))
+    if not named or type(model).__name__ in named or causal:
+        return ""
+    part = (
+        f"; its base model is `.{model.base_model_prefix}`" if type(model).__name__.endswith("Model") else ""
+    )
+    return f"holds a {named[0]}, not a {type(model).__name__}: open it with {opens} or tawny.load{part}"
+
+
+def _fitted(model: Any, path: Path, checkpoint: PackedCheckpoint) -> PackedFolder:
     checkpoint.map_to(model)
     folder = checkpoint.packed
     modules = dict(model.named_modules())

@@ -22,7 +22,7 @@ from tawny.model.couplings import Coupling
 from tawny.model.linears import Linear
 from tawny.model.streams import Stream
 from tawny.patterns import NM, Pattern, Rank
-from tawny.precision import DTYPES, native_dtype
+from tawny.precision import DTYPES, cast, native_dtype
 from tawny.pruning.memory_plan import HELD_BYTES, held_bytes
 from tawny.pruning.outliers import OutlierCount
 from tawny.pruning.prepare import Job
@@ -360,12 +360,14 @@ class LoadedBlock:
             for unit in job.stack.checkpoint.units_of(job.stack.name(self.index)):
                 parameters = {name: job.stack.stored[name] for name in unit.targets}
                 tensors.update(job.stack.checkpoint.store(unit, parameters, job.stack.model))
-            session.output.write_block(f"{self.index:05d}", {k: _stored(job, v) for k, v in tensors.items()})
+            session.output.write_block(
+                f"{self.index:05d}", {k: _stored(job, k, v) for k, v in tensors.items()}
+            )
 
 
-def _stored(job: Job, value: Tensor) -> Tensor:
+def _stored(job: Job, name: str, value: Tensor) -> Tensor:
     wanted = job.recipe.dtype
-    return value.to(DTYPES[wanted]) if wanted and value.is_floating_point() else value
+    return cast(value, DTYPES[wanted], name) if wanted and value.is_floating_point() else value
 
 
 def pattern_at(pattern: Pattern, sparsity: float) -> Pattern:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -29,11 +29,16 @@ SHARE = 0.02
 
 @final
 class Journal(Resumable):
-    """The journal of one unfinished output in `OUT.partial`; an OutputError if one is there and cannot be read."""
+    """The journal of one unfinished output in `OUT.partial`; an OutputError if one is there and cannot be read.
+
+    Attributes:
+        start_over: clears what another run left; None: another run is refused.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         super().__init__(folder, "partial")
         self.identity: dict[str, Any] = {}
+        self.start_over: Callable[[], None] | None = None
         self._ranks: ProcessGroup = Ranks(alone=True)
         self._spent = 0.0
         self._last = time.perf_counter()
@@ -70,9 +75,26 @@ class Journal(Resumable):
                     )
 
     def require(self, what: str, value: Any) -> None:
-        """Say what this run is; raise an OutputError if the unfinished one differs in it."""
+        """Say what this run is; start over, or raise an OutputError, if the unfinished one differs in it."""
         self.identity[what] = json.loads(json.dumps(value))
+        if self.start_over is not None and self.differing({what: self.identity[what]}):
+            self.start_over()
+            self.state = {}
         self.refuse_other({what: self.identity[what]})
+
+    @classmethod
+    def to_go_on_with(cls, folder: Path, overwrite: bool) -> Journal | None:
+        """The journal in a folder; None where `--overwrite` clears it, unread or because its run began without.
+
+        Begun with --overwrite, the same command has it again: it goes on, as its interruption promised.
+        """
+        try:
+            journal = cls(folder)
+        except OutputError:
+            if overwrite:
+                return None
+            raise
+        return None if overwrite and not journal.consent else journal
 
     def begin(self, **facts: Any) -> None:
         """From here on there is something to go on with."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["PROFILE_TOKENS", "Job", "demand_of", "notices", "prepare", "profile_count"]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -29,7 +29,7 @@ from tawny.model.structure import predicts_tokens, staying_dense
 from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
-from tawny.patterns import AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
+from tawny.patterns import NM, AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
 from tawny.precision import DTYPES, native_dtype
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import Demand, Load
@@ -181,6 +181,8 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         check_ends(stack.model, recipe.values.head, recipe.values.embedding)  # before the work, not behind it
         check_writable(chosen)
         check_pattern(pattern, {linear.name: linear.shape for linear in chosen})
+        if isinstance(pattern, NM):
+            _check_grids(recipe, pattern, {linear.shape[1] for linear in chosen})
     couplings: list[list[Coupling]] = []
     if isinstance(pattern, Blocks):
         _check_whole_blocks(stack, every, by_block)
@@ -198,6 +200,14 @@ def _chosen(recipe: Recipe, source: str, folder: Path | None, stack: Stack, chan
         recipe.make_solver(),
         couplings,
     )
+
+
+def _check_grids(recipe: Recipe, pattern: NM, widths: Iterable[int]) -> None:
+    """Refuse kinds that the solver cannot combine with n:m, before the first weight is solved."""
+    solver = cast(Solver, recipe.make_solver())
+    for kind in recipe.values.names:
+        for width in sorted(widths):
+            solver.check_grid(pattern, recipe.values.grid(kind), width)
 
 
 def _check_whole_blocks(

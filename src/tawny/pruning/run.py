@@ -64,7 +64,8 @@ def prune(
         recipe: everything that decides the result; `keys` override single entries of it
             (`sparsity=0.6, allocator="owl", solver="wanda"`, or dotted: `**{"solver.damp": 0.1}`).
         progress: told how far the work is.
-        overwrite: replace an existing `out` once the new one is complete, and start over what is unfinished.
+        overwrite: replace an existing `out` once the new one is complete, and discard an unfinished run, unless it is
+            this same one and began with it, too: then it goes on.
         memory: peak memory of the whole process that may not be passed (`"6GB"`); the result does not depend on it.
         tokenizer: for a live module calibrated on text.
         calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, taken as they are, or the name or path of a

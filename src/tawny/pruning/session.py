@@ -107,6 +107,8 @@ class Session:
         place: where it writes; None where nothing is written.
         output: the same where that is a checkpoint folder.
         hidden: folder of hidden states that are not kept in memory; None where all of them are.
+        beside: the tokenizer or processor of a live model, which is written beside it; None where nobody gave one, and
+            where the source's files are carried along.
     """
 
     job: Job
@@ -121,6 +123,7 @@ class Session:
     record: Record
     clock: Clock
     hidden: Path | None
+    beside: Any = None
 
     def spill(self, walk: str, stream: str = "pruned") -> Path | None:
         """Where the hidden states of a walk are kept, if not in memory."""
@@ -172,7 +175,8 @@ def open_session(
         if budget is not None and job.folder is None:
             raise RecipeError("a live model is in memory already: memory=… is for checkpoints on disk")
         output = target if isinstance(target, OutputFolder) else None
-        record = _new_record(job, output, before)
+        beside = tokenizer if job.folder is None and hasattr(tokenizer, "save_pretrained") else None
+        record = _new_record(job, output, before, readable=job.folder is not None or beside is not None)
         clock = Clock()
         if ranks.first:
             _identify(job, journal, ranks, record)
@@ -200,7 +204,19 @@ def open_session(
         spills = placement is not None and placement.spill and journal.folder is not None
         hidden = journal.folder / "hidden" if spills and journal.folder is not None else None
         session = Session(
-            job, samples, held_out, placement, target, output, journal, ranks, progress, record, clock, hidden
+            job,
+            samples,
+            held_out,
+            placement,
+            target,
+            output,
+            journal,
+            ranks,
+            progress,
+            record,
+            clock,
+            hidden,
+            beside,
         )
         _begin(session, overwrite)
         begun = True
@@ -248,16 +264,17 @@ def open_output(out: Path, overwrite: bool, source: str | Path | nn.Module) -> O
                 f"{work} holds an unfinished run, and a live model cannot go on with one: finish that, pass overwrite=True, "
                 "or choose another out"
             )
-        elif folder is None or overwrite:
-            output = OutputFolder(out, overwrite=overwrite, source=folder)
-            journal = Journal(None if folder is None else output.work)
-        else:
+        elif folder is None:
+            output, journal = OutputFolder(out, overwrite=overwrite), Journal(None)
+        elif (found := Journal.to_go_on_with(work, overwrite)) is None:
+            output = OutputFolder(out, overwrite=True, source=folder)
             journal = Journal(work)
+        else:
+            journal = found
             # Who consented to replace a finished folder when the run was started need not do so again to go on.
-            output = OutputFolder(
-                out, overwrite=bool(journal.state.get("overwrite")), source=folder, keep=journal.found
-            )
+            output = OutputFolder(out, overwrite=journal.consent, source=folder, keep=journal.found)
             journal.reload()
+            journal.start_over = output.start_over if overwrite else None
         journal.join(ranks, work if ranks.size > 1 else None)
         return output, journal
 
@@ -285,12 +302,13 @@ def _check_shared(recipe: Recipe, ranks: Ranks) -> None:
 # --- the record and the journal --------------------------------------------------------------------------------
 
 
-def _new_record(job: Job, output: OutputFolder | None, memory_before: int) -> Record:
+def _new_record(job: Job, output: OutputFolder | None, memory_before: int, readable: bool) -> Record:
+    """`readable`: what reads the model's inputs, such as a tokenizer, will lie in the folder."""
     model = job.stack.model
     readers = {TOKENS: ["AutoTokenizer"], "pixel_values": ["AutoImageProcessor"]}
     kind = "AutoModelForCausalLM" if predicts_tokens(model) else type(model).__name__
     return Record(
-        opens=[kind, *readers.get(input_of(model), [])],
+        opens=[kind, *(readers.get(input_of(model), []) if readable else [])],
         recipe=job.recipe.to_mapping(),
         source=job.source,
         revision=revision_of(job.folder) if job.folder else "",

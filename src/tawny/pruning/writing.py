@@ -28,6 +28,8 @@ def write_rest(session: Session) -> None:
         _say_settings(session)
     else:
         session.job.stack.model.save_pretrained(session.output.partial)
+        if session.beside is not None:
+            session.beside.save_pretrained(session.output.partial)
         session.record.bytes = sum(p.stat().st_size for p in session.output.partial.glob("*.safetensors"))
         session.record.storage = str(session.job.stack.compute).removeprefix("torch.")
     session.output.write_text("recipe.yaml", dump_recipe(session.job.recipe))

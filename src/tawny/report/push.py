@@ -5,11 +5,14 @@ from __future__ import annotations
 __all__ = ["PushReport", "check_folder", "push"]
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tawny.errors import CheckpointError, MissingFeature, OutputError, first_line
+from tawny.model.checkpoint import INDEX, is_packed, weight_paths
+from tawny.packed.folder import PackedFolder
 from tawny.progress import Progress, silent
 from tawny.record import weight_files
 from tawny.report.card import CARD, front_matter
@@ -67,7 +70,7 @@ def push(
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.endswith(_LEFT_OUT) and not path.name.startswith(".")
+        if path.is_file() and not path.name.endswith(_LEFT_OUT) and not _hidden(path.relative_to(folder))
     }
     notes = []
     if not metadata.get("license"):
@@ -81,6 +84,11 @@ def push(
         return report
     url = _upload(folder, repo, list(files), private, message or "Upload a model pruned by Tawny", progress)
     return replace(report, url=url)
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it lies in, is hidden: `.git` and `.cache` are no part of a model."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -115,7 +123,21 @@ def check_folder(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder / name} {what}; prune again, or push a folder that was not changed"
             )
+    _check_index(folder, found)
     return record
+
+
+def _check_index(folder: Path, found: Collection[str]) -> None:
+    """Refuse weights that nobody could open, since what says where they lie is missing or wrong."""
+    if is_packed(folder):
+        PackedFolder(folder)
+    elif "model.safetensors" not in found and not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds neither model.safetensors nor the {INDEX} of several files, so nobody could open it; "
+            "prune again, or push a folder that was not changed"
+        )
+    else:
+        weight_paths(folder)  # which refuses an index that names a missing file
 
 
 def _check_card(folder: Path) -> dict[str, Any]:

@@ -165,7 +165,14 @@ def _place(out: Path, overwrite: bool, source: str | Path, asked: Mapping[str, A
 def _held_out(settings: FitSettings, job: Job, tokens: TokenisedText) -> Tensor:
     wanted, length = job.recipe.calibration, min(job.recipe.calibration.seqlen, settings.length)
     count = settings.windows + settings.deciding
-    return held_out_windows(tokens, wanted.samples, wanted.seqlen, job.recipe.seed, length, count)
+    windows = held_out_windows(tokens, wanted.samples, wanted.seqlen, job.recipe.seed, length, count)
+    # One to measure on and two to decide by: a single one has no standard error, and would look like certainty.
+    if len(windows) < 3:
+        raise TextError(
+            f"the calibration leaves {len(windows)} windows of {length} tokens to compare models on, expected 3 or more: "
+            "give a longer text, or fewer or shorter samples (--samples, --seqlen, or calibration in a recipe)"
+        )
+    return windows
 
 
 def _split(session: Session, settings: FitSettings) -> tuple[Samples, Samples, Tensor]:

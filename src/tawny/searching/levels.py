@@ -68,8 +68,8 @@ class LevelStore:
         for path in map(self.path, range(kept)):
             if not path.is_file():
                 raise OutputError(
-                    f"{path}, which an unfinished search goes on from, is missing; put it back, or pass --overwrite to "
-                    "start over"
+                    f"{path}, which an unfinished search goes on from, is missing; put it back, or remove "
+                    f"{folder.parent} to start over"
                 )
             there += sum(entry.bytes for entry in entries(path).values())
         free = free_bytes(folder)

@@ -64,10 +64,19 @@ class SearchOutput:
             self.work.mkdir(exist_ok=True)
             self._lock = locked(self.work / "lock", out)
             if not keep:
-                (self.work / JOURNAL).unlink(missing_ok=True)
-                for name in ("levels", "hidden"):
-                    shutil.rmtree(self.work / name, ignore_errors=True)
+                self._clear()
             (self.work / "hidden").mkdir(exist_ok=True)
+
+    def start_over(self) -> None:
+        """Throw away what is unfinished, but hold the folder."""
+        with writing(self.work):
+            self._clear()
+            (self.work / "hidden").mkdir(exist_ok=True)
+
+    def _clear(self) -> None:
+        (self.work / JOURNAL).unlink(missing_ok=True)
+        for name in ("levels", "hidden"):
+            shutil.rmtree(self.work / name, ignore_errors=True)
 
     def _searched(self) -> bool:
         """Whether `out` is of an earlier search, so that the files beside it are, too."""
@@ -100,14 +109,16 @@ def open_search(
     work = unfinished(out)
 
     def opened(folder: Path | None, ranks: Ranks) -> tuple[SearchOutput, Journal]:
-        if folder is None or overwrite:
-            output = SearchOutput(out, overwrite=overwrite, keep=False, source=folder)
-            journal = Journal(None if folder is None else work)
-        else:
+        if folder is None:
+            output, journal = SearchOutput(out, overwrite=overwrite, keep=False), Journal(None)
+        elif (found := Journal.to_go_on_with(work, overwrite)) is None:
+            output = SearchOutput(out, overwrite=True, keep=False, source=folder)
             journal = Journal(work)
-            consent = bool(journal.state.get("overwrite"))
-            output = SearchOutput(out, overwrite=consent, keep=journal.found, source=folder)
+        else:
+            journal = found
+            output = SearchOutput(out, overwrite=journal.consent, keep=journal.found, source=folder)
             journal.reload()
+            journal.start_over = output.start_over if overwrite else None
         journal.require("search", settings.to_mapping())
         return output, journal
 

@@ -97,6 +97,10 @@ class Solver(Protocol):
         """Bytes for a weight `[out, width]` beside its stored copy and its Hessian."""
         return 32 * out * width + (8 * width * width if self.needs == "hessian" else 0)
 
+    def check_grid(self, pattern: Pattern, grid: Grid, width: int) -> None:
+        """Raise a RecipeError where a weight of this width cannot have the pattern on the grid."""
+        return
+
     def prepare(self, statistics: Seen) -> Any:
         """Work that linears with the same input share; None where there is none."""
         return None

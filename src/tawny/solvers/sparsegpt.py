@@ -92,6 +92,13 @@ class SparseGPT(Solver):
     def workspace(self, out: int, width: int) -> int:
         return 29 * out * width + 4 * width * width  # measured, what judges the result included
 
+    def check_grid(self, pattern: Pattern, grid: Grid, width: int) -> None:
+        """Each m weights lie within the columns of one scale: these are rounded as one group. A scale a row has no such end."""
+        if isinstance(pattern, NM) and grid.group is not None:
+            columns = min(grid.group, width)
+            whole = f"an m that divides {columns}, the columns that share a scale"
+            check_option(columns % pattern.m == 0, "pattern", f"{pattern.n}:{pattern.m}", whole)
+
     def prepare(self, statistics: Seen) -> Factor:
         """Factorise the damped Hessian, with more damping where it is needed."""
         hessian_II = input_hessian(statistics)
@@ -126,11 +133,9 @@ class SparseGPT(Solver):
         factor = self.prepare(statistics) if prepared is None else prepared
         notes: dict[str, float | int | str] = {"damp": factor.damp, "dead_inputs": int(factor.dead_I.sum())}
         columns = self.group if grid is None or grid.group is None else min(grid.group, W_OI.shape[1])
+        if grid is not None:
+            self.check_grid(pattern, grid, W_OI.shape[1])
         if isinstance(pattern, NM):
-            whole = f"an m that divides {columns}, the columns that share a scale"
-            check_option(
-                grid is None or columns % pattern.m == 0, "pattern", f"{pattern.n}:{pattern.m}", whole
-            )
             quota = None
         else:
             pattern = pattern.with_default(self.default_scope)
