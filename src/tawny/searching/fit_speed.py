@@ -13,7 +13,7 @@ __all__ = ["Pace", "ReadPerToken", "check_kernels", "measured_pace"]
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from tawny.searching.fit_measure import Level, levels
 
 _STREAMED = 256_000_000  # bytes that no cache holds
 _WEIGHTS = 1 << 20  # of the matrix whose copies are multiplied
+_FEW, _CALLS = 4, 256  # rows of a matrix that takes no time, and how often it is multiplied
 _ROUNDS = 5
 DENSE = "dense"  # what `slower` calls a head that stays as it is
 
@@ -98,12 +99,21 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
     every = levels()
     progress.phase("measuring the speed of kernels", len(every) + 2, "kernels")
     threads, streamed = torch.get_num_threads(), torch.zeros(_STREAMED // 4)
-    bandwidth = streamed.nbytes / _least(partial(native.stream, streamed, threads))
+    # Measured again before each kernel, because other guests of a machine slow memory down for a while: a kernel is compared
+    # with the memory of its moment, and the best of all moments is the machine's.
+    found = [streamed.nbytes / _least(partial(native.stream, streamed, threads))]
     progress.step("memory")
     generator = torch.Generator().manual_seed(0)
     W_OI = torch.randn(shape, generator=generator)
     order_OI = torch.rand(shape, generator=generator)
     x_TI = torch.randn(1, columns, generator=generator).bfloat16()
+    few = format.pack(W_OI[:_FEW], "int8", whole=True)
+    call = _seconds([PackedLinear(few)] * _CALLS, x_TI)
+
+    def against(make: Callable[[], Callable[[Tensor], Any]], size: int) -> float:
+        found.append(streamed.nbytes / _least(partial(native.stream, streamed, threads)))
+        return _slower(make, size, x_TI, found[-1], call)
+
     slower = {}
     for level in every:
         packed = format.pack(W_OI * (order_OI >= level.sparsity), level.kind, whole=not level.sparsity)
@@ -112,26 +122,35 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
             tensors = {key: tensor.clone() for key, tensor in packed.tensors.items()}
             return PackedLinear(PackedTensor(tensors, packed.shape, packed.values, packed.group))
 
-        slower[_key(level)] = _slower(made, packed.nbytes, x_TI, bandwidth)
+        slower[_key(level)] = against(made, packed.nbytes)
         progress.step(_key(level))
     W_OI = W_OI.bfloat16()
-    slower[DENSE] = _slower(lambda: DenseLinear(W_OI.clone()), W_OI.nbytes, x_TI, bandwidth)
+    slower[DENSE] = against(lambda: DenseLinear(W_OI.clone()), W_OI.nbytes)
     progress.step(DENSE)
-    return Pace(bandwidth, slower, shape, threads, native.kernel_name())
+    return Pace(max(found), slower, shape, threads, native.kernel_name())
 
 
-def _slower(make: Callable[[], Callable[[Tensor], Any]], size: int, x_TI: Tensor, bandwidth: float) -> float:
-    """How many times as long products over copies that no cache holds take as streaming their bytes."""
+def _slower(
+    make: Callable[[], Callable[[Tensor], Any]], size: int, x_TI: Tensor, bandwidth: float, call: float
+) -> float:
+    """How many times as long a product takes as streaming its bytes; copies of the matrix take turns, which no cache holds.
+
+    A token of a packed model is one call, so the seconds of a `call` in Python are no part of a product.
+    """
     copies = [make() for _ in range(math.ceil(_STREAMED / 2 / size))]
+    return max(1.0, (_seconds(copies, x_TI) - call) * bandwidth / size)
+
+
+def _seconds(products: Sequence[Callable[[Tensor], Any]], x_TI: Tensor) -> float:
+    """Of one of them, where all are made one behind the other."""
 
     def work() -> None:
-        for multiply in copies:
+        for multiply in products:
             multiply(x_TI)
 
     with torch.inference_mode():
         work()
-        seconds = _least(work)
-    return max(1.0, seconds * bandwidth / (size * len(copies)))
+        return _least(work) / len(products)
 
 
 def _least(work: Callable[[], Any]) -> float:
