@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -26,10 +27,17 @@ def blocks_of(folder):
     return {name: entry for name, entry in PackedFolder(folder).linears.items() if ".layers." in name}
 
 
-@pytest.mark.parametrize("solver", ["alps", "sparsegpt", "wanda", "magnitude"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-@pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int8", None), ("int8", 64)])
-def test_what_is_solved_on_a_grid_is_packed_without_a_change(dense, tmp_path, solver, sparsity, kind, group):
+@pytest.mark.parametrize(
+    ("kind", "group", "sparsity", "solver"),
+    [
+        *itertools.product(["int4"], [32], [0.0, 0.5], ["alps", "sparsegpt", "wanda", "magnitude"]),
+        ("int8", None, 0.0, "wanda"),
+        ("int8", None, 0.5, "sparsegpt"),
+        ("int8", 64, 0.0, "alps"),
+        ("int8", 64, 0.5, "sparsegpt"),
+    ],
+)
+def test_what_is_solved_on_a_grid_is_packed_without_a_change(dense, tmp_path, kind, group, sparsity, solver):
     values = {"kind": kind, "group_size": group, "head": "int8"}
     record = tawny.prune(
         dense, tmp_path / "pruned", sparsity=sparsity, solver=solver, values=values, calibration=tokens(8, 16)

@@ -78,7 +78,7 @@ def killed_after(dense: Path, out: Path, step: int | None, seconds: float | None
 
 @pytest.mark.parametrize(
     ("order", "stride"),
-    [("block", 5), ("data", 11), *(pytest.param(o, 1, marks=pytest.mark.slow) for o in ("block", "data"))],
+    [("block", 9), ("data", 17), *(pytest.param(o, 1, marks=pytest.mark.slow) for o in ("block", "data"))],
 )
 def test_a_run_killed_at_any_write_goes_on_to_the_bytes_of_an_uninterrupted_one(
     dense, tmp_path, order, stride

@@ -60,7 +60,9 @@ def same_files(folder: Path, other: Path) -> None:
         assert path.read_bytes() == (other / path.name).read_bytes()
 
 
-@pytest.mark.parametrize(("processes", "solver"), [(2, "wanda"), (4, "sparsegpt")])
+@pytest.mark.parametrize(
+    ("processes", "solver"), [(2, "wanda"), pytest.param(4, "sparsegpt", marks=pytest.mark.slow)]
+)
 def test_several_processes_prune_as_one_does_and_the_same_each_time(dense, tmp_path, processes, solver):
     for out, count in (("one", 1), ("some", processes), ("again", processes)):
         done = launch(count, dense, tmp_path / out, solver, "")

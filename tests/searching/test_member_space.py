@@ -115,7 +115,9 @@ def test_members_are_searched_and_prune_takes_the_file(family, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = tawny.search(model, tmp_path / "a.yaml", **keys, **few)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    said = re.search(r" -s (\S+) -p channels\+heads -o compute=float32 -a a\.yaml", (tmp_path / "a.yaml").read_text())
+    said = re.search(
+        r" -s (\S+) -p channels\+heads -o compute=float32 -a a\.yaml", (tmp_path / "a.yaml").read_text()
+    )
     assert said and float(said[1]) == pytest.approx(0.3, abs=3e-3)  # four experts lose a channel each
     given = {"allocator": "file", "allocator.path": str(tmp_path / "a.yaml")}
     record = tawny.prune(model, calibration=tokens(8, 24), **{**keys, "sparsity": float(said[1])}, **given)
