@@ -33,8 +33,7 @@ __all__ = [
 ]
 
 import contextlib
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,8 +60,12 @@ VERSION = 4
 READABLE = (1, 2, 3, 4)
 MOVED = ("int4", "int3")
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
+_LIKELY = 16  # tries that find nearly all groups of a weight that was solved for int8
 _LOOKED_AT = 1 << 14  # weights that tell whether all were solved on the grid
 _PART = 1 << 20  # weights that are packed at once
+_Try = tuple[
+    bool, int, int
+]  # a long scale or one of few bits, which neighbour, and the level of the largest weight
 PADDING = 64  # bytes after the last value, because kernels load whole vectors
 
 
@@ -283,18 +286,20 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     groups, width = stored_GC.shape
     real_SC = grid.split(torch.ones(1, stored_OI.shape[1], dtype=torch.bool))[0]
 
-    def again(index_G: Tensor) -> Tensor:
+    def again(index_G: Tensor, tries: Sequence[_Try]) -> Tensor:
         some_GC = stored_GC[index_G]
         W_GC = some_GC.float()
-        return _scales_again(
-            W_GC, some_GC, real_SC[index_G % len(real_SC)] if whole else W_GC != 0, grid, kind
-        )
+        keep_GC = real_SC[index_G % len(real_SC)] if whole else W_GC != 0
+        return _scales_again(W_GC, some_GC, keep_GC, grid, kind, tries)
 
     found_G = torch.full((groups,), torch.nan)
     some_G = torch.arange(0, groups, max(1, groups // max(8, _LOOKED_AT // width)))
-    if float(again(some_G).isnan().float().mean()) <= _ON_GRID:
+    tries = _tries(kind)
+    likely = tries[:_LIKELY] if kind.bits == 8 else tries
+    if float(again(some_G, likely).isnan().float().mean()) <= _ON_GRID:
         size = max(1, _PART // width)
-        found_G = torch.cat([again(torch.arange(groups)[top : top + size]) for top in range(0, groups, size)])
+        parts = [torch.arange(groups)[top : top + size] for top in range(0, groups, size)]
+        found_G = torch.cat([again(part, tries) for part in parts])
     found_OS = found_G.view(rows, -1)
     if not bool(found_G.isnan().any()):
         return found_OS
@@ -308,20 +313,26 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     return torch.where(found_OS.isnan(), usual_OS, found_OS)
 
 
-def _scales_again(W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid, kind: Kind) -> Tensor:
-    """[G]: for each group of columns the scale that gives every weight back as it is stored; NaN where none does.
+def _tries(kind: Kind) -> list[_Try]:
+    """What a scale may be like, the likeliest first.
 
-    Where several do, one of few bits is taken: a single one of more would make all scales of the weight long. Those of
+    Where several would do, one of few bits is taken: a single one of more would make all scales of the weight long. Those of
     eight-bit values are long, and the largest weight is not far from their last level.
     """
-    found_G, left_G = W_GC.new_full((len(W_GC),), torch.nan), torch.arange(len(W_GC))
     if kind.bits == 8:
-        tries: tuple[tuple[bool, int], ...] = ((True, 0), (True, -1), (True, 1))
         levels = list(range(kind.largest, kind.largest // 2, -1))
-    else:
-        tries = ((False, 0), (True, 0), (True, -1), (True, 1))  # few bits lie too far apart for a neighbour
-        levels = sorted(filter(None, grid.levels), key=abs, reverse=True)  # the likeliest first
-    for (long, neighbour), level in itertools.product(tries, levels):
+        return [(True, neighbour, level) for neighbour in (0, -1, 1) for level in levels]
+    levels = sorted(filter(None, kind.grid), key=abs, reverse=True)
+    forms = ((False, 0), (True, 0), (True, -1), (True, 1))  # few bits lie too far apart for a neighbour
+    return [(*form, level) for form in forms for level in levels]
+
+
+def _scales_again(
+    W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid, kind: Kind, tries: Sequence[_Try]
+) -> Tensor:
+    """[G]: for each group of columns the first scale that gives every weight back as it is stored; NaN where none does."""
+    found_G, left_G = W_GC.new_full((len(W_GC),), torch.nan), torch.arange(len(W_GC))
+    for long, neighbour, level in tries:
         if not len(left_G):
             break
         grid = replace(grid, long=long)
