@@ -58,7 +58,10 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order",
+    [*list(ORDERS)[:2], *(pytest.param(order, marks=pytest.mark.slow) for order in list(ORDERS)[2:])],
+)
 def test_plain_transformers_opens_a_packed_folder_once_tawny_is_imported(order, packed_llama):
     code = "import sys; {}; print(type(A.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj))"
     done = python(code.format(ORDERS[order]), packed_llama)

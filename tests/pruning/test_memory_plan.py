@@ -235,12 +235,13 @@ SEARCHED = {"search.finalists": 0, "search.trials": 8, "search.levels": 3, "sear
     ("family", "keys", "solver", "allocator"),
     [
         ("llama", WIDE, "sparsegpt", UNIFORM),
-        (
+        pytest.param(  # fused when read, parted when written
             "qwen3_moe",
             {**EXPERTS, "mlp_only_layers": []},
             "wanda",
             UNIFORM,
-        ),  # fused when read, parted when written
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "llama",
             {**WIDE, "vocab_size": 120_000, "tie_word_embeddings": False},
