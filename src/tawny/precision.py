@@ -11,7 +11,7 @@ Intel's processors since Sapphire Rapids have both, and hypervisors often hide A
 
 from __future__ import annotations
 
-__all__ = ["DTYPES", "bfloat16_products", "cast", "native_dtype", "rounds_products"]
+__all__ = ["DTYPES", "bfloat16_products", "cast", "lost_in", "native_dtype", "rounds_products"]
 
 import contextlib
 import functools
@@ -34,16 +34,22 @@ def cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         NumericalError: a finite number would be infinity; names the tensor.
     """
     made = value.to(dtype)
-    floats = dtype.is_floating_point and value.is_floating_point()
-    if floats and torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+    if dtype.is_floating_point and value.is_floating_point() and (lost := lost_in(value, made)) is not None:
+        said = str(dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"{name} {list(value.shape)} holds {lost:.4g}, which is infinity in {said}; "
+            "choose a dtype that holds it (bfloat16 or float32), or leave dtype out"
+        )
+    return made
+
+
+def lost_in(value: Tensor, made: Tensor) -> float | None:
+    """The first finite number that is infinity in the floats `made` of it, or None."""
+    if torch.finfo(made.dtype).max < torch.finfo(value.dtype).max:
         infinite = made.isinf()
         if infinite.any() and (lost := infinite & value.isfinite()).any():
-            said = str(dtype).removeprefix("torch.")
-            raise NumericalError(
-                f"{name} {list(value.shape)} holds {float(value[lost][0]):.4g}, which is infinity in {said}; "
-                "choose a dtype that holds it (bfloat16 or float32), or leave dtype out"
-            )
-    return made
+            return float(value[lost][0])
+    return None
 
 
 @functools.cache

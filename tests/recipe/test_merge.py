@@ -7,7 +7,7 @@ import pytest
 from tawny.allocation import ALLOCATORS
 from tawny.errors import RecipeError
 from tawny.recipe.files import load_recipe
-from tawny.recipe.merge import bare_keys, parse_override, resolve_recipe
+from tawny.recipe.merge import bare_keys, changes_from, parse_override, resolve_recipe
 from tawny.solvers import SOLVERS
 from tests.recipe.recipes import refusal, written
 
@@ -136,3 +136,19 @@ def test_an_allocator_that_is_neither_a_name_nor_a_file_is_refused_with_both(nam
     message = refusal(f"allocator={name}")
     assert f"allocator {name!r} is neither a file nor one of uniform, " in message
     assert "owl" not in name or "mean 'owl'" in message
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"solver": "sparsegpt", "solver.damp": 0.02, "calibration.text": ["wiki=0.5", "self=0.5"], "seed": 3},
+        {"compat": "official", "exclude": ["*.q_proj"], "values": "int4", "values.group_size": 64},
+        {"pattern": "channels", "allocator": "owl", "allocator.M": 7},
+    ],
+)
+def test_changes_from_a_recipe_make_the_other_of_it(keys):
+    base, recipe = resolve_recipe(sparsity=0.5), resolve_recipe(sparsity=0.5, **keys)
+    changes = changes_from(recipe, base)
+    assert resolve_recipe(base, changes) == recipe
+    assert bool(changes) == bool(keys)

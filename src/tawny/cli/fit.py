@@ -45,7 +45,10 @@ def fit(
     device: Device = None,
     memory: Memory = None,
     overwrite: bool = option(
-        "--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT, default=False
+        "--overwrite",
+        "Replace a finished folder; discard an unfinished run that began without it.",
+        OUTPUT,
+        default=False,
     ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,

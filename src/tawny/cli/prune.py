@@ -52,7 +52,10 @@ def prune(
     device: Device = None,
     memory: Memory = None,
     overwrite: bool = option(
-        "--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT, default=False
+        "--overwrite",
+        "Replace a finished folder; discard an unfinished run that began without it.",
+        OUTPUT,
+        default=False,
     ),
     pack: str | None = option(
         "--pack KIND",

@@ -35,7 +35,10 @@ def search(
     device: Device = None,
     memory: Memory = None,
     overwrite: bool = option(
-        "--overwrite", "Replace a finished file, discard an unfinished search.", OUTPUT, default=False
+        "--overwrite",
+        "Replace a finished file; discard an unfinished search that began without it.",
+        OUTPUT,
+        default=False,
     ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,

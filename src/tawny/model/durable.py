@@ -79,5 +79,7 @@ def writing(what: Path) -> Iterator[None]:
         elif code in (errno.EACCES, errno.EROFS, errno.EPERM):
             said = f"{what} cannot be written (read-only or no permission); choose another --out"
         else:
-            said = f"{what} cannot be written: {getattr(error, 'strerror', None) or text}"
+            # Of a file that has another name while it is written, the error names that one.
+            reason = error.strerror if isinstance(error, OSError) else None
+            said = f"{what} cannot be written: {reason or text}"
         raise OutputError(said) from error

@@ -53,6 +53,7 @@ from tawny.kernels.layout import (
 )
 from tawny.kernels.scales import short
 from tawny.kinds import KINDS, Kind, kind_of
+from tawny.precision import lost_in
 from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
 
 # 1 knew no weights without offsets, and no kinds of few bits; in 2 those of MOVED had other levels; 3 had no short scales.
@@ -263,13 +264,11 @@ def _cast(W_OI: Tensor, kind: Kind) -> Tensor:
     shape = tuple(W_OI.shape)
     dtype, name = (torch.float32, "f32") if kind.scaled else (kind.dtype, kind.name)
     cast_OI = W_OI.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(W_OI.dtype).max:
-        lost_OI = cast_OI.isinf() & W_OI.isfinite()
-        if lost_OI.any():
-            raise NumericalError(
-                f"a weight of shape {shape} holds {float(W_OI[lost_OI][0]):.4g}, which is infinity in {name}; "
-                "pack it with values that hold it (f32, or bf16 for weights in bfloat16)"
-            )
+    if (lost := lost_in(W_OI, cast_OI)) is not None:
+        raise NumericalError(
+            f"a weight of shape {shape} holds {lost:.4g}, which is infinity in {name}; "
+            "pack it with values that hold it (f32, or bf16 for weights in bfloat16)"
+        )
     return cast_OI
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import PushToHubMixin
 
 from tawny.calibration.context import check_context, check_ids, seqlen_of
 from tawny.calibration.inputs import read_inputs
@@ -175,7 +176,7 @@ def open_session(
         if budget is not None and job.folder is None:
             raise RecipeError("a live model is in memory already: memory=… is for checkpoints on disk")
         output = target if isinstance(target, OutputFolder) else None
-        beside = tokenizer if job.folder is None and hasattr(tokenizer, "save_pretrained") else None
+        beside = tokenizer if job.folder is None and isinstance(tokenizer, PushToHubMixin) else None
         record = _new_record(job, output, before, readable=job.folder is not None or beside is not None)
         clock = Clock()
         if ranks.first:

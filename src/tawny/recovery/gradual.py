@@ -74,14 +74,7 @@ def recover_gradually(
     chosen = Recovery.make(settings)
     check_texts(chosen.text)
     folder = resolve(source, progress.say)
-    if recipe is None:
-        recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos, "strict": chosen.strict}}
-    if isinstance(recipe, Recipe):  # spells out its defaults, and so does not say whether a device was named
-        base = {key: value for key, value in recipe.to_mapping().items() if (key, value) != ("device", "cpu")}
-    else:
-        base = dict(recipe if isinstance(recipe, Mapping) else read_mapping(recipe))
-    base.setdefault("device", chosen.device)
-    recipes = [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
+    recipes = _recipes(recipe, chosen, sparsities)
     check_factors(chosen, recipes[0].values.names, "what each step prunes")
     work = WorkFolder(
         target, "stages", ("[0-9]-pruned", "[0-9]-recovered", "[0-9][0-9]-pruned", "[0-9][0-9]-recovered")
@@ -131,3 +124,17 @@ def recover_gradually(
 
         processes.once(end)
     return record
+
+
+def _recipes(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None, chosen: Recovery, sparsities: Sequence[float]
+) -> list[Recipe]:
+    """How each step prunes: as `recipe` says, else on the text and the device of the training."""
+    if recipe is None:
+        recipe = {"calibration": {"text": chosen.text, "bos": chosen.bos, "strict": chosen.strict}}
+    if isinstance(recipe, Recipe):  # spells out its defaults, and so does not say whether a device was named
+        base = {key: value for key, value in recipe.to_mapping().items() if (key, value) != ("device", "cpu")}
+    else:
+        base = dict(recipe if isinstance(recipe, Mapping) else read_mapping(recipe))
+    base.setdefault("device", chosen.device)
+    return [resolve_recipe(base, {"sparsity": sparsity}) for sparsity in sparsities]
