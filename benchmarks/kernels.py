@@ -4,7 +4,7 @@
     python benchmarks/kernels.py --quick                             # small shapes, few rounds, nothing kept
     python benchmarks/kernels.py --shapes 4096x4096 --threads 1 --columns 1    # a piece; results are merged
 
-Variants: packed bf16, int8 (a scale a row, and one for 128 columns), int4 and int3 (one for 64 columns; without zeros they
+Variants: packed bf16, int8 (a scale a row, and one for 128 columns), int4 and int3 (one for 32 columns; without zeros they
 have no masks) and f32; our best dense kernel in bf16 and f32 (the
 honest baseline); torch's `F.linear` in bf16 and f32; torch CSR (MKL) in f32; and the streaming limit, one core or more
 adding up an array and doing nothing else. All variants of a case take turns in every round, so that a change of clock
@@ -49,8 +49,8 @@ PACKED = {
     "packed bf16": ("bf16", None),
     "packed int8": ("int8", None),
     "packed int8/128": ("int8", 128),
-    "packed int4": ("int4", 64),
-    "packed int3": ("int3", 64),
+    "packed int4": ("int4", 32),
+    "packed int3": ("int3", 32),
     "packed f32": ("f32", None),
 }
 FEW = {"packed int4": (0.0, 0.5), "packed int3": (0.0,)}  # sparsities, for any number of columns

@@ -4,7 +4,7 @@
 // Integers: 64 at a time through vpexpandb into vpdpbusd. Activations are 16-bit integers split into two unsigned bytes,
 // hi + 128 and lo, because vpdpbusd multiplies unsigned by signed; the 128 is taken back with the row's sum of integers,
 // which the format stores. Everything is exact integer arithmetic as long as a scale lasts. Masked int8 times one token has
-// its own loop here, everything else is integers.h; int8 with more than 20 tokens goes through a tile of bfloat16.
+// its own loop here, other integers times one token are integers.h, and more tokens lanes.h.
 // Float32 and float16 values, and float32 activations of floats, are the AVX-512F code.
 #include "admm.h"
 #include "avx512.h"
@@ -12,6 +12,7 @@
 #include "fit.h"
 #include "greedy.h"
 #include "integers.h"
+#include "lanes.h"
 
 namespace {
 
@@ -114,6 +115,14 @@ struct Vbmi2 : Avx512 {
     static V pair(float first, float second) {  // of 32 columns each: four bytes of them in each lane
         return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second));
     }
+    // QUADS times four bytes of weights, again and again in the lanes of a vector, times bytes of activations.
+    template <int QUADS>
+    static inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i x, const int8_t* w) {
+        if constexpr (QUADS == 1) asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*(const int32_t*)w));
+        if constexpr (QUADS == 2) add_products_int8(sum, x, _mm512_broadcastq_epi64(_mm_loadu_si64(w)));
+        if constexpr (QUADS == 4) add_products_int8(sum, x, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)w)));
+        if constexpr (QUADS == 8) add_products_int8(sum, x, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)w)));
+    }
     static V widen(const int8_t* p) { return Avx512::widen<INT8>(p); }
     static void store_words(int16_t* place, const float* x) {
         for (int j = 0; j < 64; j += 16) {
@@ -126,9 +135,9 @@ struct Vbmi2 : Avx512 {
 };
 
 using N = Integers<Vbmi2>;
+using L = Lanes<Vbmi2>;
 
-int32_t form(int32_t kind, int32_t input, int64_t tokens, int64_t) {
-    if (kind == INT8 && tokens > 20 && input == BF16) return FORM_BF16;
+int32_t form(int32_t kind, int32_t input) {
     if (with_kind(kind, [](auto trait) { return trait.scaled; })) return FORM_I16;
     return input == BF16 && kind == BF16 ? FORM_BF16 : FORM_F32;
 }
@@ -146,7 +155,7 @@ void prepare_bf16(const void* x, int64_t tokens, int64_t cols, void* data) {
 
 void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
     if (form == FORM_BF16) return prepare_bf16(x, tokens, cols, data);
-    if (form == FORM_I16) return N::prepare(x, kind, tokens, cols, data, scales);
+    if (form == FORM_I16) return (tokens == 1 ? N::prepare : L::prepare)(x, kind, tokens, cols, data, scales);
     F::prepare(form, x, kind, tokens, cols, data, scales);
 }
 
@@ -237,13 +246,7 @@ void direct_bf16_many(const Packed& p, const Input& x, const Output& out, int64_
     }
 }
 
-// ---------------------------------------------------------------------------------------------- tile, and expanding
-
-inline __m512i widen_bytes_to_bf16(__m256i bytes) {  // exact: |q| <= 128 has 8 significant bits
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
+// ---------------------------------------------------------------------------------------------- expanding
 
 inline __m512i scale_bytes_to_bf16(__m256i bytes, __m512 scale) {
     __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
@@ -254,10 +257,9 @@ inline __m512i scale_bytes_to_bf16(__m256i bytes, __m512 scale) {
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// One group as 16-bit words [4, stride]. INT8 becomes bfloat16: times its scale when `scaled`, else the integer itself
-// for a scale a row (exact, the caller multiplies at the end).
+// One group as 16-bit words [4, stride]. INT8 becomes bfloat16.
 template <int KIND>
-void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t stride, int rows, bool scaled) {
+void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t stride, int rows) {
     const uint8_t* values = values_of<KIND>(p, group).at;
     const uint64_t every[4] = {~0ull, ~0ull, ~0ull, ~0ull}, *masks = p.masks ? p.masks + group * p.blocks * 4 : every;
     for (int64_t b = 0; b < p.blocks; b++, masks += p.masks ? 4 : 0) {
@@ -271,14 +273,10 @@ void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t strid
             if (KIND == INT8) {
                 __m512i q = expand8(mask, values);
                 __m256i q0 = _mm512_castsi512_si256(q), q1 = _mm512_extracti64x4_epi64(q, 1);
-                if (p.span || scaled) {
-                    auto scale = [&](int64_t column) {
-                        return _mm512_set1_ps(p.span ? span_scale(p, group, column, r) : group_scales(p, group)[r]);
-                    };
-                    low = scale_bytes_to_bf16(q0, scale(b * 64)), high = scale_bytes_to_bf16(q1, scale(b * 64 + 32));
-                } else {
-                    low = widen_bytes_to_bf16(q0), high = widen_bytes_to_bf16(q1);
-                }
+                auto scale = [&](int64_t column) {
+                    return _mm512_set1_ps(p.span ? span_scale(p, group, column, r) : group_scales(p, group)[r]);
+                };
+                low = scale_bytes_to_bf16(q0, scale(b * 64)), high = scale_bytes_to_bf16(q1, scale(b * 64 + 32));
                 values += __builtin_popcountll(mask);
             } else {
                 low = expand16((uint32_t)mask, values);
@@ -295,58 +293,6 @@ void expand_group16(const Packed& p, int64_t group, uint16_t* out, int64_t strid
                 _mm512_mask_storeu_epi16(place, (__mmask32)keep, low);
                 _mm512_mask_storeu_epi16(place + 32, (__mmask32)(keep >> 32), high);
             }
-        }
-    }
-}
-
-template <int T>
-TAWNY_LOOP void multiply_bf16(const Packed& p, const uint16_t* tile, const Input& x, const Output& out, int64_t group,
-                              int64_t t0) {
-    __m512 sum[4][T];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++)
-#pragma GCC unroll 6
-        for (int t = 0; t < T; t++) sum[r][t] = _mm512_setzero_ps();
-    const uint16_t* x0 = (const uint16_t*)x.data + t0 * x.stride;
-    int64_t width = p.blocks * 64;
-    for (int64_t k = 0; k < width; k += 32) {
-        __m512i w[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) w[r] = _mm512_load_si512(tile + r * width + k);
-#pragma GCC unroll 6
-        for (int t = 0; t < T; t++) {
-            __m512i v = _mm512_load_si512(x0 + t * x.stride + k);
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)w[r], (__m512bh)v);
-        }
-    }
-#pragma GCC unroll 6
-    for (int t = 0; t < T; t++) {
-        const __m512 four[4] = {sum[0][t], sum[1][t], sum[2][t], sum[3][t]};
-        Avx512::store_four(out, t0 + t, group, four, group_scales(p, group));
-    }
-}
-
-void multiply_any(int64_t share, const Packed& p, const uint16_t* tile, const Input& x, const Output& out,
-                  int64_t group, int64_t t0) {
-    switch (share) {
-        case 1: return multiply_bf16<1>(p, tile, x, out, group, t0);
-        case 2: return multiply_bf16<2>(p, tile, x, out, group, t0);
-        case 3: return multiply_bf16<3>(p, tile, x, out, group, t0);
-        case 4: return multiply_bf16<4>(p, tile, x, out, group, t0);
-        case 5: return multiply_bf16<5>(p, tile, x, out, group, t0);
-        default: return multiply_bf16<6>(p, tile, x, out, group, t0);
-    }
-}
-
-void tile_int8(const Packed& p, const Input& x, const Output& out, int64_t from, int64_t to, uint16_t* tile) {
-    int64_t together = tile_groups(p.blocks, 2), size = p.blocks * 64 * 4;
-    for (; from < to; from += together) {
-        int64_t n = to - from < together ? to - from : together;
-        for (int64_t i = 0; i < n; i++) expand_group16<INT8>(p, from + i, tile + i * size, p.blocks * 64, 4, false);
-        for (int64_t t = 0, share; t < x.tokens; t += share) {
-            share = token_share(x.tokens - t, 6);
-            for (int64_t i = 0; i < n; i++) multiply_any(share, p, tile + i * size, x, out, from + i, t);
         }
     }
 }
@@ -431,12 +377,12 @@ void direct_int8_range(const Packed& p, const Input& x, const Output& out, int64
 
 void packed(const Packed* p, const Input* x, const Output* out, int64_t from, int64_t to, void* scratch) {
     if (x->form == FORM_I16) {
-        bool own = p->kind == INT8 && p->masks && x->tokens == 1 && p->span != 32 && p->cols <= 65536;
+        if (x->tokens > 1) return L::packed(*p, *x, *out, from, to);
+        bool own = p->kind == INT8 && p->masks && p->span != 32 && p->cols <= 65536;
         if (!own) return N::packed(*p, *x, *out, from, to);
         return p->span ? direct_int8_range<true>(*p, *x, *out, from, to) : direct_int8_range<false>(*p, *x, *out, from, to);
     }
     if (x->form == FORM_F32) return F::packed(p, x, out, from, to, scratch);
-    if (p->kind == INT8) return tile_int8(*p, *x, *out, from, to, (uint16_t*)scratch);
     switch (x->tokens) {
         case 1: return direct_bf16_range<1>(*p, *x, *out, from, to);
         case 2: return direct_bf16_range<2>(*p, *x, *out, from, to);
@@ -452,8 +398,8 @@ void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, 
     for (int64_t g = from; g < to; g++) {
         uint16_t* place = (uint16_t*)out + (g - from) * 4 * stride;
         int rows = p->rows - g * 4 < 4 ? (int)(p->rows - g * 4) : 4;
-        if (p->kind == INT8) expand_group16<INT8>(*p, g, place, stride, rows, true);
-        else expand_group16<BF16>(*p, g, place, stride, rows, true);
+        if (p->kind == INT8) expand_group16<INT8>(*p, g, place, stride, rows);
+        else expand_group16<BF16>(*p, g, place, stride, rows);
     }
 }
 

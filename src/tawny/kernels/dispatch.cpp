@@ -148,8 +148,28 @@ int32_t run(Job& job, int64_t bytes, int32_t threads) {
     return job.failed ? 3 : 0;
 }
 
+struct Preparation {
+    int32_t form, kind;
+    const void* x;
+    int64_t tokens, cols;
+    uint8_t* data;
+    float* scales;
+};
+
+// A part has two tokens or more, for one alone may be in another order; so the last takes what remains.
+void prepare_part(const Preparation& p, int part, int parts) {
+    int64_t count = p.tokens / TOKENS_TOGETHER, size = p.form == FORM_F32 ? 4 : 2, padded = (p.cols + 63) / 64 * 64;
+    int64_t from = count * part / parts * TOKENS_TOGETHER, to = count * (part + 1) / parts * TOKENS_TOGETHER;
+    if (part + 1 == parts) to = p.tokens;
+    if (from < to)
+        chosen->prepare(p.form, (const uint8_t*)p.x + from * p.cols * value_size(p.kind), p.kind, to - from, p.cols,
+                        p.data + from * padded * size, p.scales + from);
+}
+
+void prepare_worker(void* all) { prepare_part(*(const Preparation*)all, thread_number(), thread_count()); }
+
 // Activations as the kernel wants them: as they are when they already fit, else converted into scratch memory.
-int32_t prepare(Input& input, int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols) {
+int32_t prepare(Input& input, int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, int32_t threads) {
     int64_t padded = (cols + 63) / 64 * 64;
     input = {x, nullptr, tokens, padded, form};
     bool same = (form == FORM_F32 && kind == F32) || (form == FORM_BF16 && kind == BF16);
@@ -157,7 +177,9 @@ int32_t prepare(Input& input, int32_t form, const void* x, int32_t kind, int64_t
     size_t scales = (tokens * 4 + 63) / 64 * 64;
     uint8_t* data = (uint8_t*)activations.get(scales + tokens * padded * (form == FORM_F32 ? 4 : 2));
     if (!data) return 3;
-    chosen->prepare(form, x, kind, tokens, cols, data + scales, (float*)data);
+    Preparation all = {form, kind, x, tokens, cols, data + scales, (float*)data};
+    if (threads > 1 && gomp_parallel && tokens >= 2 * TOKENS_TOGETHER) gomp_parallel(prepare_worker, &all, (unsigned)threads, 0);
+    else prepare_part(all, 0, 1);
     input.data = data + scales;
     input.scales = (const float*)data;
     return 0;
@@ -295,13 +317,13 @@ int32_t tawny_packed_at(const Packed* p, const void* x, const void* bias, void* 
     if (!valid(*p) || xkind < F32 || xkind > F16 || tokens < 0) return 2;
     if (tokens == 0) return 0;
     Input input;
-    int32_t form = chosen->form(p->kind, xkind, tokens, p->cols);
+    int32_t form = chosen->form(p->kind, xkind);
     for (constexpr int64_t most = 512; form == FORM_I16 && tokens > most; tokens -= most) {  // scratch memory stays
         if (int32_t error = tawny_packed_at(p, x, bias, y, xkind, most, threads)) return error;
         x = (const uint8_t*)x + most * p->cols * value_size(xkind);
         y = (uint8_t*)y + most * p->rows * value_size(xkind);
     }
-    if (int32_t error = prepare(input, form, x, xkind, tokens, p->cols)) return error;
+    if (int32_t error = prepare(input, form, x, xkind, tokens, p->cols, threads)) return error;
     Output output = {y, bias, p->rows, xkind};
     Job job = {p, nullptr, &input, &output, nullptr, 0, 0, 0, p->groups, 0, 0};
     job.tile = tile_bytes(*p, form, tokens);
@@ -334,9 +356,9 @@ int32_t tawny_dense(const void* weight, int64_t rows, int64_t cols, int32_t kind
     if (rows <= 0 || cols <= 0 || kind < F32 || kind > F16 || xkind < F32 || xkind > F16 || tokens < 0) return 2;
     if (tokens == 0) return 0;
     Dense d = {weight, rows, cols, kind, transposed};
-    int32_t form = transposed ? FORM_F32 : chosen->form(kind, xkind, tokens, cols);
+    int32_t form = transposed ? FORM_F32 : chosen->form(kind, xkind);
     Input input;
-    if (int32_t error = prepare(input, form, x, xkind, tokens, cols)) return error;
+    if (int32_t error = prepare(input, form, x, xkind, tokens, cols, threads)) return error;
     Output output = {y, bias, rows, xkind};
     Job job = {nullptr, &d, &input, &output, nullptr, 0, 0, 0, rows, transposed ? (size_t)(tokens * rows * 4) : 0, 0};
     return run(job, rows * cols * value_size(kind), threads);

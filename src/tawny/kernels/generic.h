@@ -278,7 +278,7 @@ struct Generic {
     using V = typename I::V;
     static constexpr int W = I::W;
 
-    static int32_t form(int32_t, int32_t, int64_t, int64_t) { return FORM_F32; }
+    static int32_t form(int32_t, int32_t) { return FORM_F32; }
 
     static void prepare(int32_t, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float*) {
         int64_t stride = (cols + 63) / 64 * 64;

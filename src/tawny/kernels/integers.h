@@ -17,7 +17,7 @@ struct Integers {
     using Sums = typename I::Sums;
     static constexpr int W = I::W, N = I::bytes, PARTS = 64 / N;
     static constexpr int STRIP = 16;     // blocks; sums of so many products fit 32 bits
-    static constexpr int TOGETHER = 32;  // tokens that share a strip: their words of 4096 columns stay in L2
+    static constexpr int TOGETHER = TOKENS_TOGETHER;  // they share a strip: their words of 4096 columns stay in L2
     static constexpr int AHEAD = 2048;   // bytes: 1 KB is as fast on Zen 3, 4 KB a quarter slower
 
     // Tokens that share a strip lie side by side in each block of 64 columns, a part of N columns in the order that
@@ -141,11 +141,17 @@ struct Integers {
 
         TAWNY_LOOP const int8_t* next(int64_t blocks) {
             const int8_t* from = survivors(blocks);
-            if (!masks) return from;
-            for (int64_t i = 0; i < blocks * 4; i++)
+            if (!masks) {
+                for (int64_t i = 0; KIND == INT8 && i < blocks * 256; i += 64) I::prefetch(from + i + STRIP * 256);
+                return from;
+            }
+            for (int64_t i = 0; i < blocks * 4; i++) {
+                if (KIND == INT8) I::prefetch(from + 4096);
+                if (i % 2 == 0) I::prefetch(masks + i + 128);
                 spread(from, masks + i, [&](auto part, Bytes w) __attribute__((always_inline)) {
                     I::store_bytes(dense + i * 64 + part.value * N, w);
                 });
+            }
             masks += blocks * 4;
             return dense;
         }
@@ -443,7 +449,7 @@ struct Integers {
 // The functions of a table that have no better way for integers: integers here, the rest in generic.h.
 template <class I, class J = I>
 struct Both {
-    static int32_t form(int32_t kind, int32_t, int64_t, int64_t) {
+    static int32_t form(int32_t kind, int32_t) {
         return with_kind(kind, [](auto trait) { return trait.scaled; }) ? FORM_I16 : FORM_F32;
     }
     static void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {

@@ -48,8 +48,8 @@ struct Token {  // at `position` of the sequence that has this place
     int64_t place, position;
 };
 
-int32_t form_of(const Product& p, int32_t kind, int64_t tokens) {
-    return chosen->form(p.packed ? p.packed->kind : p.kind, kind, tokens, p.cols);
+int32_t form_of(const Product& p, int32_t kind) {
+    return chosen->form(p.packed ? p.packed->kind : p.kind, kind);
 }
 
 struct Jobs {
@@ -66,14 +66,14 @@ void jobs_worker(void* all) {
 int32_t multiply(const Product* const* products, float* const* places, int count, const void* x, int32_t kind,
                  int64_t tokens, int32_t threads) {
     for (int first = 0; first < count;) {
-        int32_t form = form_of(*products[first], kind, tokens);
+        int32_t form = form_of(*products[first], kind);
         Input input;
-        if (int32_t error = prepare(input, form, x, kind, tokens, products[first]->cols)) return error;
+        if (int32_t error = prepare(input, form, x, kind, tokens, products[first]->cols, threads)) return error;
         Dense dense[3];
         Output outputs[3];
         Jobs jobs = {{}, 0};
         int64_t bytes = 0;
-        for (; first < count && form_of(*products[first], kind, tokens) == form; first++) {
+        for (; first < count && form_of(*products[first], kind) == form; first++) {
             const Product& p = *products[first];
             int n = jobs.count++;
             outputs[n] = {places[first], p.bias, p.rows, F32};

@@ -17,6 +17,9 @@ enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, INT4 = 4, INT3 = 5, 
 // of its own).
 enum Form : int32_t { FORM_F32 = 0, FORM_BF16 = 1, FORM_I16 = 2 };
 
+// Activations are prepared in parts of so many tokens, whose place depends on the tokens before them alone.
+constexpr int64_t TOKENS_TOGETHER = 32;
+
 struct Packed {
     const uint64_t* masks;   // [groups, blocks, 4]; null: whole
     const void* values;      // survivors, then 64 bytes of padding
@@ -107,7 +110,7 @@ struct Fit {  // weights to a grid (fit.h)
 struct Kernels {
     const char* name;
     // The Form wanted for these values and activations.
-    int32_t (*form)(int32_t kind, int32_t input, int64_t tokens, int64_t cols);
+    int32_t (*form)(int32_t kind, int32_t input);
     void (*prepare)(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales);
     void (*packed)(const Packed*, const Input*, const Output*, int64_t from, int64_t to, void* scratch);  // groups
     void (*expand)(const Packed*, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride);     // groups
