@@ -44,6 +44,15 @@ def test_a_weight_that_is_not_finite_is_named_before_what_comes_of_it(name, adva
         observe(Stream(stack, Samples(tokens())), 0, stack.linears(0), "norms", advance=advance)
 
 
+def test_an_embedding_that_is_not_finite_is_named():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokens()[0, 0]] = torch.inf
+    words = r"^model\.embed_tokens\.weight .* holds NaN or infinite weights in float32; check the checkpoint$"
+    with pytest.raises(NumericalError, match=words):
+        Stream(live_stack(model), Samples(tokens()))
+
+
 @pytest.mark.parametrize(
     ("dtype", "words"),
     [(torch.float32, "float32; check"), (torch.float16, "float16; try compute=float32, or check")],

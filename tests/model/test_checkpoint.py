@@ -30,6 +30,7 @@ from tests.tiny import FAMILIES, tiny_model, tokens
 )
 def test_an_index_that_is_none_is_refused_in_one_line(text, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="not a valid safetensors index"):
         Checkpoint(tmp_path)
@@ -65,6 +66,31 @@ def test_a_lone_file_of_any_name_counts_where_nothing_says_otherwise(tmp_path):
     (tmp_path / "weights.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors"):
         file_bytes(tmp_path)
+
+
+def test_one_file_counts_before_an_index_that_was_left_as_transformers_has_it(tmp_path):
+    """`save_pretrained` over a sharded folder takes the shards away and leaves their index."""
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="40KB")
+    new = tiny_model("llama", seed=1)
+    new.save_pretrained(tmp_path)
+    assert (tmp_path / INDEX).is_file()
+    assert weight_paths(tmp_path) == [tmp_path / "model.safetensors"]
+    with torch.no_grad():
+        found, wanted = open_stack(tmp_path, torch.float32).whole()(tokens()).logits, new(tokens()).logits
+    torch.testing.assert_close(found, wanted)
+
+
+def test_two_that_the_configuration_ties_are_two_where_they_differ(tmp_path):
+    """As transformers has it, which says so and ties only equal ones."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    rewrite(tmp_path, lambda found: found | {"lm_head.weight": model.lm_head.weight.detach()})
+    with torch.no_grad():
+        found, wanted = open_stack(tmp_path, torch.float32).whole()(tokens()).logits, model(tokens()).logits
+    torch.testing.assert_close(found, wanted)
+    assert tawny.evaluate(tmp_path, tokens()).loss == pytest.approx(tawny.evaluate(model, tokens()).loss)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +206,15 @@ def test_linears_in_float8_are_still_refused(tmp_path):
 
 
 TIED = ("model.embed_tokens", "lm_head")
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    for opens in (tawny.load, lambda folder: tawny.prune(folder, tmp_path / "out", **PRUNING)):
+        with pytest.raises(ModelError, match=r"holds an adapter beside its weights .* merge it"):
+            opens(tmp_path / "model")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_weight_may_lie_under_the_name_of_the_head(tmp_path):

@@ -84,3 +84,39 @@ def test_an_unfinished_run_is_only_cleared_by_consent(tmp_path):
     assert journal.exists()
     OutputFolder(tmp_path / "out", overwrite=True).discard()
     assert not journal.parent.exists()
+
+
+def test_a_name_that_links_to_nothing_is_refused_at_once(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(OutputError, match=r"out is a link to nothing \(.*unmounted\)"):
+        OutputFolder(tmp_path / "out", overwrite=True)
+
+
+def test_what_is_replaced_comes_back_where_the_new_folder_cannot_take_its_name(tmp_path, monkeypatch):
+    old = model_in(tmp_path / "out")
+    output = OutputFolder(tmp_path / "out", overwrite=True)
+    model_in(output.partial / "new")
+    move = Path.replace
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name == "checkpoint":
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        output.finish()
+    output.discard()
+    assert (old / "model.safetensors").read_bytes() == b"weights"
+    assert not output.work.exists()
+
+
+def test_links_to_nothing_and_folders_in_a_source_are_not_carried(tmp_path):
+    source = model_in(tmp_path / "source")
+    (source / "gone.json").symlink_to(tmp_path / "nothing")
+    (source / "folder.json").mkdir()
+    (source / "slim.json").write_text("{}")
+    output = OutputFolder(tmp_path / "out", source=source)
+    output.carry(source)
+    assert sorted(path.name for path in output.partial.iterdir()) == ["config.json"]
+    output.discard()

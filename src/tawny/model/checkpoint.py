@@ -184,6 +184,14 @@ class Checkpoint:
         except KeyError:
             raise self._unknown(key, self.dtypes[key]) from None
 
+    def same(self, one: Unit, other: Unit) -> bool:
+        """Whether two parameters, each of them one stored tensor, hold the same numbers."""
+        keys = [*one.sources, *other.sources]
+        if len(keys) != 2 or self.shapes[keys[0]] != self.shapes[keys[1]]:
+            return False
+        first, second = self.read(keys).values()
+        return torch.equal(first, second.to(first.dtype))
+
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         """Copies of the named tensors, as stored; quantised ones decoded."""
         tensors: dict[str, torch.Tensor] = {}
@@ -374,12 +382,17 @@ def weight_paths(folder: Path) -> list[Path]:
     """The safetensors files that make up the model of a folder, dense or packed.
 
     Other safetensors may lie beside them (an adapter, the same weights once more as `consolidated.safetensors`), so
-    the index says which count, then the name of a lone file; only a folder with neither is taken as it is.
+    the name of a lone file says which count, then the index; only a folder with neither is taken as it is.
 
     Raises:
         CheckpointError: the index is damaged, a shard it names is missing, or there is no file at all.
     """
-    index = folder / (PACKED_INDEX if is_packed(folder) else INDEX)
+    single = folder / "model.safetensors"
+    packed = is_packed(folder)
+    # As transformers has it: what was saved in one file over a sharded folder has left the old index beside it.
+    if not packed and single.is_file():
+        return [single]
+    index = folder / (PACKED_INDEX if packed else INDEX)
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -396,9 +409,6 @@ def weight_paths(folder: Path) -> list[Path]:
                 "fetch the checkpoint again"
             )
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise CheckpointError(f"{folder} holds no *.safetensors file; expected a Hugging Face checkpoint")

@@ -58,7 +58,7 @@ def model_identity(folder: Path) -> dict[str, Any]:
     """Of each weight file its size, time and header; of the other files that matter their contents."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*")):
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" and path.is_file():
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = file.read(min(size, 1 << 28))

@@ -30,7 +30,7 @@ SHARD_BYTES = 2_000_000_000
 # Everything that is not weights travels with the model, except what describes weights of another format.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
 _PARTS = "[0-9]_*/*"  # what sentence-transformers keeps of its modules, such as 1_Pooling/config.json
-_NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json", *BESIDE}
+_NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json", "slim.json", *BESIDE}
 # What a folder may hold that a run may throw away.
 MEASURED = "measured.json"  # of `tawny fit`, as are levels and finalists
 _FILES = {name + more for name in (JOURNAL, MEASURED) for more in ("", ".tmp")}
@@ -172,6 +172,10 @@ class OutputFolder:
         if source is not None:
             spare((out, self.work), source, "model")
         self._mend()
+        if out.is_symlink() and not out.exists():
+            raise OutputError(
+                f"{out} is a link to nothing ({out.readlink()}); mount what it names or choose another --out"
+            )
         if out.exists():
             if not overwrite:
                 raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
@@ -261,7 +265,8 @@ class OutputFolder:
 
         The configuration no longer says how the source was quantised: weights are written as floats.
         """
-        found = {path.name for pattern in _CARRIED for path in source.glob(pattern)} - _NOT_CARRIED
+        # A link to nothing, such as a cleaned cache leaves, is no file.
+        found = {p.name for pattern in _CARRIED for p in source.glob(pattern) if p.is_file()} - _NOT_CARRIED
         named = {name for name in also if (source / name).is_file()}
         with writing(self.partial):
             for name in {name for name in found if not name.endswith(".index.json")} | named:
@@ -334,8 +339,9 @@ class OutputFolder:
         self._lock.close()
 
     def discard(self) -> None:
-        """Throw away what is unfinished."""
+        """Throw away what is unfinished, but not what `finish` had only set aside."""
         self.release()
+        self._mend()
         with contextlib.suppress(OSError):
             (self.work / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)

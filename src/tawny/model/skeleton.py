@@ -108,10 +108,16 @@ def read_config(folder: Path) -> PretrainedConfig:
     """What `config.json` in `folder` says, as transformers reads it.
 
     Raises:
-        ModelError: it cannot be read, or needs code of its own.
+        ModelError: it cannot be read, or needs code of its own. Or an adapter lies beside the weights, which transformers
+            would apply where peft is installed, and block by block nobody would.
     """
     from transformers import AutoConfig
 
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds an adapter beside its weights (adapter_config.json), expected a model alone; "
+            "merge it with peft's merge_and_unload, or move the adapter's files away"
+        )
     with using_config(folder):
         return possible(AutoConfig.from_pretrained(folder, trust_remote_code=trusted()))
 

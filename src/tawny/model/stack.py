@@ -113,18 +113,28 @@ class Stack:
         assert self.checkpoint is not None
         inside = {id(unit) for i in range(len(self)) for unit in self.checkpoint.units_of(self.name(i))}
         outside = [unit for unit in self.checkpoint.units if id(unit) not in inside]
+        self._untie(outside)
         self._late = [unit for unit in outside if unit.converter is None and unit.targets[0] == self._head()]
         for unit in outside:
             if unit not in self._late:
                 self._assign(self.checkpoint.load(unit, self.model))
         if not self._late:
-            self.model.tie_weights()
+            self.model.tie_weights(recompute_mapping=False)  # of two that differ, none is tied
         late = {target for unit in self._late for target in unit.targets}
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and not self.structure.hold(name) and name not in late:
                 raise CheckpointError(
                     f"{self.checkpoint.folder} lacks weights outside the blocks, first {name!r}"
                 )
+
+    def _untie(self, outside: list[Unit]) -> None:
+        """Two that the configuration ties, and that are stored apart and differ, are two: so transformers has it."""
+        assert self.checkpoint is not None
+        units = {unit.targets[0]: unit for unit in outside if unit.converter is None}
+        tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        for twin, name in tied.items():
+            if twin in units and name in units and not self.checkpoint.same(units[twin], units[name]):
+                del self.model.all_tied_weights_keys[twin]
 
     def _head(self) -> str | None:
         """Name of the head's weight where it is one of its own: nobody but `tail` needs it."""

@@ -210,6 +210,9 @@ class Stream:
         saved: the file `save` made there, when they have come that far before; else they enter at the beginning.
         spill: where to keep the hidden states instead of in memory: a path that files get their names from.
 
+    Raises:
+        NumericalError: an embedding is NaN or infinite; names it.
+
     Attributes:
         hidden: one tensor `[batch, tokens, hidden]` a chunk; read anew each time where they are on disk.
         depth: rises when all chunks have been replaced.
@@ -230,7 +233,7 @@ class Stream:
         self.slices = chunks_of(len(samples), samples_a_chunk(samples.seqlen, chunk_tokens))
         self.depth = depth
         self.hidden: list[Tensor] | OnDisk
-        entering = (stack.enter(samples.take(part).inputs) for part in self.slices)
+        entering = (self._entered(stack.enter(samples.take(part).inputs)) for part in self.slices)
         if spill is not None:
             rows = [part.stop - part.start for part in self.slices]
             self.hidden = OnDisk(spill, rows, stack.device, depth, saved)
@@ -241,6 +244,16 @@ class Stream:
         else:
             read = read_tensors(saved)
             self.hidden = [read.pop(str(chunk)).to(stack.device) for chunk in range(len(self.slices))]
+
+    def _entered(self, hidden: Tensor) -> Tensor:
+        if bool(torch.isfinite(hidden).all()):
+            return hidden
+        for name, weight in self.stack.model.named_parameters():
+            if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+                raise NumericalError(
+                    f"{name} {list(weight.shape)} holds NaN or infinite weights {way_out(weight.dtype)}"
+                )
+        raise NumericalError(f"what enters the first block is NaN or infinite {way_out(self.stack.compute)}")
 
     def __len__(self) -> int:
         return len(self.slices)

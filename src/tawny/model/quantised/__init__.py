@@ -91,9 +91,11 @@ def read_quantised(
     stored = Stored(folder, entries, settings, read)
     found = reader(stored)
     if not found:
+        beside = next((name for name in BESIDE if (folder / name).is_file()), None)
+        left = f"{beside} away" if beside else "quantization_config out of config.json"
         raise CheckpointError(
-            f"{folder} says that it is quantised ({method}) and holds no such weight; fetch it again, or take "
-            "quantization_config out of config.json if its weights are floats"
+            f"{folder} says that it is quantised ({method}) and holds no such weight; fetch it again, or take {left} "
+            "if its weights are floats"
         )
     used = {name for coded in found.values() for name in coded.parts.values()}
     others = {name for name in entries if name.endswith(_NOT_WEIGHTS) or "quant_state.bitsandbytes__" in name}
