@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config
 
 import tawny
 from tawny.errors import ModelError
 from tawny.model import own_blocks
 from tawny.progress import Silent
-from tests.tiny import tiny_model, tokens
+from tests.tiny import FAMILIES, tiny_model, tokens, with_outliers
 
 KEYS = {"sparsity": 0.3, "pattern": "channels+heads"}
 
@@ -24,6 +24,19 @@ def logits(folder) -> torch.Tensor:
 
 def pruned(folder, out, **keys):
     return tawny.prune(folder, out, **{**KEYS, "calibration": tokens(4, 24), **keys})
+
+
+def saved(model, folder, channels):
+    """A folder of the model whose blocks keep so many channels; with none, the whole block is zero."""
+    blocks = model.get_decoder().layers
+    with torch.no_grad():
+        for block, count in zip(blocks, channels, strict=True):
+            block.mlp.down_proj.weight[:, count:] = 0
+            if not count:
+                for parameter in (x for x in block.parameters() if x.dim() == 2):
+                    parameter.zero_()
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +108,74 @@ def test_different_widths_open_through_tawny_and_nothing_else_makes_weights_up(d
     monkeypatch.setattr(own_blocks, "_build_own", lambda model: None)  # as transformers alone
     with pytest.raises(RuntimeError, match=r"mismatch|shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """A slim model whose blocks have 40, 32 and 48 channels."""
+    folder = tmp_path_factory.mktemp("unequal")
+    assert not tawny.slim(
+        saved(tiny_model("llama"), folder / "zero", (40, 32, 48)), folder / "slim"
+    ).same_widths
+    return folder / "slim"
+
+
+@pytest.mark.parametrize("channels", [(24, 24, 24), (24, 32, 30), (0, 32, 48), (0, 32, 32)])
+def test_a_slim_model_of_unequal_blocks_is_slimmed_again(unequal, tmp_path, channels):
+    model = AutoModelForCausalLM.from_pretrained(unequal, dtype=torch.float32)
+    zero = saved(model, tmp_path / "zero", channels)
+    report = tawny.slim(zero, tmp_path / "slim")
+    left = [count for count in channels if count]
+    assert [block["intermediate_size"] for block in report.widths] == left
+    config = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert report.same_widths == (len({*left}) == 1)
+    assert {own_blocks.KEY, own_blocks.READS_GLOBAL}.isdisjoint(config) == report.same_widths
+    assert torch.allclose(logits(tmp_path / "slim"), logits(zero), atol=1e-4)
+
+
+def test_experts_that_differed_can_become_equal_again_beside_a_block_without_any(tmp_path):
+    own = {own_blocks.KEY: {"0": {"moe_intermediate_size": 8}}, own_blocks.READS_GLOBAL: True}
+    model = tiny_model("qwen3_moe", **own)
+    with torch.no_grad():
+        model.model.layers[2].mlp.experts.down_proj[..., 8:] = 0
+    model.save_pretrained(tmp_path / "zero")
+    report = tawny.slim(tmp_path / "zero", tmp_path / "slim")
+    assert report.same_widths and [x.get("moe_intermediate_size") for x in report.widths] == [8, None, 8]
+
+
+def test_what_else_a_block_has_of_its_own_stays_with_it(tmp_path):
+    own = {own_blocks.KEY: {"2": {"rms_norm_eps": 0.5}}, own_blocks.READS_GLOBAL: True}
+    model = tiny_model("llama", **own)
+    assert model.model.layers[2].input_layernorm.variance_epsilon == 0.5
+    report = tawny.slim(saved(model, tmp_path / "zero", (0, 32, 40)), tmp_path / "slim")
+    assert report.dropped == [0] and report.apart < 1e-5
+    config = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert config[own_blocks.KEY]["1"] == {"intermediate_size": 40, "rms_norm_eps": 0.5}
+
+
+@pytest.mark.parametrize("channels", [(40, 40, 40), (40, 32, 48), (40, 0, 40)])
+def test_widths_of_a_model_of_pictures_and_text_are_said_of_its_text(tmp_path, channels):
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=FAMILIES["gemma3_text"],
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=255,
+    )
+    model = with_outliers(AutoModelForImageTextToText.from_config(config, dtype=torch.float32), 1)
+    zero = saved(model, tmp_path / "zero", channels)
+    report = tawny.slim(zero, tmp_path / "slim")
+    assert report.same_widths == (len({*channels} - {0}) == 1)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (zero, tmp_path / "slim"))
+    assert before.keys() == after.keys() and before["vision_config"] == after["vision_config"]
+    assert (own_blocks.KEY in after["text_config"]) != report.same_widths
+    opened = [
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (zero, tmp_path / "slim")
+    ]
+    with torch.no_grad():
+        expected, made = (model(tokens(2, 16) % 255).logits for model in opened)
+    assert torch.allclose(made, expected, atol=1e-4)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(dense, tmp_path, monkeypatch):

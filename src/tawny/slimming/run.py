@@ -34,7 +34,7 @@ from tawny.model.trust import opens_models
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress, silent
 from tawny.slimming.depth import renumbered
-from tawny.slimming.widths import described, settings_of_block
+from tawny.slimming.widths import config_of_block, described, key_of_text, settings_of_block
 
 # transformers multiplies experts together only where a row is whole times 16 bytes: 8 numbers of two bytes.
 _ALIGNED = 8
@@ -109,8 +109,10 @@ def slim(
             total = output.assemble(output.plan_shards(["outside", *blocks]))
             output.carry(folder)
             raw = json.loads((output.partial / "config.json").read_text(encoding="utf-8"))
-            config = described(stack.config.get_text_config(), raw, widths, dropped)
-            if not aligned:
+            key = key_of_text(stack.config, raw)
+            said = described(stack.config.get_text_config(), raw[key] if key else raw, widths, dropped)
+            config = {**raw, key: said} if key else said
+            if not aligned:  # transformers passes on what the top says of it, to every nested part
                 config["experts_implementation"] = "eager"
             output.write_text("config.json", json.dumps(config, indent=2) + "\n")
             made, apart = _opened(output.partial, expected, str(source))
@@ -123,7 +125,7 @@ def slim(
             source_bytes=file_bytes(folder),
             widths=widths,
             dropped=dropped,
-            same_widths=KEY not in config,
+            same_widths=KEY not in said,
             apart=apart,
             seconds=round(time.perf_counter() - started, 3),
         )
@@ -172,7 +174,8 @@ def _cut(
             ]
             aligned = aligned and not any(count % _ALIGNED for count in experts)
             removed += sum(len(keep) - count for keep, count in zip(kept, counts, strict=True))
-            widths.append(settings_of_block(stack.config.get_text_config(), couplings[index], counts))
+            config = config_of_block(stack.config.get_text_config(), index)
+            widths.append(settings_of_block(config, couplings[index], counts))
             tensors: dict[str, Tensor] = {}
             for unit in units:
                 tensors |= checkpoint.store(unit, {k: parameters[k] for k in unit.targets}, stack.model)

@@ -6,7 +6,7 @@ the result (run.py).
 
 from __future__ import annotations
 
-__all__ = ["described", "settings_of_block"]
+__all__ = ["config_of_block", "described", "key_of_text", "settings_of_block"]
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,11 +21,27 @@ _FFN = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "ffn_hidden_siz
 _HEADS, _GROUPS, _HEAD = "num_attention_heads", "num_key_value_heads", "head_dim"
 
 
+def config_of_block(config: Any, index: int) -> Any:
+    """The configuration that block `index` is built from: the model's, with what `per_layer_config` changes in it."""
+    return config.per_layer_config[index] if KEY in config.to_dict() else config
+
+
+def key_of_text(config: Any, raw: Mapping[str, Any]) -> str | None:
+    """The key of config.json under which the widths of blocks lie; None where they lie at its top.
+
+    Args:
+        config: of the whole model; `raw` as its file has it.
+    """
+    text = config.get_text_config()
+    # Older files of some models keep at the top what transformers nests once it has read them.
+    return next((key for key, part in vars(config).items() if part is text and key in raw), None)
+
+
 def settings_of_block(config: Any, couplings: Sequence[Coupling], kept: Sequence[int]) -> dict[str, int]:
     """What the configuration of one block would have to say: setting → value.
 
     Args:
-        config: of the model, before.
+        config: of the block, before.
         kept: members that each coupling keeps.
 
     Raises:
@@ -63,27 +79,44 @@ def _of(config: Any, key: str) -> Any:
 def described(
     config: Any, raw: Mapping[str, Any], blocks: Sequence[Mapping[str, int]], dropped: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """config.json with the widths of its blocks.
+    """config.json, or the part of it that describes the blocks, with their widths.
 
     Args:
-        config: of the model, before; `raw` as its file has it.
+        config: of the blocks, before; `raw` as its file has it.
         blocks: `settings_of_block` of each that is left.
         dropped: numbers of those that are not.
     """
     made = {**raw, **(settings_of_depth(config, raw, dropped) if dropped else {})}
-    own: list[dict[str, int]] = [{} for _ in blocks]
+    # Blocks are described anew below. Where they have become equal, nothing is left to say of single ones.
+    for key in (KEY, READS_GLOBAL):
+        made.pop(key, None)
     names = getattr(type(config), "attribute_map", {})
-    for key in sorted({key for settings in blocks for key in settings}):
-        values = {settings[key] for settings in blocks if key in settings}
-        name = names.get(key, key)
-        if len(values) == 1:
-            made[name] = values.pop()
+    said = [{names.get(key, key): value for key, value in settings.items()} for settings in blocks]
+    widths = {key for settings in said for key in settings}
+    left = [index for index in range(len(blocks) + len(dropped)) if index not in dropped]
+    said = [
+        {**_before(config, index, widths), **settings} for index, settings in zip(left, said, strict=True)
+    ]
+    own: list[dict[str, Any]] = [{} for _ in blocks]
+    for key in sorted({key for settings in said for key in settings}):
+        values = [settings[key] for settings in said if key in settings]
+        if all(value == values[0] for value in values):
+            made[key] = values[0]
             continue
-        for mine, settings in zip(own, blocks, strict=True):
+        for mine, settings in zip(own, said, strict=True):
             if key in settings:
-                mine[name] = settings[key]
+                mine[key] = settings[key]
     if any(own):
         digits = len(str(len(own) - 1))
         made[KEY] = {str(index).zfill(digits): mine for index, mine in enumerate(own) if mine}
         made[READS_GLOBAL] = True
     return made
+
+
+def _before(config: Any, index: int, widths: set[str]) -> dict[str, Any]:
+    """One block's values of the settings that it, or another block, had of its own before."""
+    own = {int(number): settings for number, settings in config.to_dict().get(KEY, {}).items()}
+    # A block that has no new width of a kind, such as that of experts, must not keep the old one of all.
+    others = {key for settings in own.values() for key in settings} - widths
+    block = config_of_block(config, index)
+    return {key: getattr(block, key) for key in {*others, *own.get(index, {})}}
