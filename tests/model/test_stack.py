@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    Qwen3VLConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, NumericalError
@@ -29,6 +36,41 @@ def recorded_outputs(model, ids, mask=None):
     for handle in handles:
         handle.remove()
     return seen, logits
+
+
+def test_blocks_never_see_a_cache_even_where_the_model_has_no_argument_for_it():
+    """It would grow with every call of a block, and the next call would attend to what an earlier one had made."""
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": 256,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "depth": 1,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    stack = live_stack(model)
+    stream = Stream(stack, Samples(tokens()))
+    for index in range(len(stack)):
+        call = stream.call(index, 0)
+        assert not any(isinstance(value, Cache) for value in (*call.args, *call.kwargs.values()))
+        first = stack.forward(index, stream.hidden[0], call)
+        stack.forward(index, stream.hidden[0].flip(0), call)
+        assert torch.equal(first, stack.forward(index, stream.hidden[0], call))
+        stream.advance(index)
 
 
 MASKED = ("llama", "gemma3_text", "bloom", "opt", "gpt2")

@@ -373,8 +373,12 @@ class Replay:
     def _stand_ins(self, stand_in: Callable[[int, Tensor, Call], object]) -> Iterator[None]:
         """Inside, `stand_in(index, hidden states, the rest)` is called instead of a block."""
 
+        from transformers import Cache
+
         def forward(index: int, /, *args: Any, **kwargs: Any) -> object:
-            rest = args[1:]
+            # Some models have no argument for it and keep one all the same, which would grow with every call of a block.
+            kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+            rest = tuple(None if isinstance(value, Cache) else value for value in args[1:])
             if args:
                 return stand_in(index, args[0], Call(rest, kwargs))
             return stand_in(index, kwargs.pop("hidden_states"), Call(rest, kwargs))
