@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, dequantize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, OutputError, UserError
@@ -41,6 +42,15 @@ FAMILIES = {
         "num_hidden_layers": 6,
         "layer_types": [*["sliding_attention"] * 5, "full_attention"],
     },
+}
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 
@@ -141,26 +151,49 @@ def test_norms_of_gemma_are_stored_as_what_is_multiplied_with(family, third, wor
 
 
 def test_frequencies_of_llama3_are_divided_by_what_the_file_says(words, tmp_path):
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    folder = saved(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=16384)
+    folder = saved(tmp_path / "model", "llama", rope_parameters=LLAMA3, max_position_embeddings=16384)
     tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
     factors = contents(tmp_path / "m.gguf")["rope_freqs.weight"]
     plain = 1e4 ** -(torch.arange(0, 16, 2) / 16)
     model = tawny.load(folder).model.rotary_emb.inv_freq
     torch.testing.assert_close(plain / factors, model)
     assert factors.min() == 1 and factors.max() == 8
-    assert tawny.load(tmp_path / "m.gguf").config.rope_parameters == rope
+    assert tawny.load(tmp_path / "m.gguf").config.rope_parameters == LLAMA3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "gemma3_text"])
+def test_linear_scaling_is_said_in_the_file_and_read_again(family, words, tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0}
+    if family == "gemma3_text":
+        rope = {
+            "full_attention": {**rope, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    folder = saved(tmp_path / "model", family, rope_parameters=rope)
+    tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
+    fields, name = GGUFReader(str(tmp_path / "m.gguf")).fields, ARCHITECTURES[family].name
+    assert fields[f"{name}.rope.scaling.type"].contents() == "linear"
+    assert fields[f"{name}.rope.scaling.factor"].contents() == 4.0
+    assert "rope_freqs.weight" not in contents(tmp_path / "m.gguf")
+    if family == "gemma":  # which transformers does not read
+        return
+    again = tawny.load(tmp_path / "m.gguf")
+    assert again.config.rope_parameters == tawny.load(folder).config.rope_parameters == rope
+    for key, buffer in tawny.load(folder, dtype=torch.bfloat16).named_buffers():
+        torch.testing.assert_close(again.get_buffer(key), buffer, rtol=0, atol=0)
+
+
+def test_biases_of_the_feed_forward_are_read_again(words, tmp_path):
+    folder = saved(tmp_path / "model", "llama", mlp_bias=True, attention_bias=False)
+    tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
+    expected = dict(tawny.load(folder, dtype=torch.bfloat16).named_parameters())
+    found = dict(tawny.load(tmp_path / "m.gguf").named_parameters())
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert found["model.layers.1.mlp.down_proj.bias"].any()
 
 
 def test_other_factors_than_those_of_llama3_are_refused_when_a_file_is_opened(words, tmp_path):
-    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    rope = {**LLAMA3, "original_max_position_embeddings": 64}
     folder = saved(tmp_path / "model", "llama", rope_parameters=rope)
     tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
     with pytest.raises(CheckpointError, match="in another way than Llama 3"):
@@ -239,6 +272,10 @@ def test_a_packed_folder_gives_the_file_of_the_dense_one_and_remembers_no_tokeni
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "of the kind 'yarn'",
         ),
+        *(
+            (family, {"rope_parameters": LLAMA3}, "of the kind 'llama3'")
+            for family in ("qwen2", "qwen3", "gemma")
+        ),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, said, words, tmp_path):
@@ -248,13 +285,26 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, said
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("*.gguf*"))
 
 
+@pytest.mark.parametrize("narrow", ["mlp.down_proj", "self_attn.o_proj"])
+def test_blocks_of_different_widths_are_refused(narrow, words, tmp_path):
+    folder = saved(tmp_path / "model", "llama", attention_bias=False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.1.{narrow}.weight"][:, :32] = 0  # a third of the channels, or one group of heads
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tawny.slim(folder, tmp_path / "slim")
+    with pytest.raises(ModelError, match=r"different widths.*before `tawny slim`") as caught:
+        tawny.export(tmp_path / "slim", tmp_path / "m.gguf", tokenizer_from=words)
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("*.gguf*"))
+
+
 def test_a_file_of_the_model_is_not_replaced_by_its_export(words, tmp_path):
     folder, made = saved(tmp_path / "model", "llama"), tmp_path / "m.gguf"
     tawny.export(folder, made, tokenizer_from=words)
-    for source, out in ((folder, folder / "model.safetensors"), (made, made)):
+    mine = shutil.copy(words, tmp_path / "words.gguf")
+    for source, out in ((folder, folder / "model.safetensors"), (made, made), (folder, mine)):
         before = out.read_bytes()
         with pytest.raises(OutputError, match="a source is never overwritten"):
-            tawny.export(source, out, tokenizer_from=words, overwrite=True)
+            tawny.export(source, out, tokenizer_from=mine, overwrite=True)
         assert out.read_bytes() == before
 
 
@@ -281,12 +331,13 @@ def test_wrong_arguments_and_tokenizers_are_refused_and_leave_nothing(words, tmp
     with pytest.raises(OutputError, match="exists"):
         tawny.export(folder, out, tokenizer_from=words)
     assert out.read_text() == "mine"
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"model is a folder; expected a file .*model\.gguf$"):
+            tawny.export(folder, folder, tokenizer_from=words, overwrite=overwrite)
     tawny.export(folder, out, tokenizer_from=words, overwrite=True)
 
 
 def change(folder: Path, name: str, number: float) -> None:
-    from safetensors.torch import save_file
-
     tensors = load_file(folder / "model.safetensors")
     tensors[name][3, 5] = number
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -310,7 +361,16 @@ def test_the_tokenizer_made_from_a_folder_is_the_one_that_its_gguf_file_has(tmp_
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", {"attention_bias": False})]
+    ("family", "changes"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("llama", {"attention_bias": False}),
+        ("llama", {"mlp_bias": True}),
+        *(
+            (family, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}})
+            for family in ("llama", "qwen2")
+        ),
+    ],
 )
 def test_llama_cpp_computes_the_logits_of_transformers(family, changes, words, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

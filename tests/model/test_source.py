@@ -3,8 +3,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -25,13 +28,15 @@ def write(
     without="",
     misspelt="",
     parts=1,
+    rope: Mapping[str, str | float | int] = MappingProxyType({}),
+    more: Mapping[str, np.ndarray] = MappingProxyType({}),
     inner: int = INNER,
     experts: int = 0,
     kinds: Sequence[gguf.GGMLQuantizationType] = (),
 ) -> Path:
     """A tiny LLaMA, or Qwen3 with experts; `zeros` are columns of the last down projection that are pruned.
 
-    With `kinds`, each block's down projection has another type.
+    With `kinds`, each block's down projection has another type. `rope` are keys of rotary positions, `more` tensors.
     """
     blocks = len(kinds) or BLOCKS
     writer = gguf.GGUFWriter(str(path), "qwen3moe" if experts else "llama")
@@ -57,6 +62,9 @@ def write(
         writer.add_expert_feed_forward_length(inner)
         writer.add_key_length(HIDDEN // 4)
         writer.add_value_length(HIDDEN // 4)
+    for key, value in rope.items():
+        adders = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        adders[type(value)](f"llama.rope.{key}", value)
     if parts > 1:
         writer.add_uint16("split.count", parts)
     generator = np.random.default_rng(0)
@@ -89,6 +97,8 @@ def write(
                 add(f"blk.{block}.{name}.weight", HIDDEN // 4)
         for name in ("attn_norm", "ffn_norm"):
             add(f"blk.{block}.{name}.weight", HIDDEN)
+    for name, values in more.items():
+        writer.add_tensor(name, values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -154,22 +164,110 @@ def test_two_models_that_differ_only_in_what_was_pruned_are_told_apart(where, tm
     assert not second[:, 32:64].any() and second[:, :32].all()
 
 
-@pytest.mark.parametrize("damage", ["without", "misspelt"])
 @pytest.mark.parametrize(
-    "name,parameter",
+    "damage,name,said",
     [
-        ("blk.1.ffn_up.weight", "model.layers.1.mlp.up_proj.weight"),
-        ("output_norm.weight", "model.norm.weight"),
+        ("without", "blk.1.ffn_up.weight", r"lacks 1 weights.*'model\.layers\.1\.mlp\.up_proj\.weight'"),
+        ("without", "output_norm.weight", r"lacks 1 weights.*'model\.norm\.weight'"),
+        ("misspelt", "blk.1.ffn_up.weight", r"LlamaForCausalLM has no place for .*'xblk\.1\.ffn_up\.weight'"),
+        ("misspelt", "output_norm.weight", r"LlamaForCausalLM has no place for .*'xoutput_norm\.weight'"),
     ],
 )
-def test_a_file_that_lacks_a_weight_is_refused_and_never_cached(damage, name, parameter, tmp_path, cache):
+def test_a_file_that_lacks_a_weight_or_holds_another_is_refused_and_never_cached(
+    damage, name, said, tmp_path, cache
+):
     path = write(tmp_path / "m.gguf", **{damage: name})
     for _ in range(2):
-        with pytest.raises(
-            CheckpointError, match=rf"m\.gguf cannot be converted.*lacks 1 weights.*'{parameter}'"
-        ):
+        with pytest.raises(CheckpointError, match=rf"m\.gguf cannot be converted.*{said}") as caught:
             convert_gguf(path)
+        assert "\n" not in str(caught.value)
     assert not list(cache.glob("*"))
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+def test_a_bias_that_the_model_has_no_place_for_is_never_dropped(part, tmp_path, cache):
+    path = write(tmp_path / "m.gguf", more={f"blk.1.ffn_{part}.bias": np.ones(8)})
+    with pytest.raises(CheckpointError, match=rf"has no place for .*'blk\.1\.ffn_{part}\.bias'"):
+        convert_gguf(path)
+    assert not list(cache.glob("*"))
+
+
+def test_biases_of_the_feed_forward_are_read(tmp_path):
+    sizes = {"gate": INNER, "up": INNER, "down": HIDDEN}
+    biases = {
+        f"blk.{block}.ffn_{part}.bias": np.arange(size) + 100 * block
+        for block in range(BLOCKS)
+        for part, size in sizes.items()
+    }
+    model = tawny.load(write(tmp_path / "m.gguf", more=biases), dtype=torch.float32)
+    assert model.config.mlp_bias and not model.config.attention_bias
+    for block, layer in enumerate(model.model.layers):
+        for part in sizes:
+            found = getattr(layer.mlp, f"{part}_proj").bias.numpy()
+            assert (found == biases[f"blk.{block}.ffn_{part}.bias"]).all()
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "told,expected",
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, LINEAR),
+        ({"scaling.factor": 4.0}, LINEAR),  # llama.cpp takes it so
+        ({"scale_linear": 4.0}, LINEAR),  # as files of 2023 say it
+        ({"scaling.type": "none", "scaling.factor": 4.0}, {"rope_type": "default"}),
+        ({"scaling.type": "linear"}, {"rope_type": "default"}),
+        ({"scaling.factor": 0.0, "scaling.original_context_length": 32}, {"rope_type": "default"}),
+    ],
+)
+def test_linear_scaling_of_rotary_positions_is_read(told, expected, tmp_path):
+    model = tawny.load(write(tmp_path / "m.gguf", rope=told))
+    assert model.config.rope_parameters == {"rope_theta": 10000.0, **expected}
+    plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, plain / expected.get("factor", 1.0))
+
+
+@pytest.mark.parametrize(
+    "told,more,said",
+    [
+        (
+            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 32},
+            {},
+            r"llama\.rope\.scaling\.type 'yarn', llama\.rope\.scaling\.factor 4\.0, .*original_context_length 32\)",
+        ),
+        ({"scaling.type": "longrope"}, {}, "'longrope'"),
+        (
+            {"scaling.type": "linear", "scaling.factor": 4.0},
+            {"rope_freqs.weight": np.full(HIDDEN // 8, 8.0)},
+            "factor 4",
+        ),
+    ],
+)
+def test_other_scaling_of_rotary_positions_is_refused_before_the_weights_are_converted(
+    told, more, said, tmp_path, cache, monkeypatch
+):
+    path = write(tmp_path / "m.gguf", rope=told, more=more)
+    monkeypatch.setattr(
+        "tawny.model.output.ShardWriter.add", lambda *_: pytest.fail("a tensor was converted")
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"m\.gguf scales .*{said}.*; expected the type none"
+    ) as caught:
+        convert_gguf(path)
+    assert "\n" not in str(caught.value) and not list(cache.glob("*"))
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, cache):
+    path = write(tmp_path / "m[1].gguf")
+    made = convert_gguf(path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    gone, others = (made.with_name(f"{made.name}.partial-{process}") for process in (ended.pid, os.getppid()))
+    for folder in (gone, others):
+        made.rename(folder)
+        assert convert_gguf(path) == made
+    assert not gone.exists() and others.is_dir()
 
 
 def test_experts_that_lack_a_half_of_their_gated_weights_are_refused(tmp_path, cache):

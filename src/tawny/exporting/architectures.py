@@ -30,6 +30,7 @@ class Architecture:
         biases: whether its linears may have them.
         permuted: rotary halves of q and k are interleaved, as Meta's first LLaMA had them.
         norm_plus_one: weights of norms are stored as what is multiplied with, 1 + weight.
+        frequencies: its graph divides rotary frequencies by a tensor of the file, as Llama 3 needs.
         whole_every: every so many blocks one attends to everything, the others to a window; 1 where all attend to everything.
     """
 
@@ -38,6 +39,7 @@ class Architecture:
     biases: bool = False
     permuted: bool = False
     norm_plus_one: bool = False
+    frequencies: bool = False
     whole_every: int = 1
 
     def changed(self, name: str, value: Tensor, heads: int, key_heads: int) -> Tensor:
@@ -54,31 +56,37 @@ class Architecture:
 ARCHITECTURES = {
     "gemma": Architecture("gemma", ("gelu_pytorch_tanh", "gelu"), norm_plus_one=True),
     "gemma3_text": Architecture("gemma3", ("gelu_pytorch_tanh",), norm_plus_one=True, whole_every=6),
-    "llama": Architecture("llama", ("silu",), biases=True, permuted=True),
+    "llama": Architecture("llama", ("silu",), biases=True, permuted=True, frequencies=True),
     "qwen2": Architecture("qwen2", ("silu",), biases=True),
     "qwen3": Architecture("qwen3", ("silu",)),
 }
 
 
-def rope_factors(config: Any, inverse_frequencies: Tensor | None) -> Tensor | None:
-    """What divides each rotary frequency, `[head_dim / 2]` float32, from the frequencies that the model uses; None if they are plain.
+def rope_factors(
+    config: Any, architecture: Architecture, inverse_frequencies: Tensor | None
+) -> Tensor | None:
+    """What divides each rotary frequency, `[head_dim / 2]` float32, from the frequencies that the model uses.
+
+    None where they are plain, or where `metadata` says all of their scaling.
 
     Raises:
-        ModelError: a kind of scaling that changes more than frequencies.
+        ModelError: a kind of scaling that the architecture does not know.
     """
     rope = _rope(config, "full_attention")
     kind = rope.get("rope_type", "default")
-    if kind == "default":
+    if kind in ("default", "linear"):
         return None
-    if kind not in ("linear", "llama3") or inverse_frequencies is None:
-        raise ModelError(f"rotary positions of the kind {kind!r} are not exported; use {CONVERTER}")
+    if kind != "llama3" or not architecture.frequencies or inverse_frequencies is None:
+        raise ModelError(
+            f"rotary positions of the kind {kind!r} are not exported for the architecture {architecture.name!r}; use {CONVERTER}"
+        )
     size = 2 * inverse_frequencies.numel()
     plain: Tensor = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     return plain / inverse_frequencies.float()
 
 
-def metadata(config: Any, architecture: Architecture) -> dict[str, int | float]:
-    """The numbers of the architecture, by their names in GGUF without its own in front.
+def metadata(config: Any, architecture: Architecture) -> dict[str, int | float | str]:
+    """The values of the architecture, by their names in GGUF without its own in front.
 
     Raises:
         ModelError: a value of the configuration that llama.cpp's graph does not know.
@@ -86,7 +94,8 @@ def metadata(config: Any, architecture: Architecture) -> dict[str, int | float]:
     _refuse(config, architecture)
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    made: dict[str, int | float] = {
+    rope = _rope(config, "full_attention")
+    made: dict[str, int | float | str] = {
         "context_length": int(config.max_position_embeddings),
         "embedding_length": int(config.hidden_size),
         "block_count": int(config.num_hidden_layers),
@@ -97,9 +106,12 @@ def metadata(config: Any, architecture: Architecture) -> dict[str, int | float]:
         "attention.value_length": size,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": size,
-        "rope.freq_base": float(_rope(config, "full_attention")["rope_theta"]),
+        "rope.freq_base": float(rope["rope_theta"]),
         "vocab_size": int(config.vocab_size),
     }
+    if rope.get("rope_type") == "linear":  # llama.cpp, too, leaves blocks with a window unscaled
+        made["rope.scaling.type"] = "linear"
+        made["rope.scaling.factor"] = float(rope["factor"])
     if architecture.whole_every > 1:
         made["attention.sliding_window"] = int(config.sliding_window)
         made["rope.freq_base_swa"] = float(_rope(config, "sliding_attention")["rope_theta"])
@@ -115,6 +127,12 @@ def _rope(config: Any, kind: str) -> dict[str, Any]:
 
 
 def _refuse(config: Any, architecture: Architecture) -> None:
+    # A GGUF file can say some of the widths block by block; which programs read them was not tried.
+    if getattr(config, "is_heterogeneous", False):
+        raise ModelError(
+            "its blocks have different widths; expected one width for all: export the model as it was before `tawny slim`, "
+            "or prune it with `-a uniform`"
+        )
     told: dict[str, Any] = config.to_dict()
     every = architecture.whole_every
     kinds = [

@@ -111,11 +111,11 @@ class _Export:
                 f"model type {config.model_type!r} is not exported to GGUF, only {', '.join(ARCHITECTURES)}; use {CONVERTER}"
             )
         self.architecture: Architecture = ARCHITECTURES[config.model_type]
-        self.numbers = metadata(config, self.architecture)
+        self.header = metadata(config, self.architecture)
         frequencies = next(
             (b for n, b in self.model.named_buffers() if n.endswith("rotary_emb.inv_freq")), None
         )
-        self.factors = rope_factors(config, frequencies)
+        self.factors = rope_factors(config, self.architecture, frequencies)
         self.words = int(self.model.get_input_embeddings().weight.shape[0])
         self.checkpoint.map_to(self.model)
 
@@ -124,7 +124,7 @@ class _Export:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.architecture.name)
-        names = get_tensor_name_map(arch, int(self.numbers["block_count"]))
+        names = get_tensor_name_map(arch, int(self.header["block_count"]))
         stored = self.checkpoint.storage_dtype
         kind = kind or next((name for name, type in TYPES.items() if type.dtype == stored), "F32")
         parameters = dict(self.model.named_parameters())
@@ -152,7 +152,7 @@ class _Export:
             yield self.factors
             return
         whole = next(iter(self.checkpoint.load(tensor.unit, self.model).values()))
-        heads, key_heads = (int(self.numbers[f"attention.head_count{end}"]) for end in ("", "_kv"))
+        heads, key_heads = (int(self.header[f"attention.head_count{end}"]) for end in ("", "_kv"))
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
             whole = self.architecture.changed(tensor.name, whole, heads, key_heads)
         for start in range(0, len(whole), _ROWS):
@@ -230,10 +230,16 @@ def export_gguf(
         raise UserError(
             f"type {kind!r} is not written{nearest(kind, TYPES)}; choose one of {', '.join(TYPES)}"
         )
-    if out.is_dir() or (out.exists() and not overwrite):
+    if out.is_dir():
+        raise OutputError(
+            f"{out} is a folder; expected a file to write: give --out a name such as {out / 'model.gguf'}"
+        )
+    if out.exists() and not overwrite:
         raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
     whole = gguf_behind(source)
-    _check_apart(out, [] if whole is None else [whole])  # before the minutes that reading such a file takes
+    words = None if tokenizer is None else gguf_behind(tokenizer)
+    # Before the minutes that reading such a file takes.
+    _check_apart(out, [path for path in (whole, words) if path is not None])
     folder = resolve(source, progress.say)
     _check_apart(out, [folder.resolve() / x.name for x in folder.iterdir()])
     work = _Export(folder)
@@ -260,7 +266,7 @@ def export_gguf(
 def _check_apart(out: Path, files: list[Path]) -> None:
     if out.exists() and out.resolve() in [file.resolve() for file in files]:
         raise OutputError(
-            f"{out} is a file of the model itself; a source is never overwritten: choose another --out"
+            f"{out} is a file of the model itself or of its tokenizer; a source is never overwritten: choose another --out"
         )
 
 
@@ -275,9 +281,9 @@ def _write(
     writer.add_name(name)
     writer.add_file_type(TYPES[inside.most_common(1)[0][0]].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, number in work.numbers.items():
-        add = writer.add_float32 if isinstance(number, float) else writer.add_uint32
-        add(f"{work.architecture.name}.{key}", number)
+    adders: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in work.header.items():
+        adders[type(value)](f"{work.architecture.name}.{key}", value)
     for key, held in keys.items():
         writer.add_key_value(key, held.value, *held.types)
     for tensor in planned:

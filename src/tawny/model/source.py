@@ -6,6 +6,7 @@ The source itself is never written to.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 # Of Llama 3.1 and later, but for the factor; a GGUF file holds only what comes of it.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -144,8 +145,8 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
     Tensors are dequantised and written one at a time; the folder appears under its name only when complete.
 
     Raises:
-        CheckpointError: the file is a part of a split model, cannot be read as GGUF, lacks weights of the model, or
-            transformers does not know its architecture or its tokenizer.
+        CheckpointError: the file is a part of a split model, cannot be read as GGUF, lacks weights of the model, holds
+            others, scales rotary positions in a way that is not read, or transformers does not know its architecture or tokenizer.
     """
     part = _PART.search(path.stem)
     if part and int(part[1]) > 1:
@@ -155,7 +156,9 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
         return target
     say(f"converting {path.name} to safetensors (once, cached in {target})")
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
+        if left == partial or not _runs(left.name.rpartition("-")[2]):  # its conversion was killed
+            shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         _write_converted(path, partial)
@@ -169,6 +172,17 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this number runs, or may."""
+    try:
+        os.kill(int(process), 0)  # this signal only asks
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):  # another user's process, or no number
+        return True
+    return True
 
 
 def _split(path: Path, count: int) -> CheckpointError:
@@ -218,7 +232,9 @@ def _write_converted(path: Path, folder: Path) -> None:
             raise _split(path, int(split.contents()))
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
+        architecture = str(reader.fields["general.architecture"].contents())
         factors = _read_from_tensors(config, {tensor.name: tensor for tensor in reader.tensors})
+        _read_scaling(config, reader.fields, f"{architecture}.rope", path)
     with _refusing(f"{path} holds a tokenizer that transformers cannot read"):  # before the long part
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
@@ -228,7 +244,6 @@ def _write_converted(path: Path, folder: Path) -> None:
         raise CheckpointError(
             f"{path} scales its rotary positions in another way than Llama 3; give a safetensors folder"
         )
-    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     kind = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)
     processor = kind(config=parsed["config"])
     names = gguf_utils.get_gguf_hf_weights_map(model, processor)
@@ -245,6 +260,12 @@ def _write_converted(path: Path, folder: Path) -> None:
             )
         if result.name in names:
             writer.add({names[result.name]: torch.from_numpy(np.array(result.weights)).to(torch.bfloat16)})
+        # What has no name is kept by the processor.
+        elif result.name is not None and tensor.name != "rope_freqs.weight":
+            raise CheckpointError(
+                f"{path} cannot be converted: {type(model).__name__} has no place for its tensor {tensor.name!r}; "
+                "give a safetensors folder"
+            )
     writer.add({name: value.to(torch.bfloat16) for name, value in parsed["tensors"].items()})
     writer.finish()
     held = {tensor.name for tensor in reader.tensors}
@@ -271,8 +292,9 @@ def _read_from_tensors(config: PretrainedConfig, tensors: Mapping[str, Any]) -> 
     import torch
     from gguf import dequantize
 
-    if "blk.0.attn_q.bias" in tensors and "attention_bias" in config.to_dict():
-        config.attention_bias = True
+    for key, linear in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_down")):
+        if f"blk.0.{linear}.bias" in tensors and key in config.to_dict():
+            setattr(config, key, True)
     held = tensors.get("rope_freqs.weight")
     rope = getattr(config, "rope_parameters", None) or {}
     if held is None or rope.get("rope_type") != "default":
@@ -280,6 +302,40 @@ def _read_from_tensors(config: PretrainedConfig, tensors: Mapping[str, Any]) -> 
     factors = torch.from_numpy(dequantize(held.data, held.tensor_type).copy())
     config.rope_parameters = {**rope, **_LLAMA3, "factor": float(factors.max())}
     return factors
+
+
+def _read_scaling(config: PretrainedConfig, fields: Mapping[str, Any], rope: str, path: Path) -> None:
+    """Put into a configuration how a file scales rotary positions, which transformers leaves out; as llama.cpp reads it.
+
+    Args:
+        rope: what the names of its fields begin with.
+
+    Raises:
+        CheckpointError: it is no linear scaling of plain positions.
+    """
+    names = ("scaling.type", "scaling.factor", "scaling.original_context_length", "scale_linear")
+    told = {name: fields[f"{rope}.{name}"].contents() for name in names if f"{rope}.{name}" in fields}
+    kind = told.get("scaling.type", "linear")
+    factor = (
+        float(told.get("scaling.factor", told.get("scale_linear", 1.0))) or 1.0
+    )  # llama.cpp takes 0 for 1
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return
+    held = getattr(config, "rope_parameters", None) or {}
+    whole = held.get(
+        "full_attention", held
+    )  # where kinds of blocks differ, those with a window are not scaled
+    now = whole.get("rope_type")
+    if now == kind and whole.get("factor") == factor:
+        return
+    if kind != "linear" or now != "default":
+        given = ", ".join(f"{rope}.{name} {value!r}" for name, value in told.items())
+        raise CheckpointError(
+            f"{path} scales its rotary positions in a way that is not read ({given}); expected the type none, or linear without "
+            "rope_freqs.weight: give a safetensors folder"
+        )
+    scaled = {**whole, "rope_type": kind, "factor": factor}
+    config.rope_parameters = {**held, "full_attention": scaled} if "full_attention" in held else scaled
 
 
 def _is_scaled_by(model: PreTrainedModel, factors: Tensor) -> bool:
