@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -200,14 +201,11 @@ def test_bits_stay_within_the_mean_and_below_it_by_less_than_a_step(pairs, bits,
         for name in found
         if found[name] < levels[-1]
     ]
-    wanted = {name for name in found if found[name] < levels[-1]}
-    assert not wanted or left < max(steps) + 1e-6 * sum(sizes.values())
-    for a in raw:
-        for (
-            b
-        ) in raw:  # who would keep more has no fewer bits, but for one level that the budget could not pay
-            if raw[a] < raw[b]:
-                assert levels.index(found[a]) >= levels.index(found[b]) - 1
+    assert not steps or left < min(steps) + 1e-6 * sum(sizes.values())
+    for a, b in itertools.permutations(raw, 2):
+        # Who would keep more has no fewer bits, but for one level, and for those that the budget cannot pay.
+        if raw[a] < raw[b] and (place := levels.index(found[a])) < levels.index(found[b]) - 1:
+            assert (levels[place + 1] - found[a]) * sizes[a] > left - 1e-6 * sum(sizes.values())
 
 
 def test_equal_blocks_get_the_mean_exactly() -> None:

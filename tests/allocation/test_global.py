@@ -128,3 +128,7 @@ def test_a_quantile_over_many_linears_is_that_of_one_sorted_list(sizes, share: f
     wanted = float(everything[int(share * (len(everything) - 1))])
     assert exact_quantile(linears, magnitude_scores, share) == wanted
     assert int(histogram(everything).sum()) == len(everything)
+
+
+def test_magnitudes_need_no_data() -> None:
+    assert Global(score="magnitude").needs == "none" and Global().needs == "norms"

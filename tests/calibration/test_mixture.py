@@ -12,6 +12,8 @@ import tawny
 from tawny.calibration import writing
 from tawny.calibration.mixture import load_texts, parse_texts, texts_identity
 from tawny.calibration.windows import (
+    Part,
+    TokenisedText,
     evaluation_windows,
     held_out_windows,
     interleaved,
@@ -112,6 +114,16 @@ def test_a_text_too_short_for_its_share_is_named(tmp_path):
         sample_windows(tokens, 80, 20, 0)
     with pytest.raises(TextError, match=r"b\.txt' has 30 tokens, but 4 windows of 20"):
         evaluation_windows(tokens, 20, 8)
+
+
+def test_a_text_that_no_sample_comes_of_is_refused():
+    parts = (Part("much", 0, 500, 0.95), Part("little", 500, 1000, 0.05))
+    text = TokenisedText(torch.arange(1000), None, "both", parts)
+    assert len(sample_windows(text, 20, 8, 0)) == 20
+    with pytest.raises(
+        TextError, match=r"little gets none of 8 samples by its share of 0\.05: give more samples"
+    ):
+        sample_windows(text, 8, 8, 0)
 
 
 def test_a_text_without_a_free_window_leaves_those_of_the_others(tmp_path):

@@ -70,6 +70,15 @@ def test_yaml_numbers_and_words_mean_what_they_look_like(tmp_path):
         ("sparsity: 0.5\nversion: 7\n", ["version 7"]),
         ("sparsity: 0.5\npattern: [2, 4]\n", ["pattern"]),
         ("sparsity: true\n", ["sparsity"]),
+        (
+            "sparsity: 0.5\nallocator: {name: owl, lambda: 0.1, lambda_: 0.2}\n",
+            ["allocator.lambda", "twice", "lambda_"],
+        ),
+        ('sparsity: "\\UFFFFFFFF"\n', ["not valid YAML"]),
+        ('sparsity: !!int "abc"\n', ["not valid YAML", "abc"]),
+        ('sparsity: !!bool "maybe"\n', ["not valid YAML", "maybe"]),
+        ("sparsity: " + 5000 * "9" + "\n", ["not valid YAML", "digits"]),
+        ("sparsity: " + 5000 * "[" + "\n", ["not valid YAML", "deep"]),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_what_is_wrong(tmp_path, text, words):

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 import tawny
+from tawny.recipe.schema import fingerprint_of
 from tawny.report.html import render_report, write_report
 from tests.encoders import tiny_encoder
 from tests.report.records import hostile_record, record
@@ -122,7 +123,7 @@ def test_a_run_that_measured_nothing_says_so():
 
 def test_a_name_in_a_command_is_quoted_for_the_shell():
     made = record()
-    made.update(source="my model; rm -rf ~", text={"name": "wiki", "samples": 4, "seqlen": 8})
+    made.update(source="my model; rm -rf ~", text={"name": "wiki", "sha256": "cd" * 32})
     assert "tawny prune 'my model; rm -rf ~' --out" in Page(render_report(made)).text
 
 
@@ -139,8 +140,28 @@ def test_a_name_in_a_command_is_quoted_for_the_shell():
     ],
 )
 def test_the_command_that_makes_it_again_packs_what_was_packed(packed, command):
-    made = {**record(), "source": "m", "text": {"name": "wiki", "samples": 4, "seqlen": 8}, "packed": packed}
+    made = {**record(), "source": "m", "text": {"name": "wiki", "sha256": "cd" * 32}, "packed": packed}
     assert f"<code>{command}</code>" in render_report(made)
+
+
+def test_a_recipe_with_kinds_packs_by_itself():
+    """Of several kinds, which goes where stands in the recipe alone."""
+    packed = {"values": "int8", "group": 32, "head": "int8"}
+    made = {**record(), "source": "m", "text": {}, "packed": packed, "values": {"a": "int8", "b": "int4"}}
+    assert "<code>tawny prune m --out out-again -c out/run.json</code>" in render_report(made)
+
+
+def test_inputs_that_were_tensors_are_given_again_from_python():
+    made = {**record(), "source": "m", "text": {"name": "pixel_values", "samples": 4, "seqlen": 8}}
+    assert "recipe=recipe, calibration=tokens)" in Page(render_report(made)).text
+
+
+def test_a_page_is_made_anew_though_the_allocation_file_has_changed(tmp_path):
+    path = tmp_path / "allocation.yaml"
+    path.write_text('"*": 0.6')
+    made = record()
+    made["recipe"]["allocator"] = {"name": "file", "path": str(path), "sha256": "ab" * 32}
+    assert fingerprint_of(made["recipe"]) in render_report(made)
 
 
 def test_a_record_with_nulls_for_what_was_not_finite_can_be_drawn():

@@ -94,10 +94,13 @@ def mixed_bits(
         low = found[name]
         return (wish[name] - low) / (above[low] - low) if low in above else 0.0
 
-    for name in sorted(found, key=behind, reverse=True):
-        step = (above.get(found[name], math.inf) - found[name]) * sizes[name]
-        if step <= left + 1e-9:
-            found[name], left = above[found[name]], left - step
+    rose = True
+    while rose:  # a linear may rise more than once where others are too large
+        rose = False
+        for name in sorted(found, key=behind, reverse=True):
+            step = (above.get(found[name], math.inf) - found[name]) * sizes[name]
+            if step <= left + 1e-9:
+                found[name], left, rose = above[found[name]], left - step, True
     return found
 
 

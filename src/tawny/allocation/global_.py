@@ -42,8 +42,11 @@ class Global(Allocator):
     """
 
     score: Literal["wanda", "magnitude"] = "wanda"
-    needs: ClassVar[Needs] = "norms"
     measures_weights: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return "norms" if self.score == "wanda" else "none"
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """A weight and its scores in float32, and 64-bit bins to count them by; measured."""

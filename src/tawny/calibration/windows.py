@@ -152,6 +152,11 @@ def sample_windows(text: TokenisedText, samples: int, seqlen: int, seed: int) ->
     """
     length = text.of_text(seqlen)
     for part, count in zip(text.parts, _counts(text, samples), strict=True):
+        if not count:
+            raise TextError(
+                f"{part.name} gets none of {samples} samples by its share of {part.share:.2g}: give more samples, "
+                "it a larger share, or leave it out"
+            )
         if len(part) - length + 1 < count:  # windows would repeat
             needed = length + count - 1
             raise TextError(

@@ -47,6 +47,7 @@ _KEYS = {
     "order": "block: all linears see the dense block; data: each sees the ones before it pruned",
     "refit": "move the survivors of each mask to their least squares (also solver.refit)",
     "refine": "epochs of training what a pruned block has left to give the dense block's outputs, and how",
+    "values": "kinds that survivors are solved for, or bits to share among linears",
     "compat": "official: the numbers of the papers' own code",
     "profile_samples": "how many samples the profile uses; nothing is enough for a steady one",
     "device": "where blocks run",

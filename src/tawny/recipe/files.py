@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tawny.errors import RecipeError, nearest
+from tawny.errors import RecipeError, nearest, one_line
 from tawny.recipe.schema import Recipe, show
 
 
@@ -55,6 +55,8 @@ def read_mapping(path: str | Path) -> Mapping[str, Any]:
         loaded = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
     except json.JSONDecodeError as error:
         raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid JSON: {one_line(error)}") from None
     except yaml.MarkedYAMLError as error:
         where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else str(path)
         raise RecipeError(f"{where}: not valid YAML: {error.problem}") from None
@@ -75,7 +77,16 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is none; a `yaml.MarkedYAMLError` knows the line.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (
+        ValueError,
+        OverflowError,
+        KeyError,
+    ) as error:  # a tag or an escape whose value Python does not have
+        raise yaml.YAMLError(f"a value cannot be read ({one_line(error)})") from None
 
 
 def dump_yaml(mapping: Mapping[str, Any]) -> str:

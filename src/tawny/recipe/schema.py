@@ -259,10 +259,7 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """64 hex digits that name this recipe: the SHA-256 of its canonical JSON, without what changes no result."""
-        plain = self.to_mapping()
-        del plain["calibration"]["strict"]
-        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return fingerprint_of(self.to_mapping())
 
     def make_allocator(self) -> Any:
         return registry("allocator")[self.allocator.name](**self.allocator.options)
@@ -400,6 +397,13 @@ def _choice(section: str, given: dict[str, Any], compat: Any, default: str) -> C
     return Choice(name, {field: getattr(built, field) for field in known.values()})
 
 
+def fingerprint_of(mapping: Mapping[str, Any]) -> str:
+    """The fingerprint of the recipe that `to_mapping` told, which need not be valid any more: a file may have changed."""
+    calibration = {key: value for key, value in mapping["calibration"].items() if key != "strict"}
+    canonical = json.dumps({**mapping, "calibration": calibration}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def _with_kinds(values: Values, allocator: Choice) -> Values:
     """The values with the kinds that an allocation file names, where nothing else says any."""
     if values.kind is not None or values.mean is not None:
@@ -516,6 +520,11 @@ def validated(kind: type[T], values: Mapping[str, Any], what: str, section: str 
     """
     known = option_keys(kind)
     given = {plain_key(str(key)): value for key, value in values.items()}
+    if len(given) < len(values):
+        twice = sorted({str(key) for key in values} - given.keys())
+        raise RecipeError(
+            f"{section and f'{section}.'}{plain_key(twice[0])} is given twice, also as {twice[0]}"
+        )
     _refuse_unknown(given, known, what, section and f"{section}.")
     try:
         made: T = TypeAdapter(kind).validate_python({known[key]: value for key, value in given.items()})

@@ -382,7 +382,10 @@ def _memory(record: Mapping[str, Any]) -> str:
 
 def _command(record: Mapping[str, Any]) -> str:
     """What to type to get the same bytes again."""
-    if record["text"].get("name") == "tokens" or not record["out"] or not record["storage"]:
+    text = record["text"]
+    if (
+        (text and not text.get("sha256")) or not record["out"] or not record["storage"]
+    ):  # tensors have no hash
         return (
             'import tawny\n\nrecipe = tawny.load_recipe("run.json")\n'
             "tawny.prune(model, recipe=recipe, calibration=tokens)  # the same model and tokens as were given"
@@ -390,7 +393,8 @@ def _command(record: Mapping[str, Any]) -> str:
     source, again = shlex.quote(str(record["source"])), shlex.quote(f"{record['out']}-again")
     packed = record.get("packed") or {}
     how = f" -c {shlex.quote(str(record['out']))}/run.json"
-    if not packed.get("values"):
+    # A recipe with kinds has all that packing is told, which of several kinds goes where, too.
+    if record["values"] or not packed.get("values"):
         return f"tawny prune {source} --out {again}{how}"
     given = {key: packed[key] for key in ("values", "group", "head", "embedding") if packed.get(key)}
     if given.keys() == {"values"}:
@@ -401,11 +405,11 @@ def _command(record: Mapping[str, Any]) -> str:
 
 
 def _trace(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    from tawny.recipe.schema import Recipe
+    from tawny.recipe.schema import fingerprint_of
 
     machine, text = record["machine"], record["text"]
     rows = [
-        ("recipe", f"sha256 {Recipe.from_mapping(record['recipe']).fingerprint()}"),
+        ("recipe", f"sha256 {fingerprint_of(record['recipe'])}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         (
             "machine",
