@@ -64,15 +64,15 @@ def main() -> None:
                     print(f"{name}: {made['bits']:.2f} bits, {made['seconds']:.0f} s, {shown}", flush=True)
 
 
-def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
+def cell(args: Any, kind: str, solver: str, seed: int, **recipe: Any) -> dict[str, Any]:
     values, group, sparsity = kind.split(":")
+    recipe.setdefault("values", {"kind": values, "group_size": int(group)})
     folder = Path(tempfile.mkdtemp(prefix="tawny-bits-"))
     dense = folder / "dense" if args.work is None else args.work / f"{kind} {solver} {seed}"  # may be stopped
     try:
         record = tawny.prune(
             args.model,
             dense,
-            values={"kind": values, "group_size": int(group)},
             sparsity=float(sparsity),
             solver=solver,
             seed=seed,
@@ -80,6 +80,7 @@ def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
                 f"calibration.{k}": v
                 for k, v in (("text", args.calibration), ("samples", args.samples), ("seqlen", args.seqlen))
             },
+            **recipe,
         )
         report = tawny.pack(dense, folder / "packed", head="int8")
         packed = [linear for linear in report.linears if linear.name in record.allocation]

@@ -24,6 +24,7 @@ from tables.pruning import block, large, lsa, prune_speed, ranks, scale, scaling
 from tables.quality import (
     allocators,
     few_bits,
+    mixed_bits,
     owl_study,
     recipes,
     recovery,
@@ -60,6 +61,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "encoder_speed": encoder_speed,
         "few_bits": few_bits,
         "few_bits_qwen": few_bits,
+        "mixed_bits": mixed_bits,
         "evidence": evidence,
         "frontier": frontier,
         "frontier_qwen": frontier,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -495,5 +496,37 @@ def few_bits(result: Mapping[str, Any]) -> str:
             f"| {values}, groups of {group} | {float(sparsity):.0%} | {names[solver]} | {cell['bits']:.2f} "
             f"| {cell['bytes'] / 1e6:.0f} MB | {cell['seconds']:.0f} | {numbers} |"
         )
+    lines.append(f"\n{machine_and_note(result)}")
+    return "\n".join(lines)
+
+
+def mixed_bits(result: Mapping[str, Any]) -> str:
+    """Allocators that share bits, by KL: the mean over seeds, and the least and the most where there are several."""
+    setting, cells = result["setting"], result["cells"]
+    texts = setting["texts"]
+    by_name: dict[str, list[Any]] = defaultdict(list)
+    for name, cell in cells.items():
+        by_name[name.split()[0]].append(cell)
+
+    def mean(name: str, text: str) -> float:
+        return fmean(cell["texts"][text]["kl"] for cell in by_name[name])
+
+    def shown(name: str, text: str) -> str:
+        found = [cell["texts"][text] for cell in by_name[name]]
+        if len(found) == 1:
+            return f"{found[0]['kl']:.3f} ± {found[0]['kl_stderr']:.3f}"
+        kls = [x["kl"] for x in found]
+        return f"{mean(name, text):.3f} ({min(kls):.3f} to {max(kls):.3f}, {len(kls)} seeds)"
+
+    lines = [
+        f"{setting['model']}, int3, int4 and int8 at a mean of {setting['mean']:g} bits, groups of 32, column loop, head int8, "
+        f"{setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}, {setting['windows']} windows of "
+        f"{setting['eval_seqlen']} tokens.\n",
+        "| bits shared by | file | " + " | ".join(f"KL, {text}" for text in texts) + " |",
+        "|---|---:|" + "---:|" * len(texts),
+    ]
+    for name in sorted(by_name, key=lambda name: mean(name, texts[0])):
+        numbers = " | ".join(shown(name, text) for text in texts)
+        lines.append(f"| {name} | {by_name[name][0]['bytes'] / 1e6:.1f} MB | {numbers} |")
     lines.append(f"\n{machine_and_note(result)}")
     return "\n".join(lines)
