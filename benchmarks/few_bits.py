@@ -36,32 +36,37 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder to work and to keep models in")
     parser.set_defaults(samples=16)
     args = parser.parse_args()
-    setting = {
-        key: getattr(args, key) for key in ("calibration", "samples", "seqlen", "eval_seqlen", "windows")
-    }
-    setting |= {"model": args.name or Path(args.model).name, "texts": [Path(text).name for text in args.text]}
-    results: dict[str, Any] = {"setting": setting, "cells": {}}
-    if args.results.exists():
-        results = json.loads(args.results.read_text(encoding="utf-8"))
-        if results["setting"] != setting:
-            raise SystemExit(f"{args.results} holds another setting; give another --results")
+    results = begun(args)
     for kind in args.kinds:
         for solver in args.solvers:
             for seed in args.seeds:
                 name = f"{kind} {solver} {seed}"
                 if name not in results["cells"]:
                     results["cells"][name] = made = cell(args, kind, solver, seed)
-                    results |= {
-                        "machine": machine(),
-                        "versions": versions(),
-                        "date": str(datetime.date.today()),
-                    }
-                    args.results.parent.mkdir(parents=True, exist_ok=True)
-                    write(args.results, (json.dumps(results, indent=1) + "\n").encode())
+                    keep(args, results)
                     shown = ", ".join(
                         f"{k} KL {v['kl']:.3f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()
                     )
                     print(f"{name}: {made['bits']:.2f} bits, {made['seconds']:.0f} s, {shown}", flush=True)
+
+
+def begun(args: Any, *more: str) -> dict[str, Any]:
+    """What the results file holds of this setting: the usual sizes and the arguments `more`."""
+    keys = ("calibration", "samples", "seqlen", "eval_seqlen", "windows", *more)
+    setting = {key: getattr(args, key) for key in keys}
+    setting |= {"model": args.name or Path(args.model).name, "texts": [Path(text).name for text in args.text]}
+    if not args.results.exists():
+        return {"setting": setting, "cells": {}}
+    results: dict[str, Any] = json.loads(args.results.read_text(encoding="utf-8"))
+    if results["setting"] != setting:
+        raise SystemExit(f"{args.results} holds another setting; give another --results")
+    return results
+
+
+def keep(args: Any, results: dict[str, Any]) -> None:
+    results |= {"machine": machine(), "versions": versions(), "date": str(datetime.date.today())}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    write(args.results, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def cell(args: Any, kind: str, solver: str, seed: int, **recipe: Any) -> dict[str, Any]:

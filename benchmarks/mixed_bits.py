@@ -11,7 +11,6 @@ frontier.py, which lies on no grid.
 
 from __future__ import annotations
 
-import datetime
 import json
 import shutil
 import tempfile
@@ -20,12 +19,10 @@ from typing import Any
 
 import torch
 from cells import parser_for
-from few_bits import cell
+from few_bits import begun, cell, keep
 from safetensors import safe_open
 
 import tawny
-from tawny.machine import machine, versions
-from tawny.model.durable import write
 
 OF = ["int3", "int4", "int8"]
 BAND = 0.15  # sparsity asked for, between the linear that should keep most and the one that should keep least
@@ -39,16 +36,7 @@ def main() -> None:
     parser.add_argument("--name", help="what to call the model; default: its folder")
     parser.set_defaults(samples=16, seqlen=512, eval_seqlen=512, work=None)
     args = parser.parse_args()
-    setting = {
-        key: getattr(args, key)
-        for key in ("calibration", "samples", "seqlen", "eval_seqlen", "windows", "mean")
-    }
-    setting |= {"model": args.name or Path(args.model).name, "texts": [Path(text).name for text in args.text]}
-    results: dict[str, Any] = {"setting": setting, "cells": {}}
-    if args.results.exists():
-        results = json.loads(args.results.read_text(encoding="utf-8"))
-        if results["setting"] != setting:
-            raise SystemExit(f"{args.results} holds another setting; give another --results")
+    results = begun(args, "mean")
     for by in args.by:
         for seed in args.seeds:
             name = f"{by} {seed}"
@@ -59,8 +47,7 @@ def main() -> None:
                 allocator = shared(args, by, seed, Path(folder)) if by in MEASURED else by
                 made = cell(args, "int3:32:0", "sparsegpt", seed, values=values, allocator=allocator)
             results["cells"][name] = made
-            results |= {"machine": machine(), "versions": versions(), "date": str(datetime.date.today())}
-            write(args.results, (json.dumps(results, indent=1) + "\n").encode())
+            keep(args, results)
             shown = ", ".join(f"{k} KL {v['kl']:.3f}" for k, v in made["texts"].items())
             print(f"{name}: {made['bits']:.2f} bits, {made['seconds']:.0f} s, {shown}", flush=True)
 

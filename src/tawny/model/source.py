@@ -316,15 +316,13 @@ def _read_scaling(config: PretrainedConfig, fields: Mapping[str, Any], rope: str
     names = ("scaling.type", "scaling.factor", "scaling.original_context_length", "scale_linear")
     told = {name: fields[f"{rope}.{name}"].contents() for name in names if f"{rope}.{name}" in fields}
     kind = told.get("scaling.type", "linear")
-    factor = (
-        float(told.get("scaling.factor", told.get("scale_linear", 1.0))) or 1.0
-    )  # llama.cpp takes 0 for 1
+    # llama.cpp takes 0 for 1.
+    factor = float(told.get("scaling.factor", told.get("scale_linear", 1.0))) or 1.0
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return
     held = getattr(config, "rope_parameters", None) or {}
-    whole = held.get(
-        "full_attention", held
-    )  # where kinds of blocks differ, those with a window are not scaled
+    # Where kinds of blocks differ, those with a window are not scaled.
+    whole = held.get("full_attention", held)
     now = whole.get("rope_type")
     if now == kind and whole.get("factor") == factor:
         return

@@ -81,11 +81,8 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except (
-        ValueError,
-        OverflowError,
-        KeyError,
-    ) as error:  # a tag or an escape whose value Python does not have
+    except (ValueError, OverflowError, KeyError) as error:
+        # A tag or an escape whose value Python does not have.
         raise yaml.YAMLError(f"a value cannot be read ({one_line(error)})") from None
 
 

@@ -383,9 +383,8 @@ def _memory(record: Mapping[str, Any]) -> str:
 def _command(record: Mapping[str, Any]) -> str:
     """What to type to get the same bytes again."""
     text = record["text"]
-    if (
-        (text and not text.get("sha256")) or not record["out"] or not record["storage"]
-    ):  # tensors have no hash
+    tensors = bool(text) and not text.get("sha256")  # what was given from Python has no hash
+    if tensors or not record["out"] or not record["storage"]:
         return (
             'import tawny\n\nrecipe = tawny.load_recipe("run.json")\n'
             "tawny.prune(model, recipe=recipe, calibration=tokens)  # the same model and tokens as were given"
