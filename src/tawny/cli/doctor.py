@@ -19,8 +19,8 @@ from tawny.words import size
 
 # The instructions that forwards and kernels can make use of, as Linux names them (macOS has other names).
 _FEATURES = (
-    *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_vbmi2", "amx_tile", "amx_bf16"),
-    *("asimd", "bf16", "sve"),
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_vbmi2"),
+    *("amx_tile", "amx_bf16", "asimd", "bf16", "sve"),
 )
 _OPTIONAL = {"datasets": "texts c4, wikitext2 and ptb from the hub: pip install 'tawny[hub]'"}
 

@@ -115,14 +115,6 @@ struct Vbmi2 : Avx512 {
     static V pair(float first, float second) {  // of 32 columns each: four bytes of them in each lane
         return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second));
     }
-    // QUADS times four bytes of weights, again and again in the lanes of a vector, times bytes of activations.
-    template <int QUADS>
-    static inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i x, const int8_t* w) {
-        if constexpr (QUADS == 1) asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*(const int32_t*)w));
-        if constexpr (QUADS == 2) add_products_int8(sum, x, _mm512_broadcastq_epi64(_mm_loadu_si64(w)));
-        if constexpr (QUADS == 4) add_products_int8(sum, x, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)w)));
-        if constexpr (QUADS == 8) add_products_int8(sum, x, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)w)));
-    }
     static V widen(const int8_t* p) { return Avx512::widen<INT8>(p); }
     static void store_words(int16_t* place, const float* x) {
         for (int j = 0; j < 64; j += 16) {
@@ -131,6 +123,33 @@ struct Vbmi2 : Avx512 {
             _mm_store_si128((__m128i*)((uint8_t*)place + j), _mm512_cvtepi32_epi8(high));
             _mm_store_si128((__m128i*)((uint8_t*)place + 64 + j), _mm512_cvtepi32_epi8(q));
         }
+    }
+
+    // ------------------------------------------------------------------------------------------ lanes.h
+
+    using InBytes = Vbmi2;  // whose `store_words` makes high and low bytes
+    using Pairs = __m512i;
+    using Total = __m512;
+    static constexpr int chains = 2;
+
+    static Pairs load_pairs(const uint8_t* p) { return _mm512_load_si512(p); }
+    static Pairs no_pairs() { return _mm512_setzero_si512(); }
+    static Pairs both(Pairs a, Pairs b) { return _mm512_add_epi32(a, b); }
+    // QUADS times four bytes of weights, again and again in the lanes of a vector, times bytes of activations.
+    template <int QUADS>
+    static inline __attribute__((always_inline)) void add_products(Pairs& sum, Pairs x, const int8_t* w) {
+        if constexpr (QUADS == 1) asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*(const int32_t*)w));
+        if constexpr (QUADS == 2) add_products_int8(sum, x, _mm512_broadcastq_epi64(_mm_loadu_si64(w)));
+        if constexpr (QUADS == 4) add_products_int8(sum, x, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)w)));
+        if constexpr (QUADS == 8) add_products_int8(sum, x, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)w)));
+    }
+    static Total high(float value) { return _mm512_maskz_mov_ps(0xff, broadcast(value)); }
+    static Total add_scaled(Pairs sums, float scale, Total total) {
+        return fma(_mm512_cvtepi32_ps(sums), broadcast(scale), total);
+    }
+    static __m256 joined(Total total) {
+        __m256 low = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(total), 1));
+        return _mm256_fmadd_ps(_mm512_castps512_ps256(total), _mm256_set1_ps(256.0f), low);
     }
 };
 

@@ -37,15 +37,19 @@ int32_t supported() {
     bool popcnt = c & (1u << 23), bmi2 = b7 & (1u << 8);
     if (!(ymm && avx && avx2 && fma && f16c && popcnt && bmi2)) return found;
     found |= 2;
+    uint32_t a71 = 0, b71, c71, d71;
+    if (a7 >= 1) __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71);
+#if defined(TAWNY_AVXVNNI)
+    if (a71 & (1u << 4)) found |= 4;
+#endif
     if (!(zmm && (b7 & (1u << 16)))) return found;  // F
-    found |= 4;
+    found |= 8;
     bool dq = b7 & (1u << 17), bw = b7 & (1u << 30), vl = b7 & (1u << 31);
     bool vbmi2 = c7 & (1u << 6), vnni = c7 & (1u << 11);
-    uint32_t a71 = 0, b71, c71, d71;
-    bool bf16 = a7 >= 1 && __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && (a71 & (1u << 5));
-    if (dq && bw && vl && vbmi2 && vnni && bf16) found |= 8;
+    bool bf16 = a71 & (1u << 5);
+    if (dq && bw && vl && vbmi2 && vnni && bf16) found |= 16;
 #elif defined(__aarch64__)
-    found |= 16;  // there is none without NEON
+    found |= 32;  // there is none without NEON
 #endif
     return found;
 }
@@ -55,10 +59,13 @@ const Kernels* choose(int32_t level) {
         case 0: return tawny_portable();
 #if defined(__x86_64__)
         case 1: return tawny_avx2();
-        case 2: return tawny_avx512f();
-        case 3: return tawny_avx512vbmi2();
+#if defined(TAWNY_AVXVNNI)
+        case 2: return tawny_avxvnni();
+#endif
+        case 3: return tawny_avx512f();
+        case 4: return tawny_avx512vbmi2();
 #elif defined(__aarch64__)
-        case 4: return tawny_neon();
+        case 5: return tawny_neon();
 #endif
         default: return nullptr;
     }
@@ -279,7 +286,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 10; }
+int32_t tawny_abi() { return 11; }
 
 // Bits of a survivor of this kind, times -1 where it is an integer with a scale; 0 for a kind that there is none of.
 int32_t tawny_kind_bits(int32_t kind) {

@@ -1,10 +1,10 @@
-// Two tokens and more times integers, with AVX-512's byte products: tokens lie in the lanes of a vector, weights are
-// broadcast to them. A lane's sum is then one token's, so nothing is added up across lanes until the row ends, and a scale
-// costs one multiplication for eight tokens. integers.h, where columns lie in lanes, needs one for each token.
+// Two tokens and more times integers, with products of unsigned by signed bytes: tokens lie in the lanes of a vector,
+// weights are broadcast to them. A lane's sum is then one token's, so nothing is added up across lanes until the row ends,
+// and a scale costs one multiplication for eight tokens. integers.h, where columns lie in lanes, needs one for each token.
 //
-// Eight lanes hold the high bytes of activations, eight the low ones. A lane multiplies four neighbouring columns (a quad)
-// at once. So 8 tokens take a quad of one row at a time, and P tokens take 8 / P quads. Tokens come in eights; what is left
-// of them is a four, a two and a one.
+// Eight lanes hold the high bytes of activations, with an offset of 128, and eight the low ones: a `Pairs` of the
+// instruction set. A lane multiplies four neighbouring columns (a quad) at once. So 8 tokens take a quad of one row at a
+// time, and P tokens take 8 / P quads. Tokens come in eights; what is left of them is a four, a two and a one.
 #pragma once
 #include "integers.h"
 
@@ -13,7 +13,8 @@ namespace {
 template <class I>
 struct Lanes {
     using N = Integers<I>;
-    using V = typename I::V;
+    using Pairs = typename I::Pairs;
+    using Total = typename I::Total;
 
     // Calls use(P, t) for the parts of `count` tokens: P of them, from token t.
     template <class F>
@@ -27,7 +28,7 @@ struct Lanes {
 
     // As in integers.h, then the tokens of each part change places with the quads of each block.
     static void prepare(const void* x, int32_t kind, int64_t tokens, int64_t cols, void* data, float* scales) {
-        N::prepare(x, kind, tokens, cols, data, scales);
+        Integers<typename I::InBytes>::prepare(x, kind, tokens, cols, data, scales);
         int64_t blocks = (cols + 63) / 64;
         uint32_t* place = (uint32_t*)data;
         for (int64_t left = tokens; left > 0; left -= N::TOGETHER) {
@@ -50,44 +51,41 @@ struct Lanes {
     // sum[r] += row r of a strip, times the P tokens of x, whose blocks lie `step` bytes apart.
     template <int P, bool HALF>
     TAWNY_LOOP static void multiply(const int8_t* strip, int64_t blocks, int64_t together, const float* scales,
-                                    const uint8_t* x, int64_t step, V* sum) {
-        constexpr int Q = 8 / P, STEPS = 2 * P, SPANS = HALF ? 2 : 1, CHAINS = HALF ? 1 : 2;
-        V total[4] = {sum[0], sum[1], sum[2], sum[3]};
+                                    const uint8_t* x, int64_t step, Total* sum) {
+        constexpr int Q = 8 / P, STEPS = 2 * P, SPANS = HALF ? 2 : 1, CHAINS = HALF ? 1 : I::chains;
+        Total total[4] = {sum[0], sum[1], sum[2], sum[3]};
         for (int64_t b = 0, end; b < blocks; b = end) {
             end = HALF ? b + 1 : b + together < blocks ? b + together : blocks;
 #pragma GCC unroll 2
             for (int span = 0; span < SPANS; span++, scales += 4) {
-                __m512i acc[4][CHAINS];
+                Pairs acc[4][CHAINS];
 #pragma GCC unroll 4
                 for (int r = 0; r < 4; r++)
 #pragma GCC unroll 2
-                    for (int c = 0; c < CHAINS; c++) acc[r][c] = _mm512_setzero_si512();
+                    for (int c = 0; c < CHAINS; c++) acc[r][c] = I::no_pairs();
                 for (int64_t i = b; i < end; i++)
 #pragma GCC unroll 16
                     for (int s = span * STEPS / SPANS; s < (span + 1) * STEPS / SPANS; s++) {
-                        __m512i tokens = _mm512_load_si512(x + i * step + s * 64);
+                        Pairs tokens = I::load_pairs(x + i * step + s * 64);
 #pragma GCC unroll 4
                         for (int r = 0; r < 4; r++)
                             I::template add_products<Q>(acc[r][s % CHAINS], tokens, strip + (i * 4 + r) * 64 + s * 4 * Q);
                     }
 #pragma GCC unroll 4
                 for (int r = 0; r < 4; r++) {
-                    __m512i all = CHAINS == 2 ? _mm512_add_epi32(acc[r][0], acc[r][1]) : acc[r][0];
-                    total[r] = I::fma(_mm512_cvtepi32_ps(all), I::broadcast(scales[r]), total[r]);
+                    Pairs all = CHAINS == 2 ? I::both(acc[r][0], acc[r][1]) : acc[r][0];
+                    total[r] = I::add_scaled(all, scales[r], total[r]);
                 }
             }
         }
         for (int r = 0; r < 4; r++) sum[r] = total[r];
     }
 
-    // The four rows of each of P tokens, from sums whose lanes are [high or low, token, quad].
+    // The four rows of each of P tokens, from sums whose lanes are [token, quad].
     template <int P>
-    static void finish(const V* sum, const Output& out, int64_t group, int64_t first, const float* scales) {
+    static void finish(const Total* sum, const Output& out, int64_t group, int64_t first, const float* scales) {
         __m256 one[4];  // [token, quad] of a row
-        for (int r = 0; r < 4; r++) {
-            __m256 low = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum[r]), 1));
-            one[r] = _mm256_fmadd_ps(_mm512_castps512_ps256(sum[r]), _mm256_set1_ps(256.0f), low);
-        }
+        for (int r = 0; r < 4; r++) one[r] = I::joined(sum[r]);
         __m256 a = _mm256_unpacklo_ps(one[0], one[1]), b = _mm256_unpackhi_ps(one[0], one[1]);
         __m256 c = _mm256_unpacklo_ps(one[2], one[3]), d = _mm256_unpackhi_ps(one[2], one[3]);
         const __m256 lanes[4] = {_mm256_shuffle_ps(a, c, 0x44), _mm256_shuffle_ps(a, c, 0xee),
@@ -103,13 +101,13 @@ struct Lanes {
     template <int KIND, bool HALF>
     static void group(const Packed& p, const Input& x, const Output& out, int64_t g, int64_t first, int64_t tokens) {
         constexpr int PARTS = N::TOGETHER / 8 + 2;  // 31 tokens: three eights, a four, a two and a one
-        V sum[PARTS + 1][4];
+        Total sum[PARTS + 1][4];
         int parts = 0;
         each_part(tokens, [&](auto part, int64_t) {
             // High bytes carry an offset of 128. Quads share what takes it back.
             for (int r = 0; r < 4; r++) {
                 float offset = p.sums[g * 4 + r] * (p.span ? 1.0f : group_scales(p, g)[r]) * (-128.0f * part.value / 8);
-                sum[parts][r] = _mm512_maskz_mov_ps(0xff, I::broadcast(offset));
+                sum[parts][r] = I::high(offset);
             }
             parts++;
         });

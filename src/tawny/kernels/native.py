@@ -4,7 +4,7 @@ The library has a C ABI and is called through ctypes (a few microseconds, less t
 no OpenMP runtime: `GOMP_parallel` is taken from the one that torch loaded, whatever file name its wheel gave it, so
 that there is one pool of threads in the process and `torch.set_num_threads` rules both.
 
-`TAWNY_KERNEL=avx512vbmi2|avx512f|avx2|neon|portable|torch` forces a choice; otherwise the best the CPU and the operating
+`TAWNY_KERNEL=avx512vbmi2|avx512f|avxvnni|avx2|neon|portable|torch` forces a choice; otherwise the best the CPU and the operating
 system support. `torch` is the fallback in plain torch, also used when the library was not built.
 """
 
@@ -38,8 +38,8 @@ from torch import Tensor
 from tawny.errors import MissingFeature, TawnyError, UserError, nearest
 from tawny.kernels import reference
 
-LEVELS = ("portable", "avx2", "avx512f", "avx512vbmi2", "neon")  # index = level in the library
-ABI = 10
+LEVELS = ("portable", "avx2", "avxvnni", "avx512f", "avx512vbmi2", "neon")  # index = level in the library
+ABI = 11
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 

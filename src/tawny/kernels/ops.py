@@ -5,8 +5,8 @@ or a shape. What no compiled kernel takes goes to the twin in plain torch.
 
 By the number of tokens T (rows of x): up to `DIRECT` the compiled kernel multiplies packed weights as they are;
 above, a few hundred rows at a time are written out into a small buffer that stays in cache and torch's own matrix product runs.
-Where float32 products are the fastest, the kernels of AVX2 and of AVX-512 with VNNI take any number of tokens of integers:
-they are at least as fast as torch's product.
+Where float32 products are the fastest, the kernels of AVX2, of AVX-VNNI and of AVX-512 with VNNI take any number of tokens
+of integers: they are about as fast as torch's product, or faster.
 Where the CPU has no product of 16-bit floats, torch's takes up to eight times as long as the one in float32. There weights
 and activations of many tokens are widened first, some rows at a time.
 Results do not depend on the number of threads; they do depend, in the last bits, on T and on the kernel.
@@ -60,7 +60,7 @@ def _compiled(weight: Weight, dtype: torch.dtype) -> bool:
 
 def _most_direct(weight: Weight) -> int:
     """Tokens that the compiled kernel takes without expanding the weight."""
-    quick = native_dtype() is torch.float32 and native.kernel_name() in ("avx2", "avx512vbmi2")
+    quick = native_dtype() is torch.float32 and native.kernel_name() in ("avx2", "avxvnni", "avx512vbmi2")
     return sys.maxsize if weight.kind.scaled and quick else DIRECT
 
 
