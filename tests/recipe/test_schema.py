@@ -16,6 +16,20 @@ def test_defaults_are_atp_alps_unstructured():
     assert (recipe.calibration.samples, recipe.calibration.seqlen, recipe.seed) == (128, 2048, 0)
 
 
+def test_owl_shares_bits_unless_another_is_named():
+    values = {"mean": 3.5, "of": ["int3", "int8"]}
+    assert Recipe.from_mapping({"values": values}).allocator.name == "owl"
+    assert resolve_recipe(values=values).allocator.name == "owl"
+    assert resolve_recipe(values=values, allocator="dlp").allocator.name == "dlp"
+    assert resolve_recipe(values=values, overrides=["allocator.M=7"]).allocator.options["M"] == 7
+
+
+@pytest.mark.parametrize("key", ["samples", "seed", "refine", "refine.lr", "lambda"])
+def test_a_truth_is_no_number(key):
+    with pytest.raises(RecipeError, match=f"{key}.*[Tt]rue given, expected a"):
+        resolve_recipe(sparsity=0.5, allocator="owl", overrides=[f"{key}=true"])
+
+
 def test_a_fingerprint_changes_with_every_key_and_with_nothing_else():
     base = resolve_recipe(sparsity=0.6, allocator="owl", solver="sparsegpt")
     changes = [

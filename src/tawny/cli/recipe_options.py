@@ -40,7 +40,7 @@ SHARED: dict[str, Any] = {
         str | None,
         shared(
             "-a --allocator NAME",
-            "How blocks share the budget: a name, or the file of an allocation. Default: atp.",
+            "How blocks share the budget: a name, or the file of an allocation. Default: atp, or owl for bits of a mean.",
             RECIPE,
         ),
     ],

@@ -311,7 +311,14 @@ def default_name(section: str, values: Mapping[str, Any]) -> str:
         return {"solver": "divergence", "allocator": "uniform"}[section]
     if section == "solver" and whole:
         return {"members": "obs", "rank": "svd"}[whole]
+    if section == "allocator" and _shares_bits(values.get("values")):
+        return "owl"  # the best at it (benchmarks/mixed_bits.py), where sparsity that rises with depth gains nothing
     return (_OFFICIAL_NAMES if values.get("compat") == "official" else _DEFAULT_NAMES)[section]
+
+
+def _shares_bits(given: Any) -> bool:
+    mean = given.mean if isinstance(given, Values) else as_section("values", given).get("mean")
+    return mean is not None
 
 
 def _whole(pattern: Any) -> Literal["", "members", "blocks", "rank"]:
@@ -532,6 +539,9 @@ def validated(kind: type[T], values: Mapping[str, Any], what: str, section: str 
         raise RecipeError(_one_line(error, section)) from None
     except TawnyError as error:
         raise RecipeError(str(error)) from None  # a class names its own fields, as `allocator.M`
+    for key, value in given.items():  # to pydantic `true` is the number 1
+        if isinstance(value, bool) and not isinstance(vars(made)[known[key]], bool):
+            raise RecipeError(f"{section and f'{section}.'}{key}: {show(value)} given, expected a number")
     return made
 
 
