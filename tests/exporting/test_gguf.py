@@ -10,13 +10,14 @@ import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, dequantize
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, OutputError, UserError
 from tawny.exporting.architectures import ARCHITECTURES
 from tawny.exporting.gguf import TYPES, _check, _stored, _Tensor
 from tawny.exporting.tokenizer import keys_of_folder, keys_of_gguf
-from tawny.model.source import packaged_gguf
+from tawny.model.source import _read_attention, packaged_gguf
 from tests.tiny import tiny_model, tokens
 
 WORDS = 320
@@ -120,6 +121,30 @@ def test_what_is_exported_opens_again_as_the_same_model(family, words, tmp_path)
     assert again.config.rope_parameters["rope_theta"] == ours.config.rope_parameters["rope_theta"]
     original = keys_of_gguf(words)
     assert keys_of_gguf(tmp_path / "m.gguf") == original and len(original) == 8
+
+
+def test_a_gemma_that_is_exported_attends_the_same_once_opened(words, tmp_path):
+    ropes = {
+        "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    folder = saved(tmp_path / "model", "gemma3_text", rope_parameters=ropes)
+    tawny.export(folder, tmp_path / "m.gguf", tokenizer_from=words)
+    ours, again = tawny.load(folder, dtype=torch.bfloat16).float(), tawny.load(tmp_path / "m.gguf").float()
+    assert again.config.query_pre_attn_scalar == 32 and again.config.rope_parameters == ropes
+    ids = tokens(1, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, ours(ids).logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("architecture,blocks", [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemma_scales_queries_by_its_width(architecture, blocks):
+    config = Gemma2Config(num_hidden_layers=blocks, hidden_size=128, num_attention_heads=2, head_dim=32)
+    _read_attention(config, {}, architecture)
+    assert config.query_pre_attn_scalar == 64
+    config.num_hidden_layers = 26
+    _read_attention(config, {}, architecture)
+    assert config.query_pre_attn_scalar == 32
 
 
 def test_halves_of_q_and_k_are_interleaved_within_each_head():

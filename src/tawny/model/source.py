@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
-_CACHE_FORMAT = 4
+_CACHE_FORMAT = 5
 # Of Llama 3.1 and later, but for the factor; a GGUF file holds only what comes of it.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -37,6 +37,8 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Architecture → blocks of its model of 27 billion weights. It scales queries by more than a head's width, which no key says.
+_LARGEST = {"gemma2": 46, "gemma3": 62}
 _PART = re.compile(r"-\d{5}-of-(\d{5})$")  # of a file that llama.cpp split
 _SAMPLES, _SAMPLE = 64, 1 << 16
 
@@ -234,6 +236,7 @@ def _write_converted(path: Path, folder: Path) -> None:
         parsed = gguf_utils.load_gguf_checkpoint(str(path), return_tensors=False)
         architecture = str(reader.fields["general.architecture"].contents())
         factors = _read_from_tensors(config, {tensor.name: tensor for tensor in reader.tensors})
+        _read_attention(config, reader.fields, architecture)
         _read_scaling(config, reader.fields, f"{architecture}.rope", path)
     with _refusing(f"{path} holds a tokenizer that transformers cannot read"):  # before the long part
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
@@ -302,6 +305,19 @@ def _read_from_tensors(config: PretrainedConfig, tensors: Mapping[str, Any]) -> 
     factors = torch.from_numpy(dequantize(held.data, held.tensor_type).copy())
     config.rope_parameters = {**rope, **_LLAMA3, "factor": float(factors.max())}
     return factors
+
+
+def _read_attention(config: PretrainedConfig, fields: Mapping[str, Any], architecture: str) -> None:
+    """Put into a configuration how Gemma models attend, as far as transformers leaves it out; as llama.cpp reads it."""
+    told = config.to_dict()
+    if "query_pre_attn_scalar" in told:
+        largest = told["num_hidden_layers"] == _LARGEST.get(architecture)
+        width = told["hidden_size"] // told["num_attention_heads"] if largest else told["head_dim"]
+        config.query_pre_attn_scalar = width
+    base, rope = fields.get(f"{architecture}.rope.freq_base_swa"), told.get("rope_parameters") or {}
+    if base is not None and "sliding_attention" in rope:
+        window = {**rope["sliding_attention"], "rope_theta": float(base.contents())}
+        config.rope_parameters = {**rope, "sliding_attention": window}
 
 
 def _read_scaling(config: PretrainedConfig, fields: Mapping[str, Any], rope: str, path: Path) -> None:
