@@ -39,7 +39,7 @@ def exchanged(model: nn.Module) -> dict[PackedLinear, PackedLinear]:
 
     It is decided once a model. The twins live as long as the linears they stand for.
     """
-    if native.kernel_name() == "avx512vbmi2":  # it expands in one instruction, and adds up in another order
+    if native.kernel_name() in native.EXPANDING:  # which add up in another order, too
         return {}
     masked = [
         module

@@ -46,10 +46,11 @@ int32_t supported() {
     found |= 8;
     bool dq = b7 & (1u << 17), bw = b7 & (1u << 30), vl = b7 & (1u << 31);
     bool vbmi2 = c7 & (1u << 6), vnni = c7 & (1u << 11);
-    bool bf16 = a71 & (1u << 5);
-    if (dq && bw && vl && vbmi2 && vnni && bf16) found |= 16;
+    if (!(dq && bw && vl && vbmi2 && vnni)) return found;
+    found |= 16;
+    if (a71 & (1u << 5)) found |= 32;  // BF16
 #elif defined(__aarch64__)
-    found |= 32;  // there is none without NEON
+    found |= 64;  // there is none without NEON
 #endif
     return found;
 }
@@ -63,9 +64,10 @@ const Kernels* choose(int32_t level) {
         case 2: return tawny_avxvnni();
 #endif
         case 3: return tawny_avx512f();
-        case 4: return tawny_avx512vbmi2();
+        case 4: return tawny_avx512vnni();
+        case 5: return tawny_avx512vbmi2();
 #elif defined(__aarch64__)
-        case 5: return tawny_neon();
+        case 6: return tawny_neon();
 #endif
         default: return nullptr;
     }
@@ -286,7 +288,7 @@ Packed describe(const void* masks, const void* values, const void* offsets, cons
 // Every function that computes returns 0, or 1: no kernel chosen, 2: an argument out of range, 3: out of memory.
 extern "C" {
 
-int32_t tawny_abi() { return 11; }
+int32_t tawny_abi() { return 12; }
 
 // Bits of a survivor of this kind, times -1 where it is an integer with a scale; 0 for a kind that there is none of.
 int32_t tawny_kind_bits(int32_t kind) {
@@ -306,7 +308,7 @@ int32_t tawny_level(int32_t kind, int32_t code) {
 int32_t tawny_supported() { return supported(); }
 
 int32_t tawny_choose(int32_t level) {
-    if (level < 0 || level > 4 || !(supported() >> level & 1)) return 1;
+    if (level < 0 || level > 30 || !(supported() >> level & 1)) return 1;
     chosen = choose(level);
     return chosen ? 0 : 1;
 }

@@ -4,13 +4,14 @@ The library has a C ABI and is called through ctypes (a few microseconds, less t
 no OpenMP runtime: `GOMP_parallel` is taken from the one that torch loaded, whatever file name its wheel gave it, so
 that there is one pool of threads in the process and `torch.set_num_threads` rules both.
 
-`TAWNY_KERNEL=avx512vbmi2|avx512f|avxvnni|avx2|neon|portable|torch` forces a choice; otherwise the best the CPU and the operating
+`TAWNY_KERNEL=avx512vbmi2|avx512vnni|avx512f|avxvnni|avx2|neon|portable|torch` forces a choice; otherwise the best the CPU and the operating
 system support. `torch` is the fallback in plain torch, also used when the library was not built.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "EXPANDING",
     "LEVELS",
     "available",
     "check",
@@ -38,8 +39,10 @@ from torch import Tensor
 from tawny.errors import MissingFeature, TawnyError, UserError, nearest
 from tawny.kernels import reference
 
-LEVELS = ("portable", "avx2", "avxvnni", "avx512f", "avx512vbmi2", "neon")  # index = level in the library
-ABI = 11
+# Index = level in the library.
+LEVELS = ("portable", "avx2", "avxvnni", "avx512f", "avx512vnni", "avx512vbmi2", "neon")
+EXPANDING = ("avx512vnni", "avx512vbmi2")  # they spread bytes by a mask in one instruction
+ABI = 12
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
 
 
@@ -152,7 +155,7 @@ def _choose(wanted: str | None) -> str:
     name = wanted or available()[0]
     found, _ = _load()
     if name != "torch" and found is not None:
-        found.tawny_choose(LEVELS.index(name))
+        raise_for(found.tawny_choose(LEVELS.index(name)), f"kernel {name!r}")
     return name
 
 

@@ -60,7 +60,7 @@ def _compiled(weight: Weight, dtype: torch.dtype) -> bool:
 
 def _most_direct(weight: Weight) -> int:
     """Tokens that the compiled kernel takes without expanding the weight."""
-    quick = native_dtype() is torch.float32 and native.kernel_name() in ("avx2", "avxvnni", "avx512vbmi2")
+    quick = native_dtype() is torch.float32 and native.kernel_name() in ("avx2", "avxvnni", *native.EXPANDING)
     return sys.maxsize if weight.kind.scaled and quick else DIRECT
 
 

@@ -135,5 +135,6 @@ extern "C" const Kernels* tawny_portable();
 extern "C" const Kernels* tawny_avx2();
 extern "C" const Kernels* tawny_avxvnni();
 extern "C" const Kernels* tawny_avx512f();
+extern "C" const Kernels* tawny_avx512vnni();
 extern "C" const Kernels* tawny_avx512vbmi2();
 extern "C" const Kernels* tawny_neon();
