@@ -482,7 +482,7 @@ def few_bits(result: Mapping[str, Any]) -> str:
 
     def place(name: str) -> tuple[float, str, int]:
         kind, solver, _ = name.split()
-        return -cells[name]["bits"], kind, list(names).index(solver)
+        return -round(cells[name]["bits"], 2), kind, list(names).index(solver)
 
     for name in sorted(cells, key=place):
         cell, (kind, solver, _) = cells[name], name.split()
