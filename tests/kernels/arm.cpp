@@ -166,7 +166,8 @@ int main(int count, char** arguments) {
     FILE* file = count > 1 ? fopen(arguments[1], "rb") : nullptr;
     if (!file) return fprintf(stderr, "the file of cases is missing\n"), 2;
     const struct { int32_t level; const Kernels* table; } kernels[] = {{0, tawny_portable()}, {6, tawny_neon()}};
-    if (tawny_supported() != (1 << kernels[0].level | 1 << kernels[1].level)) return fprintf(stderr, "the library does not offer portable code and NEON\n"), 2;
+    if (tawny_supported() != (1 << kernels[0].level | 1 << kernels[1].level))
+        return fprintf(stderr, "the library does not offer portable code and NEON\n"), 2;
     int passed[2] = {}, cases = 0;
     bool wrong = false, refused = true;  // the last case has a wrong answer, as its name says
     for (;; cases += !wrong) {

@@ -211,10 +211,8 @@ def test_a_whole_weight_gives_the_bits_of_a_masked_one(kernel, values, group):
         for tokens in (1, 2, 5, 33):
             x = activations(tokens, shape[1], torch.float32)
             found = [ops.packed_linear(x, each.weight, None) for each in (packed, bare)]
-            if kernel in (
-                "torch",
-                *native.EXPANDING,
-            ):  # other orders of sums; whole.py does not exchange there
+            # Other orders of sums; whole.py does not exchange there.
+            if kernel in ("torch", *native.EXPANDING):
                 torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
             else:
                 assert torch.equal(*found), tokens

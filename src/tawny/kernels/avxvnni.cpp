@@ -28,7 +28,6 @@ struct AvxVnni : Avx2 {
         return {_mm256_load_si256((const __m256i*)p), _mm256_load_si256((const __m256i*)(p + 32))};
     }
     static Pairs no_pairs() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-    static Pairs both(Pairs a, Pairs) { return a; }
     template <int QUADS>
     static inline __attribute__((always_inline)) void add_products(Pairs& sum, Pairs x, const int8_t* w) {
         __m256i all;

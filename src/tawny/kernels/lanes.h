@@ -73,7 +73,8 @@ struct Lanes {
                     }
 #pragma GCC unroll 4
                 for (int r = 0; r < 4; r++) {
-                    Pairs all = CHAINS == 2 ? I::both(acc[r][0], acc[r][1]) : acc[r][0];
+                    Pairs all = acc[r][0];
+                    if constexpr (CHAINS == 2) all = I::both(all, acc[r][1]);
                     total[r] = I::add_scaled(all, scales[r], total[r]);
                 }
             }
