@@ -326,11 +326,40 @@ def test_a_file_of_the_model_is_not_replaced_by_its_export(words, tmp_path):
     folder, made = saved(tmp_path / "model", "llama"), tmp_path / "m.gguf"
     tawny.export(folder, made, tokenizer_from=words)
     mine = shutil.copy(words, tmp_path / "words.gguf")
-    for source, out in ((folder, folder / "model.safetensors"), (made, made), (folder, mine)):
+    pruned = saved(tmp_path / "pruned", "llama")
+    (pruned / "run.json").write_text(json.dumps({"source": str(made)}))
+    for source, out, tokenizer in (
+        (folder, folder / "model.safetensors", mine),
+        (made, made, mine),
+        (folder, mine, mine),
+        (pruned, made, None),
+        (pruned, made, mine),
+    ):
         before = out.read_bytes()
         with pytest.raises(OutputError, match="a source is never overwritten"):
-            tawny.export(source, out, tokenizer_from=mine, overwrite=True)
+            tawny.export(source, out, tokenizer_from=tokenizer, overwrite=True)
         assert out.read_bytes() == before
+
+
+def test_a_folder_that_holds_the_file_of_the_model_is_not_replaced(words, tmp_path):
+    out = saved(tmp_path / "out", "llama")
+    made = out / "m.gguf"
+    tawny.export(saved(tmp_path / "model", "llama"), made, tokenizer_from=words)
+    before = made.read_bytes()
+    keys = {
+        "calibration": torch.zeros(2, 8, dtype=torch.int64),
+        "allocator": "uniform",
+        "solver": "magnitude",
+    }
+    writers = {
+        "prune": lambda: tawny.prune(made, out, sparsity=0.5, overwrite=True, **keys),
+        "pack": lambda: tawny.pack(made, out, overwrite=True),
+        "slim": lambda: tawny.slim(made, out, overwrite=True),
+    }
+    for name, write in writers.items():
+        with pytest.raises(OutputError, match="holds the model"):
+            write()
+        assert made.read_bytes() == before, name
 
 
 def test_wrong_arguments_and_tokenizers_are_refused_and_leave_nothing(words, tmp_path):

@@ -666,9 +666,11 @@ def test_no_process_ends_over_a_nan_before_the_first_has_written(pair, tmp_path,
     assert json.loads((tmp_path / "out" / "recover.json").read_text())["stopped"] == "nan"
 
 
-def test_a_batch_that_sharded_processes_cannot_share_is_refused(pair, tmp_path):
+def test_a_batch_that_processes_cannot_share_is_refused(pair, tmp_path):
     call = call_of(pair, tmp_path / "out", shard=True, batch=3)
     assert "batch=3 among 2 processes" in as_torchrun(tmp_path, 2, call)
+    call = call_of(pair, tmp_path / "out", batch=1)
+    assert "expected a window for each" in as_torchrun(tmp_path, 2, call)
     assert not (tmp_path / "out").exists()
 
 

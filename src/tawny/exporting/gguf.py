@@ -241,7 +241,9 @@ def export_gguf(
     # Before the minutes that reading such a file takes.
     _check_apart(out, [path for path in (whole, words) if path is not None])
     folder = resolve(source, progress.say)
-    _check_apart(out, [folder.resolve() / x.name for x in folder.iterdir()])
+    origin = _origin(folder)
+    own = [folder.resolve() / x.name for x in folder.iterdir()]
+    _check_apart(out, own if origin is None else [*own, origin])
     work = _Export(folder)
     keys, whose = _tokenizer(source, folder, tokenizer, work.words)
     planned = work.plan(kind)

@@ -154,6 +154,7 @@ class OutputFolder:
         out: the folder to be.
         overwrite: replace a finished `out`, once the new one is complete.
         source: the model's folder, which is never written to, nor anything around it replaced.
+        given: the model as it was named; the same holds for a file that the folder was made of.
         keep: go on with what lies in `OUT.partial`; otherwise it is thrown away.
 
     Raises:
@@ -162,15 +163,22 @@ class OutputFolder:
     """
 
     def __init__(
-        self, out: Path, *, overwrite: bool = False, source: Path | None = None, keep: bool = False
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        source: Path | None = None,
+        given: str | Path | None = None,
+        keep: bool = False,
     ) -> None:
         self.out = out = named(out)
         self.work = unfinished(out)
         self.partial = self.work / "checkpoint"
         self._writer = ThreadPoolExecutor(1, "writing")
         self._behind: list[tuple[Path, Future[None]]] = []
-        if source is not None:
-            spare((out, self.work), source, "model")
+        for read in (source, given and Path(given).expanduser()):
+            if read and read.exists():
+                spare((out, self.work), read, "model")
         self._mend()
         if out.is_symlink() and not out.exists():
             raise OutputError(

@@ -299,7 +299,7 @@ def pack(
     choice = _choice(folder, values, group, head, embedding)
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
-    output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
+    output = OutputFolder(Path(out), overwrite=overwrite, source=folder, given=source)
     try:
         writer = PackedWriter(output.partial)
         files = weight_paths(folder)  # one without tensors, too: the index names it
@@ -405,7 +405,7 @@ def unpack(
     if not is_packed(folder):
         raise CheckpointError(f"{source} is not a packed folder; there is nothing to unpack")
     packed = PackedFolder(folder)
-    output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
+    output = OutputFolder(Path(out), overwrite=overwrite, source=folder, given=source)
     total = 0
     try:
         for part in packed.source:

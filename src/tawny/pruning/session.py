@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from transformers.utils import PushToHubMixin
 
 from tawny.calibration.context import check_context, check_ids, seqlen_of
 from tawny.calibration.inputs import read_inputs
-from tawny.calibration.mixture import in_words, load_texts
+from tawny.calibration.mixture import Mixture, in_words, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText, sample_windows, tokenise
 from tawny.errors import (
@@ -253,6 +254,7 @@ def open_session(
 
 def open_output(out: Path, overwrite: bool, source: str | Path | nn.Module) -> OpensPlace:
     """The folder to write and the journal of what is in it already; a live module has no journal."""
+    given = None if isinstance(source, nn.Module) else source
     if isinstance(source, nn.Module):
         check_savable(source)
     work = unfinished(out)
@@ -268,12 +270,13 @@ def open_output(out: Path, overwrite: bool, source: str | Path | nn.Module) -> O
         elif folder is None:
             output, journal = OutputFolder(out, overwrite=overwrite), Journal(None)
         elif (found := Journal.to_go_on_with(work, overwrite)) is None:
-            output = OutputFolder(out, overwrite=True, source=folder)
+            output = OutputFolder(out, overwrite=True, source=folder, given=given)
             journal = Journal(work)
         else:
             journal = found
             # Who consented to replace a finished folder when the run was started need not do so again to go on.
-            output = OutputFolder(out, overwrite=journal.consent, source=folder, keep=journal.found)
+            consent, keep = journal.consent, journal.found
+            output = OutputFolder(out, overwrite=consent, source=folder, given=given, keep=keep)
             journal.reload()
             journal.start_over = output.start_over if overwrite else None
         journal.join(ranks, work if ranks.size > 1 else None)
@@ -407,23 +410,31 @@ def _calibration(
     progress.say(f"reading calibration text {in_words(wanted.text)}")
     held_out = None
 
-    def own(share: float) -> Text:
+    def own(seed: int, times: int, share: float) -> Text:
         # At least two windows: read again, a text may have fewer tokens than were written.
-        samples = max(2, math.ceil(share * wanted.samples)) * (1 if purpose.held_out is None else 2)
+        samples = max(2, math.ceil(share * wanted.samples)) * times
         keys: dict[str, Any] = {"memory": budget, "group": ranks, "progress": progress}
         writer: Path | nn.Module = purpose.author or job.folder or model
-        author = author_of(writer, tokenizer, job.recipe.seed, job.stack.compute, ranks.device, **keys)
+        author = author_of(writer, tokenizer, seed, job.stack.compute, ranks.device, **keys)
         written = author.write(samples * wanted.seqlen)
         give_back()
         return written
 
+    def load(seed: int, times: int) -> Mixture:
+        return load_texts(wanted.text, "calibration", tokenizer, partial(own, seed, times))
+
     with clock("text"):
-        text = load_texts(wanted.text, "calibration", tokenizer, own)
+        text = load(job.recipe.seed, 1)
         placement = placed(Load(wanted.samples, seqlen, text.characters))
         tokens = tokenise(text, tokenizer, job.recipe.bos, around=not predicts)
         windows = sample_windows(tokens, wanted.samples, seqlen, job.recipe.seed)
         if purpose.held_out is not None:
-            held_out = purpose.held_out(job, tokens)
+            apart = tokens
+            if any(
+                one.written for one in text.texts
+            ):  # the same seed would write what runs are calibrated on
+                apart = tokenise(load(job.recipe.seed + 1, 2), tokenizer, job.recipe.bos)
+            held_out = purpose.held_out(job, apart)
     check_ids(model, windows)
     give_back()
     record.text = {

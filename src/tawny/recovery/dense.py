@@ -92,6 +92,11 @@ def recover_dense(request: Request) -> RecoveryRecord:
 def _open(request: Request, processes: Processes, ending: ExitStack) -> Training:
     """Check and open all that a training works on; `ending` cleans up, whatever happens after."""
     source, teacher, out, settings = request.source, request.teacher, request.out, request.settings
+    if settings.batch < processes.size:
+        raise RecipeError(
+            f"batch={settings.batch} among {processes.size} processes: expected a window for each; raise it with "
+            f"-o batch={processes.size}, or start fewer"
+        )
     if processes.sharded and settings.batch % processes.size:
         raise RecipeError(
             f"batch={settings.batch} among {processes.size} processes with shard=true: expected a multiple, "

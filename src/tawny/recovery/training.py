@@ -405,7 +405,8 @@ class Training:
         total = self._held_out_losses()
         taken = self._elapsed() - begun
         standing.measuring += taken
-        standing.cost = max(0.0, taken - (standing.teacher_seconds - taught))
+        # Each process has asked the teacher for windows of its own; all must see the same end.
+        standing.cost = self.processes.same(max(0.0, taken - (standing.teacher_seconds - taught)))
         mean = total.next_token / total.tokens
         entry = {
             "step": float(standing.step),

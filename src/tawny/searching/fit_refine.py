@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["Moves", "refine"]
 
 import random
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ def refine(
         "refined", partial(_refined, session, table, start, seconds, samples, searched, dtype, work)
     )
     journal.forget(WALK)
+    shutil.rmtree(work / "levels", ignore_errors=True)  # a fit that is stopped before this goes on
     if told["kinds"] is None:
         return None, told
     levels = {name: Level(0.0, kind) for name, kind in told["kinds"].items()}
@@ -110,12 +112,11 @@ def _refined(
             step=session.progress.step,
         )
     except NumericalError:  # goes on without, and no other walk would clear this one
-        store.remove()
         journal.forget(WALK)
+        store.remove()
         raise
     finally:
         store.close()
-    store.remove()
     before, after = outcome.uniform.last_word, outcome.winner.last_word
     tried = len(outcome.trials) - 1
     says = f"refined for {duration(clock.elapsed)}: {tried} models tried, KL {before:.4f} → {after:.4f} on windows searched on"

@@ -101,7 +101,7 @@ def slim(
             f"{source} is a model of several stacks, whose config.json cannot say the widths or blocks that are left; `tawny pack` "
             "makes it smaller instead"
         )
-    output = OutputFolder(Path(out), overwrite=overwrite, source=folder)
+    output = OutputFolder(Path(out), overwrite=overwrite, source=folder, given=source)
     try:
         with torch.no_grad(), evaluating(stack.model):
             widths, dropped, aligned, expected = _cut(stack, output, str(source), progress)
