@@ -19,7 +19,7 @@ from tawny.report.plot import plot_allocations, plot_fit, plot_frontier, plot_ou
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from tables.frontier import notes, series  # noqa: E402
+from tables.frontier import NAMES, notes, series  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 EXAMPLE = RESULTS / "example_run.json"
@@ -74,7 +74,7 @@ def draw_frontier(name: str, title: str) -> None:
     result = _result(name)
     how = {"text": result["setting"]["texts"][0], "title": title}
     beside = notes(result) if "speeds" in result else None
-    plot_frontier(series(result), IMAGES / f"{name}.svg", **how, notes=beside)
+    plot_frontier(series(result), IMAGES / f"{name}.svg", **how, notes=beside, apart=[NAMES["recovered"]])
 
 
 def draw_outliers(path: Path) -> None:

@@ -64,6 +64,7 @@ class Record:
         values: the kind that each linear was solved for, where the recipe asks for kinds.
         files: bytes and SHA-256 of every weight file written.
         packed: kinds and bytes, where the weights were packed afterwards.
+        rounded: what packing rounded, and unpacking does not give back: kinds of linears (`values`), `head`, `embedding`.
         fit: what `tawny fit` compared and chose, in short.
         recovery: what `tawny recover` did to the weights afterwards, in short.
         opens: classes of transformers that open the folder, the model's first.
@@ -99,6 +100,7 @@ class Record:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: int = 0
     packed: dict[str, Any] = field(default_factory=dict)
+    rounded: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)

@@ -26,7 +26,8 @@ def test_blocks_form_the_progression_and_the_budget_is_exact(blocks: int, target
 
 
 @pytest.mark.parametrize(
-    ("target", "half"), [(0.7, 0.15), (0.6, 0.10), (0.5, 0.04), (0.65, 0.125), (0.99, 0.01)]
+    ("target", "half"),
+    [(0.7, 0.15), (0.6, 0.10), (0.5, 0.04), (0.65, 0.125), (0.9, 0.06), (0.99, 0.006), (0.05, 0.03)],
 )
 def test_without_a_step_the_band_depends_on_the_target(target: float, half: float) -> None:
     found = Atp().allocate(reference.model(32, [(100, 100)]), target)

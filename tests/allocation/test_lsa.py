@@ -132,7 +132,7 @@ def test_units_that_lose_most_are_pruned_most(granularity: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "alpha"), [(0.7, 0.15), (0.5, 0.04), (0.65, 0.125), (0.05, 0.06), (0.95, 0.12)]
+    ("target", "alpha"), [(0.7, 0.15), (0.5, 0.04), (0.65, 0.125), (0.05, 0.03), (0.95, 0.03)]
 )
 def test_the_strength_is_the_papers_for_the_sparsity(target: float, alpha: float) -> None:
     profile = profile_of([1.0, 1, 1, 2, 2, 2, 3, 3, 3])

@@ -9,6 +9,7 @@ import types
 import pytest
 
 from tawny.calibration import text as module
+from tawny.calibration.mixture import check_texts
 from tawny.calibration.text import load_text
 from tawny.calibration.windows import tokenise
 from tawny.errors import TextError
@@ -66,6 +67,13 @@ def test_an_unknown_name_gets_its_nearest_neighbour():
         load_text("wikitext")
     with pytest.raises(TextError, match="is neither a file"):
         load_text("/no/such/file.txt")
+
+
+@pytest.mark.parametrize("name", ["a text, not a path, " * 20, "~nobody-of-that-name/x.txt"])
+def test_what_can_be_no_path_is_an_unknown_text(name):
+    with pytest.raises(TextError, match="is neither a file") as caught:
+        check_texts(name)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_folder_is_not_a_text(tmp_path):

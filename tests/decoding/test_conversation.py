@@ -37,9 +37,11 @@ def test_what_the_model_is_told_first_must_be_text():
         Conversation("no/such", system="\udcff")
 
 
-def test_the_oldest_question_is_forgotten_where_the_context_is_full(folder, monkeypatch):
-    monkeypatch.setattr(conversation, "_CONTEXT", 48)
-    talk = Conversation(folder, temperature=0, max_tokens=3)
+@pytest.mark.parametrize("context", [48, None])
+def test_the_oldest_question_is_forgotten_where_the_context_is_full(context, folder, monkeypatch):
+    if context is None:
+        monkeypatch.setattr(conversation, "_CONTEXT", 48)
+    talk = Conversation(folder, temperature=0, max_tokens=3, context=context)
     for text in ("x" * 20, "y" * 20, "z" * 20):
         said(talk, text)
     assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["z" * 20]

@@ -37,12 +37,20 @@ def test_only_the_likeliest_are_drawn():
 
 
 @pytest.mark.parametrize(
-    "keys", [{"top_p": 0.9}, {"top_p": 0.99}, {"top_k": 40}, {"top_k": 600, "min_p": 0.1}]
+    "keys",
+    [
+        {"top_p": 0.9},
+        {"top_p": 0.99},
+        {"top_k": 40},
+        {"top_k": 600, "min_p": 0.1},
+        {"top_k": 5000, "top_p": 0.7, "temperature": 3.0},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in bfloat16 many shares are equal
 def test_the_likeliest_few_are_drawn_as_if_all_were_sorted(keys, dtype, monkeypatch):
     logits = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
-    one, other = Sampler(1.0, seed=7, **keys), Sampler(1.0, seed=7, **keys)
+    keys = {"temperature": 1.0, "seed": 7, **keys}
+    one, other = Sampler(**keys), Sampler(**keys)
     quick = [one(logits) for _ in range(30)]
     monkeypatch.setattr("tawny.decoding.sampling._LIKELIEST", 5000)
     assert quick == [other(logits) for _ in range(30)]

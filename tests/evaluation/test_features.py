@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tawny
 from tawny.errors import ModelError
+from tawny.evaluation import compare as compare_module
+from tawny.evaluation import features as features_module
 from tawny.model.streams import Samples
+from tawny.progress import silent
 from tests.encoders import inputs_for, padded, tiny_encoder
 from tests.tiny import tiny_model
 
@@ -88,6 +92,15 @@ def test_a_batch_is_timed_of_what_the_model_takes():
         assert found.tokens == tokens and found.samples_per_second == pytest.approx(2 / found.seconds)
 
 
+@pytest.mark.parametrize("seqlen", [None, 512])
+def test_a_comparison_measures_features_on_windows_as_long_as_asked_for(seqlen, monkeypatch):
+    asked, told = [], SimpleNamespace(to_dict=dict)
+    monkeypatch.setattr(features_module, "features", lambda *_, **keys: asked.append(keys["seqlen"]) or told)
+    setting = {"text": "wiki", "windows": 2, "seqlen": seqlen, "compute": "auto", "device": "cpu"}
+    compare_module._features(None, "dense", setting, silent)
+    assert asked == [seqlen]
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "reason"),
     [
@@ -95,6 +108,7 @@ def test_a_batch_is_timed_of_what_the_model_takes():
         ("language", ("bench", "--batch", 2), "is measured with one text at a time: --batch is for encoders"),
         ("encoder", ("eval", "--stride", 4), "predicts no next token, so --stride says nothing of it"),
         ("encoder", ("eval", "--bos"), "predicts no next token, so --bos and --no-bos say nothing of it"),
+        ("encoder", ("compare", "--bos"), "predicts no next token, so bos says nothing of it"),
     ],
 )
 def test_options_that_say_nothing_of_a_model_are_refused(run, tmp_path, kind, arguments, reason):

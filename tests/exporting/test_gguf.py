@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, dequantize
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config
+from transformers import Gemma2Config, Starcoder2Config
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, OutputError, UserError
@@ -145,6 +146,16 @@ def test_the_largest_gemma_scales_queries_by_its_width(architecture, blocks):
     config.num_hidden_layers = 26
     _read_attention(config, {}, architecture)
     assert config.query_pre_attn_scalar == 32
+
+
+def test_the_base_of_rotary_positions_is_read_where_transformers_leaves_it_out():
+    base = SimpleNamespace(contents=lambda: 999999.4375)
+    config = Starcoder2Config()
+    _read_attention(config, {"starcoder2.rope.freq_base": base}, "starcoder2")
+    assert config.rope_parameters["rope_theta"] == 999999.4375
+    before = dict(config.rope_parameters)
+    _read_attention(config, {}, "starcoder2")
+    assert config.rope_parameters == before
 
 
 def test_halves_of_q_and_k_are_interleaved_within_each_head():

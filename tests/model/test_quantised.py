@@ -195,6 +195,23 @@ def test_inputs_in_the_order_of_their_activations_keep_their_groups(written, tmp
     torch.testing.assert_close(Checkpoint(folder).read([name])[name], whole * scales[:, groups])
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_groups_of_eight_bits_out_of_order_are_refused(ordered, written, tmp_path):
+    source, expected = written("compressed-tensors, int8")
+    name = max(expected)
+    groups = torch.arange(expected[name].shape[1]) // 32
+    order = (groups if ordered else groups.flip(0)).int()
+    stem = name.removesuffix("weight")
+    folder = damaged(
+        source, tmp_path / "model", lambda tensors: tensors.update({f"{stem}weight_g_idx": order})
+    )
+    if ordered:
+        assert torch.equal(Checkpoint(folder).read([name])[name], expected[name])
+        return
+    with pytest.raises(CheckpointError, match="groups out of order"):
+        tawny.prune(folder, tmp_path / "out", **UNIFORM)
+
+
 def test_settings_of_older_tools_lie_in_a_file_of_their_own(written, tmp_path):
     folder = shutil.copytree(written("GPTQ, 4 bits")[0], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

@@ -13,10 +13,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import CheckpointError
 from tawny.model.checkpoint import Checkpoint
+from tawny.model.output import ShardWriter
 from tawny.model.source import convert_gguf
 
 HIDDEN, INNER, WORDS, BLOCKS = 64, 96, 300, 2
@@ -272,11 +274,25 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, cache):
 
 def test_experts_that_lack_a_half_of_their_gated_weights_are_refused(tmp_path, cache):
     sizes = {"experts": 4, "inner": 768}  # the width transformers takes any such file to have
-    assert tawny.load(write(tmp_path / "whole.gguf", **sizes)).config.num_experts == 4
+    model = tawny.load(write(tmp_path / "whole.gguf", **sizes))
+    assert model.config.num_experts == 4
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="whole.gguf", dtype=torch.bfloat16)
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     path = write(tmp_path / "m.gguf", **sizes, without="blk.1.ffn_gate_exps.weight")
     with pytest.raises(CheckpointError, match=r"lacks 'blk\.1\.ffn_gate_exps\.weight'"):
         convert_gguf(path)
     assert [made.name[:5] for made in cache.glob("*")] == ["whole"]
+
+
+def test_experts_are_written_as_soon_as_they_are_complete(tmp_path, cache, monkeypatch):
+    added, add = [], ShardWriter.add
+    monkeypatch.setattr(ShardWriter, "add", lambda self, some: added.append(list(some)) or add(self, some))
+    convert_gguf(write(tmp_path / "m.gguf", experts=4, inner=768))
+    assert all(len(some) == 1 for some in added)
+    (fused,) = [some for (some,) in added if "layers.0" in some and "gate_up_proj" in some]
+    later = [some for (some,) in added if "layers.1" in some]
+    assert added.index([fused]) < min(added.index([some]) for some in later)
 
 
 def test_a_part_of_a_split_file_is_refused_in_one_line(tmp_path, cache):

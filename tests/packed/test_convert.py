@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
-from tawny.errors import NumericalError
+from tawny.errors import CheckpointError, NumericalError
 from tawny.packed.folder import INDEX, PackedCheckpoint
 from tawny.packed.linear import PackedLinear
 from tawny.packed.writer import PackedWriter
@@ -93,6 +93,26 @@ def test_a_sharded_checkpoint_comes_back_shard_by_shard(tmp_path):
     assert (tmp_path / "again" / index.name).read_bytes() == index.read_bytes()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(plain.eval(), tokens(1, 4)), logits(pruned("qwen2"), tokens(1, 4)))
+
+
+def test_an_old_index_beside_one_file_counts_for_nothing(tmp_path):
+    pruned("qwen2").save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    index = (tmp_path / "dense" / "model.safetensors.index.json").read_text()
+    pruned("qwen2").save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors.index.json").write_text(index)
+    tawny.pack(tmp_path / "dense", tmp_path / "packed", "f32")
+    tawny.unpack(tmp_path / "packed", tmp_path / "again")
+    assert bytes_of(tmp_path / "again").keys() == {"model.safetensors"}
+    assert torch.equal(
+        logits(tawny.load(tmp_path / "again"), tokens(1, 4)), logits(pruned("qwen2"), tokens(1, 4))
+    )
+
+
+def test_what_cannot_be_opened_does_not_look_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr("tawny.packed.convert._layout_of", lambda *_: ([], None))
+    with pytest.raises(CheckpointError):
+        tawny.pack(saved(tmp_path / "dense"), tmp_path / "packed", "f32")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_many_small_shards_are_as_good_as_one(tmp_path, monkeypatch):

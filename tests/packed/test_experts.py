@@ -334,6 +334,22 @@ def test_few_zeros_leave_all_experts_of_a_parameter_dense(tmp_path):
     assert bytes_of(tmp_path / "again") == bytes_of(dense)
 
 
+def test_experts_of_a_parameter_may_have_kinds_of_their_own(tmp_path):
+    dense = saved(tmp_path / "dense", "mixtral")
+    keys = {"sparsity": 0, "allocator": "owl", "solver": "sparsegpt", "calibration": tokens(8, 16)}
+    values = {"mean": 4.5, "of": ["int8", "int4"]}
+    tawny.prune(dense, tmp_path / "solved", values=values, **keys)
+    tawny.pack(tmp_path / "solved", tmp_path / "packed")
+    folder = PackedFolder(tmp_path / "packed")
+    kinds = [{entry.values for entry in entries} for entries in folder.experts.values()]
+    assert {"int8", "int4"} in kinds
+    ids = tokens(1, 8)
+    tawny.unpack(tmp_path / "packed", tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "solved")
+    found, expected = (logits(tawny.load(tmp_path / name), ids) for name in ("packed", "solved"))
+    assert (found - expected).norm() < 0.05 * expected.norm()  # activations are rounded for integers
+
+
 def test_an_expert_without_zeros_is_packed_whole_beside_others(tmp_path):
     model = mixture("mixtral")
     with torch.no_grad():

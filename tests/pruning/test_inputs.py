@@ -155,3 +155,7 @@ def test_a_plan_counts_the_dense_stream_of_refining(tmp_path):
     keys = {**KEYS, "calibration.text": str(tmp_path / "t.txt")}
     plain, refined = (tawny.plan(tmp_path / "dense", **keys, **{"refine.epochs": n}).disk for n in (0, 1))
     assert refined["hidden_states"] == 2 * plain["hidden_states"] and refined["peak"] > plain["peak"]
+    packed = tawny.plan(tmp_path / "dense", **{**keys, "values": "int4"})  # both folders, for a while
+    assert packed.disk["peak"] >= 2 * packed.disk["checkpoint"] and any(
+        "packs this" in x for x in packed.notes
+    )

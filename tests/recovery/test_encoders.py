@@ -15,6 +15,12 @@ from tests.tiny import tokens
 from tests.tokenizer import tiny_tokenizer
 
 
+def test_a_model_of_several_stacks_is_refused():
+    dense = tiny_encoder("swin")
+    with pytest.raises(ModelError, match=r"several stacks.*keep_sparsity"):
+        tawny.recover(copy.deepcopy(dense), dense, text=inputs_for(dense))
+
+
 @pytest.mark.parametrize("name", ["bert", "masked"])
 def test_a_pruned_encoder_comes_nearer_to_its_dense_model_and_keeps_its_zeros(name):
     dense = tiny_encoder(name)

@@ -19,6 +19,7 @@ from tawny.calibration.mixture import Mixture
 from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText
 from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, TextError, UserError
+from tawny.model.output import OutputFolder
 from tawny.progress import Silent
 from tawny.record import weight_files
 from tawny.recovery import training
@@ -52,6 +53,24 @@ def zeros(model):
 def kept(before, model):
     after = dict(model.named_parameters())
     return all(bool((after[name] == 0)[zero].all()) for name, zero in before.items())
+
+
+def test_a_chunk_is_no_longer_than_the_model_has_positions():
+    dense, pruned = dense_and_pruned("gpt2", n_positions=32)
+    record = recover_live(pruned, dense, text=tokens(24, 24))
+    assert record.steps == 6
+
+
+def test_gradients_of_an_earlier_loop_move_nothing():
+    made = []
+    for left in (False, True):
+        dense, pruned = dense_and_pruned("llama")
+        if left:
+            for parameter in pruned.parameters():
+                parameter.grad = torch.full_like(parameter, 1e3)
+        recover_live(pruned, dense)
+        made.append(pruned.state_dict())
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -518,6 +537,25 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
     assert push(tmp_path / "out", "owner/name", dry_run=True).files
     with pytest.raises(RecipeError, match="do not rise"):
         tawny.recover_gradually(pair[0], pair[0], tmp_path / "more", [0.6, 0.4], recipe=RECIPE)
+
+
+def test_a_last_step_that_cannot_be_delivered_is_not_lost(pair, tmp_path, monkeypatch):
+    keys = {"recipe": RECIPE, "settings": folder_keys(pair)}
+
+    def busy(self):
+        if self.out.name == "out":
+            raise OutputError("device or resource busy")
+        finish(self)
+
+    finish = OutputFolder.finish
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "finish", busy)
+        with pytest.raises(OutputError, match="busy"):
+            tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
+    assert (tmp_path / "out.stages" / "1-recovered" / "recover.json").is_file()
+    monkeypatch.setattr("tawny.recovery.gradual.recover", None)  # nothing is trained again
+    record = tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
+    assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.4, 0.6]
 
 
 @pytest.mark.parametrize("recipe", [None, {"calibration": {"text": "ptb"}}], ids=["none", "its own"])

@@ -280,6 +280,39 @@ def test_an_adapter_whose_guard_died_adds_its_whole_product():
     assert torch.equal(adapted(input_ids=ids).logits, whole)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+def test_a_guard_inside_another_leaves_it_in_place():
+    peft = pytest.importorskip("peft")
+
+    adapted = peft.get_peft_model(pruned_decoder(), peft.LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    ids = tokens(2)
+    whole = adapted(input_ids=ids).logits
+    with tawny.keep_sparsity(adapted):
+        masked = adapted(input_ids=ids).logits
+        with tawny.keep_sparsity(adapted):
+            assert torch.equal(adapted(input_ids=ids).logits, masked)
+        assert torch.equal(adapted(input_ids=ids).logits, masked) and not torch.equal(masked, whole)
+    assert torch.equal(adapted(input_ids=ids).logits, whole)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+def test_a_lora_of_fused_experts_is_refused():
+    peft = pytest.importorskip("peft")
+
+    model = pruned_decoder("qwen3_moe")
+    experts = next(name for name, p in model.named_parameters() if name.endswith("experts.gate_up_proj"))
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=[experts.partition("layers.0.")[2]]
+    )
+    adapted = peft.get_peft_model(model, config)
+    with pytest.raises(ModelError, match="all experts at once"), tawny.keep_sparsity(adapted):
+        pass
+    adapted(input_ids=tokens(2))  # nothing of the guard is left
+
+
 def test_merging_nothing_is_refused():
     with pytest.raises(ModelError, match="carries no peft adapter"):
         tawny.merge_adapter(pruned_decoder())

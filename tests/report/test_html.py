@@ -8,6 +8,7 @@ import pytest
 
 import tawny
 from tawny.recipe.schema import fingerprint_of
+from tawny.report.card import model_card
 from tawny.report.html import render_report, write_report
 from tests.encoders import tiny_encoder
 from tests.report.records import hostile_record, record
@@ -134,8 +135,8 @@ def test_a_name_in_a_command_is_quoted_for_the_shell():
         ({"values": "bf16"}, "tawny prune m --out out-again -c out/run.json --pack bf16"),
         (
             {"values": "int8", "group": 128, "head": "int8"},
-            "tawny prune m --out out-again-dense -c out/run.json\n"
-            "tawny pack out-again-dense --out out-again --values int8 --group 128 --head int8",
+            "tawny prune m --out out-again-begun -c out/run.json\n"
+            "tawny pack out-again-begun --out out-again --values int8 --group 128 --head int8",
         ),
     ],
 )
@@ -144,11 +145,66 @@ def test_the_command_that_makes_it_again_packs_what_was_packed(packed, command):
     assert f"<code>{command}</code>" in render_report(made)
 
 
-def test_a_recipe_with_kinds_packs_by_itself():
+@pytest.mark.parametrize(
+    ("asked", "solved", "packed", "command"),
+    [
+        (
+            {},
+            {"a": "int8", "b": "int4"},
+            {"values": "int8", "group": 32},
+            "tawny prune m --out out-again{how}",
+        ),
+        (
+            {"head": "int8"},
+            {"a": "int4"},
+            {"values": "int4", "head": "int8"},
+            "tawny prune m --out out-again{how}",
+        ),
+        ({}, {"a": "int4"}, {"values": "bf16"}, "tawny prune m --out out-again{how} --pack bf16"),
+        (
+            {},
+            {"a": "int4"},
+            {"values": "int4", "head": "int8"},
+            "tawny prune m --out out-again{how} -o head=int8",
+        ),
+        (
+            {"head": "int8"},
+            {},
+            {"values": "bf16", "head": "int8"},
+            "tawny prune m --out out-again{how} --pack bf16",
+        ),
+        (
+            {"head": "int8"},
+            {},
+            {"values": "bf16"},
+            "tawny prune m --out out-again-begun{how} -o head=null\n"
+            "tawny pack out-again-begun --out out-again --values bf16",
+        ),
+        (
+            {"kind": "int4"},
+            {"a": "int4"},
+            {},
+            "tawny prune m --out out-again-begun{how}\ntawny unpack out-again-begun --out out-again",
+        ),
+    ],
+)
+def test_a_recipe_with_kinds_packs_by_itself(asked, solved, packed, command):
     """Of several kinds, which goes where stands in the recipe alone."""
-    packed = {"values": "int8", "group": 32, "head": "int8"}
-    made = {**record(), "source": "m", "text": {}, "packed": packed, "values": {"a": "int8", "b": "int4"}}
-    assert "<code>tawny prune m --out out-again -c out/run.json</code>" in render_report(made)
+    made = {**record(), "source": "m", "text": {}, "packed": packed, "values": solved}
+    made["recipe"]["values"] = asked
+    how = " -c out/run.json"
+    assert f"<code>{command.format(how=how)}</code>" in render_report(made)
+
+
+def test_what_was_rounded_after_it_was_measured_is_said():
+    made = {**record(), "packed": {"values": "int3", "head": "int8"}}
+    rounded = {"values": ["int3"], "head": "int8"}
+    said = "measured before it was rounded to int3, head int8"
+    for told, spoken in ((rounded, True), ({}, False)):
+        made["rounded"] = told
+        assert (said in render_report(made)) == spoken == (said in model_card(made))
+    made["rounded"] = made["evaluation"]["pruned"]["rounded"] = rounded
+    assert said not in render_report(made) + model_card(made)
 
 
 def test_inputs_that_were_tensors_are_given_again_from_python():

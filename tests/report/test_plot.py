@@ -57,7 +57,7 @@ def test_notes_stand_beside_the_points_of_a_frontier(tmp_path):
     plot_frontier(lines, tmp_path / "n.svg", text="wiki", title="m", notes=notes)
     drawn = (tmp_path / "n.svg").read_text(encoding="utf-8")
     assert all(f"<!-- {word} -->" in drawn for word in ("smaller", "larger", "other", "0.1", "ours $x^$"))
-    plot_frontier(lines, tmp_path / "p.svg", text="wiki", title="m")
+    plot_frontier(lines, tmp_path / "p.svg", text="wiki", title="m", apart=list(lines))
     assert "smaller" not in (tmp_path / "p.svg").read_text(encoding="utf-8")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,12 +31,20 @@ class Hub:
 
     calls: list = []
     error: Exception | None = None
+    hidden = True
+    there: tuple[str, ...] = ()
 
     def create_repo(self, repo, **keys):
         if self.error:
             raise self.error
         self.calls.append(("create", repo, keys))
         return f"https://hub.example/{repo}"
+
+    def repo_info(self, repo):
+        return SimpleNamespace(private=self.hidden)
+
+    def list_repo_files(self, repo):
+        return self.there
 
     def upload_folder(self, **keys):
         self.calls.append(("upload", keys))
@@ -74,9 +83,24 @@ def test_a_push_uploads_exactly_what_the_dry_run_listed(out, hub):
     listed = push(out, "someone/model", dry_run=True).files
     report = push(out, "someone/model", private=True)
     (_, repo, keys), (_, uploaded) = hub.calls
+    assert uploaded["delete_patterns"] == []
     assert repo == "someone/model" and keys == {"private": True, "exist_ok": True}
     assert uploaded["allow_patterns"] == list(listed) and report.url == "https://hub.example/someone/model"
     assert not {"README.md.new", ".hidden", ".git/objects/token"} & set(listed)
+
+
+def test_weights_of_another_layout_that_are_there_go(out, hub, monkeypatch):
+    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "packed-00001.safetensors")
+    monkeypatch.setattr(hub, "there", (*old, "model.safetensors", "README.md", "onnx/model.safetensors"))
+    push(out, "someone/model")
+    assert hub.calls[-1][1]["delete_patterns"] == list(old)
+
+
+def test_a_public_repository_is_no_private_one(out, hub, monkeypatch):
+    monkeypatch.setattr(hub, "hidden", False)
+    with pytest.raises(OutputError, match="there and public"):
+        push(out, "someone/model", private=True)
+    assert [call[0] for call in hub.calls] == ["create"]
 
 
 @pytest.mark.parametrize(

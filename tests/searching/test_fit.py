@@ -258,7 +258,7 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     journal = SimpleNamespace(
         once=lambda *_: {"kinds": dict.fromkeys(measures, "int2")}, forget=lambda _: None
     )
-    refined, _ = fit_refine.refine(SimpleNamespace(journal=journal), table, 1.0, *[None] * 4)
+    refined, _ = fit_refine.refine(SimpleNamespace(journal=journal), table, 1.0, None, None, None, tmp_path)
     assert refined is not None and (refined.embedding, refined.takes) == ("int3", best.takes)
     with pytest.raises(RecipeError, match=f"give --size {math.ceil(table.least)}, or more"):
         Table(job, sizes, Room(sizes, table.least / 2), found).finalists()

@@ -170,6 +170,19 @@ def test_a_search_that_was_stopped_goes_on_and_gives_the_same(
     assert again.seen["pruning finalists"] == 3 * (proven - (phase == "pruning finalists"))
 
 
+def test_hidden_states_go_to_disk_where_nothing_is_written(dense, monkeypatch):
+    options = {"search.candidates": "owl,dlp", "search.trials": 4, "solver": "sparsegpt"}
+    plain = search(dense, None, **options)
+    made, spill = [], session_module.Session.spill
+    monkeypatch.setattr(
+        session_module.Session, "spill", lambda self, *given: made.append(spill(self, *given)) or made[-1]
+    )
+    monkeypatch.setattr(session_module, "available", lambda: 0)
+    spilled = search(dense, None, **options)
+    assert spilled.memory["hidden_states"] == "disk" and spilled.allocation == plain.allocation
+    assert made and all(path is not None and not path.exists() for path in made)
+
+
 def test_an_unfinished_search_is_gone_on_with_only_by_the_same_one(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
     out = tmp_path / "out.yaml"
@@ -247,6 +260,7 @@ def _interrupts(*args):
             },
             "-s 0.6 -o solver.damp=0.02 -o 'exclude=[\"*.q_proj\"]' -o compute=float32 --values int4 -o values.group_size=32",
         ),
+        ({"compat": "official", "solver": "alps"}, "-m alps"),
     ],
 )
 def test_the_command_in_the_file_prunes_by_it(dense, tmp_path, run, monkeypatch, keys, said):
@@ -532,6 +546,15 @@ def test_calibration_can_repeat_itself(tmp_path, dense):
     assert weights(tmp_path / "option") == weights(tmp_path / "by-hand") != weights(tmp_path / "plain")
     with pytest.raises(RecipeError, match=r"calibration\.repeat.*0\.5"):
         tawny.prune(dense, calibration=given, **{"calibration.repeat": 0.6}, **keys)
+
+
+def test_the_last_token_of_an_encoders_sample_stays():
+    ids = torch.arange(80).reshape(2, 40)
+    made = Samples(ids).repeating(0.25, begun=True, ended=True).tokens
+    for before, after in zip(ids.tolist(), made.tolist(), strict=True):
+        assert after[:29] == before[:29] and after[-1] == before[-1]
+        start = before.index(after[29])
+        assert 1 <= start <= 19 and after[29:39] == before[start : start + 10]
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -18,6 +18,13 @@ def test_a_blank_key_is_no_key(model, tokenizer, host, key):
         tawny.serve(model, tokenizer=tokenizer, host=host, api_key=key)
 
 
+def test_a_key_may_end_its_line_and_have_any_letters(model, tokenizer):
+    with tawny.serve(model, tokenizer=tokenizer, name="tiny", api_key="schlüssel\n") as running:
+        given = "schlüssel".encode().decode("latin-1")  # as curl sends it
+        assert ask(running, "GET", "/v1/models", Authorization=f"Bearer {given}")[0] == 200
+        assert ask(running, "GET", "/v1/models", Authorization="Bearer schlussel")[0] == 401
+
+
 @pytest.fixture(scope="module", params=["127.0.0.1", "0.0.0.0"])
 def locked(request, model, tokenizer):
     """A server with a key; the tests reach both at this machine's own address."""

@@ -39,6 +39,7 @@ CALL = {"function": {"name": "weather", "arguments": "{}"}}
         ({"tools": [TOOL] * 129}, "at most 128"),
         ({"tools": [1] * 100_000}, "valid dictionary"),
         ({"stop": [1] * 100_000}, "valid string"),
+        ({"stop": "x" * 257}, "256 characters"),
         ({"logit_bias": {str(token): 1 for token in range(3000)}}, "3000 biases"),
         ({str(number): 1 for number in range(3000)}, "3002 fields"),
     ],

@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -189,6 +190,7 @@ def test_tools_are_called_in_the_templates_format(client):
     for choice in ("required", named):
         made = client.chat.completions.create(**keys, tools=[TOOL], tool_choice=choice).choices[0]
         (call,) = made.message.tool_calls
+        assert re.fullmatch("[a-zA-Z0-9]{9}", call.id)  # templates of Mistral refuse others
         assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in (
             "Oslo",
             "Rome",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tawny.serving.grammar import Grammars
 from tawny.serving.protocol import Function, Refused
-from tawny.serving.tools import Call, CallFormat, Watched
+from tawny.serving.tools import Beginning, Call, CallFormat, Watched
 from tests.serving.tiny import TEMPLATE, byte_tokenizer
 
 HEAD = (
@@ -121,6 +125,49 @@ def test_a_text_is_free_until_it_begins_a_call(tokenizer):
         watched.take(token)
     may = [tokenizer.decode([token]) for token in torch.nonzero(watched.allowed()).flatten().tolist()]
     assert sorted(may) == ["l", "w"]  # look, wait
+
+
+def test_a_template_may_take_one_call_at_once():
+    one = '{% if m.tool_calls | length > 1 %}{{ raise_exception("one call at once!") }}{% endif %}'
+    tokenizer = byte_tokenizer(TEMPLATES["JSON alone"].replace("{% for c in", one + "{% for c in"))
+    learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
+    text = rendered(tokenizer, ("look", {"at": "owl"}))
+    assert learnt.between is None and learnt.parse(text + "; " + text)[1] == learnt.parse(text)[1]
+    assert learnt.parse(text) == ("", [Call("look", '{"at": "owl"}')])
+    grammars = Grammars(tokenizer, 264, {tokenizer.eos_token_id})
+    assert "call)*" not in learnt.grammar(FUNCTIONS, grammars, tokenizer, several=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    begin=st.sampled_from(['<call>\n{"name": "', "a a b", '{"id": "tawnyid00", "name": "', "[TOOL] ["]),
+    before=st.text("<cal>a b\n{[", max_size=12),
+    behind=st.text("xyz", max_size=3),
+    spaces=st.sampled_from(["", " ", "\n\n"]),
+    cuts=st.lists(st.integers(0, 60), max_size=8),
+)
+def test_a_beginning_is_found_wherever_pieces_end(begin, before, behind, spaces, cuts):
+    written = re.sub(r"\s+", spaces, begin).replace("tawnyid00", "abc")
+    text, found = before + written + behind, Beginning(begin)
+    ends = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
+    given = "".join(found.add(text[a:b]) for a, b in pairwise(ends))
+    whole = Beginning(begin)
+    assert whole.add(text) == given and whole.behind == found.behind is not None
+    assert text.startswith(given) and text.endswith(found.behind)
+    plain = Beginning(begin)
+    assert plain.add("owl ") + plain.add("and ") == "owl and " and plain.behind is None
+
+
+def test_a_call_is_watched_whatever_spaces_the_model_writes(tokenizer):
+    learnt = CallFormat.learn(tokenizer, {tokenizer.eos_token_id})
+    grammars = Grammars(tokenizer, 264, {tokenizer.eos_token_id})
+    inside = learnt.grammar(FUNCTIONS, grammars, tokenizer, several=False)
+    watched = Watched(learnt.begin, grammars.form(inside, "tools"), tokenizer)
+    written = re.sub(r"\s+", "", learnt.begin)
+    assert written != learnt.begin
+    for token in tokenizer("I see: " + written, add_special_tokens=False)["input_ids"]:
+        watched.take(token)
+    assert int(watched.allowed().sum()) == 2  # look, wait
 
 
 def test_templates_that_cannot_call_are_refused():

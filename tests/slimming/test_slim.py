@@ -89,6 +89,14 @@ def test_a_block_that_leaves_is_counted(dense, tmp_path):
     assert len(report.dropped) == 1 and progress.steps == 3
 
 
+def test_a_bias_that_no_setting_gives_is_missed_aloud():
+    keys = {"pattern": "channels", "sparsity": 0.3, "calibration": tokens(4, 24)}
+    record = tawny.prune(tiny_model("qwen2"), solver={"name": "obs", "bias": True}, **keys)
+    assert any("has no bias to compensate with" in warning for warning in record.warnings)
+    record = tawny.prune(tiny_model("qwen2"), solver="obs", **keys)
+    assert not any("bias" in warning for warning in record.warnings)
+
+
 def test_different_widths_open_through_tawny_and_nothing_else_makes_weights_up(dense, tmp_path, monkeypatch):
     pruned(dense, tmp_path / "pruned", allocator="atp", solver="flap", order="data")
     report = tawny.slim(tmp_path / "pruned", tmp_path / "slim")

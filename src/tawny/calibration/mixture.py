@@ -117,7 +117,11 @@ def parse_texts(given: Texts) -> tuple[Source, ...]:
 def check_texts(given: Texts) -> None:
     """Raise a TextError, before anything is read, for what `parse_texts` refuses and for files that are not there."""
     for source in parse_texts(given):
-        if source.path is not None and not source.path.exists():
+        try:
+            found = source.path is None or source.path.exists()
+        except (OSError, RuntimeError):  # too long for a name, or of a home that nobody has
+            raise unknown_text(f"{source.spec[:60]}…" if len(source.spec) > 60 else source.spec) from None
+        if not found:
             if source.pictures is not None:
                 raise TextError(f"{source.spec!r}: no such folder; give one that holds pictures")
             raise unknown_text(source.spec)

@@ -147,7 +147,7 @@ class _Watcher:
         if self.valid is not None and (key, expert) in self.experts:
             if gathered is None or gathered.numel() != len(x):
                 raise self._hides_tokens(self.experts[key, expert])
-            x = x[self.valid.reshape(-1)[gathered]]
+            x = x[self.valid.reshape(-1)[gathered.to(self.valid.device)].to(x.device)]
         self._expert_receives(key, expert, x)
 
     def experts_called(self, key: str, x_ETI: Tensor) -> None:

@@ -18,6 +18,9 @@ def chat(
     model: Model,
     system: str = option("--system TEXT", "What the model is told first.", RECIPE),
     max_tokens: int = option("-n --max-tokens N", "Most tokens of an answer.", RECIPE, default=1024, min=1),
+    context: int | None = option(
+        "--context N", "Tokens of the conversation. Default: the model's, at most 8192.", RECIPE, min=2
+    ),
     temperature: float = option("-t --temperature T", "0 takes the likeliest token.", RECIPE, default=0.7),
     top_p: float = option("--top-p P", "Draw from the likeliest P of probability.", RECIPE, default=0.95),
     seed: int = option("--seed N", "Chooses the draws.", RECIPE, default=0, callback=possible_seed),
@@ -33,6 +36,7 @@ def chat(
                 model,
                 system=system,
                 max_tokens=max_tokens,
+                context=context,
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -37,7 +38,7 @@ def console_for(as_json: bool) -> Iterator[Console]:
     except KeyboardInterrupt:
         fail(console, "stopped by Ctrl-C; nothing unfinished looks finished", 1)
     except BrokenPipeError:  # `tawny list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go()
         raise typer.Exit(1) from None
     except MemoryError:
         fail(
@@ -45,11 +46,20 @@ def console_for(as_json: bool) -> Iterator[Console]:
         )
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
+        if (
+            error.errno == errno.ENOSPC and not error.filename
+        ):  # what is left of stdout cannot be written either
+            _let_go()
         fail(console, f"{error.strerror or error}{where}", 1)
     except Exception as error:
         if os.environ.get("TAWNY_DEBUG"):
             raise
         fail(console, f"unexpected {type(error).__name__}: {error} (TAWNY_DEBUG=1 shows where)", 1)
+
+
+def _let_go() -> None:
+    """Nothing more goes to stdout, at the end of the interpreter neither."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(console: Console, message: str, exit_code: int) -> None:

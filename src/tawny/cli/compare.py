@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,9 @@ def compare(
         TEXT,
         default=DEFAULT_TEXT,
     ),
-    seqlen: int = option("--seqlen N", "Tokens a window.", TEXT, default=2048, min=2),
+    seqlen: int | None = option(
+        "--seqlen N", "Tokens a window. Default: 2048, and 128 for encoders.", TEXT, min=2
+    ),
     windows: int | None = option(
         "--windows N", "How many from the start of the text. Default: up to 20.", TEXT, min=1
     ),
@@ -72,6 +75,7 @@ def compare(
         check_device(device or "cpu")
         import tawny
         from tawny.report.comparison import to_html, to_markdown, write
+        from tawny.report.pages import or_say
 
         with console.progress() as progress:
             result = tawny.compare(
@@ -91,11 +95,11 @@ def compare(
                 cache=not no_cache,
                 progress=progress,
             ).to_dict()
+            for file, make in ((markdown, to_markdown), (html, to_html)):
+                if file is not None:
+                    or_say(file, partial(write, result, file, make), progress)
+                    progress.say(f"written to {file}" if file.exists() else f"{file} was not written")
         console.result(result, compare_tables)
-        for file, make in ((markdown, to_markdown), (html, to_html)):
-            if file is not None:
-                write(result, file, make)
-                console.note(f"written to {file}")
 
 
 def compare_tables(result: Result) -> list[Frame]:

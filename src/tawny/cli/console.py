@@ -57,9 +57,9 @@ class Console:
     def result(self, result: Result, tables: Callable[[Result], Sequence[Shown]]) -> None:
         """Print the JSON document, or else the tables that `tables` makes of it."""
         if speaks() and self.as_json:
-            print(json.dumps(finite(result), indent=2, ensure_ascii=False, default=str))
+            print(json.dumps(finite(result), indent=2, ensure_ascii=False, default=str), flush=True)
         elif speaks():
-            print(_drawn(self._out, tables(result)))
+            print(_drawn(self._out, tables(result)), flush=True)
 
     def aside(self, tables: Sequence[Shown]) -> None:
         """Tables on stderr, where stdout holds something else that people pipe on."""

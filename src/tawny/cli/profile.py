@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from tawny.cli.common import check_file, console_for
@@ -57,12 +58,13 @@ def profile(
                 allocators=[name.strip() for name in (allocators or "").split(",") if name.strip()],
                 progress=progress,
             ).to_dict()
-        console.result(report, profile_tables)
-        if plot is not None:
-            from tawny.report.plot import plot_profile
+            if plot is not None:
+                from tawny.report.pages import or_say
+                from tawny.report.plot import plot_profile
 
-            plot_profile(report, plot)
-            console.note(f"drawn to {plot}")
+                or_say(plot, partial(plot_profile, report, plot), progress)
+                progress.say(f"drawn to {plot}" if plot.exists() else f"{plot} was not drawn")
+        console.result(report, profile_tables)
 
 
 def profile_tables(report: Result) -> list[Frame]:

@@ -94,7 +94,7 @@ def prune(
             return
         if evaluate is not None:
             record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
-            record.evaluation["pruned"]["sparsity"] = record.sparsity
+            record.evaluation["pruned"] |= {"sparsity": record.sparsity, "rounded": record.rounded}
             record.generated = _samples(console, model, out, evaluate)
             from tawny.report.publish import publish
 
@@ -135,7 +135,7 @@ def _prune_and_pack(
     progress.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")
     record.out, record.bytes = str(out), report.bytes
     stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    record.packed, record.files = stored["packed"], stored["files"]
+    record.packed, record.files, record.rounded = stored["packed"], stored["files"], stored["rounded"]
     publish(record, out)
     return record
 

@@ -26,6 +26,8 @@ _CONTEXT = 8192  # tokens of a conversation, where the model's context is longer
 class Conversation:
     """Arguments are those of `tawny.stream`; `system` is what the model is told first.
 
+    `context` is the tokens of the conversation; None: the model's own, at most 8192.
+
     Attributes:
         finish: how the last answer ended, as `Usage` says it; None where it was closed early.
     """
@@ -37,6 +39,7 @@ class Conversation:
         *,
         system: str | None = None,
         max_tokens: int = 1024,
+        context: int | None = None,
         temperature: float = 0.7,
         top_p: float = 0.95,
         seed: int = 0,
@@ -53,7 +56,8 @@ class Conversation:
         self.finish: str | None = None
         with opening.threads(threads):
             self.model = opening.open_model(folder).model
-        capacity = min(context_of(self.model) or _CONTEXT, _CONTEXT)
+        most = context_of(self.model)
+        capacity = min(most or _CONTEXT, _CONTEXT) if context is None else min(context, most or context)
         with opening.ready(self.model) as lock, self._alone(lock):
             self.scheduler = Scheduler(self.model, self.tokenizer, capacity, 1)
 

@@ -164,7 +164,7 @@ class Sampler:
 
         None where the likeliest few are not enough, or where equal shares would leave their order open.
         """
-        if len(shares) <= _LIKELIEST:
+        if len(shares) <= _LIKELIEST or self.top_k > _LIKELIEST:
             return None
         best, order = shares.topk(_LIKELIEST)
         cut, _ = self._cut(best.clone(), order)

@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from typing import IO, Any, cast
 
 from tawny.calibration.mixture import check_texts
-from tawny.errors import ModelError, TawnyError
+from tawny.errors import ModelError, RecipeError, TawnyError
 from tawny.evaluation.labels import check_labels
 from tawny.machine import free_memory, machine, versions
 from tawny.model.checkpoint import file_bytes
@@ -67,7 +67,7 @@ def compare(
     sources: Sequence[str | Path],
     *,
     text: str | None = "wikitext2",
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     windows: int | None = None,
     bos: bool | None = None,
     labels: str | Path | None = None,
@@ -89,8 +89,9 @@ def compare(
     Args:
         sources: folders (dense or packed), hub ids, `.gguf` files or `smollm2`; the first is what others differ from.
         text: for perplexity and KL divergence; None leaves them out.
+        seqlen: tokens a window; 2048 if None, and 128 of encoders.
         windows: how many from the start of the text; at most 20 if None.
-        bos: as for `evaluate`.
+        bos: as for `evaluate`; nothing of encoders.
         labels: of the pictures in `text`, for the accuracy of classifiers; as for `accuracy`.
         tasks: as for `evaluate_tasks`; none if None.
         speed: also prefill and decoding speed.
@@ -117,7 +118,10 @@ def compare(
     if labels is not None:
         check_labels(labels, text or "none")
     if text is not None and _read_on(named):
+        seqlen = seqlen or 2048
         windows = _windows(named, text, seqlen, windows, bos)
+    elif text is not None and bos is not None:
+        raise RecipeError(f"{named[0]} predicts no next token, so bos says nothing of it")
     setting: dict[str, Any] = {
         "text": text,
         "seqlen": seqlen,
@@ -428,12 +432,11 @@ def _reads_on(folder: Path) -> bool:
 
 
 def _features(folder: Path, against: str, setting: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    from tawny.evaluation.features import SEQLEN, features
+    from tawny.evaluation.features import features
 
-    keys = {key: setting[key] for key in ("compute", "device")}
-    length = min(SEQLEN, setting["seqlen"])
+    keys = {key: setting[key] for key in ("seqlen", "compute", "device")}
     return features(
-        folder, against, setting["text"], samples=setting["windows"], seqlen=length, progress=progress, **keys
+        folder, against, setting["text"], samples=setting["windows"], progress=progress, **keys
     ).to_dict()
 
 

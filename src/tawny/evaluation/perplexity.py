@@ -195,7 +195,8 @@ def _windows_of_text(
     tokens = tokenise(text, tokenizer, bos)
     ids = evaluation_windows(tokens, seqlen, windows, stride)
     if windows is None and len(text.texts) == 1:
-        ids = ids[: text.texts[0].most_windows]
+        (one,) = text.texts  # a model writes more than it was asked for
+        ids = ids[: _WRITTEN_WINDOWS if one.written else one.most_windows]
     step = min(stride or seqlen, tokens.of_text(seqlen))
     parts = [row if i == 0 else row[seqlen - step :] for i, row in enumerate(ids)]
     size = sum(len(tokenizer.decode(part.tolist(), skip_special_tokens=True).encode()) for part in parts)

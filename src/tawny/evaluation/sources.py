@@ -24,11 +24,11 @@ from tawny.progress import Progress, silent
 
 # Written beside the weights, and no part of what the model computes.
 _NOT_THE_MODEL = {"run.json", "journal.json", "report.json"}
-_PART_OF_THE_MODEL = (".safetensors", ".json", ".model", ".txt", ".jinja")
+_PART_OF_THE_MODEL = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the weights, configuration and tokenizer in a folder: same fingerprint, same model."""
+    """SHA-256 over the weights, configuration, tokenizer and code in a folder: same fingerprint, same model."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix not in _PART_OF_THE_MODEL or path.name in _NOT_THE_MODEL or not path.is_file():

@@ -38,11 +38,10 @@ from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.language_model import ask, language_model
 from tawny.evaluation.sources import compute_dtype, fingerprint, reads_on
 from tawny.evaluation.task_config import MEANING, PRESETS, find_manager, find_sources, load_task, quiet
+from tawny.model.identity import code_identity
 from tawny.model.source import cache_folder, resolve
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
-
-_CACHE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def _line(task: TaskResult) -> str:
 def _fingerprint(tasks: Mapping[str, Any], limit: int | None, dtype: torch.dtype) -> str:
     """Of everything that decides a result beside the model: each question, its answer, the metrics, the versions."""
     digest = hashlib.sha256(
-        json.dumps([_CACHE_FORMAT, metadata.version("lm-eval"), str(dtype), sorted(tasks)]).encode()
+        json.dumps([code_identity(), metadata.version("lm-eval"), str(dtype), sorted(tasks)]).encode()
     )
     with quiet():
         for name, task in sorted(tasks.items()):

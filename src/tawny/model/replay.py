@@ -386,14 +386,17 @@ class Replay:
         # Hooks of a block, such as FSDP's that gather its weights, have nothing to do where it does not run.
         blocks: list[Any] = list(self.blocks.modules)
         hooks = [(block._forward_pre_hooks, block._forward_hooks) for block in blocks]
+        own = [vars(block).get("forward") for block in blocks]  # where somebody has put another in its place
         for index, block in enumerate(blocks):
             block.forward = partial(forward, index)
             block._forward_pre_hooks, block._forward_hooks = OrderedDict(), OrderedDict()
         try:
             yield
         finally:
-            for block, (before, after) in zip(blocks, hooks, strict=True):
+            for block, (before, after), plain in zip(blocks, hooks, own, strict=True):
                 del block.forward
+                if plain is not None:
+                    block.forward = plain
                 block._forward_pre_hooks, block._forward_hooks = before, after
 
     def _output(self, hidden: Tensor, other: _Other | None = None) -> object:

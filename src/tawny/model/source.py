@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
-_CACHE_FORMAT = 5
+_CACHE_FORMAT = 6
 # Of Llama 3.1 and later, but for the factor; a GGUF file holds only what comes of it.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -125,7 +125,7 @@ def _checked_folder(folder: Path) -> Path:
 
 def _download(repo: str, say: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     say(f"fetching {repo} from the hub")
     try:
@@ -136,7 +136,7 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
         raise ModelError(
             f"{repo!r} is no folder here and the hub cannot be reached; give a local folder"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # what an unreachable hub raises depends on its client's version
         raise ModelError(f"{repo!r} cannot be fetched from the hub: {first_line(error)}") from error
     return _checked_folder(folder)
 
@@ -250,9 +250,12 @@ def _write_converted(path: Path, folder: Path) -> None:
     kind = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)
     processor = kind(config=parsed["config"])
     names = gguf_utils.get_gguf_hf_weights_map(model, processor)
-    # Fused experts are collected by the processor across several tensors and only complete at the end.
+    # Fused experts are collected by the processor, one parameter from several tensors.
     parsed["tensors"] = {}
-    writer = ShardWriter(folder)
+    missing: dict[str, set[str]] = {}
+    for tensor in reader.tensors:
+        missing.setdefault(_target(names, tensor.name), set()).add(tensor.name)
+    writer, fused = ShardWriter(folder), False
     for tensor in reader.tensors:
         with _refusing(f"{path} cannot be converted: tensor {tensor.name!r}"):
             result = processor.process(
@@ -269,12 +272,15 @@ def _write_converted(path: Path, folder: Path) -> None:
                 f"{path} cannot be converted: {type(model).__name__} has no place for its tensor {tensor.name!r}; "
                 "give a safetensors folder"
             )
-    writer.add({name: value.to(torch.bfloat16) for name, value in parsed["tensors"].items()})
+        fused = fused or bool(parsed["tensors"])
+        missing[_target(names, tensor.name)].remove(tensor.name)
+        for name in [name for name in parsed["tensors"] if not missing.get(name)]:
+            writer.add({name: parsed["tensors"].pop(name).to(torch.bfloat16)})
     writer.finish()
     held = {tensor.name for tensor in reader.tensors}
     # Each of the two fills half of one parameter, whose other half would stay zero.
     halves = {"ffn_gate_exps": "ffn_up_exps", "ffn_up_exps": "ffn_gate_exps"}
-    for half, other in halves.items() if parsed["tensors"] else ():
+    for half, other in halves.items() if fused else ():
         absent = [n for name in sorted(held) if half in name and (n := name.replace(half, other)) not in held]
         if absent:
             raise CheckpointError(f"{path} cannot be converted: it lacks {absent[0]!r}; fetch the file again")
@@ -288,6 +294,11 @@ def _write_converted(path: Path, folder: Path) -> None:
     for unwanted in ("quantization_config", "_name_or_path"):
         values.pop(unwanted, None)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _target(names: Mapping[str, str], tensor: str) -> str:
+    """The parameter that a tensor of the file goes to, all of it or a part."""
+    return names.get(tensor) or names.get(tensor.removesuffix(".weight"), "")
 
 
 def _read_from_tensors(config: PretrainedConfig, tensors: Mapping[str, Any]) -> Tensor | None:
@@ -308,8 +319,12 @@ def _read_from_tensors(config: PretrainedConfig, tensors: Mapping[str, Any]) -> 
 
 
 def _read_attention(config: PretrainedConfig, fields: Mapping[str, Any], architecture: str) -> None:
-    """Put into a configuration how Gemma models attend, as far as transformers leaves it out; as llama.cpp reads it."""
+    """Put into a configuration how a model attends, as far as transformers leaves it out; as llama.cpp reads it."""
     told = config.to_dict()
+    # Of StarCoder 2 and StableLM.
+    base, rope = fields.get(f"{architecture}.rope.freq_base"), told.get("rope_parameters") or {}
+    if base is not None and "rope_theta" in rope:
+        config.rope_parameters = {**rope, "rope_theta": float(base.contents())}
     if "query_pre_attn_scalar" in told:
         largest = told["num_hidden_layers"] == _LARGEST.get(architecture)
         width = told["hidden_size"] // told["num_attention_heads"] if largest else told["head_dim"]

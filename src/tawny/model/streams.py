@@ -28,9 +28,9 @@ def samples_a_chunk(seqlen: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
     return max(1, chunk_tokens // seqlen)
 
 
-def repeated_tokens(length: int, share: float, *, begun: bool = False) -> int:
+def repeated_tokens(length: int, share: float, *, begun: bool = False, ended: bool = False) -> int:
     """How many tokens at the end of a sample repeat what stood before in it (`Samples.repeating`)."""
-    return min(int(length * share), (length - begun) // 2)
+    return min(int(length * share), (length - begun - ended) // 2)
 
 
 def way_out(dtype: torch.dtype) -> str:
@@ -98,7 +98,7 @@ class Samples:
         """Some of the samples."""
         return Samples({name: value[rows] for name, value in self.inputs.items()}, seqlen=self.seqlen)
 
-    def repeating(self, share: float, *, begun: bool = False) -> Samples:
+    def repeating(self, share: float, *, begun: bool = False, ended: bool = False) -> Samples:
         """Samples that end with a passage they held before, each from another place; `share` of each is that long.
 
         In text of short documents hardly anything comes twice. Such text neither shows which models still copy nor trains
@@ -106,18 +106,19 @@ class Samples:
 
         Args:
             begun: each sample begins with BOS, which is not part of any passage.
+            ended: each sample ends with a token such as [SEP], which stays the last.
         """
         if not share:
             return self
         tokens_ST = self.tokens.clone()
-        length = self.seqlen
-        size = repeated_tokens(length, share, begun=begun)
+        length = self.seqlen - ended
+        size = repeated_tokens(self.seqlen, share, begun=begun, ended=ended)
         places = length - begun - 2 * size + 1
         for sample in range(len(self)):
             if self.mask is None or bool(self.mask[sample].all()):
                 # Multiples of the golden ratio, modulo 1, spread any number of places evenly.
                 start = begun + int((sample + 1) * _GOLDEN % 1 * places)
-                tokens_ST[sample, length - size :] = self.tokens[sample, start : start + size]
+                tokens_ST[sample, length - size : length] = self.tokens[sample, start : start + size]
         return Samples({**self.inputs, TOKENS: tokens_ST})
 
     def first(self, count: int) -> Samples:

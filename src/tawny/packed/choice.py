@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Choice", "LinearForm", "experts_by_parameter", "is_rounded", "pack_end", "tell"]
+__all__ = ["Choice", "LinearForm", "experts_by_parameter", "is_changed", "pack_end", "tell"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,10 +121,10 @@ def experts_by_parameter(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
     return found
 
 
-def is_rounded(packed: PackedTensor, W_OI: Tensor) -> bool:
-    """Whether a weight in few bits lost something: it was not solved on the grid."""
-    few = kind_of(packed.values).bits < 8
-    return few and not torch.equal(format.unpack(packed, W_OI.dtype), W_OI.detach().cpu())
+def is_changed(packed: PackedTensor, W_OI: Tensor) -> bool:
+    """Whether a weight of integers lost something: it was not solved on the grid."""
+    scaled = kind_of(packed.values).scaled
+    return scaled and not torch.equal(format.unpack(packed, W_OI.dtype), W_OI.detach().cpu())
 
 
 def tell(progress: Progress, packed: int, dense: int, untouched: int, rounded: int = 0) -> None:

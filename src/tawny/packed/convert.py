@@ -31,7 +31,7 @@ from tawny.model.structure import find_blocks, staying_dense
 from tawny.model.tensorfile import DTYPES, header_for, raw
 from tawny.model.trust import opens_models
 from tawny.packed import format
-from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, is_rounded, pack_end, tell
+from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, is_changed, pack_end, tell
 from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
 from tawny.packed.format import PackedTensor
 from tawny.packed.install import check_ends, ends_of, table_of
@@ -109,7 +109,8 @@ class _Packing:
         self.blocks = find_blocks(self.model)
         self.linears: list[LinearForm] = []
         self.untouched: list[str] = []
-        self.rounded = 0
+        self.rounded = 0  # linears in few bits that were not solved for them
+        self.changed: set[str] = set()  # kinds that linears were rounded to
         self.done: set[str] = set()
 
     @property
@@ -149,7 +150,7 @@ class _Packing:
             self._left_dense(linear, sparsity, stored.nbytes, sparsity)
         else:
             self._add(linear.name, packed, Place([source]), linear.transposed, sparsity)
-            self.rounded += is_rounded(packed, W_OI)
+            self._compare(packed, W_OI)
         self.done.add(source)
 
     def _experts(self, unit: Unit, experts: list[Linear]) -> None:
@@ -172,8 +173,13 @@ class _Packing:
         for expert, place, own in zip(experts, places, sparsities, strict=True):
             made = self.choice.pack_expert(fused, expert, own)
             self._add(expert.name, made, place, expert.transposed, own)
-            self.rounded += is_rounded(made, expert.view(fused))
+            self._compare(made, expert.view(fused))
         self.done.update(unit.sources)
+
+    def _compare(self, packed: PackedTensor, W_OI: Tensor) -> None:
+        if is_changed(packed, W_OI):
+            self.changed.add(packed.values)
+            self.rounded += kind_of(packed.values).bits < 8
 
     def _left_dense(self, linear: Linear, sparsity: float, size: int, decisive: float) -> None:
         why = f"{decisive:.1%} zeros are too few for {self.choice.values}"
@@ -325,11 +331,14 @@ def pack(
         _carry(output, folder, method)
         total = writer.finish(*_layout_of(work.checkpoint, files))
         _card(output, folder, _NOTE.format(values=range_of(choice.kinds.values() or [choice.values])))
-        _record(output, folder, {**choice.told, "bytes": total, "source_bytes": work.source_bytes}, total)
+        rounded = {"values": sorted(work.changed), "head": choice.head, "embedding": choice.embedding}
+        told = {**choice.told, "bytes": total, "source_bytes": work.source_bytes}
+        _record(output, folder, told, total, {key: value for key, value in rounded.items() if value})
         dense = [form for form in work.linears if form.form == "dense"]
         tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched), work.rounded)
         for line in staying_dense(work.model, work.blocks):
             progress.say(line)
+        PackedFolder(output.partial)  # nothing that cannot be opened looks finished
         output.finish()
     finally:
         output.discard()
@@ -352,7 +361,9 @@ def _layout_of(checkpoint: Checkpoint, files: Sequence[Path]) -> tuple[list[dict
     """The headers and the index that the dense checkpoint has, or that the one would have which a quantised one stands for."""
     index_file = checkpoint.folder / _DENSE_INDEX
     # Decoded from bytes: reading it as text would change its line ends.
-    index = index_file.read_bytes().decode() if index_file.is_file() else None
+    # One file of the usual name counts before an index that lies beside it (weight_paths).
+    alone = [path.name for path in files] == ["model.safetensors"]
+    index = index_file.read_bytes().decode() if index_file.is_file() and not alone else None
     if not checkpoint.coded:
         return [{"file": path.name, "header": header_of(path)} for path in files], index
     held = {path.name: [key for key, place in checkpoint.files.items() if place == path] for path in files}
@@ -425,7 +436,7 @@ def unpack(
                 (output.partial / _DENSE_INDEX).write_bytes(packed.source_index.encode())
         _carry(output, folder, None)
         _card(output, folder, None)
-        _record(output, folder, {}, total)
+        _record(output, folder, {}, total, {})
         output.finish()
     finally:
         output.discard()
@@ -460,7 +471,9 @@ def _carry(output: OutputFolder, folder: Path, method: dict[str, Any] | None) ->
     output.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _record(output: OutputFolder, folder: Path, packed: dict[str, Any], total: int) -> None:
+def _record(
+    output: OutputFolder, folder: Path, packed: dict[str, Any], total: int, rounded: dict[str, Any]
+) -> None:
     """The pruning run's record, where there is one, with the files that now hold its weights."""
     path = folder / "run.json"
     if not path.is_file():
@@ -469,6 +482,7 @@ def _record(output: OutputFolder, folder: Path, packed: dict[str, Any], total: i
         record = json.loads(path.read_text(encoding="utf-8"))
         record["packed"] = {**packed, "ratio": total / max(1, packed["source_bytes"])} if packed else {}
         record["bytes"], record["files"] = total, weight_files(output.partial)
+        record["out"], record["rounded"] = str(output.out), {**record.get("rounded", {}), **rounded}
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not a record of a run ({error}); move it away") from error
     output.write_text("run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -265,8 +265,8 @@ class PackedFolder:
             for key, entries in found.items()
         }
         for key, entries in made.items():
-            if len({(e.shape, e.transposed, e.values, e.group, e.storage, e.rows) for e in entries}) > 1:
-                raise ValueError(f"the experts of {key} are of several kinds")
+            if len({(e.shape, e.transposed, e.storage, e.rows) for e in entries}) > 1:
+                raise ValueError(f"the experts of {key} are of several shapes or types")
             if any(entry.index not in (None, number) for number, entry in enumerate(entries)):
                 raise ValueError(f"the experts of {key} are not in the order of their source")
         return made

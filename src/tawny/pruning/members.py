@@ -49,7 +49,7 @@ def solve_members(block: LoadedBlock, coupling: Coupling, statistics: Mapping[st
     with session.clock("solve"):
         made = without_members(block, coupling, seen, removed)
     made.set_biases(block, coupling)
-    if made.chosen.shift is not None and removed and consumer.name not in made.biases:
+    if block.job.member_solver.wants_bias and removed and stack.bias(consumer) is None:
         session.record.warnings.append(
             f"{consumer.name} has no bias to compensate with, and {type(stack.model).__name__} no setting that gives it one"
         )

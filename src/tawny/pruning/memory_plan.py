@@ -156,6 +156,7 @@ class Demand:
         if self.compared:
             states = (len(stack) + 3) * self.compared * stack.hidden_bytes
             parts = {"block": self.block_bytes(), "hidden_states": states, "forward": self.forward_bytes()}
+            base = {**base, "head": stack.late_bytes}  # opened to compare, and kept
             phases["choose"] = {**base, **parts, "logits": 4 * LOGIT_BYTES}
         hidden = 0
         if self.needs != "none" or self.refining:

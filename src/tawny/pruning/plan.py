@@ -130,6 +130,13 @@ def plan(
     checkpoint = stack.checkpoint
     assert checkpoint is not None
     written = checkpoint.bytes_in(DTYPES[recipe.dtype] if recipe.dtype else None)
+    most = written + min(written, SHARD_BYTES)
+    most += (3 if placement.spill else 2) * streams * tokens * stack.hidden_bytes
+    if recipe.values.names:  # a packed folder is no larger
+        most = max(most, 2 * written)
+        notes += [
+            "`tawny prune` packs this: the dense model and the packed one lie on the disk until that is done"
+        ]
     return Plan(
         source=job.source,
         recipe=recipe.to_mapping(),
@@ -149,9 +156,7 @@ def plan(
         },
         hidden_states="disk" if placement.spill else "memory",
         disk={
-            "peak": written
-            + min(written, SHARD_BYTES)
-            + (3 if placement.spill else 2) * streams * tokens * stack.hidden_bytes,
+            "peak": most,
             "checkpoint": written,
             "hidden_states": streams * tokens * stack.hidden_bytes,
         },

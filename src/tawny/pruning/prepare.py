@@ -275,8 +275,13 @@ def demand_of(job: Job, load: Load) -> Demand:
         profiled=profile_count(job.recipe, load.samples, load.seqlen) if wanted and load.samples else 0,
         in_data_order=job.recipe.order == "data",
         refining=job.recipe.refine.epochs > 0,
-        compared=min(job.block_solver.tokens, load.samples * load.seqlen) if job.chooses_blocks else 0,
+        compared=_compared(job, load) if job.chooses_blocks else 0,
     )
+
+
+def _compared(job: Job, load: Load) -> int:
+    """Tokens of the samples, taken whole, that blocks are chosen by."""
+    return load.seqlen * min(load.samples, math.ceil(job.block_solver.tokens / max(1, load.seqlen)))
 
 
 def _check_live(recipe: Recipe, stack: Stack) -> None:

@@ -10,10 +10,11 @@ __all__ = ["Purpose", "Session", "Unfinished", "open_output", "open_session", "t
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -167,6 +168,7 @@ def open_session(
     record = Record()
     ranks = Ranks(recipe.device, alone=alone or isinstance(source, nn.Module))
     progress = progress if ranks.first else silent
+    leaving = ExitStack()
     try:
         _check_shared(recipe, ranks)
         job = prepare(recipe, source, progress, ranks.device, changes=purpose.changes)
@@ -203,8 +205,11 @@ def open_session(
             )
         else:
             placement = placed(Load(0, 0, 0))
-        spills = placement is not None and placement.spill and journal.folder is not None
-        hidden = journal.folder / "hidden" if spills and journal.folder is not None else None
+        hidden = None
+        if placement is not None and placement.spill:
+            home = journal.folder or Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
+            hidden = home / "hidden"
+            hidden.mkdir(exist_ok=True)
         session = Session(
             job,
             samples,
@@ -248,6 +253,7 @@ def open_session(
         raise
     finally:
         ranks.deafen()
+        leaving.close()
         if target is not None:
             target.release() if journal.has_progress or (journal.found and not begun) else target.discard()
 
@@ -399,7 +405,11 @@ def _calibration(
     if given is not None or kind != TOKENS:
         samples, record.text = _without_text(job, tokenizer, given, progress, clock)
         placement = placed(Load(len(samples), samples.seqlen, 0, given=samples))
-        return samples.repeating(wanted.repeat), None, placement
+        if TOKENS in samples.inputs:
+            samples = samples.repeating(wanted.repeat)
+        elif wanted.repeat:
+            progress.say("calibration.repeat is of text: these samples stay as they are")
+        return samples, None, placement
     seqlen = seqlen_of(model, wanted.seqlen)
     if tokenizer is None:
         if job.folder is None:
@@ -443,7 +453,8 @@ def _calibration(
         "seqlen": seqlen,
         "bos": tokens.bos is not None,
     }
-    return Samples(windows).repeating(wanted.repeat, begun=tokens.bos is not None), held_out, placement
+    around = {"begun": tokens.bos is not None, "ended": tokens.end is not None}
+    return Samples(windows).repeating(wanted.repeat, **around), held_out, placement
 
 
 def _without_text(

@@ -130,7 +130,9 @@ def _merge(base: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
         *section_of, name = _locate(key, merged)
         target = merged[section_of[0]] if section_of else merged
         again = name in ("include", "exclude") and name in seen  # -o include=A -o include=B
-        target[name] = [*as_list(target[name]), *as_list(value)] if again else value
+        # A value that is no list is refused with all others.
+        joins = again and isinstance(value, str | list | tuple)
+        target[name] = [*as_list(target[name]), *as_list(value)] if joins else value
         seen.add(name)
     patterns = (str(base.get("pattern")), str(merged.get("pattern")))
     if "pattern" in seen and "sparsity" not in seen and all(":" in pattern for pattern in patterns):

@@ -28,7 +28,7 @@ def mask_adapter(layer: Any, alive: Callable[[], Callable[[Tensor], Tensor] | No
     Args:
         alive: gives what gives the places of zeros on the device of a tensor; None once nobody keeps them.
     """
-    plain = layer.forward
+    plain, own = layer.forward, vars(layer).get("forward")
 
     def masked(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in layer.active_adapters if name in getattr(layer, "lora_A", {})]
@@ -54,5 +54,7 @@ def mask_adapter(layer: Any, alive: Callable[[], Callable[[Tensor], Tensor] | No
 
     def undo() -> None:
         del layer.forward
+        if own is not None:  # of whoever masked it before
+            layer.forward = own
 
     return undo

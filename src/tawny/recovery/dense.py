@@ -234,6 +234,11 @@ def _samples(name: str, given: Tensor | Mapping[str, Tensor], stack: Stack) -> S
 
 def _check_encoder(stack: Stack, teacher: Stack | None) -> None:
     """Raise a ModelError for an encoder without a dense model to learn from."""
+    if len(stack.structure.starts) > 1:
+        raise ModelError(
+            f"{type(stack.model).__name__} is a model of several stacks, which is not trained here: train it in a loop of your own "
+            "within tawny.keep_sparsity"
+        )
     if teacher is None:
         raise ModelError(
             f"{type(stack.model).__name__} predicts no next token and so learns from the dense model alone: give --teacher DENSE, and "

@@ -52,6 +52,8 @@ class Student:
     def _prepare(self) -> None:
         stack, settings, processes = self.stack, self.settings, self.processes
         stack.model.requires_grad_(False)
+        for parameter in stack.model.parameters():
+            parameter.grad = None  # of a loop before, which the first step would add to its own
         for index in range(len(stack)):
             stack.load(index)
             linears = stack.linears(index)

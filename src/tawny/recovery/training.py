@@ -6,6 +6,7 @@ __all__ = ["Training"]
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tawny.calibration.context import hard_context_of
 from tawny.errors import Interrupted, NumericalError
 from tawny.machine import machine, peak_memory, versions
 from tawny.model.identity import source_identity
@@ -71,7 +73,9 @@ class Training:
         self._saved = 0  # the step of the newest state
         self.predicts = predicts_tokens(student.stack.model)
         vocabulary = int(student.stack.config.get_text_config().vocab_size) if self.predicts else 1
-        self.chunk = chunk_tokens(vocabulary, settings.chunk)
+        # A chunk goes through the model's own forward as one sequence.
+        longest = hard_context_of(student.stack.model) if self.predicts else None
+        self.chunk = min(chunk_tokens(vocabulary, settings.chunk), longest or sys.maxsize)
         decayed = [t for c in student.coordinates for t in c.decayed]
         known = set(map(id, decayed))
         others = [t for c in student.coordinates for t in c.tensors.values() if id(t) not in known]

@@ -92,6 +92,12 @@ def deliver(made: Path, work: WorkFolder, overwrite: bool, source: Path) -> None
             output.partial.rmdir()
             made.rename(output.partial)
         output.finish()
+    except BaseException:
+        if (
+            output.partial.exists() and not made.exists()
+        ):  # hours of training, which `discard` would take along
+            output.partial.rename(made)
+        raise
     finally:
         output.discard()
     work.discard()

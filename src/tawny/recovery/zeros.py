@@ -147,6 +147,12 @@ class SparsityGuard:
         by_owner = {id(held.owner): held for held in self._held}
         for layer in adapters(model):
             base = by_owner.get(id(layer.get_base_layer()))
+            if base is not None and hasattr(layer, "parameter_name"):
+                self.close()
+                raise ModelError(
+                    f"a LoRA of {base.name!r} adds to all experts at once, and such products are not masked: name linears outside "
+                    "the experts in target_modules, and no target_parameters"
+                )
             if base is not None and hasattr(layer, "get_delta_weight"):
                 self._undo.append(mask_adapter(layer, weakref.WeakMethod(base.mask)))
 

@@ -6,7 +6,16 @@ a pruned model is bound by the licence of the model it was made from.
 
 from __future__ import annotations
 
-__all__ = ["CARD", "front_matter", "model_card", "opening", "packed_note", "recovery_words"]
+__all__ = [
+    "CARD",
+    "ENDS",
+    "front_matter",
+    "model_card",
+    "opening",
+    "packed_note",
+    "recovery_words",
+    "rounded_since",
+]
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +30,7 @@ from tawny.report.form import Form, choice_of_blocks, form_of, samples_shown, wh
 from tawny.words import begun, counted, duration, kl_text, percent, perplexity_text, size
 
 CARD = "README.md"
+ENDS = ("head", "embedding")
 # Facts about what the weights are made of. Results (`model-index`) and widgets are the dense model's own.
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model", "datasets", "pipeline_tag")
 _INTENDED = (
@@ -186,7 +196,7 @@ def _untouched(record: Mapping[str, Any], recovered: bool) -> str:
     if record["recipe"].get("dtype"):  # a record does not say what it was before
         return ""
     refined = any(made["also"] for made in record.get("refined") or [])
-    packed = record.get("packed") or {}
+    packed = {**(record.get("packed") or {}), **(record.get("rounded") or {})}
     biases = not whole_kind(record)
     if packed.get("head"):  # which packs the embedding as well
         kept = "" if refined or recovered else "Norms and biases" if biases else "Norms"
@@ -251,7 +261,17 @@ def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
     )
     if recovered:
         note += " The pruned model was measured before its recovery."
+    note += rounded_since(record)
     return "## Quality\n\n" + "\n".join(rows) + f"\n\n{note}"
+
+
+def rounded_since(record: Mapping[str, Any]) -> str:
+    """A sentence, where packing rounded the model after it was measured; else nothing."""
+    rounded = record.get("rounded") or {}
+    if not rounded or record["evaluation"]["pruned"].get("rounded") == rounded:
+        return ""
+    parts = [*rounded.get("values", []), *(f"{end} {rounded[end]}" for end in ENDS if end in rounded)]
+    return f" The pruned model was measured before it was rounded to {', '.join(parts)}."
 
 
 def _fit(fit: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from tawny.kinds import kind_of, range_of
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
-from tawny.report.card import opening, recovery_words
+from tawny.report.card import ENDS, opening, recovery_words, rounded_since
 from tawny.report.figures import WIDTHS, DepthRow, depth_figure
 from tawny.report.form import Form, choice_of_blocks, form_of, samples_shown, whole_kind
 from tawny.report.pages import render, write_beside
@@ -91,7 +91,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "error_kind": _error_kind(record["linears"]),
         "fit": _fit(record.get("fit") or {}),
         "made": "pruned" if form.pruned else "result",
-        "comparison": _comparison(record["evaluation"]),
+        "comparison": _comparison(record),
         "generated": record.get("generated", []),
         "phases": _phases(record["seconds"]),
         "memory": _memory(record),
@@ -140,6 +140,7 @@ def _tiles(record: Mapping[str, Any], form: Form) -> list[tuple[str, str, str]]:
     if {"dense", "pruned"} <= set(measured):
         dense, quality = measured["dense"], perplexity_text(measured["pruned"])
         remark = f"dense {perplexity_text(dense)} on {dense['text']}"
+        remark += "; measured before packing rounded it" if rounded_since(record) else ""
     elif fit:
         rows = {row["name"]: row for row in fit["finalists"]}
         won = rows.get(fit.get("winner", ""), min(rows.values(), key=lambda row: row["kl"]))
@@ -340,7 +341,8 @@ def _error_kind(linears: Sequence[Mapping[str, Any]]) -> str:
 # --- numbers ---------------------------------------------------------------------------------------------
 
 
-def _comparison(measured: Mapping[str, Any]) -> dict[str, Any] | None:
+def _comparison(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    measured = record["evaluation"]
     if not {"dense", "pruned"} <= set(measured):
         return None
     dense, pruned = measured["dense"], measured["pruned"]
@@ -353,7 +355,7 @@ def _comparison(measured: Mapping[str, Any]) -> dict[str, Any] | None:
         f"{dense['windows']} windows of {dense['seqlen']} tokens of {dense['text']} "
         f"(sha256 {dense['text_sha256'][:12]}){begun(dense)}, computed in {dense['compute']}; ± is the standard error over windows."
     )
-    return {"rows": rows, "note": note}
+    return {"rows": rows, "note": note + rounded_since(record)}
 
 
 def _phases(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -392,15 +394,23 @@ def _command(record: Mapping[str, Any]) -> str:
     source, again = shlex.quote(str(record["source"])), shlex.quote(f"{record['out']}-again")
     packed = record.get("packed") or {}
     how = f" -c {shlex.quote(str(record['out']))}/run.json"
-    # A recipe with kinds has all that packing is told, which of several kinds goes where, too.
-    if record["values"] or not packed.get("values"):
-        return f"tawny prune {source} --out {again}{how}"
-    given = {key: packed[key] for key in ("values", "group", "head", "embedding") if packed.get(key)}
-    if given.keys() == {"values"}:
+    begun, asked = shlex.quote(f"{record['out']}-again-begun"), record["recipe"].get("values") or {}
+    if not packed.get("values"):
+        if not record["values"]:
+            return f"tawny prune {source} --out {again}{how}"
+        return f"tawny prune {source} --out {begun}{how}\ntawny unpack {begun} --out {again}"
+    ends = {end: packed.get(end) for end in ENDS if packed.get(end) != asked.get(end)}
+    if record["values"]:
+        # Such a recipe has what packing is told, which of several kinds goes where, too.
+        kind = "" if packed["values"] in record["values"].values() else f" --pack {packed['values']}"
+        kind += "".join(f" -o {end}={value or 'null'}" for end, value in ends.items())
+        return f"tawny prune {source} --out {again}{how}{kind}"
+    given = {key: packed[key] for key in ("values", "group", *ENDS) if packed.get(key)}
+    if not ends and "group" not in given:
         return f"tawny prune {source} --out {again}{how} --pack {packed['values']}"
-    dense = shlex.quote(f"{record['out']}-again-dense")
     kinds = "".join(f" --{key} {value}" for key, value in given.items())
-    return f"tawny prune {source} --out {dense}{how}\ntawny pack {dense} --out {again}{kinds}"
+    plain = "".join(f" -o {end}=null" for end in ENDS if asked.get(end))
+    return f"tawny prune {source} --out {begun}{how}{plain}\ntawny pack {begun} --out {again}{kinds}"
 
 
 def _trace(record: Mapping[str, Any]) -> list[tuple[str, str]]:

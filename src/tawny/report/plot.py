@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ["plot_allocations", "plot_fit", "plot_frontier", "plot_outliers", "plot_profile"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ def plot_frontier(
     text: str,
     title: str,
     notes: Mapping[str, Sequence[str]] | None = None,
+    apart: Collection[str] = (),
 ) -> None:
     """Draw divergence from the dense model against size.
 
@@ -131,12 +132,13 @@ def plot_frontier(
         lines: by name, points of megabytes, nats a token and their standard error, smallest first.
         text: what they were measured on.
         notes: by name of a line, what stands beside each of its points; the first line's stand below it, others' above.
+        apart: names whose points are of no one kind, and so are joined by no line.
     """
     figure = _figure(8.0, 5.0)
     axes = figure.subplots()
     for number, (name, points) in enumerate(lines.items()):
         sizes, values, errors = zip(*points, strict=True)
-        style = _style(number)
+        style = _style(number) | ({"linestyle": "none"} if name in apart else {})
         axes.errorbar(sizes, values, yerr=errors, label=name, capsize=2, **style)
         away, align = ((-7, -7), ("right", "top")) if number == 0 else ((7, 5), ("left", "bottom"))
         for x, y, note in zip(sizes, values, (notes or {}).get(name, ()), strict=False):

@@ -18,6 +18,7 @@ from tawny.record import weight_files
 from tawny.report.card import CARD, front_matter
 
 _LEFT_OUT = (".partial", ".new", ".tmp", ".old", ".lock")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -175,16 +176,32 @@ def _upload(
     folder: Path, repo: str, files: list[str], private: bool, message: str, progress: Progress
 ) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
     progress.say(f"uploading {len(files)} files to {repo}")
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=files, commit_message=message)
+        if private and not api.repo_info(repo).private:
+            raise OutputError(
+                f"{repo} is there and public; make it private on the hub, or leave --private out"
+            )
+        # Weights of another layout would be read before those that are uploaded.
+        old = [
+            x for x in api.list_repo_files(repo) if "/" not in x and x.endswith(_WEIGHTS) and x not in files
+        ]
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=str(folder),
+            allow_patterns=files,
+            delete_patterns=old,
+            commit_message=message,
+        )
     except LocalTokenNotFoundError as error:
         raise MissingFeature("the hub does not know who you are: run `hf auth login` first") from error
-    except (HfHubHTTPError, OSError) as error:
+    except OutputError:
+        raise
+    except Exception as error:  # what an unreachable hub raises depends on its client's version
         reason = first_line(error)
         raise OutputError(f"{repo} cannot be uploaded to: {reason}") from error
     return str(url)

@@ -433,7 +433,7 @@ def _options(found: Found, job: Job) -> str:
     chosen = {"pattern": recipe.pattern, "solver": recipe.solver.name}
     if recipe.pattern != "unstructured":
         words += ["-p", recipe.pattern]
-    if recipe.solver.name != default_name("solver", {"pattern": recipe.pattern}):
+    if recipe.solver.name != default_name("solver", {"pattern": recipe.pattern, "compat": recipe.compat}):
         words += ["-m", recipe.solver.name]
     named = {"values.kind": "--values", "calibration.samples": "--samples", "calibration.seqlen": "--seqlen"}
     for key, value in changes_from(recipe, resolve_recipe(chosen, sparsity=recipe.sparsity)).items():

@@ -23,7 +23,7 @@ import torch
 from tawny.calibration.context import words_of
 from tawny.decoding.sampling import Constraint, Likelihood, Sampler
 from tawny.decoding.scheduler import Request, Token, Usage
-from tawny.decoding.text import StopStrings, TextPieces, decode, end_tokens, tokens_of
+from tawny.decoding.text import TextPieces, decode, end_tokens, tokens_of
 from tawny.errors import CheckpointError, one_line
 from tawny.serving.grammar import Form, Grammars, of_schema
 from tawny.serving.protocol import (
@@ -35,7 +35,7 @@ from tawny.serving.protocol import (
     SamplingFields,
     Tool,
 )
-from tawny.serving.tools import CallFormat, Watched
+from tawny.serving.tools import Beginning, CallFormat, Watched
 
 Json = dict[str, Any]
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # of a vocabulary that falls back on bytes
@@ -312,7 +312,7 @@ class _Common:
 class _Reply:
     """One choice of a chat."""
 
-    stops: StopStrings  # holds back what may be the beginning of a call
+    beginning: Beginning | None  # holds back what may be the beginning of a call
     text: str = ""
     sent: int = 0  # characters of it
     logprobs: list[Json] = field(default_factory=list)
@@ -326,8 +326,7 @@ class _Chat(_Common):
     def __init__(self, service: Service, asked: ChatRequest, calls: CallFormat | None) -> None:
         super().__init__(service, asked)
         self.format, self.several, self.logprobs = calls, asked.parallel_tool_calls, asked.logprobs
-        begin = [] if calls is None else [calls.begin]
-        self.replies = [_Reply(StopStrings(begin)) for _ in range(asked.n)]
+        self.replies = [_Reply(None if calls is None else Beginning(calls.begin)) for _ in range(asked.n)]
 
     def opening(self) -> Iterable[Json]:
         return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(self.asked.n)]
@@ -339,7 +338,7 @@ class _Chat(_Common):
         reply = self.replies[index]
         if isinstance(event, Token):
             reply.text += event.text
-            safe = reply.stops.add(event.text)
+            safe = event.text if reply.beginning is None else reply.beginning.add(event.text)
             reply.sent += len(safe)
             told = None
             if event.likelihood is not None and event.id is not None:
@@ -365,9 +364,8 @@ class _Chat(_Common):
             reply.finish = "tool_calls"
         for number, call in enumerate(calls if self.several else calls[:1]):
             function = {"name": call.name, "arguments": call.arguments}
-            reply.calls.append(
-                {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-            )
+            # Nine letters and digits: some templates refuse others when the call is sent back.
+            reply.calls.append({"id": uuid.uuid4().hex[:9], "type": "function", "function": function})
             yield self._delta(index, {"tool_calls": [{"index": number, **reply.calls[-1]}]})
 
     def whole(self) -> Json:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 _MOST_STOPS, _MOST_CHOICES, _MOST_TOP, _MOST_TOOLS = 16, 128, 20, 128
+_LONGEST_STOP = 256  # characters; every token is compared with every beginning of each
 # A body is looked at while all other requests wait: 2048 messages take 0.05 s.
 _MOST_ITEMS, _MOST_FIELDS = 2048, 64
 
@@ -109,7 +110,7 @@ class SamplingFields(_Fields):
     repetition_penalty: float = Field(1.0, ge=0.01)
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases)] = {}
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]],
+        list[Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]],
         FailFast(),
         Field(max_length=_MOST_STOPS),
         BeforeValidator(_as_list),

@@ -151,7 +151,8 @@ def serve(
             raise RecipeError(f"{key} {value} is not possible; give {least} to {most}")
     if not timeout > 0:
         raise RecipeError(f"timeout {timeout} is not possible; give more than 0 seconds")
-    if api_key is not None and not api_key.strip():
+    api_key = api_key and api_key.strip()  # no header could carry the line end of a file
+    if api_key == "":
         raise RecipeError("api_key is blank; give one that nobody guesses, or leave it out")
     if not is_loopback(host) and api_key is None and not allow_open:
         raise UserError(

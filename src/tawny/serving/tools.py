@@ -6,7 +6,7 @@ The name of the model or of the format is never asked. A template whose argument
 
 from __future__ import annotations
 
-__all__ = ["Call", "CallFormat", "Watched"]
+__all__ = ["Beginning", "Call", "CallFormat", "Watched"]
 
 import json
 import re
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tawny.decoding.text import TextPieces
+from tawny.errors import first_line
 from tawny.serving.grammar import Form, Grammars, bounded
 from tawny.serving.protocol import Function, Refused
 
@@ -43,12 +44,13 @@ class CallFormat:
     """What stands around names and arguments; `_ID` in it stands for any identifier.
 
     begin: before the first name. middle: between a name and its arguments. between: from one call's arguments to the next
-    name. end: after the last arguments. special: whether special tokens are part of it.
+    name; None where the template takes one call at once. end: after the last arguments. special: whether special tokens are
+    part of it.
     """
 
     begin: str
     middle: str
-    between: str
+    between: str | None
     end: str
     special: bool = False
 
@@ -87,13 +89,20 @@ class CallFormat:
             plain = render(0, content=_TEXT)
             if _NAMES[0] not in plain:
                 raise Refused("the model's chat template shows it no tools; leave 'tools' out", param="tools")
-            one, two = render(1), render(2)
+            one = render(1)
         except Refused:
             raise
         except Exception as error:  # templates are programs of others
-            raise Refused(f"the model's chat template refuses tools: {error}", param="tools") from None
+            raise Refused(
+                f"the model's chat template refuses tools: {first_line(error)}", param="tools"
+            ) from None
+        try:
+            two = render(2)
+        except Exception:  # it takes one call at once
+            two = None
         start = _alike(plain, one)
-        first, second = _pieces(one[start:], 1), _pieces(two[start:], 2)
+        first = _pieces(one[start:], 1)
+        second = first if two is None else _pieces(two[start:], 2)
         if first is None or second is None or not first[0].strip():
             raise Refused(
                 "the model's chat template writes calls of tools in a way that is not supported; leave 'tools' out",
@@ -101,13 +110,16 @@ class CallFormat:
             )
         words = [tokenizer.decode([end], skip_special_tokens=False) for end in sorted(ends)]
         end = min((first[2].split(word)[0] for word in words if word), key=len, default=first[2])
-        pieces = first[0].strip(), first[1], second[2], end.rstrip()
+        begin, middle, end = first[0].strip(), first[1], end.rstrip()
+        between = None if two is None else second[2]
+        pieces = (begin, middle, between or "", end)
         special = any(word in piece for word in tokenizer.all_special_tokens for piece in pieces)
-        return CallFormat(*pieces, special)
+        return CallFormat(begin, middle, between, end, special)
 
     def parse(self, text: str) -> tuple[str, list[Call]]:
         """The text before the first call, and the calls."""
-        begin, middle, between = map(_pattern, (self.begin, self.middle, self.between))
+        begin, middle = _pattern(self.begin), _pattern(self.middle)
+        between = None if self.between is None else _pattern(self.between)
         found = begin.search(text)
         if found is None:
             return text, []
@@ -120,7 +132,7 @@ class CallFormat:
                 break
             # As the model wrote them: written anew, 1e400 would be no JSON.
             calls.append(Call(name, text[named.end() : at]))
-            following = between.match(text, at) or begin.search(text, at)
+            following = between and (between.match(text, at) or begin.search(text, at))
             if following is None:
                 break
             at = following.end()
@@ -130,7 +142,7 @@ class CallFormat:
         """In Lark's notation of llguidance: what comes behind `begin`."""
         write = _Writer(grammars, tokenizer)
         names = [f"call{i}" for i in range(len(functions))]
-        again = f" ({write.text(self.between)} call)*" if several else ""
+        again = f" ({write.text(self.between)} call)*" if several and self.between is not None else ""
         lines = [
             f"start: call{again} {write.text(self.end)}",
             f"call: {' | '.join(names)}",
@@ -172,10 +184,41 @@ def _pieces(text: str, count: int) -> tuple[str, str, str] | None:
     return None
 
 
+def _atoms(piece: str) -> list[str]:
+    """A piece of the format as patterns of one after the other, whatever spaces the model writes."""
+    found = re.findall(rf"{_ID}|\s+|.", piece)
+    return [r"[A-Za-z0-9_-]+" if x == _ID else r"\s*" if x.isspace() else re.escape(x) for x in found]
+
+
 def _pattern(piece: str) -> re.Pattern[str]:
-    """A piece of the format, whatever spaces the model writes."""
-    parts = [re.escape(part) for part in re.split(r"\s+", piece)]
-    return re.compile(r"\s*".join(parts).replace(_ID, r"[A-Za-z0-9_-]+"))
+    return re.compile("".join(_atoms(piece)))
+
+
+class Beginning:
+    """Finds where a call begins in a text that comes in pieces; what may be the beginning of one is held back."""
+
+    def __init__(self, begin: str) -> None:
+        self._whole, atoms = _pattern(begin), _atoms(begin)
+        part = atoms[-1]
+        for atom in reversed(atoms[:-1]):
+            part = f"{atom}(?:{part})?"
+        self._part = re.compile(rf"{part}\Z")
+        self.held = ""
+        self.behind: str | None = None  # what follows the beginning; None until there is one
+
+    def add(self, piece: str) -> str:
+        """The characters that are no part of it; none once it was found."""
+        if self.behind is not None:
+            self.behind += piece
+            return ""
+        text = self.held + piece
+        if found := self._whole.search(text):
+            self.held, self.behind = "", text[found.end() :]
+            return text[: found.start()]
+        part = self._part.search(text)
+        at = len(text) if part is None else part.start()
+        self.held = text[at:]
+        return text[:at]
 
 
 class _Writer:
@@ -205,7 +248,8 @@ class Watched:
     """A text that is free until it begins a call, and then keeps the form of calls; a `Constraint` of the sampler."""
 
     def __init__(self, begin: str, form: Form, tokenizer: Any) -> None:
-        self.begin, self.form, self.text = begin, form, ""
+        self.begin, self.form = begin, form
+        self.beginning = Beginning(begin)
         self.pieces = TextPieces(tokenizer, special=True)
         self.inside = False
 
@@ -223,8 +267,8 @@ class Watched:
     def take(self, token: int) -> None:
         if self.inside:
             return self.form.take(token)
-        self.text += self.pieces.add(token)
-        _, found, behind = self.text.partition(self.begin)
-        if found and self.form.starts_with(behind):
-            self.inside = True
-        self.text = self.text[-len(self.begin) :] if not found else ""
+        self.beginning.add(self.pieces.add(token))
+        behind = self.beginning.behind
+        if behind is not None:
+            self.inside = self.form.starts_with(behind)
+            self.beginning = Beginning(self.begin)

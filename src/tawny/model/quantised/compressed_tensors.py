@@ -48,6 +48,10 @@ def compressed_tensors(stored: Stored) -> dict[str, Coded]:
             continue
         parts = {"weight": f"{stem}.weight", "scale": f"{stem}.weight_scale"}
         stored.need(parts["scale"], ("F16", "BF16", "F32", "U8", "F8_E8M0"))
+        if (order := f"{stem}.weight_g_idx") in stored.entries and bool(
+            (stored.read(order).diff() < 0).any()
+        ):
+            raise stored.refused(order, "puts columns of 8 bits into groups out of order, which is not read")
         if f"{stem}.weight_zero_point" in stored.entries:
             parts["zero_point"] = f"{stem}.weight_zero_point"
         found[parts["weight"]] = of_blocks(stored, parts, sizes)
