@@ -6,7 +6,7 @@ search. One number is left to choose, `0 ≤ β ≤ min(2S, 2−2S)/(L−1)`, by
 held-out text.
 
 Without trials (`beta` unset) the progression spans the band of sparsities that LSA found best at that target: ± 0.15
-at 70 % (.55 to .85), ± 0.10 at 60 %, ± 0.04 at 50 %. A fixed share of the legal range does not do: half of it is ± 0.25
+at 70 % (.55 to .85), ± 0.10 at 60 %, ± 0.04 at 50 %, and narrows beyond 80 %: ± 0.06 at 90 %. A fixed share of the legal range does not do: half of it is ± 0.25
 at 50 %, and much worse than uniform there (docs/log/atp-slope.md). Blocks of unequal size are centred by parameters, and
 depth is counted from the first block that holds linears to the last.
 """

@@ -135,8 +135,8 @@ def band(importance: Sequence[float], width: float) -> list[float]:
 def half_band(sparsity: float) -> float:
     """How far units may lie from the target at this sparsity: what LSA found best (openreview xq3lza5IjN), by proportion.
 
-    Outside the range it tried, 10 to 80 %, as large a share of what is legal as at its end. The whole of it would take every
-    weight of the last unit at 90 %.
+    Outside the range it tried, 10 to 80 %, as large a share of what is legal as at its end. The whole of it takes every
+    weight of the last unit, which ruins the model (docs/log/atp-slope.md).
     """
     rare = min(sparsity, 1.0 - sparsity)
     if not 0.1 <= sparsity <= 0.8:
