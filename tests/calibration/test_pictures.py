@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tawny.calibration.mixture import check_texts, load_texts, parse_texts
-from tawny.calibration.pictures import read_pictures
+from tawny.calibration.pictures import read_pictures, whole
 from tawny.errors import TextError
 from tawny.recipe.merge import resolve_recipe
 
@@ -38,6 +38,16 @@ def test_the_same_seed_gives_the_same_pixels_and_each_picture_comes_once_before_
     assert torch.equal(first.pixels, again.pixels) and first.about() == again.about()
     assert not torch.equal(first.pixels, other.pixels)
     assert set(shades(first)[:3]) == set(shades(first)[3:]) == {10, 100, 200}
+
+
+def test_a_picture_is_seen_the_way_up_that_its_file_says(tmp_path):
+    colours = np.zeros((20, 40, 3), np.uint8)
+    colours[:, :10] = 255  # stored lying on its side
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
+    seen = np.asarray(whole(tmp_path / "a.png"))
+    assert seen.shape == (40, 20, 3) and seen[:10].min() == 255 and seen[10:].max() == 0
 
 
 def test_a_broken_picture_is_named_once(folder):

@@ -124,6 +124,19 @@ def test_labels_that_fit_no_picture_or_no_class_are_refused(seen, tmp_path, rows
         measure(seen, table)
 
 
+def test_a_class_with_a_comma_stands_in_quotes(seen, tmp_path):
+    model = tiny_encoder("vit")
+    names = ["suit", "suit, black", "c", "d", "e", "f", "g"]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    folder, table = save_seeing(tmp_path / "model", model=model), tmp_path / "labels.csv"
+    table.write_text("00.png,suit, black")
+    with pytest.raises(TextError, match=r"line 1: the class 'suit, black' holds a comma: put it in quotes"):
+        measure(seen, table, model=folder)
+    table.write_text('00.png,"suit, black"\n01.png,suit')
+    assert measure(seen, table, model=folder).samples == 2
+
+
 def test_what_labels_say_nothing_of_is_refused(seen, tmp_path):
     with pytest.raises(TextError, match=r"expected FILE\.csv, or folder for DIR/CLASS/picture"):
         measure(seen, "folders")

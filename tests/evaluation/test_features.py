@@ -86,6 +86,15 @@ def test_models_that_take_different_things_are_refused():
         )
 
 
+def test_a_single_score_is_no_distribution():
+    dense = tiny_encoder("vit")
+    dense.classifier = torch.nn.Linear(dense.classifier.in_features, 1)
+    pruned = copy.deepcopy(dense)
+    tawny.prune(pruned, sparsity=0.6, solver="magnitude", allocator="uniform")
+    found = tawny.features(pruned, dense, Samples(inputs_for(dense), seqlen=17))
+    assert found.kl is None and found.top1 is None and found.error > 0
+
+
 def test_a_batch_is_timed_of_what_the_model_takes():
     for name, tokens in (("bert", 8), ("vit", None)):
         found = tawny.latency(tiny_encoder(name), batch=2, tokens=8, rounds=2)

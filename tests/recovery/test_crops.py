@@ -63,6 +63,16 @@ def test_a_crop_depends_on_its_number_alone_and_held_out_pictures_are_never_trai
     assert len(one.about["skipped"]) == 1 and "torn.png: " in one.about["skipped"][0]
 
 
+def test_what_is_measured_is_trained_under_no_other_name(seen, tmp_path):
+    save_pictures(tmp_path / "all" / "some", 6)
+    save_pictures(tmp_path / "all", 6, seed=1)
+    text = [f"images:{tmp_path / 'all'}=0.6", f"images:{tmp_path / 'all' / 'some'}=0.4"]
+    settings = tawny.Recovery.make(text=text, **SHOWN)
+    made = crops_of(settings, processor, lambda pixels: 17, lambda _: None)
+    trained = {path.resolve() for path in made.files}
+    assert trained and not trained & {path.resolve() for path in made.measured}
+
+
 def test_a_pruned_model_that_sees_comes_nearer_and_a_stopped_run_gives_the_same_bytes(seen, monkeypatch):
     monkeypatch.setattr(
         "tawny.recovery.training._PASSING_TOKENS", 2 * 4 * 17

@@ -138,15 +138,18 @@ def read_pictures(
 
 
 def whole(path: Path) -> Any:
-    """A picture in colours.
+    """A picture in colours, the way up that its file says.
 
     Raises:
         BrokenPicture: Pillow cannot read it.
     """
+    image = _pillow()
+    from PIL import ImageOps
+
     try:
-        with _pillow().open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, _pillow().DecompressionBombError) as error:
+        with image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
         raise BrokenPicture(path, first_line(error)[:120]) from None
 
 

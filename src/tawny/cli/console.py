@@ -293,6 +293,6 @@ def _stacked(frame: Frame, width: int) -> Text:
 
 def _rich(stream: TextIO) -> Rich:
     # Where there is no window its width must not cut names; COLUMNS still decides if it is set.
-    wide = None if stream.isatty() or os.environ.get("COLUMNS") else _WIDE
+    wide = None if stream.isatty() or os.environ.get("COLUMNS", "0") not in ("", "0") else _WIDE
     # Names of files, texts and tasks come from outside: `[red]` or `:owl:` in one is neither a style nor a picture.
     return Rich(file=stream, width=wide, highlight=False, markup=False, emoji=False, stderr=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def _prune_and_pack(
         )
     if dense.exists() and not overwrite:
         raise OutputError(
-            f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {dense} --out {out}"
+            f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {shlex.quote(str(dense))} --out {shlex.quote(str(out))}"
             f"{f' --values {values}' * (values is not None)}` goes on, --overwrite starts over"
         )
     record = tawny.prune(model, dense, progress=progress, overwrite=overwrite, **keys)
@@ -132,7 +133,7 @@ def _prune_and_pack(
     _mark(dense, out)
     report = tawny.pack(dense, out, values, overwrite=overwrite, progress=progress)
     shutil.rmtree(dense)
-    progress.say(f"the dense checkpoint was removed; `tawny unpack {out}` writes it again")
+    progress.say(f"the dense checkpoint was removed; `tawny unpack {shlex.quote(str(out))}` writes it again")
     record.out, record.bytes = str(out), report.bytes
     stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
     record.packed, record.files, record.rounded = stored["packed"], stored["files"], stored["rounded"]

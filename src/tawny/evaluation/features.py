@@ -49,7 +49,7 @@ _SEED = 1  # of the crops, which calibration takes with another
 class Features:
     """A model beside its dense one on the same samples; the first lines of this file say what is measured.
 
-    `seqlen` counts hidden states a sample. `kl`, `top1` and `top5` are None where the model gives no logits.
+    `seqlen` counts hidden states a sample. `kl`, `top1` and `top5` are None where the model gives no logits of several classes.
     """
 
     cosine: float
@@ -189,8 +189,9 @@ class _Output:
 
 
 def _has_logits(stack: Stack, inputs: Any, hidden: Tensor) -> bool:
-    made = stack.output({name: value[:1] for name, value in inputs.items()}, hidden[:1])
-    return made.get("logits") is not None
+    """Whether there are classes to compare: of a single output, such as a reranker's score, the softmax is 1 whatever it is."""
+    made = stack.output({name: value[:1] for name, value in inputs.items()}, hidden[:1]).get("logits")
+    return made is not None and made.dim() in (2, 3) and made.shape[-1] > 1
 
 
 class _Sums:

@@ -96,6 +96,8 @@ def _by_table(
                 f"{where}: {short(cells[0])!r} is not FILE,CLASS: expected two columns, and a comma between them"
             )
         name, label = posixpath.normpath(cells[0]), cells[1]
+        if len(cells) > 2 and (whole := ", ".join(cells[1:])) in names.values():
+            raise TextError(f"{where}: the class {whole!r} holds a comma: put it in quotes")
         if name not in files:
             if number == 1 and not _numbers(label, names):
                 continue

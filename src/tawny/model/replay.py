@@ -397,6 +397,9 @@ class Replay:
                 del block.forward
                 if plain is not None:
                     block.forward = plain
+                # transformers hooks blocks once, in the first forward that asks for hidden states, which may be this one.
+                before.update(block._forward_pre_hooks)
+                after.update(block._forward_hooks)
                 block._forward_pre_hooks, block._forward_hooks = before, after
 
     def _output(self, hidden: Tensor, other: _Other | None = None) -> object:

@@ -115,7 +115,12 @@ def crops_of(
     most = shared_out(settings.eval_windows, shares)
     parts = [_parted(source, count, generator) for source, count in zip(sources, most, strict=True)]
     held = [path for _, some in parts for path in some]
-    files = [path for some, _ in parts for path in some]
+    apart = {path.resolve() for path in held}  # folders may lie in one another
+    trained = [[path for path in some if path.resolve() not in apart] for some, _ in parts]
+    for source, some in zip(sources, trained, strict=True):
+        if not some:
+            raise TextError(f"{source.spec!r} has no picture that is not measured on: give more, or it once")
+    files = [path for some in trained for path in some]
     digest = hashlib.sha256("\n".join(f"{path} {path.stat().st_size}" for path in [*files, *held]).encode())
     about: dict[str, Any] = {
         "name": " + ".join(source.spec for source in sources),
@@ -128,7 +133,7 @@ def crops_of(
     made = Crops(
         files,
         [held[place] for place in interleaved(most)],
-        Order([len(some) for some, _ in parts], shares, settings.seed),
+        Order([len(some) for some in trained], shares, settings.seed),
         settings.batch,
         0,
         settings.seed,

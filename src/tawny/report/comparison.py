@@ -230,7 +230,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             for cell in line.cells
         ]
         rows.append(f"| {_escaped(name)} | " + " | ".join(cells) + " |")
-    parts = ["\n".join(rows), "\n".join(f"{sentence}  " for sentence in caption(result)).rstrip()]
+    parts = ["\n".join(rows), "\n".join(f"{_escaped(sentence)}  " for sentence in caption(result)).rstrip()]
     if missing := failures(result):
         parts.append("\n".join(f"- {_escaped(m)}: no {part}: {_escaped(why)}" for m, part, why in missing))
     return "\n\n".join(parts) + "\n"
