@@ -440,9 +440,8 @@ def _calibration(
         windows = sample_windows(tokens, wanted.samples, seqlen, job.recipe.seed)
         if purpose.held_out is not None:
             apart = tokens
-            if any(
-                one.written for one in text.texts
-            ):  # the same seed would write what runs are calibrated on
+            # The same seed would write what runs are calibrated on.
+            if any(one.written for one in text.texts):
                 apart = tokenise(load(job.recipe.seed + 1, 2), tokenizer, job.recipe.bos)
             held_out = purpose.held_out(job, apart)
     check_ids(model, windows)

@@ -93,9 +93,8 @@ def deliver(made: Path, work: WorkFolder, overwrite: bool, source: Path) -> None
             made.rename(output.partial)
         output.finish()
     except BaseException:
-        if (
-            output.partial.exists() and not made.exists()
-        ):  # hours of training, which `discard` would take along
+        # Hours of training, which `discard` would take along.
+        if output.partial.exists() and not made.exists():
             output.partial.rename(made)
         raise
     finally:
