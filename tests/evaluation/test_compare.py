@@ -207,6 +207,17 @@ def test_the_verb_writes_a_table_a_page_and_one_document(models, text, tmp_path,
         assert words in out, out
 
 
+def test_a_page_that_cannot_be_made_costs_no_measurement(models, text, tmp_path, run, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("tawny.report.comparison.write", full)
+    given = ["--text", text, "--seqlen", 48, "--windows", 1, "--no-speed", "--html", tmp_path / "t.html"]
+    code, out, err = run("compare", models[0], *given, "--json")
+    assert code == 0 and len(json.loads(out)["models"]) == 1  # one document
+    assert "t.html could not be made" in err and not (tmp_path / "t.html").exists()
+
+
 def test_mistakes_are_found_before_anything_is_measured(models, text, tmp_path, run):
     dense = models[0]
     for words, *wrong in (

@@ -264,14 +264,20 @@ def test_a_lora_merges_into_exactly_the_model_that_was_trained(family, bias):
     assert sum(int((after[n] == 0).sum()) for n in before) == sum(int(z.sum()) for z in before.values())
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
-def test_an_adapter_whose_guard_died_adds_its_whole_product():
-    peft = pytest.importorskip("peft")
-
+def adapted_decoder(peft):
+    """A pruned model with a LoRA whose product is not zero."""
     adapted = peft.get_peft_model(pruned_decoder(), peft.LoraConfig(r=4, target_modules=["q_proj"])).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
+    return adapted
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+def test_an_adapter_whose_guard_died_adds_its_whole_product():
+    peft = pytest.importorskip("peft")
+
+    adapted = adapted_decoder(peft)
     ids = tokens(2)
     whole = adapted(input_ids=ids).logits
     guard = SparsityGuard(adapted)
@@ -284,10 +290,7 @@ def test_an_adapter_whose_guard_died_adds_its_whole_product():
 def test_a_guard_inside_another_leaves_it_in_place():
     peft = pytest.importorskip("peft")
 
-    adapted = peft.get_peft_model(pruned_decoder(), peft.LoraConfig(r=4, target_modules=["q_proj"])).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
+    adapted = adapted_decoder(peft)
     ids = tokens(2)
     whole = adapted(input_ids=ids).logits
     with tawny.keep_sparsity(adapted):

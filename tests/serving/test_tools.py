@@ -154,7 +154,7 @@ def test_a_beginning_is_found_wherever_pieces_end(begin, before, behind, spaces,
     whole = Beginning(begin)
     assert whole.add(text) == given and whole.behind == found.behind is not None
     assert text.startswith(given) and text.endswith(found.behind)
-    plain = Beginning(begin)
+    plain = Beginning(begin + " and so on" * 500)
     assert plain.add("owl ") + plain.add("and ") == "owl and " and plain.behind is None
 
 

@@ -96,9 +96,8 @@ def compare(
                 progress=progress,
             ).to_dict()
             for file, make in ((markdown, to_markdown), (html, to_html)):
-                if file is not None:
-                    or_say(file, partial(write, result, file, make), progress)
-                    progress.say(f"written to {file}" if file.exists() else f"{file} was not written")
+                if file is not None and or_say(file, partial(write, result, file, make), progress):
+                    progress.say(f"written to {file}")
         console.result(result, compare_tables)
 
 

@@ -62,8 +62,8 @@ def profile(
                 from tawny.report.pages import or_say
                 from tawny.report.plot import plot_profile
 
-                or_say(plot, partial(plot_profile, report, plot), progress)
-                progress.say(f"drawn to {plot}" if plot.exists() else f"{plot} was not drawn")
+                if or_say(plot, partial(plot_profile, report, plot), progress):
+                    progress.say(f"drawn to {plot}")
         console.result(report, profile_tables)
 
 

@@ -28,13 +28,15 @@ def render(template: str, **view: Any) -> str:
     return environment.get_template(template).render(view)
 
 
-def or_say(path: Path, make: Callable[[], object], progress: Progress) -> None:
-    """Make a page or a picture. The work is done: one that cannot be made must not look like a failed run."""
+def or_say(path: Path, make: Callable[[], object], progress: Progress) -> bool:
+    """Make a page or a picture; whether it was. The work is done: one that cannot be made must not look like a failed run."""
     try:
         make()
     except Exception as error:
         path.unlink(missing_ok=True)
         progress.say(f"{path.name} could not be made: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def write_beside(path: Path, text: str) -> Path:

@@ -198,11 +198,7 @@ class Beginning:
     """Finds where a call begins in a text that comes in pieces; what may be the beginning of one is held back."""
 
     def __init__(self, begin: str) -> None:
-        self._whole, atoms = _pattern(begin), _atoms(begin)
-        part = atoms[-1]
-        for atom in reversed(atoms[:-1]):
-            part = f"{atom}(?:{part})?"
-        self._part = re.compile(rf"{part}\Z")
+        self._whole, self._atoms = _pattern(begin), [re.compile(atom) for atom in _atoms(begin)]
         self.held = ""
         self.behind: str | None = None  # what follows the beginning; None until there is one
 
@@ -215,10 +211,18 @@ class Beginning:
         if found := self._whole.search(text):
             self.held, self.behind = "", text[found.end() :]
             return text[: found.start()]
-        part = self._part.search(text)
-        at = len(text) if part is None else part.start()
+        at = next((at for at in range(len(text)) if self._may_begin(text, at)), len(text))
         self.held = text[at:]
         return text[:at]
+
+    def _may_begin(self, text: str, at: int) -> bool:
+        """Whether all that the text has from there on is the first part of a beginning."""
+        for atom in self._atoms:
+            found = atom.match(text, at)
+            if found is None:
+                return at == len(text)
+            at = found.end()
+        return False
 
 
 class _Writer:
