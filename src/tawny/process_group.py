@@ -10,7 +10,7 @@ __all__ = ["ProcessGroup", "speaks", "started_by_torchrun"]
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -91,6 +91,18 @@ class ProcessGroup:
 
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def sum_gradients(self, tensors: Sequence[Tensor]) -> None:
+        """Sum gradients over all ranks, in place; one that only some ranks have, such as an expert's, they get all."""
+        if self.size == 1:
+            return
+        import torch
+
+        there = self.all_of([tensor.grad is not None for tensor in tensors])
+        for tensor, *ranks in zip(tensors, *there, strict=True):
+            if any(ranks) and tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        self.sum(tensor.grad for tensor in tensors if tensor.grad is not None)
 
     def wait(self) -> None:
         """Until all ranks have come here."""

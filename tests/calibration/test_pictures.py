@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -43,11 +45,22 @@ def test_the_same_seed_gives_the_same_pixels_and_each_picture_comes_once_before_
 def test_a_picture_is_seen_the_way_up_that_its_file_says(tmp_path):
     colours = np.zeros((20, 40, 3), np.uint8)
     colours[:, :10] = 255  # stored lying on its side
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
-    seen = np.asarray(whole(tmp_path / "a.png"))
-    assert seen.shape == (40, 20, 3) and seen[:10].min() == 255 and seen[10:].max() == 0
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    odd = struct.pack(
+        "<HHIf", 0x8298, 11, 1, 1.5
+    )  # a copyright that is a number: nothing could write it again
+    for entries in ([turned], [turned, odd]):
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+        Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
+        seen = np.asarray(whole(tmp_path / "a.png"))
+        assert seen.shape == (40, 20, 3) and seen[:10].min() == 255 and seen[10:].max() == 0
+
+
+def test_sixteen_bits_of_grey_become_eight(tmp_path):
+    greys = np.array([[0, 256, 32768, 65535]], np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(greys).save(tmp_path / name)
+        assert np.asarray(whole(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_a_broken_picture_is_named_once(folder):

@@ -24,6 +24,9 @@ from tests.tokenizer import tiny_tokenizer
 
 VERBS = [
     "prune",
+    "search",
+    "fit",
+    "slim",
     "recover",
     "plan",
     "profile",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from queue import SimpleQueue
 
 import pytest
@@ -182,8 +183,10 @@ def test_a_worker_serves_threads_refuses_what_is_too_much_and_ends_at_once():
             worker.submit([ready()], [listen])
         worker.cancel(orders)
         slow.may.set()
+        late = time.monotonic() + 20
         while not ends[1]:
-            pass
+            assert time.monotonic() < late, "the place was not given back"
+            time.sleep(0.001)
         assert slow.calls == 1, "a cancelled text made another step"
         last = []
         worker.submit([Request(tokens(1, 4)[0], Sampler(), 100)], [last.append])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,15 +140,20 @@ def test_a_folder_of_the_users_beside_the_packed_one_is_never_touched(run, dense
     assert not (tmp_path / "packed").exists()
 
 
-def test_a_run_stopped_while_packing_says_how_to_go_on(run, dense, tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_run_stopped_while_packing_says_how_to_go_on(run, dense, tmp_path, monkeypatch, overwrite):
+    words = ("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")
     with monkeypatch.context() as stopped:
         interrupt(stopped)
-        assert run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")[0] == 1
-    code, _, err = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")
+        assert run(*words, *overwrite)[0] == 1
+    code, _, err = run(*words, *overwrite)  # the same command must not throw its own work away
     assert code == 2 and "tawny pack" in err
-    words = shlex.split(err.split("`")[1])
-    code, _, err = run(*words[1:3], "--out", tmp_path / "by hand")
+    told = shlex.split(err.split("`")[1])
+    code, _, err = run(*told[1:3], "--out", tmp_path / "by hand", *told[5:])
     assert code == 0 and json.loads((tmp_path / "by hand" / "run.json").read_text())["packed"]["values"], err
     assert (tmp_path / "packed.dense").is_dir()
-    code, _, _ = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16", "--overwrite")
+    if overwrite:
+        assert told[-1] == "--overwrite"
+        shutil.rmtree(tmp_path / "packed.dense")  # as it says
+    code, _, _ = run(*words, "--overwrite")
     assert code == 0 and not (tmp_path / "packed.dense").exists()

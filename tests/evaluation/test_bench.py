@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import tawny
 from tawny.errors import RecipeError
 from tests.decoding.greedy import prune
+from tests.encoders import tiny_encoder
 from tests.tiny import tiny_model, tokens
 
 
@@ -46,3 +49,12 @@ def test_a_packed_folder_is_decoded_and_measured_like_a_dense_one(tmp_path):
     ids = tokens(1, 7)[0]
     made = [tawny.generate(tawny.load(tmp_path / name), ids, max_tokens=8) for name in ("dense", "packed")]
     assert made[0].prompt_tokens == made[1].prompt_tokens == 7 and len(made[1].tokens) == len(made[0].tokens)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_encoder("bert"), lambda: tiny_model("llama")])
+def test_the_verb_answers_in_both_forms(run, tmp_path, make):
+    make().save_pretrained(tmp_path)
+    words = ("bench", tmp_path, "--prompt-tokens", 8, "--rounds", 1)
+    code, out, err = run(*words, "--json")
+    assert code == 0 and json.loads(out)["rounds"] == 1, err
+    assert "memory" in run(*words)[1]

@@ -11,6 +11,7 @@ import tawny
 from tawny.evaluation import compare as module
 from tawny.evaluation.compare import measure, short_names
 from tawny.progress import Silent
+from tests.encoders import tiny_encoder
 from tests.evaluation.questions import tiny_folder
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -213,9 +214,34 @@ def test_a_page_that_cannot_be_made_costs_no_measurement(models, text, tmp_path,
 
     monkeypatch.setattr("tawny.report.comparison.write", full)
     given = ["--text", text, "--seqlen", 48, "--windows", 1, "--no-speed", "--html", tmp_path / "t.html"]
-    code, out, err = run("compare", models[0], *given, "--json")
-    assert code == 0 and len(json.loads(out)["models"]) == 1  # one document
-    assert "t.html could not be made" in err and not (tmp_path / "t.html").exists()
+    for earlier in (None, "yesterday's"):
+        if earlier is not None:
+            (tmp_path / "t.html").write_text(earlier)
+        code, out, err = run("compare", models[0], *given, "--json")
+        assert code == 0 and len(json.loads(out)["models"]) == 1  # one document
+        assert "t.html could not be made" in err and (tmp_path / "t.html").exists() == bool(earlier)
+    assert (tmp_path / "t.html").read_text() == earlier
+
+
+def test_without_a_text_tasks_are_all_that_is_measured(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tawny, "compare", lambda *_, **keys: asked.append(keys["text"]) or 1 / 0)
+    for words, text in (
+        (["--tasks", "owl7"], None),
+        ([], "wikitext2"),
+        (["--tasks", "owl7", "--text", "wiki"], "wiki"),
+    ):
+        run("compare", "a", *words)
+        assert asked.pop() == text
+
+
+def test_a_language_model_beside_an_encoder_has_a_perplexity(models, text, tmp_path, here):
+    tiny_encoder("bert").save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    made = tawny.compare([tmp_path / "encoder", models[0]], text=text, seqlen=48, speed=False).models[1]
+    assert made["perplexity"]["seqlen"] == 48
+    made = tawny.compare([tmp_path / "encoder", models[0]], text=text, speed=False).models[1]
+    assert "2048" in made["errors"]["perplexity"]  # as without the encoder: longer than the context
 
 
 def test_mistakes_are_found_before_anything_is_measured(models, text, tmp_path, run):

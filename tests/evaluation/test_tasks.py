@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tawny
 from tawny.errors import RecipeError, TextError
 from tawny.evaluation import task_config as own
+from tawny.evaluation import tasks
 from tawny.evaluation.language_model import batch_sizes
 from tawny.evaluation.task_data import TaskData, names_of
 from tawny.evaluation.tasks import PRESETS, check_tasks, evaluate_tasks, task_names
@@ -77,6 +78,22 @@ def test_what_is_asked_and_what_counts_as_right_is_what_lm_eval_asks(task, data,
         assert ours.doc_to_target(a) == theirs.doc_to_target(b)
     assert ours.aggregation().keys() == theirs.aggregation().keys()
     assert ours.VERSION == theirs.VERSION
+
+
+def test_examples_before_a_question_are_drawn_alike_however_often_it_is_built(data):
+    task, _, _ = load("arc_easy", TaskData(data))
+    task.set_config(key="num_fewshot", value=2)
+    task.sampler.df = list(task.eval_docs)
+
+    def asked():
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+        return [request.args for request in task.instances]
+
+    first = asked()
+    assert asked() != first  # drawn by chance
+    task.set_fewshot_seed(seed=own.FEWSHOT_SEED)
+    tasks._fingerprint({"arc_easy": task}, None, [])
+    assert asked() == first
 
 
 def test_accuracies_and_errors_are_those_of_lm_evals_own_model_on_the_same_examples(model, data, tmp_path):

@@ -338,6 +338,22 @@ def test_there_is_one_openmp_runtime_in_the_process():
     assert len(native._openmp_in(Path("/proc/self/maps").read_text())) == 1
 
 
+def test_of_several_openmp_runtimes_that_of_torch_is_taken(monkeypatch):
+    """Other wheels bring one, too, beside torch's in site-packages."""
+    folder = Path(torch.__file__).parent
+    ours = next(iter(folder.rglob("libgomp*.so*")), None) or next(iter(folder.rglob("lib*omp*.so*")), None)
+    if ours is None or not native.chosen():
+        pytest.skip("this torch brings no runtime")
+    others = {
+        str(folder.parent / name / "libgomp.so.1") for name in ("aaa.libs", "torchaudio.libs", "zzz.libs")
+    }
+    opened = []
+    monkeypatch.setattr(native, "_openmp_in", lambda _: {str(ours), *others})
+    monkeypatch.setattr(native.ctypes, "CDLL", opened.append)
+    native._openmp_of_torch()
+    assert opened == [str(ours)]
+
+
 def test_an_unknown_kernel_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="avx512f"), native.force("avx512"):
         pass

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tawny import kinds
 from tawny.errors import CheckpointError, NumericalError, UserError
-from tawny.kernels import reference
+from tawny.kernels import native, reference
 from tawny.kinds import KINDS as TABLE
 from tawny.packed import format
 from tawny.packed.checking import check
@@ -41,11 +41,27 @@ def test_unpack_gives_back_every_bit_of_a_float_weight(shape, values):
 def test_any_bit_pattern_survives_packing(data, rows, columns, values):
     dtype = DTYPES[values]
     width = 8 * dtype.itemsize
-    patterns = [0, 0, 0, 1, -1, -(2 ** (width - 1)), 2 ** (width - 1) - 1, 0x7C00, 0x7F80, 12345]
+    patterns = [
+        0,
+        0,
+        0,
+        1,
+        -1,
+        -(2 ** (width - 1)),
+        2 ** (width - 1) - 1,
+        0x7C00,
+        0x7C01,
+        0x7F80,
+        0x7F81,
+        12345,
+    ]
     bits = data.draw(st.lists(st.sampled_from(patterns), min_size=1, max_size=40))
     flat = torch.tensor(bits * (rows * columns // len(bits) + 1), dtype=BITS[dtype])[: rows * columns]
     W = flat.view(rows, columns).view(dtype)
-    assert same_bits(unpack(pack(W, values)), W)
+    packed = pack(W, values)
+    for kernel in native.available():
+        with native.force(kernel):
+            assert same_bits(unpack(packed), W), kernel
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -56,11 +72,14 @@ def test_unpack_writes_out_what_plain_torch_does_bit_for_bit(values, whole):
     for group in TABLE[values].groups:
         packed = pack(W, values, group, whole)
         for dtype in (None, *BITS, torch.float64):
-            made, wanted = unpack(packed, dtype), reference.expand(packed.weight, dtype)
-            if dtype is torch.float64:
-                assert made.dtype is dtype and torch.equal(made, wanted)
-            else:
-                assert same_bits(made, wanted)
+            wanted = reference.expand(packed.weight, dtype)
+            for kernel in native.available():
+                with native.force(kernel):
+                    made = unpack(packed, dtype)
+                if dtype is torch.float64:
+                    assert made.dtype is dtype and torch.equal(made, wanted)
+                else:
+                    assert same_bits(made, wanted), kernel
 
 
 def test_negative_zero_is_a_survivor_and_positive_zero_is_not():

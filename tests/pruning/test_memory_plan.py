@@ -223,6 +223,29 @@ print(json.dumps([record.memory, record.peak_memory]))
 """
 
 
+_TIGHT = """
+import json, sys, torch
+from tests.tiny import tokens
+import tawny
+from tawny.machine import resident_memory
+torch.set_num_threads(1)
+budget = resident_memory() + 400_000_000
+record = tawny.prune(sys.argv[1], sys.argv[2], calibration=tokens(512, 256), memory=budget, sparsity=0.5,
+                     allocator="uniform", solver="wanda", compute="float32")
+print(json.dumps([record.memory["hidden_states"], record.peak_memory, budget]))
+"""
+
+
+def test_a_tight_budget_is_kept(tmp_path):
+    """Hidden states of 537 MB, a budget of 400 beside the interpreter."""
+    tiny_model("llama", hidden_size=1024, num_hidden_layers=1).save_pretrained(tmp_path / "dense")
+    command = [sys.executable, "-c", _TIGHT, tmp_path / "dense", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    where, peak, budget = json.loads(done.stdout.splitlines()[-1])
+    assert where == "disk" and peak <= budget
+
+
 WIDE = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 1, "vocab_size": 60_000}
 EXPERTS = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 1, "num_experts": 64}
 

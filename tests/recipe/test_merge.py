@@ -87,6 +87,8 @@ def test_the_order_of_a_name_and_its_options_does_not_matter():
 def test_globs_are_texts_and_add_up():
     recipe = resolve_recipe({"sparsity": 0.5}, ["include=*.mlp.*", "include=*.q_proj", "exclude=[a, b]"])
     assert recipe.include == ("*.mlp.*", "*.q_proj") and recipe.exclude == ("a", "b")
+    with pytest.raises(RecipeError, match="include"):
+        resolve_recipe({"sparsity": 0.5}, ["include=5", "include=*.q_proj", "include=7"])
     assert parse_override("include=*.mlp.*") == ("include", "*.mlp.*")
 
 

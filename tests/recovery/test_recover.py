@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tawny
 from tawny.calibration.mixture import Mixture
@@ -225,8 +225,9 @@ def test_a_folder_is_recovered_into_a_folder_that_transformers_opens(pair, tmp_p
     assert tawny.inspect(out).sparsity == pytest.approx(record.sparsity)
     assert not (tmp_path / "out.recovery").exists() and not (tmp_path / "out.partial").exists()
     # what was measured in memory is what the folder gives
-    held_out = tawny.evaluate(out, pair[2], seqlen=24, windows=1, compute="float32")
-    assert held_out.perplexity > 0
+    reading = read(tawny.Recovery.make(**folder_keys(pair)), AutoTokenizer.from_pretrained(dense))
+    measured = tawny.evaluate(out, reading.windows[reading.held_out], compute="float32")
+    assert measured.loss == pytest.approx(record.best["loss"], rel=1e-4)
 
 
 def weights(folder):
@@ -248,8 +249,12 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_curve_and_bytes(pair, tmp
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_the_teacher_sees_a_window_once_over_epochs_and_interruptions(pair, tmp_path):
-    record = recover_pair(pair, tmp_path / "out", tokens=24 * 4 * 40)
+def test_the_teacher_sees_a_window_once_over_epochs_and_interruptions(pair, tmp_path, monkeypatch):
+    def call():
+        return recover_pair(pair, tmp_path / "out", tokens=24 * 4 * 40)
+
+    stopped(monkeypatch, call, 20)
+    record = call()
     windows = record.text["windows"] + record.text["held_out"]
     assert record.tokens > record.text["windows"] * 24 and record.teacher_tokens <= windows * 24
 
@@ -553,6 +558,9 @@ def test_a_last_step_that_cannot_be_delivered_is_not_lost(pair, tmp_path, monkey
         with pytest.raises(OutputError, match="busy"):
             tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
     assert (tmp_path / "out.stages" / "1-recovered" / "recover.json").is_file()
+    # Killed there: nothing was put back, and nobody tidied up.
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.stages" / "1-recovered").rename(tmp_path / "out.partial" / "checkpoint")
     monkeypatch.setattr("tawny.recovery.gradual.recover", None)  # nothing is trained again
     record = tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
     assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.4, 0.6]
@@ -573,6 +581,22 @@ def test_pruning_in_steps_calibrates_on_the_training_text_unless_told(pair, tmp_
             pair[0], pair[0], tmp_path / "out", [0.4, 0.6], recipe=recipe, settings=chosen
         )
     assert asked == [("ptb", None, 0.4) if recipe else (pair[2], False, 0.4)]
+
+
+def test_a_gradient_that_only_one_process_has_is_everybodys(tmp_path):
+    """An expert may see tokens in one process and none in another."""
+    script = """
+from tawny.recovery.processes import Processes
+with Processes("cpu") as processes:
+    experts = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    for expert in ([0, 2], [1, 2])[processes.rank]:
+        experts[expert].grad = torch.full((2,), 1.0 + processes.rank)
+    processes.sum_gradients(experts)
+    sums = [None if expert.grad is None else expert.grad.tolist() for expert in experts]
+    assert sums == [[1, 1], [2, 2], [3, 3], None], sums
+"""
+    done = torchrun(script, tmp_path, 2)
+    assert done.returncode == 0, done.stderr
 
 
 def as_torchrun(folder, processes, call):

@@ -190,10 +190,28 @@ def test_the_command_that_makes_it_again_packs_what_was_packed(packed, command):
 )
 def test_a_recipe_with_kinds_packs_by_itself(asked, solved, packed, command):
     """Of several kinds, which goes where stands in the recipe alone."""
-    made = {**record(), "source": "m", "text": {}, "packed": packed, "values": solved}
+    check_command(asked, solved, packed, {}, command)
+
+
+def check_command(asked, solved, packed, rounded, command):
+    made = {**record(), "source": "m", "text": {}, "packed": packed, "values": solved, "rounded": rounded}
     made["recipe"]["values"] = asked
     how = " -c out/run.json"
     assert f"<code>{command.format(how=how)}</code>" in render_report(made)
+
+
+@pytest.mark.parametrize(
+    ("asked", "solved", "rounded", "more"),
+    [
+        ({}, {}, {"values": ["int4"]}, " --pack int4"),
+        ({}, {}, {"head": "int8"}, " --pack bf16 -o head=int8"),
+        ({"head": "int8"}, {}, {"head": "int8"}, " --pack bf16"),
+        ({"kind": "int4"}, {"a": "int4"}, {"head": "int8"}, " -o head=int8"),
+    ],
+)
+def test_what_was_rounded_and_unpacked_is_packed_and_unpacked_again(asked, solved, rounded, more):
+    command = "tawny prune m --out out-again-begun{how}" + more
+    check_command(asked, solved, {}, rounded, command + "\ntawny unpack out-again-begun --out out-again")
 
 
 def test_what_was_rounded_after_it_was_measured_is_said():

@@ -458,3 +458,10 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):
     assert code == 2 and "size 1GB and bits 4.0 are several" in err and not out.exists()
     code, _, err = run("fit", dense, "--size", "10kB", "--out", out, "--calibration", "absent.txt")
     assert code == 2 and "as small as 10 kB" in err  # no text is read for it
+
+
+def test_the_verb_shows_a_fit_in_both_forms(dense, fitted, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(tawny, "fit", lambda *_, **__: fitted)
+    words = ("fit", dense, "--bits", 9, "--out", tmp_path / "x", "--calibration", "wiki")
+    assert json.loads(run(*words, "--json")[1])["winner"] == fitted.winner
+    assert fitted.winner in " ".join(run(*words)[1].split())

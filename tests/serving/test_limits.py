@@ -74,6 +74,24 @@ def counted(monkeypatch):
     return made
 
 
+def test_every_setting_arrives(service, monkeypatch):
+    given = []
+    monkeypatch.setattr("tawny.serving.answers.Sampler", lambda *some, **named: given.append((some, named)))
+    named = {
+        "top_k": 3,
+        "min_p": 0.1,
+        "presence_penalty": 1.0,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.2,
+    }
+    asked = {"temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["x"], "max_tokens": 3} | named
+    asked["logit_bias"] = {"5": 2.0}
+    made = [service.complete(complete(prompt="owl", **asked))[0], service.chat(chat(**asked))[0]]
+    assert [(request.stops, request.most) for (request,) in made] == [(("x",), 3)] * 2
+    for some, more in given:
+        assert some == (0.5, 0.9, 7) and more["logit_bias"] == {5: 2.0} and more.items() >= named.items()
+
+
 JSON = {"type": "json_object"}
 
 

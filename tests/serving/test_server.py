@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -70,14 +71,17 @@ def test_a_chat_is_what_generate_makes_streamed_or_whole(client, said):
     assert usage.prompt_tokens_details.cached_tokens == said.prompt_tokens - 1
 
 
-def test_many_at_once_are_each_what_they_are_alone(server, said):
+def test_many_at_once_are_each_what_they_are_alone(server, model, tokenizer):
+    texts = ("Héllo", "owl", "Rome", "What is 2?", "ships", "é🦉")
+    asked = [[{"role": "user", "content": text}] for text in texts]
+    said = [tawny.generate(model, each, tokenizer=tokenizer, max_tokens=24).text for each in asked]
+    assert len(set(said)) == len(texts)
+
     async def ask():
         async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
-            whole = [client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=24) for _ in range(3)]
-            streamed = [
-                client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=24, stream=True)
-                for _ in range(3)
-            ]
+            create = partial(client.chat.completions.create, **GREEDY, max_tokens=24)
+            whole = [create(messages=each) for each in asked[:3]]
+            streamed = [create(messages=each, stream=True) for each in asked[3:]]
 
             async def text(stream):
                 return "".join([c.choices[0].delta.content or "" async for c in await stream])
@@ -85,7 +89,7 @@ def test_many_at_once_are_each_what_they_are_alone(server, said):
             made = await asyncio.gather(*whole, *map(text, streamed))
             return [m if isinstance(m, str) else m.choices[0].message.content for m in made]
 
-    assert asyncio.run(ask()) == [said.text] * 6
+    assert asyncio.run(ask()) == said
 
 
 def test_prompts_of_every_kind_are_continued(client, model, tokenizer):
@@ -142,6 +146,9 @@ def test_a_stop_string_is_no_part_of_the_text(client, said):
     made = client.chat.completions.create(**GREEDY, messages=CHAT, max_tokens=24, stop=[stop, "never"])
     assert made.choices[0].message.content == said.text[: said.text.index(stop)]
     assert made.choices[0].finish_reason == "stop"
+    asked = {**GREEDY, "messages": CHAT, "max_tokens": 24, "stop": stop, "stream": True}
+    text, finish, _ = read(client.chat.completions.create(**asked))
+    assert (text, finish) == (made.choices[0].message.content, "stop")
 
 
 def test_json_of_a_schema_is_that(client):

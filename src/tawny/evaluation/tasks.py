@@ -37,7 +37,17 @@ from torch import nn
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.language_model import ask, language_model
 from tawny.evaluation.sources import compute_dtype, fingerprint, reads_on
-from tawny.evaluation.task_config import MEANING, PRESETS, find_manager, find_sources, load_task, quiet
+from tawny.evaluation.task_config import (
+    FEWSHOT_SEED,
+    MEANING,
+    PRESETS,
+    find_manager,
+    find_sources,
+    load_task,
+    quiet,
+)
+from tawny.kernels.native import kernel_name
+from tawny.machine import machine
 from tawny.model.identity import code_identity
 from tawny.model.source import cache_folder, resolve
 from tawny.model.trust import opens_models
@@ -170,11 +180,12 @@ def evaluate_tasks(
         )
     lm: Any = None
     identity = fingerprint(folder) if cache and folder is not None else ""
+    computing = [str(dtype), device, kernel_name(), machine()["cpu"]]
     done: list[TaskResult] = []
     for name in names:
         began, known = time.perf_counter(), MEANING.get(name, name)
         loaded, origin = load_task(manager, known, sources)
-        question = _fingerprint(loaded["tasks"], limit, dtype)
+        question = _fingerprint(loaded["tasks"], limit, computing)
         key = hashlib.sha256(f"{identity}\0{question}".encode()).hexdigest()[:32]
         kept = cache_folder() / "tasks" / f"{key}.json"
         found = _kept(kept, name) if identity else None
@@ -209,11 +220,10 @@ def _line(task: TaskResult) -> str:
     return f"{task.name}: {task.metric} {task.value:.4f}{spread} on {task.examples} examples{kept}"
 
 
-def _fingerprint(tasks: Mapping[str, Any], limit: int | None, dtype: torch.dtype) -> str:
-    """Of everything that decides a result beside the model: each question, its answer, the metrics, the versions."""
-    digest = hashlib.sha256(
-        json.dumps([code_identity(), metadata.version("lm-eval"), str(dtype), sorted(tasks)]).encode()
-    )
+def _fingerprint(tasks: Mapping[str, Any], limit: int | None, computing: Sequence[str]) -> str:
+    """Of everything that decides a result beside the model: each question, its answer, the metrics, code and machine."""
+    code = [code_identity("evaluation"), metadata.version("lm-eval")]
+    digest = hashlib.sha256(json.dumps([code, computing, sorted(tasks)]).encode())
     with quiet():
         for name, task in sorted(tasks.items()):
             task.build_all_requests(limit=limit, rank=0, world_size=1)
@@ -222,6 +232,7 @@ def _fingerprint(tasks: Mapping[str, Any], limit: int | None, dtype: torch.dtype
                 digest.update(json.dumps([request.request_type, request.args], default=str).encode())
             for _, document in task.doc_iterator(limit=limit, rank=0, world_size=1):
                 digest.update(json.dumps(task.doc_to_target(document), default=str).encode())
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples are drawn again when it is asked
     return digest.hexdigest()
 
 

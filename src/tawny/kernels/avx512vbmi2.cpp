@@ -141,7 +141,8 @@ inline __m512i scale_bytes_to_bf16(__m256i bytes, __m512 scale) {
     __m512 most = _mm512_set1_ps(largest(BF16));
     low = _mm512_range_ps(_mm512_mul_ps(low, scale), most, 2);  // the smaller magnitude with the product's sign
     high = _mm512_range_ps(_mm512_mul_ps(high, scale), most, 2);
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    __m512 zero = _mm512_setzero_ps();  // added, it makes +0 of -0
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_add_ps(high, zero), _mm512_add_ps(low, zero));
 }
 
 // One group as 16-bit words [4, stride]. INT8 becomes bfloat16.

@@ -453,8 +453,28 @@ struct Generic {
         }
     }
 
+    // 16 bits written as they are stored: arithmetic would set a bit of each NaN.
+    template <int KIND>
+    TAWNY_LOOP static void copy_rows(const Packed& p, int64_t from, int64_t to, uint16_t* out, int64_t stride) {
+        for (int64_t g = from; g < to; g++) {
+            const uint8_t* value = values_of<KIND>(p, g).at;
+            const uint64_t* masks = p.masks + g * p.blocks * 4;
+            for (int64_t b = 0; b < p.blocks; b++)
+                for (int64_t row = g * 4; row < g * 4 + 4; row++) {
+                    uint64_t mask = *masks++;
+                    int64_t left = p.cols - b * 64;
+                    if (row >= p.rows) continue;  // where no bit is set
+                    uint16_t* place = out + (row - from * 4) * stride + b * 64;
+                    memset(place, 0, (size_t)(left < 64 ? left : 64) * 2);
+                    for (; mask; mask &= mask - 1, value += 2) memcpy(place + __builtin_ctzll(mask), value, 2);
+                }
+        }
+    }
+
     static void expand(const Packed* p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
         with_kind(p->kind, [&](auto trait) {
+            if constexpr (trait.kind == BF16 || trait.kind == F16)
+                if (kind == trait.kind) return copy_rows<trait.kind>(*p, from, to, (uint16_t*)out, stride);
             if constexpr (!trait.scaled) expand_rows<trait.kind>(*p, from, to, out, kind, stride);
         });
     }

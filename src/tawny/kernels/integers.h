@@ -421,7 +421,8 @@ struct Integers {
                 for (int h = 0; h < 2; h++) {
                     V scale = I::broadcast(scales.at[(p.span == 32 ? 2 * b + h : b / blocks_of(p)) * 4 + r]);
                     for (int j = h * 32; j < h * 32 + 32; j += W) {
-                        V w = I::max(I::min(I::mul(I::widen(bytes + j), scale), most), least);
+                        V product = I::fma(I::widen(bytes + j), scale, I::zero());  // never -0
+                        V w = I::max(I::min(product, most), least);
                         if (left >= 64) I::store_kind(place + j * size, kind, w);
                         else I::store(buffer + j, w);
                     }

@@ -104,8 +104,9 @@ def _openmp_of_torch() -> ctypes.CDLL | None:
     if not maps.exists():
         return None
     loaded = _openmp_in(maps.read_text(errors="surrogateescape"))
-    home = str(Path(torch.__file__).parent.parent)  # beside torch too: some wheels keep it in torch.libs
-    for path in sorted(loaded, key=lambda p: not p.startswith(home)):
+    torch_ = Path(torch.__file__).parent
+    homes = (f"{torch_}/", f"{torch_}.libs/")  # other wheels bring one of their own
+    for path in sorted(loaded, key=lambda p: (not p.startswith(homes), p)):
         with contextlib.suppress(OSError):  # replaced since it was loaded
             return ctypes.CDLL(path)
     return None

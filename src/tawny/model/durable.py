@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -83,3 +84,18 @@ def writing(what: Path) -> Iterator[None]:
             reason = error.strerror if isinstance(error, OSError) else None
             said = f"{what} cannot be written: {reason or text}"
         raise OutputError(said) from error
+
+
+def locked(path: Path, out: Path) -> IO[bytes]:
+    """A lock that goes with the process, however it ends."""
+    handle = path.open("ab")
+    try:
+        import fcntl
+    except ImportError:  # no such locks here; two runs into one folder are then the user's to avoid
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise OutputError(f"another process is writing {out}; wait for it or choose another --out") from None
+    return handle

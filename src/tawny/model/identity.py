@@ -29,7 +29,9 @@ _DECIDING = (
     "allocation",
     "calibration",
     "kernels",
+    "kinds.py",
     "model",
+    "packed",
     "pruning",
     "solvers",
     "patterns.py",
@@ -86,11 +88,11 @@ def tokens_identity(samples: Samples | None) -> str | None:
     return digest.hexdigest()
 
 
-def code_identity() -> dict[str, str]:
-    """Versions of the libraries, and one hash of the sources that compute."""
+def code_identity(*more: str) -> dict[str, str]:
+    """Versions of the libraries, and one hash of the sources that compute; `more`: rooms that decide as well."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for name in _DECIDING:
+    for name in (*_DECIDING, *more):
         files = [root / name] if (root / name).is_file() else (root / name).rglob("*")
         for path in sorted(x for x in files if x.suffix in _SOURCES):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from tawny.errors import ModelError, OutputError, one_line
 from tawny.model import durable
 from tawny.model.checkpoint import INDEX, Checkpoint
-from tawny.model.durable import writing
+from tawny.model.durable import locked, writing
 from tawny.model.quantised import BESIDE
 from tawny.model.resumable import JOURNAL, named, refuse_foreign
 from tawny.model.tensorfile import TensorWriter, entries, merge, natural, write_tensors
@@ -353,18 +353,3 @@ class OutputFolder:
         with contextlib.suppress(OSError):
             (self.work / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
-
-
-def locked(path: Path, out: Path) -> IO[bytes]:
-    """A lock that goes with the process, however it ends."""
-    handle = path.open("ab")
-    try:
-        import fcntl
-    except ImportError:  # no such locks here; two runs into one folder are then the user's to avoid
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        raise OutputError(f"another process is writing {out}; wait for it or choose another --out") from None
-    return handle

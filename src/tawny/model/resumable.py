@@ -7,7 +7,7 @@ with what differs; identities are made in identity.py.
 
 `Resumable` is the journal. Pruning keeps one in `OUT.partial`, which model/output.py makes (pruning/journal.py).
 A `WorkFolder` is a folder of its own, `OUT.KIND`. It was made by Tawny only if its journal says so and every name in it is one
-that Tawny gives; any other folder is the user's and is refused, never cleared.
+that Tawny gives; any other folder is the user's and is refused, never cleared. One process at a time may hold it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import IO, Any, Self, TypeVar, final
 
 from torch import Tensor
 
 from tawny.errors import OutputError, TawnyError
 from tawny.model import durable
 
-JOURNAL = "journal.json"
+JOURNAL, _LOCK = "journal.json", "lock"
 _VERSION = 2
 # Parts of whatever is being made under one of our names, which a process that died may have left.
 _BESIDE = ("", ".tmp", ".partial", ".recovery")
@@ -140,7 +140,7 @@ class Resumable:
 
 @final
 class WorkFolder(Resumable):
-    """`OUT.KIND`; nothing is touched before `open`.
+    """`OUT.KIND`; nothing is touched before `open`, and at the end of its `with` another process may have it.
 
     Args:
         ours: patterns of the names that Tawny makes in it.
@@ -151,18 +151,32 @@ class WorkFolder(Resumable):
         self.out = named(out)
         self.path = self.out.with_name(f"{self.out.name}.{kind}")
         super().__init__(self.path, kind)
-        self._ours = [JOURNAL, f"{JOURNAL}.tmp", *(pattern + more for pattern in ours for more in _BESIDE)]
+        self._ours = [JOURNAL, f"{JOURNAL}.tmp", _LOCK, *(name + more for name in ours for more in _BESIDE)]
         self._kept = kept
+        self._half_gone = False
+        self._lock: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def check(self) -> None:
         """Read the journal; raise an OutputError for a folder that is not Tawny's, or that cannot be read."""
-        names = [name for name in refuse_foreign(self.path, self._ours) if name != f"{JOURNAL}.tmp"]
+        found = refuse_foreign(self.path, self._ours)
+        names = [name for name in found if name not in (f"{JOURNAL}.tmp", _LOCK)]
         if names and JOURNAL not in names:
             raise OutputError(
                 f"{self.path} holds {names[0]!r} but no {JOURNAL}, so this Tawny did not make it; move it away or choose "
                 "another --out"
             )
         self.load()
+        self._half_gone = bool(self.state.get("discarding"))
+        if self._half_gone:
+            self.state = {}
 
     def open(self, identity: Mapping[str, Any], overwrite: bool) -> None:
         """Go on with what is there, or begin; `overwrite` discards another run, and one that began without it.
@@ -173,22 +187,24 @@ class WorkFolder(Resumable):
             identity: what decides the result, in JSON types.
 
         Raises:
-            OutputError: another run is unfinished here, or the folder is not Tawny's.
+            OutputError: another run is unfinished here, another process holds it, or the folder is not Tawny's.
         """
         self.check()
         identity = json.loads(json.dumps(identity))
         other = bool(self.differing(identity))
         # Begun with --overwrite, the same command has it again: it goes on, as its interruption promised.
         if self.found and not other and (self.consent or not overwrite):
+            self._lock = durable.locked(self.path / _LOCK, self.out)
             return
         if not overwrite and self._worth_keeping():
             self.refuse_other(identity)
         if self.out.exists() and not overwrite:  # what the other run was allowed, this one is not
             raise OutputError(f"{self.out} exists; choose another --out or pass --overwrite")
-        if self.found:
-            self.discard()
         with durable.writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = durable.locked(self.path / _LOCK, self.out)
+            if self.found or self._half_gone:
+                self._clear()
         self.start(identity, overwrite=overwrite)
 
     @contextmanager
@@ -202,22 +218,31 @@ class WorkFolder(Resumable):
             raise
 
     def discard(self) -> None:
-        """Remove what Tawny made, the journal last; what came in since it was checked stays."""
-        if not (self.path / JOURNAL).exists():
+        """Remove what Tawny made; what came in since it was checked stays. Only the process that opened it does."""
+        if self._lock is None:
             return
+        self._clear()
+        (self.path / _LOCK).unlink(missing_ok=True)
+        self.__exit__()
+        with suppress(OSError):
+            self.path.rmdir()
+
+    def _clear(self) -> None:
+        """The journal goes last, and says first that it does: what is half removed must not be gone on with."""
+        with suppress(OutputError):
+            self.start({}, discarding=True)
         for path in self.path.iterdir():
-            if path.name == JOURNAL or not _fits(path.name, self._ours):
+            if path.name in (JOURNAL, _LOCK) or not _fits(path.name, self._ours):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
         (self.path / JOURNAL).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.path.rmdir()
+        self.state, self._half_gone = {}, False
 
     def _worth_keeping(self) -> bool:
-        names = [path.name for path in self.path.glob("*") if not path.name.startswith(JOURNAL)]
+        names = [path.name for path in self.path.glob("*") if not path.name.startswith((JOURNAL, _LOCK))]
         return any(_fits(name, self._kept) for name in names)
 
 

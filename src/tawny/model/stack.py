@@ -214,13 +214,12 @@ class Stack:
         return linear.view(source.detach()).to(self.device)
 
     def set_weight(self, linear: Linear, weight_OI: Tensor) -> Tensor:
-        """Give a linear its new weight, in the stored dtype and for forwards; returns the stored `[out, in]` view."""
-        parameter = getattr(linear.module, linear.parameter)
-        linear.view(parameter.data).copy_(weight_OI)
+        """Give a linear its new weight, in the stored dtype; forwards see what is stored. Returns the stored `[out, in]` view."""
+        shown = linear.view(getattr(linear.module, linear.parameter).data)
         if not self.checkpoint:
-            return linear.view(parameter.data)
+            return shown.copy_(weight_OI)
         stored = linear.view(self.stored[linear.key])
-        stored.copy_(weight_OI)
+        shown.copy_(stored.copy_(weight_OI))
         return stored
 
     def bias(self, linear: Linear) -> Tensor | None:
@@ -234,9 +233,7 @@ class Stack:
         """Give a linear that has a bias its new one, in the stored dtype and for forwards."""
         key, held = self._bias(linear)
         assert held is not None
-        held.data.copy_(bias_O)
-        if self.checkpoint:
-            self.stored[key].copy_(bias_O)
+        held.data.copy_(self.stored[key].copy_(bias_O) if self.checkpoint else bias_O)
 
     def _bias(self, linear: Linear) -> tuple[str, nn.Parameter | None]:
         own = linear.module._parameters.get("bias") if linear.expert is None else None

@@ -382,10 +382,7 @@ def unpack(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype None gives the stored float kind, and float32 for integers.
     """
     kind = packed.weight.kind
-    if not kind.scaled:
-        return ops.expand(packed.weight, dtype or kind.dtype)
-    # A scale below zero makes −0.0 of what was removed; packed again, that would count as a survivor.
-    return ops.expand(packed.weight, dtype or torch.float32).add_(0.0)
+    return ops.expand(packed.weight, dtype or (torch.float32 if kind.scaled else kind.dtype))
 
 
 def whole(packed: PackedTensor) -> PackedTensor:

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from tawny.allocation.profile import Measuring
 from tawny.calibration.statistics import Needs, hessian_bytes
@@ -156,8 +156,10 @@ class Demand:
         if self.compared:
             states = (len(stack) + 3) * self.compared * stack.hidden_bytes
             parts = {"block": self.block_bytes(), "hidden_states": states, "forward": self.forward_bytes()}
-            base = {**base, "head": stack.late_bytes}  # opened to compare, and kept
-            phases["choose"] = {**base, **parts, "logits": 4 * LOGIT_BYTES}
+            if cast(BlockSolver, self.solver).compares == "logits":
+                base = {**base, "head": stack.late_bytes}  # opened to compare, and kept
+                parts["logits"] = 4 * LOGIT_BYTES
+            phases["choose"] = {**base, **parts}
         hidden = 0
         if self.needs != "none" or self.refining:
             hidden = 0 if spill else self.samples * self.seqlen * stack.hidden_bytes

@@ -107,6 +107,7 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     if out is not None:
         work = WorkFolder(out, "recovery", _SHELVED, kept=("state*.safetensors",))
         check_apart(work, {"model": source, "teacher": teacher})
+        ending.enter_context(work)
         if folder is None:  # a live model's run leaves nothing to go on from
             work = None
             check_savable(source)

@@ -18,6 +18,7 @@ from typing import Any
 from tawny.calibration.mixture import check_texts, texts_identity
 from tawny.errors import NumericalError, RecipeError
 from tawny.model.identity import source_identity
+from tawny.model.output import unfinished
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
@@ -88,10 +89,17 @@ def recover_gradually(
         "teacher": source_identity(teacher),
         "text": texts_identity(chosen.text),
     }
+
+    def begin() -> None:
+        claim(work, identity, overwrite, folder)
+        last, moved = work.path / f"{len(recipes) - 1}-recovered", unfinished(target) / "checkpoint"
+        if work.state.get("delivering") and moved.exists() and not last.exists():  # killed amid `deliver`
+            moved.rename(last)
+
     whole = len(recipes) * (len(recipes) + 1) / 2
     stages: list[dict[str, Any]] = []
-    with Processes(chosen.device) as processes:
-        processes.once(lambda: claim(work, identity, overwrite, folder))
+    with Processes(chosen.device) as processes, work:
+        processes.once(begin)
         with work.unless_empty():
             here = folder
             for number, recipe in enumerate(recipes):

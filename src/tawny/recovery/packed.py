@@ -119,7 +119,7 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         retell(packed, record, base=packed if is_made(after) else None)
         deliver(packed, work, overwrite, folder)
 
-    with Processes(settings.device) as processes:
+    with Processes(settings.device) as processes, work:
         processes.once(begin)
         if processes.same(not after.exists()):
             wanted = replace(

@@ -245,7 +245,7 @@ class Training:
             group["lr"] = rate
         with self.clock("train"):
             losses = self._gradients(self.processes.share(self.reading.rows(standing.step)))
-            self.processes.sum([t.grad for t in self._whole if t.grad is not None])
+            self.processes.sum_gradients(self._whole)
             losses = self.processes.add_losses(losses)
             norm = self.processes.clip(self._whole, self._parts, settings.clip)
             loss = (losses.next_token * (1 - self._kl) + losses.kl * self._kl) / losses.tokens

@@ -396,9 +396,13 @@ def _command(record: Mapping[str, Any]) -> str:
     how = f" -c {shlex.quote(str(record['out']))}/run.json"
     begun, asked = shlex.quote(f"{record['out']}-again-begun"), record["recipe"].get("values") or {}
     if not packed.get("values"):
-        if not record["values"]:
+        rounded = record.get("rounded") or {}
+        if not record["values"] and not rounded:
             return f"tawny prune {source} --out {again}{how}"
-        return f"tawny prune {source} --out {begun}{how}\ntawny unpack {begun} --out {again}"
+        kind = "" if record["values"] else f" --pack {(rounded.get('values') or ['bf16'])[-1]}"
+        ends = {end: rounded.get(end) for end in ENDS if rounded.get(end) != asked.get(end)}
+        kind += "".join(f" -o {end}={value or 'null'}" for end, value in ends.items())
+        return f"tawny prune {source} --out {begun}{how}{kind}\ntawny unpack {begun} --out {again}"
     ends = {end: packed.get(end) for end in ENDS if packed.get(end) != asked.get(end)}
     if record["values"]:
         # Such a recipe has what packing is told, which of several kinds goes where, too.

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["or_say", "render", "write_beside"]
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,17 @@ def render(template: str, **view: Any) -> str:
 
 
 def or_say(path: Path, make: Callable[[], object], progress: Progress) -> bool:
-    """Make a page or a picture; whether it was. The work is done: one that cannot be made must not look like a failed run."""
+    """Make a page or a picture; whether it was. The work is done: one that cannot be made must not look like a failed run.
+
+    A file that was there stays as it was, or as far as the new one came.
+    """
+    there = path.exists()
     try:
         make()
     except Exception as error:
-        path.unlink(missing_ok=True)
+        if not there:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         progress.say(f"{path.name} could not be made: {type(error).__name__}: {error}")
         return False
     return True

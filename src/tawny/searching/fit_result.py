@@ -202,7 +202,8 @@ def finish(
         or_say(path, partial(plot_fit, told, path), session.progress)
     text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_beside(folder / "fit.json", text)
-    shutil.rmtree(output.partial)
+    for path in output.partial.iterdir():  # the folder itself stays: without it the run would look delivered
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.replace(output.partial)
     output.finish()
     return fitted

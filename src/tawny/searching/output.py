@@ -12,8 +12,8 @@ from torch import nn
 
 from tawny.errors import OutputError
 from tawny.model import durable
-from tawny.model.durable import writing
-from tawny.model.output import locked, unfinished
+from tawny.model.durable import locked, writing
+from tawny.model.output import unfinished
 from tawny.model.resumable import JOURNAL, named, refuse_foreign
 from tawny.pruning.journal import Journal
 from tawny.pruning.ranks import Ranks

@@ -84,7 +84,12 @@ class Guard:
                 return _refused(403, f"pages of '{short(origin)}' may not ask this server")
         elif scope["path"] not in _OPEN:
             given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+            curl, browser = (
+                given.encode("latin-1"),
+                given.encode(),
+            )  # the first sends UTF-8, the other latin-1
+            key = self.key.encode()
+            if not (hmac.compare_digest(curl, key) or hmac.compare_digest(browser, key)):
                 return _refused(401, "the API key is missing or wrong; send 'Authorization: Bearer KEY'")
         if (
             headers.get("content-length", "0").isdecimal()
