@@ -39,6 +39,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml CMakeLists.txt $(wildcard src/tawny/kernels/*.cpp src/tawny/kernels/*.h) | $(VENV)/bin/python
 	$(PIP) install -e '.[dev]'
+	@$(BIN)/python -c "from tawny.kernels.native import why_not_native as why; print('kernels:', why() or 'compiled')"
 	@touch $@
 
 $(VENV)/.packaged: | $(VENV)/bin/python

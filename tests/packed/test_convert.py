@@ -7,14 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
-from tawny.errors import CheckpointError, NumericalError
+from tawny.errors import CheckpointError, NumericalError, UserError
 from tawny.packed.folder import INDEX, PackedCheckpoint
 from tawny.packed.linear import PackedLinear
 from tawny.packed.writer import PackedWriter
 from tests.packed.test_folder import bytes_of, saved
 from tests.packed.test_live import greedy, logits, pruned
 from tests.reference import packed_folder
-from tests.tiny import FAMILIES, tokens
+from tests.tiny import FAMILIES, tiny_model, tokens
 
 KINDS = [("bf16", None, None), ("f32", None, None), ("int8", None, "int8"), ("int8", 128, None)]
 
@@ -197,3 +197,17 @@ def test_a_weight_that_the_kind_cannot_hold_is_refused_by_name(values, bad, head
     with pytest.raises(NumericalError, match=rf"^{name}: "):
         tawny.pack(tmp_path / "dense", tmp_path / "packed", values, head=head)
     assert not list(tmp_path.glob("packed*"))
+
+
+def test_head_and_embedding_that_only_the_config_ties_are_packed_apart(tmp_path):
+    model = tiny_model("qwen2", dtype=torch.bfloat16, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tawny.pack(tmp_path / "dense", tmp_path / "packed", "int8", head="int6", embedding="int4")
+    opened = tawny.load(tmp_path / "packed")
+    assert opened.get_output_embeddings().kind == "int6"
+    assert opened.get_input_embeddings().__dict__["head"].kind == "int4"
+    tiny_model("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    with pytest.raises(UserError, match="are one matrix"):
+        tawny.pack(tmp_path / "tied", tmp_path / "no", "int8", head="int6", embedding="int4")

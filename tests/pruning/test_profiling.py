@@ -11,6 +11,7 @@ import torch
 import tawny
 from tawny.allocation import Alpha, LinearInfo
 from tawny.errors import Interrupted, RecipeError
+from tawny.model.stack import live_stack
 from tawny.progress import Silent
 from tawny.pruning import plan as plan_module
 from tawny.pruning.journal import Journal
@@ -222,3 +223,17 @@ def test_fewer_tokens_than_a_linear_has_inputs_are_warned_of():
     (line,) = said.pop(("sparsegpt", 47))
     assert "47 calibration tokens are fewer than the 48 inputs of model.layers.0.mlp.down_proj" in line
     assert not any(said.values())
+
+
+def test_a_plan_counts_the_experts_that_a_token_goes_to(monkeypatch):
+    """Two of four: their weights and their Hessians; of what all tokens see nothing less."""
+    model = tiny_model("mixtral")
+    stack = live_stack(model)
+    experts = sum(x.numel for i in range(len(stack)) for x in stack.linears(i) if x.expert is not None)
+    every = sum(p.numel() for block in stack.blocks for p in block.parameters() if p.dim() > 1)
+    monkeypatch.setattr(plan_module, "measured_speed", lambda _: 1.0)
+    halved = plan_module.forward_seconds(stack)
+    model.config.num_experts_per_tok = 4
+    assert halved / plan_module.forward_seconds(stack) == pytest.approx(
+        (every - experts / 2) / every, rel=1e-6
+    )

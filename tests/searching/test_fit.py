@@ -30,7 +30,7 @@ from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.fit_choice import Found, Table
 from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures, far_from_role
 from tawny.searching.fit_result import _zeros_told
-from tawny.searching.fit_settings import FitSettings, demand_of_fit
+from tawny.searching.fit_settings import FitSettings, demand_of_fit, few_bits
 from tawny.searching.fit_target import Room
 from tests.model.formats import FORMATS, quantised
 from tests.tiny import tiny_model, tokens
@@ -458,6 +458,25 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, run):
     assert code == 2 and "size 1GB and bits 4.0 are several" in err and not out.exists()
     code, _, err = run("fit", dense, "--size", "10kB", "--out", out, "--calibration", "absent.txt")
     assert code == 2 and "as small as 10 kB" in err  # no text is read for it
+
+
+@pytest.mark.parametrize("words", [("--sparsity", 0.5), ("--allocator", "owl"), ("-o", "values.kind=int4")])
+def test_the_verb_refuses_what_a_fit_chooses(dense, tmp_path, run, words):
+    for verb in ("fit", "plan"):
+        out = ("--out", tmp_path / "x") if verb == "fit" else ()
+        code, _, err = run(verb, dense, "--bits", 9, *out, *words)
+        assert code == 2 and "a fit chooses" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [None, "int3"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
+def test_only_what_was_rounded_is_told_to_have_been(sparsity, kind):
+    model = tiny_model("qwen2", dtype=torch.bfloat16, **SHAPE)
+    keys = {"solver": "magnitude", "allocator": "uniform", "sparsity": sparsity}
+    if kind or sparsity:
+        tawny.prune(model, calibration=TOKENS, values=kind, **keys)
+    job = prepare(resolve_recipe({"sparsity": 0.0, "allocator": "uniform"}), model, silent, "cpu")
+    assert bool(few_bits(job)) == (kind is not None)
 
 
 def test_the_verb_shows_a_fit_in_both_forms(dense, fitted, tmp_path, run, monkeypatch):

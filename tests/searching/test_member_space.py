@@ -74,6 +74,24 @@ def test_a_head_may_go_and_channels_come_back_for_it():
     assert seen == {0, 1, 2}
 
 
+def test_equal_experts_of_a_block_lose_equally_many():
+    infos = tuple(
+        LinearInfo(f"b{block}.{expert}.{name}", shape, block, coupling=f"b{block}.{expert}.down", members=24)
+        for block in range(3)
+        for expert in range(4)
+        for name, shape in (("up", (24, 16)), ("down", (16, 24)))
+    )
+    space = make_member_space(infos, 0.3, 7)
+    chance, levels, seen = random.Random(0), space.uniform, set()
+    for _ in range(50):
+        levels = space.mutated(levels, chance)
+        allocation = space.allocation(levels)
+        for block in range(3):
+            (share,) = {allocation[x.name] for x in infos if x.block == block}
+            seen.add(share)
+    assert len(seen) > 2
+
+
 def test_where_nothing_can_come_back_nothing_moves():
     for infos, target in ((linears(2, 16, 3, 60), 0.0), (linears(1, 16, 1, 1), 0.0)):
         space = make_member_space(infos, target, 7)

@@ -207,6 +207,28 @@ def test_an_unfinished_search_is_gone_on_with_only_by_the_same_one(dense, tmp_pa
     assert search(dense, out, overwrite=True, **{"search.trials": 13}).resumed == 0
 
 
+def test_a_live_model_takes_no_unfinished_search_with_it(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    out = tmp_path / "out.yaml"
+    interrupted(dense, out)
+    with pytest.raises(OutputError, match="which a live model cannot go on with"):
+        search(tiny_model("llama"), out)
+    assert search(dense, out).resumed == 1
+
+
+def test_what_was_written_after_the_journal_takes_no_room_from_the_rest(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
+    out = tmp_path / "out.yaml"
+    interrupted(dense, out)
+    levels = tmp_path / "out.yaml.partial" / "levels"
+    stray = levels / f"{len(list(levels.glob('*.safetensors'))):05d}.safetensors"
+    stray.write_bytes(b"begun")
+    asked = []
+    monkeypatch.setattr(levels_module, "free_bytes", lambda _: asked.append(stray.exists()) or 10**12)
+    search(dense, out)
+    assert asked == [False]
+
+
 @pytest.mark.parametrize("kind", ["json", "png", "svg"])
 def test_a_file_beside_the_allocation_is_replaced_only_on_demand(dense, tmp_path, kind):
     beside = tmp_path / f"mine.{kind}"
@@ -381,6 +403,9 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
             search(dense, tmp_path / out)
     with pytest.raises(RecipeError, match="leave the allocator out"):
         search(dense, allocator="owl")
+    bits = {"values.mean": 4, "values.of": ["int3", "int5"]}
+    with pytest.raises(RecipeError, match="spends the budget in bits"):
+        search(dense, sparsity=None, **bits)
     with pytest.raises(TextError, match="at least 2 samples"):
         search(tiny_model("llama"), calibration=tokens(1, 24))
     monkeypatch.setattr(levels_module, "free_bytes", lambda folder: 1000)

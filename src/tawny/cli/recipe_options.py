@@ -118,9 +118,13 @@ class Given:
         """Without options that mean nothing here.
 
         Raises:
-            UserError: one of them was given.
+            UserError: one of them was given, as an option or by -o.
         """
-        wrong = [f"--{name}" for name in names if self.values[name] is not None]
+        from tawny.recipe.merge import parse_override
+
+        wrong = [f"--{name}" for name in names if self.values.get(name) is not None]
+        keys = [parse_override(text)[0] for text in self.values["overrides"] or ()]
+        wrong += [f"-o {key}" for key in keys if key.partition(".")[0] in names]
         if wrong:
             raise UserError(f"{why} {' and '.join(wrong)} itself: leave it out")
         return Given({name: value for name, value in self.values.items() if name not in names})

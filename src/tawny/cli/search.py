@@ -49,7 +49,7 @@ def search(
     tokens, proxy.
     """
     with console_for(as_json) as console:
-        recipe, own = given.parted("search.")
+        recipe, own = given.without(["allocator"], "a search chooses").parted("search.")
         chosen = recipe.recipe(device=device)
         import tawny
         from tawny.searching.settings import Settings

@@ -87,6 +87,14 @@ class Stack:
         shapes = self._replay.shapes
         return shapes[index][1] / shapes[0][1] if shapes else 1.0
 
+    def routed(self, linear: Linear) -> float:
+        """Of the tokens of a block, those that reach a linear, as far as the config says: an expert gets a share."""
+        each: int | None = getattr(self.config.get_text_config(), "num_experts_per_tok", None)
+        if linear.expert is None or not each:
+            return 1.0
+        experts = len(getattr(linear.module, linear.parameter))
+        return min(1.0, each / experts)
+
     # --- weights -----------------------------------------------------------------------------------------------
 
     def _assign(self, parameters: dict[str, Tensor]) -> None:

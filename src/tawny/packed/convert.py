@@ -104,8 +104,9 @@ class _Packing:
         self.writer, self.choice = writer, choice
         self.checkpoint = Checkpoint(folder)
         self.model: Any = open_skeleton(folder, torch.float32)
-        check_ends(self.model, choice.head, choice.embedding)
         self.checkpoint.map_to(self.model)
+        if choice.embedding in (None, choice.head) or not self._untied():
+            check_ends(self.model, choice.head, choice.embedding)
         self.blocks = find_blocks(self.model)
         self.linears: list[LinearForm] = []
         self.untouched: list[str] = []
@@ -248,6 +249,14 @@ class _Packing:
                 self._end(table_of(inside), weights, self.choice.table, inside)
             elif outside is None:
                 raise none
+
+    def _untied(self) -> bool:
+        """Whether head and embedding, one matrix by the config, are stored apart and differ."""
+        outside, inside, tied = ends_of(self.model)
+        if not tied:
+            return False
+        stored = list(self._found([f"{outside}.weight", f"{inside}.weight"]).values())
+        return len(stored) == 2 and not torch.equal(*stored)
 
     def _found(self, keys: list[str]) -> dict[str, torch.Tensor]:
         """What the files hold for parameters, by source; empty where one of them is held in another layout."""

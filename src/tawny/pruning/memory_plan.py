@@ -257,7 +257,7 @@ class Demand:
         state = block * (16 + 1 + stored + stack.compute.itemsize)
         # Every linear keeps its input and gives an output, and about as much again is kept between them.
         widths = max(
-            stack.positions_at(index) * sum(sum(x.shape) for x in linears)
+            stack.positions_at(index) * sum(stack.routed(x) * sum(x.shape) for x in linears)
             for index, linears in enumerate(self.by_block)
         )
         kept = math.ceil(2 * max(CHUNK_TOKENS, self.seqlen) * widths * stack.compute.itemsize)

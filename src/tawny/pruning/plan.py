@@ -219,12 +219,11 @@ def _notes(job: Job, undecided: bool) -> list[str]:
 
 def forward_seconds(stack: Stack) -> float:
     """Of one token through all blocks."""
-    flops = 2.0 * sum(
-        stack.positions_at(index) * p.numel()
-        for index, block in enumerate(stack.blocks)
-        for p in block.parameters()
-        if p.dim() > 1
-    )
+    flops = 0.0
+    for index, block in enumerate(stack.blocks):
+        weights = sum(p.numel() for p in block.parameters() if p.dim() > 1)
+        idle = sum((1 - stack.routed(linear)) * linear.numel for linear in stack.linears(index))
+        flops += 2 * stack.positions_at(index) * (weights - idle)
     return flops / measured_speed(stack.compute) * _OVERHEAD
 
 
@@ -272,7 +271,7 @@ def _comparing(job: Job) -> float:
 def _seconds_a_token(stack: Stack) -> float:
     """Of the Hessians of every block."""
     products = sum(
-        stack.positions_at(index) * group[0].shape[1] ** 2
+        stack.positions_at(index) * stack.routed(group[0]) * group[0].shape[1] ** 2
         for index in range(len(stack))
         for group in sharing_inputs(stack.linears(index))
     )

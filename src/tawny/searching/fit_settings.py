@@ -145,7 +145,8 @@ def few_bits(job: Job) -> str:
         W_OI = job.stack.look(job.by_block[first][0])[:64]
         columns = W_OI.shape[1] // 32 * 32
         values = W_OI[:, :columns].reshape(-1, 32)
-        different = [len(torch.unique(part)) for part in values] or [32]
+        survivors = [part for part in (part[part != 0] for part in values) if len(part)]
+        different = [32 * len(torch.unique(part)) / len(part) for part in survivors] or [32]
     if sum(different) / len(different) > _FEW_BITS:
         return ""
     return f"the weights of {job.source} were rounded to few bits before: compare with keeping the file that they came from"

@@ -72,6 +72,9 @@ class LevelStore:
                     f"{folder.parent} to start over"
                 )
             there += sum(entry.bytes for entry in entries(path).values())
+        for path in folder.glob("*.safetensors"):  # written after what is known of them, and written again
+            if int(path.stem) >= kept:
+                path.unlink()
         free = free_bytes(folder)
         if free < self.bytes - there:
             if not kept:

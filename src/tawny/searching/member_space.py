@@ -11,6 +11,7 @@ __all__ = ["AnySpace", "MemberSpace", "make_member_space", "space_of"]
 
 import functools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +46,10 @@ class _Unit:
 
 @dataclass(frozen=True)
 class MemberSpace(Levelled):
-    """Levels of whole members: the linears of a coupling share theirs, and lose at level 0 what uniform removes."""
+    """Levels of whole members: the linears of a coupling share theirs, and lose at level 0 what uniform removes.
+
+    Equal couplings of a block, such as experts, move as one.
+    """
 
     units: tuple[_Unit, ...]
 
@@ -191,9 +195,13 @@ def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: in
     """
     half = levels // 2
     uniform = whole_members({x.name: target for x in linears}, Profile(linears), target)
-    places: dict[str, list[int]] = {}
+    sizes = Counter({linear.coupling: 0 for linear in linears})
+    for linear in linears:
+        sizes[linear.coupling] += linear.numel
+    # Equal couplings of a block are experts, which keep equally many: their members are one of each.
+    places: dict[tuple[int, int, int], list[int]] = {}
     for place, linear in enumerate(linears):
-        places.setdefault(linear.coupling, []).append(place)
+        places.setdefault((linear.block, linear.members, sizes[linear.coupling]), []).append(place)
     units = []
     for some in places.values():
         members = linears[some[0]].members

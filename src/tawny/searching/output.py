@@ -110,6 +110,11 @@ def open_search(
 
     def opened(folder: Path | None, ranks: Ranks) -> tuple[SearchOutput, Journal]:
         if folder is None:
+            if not overwrite and Journal(work).found:
+                raise OutputError(
+                    f"{work} holds an unfinished search, which a live model cannot go on with: repeat that one, choose another out, "
+                    "or pass overwrite=True to discard it"
+                )
             output, journal = SearchOutput(out, overwrite=overwrite, keep=False), Journal(None)
         elif (found := Journal.to_go_on_with(work, overwrite)) is None:
             output = SearchOutput(out, overwrite=True, keep=False, source=folder)

@@ -156,6 +156,10 @@ def search(
             f"a search moves weights or whole members from one linear to another, and {pattern} removes neither: give this pattern "
             "to `tawny prune`, or search with another"
         )
+    if recipe.values.mean is not None:
+        raise RecipeError(
+            "a search moves zeros, and values.mean spends the budget in bits: leave values.mean and values.of out, or use a fit"
+        )
     settings = Settings.make(settings, **own)
 
     def held_out(job: Job, tokens: TokenisedText) -> Tensor:
