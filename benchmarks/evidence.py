@@ -146,7 +146,7 @@ def cell(args: argparse.Namespace, name: str, texts: dict[str, str]) -> dict[str
     found: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 1), "texts": {}}
     found["bytes"] = folder.stat().st_size if folder.is_file() else file_bytes(folder)
     for text, path in texts.items():
-        keys = {"seqlen": args.eval_seqlen, "windows": args.windows}
+        keys = {"seqlen": args.eval_seqlen, "windows": args.windows, "compute": "float32"}
         if name == "dense":
             made = tawny.evaluate(folder, path, **keys)
             found["texts"][text] = {"perplexity": made.perplexity, "stderr": made.stderr}

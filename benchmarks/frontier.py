@@ -201,7 +201,8 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
         size = file_bytes(folder) + (folder / INDEX).stat().st_size
     texts = {}
     for text in args.text:
-        found = tawny.agreement(folder, source, text, seqlen=args.eval_seqlen, windows=args.windows)
+        keys = {"seqlen": args.eval_seqlen, "windows": args.windows, "compute": "float32"}
+        found = tawny.agreement(folder, source, text, **keys)
         texts[Path(text).name] = {
             "kl": found.kl,
             "kl_stderr": found.kl_stderr,

@@ -424,9 +424,9 @@ def main() -> None:
             result["errors"] = [e for e in result["errors"] if e["peer"] != peer]
         if options.quick:
             continue
-        fresh = {peer} | ({"here"} if peer == "deepsparse" else set())
-        if rows:
-            result["measurements"] = [r for r in result["measurements"] if r["peer"] not in fresh] + rows
+        fresh = {(row["peer"], row.get("shape")) for row in rows}
+        kept = [r for r in result["measurements"] if (r["peer"], r.get("shape")) not in fresh]
+        result["measurements"] = kept + rows
         result |= {
             "machine": machine(),
             "versions": versions(),

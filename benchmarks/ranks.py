@@ -40,7 +40,16 @@ def pruned(arguments: argparse.Namespace, solver: str, processes: int, out: Path
         str(processes),
     ]
     command += ["-m", "tawny", "prune", arguments.model, "--out", str(out), "-s", str(arguments.sparsity)]
-    command += ["-m", solver, "--calibration", arguments.calibration, "--samples", str(arguments.samples)]
+    command += [
+        "-a",
+        "owl",
+        "-m",
+        solver,
+        "--calibration",
+        arguments.calibration,
+        "--samples",
+        str(arguments.samples),
+    ]
     command += ["--seqlen", str(arguments.seqlen), "-o", f"compute={COMPUTE[solver]}", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)

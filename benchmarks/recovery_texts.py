@@ -53,7 +53,11 @@ def main() -> None:
     args.scratch.mkdir(parents=True, exist_ok=True)
     mixes = {name: texts.split() for name, _, texts in (mix.partition("=") for mix in args.mix)}
     for sparsity, (name, texts) in itertools.product(args.sparsity, mixes.items()):
-        results["mixes"][name] = [Path(text).name for text in texts]
+        named = [Path(text).name for text in texts]
+        if results["mixes"].setdefault(name, named) != named:
+            raise SystemExit(
+                f"{args.results} holds another mix that is called {name}; call this one otherwise"
+            )
         start = args.scratch / f"one-shot {name} {sparsity:g}"
         if not start.exists():
             calibration = {"text": texts, "samples": args.samples, "seqlen": args.seqlen}

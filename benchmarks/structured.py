@@ -11,8 +11,8 @@ Cells are made sparsity by sparsity; the same command goes on (see cells.py). A 
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --sparsity 0.2 --solver flap --allocator uniform`.
 
 `--speed` wants a quiet machine. It slims the model at the last sparsity with one width for all blocks, and times prompts of 512 tokens
-and single tokens in plain transformers beside the dense model, in turns. What could be gained at most is what the bytes of the
-weights that a token reads allow, and for prompts the operations. Then it times one pass of obs beside one of SparseGPT.
+and single tokens in plain transformers beside the dense model, in turns. Beside the gain stands what fewer bytes of
+weights that a token reads would give alone, and for prompts fewer operations. Then it times one pass of obs beside one of SparseGPT.
 
 `--recover MINUTES` trains each wanted cell on the calibration text, and measures it again. `--equal` asks what the bytes of a slim
 model in int8 buy otherwise, in Tawny's decoder: single zeros in int8, and fewer bits without zeros. It wants a quiet machine, too.

@@ -48,6 +48,7 @@ def pruned(value, allocator="owl", seed=0, **changes):
         "achieved": 0.7,
         "mean_error": 0.1,
         "winner": None,
+        "bos": False,
         "evaluation": {"wiki": {"perplexity": value, "stderr": 3.0}},
         **changes,
     }

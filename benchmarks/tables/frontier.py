@@ -50,7 +50,7 @@ def frontier(result: Mapping[str, Any]) -> str:
         f"{setting['model']}, channels scaled, so that no side meets the grid of the source again; solved by "
         f"{SOLVERS[setting['solver']]}; {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}; judged on "
         f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}. Heads are int8 "
-        "but for `tawny fit`, which chooses one.\n",
+        "but for those of `tawny fit` and llama.cpp, which choose theirs. llama.cpp got no importance matrix.\n",
     ]
     speeds = result.get("speeds", {"cells": {}})
     head = ["model", "MB", *(f"KL, {text} | top-1 | perplexity" for text in texts)]

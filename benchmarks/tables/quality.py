@@ -187,6 +187,7 @@ def _cells_of(result: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Mappin
         "evaluation",
         "lod",
         "seed",
+        "bos",
     }
     return [
         cell
@@ -363,9 +364,9 @@ def _slim_speed(speed: Mapping[str, Any]) -> str:
     """The slim model beside the dense one in plain transformers, and what its bytes and operations allow."""
     dense, slim = speed["models"]["dense"], speed["models"]["slim"]
     lines = [
-        f"Slim at {speed['sparsity']:.0%} beside dense in plain transformers ({dense['dtype']}), tokens a second; what could be gained at "
-        "most follows from the bytes that a token reads, and for a prompt from its operations:\n",
-        "| | dense | slim | gain | at most |",
+        f"Slim at {speed['sparsity']:.0%} beside dense in plain transformers ({dense['dtype']}), tokens a second. *By weights* is what fewer "
+        "bytes a token alone would give, and for a prompt fewer operations:\n",
+        "| | dense | slim | gain | by weights |",
         "|---|---|---|---|---|",
     ]
     for kind, title, unit in (
