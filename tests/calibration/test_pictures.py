@@ -58,8 +58,13 @@ def test_a_picture_is_seen_the_way_up_that_its_file_says(tmp_path):
 
 def test_sixteen_bits_of_grey_become_eight(tmp_path):
     greys = np.array([[0, 256, 32768, 65535]], np.uint16)
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(greys).save(tmp_path / name)
+    for name, values in (
+        ("a.png", greys),
+        ("a.tif", greys),
+        ("b.tif", greys.astype(">u2")),
+        ("a.pgm", greys),
+    ):
+        Image.fromarray(values).save(tmp_path / name)
         assert np.asarray(whole(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 

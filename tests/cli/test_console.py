@@ -40,7 +40,10 @@ def test_json_is_one_document_on_stdout_and_nothing_else(capsys):
     assert "reading" in err and "pruning: 2 blocks" in err
 
 
-def test_piped_progress_is_a_few_plain_lines(capsys, monkeypatch):
+@pytest.mark.parametrize("colour", [None, "1"])
+def test_piped_progress_is_a_few_plain_lines(capsys, monkeypatch, colour):
+    if colour is not None:
+        monkeypatch.setenv("FORCE_COLOR", colour)
     clock = iter(range(0, 10_000, 2))  # two seconds pass whenever anybody looks
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     with Console().progress() as progress:

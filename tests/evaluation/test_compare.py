@@ -235,11 +235,12 @@ def test_without_a_text_tasks_are_all_that_is_measured(run, monkeypatch):
         assert asked.pop() == text
 
 
-def test_a_language_model_beside_an_encoder_has_a_perplexity(models, text, tmp_path, here):
+def test_a_language_model_beside_an_encoder_has_a_perplexity(models, text, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(module, "MOST_WINDOWS", 2)
     tiny_encoder("bert").save_pretrained(tmp_path / "encoder")
     tiny_tokenizer().save_pretrained(tmp_path / "encoder")
     made = tawny.compare([tmp_path / "encoder", models[0]], text=text, seqlen=48, speed=False).models[1]
-    assert made["perplexity"]["seqlen"] == 48
+    assert (made["perplexity"]["seqlen"], made["perplexity"]["windows"]) == (48, 2)
     made = tawny.compare([tmp_path / "encoder", models[0]], text=text, speed=False).models[1]
     assert "2048" in made["errors"]["perplexity"]  # as without the encoder: longer than the context
 

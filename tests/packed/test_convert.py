@@ -208,6 +208,8 @@ def test_head_and_embedding_that_only_the_config_ties_are_packed_apart(tmp_path)
     opened = tawny.load(tmp_path / "packed")
     assert opened.get_output_embeddings().kind == "int6"
     assert opened.get_input_embeddings().__dict__["head"].kind == "int4"
+    with pytest.raises(UserError, match="give --head alone"):
+        tawny.pack(tmp_path / "dense", tmp_path / "no", "int8", embedding="int4")
     tiny_model("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     with pytest.raises(UserError, match="are one matrix"):
         tawny.pack(tmp_path / "tied", tmp_path / "no", "int8", head="int6", embedding="int4")

@@ -204,8 +204,8 @@ def check_command(asked, solved, packed, rounded, command):
     ("asked", "solved", "rounded", "more"),
     [
         ({}, {}, {"values": ["int4"]}, " --pack int4"),
-        ({}, {}, {"head": "int8"}, " --pack bf16 -o head=int8"),
-        ({"head": "int8"}, {}, {"head": "int8"}, " --pack bf16"),
+        ({}, {}, {"head": "int8"}, " --pack f32 -o head=int8"),
+        ({"head": "int8"}, {}, {"head": "int8"}, " --pack f32"),
         ({"kind": "int4"}, {"a": "int4"}, {"head": "int8"}, " -o head=int8"),
     ],
 )

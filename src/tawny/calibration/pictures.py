@@ -151,8 +151,8 @@ def whole(path: Path) -> Any:
             opened.getexif()  # read here once; what turns the picture would write it anew, and fail where it is odd
             opened.info.pop("exif", None)
             upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I;16"):  # converting clips sixteen bits at 255
-                upright = upright.point(lambda value: value * (1 / 256))
+            if upright.mode.startswith("I"):  # sixteen bits, which converting to colours clips at 255
+                upright = upright.convert("I").point(lambda value: value * (1 / 256))
             return upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
         raise BrokenPicture(path, first_line(error)[:120]) from None

@@ -88,7 +88,8 @@ class Console:
         """Progress that is shown until the end of the `with`."""
         if not speaks():
             yield silent
-        elif self._err.is_terminal and not self._err.is_dumb_terminal:
+        # FORCE_COLOR makes a file a terminal to rich.
+        elif sys.stderr.isatty() and self._err.is_terminal and not self._err.is_dumb_terminal:
             shown = _BarWatch()
             with Live(shown, console=self._err, refresh_per_second=8, transient=True) as live:
                 shown.live = live

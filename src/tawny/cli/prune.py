@@ -128,7 +128,7 @@ def _prune_and_pack(
         again = "".join(
             [f" --values {values}" if values is not None else "", " --overwrite" if overwrite else ""]
         )
-        over = "remove that folder to start over" if overwrite else "--overwrite starts over"
+        over = "remove that folder to start over" if made.get("overwrite") else "--overwrite starts over"
         raise OutputError(
             f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {shlex.quote(str(dense))} --out "
             f"{shlex.quote(str(out))}{again}` goes on, {over}"

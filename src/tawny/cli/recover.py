@@ -128,8 +128,10 @@ def recovery_tables(record: Result) -> list[Frame]:
     columns = ["step", "time", name, *(["KL", "top-1"] if taught else []), ""]
     made = table(*columns, title=title, left=(len(columns) - 1,))
     measured = record["measured"]
-    # A long run measures often; ten rows show its course.
-    shown = measured if len(measured) <= 12 else [*measured[:: -(-len(measured) // 10)], measured[-1]]
+    # A long run measures often; ten rows show its course, and the best and the last are there.
+    every = -(-len(measured) // 10) if len(measured) > 12 else 1
+    always = {entry["step"] for entry in (record["best"], *measured[-1:])}
+    shown = [entry for i, entry in enumerate(measured) if i % every == 0 or entry["step"] in always]
     for entry in shown:
         cells = [f"{entry['step']:.0f}", duration(entry["seconds"]), quality_text(entry)[1]]
         cells += [f"{entry['kl']:.4f}", percent(entry["top1"], 1)] if taught else []

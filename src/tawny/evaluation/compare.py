@@ -420,9 +420,10 @@ def _text(folder: Path, against: str | None, setting: dict[str, Any], progress: 
     from tawny.evaluation.perplexity import evaluate
 
     keys = {key: setting[key] for key in ("text", "seqlen", "windows", "bos", "compute", "device", "cache")}
-    if keys["seqlen"] is None:  # the first model predicts no next token
-        keys["seqlen"] = 2048
-        keys["windows"] = _windows([str(folder)], keys["text"], 2048, keys["windows"], keys["bos"])
+    if setting["windows"] is None or setting["seqlen"] is None:  # the first model predicts no next token
+        keys["seqlen"] = setting["seqlen"] or 2048
+        given = (keys["text"], keys["seqlen"], setting["windows"], keys["bos"])
+        keys["windows"] = _windows([str(folder)], *given)
     if against is None:
         return evaluate(folder, progress=progress, **keys).to_dict()
     return agreement(folder, against, progress=progress, **keys).under_perplexity()

@@ -105,7 +105,7 @@ class _Packing:
         self.checkpoint = Checkpoint(folder)
         self.model: Any = open_skeleton(folder, torch.float32)
         self.checkpoint.map_to(self.model)
-        if choice.embedding in (None, choice.head) or not self._untied():
+        if choice.head is None or choice.embedding in (None, choice.head) or not self._untied():
             check_ends(self.model, choice.head, choice.embedding)
         self.blocks = find_blocks(self.model)
         self.linears: list[LinearForm] = []
@@ -253,10 +253,9 @@ class _Packing:
     def _untied(self) -> bool:
         """Whether head and embedding, one matrix by the config, are stored apart and differ."""
         outside, inside, tied = ends_of(self.model)
-        if not tied:
-            return False
-        stored = list(self._found([f"{outside}.weight", f"{inside}.weight"]).values())
-        return len(stored) == 2 and not torch.equal(*stored)
+        units = {unit.targets[0]: unit for unit in self.checkpoint.units if unit.converter is None}
+        ends = [units[key] for key in (f"{outside}.weight", f"{inside}.weight") if key in units]
+        return tied and len(ends) == 2 and not self.checkpoint.same(*ends)
 
     def _found(self, keys: list[str]) -> dict[str, torch.Tensor]:
         """What the files hold for parameters, by source; empty where one of them is held in another layout."""

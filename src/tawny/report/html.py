@@ -23,7 +23,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tawny.kinds import kind_of, range_of
+from tawny.kinds import KINDS, kind_of, range_of
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
 from tawny.report.card import ENDS, opening, recovery_words, rounded_since
@@ -399,7 +399,9 @@ def _command(record: Mapping[str, Any]) -> str:
         rounded = record.get("rounded") or {}
         if not record["values"] and not rounded:
             return f"tawny prune {source} --out {again}{how}"
-        kind = "" if record["values"] else f" --pack {(rounded.get('values') or ['bf16'])[-1]}"
+        floats = {kind.storage: kind.name for kind in KINDS.values() if not kind.scaled}
+        plain = floats.get(record["storage"], "f32")
+        kind = "" if record["values"] else f" --pack {(rounded.get('values') or [plain])[-1]}"
         ends = {end: rounded.get(end) for end in ENDS if rounded.get(end) != asked.get(end)}
         kind += "".join(f" -o {end}={value or 'null'}" for end, value in ends.items())
         return f"tawny prune {source} --out {begun}{how}{kind}\ntawny unpack {begun} --out {again}"

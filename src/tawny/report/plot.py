@@ -60,6 +60,7 @@ def plot_profile(report: Mapping[str, Any], path: Path) -> None:
         outliers.set_yscale("log")
     outliers.set_title("Scores |W|·‖X‖ above M × the block's mean", fontsize=11)
     outliers.set_xlabel("block")
+    outliers.xaxis.get_major_locator().set_params(integer=True)
     outliers.set_ylabel("outliers, % of weights")
     outliers.grid(alpha=0.3)
     _legend(outliers, len(report["shares"]))
@@ -76,7 +77,9 @@ def plot_fit(fitted: Mapping[str, Any], path: Path) -> None:
     against the size of the files: measured of the finalists, and expected of what would be chosen for other sizes.
     """
     roles = fitted["roles"]
-    figure = _figure(14.0, max(5.2, 1.2 + 0.24 * len(roles)))
+    blocks = max(len(row["bits"]) for row in roles.values())
+    # Half of the width is for the blocks, and a cell has room for "−50%".
+    figure = _figure(max(14.0, 2.4 + 0.56 * blocks), max(5.2, 1.2 + 0.24 * len(roles)))
     depth, frontier = figure.subplots(1, 2)
     _draw_bits(depth, roles)
     depth.set_title(f"Bits of each linear: {fitted['winner']}", fontsize=11, parse_math=False)
