@@ -450,18 +450,19 @@ def recovery_texts(result: Mapping[str, Any]) -> str:
     dense = ", ".join(f"{first[text]['dense']:.2f} on {text}" for text in texts)
     mixes = "; ".join(f"*{name}* is {' '.join(parts)}" for name, parts in result["mixes"].items())
     lines = [
-        f"{setting['model']}, calibrated on {setting['samples']} × {setting['seqlen']} tokens of a mix and trained on {setting['tokens']:,} of it. "
+        f"{setting['model']}, calibrated on {setting['samples']} × {setting['seqlen']} tokens of a mix and trained on more of it. "
         f"Measured on {setting['windows']} windows of {setting['eval_seqlen']} tokens: perplexity in times of the dense model's "
         f"({dense}), and KL. Mixes: {mixes}.\n",
-        "| sparsity | mix | model | " + " | ".join(f"{text} | KL" for text in texts) + " |",
-        "|---|---|---|" + "---:|---:|" * len(texts),
+        "| sparsity | mix | model | tokens | " + " | ".join(f"{text} | KL" for text in texts) + " |",
+        "|---|---|---|---:|" + "---:|---:|" * len(texts),
     ]
-    for cell in sorted(cells, key=lambda cell: (cell["sparsity"], cell["method"] != "one-shot")):
+    for cell in sorted(cells, key=lambda cell: (cell["sparsity"], cell["tokens"])):
         weight = {0.5: "", 1.0: ", KL alone"}.get(cell["kl"], f", {cell['kl']:g} KL")
         name = cell["method"] + (weight if cell["method"] != "one-shot" else "")
         found = (cell["texts"][text] for text in texts)
         shown = " | ".join(f"{x['perplexity'] / x['dense']:.2f} | {x['kl']:.3f}" for x in found)
-        lines.append(f"| {cell['sparsity']:.0%} | {cell['mix']} | {name} | {shown} |")
+        tokens = f"{cell['tokens']:,}" if cell["tokens"] else "–"
+        lines.append(f"| {cell['sparsity']:.0%} | {cell['mix']} | {name} | {tokens} | {shown} |")
     return "\n".join(lines) + f"\n\n{noted(machine_line(result), result)}"
 
 
