@@ -129,7 +129,11 @@ _MEMBERS: tuple[tuple[MemberKind, ...], ...] = (("channels",), ("heads",), ("cha
 
 
 def parse_pattern(text: str) -> AnyPattern:
-    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads`, `channels+heads`, `blocks` or `rank`."""
+    """`unstructured`, `row`, `matrix`, `n:m` (n kept of every m), `channels`, `heads`, `channels+heads`, `blocks` or `rank`.
+
+    Raises:
+        PatternError: none of these.
+    """
     word = str(text).strip().lower()
     if word in _UNSTRUCTURED:
         return Unstructured(_UNSTRUCTURED[word])
@@ -147,7 +151,7 @@ def parse_pattern(text: str) -> AnyPattern:
 
 
 def check_pattern(pattern: AnyPattern, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an n:m whose m does not divide the width of some linear."""
+    """Raise a PatternError for an n:m whose m does not divide the width of some linear; shapes are `[out, in]` by name."""
     if not isinstance(pattern, NM):
         return
     bad = [f"{name} {list(shape)}" for name, shape in shapes.items() if shape[1] % pattern.m]
@@ -182,6 +186,9 @@ def keep_mask(scores_OI: Tensor, pattern: Pattern, removed: int) -> Tensor:
 
     An unstructured pattern whose scope is open competes over the matrix. n:m ignores `removed`. Scores must
     not be NaN.
+
+    Raises:
+        ValueError: `removed` is outside [0, out·in].
     """
     if isinstance(pattern, NM):
         return _keep_nm(scores_OI, pattern)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tawny
-from tawny.decoding.text import StopStrings, TextPieces, decode
+from tawny.decoding.text import StopStrings, TextPieces, check_prompt, decode
 from tawny.errors import CheckpointError, TextError, UserError
 from tests.decoding.tokenizers import Bytes, llama_2_tokenizer
 from tests.tiny import tiny_model, tokens
@@ -103,3 +103,9 @@ def test_a_text_ends_before_the_first_stop_string_wherever_it_is_cut(pieces, str
         held = read[len(given_out) :]
         assert read.startswith(given_out) and (not held or any(s.startswith(held) for s in strings))
     assert given_out + stops.rest() == whole
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [1, 2, 3], ["Hello"], {"input_ids": [1]}])
+def test_what_is_no_prompt_is_refused_in_one_line(prompt):
+    with pytest.raises(TextError, match="give a text, messages with role and content, or token ids"):
+        check_prompt(prompt)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tawny
+from tawny.errors import RecipeError
 from tawny.evaluation import compare as module
 from tawny.evaluation.compare import measure, short_names
 from tawny.progress import Silent
@@ -257,6 +258,9 @@ def test_mistakes_are_found_before_anything_is_measured(models, text, tmp_path, 
     ):
         code, _, err = run("compare", *wrong)
         assert code == 2 and words in err
+    for key, value in (("threads", 0), ("rounds", 0), ("limit", 0), ("compute", "int3")):
+        with pytest.raises(RecipeError, match="give 1 or more" if value == 0 else "int3"):
+            tawny.compare(dense, **{key: value})  # one model is not a list of letters
 
 
 def test_names_are_as_short_as_they_can_be():

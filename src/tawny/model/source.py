@@ -82,10 +82,15 @@ def resolve(source: str | Path, say: Callable[[str], None] = lambda _: None) -> 
         say: told in one line when something long happens (a conversion, a download).
 
     Raises:
-        ModelError: nothing of that name exists here or on the hub.
+        ModelError: nothing of that name exists here or on the hub, or what was given is no name.
         CheckpointError: the folder holds no safetensors.
         MissingFeature: `smollm2` was asked for and its package is not installed.
     """
+    if not isinstance(source, str | Path):
+        raise ModelError(
+            f"a {type(source).__name__} was given; expected a folder, a .gguf file, a hub id or '{PACKAGED}': save a live model, and "
+            "give its folder"
+        )
     text = str(source)
     path = Path(text).expanduser()
     if text == PACKAGED and not path.exists():
@@ -396,7 +401,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return f"{folder} has no usable tokenizer ({said}); copy the tokenizer files of the model there"
 
     with in_one_line(CheckpointError, text), refusing_code(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
+        # Of some families transformers makes an empty one where there is no file.
+        if len(made.get_vocab()) <= len(made.all_special_tokens):
+            raise ValueError("no file there holds its words")
+        return made
 
 
 def load_processor(folder: Path) -> Any:

@@ -33,10 +33,17 @@ def repeated_tokens(length: int, share: float, *, begun: bool = False, ended: bo
     return min(int(length * share), (length - begun - ended) // 2)
 
 
-def way_out(dtype: torch.dtype) -> str:
-    """What to do about numbers that are not finite; `compute` is an option of some verbs, a key of others, and an argument."""
-    wider = "" if dtype.itemsize >= torch.float32.itemsize else "try compute=float32, or "
-    return f"in {str(dtype).removeprefix('torch.')}; {wider}check the checkpoint"
+def way_out(dtype: torch.dtype, live: bool = False) -> str:
+    """What to do about numbers that are not finite; `compute` is an option of some verbs, a key of others, and an argument.
+
+    Args:
+        live: the model keeps its own dtype, whatever `compute` says.
+    """
+    wider = "convert the live model first (model.float()), or " if live else "try compute=float32, or "
+    wider = "" if dtype.itemsize >= torch.float32.itemsize else wider
+    return (
+        f"in {str(dtype).removeprefix('torch.')}; {wider}check {'its weights' if live else 'the checkpoint'}"
+    )
 
 
 def holds_integers(tokens: Tensor) -> bool:
@@ -246,15 +253,20 @@ class Stream:
             read = read_tensors(saved)
             self.hidden = [read.pop(str(chunk)).to(stack.device) for chunk in range(len(self.slices))]
 
+    def _way_out(self, dtype: torch.dtype) -> str:
+        return way_out(dtype, self.stack.checkpoint is None)
+
     def _entered(self, hidden: Tensor) -> Tensor:
         if bool(torch.isfinite(hidden).all()):
             return hidden
         for name, weight in self.stack.model.named_parameters():
             if not weight.is_meta and not bool(torch.isfinite(weight).all()):
                 raise NumericalError(
-                    f"{name} {list(weight.shape)} holds NaN or infinite weights {way_out(weight.dtype)}"
+                    f"{name} {list(weight.shape)} holds NaN or infinite weights {self._way_out(weight.dtype)}"
                 )
-        raise NumericalError(f"what enters the first block is NaN or infinite {way_out(self.stack.compute)}")
+        raise NumericalError(
+            f"what enters the first block is NaN or infinite {self._way_out(self.stack.compute)}"
+        )
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -282,7 +294,7 @@ class Stream:
         if not bool(torch.isfinite(made.sum(dtype=torch.float32))) and not bool(torch.isfinite(made).all()):
             self.check_weights(index)
             raise NumericalError(
-                f"block {self.stack.name(index)} gives NaN or infinite activations {way_out(self.stack.compute)}"
+                f"block {self.stack.name(index)} gives NaN or infinite activations {self._way_out(self.stack.compute)}"
             )
         self.hidden[chunk] = made
         if chunk == len(self.slices) - 1:
@@ -297,7 +309,7 @@ class Stream:
         for key, weight in self.stack.blocks[index].named_parameters():
             if not bool(torch.isfinite(weight).all()):
                 raise NumericalError(
-                    f"{self.stack.name(index)}.{key} {list(weight.shape)} holds NaN or infinite weights {way_out(weight.dtype)}"
+                    f"{self.stack.name(index)}.{key} {list(weight.shape)} holds NaN or infinite weights {self._way_out(weight.dtype)}"
                 )
 
     def save(self, path: Path) -> None:

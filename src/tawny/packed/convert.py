@@ -304,6 +304,7 @@ def pack(
     Raises:
         UserError: unknown values or group, the model has no linear head, or its embedding none of its own.
         CheckpointError: the folder is packed already, or damaged.
+        NumericalError: a weight is not finite, or too large for the kind.
         OutputError: `out` exists or cannot be written.
     """
     started = time.perf_counter()

@@ -228,5 +228,15 @@ class DenseLinear(nn.Module):
 
 
 def pack_linear(linear: nn.Module, values: str = "bf16", group: int | None = None) -> PackedLinear:
-    """`PackedLinear.from_linear`, as a function."""
+    """A linear of one's own, packed.
+
+    Args:
+        linear: its weight `[out, in]`, or `[in, out]` of transformers' Conv1D, floats of 16 bits or more.
+        values: kind of the survivors, such as bf16 or int8.
+        group: columns that share a scale, of integers; None is the kind's usual number.
+
+    Raises:
+        UserError: unknown values or group.
+        NumericalError: a weight is not finite, or too large for the kind.
+    """
     return PackedLinear.from_linear(linear, values, group)

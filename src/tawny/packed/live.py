@@ -50,7 +50,7 @@ def pack_model(
     Packed experts are run by Tawny: `config._experts_implementation` becomes "tawny".
 
     Args:
-        model: a transformers decoder with its weights in memory.
+        model: a transformers decoder or encoder with its weights in memory.
         values: kind of the survivors, such as bf16 or int8; `tawny pack --help` lists them.
         group: columns that share a scale, of integers; None is the kind's usual number.
         head: kind of values to pack the head in too, whatever its zeros (int8 is what saves bytes).
@@ -62,7 +62,8 @@ def pack_model(
 
     Raises:
         ModelError: no blocks, weights on the meta device, or a model that is packed already.
-        UserError: unknown values or group.
+        UserError: unknown values or group, no linear head to pack, or no embedding of its own.
+        NumericalError: a weight is not finite, or too large for the kind.
     """
     choice = Choice(values, group, head, embedding)
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)

@@ -85,6 +85,7 @@ def load(
         CheckpointError: a packed folder is damaged, or weights of the model are in no file: names the tensor.
         ModelError: the folder cannot be opened as a decoder or an encoder.
         MissingFeature: this machine lacks the device.
+        UserError: an unknown dtype.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:

@@ -68,8 +68,8 @@ def prune(
             this same one and began with it, too: then it goes on.
         memory: peak memory of the whole process that may not be passed (`"6GB"`); the result does not depend on it.
         tokenizer: for a live module calibrated on text.
-        calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, taken as they are, or the name or path of a
-            text, or several with shares (`["wiki=0.6", "code.jsonl=0.4"]`), whose samples begin with BOS as
+        calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, or tensors by the names of the model's inputs, taken as
+            they are; or the name or path of a text, or several with shares (`["wiki=0.6", "code.jsonl=0.4"]`), whose samples begin with BOS as
             `calibration.bos` says.
         author: the model that writes the text `self`, such as the dense one of a `source` that was pruned before; None:
             `source`.

@@ -21,7 +21,12 @@ from tawny.recipe.schema import Recipe, show
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """The recipe of a YAML file, of the `run.json` of a finished run, or of a name (`named_recipes`)."""
+    """The recipe of a YAML file, of the `run.json` of a finished run, or of a name (`named_recipes`).
+
+    Raises:
+        RecipeError: there is no such recipe, or something in it is wrong.
+        PatternError: its pattern is none.
+    """
     return Recipe.from_mapping(read_mapping(path))
 
 

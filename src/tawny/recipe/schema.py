@@ -208,7 +208,7 @@ class Recipe:
         """The only door.
 
         Raises:
-            RecipeError: anything in it is wrong.
+            RecipeError: anything in it is wrong; a PatternError where that is the pattern.
         """
         if not isinstance(mapping, Mapping):
             raise RecipeError(f"a recipe is a mapping of keys to values, not {show(mapping)}")

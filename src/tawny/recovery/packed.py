@@ -14,10 +14,12 @@ from torch import Tensor
 
 from tawny.calibration.mixture import texts_identity
 from tawny.errors import RecipeError
+from tawny.evaluation.sources import reads_on
 from tawny.kinds import kind_of
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.identity import source_identity, tensor_digest
 from tawny.model.resumable import WorkFolder
+from tawny.model.source import load_tokenizer
 from tawny.packed.convert import pack, solved_for, unpack
 from tawny.progress import Progress
 from tawny.recovery.dense import Request, recover_dense
@@ -87,6 +89,8 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     alike = kind_of(kind["values"]).scaled and (few or group is None) and not several
     if alike and settings.trains_survivors:
         settings = Recovery.make(settings, values=kind["values"], group_size=group)
+    if request.text is None and request.tokenizer is None and reads_on(folder):
+        load_tokenizer(folder)  # before a copy is made of it, which a message would name
     work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
     check_apart(work, {"model": request.source, "teacher": request.teacher})
     check_not_own_teacher(is_own_teacher(folder, request.teacher))

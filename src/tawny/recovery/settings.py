@@ -45,7 +45,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recovery:
-    """How a pruned model is trained.
+    """How a pruned model is trained. `Recovery.make` makes one and says what is wrong in one line.
 
     Attributes:
         train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask.
