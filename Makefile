@@ -131,5 +131,5 @@ docs: $(VENV)/.installed
 	$(BIN)/python scripts/check_links.py
 
 clean:
-	rm -rf $(VENV) build dist _skbuild .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out demo-out.partial demo-out-packed demo-out-recovered demo-out-recovered.partial
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out demo-out.partial demo-out-packed demo-out-recovered demo-out-recovered.partial
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

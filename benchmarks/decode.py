@@ -50,6 +50,7 @@ from tawny.decoding.swapped import kernels
 from tawny.kernels import native
 from tawny.kernels.native import kernel_name
 from tawny.machine import cpu_name, machine, resident_memory, versions
+from tawny.model.checkpoint import file_bytes
 from tawny.model.linears import linears_of
 from tawny.model.skeleton import build_skeleton
 from tawny.packed.choice import pack_end
@@ -245,10 +246,6 @@ def real_folder(cell: Cell, folder: Path) -> Path:
     if not packed.exists():
         tawny.pack(pruned, packed, values=cell.values, head=cell.head)
     return packed
-
-
-def file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ def test_counts_add_up_to_the_share_that_owl_measures(monkeypatch):
         for name, rows, columns in (("a", 40, 24), ("b", 17, 64))
     }
     norms = {name: torch.rand(w.shape[1], generator=generator) + 0.1 for name, w in weights.items()}
-    counts = outliers.count_outliers(weights, norms, 5.0)
+    counts = outliers.count_outliers({name: lambda W=W: W for name, W in weights.items()}, norms, 5.0)
     linears = {name: (w, Statistics(9, norms[name].square())) for name, w in weights.items()}
     share = measure_outliers(linears, (5.0,))["outlier_share"]["5"]
     assert 100 * sum(counts.values()) / sum(w.numel() for w in weights.values()) == pytest.approx(share)

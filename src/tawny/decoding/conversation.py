@@ -4,8 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Conversation"]
 
-import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -58,13 +57,8 @@ class Conversation:
             self.model = opening.open_model(folder).model
         most = context_of(self.model)
         capacity = min(most or _CONTEXT, _CONTEXT) if context is None else min(context, most or context)
-        with opening.ready(self.model) as lock, self._alone(lock):
+        with opening.ready(self.model) as lock, opening.alone(lock, self.threads):
             self.scheduler = Scheduler(self.model, self.tokenizer, capacity, 1)
-
-    @contextlib.contextmanager
-    def _alone(self, lock: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-        with lock, torch.inference_mode(), opening.threads(self.threads):
-            yield
 
     def say(self, text: str) -> Generator[str, None, None]:
         """The model's answer, piece by piece. Closed early, the answer ends there.
@@ -82,7 +76,7 @@ class Conversation:
         try:
             with opening.ready(self.model) as lock:
                 while self.scheduler.busy:
-                    with self._alone(lock):
+                    with opening.alone(lock, self.threads):
                         self.scheduler.turn()
                     for event in events:
                         if isinstance(event, Exception):

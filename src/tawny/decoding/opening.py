@@ -6,7 +6,7 @@ place, the last takes them out again. Between steps nothing is locked and nothin
 
 from __future__ import annotations
 
-__all__ = ["Opened", "check_predicts", "open_model", "ready", "threads"]
+__all__ = ["Opened", "alone", "check_predicts", "open_model", "ready", "threads"]
 
 import contextlib
 import threading
@@ -75,6 +75,13 @@ def threads(count: int | None) -> Iterator[int]:
     finally:
         if changes:
             torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def alone(lock: contextlib.AbstractContextManager[object], count: int | None) -> Iterator[None]:
+    """Inside, a step of one sequence: others wait, nothing is recorded for gradients, and torch has its threads."""
+    with lock, torch.inference_mode(), threads(count):
+        yield
 
 
 class _Ready:

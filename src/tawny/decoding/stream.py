@@ -19,12 +19,11 @@ __all__ = ["Generation", "Piece", "generate", "stream"]
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tawny.calibration.context import check_ids, context_of
@@ -127,10 +126,10 @@ class _Continuation:
         ends = end_tokens(model, self.tokenizer)
         text = TextPieces(self.tokenizer, after=[] if self.chat else self.ids.tolist())
         with opening.ready(model) as lock:
-            with self._alone(lock):
+            with opening.alone(lock, self.threads):
                 decoder = Decoder(model, len(self.ids) + self.room, reserve=len(self.ids) + _RESERVE)
             while len(self.tokens) < self.room:
-                with self._alone(lock):
+                with opening.alone(lock, self.threads):
                     begin = time.perf_counter()
                     logits = decoder.step(self.tokens[-1]) if self.tokens else decoder.prefill(self.ids)
                     token = self.choose(logits)
@@ -142,11 +141,6 @@ class _Continuation:
                 self.tokens.append(token)
                 yield Piece(text.add(token), token)
         yield Piece(text.rest(), None, self.finish)
-
-    @contextlib.contextmanager
-    def _alone(self, lock: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-        with lock, torch.inference_mode(), opening.threads(self.threads):
-            yield
 
 
 @opens_models

@@ -2,7 +2,7 @@
 
 Most models let transformers choose how their experts are run; it finds `run_experts` under the name "tawny".
 
-What it buys, in tokens a second of a block with 48 experts of Qwen3-30B-A3B on two threads of an AMD EPYC (docs/log.md):
+What it buys, in tokens a second of a block with 48 experts of Qwen3-30B-A3B on two threads of an AMD EPYC (docs/log/experts.md):
 about 50 % over the plain loop of transformers with dense experts, 11 to 19 % with packed ones (bf16 at 70 %).
 """
 

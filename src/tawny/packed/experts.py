@@ -6,7 +6,7 @@ where the slice did, and torch asks them for the product. So the model's own for
 survivors of those experts that tokens were routed to. An operation that is none of these products gets the dense weight.
 
 What it buys: without it, experts stay dense. A block with 48 experts of Qwen3-30B-A3B at 70 % decodes 120 to 130 % more
-tokens a second through the model's own loop, in bf16 on two threads of an AMD EPYC (docs/log.md).
+tokens a second through the model's own loop, in bf16 on two threads of an AMD EPYC (docs/log/experts.md).
 """
 
 from __future__ import annotations

@@ -93,10 +93,6 @@ class PackedTensor:
         return self.shape[0] * self.shape[1] if self.whole else int(self.tensors["offsets"][-1])
 
     @property
-    def density(self) -> float:
-        return self.nnz / (self.shape[0] * self.shape[1])
-
-    @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 

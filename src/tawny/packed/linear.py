@@ -2,7 +2,7 @@
 
 A `PackedLinear` holds the tensors of one packed weight as buffers, so `state_dict`, `to(device="meta")` and loaders
 work as usual. A loader makes it with `PackedLinear.empty(...)` under `torch.device("meta")` or not, and fills the
-buffers later (`load_state_dict(..., assign=True)` or `fill(packed)`); nothing is derived from them, so what was read is
+buffers later (`load_state_dict(..., assign=True)`); nothing is derived from them, so what was read is
 what runs. Buffers keep their own types: `module.to(torch.float16)` changes the bias and never the packed tensors.
 """
 
@@ -97,14 +97,6 @@ class PackedLinear(nn.Module):
             torch.empty(shape[0], dtype=dtype, device=device) if bias else None,
             dtype,
         )
-
-    def fill(self, packed: PackedTensor) -> None:
-        """Take the tensors of a packed weight of the same shape and kind; no copy is made."""
-        mine, theirs = (self.shape, self.kind, self.group), (packed.shape, packed.values, packed.group)
-        if mine != theirs:
-            raise UserError(f"a packed weight {theirs} does not fit a PackedLinear for {mine}")
-        for name in _TENSORS:
-            setattr(self, name, packed.tensors.get(name))
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 __all__ = ["OutlierCount", "count_outliers"]
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -20,19 +21,22 @@ from tawny.calibration.statistics import Statistics
 from tawny.model.linears import Linear
 
 
-def count_outliers(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor], M: float) -> dict[str, int]:
+def count_outliers(
+    weights: Mapping[str, Callable[[], Tensor]], norms: Mapping[str, Tensor], M: float
+) -> dict[str, int]:
     """How many scores of each linear are above `M` times the mean score of all of them together.
 
     Args:
-        weights: `[out, in]` of every linear of one block, in any float dtype; a part at a time is made float32.
+        weights: give `[out, in]` of every linear of one block, in any float dtype; a part at a time is made float32.
         norms: `[in]`, ‖X_j‖₂ of each linear's inputs; a common factor does not matter.
     """
     sizes, total = 0, 0.0
-    for name, W_OI in weights.items():
+    for name, weight in weights.items():
+        W_OI = weight()
         sizes += W_OI.numel()
         total += float(column_sums(W_OI).double() @ norms[name].double())
     threshold = M * total / max(sizes, 1)
-    return {name: count_above(W_OI, norms[name], [threshold])[0][0] for name, W_OI in weights.items()}
+    return {name: count_above(weight(), norms[name], [threshold])[0][0] for name, weight in weights.items()}
 
 
 @dataclass
@@ -58,21 +62,6 @@ class OutlierCount:
     def _count(self, linears: Sequence[Linear]) -> dict[str, int]:
         if not linears or any(linear.name not in self.norms for linear in linears):
             return {}
-        return count_outliers(_OnDemand(self.weight, linears), self.norms, self.M)
-
-
-class _OnDemand(Mapping[str, Tensor]):
-    """Weights that are looked up when they are asked for, because they change while a block is pruned."""
-
-    def __init__(self, weight: Callable[[Linear], Tensor], linears: Sequence[Linear]) -> None:
-        self._weight = weight
-        self._linears = {linear.name: linear for linear in linears}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weight(self._linears[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._linears)
-
-    def __len__(self) -> int:
-        return len(self._linears)
+        # Looked up when they are asked for, because they change while a block is pruned.
+        weights = {linear.name: partial(self.weight, linear) for linear in linears}
+        return count_outliers(weights, self.norms, self.M)

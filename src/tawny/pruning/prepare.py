@@ -19,6 +19,7 @@ from torch import nn
 from tawny.allocation.profile import Allocator, LinearInfo
 from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
+from tawny.evaluation.sources import compute_dtype
 from tawny.model.biases import bias_settings
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.couplings import Coupling, couple
@@ -30,7 +31,6 @@ from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
 from tawny.patterns import NM, AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
-from tawny.precision import DTYPES, native_dtype
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import Demand, Load
 from tawny.recipe.schema import Recipe
@@ -156,7 +156,7 @@ def prepare(
         folder = resolve(source, progress.say)
         if changes and is_packed(folder):
             raise ModelError(f"{source} is packed; `tawny unpack` it first and prune the dense checkpoint")
-        stack = open_stack(folder, _compute_dtype(recipe), device)
+        stack = open_stack(folder, compute_dtype(recipe.compute), device)
     job = _chosen(recipe, str(source) if folder else type(source).__name__, folder, stack, changes)
     if not (changes and folder is not None and job.couplings and job.member_solver.wants_bias):
         return job
@@ -166,7 +166,7 @@ def prepare(
     settings = bias_settings(stack, consumers)
     if not settings:
         return job
-    stack = open_stack(folder, _compute_dtype(recipe), device, settings)
+    stack = open_stack(folder, compute_dtype(recipe.compute), device, settings)
     return replace(_chosen(recipe, job.source, folder, stack, changes), settings=settings)
 
 
@@ -301,8 +301,3 @@ def _check_live(recipe: Recipe, stack: Stack) -> None:
         raise RecipeError(
             f"device is {recipe.device} and the live model is on {stack.device}: leave device out, or move the model first"
         )
-
-
-def _compute_dtype(recipe: Recipe) -> torch.dtype:
-    """dtype of forwards: the recipe's, or what the machine multiplies natively."""
-    return native_dtype() if recipe.compute == "auto" else DTYPES[recipe.compute]

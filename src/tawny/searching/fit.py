@@ -67,12 +67,11 @@ from tawny.searching.fit_settings import (
     demand_of_fit,
     few_bits,
     parted,
-    probe_dtype,
     probes_bytes,
 )
 from tawny.searching.fit_speed import Pace, measured_pace
 from tawny.searching.fit_target import Room, Target, check_target, room_for
-from tawny.searching.levels import WALK, LevelStore
+from tawny.searching.levels import WALK, LevelStore, level_dtype
 from tawny.searching.measured import Measured
 from tawny.words import size
 
@@ -316,7 +315,7 @@ def _refined(
         return ""
     with session.clock("refining"):
         made, told = refine(
-            session, table, settings.seconds, samples, searched, probe_dtype(session.job), work
+            session, table, settings.seconds, samples, searched, level_dtype(session.job.stack), work
         )
     finalists += [made] if made is not None else []
     session.progress.say(told["says"])
@@ -366,7 +365,9 @@ def _measured(session: Session, samples: Samples, searched: Samples, sizes: Pack
     """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
     job, journal = session.job, session.journal
     if REACTIONS not in journal.state.get("once", {}):
-        store = LevelStore(work / "levels", probes_bytes(job), probe_dtype(job), kept=journal.walk(WALK)[0])
+        store = LevelStore(
+            work / "levels", probes_bytes(job), level_dtype(job.stack), kept=journal.walk(WALK)[0]
+        )
         try:
             with session.clock("levels"):
                 measures, hidden = measure(session, store, samples, searched)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FitSettings", "demand_of_fit", "few_bits", "parted", "probe_dtype", "probes_bytes"]
+__all__ = ["FitSettings", "demand_of_fit", "few_bits", "parted", "probes_bytes"]
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +18,7 @@ from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe, validated
 from tawny.searching.cost import SearchDemand
 from tawny.searching.fit_measure import TOGETHER
+from tawny.searching.levels import level_dtype
 from tawny.searching.settings import seconds_in
 
 _FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
@@ -154,10 +155,4 @@ def few_bits(job: Job) -> str:
 
 def probes_bytes(job: Job) -> int:
     """Of one rounding of every linear."""
-    return sum(x.numel for x in job.linears) * probe_dtype(job).itemsize
-
-
-def probe_dtype(job: Job) -> torch.dtype:
-    """Forwards round weights to the compute dtype anyway."""
-    assert job.stack.checkpoint is not None
-    return min(job.stack.checkpoint.storage_dtype, job.stack.compute, key=lambda dtype: dtype.itemsize)
+    return sum(x.numel for x in job.linears) * level_dtype(job.stack).itemsize

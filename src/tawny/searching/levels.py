@@ -8,7 +8,7 @@ before them, and a model that is put together from such solutions says little of
 
 from __future__ import annotations
 
-__all__ = ["LevelStore", "Solved", "solve_levels"]
+__all__ = ["LevelStore", "Solved", "level_dtype", "solve_levels"]
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,6 +27,7 @@ from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
+from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, read_tensor
 from tawny.pruning.block import LoadedBlock
@@ -269,3 +270,10 @@ def _members(
             yield linear, level, made.weights[linear.name][1]
         if level == 0:
             made.set_biases(block, coupling)
+
+
+def level_dtype(stack: Stack) -> torch.dtype:
+    """Forwards round weights to the compute dtype anyway; nothing finer than the checkpoint is kept either."""
+    checkpoint = stack.checkpoint
+    stored = stack.compute if checkpoint is None else checkpoint.storage_dtype
+    return min(stored, stack.compute, key=lambda dtype: dtype.itemsize)

@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import locked, writing
@@ -101,7 +99,7 @@ class SearchOutput:
 
 
 def open_search(
-    out: Path, settings: Settings, overwrite: bool, source: str | Path | nn.Module
+    out: Path, settings: Settings, overwrite: bool
 ) -> Callable[[Path | None, Ranks], tuple[SearchOutput, Journal]]:
     """Opens the file to write and the journal of an unfinished search; a live module has no journal."""
     if out.suffix.lower() not in _ENDINGS:

@@ -29,7 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tawny.allocation.profile import Allocation
@@ -54,7 +53,7 @@ from tawny.searching.candidates import allocators_to_try, surveyed
 from tawny.searching.cost import SearchDemand, held_back, searched_windows, solver_of_levels
 from tawny.searching.divergence import Divergence
 from tawny.searching.evolution import Outcome, Proposal, Trial, evolve
-from tawny.searching.levels import WALK, LevelStore, solve_levels
+from tawny.searching.levels import WALK, LevelStore, level_dtype, solve_levels
 from tawny.searching.measured import Measured
 from tawny.searching.member_space import AnySpace, space_of
 from tawny.searching.output import USE, SearchOutput, open_search
@@ -175,7 +174,7 @@ def search(
         source,
         Purpose(samples=True, demand=demand, held_out=held_out),
         progress,
-        place_to_write=None if out is None else open_search(Path(out), settings, overwrite, source),
+        place_to_write=None if out is None else open_search(Path(out), settings, overwrite),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,
@@ -294,7 +293,7 @@ def _level_store(session: Session, space: AnySpace) -> Iterator[LevelStore]:
     """Room for the solutions beside the output; where a journal is kept, they outlive a search that was stopped."""
     kept = session.journal.folder
     folder = kept or Path(tempfile.mkdtemp(prefix="tawny-"))
-    dtype = _dtype(session.job)
+    dtype = level_dtype(session.job.stack)
     count = len(space.levels)
     session.progress.say(
         f"the search solves each linear at {count} level{'s' * (count > 1)} from {space.told(space.low)} to "
@@ -322,13 +321,6 @@ def _pictured(settings: Settings, space: AnySpace, outcome: Outcome) -> dict[str
             best = min(tried, key=lambda trial: (-trial.windows, trial.score))
             pictured[best.name] = best.allocation or {}
     return pictured
-
-
-def _dtype(job: Job) -> torch.dtype:
-    """Forwards round weights to the compute dtype anyway; nothing finer than the checkpoint is kept either."""
-    checkpoint = job.stack.checkpoint
-    stored = job.stack.compute if checkpoint is None else checkpoint.storage_dtype
-    return min(stored, job.stack.compute, key=lambda dtype: dtype.itemsize)
 
 
 def _split(session: Session, settings: Settings) -> tuple[Samples, Samples]:
