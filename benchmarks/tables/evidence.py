@@ -8,7 +8,7 @@ from typing import Any
 NAMES = {
     "dense": "dense",
     "fast": "`tawny prune` (fast)",
-    "best": "best",
+    "best": "`tawny prune -c best`",
     "sparsegpt": "SparseGPT, uniform",
     "official-owl-sparsegpt-70": "official OWL + SparseGPT",
     "2:4": "2:4",
@@ -42,11 +42,13 @@ def evidence(result: Mapping[str, Any]) -> str:
             for key in ("decode_tokens_per_second", "prefill_tokens_per_second")
         ]
         made = f"{cell['seconds'] / 60:.0f} min" if cell["seconds"] > 30 else "–"
+        if made != "–" and cell["measured"]["seconds"]["threads"] == 1:
+            made += ", one thread"
         memory = f"{cell['peak_memory'] / 1e9:.1f} GB" if cell.get("peak_memory") else "–"
         row = [_named(name), f"{cell['bytes'] / 1e9:.2f} GB", *quality, *kl, *speeds, made, memory]
         lines.append(f"| {' | '.join(row)} |")
     lines.append(
-        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads. Dates stand in the file.</sub>\n"
+        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads but where one is said, beside other work. One seed. Dates stand in the file.</sub>\n"
     )
     return "\n".join(lines)
 
