@@ -39,7 +39,7 @@ def test_a_weight_that_is_not_finite_is_named_before_what_comes_of_it(name, adva
     with torch.no_grad():
         model.get_submodule(f"model.layers.0.{name}").weight.view(-1)[5] = torch.nan
     stack = live_stack(model)
-    words = rf"^model\.layers\.0\.{re.escape(name)}\.weight .* holds NaN .* in float32; check the checkpoint$"
+    words = rf"^model\.layers\.0\.{re.escape(name)}\.weight .* holds NaN .* in float32; check its weights$"
     with pytest.raises(NumericalError, match=words):
         observe(Stream(stack, Samples(tokens())), 0, stack.linears(0), "norms", advance=advance)
 
@@ -48,22 +48,25 @@ def test_an_embedding_that_is_not_finite_is_named():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[tokens()[0, 0]] = torch.inf
-    words = r"^model\.embed_tokens\.weight .* holds NaN or infinite weights in float32; check the checkpoint$"
+    words = r"^model\.embed_tokens\.weight .* holds NaN or infinite weights in float32; check its weights$"
     with pytest.raises(NumericalError, match=words):
         Stream(live_stack(model), Samples(tokens()))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "words"),
-    [(torch.float32, "float32; check"), (torch.float16, "float16; try compute=float32, or check")],
+    ("dtype", "received", "given"),
+    [
+        (torch.float32, "float32; check the checkpoint", "float32; check its weights"),
+        (torch.float16, "float16; try compute=float32", "float16; convert the live model first"),
+    ],
 )
-def test_activations_that_are_not_finite_are_told_with_what_can_be_done(dtype, words):
+def test_activations_that_are_not_finite_are_told_with_what_can_be_done(dtype, received, given):
     stack = live_stack(tiny_model("llama", dtype=dtype))
     stream = Stream(stack, Samples(tokens()))
     stream.hidden[0].fill_(torch.nan)
-    with pytest.raises(NumericalError, match=f"q_proj receives NaN or infinite activations in {words} the"):
+    with pytest.raises(NumericalError, match=f"q_proj receives NaN or infinite activations in {received}"):
         observe(stream, 0, stack.linears(0), "norms")
-    with pytest.raises(NumericalError, match=f"layers.0 gives NaN or infinite activations in {words} the"):
+    with pytest.raises(NumericalError, match=f"layers.0 gives NaN or infinite activations in {given}"):
         stream.advance(0)
 
 
