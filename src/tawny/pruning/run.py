@@ -68,9 +68,9 @@ def prune(
             this same one and began with it, too: then it goes on.
         memory: peak memory of the whole process that may not be passed (`"6GB"`); the result does not depend on it.
         tokenizer: for a live module calibrated on text.
-        calibration: tokens `[samples, tokens]` or `(tokens, attention mask)`, or tensors by the names of the model's inputs, taken as
-            they are; or the name or path of a text, or several with shares (`["wiki=0.6", "code.jsonl=0.4"]`), whose samples begin with BOS as
-            `calibration.bos` says.
+        calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or tensors by the names of the model's inputs. They are
+            taken as they are. Else the name or path of a text, or several with shares (`["wiki=0.6", "code.jsonl=0.4"]`). Samples
+            of a text begin with BOS as `calibration.bos` says.
         author: the model that writes the text `self`, such as the dense one of a `source` that was pruned before; None:
             `source`.
         trust_remote_code: let code that lies in a model's folder run.

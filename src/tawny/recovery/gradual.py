@@ -93,9 +93,8 @@ def recover_gradually(
     def begin() -> None:
         claim(work, identity, overwrite, folder)
         last, moved = work.path / f"{len(recipes) - 1}-recovered", unfinished(target) / "checkpoint"
-        if (
-            work.state.get("delivering") and (moved / "recover.json").is_file() and not last.exists()
-        ):  # killed amid `deliver`
+        killed = work.state.get("delivering") and not last.exists()  # amid `deliver`
+        if killed and (moved / "recover.json").is_file():
             moved.rename(last)
 
     whole = len(recipes) * (len(recipes) + 1) / 2
