@@ -8,6 +8,7 @@ import pytest
 
 import tawny
 from tawny.errors import RecipeError, short
+from tawny.serving.guard import Guard
 from tests.serving.test_server import ask, wait
 
 
@@ -59,6 +60,13 @@ def test_a_stranger_cannot_write_to_the_operators_terminal(server, log):
     assert line.isprintable() and r"/\x1b]0;owned\x07\x1b[2J\x9b\u202e 404" in line
     status, answer = ask(server, "GET", "/", Host="\x9b31m.example")
     assert status == 403 and r"'\x9b31m.example'" in json.loads(answer)["error"]["message"]
+
+
+def test_capitals_in_the_address_are_those_of_a_browser():
+    mine = Guard(None, host="Localhost", key=None, log=print)
+    named = Guard(None, host="MyBox.lan", key=None, log=print)
+    assert mine.local and not named.local
+    assert named._refusal({"headers": [(b"host", b"mybox.lan:8000")], "path": "/health"}) is None
 
 
 def test_an_origin_that_is_none_is_refused(server):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
+import tawny
+from tawny.serving import app as app_module
 from tawny.serving.answers import Service
 from tawny.serving.grammar import Grammars
 from tawny.serving.protocol import ChatRequest, CompletionRequest, Refused
-from tests.serving.test_server import CHAT, TOOL, ask
+from tests.serving.test_server import CHAT, TOOL, ask, wait
+from tests.serving.tiny import TEMPLATE, byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +157,83 @@ LONG = "x " * 50_000
 def test_whatever_the_template_writes_counts_before_it_does(service, asked):
     with pytest.raises(Refused, match=r"characters, far more than the context"):
         service.chat(chat(**asked))
+
+
+def test_what_the_template_makes_of_a_tool_counts_before_it_is_tokenised(model):
+    tokenizer = byte_tokenizer(TEMPLATE.replace("tool | tojson", "tool | tojson(indent=4)"))
+    deep = [0] * 200
+    for _ in range(100):
+        deep = [deep]
+    function = {"name": "f", "parameters": {"type": "object", "examples": deep}}
+    service = Service(model, tokenizer, "tiny", capacity=1024, most=7)
+    with pytest.raises(Refused, match=r"the chat template makes \d+ characters of them, and \d+ fit"):
+        service.chat(chat(tools=[TOOL | {"function": function}]))
+
+
+def test_a_token_is_read_once(service, monkeypatch):
+    monkeypatch.setattr(service, "_shown", {})
+    first = service.word(5), service.bytes_of(5)
+    monkeypatch.setattr("tawny.serving.answers.decode", None)
+    assert (service.word(5), service.bytes_of(5)) == first
+
+
+def test_whoever_waits_to_be_prepared_takes_a_place_and_whoever_has_gone_is_not_prepared(
+    model, tokenizer, monkeypatch
+):
+    plain, begun, go, prepared = Service.complete, threading.Event(), threading.Event(), []
+
+    def slow(self, asked):
+        prepared.append(asked.prompt)
+        begun.set()
+        assert go.wait(60)
+        return plain(self, asked)
+
+    monkeypatch.setattr(Service, "complete", slow)
+    log, path = [], "/v1/completions"
+    keys = {"tokenizer": tokenizer, "name": "tiny", "max_sequences": 2, "queue": 1, "log": log.append}
+    with tawny.serve(model, **keys) as server, ThreadPoolExecutor(2) as pool:
+
+        def complete(prompt):
+            body = json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": 1})
+            return ask(server, "POST", path, body, Content_Type="application/json")
+
+        first = pool.submit(complete, "first")
+        assert begun.wait(60)
+        host, port = server.address.removeprefix("http://").split(":")
+        body = json.dumps({"model": "tiny", "prompt": "gone"})
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        second = pool.submit(complete, "second")
+        with socket.create_connection((host, int(port)), timeout=20) as gone:
+            gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            wait(lambda: json.loads(ask(server, "GET", "/health")[1])["waiting"] == 3)
+            status, told = complete("third")
+            assert status == 429 and b"1 requests wait and 1 may" in told
+        go.set()
+        assert first.result(60)[0] == second.result(60)[0] == 200
+        wait(lambda: any(" 499 " in line for line in log))
+    assert prepared == [["first"], ["second"]]
+
+
+def test_a_client_that_reads_nothing_does_not_outlast_the_time_it_has():
+    async def run():
+        ended = []
+
+        async def chunks():
+            yield b"a chunk"
+
+        async def stuck(message):
+            await asyncio.Event().wait()
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        deadline = asyncio.get_running_loop().time() - app_module._LAST_WORDS
+        stream = app_module._Streamed(SimpleNamespace(deadline=deadline), None, lambda: ended.append(1))
+        stream.body_iterator = chunks()
+        await asyncio.wait_for(stream({"type": "http"}, receive, stuck), 20)
+        return ended
+
+    assert asyncio.run(run()) == [1]
 
 
 def test_tools_that_are_not_shown_do_not_count(service):

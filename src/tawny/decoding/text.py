@@ -85,15 +85,17 @@ def tokens_of(
     tokenizer: Tokenizer | None,
     chat: bool | None,
     tools: Sequence[Mapping[str, Any]] = (),
+    most: int | None = None,
 ) -> tuple[Tensor, bool]:
     """Tokens `[tokens]` of a prompt that `check_prompt` has let pass, and whether the chat template made them.
 
     Args:
         chat: put a text into the chat template; None does so where there is one. Messages always go there.
         tools: what the model may call, for the chat template.
+        most: characters that the template may make, before they are tokenised.
 
     Raises:
-        TextError: the prompt holds no token, or the template refuses it.
+        TextError: the prompt holds no token, the template refuses it, or makes too much of it.
         CheckpointError: the tokenizer has no chat template.
     """
     if isinstance(prompt, Tensor):
@@ -111,7 +113,10 @@ def tokens_of(
         if isinstance(prompt, str) and not chat:
             read = tokenizer(prompt)
         else:
-            read = tokenizer(_templated(tokenizer, prompt, tools), add_special_tokens=False)
+            written = _templated(tokenizer, prompt, tools)
+            if most is not None and len(written) > most:
+                raise TextError(f"the chat template makes {len(written)} characters of them, and {most} fit")
+            read = tokenizer(written, add_special_tokens=False)
         ids = torch.tensor(read["input_ids"], dtype=torch.long)
     if not len(ids):
         raise TextError("the prompt holds no token; give at least one word")

@@ -107,6 +107,13 @@ class Worker:
         """Requests that have none yet."""
         return self._pending - self.running
 
+    def check_room(self, count: int, ahead: int = 0) -> None:
+        """Raise Full if so many more may not wait, behind `ahead` that are not submitted yet."""
+        before = self._pending + ahead
+        if before + count > self.places + self.queue:
+            waiting = max(0, before - self.places)
+            raise Full(f"{waiting} requests wait and {self.queue} may; try again later")
+
     def submit(self, requests: Sequence[Request], listeners: Sequence[Listener]) -> list[Order]:
         """All of them, or none.
 
@@ -120,8 +127,7 @@ class Worker:
         with self._counting:
             if self._closed:
                 raise Interrupted("the server ends")
-            if self._pending + len(requests) > self.places + self.queue:
-                raise Full(f"{self.waiting} requests wait and {self.queue} may; try again later")
+            self.check_room(len(requests))
             self._pending += len(requests)
             orders = [Order(*each) for each in zip(requests, listeners, strict=True)]
             for order in orders:

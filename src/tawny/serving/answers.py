@@ -72,6 +72,9 @@ class Service:
         self.most = most
         self.ends, self.words = end_tokens(model, tokenizer), words_of(model)
         self._front: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._shown: dict[
+            int, str
+        ] = {}  # of each token that was asked for: a prompt's logprobs ask for thousands
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -116,6 +119,7 @@ class Service:
                 self.tokenizer,
                 True,
                 [tool.model_dump(exclude_none=True) for tool in tools],
+                most=self._most_characters,
             )
         except CheckpointError:
             raise Refused("the model has no chat template; use /v1/completions", param="messages") from None
@@ -224,10 +228,13 @@ class Service:
 
     def word(self, token: int) -> str:
         """A token's text, with the space that it begins with."""
-        # Some decoders drop a space from the front of whatever they are given.
-        front = decode(self.tokenizer, self._front, special=True)
-        both = decode(self.tokenizer, [*self._front, token], special=True)
-        return both[len(front) :] if both.startswith(front) else decode(self.tokenizer, [token], special=True)
+        if token not in self._shown:
+            # Some decoders drop a space from the front of whatever they are given.
+            front = decode(self.tokenizer, self._front, special=True)
+            both = decode(self.tokenizer, [*self._front, token], special=True)
+            alone = None if both.startswith(front) else decode(self.tokenizer, [token], special=True)
+            self._shown[token] = both[len(front) :] if alone is None else alone
+        return self._shown[token]
 
     def bytes_of(self, token: int) -> list[int] | None:
         """UTF-8 of a token's text, or of its part of a character; None where the vocabulary does not tell that."""

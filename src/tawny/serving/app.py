@@ -15,7 +15,7 @@ import importlib.resources
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -40,23 +40,28 @@ from tawny.serving.protocol import (
 )
 
 _MOST_WAIT = 60  # seconds that a client may be told to come back after
+_LAST_WORDS = 5  # seconds in which a stream that took too long may say so
 # The page is one file: nothing is fetched from elsewhere, and no other site may frame it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+
+
+Prepared = tuple[list[scheduler.Request], Answer]
+Prepare = Callable[[], Prepared]
 
 
 class Running:
     """The texts of one request while the worker makes them, and what they took.
 
-    timeout: seconds the whole request may take.
+    deadline: when the whole request must be over, in the loop's time.
     """
 
     def __init__(
-        self, worker: Worker, metrics: Metrics, requests: list[scheduler.Request], timeout: float
+        self, worker: Worker, metrics: Metrics, requests: list[scheduler.Request], deadline: float
     ) -> None:
         self.worker, self.metrics = worker, metrics
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         self.begin = time.monotonic()
-        self.deadline = self.loop.time() + timeout
+        self.deadline = deadline
         self.left = len(requests)
         self.firsts: dict[int, float] = {}  # when the first token of each came
         self.usages: list[Usage] = []
@@ -81,8 +86,7 @@ class Running:
                 async with asyncio.timeout_at(self.deadline):
                     index, event = await self.queue.get()
             except TimeoutError:
-                self.metrics.failed("timeout")
-                raise Refused("the request took longer than it may", 504, code="timeout") from None
+                raise _late(self.metrics) from None
             if isinstance(event, Exception):
                 self.metrics.failed("error")
                 raise event
@@ -114,15 +118,21 @@ class Running:
 
 
 class _Streamed(EventSourceResponse):
-    """A stream that ends its request however it ends, even before its first chunk."""
+    """A stream that ends its request however it ends, even before its first chunk.
+
+    A client that reads nothing holds `send` up, and with it whatever looks at the time. Its request ends; its connection
+    stays until it goes.
+    """
 
     def __init__(self, running: Running, answer: Answer, done: Callable[[], None]) -> None:
         super().__init__(_chunks(running, answer), headers={"Cache-Control": "no-cache"})
-        self.done = done
+        self.deadline, self.done = running.deadline + _LAST_WORDS, done
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self.deadline):
+                    await super().__call__(scope, receive, send)
         finally:
             self.done()
 
@@ -160,6 +170,11 @@ async def _gone(request: Request) -> None:
         pass
 
 
+def _late(metrics: Metrics) -> Refused:
+    metrics.failed("timeout")
+    return Refused("the request took longer than it may", 504, code="timeout")
+
+
 def _as_refused(error: BaseException) -> Refused:
     match error:
         case Refused():
@@ -184,14 +199,19 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
     timeout: seconds a request may take, waiting included.
     """
     app = FastAPI(title="tawny", docs_url=None, redoc_url=None, openapi_url=None)
-    metrics = Metrics(worker)
-    preparing = asyncio.Lock()  # one at a time: tokenizers are no good in two threads
+    preparing, unprepared = asyncio.Lock(), 0  # one at a time: tokenizers are no good in two threads
+
+    def waiting() -> int:
+        return worker.waiting + unprepared
+
+    metrics = Metrics(worker, waiting)
     page = importlib.resources.files("tawny.serving").joinpath("page.html").read_text(encoding="utf-8")
     entry = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "tawny"}
 
-    def start(requests: list[scheduler.Request]) -> Running:
+    @contextlib.contextmanager
+    def room() -> Iterator[None]:
         try:
-            return Running(worker, metrics, requests, timeout)
+            yield
         except Full as error:
             metrics.failed("full")
             refused = Refused(str(error), 429, code="queue_full")
@@ -200,12 +220,32 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
             refused.headers["Retry-After"] = str(max(1, min(_MOST_WAIT, wait)))
             raise refused from None
 
-    async def reply(
-        prepare: Callable[[], tuple[list[scheduler.Request], Answer]], asked: SamplingFields, request: Request
-    ) -> Response:
-        async with preparing:
-            requests, answer = await asyncio.to_thread(prepare)
-        running = start(requests)
+    async def prepared(prepare: Prepare, request: Request, deadline: float) -> Prepared | None:
+        """What to ask the worker for; None when the client has gone. What waits here waits for the worker, too."""
+        nonlocal unprepared
+        with room():
+            worker.check_room(1, ahead=unprepared)
+        unprepared += 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                await preparing.acquire()
+            try:
+                return None if await request.is_disconnected() else await asyncio.to_thread(prepare)
+            finally:
+                preparing.release()
+        except TimeoutError:
+            raise _late(metrics) from None
+        finally:
+            unprepared -= 1
+
+    async def reply(prepare: Prepare, asked: SamplingFields, request: Request) -> Response:
+        deadline = asyncio.get_running_loop().time() + timeout
+        made = await prepared(prepare, request, deadline)
+        if made is None:
+            return Response(status_code=499)
+        requests, answer = made
+        with room():
+            running = Running(worker, metrics, requests, deadline)
 
         def done() -> None:
             running.stop()
@@ -242,7 +282,7 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
     @app.get("/health")
     async def health() -> JSONResponse:
         status = "ok" if worker.alive else "ended"
-        told = {"status": status, "running": worker.running, "waiting": worker.waiting}
+        told = {"status": status, "running": worker.running, "waiting": waiting()}
         return JSONResponse(told, 200 if worker.alive else 503)
 
     @app.get("/metrics")

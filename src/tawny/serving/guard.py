@@ -32,7 +32,7 @@ _OPEN = ("/", "/health")
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -49,7 +49,7 @@ class Guard:
     def __init__(self, app: Any, *, host: str, key: str | None, log: Callable[[str], None]) -> None:
         self.app, self.key, self.log = app, key, log
         self.local = is_loopback(host)
-        self.names = {"localhost", host} | (set() if self.local else {socket.gethostname().lower()})
+        self.names = {"localhost", host.lower()} | (set() if self.local else {socket.gethostname().lower()})
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

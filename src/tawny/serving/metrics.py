@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Metrics"]
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tawny.decoding.scheduler import Usage
@@ -14,14 +16,17 @@ _SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 class Metrics:
-    """Of one worker."""
+    """Of one worker.
 
-    def __init__(self, worker: Worker) -> None:
+    waiting: tells how many requests have no place yet.
+    """
+
+    def __init__(self, worker: Worker, waiting: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self._texts, self._seconds = 0, 0.0
         gauges = {
             "tawny_requests_running": ("Requests that have a place", lambda: worker.running),
-            "tawny_requests_waiting": ("Requests in the queue", lambda: worker.waiting),
+            "tawny_requests_waiting": ("Requests in the queue", waiting),
         }
         for name, (help, value) in gauges.items():
             Gauge(name, help, registry=self.registry).set_function(value)

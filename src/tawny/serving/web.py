@@ -45,5 +45,7 @@ class Web(uvicorn.Server):
 
 
 def _is_fault(record: logging.LogRecord) -> bool:
-    """A request that is cut at the end is none."""
+    """A request that is cut at the end is none, nor one whose client reads nothing."""
+    if "without completing response" in record.getMessage():
+        return False
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
