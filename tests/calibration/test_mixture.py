@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -282,6 +283,39 @@ def test_what_was_written_is_kept_for_a_model_and_its_settings(short):
     assert written().sha256 == written().sha256 and len(opened) == 1
     written(seed=1), written("b")
     assert len(opened) == 3
+
+
+def test_batches_that_were_written_are_kept_over_a_stop_and_the_model_is_let_go(short, monkeypatch, tmp_path):
+    sampled, made = writing._sampled, []
+
+    def stopping(*some):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(1)
+        return sampled(*some)
+
+    def write(identity):
+        return Author(lambda: tiny_model("llama"), tiny_tokenizer(), lambda: identity, 1000, 0).write(400)
+
+    monkeypatch.setattr(writing, "TEXTS", 4)
+    whole = write("one")  # five batches of four texts
+    monkeypatch.setattr(writing, "_sampled", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        write("two")
+    monkeypatch.setattr(writing, "_sampled", lambda *some: made.append(1) or sampled(*some))
+    assert write("two").sha256 == whole.sha256 and len(made) == 5
+    assert sorted(path.suffix for path in (tmp_path / "cache" / "texts").iterdir()) == [".jsonl", ".jsonl"]
+
+    opened = []
+
+    def opening():
+        model = tiny_model("llama")
+        model.again = [model]  # as the hooks of a stack do
+        opened.append(weakref.ref(model))
+        return model
+
+    Author(opening, tiny_tokenizer(), lambda: "three", 1000, 0).write(40)
+    assert opened[0]() is None
 
 
 def test_a_template_that_trims_questions_still_begins_texts(short):

@@ -54,6 +54,15 @@ def test_what_is_half_discarded_is_begun_anew(tmp_path, monkeypatch, ends):
         assert not (again.path / "0-made").exists()
 
 
+def test_what_was_half_written_goes_before_a_run_goes_on(tmp_path):
+    begun(tmp_path)
+    half = tmp_path / "out.stages" / "1-made.tmp"
+    half.write_text("half a state")
+    with folder(tmp_path) as work:
+        work.open({}, overwrite=False)
+        assert not half.exists() and (work.path / "0-made" / "hours").exists()
+
+
 def test_files_of_the_user_stay(tmp_path):
     begun(tmp_path)
     with folder(tmp_path) as work:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, T
 from tawny.model.output import OutputFolder
 from tawny.progress import Silent
 from tawny.record import weight_files
+from tawny.recovery import dense as dense_module
 from tawny.recovery import training
 from tawny.recovery.data import read, written_tokens
 from tawny.recovery.record import RecoveryRecord
@@ -416,6 +418,30 @@ def test_a_teacher_writes_no_more_than_the_minutes_read_and_enough_for_a_batch()
     assert written(0.5, minutes=10) == 20_480 and written(0.5, tokens=30_000, minutes=10) == 15_000
     # A batch, a window to measure on, and a tenth more
     assert written(0.25, minutes=0.1) == 7 * 512 and written(0.25, minutes=0.1, batch=32) == 39 * 512
+
+
+def test_of_a_long_text_windows_from_all_of_it_are_read():
+    windows = torch.arange(1000)[:, None].repeat(1, 24)
+    reading = read(tawny.Recovery.make(seqlen=24, tokens=24 * 100, batch=4), None, windows)
+    read_of = sorted({int(reading.windows[row, 0]) for step in range(25) for row in reading.rows(step)})
+    assert len(read_of) == 100 and read_of[0] < 10
+    assert 970 <= read_of[-1] < 984  # behind it lies what is held out
+    assert max(b - a for a, b in itertools.pairwise(read_of)) <= 10
+
+
+def test_what_memory_will_not_hold_is_said_before_the_first_forward(monkeypatch):
+    class Says(Silent):
+        said = ""
+
+        def say(self, text):
+            self.said += text + "\n"
+
+    dense, pruned = dense_and_pruned()
+    for free, told in ((10_000, 1), (10**12, 0)):
+        progress = Says()
+        monkeypatch.setattr(dense_module, "free_memory", lambda free=free: free)
+        recover_live(pruned, dense, progress=progress)
+        assert progress.said.count("of memory are free; -o train=lora") == told
 
 
 def test_numbers_may_be_written_short():

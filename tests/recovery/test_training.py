@@ -153,6 +153,45 @@ def test_each_tensor_gets_its_own_count_of_steps_back_where_its_optimiser_wants_
         assert device == "meta" or steps == [1.0, 2.0]
 
 
+def test_the_best_weights_are_those_that_the_state_names(tmp_path):
+    work = WorkFolder(tmp_path / "out", "recovery", ("state*.safetensors", "best*.safetensors"))
+    work.open({}, overwrite=False)
+    one = One("cpu")
+    kept = Shelf(work, [one], torch.optim.AdamW(one.tensors.values()), None)
+
+    def best(step, saves=True):
+        with torch.no_grad():
+            one.tensors["a"].fill_(step)
+        kept.keep_best(step)
+        if saves:
+            kept.save(Standing(step=step, best={"step": float(step)}))
+
+    best(3)
+    best(5, saves=False)  # the disk was full before the state was there
+    kept.restore_best(int(kept.load().best["step"]))
+    assert one.tensors["a"].tolist() == [3.0] * 3
+    best(5)
+    assert sorted(path.name for path in work.path.glob("*.safetensors")) == [
+        "best-5.safetensors",
+        "state-5.safetensors",
+    ]
+
+
+def test_the_state_that_a_run_goes_on_from_is_no_part_of_memory(tmp_path):
+    work = WorkFolder(tmp_path / "out", "recovery", ("state*.safetensors",))
+    work.open({}, overwrite=False)
+    one = One("cpu")
+    optimiser = torch.optim.AdamW(one.tensors.values())
+    for tensor in one.tensors.values():
+        tensor.grad = torch.ones(3)
+    optimiser.step()
+    kept = Shelf(work, [one], optimiser, None)
+    kept.save(Standing(step=1))
+    kept.load()
+    state = (work.path / "state-1.safetensors").resolve()
+    assert str(state) not in Path("/proc/self/maps").read_text()
+
+
 # --- what is left of live models, and after a loss that became NaN ----------------------------------------------------
 
 

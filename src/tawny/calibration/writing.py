@@ -8,18 +8,21 @@ of six tokens never comes twice in a text, which keeps small models out of loops
 follows it is what the model was trained to see there, and every forward stays full.
 
 What this file promises: the text is written once for a model, its settings and a seed, and kept in the cache, so that the
-next run reads the same. Written anew on the same machine it is the same again.
+next run reads the same. Written anew on the same machine it is the same again. Each batch of texts is kept as soon as it is
+written, so that a run that is stopped goes on with the next one.
 """
 
 from __future__ import annotations
 
 __all__ = ["Author"]
 
+import gc
 import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +44,8 @@ SHORTEST = 128  # where more texts at once cost no more than a longer one
 TEXTS = 32  # written at once
 HOTTEST, COOLED = 1.5, 4  # the temperature of the first token, and the token from which on it is 1
 PASSAGE = 6  # tokens that never come twice
+_ELSEWHERE = "set TAWNY_CACHE to another folder"
+_BATCH_SEED = 1_000_003  # apart from the seeds that a user gives one after another
 _MARK = "\ue000"  # no template has it, or trims it
 
 
@@ -78,23 +83,27 @@ class Author:
         told |= {"hottest": HOTTEST, "cooled": COOLED, "passage": PASSAGE}
         if self.identity is None:
             return joined(OWN, self._documents(tokens, rows), written=told)
-        known = {"model": self.identity(), "starts": self._starts(), **told}
+        known = {"model": self.identity(), "starts": self._starts(), "seeds": "of each batch", **told}
         key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
         kept = cache_folder() / "texts" / f"{key}.jsonl"
 
         def keep() -> None:
             if not kept.exists():
-                lines = [
-                    json.dumps({"text": text}, ensure_ascii=False) for text in self._documents(tokens, rows)
-                ]
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                durable.write(kept, ("\n".join(lines) + "\n").encode())
+                with durable.writing(kept, _ELSEWHERE):
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                made = self._documents(tokens, rows, kept)
+                lines = [json.dumps({"text": text}, ensure_ascii=False) for text in made]
+                with durable.writing(kept, _ELSEWHERE):
+                    durable.write(kept, ("\n".join(lines) + "\n").encode())
+            for part in kept.parent.glob(f"{kept.stem}.*.part"):
+                part.unlink(missing_ok=True)
 
         keep() if self.group is None else self.group.once(keep)
         found = load_text(kept)
         return Text(OWN, found.text, found.documents, found.sha256, found.separator, written=told)
 
-    def _documents(self, tokens: int, rows: int) -> list[str]:
+    def _documents(self, tokens: int, rows: int, kept: Path | None = None) -> list[str]:
+        """The texts; each batch stays beside `kept` until all of them are there."""
         self.check_memory()
         starts = self._starts()
         model = self.opened()
@@ -106,12 +115,17 @@ class Author:
         most = min(LENGTH, context_of(model) or LENGTH) - longest
         length = max(PASSAGE + 1, min(most, math.ceil(tokens / rows)))
         batches = math.ceil(tokens / (rows * length))
-        self.progress.phase("writing", batches * length, f"tokens of {rows} texts")
+        parts = [None if kept is None else kept.with_suffix(f".{batch}.part") for batch in range(batches)]
+        missing = sum(part is None or not part.exists() for part in parts)
+        self.progress.phase("writing", missing * length, f"tokens of {rows} texts")
         made: list[str] = []
         ends = _end_tokens(model, self.tokenizer)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(self.seed)
-            for batch in range(batches):
+            for batch, part in enumerate(parts):
+                if part is not None and part.exists():
+                    made += json.loads(part.read_text(encoding="utf-8"))
+                    continue
+                torch.manual_seed(self.seed + _BATCH_SEED * batch)
                 start = starts[batch % len(starts)]
                 written_RT = _sampled(model, torch.tensor([start] * rows), length, self.progress)
                 if bool(torch.isin(written_RT[:, : PASSAGE - 1], torch.tensor(ends)).all()):
@@ -124,7 +138,13 @@ class Author:
                     if len(start) > 1
                     else written_RT
                 )
-                made += self.tokenizer.batch_decode(whole_RT.tolist(), clean_up_tokenization_spaces=False)
+                texts = self.tokenizer.batch_decode(whole_RT.tolist(), clean_up_tokenization_spaces=False)
+                made += texts
+                if part is not None:
+                    with durable.writing(part, _ELSEWHERE):
+                        durable.write(part, json.dumps(texts).encode())
+        del model
+        gc.collect()  # a model refers to itself, and whatever comes next needs the memory
         return made
 
     def check_memory(self) -> None:

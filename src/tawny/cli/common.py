@@ -41,9 +41,7 @@ def console_for(as_json: bool) -> Iterator[Console]:
         _let_go()
         raise typer.Exit(1) from None
     except MemoryError:
-        fail(
-            console, "out of memory: use fewer --samples or a shorter --seqlen (`tawny plan` estimates it)", 1
-        )
+        fail(console, _NO_MEMORY, 1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         if error.errno == errno.ENOSPC and not error.filename:
@@ -53,9 +51,14 @@ def console_for(as_json: bool) -> Iterator[Console]:
                 _let_go()
         fail(console, f"{error.strerror or error}{where}", 1)
     except Exception as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's own
+            fail(console, _NO_MEMORY, 1)
         if os.environ.get("TAWNY_DEBUG"):
             raise
         fail(console, f"unexpected {type(error).__name__}: {error} (TAWNY_DEBUG=1 shows where)", 1)
+
+
+_NO_MEMORY = "out of memory: use a shorter --seqlen, and fewer --samples or a smaller -o batch (`tawny plan` estimates a prune)"
 
 
 def _let_go() -> None:

@@ -67,8 +67,8 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def writing(what: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only place into one clear line."""
+def writing(what: Path, elsewhere: str = "choose another --out") -> Iterator[None]:
+    """Turn a full disk or a read-only place into one clear line; `elsewhere` says how to have another."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -78,7 +78,7 @@ def writing(what: Path) -> Iterator[None]:
             free = shutil.disk_usage(existing).free / 1e9
             said = f"{what}: the disk is full ({free:.1f} GB free); free some space and run again"
         elif code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            said = f"{what} cannot be written (read-only or no permission); choose another --out"
+            said = f"{what} cannot be written (read-only or no permission); {elsewhere}"
         else:
             # Of a file that has another name while it is written, the error names that one.
             reason = error.strerror if isinstance(error, OSError) else None

@@ -195,8 +195,11 @@ class WorkFolder(Resumable):
         # Begun with --overwrite, the same command has it again: it goes on, as its interruption promised.
         if self.found and not other and (self.consent or not overwrite):
             self._lock = durable.locked(self.path / _LOCK, self.out)
+            for path in self.path.glob("*.tmp"):  # half written when the run was killed; a state is large
+                if path.is_file():
+                    path.unlink()
             return
-        if not overwrite and self._worth_keeping():
+        if not overwrite and self.worth_keeping():
             self.refuse_other(identity)
         if self.out.exists() and not overwrite:  # what the other run was allowed, this one is not
             raise OutputError(f"{self.out} exists; choose another --out or pass --overwrite")
@@ -213,7 +216,7 @@ class WorkFolder(Resumable):
         try:
             yield
         except TawnyError:
-            if not self._worth_keeping():
+            if not self.worth_keeping():
                 self.discard()
             raise
 
@@ -241,7 +244,8 @@ class WorkFolder(Resumable):
         (self.path / JOURNAL).unlink(missing_ok=True)
         self.state, self._half_gone = {}, False
 
-    def _worth_keeping(self) -> bool:
+    def worth_keeping(self) -> bool:
+        """Whether there is something that only a user may throw away."""
         names = [path.name for path in self.path.glob("*") if not path.name.startswith((JOURNAL, _LOCK))]
         return any(_fits(name, self._kept) for name in names)
 

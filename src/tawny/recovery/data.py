@@ -197,11 +197,17 @@ def read(
     read = max(settings.batch, settings.steps * settings.batch)
     turns = -(-read // _TURN) if len(each) > 1 else 1
     most = [read] if len(each) == 1 else [turns * n for n in shared_out(_TURN, shares)]
-    each = [windows[: max(1, n)] for windows, n in zip(each, most, strict=True)]
+    each = [_spread(windows, max(1, n)) for windows, n in zip(each, most, strict=True)]
     both = torch.cat([*each, held_out])
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
     order = Order(list(map(len, each)), shares, settings.seed)
     return Windows(Samples(both), order, settings.batch, about)
+
+
+def _spread(windows: Tensor, most: int) -> Tensor:
+    """At most so many windows, from the whole of the text: its beginning may be of one kind."""
+    count = len(windows)
+    return windows if count <= most else windows[torch.arange(most) * count // most]
 
 
 def _check_read(loaded: Mixture, each: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from tawny.calibration.mixture import in_words
 from tawny.calibration.text import Text
 from tawny.errors import Interrupted, ModelError, RecipeError
 from tawny.evaluation.sources import author_of
-from tawny.machine import peak_memory
+from tawny.machine import free_memory, peak_memory
 from tawny.model.output import OutputFolder, check_savable
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer, resolve
@@ -30,6 +30,7 @@ from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
+from tawny.record import Clock
 from tawny.recovery.crops import PIXELS, crops_of
 from tawny.recovery.data import Reading, check_given, read, read_given, written_tokens
 from tawny.recovery.processes import Processes
@@ -39,6 +40,7 @@ from tawny.recovery.student import LEAST_SPARSITY, Student
 from tawny.recovery.teacher import check_not_own_teacher, check_teacher, check_tokenizers, is_own_teacher
 from tawny.recovery.training import Training
 from tawny.recovery.writing import check_apart
+from tawny.words import size
 
 # What lies in OUT.recovery: states, the best weights, parts to be joined, the teacher's hidden states and their index.
 _SHELVED = (
@@ -48,6 +50,7 @@ _SHELVED = (
     "teacher-*.bin",
     "teacher-*.json",
 )
+_STEP_BYTES = 12  # of a trained number, from the first step on: its gradient and two moments
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ def recover_dense(request: Request) -> RecoveryRecord:
             if failure is not None:
                 processes.wait()  # the error of one process ends them all: not before the first has written
         except KeyboardInterrupt as error:
-            left = "the same command goes on from the last state it saved"
+            left = "this training has saved no state yet, and the same command begins it anew"
+            if request.out is not None and _work(request.out).worth_keeping():
+                left = "the same command goes on from the last state it saved"
             if isinstance(request.source, nn.Module):
                 left = "the model has the best weights measured so far, and the same call begins anew"
             raise Interrupted(f"stopped by Ctrl-C; {left}") from error
@@ -105,7 +110,7 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     folder = None if isinstance(source, nn.Module) else resolve(source, request.progress.say)
     work: WorkFolder | None = None
     if out is not None:
-        work = WorkFolder(out, "recovery", _SHELVED, kept=("state*.safetensors",))
+        work = _work(out)
         check_apart(work, {"model": source, "teacher": teacher})
         ending.enter_context(work)
         if folder is None:  # a live model's run leaves nothing to go on from
@@ -131,15 +136,18 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
         ending.callback(output.discard)
     if not predicts_tokens(stack.model):
         _check_encoder(stack, teacher_stack)
-    reading = _reading(request, stack, teacher_stack, dense, reader, processes)
+    clock = Clock()
+    with clock("text"):
+        reading = _reading(request, stack, teacher_stack, dense, reader, processes)
     # What is not made of tokens is as long as its model makes it.
     slow = settings.lr is None and settings.train == "survivors" and input_of(stack.model) == PIXELS
     settings = Recovery.make(settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.lr)
     student = Student(stack, settings, processes, request.kinds)
     ending.callback(student.close)
     check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
+    _tell_memory(student, settings, request.progress)
     training = Training(
-        settings, student, teacher_stack, reading, processes, output, folder, request.progress
+        settings, student, teacher_stack, reading, processes, output, folder, request.progress, clock
     )
     training.record.source = str(source) if folder else type(source).__name__
     if teacher is not None:
@@ -147,6 +155,25 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     training.shelve(work, request.overwrite)
     ending.push(lambda _, error, __: training.give_up(error))
     return training
+
+
+def _tell_memory(student: Student, settings: Recovery, progress: Progress) -> None:
+    """Say before any forward if gradients and moments do not fit: the first step makes them, after the teacher's walk."""
+    free = free_memory()
+    if student.stack.device.type != "cpu" or free is None:
+        return
+    needed = sum(_STEP_BYTES * t.numel() for one in student.coordinates for t in one.tensors.values())
+    if needed > free:
+        less = "; -o checkpointing=true takes less of what comes beside them"
+        if settings.trains_survivors and not settings.values:
+            less = "; -o train=lora or -o train=norms takes less"
+        progress.say(
+            f"gradients and moments will take {size(needed)}, and {size(free)} of memory are free{less}"
+        )
+
+
+def _work(out: Path) -> WorkFolder:
+    return WorkFolder(out, "recovery", _SHELVED, kept=("state*.safetensors",))
 
 
 def _reader(request: Request, stack: Stack, folder: Path | None, dense: Path | None) -> Any:

@@ -90,6 +90,8 @@ class Shelf:
                         # As in torch's own loader, only a fused step counts where its tensor is.
                         for key in _OF_EACH if self.optimiser.defaults["fused"] else _MOMENTS:
                             kept[key] = kept[key].to(tensor.device)
+                        # Views of the file would hold its place on the disk after it is deleted.
+                        kept = {key: value.clone() for key, value in kept.items()}
                         self.optimiser.state[tensor] = kept
         except (SafetensorError, OSError) as error:
             raise OutputError(f"{path} cannot be read ({error}): pass --overwrite to start anew") from error
@@ -103,26 +105,27 @@ class Shelf:
             if state := self.optimiser.state.get(tensor):
                 tensors |= {f"{name}|{key}": state[key] for key in _OF_EACH}
         metadata = {"standing": json.dumps(asdict(standing))}
-        before = self._states()
+        before = self._kept("state")
         self.work.write_tensors(name := f"state{self._tag}-{standing.step}.safetensors", tensors, metadata)
         if self.parts is not None:
             self.parts.wait()  # an older part goes when every newer one is there
-        for path in before:
-            if path.name != name:
+        best = f"best{self._tag}-{(standing.best or {}).get('step', 0):.0f}.safetensors"
+        for path in [*before, *self._kept("best")]:
+            if path.name not in (name, best):
                 path.unlink()
 
     def _state(self) -> Path | None:
         """The file to go on from. Of parts the newest that every process has, for a crash may come between two writes."""
         if self.work is None:
             return None
-        mine = {int(path.stem.rpartition("-")[2]): path for path in self._states()}
+        mine = {int(path.stem.rpartition("-")[2]): path for path in self._kept("state")}
         everybodys = [list(mine)] if self.parts is None else self.parts.all_of(list(mine))
         common = set.intersection(*map(set, everybodys))
         return mine[max(common)] if common else None
 
-    def _states(self) -> list[Path]:
+    def _kept(self, what: str) -> list[Path]:
         assert self.work is not None
-        return list(self.work.path.glob(f"state{self._tag}-*.safetensors"))
+        return list(self.work.path.glob(f"{what}{self._tag}-*.safetensors"))
 
     def join(self) -> Callable[[str], torch.Tensor]:
         """From the parts of all processes the whole vector of a name, for the first process to write."""
@@ -143,18 +146,19 @@ class Shelf:
 
         return whole
 
-    def keep_best(self) -> None:
+    def keep_best(self, step: int) -> None:
+        """The weights of this step; an older file goes when a state names this one."""
         tensors = self._tensors()
         if self.work is None:
             self._best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         else:
-            self.work.write_tensors(f"best{self._tag}.safetensors", tensors)
+            self.work.write_tensors(f"best{self._tag}-{step}.safetensors", tensors)
 
-    def restore_best(self) -> None:
+    def restore_best(self, step: int) -> None:
         if self.work is None:
             self._put_back(self._best.__getitem__)
         else:
-            with safe_open(self.work.path / f"best{self._tag}.safetensors", framework="pt") as file:
+            with safe_open(self.work.path / f"best{self._tag}-{step}.safetensors", framework="pt") as file:
                 self._put_back(file.get_tensor)
 
     def _tensors(self) -> dict[str, torch.Tensor]:

@@ -61,12 +61,13 @@ class Training:
         output: OutputFolder | None,
         folder: Path | None,
         progress: Progress,
+        clock: Clock,
     ) -> None:
         self.settings, self.student, self.reading = settings, student, reading
         self.processes, self.output, self.progress = processes, output, progress
         self._teacher_stack, self.folder = teacher, folder
         self.teacher: Teacher | None = None
-        self.clock = Clock()
+        self.clock = clock
         self.standing = Standing()
         self.steps = settings.steps
         self._begun = time.perf_counter()
@@ -125,7 +126,9 @@ class Training:
         self.shelf = Shelf(work, self.student.coordinates, self.optimiser, parts)
         if found := self.shelf.load():
             self.standing, self._saved = found, found.step
+            text = self.clock.seconds["text"]
             self.clock.go_on(found.phases)
+            self.clock.seconds["text"] = text + found.phases.get("text", 0.0)
             self.progress.say(
                 f"going on after step {found.step} of {self.steps}; remove {work and work.path} to start over instead"
             )
@@ -376,8 +379,8 @@ class Training:
             each = self._elapsed() / max(1, len(standing.curve))
         else:
             each = _STEP_FORWARDS * self._a_token() * settings.batch * settings.seqlen / self.processes.size
-        if not each:
-            return self.steps
+        if not each:  # gone on with before the first step: one is walked, which says how long they take
+            return 1
         return max(1, math.ceil((self._ends - self._elapsed()) / each))
 
     def _a_token(self) -> float:
@@ -430,7 +433,7 @@ class Training:
         self.progress.say(line)
         if standing.best is None or entry["loss"] < standing.best["loss"]:
             if self._keeps:
-                self.shelf.keep_best()
+                self.shelf.keep_best(standing.step)
             standing.best, standing.stale = entry, 0  # once it is kept: Ctrl-C may come between
         else:
             standing.stale += 1
@@ -483,14 +486,14 @@ class Training:
     def give_up(self, error: object) -> None:
         """After an error, leave a live model with its best weights: no folder has better ones."""
         if error is not None and self.shelf.work is None and self.standing.best is not None:
-            self.shelf.restore_best()
+            self.shelf.restore_best(int(self.standing.best["step"]))
 
     def finish(self, failure: NumericalError | None) -> RecoveryRecord:
         """Go back to the best weights, count the zeros, write."""
         record, standing, settings = self.record, self.standing, self.settings
         best = standing.best
         if best is not None and self._keeps and (failure is not None or best["step"] != standing.step):
-            self.shelf.restore_best()
+            self.shelf.restore_best(int(best["step"]))
         if best is not None and best["step"] == 0 and standing.step:
             record.warnings.append(
                 f"no measurement was better than the start, so the model is unchanged: try another --lr than "
@@ -515,7 +518,8 @@ class Training:
             record.tokens_per_second = record.tokens / trained
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
         # Not `_elapsed`, for which the other processes would wait until this one has written.
-        record.seconds["total"] = round(standing.seconds + time.perf_counter() - self._begun, 3)
+        total = standing.seconds + time.perf_counter() - self._begun + self.clock.seconds["text"]
+        record.seconds["total"] = round(total, 3)
         record.peak_memory = peak_memory()
         if self.output is not None:
             self.output.write_text("recover.json", record.to_json())
