@@ -35,6 +35,20 @@ def packed_llama(tmp_path_factory) -> Path:
     return base / "packed"
 
 
+def test_a_pickle_beside_other_files_is_not_opened(tmp_path):
+    folder = saved(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "adapter_model.bin"}))
+    with pytest.raises(ModelError, match="names 'adapter_model.bin' as its weights"):
+        tawny.load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.bin").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    with pytest.raises(ModelError, match="no file named model.safetensors"):
+        tawny.load(folder)
+
+
 def test_two_loads_of_one_type_are_told_apart_from_a_cast(packed_llama):
     assert tawny.load(packed_llama).dtype is torch.bfloat16
     model = tawny.load(packed_llama, dtype="float32")

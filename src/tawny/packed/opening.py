@@ -99,7 +99,12 @@ def load(
 
     if packed:
         PackedFolder(folder)  # names what is wrong with an index that transformers would stumble over
-    kind = model_class(read_config(folder))
+    config = read_config(folder)
+    kind, named = model_class(config), config.to_dict().get("transformers_weights")
+    if named is not None and not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise ModelError(
+            f"{folder} names {named!r} as its weights (transformers_weights in config.json), expected a safetensors file"
+        )
     if not packed and settings_of(folder) is not None:
         return _decoded(folder, dtype, device)
     try:
@@ -108,6 +113,7 @@ def load(
                 folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
+                use_safetensors=True,  # of other names than its own, transformers would rather take a pickle beside them
                 output_loading_info=True,
                 trust_remote_code=trusted(),
             )
