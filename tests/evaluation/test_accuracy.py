@@ -171,6 +171,7 @@ def test_the_command_line_shows_accuracy_beside_features(run, seen):
         ((seen.root / "reads", "--labels", seen.table), "--labels can be said of pictures only"),
         ((seen.root / "reads", "--strict"), "--strict can be said of pictures only"),
         ((seen.dense, "--labels", seen.table), "and sample was given: give one images:DIR"),
+        ((seen.dense, *pictures, "--labels", seen.table, "--seqlen", 64), "so --seqlen says nothing of it"),
         ((seen.dense, *pictures, "--labels", "none.csv"), "'none.csv': no such table"),
     ):
         code, out, err = run("eval", *arguments)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tawny
-from tawny.errors import ModelError
+from tawny.errors import ModelError, RecipeError
 from tawny.evaluation import compare as compare_module
 from tawny.evaluation import features as features_module
 from tawny.model.streams import Samples
@@ -93,6 +93,12 @@ def test_a_single_score_is_no_distribution():
     tawny.prune(pruned, sparsity=0.6, solver="magnitude", allocator="uniform")
     found = tawny.features(pruned, dense, Samples(inputs_for(dense), seqlen=17))
     assert found.kl is None and found.top1 is None and found.error > 0
+
+
+def test_a_length_in_tokens_is_refused_for_pictures():
+    dense, pruned = pair("vit")
+    with pytest.raises(RecipeError, match="seqlen counts tokens, and this model takes pixel_values"):
+        tawny.features(pruned, dense, seqlen=64)
 
 
 def test_a_batch_is_timed_of_what_the_model_takes():

@@ -10,6 +10,7 @@ import torch
 
 import tawny
 from tawny.allocation import Alpha, LinearInfo
+from tawny.cli.profile import SPARSITY
 from tawny.errors import Interrupted, RecipeError
 from tawny.model.stack import live_stack
 from tawny.progress import Silent
@@ -49,6 +50,10 @@ def test_the_default_rows_show_what_a_pattern_makes_of_owl():
     assert {value % 0.25 for row in report.allocations.values() for value in row} == {0.0}
     assert report.allocations["owl M=5"] == named.allocations["owl"]
     assert tawny.profile(model, pattern="3:8", **data).sparsity == 0.625
+
+
+def test_a_profile_has_the_sparsity_of_the_command_line_where_none_is_given():
+    assert tawny.profile(tiny_model("llama"), calibration=tokens()).sparsity == SPARSITY
 
 
 @pytest.mark.parametrize("pattern", ["blocks", "heads", "channels+heads"])

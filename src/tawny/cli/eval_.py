@@ -153,7 +153,7 @@ def eval_(
             with console.progress() as progress:
                 common["progress"] = progress
                 if _shows_pictures(model, text, labels, strict, against is not None):
-                    _check_encoder(model, stride, bos)
+                    _check_encoder(model, stride, bos, seqlen if labels is not None else None)
                     shown = {"samples": windows, "strict": strict, **common}
                     if labels is not None:
                         found = tawny.accuracy(
@@ -224,9 +224,13 @@ def _shows_pictures(
     return False
 
 
-def _check_encoder(model: str, stride: int | None, bos: bool | None) -> None:
-    """Refuse what says nothing where features are compared."""
-    for given, said in ((stride, "--stride says"), (bos, "--bos and --no-bos say")):
+def _check_encoder(model: str, stride: int | None, bos: bool | None, tokens: int | None) -> None:
+    """Refuse what says nothing where features or classes are compared; `tokens` is a `--seqlen` beside labels of pictures."""
+    for given, said in (
+        (stride, "--stride says"),
+        (bos, "--bos and --no-bos say"),
+        (tokens, "--seqlen says"),
+    ):
         if given is not None:
             from tawny.errors import RecipeError
 

@@ -31,7 +31,7 @@ from tawny.calibration.context import check_ids, seqlen_of
 from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import Texts, load_texts
 from tawny.calibration.windows import evaluation_windows, tokenise
-from tawny.errors import ModelError
+from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.hidden_states import stream_through
 from tawny.evaluation.sources import open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
@@ -107,6 +107,7 @@ def features(
 
     Raises:
         ModelError: the two give features of different shapes, take different inputs, or have different tokenizers.
+        RecipeError: `seqlen` is given for a model that does not read tokens.
         TextError: the text does not hold as many windows, or no picture can be read.
     """
     start = time.perf_counter()
@@ -157,6 +158,8 @@ def _samples(
         positions = None if TOKENS in data else stack.positions(data)
         given, about = Samples(data, seqlen=positions), {"data": "given", "sha256": ""}
     elif kinds[0] != TOKENS:
+        if seqlen is not None:
+            raise RecipeError(f"seqlen counts tokens, and this model takes {kinds[0]}: leave it out")
         pictures = PICTURES if data is None else data
         how: dict[str, Any] = {"processor": tokenizer, "say": progress.say, "strict": strict}
         read = read_inputs(stack, folder, pictures, samples or MOST_PICTURES, _SEED, **how)

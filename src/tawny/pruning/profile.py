@@ -74,8 +74,8 @@ def profile(
 
     Args:
         source: a folder, hub id, `.gguf` file, `smollm2`, or a live module.
-        recipe: calibration, include and exclude are used; `keys` override single entries. Where its pattern removes whole
-            blocks, channels or heads, sparsities are those of single weights.
+        recipe: calibration, include and exclude are used; `keys` override single entries. Sparsities are for a mean of 0.7 unless
+            it or its pattern says another. Where its pattern removes whole blocks, channels or heads, they are those of single weights.
         Ms: an outlier is a score above M times the block's mean (OWL, 2310.05175, section 3).
         allocators: names whose sparsities are given; the recipe's own with its options, others with their defaults.
             Empty: OWL for every M.
@@ -92,7 +92,7 @@ def profile(
         if not 0 < M < math.inf:
             raise RecipeError(f"M is {M:g}; expected a positive multiple of the mean score, such as 5 (-M 5)")
     named, given = text_or_tokens(calibration)
-    recipe = resolve_recipe(recipe, default_sparsity=0.5, **named, **keys)
+    recipe = resolve_recipe(recipe, default_sparsity=0.7, **named, **keys)
     named_allocators = {name: _allocator(name, recipe) for name in dict.fromkeys(allocators)}
     survey = Survey(Joint(named_allocators), Ms)
     purpose = Purpose(samples=survey.needs != "none", changes=False)

@@ -104,7 +104,8 @@ def fit(
 
     Args:
         source: a folder, hub id, `.gguf` file or `smollm2`.
-        out: the packed folder to write. `allocation.yaml` in it is what was chosen, and its `recipe.yaml` makes it again.
+        out: the packed folder to write. `allocation.yaml` in it is what was chosen, unless one kind for all linears won; its `recipe.yaml`
+            makes it again.
         size: of the weight files and their index, such as `700MB`; GB = 10⁹ bytes.
         bits: the same for each weight of the model, embeddings and head included: 8 × bytes / weights. Give one of the three.
         speed: tokens a second of one sequence, at what this machine's memory and kernels are measured to reach now.
