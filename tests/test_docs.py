@@ -137,20 +137,22 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
         )
         for sparsity, dense in ((0.5, 10.0), (0.6, 11.0), (0.7, 12.0))
     )
-    kinds = (("recovered", 10, 30.0), ("recovered", 30, 25.0), ("control", 10, 18.0))
-    recovery = {
-        "dense": {"evaluation": {"wiki": {"perplexity": 20.0}}, "packed": {"file_bytes": 8e6}},
-        "cells": [
-            {
-                "kind": kind,
-                "minutes": minutes,
-                "sparsity": sparsity,
-                "evaluation": {"wiki": {"perplexity": value}},
-                "packed": None if kind == "control" else {"file_bytes": 8e6 * (1 - sparsity)},
-            }
-            for kind, minutes, value in kinds
-            for sparsity in (0.5, 0.6, 0.7)
-        ],
+
+    def cell(wiki, code):
+        texts = {"wiki": {"perplexity": wiki}, "other": {}, "code": {"perplexity": code}}
+        return {"bytes": 4e9, "decode_tokens_per_second": 5.0, "texts": texts}
+
+    evidence = {
+        "setting": {"samples": 16, "seqlen": 512, "windows": 4, "eval_seqlen": 1024},
+        "cells": {
+            "dense": cell(10.0, 5.0),
+            "official-owl-sparsegpt-70:0.5": cell(18.0, 8.0),
+            "official-owl-sparsegpt-70:0.6": cell(30.0, 15.0),
+            "fast:0.5": cell(15.0, 7.0),
+            "fast:0.5:int8": cell(15.0, 7.0) | {"bytes": 1.3e9, "decode_tokens_per_second": 16.5},
+            "fast:0.6": cell(25.0, 11.0),
+            "recovered:60": cell(12.0, 5.5),
+        },
     }
     decode = {
         "measurements": [
@@ -180,24 +182,19 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
             "cells": {name: {"decode_tokens_per_second": value} for name, value in speeds.items()},
         },
     }
-    made = readme["glance"](recipes, recovery, decode, frontier).splitlines()
+    made = readme["glance"](evidence, recipes, decode, frontier).splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ", 1)[1] for line in made if line.startswith("| ")}
-    assert (
-        rows["| perplexity, × dense: OWL and SparseGPT, as their authors run them"]
-        == "1.00 | 3.00 | 3.30 | 3.60 |"
-    )
-    assert rows["| perplexity, × dense: `tawny prune`"] == "1.00 | 2.00 | 2.20 | 2.40 |"
-    assert rows["| perplexity, × dense: `tawny prune -c best`"] == "1.00 | 1.50 | 1.65 | 1.80 |"
-    assert (
-        rows["| perplexity, × dense: `tawny prune`, then 10 minutes of `tawny recover`"]
-        == "1.00 | 1.50 | 1.50 | 1.50 |"
-    )
-    assert rows["| file size, packed"] == "8 MB | 4 MB | 3 MB | 2 MB |"
-    assert rows["| decoding speed, × dense"] == "1.00 | – | – | 2.50 |"
+    assert rows["| OWL and SparseGPT, as their authors run them"] == "1.80, 1.60 | 3.00, 3.00 |"
+    assert rows["| `tawny prune`"] == "1.50, 1.40 | 2.50, 2.20 |"
+    assert rows["| `tawny prune -c best`"] == "– | – |"
+    assert rows["| `tawny prune -c best`, then an hour of `tawny recover`"] == "1.20, 1.10 | – |"
+    assert rows["| file size, packed in int8 (dense: 4.00 GB)"] == "1.30 GB | – |"
+    assert rows["| decoding speed, packed in int8, × dense"] == "3.3 | – |"
     assert rows["| `tawny fit --bits 5`"] == "1,000 MB | 0.0200 ± 0.0010, 0.0200 ± 0.0010 | 15.0 |"
     assert rows["| `tawny fit --bits 4.13`"].endswith("| 19.0 |")
     assert len(rows) == 14  # six claims and six models, and two heads
-    (note,) = (line for line in made if "to 0.90 ×" in line)
+    (note,) = (line for line in made if "A small model loses more" in line)
+    assert "SmolLM2-135M has 2.00 × at 50%, 2.20 × at 60%, 2.40 × at 70% on `wiki`." in note
     assert "7B at 70%: 4.00 × (int8 with its head) of the dense speed." in note
 
 

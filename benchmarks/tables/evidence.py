@@ -21,12 +21,13 @@ def evidence(result: Mapping[str, Any]) -> str:
     dense = cells["dense"]["texts"]
     texts = list(dense)
     heads = [f"{text.split('.')[0]}, ×" for text in texts]
+    limits = sorted({cell["limit"] for cell in cells.values() if "limit" in cell})
     lines = [
         f"Calibration: {setting['samples']} × {setting['seqlen']} tokens, half wiki and half code. Measured on {setting['windows']} windows of "
         f"{setting['eval_seqlen']} tokens of each text. × is of the dense model.\n",
-        f"| | file | {' | '.join(heads)} | KL on {texts[0]} | KL on {texts[-1]} | decode, tokens/s "
+        f"| | file | {' | '.join(heads)} | KL on {texts[0]} | KL on {texts[-1]} | {'seven tasks | ' if limits else ''}decode, tokens/s "
         "| prefill, tokens/s | made in | peak memory |",
-        f"|---|---|{'---|' * len(texts)}---|---|---|---|---|---|",
+        f"|---|---|{'---|' * len(texts)}---|---|{'---|' if limits else ''}---|---|---|---|",
     ]
     for name, cell in cells.items():
         quality = []
@@ -37,6 +38,9 @@ def evidence(result: Mapping[str, Any]) -> str:
         kl = [
             f"{cell['texts'][text]['kl']:.3f}" if name != "dense" else "0" for text in (texts[0], texts[-1])
         ]
+        if limits:
+            known = "limit" in cell
+            kl.append(f"{cell['mean']:.1%} ± {100 * cell['mean_stderr']:.1f}" if known else "–")
         speeds = [
             f"{cell[key]:.1f}" if key in cell else "–"
             for key in ("decode_tokens_per_second", "prefill_tokens_per_second")
@@ -47,8 +51,9 @@ def evidence(result: Mapping[str, Any]) -> str:
         memory = f"{cell['peak_memory'] / 1e9:.1f} GB" if cell.get("peak_memory") else "–"
         row = [_named(name), f"{cell['bytes'] / 1e9:.2f} GB", *quality, *kl, *speeds, made, memory]
         lines.append(f"| {' | '.join(row)} |")
+    tasks = f" Tasks: the mean of {limits[-1]} documents each." if limits else ""
     lines.append(
-        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads but where one is said, beside other work. One seed. Dates stand in the file.</sub>\n"
+        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads but where one is said, beside other work. One seed.{tasks} Dates stand in the file.</sub>\n"
     )
     return "\n".join(lines)
 
@@ -59,7 +64,7 @@ def _named(name: str) -> str:
         return f"llama.cpp {name[6:]}"
     if name.startswith("recovered:"):
         _, minutes, *kind = name.split(":")
-        return f"fast 50%, recovered for {minutes} min{''.join(f', packed {one}' for one in kind)}"
+        return f"best 50%, recovered for {minutes} min{''.join(f', packed {one}' for one in kind)}"
     if name.startswith("int"):
         kind, group = name.split(":")
         return f"{kind}, groups of {group}, no zeros"

@@ -1,20 +1,22 @@
-"""The tables of the README: six rows about one model, and a larger one at the bytes of another tool's file."""
+"""The tables of the README: what pruning one model costs and brings, and what it has at the bytes of another tool's file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tables.shared import SHAPE_NAMES, over_seeds
 from tables.speed import baseline_of, speed
 from tawny.words import kl_text
 
-_SPARSITIES = (0.5, 0.6, 0.7)
-_RECIPES = {
-    "official-owl-sparsegpt-70": "OWL and SparseGPT, as their authors run them",
-    "fast": "`tawny prune`",
-    "best": "`tawny prune -c best`",
+_SPARSITIES = (0.5, 0.6)
+_MODELS = {
+    "official-owl-sparsegpt-70:{}": "OWL and SparseGPT, as their authors run them",
+    "fast:{}": "`tawny prune`",
+    "best:{}": "`tawny prune -c best`",
+    "recovered:60": "`tawny prune -c best`, then an hour of `tawny recover`",
 }
+_PACKED = "fast:{}:int8"
 _SAME = {
     "llama:Q4_K_M": "llama.cpp Q4_K_M",
     "fit:5": "`tawny fit --bits 5`",
@@ -23,39 +25,57 @@ _SAME = {
     "llama:Q2_K": "llama.cpp Q2_K",
     "fit:3.38": "`tawny fit --bits 3.38`",
 }
-_SHAPE, _LARGE = "smollm2", "7b"  # the model of all rows, and the one that the note adds
+_LARGE, _LARGE_SPARSITY = "7b", 0.7  # the shape whose speed the note adds
 _VARIANTS = {"packed bf16": "bf16", "packed int8, int8 head": "int8 with its head"}
 
 
 def glance(
+    evidence: Mapping[str, Any],
     recipes: Mapping[str, Any],
-    recovery: Mapping[str, Any],
     decode: Mapping[str, Any],
     frontier_qwen: Mapping[str, Any],
 ) -> str:
-    """One row for each claim, one column for each sparsity; and what has the same bytes.
+    """What pruning one real model costs and brings; and what has the bytes of another tool's file.
 
     Args:
-        recipes, recovery, decode, frontier_qwen: the results files of these names.
+        evidence, recipes, decode, frontier_qwen: the results files of these names.
     """
+    cells, setting = evidence["cells"], evidence["setting"]
+    dense = cells["dense"]
+    texts = list(dense["texts"])
+
+    def row(name: str, pattern: str, shown: Callable[[Mapping[str, Any]], str]) -> str:
+        """`–` where nothing was measured. A name without a sparsity stands under 50 %."""
+        names = [pattern.format(s) if "{}" in pattern or s == _SPARSITIES[0] else "" for s in _SPARSITIES]
+        return f"| {name} | {' | '.join(shown(cells[cell]) if cell in cells else '–' for cell in names)} |"
+
+    def quality(cell: Mapping[str, Any]) -> str:
+        """On the first text and on the last."""
+        lost = (
+            cell["texts"][text]["perplexity"] / dense["texts"][text]["perplexity"]
+            for text in (texts[0], texts[-1])
+        )
+        return ", ".join(f"{times:.2f}" for times in lost)
+
+    def size(cell: Mapping[str, Any]) -> str:
+        return f"{cell['bytes'] / 1e9:.2f} GB"
+
+    def speed_up(cell: Mapping[str, Any]) -> str:
+        key = "decode_tokens_per_second"
+        return f"{cell[key] / dense[key]:.1f}" if key in cell else "–"
+
     lines = [
-        f"| | dense | {' | '.join(f'{sparsity:.0%}' for sparsity in _SPARSITIES)} |",
-        f"|---|---|{'---|' * len(_SPARSITIES)}",
-        *_perplexities(recipes, recovery),
-        *_files(recovery),
-        _row("decoding speed, × dense", "1.00", _speeds(decode["measurements"], _SHAPE, "packed bf16")),
+        f"| Qwen2.5-Coder-1.5B: perplexity on `wiki` and on code, × dense | {' | '.join(f'{s:.0%}' for s in _SPARSITIES)} |",
+        f"|---|{'---|' * len(_SPARSITIES)}",
+        *(row(name, pattern, quality) for pattern, name in _MODELS.items()),
+        row(f"file size, packed in int8 (dense: {size(dense)})", _PACKED, size),
+        row("decoding speed, packed in int8, × dense", _PACKED, speed_up),
     ]
-    text = recipes["evaluation"]["texts"][0]
-    adapted = min(
-        c["evaluation"][text]["perplexity"] / recovery["dense"]["evaluation"][text]["perplexity"]
-        for c in recovery["cells"]
-        if c["kind"] == "control" and c["minutes"] == _minutes(recovery)
-    )
     return (
         "\n".join(lines)
-        + f"\n\n<sub>{SHAPE_NAMES[_SHAPE]}, perplexity on `{text}`, packed as bf16, decoded on two CPU cores with AVX-512. The dense baseline uses our own tuned "
-        f"kernels. The same {_minutes(recovery):g} minutes of training take the dense model to {adapted:.2f} × on this text."
-        f"{_large(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
+        + f"\n\n<sub>Calibrated on {setting['samples']} × {setting['seqlen']} tokens, half of each, measured on {setting['windows']} × "
+        f"{setting['eval_seqlen']} of each. No calibration saw the measured code. Decoded on two CPU threads; the dense baseline uses our own tuned kernels."
+        f"{_small(recipes)}{_large_shape(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
     )
 
 
@@ -81,59 +101,31 @@ def _same_bytes(frontier: Mapping[str, Any]) -> str:
     )
 
 
-def _minutes(recovery: Mapping[str, Any]) -> float:
-    """The shortest recovery."""
-    return float(min(c["minutes"] for c in recovery["cells"] if c["kind"] == "recovered"))
-
-
-def _perplexities(recipes: Mapping[str, Any], recovery: Mapping[str, Any]) -> list[str]:
+def _small(recipes: Mapping[str, Any]) -> str:
+    """What a small model loses with the default."""
     text = recipes["evaluation"]["texts"][0]
     dense = recipes["dense"]["evaluation"][text]["perplexity"]
-    lines = []
-    for recipe, name in _RECIPES.items():
-        cells = [c for c in recipes["cells"].values() if c["recipe"] == recipe and not c["changes"]]
-        values = [
-            over_seeds(some, text)["perplexity"] / dense
-            for some in ([c for c in cells if c["sparsity"] == s] for s in _SPARSITIES)
-        ]
-        lines.append(_row(f"perplexity, × dense: {name}", "1.00", [f"{value:.2f}" for value in values]))
-    found = {
-        (c["minutes"], c["sparsity"]): c["evaluation"][text]["perplexity"]
-        for c in recovery["cells"]
-        if c["kind"] == "recovered"
-    }
-    dense = recovery["dense"]["evaluation"][text]["perplexity"]
-    minutes = _minutes(recovery)
-    values = [found[minutes, sparsity] / dense for sparsity in _SPARSITIES]
-    name = f"`tawny prune`, then {minutes:g} minutes of `tawny recover`"
-    return [*lines, _row(f"perplexity, × dense: {name}", "1.00", [f"{value:.2f}" for value in values])]
+    cells = [c for c in recipes["cells"].values() if c["recipe"] == "fast" and not c["changes"]]
+    sparsities = sorted({c["sparsity"] for c in cells})
+    shown = [
+        f"{over_seeds([c for c in cells if c['sparsity'] == s], text)['perplexity'] / dense:.2f} × at {s:.0%}"
+        for s in sparsities
+    ]
+    return f" A small model loses more: SmolLM2-135M has {', '.join(shown)} on `{text}`."
 
 
-def _files(recovery: Mapping[str, Any]) -> list[str]:
-    sizes = {c["sparsity"]: c["packed"]["file_bytes"] for c in recovery["cells"] if c.get("packed")}
-    shown = [f"{sizes[sparsity] / 1e6:.0f} MB" for sparsity in _SPARSITIES]
-    dense = recovery["dense"]["packed"]["file_bytes"]
-    return [_row("file size, packed", f"{dense / 1e6:.0f} MB", shown)]
-
-
-def _large(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How much faster a larger model decodes at the highest of these sparsities; nothing where that was not measured."""
-    found = {name: _speeds(rows, _LARGE, variant)[-1] for variant, name in _VARIANTS.items()}
-    said = " and ".join(f"{shown} × ({name})" for name, shown in found.items() if shown != "–")
-    return f" {SHAPE_NAMES[_LARGE]} at {_SPARSITIES[-1]:.0%}: {said} of the dense speed." if said else ""
-
-
-def _speeds(rows: Sequence[Mapping[str, Any]], shape: str, variant: str) -> list[str]:
-    """One value for each sparsity, over the tuned dense model."""
+def _large_shape(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much faster a larger model decodes; nothing where that was not measured."""
     most = max(row["threads"] for row in rows)
-    mine = [row for row in rows if row["shape"] == shape and row["threads"] == most]
-    found = {row["sparsity"]: row for row in mine if row["variant"] == variant}
-    shown = []
-    for sparsity in _SPARSITIES:
-        base = baseline_of(mine, found[sparsity], "bf16") if sparsity in found else None
-        shown.append("–" if base is None else f"{speed(found[sparsity]) / speed(base):.2f}")
-    return shown
-
-
-def _row(name: str, dense: str, values: Sequence[str]) -> str:
-    return f"| {name} | {dense} | {' | '.join(values)} |"
+    mine = [row for row in rows if row["shape"] == _LARGE and row["threads"] == most]
+    said = []
+    for variant, name in _VARIANTS.items():
+        for one in mine:
+            base = baseline_of(mine, one, "bf16")
+            if one["sparsity"] == _LARGE_SPARSITY and one["variant"] == variant and base is not None:
+                said.append(f"{speed(one) / speed(base):.2f} × ({name})")
+    return (
+        f" {SHAPE_NAMES[_LARGE]} at {_LARGE_SPARSITY:.0%}: {' and '.join(said)} of the dense speed."
+        if said
+        else ""
+    )
