@@ -40,12 +40,12 @@ def test_a_pickle_beside_other_files_is_not_opened(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "adapter_model.bin"}))
-    with pytest.raises(ModelError, match="names 'adapter_model.bin' as its weights"):
+    with pytest.raises(ModelError, match=r"names 'adapter_model\.bin' as its weights"):
         tawny.load(folder)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "adapter_model.bin").rename(folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
-    with pytest.raises(ModelError, match="no file named model.safetensors"):
+    with pytest.raises(ModelError, match=r"no file named model\.safetensors"):
         tawny.load(folder)
 
 
