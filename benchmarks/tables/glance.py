@@ -14,7 +14,7 @@ _MODELS = {
     "official-owl-sparsegpt-70:{}": "OWL and SparseGPT, as their authors run them",
     "fast:{}": "`tawny prune`",
     "best:{}": "`tawny prune -c best`",
-    "recovered:60": "`tawny prune -c best`, then an hour of `tawny recover`",
+    "recovered:{minutes}": "`tawny prune -c best`, then {minutes} minutes of `tawny recover`",
 }
 _PACKED = "fast:{}:int8"
 _SAME = {
@@ -43,11 +43,16 @@ def glance(
     cells, setting = evidence["cells"], evidence["setting"]
     dense = cells["dense"]
     texts = list(dense["texts"])
+    trained = (name.split(":") for name in cells if name.startswith("recovered:"))
+    minutes = next((parts[1] for parts in trained if len(parts) == 2), "60")
 
     def row(name: str, pattern: str, shown: Callable[[Mapping[str, Any]], str]) -> str:
         """`–` where nothing was measured. A name without a sparsity stands under 50 %."""
-        names = [pattern.format(s) if "{}" in pattern or s == _SPARSITIES[0] else "" for s in _SPARSITIES]
-        return f"| {name} | {' | '.join(shown(cells[cell]) if cell in cells else '–' for cell in names)} |"
+        names = [
+            pattern.format(s, minutes=minutes) if "{}" in pattern or s == _SPARSITIES[0] else ""
+            for s in _SPARSITIES
+        ]
+        return f"| {name.format(minutes=minutes)} | {' | '.join(shown(cells[cell]) if cell in cells else '–' for cell in names)} |"
 
     def quality(cell: Mapping[str, Any]) -> str:
         """On the first text and on the last."""

@@ -444,6 +444,25 @@ def test_what_memory_will_not_hold_is_said_before_the_first_forward(monkeypatch)
         assert progress.said.count("of memory are free; -o train=lora") == told
 
 
+def test_a_run_of_few_steps_begins_gently():
+    dense, pruned = dense_and_pruned()
+    rates = [e["lr"] for e in recover_live(pruned, dense, tokens=24 * 4 * 20, lr=1e-3).curve]
+    assert rates[:6] == pytest.approx([1e-3 * step / 8 for step in range(1, 7)])
+    assert max(rates) > 7e-4 and rates[-1] == pytest.approx(2e-5)
+    dense, pruned = dense_and_pruned()
+    rates = [e["lr"] for e in recover_live(pruned, dense, lr=1e-3, warmup=0).curve]
+    assert rates[0] == max(rates) > 9e-4
+
+
+def test_wide_models_take_smaller_steps():
+    for width, rate in ((32, None), (576, None), (1536, 1.1e-4), (4096, 4.2e-5)):
+        assert tawny.Recovery.make().rate_for(width) == rate
+    assert tawny.Recovery.make(lr=1e-3).rate_for(4096) == 1e-3
+    assert tawny.Recovery.make(train="lora").rate_for(4096) is None
+    dense, pruned = dense_and_pruned(hidden_size=1152, intermediate_size=16, num_hidden_layers=1)
+    assert recover_live(pruned, dense, lr=None).settings["lr"] == 1.5e-4
+
+
 def test_numbers_may_be_written_short():
     assert tawny.Recovery.make(tokens="2M").tokens == 2_000_000
     assert tawny.Recovery.make(tokens="1.5k").tokens == 1500

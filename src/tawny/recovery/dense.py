@@ -141,7 +141,10 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
         reading = _reading(request, stack, teacher_stack, dense, reader, processes)
     # What is not made of tokens is as long as its model makes it.
     slow = settings.lr is None and settings.train == "survivors" and input_of(stack.model) == PIXELS
-    settings = Recovery.make(settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.lr)
+    width = next((linear.shape[1] for i in range(len(stack)) for linear in stack.linears(i)), 0)
+    settings = Recovery.make(
+        settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.rate_for(width)
+    )
     student = Student(stack, settings, processes, request.kinds)
     ending.callback(student.close)
     check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)

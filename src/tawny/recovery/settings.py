@@ -23,6 +23,9 @@ from tawny.recipe.schema import TextNames, validated
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
 LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
+# Inputs of a linear up to which survivors bear that rate. Steps of AdamW move all weights alike, so that an output moves by the
+# rate times the width (2203.03466).
+_WIDTH = 576
 # Survivors of models that see: at 3e-5 a ViT-S lost in its first step more than pruning took (docs/encoders.md).
 SEEING_RATE = 3e-6
 
@@ -57,8 +60,8 @@ class Recovery:
         minutes: ends the run and its schedule earlier, evaluations and the teacher's forwards included.
         seqlen, batch, micro_batch: tokens a window, windows an optimiser step, windows a forward. What is not made of tokens
             is as long as its model makes it.
-        lr: the highest; the default depends on `train`, and is lower for models that see.
-        warmup: share of the run in which it rises.
+        lr: the highest; the default depends on `train`, and is lower for wide models and for those that see.
+        warmup: share of the run in which it rises, or eight steps if they are more; 0 begins with the highest.
         kl: weight of KL(teacher‖student) in the loss, the rest is next-token loss; 0 needs no teacher.
         weight_decay: of surviving weights, not of norms, biases or scales.
         clip: largest norm of the gradient.
@@ -143,6 +146,12 @@ class Recovery:
     def trains_survivors(self) -> bool:
         """Whether surviving weights themselves are trained, where they are: what values may be given for."""
         return self.train == "survivors"
+
+    def rate_for(self, width: int) -> float | None:
+        """The highest rate for a model whose first linear has so many inputs; None is the default as it is."""
+        if self.lr is not None or self.train != "survivors" or width <= _WIDTH:
+            return self.lr
+        return float(f"{LEARNING_RATES[self.train] * _WIDTH / width:.2g}")
 
     @property
     def learning_rate(self) -> float:

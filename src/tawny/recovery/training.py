@@ -40,6 +40,7 @@ from tawny.recovery.writing import card, tell_run, write
 from tawny.words import counted, quality_text
 
 _BETAS = (0.9, 0.95)
+_RISING = 8  # steps in which the rate rises at least
 _FINAL = 0.02  # of the peak learning rate, at the end of the cosine
 _MEASURING = 0.1  # of the minutes given, the most that measuring takes
 # Of what is read once, a walk of the teacher: a run that ends early has made few in vain.
@@ -230,20 +231,23 @@ class Training:
             share = max(share, self._elapsed() / self._ends)
         return min(share, 1.0)
 
-    def _rate(self, share: float) -> float:
-        """Linear warm-up, then a cosine down to a fiftieth."""
+    def _rate(self, share: float, step: int) -> float:
+        """Linear warm-up, then a cosine down to a fiftieth. `step` counts from 1.
+
+        AdamW's first steps move every weight by the whole rate. Of a run of few steps, one may pass the share that warms up.
+        """
         settings = self.settings
-        if share < settings.warmup:
-            return settings.learning_rate * share / settings.warmup
-        phase = (share - settings.warmup) / max(1e-9, 1.0 - settings.warmup)
-        return settings.learning_rate * (_FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * phase)))
+        rise = min(share / settings.warmup, step / _RISING) if settings.warmup else 1.0
+        phase = max(0.0, share - settings.warmup) / max(1e-9, 1.0 - settings.warmup)
+        fall = _FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * phase))
+        return settings.learning_rate * min(rise, fall)
 
     def _step(self) -> None:
         settings, standing = self.settings, self.standing
         self._ask_teacher()
         begun = self._elapsed()
         share = self._share(ahead=1)
-        rate = self._rate(share)
+        rate = self._rate(share, standing.step + 1)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with self.clock("train"):
