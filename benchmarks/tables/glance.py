@@ -69,10 +69,12 @@ def glance(
         key = "decode_tokens_per_second"
         return f"{cell[key] / dense[key]:.1f}" if key in cell else "–"
 
+    rows = [row(name, pattern, quality) for pattern, name in _MODELS.items()]
+    unmeasured = "|" + " – |" * len(_SPARSITIES)
     lines = [
         f"| Qwen2.5-Coder-1.5B: perplexity on `wiki` and on code, × dense | {' | '.join(f'{s:.0%}' for s in _SPARSITIES)} |",
         f"|---|{'---|' * len(_SPARSITIES)}",
-        *(row(name, pattern, quality) for pattern, name in _MODELS.items()),
+        *(shown for shown in rows if not shown.endswith(unmeasured)),
         row(f"file size, packed in int8 (dense: {size(dense)})", _PACKED, size),
         row("decoding speed, packed in int8, × dense", _PACKED, speed_up),
     ]

@@ -24,7 +24,8 @@ from tawny.recipe.schema import TextNames, validated
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
 LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
 # Inputs of a linear up to which survivors bear that rate. Steps of AdamW move all weights alike, so that an output moves by the
-# rate times the width (2203.03466).
+# rate times the width (2203.03466), and weights of wide linears are smaller: at 1,536 a third of it did harm
+# (docs/log/learning-rate.md).
 _WIDTH = 576
 # Survivors of models that see: at 3e-5 a ViT-S lost in its first step more than pruning took (docs/encoders.md).
 SEEING_RATE = 3e-6
@@ -151,7 +152,7 @@ class Recovery:
         """The highest rate for a model whose first linear has so many inputs; None is the default as it is."""
         if self.lr is not None or self.train != "survivors" or width <= _WIDTH:
             return self.lr
-        return float(f"{LEARNING_RATES[self.train] * _WIDTH / width:.2g}")
+        return float(f"{LEARNING_RATES[self.train] * (_WIDTH / width) ** 2:.2g}")
 
     @property
     def learning_rate(self) -> float:
