@@ -195,7 +195,12 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
             make(args, "best:0.5", base)
         code = args.work / "code-calibration.txt"
         texts = ["--text", "wiki=0.4", "--text", f"{code}=0.4", "--text", "self=0.2"]
-        less = ["-o", "checkpointing=true", "-o", "micro_batch=2"]  # 23 GB; with all activations 33
+        less = [
+            "-o",
+            "checkpointing=true",
+            "-o",
+            "micro_batch=2",
+        ]  # 23 GB; an estimated 33 with all activations
         tawny_("recover", base, "--teacher", args.model, "--out", folder, *texts, *less, "--minutes", rest)
     elif head.startswith("int"):
         values = {"kind": head, "group_size": int(rest)}

@@ -155,6 +155,16 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
             "recovered:40:int8": cell(12.1, 5.6),
         },
     }
+    trained = (("recovered", 10, 30.0), ("recovered", 30, 25.0), ("control", 10, 18.0))
+    recovery = {
+        "evaluation": {"texts": ["wiki"]},
+        "dense": {"evaluation": {"wiki": {"perplexity": 20.0}}},
+        "cells": [
+            {"kind": kind, "minutes": minutes, "sparsity": s, "evaluation": {"wiki": {"perplexity": value}}}
+            for kind, minutes, value in trained
+            for s in (0.7, 0.5)
+        ],
+    }
     decode = {
         "measurements": [
             {
@@ -183,7 +193,7 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
             "cells": {name: {"decode_tokens_per_second": value} for name, value in speeds.items()},
         },
     }
-    made = readme["glance"](evidence, recipes, decode, frontier).splitlines()
+    made = readme["glance"](evidence, recipes, recovery, decode, frontier).splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ", 1)[1] for line in made if line.startswith("| ")}
     assert rows["| OWL and SparseGPT, as their authors run them"] == "1.80, 1.60 | 3.00, 3.00 |"
     assert rows["| `tawny prune`"] == "1.50, 1.40 | 2.50, 2.20 |"
@@ -196,6 +206,8 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     assert len(rows) == 13  # five claims and six models, and two heads
     (note,) = (line for line in made if "A small model loses more" in line)
     assert "SmolLM2-135M has 2.00 × at 50%, 2.20 × at 60%, 2.40 × at 70% on `wiki`." in note
+    assert "With 10 minutes of `tawny recover` on that text it has 1.50, 1.50 ×" in note
+    assert "the dense model, trained alike, has 0.90 ×." in note
     assert "7B at 70%: 4.00 × (int8 with its head) of the dense speed." in note
 
 

@@ -32,13 +32,14 @@ _VARIANTS = {"packed bf16": "bf16", "packed int8, int8 head": "int8 with its hea
 def glance(
     evidence: Mapping[str, Any],
     recipes: Mapping[str, Any],
+    recovery: Mapping[str, Any],
     decode: Mapping[str, Any],
     frontier_qwen: Mapping[str, Any],
 ) -> str:
     """What pruning one real model costs and brings; and what has the bytes of another tool's file.
 
     Args:
-        evidence, recipes, decode, frontier_qwen: the results files of these names.
+        evidence, recipes, recovery, decode, frontier_qwen: the results files of these names.
     """
     cells, setting = evidence["cells"], evidence["setting"]
     dense = cells["dense"]
@@ -82,7 +83,7 @@ def glance(
         "\n".join(lines)
         + f"\n\n<sub>Calibrated on {setting['samples']} × {setting['seqlen']} tokens, half of each, measured on {setting['windows']} × "
         f"{setting['eval_seqlen']} of each. No calibration saw the measured code. Decoded on two CPU threads; the dense baseline uses our own tuned kernels."
-        f"{_small(recipes)}{_large_shape(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
+        f"{_small(recipes)}{_trained(recovery)}{_large_shape(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
     )
 
 
@@ -119,6 +120,24 @@ def _small(recipes: Mapping[str, Any]) -> str:
         for s in sparsities
     ]
     return f" A small model loses more: SmolLM2-135M has {', '.join(shown)} on `{text}`."
+
+
+def _trained(recovery: Mapping[str, Any]) -> str:
+    """What the shortest training makes of that model, and of the dense one."""
+    text = recovery["evaluation"]["texts"][0]
+    dense = recovery["dense"]["evaluation"][text]["perplexity"]
+    minutes = min(c["minutes"] for c in recovery["cells"] if c["kind"] == "recovered")
+    found = {
+        (c["kind"], c["sparsity"]): c["evaluation"][text]["perplexity"] / dense
+        for c in recovery["cells"]
+        if c["minutes"] == minutes
+    }
+    shown = [f"{times:.2f}" for (kind, _), times in sorted(found.items()) if kind == "recovered"]
+    (control,) = {f"{times:.2f}" for (kind, _), times in found.items() if kind == "control"}
+    return (
+        f" With {minutes:g} minutes of `tawny recover` on that text it has {', '.join(shown)} ×; "
+        f"the dense model, trained alike, has {control} ×."
+    )
 
 
 def _large_shape(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tawny.cli.console import Console
 
 
+_NO_MEMORY = "out of memory: use a shorter --seqlen, and fewer --samples or a smaller -o batch (`tawny plan` estimates a prune)"
+
+
 @contextmanager
 def console_for(as_json: bool) -> Iterator[Console]:
     """A console for the body of a verb; whatever goes wrong in it becomes one line and an exit code."""
@@ -56,9 +59,6 @@ def console_for(as_json: bool) -> Iterator[Console]:
         if os.environ.get("TAWNY_DEBUG"):
             raise
         fail(console, f"unexpected {type(error).__name__}: {error} (TAWNY_DEBUG=1 shows where)", 1)
-
-
-_NO_MEMORY = "out of memory: use a shorter --seqlen, and fewer --samples or a smaller -o batch (`tawny plan` estimates a prune)"
 
 
 def _let_go() -> None:

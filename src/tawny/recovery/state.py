@@ -86,13 +86,14 @@ class Shelf:
                 self._put_back(file.get_tensor)
                 for name, tensor in self._tensors().items():
                     if f"{name}|exp_avg" in names:
-                        kept = {key: file.get_tensor(f"{name}|{key}") for key in _OF_EACH}
                         # As in torch's own loader, only a fused step counts where its tensor is.
-                        for key in _OF_EACH if self.optimiser.defaults["fused"] else _MOMENTS:
-                            kept[key] = kept[key].to(tensor.device)
-                        # Views of the file would hold its place on the disk after it is deleted.
-                        kept = {key: value.clone() for key, value in kept.items()}
-                        self.optimiser.state[tensor] = kept
+                        moved = _OF_EACH if self.optimiser.defaults["fused"] else _MOMENTS
+                        places = {key: tensor.device if key in moved else "cpu" for key in _OF_EACH}
+                        # Copies: views of the file would hold its place on the disk after it is deleted.
+                        self.optimiser.state[tensor] = {
+                            key: file.get_tensor(f"{name}|{key}").to(place, copy=True)
+                            for key, place in places.items()
+                        }
         except (SafetensorError, OSError) as error:
             raise OutputError(f"{path} cannot be read ({error}): pass --overwrite to start anew") from error
         return Standing(**json.loads(found["standing"]))

@@ -72,9 +72,7 @@ class Service:
         self.most = most
         self.ends, self.words = end_tokens(model, tokenizer), words_of(model)
         self._front: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._shown: dict[
-            int, str
-        ] = {}  # of each token that was asked for: a prompt's logprobs ask for thousands
+        self._shown: dict[int, str] = {}  # of each token so far: a prompt's logprobs ask for thousands
 
     @functools.cached_property
     def grammars(self) -> Grammars:
