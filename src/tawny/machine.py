@@ -110,8 +110,8 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
+        torch.empty(0, device=device, dtype=torch.float64)  # sums are in float64, which MPS lacks
+    except (AssertionError, RuntimeError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise MissingFeature(
             f"device {device!r} cannot be used ({reason}): `tawny doctor` lists those that can"

@@ -216,6 +216,41 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_measuring(
     assert calls == []
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("sparsity: 0.5")
+    pruned, compared = (
+        answering(monkeypatch, verb, SimpleNamespace(to_dict=dict, evaluation={}))
+        for verb in ("prune", "compare")
+    )
+    run("prune", "m", "--out=~/pruned", "--recipe=~/r.yaml", "--json")
+    assert pruned[0][0] == ("m", tmp_path / "pruned") and pruned[0][1]["recipe"].sparsity == 0.5
+    (tmp_path / "t.md").mkdir()
+    code, _, err = run("compare", "m", "--markdown=~/t.md")
+    assert code == 2 and f"{tmp_path / 't.md'} is a folder" in err and not compared
+    code, _, err = run("export", "m", "--to", "gguf", "--out=~nobody-of-that-name/m.gguf")
+    assert code == 2 and "~nobody-of-that-name" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ((), []),
+        (("-o", "seed=1"), []),
+        (("-o", "allocator=dlp"), ["dlp"]),
+        (("--allocator", "dlp"), ["dlp"]),
+        (("-c", "fast"), ["atp"]),
+        (("-c", "owl-wanda-70"), []),  # OWL for each M
+        (("-c", "fast", "--allocators", "owl, dlp"), ["owl", "dlp"]),
+    ],
+)
+def test_a_profile_shows_the_allocator_that_was_named(run, monkeypatch, words, shown):
+    calls = answering(monkeypatch, "profile", SimpleNamespace(to_dict=dict))
+    code, _, err = run("profile", "m", *words, "--json")
+    assert code == 0, err
+    assert calls[0][1]["allocators"] == shown
+
+
 def test_options_of_a_search_are_told_from_those_of_its_recipe(run, monkeypatch, tmp_path):
     calls = answering(monkeypatch, "search", SimpleNamespace(to_dict=dict))
     options = ("-s", 0.6, "--budget", "10m", "-o", "search.trials=7", "-o", "seed=3", "--json")
@@ -286,6 +321,11 @@ def test_the_sparsity_of_a_profile_is_what_was_said_last_else_the_recipes_else_t
         (["eval", "m", "--tasks", "rte", "--stride", "4", "--seqlen", "9"], "--seqlen and --stride can"),
         (["eval", "m", "--tasks", "rte", "--no-bos"], "--bos or --no-bos can"),
         (["eval", "m", "--tasks", "rte", "--strict"], "--strict can"),
+        (["compare", "m", "--tasks", "rte", "--windows", "4"], "--windows can be said with --text only"),
+        (
+            ["compare", "m", "--text", "none", "--limit", "5", "--task-data", "d"],
+            "--limit and --task-data can",
+        ),
         (["profile", "m", "--plot", "x.pdf"], ".svg"),
         (["profile", "m", "-s", "0.7", "-o", "pattern=2:4"], "implies"),
         (["profile", "m", "-M", "0"], "M is 0; expected a positive"),

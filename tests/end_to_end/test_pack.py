@@ -121,6 +121,38 @@ def test_prune_with_pack_refuses_before_work_and_never_hides_a_half(run, dense, 
     assert code == 1 and (tmp_path / "packed.dense").exists() and not packed.exists()
 
 
+def test_prune_with_pack_never_replaces_its_source_and_refuses_what_packing_would(
+    run, dense, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tawny, "prune", lambda *_, **__: pytest.fail("pruned for nothing"))
+    before = {path.name: path.read_bytes() for path in dense.iterdir()}
+    words = (*PRUNE, "--pack", "bf16", "--overwrite")
+    code, _, err = run("prune", dense, "--out", dense, *words)
+    assert code == 2 and "is the model itself; a source is never overwritten" in err
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = run("prune", dense, "--out", tmp_path, *words)
+    assert code == 2 and "holds the model" in err
+    assert {path.name: path.read_bytes() for path in dense.iterdir()} == before
+    (notes := tmp_path / "notes").mkdir()
+    (notes / "todo.txt").write_text("mine")
+    code, _, err = run("prune", dense, "--out", notes, *words)
+    assert code == 2 and "is not a checkpoint folder" in err
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "journal.json").write_text("{}")
+    code, _, err = run("prune", dense, "--out", tmp_path / "run", *words[:-1])
+    assert code == 2 and "holds an unfinished run" in err and (tmp_path / "run.partial").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    code, _, err = run("prune", dense, "--out", tmp_path / "link", *words)
+    assert code == 2 and "is a link to nothing" in err
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "dense",
+        "link",
+        "notes",
+        "run.partial",
+    }
+
+
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
 @pytest.mark.parametrize("made", ["by others", "by tawny", "by tawny for another run"])
 def test_a_folder_of_the_users_beside_the_packed_one_is_never_touched(run, dense, tmp_path, made, overwrite):

@@ -214,7 +214,23 @@ def test_names_are_forgiving_and_presets_are_spelt_out():
 
 
 def test_a_task_whose_name_looks_like_a_usual_one_is_found():
-    assert check_tasks("arc_challenge_chat,rte") == ["arc_challenge_chat", "rte"]
+    assert own.find_manager(["arc_challenge_chat", "rte"])
+
+
+def test_a_task_that_cannot_be_asked_costs_no_work(model, data, tmp_path, monkeypatch, run):
+    lacking = tmp_path / "data"
+    lacking.mkdir()
+    (lacking / FILES["rte"][0]).write_bytes((data / FILES["rte"][0]).read_bytes())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = []
+    monkeypatch.setattr(tawny, "evaluate", lambda *_, **__: asked.append("text") or 1 / 0)
+    monkeypatch.setattr(tasks, "ask", lambda *_: asked.append("task") or 1 / 0)
+    for words in (("--text", "wiki"), ()):
+        code, _, err = run("eval", model, *words, "--tasks", "rte,piqa", "--task-data", lacking)
+        assert code == 2 and "'piqa' has no documents in" in err
+    with pytest.raises(TextError, match="'piqa' has no documents"):
+        check_tasks("rte,piqa", lacking)
+    assert not asked
 
 
 def test_mistakes_are_one_line_that_says_what_to_do(model, data, tmp_path):

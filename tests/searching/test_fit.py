@@ -239,6 +239,20 @@ def test_linears_whose_errors_are_far_from_their_role_are_measured_alone(dense, 
     assert all(value >= 0 for value in (*of_block.values(), *of_role.values()))
 
 
+def test_a_probe_that_breaks_the_model_down_is_the_worst_of_all(dense, tmp_path, monkeypatch):
+    measure, calls = Divergence.__call__, []
+
+    def breaking(self, candidates, windows):
+        calls.append(len(candidates))
+        made = measure(self, candidates, windows)
+        return [math.inf, *made[1:]] if len(calls) == 1 else made
+
+    monkeypatch.setattr(Divergence, "__call__", breaking)
+    fitted = tawny.fit(dense, tmp_path / "fitted", bits=9, **KEYS)
+    known = json.loads((tmp_path / "fitted" / "measured.json").read_text())["reactions"]["reactions"]
+    assert fitted.bytes and all(math.isfinite(value) for value in known.values()) and max(known.values()) > 1
+
+
 def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "dense")
     job = prepare(resolve_recipe(sparsity=0), tmp_path / "dense", silent, "cpu")
@@ -466,6 +480,28 @@ def test_the_verb_refuses_what_a_fit_chooses(dense, tmp_path, run, words):
         out = ("--out", tmp_path / "x") if verb == "fit" else ()
         code, _, err = run(verb, dense, "--bits", 9, *out, *words)
         assert code == 2 and "a fit chooses" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("sparsity: 0.7\nallocator: owl", "a fit chooses sparsity and allocator itself"),
+        ("pattern: '2:4'", "a fit chooses pattern itself"),
+        ("seed: 4", None),
+    ],
+)
+def test_the_verb_says_what_of_a_recipe_is_not_used(monkeypatch, tmp_path, run, recipe, words):
+    (tmp_path / "r.yaml").write_text(f"{recipe}\nsolver: sparsegpt")
+    made = []
+    for name in ("fit", "plan_fit"):
+        monkeypatch.setattr(tawny, name, lambda *_, **keys: made.append(keys["recipe"]) or 1 / 0)
+    for verb in (("fit", "m", "--out", tmp_path / "x"), ("plan", "m")):
+        err = run(*verb, "--bits", 4, "-c", tmp_path / "r.yaml")[2]
+        assert words in err if words else "a fit chooses" not in err
+    for recipe in made:
+        assert (recipe.sparsity, recipe.allocator.name, recipe.pattern) == (0.0, "uniform", "unstructured")
+        assert recipe.solver.name == "sparsegpt"
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("kind", [None, "int3"])

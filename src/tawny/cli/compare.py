@@ -20,9 +20,10 @@ from tawny.cli.eval_ import (
     TaskFolder,
     Tasks,
     check_compute,
+    check_useful,
 )
 from tawny.cli.frames import Frame, Marked, Result, facts
-from tawny.cli.options import OUTPUT, AsJson, Device, Threads, TrustRemoteCode, option
+from tawny.cli.options import OUTPUT, AsJson, Device, Threads, TrustRemoteCode, option, path_named
 from tawny.cli.root import verb
 from tawny.machine import check_device
 from tawny.words import duration
@@ -62,8 +63,10 @@ def compare(
     threads: Threads = None,
     compute: Compute = "auto",
     device: Device = None,
-    markdown: Path | None = option("--markdown FILE", "Also write a .md table.", OUTPUT),
-    html: Path | None = option("--html FILE", "Also write a self-contained .html page.", OUTPUT),
+    markdown: Path | None = option("--markdown FILE", "Also write a .md table.", OUTPUT, parser=path_named),
+    html: Path | None = option(
+        "--html FILE", "Also write a self-contained .html page.", OUTPUT, parser=path_named
+    ),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,11 +76,14 @@ def compare(
         check_file("--markdown", markdown, ".md")
         check_file("--html", html, ".html")
         check_device(device or "cpu")
+        text = text or ("none" if tasks is not None else DEFAULT_TEXT)
+        window = {"--windows": windows, "--seqlen": seqlen, "--bos or --no-bos": bos}
+        check_useful(text != "none", "--text", window)
+        check_useful(tasks is not None, "--tasks", {"--limit": limit, "--task-data": task_data})
         import tawny
         from tawny.report.comparison import to_html, to_markdown, write
         from tawny.report.pages import or_say
 
-        text = text or ("none" if tasks is not None else DEFAULT_TEXT)
         with console.progress() as progress:
             result = tawny.compare(
                 models,

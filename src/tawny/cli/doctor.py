@@ -97,8 +97,7 @@ def _devices() -> list[str]:
     try:
         import torch
 
-        found = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-        return [*found, *(["mps"] if torch.backends.mps.is_available() else [])]
+        return [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     except Exception:
         return []
 

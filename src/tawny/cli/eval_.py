@@ -133,18 +133,18 @@ def eval_(
         check_compute(compute)
         on_text = bool(text) or labels is not None or against is not None or tasks is None
         window = {"--windows": windows, "--seqlen": seqlen, "--stride": stride, "--bos or --no-bos": bos}
-        _check_useful(on_text, "--text", {**window, "--strict": strict or None})
-        _check_useful(tasks is not None, "--tasks", {"--limit": limit, "--task-data": task_data})
+        check_useful(on_text, "--text", {**window, "--strict": strict or None})
+        check_useful(tasks is not None, "--tasks", {"--limit": limit, "--task-data": task_data})
         check_device(device or "cpu")
         import tawny
 
         task_data = task_data and str(Path(task_data).expanduser())
-        if tasks is not None:  # before a perplexity that an unknown task would throw away
-            from tawny.evaluation.task_config import find_sources
+        if (
+            tasks is not None and on_text
+        ):  # before a perplexity that a task that cannot be asked would throw away
             from tawny.evaluation.tasks import check_tasks
 
-            check_tasks(tasks)
-            find_sources(task_data)
+            check_tasks(tasks, task_data, model)
         measured: dict[str, Any] = {}
         common: dict[str, Any] = {"compute": compute, "device": device or "cpu"}
         if on_text:
@@ -178,7 +178,7 @@ def eval_(
         console.result(measured, evaluation_tables)
 
 
-def _check_useful(asked: bool, by: str, options: dict[str, Any]) -> None:
+def check_useful(asked: bool, by: str, options: dict[str, Any]) -> None:
     """Refuse options of a measurement that is not asked for."""
     given = [name for name, value in options.items() if value is not None]
     if given and not asked:

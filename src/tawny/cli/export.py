@@ -8,7 +8,7 @@ import typer
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Frame, Result, facts
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, TrustRemoteCode, option
+from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, TrustRemoteCode, option, path_named
 from tawny.cli.root import verb
 from tawny.words import duration, size
 
@@ -16,7 +16,7 @@ from tawny.words import duration, size
 def _file(text: str) -> Path:
     if not text.strip():
         raise typer.BadParameter("it is empty; give a file to write, such as ./model.gguf")
-    return Path(text)
+    return path_named(text)
 
 
 @verb(

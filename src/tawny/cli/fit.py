@@ -58,8 +58,7 @@ def fit(
     What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length. With --budget, more fit.windows pay.
     """
     with console_for(as_json) as console:
-        recipe, own = given.without(CHOSEN_BY_FIT, "a fit chooses").parted("fit.")
-        chosen = recipe.recipe(device=device, allocator="uniform", sparsity=0.0)
+        chosen, own = given.of_fit(console.note, device)
         import tawny
 
         with console.progress() as progress:

@@ -29,16 +29,27 @@ def shared(names: str, help: str, panel: str, *default: Any, **more: Any) -> Any
     return typer.Option(*default, *flags, metavar=metavar, help=help, rich_help_panel=panel, **more)
 
 
+def path_named(text: str) -> Path:
+    """The path of an option; a shell leaves `~` as it is after `--out=`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{text}: {error}") from None
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2 (packaged).")
 ]
 RecipeFile = Annotated[
     Path | None,
     shared(
-        "-c --recipe RECIPE", "Recipe to start from: a YAML file, or a name of `tawny list recipes`.", RECIPE
+        "-c --recipe RECIPE",
+        "Recipe to start from: a YAML file, or a name of `tawny list recipes`.",
+        RECIPE,
+        parser=path_named,
     ),
 ]
-Device = Annotated[str | None, shared("--device DEVICE", "cpu, cuda, cuda:1, mps … Default: cpu.", OUTPUT)]
+Device = Annotated[str | None, shared("--device DEVICE", "cpu, cuda, cuda:1 … Default: cpu.", OUTPUT)]
 
 
 def _possible_threads(count: int | None) -> int | None:
@@ -78,7 +89,12 @@ FitSpeed = Annotated[
 ]
 FitMeasured = Annotated[
     Path | None,
-    shared("--measured DIR", "Take what an earlier fit of the same model and text measured.", RECIPE),
+    shared(
+        "--measured DIR",
+        "Take what an earlier fit of the same model and text measured.",
+        RECIPE,
+        parser=path_named,
+    ),
 ]
 FitBudget = Annotated[
     str | None,
@@ -109,7 +125,7 @@ def folder_named(text: str) -> Path:
     """The folder of `--out`; an empty text would be the one the command runs in."""
     if not text.strip():
         raise typer.BadParameter("it is empty; give a folder to write, such as ./pruned")
-    return Path(text)
+    return path_named(text)
 
 
 def packed_values(text: str) -> str:

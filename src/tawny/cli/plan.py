@@ -18,7 +18,7 @@ from tawny.cli.options import (
     Model,
     TrustRemoteCode,
 )
-from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
+from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.words import duration, percent, size
 
@@ -61,8 +61,7 @@ def plan(
 def _plan_fit(
     model: str, given: Given, fits: dict[str, Any], device: str | None, memory: str | None, console: Console
 ) -> Result:
-    rest, own = given.without(CHOSEN_BY_FIT, "a fit chooses").parted("fit.")
-    recipe = rest.recipe(device=device, allocator="uniform", sparsity=0.0)
+    recipe, own = given.of_fit(console.note, device)
     import tawny
 
     keys = {f"fit.{key}": value for key, value in own.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tawny.cli.common import check_file, console_for
 from tawny.cli.frames import Frame, Result, facts, table
-from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, TrustRemoteCode, option
+from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, TrustRemoteCode, option, path_named
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import bar, duration, percent
 
@@ -29,7 +29,7 @@ def profile(
     ),
     allocators: str | None = option(
         "--allocators NAMES",
-        "Whose sparsities to show, such as owl,dlp,uniform. Default: owl for each M.",
+        "Whose sparsities to show, such as owl,dlp,uniform. Default: the recipe's, else owl for each M.",
         RECIPE,
     ),
     sparsity: float | None = option(
@@ -40,7 +40,7 @@ def profile(
     given: Given,
     seed: int | None = option("--seed N", "Chooses the windows. Default: 0.", DATA),
     device: Device = None,
-    plot: Path | None = option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT),
+    plot: Path | None = option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT, parser=path_named),
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -48,6 +48,10 @@ def profile(
     with console_for(as_json) as console:
         check_file("--plot", plot, ".png", ".svg")
         chosen = given.recipe(sparsity=sparsity, default_sparsity=SPARSITY, seed=seed, device=device)
+        shown = [name.strip() for name in (allocators or "").split(",") if name.strip()]
+        said = given.values["recipe"] is not None or "allocator" in given.overridden()
+        if not shown and said and chosen.allocator.name != "owl":
+            shown = [chosen.allocator.name]
         import tawny
 
         with console.progress() as progress:
@@ -55,7 +59,7 @@ def profile(
                 model,
                 recipe=chosen,
                 Ms=multiples or (3, 5, 7, 10),
-                allocators=[name.strip() for name in (allocators or "").split(",") if name.strip()],
+                allocators=shown,
                 progress=progress,
             ).to_dict()
             if plot is not None:

@@ -109,13 +109,17 @@ def _prune_and_pack(
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
     from tawny.errors import OutputError
+    from tawny.model.output import check_place
     from tawny.model.resumable import named
+    from tawny.model.source import resolve
     from tawny.report.publish import publish
 
     out = named(out)
     dense = out.with_name(out.name + ".dense")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists; choose another --out or pass --overwrite")
+    if (
+        speaks()
+    ):  # packing opens the pruned model, and would know neither MODEL nor, before the end, what stands at OUT
+        check_place(out, overwrite=overwrite, source=resolve(model, progress.say), given=model)
     # --overwrite was said of OUT alone.
     made = _made_for(dense, out) if os.path.lexists(dense) else {}
     if made is None:

@@ -114,20 +114,40 @@ class Given:
         check_device(made.device)
         return made
 
+    def overridden(self) -> list[str]:
+        """The keys that -o gives."""
+        from tawny.recipe.merge import parse_override
+
+        return [parse_override(text)[0] for text in self.values["overrides"] or ()]
+
     def without(self, names: Collection[str], why: str) -> Given:
         """Without options that mean nothing here.
 
         Raises:
             UserError: one of them was given, as an option or by -o.
         """
-        from tawny.recipe.merge import parse_override
-
         wrong = [f"--{name}" for name in names if self.values.get(name) is not None]
-        keys = [parse_override(text)[0] for text in self.values["overrides"] or ()]
-        wrong += [f"-o {key}" for key in keys if key.partition(".")[0] in names]
+        wrong += [f"-o {key}" for key in self.overridden() if key.partition(".")[0] in names]
         if wrong:
             raise UserError(f"{why} {' and '.join(wrong)} itself: leave it out")
         return Given({name: value for name, value in self.values.items() if name not in names})
+
+    def of_fit(self, note: Callable[[str], None], device: str | None) -> tuple[Recipe, dict[str, Any]]:
+        """The recipe of a fit and its own settings; `note` is told what of the file has no say.
+
+        Raises:
+            UserError: an option says what a fit finds out.
+        """
+        from tawny.recipe.files import read_mapping
+
+        rest, own = self.without(CHOSEN_BY_FIT, "a fit chooses").parted("fit.")
+        plain: dict[str, Any] = {"sparsity": 0.0, "allocator": "uniform", "pattern": "unstructured"}
+        base = self.values["recipe"]
+        said = {} if base is None else read_mapping(base)
+        unused = [key for key, value in plain.items() if said.get(key) not in (None, value)]
+        if unused:
+            note(f"a fit chooses {' and '.join(unused)} itself: what {base} says of that is not used")
+        return rest.recipe(device=device, **plain), own
 
     def parted(self, prefix: str) -> tuple[Given, dict[str, Any]]:
         """Without the overrides whose keys begin with `prefix`, and those, without it."""

@@ -7,7 +7,17 @@ from typing import Any
 
 from tawny.cli.common import console_for
 from tawny.cli.frames import Result, Shown, facts, parts, table
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Device, Memory, Model, TrustRemoteCode, option
+from tawny.cli.options import (
+    OUTPUT,
+    RECIPE,
+    AsJson,
+    Device,
+    Memory,
+    Model,
+    TrustRemoteCode,
+    option,
+    path_named,
+)
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import duration, percent, size
 
@@ -31,6 +41,7 @@ def search(
         "Allocation to write, such as allocation.yaml; a picture goes beside it.",
         OUTPUT,
         default=...,
+        parser=path_named,
     ),
     device: Device = None,
     memory: Memory = None,

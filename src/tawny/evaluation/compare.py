@@ -121,11 +121,9 @@ def compare(
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise ModelError(f"{twice[0]} is there twice: give each model once")
     if tasks is not None:
-        from tawny.evaluation.task_config import find_sources
         from tawny.evaluation.tasks import check_tasks
 
-        tasks = check_tasks(tasks)
-        find_sources(task_data)
+        tasks = check_tasks(tasks, task_data)
     if labels is not None:
         check_labels(labels, text or "none")
     if text is not None and _read_on(named):

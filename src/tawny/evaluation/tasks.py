@@ -118,11 +118,22 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(spelt))
 
 
-def check_tasks(tasks: str | Sequence[str]) -> list[str]:
-    """`task_names`, if lm-eval knows all of them; else it raises what `evaluate_tasks` does."""
+def check_tasks(
+    tasks: str | Sequence[str], task_data: str | Path | None = None, source: str | Path | None = None
+) -> list[str]:
+    """`task_names`, if all their documents are here and `source` can be asked; else it raises what `evaluate_tasks` does."""
     names = task_names(tasks)
-    find_manager(names)
+    if source is not None:
+        _check_answers(resolve(source), source)
+    manager, sources = find_manager(names), find_sources(task_data)
+    for name in names:
+        load_task(manager, MEANING.get(name, name), sources)
     return names
+
+
+def _check_answers(model: Path | nn.Module, called: str | Path) -> None:
+    if not reads_on(model):
+        raise ModelError(f"{called} predicts no next token, by which tasks are answered")
 
 
 @torch.no_grad()
@@ -171,21 +182,20 @@ def evaluate_tasks(
     if isinstance(source, nn.Module):
         if tokenizer is None:
             raise ModelError("a live model needs tokenizer=… to be asked questions")
+        _check_answers(source, type(source).__name__)
         dtype = next(source.parameters()).dtype
     else:
         folder = resolve(source, progress.say)
+        _check_answers(folder, source)
         dtype = compute_dtype(compute)
-    if not reads_on(folder or source):
-        raise ModelError(
-            f"{source if folder else type(source).__name__} predicts no next token, by which tasks are answered"
-        )
+    # Documents that are missing should not cost the answers to other tasks.
+    documents = [load_task(manager, MEANING.get(name, name), sources) for name in names]
     lm: Any = None
     identity = fingerprint(folder) if cache and folder is not None else ""
     computing = [str(dtype), device, kernel_name(), machine()["cpu"]]
     done: list[TaskResult] = []
-    for name in names:
+    for name, (loaded, origin) in zip(names, documents, strict=True):
         began, known = time.perf_counter(), MEANING.get(name, name)
-        loaded, origin = load_task(manager, known, sources)
         question = _fingerprint(loaded["tasks"], limit, computing)
         key = hashlib.sha256(f"{identity}\0{question}".encode()).hexdigest()[:32]
         kept = cache_folder() / "tasks" / f"{key}.json"

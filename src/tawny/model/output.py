@@ -131,6 +131,17 @@ def refuse_unfinished(out: Path) -> None:
         )
 
 
+def check_place(
+    out: Path, *, overwrite: bool = False, source: Path | None = None, given: str | Path | None = None
+) -> None:
+    """Raise what `OutputFolder` would where OUT is written only after long work; what is unfinished there stays."""
+    if not overwrite:
+        refuse_unfinished(out)
+    fresh = not unfinished(out).exists()
+    folder = OutputFolder(out, overwrite=overwrite, source=source, given=given, keep=True)
+    folder.discard() if fresh else folder.release()
+
+
 def spare(places: Sequence[Path], read: Path, what: str) -> None:
     """Refuse places to write whose replacement, or whose clearing, would take a model that is read with it.
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.output import OutputFolder, refuse_unfinished, spare, unfinished
+from tawny.model.output import OutputFolder, check_place, spare, unfinished
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import resolve
 from tawny.record import finite, weight_files
@@ -76,11 +76,7 @@ def claim(work: WorkFolder, identity: Mapping[str, Any], overwrite: bool, source
     """Open the folder of a run, unless OUT is taken or cannot be written to; what is unfinished there stays."""
     work.check()
     consent = overwrite or work.consent
-    if not consent:
-        refuse_unfinished(work.out)
-    fresh = not unfinished(work.out).exists()
-    folder = OutputFolder(work.out, overwrite=consent, source=source, keep=True)
-    folder.discard() if fresh else folder.release()
+    check_place(work.out, overwrite=consent, source=source)
     work.open(identity, overwrite)
 
 

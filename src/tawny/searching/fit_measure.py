@@ -191,7 +191,12 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
     for number, part in enumerate(parts, 1):
         found |= zip(part, divergence(part, windows), strict=True)
         session.progress.step(f"round {number}")
-    known = {key: max(0.0, found[levels]) for key, levels in sets.items()}
+    # A model that broke down is far worse than any that did not, and shares cannot be of infinity.
+    most = max((value for value in found.values() if math.isfinite(value)), default=1.0)
+    known = {
+        key: max(0.0, found[levels]) if math.isfinite(found[levels]) else 10 * max(1.0, most)
+        for key, levels in sets.items()
+    }
     own = {name: known["linear", name] for name in alone}
     for name, value in own.items():
         known["block", block[name]] = max(0.0, known["block", block[name]] - value)
