@@ -71,6 +71,12 @@ def test_masks_are_left_out_where_that_is_faster_and_come_back(monkeypatch, pays
     assert all(torch.equal(buffer, held[name]) for name, buffer in twin.named_buffers())
 
 
+def test_nothing_is_exchanged_where_no_kernel_is_chosen(monkeypatch):
+    monkeypatch.setattr(whole, "_SAMPLE", 1)
+    with native.force("torch"):
+        assert whole.exchanged(packed(prune(tiny_model("llama")), "int8")) == {}
+
+
 @compiled
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

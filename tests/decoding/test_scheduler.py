@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tawny.decoding import opening
 from tawny.decoding.sampling import Sampler
 from tawny.decoding.scheduler import _CHUNK, Request, Scheduler, Token, Usage
 from tawny.decoding.worker import Full, Worker
@@ -193,6 +194,19 @@ def test_a_worker_serves_threads_refuses_what_is_too_much_and_ends_at_once():
     assert isinstance(last[-1], Interrupted | Usage)
     with pytest.raises(Interrupted):
         worker.submit([ready()], [listen])
+
+
+def test_a_worker_tries_a_model_out_while_no_other_runs_it():
+    shared = model()
+    with opening.ready(shared) as lock, lock:
+        worker = Worker(shared, None, capacity=CAPACITY, count=1, queue=1)
+        starting = threading.Thread(target=worker.__enter__)
+        starting.start()
+        starting.join(0.5)
+        assert starting.is_alive() and worker._scheduler is None
+    starting.join(20)
+    worker.__exit__(None, None, None)
+    assert not starting.is_alive()
 
 
 def test_whoever_waits_is_told_that_a_worker_broke(monkeypatch):

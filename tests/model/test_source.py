@@ -261,6 +261,16 @@ def test_other_scaling_of_rotary_positions_is_refused_before_the_weights_are_con
     assert "\n" not in str(caught.value) and not list(cache.glob("*"))
 
 
+def test_a_conversion_is_on_the_disk_before_it_has_its_name(tmp_path, cache, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        "tawny.model.source.durable.sync", lambda path: synced.append((path.name, path.exists()))
+    )
+    made = convert_gguf(write(tmp_path / "m.gguf"))
+    assert {path.name for path in made.iterdir()} <= {name for name, _ in synced}
+    assert all(there for _, there in synced) and synced[-1][0].startswith(f"{made.name}.partial")
+
+
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, cache):
     path = write(tmp_path / "m[1].gguf")
     made = convert_gguf(path)

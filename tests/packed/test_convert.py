@@ -11,6 +11,7 @@ from tawny.errors import CheckpointError, NumericalError, UserError
 from tawny.packed.folder import INDEX, PackedCheckpoint
 from tawny.packed.linear import PackedLinear
 from tawny.packed.writer import PackedWriter
+from tawny.progress import Silent
 from tests.packed.test_folder import bytes_of, saved
 from tests.packed.test_live import greedy, logits, pruned
 from tests.reference import packed_folder
@@ -213,3 +214,26 @@ def test_head_and_embedding_that_only_the_config_ties_are_packed_apart(tmp_path)
     tiny_model("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     with pytest.raises(UserError, match="are one matrix"):
         tawny.pack(tmp_path / "tied", tmp_path / "no", "int8", head="int6", embedding="int4")
+
+
+def test_the_run_json_of_others_is_left_alone_and_a_damaged_one_refused_before_the_work(tmp_path):
+    dense = saved(tmp_path / "dense", "llama")
+    for told in ('{"steps": 3}', "[1, 2]"):
+        (dense / "run.json").write_text(told)
+        tawny.pack(dense, tmp_path / "packed", overwrite=True)
+        assert not (tmp_path / "packed" / "run.json").exists() and (dense / "run.json").read_text() == told
+    (dense / "run.json").write_text('{"steps"')
+    seen = []
+    progress = Silent()
+    progress.phase = lambda *told: seen.append(told)
+    with pytest.raises(CheckpointError, match="is not a record of a run"):
+        tawny.pack(dense, tmp_path / "again", progress=progress)
+    assert not seen and not list(tmp_path.glob("again*"))
+
+
+def test_a_group_of_no_columns_is_refused_whatever_the_folder_was_solved_for(tmp_path):
+    dense = saved(tmp_path / "dense", "llama")
+    tawny.prune(dense, tmp_path / "solved", sparsity=0.5, solver="magnitude", allocator="uniform")
+    for values in (None, "int4"):
+        with pytest.raises(UserError, match="group"):
+            tawny.pack(tmp_path / "solved", tmp_path / "packed", values, 0)

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tawny
+from tawny.decoding import whole
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.swapped import kernels
 from tawny.errors import CheckpointError, ModelError
+from tawny.kernels import native
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import linears_of
 from tawny.packed import format
@@ -91,6 +93,26 @@ def test_experts_are_packed_and_compute_what_the_dense_ones_do(family):
     assert not fused & {name for name, _ in packed.named_parameters()}
     for ids in (tokens(2, 24), tokens(1, 1)):
         torch.testing.assert_close(logits(packed, ids), logits(dense, ids), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_that_leave_their_masks_out_compute_the_same_bits(family, monkeypatch):
+    level = next((name for name in native.available() if name not in (*native.EXPANDING, "torch")), None)
+    if level is None:
+        pytest.skip("needs a compiled kernel that does not expand")
+    packed = tawny.pack_model(mixture(family), "int8")
+    ids = tokens(1, 24)
+    with native.force(level):
+        with kernels(packed):
+            expected = logits(packed, ids)
+        monkeypatch.setattr(whole, "_SAMPLE", 1)
+        monkeypatch.setattr(whole, "_WORTH", 1e9)
+        whole._decided.clear()
+        with kernels(packed):
+            inside = [module for module in packed.modules() if isinstance(module, PackedExpert)]
+            assert inside and all(module.masks is None for module in inside)
+            assert torch.equal(logits(packed, ids), expected)
+    assert all(module.masks is not None for module in packed.modules() if isinstance(module, PackedExpert))
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -351,6 +351,13 @@ def solved_for(pair, out, values):
     tawny.prune(pair[0], out, recipe=recipe)
 
 
+def test_several_kinds_cannot_be_sharded(pair, tmp_path):
+    solved_for(pair, tmp_path / "solved", {"mean": 3.5, "of": ["int3", "int4"]})
+    with pytest.raises(RecipeError, match=r"shard=true trains rows .*solved was solved for int3, int4"):
+        recover_pair(pair, tmp_path / "out", source=tmp_path / "solved", shard=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_packed_in_several_kinds_keeps_each_when_norms_are_trained(pair, tmp_path):
     solved_for(pair, tmp_path / "solved", {"mean": 3.5, "of": ["int3", "int4"]})
     tawny.pack(tmp_path / "solved", tmp_path / "packed")

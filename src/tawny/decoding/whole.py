@@ -39,7 +39,8 @@ def exchanged(model: nn.Module) -> dict[PackedLinear, PackedLinear]:
 
     It is decided once a model. The twins live as long as the linears they stand for.
     """
-    if native.kernel_name() in native.EXPANDING:  # which add up in another order, too
+    # Kernels that expand add up in another order, too.
+    if not native.chosen() or native.kernel_name() in native.EXPANDING:
         return {}
     masked = [
         module
@@ -57,7 +58,7 @@ def exchanged(model: nn.Module) -> dict[PackedLinear, PackedLinear]:
 def _twin(linear: PackedLinear) -> PackedLinear:
     twin = _twins.get(linear)
     if twin is None or twin.scales is not linear.scales:  # its buffers were replaced
-        twin = _twins[linear] = PackedLinear(whole(linear.packed), linear.bias, linear.weight.dtype)
+        twin = _twins[linear] = linear.holding(whole(linear.packed))
     return twin.train(linear.training)
 
 

@@ -143,7 +143,8 @@ class Worker:
     def _run(self) -> None:
         try:
             with opening.ready(self.model) as lock, torch.inference_mode(), opening.threads(self.threads):
-                self._scheduler = self._make()
+                with lock:  # it tries the model out, through hooks that other forwards must not meet
+                    self._scheduler = self._make()
                 self._started.put(None)
                 while not self._closed:
                     self._listen()

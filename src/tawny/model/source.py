@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tawny.errors import CheckpointError, MissingFeature, ModelError, first_line, in_one_line
 from tawny.machine import in_package
+from tawny.model import durable
 from tawny.model.trust import refusing_code, trusted
 
 if TYPE_CHECKING:
@@ -169,6 +170,11 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
     try:
         partial.mkdir(parents=True)
         _write_converted(path, partial)
+        for made in [
+            *partial.iterdir(),
+            partial,
+        ]:  # a power cut must not leave zeros under the name of a whole model
+            durable.sync(made)
         try:
             partial.rename(target)
         except OSError:

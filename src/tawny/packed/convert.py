@@ -314,6 +314,7 @@ def pack(
     choice = _choice(folder, values, group, head, embedding)
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
+    record = _record_of(folder)
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder, given=source)
     try:
         writer = PackedWriter(output.partial)
@@ -342,7 +343,8 @@ def pack(
         _card(output, folder, _NOTE.format(values=range_of(choice.kinds.values() or [choice.values])))
         rounded = {"values": sorted(work.changed), "head": choice.head, "embedding": choice.embedding}
         told = {**choice.told, "bytes": total, "source_bytes": work.source_bytes}
-        _record(output, folder, told, total, {key: value for key, value in rounded.items() if value})
+        if record is not None:
+            _record(output, record, told, total, {key: value for key, value in rounded.items() if value})
         dense = [form for form in work.linears if form.form == "dense"]
         tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched), work.rounded)
         for line in staying_dense(work.model, work.blocks):
@@ -408,7 +410,7 @@ def _choice(
     if values is not None and (values, len(solved.names)) != (solved.kind, 1):
         return Choice(values, group, head, embedding)
     most = max(solved.names, key=lambda name: kind_of(name).bits, default="bf16")
-    return Choice(most, group or solved.group_size, head, embedding, kinds)
+    return Choice(most, solved.group_size if group is None else group, head, embedding, kinds)
 
 
 def unpack(
@@ -424,7 +426,7 @@ def unpack(
     folder = resolve(source, progress.say)
     if not is_packed(folder):
         raise CheckpointError(f"{source} is not a packed folder; there is nothing to unpack")
-    packed = PackedFolder(folder)
+    packed, record = PackedFolder(folder), _record_of(folder)
     output = OutputFolder(Path(out), overwrite=overwrite, source=folder, given=source)
     total = 0
     try:
@@ -445,7 +447,8 @@ def unpack(
                 (output.partial / _DENSE_INDEX).write_bytes(packed.source_index.encode())
         _carry(output, folder, None)
         _card(output, folder, None)
-        _record(output, folder, {}, total, {})
+        if record is not None:
+            _record(output, record, {}, total, {})
         output.finish()
     finally:
         output.discard()
@@ -480,20 +483,25 @@ def _carry(output: OutputFolder, folder: Path, method: dict[str, Any] | None) ->
     output.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _record(
-    output: OutputFolder, folder: Path, packed: dict[str, Any], total: int, rounded: dict[str, Any]
-) -> None:
-    """The pruning run's record, where there is one, with the files that now hold its weights."""
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    """The pruning run's record, where there is one; other programs call their files `run.json` too."""
     path = folder / "run.json"
     if not path.is_file():
-        return
+        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["packed"] = {**packed, "ratio": total / max(1, packed["source_bytes"])} if packed else {}
-        record["bytes"], record["files"] = total, weight_files(output.partial)
-        record["out"], record["rounded"] = str(output.out), {**record.get("rounded", {}), **rounded}
-    except (ValueError, TypeError) as error:
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not a record of a run ({error}); move it away") from error
+    return record if isinstance(record, dict) and "record_version" in record else None
+
+
+def _record(
+    output: OutputFolder, record: dict[str, Any], packed: dict[str, Any], total: int, rounded: dict[str, Any]
+) -> None:
+    """The record of a run, with the files that now hold its weights."""
+    record["packed"] = {**packed, "ratio": total / max(1, packed["source_bytes"])} if packed else {}
+    record["bytes"], record["files"] = total, weight_files(output.partial)
+    record["out"], record["rounded"] = str(output.out), {**record.get("rounded", {}), **rounded}
     output.write_text("run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 __all__ = ["PackedExpert", "PackedExperts"]
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,11 @@ class PackedExpert(PackedLinear):
 
     def __getattr__(self, name: str) -> Any:
         return _asked(self, name, super().__getattr__)
+
+    def holding(self, packed: PackedTensor) -> Self:
+        made = super().holding(packed)
+        made.transposed = self.transposed
+        return made
 
     def as_stored(self) -> Tensor:
         """The dense weight as the fused parameter held it."""

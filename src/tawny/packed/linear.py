@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["DenseLinear", "PackedLinear", "multiply", "pack_linear"]
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,10 @@ class PackedLinear(nn.Module):
             format.pack(W_OI, values, group), None if bias is None else bias.detach().clone(), W_OI.dtype
         )
         return module.train(linear.training)
+
+    def holding(self, packed: PackedTensor) -> Self:
+        """A module that stands in for this one, with another tensor of the same shape."""
+        return type(self)(packed, self.bias, self.weight.dtype).train(self.training)
 
     @classmethod
     def empty(

@@ -38,6 +38,10 @@ def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[
     solved, kinds = solved_for(folder)
     if not solved.of or not settings.trains_survivors or settings.values is not None:
         return {}
+    if settings.shard:
+        raise RecipeError(
+            f"shard=true trains rows where they lie; {folder} was solved for {', '.join(solved.of)}, whose scales span rows of all: leave it out"
+        )
     progress.say(f"training through the grids of {', '.join(solved.of)}, which {folder} was solved for")
     return {name: kind for name, kind in kinds.items() if kind_of(kind).bits < 8 or solved.group_size is None}
 
