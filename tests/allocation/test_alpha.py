@@ -74,6 +74,13 @@ def test_sparsity_rises_with_alpha_within_the_band_rescaled_to_the_budget(granul
     assert reference.removed_in_all(found, profile) == round(0.5 * sizes.sum())
 
 
+@pytest.mark.parametrize("granularity", ["block", "linear"])
+def test_a_linear_without_a_tail_counts_as_the_lightest_of_those_that_have_one(granularity: str) -> None:
+    found = Alpha(granularity=granularity).allocate(profile_of([2.0, 3.0, 4.0, NO_TAIL, 2.5, 3.5]), 0.5)
+    assert found == Alpha(granularity=granularity).allocate(profile_of([2.0, 3.0, 4.0, 4.0, 2.5, 3.5]), 0.5)
+    assert set(Alpha().allocate(profile_of([NO_TAIL] * 6), 0.5).values()) == {0.5}
+
+
 def test_equal_alphas_and_one_block_are_uniform() -> None:
     assert set(Alpha().allocate(profile_of([3.0] * 6), 0.5).values()) == {0.5}
     assert set(Alpha().allocate(profile_of([2.0, 4.0], 1), 0.5).values()) == {0.5}

@@ -132,3 +132,9 @@ def test_a_quantile_over_many_linears_is_that_of_one_sorted_list(sizes, share: f
 
 def test_magnitudes_need_no_data() -> None:
     assert Global(score="magnitude").needs == "none" and Global().needs == "norms"
+
+
+def test_what_is_kept_of_a_linear_is_a_few_bytes_a_bin() -> None:
+    found = Global(score="magnitude").measure({"0": (torch.randn(512, 512), None)})["histograms"]["0"]
+    assert all(isinstance(text, str) for text in found.values())
+    assert sum(map(len, found.values())) < 10_000  # of 1,500 bins

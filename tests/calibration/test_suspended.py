@@ -34,3 +34,20 @@ def test_a_walk_that_is_dropped_leaves_no_hook():
     assert any(linear.module._forward_pre_hooks for linear in linears)
     walk.close()
     assert not any(linear.module._forward_pre_hooks for linear in linears)
+
+
+def test_experts_run_alike_in_every_forward_that_is_held():
+    model = tiny_model("qwen3_moe")
+    stack = live_stack(model)
+    before = model.config._experts_implementation
+    linears = [linear for linear in stack.linears(0) if linear.expert is None]
+    stream = Stream(stack, Samples(tokens(200, 24)))
+    stages = observe(stream, 0, linears, "none").stages
+    ran = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_hook(lambda *_: ran.append(model.config._experts_implementation))
+    with torch.no_grad():
+        for _ in in_lockstep(stream, 0, stages, "norms", finish=True):
+            pass
+    assert before != "eager" and ran == ["eager"] * len(stream) and len(stream) > 2
+    assert model.config._experts_implementation == before

@@ -28,9 +28,11 @@ def solved_levels(
     solver="wanda",
     candidates=None,
     windows=4,
+    values=None,
 ) -> tuple[Job, AnySpace, LevelStore, Samples, Solved]:
     """All blocks at the levels of a search."""
-    recipe = resolve_recipe(sparsity=sparsity, pattern=pattern, solver=solver, allocator="uniform")
+    keys = {"sparsity": sparsity, "pattern": pattern, "solver": solver, "values": values}
+    recipe = resolve_recipe(allocator="uniform", **keys)
     job = prepare(recipe, model, tawny.progress.silent, "cpu")
     space = space_of(job, count)
     store = LevelStore(folder, space.bytes_in(torch.float32), torch.float32)

@@ -51,6 +51,20 @@ def test_a_linear_that_saw_no_token_is_named_once_whatever_the_levels_are(patter
     assert all(".experts." in name for name in named)
 
 
+@pytest.mark.parametrize("values", [None, "int3"])
+def test_a_level_that_removes_nothing_is_rounded_where_all_are(values, tmp_path):
+    model = tiny_model("llama")
+    keys = {"pattern": "2:4", "solver": "sparsegpt", "values": values}
+    job, space, store, _, _ = solved_levels(model, tmp_path / "levels", **keys, count=5, windows=2)
+    assert space.sparsity(0, space.low) == 0
+    linear = job.by_block[0][0]
+    store.open(0)
+    whole = store.read(linear, space.low)
+    assert (whole is None) == (values is None)
+    if values is not None:
+        assert not (whole == 0).all() and len(whole[0].unique()) <= 8  # of 3 bits
+
+
 @pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "magnitude"])
 def test_the_solutions_of_the_target_are_the_weights_of_a_uniform_run(solver, tmp_path):
     """So each linear was solved for what it receives behind pruned blocks, and behind pruned stages of its own."""

@@ -125,8 +125,13 @@ class Alpha(Allocator):
     def allocate(self, profile: Profile, target: float) -> Allocation:
         sizes = profile.sizes
         alphas: dict[str, float] = {}
+        # A linear of zeros has no exponent. One of 100 would leave a sliver of the band to all that have some.
+        most = max((a for m in profile.measures for a in m["alpha"].values() if a < NO_TAIL), default=NO_TAIL)
         for block, measured in enumerate(profile.measures):
-            of_block = {info.name: float(measured["alpha"][info.name]) for info in profile.linears_of(block)}
+            of_block = {
+                info.name: min(most, float(measured["alpha"][info.name]))
+                for info in profile.linears_of(block)
+            }
             if self.granularity == "block" and of_block:
                 of_block = dict.fromkeys(of_block, sum(of_block.values()) / len(of_block))
             alphas |= of_block

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 __all__ = ["Global"]
 
+import base64
+import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import Allocator, Linears, Profile, largest
@@ -28,6 +31,18 @@ from tawny.allocation.scores import BINS, Score, histogram, magnitude_scores, sc
 from tawny.calibration.statistics import Needs
 
 _SCORES: dict[str, Score] = {"wanda": wanda_scores, "magnitude": magnitude_scores}
+
+
+def _packed(numbers: Tensor) -> str:
+    """As text of a few bytes a number: a mixture has twelve thousand linears, of two thousand bins each."""
+    return base64.b64encode(zlib.compress(numbers.to(torch.int64).numpy().tobytes(), 1)).decode()
+
+
+def _unpacked(text: str) -> list[int]:
+    made: list[int] = torch.frombuffer(
+        bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.int64
+    ).tolist()
+    return made
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ class Global(Allocator):
         for name, scores_OI in score_sets(linears, _SCORES[self.score]):
             counts = histogram(scores_OI).cpu()
             bins = counts.nonzero().flatten()
-            counted[name] = {"bins": bins.tolist(), "counts": counts[bins].tolist()}
+            counted[name] = {"bins": _packed(bins), "counts": _packed(counts[bins])}
         return {"histograms": counted}
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
@@ -66,9 +81,8 @@ class Global(Allocator):
         # Of thousands of experts: only totals are dense, 512 kB for a histogram of each linear would be gigabytes.
         total = torch.zeros(BINS + 1, dtype=torch.int64)  # entry b: how many lie below bin b
         for name in sizes:
-            total[1:].index_add_(
-                0, torch.tensor(measured[name]["bins"]), torch.tensor(measured[name]["counts"])
-            )
+            bins, counts = (_unpacked(measured[name][key]) for key in ("bins", "counts"))
+            total[1:].index_add_(0, torch.tensor(bins), torch.tensor(counts))
         total, goal = total.cumsum_(0), target * sum(sizes.values())
         # The last bin edge with no more than `goal` scores below it, and the way on into the bin above it.
         edge = min(int(torch.searchsorted(total.double(), goal, right=True)) - 1, BINS - 1)
@@ -76,7 +90,7 @@ class Global(Allocator):
         share = (goal - float(total[edge])) / step if step else 0.0
         raw = {}
         for name, size in sizes.items():
-            bins, counts = measured[name]["bins"], measured[name]["counts"]
+            bins, counts = (_unpacked(measured[name][key]) for key in ("bins", "counts"))
             place, behind = bisect_left(bins, edge), bisect_right(bins, edge)
             below, inside = sum(counts[:place]), sum(counts[place:behind])
             raw[name] = (below + share * inside) / size

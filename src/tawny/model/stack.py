@@ -54,6 +54,8 @@ class Stack:
         self.stored: dict[str, Tensor] = {}
         self._late: list[Unit] = []
         self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
+        self._running = 0  # forwards of fused experts that have begun and not ended
+        self._experts_before: str | None = None
         self._replay = Replay(model, self.structure, compute, self.device)
         if checkpoint is not None:
             checkpoint.map_to(model)
@@ -251,14 +253,22 @@ class Stack:
 
     @contextlib.contextmanager
     def _plain_experts(self) -> Iterator[None]:
-        """Fused expert kernels hide which tokens an expert saw; the plain loop calls one linear an expert."""
+        """Fused expert kernels hide which tokens an expert saw; the plain loop calls one linear an expert.
+
+        Forwards that are held (calibration/suspended.py) end in the order they began in: the last one that ends puts back
+        what the first one found.
+        """
         config = self.config.get_text_config()
-        before = getattr(config, "_experts_implementation", None)
+        if not self._running:
+            self._experts_before = getattr(config, "_experts_implementation", None)
+        self._running += 1
         config._experts_implementation = "eager"
         try:
             yield
         finally:
-            config._experts_implementation = before
+            self._running -= 1
+            if not self._running:
+                config._experts_implementation = self._experts_before
 
     def enter(self, inputs: Inputs) -> Tensor:
         """Hidden states `[batch, positions, hidden]` the first block receives."""

@@ -346,6 +346,8 @@ def _identify(job: Job, journal: Journal, ranks: Ranks, record: Record) -> None:
     journal.require("code", code_identity())
     here = {key: record.machine[key] for key in ("cpu", "threads")}
     here |= {"processes": ranks.size, "kernel": kernel_name(), "compute": record.compute}
+    if job.stack.device.type == "cuda":
+        here["device"] = torch.cuda.get_device_name(job.stack.device)
     journal.require("machine", here)
 
 

@@ -208,15 +208,13 @@ def solve_levels(
 
 
 def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None:
-    """Every linear of one block at every level that removes something, a tensor at a time onto the disk.
+    """Every linear of one block at every level that changes something, a tensor at a time onto the disk.
 
     The block is left pruned uniformly, each stage behind those before it.
     """
     stack, session = block.job.stack, block.session
     choices = {
-        x.name: {
-            level: space.choice(i, level) for level in space.levels_of(i) if space.sparsity(i, level) > 0
-        }
+        x.name: {level: space.choice(i, level) for level in space.levels_of(i) if space.changes(i, level)}
         for i, x in enumerate(space.linears)
         if x.block == block.index
     }

@@ -80,6 +80,10 @@ class MemberSpace(Levelled):
     def sparsity(self, index: int, level: int) -> float:
         return self.choice(index, level).sparsity
 
+    def changes(self, index: int, level: int) -> bool:
+        """Whether a linear is another one at a level than in the dense model."""
+        return self.sparsity(index, level) > 0
+
     def told(self, level: int) -> str:
         """A level of the coupling with the most members, for a person."""
         unit = self._finest
@@ -180,7 +184,8 @@ def space_of(job: Job, levels: int) -> AnySpace:
     """The space that a recipe's budget is moved in."""
     if job.couplings:
         return make_member_space(job.linears, job.recipe.sparsity, levels)
-    return make_space(job.linears, job.pattern, job.recipe.sparsity, levels)
+    rounds = bool(job.recipe.values.names)
+    return make_space(job.linears, job.pattern, job.recipe.sparsity, levels, rounds=rounds)
 
 
 def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: int) -> MemberSpace:

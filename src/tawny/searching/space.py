@@ -66,10 +66,12 @@ class Space(Levelled):
     Attributes:
         steps: what one level of each linear is worth, in weights.
         pattern: n:m levels are whole steps of n.
+        rounds: solving rounds what it keeps, so that a level that removes nothing changes weights too.
     """
 
     steps: tuple[int, ...]
     pattern: Pattern
+    rounds: bool = False
 
     def choice(self, index: int, level: int) -> Choice:
         """Of one linear at one level."""
@@ -80,6 +82,10 @@ class Space(Levelled):
 
     def sparsity(self, index: int, level: int) -> float:
         return self.choice(index, level).sparsity
+
+    def changes(self, index: int, level: int) -> bool:
+        """Whether a linear is another one at a level than in the dense model."""
+        return self.rounds or self.sparsity(index, level) > 0
 
     def levels_of(self, index: int) -> range:
         """The levels that one linear has; here all of them."""
@@ -97,12 +103,12 @@ class Space(Levelled):
         return f"{self.sparsity(0, level):.1%}" if self.linears else "0%"
 
     def bytes_in(self, dtype: torch.dtype) -> int:
-        """Bytes that the solutions of all levels take; a level that removes nothing takes none."""
+        """Bytes that the solutions of all levels take; a level that changes nothing takes none."""
         return sum(
             linear.numel * dtype.itemsize
             for i, linear in enumerate(self.linears)
             for level in self.levels
-            if self.sparsity(i, level) > 0
+            if self.changes(i, level)
         )
 
     def excess(self, levels: Levels) -> int:
@@ -212,7 +218,9 @@ def repaired(
     return tuple(levels)
 
 
-def make_space(linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, levels: int) -> Space:
+def make_space(
+    linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, levels: int, *, rounds: bool = False
+) -> Space:
     """As many levels as asked for, half of them on each side of the target, where they fit.
 
     What one linear gains another loses, so where nothing fits on one side only level 0 is left. Levels are spread over half of
@@ -220,6 +228,7 @@ def make_space(linears: tuple[LinearInfo, ...], pattern: Pattern, target: float,
 
     Args:
         levels: an odd number.
+        rounds: as of `Space`.
     """
     half = levels // 2
     if isinstance(pattern, NM):
@@ -235,4 +244,4 @@ def make_space(linears: tuple[LinearInfo, ...], pattern: Pattern, target: float,
         widest = max((s / x.numel for s, x in zip(steps, linears, strict=True)), default=1.0)
         low = -min(half, int(target / widest + 1e-9)) if wanted else 0
         high = min(half, max(0, int((_HIGHEST - target) / widest + 1e-9))) if wanted else 0
-    return Space(linears, target, low if high else 0, high if low else 0, steps, pattern)
+    return Space(linears, target, low if high else 0, high if low else 0, steps, pattern, rounds)
