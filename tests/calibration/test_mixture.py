@@ -125,6 +125,14 @@ def test_a_text_that_no_sample_comes_of_is_refused():
         TextError, match=r"little gets none of 8 samples by its share of 0\.05: give more samples"
     ):
         sample_windows(text, 8, 8, 0)
+    assert len(evaluation_windows(text, 8, 20)) == 20
+    with pytest.raises(
+        TextError, match=r"little gets none of 8 windows by its share of 0\.05: give a larger"
+    ):
+        evaluation_windows(text, 8, 8)
+    short = TokenisedText(torch.arange(506), None, "both", (parts[0], Part("little", 500, 506, 0.05)))
+    with pytest.raises(TextError, match=r"little has 6 tokens, but 1 window of 8 need 8 \(2 short\)"):
+        evaluation_windows(short, 8)
 
 
 def test_a_text_without_a_free_window_leaves_those_of_the_others(tmp_path):

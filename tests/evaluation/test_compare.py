@@ -12,6 +12,7 @@ from tawny.errors import RecipeError
 from tawny.evaluation import compare as module
 from tawny.evaluation.compare import measure, short_names
 from tawny.progress import Silent
+from tawny.report.comparison import caption
 from tests.encoders import tiny_encoder
 from tests.evaluation.questions import tiny_folder
 from tests.tiny import tiny_model
@@ -261,6 +262,16 @@ def test_mistakes_are_found_before_anything_is_measured(models, text, tmp_path, 
     for key, value in (("threads", 0), ("rounds", 0), ("limit", 0), ("compute", "int3")):
         with pytest.raises(RecipeError, match="give 1 or more" if value == 0 else "int3"):
             tawny.compare(dense, **{key: value})  # one model is not a list of letters
+
+
+def test_the_caption_says_what_was_computed_in_and_which_tasks_were_shown_examples():
+    tasks = [{"name": "rte", "shots": 0}, {"name": "gsm8k", "shots": 5}]
+    row = {"name": "a", "tasks": {"lm_eval": "0.4", "limit": None, "compute": "bfloat16", "tasks": tasks}}
+    told = {"setting": {"compute": "auto"}, "models": [row], "machine": {}, "versions": {}}
+    said = " ".join(caption(told))
+    assert "tasks, zero-shot but for gsm8k 5-shot, ±" in said and said.endswith("computed in bfloat16.")
+    tasks.pop()
+    assert "tasks, zero-shot, ±" in " ".join(caption(told))
 
 
 def test_names_are_as_short_as_they_can_be():

@@ -8,6 +8,7 @@ import torch
 
 import tawny
 from tawny.errors import RecipeError, TextError
+from tawny.evaluation import perplexity as module
 from tests.tiny import FAMILIES, tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
 
@@ -110,12 +111,37 @@ def test_with_a_stride_each_token_is_predicted_once_with_at_least_the_rest_befor
     ids = torch.tensor(tokenizer(text.read_text())["input_ids"])
     loss, count = by_hand(model, [ids[at : at + 40] for at in range(0, 61, 15)], 15)
     assert made.loss == pytest.approx(loss, rel=1e-4) and made.tokens == count
-    assert made.bits_per_byte == pytest.approx(made.loss * 99 / math.log(2) / 100, rel=1e-6)
+    assert made.bits_per_byte == pytest.approx(
+        made.loss / math.log(2), rel=1e-6
+    )  # the first byte is not predicted
     assert "15 apart" in made.recipe and "5 windows of 40" in made.recipe
     plain = tawny.evaluate(model, str(text), **keys)
     assert plain.tokens == 2 * 39 and "apart" not in plain.recipe
     with pytest.raises(RecipeError, match="--stride 41 is outside 1…40"):
         tawny.evaluate(model, str(text), stride=41, **keys)
+
+
+def test_tokens_of_a_template_have_bytes_too(tmp_path):
+    tokenizer, path = tiny_tokenizer(), tmp_path / "chat.jsonl"
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    path.write_text('{"messages": [{"role": "user", "content": "abcdefghij"}]}\n' * 8)
+    keys = {"tokenizer": tokenizer, "seqlen": 12, "windows": 1, "compute": "float32"}
+    made = tawny.evaluate(tiny_model("llama"), f"chat:{path}", **keys)
+    # Twelve tokens, the first of which is not predicted: ten letters and `</s>`.
+    assert made.tokens == 11 and made.bits_per_byte == pytest.approx(
+        made.loss * 11 / math.log(2) / 14, rel=1e-6
+    )
+
+
+def test_what_a_model_writes_to_be_measured_on_is_what_no_run_is_calibrated_on(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(module, "author_of", lambda *given, **_: seeds.append(given[2]) or 1 / 0)
+    model = tiny_model("llama")
+    with pytest.raises(ZeroDivisionError):
+        tawny.agreement(model, model, "self", tokenizer=tiny_tokenizer(), seqlen=24)
+    assert (
+        seeds[0] > 2**32
+    )  # seeds of recipes and recoveries are smaller, and those of their batches are far from it
 
 
 @pytest.mark.parametrize("stride", [None, 9])

@@ -298,6 +298,7 @@ def test_a_packed_folder_gives_the_file_of_the_dense_one_and_remembers_no_tokeni
         ("opt", {}, "model type 'opt' is not exported to GGUF.*convert_hf_to_gguf.py"),
         ("qwen3", {"attention_bias": True}, "'model.layers.0.self_attn.k_proj.bias' has no place"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("qwen2", {"head_dim": 24}, "llama.cpp takes to be equal for 'qwen2': slim channels only"),
         (
             "qwen2",
             {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},

@@ -11,6 +11,7 @@ import tawny
 from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import INDEX, Checkpoint, file_bytes, weight_paths
 from tawny.packed.opening import open_stack
+from tests.encoders import tiny_encoder
 from tests.packed.test_live import pruned
 from tests.tiny import FAMILIES, tiny_model, tokens
 
@@ -91,6 +92,11 @@ def test_two_that_the_configuration_ties_are_two_where_they_differ(tmp_path):
         found, wanted = open_stack(tmp_path, torch.float32).whole()(tokens()).logits, model(tokens()).logits
     torch.testing.assert_close(found, wanted)
     assert tawny.evaluate(tmp_path, tokens()).loss == pytest.approx(tawny.evaluate(model, tokens()).loss)
+    assert not tawny.inspect(tmp_path).tied_head
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    assert tawny.inspect(tmp_path / "tied").tied_head
+    tiny_encoder("bert").save_pretrained(tmp_path / "headless")
+    assert not tawny.inspect(tmp_path / "headless").tied_head
 
 
 @pytest.mark.parametrize(

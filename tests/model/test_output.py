@@ -6,6 +6,7 @@ import pytest
 
 from tawny.errors import OutputError
 from tawny.model.output import OutputFolder
+from tawny.model.resumable import place_of
 
 
 def model_in(folder: Path) -> Path:
@@ -120,3 +121,20 @@ def test_links_to_nothing_and_folders_in_a_source_are_not_carried(tmp_path):
     output.carry(source)
     assert sorted(path.name for path in output.partial.iterdir()) == ["config.json"]
     output.discard()
+
+
+def test_further_chat_templates_are_carried(tmp_path):
+    source = model_in(tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    output = OutputFolder(tmp_path / "out", source=source)
+    output.carry(source)
+    assert (output.partial / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+    output.discard()
+
+
+def test_a_tilde_is_the_home_folder_as_in_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert place_of("~/out") == tmp_path / "out" and place_of(Path("out")) == Path("out")
+    with pytest.raises(OutputError, match="~nobody-of-that-name"):
+        place_of("~nobody-of-that-name/out")

@@ -190,6 +190,17 @@ def test_masks_of_a_window_and_scores_of_one_key_head_are_counted(tmp_path, fami
     assert extra >= 4 * least and (extra == 0) == (least == 0)
 
 
+def test_states_of_every_token_are_counted(tmp_path):
+    """transformers makes three of them in float32 where no kernel does."""
+    forward = {}
+    for state in (8, 24):
+        folder = tmp_path / str(state)
+        tiny_model("mamba", state_size=state, time_step_rank=4, conv_kernel=4).save_pretrained(folder)
+        stack, demand = first_block(folder, solver="wanda", seqlen=512)
+        forward[state] = demand.phases(spill=True, held=False)["observe"]["forward"]
+    assert forward[24] - forward[8] >= 3 * 4 * stack.config.intermediate_size * 16 * 2048
+
+
 def test_what_an_allocator_takes_is_counted_for_its_block():
     shapes = [(64, 32), (32, 64), (64, 64)]
     whole = sum(out * width for out, width in shapes)

@@ -29,6 +29,7 @@ from tawny.recovery.data import read, written_tokens
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
+from tawny.report.publish import refresh
 from tawny.report.push import push
 from tests.recovery.models import (
     RECIPE,
@@ -561,6 +562,17 @@ def test_training_through_int8_makes_packing_free(pair, tmp_path):
     torch.testing.assert_close(one, {name: other[name] for name in one}, rtol=1e-5, atol=1e-8)
 
 
+def test_a_recovered_model_that_is_packed_says_what_was_not_measured(pair, tmp_path):
+    tawny.prune(pair[0], tmp_path / "pruned", recipe=RECIPE, sparsity=0.5)
+    recover_pair(pair, tmp_path / "out", source=tmp_path / "pruned")
+    for kind in ("bf16", "int3"):
+        tawny.pack(tmp_path / "out", tmp_path / kind, kind)
+        refresh(tmp_path / kind)  # as the verb does
+        for file in ("README.md", "report.html"):
+            said = "This was measured before it was rounded to int3" in (tmp_path / kind / file).read_text()
+            assert said == (kind == "int3"), (kind, file)
+
+
 def no_way_there(folder):
     """Whether nothing that a person reads names a folder that was gone before the run was over."""
     gone = (".stages", ".unpacked", "-pruned", "-recovered", "before, recovered", "after, recovered")
@@ -580,6 +592,11 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
     assert (run["source"], run["out"]) == (pair[0], str(tmp_path / "out"))
     told = run["recovery"]["stages"]
     assert [stage["sparsity"] for stage in told] == [stage["sparsity"] for stage in record.stages]
+    assert record.tokens == sum(stage["tokens"] for stage in told) == run["recovery"]["tokens"]
+    assert record.seconds["train"] == sum(stage["seconds"]["train"] for stage in told)
+    assert record.settings["tokens"] == folder_keys(pair)["tokens"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "That is of 2 steps of pruning and training in all" in page
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# dense, 60.0 % sparse" in card and "## Recovered" in card
     assert "<title>dense, recovered" in (tmp_path / "out" / "report.html").read_text()

@@ -225,6 +225,18 @@ def test_what_was_rounded_after_it_was_measured_is_said():
     assert said not in render_report(made) + model_card(made)
 
 
+def test_what_was_rounded_after_a_recovery_is_said():
+    told = {"source": "before", "teacher": "dense", "text": {"name": "wiki"}, "settings": {}, "zeros": 1}
+    said = "This was measured before it was rounded to int4"
+    for before, now, spoken in (
+        ({}, {"values": ["int4"]}, True),
+        ({"values": ["int4"]}, {"values": ["int4"]}, False),
+        (None, {"values": ["int4"]}, False),  # of an older version
+    ):
+        made = {**record(), "rounded": now, "recovery": {**told, "rounded": before}}
+        assert (said in model_card(made, recovery=made["recovery"])) == spoken
+
+
 def test_inputs_that_were_tensors_are_given_again_from_python():
     made = {**record(), "source": "m", "text": {"name": "pixel_values", "samples": 4, "seqlen": 8}}
     assert "recipe=recipe, calibration=tokens)" in Page(render_report(made)).text

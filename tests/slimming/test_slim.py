@@ -151,6 +151,58 @@ def test_experts_that_differed_can_become_equal_again_beside_a_block_without_any
     assert report.same_widths and [x.get("moe_intermediate_size") for x in report.widths] == [8, None, 8]
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (
+            "lfm2",
+            {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        ),
+        (
+            "qwen3_next",
+            {
+                "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                "linear_num_key_heads": 1,
+                "linear_num_value_heads": 2,
+            },
+        ),
+    ],
+)
+def test_what_keeps_its_width_needs_no_setting_for_it(family, changes, tmp_path):
+    """Channels of a convolution and heads of a delta net are no key-value groups."""
+    model = tiny_model(family, **changes)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith(("feed_forward.w2", "shared_expert.down_proj")):
+                module.weight[:, 8:] = 0
+            elif name.endswith("experts"):
+                module.down_proj[..., 8:] = 0
+    before = model.config.num_key_value_heads
+    model.save_pretrained(tmp_path / "zero")
+    report = tawny.slim(tmp_path / "zero", tmp_path / "slim")
+    config = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert report.same_widths and report.parameters < report.source_parameters and report.apart < 1e-5
+    assert config["num_key_value_heads"] == before and "per_layer_config" not in config
+
+
+def test_a_slim_mixture_of_unequal_blocks_is_pruned_again(tmp_path):
+    own = {own_blocks.KEY: {"0": {"moe_intermediate_size": 8}}, own_blocks.READS_GLOBAL: True}
+    model = tiny_model("qwen3_moe", **own)
+    before = [
+        module.config._experts_implementation
+        for module in model.modules()
+        if hasattr(module, "is_transposed")
+    ]
+    record = tawny.prune(model, sparsity=0.5, calibration=tokens(4, 24))
+    assert record.sparsity == pytest.approx(0.5, abs=1e-3)
+    after = [
+        module.config._experts_implementation
+        for module in model.modules()
+        if hasattr(module, "is_transposed")
+    ]
+    assert after == before and "eager" not in before
+
+
 def test_what_else_a_block_has_of_its_own_stays_with_it(tmp_path):
     own = {own_blocks.KEY: {"2": {"rms_norm_eps": 0.5}}, own_blocks.READS_GLOBAL: True}
     model = tiny_model("llama", **own)

@@ -251,13 +251,19 @@ def evaluation_windows(
             1, min(math.floor(n / part.share + 1e-9) for n, part in zip(available, text.parts, strict=True))
         )
     counts = _counts(text, wanted)
-    for part, count, there in zip(text.parts, counts, available, strict=True):
+    for part, share, there in zip(text.parts, counts, available, strict=True):
+        count = max(share, 1)  # a text of several that holds no window is not left out without a word
         if there < count:
             needed = (count - 1) * step + length
             raise TextError(
                 f"{part.name} has {len(part):,} tokens, but {count} window{'s' * (count > 1)} of {seqlen} "
                 f"need {needed:,} ({needed - len(part):,} short): give a longer text{_or_less(text)}, or a smaller --windows "
                 f"or --seqlen"
+            )
+        if not share:
+            raise TextError(
+                f"{part.name} gets none of {wanted} window{'s' * (wanted > 1)} by its share of {part.share:.2g}: give a larger "
+                "--windows, it a larger share, or leave it out"
             )
     first = [
         text.ids[part.start : part.stop].unfold(0, length, step)[:count]

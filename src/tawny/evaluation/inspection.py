@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import gguf_behind, gguf_form, resolve
-from tawny.model.structure import staying_dense
+from tawny.model.structure import head_of, staying_dense
 from tawny.model.trust import opens_models
 from tawny.packed.opening import open_stack
 from tawny.patterns import matches
@@ -122,7 +122,14 @@ def inspect(
         parameters=sum(p.numel() for p in stack.model.parameters()),
         bytes=file_bytes(folder),
         blocks=len(stack),
-        tied_head=bool(getattr(stack.config.get_text_config(), "tie_word_embeddings", False)),
+        tied_head=_tied(stack.model),
         dense=staying_dense(stack.model, stack.structure),
         linears=found,
     )
+
+
+def _tied(model: Any) -> bool:
+    """Whether head and embedding are one matrix, whatever the configuration says: files may hold two, or no head at all."""
+    head = head_of(model)
+    embedding = None if head is None else model.get_input_embeddings()
+    return head is not None and embedding is not None and head.weight is embedding.weight

@@ -19,7 +19,7 @@ __all__ = ["Perplexity", "evaluate"]
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from tawny.progress import Progress, silent
 _LOGIT_BYTES = 100_000_000
 # Of text that the dense model writes, where nothing says how many are read.
 _WRITTEN_WINDOWS = 20
+_SEED = 1 << 40  # of what a model writes to be measured on: no run calibrates or trains on that
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def windows_of(
             assert dense is not None
             stack, folder = dense
             author = author_of(
-                folder or stack.model, tokenizer, 0, stack.compute, str(stack.device), progress=progress
+                folder or stack.model, tokenizer, _SEED, stack.compute, str(stack.device), progress=progress
             )
             # One more: read again, a text may have fewer tokens than were written.
             return author.write(math.ceil((share * (windows or _WRITTEN_WINDOWS) + 1) * seqlen))
@@ -198,9 +199,9 @@ def _windows_of_text(
         (one,) = text.texts  # a model writes more than it was asked for
         ids = ids[: _WRITTEN_WINDOWS if one.written else one.most_windows]
     step = min(stride or seqlen, tokens.of_text(seqlen))
-    parts = [row if i == 0 else row[seqlen - step :] for i, row in enumerate(ids)]
-    size = sum(len(tokenizer.decode(part.tolist(), skip_special_tokens=True).encode()) for part in parts)
-    return Windows(ids, step, text, size, tokens.bos is not None)
+    made = Windows(ids, step, text, bos=tokens.bos is not None)
+    predicted = [row[made.first(i) :] for i, row in enumerate(ids)]
+    return replace(made, size=sum(len(tokenizer.decode(row.tolist()).encode()) for row in predicted))
 
 
 def count_windows(

@@ -31,6 +31,7 @@ class Architecture:
         permuted: rotary halves of q and k are interleaved, as Meta's first LLaMA had them.
         norm_plus_one: weights of norms are stored as what is multiplied with, 1 + weight.
         frequencies: its graph divides rotary frequencies by a tensor of the file, as Llama 3 needs.
+        square_queries: its loader takes queries to be as wide as hidden states.
         whole_every: every so many blocks one attends to everything, the others to a window; 1 where all attend to everything.
     """
 
@@ -41,6 +42,7 @@ class Architecture:
     norm_plus_one: bool = False
     frequencies: bool = False
     whole_every: int = 1
+    square_queries: bool = False
 
     def changed(self, name: str, value: Tensor, heads: int, key_heads: int) -> Tensor:
         """A parameter, float32, as llama.cpp wants it; `name` is the one in GGUF."""
@@ -57,7 +59,7 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", ("gelu_pytorch_tanh", "gelu"), norm_plus_one=True),
     "gemma3_text": Architecture("gemma3", ("gelu_pytorch_tanh",), norm_plus_one=True, whole_every=6),
     "llama": Architecture("llama", ("silu",), biases=True, permuted=True, frequencies=True),
-    "qwen2": Architecture("qwen2", ("silu",), biases=True),
+    "qwen2": Architecture("qwen2", ("silu",), biases=True, square_queries=True),
     "qwen3": Architecture("qwen3", ("silu",)),
 }
 
@@ -134,6 +136,14 @@ def _refuse(config: Any, architecture: Architecture) -> None:
             "or prune it with `-a uniform`"
         )
     told: dict[str, Any] = config.to_dict()
+    width = config.num_attention_heads * (
+        told.get("head_dim") or config.hidden_size // config.num_attention_heads
+    )
+    if architecture.square_queries and width != config.hidden_size:
+        raise ModelError(
+            f"its heads have {width} channels in all and its hidden states {config.hidden_size}, which llama.cpp takes to be equal for "
+            f"{architecture.name!r}: slim channels only, and no heads"
+        )
     every = architecture.whole_every
     kinds = [
         "sliding_attention" if (index + 1) % every else "full_attention"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tawny.errors import UserError, nearest
 from tawny.exporting.gguf import ExportReport, export_gguf
+from tawny.model.resumable import place_of
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
@@ -51,5 +52,5 @@ def export(
             f"--to {to!r} is not known{nearest(to, EXPORTERS)}; choose one of {', '.join(EXPORTERS)}"
         )
     return EXPORTERS[to](
-        source, Path(out), type, tokenizer=tokenizer_from, overwrite=overwrite, progress=progress
+        source, place_of(out), type, tokenizer=tokenizer_from, overwrite=overwrite, progress=progress
     )

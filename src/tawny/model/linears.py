@@ -86,6 +86,18 @@ def _is_step_size(module: nn.Module, parents: Sequence[nn.Module]) -> bool:
     return convolved and any(p.shape[0] == module.out_features for p in held)
 
 
+def states_of(block: nn.Module) -> int:
+    """Numbers of one token's state in a state-space layer that keeps one for each channel (Mamba), `inner × state`."""
+    held = [
+        p.numel()
+        for module in block.modules()
+        if any(isinstance(sub, _ConvNd) for sub in module.children())
+        for p in module.parameters(recurse=False)
+        if p.dim() == 2
+    ]
+    return max(held, default=0)
+
+
 def _stacked(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a module's own parameters that are stacks of matrices; a convolution's is none."""
     if isinstance(module, _ConvNd):

@@ -29,7 +29,8 @@ from tawny.precision import cast
 SHARD_BYTES = 2_000_000_000
 # Everything that is not weights travels with the model, except what describes weights of another format.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.py")
-_PARTS = "[0-9]_*/*"  # what sentence-transformers keeps of its modules, such as 1_Pooling/config.json
+# What sentence-transformers keeps of its modules, such as 1_Pooling/config.json, and a tokenizer of its further templates.
+_PARTS = ("[0-9]_*/*.json", "[0-9]_*/*.safetensors", "additional_chat_templates/*.jinja")
 _NOT_CARRIED = {INDEX, "run.json", "recipe.yaml", "recover.json", "slim.json", *BESIDE}
 # What a folder may hold that a run may throw away.
 MEASURED = "measured.json"  # of `tawny fit`, as are levels and finalists
@@ -290,8 +291,8 @@ class OutputFolder:
         with writing(self.partial):
             for name in {name for name in found if not name.endswith(".index.json")} | named:
                 shutil.copyfile(source / name, self.partial / name)
-            for part in source.glob(_PARTS):
-                if part.suffix in (".json", ".safetensors") and part.is_file():
+            for part in (part for pattern in _PARTS for part in source.glob(pattern)):
+                if part.is_file():
                     (self.partial / part.parent.name).mkdir(exist_ok=True)
                     shutil.copyfile(part, self.partial / part.parent.name / part.name)
             path = self.partial / "config.json"

@@ -297,6 +297,18 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
+def place_of(out: str | Path) -> Path:
+    """Where `out` is, with `~` for the home folder, as in what is read.
+
+    Raises:
+        OutputError: nobody of that name has a home.
+    """
+    try:
+        return Path(out).expanduser()
+    except RuntimeError as error:
+        raise OutputError(f"{out} cannot be written: {error}") from None
+
+
 def named(out: Path) -> Path:
     """`out` as it was given where its last part is a name; absolute where it is none (`.`, `..`). Never the root."""
     if out.name in ("", ".."):

@@ -55,7 +55,17 @@ class Stack:
         self._late: list[Unit] = []
         self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
         self._running = 0  # forwards of fused experts that have begun and not ended
-        self._experts_before: str | None = None
+        # Blocks with settings of their own are built from copies of the configuration.
+        configs = [
+            self.config.get_text_config(),
+            *(
+                config
+                for module in model.modules()
+                if (config := getattr(module, "config", None)) is not None
+            ),
+        ]
+        self._configs = list({id(config): config for config in configs}.values())
+        self._experts_before: list[str | None] = []
         self._replay = Replay(model, self.structure, compute, self.device)
         if checkpoint is not None:
             checkpoint.map_to(model)
@@ -258,17 +268,18 @@ class Stack:
         Forwards that are held (calibration/suspended.py) end in the order they began in: the last one that ends puts back
         what the first one found.
         """
-        config = self.config.get_text_config()
         if not self._running:
-            self._experts_before = getattr(config, "_experts_implementation", None)
+            self._experts_before = [getattr(one, "_experts_implementation", None) for one in self._configs]
+            for one in self._configs:
+                one._experts_implementation = "eager"
         self._running += 1
-        config._experts_implementation = "eager"
         try:
             yield
         finally:
             self._running -= 1
             if not self._running:
-                config._experts_implementation = self._experts_before
+                for one, before in zip(self._configs, self._experts_before, strict=True):
+                    one._experts_implementation = before
 
     def enter(self, inputs: Inputs) -> Tensor:
         """Hidden states `[batch, positions, hidden]` the first block receives."""

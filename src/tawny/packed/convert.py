@@ -26,6 +26,7 @@ from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weig
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.output import OutputFolder, index_of
+from tawny.model.resumable import place_of
 from tawny.model.source import resolve
 from tawny.model.structure import find_blocks, staying_dense
 from tawny.model.tensorfile import DTYPES, header_for, raw
@@ -315,7 +316,7 @@ def pack(
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
     record = _record_of(folder)
-    output = OutputFolder(Path(out), overwrite=overwrite, source=folder, given=source)
+    output = OutputFolder(place_of(out), overwrite=overwrite, source=folder, given=source)
     try:
         writer = PackedWriter(output.partial)
         files = weight_paths(folder)  # one without tensors, too: the index names it
@@ -427,7 +428,7 @@ def unpack(
     if not is_packed(folder):
         raise CheckpointError(f"{source} is not a packed folder; there is nothing to unpack")
     packed, record = PackedFolder(folder), _record_of(folder)
-    output = OutputFolder(Path(out), overwrite=overwrite, source=folder, given=source)
+    output = OutputFolder(place_of(out), overwrite=overwrite, source=folder, given=source)
     total = 0
     try:
         for part in packed.source:

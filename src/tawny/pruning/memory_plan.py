@@ -20,7 +20,7 @@ from tawny.allocation.profile import Measuring
 from tawny.calibration.statistics import Needs, hessian_bytes
 from tawny.errors import RecipeError
 from tawny.machine import free_memory, resident_memory
-from tawny.model.linears import Linear
+from tawny.model.linears import Linear, states_of
 from tawny.model.stack import Stack
 from tawny.model.streams import CHUNK_TOKENS, Samples
 from tawny.solvers.base import Solver
@@ -219,7 +219,9 @@ class Demand:
         widest = widest_input(self.stack, dict(enumerate(self.by_block)))
         chunk = self._chunk_samples() * self.seqlen
         attention = 3 * self._scores_bytes() + self._mask_bytes()
-        return chunk * (4 * self.stack.hidden_bytes + widest * (4 + 3 * compute)) + attention
+        # Three float32 states of a state-space layer at every token, where no kernel keeps them apart: made together.
+        states = 3 * 4 * max(map(states_of, self.stack.structure.modules), default=0)
+        return chunk * (4 * self.stack.hidden_bytes + widest * (4 + 3 * compute) + states) + attention
 
     def measuring_bytes(self) -> int:
         return max(self.measuring.workspace([x.shape for x in linears]) for linears in self.by_block)

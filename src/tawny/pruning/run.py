@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tawny.allocation.profile import Allocation
 from tawny.errors import RecipeError
 from tawny.machine import peak_memory
+from tawny.model.resumable import place_of
 from tawny.model.source import resolve
 from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
@@ -92,7 +93,7 @@ def prune(
         source,
         Purpose(demand=demand_of, author=None if author is None else resolve(author, progress.say)),
         progress,
-        place_to_write=None if out is None else open_output(Path(out), overwrite, source),
+        place_to_write=None if out is None else open_output(place_of(out), overwrite, source),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,

@@ -19,7 +19,7 @@ from tawny.calibration.mixture import check_texts, texts_identity
 from tawny.errors import NumericalError, RecipeError
 from tawny.model.identity import source_identity
 from tawny.model.output import unfinished
-from tawny.model.resumable import WorkFolder
+from tawny.model.resumable import WorkFolder, place_of
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -67,7 +67,7 @@ def recover_gradually(
         NumericalError: the loss of a step became NaN; its best model so far stays in `OUT.stages`.
         OutputError: `OUT.stages` holds the steps of another run, or `out` cannot be written.
     """
-    target = Path(out)
+    target = place_of(out)
     if not sparsities or sorted(set(sparsities)) != list(sparsities):
         raise RecipeError(
             f"gradual sparsities {list(sparsities)} do not rise; expected such as 0.4,0.55,0.65,0.7"
@@ -125,6 +125,9 @@ def recover_gradually(
                 stages.append({key: getattr(record, key) for key in kept})
                 here = recovered
         record.stages, record.source, record.out = stages, str(source), str(target)
+        record.settings |= {"tokens": chosen.tokens, "minutes": chosen.minutes}
+        record.tokens = sum(stage["tokens"] for stage in stages)
+        record.seconds = _sums([stage["seconds"] for stage in stages])
 
         def end() -> None:
             retell(here, record, source=str(source), base=folder)
@@ -133,6 +136,11 @@ def recover_gradually(
 
         processes.once(end)
     return record
+
+
+def _sums(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    keys = dict.fromkeys(key for each in seconds for key in each)
+    return {key: sum(each.get(key, 0.0) for each in seconds) for key in keys}
 
 
 def _recipes(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tawny.errors import TextError
 from tawny.kinds import kind_of
 from tawny.model.checkpoint import is_packed
+from tawny.model.resumable import place_of
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
@@ -79,7 +80,7 @@ def recover(
     given = text if isinstance(text, Tensor | Mapping) else None
     if isinstance(given, Tensor) and given.dim() == 2 and 0 not in given.shape:
         chosen = Recovery.make(chosen, seqlen=int(given.shape[1]))
-    place = None if out is None else Path(out)
+    place = None if out is None else place_of(out)
     request = Request(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)
     if place is not None and not isinstance(source, nn.Module):
         folder = resolve(source, progress.say)

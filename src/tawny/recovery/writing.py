@@ -252,6 +252,7 @@ def _run_of(folder: Path) -> dict[str, Any] | None:
 def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord) -> None:
     told = record.to_dict()
     run["recovery"] = finite({key: told[key] for key in _SUMMARY})
+    run["recovery"]["rounded"] = run.get("rounded") or {}  # what packing rounds later was not measured
     _put(folder / _RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "model_card",
     "opening",
     "packed_note",
+    "recovered_since",
     "recovery_words",
     "rounded_since",
 ]
@@ -100,7 +101,11 @@ def model_card(
         _use(record, form),
         _numbers(record, recovered=bool(recovery)),
         *([_fit(record["fit"])] if record.get("fit") else []),
-        *([f"## Recovered\n\n{_inline(recovery_words(recovery))}"] if recovery else []),
+        *(
+            [f"## Recovered\n\n{_inline(recovery_words(recovery) + recovered_since(record))}"]
+            if recovery
+            else []
+        ),
         _INTENDED,
         f"## Recipe\n\n```yaml\n{dump_yaml(record['recipe']).strip()}\n```",
         _trace(record),
@@ -267,11 +272,23 @@ def _numbers(record: Mapping[str, Any], recovered: bool) -> str:
 
 def rounded_since(record: Mapping[str, Any]) -> str:
     """A sentence, where packing rounded the model after it was measured; else nothing."""
+    if record["evaluation"]["pruned"].get("rounded") == (record.get("rounded") or {}):
+        return ""
+    return _rounded(record, "The pruned model was")
+
+
+def recovered_since(record: Mapping[str, Any]) -> str:
+    """A sentence, where packing rounded the model after a recovery had measured it; else nothing."""
+    before = (record.get("recovery") or {}).get("rounded")
+    return "" if before in (None, record.get("rounded") or {}) else _rounded(record, "This was")
+
+
+def _rounded(record: Mapping[str, Any], what: str) -> str:
     rounded = record.get("rounded") or {}
-    if not rounded or record["evaluation"]["pruned"].get("rounded") == rounded:
+    if not rounded:
         return ""
     parts = [*rounded.get("values", []), *(f"{end} {rounded[end]}" for end in ENDS if end in rounded)]
-    return f" The pruned model was measured before it was rounded to {', '.join(parts)}."
+    return f" {what} measured before it was rounded to {', '.join(parts)}."
 
 
 def _fit(fit: Mapping[str, Any]) -> str:

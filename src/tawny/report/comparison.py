@@ -171,7 +171,7 @@ def _speed(model: Mapping[str, Any], kind: str) -> Found:
 
 def caption(result: Mapping[str, Any]) -> list[str]:
     """What was asked, and of which machine, in words."""
-    setting, models = result["setting"], result["models"]
+    models = result["models"]
     said = []
     text = next((m["perplexity"] for m in models if "perplexity" in m), None)
     if text is not None:
@@ -190,7 +190,9 @@ def caption(result: Mapping[str, Any]) -> list[str]:
     tasks = next((m["tasks"] for m in models if "tasks" in m), None)
     if tasks is not None:
         some = f", the first {tasks['limit']} documents of each" if tasks["limit"] else ""
-        said.append(f"Accuracy of lm-eval {tasks['lm_eval']}'s tasks, zero-shot{some}, ± its standard error.")
+        shown_first = [f"{task['name']} {task['shots']}-shot" for task in tasks["tasks"] if task["shots"]]
+        shots = f"zero-shot{' but for ' * bool(shown_first)}{', '.join(shown_first)}"
+        said.append(f"Accuracy of lm-eval {tasks['lm_eval']}'s tasks, {shots}{some}, ± its standard error.")
     speed = next((m["speed"] for m in models if "speed" in m), None)
     if speed is not None:
         said.append(
@@ -206,9 +208,11 @@ def caption(result: Mapping[str, Any]) -> list[str]:
     if len(models) > 1:
         said.append(f"Differences are from {models[0]['name']}; the best of each line is bold.")
     computer, libraries = result["machine"], result["versions"]
+    parts = ("perplexity", "features", "accuracy", "tasks")
+    computed = next((m[part]["compute"] for part in parts for m in models if part in m), None)
     said.append(
         f"{computer.get('cpu', '')}, torch {libraries.get('torch', '')}, "
-        f"transformers {libraries.get('transformers', '')}; computed in {setting['compute']}."
+        f"transformers {libraries.get('transformers', '')}{f'; computed in {computed}' if computed else ''}."
     )
     return said
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.record import Record
-from tawny.report.card import CARD, front_matter, model_card, packed_note
+from tawny.report.card import CARD, front_matter, model_card, packed_note, recovered_since
 from tawny.report.html import write_report
 from tawny.report.pages import write_beside
 from tawny.report.recovery import write_recovery
@@ -41,7 +41,7 @@ def _publish(plain: Mapping[str, Any], text: str, folder: Path) -> Path:
     write_beside(folder / "run.json", text)
     write_beside(card, made)
     if "curve" in recovery:  # all of a recover.json, of which the page of a recovered model is made
-        return write_recovery(recovery, folder)
+        return write_recovery(recovery, folder, recovered_since(plain).strip())
     return write_report(plain, folder)
 
 

@@ -30,20 +30,20 @@ _PHASES = {
 }
 
 
-def write_recovery(record: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write `report.html` into `folder`, beside and renamed, and return its path."""
-    return write_beside(Path(folder) / NAME, render_recovery(record))
+def write_recovery(record: Mapping[str, Any], folder: str | Path, warning: str = "") -> Path:
+    """Write `report.html` into `folder`, beside and renamed, and return its path; `warning` is as of `render_recovery`."""
+    return write_beside(Path(folder) / NAME, render_recovery(record, warning))
 
 
-def render_recovery(record: Mapping[str, Any]) -> str:
-    """The page as text."""
+def render_recovery(record: Mapping[str, Any], warning: str = "") -> str:
+    """The page as text; `warning` is of what happened to the model since."""
     record = known(record)
     return render(
         "recovery.html.j2",
         title=f"{Path(record['source']).name or 'model'}, recovered",
         summary=_summary(record),
         tiles=_tiles(record),
-        warnings=record["warnings"],
+        warnings=[*record["warnings"], *([warning] if warning else [])],
         figures={name: curve_figure(record, width=width, prefix=name) for name, width in WIDTHS.items()},
         judged="kl" in record["start"],
         measure=quality_text(record["start"])[0],
@@ -75,9 +75,13 @@ def _summary(record: Mapping[str, Any]) -> str:
     behind = f" against {record['teacher']}" if record["teacher"] else ""
     text = record["text"]["name"]
     of = f" of {text}" if text != "tokens" else ""
-    return (
-        f"Trained behind its mask{behind} on {record['tokens']:,} {counted(record['text'])[1]}{of}. {kept}."
+    steps = len(record.get("stages") or ())
+    whole = (
+        f" That is of {steps} steps of pruning and training in all; what follows is of the last."
+        if steps > 1
+        else ""
     )
+    return f"Trained behind its mask{behind} on {record['tokens']:,} {counted(record['text'])[1]}{of}.{whole} {kept}."
 
 
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -31,6 +31,7 @@ from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.bench import bench
 from tawny.machine import resident_memory
 from tawny.model.identity import tensor_digest
+from tawny.model.resumable import place_of
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
 from tawny.packed import format
@@ -142,7 +143,7 @@ def fit(
             check=partial(check_target, target),
         ),
         progress,
-        place_to_write=_place(Path(out), overwrite, source, {**asdict(target), **asdict(settings)}),
+        place_to_write=_place(place_of(out), overwrite, source, {**asdict(target), **asdict(settings)}),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,

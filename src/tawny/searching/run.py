@@ -36,6 +36,7 @@ from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.errors import NumericalError, RecipeError, TextError
 from tawny.machine import peak_memory
 from tawny.model import durable
+from tawny.model.resumable import place_of
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
 from tawny.patterns import Blocks, Rank
@@ -174,7 +175,7 @@ def search(
         source,
         Purpose(samples=True, demand=demand, held_out=held_out),
         progress,
-        place_to_write=None if out is None else open_search(Path(out), settings, overwrite),
+        place_to_write=None if out is None else open_search(place_of(out), settings, overwrite),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,

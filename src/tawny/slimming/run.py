@@ -27,6 +27,7 @@ from tawny.model.couplings import Coupling, find_couplings, probe_of
 from tawny.model.linears import Linear
 from tawny.model.output import OutputFolder
 from tawny.model.own_blocks import KEY
+from tawny.model.resumable import place_of
 from tawny.model.source import resolve
 from tawny.model.stack import Stack
 from tawny.model.structure import evaluating
@@ -101,7 +102,7 @@ def slim(
             f"{source} is a model of several stacks, whose config.json cannot say the widths or blocks that are left; `tawny pack` "
             "makes it smaller instead"
         )
-    output = OutputFolder(Path(out), overwrite=overwrite, source=folder, given=source)
+    output = OutputFolder(place_of(out), overwrite=overwrite, source=folder, given=source)
     try:
         with torch.no_grad(), evaluating(stack.model):
             widths, dropped, aligned, expected = _cut(stack, output, str(source), progress)

@@ -45,7 +45,7 @@ def settings_of_block(config: Any, couplings: Sequence[Coupling], kept: Sequence
         kept: members that each coupling keeps.
 
     Raises:
-        ModelError: it has no setting for a width, or heads do not divide into the groups.
+        ModelError: it has no setting for a width that has changed, or heads do not divide into the groups.
     """
     by_kind: dict[MemberKind, set[tuple[int, int, int]]] = {"channels": set(), "heads": set()}
     for coupling, count in zip(couplings, kept, strict=True):
@@ -54,6 +54,8 @@ def settings_of_block(config: Any, couplings: Sequence[Coupling], kept: Sequence
     for members, _, count in by_kind["channels"]:
         keys = [key for key in _FFN if _of(config, key) in (members, None) and hasattr(config, key)]
         if not keys or any(settings.get(key, count) != count for key in keys):
+            if count == members:  # as before, however the configuration says it
+                continue
             raise ModelError(
                 f"config.json of {config.model_type!r} cannot say that FFNs of {members} channels have {count}: experts of one block "
                 "must keep equally many, and the width needs a setting of its own"
@@ -61,7 +63,10 @@ def settings_of_block(config: Any, couplings: Sequence[Coupling], kept: Sequence
         settings |= dict.fromkeys(keys, count)
     for members, width, count in by_kind["heads"]:
         heads = int(_of(config, _HEADS) or 0)
-        if not heads or heads % members or width % heads:
+        groups = int(_of(config, _GROUPS) or members)  # those of a delta net or a convolution are others
+        if not heads or heads % members or width % heads or members != groups:
+            if count == members:
+                continue
             raise ModelError(
                 f"{heads} heads of {config.model_type!r} do not divide into {members} key-value groups of a width of {width}: "
                 "slim channels only"
