@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tawny.calibration.observe import observe
 from tawny.calibration.suspended import can_suspend, in_lockstep
@@ -51,3 +52,27 @@ def test_experts_run_alike_in_every_forward_that_is_held():
             pass
     assert before != "eager" and ran == ["eager"] * len(stream) and len(stream) > 2
     assert model.config._experts_implementation == before
+
+
+def test_a_configuration_inside_another_has_its_own_experts_again():
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=tiny_model("qwen3_moe").config,
+            vision_config=CLIPVisionConfig(**vision),
+            image_token_index=1,
+        )
+    )
+    text = model.config.get_text_config()
+    model.config._experts_implementation = "eager"
+    text._experts_implementation = "grouped_mm"
+    with live_stack(model)._plain_experts():
+        assert text._experts_implementation == "eager"
+    assert (model.config._experts_implementation, text._experts_implementation) == ("eager", "grouped_mm")

@@ -241,10 +241,14 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(run, monkeypatch, tmp_pa
         (("--allocator", "dlp"), ["dlp"]),
         (("-c", "fast"), ["atp"]),
         (("-c", "owl-wanda-70"), []),  # OWL for each M
+        (("-o", "allocator.name=dlp"), ["dlp"]),
+        (("-c", "seed.yaml"), []),
         (("-c", "fast", "--allocators", "owl, dlp"), ["owl", "dlp"]),
     ],
 )
-def test_a_profile_shows_the_allocator_that_was_named(run, monkeypatch, words, shown):
+def test_a_profile_shows_the_allocator_that_was_named(run, monkeypatch, tmp_path, words, shown):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seed.yaml").write_text("seed: 4")
     calls = answering(monkeypatch, "profile", SimpleNamespace(to_dict=dict))
     code, _, err = run("profile", "m", *words, "--json")
     assert code == 0, err

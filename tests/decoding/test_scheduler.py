@@ -197,16 +197,19 @@ def test_a_worker_serves_threads_refuses_what_is_too_much_and_ends_at_once():
 
 
 def test_a_worker_tries_a_model_out_while_no_other_runs_it():
-    shared = model()
-    with opening.ready(shared) as lock, lock:
-        worker = Worker(shared, None, capacity=CAPACITY, count=1, queue=1)
-        starting = threading.Thread(target=worker.__enter__)
-        starting.start()
-        starting.join(0.5)
-        assert starting.is_alive() and worker._scheduler is None
-    starting.join(20)
-    worker.__exit__(None, None, None)
-    assert not starting.is_alive()
+    shared, held = model(), []
+    worker = Worker(shared, None, capacity=CAPACITY, count=1, queue=1)
+    make = worker._make
+    with opening.ready(shared) as lock:
+
+        def trying():
+            held.append(lock._is_owned())
+            return make()
+
+        worker._make = trying
+        with worker:
+            pass
+    assert held == [True]
 
 
 def test_whoever_waits_is_told_that_a_worker_broke(monkeypatch):

@@ -626,6 +626,9 @@ def test_a_last_step_that_cannot_be_delivered_is_not_lost(pair, tmp_path, monkey
     monkeypatch.setattr("tawny.recovery.gradual.recover", None)  # nothing is trained again
     record = tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
     assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.4, 0.6]
+    # As told before, not the sum of sums: the second step reads twice as many as the first.
+    first, last = (stage["tokens"] for stage in record.stages)
+    assert record.tokens == first + last and last < 3 * first
 
 
 @pytest.mark.parametrize("recipe", [None, {"calibration": {"text": "ptb"}}], ids=["none", "its own"])

@@ -353,7 +353,7 @@ def solved_for(pair, out, values):
 
 def test_several_kinds_cannot_be_sharded(pair, tmp_path):
     solved_for(pair, tmp_path / "solved", {"mean": 3.5, "of": ["int3", "int4"]})
-    with pytest.raises(RecipeError, match=r"shard=true trains rows .*solved was solved for int3, int4"):
+    with pytest.raises(RecipeError, match=r"shard=true leaves .*solved was solved for int3, int4"):
         recover_pair(pair, tmp_path / "out", source=tmp_path / "solved", shard=True)
     assert not (tmp_path / "out").exists()
 

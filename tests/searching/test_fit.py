@@ -488,6 +488,7 @@ def test_the_verb_refuses_what_a_fit_chooses(dense, tmp_path, run, words):
         ("sparsity: 0.7\nallocator: owl", "a fit chooses sparsity and allocator itself"),
         ("pattern: '2:4'", "a fit chooses pattern itself"),
         ("seed: 4", None),
+        ("allocator: {name: uniform}\nsparsity: 0", None),
     ],
 )
 def test_the_verb_says_what_of_a_recipe_is_not_used(monkeypatch, tmp_path, run, recipe, words):

@@ -185,6 +185,22 @@ def test_what_keeps_its_width_needs_no_setting_for_it(family, changes, tmp_path)
     assert config["num_key_value_heads"] == before and "per_layer_config" not in config
 
 
+def test_experts_are_cut_beside_a_shared_one_that_was_as_wide(tmp_path):
+    for wide in (16, 512):  # whichever a set has first
+        changes = {"moe_intermediate_size": wide, "shared_expert_intermediate_size": wide}
+        model = tiny_model("qwen2_moe", **changes)
+        with torch.no_grad():
+            for module in model.modules():
+                if hasattr(module, "is_transposed"):
+                    module.down_proj[..., wide // 2 :] = 0
+        folder = tmp_path / str(wide)
+        model.save_pretrained(folder / "zero")
+        report = tawny.slim(folder / "zero", folder / "slim")
+        config = json.loads((folder / "slim" / "config.json").read_text())
+        assert report.apart < 1e-5 and config["moe_intermediate_size"] == wide // 2
+        assert config["shared_expert_intermediate_size"] == wide
+
+
 def test_a_slim_mixture_of_unequal_blocks_is_pruned_again(tmp_path):
     own = {own_blocks.KEY: {"0": {"moe_intermediate_size": 8}}, own_blocks.READS_GLOBAL: True}
     model = tiny_model("qwen3_moe", **own)

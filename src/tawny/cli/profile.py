@@ -49,8 +49,7 @@ def profile(
         check_file("--plot", plot, ".png", ".svg")
         chosen = given.recipe(sparsity=sparsity, default_sparsity=SPARSITY, seed=seed, device=device)
         shown = [name.strip() for name in (allocators or "").split(",") if name.strip()]
-        said = given.values["recipe"] is not None or "allocator" in given.overridden()
-        if not shown and said and chosen.allocator.name != "owl":
+        if not shown and given.names_allocator() and chosen.allocator.name != "owl":
             shown = [chosen.allocator.name]
         import tawny
 

@@ -120,6 +120,14 @@ class Given:
 
         return [parse_override(text)[0] for text in self.values["overrides"] or ()]
 
+    def names_allocator(self) -> bool:
+        """Whether a file or an -o says which allocator it is."""
+        from tawny.recipe.files import read_mapping
+
+        base = self.values["recipe"]
+        in_file = base is not None and read_mapping(base).get("allocator") is not None
+        return in_file or not {"allocator", "allocator.name"}.isdisjoint(self.overridden())
+
     def without(self, names: Collection[str], why: str) -> Given:
         """Without options that mean nothing here.
 
@@ -139,11 +147,13 @@ class Given:
             UserError: an option says what a fit finds out.
         """
         from tawny.recipe.files import read_mapping
+        from tawny.recipe.schema import as_section
 
         rest, own = self.without(CHOSEN_BY_FIT, "a fit chooses").parted("fit.")
         plain: dict[str, Any] = {"sparsity": 0.0, "allocator": "uniform", "pattern": "unstructured"}
         base = self.values["recipe"]
-        said = {} if base is None else read_mapping(base)
+        said = {} if base is None else {**read_mapping(base)}
+        said["allocator"] = as_section("allocator", said.get("allocator")).get("name")
         unused = [key for key, value in plain.items() if said.get(key) not in (None, value)]
         if unused:
             note(f"a fit chooses {' and '.join(unused)} itself: what {base} says of that is not used")

@@ -57,8 +57,8 @@ class Perplexity:
         loss: mean loss in nats.
         tokens: predicted tokens.
         peak_memory: bytes, of the whole process so far.
-        bits_per_byte: total loss in bits over the UTF-8 bytes of the windows' text, which compares models with
-            different tokenizers; 0 when only tokens were given.
+        bits_per_byte: total loss in bits over the UTF-8 bytes of what is predicted, special tokens included, which compares
+            models with different tokenizers; 0 when only tokens were given.
         stride: tokens of the text from one window's start to the next's.
         bos: whether each window begins with BOS, which is none of the text; False for tokens that were given.
         recipe: all of the above in words.

@@ -55,16 +55,7 @@ class Stack:
         self._late: list[Unit] = []
         self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
         self._running = 0  # forwards of fused experts that have begun and not ended
-        # Blocks with settings of their own are built from copies of the configuration.
-        configs = [
-            self.config.get_text_config(),
-            *(
-                config
-                for module in model.modules()
-                if (config := getattr(module, "config", None)) is not None
-            ),
-        ]
-        self._configs = list({id(config): config for config in configs}.values())
+        self._configs = self._configurations()
         self._experts_before: list[str | None] = []
         self._replay = Replay(model, self.structure, compute, self.device)
         if checkpoint is not None:
@@ -260,6 +251,17 @@ class Stack:
         return f"{linear.name}.bias", own
 
     # --- forwards ----------------------------------------------------------------------------------------------
+
+    def _configurations(self) -> list[Any]:
+        """Those that modules ask: blocks with settings of their own have copies of the model's.
+
+        One hands a value on to those inside it, so the outermost comes first.
+        """
+        from transformers import PretrainedConfig
+
+        asked = (getattr(module, "config", None) for module in self.model.modules())
+        every = (*asked, self.config.get_text_config())
+        return list({id(one): one for one in every if isinstance(one, PretrainedConfig)}.values())
 
     @contextlib.contextmanager
     def _plain_experts(self) -> Iterator[None]:

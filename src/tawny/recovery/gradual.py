@@ -122,7 +122,10 @@ def recover_gradually(
                 if failure := failure_of(record):  # told again when it is repeated, and no step follows
                     raise NumericalError(f"step {number + 1} of {len(recipes)}, in {recovered}: {failure}")
                 kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
-                stages.append({key: getattr(record, key) for key in kept})
+                # The last one's record is that of all, once it was told.
+                stages.append(
+                    record.stages[-1] if record.stages else {key: getattr(record, key) for key in kept}
+                )
                 here = recovered
         record.stages, record.source, record.out = stages, str(source), str(target)
         record.settings |= {"tokens": chosen.tokens, "minutes": chosen.minutes}

@@ -40,7 +40,8 @@ def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[
         return {}
     if settings.shard:
         raise RecipeError(
-            f"shard=true trains rows where they lie; {folder} was solved for {', '.join(solved.of)}, whose scales span rows of all: leave it out"
+            f"shard=true leaves some rows to each process, and {folder} was solved for {', '.join(solved.of)}, whose levels are those of "
+            "whole linears: leave shard out, or give train=norms"
         )
     progress.say(f"training through the grids of {', '.join(solved.of)}, which {folder} was solved for")
     return {name: kind for name, kind in kinds.items() if kind_of(kind).bits < 8 or solved.group_size is None}

@@ -529,7 +529,9 @@ class Training:
             self.output.write_text("recover.json", record.to_json())
             # Where each process has its rows only, the zeros are as many as before.
             zeros = None if self.processes.sharded else self.student.count_zeros_each()
-            tell_run(self.output.partial, record, zeros)
+            settings = self.settings
+            off_grid = settings.train != "norms" and not (settings.values or self.student.kinds)
+            tell_run(self.output.partial, record, zeros, off_grid=off_grid)
             self.output.write_text("README.md", card(record, self.folder, self.output.partial))
             draw(record, self.output.partial, self.progress)
             self.output.finish()

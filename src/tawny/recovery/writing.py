@@ -198,15 +198,20 @@ def _section(record: RecoveryRecord) -> str:
     )
 
 
-def tell_run(folder: Path, record: RecoveryRecord, zeros: Mapping[str, int] | None = None) -> None:
+def tell_run(
+    folder: Path, record: RecoveryRecord, zeros: Mapping[str, int] | None = None, *, off_grid: bool = False
+) -> None:
     """Make the carried `run.json` that of the recovered model; one that is not Tawny's is left alone.
 
     Args:
         zeros: of every linear, where they were counted.
+        off_grid: weights were trained past what packing had rounded them to.
     """
     run = _run_of(folder)
     if run is None:
         return
+    if off_grid:
+        run["rounded"] = {key: kind for key, kind in (run.get("rounded") or {}).items() if key != "values"}
     run["files"], run["bytes"], run["out"] = weight_files(folder), record.bytes, record.out
     for entry in run.get("linears", []):
         if zeros and entry["name"] in zeros:
@@ -216,7 +221,7 @@ def tell_run(folder: Path, record: RecoveryRecord, zeros: Mapping[str, int] | No
         # Of those that pruning chose; training knows all of the model's.
         run["zeros"] = sum(entry["zeros"] for entry in run["linears"])
         run["sparsity"] = run["zeros"] / max(1, run["prunable"])
-    _put_run(folder, run, record)
+    _put_run(folder, run, record, run.get("rounded") or {})
 
 
 def retell(
@@ -234,7 +239,7 @@ def retell(
         run["out"] = record.out
         if source is not None:
             run["source"] = source
-        _put_run(folder, run, record)
+        _put_run(folder, run, record, run["recovery"]["rounded"])
     if run is not None and base is not None:
         text = base / CARD
         old = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
@@ -249,10 +254,11 @@ def _run_of(folder: Path) -> dict[str, Any] | None:
     return run if isinstance(run, dict) and "record_version" in run else None
 
 
-def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord) -> None:
+def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord, rounded: Mapping[str, Any]) -> None:
+    """Put the summary of a recovery into `run.json`; `rounded` is how the model was when the recovery measured it."""
     told = record.to_dict()
     run["recovery"] = finite({key: told[key] for key in _SUMMARY})
-    run["recovery"]["rounded"] = run.get("rounded") or {}  # what packing rounds later was not measured
+    run["recovery"]["rounded"] = dict(rounded)
     _put(folder / _RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
 

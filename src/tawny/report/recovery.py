@@ -77,7 +77,7 @@ def _summary(record: Mapping[str, Any]) -> str:
     of = f" of {text}" if text != "tokens" else ""
     steps = len(record.get("stages") or ())
     whole = (
-        f" That is of {steps} steps of pruning and training in all; what follows is of the last."
+        f" That is of {steps} steps of pruning and training in all; the measurements and the curve are of the last."
         if steps > 1
         else ""
     )

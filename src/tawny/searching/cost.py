@@ -147,7 +147,7 @@ class SearchDemand:
         }
         phases["candidates"] = {
             **comparing,
-            "block": 2 * block,  # and its dense weights, put back where a level removes nothing
+            "block": 2 * block,  # and its dense weights, put back where a level changes nothing
             "forward": levels.forward_bytes(),
         }
         phases["comparison"] = {**comparing, "logits": 4 * LOGIT_BYTES}

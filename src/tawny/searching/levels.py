@@ -105,7 +105,7 @@ class LevelStore:
             self._file = self.path(index).open("rb")
 
     def read(self, linear: Linear, level: int) -> Tensor | None:
-        """`[out, in]`, or None where the level removes nothing."""
+        """`[out, in]`, or None where the level changes nothing."""
         entry = self._entries.get(key_of(linear, level))
         return None if entry is None or self._file is None else read_tensor(self._file, entry)
 

@@ -51,7 +51,8 @@ def settings_of_block(config: Any, couplings: Sequence[Coupling], kept: Sequence
     for coupling, count in zip(couplings, kept, strict=True):
         by_kind[coupling.kind].add((coupling.members, coupling.consumer.shape[1], count))
     settings: dict[str, int] = {}
-    for members, _, count in by_kind["channels"]:
+    # Those that change come first: what keeps its width may then do without a setting.
+    for members, _, count in sorted(by_kind["channels"], key=lambda found: found[0] == found[2]):
         keys = [key for key in _FFN if _of(config, key) in (members, None) and hasattr(config, key)]
         if not keys or any(settings.get(key, count) != count for key in keys):
             if count == members:  # as before, however the configuration says it
@@ -68,8 +69,8 @@ def settings_of_block(config: Any, couplings: Sequence[Coupling], kept: Sequence
             if count == members:
                 continue
             raise ModelError(
-                f"{heads} heads of {config.model_type!r} do not divide into {members} key-value groups of a width of {width}: "
-                "slim channels only"
+                f"config.json of {config.model_type!r} cannot say that {members} groups of heads have become {count}: it tells of {heads} heads "
+                f"in {groups} key-value groups, and of no others; slim channels only"
             )
         settings |= {_HEADS: heads // members * count, _HEAD: width // heads}
         if hasattr(config, _GROUPS):
