@@ -92,7 +92,12 @@ def cell(args: Any, kind: str, solver: str, seed: int, **recipe: Any) -> dict[st
         texts = {}
         for text in args.text:
             found = tawny.agreement(
-                folder / "packed", args.model, text, seqlen=args.eval_seqlen, windows=args.windows
+                folder / "packed",
+                args.model,
+                text,
+                seqlen=args.eval_seqlen,
+                windows=args.windows,
+                compute="float32",
             )
             measured = {
                 "kl": found.kl,

@@ -82,7 +82,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
     },
 }
 # Tables that are not made from the one results file of their name.
-SOURCES = {"glance": ("evidence", "recipes", "recovery", "decode", "frontier_qwen")}
+SOURCES = {"glance": ("evidence", "recovery", "decode", "frontier_qwen")}
 
 
 def render(page: str, name_of_page: str) -> str:

@@ -9,8 +9,10 @@ memory, quality and speed), an answer of the dense and of the packed one to the 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -32,6 +34,9 @@ QUESTION = "What is an owl?"
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--model", default="smollm2")
     options.add_argument("--out", type=Path, default=Path("demo-out"))

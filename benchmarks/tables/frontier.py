@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tables.shared import judged_otherwise
+
 NAMES = {
     "fit": "tawny fit",
     "uniform": "one kind for all",
@@ -46,11 +48,12 @@ def frontier(result: Mapping[str, Any]) -> str:
     setting, cells = result["setting"], result["cells"]
     texts, first = setting["texts"], next(iter(cells.values()))["texts"]
     dense = ", ".join(f"{first[text]['dense']:.2f} on {text}" for text in texts)
+    others, said = judged_otherwise(cells)
     lines = [
         f"{setting['model']}, channels scaled, so that no side meets the grid of the source again; solved by "
         f"{SOLVERS[setting['solver']]}; {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}; judged on "
         f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}. Heads are int8 "
-        "but for those of `tawny fit` and llama.cpp, which choose theirs. llama.cpp got no importance matrix.\n",
+        f"but for those of `tawny fit` and llama.cpp, which choose theirs. llama.cpp got no importance matrix.{said}\n",
     ]
     speeds = result.get("speeds", {"cells": {}})
     head = ["model", "MB", *(f"KL, {text} | top-1 | perplexity" for text in texts)]
@@ -63,7 +66,9 @@ def frontier(result: Mapping[str, Any]) -> str:
         )
         speed = speeds["cells"].get(name, {}).get("decode_tokens_per_second")
         shown = (f" {speed:.1f} |" if speed else " – |") if speeds["cells"] else ""
-        lines.append(f"| {named(name)} | {cell['bytes'] / 1e6:.1f} | {numbers} |{shown}")
+        lines.append(
+            f"| {named(name)}{' *' * (name in others)} | {cell['bytes'] / 1e6:.1f} | {numbers} |{shown}"
+        )
     machine = result["machine"]
     if speeds["cells"]:
         lines.append(

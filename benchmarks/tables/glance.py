@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tables.shared import SHAPE_NAMES, over_seeds
+from tables.shared import SHAPE_NAMES
 from tables.speed import baseline_of, speed
 from tawny.words import kl_text
 
@@ -31,7 +31,6 @@ _VARIANTS = {"packed bf16": "bf16", "packed int8, int8 head": "int8 with its hea
 
 def glance(
     evidence: Mapping[str, Any],
-    recipes: Mapping[str, Any],
     recovery: Mapping[str, Any],
     decode: Mapping[str, Any],
     frontier_qwen: Mapping[str, Any],
@@ -39,7 +38,7 @@ def glance(
     """What pruning one real model costs and brings; and what has the bytes of another tool's file.
 
     Args:
-        evidence, recipes, recovery, decode, frontier_qwen: the results files of these names.
+        evidence, recovery, decode, frontier_qwen: the results files of these names.
     """
     cells, setting = evidence["cells"], evidence["setting"]
     dense = cells["dense"]
@@ -83,7 +82,7 @@ def glance(
         "\n".join(lines)
         + f"\n\n<sub>Calibrated on {setting['samples']} × {setting['seqlen']} tokens, half of each, measured on {setting['windows']} × "
         f"{setting['eval_seqlen']} of each. No calibration saw the measured code. Decoded on two CPU threads; the dense baseline uses our own tuned kernels."
-        f"{_small(recipes)}{_trained(recovery)}{_large_shape(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
+        f"{_trained(recovery)}{_large_shape(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
     )
 
 
@@ -109,19 +108,6 @@ def _same_bytes(frontier: Mapping[str, Any]) -> str:
     )
 
 
-def _small(recipes: Mapping[str, Any]) -> str:
-    """What a small model loses with the default."""
-    text = recipes["evaluation"]["texts"][0]
-    dense = recipes["dense"]["evaluation"][text]["perplexity"]
-    cells = [c for c in recipes["cells"].values() if c["recipe"] == "fast" and not c["changes"]]
-    sparsities = sorted({c["sparsity"] for c in cells})
-    shown = [
-        f"{over_seeds([c for c in cells if c['sparsity'] == s], text)['perplexity'] / dense:.2f} × at {s:.0%}"
-        for s in sparsities
-    ]
-    return f" A small model loses more: SmolLM2-135M has {', '.join(shown)} on `{text}`."
-
-
 def _trained(recovery: Mapping[str, Any]) -> str:
     """What the shortest training makes of that model, and of the dense one."""
     text = recovery["evaluation"]["texts"][0]
@@ -132,11 +118,20 @@ def _trained(recovery: Mapping[str, Any]) -> str:
         for c in recovery["cells"]
         if c["minutes"] == minutes
     }
-    shown = [f"{times:.2f}" for (kind, _), times in sorted(found.items()) if kind == "recovered"]
+    before = {
+        c["sparsity"]: c["evaluation"][text]["perplexity"] / dense
+        for c in recovery["cells"]
+        if c["kind"] == "one-shot"
+    }
+    shown = [
+        f"{before[sparsity]:.2f} → {times:.2f} × at {sparsity:.0%}"
+        for (kind, sparsity), times in sorted(found.items())
+        if kind == "recovered"
+    ]
     (control,) = {f"{times:.2f}" for (kind, _), times in found.items() if kind == "control"}
     return (
-        f" With {minutes:g} minutes of `tawny recover` on that text it has {', '.join(shown)} ×; "
-        f"the dense model, trained alike, has {control} ×."
+        f" A small model loses more, and training wins back more: SmolLM2-135M goes from {', '.join(shown)} on `{text}` with "
+        f"{minutes:g} minutes of `tawny recover` on that text; the dense model, trained alike, has {control} ×."
     )
 
 

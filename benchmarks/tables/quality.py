@@ -12,6 +12,7 @@ from tables.shared import (
     SOLVERS,
     WHOLE_SOLVERS,
     bold_if,
+    judged_otherwise,
     known_order,
     machine_and_note,
     machine_line,
@@ -472,9 +473,10 @@ def few_bits(result: Mapping[str, Any]) -> str:
     texts = setting["texts"]
     first = next(iter(cells.values()))["texts"]
     dense = ", ".join(f"{first[text]['dense']:.2f} on {text}" for text in texts)
+    others, said = judged_otherwise(cells)
     lines = [
         f"{setting['model']}, head int8, {setting['samples']} × {setting['seqlen']} tokens of {setting['calibration']}, "
-        f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}.\n",
+        f"{setting['windows']} windows of {setting['eval_seqlen']} tokens. Perplexity of the dense model: {dense}.{said}\n",
         "| values | zeros | solver | bits a weight | file | seconds | "
         + " | ".join(f"KL, {text} | perplexity" for text in texts)
         + " |",
@@ -495,7 +497,7 @@ def few_bits(result: Mapping[str, Any]) -> str:
             for text in texts
         )
         lines.append(
-            f"| {values}, groups of {group} | {float(sparsity):.0%} | {names[solver]} | {cell['bits']:.2f} "
+            f"| {values}, groups of {group} | {float(sparsity):.0%} | {names[solver]}{' *' * (name in others)} | {cell['bits']:.2f} "
             f"| {cell['bytes'] / 1e6:.0f} MB | {cell['seconds']:.0f} | {numbers} |"
         )
     lines.append(f"\n{machine_and_note(result)}")

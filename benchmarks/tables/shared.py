@@ -128,6 +128,27 @@ def noted(line: str, result: Mapping[str, Any]) -> str:
     return line.removesuffix("</sub>\n") + f"{note}</sub>\n"
 
 
+def judged_otherwise(cells: Mapping[str, Any]) -> tuple[set[str], str]:
+    """The rows beside which the dense model has another perplexity than beside the first, and a sentence that says so.
+
+    They were judged on another machine, whose products have other types.
+    """
+    first, *_ = cells.values()
+    text, found = next(iter(first["texts"].items()))
+    others = {
+        name: measured["texts"][text]["dense"]
+        for name, measured in cells.items()
+        if abs(measured["texts"][text]["dense"] / found["dense"] - 1) > 1e-4
+    }
+    if not others:
+        return set(), ""
+    dense = " or ".join(f"{value:.2f}" for value in sorted(set(others.values())))
+    return set(others), (
+        f" Rows with * were judged in other arithmetic, in which the dense model has {dense} on {text}: a small difference between "
+        "a row with and a row without says nothing."
+    )
+
+
 def known_order(order: Sequence[str]) -> Callable[[str], tuple[int, str]]:
     """Sorts names that are known as they are known, and others behind them."""
     return lambda name: (order.index(name) if name in order else len(order), name)
