@@ -60,6 +60,16 @@ def test_piped_progress_is_a_few_plain_lines(capsys, monkeypatch, colour):
     assert 3 < len(lines) < 40 and any("left" in line for line in lines)
 
 
+def test_a_phase_of_nobody_knows_how_many_steps_says_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr("tawny.cli.console._QUIET_SECONDS", 0.0)
+    with Console(False).progress() as progress:
+        progress.phase("refining", 0, "rounds")
+        progress.step("round 1")
+        progress.step("round 2")
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("refining: 2 rounds after ") for line in lines)
+
+
 def test_a_terminal_gets_a_bar_an_inner_line_and_a_line_for_each_finished_walk(monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True

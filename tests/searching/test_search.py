@@ -15,6 +15,7 @@ import yaml
 import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.allocation.profile import Profile
+from tawny.cli.search import search_tables
 from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError, TextError
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.progress import Silent
@@ -371,6 +372,12 @@ def test_a_live_model_is_dense_again_when_a_finalist_breaks_down_and_uniform_win
     found = search(model)
     assert len(seen) > 1 and all(seen)  # the first block was pruned when it broke down
     assert found.winner == "uniform" and found.margin == 0
+    rows = [
+        dict(zip(("name", "verdict", "proof"), row, strict=True))
+        for row in search_tables(found.to_dict())[0].rows
+    ]
+    broken = [trial["name"] for trial in found.trials if trial["broke_down"]]
+    assert broken and all(row["proof"] == "broke down" for row in rows if row["name"] in broken)
 
 
 def test_finalists_can_be_left_out():

@@ -116,7 +116,7 @@ class _Walk:
     def to(self, done: int, left: float | None = None) -> None:
         self.done = done
         self._told = None if left is None else time.monotonic() + left
-        if done >= self.total:
+        if done >= self.total > 0:  # nobody knows how many there will be where the total is 0
             self.end = time.monotonic()
 
     @property
@@ -177,7 +177,7 @@ class _BarWatch:
         outer.add_row(
             Text(walk.name, style="bold"),
             ProgressBar(total=max(walk.total, 1), completed=walk.done, width=32),
-            f"{walk.done}/{walk.total}",
+            f"{walk.done}/{walk.total}" if walk.total else f"{walk.done} {walk.unit}",
             Text(duration(walk.elapsed), style="dim"),
             Text(walk.left(), style="cyan"),
         )
@@ -208,10 +208,10 @@ class _LineWatch:
             self._tell(self._walk)
 
     def _tell(self, walk: _Walk) -> None:
-        if walk.done < walk.total and time.monotonic() - self._last >= _QUIET_SECONDS:
-            self._print(
-                f"{walk.name}: {walk.done}/{walk.total} after {duration(walk.elapsed)}, {walk.left()}"
-            )
+        if walk.end is None and time.monotonic() - self._last >= _QUIET_SECONDS:
+            far = f"{walk.done}/{walk.total}" if walk.total else f"{walk.done} {walk.unit}"
+            left = walk.left()
+            self._print(f"{walk.name}: {far} after {duration(walk.elapsed)}{f', {left}' if left else ''}")
 
     def detail(self, text: str, done: int, total: int) -> None:
         pass

@@ -76,8 +76,13 @@ def search_tables(found: Result) -> list[Shown]:
     """The last few that were tried, the sums, and who won."""
     made = table("tried", "divergence", "pruned in earnest", title="nearest to the dense model, nats a token")
     decided = [trial for trial in found["trials"] if trial["verdict"] is not None]
-    for trial in sorted(decided, key=lambda trial: trial["proof"] or trial["verdict"])[:_SHOWN]:
+
+    def place(trial: Result) -> tuple[bool, float]:
+        return trial["broke_down"], trial["verdict"] if trial["proof"] is None else trial["proof"]
+
+    for trial in sorted(decided, key=place)[:_SHOWN]:
         proof = "–" if trial["proof"] is None else f"{trial['proof']:.4f}"
+        proof = "broke down" if trial["broke_down"] else proof
         made.add(trial["name"], f"{trial['verdict']:.4f}", proof)
     held_out, levels = found["held_out"], found["levels"]
     windows = f"{held_out['windows']} windows of {held_out['tokens']} tokens"

@@ -370,6 +370,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "windows": trial.windows,
         "verdict": finite(trial.verdict),
         "proof": finite(trial.proof),
+        "broke_down": trial.proof == math.inf,
     }
 
 

@@ -138,8 +138,9 @@ class _Streamed(EventSourceResponse):
 
 
 async def _chunks(running: Running, answer: Answer) -> AsyncIterator[bytes]:
+    # In ASCII: some clients take U+2028 for the end of a line, and so for the end of an event.
     def event(data: dict[str, Any]) -> bytes:
-        return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+        return format_sse_event(data_str=json.dumps(data, separators=(",", ":")))
 
     for chunk in answer.opening():
         yield event(chunk)
