@@ -52,15 +52,21 @@ Prepare = Callable[[], Prepared]
 class Running:
     """The texts of one request while the worker makes them, and what they took.
 
+    begin: when the request came, by `time.monotonic`: preparing it is a part of what its client waits for.
     deadline: when the whole request must be over, in the loop's time.
     """
 
     def __init__(
-        self, worker: Worker, metrics: Metrics, requests: list[scheduler.Request], deadline: float
+        self,
+        worker: Worker,
+        metrics: Metrics,
+        requests: list[scheduler.Request],
+        begin: float,
+        deadline: float,
     ) -> None:
         self.worker, self.metrics = worker, metrics
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
-        self.begin = time.monotonic()
+        self.begin = begin
         self.deadline = deadline
         self.left = len(requests)
         self.firsts: dict[int, float] = {}  # when the first token of each came
@@ -240,13 +246,13 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
             unprepared -= 1
 
     async def reply(prepare: Prepare, asked: SamplingFields, request: Request) -> Response:
-        deadline = asyncio.get_running_loop().time() + timeout
+        begin, deadline = time.monotonic(), asyncio.get_running_loop().time() + timeout
         made = await prepared(prepare, request, deadline)
         if made is None:
             return Response(status_code=499)
         requests, answer = made
         with room():
-            running = Running(worker, metrics, requests, deadline)
+            running = Running(worker, metrics, requests, begin, deadline)
 
         def done() -> None:
             running.stop()

@@ -31,7 +31,7 @@ class Metrics:
         for name, (help, value) in gauges.items():
             Gauge(name, help, registry=self.registry).set_function(value)
         counters = {
-            "requests": "Requests by how they ended",
+            "requests": "Texts by how they ended, and requests that failed",
             "prompt_tokens": "Tokens of prompts",
             "cached_tokens": "Tokens of prompts that were found in the prefix cache",
             "generated_tokens": "Tokens made",
