@@ -131,7 +131,7 @@ def noted(line: str, result: Mapping[str, Any]) -> str:
 def judged_otherwise(cells: Mapping[str, Any]) -> tuple[set[str], str]:
     """The rows beside which the dense model has another perplexity than beside the first, and a sentence that says so.
 
-    They were judged on another machine, whose products have other types.
+    They were judged on another machine, in products of other types.
     """
     first, *_ = cells.values()
     text, found = next(iter(first["texts"].items()))

@@ -139,9 +139,8 @@ def eval_(
         import tawny
 
         task_data = task_data and str(Path(task_data).expanduser())
-        if (
-            tasks is not None and on_text
-        ):  # before a perplexity that a task that cannot be asked would throw away
+        # Before a perplexity that a task without documents would throw away.
+        if tasks is not None and on_text:
             from tawny.evaluation.tasks import check_tasks
 
             check_tasks(tasks, task_data, model)

@@ -116,9 +116,8 @@ def _prune_and_pack(
 
     out = named(out)
     dense = out.with_name(out.name + ".dense")
-    if (
-        speaks()
-    ):  # packing opens the pruned model, and would know neither MODEL nor, before the end, what stands at OUT
+    # Packing opens the pruned model: it would not know MODEL, and would look at OUT only after the pruning.
+    if speaks():
         check_place(out, overwrite=overwrite, source=resolve(model, progress.say), given=model)
     # --overwrite was said of OUT alone.
     made = _made_for(dense, out) if os.path.lexists(dense) else {}

@@ -170,10 +170,8 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
     try:
         partial.mkdir(parents=True)
         _write_converted(path, partial)
-        for made in [
-            *partial.iterdir(),
-            partial,
-        ]:  # a power cut must not leave zeros under the name of a whole model
+        # A power cut must not leave zeros under the name of a whole model.
+        for made in [*partial.iterdir(), partial]:
             durable.sync(made)
         try:
             partial.rename(target)

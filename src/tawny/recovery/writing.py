@@ -239,7 +239,8 @@ def retell(
         run["out"] = record.out
         if source is not None:
             run["source"] = source
-        _put_run(folder, run, record, run["recovery"]["rounded"])
+        # Nothing is known of it where another version made the folder on the way.
+        _put_run(folder, run, record, run.get("recovery", {}).get("rounded", run.get("rounded") or {}))
     if run is not None and base is not None:
         text = base / CARD
         old = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
