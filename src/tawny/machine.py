@@ -112,7 +112,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device, dtype=torch.float64)  # sums are in float64, which MPS lacks
     except (AssertionError, RuntimeError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [""])[0].partition(". ")[0]  # then torch lists its backends
         raise MissingFeature(
             f"device {device!r} cannot be used ({reason}): `tawny doctor` lists those that can"
         ) from None
