@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 
 import pytest
@@ -50,6 +51,28 @@ def test_whoever_knows_the_key_may_come_by_any_name(locked, headers):
         assert ask(locked, "GET", path, **headers, Authorization="Bearer k")[0] == 200
         for more in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer K"}):
             assert ask(locked, "GET", path, **headers, **more)[0] == 401
+
+
+def test_pages_of_other_sites_may_ask_with_the_key_and_only_with_it(locked, server):
+    page = {"Origin": "https://chat.example.com"}
+    wish = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-own"}
+    answers = [
+        headers_of(locked, "OPTIONS", "/v1/chat/completions", page | wish),
+        headers_of(locked, "GET", "/v1/models", page | {"Authorization": "Bearer k"}),
+        headers_of(locked, "GET", "/v1/models", page),
+        headers_of(server, "OPTIONS", "/v1/chat/completions", page | wish),
+    ]
+    assert [status for status, _ in answers] == [200, 200, 401, 403]
+    assert [told.get("access-control-allow-origin") for _, told in answers] == ["*", "*", "*", None]
+    assert answers[0][1]["access-control-allow-headers"] == "authorization,x-own"
+
+
+def headers_of(server, method, path, headers):
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=20)
+    connection.request(method, path, headers=headers)
+    answer = connection.getresponse()
+    connection.close()
+    return answer.status, {name.lower(): value for name, value in answer.getheaders()}
 
 
 def test_a_stranger_cannot_write_to_the_operators_terminal(server, log):

@@ -228,6 +228,48 @@ def test_tools_are_called_in_the_templates_format(client):
     assert made.choices[0].message.tool_calls is None
 
 
+def test_what_the_client_was_given_can_be_sent_back(client):
+    tool = {"type": "function", "function": TOOL["function"] | {"strict": True}}
+    keys = {"model": "tiny", "max_tokens": 300, "seed": 3, "tools": [tool], "parallel_tool_calls": False}
+    with client.chat.completions.stream(messages=CHAT, **keys, tool_choice="required") as stream:
+        message = stream.get_final_completion().choices[0].message
+    (call,) = message.tool_calls
+    assert call.function.parsed_arguments["city"] in ("Oslo", "Rome")
+    history = [*CHAT, message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    assert (
+        client.chat.completions.create(messages=history, **keys, tool_choice="none")
+        .choices[0]
+        .message.content
+    )
+
+
+@pytest.mark.parametrize("unknown", [{"uniqueItems": True}, {"items": {"type": "string", "format": "path"}}])
+def test_what_a_form_cannot_hold_is_left_out_unless_it_is_strict(client, unknown):
+    places = {"type": "array", "maxItems": 2, "items": {"enum": ["Oslo", "Rome"]}, **unknown}
+    schema = {"type": "object", "properties": {"places": places}, "required": ["places"]}
+    schema |= {"additionalProperties": False}
+
+    def asked(strict):
+        function = {"name": "weather", "parameters": schema, "strict": strict}
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": strict}}
+        keys = {"model": "tiny", "messages": CHAT, "max_tokens": 300, "seed": 3}
+        return [
+            partial(client.chat.completions.create, **keys, response_format=form),
+            partial(
+                client.chat.completions.create,
+                **keys,
+                tools=[{"type": "function", "function": function}],
+                tool_choice="required",
+            ),
+        ]
+
+    answer, called = (ask().choices[0].message for ask in asked(False))
+    assert all("places" in json.loads(x) for x in (answer.content, called.tool_calls[0].function.arguments))
+    for refused in asked(True):
+        with pytest.raises(openai.BadRequestError, match="describes what cannot be followed"):
+            refused()
+
+
 def test_what_is_served_is_told(server, client):
     assert [one.id for one in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
     status, body = ask(server, "GET", "/health")
@@ -268,6 +310,8 @@ def test_what_is_not_supported_is_refused_by_name(client, more, status, said):
     with pytest.raises(openai.APIStatusError, match=said) as caught:
         client.chat.completions.create(**body, extra_body=rest)
     assert caught.value.status_code == status and caught.value.body["type"] == "invalid_request_error"
+    too_long = "context is" in said or "characters" in said
+    assert (caught.value.code == "context_length_exceeded") == too_long
 
 
 def test_nulls_are_as_good_as_nothing(client):
@@ -311,6 +355,11 @@ def test_strangers_and_bodies_that_are_none_are_refused(server, headers, body, s
     found, answer = ask(server, "POST", path, body, Content_Type="application/json", **headers)
     error = json.loads(answer)["error"]
     assert found == status and said in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_a_body_without_its_type_is_told_so(server):
+    status, answer = ask(server, "POST", "/v1/completions", '{"model": "tiny", "prompt": "owl"}')
+    assert status == 400 and "Content-Type: application/json" in json.loads(answer)["error"]["message"]
 
 
 def test_a_prompt_of_ids_that_the_model_has_not_is_refused(client):
@@ -361,6 +410,9 @@ def test_a_full_queue_says_when_to_come_back_and_a_client_that_leaves_is_forgott
         long.close()
         wait(lambda: any("left unfinished" in line for line in log))
         wait(lambda: json.loads(ask(server, "GET", "/health")[1])["running"] == 0)
+        page = ask(server, "GET", "/metrics", Authorization="Bearer k")[1].decode()
+        assert 'tawny_requests_total{finish="cancelled"} 1.0' in page
+        assert re.search(r"tawny_generated_tokens_total [1-9]", page)
         assert client.completions.create(**GREEDY, prompt="owl", max_tokens=2).usage.completion_tokens == 2
         long = client.completions.create(**GREEDY, prompt="owl", max_tokens=1000, stream=True)
         next(iter(long))
@@ -372,10 +424,13 @@ def test_a_request_may_not_take_for_ever(model, tokenizer):
         tawny.serve(model, tokenizer=tokenizer, name="tiny", timeout=0.05) as server,
         openai.OpenAI(base_url=server.url, api_key="k", max_retries=0) as client,
     ):
-        with pytest.raises(openai.InternalServerError, match="longer than it may"):
+        with pytest.raises(openai.InternalServerError, match="longer than it may") as caught:
             client.completions.create(**GREEDY, prompt="owl", max_tokens=1000)
+        assert caught.value.response.headers["x-should-retry"] == "false"
         with pytest.raises(openai.APIError, match="longer than it may"):
             list(client.completions.create(**GREEDY, prompt="owl", max_tokens=1000, stream=True))
+        page = ask(server, "GET", "/metrics")[1].decode()
+        assert 'tawny_requests_total{finish="timeout"} 2.0' in page and "cancelled" not in page
 
 
 def test_a_model_without_a_chat_template_continues_texts(model):

@@ -38,6 +38,7 @@ from tawny.serving.protocol import (
 from tawny.serving.tools import Beginning, CallFormat, Watched
 
 Json = dict[str, Any]
+_TOO_LONG = "context_length_exceeded"  # by which clients know that shorter messages may do
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # of a vocabulary that falls back on bytes
 
 
@@ -93,13 +94,13 @@ class Service:
             said = (
                 f"the prompt has {characters} characters, far more than the context of {self.capacity} tokens"
             )
-            raise Refused(f"{said}; shorten it", param=param)
+            raise Refused(f"{said}; shorten it", param=param, code=_TOO_LONG)
 
     def _check_room(self, tokens: int, param: str) -> None:
         """Refuse what leaves no room for a token before a sampler is made for each choice."""
         if tokens >= self.capacity:
             said = f"the prompt has {tokens} tokens and the context is {self.capacity}"
-            raise Refused(f"{said}; shorten it", param=param)
+            raise Refused(f"{said}; shorten it", param=param, code=_TOO_LONG)
 
     def chat(self, asked: ChatRequest) -> tuple[list[Request], Answer]:
         """
@@ -210,8 +211,12 @@ class Service:
     def _constraint(self, asked: ChatRequest) -> Form | Watched | None:
         wanted = asked.response_format
         if wanted is not None and wanted.type != "text":
-            schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
-            return self.grammars.form(of_schema(schema, "response_format"), "response_format")
+            described = wanted.json_schema
+            schema = {"type": "object"} if described is None else described.schema_
+            grammar = of_schema(
+                schema, strict=described is not None and described.strict is True, param="response_format"
+            )
+            return self.grammars.form(grammar, "response_format")
         if not asked.tools or asked.tool_choice == "none":
             return None
         functions = [tool.function for tool in asked.tools]

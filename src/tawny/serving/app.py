@@ -40,6 +40,8 @@ from tawny.serving.protocol import (
 )
 
 _MOST_WAIT = 60  # seconds that a client may be told to come back after
+# Proxies such as nginx would keep tokens until a buffer is full.
+_STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _LAST_WORDS = 5  # seconds in which a stream that took too long may say so
 # The page is one file: nothing is fetched from elsewhere, and no other site may frame it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
@@ -68,8 +70,11 @@ class Running:
         self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         self.begin = begin
         self.deadline = deadline
-        self.left = len(requests)
+        self.prompts = [len(request.ids) for request in requests]
+        self.unfinished = set(range(len(requests)))
+        self.failed = False
         self.firsts: dict[int, float] = {}  # when the first token of each came
+        self.made = [0] * len(requests)  # tokens of each so far
         self.usages: list[Usage] = []
         listeners = [functools.partial(self._tell, index) for index in range(len(requests))]
         self.orders = worker.submit(requests, listeners)
@@ -79,7 +84,12 @@ class Running:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
 
     def stop(self) -> None:
+        """Whatever still runs ends, and what was made of it counts."""
         self.worker.cancel(self.orders)
+        begun = [index for index in self.unfinished if self.made[index]]
+        self.metrics.work(sum(self.prompts[i] for i in begun), sum(self.made[i] for i in begun))
+        for _ in () if self.failed else self.unfinished:
+            self.metrics.failed("cancelled")
 
     async def events(self) -> AsyncIterator[tuple[int, list[Any] | Token | Usage]]:
         """
@@ -87,19 +97,22 @@ class Running:
             Refused: the request took too long.
             TawnyError: what went wrong in making a text.
         """
-        while self.left:
+        while self.unfinished:
             try:
                 async with asyncio.timeout_at(self.deadline):
                     index, event = await self.queue.get()
             except TimeoutError:
+                self.failed = True
                 raise _late(self.metrics) from None
             if isinstance(event, Exception):
+                self.failed = True
                 self.metrics.failed("error")
                 raise event
             if isinstance(event, Token):
                 self.firsts.setdefault(index, time.monotonic())
+                self.made[index] += event.id is not None
             if isinstance(event, Usage):
-                self.left -= 1
+                self.unfinished.discard(index)
                 self._count(index, event)
             yield index, event
 
@@ -131,7 +144,7 @@ class _Streamed(EventSourceResponse):
     """
 
     def __init__(self, running: Running, answer: Answer, done: Callable[[], None]) -> None:
-        super().__init__(_chunks(running, answer), headers={"Cache-Control": "no-cache"})
+        super().__init__(_chunks(running, answer), headers=_STREAMED)
         self.deadline, self.done = running.deadline + _LAST_WORDS, done
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -179,7 +192,11 @@ async def _gone(request: Request) -> None:
 
 def _late(metrics: Metrics) -> Refused:
     metrics.failed("timeout")
-    return Refused("the request took longer than it may", 504, code="timeout")
+    refused = Refused("the request took longer than it may", 504, code="timeout")
+    refused.headers["X-Should-Retry"] = (
+        "false"  # openai's clients would ask twice more, and wait as long each time
+    )
+    return refused
 
 
 def _as_refused(error: BaseException) -> Refused:

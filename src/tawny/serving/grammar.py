@@ -18,17 +18,17 @@ _SPACES = r"( |\n[ \t]{0,16})?"
 _MOST_CHARACTERS = 1 << 18  # of a grammar, which is read in 0.2 s while other requests wait
 
 
-def bounded(schema: dict[str, Any]) -> dict[str, Any]:
-    """The same schema, with spaces that end."""
-    return schema | {"x-guidance": {"whitespace_pattern": _SPACES}}
+def bounded(schema: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """The same schema, with spaces that end. What llguidance does not know is left out of it, unless it is strict."""
+    return schema | {"x-guidance": {"whitespace_pattern": _SPACES, "lenient": not strict}}
 
 
-def of_schema(schema: dict[str, Any], param: str) -> str:
+def of_schema(schema: dict[str, Any], strict: bool, param: str) -> str:
     """The grammar of JSON that a schema describes; `param` is the field it came from."""
     from llguidance import LLMatcher
 
     try:
-        return str(LLMatcher.grammar_from_json_schema(bounded(schema)))
+        return str(LLMatcher.grammar_from_json_schema(bounded(schema, strict)))
     except ValueError as error:  # half of a character
         raise Refused(f"'{param}' cannot be read: {one_line(error)}", param=param) from None
 

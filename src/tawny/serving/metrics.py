@@ -57,13 +57,17 @@ class Metrics:
         """One text is done, after some seconds. first: seconds to its first token. speed: tokens a second after it."""
         self._texts, self._seconds = self._texts + 1, self._seconds + seconds
         self.requests.labels(usage.finish).inc()
-        self.prompt.inc(usage.prompt)
+        self.work(usage.prompt, usage.made)
         self.cached.inc(usage.cached)
-        self.generated.inc(usage.made)
         if first is not None:
             self.first.observe(first)
         if speed is not None:
             self.speed.observe(speed)
+
+    def work(self, read: int, made: int) -> None:
+        """Tokens that were read and made, for a text that ended or for one that nobody waits for any more."""
+        self.prompt.inc(read)
+        self.generated.inc(made)
 
     def mean_seconds(self) -> float:
         """That a text has taken so far."""

@@ -58,6 +58,8 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> Refused:
             return Refused(f"'{where or 'the body'}' is missing", param=where or None)
         case "json_invalid":
             return Refused("the body is no valid JSON")
+        case "model_attributes_type" if not where:
+            return Refused("the body is no JSON object; send one with 'Content-Type: application/json'")
     said = str(error["msg"]).removeprefix("Value error, ")
     return Refused(f"'{where}': {said}" if where else said, param=where or None)
 
@@ -167,12 +169,14 @@ def _content(given: Any) -> Any:
 class CalledFunction(_Fields):
     name: str
     arguments: str = "{}"
+    parsed_arguments: Any = None  # what openai's client makes of them and sends back
 
 
 class ToolCall(_Fields):
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = None  # of a call that was streamed
 
 
 class ChatMessage(_Fields):
@@ -181,6 +185,7 @@ class ChatMessage(_Fields):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], FailFast()] = []
     tool_call_id: str | None = None
+    parsed: Any = None  # what openai's client makes of a content and sends back
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:

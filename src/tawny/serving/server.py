@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -135,6 +135,8 @@ def serve(
         RecipeError: a number outside its range, or a blank key.
     """
     try:
+        from starlette.middleware.cors import CORSMiddleware
+
         from tawny.serving.answers import Service
         from tawny.serving.app import make_app
         from tawny.serving.guard import Guard, is_loopback
@@ -180,8 +182,12 @@ def serve(
     except BaseException:
         listening.close()
         raise
-    guard = Guard(app, host=host, key=api_key, log=log or (lambda _: None))
-    return Server(Web(guard, worker.end), worker, listening, host, named)
+    guarded: Any = Guard(app, host=host, key=api_key, log=log or (lambda _: None))
+    if (
+        api_key is not None
+    ):  # pages of other sites may ask, if they know the key; browsers ask for leave without it
+        guarded = CORSMiddleware(guarded, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    return Server(Web(guarded, worker.end), worker, listening, host, named)
 
 
 def _name_of(model: str | Path | nn.Module) -> str:

@@ -149,7 +149,7 @@ class CallFormat:
             "ID: /[a-zA-Z0-9]{9}/",
         ]
         for name, function in zip(names, functions, strict=True):
-            schema = json.dumps(bounded(function.parameters))
+            schema = json.dumps(bounded(function.parameters, bool(function.strict)))
             lines.append(f"{name}: {write.text(function.name + self.middle)} {name}_arguments")
             lines.append(f"{name}_arguments: %json {schema}")
         return "\n".join(lines)
