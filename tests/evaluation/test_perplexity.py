@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import decoders
 
 import tawny
 from tawny.errors import RecipeError, TextError
@@ -139,9 +140,19 @@ def test_what_a_model_writes_to_be_measured_on_is_what_no_run_is_calibrated_on(m
     model = tiny_model("llama")
     with pytest.raises(ZeroDivisionError):
         tawny.agreement(model, model, "self", tokenizer=tiny_tokenizer(), seqlen=24)
-    assert (
-        seeds[0] > 2**32
-    )  # seeds of recipes and recoveries are smaller, and those of their batches are far from it
+    # torch's generator on a CPU may read a part of a seed only, so that another number is no other seed.
+    first = [float(torch.rand((), generator=torch.Generator().manual_seed(s))) for s in (*range(9), seeds[0])]
+    assert len(set(first)) == 10
+
+
+def test_bytes_of_short_strides_are_those_of_the_text(tmp_path):
+    text, tokenizer = tmp_path / "text.txt", tiny_tokenizer()
+    text.write_text("ab " * 40)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    keys = {"tokenizer": tokenizer, "seqlen": 12, "compute": "float32"}
+    made = tawny.evaluate(tiny_model("llama"), str(text), stride=1, **keys)
+    # All tokens but the first are predicted, and each is one byte.
+    assert made.tokens == 119 and made.bits_per_byte == pytest.approx(made.loss / math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("stride", [None, 9])

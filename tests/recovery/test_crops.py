@@ -107,6 +107,19 @@ def test_tensors_by_name_are_learned_from_and_padding_does_not_count(name):
     assert record.start["loss"] == pytest.approx(lost, rel=0.02)  # the teacher's states are kept in bfloat16
 
 
+def test_more_padding_does_not_change_a_gradient():
+    dense = tiny_encoder("bert")
+    inputs = padded(inputs_for(dense, 16))
+    more = {key: torch.cat([value, torch.zeros_like(value)], 1) for key, value in inputs.items()}
+    norms = []
+    for given in (inputs, more):
+        pruned = copy.deepcopy(dense)
+        tawny.prune(pruned, sparsity=0.5, solver="magnitude", allocator="uniform", calibration=inputs)
+        record = tawny.recover(pruned, dense, text=given, **SHORT)
+        norms.append(record.curve[0]["norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def test_what_a_model_cannot_learn_from_is_refused(seen, tmp_path):
     live = tiny_encoder("vit")
     pair = (seen.pruned, seen.dense, tmp_path / "out")

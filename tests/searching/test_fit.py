@@ -101,7 +101,8 @@ def test_a_fit_that_was_stopped_goes_on_and_gives_the_same(dense, fitted, tmp_pa
                 tawny.fit(dense, tmp_path / "fitted", bits=9, **KEYS)
         assert not (tmp_path / "fitted").exists()
     monkeypatch.setattr(module, "measure", stop)  # what was measured is not measured again
-    again = tawny.fit(dense, tmp_path / "fitted", bits=9, **KEYS)
+    monkeypatch.chdir(tmp_path)  # another spelling of the same folder
+    again = tawny.fit(dense, "fitted", bits=9, **KEYS)
     assert again.finalists == fitted.finalists and again.resumed == 2
     assert weights(tmp_path / "fitted") == weights(dense.parent / "fitted")
 

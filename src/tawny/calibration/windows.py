@@ -15,6 +15,7 @@ What this file promises:
 from __future__ import annotations
 
 __all__ = [
+    "SEED_APART",
     "Part",
     "TokenisedText",
     "check_windows",
@@ -36,6 +37,10 @@ import torch
 from tawny.calibration.mixture import Mixture, first_token
 from tawny.calibration.text import Text
 from tawny.errors import RecipeError, TextError
+
+# Seeds of what is measured on begin here, far from those that runs calibrate and train with. torch's generator on a CPU reads
+# 32 bits of a seed, so that 2**40 would be 0.
+SEED_APART = 1 << 31
 
 
 @dataclass(frozen=True)

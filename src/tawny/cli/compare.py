@@ -51,7 +51,10 @@ def compare(
         "--seqlen N", "Tokens a window. Default: 2048, and 128 for encoders.", TEXT, min=2
     ),
     windows: int | None = option(
-        "--windows N", "How many from the start of the text. Default: up to 20.", TEXT, min=1
+        "--windows N",
+        "How many from the start of the text. Default: up to 20; of encoders up to 1000, or 100 pictures.",
+        TEXT,
+        min=1,
     ),
     bos: Bos = None,
     labels: Labels = None,

@@ -96,7 +96,10 @@ def eval_(
         "--seqlen N", "Tokens a window. Default: 2048, and 128 for encoders.", TEXT, min=2
     ),
     windows: int | None = option(
-        "--windows N", "How many from the start of the text. Default: all.", TEXT, min=1
+        "--windows N",
+        "How many from the start of the text. Default: all; 256 of c4, 20 of self; of encoders up to 1000, or 100 pictures.",
+        TEXT,
+        min=1,
     ),
     stride: int | None = option(
         "--stride N",

@@ -3,11 +3,13 @@
 Models that predict no next token (text encoders, vision transformers) have no perplexity. Their output is compared instead:
 
 - `error`: Σ‖f − g‖² / Σ‖g‖² over all positions, g of the dense model: the share of the output's energy that is lost.
-- `cosine`: of f and g, mean over positions.
+- `cosine`: of f and g, mean over a sample's positions.
 - `neighbours`: how often the nearest of all other samples is the same in both, by the cosine of mean-pooled features: what
   a search by embeddings notices.
 - `kl`, `top1`, `top5` of models with logits: classifiers one a sample, masked language models one a token. KL(dense ‖ model)
   is in nats; `top5` says how often the dense model's first is among the model's first five.
+
+All but `error` are means over samples, however many tokens each has.
 
 Both models see the same samples and are walked block by block, one after the other. Sums are taken in float32 and added up in
 float64. ± is sd over samples / √samples.
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from tawny.calibration.context import check_ids, seqlen_of
 from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import Texts, load_texts
-from tawny.calibration.windows import evaluation_windows, tokenise
+from tawny.calibration.windows import SEED_APART, evaluation_windows, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.hidden_states import stream_through
 from tawny.evaluation.sources import open_stack_of, shared_tokenizer
@@ -43,7 +45,6 @@ from tawny.progress import Progress, silent
 
 TEXT, PICTURES = "wikitext2", "sample"
 MOST_TEXTS, MOST_PICTURES, SEQLEN = 1000, 100, 128
-_SEED = 1  # of the crops, which calibration takes with another
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _samples(
             raise RecipeError(f"seqlen counts tokens, and this model takes {kinds[0]}: leave it out")
         pictures = PICTURES if data is None else data
         how: dict[str, Any] = {"processor": tokenizer, "say": progress.say, "strict": strict}
-        read = read_inputs(stack, folder, pictures, samples or MOST_PICTURES, _SEED, **how)
+        read = read_inputs(stack, folder, pictures, samples or MOST_PICTURES, SEED_APART, **how)
         given, about = read[0], {"data": read[1]["name"], "sha256": read[1]["sha256"]}
     else:
         length = min(seqlen_of(each.model, seqlen or SEQLEN) for each, _ in opened)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.mixture import Mixture, Texts, load_texts
 from tawny.calibration.text import Text
-from tawny.calibration.windows import check_windows, evaluation_windows, tokenise
+from tawny.calibration.windows import SEED_APART, check_windows, evaluation_windows, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.hidden_states import kept_stream
 from tawny.evaluation.sources import author_of, open_stack_of, shared_tokenizer
@@ -44,7 +44,6 @@ from tawny.progress import Progress, silent
 _LOGIT_BYTES = 100_000_000
 # Of text that the dense model writes, where nothing says how many are read.
 _WRITTEN_WINDOWS = 20
-_SEED = 1 << 40  # of what a model writes to be measured on: no run calibrates or trains on that
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,12 @@ def windows_of(
             assert dense is not None
             stack, folder = dense
             author = author_of(
-                folder or stack.model, tokenizer, _SEED, stack.compute, str(stack.device), progress=progress
+                folder or stack.model,
+                tokenizer,
+                SEED_APART,
+                stack.compute,
+                str(stack.device),
+                progress=progress,
             )
             # One more: read again, a text may have fewer tokens than were written.
             return author.write(math.ceil((share * (windows or _WRITTEN_WINDOWS) + 1) * seqlen))
@@ -201,6 +205,10 @@ def _windows_of_text(
     step = min(stride or seqlen, tokens.of_text(seqlen))
     made = Windows(ids, step, text, bos=tokens.bos is not None)
     predicted = [row[made.first(i) :] for i, row in enumerate(ids)]
+    if step < tokens.of_text(
+        seqlen
+    ):  # one text in short pieces: decoded alone they lose spaces and cut characters
+        predicted = [torch.cat(predicted)]
     return replace(made, size=sum(len(tokenizer.decode(row.tolist()).encode()) for row in predicted))
 
 

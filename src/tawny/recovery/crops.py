@@ -24,7 +24,7 @@ from torch import Tensor
 from tawny.calibration.inputs import skipped
 from tawny.calibration.mixture import Source, parse_texts
 from tawny.calibration.pictures import BrokenPicture, crop, pictures_in, pixels_of
-from tawny.calibration.windows import interleaved, shared_out
+from tawny.calibration.windows import SEED_APART, interleaved, shared_out
 from tawny.errors import TextError
 from tawny.model.streams import Samples
 from tawny.recovery.data import Order
@@ -32,7 +32,6 @@ from tawny.recovery.settings import Recovery
 
 PIXELS = "pixel_values"
 _HELD_OUT = 8  # of so many pictures one is held out, as long as there are fewer than crops to measure on
-_OF_HELD_OUT = 1 << 40  # seeds of held-out crops begin here
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Crops:
     def _pixels(self, row: int) -> Tensor:
         held = row - self.training
         files = self.files if held < 0 else self.measured
-        place, number = (self.order.row(row), row) if held < 0 else (held, _OF_HELD_OUT + held)
+        place, number = (self.order.row(row), row) if held < 0 else (held, SEED_APART + held)
         for further in range(len(files)):
             path = files[(place + further) % len(files)]
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)

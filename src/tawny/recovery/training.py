@@ -303,7 +303,7 @@ class Training:
         settings = self.settings
         total = Losses()
         micro = settings.micro_batch or len(rows)
-        scale = 1.0 / (settings.batch * (settings.seqlen - 1))
+        scale = 1.0 / self._counted(rows)
         for start in range(0, len(rows), max(1, micro)):
             some = rows[start : start + micro]
             samples = self.reading.take(some)
@@ -315,6 +315,14 @@ class Training:
                     gradient_BTH *= self.processes.size
                 torch.autograd.backward([hidden_BTH], [gradient_BTH])
         return total
+
+    def _counted(self, rows: list[int]) -> int:
+        """Losses that a step's loss is the mean of, over all processes."""
+        settings = self.settings
+        if self.predicts:
+            return settings.batch * (settings.seqlen - 1)
+        mask = self.reading.take(rows).mask if rows else None
+        return self.processes.total(len(rows) * settings.seqlen if mask is None else int(mask.sum()))
 
     def _distil(
         self, samples: Samples, hidden_BTH: Tensor, rows: list[int], scale: float | None

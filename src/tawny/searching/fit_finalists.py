@@ -47,7 +47,8 @@ def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
         "values:",
         *(f"  {name}: {level.kind}" for name, level in finalist.levels.items()),
     ]
-    path = folder.with_suffix(".yaml")
+    # Whole: the recipe holds it, and a fit goes on under any spelling of its folder.
+    path = folder.resolve().with_suffix(".yaml")
     write_beside(path, "\n".join(lines) + "\n")
     return resolve_recipe(
         base, allocator=str(path), sparsity=removed / sum(numel.values()), values={"of": kinds, **ends}
