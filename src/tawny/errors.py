@@ -35,6 +35,7 @@ __all__ = [
     "first_line",
     "nearest",
     "one_line",
+    "printable",
     "short",
 ]
 
@@ -110,8 +111,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def short(text: str) -> str:
     """At most 60 characters of a text, on one line; what a terminal would obey or hide is escaped."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    text = printable(" ".join(text.split()))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def printable(text: str) -> str:
+    """A text with what a terminal would obey or hide escaped; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

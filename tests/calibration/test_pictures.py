@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tawny.calibration.mixture import check_texts, load_texts, parse_texts
-from tawny.calibration.pictures import read_pictures, whole
+from tawny.calibration.pictures import BrokenPicture, pictures_in, read_pictures, whole
 from tawny.errors import TextError
 from tawny.recipe.merge import resolve_recipe
 
@@ -54,6 +54,20 @@ def test_a_picture_is_seen_the_way_up_that_its_file_says(tmp_path):
         Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
         seen = np.asarray(whole(tmp_path / "a.png"))
         assert seen.shape == (40, 20, 3) and seen[:10].min() == 255 and seen[10:].max() == 0
+
+
+def test_a_program_that_is_called_a_picture_is_not_run(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.check_call", started.append)
+    (tmp_path / "a.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
+    )
+    with pytest.raises(BrokenPicture):
+        whole(tmp_path / "a.png")
+    (tmp_path / "b.eps").write_text("")
+    assert not started and [path.name for path in pictures_in(*parse_texts(f"images:{tmp_path}"))] == [
+        "a.png"
+    ]
 
 
 def test_sixteen_bits_of_grey_become_eight(tmp_path):

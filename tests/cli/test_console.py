@@ -134,6 +134,19 @@ def test_an_allocation_has_a_row_a_block_weighted_by_size(capsys):
     assert "50.00 %" in out and "0.2500" in out and "100.00 %" in out
 
 
+def test_a_name_cannot_command_the_terminal(capsys, monkeypatch):
+    told = "\x1b]0;owned\x07\x1b[2J"
+    for columns in ("20", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        console = Console()
+        console.result({}, lambda _: perplexity_tables(perplexity(text=told, seconds=1.0)))
+        Console().result(inspected(told), inspection_tables)
+        console.note(told)
+        console.error(told)
+        out, err = capsys.readouterr()
+        assert "owned" in out and "owned" in err and not {"\x1b", "\x07"} & set(out + err)
+
+
 def test_brackets_and_colons_of_a_name_are_letters(capsys):
     console = Console()
     dense = perplexity(text="x[/y].txt")

@@ -27,6 +27,8 @@ from tests.tiny import FAMILIES, tiny_model, tokens
         '{"weight_map": {"a": 5}}',
         '{"weight_map": {"a": ["model.safetensors"]}}',
         '{"weight_map": {"a": "x.safetensors", "b": null}}',
+        '{"weight_map": {"a": "model-00001-of-00001.safetensors", "b": "../private/x.safetensors"}}',
+        '{"weight_map": {"a": "/private/x.safetensors"}}',
     ],
 )
 def test_an_index_that_is_none_is_refused_in_one_line(text, tmp_path):

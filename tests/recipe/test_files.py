@@ -77,6 +77,7 @@ def test_yaml_numbers_and_words_mean_what_they_look_like(tmp_path):
         ('sparsity: "\\UFFFFFFFF"\n', ["not valid YAML"]),
         ('sparsity: !!int "abc"\n', ["not valid YAML", "abc"]),
         ('sparsity: !!bool "maybe"\n', ["not valid YAML", "maybe"]),
+        ("seed: &a [1]\nsparsity: *a\n", ["not valid YAML", "alias *a", ":2"]),
         ("sparsity: " + 5000 * "9" + "\n", ["not valid YAML", "digits"]),
         ("sparsity: " + 5000 * "[" + "\n", ["not valid YAML", "deep"]),
     ],

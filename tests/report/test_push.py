@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 import tawny
 from tawny.errors import CheckpointError, MissingFeature, OutputError
@@ -78,6 +79,7 @@ def test_a_card_that_is_no_text_is_named_before_anything_is_sent(out, hub):
 def test_a_push_uploads_exactly_what_the_dry_run_listed(out, hub):
     (out / "README.md.new").write_text("half")
     (out / ".hidden").write_text("mine")
+    (out / "notes[1].txt").write_text("notes")
     (out / ".git" / "objects").mkdir(parents=True)
     (out / ".git" / "objects" / "token").write_text("mine")
     listed = push(out, "someone/model", dry_run=True).files
@@ -85,8 +87,12 @@ def test_a_push_uploads_exactly_what_the_dry_run_listed(out, hub):
     (_, repo, keys), (_, uploaded) = hub.calls
     assert uploaded["delete_patterns"] == []
     assert repo == "someone/model" and keys == {"private": True, "exist_ok": True}
-    assert uploaded["allow_patterns"] == list(listed) and report.url == "https://hub.example/someone/model"
-    assert not {"README.md.new", ".hidden", ".git/objects/token"} & set(listed)
+    sent = filter_repo_objects(
+        [x.relative_to(out).as_posix() for x in out.rglob("*") if x.is_file()],
+        allow_patterns=uploaded["allow_patterns"],
+    )
+    assert sorted(sent) == sorted(listed) and report.url == "https://hub.example/someone/model"
+    assert "notes[1].txt" in listed and not {"README.md.new", ".hidden", ".git/objects/token"} & set(listed)
 
 
 def test_weights_of_another_layout_that_are_there_go(out, hub, monkeypatch):

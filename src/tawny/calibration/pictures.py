@@ -30,6 +30,8 @@ from tawny.machine import in_package
 
 # A crop's side, as a share of the picture's shorter one.
 _SMALLEST = 0.6
+# What Pillow gives to another program or to the system to draw, whatever a file is called: it may do anything.
+_PROGRAMS = {"EPS", "WMF"}
 _SAMPLES = (("skimage", "data"), ("sklearn", "datasets/images"))
 
 
@@ -78,7 +80,8 @@ def pictures_in(source: Source) -> list[Path]:
         raise TextError(
             f"{source.spec!r} is a text, and this model sees pictures: give images:DIR, or sample"
         )
-    known = _pillow().registered_extensions()
+    image = _pillow()
+    known = {suffix for suffix, kind in image.registered_extensions().items() if kind not in _PROGRAMS}
     files = sorted(
         p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file()
     )
@@ -147,14 +150,15 @@ def whole(path: Path) -> Any:
     from PIL import ImageOps
 
     try:
-        with image.open(path) as opened:
+        image.init()
+        with image.open(path, formats=[kind for kind in image.ID if kind not in _PROGRAMS]) as opened:
             opened.getexif()  # read here once; what turns the picture would write it anew, and fail where it is odd
             opened.info.pop("exif", None)
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I"):  # sixteen bits, which converting to colours clips at 255
                 upright = upright.convert("I").point(lambda value: value * (1 / 256))
             return upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file makes Pillow's readers raise almost anything
         raise BrokenPicture(path, first_line(error)[:120]) from None
 
 

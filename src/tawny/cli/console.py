@@ -33,6 +33,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tawny.cli.frames import Frame, Marked, Result, Shown
+from tawny.errors import printable
 from tawny.process_group import speaks
 from tawny.progress import Progress, silent
 from tawny.record import finite
@@ -69,11 +70,11 @@ class Console:
     def note(self, text: str) -> None:
         """One line for a person; it never gets between a program and its JSON."""
         if speaks():
-            self._err.print(text, soft_wrap=True)
+            self._err.print(printable(text), soft_wrap=True)
 
     def error(self, message: str, exit_code: int = 1) -> None:
         """One line on stderr, and the same as the JSON document."""
-        line = " ".join(message.split()) or "unknown"
+        line = printable(" ".join(message.split())) or "unknown"
         if not speaks():
             line = f"rank {os.environ['RANK']}: {line}"
         self._err.print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
@@ -261,9 +262,9 @@ def drawn(frame: Frame, width: int) -> Table | Text:
 
 def _cell(cell: str | Marked) -> Text:
     if isinstance(cell, str):
-        return Text(cell)
+        return Text(printable(cell))
     change = Text(f"  {cell.change}" if cell.change else "", style="not bold dim")
-    return Text(cell.text, style="bold" if cell.best else "").append_text(change)
+    return Text(printable(cell.text), style="bold" if cell.best else "").append_text(change)
 
 
 def _needed(frame: Frame) -> int:
@@ -276,14 +277,14 @@ def _needed(frame: Frame) -> int:
 
 
 def _stacked(frame: Frame, width: int) -> Text:
-    lines = [] if frame.title is None else [Text(frame.title, style="bold")]
+    lines = [] if frame.title is None else [Text(printable(frame.title), style="bold")]
     for first, *rest in frame.rows:
-        lines.append(Text(f"{frame.columns[0]} {first}".strip(), style="bold"))
+        lines.append(Text(printable(f"{frame.columns[0]} {first}".strip()), style="bold"))
         line = ""
         for head, cell in zip(frame.columns[1:], map(str, rest), strict=True):
             if not (head and cell):
                 continue
-            part = f"{head} {cell}"
+            part = printable(f"{head} {cell}")
             if line and cell_len(f"  {line}, {part},") > width:
                 lines.append(Text(f"  {line},"))
                 line = ""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tawny.errors import CheckpointError
+from tawny.errors import CheckpointError, short
 from tawny.model.quantised import Coded, read_quantised, settings_of
 from tawny.model.tensorfile import DTYPES, NAMES, Entry, entries, natural, read_tensor
 from tawny.precision import DTYPES as FLOATS
@@ -398,6 +398,9 @@ def weight_paths(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError("its weight_map names no files")
+            outside = [x for x in names if Path(x).is_absolute() or ".." in Path(x).parts]
+            if outside:  # whatever lies there would be written and pushed as a part of the model
+                raise ValueError(f"its weight_map names {short(outside[0])}, which is not in the folder")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{index} is not a valid safetensors index ({error}); fetch the checkpoint again"

@@ -100,7 +100,17 @@ def dump_yaml(mapping: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: PyYAML's own rules read 2:4 as the number 124, 1e-3 as text and `no` as false."""
+    """YAML 1.2 scalars: PyYAML's own rules read 2:4 as the number 124, 1e-3 as text and `no` as false. No aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few of them stand for more than memory holds
+            alias: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"the alias *{alias.anchor} is not supported; write the value out",
+                problem_mark=alias.start_mark,
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -129,7 +129,7 @@ def _is_hub_id(record: Mapping[str, Any]) -> bool:
 def _language(language: Any) -> Any:
     """Codes as text: YAML reads `no`, which is Norwegian, as false."""
     if isinstance(language, list):
-        return [_language(one) for one in language]
+        return [_language(one) for one in language if not isinstance(one, list)]
     return "no" if language is False else language
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["PushReport", "check_folder", "push"]
 
+import glob
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
@@ -193,8 +194,8 @@ def _upload(
         api.upload_folder(
             repo_id=repo,
             folder_path=str(folder),
-            allow_patterns=files,
-            delete_patterns=old,
+            allow_patterns=[glob.escape(name) for name in files],
+            delete_patterns=[glob.escape(name) for name in old],
             commit_message=message,
         )
     except LocalTokenNotFoundError as error:
