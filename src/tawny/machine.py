@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "check_device",
     "cpu_name",
+    "device_name",
     "free_memory",
     "in_package",
     "machine",
@@ -46,8 +47,20 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-def free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where that cannot be asked."""
+def device_name(device: Any) -> str:
+    """Which device this is: a GPU by its name, since `cuda` may be another one tomorrow."""
+    import torch
+
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def free_memory(device: Any = "cpu") -> int | None:
+    """Bytes that can be had on a device, without swapping; None where that cannot be asked."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
     return _kilobytes("/proc/meminfo", "MemAvailable")
 
 

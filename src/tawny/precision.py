@@ -11,7 +11,15 @@ Intel's processors since Sapphire Rapids have both, and hypervisors often hide A
 
 from __future__ import annotations
 
-__all__ = ["DTYPES", "bfloat16_products", "cast", "lost_in", "native_dtype", "rounds_products"]
+__all__ = [
+    "DTYPES",
+    "bfloat16_products",
+    "cast",
+    "forward_dtype",
+    "lost_in",
+    "native_dtype",
+    "rounds_products",
+]
 
 import contextlib
 import functools
@@ -60,6 +68,13 @@ def native_dtype() -> torch.dtype:
     avx512 = torch.cpu._is_avx512_bf16_supported() and not capabilities.get("avx512_fp16", False)
     fast = avx512 or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast and supported is not None and supported() else torch.float32
+
+
+def forward_dtype(device: str | torch.device) -> torch.dtype:
+    """What forwards on a device compute in by default: bfloat16 where it multiplies that natively, else float32."""
+    if not str(device).startswith("cuda"):
+        return native_dtype()
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def rounds_products() -> bool:

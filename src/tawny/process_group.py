@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from tawny.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -48,6 +50,8 @@ class ProcessGroup:
         if alone or not started_by_torchrun():
             return
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if device.startswith("cuda:"):
+            raise UserError(f"torchrun gives each process a GPU of its own: {device} given, expected cuda")
         if device == "cuda":
             import torch
 

@@ -16,10 +16,12 @@ from transformers import (
 
 import tawny
 from tawny.errors import CheckpointError, ModelError, NumericalError
-from tawny.model.stack import live_stack
+from tawny.model.skeleton import open_skeleton
+from tawny.model.stack import Stack, live_stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import find_stack
-from tawny.packed.opening import open_stack
+from tawny.packed.opening import open_checkpoint, open_stack
+from tests.encoders import tiny_encoder
 from tests.tiny import FAMILIES, tiny_model, tokens
 
 
@@ -142,6 +144,16 @@ def test_weights_of_a_checkpoint_are_given_on_the_device_of_the_stack(family, tm
             for given in (stack.weight(linear), stack.stored_weight(linear), stack.look(linear)):
                 assert given.is_meta and tuple(given.shape) == linear.shape
             assert not stack.stored[linear.key].is_meta  # what is written stays where it was read
+
+
+def test_tables_that_no_file_has_lie_on_the_device_of_the_stack(tmp_path, monkeypatch):
+    tiny_encoder("bert").save_pretrained(tmp_path)
+    skeleton = open_skeleton(tmp_path, torch.float32)
+    tables = [name for name, _ in skeleton.named_buffers()]
+    assert any("position_ids" in name for name in tables)
+    monkeypatch.setattr(Stack, "_load_outside", lambda _: None)  # on this device weights seem to be missing
+    Stack(skeleton, open_checkpoint(tmp_path), torch.float32, "meta")
+    assert all(value.is_meta for _, value in skeleton.named_buffers())
 
 
 def modes(model):

@@ -149,7 +149,7 @@ def test_a_search_that_was_stopped_goes_on_and_gives_the_same(
 ):
     options = {"search.candidates": "owl,dlp", "search.trials": 20, "solver": "sparsegpt"}
     if spilled:
-        monkeypatch.setattr(session_module, "available", lambda: 0)
+        monkeypatch.setattr(session_module, "available", lambda _: 0)
     monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
     scored, measure = [], Divergence._measure
     monkeypatch.setattr(
@@ -178,7 +178,7 @@ def test_hidden_states_go_to_disk_where_nothing_is_written(dense, monkeypatch):
     monkeypatch.setattr(
         session_module.Session, "spill", lambda self, *given: made.append(spill(self, *given)) or made[-1]
     )
-    monkeypatch.setattr(session_module, "available", lambda: 0)
+    monkeypatch.setattr(session_module, "available", lambda _: 0)
     spilled = search(dense, None, **options)
     assert spilled.memory["hidden_states"] == "disk" and spilled.allocation == plain.allocation
     assert made and all(path is not None and not path.exists() for path in made)
@@ -323,7 +323,7 @@ def test_a_proof_is_the_divergence_of_the_model_that_pruning_makes(
     from transformers import AutoModelForCausalLM
 
     if placed == "disk":
-        monkeypatch.setattr(session_module, "available", lambda: 0)
+        monkeypatch.setattr(session_module, "available", lambda _: 0)
     given = tokens(8, 24, seed=4)
     source = tiny_model("llama") if placed == "live" else dense
     found = search(source, tmp_path / "a.yaml", calibration=given, **changes)

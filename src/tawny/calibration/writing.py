@@ -120,7 +120,8 @@ class Author:
         self.progress.phase("writing", missing * length, f"tokens of {rows} texts")
         made: list[str] = []
         ends = _end_tokens(model, self.tokenizer)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        gpus = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus), torch.no_grad():
             for batch, part in enumerate(parts):
                 if part is not None and part.exists():
                     made += json.loads(part.read_text(encoding="utf-8"))

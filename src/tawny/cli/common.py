@@ -54,7 +54,9 @@ def console_for(as_json: bool) -> Iterator[Console]:
                 _let_go()
         fail(console, f"{error.strerror or error}{where}", 1)
     except Exception as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's own
+        # torch's own, of a CPU and of a GPU
+        lacks = "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and lacks:
             fail(console, _NO_MEMORY, 1)
         if os.environ.get("TAWNY_DEBUG"):
             raise

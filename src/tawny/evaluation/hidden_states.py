@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tawny.errors import CheckpointError, OutputError
-from tawny.machine import machine
+from tawny.machine import device_name, machine
 from tawny.model.checkpoint import is_packed
 from tawny.model.identity import code_identity, model_identity, tensor_digest
 from tawny.model.source import cache_folder
@@ -73,7 +73,7 @@ def _place(stack: Stack, folder: Path, ids: Tensor) -> Path | None:
         "place": str(folder.resolve()),
         "changed": [path.stat().st_ctime_ns for path in sorted(folder.glob("*.safetensors"))],
         "windows": tensor_digest(ids).hexdigest(),
-        "compute": [str(stack.compute), str(stack.device)],
+        "compute": [str(stack.compute), device_name(stack.device)],
         "code": code_identity(),
         "machine": [here["cpu"], here["threads"]],
     }

@@ -18,7 +18,7 @@ from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.model.structure import predicts_tokens
 from tawny.packed.opening import load, open_stack
-from tawny.precision import DTYPES, native_dtype
+from tawny.precision import DTYPES, forward_dtype
 from tawny.process_group import ProcessGroup
 from tawny.progress import Progress, silent
 
@@ -39,14 +39,14 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def compute_dtype(compute: str) -> torch.dtype:
-    """The dtype of forwards behind its name; `auto` is what the machine multiplies natively.
+def compute_dtype(compute: str, device: str = "cpu") -> torch.dtype:
+    """The dtype of forwards behind its name; `auto` is what the device multiplies natively.
 
     Raises:
         RecipeError: an unknown name.
     """
     if compute == "auto":
-        return native_dtype()
+        return forward_dtype(device)
     if compute not in DTYPES:
         raise RecipeError(f"compute {compute!r} is unknown; give auto, {', '.join(DTYPES)}")
     return DTYPES[compute]
@@ -103,7 +103,7 @@ def open_stack_of(
 
     A live module keeps its own dtype and device.
     """
-    dtype = compute_dtype(compute)
+    dtype = compute_dtype(compute, device)
     if isinstance(source, nn.Module):
         return live_stack(source), None
     folder = resolve(source, say)

@@ -47,7 +47,7 @@ from tawny.evaluation.task_config import (
     quiet,
 )
 from tawny.kernels.native import kernel_name
-from tawny.machine import machine
+from tawny.machine import check_device, device_name, machine
 from tawny.model.identity import code_identity
 from tawny.model.source import cache_folder, resolve
 from tawny.model.trust import opens_models
@@ -187,12 +187,13 @@ def evaluate_tasks(
     else:
         folder = resolve(source, progress.say)
         _check_answers(folder, source)
-        dtype = compute_dtype(compute)
+        check_device(device)
+        dtype = compute_dtype(compute, device)
     # Documents that are missing should not cost the answers to other tasks.
     documents = [load_task(manager, MEANING.get(name, name), sources) for name in names]
     lm: Any = None
     identity = fingerprint(folder) if cache and folder is not None else ""
-    computing = [str(dtype), device, kernel_name(), machine()["cpu"]]
+    computing = [str(dtype), device_name(device), kernel_name(), machine()["cpu"]]
     done: list[TaskResult] = []
     for name, (loaded, origin) in zip(names, documents, strict=True):
         began, known = time.perf_counter(), MEANING.get(name, name)

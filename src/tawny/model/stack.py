@@ -60,6 +60,7 @@ class Stack:
         self._replay = Replay(model, self.structure, compute, self.device)
         if checkpoint is not None:
             checkpoint.map_to(model)
+            self._move_buffers()
             self._load_outside()
             model.requires_grad_(False)  # a live model stays as trainable as its owner left it
 
@@ -99,6 +100,13 @@ class Stack:
         return min(1.0, each / experts)
 
     # --- weights -----------------------------------------------------------------------------------------------
+
+    def _move_buffers(self) -> None:
+        """Those that no file has, such as tables of positions, were made on the CPU."""
+        for module in self.model.modules():
+            for name, value in module._buffers.items():
+                if value is not None and not value.is_meta:
+                    module._buffers[name] = value.to(self.device)
 
     def _assign(self, parameters: dict[str, Tensor]) -> None:
         for key, value in parameters.items():

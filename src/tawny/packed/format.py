@@ -279,7 +279,8 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
     grid = Grid(kind.grid, group)
     rows, stored_GC = len(stored_OI), grid.split(stored_OI).flatten(0, 1)
     groups, width = stored_GC.shape
-    real_SC = grid.split(torch.ones(1, stored_OI.shape[1], dtype=torch.bool))[0]
+    device = stored_OI.device
+    real_SC = grid.split(torch.ones(1, stored_OI.shape[1], dtype=torch.bool, device=device))[0]
 
     def again(index_G: Tensor, tries: Sequence[_Try]) -> Tensor:
         some_GC = stored_GC[index_G]
@@ -287,13 +288,14 @@ def scales_of(stored_OI: Tensor, kind: Kind, group: int | None, whole: bool = Fa
         keep_GC = real_SC[index_G % len(real_SC)] if whole else W_GC != 0
         return _scales_again(W_GC, some_GC, keep_GC, grid, kind, tries)
 
-    found_G = torch.full((groups,), torch.nan)
-    some_G = torch.arange(0, groups, max(1, groups // max(8, _LOOKED_AT // width)))
+    found_G = torch.full((groups,), torch.nan, device=device)
+    some_G = torch.arange(0, groups, max(1, groups // max(8, _LOOKED_AT // width)), device=device)
     tries = _tries(kind)
     likely = tries[:_LIKELY] if kind.bits == 8 else tries
     if float(again(some_G, likely).isnan().float().mean()) <= _ON_GRID:
         size = max(1, _PART // width)
-        parts = [torch.arange(groups)[top : top + size] for top in range(0, groups, size)]
+        every_G = torch.arange(groups, device=device)
+        parts = [every_G[top : top + size] for top in range(0, groups, size)]
         found_G = torch.cat([again(part, tries) for part in parts])
     found_OS = found_G.view(rows, -1)
     if not bool(found_G.isnan().any()):
@@ -326,7 +328,7 @@ def _scales_again(
     W_GC: Tensor, stored_GC: Tensor, keep_GC: Tensor, grid: Grid, kind: Kind, tries: Sequence[_Try]
 ) -> Tensor:
     """[G]: for each group of columns the first scale that gives every weight back as it is stored; NaN where none does."""
-    found_G, left_G = W_GC.new_full((len(W_GC),), torch.nan), torch.arange(len(W_GC))
+    found_G, left_G = W_GC.new_full((len(W_GC),), torch.nan), torch.arange(len(W_GC), device=W_GC.device)
     for long, neighbour, level in tries:
         if not len(left_G):
             break

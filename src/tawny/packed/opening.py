@@ -24,7 +24,7 @@ from tawny.model.stack import Stack
 from tawny.model.tensorfile import natural
 from tawny.model.trust import opens_models, refusing_code, trusted
 from tawny.packed.folder import PackedCheckpoint, PackedFolder
-from tawny.precision import DTYPES, native_dtype
+from tawny.precision import DTYPES, forward_dtype
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -57,7 +57,7 @@ def open_stack(
 
     check_device(device)
     checkpoint = open_checkpoint(folder)
-    dtype = compute or native_dtype()
+    dtype = compute or forward_dtype(device)
     checkpoint.zero_biases = bool(changes)
     return Stack(open_skeleton(folder, dtype, changes), checkpoint, dtype, device)
 

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from tawny.allocation.profile import Measuring
 from tawny.calibration.statistics import Needs, hessian_bytes
@@ -398,9 +398,9 @@ def sharing_inputs(linears: Sequence[Linear]) -> list[list[Linear]]:
     return groups
 
 
-def available() -> int | None:
-    """Bytes this process may still take, with what it has; None where that cannot be asked."""
-    free = free_memory()
+def available(device: Any) -> int | None:
+    """Bytes this process may still take, with what it has, on a GPU too; None where that cannot be asked."""
+    free = free_memory(device)  # of a GPU: nearly everything that is planned lies there
     return None if free is None else int(free * 0.9) + resident_memory()
 
 

@@ -126,7 +126,7 @@ def plan(
     load, notes = load_of(job, budget) if job.needs_samples else (Load(wanted.samples, wanted.seqlen, 0), [])
     tokens = load.samples * load.seqlen if job.needs_samples else 0
     streams = 2 if recipe.refine.epochs else 1  # behind pruned blocks, and behind dense ones
-    placement = place(demand_of(job, load), budget, available())
+    placement = place(demand_of(job, load), budget, available(job.stack.device))
     checkpoint = stack.checkpoint
     assert checkpoint is not None
     written = checkpoint.bytes_in(DTYPES[recipe.dtype] if recipe.dtype else None)

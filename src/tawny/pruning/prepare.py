@@ -156,7 +156,7 @@ def prepare(
         folder = resolve(source, progress.say)
         if changes and is_packed(folder):
             raise ModelError(f"{source} is packed; `tawny unpack` it first and prune the dense checkpoint")
-        stack = open_stack(folder, compute_dtype(recipe.compute), device)
+        stack = open_stack(folder, compute_dtype(recipe.compute, device), device)
     job = _chosen(recipe, str(source) if folder else type(source).__name__, folder, stack, changes)
     if not (changes and folder is not None and job.couplings and job.member_solver.wants_bias):
         return job
@@ -166,7 +166,7 @@ def prepare(
     settings = bias_settings(stack, consumers)
     if not settings:
         return job
-    stack = open_stack(folder, compute_dtype(recipe.compute), device, settings)
+    stack = open_stack(folder, compute_dtype(recipe.compute, device), device, settings)
     return replace(_chosen(recipe, job.source, folder, stack, changes), settings=settings)
 
 

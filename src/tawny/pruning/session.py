@@ -38,7 +38,7 @@ from tawny.errors import (
 )
 from tawny.evaluation.sources import author_of
 from tawny.kernels.native import kernel_name
-from tawny.machine import machine, peak_memory, versions
+from tawny.machine import device_name, machine, peak_memory, versions
 from tawny.model.identity import code_identity, model_identity, tensor_digest, tokens_identity
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, revision_of
@@ -189,7 +189,7 @@ def open_session(
             if purpose.demand is None or job.folder is None:
                 return None
             share = replace(load, samples=ranks.largest_part(load.samples, load.seqlen))
-            made = place(purpose.demand(job, share), budget, available())
+            made = place(purpose.demand(job, share), budget, available(job.stack.device))
             record.memory = {
                 "budget": budget,
                 "estimate": made.peak,
@@ -347,7 +347,7 @@ def _identify(job: Job, journal: Journal, ranks: Ranks, record: Record) -> None:
     here = {key: record.machine[key] for key in ("cpu", "threads")}
     here |= {"processes": ranks.size, "kernel": kernel_name(), "compute": record.compute}
     if job.stack.device.type == "cuda":
-        here["device"] = torch.cuda.get_device_name(job.stack.device)
+        here["device"] = device_name(job.stack.device)
     journal.require("machine", here)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tawny.calibration.context import check_context, check_ids
@@ -18,7 +17,7 @@ from tawny.calibration.inputs import processor_for
 from tawny.calibration.mixture import in_words
 from tawny.calibration.text import Text
 from tawny.errors import Interrupted, ModelError, RecipeError
-from tawny.evaluation.sources import author_of
+from tawny.evaluation.sources import author_of, compute_dtype
 from tawny.machine import free_memory, peak_memory
 from tawny.model.output import OutputFolder, check_savable
 from tawny.model.resumable import WorkFolder
@@ -28,7 +27,6 @@ from tawny.model.streams import Samples
 from tawny.model.structure import evaluating, input_of, predicts_tokens
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
-from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
 from tawny.record import Clock
 from tawny.recovery.crops import PIXELS, crops_of
@@ -295,7 +293,7 @@ def _check_wanted(request: Request) -> None:
 def _stacks(request: Request, folder: Path | None) -> tuple[Stack, Stack | None]:
     """Both models; of a teacher on disk only what lies outside its blocks is read."""
     source, teacher, settings = request.source, request.teacher, request.settings
-    compute = native_dtype() if settings.compute == "auto" else getattr(torch, settings.compute)
+    compute = compute_dtype(settings.compute, settings.device)
     if isinstance(source, nn.Module):
         stack = live_stack(source)
         compute = stack.compute

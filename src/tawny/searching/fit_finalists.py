@@ -92,7 +92,10 @@ def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) 
     """A row of the table of finalists."""
     source = session.job.folder
     assert source is not None
-    found = agreement(folder, source, deciding, compute=session.job.recipe.compute, progress=session.progress)
+    recipe = session.job.recipe
+    found = agreement(
+        folder, source, deciding, compute=recipe.compute, device=recipe.device, progress=session.progress
+    )
     taken = file_bytes(folder) + (folder / INDEX).stat().st_size
     return {
         "name": finalist.name,

@@ -113,7 +113,7 @@ def plan_fit(
     check_context(job.stack.model, recipe.calibration.seqlen)
     limit = parse_size(memory)
     load, notes = load_of(job, limit)
-    placement = place(demand_of_fit(settings, job, load), limit, available())
+    placement = place(demand_of_fit(settings, job, load), limit, available(job.stack.device))
     checkpoint = job.stack.checkpoint
     assert checkpoint is not None
     dense, probes = checkpoint.bytes_in(None), probes_bytes(job)
