@@ -172,7 +172,7 @@ def allocate(
     somebody chose the numbers, each linear has its own.
 
     Args:
-        warnings: told where rounding made equal what the allocator gave different linears of a block.
+        warnings: told where rounding made equal what the allocator gave different linears of a block, or different blocks.
 
     Raises:
         RecipeError: a chosen number is no whole n of m, or blocks are to leave in part.
@@ -199,7 +199,17 @@ def allocate(
             f"{pattern} gives the linears of a block one n of {pattern.m}, the mean of what the allocator gave them, which "
             f"differs in {len(spread)} of {profile.blocks} blocks, by up to {max(spread.values()):.2g}"
         )
-    return mixed_nm(wish, profile, pattern.m, pattern.n)
+    made = mixed_nm(wish, profile, pattern.m, pattern.n)
+    blocks = [block for block in range(profile.blocks) if profile.parameters(block)]
+    means = [
+        sum(wish[x.name] * x.numel for x in profile.linears_of(block)) / profile.parameters(block)
+        for block in blocks
+    ]
+    if warnings is not None and max(means) - min(means) > 1e-6 and len(set(made.values())) == 1:
+        warnings.append(
+            f"every block keeps {pattern}: what the allocator gave them differs by less than one n of {pattern.m}"
+        )
+    return made
 
 
 def spend(job: Job, profile: Profile, warnings: list[str] | None = None) -> tuple[Allocation, dict[str, str]]:

@@ -48,7 +48,7 @@ _KEYS = {
     "refit": "move the survivors of each mask to their least squares (also solver.refit)",
     "refine": "epochs of training what a pruned block has left to give the dense block's outputs, and how",
     "values": "kinds that survivors are solved for, or bits to share among linears",
-    "compat": "official: the numbers of the papers' own code",
+    "compat": "official: OWL's ratios, Wanda's counts and Alpha's tails as their authors' code has them, but for n:m",
     "profile_samples": "how many samples the profile uses; nothing is enough for a steady one",
     "device": "where blocks run",
     "version": "of the recipe format",

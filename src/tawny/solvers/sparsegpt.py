@@ -70,7 +70,7 @@ class Factor:
 class SparseGPT(Solver):
     """Column by column, with the error spread over the columns that follow; faster than alps.
 
-    Score w²/[H⁻¹]_jj over groups of columns, H = XᵀX + damp·mean(diag)·I, Frantar 2023 (2301.00774).
+    Score w²/U_jj² over groups of columns, H⁻¹ = UᵀU and H = XᵀX + damp·mean(diag)·I, Frantar 2023 (2301.00774).
 
     Raises:
         RecipeError: an option is out of range.
