@@ -11,6 +11,7 @@ from rich.text import Text
 from tawny.cli import console as module
 from tawny.cli.console import Console, drawn
 from tawny.cli.eval_ import perplexity_tables
+from tawny.cli.frames import table
 from tawny.cli.inspect import inspection_tables
 from tawny.cli.prune import comparison_table
 from tawny.cli.push import push_tables
@@ -134,17 +135,22 @@ def test_an_allocation_has_a_row_a_block_weighted_by_size(capsys):
     assert "50.00 %" in out and "0.2500" in out and "100.00 %" in out
 
 
-def test_a_name_cannot_command_the_terminal(capsys, monkeypatch):
+@pytest.mark.parametrize("columns", ["20", "200"])
+def test_a_name_cannot_command_the_terminal(capsys, monkeypatch, columns):
     told = "\x1b]0;owned\x07\x1b[2J"
-    for columns in ("20", "200"):
-        monkeypatch.setenv("COLUMNS", columns)
-        console = Console()
-        console.result({}, lambda _: perplexity_tables(perplexity(text=told, seconds=1.0)))
-        Console().result(inspected(told), inspection_tables)
-        console.note(told)
-        console.error(told)
-        out, err = capsys.readouterr()
-        assert "owned" in out and "owned" in err and not {"\x1b", "\x07"} & set(out + err)
+    monkeypatch.setenv("COLUMNS", columns)
+    console = Console()
+    framed = table(told, "number", title=told)
+    framed.add(told, "1")
+    console.result({}, lambda _: [framed, told])
+    console.note(told)
+    console.error(told)
+    with console.progress() as progress:
+        progress.say(told)
+        progress.phase(told, 1)
+        progress.step("")
+    out, err = capsys.readouterr()
+    assert "owned" in out and "owned" in err and not {"\x1b", "\x07"} & set(out + err)
 
 
 def test_brackets_and_colons_of_a_name_are_letters(capsys):

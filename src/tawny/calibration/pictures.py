@@ -30,8 +30,8 @@ from tawny.machine import in_package
 
 # A crop's side, as a share of the picture's shorter one.
 _SMALLEST = 0.6
-# What Pillow gives to another program or to the system to draw, whatever a file is called: it may do anything.
-_PROGRAMS = {"EPS", "WMF"}
+# What Pillow gives to another program or to the system to draw, or may hold such a thing, whatever a file is called.
+_PROGRAMS = {"EPS", "IPTC", "WMF"}
 _SAMPLES = (("skimage", "data"), ("sklearn", "datasets/images"))
 
 
@@ -158,6 +158,8 @@ def whole(path: Path) -> Any:
             if upright.mode.startswith("I"):  # sixteen bits, which converting to colours clips at 255
                 upright = upright.convert("I").point(lambda value: value * (1 / 256))
             return upright.convert("RGB")
+    except MemoryError:  # the picture is sound, and another in its place would be other samples
+        raise
     except Exception as error:  # a damaged file makes Pillow's readers raise almost anything
         raise BrokenPicture(path, first_line(error)[:120]) from None
 

@@ -163,7 +163,7 @@ class _BarWatch:
 
     def say(self, text: str) -> None:
         if self.live is not None:
-            self.live.console.print(text)
+            self.live.console.print(printable(text))
 
     def close(self) -> None:
         if self._walk is not None:
@@ -227,13 +227,13 @@ class _LineWatch:
 
     def _print(self, line: str) -> None:
         self._last = time.monotonic()
-        print(line, file=self._stream, flush=True)
+        print(printable(line), file=self._stream, flush=True)
 
 
 def _drawn(rich: Rich, tables: Sequence[Shown]) -> str:
     with rich.capture() as captured:
         for shown in tables:
-            rich.print(shown if isinstance(shown, str) else drawn(shown, rich.width))
+            rich.print(printable(shown) if isinstance(shown, str) else drawn(shown, rich.width))
             rich.print()
     # Tables are padded to their width, which a window does not show and a file should not hold.
     lines = [line.rstrip() for line in captured.get().splitlines()]
@@ -244,13 +244,14 @@ def drawn(frame: Frame, width: int) -> Table | Text:
     """A table, or a few lines a row where `width` would leave its names a letter a line, or cut its numbers."""
     if frame.columns and _needed(frame) > width:
         return _stacked(frame, width)
-    made = Table(title=frame.title, title_justify="left", title_style="bold", pad_edge=False)
+    title = None if frame.title is None else printable(frame.title)
+    made = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
     if frame.columns:
         made.box = box.SIMPLE_HEAD
         for index, column in enumerate(frame.columns):
             side: Literal["left", "right"] = "left" if index in frame.left else "right"
             whole = index not in frame.wrapped
-            made.add_column(Text(column), justify=side, no_wrap=whole, overflow="fold")
+            made.add_column(Text(printable(column)), justify=side, no_wrap=whole, overflow="fold")
     else:
         made.box, made.show_header = None, False
         made.add_column(style="dim", no_wrap=True)

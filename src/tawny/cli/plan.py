@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tawny.cli.common import console_for
-from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts, parts, table
 from tawny.cli.options import (
     AsJson,
@@ -21,6 +20,9 @@ from tawny.cli.options import (
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.words import duration, percent, size
+
+if TYPE_CHECKING:
+    from tawny.cli.console import Console
 
 
 @recipe_verb(
