@@ -1,6 +1,6 @@
 """One real model of 1.5 billion weights, all that can be done with it, and llama.cpp's files of it.
 
-    python benchmarks/evidence.py --model FILE.gguf --text PATH.txt --work DIR --llama PATH/python
+    python benchmarks/evidence.py --model FILE.gguf --text PATH.txt --seqlen 512 --eval-seqlen 1024 --work DIR --llama PATH/python
     python benchmarks/evidence.py … --cells dense fast:0.5 fast:0.5:int8         # some cells; the same command goes on
     python benchmarks/evidence.py … --speed                                      # only speeds, of the models in DIR
     python benchmarks/evidence.py … --tasks 100 --cells dense best:0.5           # seven zero-shot tasks of finished cells
@@ -159,9 +159,13 @@ def cell(args: argparse.Namespace, name: str, texts: dict[str, str]) -> dict[str
             "kl": against.kl,
             "top1": against.top1,
         }
-    if (folder / "run.json").is_file():
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        found |= {"sparsity": record["sparsity"], "peak_memory": record["peak_memory"]}
+    for record in (
+        "run.json",
+        "recover.json",
+    ):  # a recovery keeps the record of its pruning, with another peak
+        if (folder / record).is_file():
+            told = json.loads((folder / record).read_text(encoding="utf-8"))
+            found |= {key: told[key] for key in ("sparsity", "peak_memory")}
     return found
 
 
@@ -195,12 +199,8 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
             make(args, "best:0.5", base)
         code = args.work / "code-calibration.txt"
         texts = ["--text", "wiki=0.4", "--text", f"{code}=0.4", "--text", "self=0.2"]
-        less = [
-            "-o",
-            "checkpointing=true",
-            "-o",
-            "micro_batch=2",
-        ]  # 23 GB; an estimated 33 with all activations
+        # An hour is few tokens: steps of one window make the most of them (docs/log/learning-rate.md).
+        less = ["-o", "checkpointing=true", "-o", "batch=1"]
         tawny_("recover", base, "--teacher", args.model, "--out", folder, *texts, *less, "--minutes", rest)
     elif head.startswith("int"):
         values = {"kind": head, "group_size": int(rest)}
