@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -30,13 +32,16 @@ def test_inside_factors_are_rounded_and_outside_they_are_not() -> None:
     assert torch.equal(A @ B, outside)
 
 
-def test_an_error_inside_leaves_products_as_they_were() -> None:
-    A, B, outside = product()
-    with pytest.raises(ZeroDivisionError), bfloat16_products():
-        raise ZeroDivisionError
+def test_an_error_inside_leaves_products_as_they_were(monkeypatch) -> None:
+    switch = SimpleNamespace(fp32_precision="none")
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", switch, raising=False)
+    monkeypatch.setattr("tawny.precision.rounds_products", lambda: True)
     with bfloat16_products(False):
-        assert torch.equal(A @ B, outside)
-    assert torch.equal(A @ B, outside)
+        assert switch.fp32_precision == "none"
+    with pytest.raises(ZeroDivisionError), bfloat16_products():
+        assert switch.fp32_precision == "bf16"
+        raise ZeroDivisionError
+    assert switch.fp32_precision == "none"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

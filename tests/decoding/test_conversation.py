@@ -5,6 +5,7 @@ import pytest
 import tawny
 from tawny.decoding import conversation
 from tawny.decoding.conversation import Conversation
+from tawny.decoding.sequences import Sequences
 from tawny.errors import TextError
 from tests.serving.tiny import byte_tokenizer, served_model
 
@@ -21,7 +22,15 @@ def said(talk, text):
     return "".join(talk.say(text))
 
 
-def test_answers_are_those_of_generate_and_what_was_said_is_not_read_again(folder):
+def test_answers_are_those_of_generate_and_what_was_said_is_not_read_again(folder, monkeypatch):
+    begin, begun = Sequences.begin, []
+
+    def beginning(self, ids):
+        one = begin(self, ids)
+        begun.append((one.cached, len(ids)))
+        return one
+
+    monkeypatch.setattr(Sequences, "begin", beginning)
     talk = Conversation(folder, temperature=0, max_tokens=6, system="Be brief.")
     messages = [{"role": "system", "content": "Be brief."}]
     for text in ("An owl", "Another"):
@@ -29,6 +38,8 @@ def test_answers_are_those_of_generate_and_what_was_said_is_not_read_again(folde
         answer = said(talk, text)
         assert answer == tawny.generate(folder, messages, max_tokens=6).text
         messages.append({"role": "assistant", "content": answer})
+    (_, first), (cached, _) = begun
+    assert cached >= first
     assert talk.scheduler.sequences.together  # one call a token, as `tawny generate` has
 
 

@@ -332,6 +332,7 @@ def test_memory_grows_with_the_text(quick):
         for reserve in (None, 9, 5):
             decoder = Decoder(model, 40, quick, reserve)
             decoder.prefill(ids[:6])
+            assert (decoder.memory[0][0].shape[1] < 40) == (reserve is not None)
             made.append(torch.stack([decoder.step(int(token)).clone() for token in ids[6:]]))
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 

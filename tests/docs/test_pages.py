@@ -115,9 +115,12 @@ def test_the_pictures_are_drawn_from_the_committed_run(tmp_path):
 
     record = json.loads(script["EXAMPLE"].read_text(encoding="utf-8"))
     assert "seconds" not in record and "machine" not in record
+    told = []
     for text in (script["picture"](record), (script["IMAGES"] / "depth.svg").read_text(encoding="utf-8")):
         root = ET.fromstring(text)
         assert len([e for e in root.iter() if e.get("data-block")]) == 30
+        told.append([e.text for e in root.iter() if e.tag.endswith("title")])
+    assert told[0] == told[1] and len(told[0]) >= 30
     script["draw_allocations"](tmp_path / "a.svg")
     for path in (tmp_path / "a.svg", script["IMAGES"] / "allocators.svg"):
         assert len(list(ET.parse(path).getroot().iter())) > 100

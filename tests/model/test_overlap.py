@@ -44,7 +44,10 @@ def test_reading_ahead_touches_the_file_and_survives_one_that_is_gone(tmp_path, 
     stack = open_stack(tmp_path / "dense", torch.float32)
     place = next(iter(stack.checkpoint.places.values()))
     path = tmp_path / "dense" / "model.safetensors"
+    piece = bytearray(checkpoint_module._PIECE)
+    monkeypatch.setattr(checkpoint_module, "bytearray", lambda _: piece, raising=False)
     checkpoint_module._touch([(path, place)])
+    assert piece[: place.bytes] == path.read_bytes()[place.start : place.start + place.bytes] != b""
     path.unlink()
     checkpoint_module._touch([(path, place)])
 

@@ -252,7 +252,9 @@ def test_damage_is_refused_with_the_name_of_the_weight(damage, native, monkeypat
         monkeypatch.setattr("tawny.kernels.native._load", lambda: (None, "test"))
     check(packed)
     DAMAGES[damage](packed.tensors)
-    with pytest.raises(CheckpointError, match=r"mlp\.up"):
+    # A bit in the padding is also one too many: the refusal must be of the padding.
+    said = "a mask bit is set in the padding" if damage.startswith("padding") else ""
+    with pytest.raises(CheckpointError, match=rf"mlp\.up.*{said}"):
         check(packed, "mlp.up")
 
 

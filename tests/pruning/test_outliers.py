@@ -50,5 +50,9 @@ def test_without_statistics_nothing_is_counted():
 
 
 def test_experts_are_counted_one_by_one():
-    record = tawny.prune(tiny_model("mixtral"), calibration=tokens(), **OPTIONS)
+    options = {**OPTIONS, "allocator": "owl", "allocator.M": 3}
+    record = tawny.prune(tiny_model("mixtral"), calibration=tokens(), **options)
     assert all(entry.outliers_after is not None for entry in record.linears)
+    first = [entry for entry in record.linears if entry.block == 0]
+    share = 100 * sum(entry.outliers_before for entry in first) / sum(a.shape[0] * a.shape[1] for a in first)
+    assert share == pytest.approx(record.profile["blocks"][0]["outlier_share"]["3"], rel=1e-3)

@@ -93,7 +93,7 @@ def test_globs_are_texts_and_add_up():
 
 
 def test_keyword_keys_beat_the_file_and_overrides_beat_both(tmp_path):
-    path = written(tmp_path, "sparsity: 0.5\nseed: 1\ncalibration: wiki\n")
+    path = written(tmp_path, "sparsity: 0.5\nseed: 1\ncalibration: {text: wiki, samples: 9}\n")
     recipe = resolve_recipe(path, ["seed=3"], seed=2, samples=4, solver=None)
     assert recipe.seed == 3 and recipe.calibration.text == "wiki" and recipe.calibration.samples == 4
 

@@ -96,6 +96,7 @@ def test_every_setting_arrives(service, monkeypatch):
     asked["logit_bias"] = {"5": 2.0}
     made = [service.complete(complete(prompt="owl", **asked))[0], service.chat(chat(**asked))[0]]
     assert [(request.stops, request.most) for (request,) in made] == [(("x",), 3)] * 2
+    assert len(given) == 2
     for some, more in given:
         assert some == (0.5, 0.9, 7) and more["logit_bias"] == {5: 2.0} and more.items() >= named.items()
 

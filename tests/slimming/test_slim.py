@@ -284,7 +284,7 @@ def test_what_is_not_zero_as_a_whole_is_refused_by_the_name_that_was_given(dense
     assert not (tmp_path / "slim").exists()
     code, _, err = run("prune", dense, "--out", tmp_path / "none", "-s", 0.3, "-p", "heads", "-m", "alps")
     assert code == 2 and "choose obs, flap, wanda, magnitude" in err
-    with pytest.raises(ModelError, match="packed"):
+    with pytest.raises(ModelError, match=r"is packed; .tawny unpack"):
         tawny.slim(tawny.pack(dense, tmp_path / "packed").out, tmp_path / "slim")
 
 
