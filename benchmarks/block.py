@@ -1,13 +1,14 @@
 """What ALPS costs on one block of a 7B model, beside SparseGPT and beside its own matrix products.
 
     python benchmarks/block.py                         # 4096/11008, 128 × 2048 tokens, within 6 GB and within 8
-    python benchmarks/block.py --shape 1.1b --samples 16 --compute float32
+    python benchmarks/block.py --shape 1.1b --samples 16 --compute float32 --json FILE
 
 One block of random weights with outliers is pruned to 70 % by each solver in a process of its own, in turn. Of each:
 the whole run's wall time and peak memory, and the time inside the solver beside the operations of its matrix
 products (torch's own formulas, by the dtype that factors are multiplied in) and of its factorisations (n³/3) and
 inverses (2n³/3). Divided by the speeds that this machine reaches on a large product in each dtype, measured
-before and after, they are the time nothing can go below. Rows of other CPUs in the same file are kept.
+before and after, they are the time nothing can go below. Rows of other CPUs in the same file are kept, where
+shape and samples are the same.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Each model is dense in float32 and bfloat16, and packed at 50 % with bf16 and int8 values and without zeros with int4. What is
 packed computes in the type of its checkpoint, and with int8 values in bfloat16, too. Zeros are those of `magnitude`: speed asks
 how many there are, not which. A text encoder reads one sentence of so many tokens, a vision transformer one picture. Medians
-over rounds, one round of all models behind the other. A tiny run: `--rounds 2 --tokens 8`.
+over rounds, one round of all models behind the other. A tiny run: `--rounds 2 --tokens 8 --results FILE`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Few bits by three ways of solving: KL to the dense model, perplexity, bits a weight and seconds.
 
-    python benchmarks/few_bits.py --text wiki --text PATH.txt
+    python benchmarks/few_bits.py --text wiki --text PATH.txt --windows 4
 
 A cell is a kind, a group size, a sparsity and a solver: `magnitude` rounds by the best scale, `sparsegpt` rounds in its
 column loop (with nothing removed that is GPTQ), `alps` solves on the grid by ADMM. Each is pruned, packed with a head in
@@ -81,6 +81,7 @@ def cell(args: Any, kind: str, solver: str, seed: int, **recipe: Any) -> dict[st
             sparsity=float(sparsity),
             solver=solver,
             seed=seed,
+            overwrite=True,  # what a stopped run left finished
             **{
                 f"calibration.{k}": v
                 for k, v in (("text", args.calibration), ("samples", args.samples), ("seqlen", args.seqlen))

@@ -1,8 +1,8 @@
 """Divergence from the dense model against the bytes of the files: one kind for all, zeros and bits, `tawny fit`, other tools.
 
-    python benchmarks/frontier.py --text wiki --text PATH.txt
-    python benchmarks/frontier.py --text wiki --text PATH.txt --work DIR --cells fit:3.5      # keeps the models, and goes on
-    python benchmarks/frontier.py --text wiki --text PATH.txt --llama PATH/python --cells llama:Q4_K_M llama:Q3_K_M
+    python benchmarks/frontier.py --text wiki --text PATH.txt --seqlen 512 --eval-seqlen 512
+    python benchmarks/frontier.py … --work DIR --cells fit:3.5      # keeps the models, and goes on
+    python benchmarks/frontier.py … --llama PATH/python --cells llama:Q4_K_M llama:Q3_K_M
     python benchmarks/frontier.py … --work DIR --llama PATH/python --speed      # tokens a second of what is in DIR, in turn
 
 All start from the same model, whose channels were scaled so that no side meets a grid again (fair_start.py). A cell is

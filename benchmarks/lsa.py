@@ -1,7 +1,7 @@
 """What LSA's greedy reconstruction costs beside a SparseGPT solve of the same linear.
 
     python benchmarks/lsa.py
-    python benchmarks/lsa.py --shape 576x1536 4096x4096
+    python benchmarks/lsa.py --shape 576x1536 4096x4096 --json FILE     # without a file of its own it replaces the table
 
 Both get the same weight and Hessian (correlated inputs, a few loud columns), in turn, `--repeats` times; the best time of
 each counts. SparseGPT's is its solve with the factor of the Hessian made in it, as LSA has nothing to share either.

@@ -23,6 +23,7 @@ from few_bits import begun, cell, keep
 from safetensors import safe_open
 
 import tawny
+from tawny.model.source import resolve
 
 OF = ["int3", "int4", "int8"]
 BAND = 0.15  # sparsity asked for, between the linear that should keep most and the one that should keep least
@@ -74,7 +75,7 @@ def shared(args: Any, by: str, seed: int, folder: Path) -> str:
     elif by == "error":
         score = {x.name: x.error for x in record.linears}
     else:
-        score = {name: lost(Path(args.model), folder / "int3", name) for name in sizes}
+        score = {name: lost(resolve(args.model), folder / "int3", name) for name in sizes}
     shutil.rmtree(folder / "int3")
     rank = {name: place / (len(score) - 1) for place, name in enumerate(sorted(score, key=score.__getitem__))}
     middle = sum(rank[name] * size for name, size in sizes.items()) / sum(sizes.values())

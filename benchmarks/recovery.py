@@ -1,8 +1,8 @@
 """How much quality comes back: one-shot, recovered after so many minutes, and what else the same minutes buy.
 
-    python benchmarks/recovery.py --other PATH.txt                        # smollm2, wiki, 50/60/70 %, 10/30/60 minutes
-    python benchmarks/recovery.py --only 1                                # one more cell, then stop
-    python benchmarks/recovery.py --sparsity 0.5 --minutes 60 --kind recovered
+    python benchmarks/recovery.py --other PATH.txt --recipe recipes/fast.yaml --samples 64      # 50/60/70 %, 10/30/60 minutes
+    python benchmarks/recovery.py … --only 1                                # one more cell, then stop
+    python benchmarks/recovery.py … --sparsity 0.5 --minutes 60 --kind recovered
 
 A cell is one model: `one-shot` (pruned), `reconstructed` (with three epochs a block), `recovered` (masked distillation for
 M minutes, the teacher's forwards and all measurements included), `lora-reprune` (what people do: a LoRA without a mask

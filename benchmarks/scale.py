@@ -1,7 +1,7 @@
 """Where the time goes: wall time by phase for the shapes of 135M, 1.1B and 7B models, and how near it is to the limit.
 
     python benchmarks/scale.py                        # some blocks of each shape, 16 × 512 and 32 × 512 tokens
-    python benchmarks/scale.py --shape 1.1b --blocks 4
+    python benchmarks/scale.py --shape 1.1b --blocks 4 --json FILE      # without a file of its own it replaces the table
 
 A run is cut into reading, forwards, statistics, solving, writing and the rest. The unavoidable work is counted in
 floating point operations: 2 a weight and token of every forward, half of 2·in² a token of every Hessian, and what

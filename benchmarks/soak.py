@@ -1,7 +1,7 @@
 """A server among 64 clients that behave badly, and some that do not: nothing crashes, grows, or is mixed up.
 
     python benchmarks/soak.py                 # ten minutes
-    python benchmarks/soak.py --minutes 1
+    python benchmarks/soak.py --minutes 1 --results FILE
 
 The server is a process of its own on a free loopback port, with a tiny model. Most clients send what they should not:
 malformed JSON, invalid UTF-8, huge bodies, slow bodies, prompts of 100,000 tokens, unknown fields; or they leave in the

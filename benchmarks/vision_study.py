@@ -1,6 +1,6 @@
 """OWL's puzzle on a vision transformer and a text encoder: does sparsity that differs by block beat uniform sparsity there?
 
-    python benchmarks/vision_study.py --model minilm=FOLDER:wiki --model vit-small=FOLDER:images:DIR
+    python benchmarks/vision_study.py --model minilm=FOLDER:wiki --model vit-small=FOLDER:images:DIR --samples 32 --seqlen 64
 
 A model is NAME=FOLDER:DATA, with data as `tawny prune --calibration` takes them. benchmarks/vit_small.py makes a folder of a real
 ViT-S. Every cell prunes the model from its dense weights, once for each allocator × solver × sparsity × seed, and compares its

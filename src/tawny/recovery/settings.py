@@ -74,7 +74,7 @@ class Recovery:
         group_size: columns that share a scale of few bits; None is the kind's usual number.
         rank: of LoRA factors.
         control: allow a model without zeros, to compare with.
-        chunk: tokens whose logits exist at once; None is about 50 MB of them.
+        chunk: tokens whose logits exist at once; None is about 50 MB of them, and at least 256.
         shard: of several processes each keeps its rows of the blocks only (FSDP2), for models that one cannot hold.
     """
 
