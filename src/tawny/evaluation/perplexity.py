@@ -205,9 +205,8 @@ def _windows_of_text(
     step = min(stride or seqlen, tokens.of_text(seqlen))
     made = Windows(ids, step, text, bos=tokens.bos is not None)
     predicted = [row[made.first(i) :] for i, row in enumerate(ids)]
-    if step < tokens.of_text(
-        seqlen
-    ):  # one text in short pieces: decoded alone they lose spaces and cut characters
+    # Short pieces of one text, decoded alone, would lose spaces and cut characters.
+    if step < tokens.of_text(seqlen):
         predicted = [torch.cat(predicted)]
     return replace(made, size=sum(len(tokenizer.decode(row.tolist()).encode()) for row in predicted))
 
