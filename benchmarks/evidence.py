@@ -159,10 +159,8 @@ def cell(args: argparse.Namespace, name: str, texts: dict[str, str]) -> dict[str
             "kl": against.kl,
             "top1": against.top1,
         }
-    for record in (
-        "run.json",
-        "recover.json",
-    ):  # a recovery keeps the record of its pruning, with another peak
+    # A recovery keeps the record of its pruning, with another peak.
+    for record in ("run.json", "recover.json"):
         if (folder / record).is_file():
             told = json.loads((folder / record).read_text(encoding="utf-8"))
             found |= {key: told[key] for key in ("sparsity", "peak_memory")}

@@ -200,11 +200,7 @@ def allocate(
             f"differs in {len(spread)} of {profile.blocks} blocks, by up to {max(spread.values()):.2g}"
         )
     made = mixed_nm(wish, profile, pattern.m, pattern.n)
-    blocks = [block for block in range(profile.blocks) if profile.parameters(block)]
-    means = [
-        sum(wish[x.name] * x.numel for x in profile.linears_of(block)) / profile.parameters(block)
-        for block in blocks
-    ]
+    means = [mean for i, mean in enumerate(block_sparsities(wish, profile)) if profile.parameters(i)]
     if warnings is not None and max(means) - min(means) > 1e-6 and len(set(made.values())) == 1:
         warnings.append(
             f"every block keeps {pattern}: what the allocator gave them differs by less than one n of {pattern.m}"

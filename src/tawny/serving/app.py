@@ -193,9 +193,8 @@ async def _gone(request: Request) -> None:
 def _late(metrics: Metrics) -> Refused:
     metrics.failed("timeout")
     refused = Refused("the request took longer than it may", 504, code="timeout")
-    refused.headers["X-Should-Retry"] = (
-        "false"  # openai's clients would ask twice more, and wait as long each time
-    )
+    # openai's clients would ask twice more, and wait as long each time.
+    refused.headers["X-Should-Retry"] = "false"
     return refused
 
 

@@ -183,9 +183,8 @@ def serve(
         listening.close()
         raise
     guarded: Any = Guard(app, host=host, key=api_key, log=log or (lambda _: None))
-    if (
-        api_key is not None
-    ):  # pages of other sites may ask, if they know the key; browsers ask for leave without it
+    # Pages of other sites may ask, if they know the key. Browsers ask for leave without it, so this stands before the guard.
+    if api_key is not None:
         guarded = CORSMiddleware(guarded, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     return Server(Web(guarded, worker.end), worker, listening, host, named)
 
