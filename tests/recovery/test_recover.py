@@ -440,7 +440,7 @@ def test_what_memory_will_not_hold_is_said_before_the_first_forward(monkeypatch)
     dense, pruned = dense_and_pruned()
     for free, told in ((10_000, 1), (10**12, 0)):
         progress = Says()
-        monkeypatch.setattr(dense_module, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(dense_module, "free_memory", lambda _, free=free: free)
         recover_live(pruned, dense, progress=progress)
         assert progress.said.count("of memory are free; -o train=lora") == told
 

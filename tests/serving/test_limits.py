@@ -229,12 +229,13 @@ def test_a_client_that_reads_nothing_does_not_outlast_the_time_it_has():
             await asyncio.Event().wait()
 
         deadline = asyncio.get_running_loop().time() - app_module._LAST_WORDS
-        stream = app_module._Streamed(SimpleNamespace(deadline=deadline), None, lambda: ended.append(1))
+        running = SimpleNamespace(deadline=deadline, late=lambda: ended.append("late"))
+        stream = app_module._Streamed(running, None, lambda: ended.append("done"))
         stream.body_iterator = chunks()
         await asyncio.wait_for(stream({"type": "http"}, receive, stuck), 20)
         return ended
 
-    assert asyncio.run(run()) == [1]
+    assert asyncio.run(run()) == ["late", "done"]
 
 
 def test_tools_that_are_not_shown_do_not_count(service):

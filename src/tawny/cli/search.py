@@ -77,10 +77,12 @@ def search_tables(found: Result) -> list[Shown]:
     made = table("tried", "divergence", "pruned in earnest", title="nearest to the dense model, nats a token")
     decided = [trial for trial in found["trials"] if trial["verdict"] is not None]
 
-    def place(trial: Result) -> tuple[bool, float]:
-        return trial["broke_down"], trial["verdict"] if trial["proof"] is None else trial["proof"]
+    def measured(trial: Result) -> float:
+        return float(trial["verdict"] if trial["proof"] is None else trial["proof"])
 
-    for trial in sorted(decided, key=place)[:_SHOWN]:
+    broken = [trial for trial in decided if trial["broke_down"]]
+    sound = sorted((trial for trial in decided if not trial["broke_down"]), key=measured)
+    for trial in [*sound[:_SHOWN], *broken]:
         proof = "–" if trial["proof"] is None else f"{trial['proof']:.4f}"
         proof = "broke down" if trial["broke_down"] else proof
         made.add(trial["name"], f"{trial['verdict']:.4f}", proof)

@@ -160,8 +160,8 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
 
 def _tell_memory(student: Student, settings: Recovery, progress: Progress) -> None:
     """Say before any forward if gradients and moments do not fit: the first step makes them, after the teacher's walk."""
-    free = free_memory()
-    if student.stack.device.type != "cpu" or free is None:
+    free = free_memory(student.stack.device)
+    if free is None:
         return
     needed = sum(_STEP_BYTES * t.numel() for one in student.coordinates for t in one.tensors.values())
     if needed > free:

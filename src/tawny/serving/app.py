@@ -91,6 +91,12 @@ class Running:
         for _ in () if self.failed else self.unfinished:
             self.metrics.failed("cancelled")
 
+    def late(self) -> None:
+        """The request took too long, which counts once."""
+        if not self.failed:
+            self.metrics.failed("timeout")
+        self.failed = True
+
     async def events(self) -> AsyncIterator[tuple[int, list[Any] | Token | Usage]]:
         """
         Raises:
@@ -102,8 +108,8 @@ class Running:
                 async with asyncio.timeout_at(self.deadline):
                     index, event = await self.queue.get()
             except TimeoutError:
-                self.failed = True
-                raise _late(self.metrics) from None
+                self.late()
+                raise _late() from None
             if isinstance(event, Exception):
                 self.failed = True
                 self.metrics.failed("error")
@@ -145,13 +151,14 @@ class _Streamed(EventSourceResponse):
 
     def __init__(self, running: Running, answer: Answer, done: Callable[[], None]) -> None:
         super().__init__(_chunks(running, answer), headers=_STREAMED)
-        self.deadline, self.done = running.deadline + _LAST_WORDS, done
+        self.running, self.done = running, done
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self.deadline):
-                    await super().__call__(scope, receive, send)
+            async with asyncio.timeout_at(self.running.deadline + _LAST_WORDS):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            self.running.late()
         finally:
             self.done()
 
@@ -190,8 +197,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _late(metrics: Metrics) -> Refused:
-    metrics.failed("timeout")
+def _late() -> Refused:
     refused = Refused("the request took longer than it may", 504, code="timeout")
     # openai's clients would ask twice more, and wait as long each time.
     refused.headers["X-Should-Retry"] = "false"
@@ -257,7 +263,8 @@ def make_app(service: Service, worker: Worker, timeout: float) -> FastAPI:
             finally:
                 preparing.release()
         except TimeoutError:
-            raise _late(metrics) from None
+            metrics.failed("timeout")
+            raise _late() from None
         finally:
             unprepared -= 1
 
