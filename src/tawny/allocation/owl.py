@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tawny.allocation import budget
 from tawny.allocation.profile import Allocation, Allocator, Linears, Profile, largest
-from tawny.allocation.scores import column_sums, count_above
+from tawny.allocation.scores import band, column_sums, count_above
 from tawny.calibration.statistics import Needs, Statistics
 from tawny.errors import NumericalError, RecipeError, check_option
 
@@ -93,7 +93,8 @@ class Owl(Allocator):
                 (block, part): self._share({"outlier_share": profile.measures[block]["parts"][part]}, block)
                 for block, part in unit.values()
             }
-            finer = {x.name: -self._density(shares, unit[x.name]) for x in profile.linears}
+            dense = self._densities(shares)
+            finer = {x.name: -dense[unit[x.name]] for x in profile.linears}
             return budget.exact(finer, profile.sizes, target)
         share = {
             block: self._share(profile.measures[block], block)
@@ -103,7 +104,8 @@ class Owl(Allocator):
         if self.compat == "official":
             ratio = self._official(share, target)
             return {linear.name: ratio[linear.block] for linear in profile.linears}
-        raw = {linear.name: -self._density(share, linear.block) for linear in profile.linears}
+        density = self._densities(share)
+        raw = {linear.name: -density[linear.block] for linear in profile.linears}
         return budget.exact(raw, profile.sizes, target)
 
     def _share(self, measure: Mapping[str, Any], block: int) -> float:
@@ -120,10 +122,9 @@ class Owl(Allocator):
             )
         return -value if self.reverse else value
 
-    def _density(self, share: Mapping[Unit, float], unit: Unit) -> float:
-        """2λ·(D − min)/(max − min), before the shift."""
-        low, high = min(share.values()), max(share.values())
-        return 2 * self.lambda_ * (share[unit] - low) / (high - low) if high > low else 0.0
+    def _densities(self, share: Mapping[Unit, float]) -> dict[Unit, float]:
+        """2λ·(D − min)/(max − min) of each unit, before the shift."""
+        return dict(zip(share, band(list(share.values()), 2 * self.lambda_), strict=True))
 
     def _official(self, share: Mapping[int, float], target: float) -> dict[int, float]:
         # numpy's own mean, and its order of operations, so that not even the last bit differs.

@@ -45,18 +45,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawny.errors import NumericalError, check_option
+from tawny.errors import check_option
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
 from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian, require_finite
 from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project, refit_scales
+from tawny.solvers.inverse import with_damping
 from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes, wide
 from tawny.solvers.refit import refit
 
 __all__ = ["Alps", "Scaled"]
 
-_RETRIES = 3
 _CHECK = 3  # iterations between two looks at the support
 _FARTHEST = 0.45  # a threshold that has moved by a larger share is looked for everywhere
 _SETTLED, _SETTLED_AFTER = 3e-4, 30
@@ -125,17 +125,13 @@ class Alps(Solver):
         H_II = input_hessian(statistics).to(torch.float32)
         diagonal_I = H_II.diagonal()
         mean = float(diagonal_I.mean()) or 1.0  # a matrix of zeros (an expert that saw no token)
-        damp = self.damp
-        for _ in range(1 + _RETRIES):
+
+        def attempt(damp: float) -> Scaled | None:
             scale_I = (diagonal_I + damp * mean).clamp(min=1e-6 * mean).sqrt_()
             scaled = Scaled(H_II, scale_I, damp * mean, damp, self.rho)
-            if scaled.factor(self.rho) is not None:
-                return scaled
-            damp *= 10
-        raise NumericalError(
-            f"the Hessian {list(H_II.shape)} cannot be factorised even with damping {damp / 10:g}; "
-            "use more calibration samples or a larger solver.damp"
-        )
+            return None if scaled.factor(self.rho) is None else scaled
+
+        return with_damping(self.damp, len(H_II), attempt)
 
     def solve(
         self,

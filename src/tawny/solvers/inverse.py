@@ -13,12 +13,37 @@ so that blocks are filled in from the last to the first. X_kk is a sum of what i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["factorise", "inverse_of_factor", "invert"]
+from tawny.errors import NumericalError
+
+__all__ = ["factorise", "inverse_of_factor", "invert", "with_damping"]
 
 _BLOCK = 256
+_RETRIES = 3
+
+T = TypeVar("T")
+
+
+def with_damping(damp: float, width: int, attempt: Callable[[float], T | None]) -> T:
+    """The first result of `attempt` with `damp`, or with ten times as much, three times at most.
+
+    Raises:
+        NumericalError: every attempt gave None.
+    """
+    for _ in range(1 + _RETRIES):
+        made = attempt(damp)
+        if made is not None:
+            return made
+        damp = max(damp * 10, 1e-4)
+    raise NumericalError(
+        f"the Hessian {[width, width]} cannot be factorised even with damping {damp / 10:g}; "
+        "use more calibration samples or a larger solver.damp"
+    )
 
 
 def invert(A_II: Tensor) -> Tensor | None:

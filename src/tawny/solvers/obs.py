@@ -25,12 +25,11 @@ from torch import Tensor
 from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError, check_option
 from tawny.solvers.base import input_hessian, require_finite
-from tawny.solvers.inverse import invert
+from tawny.solvers.inverse import invert, with_damping
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, input_moments
 
 __all__ = ["Obs"]
 
-_RETRIES = 3
 _DELAYED = 256  # columns: a product of so many is bound by arithmetic, not by memory
 
 
@@ -91,18 +90,15 @@ class Obs(MemberSolver):
     def _inverse(self, hessian_II: Tensor) -> tuple[Tensor, Tensor, float]:
         """H with damping, its inverse, and the damping that was needed; an input that never fired gets the mean."""
         energy_I = hessian_II.diagonal()
-        mean, damp = float(energy_I.mean()) or 1.0, self.damp
-        for _ in range(1 + _RETRIES):
+        mean = float(energy_I.mean()) or 1.0
+
+        def attempt(damp: float) -> tuple[Tensor, Tensor, float] | None:
             H_II = hessian_II.to(torch.float32, copy=True)
             H_II.diagonal().add_(damp * mean).add_(energy_I <= 0, alpha=mean)
             inverse_II = invert(H_II.clone())
-            if inverse_II is not None:
-                return H_II, inverse_II, damp
-            damp = max(damp * 10, 1e-4)
-        raise NumericalError(
-            f"the Hessian {list(hessian_II.shape)} has no inverse even with damping {damp / 10:g}; use more calibration "
-            "samples or a larger solver.damp"
-        )
+            return None if inverse_II is None else (H_II, inverse_II, damp)
+
+        return with_damping(self.damp, len(hessian_II), attempt)
 
 
 def _leave(W_OI: Tensor, inverse_II: Tensor, columns_GC: Tensor, removed: int, together: int) -> Tensor:

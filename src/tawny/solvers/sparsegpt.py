@@ -31,7 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tawny.errors import NumericalError, check_option
+from tawny.errors import check_option
 from tawny.patterns import (
     NM,
     Pattern,
@@ -45,10 +45,10 @@ from tawny.patterns import (
 )
 from tawny.solvers.base import Needs, Seen, Solution, Solver, input_hessian, require_finite
 from tawny.solvers.grid import Grid, Rounding, best_scales, kept_on_grid
+from tawny.solvers.inverse import with_damping
 
 __all__ = ["Factor", "SparseGPT"]
 
-_RETRIES = 3
 _PANEL = 128  # rows of Rᵀ that are factorised at a time
 _DIGITS = 1e-3  # an error that is a smaller part of the damped one is not worth taking from it
 _STEP = 16  # columns that are corrected by matrix-vector products before the next matrix-matrix product
@@ -106,19 +106,17 @@ class SparseGPT(Solver):
         dead_I = energy_I <= 0
         # A matrix of zeros (an expert that saw no token) still needs a diagonal; any value serves.
         mean = float(energy_I.mean()) or 1.0
-        damp = self.damp
-        for _ in range(1 + _RETRIES):
+
+        def attempt(damp: float) -> Factor | None:
             H_II = hessian_II.to(torch.float32, copy=True)
             added_I = torch.full_like(energy_I, damp * mean).add_(dead_I, alpha=mean)
             H_II.diagonal().add_(added_I)
             RT_II = _factorise(H_II)
-            if RT_II is not None:
-                return Factor(RT_II, RT_II.diagonal().clone(), added_I, dead_I, bool(dead_I.any()), damp)
-            damp = max(damp * 10, 1e-4)
-        raise NumericalError(
-            f"the Hessian {list(hessian_II.shape)} cannot be factorised even with damping {damp / 10:g}; "
-            "use more calibration samples or a larger solver.damp"
-        )
+            if RT_II is None:
+                return None
+            return Factor(RT_II, RT_II.diagonal().clone(), added_I, dead_I, bool(dead_I.any()), damp)
+
+        return with_damping(self.damp, len(hessian_II), attempt)
 
     def solve(
         self,
