@@ -133,3 +133,16 @@ def test_options_that_say_nothing_of_a_model_are_refused(run, tmp_path, kind, ar
     against = ("--against", folder) if verb == "eval" else ()
     code, out, err = run(verb, folder, *options, *against)
     assert (code, out) == (2, "") and reason in " ".join(err.split())
+
+
+def test_the_error_of_an_error_is_that_of_a_ratio():
+    """Lost a tenth of every sample's energy: that share is sure, however much the samples differ in energy."""
+    found = features_module._Sums()
+    found.rows = {
+        "lost": [torch.tensor([0.1, 0.5, 2.0]).double()],
+        "energy": [torch.tensor([1.0, 5.0, 20.0]).double()],
+        "cosine": [torch.tensor([0.9, 0.9, 0.9]).double()],
+    }
+    found.pooled = [[torch.eye(3)], [torch.eye(3)]]
+    made = found.finish()
+    assert made["error"] == pytest.approx(0.1) and made["error_stderr"] == pytest.approx(0, abs=1e-8)

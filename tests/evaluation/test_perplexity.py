@@ -220,3 +220,35 @@ def test_a_profile_reports_every_m_and_sees_zeros():
     after = tawny.profile(model, calibration=tokens(), compute="float32")
     assert after.zeros == pytest.approx([0.5] * 3, abs=1e-3)
     assert all(abs(sum(v) / 3 - after.sparsity) < 0.01 for v in after.allocations.values())
+
+
+def test_the_standard_error_counts_what_differs_within_a_text():
+    """Two texts whose windows are alike: nothing is unsure, however far apart the texts are."""
+    ids = tokens(6, 9)
+    windows = module.Windows(ids, 9, of=(0, 1, 0, 0, 1, 1))
+    means = torch.tensor([1.0, 5.0, 1.0, 1.0, 5.0, 5.0], dtype=torch.float64)
+    assert windows.stderr(means) == pytest.approx(0, abs=1e-12)
+    assert module.Windows(ids, 9).stderr(means) == pytest.approx(float(means.std()) / math.sqrt(6))
+    spread = torch.tensor([0.1, 0.0, -0.1, 0.0, 0.3, -0.3], dtype=torch.float64)
+    parts = [spread[[0, 2, 3]].var() / 3, spread[[1, 4, 5]].var() / 3]
+    assert windows.stderr(means + spread) == pytest.approx(math.sqrt(float(sum(parts)) / 4))
+    assert module.Windows(ids[:1], 9).stderr(means[:1]) == 0
+
+
+def test_a_window_of_a_stride_counts_by_its_tokens():
+    windows = module.Windows(tokens(3, 9), 2)
+    counts = [8, 2, 2]  # the first window's tokens all count
+    means = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    middle = sum(c * float(m) for c, m in zip(counts, means, strict=True)) / 12
+    expected = sum((c / 12 * (float(m) - middle)) ** 2 for c, m in zip(counts, means, strict=True)) * 3 / 2
+    assert windows.stderr(means) == pytest.approx(math.sqrt(expected))
+
+
+def test_windows_of_several_texts_know_theirs(tmp_path, text):
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text() if isinstance(text, Path) else Path(text).read_text())
+    made = module.windows_of([f"{text}=0.75", f"{other}=0.25"], 16, 8, None, tiny_tokenizer())
+    assert sorted(made.of) == [0] * 6 + [1] * 2
+    alone = module.windows_of(str(text), 16, 6, None, tiny_tokenizer())
+    assert alone.of == ()
+    assert torch.equal(made.ids[torch.tensor(made.of) == 0], alone.ids)

@@ -57,6 +57,19 @@ def weights(folder):
     return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
 
 
+def test_a_lead_that_is_the_same_in_every_window_is_sure():
+    theirs = [0.2, 0.5, 0.9]
+    uniform, other = (SimpleNamespace(uniform=kind) for kind in ("int4", None))
+    rows = [
+        {"uniform": True, "kl": 1.6 / 3, "kl_by_window": theirs},
+        {"uniform": False, "kl": 0.96 / 3, "kl_by_window": [0.6 * each for each in theirs]},
+    ]
+    lead, stderr = fit_finalists.lead_over_uniform([uniform, other], rows, 1)
+    assert (lead, stderr) == (pytest.approx(0.4), pytest.approx(0, abs=1e-12))
+    rows[1]["kl_by_window"][0] += 0.1
+    assert fit_finalists.lead_over_uniform([uniform, other], rows, 1)[1] > 0.01
+
+
 def test_the_model_fits_and_is_the_nearest_of_the_finalists(dense, fitted):
     folder = dense.parent / "fitted"
     rows = {row["name"]: row for row in fitted.finalists}

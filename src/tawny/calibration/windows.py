@@ -24,6 +24,7 @@ __all__ = [
     "interleaved",
     "sample_windows",
     "shared_out",
+    "texts_of",
     "tokenise",
 ]
 
@@ -147,6 +148,13 @@ def interleaved(counts: Sequence[int]) -> list[int]:
     places = [((i + 0.5) / count, kind, i) for kind, count in enumerate(counts) for i in range(count)]
     first = [sum(counts[:kind]) for kind in range(len(counts))]
     return [first[kind] + i for _, kind, i in sorted(places)]
+
+
+def texts_of(text: TokenisedText, count: int) -> list[int]:
+    """The number of the text that each of `count` windows is of, in the order of `evaluation_windows`."""
+    counts = _counts(text, count)
+    owners = [number for number, some in enumerate(counts) for _ in range(some)]
+    return [owners[row] for row in interleaved(counts)]
 
 
 def sample_windows(text: TokenisedText, samples: int, seqlen: int, seed: int) -> torch.Tensor:

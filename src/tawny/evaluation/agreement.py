@@ -13,7 +13,6 @@ from __future__ import annotations
 
 __all__ = ["Agreement", "agreement"]
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,15 +120,14 @@ def agreement(
         ]
         sums = _compare(made, (dense_stack, stack), streams, progress)
     means = sums / made.counts()
-    spread = means.std(1) / math.sqrt(means.shape[1]) if means.shape[1] > 1 else torch.zeros(4)
     weights = made.counts() / made.counts().sum()
     kl, top1 = (float((row * weights).sum()) for row in means[:2])
     seconds = time.perf_counter() - start
     return Agreement(
         kl=kl,
-        kl_stderr=float(spread[0]),
+        kl_stderr=made.stderr(means[0]),
         top1=top1,
-        top1_stderr=float(spread[1]),
+        top1_stderr=made.stderr(means[1]),
         perplexity=summarise(made, means[3], stack, seconds),
         dense=summarise(made, means[2], dense_stack, seconds),
         against=called,

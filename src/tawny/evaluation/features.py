@@ -250,9 +250,9 @@ class _Sums:
         for name, values in each.items():
             made[name] = float(values.mean())
             if name != "top5":
-                made[f"{name}_stderr"] = (
-                    float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-                )
+                # The error is a ratio of two means over the same samples: the delta method.
+                off = values - values.mean() * energy / energy.mean() if name == "error" else values
+                made[f"{name}_stderr"] = float(off.std()) / math.sqrt(len(off)) if len(off) > 1 else 0.0
         return made
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.mixture import Mixture, Texts, load_texts
 from tawny.calibration.text import Text
-from tawny.calibration.windows import SEED_APART, check_windows, evaluation_windows, tokenise
+from tawny.calibration.windows import SEED_APART, check_windows, evaluation_windows, texts_of, tokenise
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.hidden_states import kept_stream
 from tawny.evaluation.sources import author_of, open_stack_of, shared_tokenizer
@@ -95,6 +95,7 @@ class Windows:
     text: Mixture | None = None
     size: int = 0  # UTF-8 bytes of what is predicted; 0 when only tokens were given
     bos: bool = False  # the first token of each is none of the text
+    of: tuple[int, ...] = ()  # the text that each window is of, by number; empty where all are of one
 
     def first(self, index: int) -> int:
         """Position of the first token of a window that counts."""
@@ -104,6 +105,26 @@ class Windows:
         """How many tokens of each window count, `[windows]` float64."""
         seqlen = int(self.ids.shape[1])
         return torch.tensor([seqlen - self.first(i) for i in range(len(self.ids))], dtype=torch.float64)
+
+    def stderr(self, means: Tensor) -> float:
+        """Standard error of the mean over all tokens that count, from the mean `[windows]` of each window; 0 for one window.
+
+        How many windows each text has is fixed, so that only differences within a text count. A text of one window
+        shows none: all windows are then taken as of one text.
+        """
+        counts = self.counts()
+        share = counts / counts.sum()
+        of = torch.tensor(self.of or (0,) * len(counts))
+        if int(of.bincount().min()) < 2:
+            of = torch.zeros_like(of)
+        if len(of) < 2:
+            return 0.0
+        variance = 0.0
+        for text in range(int(of.max()) + 1):
+            w, values = share[of == text], means[of == text]
+            middle = (w * values).sum() / w.sum()
+            variance += float((w * (values - middle)).square().sum()) * len(w) / (len(w) - 1)
+        return math.sqrt(variance)
 
     def recipe(self) -> str:
         """What was predicted, in words."""
@@ -203,7 +224,8 @@ def _windows_of_text(
         (one,) = text.texts  # a model writes more than it was asked for
         ids = ids[: _WRITTEN_WINDOWS if one.written else one.most_windows]
     step = min(stride or seqlen, tokens.of_text(seqlen))
-    made = Windows(ids, step, text, bos=tokens.bos is not None)
+    of = tuple(texts_of(tokens, len(ids))) if len(tokens.parts) > 1 else ()
+    made = Windows(ids, step, text, bos=tokens.bos is not None, of=of)
     predicted = [row[made.first(i) :] for i, row in enumerate(ids)]
     # Short pieces of one text, decoded alone, would lose spaces and cut characters.
     if step < tokens.of_text(seqlen):
@@ -247,14 +269,16 @@ def logits_of(stack: Stack, stream: Stream, index: int, inputs: slice) -> Tensor
 
 
 @torch.no_grad()
-def window_losses(stack: Stack, stream: Stream, windows: Windows) -> Tensor:
+def window_losses(stack: Stack, stream: Stream, windows: Windows, progress: Progress = silent) -> Tensor:
     """Mean loss `[windows]` (float64, nats) of each window, which the stream holds behind the last block."""
     losses = torch.zeros(len(windows.ids), dtype=torch.float64)
+    progress.phase("predicting", len(losses), "windows")
     for index in range(len(losses)):
         for inputs, targets in pieces(windows, index, vocabulary_of(stack)):
             logits = logits_of(stack, stream, index, inputs)
             target = windows.ids[index, targets].to(logits.device)
             losses[index] += nn.functional.cross_entropy(logits, target, reduction="sum").double().cpu()
+        progress.step(f"window {index}")
     return losses / windows.counts()
 
 
@@ -267,7 +291,7 @@ def summarise(windows: Windows, losses: Tensor, stack: Stack, seconds: float) ->
     perplexity = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(
         perplexity=perplexity,
-        stderr=perplexity * float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0,
+        stderr=perplexity * windows.stderr(losses),
         loss=mean,
         windows=len(losses),
         seqlen=int(windows.ids.shape[1]),
@@ -326,5 +350,5 @@ def evaluate(
     made = windows_of(text, seqlen, windows, stride, tokenizer, bos, [(stack, folder)])
     with evaluating(stack.model):
         stream = kept_stream(stack, folder if cache else None, made.ids, progress, "evaluating")
-        losses = window_losses(stack, stream, made)
+        losses = window_losses(stack, stream, made, progress)
     return summarise(made, losses, stack, time.perf_counter() - start)

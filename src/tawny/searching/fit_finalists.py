@@ -128,5 +128,9 @@ def lead_over_uniform(
     uniform = next((row for row in rows if row["uniform"]), None)
     if uniform is None or finalists[winner].uniform is not None or not uniform["kl"]:
         return 0.0, 0.0
-    ahead, stderr = apart(rows[winner], uniform)
-    return ahead / uniform["kl"], stderr / uniform["kl"]
+    # A ratio of two means over the same windows: by the delta method, uniform's own error counts with its sign.
+    ours, theirs = (torch.tensor(row["kl_by_window"], dtype=torch.float64) for row in (rows[winner], uniform))
+    kept = float(ours.mean() / theirs.mean())
+    left = ours - kept * theirs
+    stderr = float(left.std()) / math.sqrt(len(left)) / float(theirs.mean()) if len(left) > 1 else 0.0
+    return 1 - kept, stderr
