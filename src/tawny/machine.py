@@ -1,4 +1,4 @@
-"""What this machine has and what this process takes of it; the one reader of `/proc`."""
+"""What this machine has and what this process takes of it; the one reader of `/proc` and of control groups."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ __all__ = [
     "versions",
 ]
 
+import contextlib
 import importlib.util
 import os
 import platform
 import resource
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tawny.errors import MissingFeature
+
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# The files of version 2 and of version 1, and what their statistics call files that may be dropped.
+_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def _kilobytes(file: str, name: str) -> int | None:
@@ -42,9 +52,33 @@ def in_package(package: str, pattern: str) -> Path | None:
     return next((path for folder in folders for path in sorted(Path(folder).glob(pattern))), None)
 
 
+def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of every control group around this process; a container is one, and /proc shows its host."""
+    try:
+        lines = _CGROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = _CGROUPS / "memory" if controllers else _CGROUPS
+        inside = root / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if folder.is_relative_to(root):
+                for most, used, dropped in _LIMITS:
+                    try:
+                        words = dict(x.split() for x in (folder / "memory.stat").read_text().splitlines())
+                        limit, use = (int((folder / name).read_text()) for name in (most, used))
+                    except (OSError, ValueError):  # no such file, or "max"
+                        continue
+                    yield limit, use - int(words.get(dropped, 0))
+
+
 def total_memory() -> int:
-    """Bytes of memory; 0 where that cannot be asked."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    """Bytes of memory that this process may use; 0 where that cannot be asked."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return min([whole, *(limit for limit, _ in _limits())])
 
 
 def device_name(device: Any) -> str:
@@ -61,12 +95,17 @@ def free_memory(device: Any = "cpu") -> int | None:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
-    return _kilobytes("/proc/meminfo", "MemAvailable")
+    free = _kilobytes("/proc/meminfo", "MemAvailable")
+    return None if free is None else min([free, *(max(0, limit - use) for limit, use in _limits())])
 
 
 def resident_memory() -> int:
     """Bytes of this process that are in memory now; its peak where only that can be asked."""
     now = _kilobytes("/proc/self/status", "VmRSS")
+    if now is None and sys.platform == "darwin":
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            told = subprocess.check_output(["/bin/ps", "-o", "rss=", "-p", str(os.getpid())], text=True)
+            now = 1024 * int(told)
     return peak_memory() if now is None else now
 
 

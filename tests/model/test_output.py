@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from tawny.errors import OutputError
-from tawny.model.output import OutputFolder
+from tawny.model import durable
+from tawny.model.output import OutputFolder, spare
 from tawny.model.resumable import place_of
 
 
@@ -138,3 +143,43 @@ def test_a_tilde_is_the_home_folder_as_in_what_is_read(tmp_path, monkeypatch):
     assert place_of("~/out") == tmp_path / "out" and place_of(Path("out")) == Path("out")
     with pytest.raises(OutputError, match="~nobody-of-that-name"):
         place_of("~nobody-of-that-name/out")
+
+
+def test_one_place_under_two_names_is_the_same_place(tmp_path):
+    """As on a disk that takes capitals for small letters, or in a container that has a folder mounted twice."""
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"weights")
+    (tmp_path / "other.gguf").hardlink_to(model)
+    with pytest.raises(OutputError, match="is the model itself"):
+        spare([tmp_path / "other.gguf"], model, "model")
+    spare([tmp_path / "new.gguf"], model, "model")
+
+
+@pytest.mark.parametrize(
+    ("code", "held"), [(errno.EWOULDBLOCK, True), (errno.ENOLCK, False), (errno.ENOSYS, False)]
+)
+def test_a_file_system_without_locks_is_written_to_without_one(tmp_path, monkeypatch, code, held):
+    def flock(*_):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if held:
+        with pytest.raises(OutputError, match="another process is writing"):
+            OutputFolder(tmp_path / "out")
+    else:
+        OutputFolder(tmp_path / "out").discard()
+
+
+@pytest.mark.parametrize(("code", "raises"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch, code, raises):
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if raises:
+        with pytest.raises(OSError, match="no"):
+            durable.write(tmp_path / "x", b"data")
+    else:
+        durable.write(tmp_path / "x", b"data")
+    assert (tmp_path / "x").read_bytes() == b"data"

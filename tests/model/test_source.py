@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -276,11 +277,13 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, cache):
     made = convert_gguf(path)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    gone, others = (made.with_name(f"{made.name}.partial-{process}") for process in (ended.pid, os.getppid()))
-    for folder in (gone, others):
+    host = socket.gethostname()
+    whose = [f"{host}-{ended.pid}", f"{host}-{os.getppid()}", f"other-{ended.pid}", f"{host}-2-{ended.pid}"]
+    gone, *others = (made.with_name(f"{made.name}.partial-{each}") for each in whose)
+    for folder in (gone, *others):
         made.rename(folder)
         assert convert_gguf(path) == made
-    assert not gone.exists() and others.is_dir()
+    assert not gone.exists() and all(folder.is_dir() for folder in others)
 
 
 def test_experts_that_lack_a_half_of_their_gated_weights_are_refused(tmp_path, cache):

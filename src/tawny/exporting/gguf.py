@@ -28,6 +28,7 @@ from tawny.exporting.tokenizer import Key, keys_of_folder, keys_of_gguf
 from tawny.model import durable
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.durable import writing
+from tawny.model.output import same_place
 from tawny.model.source import gguf_behind, resolve
 from tawny.packed.opening import open_checkpoint
 from tawny.progress import Progress, silent
@@ -266,7 +267,7 @@ def export_gguf(
 
 
 def _check_apart(out: Path, files: list[Path]) -> None:
-    if out.exists() and out.resolve() in [file.resolve() for file in files]:
+    if any(same_place(out, file) for file in files):
         raise OutputError(
             f"{out} is a file of the model itself or of its tokenizer; a source is never overwritten: choose another --out"
         )

@@ -100,11 +100,11 @@ def _share_threads(found: ctypes.CDLL) -> None:
 
 
 def _openmp_of_torch() -> ctypes.CDLL | None:
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    loaded = _openmp_in(maps.read_text(errors="surrogateescape"))
-    torch_ = Path(torch.__file__).parent
+    maps, torch_ = Path("/proc/self/maps"), Path(torch.__file__).parent
+    if maps.exists():
+        loaded = _openmp_in(maps.read_text(errors="surrogateescape"))
+    else:  # macOS; opening what is loaded already gives the same runtime
+        loaded = set(map(str, (torch_ / "lib").glob("lib*omp*.dylib")))
     homes = (f"{torch_}/", f"{torch_}.libs/")  # other wheels bring one of their own
     for path in sorted(loaded, key=lambda p: (not p.startswith(homes), p)):
         with contextlib.suppress(OSError):  # replaced since it was loaded

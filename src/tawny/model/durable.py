@@ -20,10 +20,13 @@ from tawny.errors import OutputError
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk; some file systems cannot do so with a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
+            raise
     finally:
         os.close(handle)
 
@@ -87,15 +90,20 @@ def writing(what: Path, elsewhere: str = "choose another --out") -> Iterator[Non
 
 
 def locked(path: Path, out: Path) -> IO[bytes]:
-    """A lock that goes with the process, however it ends."""
+    """A lock that goes with the process, however it ends.
+
+    Where there are no such locks, two runs into one folder are the user's to avoid.
+    """
     handle = path.open("ab")
     try:
         import fcntl
-    except ImportError:  # no such locks here; two runs into one folder are then the user's to avoid
+    except ImportError:
         return handle
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         handle.close()
         raise OutputError(f"another process is writing {out}; wait for it or choose another --out") from None
+    except OSError:  # the file system has none
+        return handle
     return handle

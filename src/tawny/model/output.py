@@ -154,9 +154,17 @@ def spare(places: Sequence[Path], read: Path, what: str) -> None:
     """
     read = read.resolve()
     for place in places:
-        if place.resolve() in (read, *read.parents):
-            said = f"is the {what} itself" if place.resolve() == read else f"holds the {what} {read}"
+        if any(same_place(place, above) for above in (read, *read.parents)):
+            said = f"is the {what} itself" if same_place(place, read) else f"holds the {what} {read}"
             raise OutputError(f"{place} {said}; a source is never overwritten: choose another --out")
+
+
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths name one file or folder: by another case on some disks, or mounted twice, they may."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one is not there
+        return one.resolve() == other.resolve()
 
 
 class OutputFolder:

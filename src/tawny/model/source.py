@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -163,9 +164,11 @@ def convert_gguf(path: Path, say: Callable[[str], None] = lambda _: None) -> Pat
     if (target / "config.json").is_file():
         return target
     say(f"converting {path.name} to safetensors (once, cached in {target})")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    for left in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
-        if left == partial or not _runs(left.name.rpartition("-")[2]):  # its conversion was killed
+    # The cache may be shared by machines, and each knows its own processes only.
+    begun = f"{target.name}.partial-{socket.gethostname()}-"
+    partial = target.with_name(f"{begun}{os.getpid()}")
+    for left in target.parent.glob(f"{glob.escape(begun)}*"):
+        if left == partial or not _runs(left.name.removeprefix(begun)):  # its conversion was killed
             shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
