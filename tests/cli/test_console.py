@@ -77,6 +77,7 @@ def test_a_terminal_gets_a_bar_an_inner_line_and_a_line_for_each_finished_walk(m
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(module.sys, "stderr", stream)
+    monkeypatch.setattr(module, "_INSTANT", 0.0)
     with Console().progress() as progress:
         progress.phase("pruning", 2)
         progress.step("0")
@@ -188,3 +189,25 @@ def test_a_window_that_is_wide_enough_shows_a_table_with_names_on_a_few_lines(ca
     Console().result({}, lambda _: made)
     out = capsys.readouterr().out
     assert "model.layers.0.s" in out and "unstructured" in out and "511" in out
+
+
+def test_steps_that_an_earlier_run_made_say_nothing_of_the_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    walk = module._Walk("trying", 12, "rounds")
+    for _ in range(6):
+        now[0] += 0.001
+        walk.step()
+    assert walk.left() == ""
+    now[0] += 60
+    walk.step()
+    assert walk.left() == "about 5 min 00 s left"
+
+
+def test_json_keeps_every_letter_where_stdout_is_not_unicode(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="replace")
+    monkeypatch.setattr(module.sys, "stdout", stream)
+    console = Console(as_json=True)
+    console.result({"text": "owl — 梟"}, no_tables)
+    stream.flush()
+    assert json.loads(stream.buffer.getvalue()) == {"text": "owl — 梟"}

@@ -197,6 +197,9 @@ def test_the_time_left_of_a_run_by_tokens_is_right_from_the_first_step(monkeypat
         return gradients(self, rows)
 
     class Sees(Silent):
+        def phase(self, name, total, unit="blocks"):
+            told.clear()
+
         def at(self, done, left):
             told.append(now[0] + left)
 
@@ -980,3 +983,26 @@ def test_a_folder_packed_in_few_bits_is_trained_through_its_grid(pair, tmp_path)
 def test_few_bits_that_make_no_sense_are_refused(keys, words):
     with pytest.raises(UserError, match=words):
         tawny.Recovery.make(**keys)
+
+
+def test_minutes_that_outlast_the_tokens_promise_no_longer_run(monkeypatch):
+    dense, pruned = dense_and_pruned()
+    gradients, now, left = Training._gradients, [0.0], []
+
+    def trained(self, rows):
+        now[0] += 0.5
+        return gradients(self, rows)
+
+    class Sees(Silent):
+        def phase(self, name, total, unit="blocks"):
+            left.clear()
+
+        def at(self, done, seconds):
+            left.append(seconds)
+
+    monkeypatch.setattr(Training, "_gradients", trained)
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr("tawny.record.time", clock)
+    recover_live(pruned, dense, text=tokens(24), held_out=tokens(4, seed=1), minutes=600, progress=Sees())
+    assert left[0] == 36_000 and max(left[1:]) < 60

@@ -30,6 +30,9 @@ def console_for(as_json: bool) -> Iterator[Console]:
 
     # The library reports what matters itself; warnings of others are noise between a user and a result.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # their bars would redraw themselves in a file
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     console = Console(as_json)
     try:
         yield console

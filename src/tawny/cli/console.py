@@ -41,6 +41,7 @@ from tawny.words import duration
 
 _QUIET_SECONDS = 5.0  # between plain progress lines
 _WIDE = 200  # columns where nobody's window limits them
+_INSTANT = 0.02  # seconds a step that only takes up what is known
 _READABLE = 16  # columns a name needs when it goes on over several lines
 _BETWEEN = 3  # columns between two columns of a table
 
@@ -58,7 +59,7 @@ class Console:
     def result(self, result: Result, tables: Callable[[Result], Sequence[Shown]]) -> None:
         """Print the JSON document, or else the tables that `tables` makes of it."""
         if speaks() and self.as_json:
-            print(json.dumps(finite(result), indent=2, ensure_ascii=False, default=str), flush=True)
+            print(json.dumps(finite(result), indent=2, ensure_ascii=_ascii(), default=str), flush=True)
         elif speaks():
             print(_drawn(self._out, tables(result)), flush=True)
 
@@ -80,7 +81,7 @@ class Console:
         self._err.print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
         if self.as_json:
             with suppress(OSError):  # stdout may be what failed
-                print(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=False), flush=True)
+                print(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=_ascii()), flush=True)
 
     # --- progress ----------------------------------------------------------------------------------
 
@@ -102,12 +103,18 @@ class Console:
             plain.close()
 
 
+def _ascii() -> bool:
+    """Whether stdout would lose letters: JSON can name them all."""
+    return "utf" not in (sys.stdout.encoding or "").lower()
+
+
 class _Walk:
     """One phase: how far, how long, how long still."""
 
     def __init__(self, name: str, total: int, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done, self.start = 0, time.monotonic()
+        self._kept = 0  # first steps that an earlier run had made, which take no time
         self._told: float | None = None  # when it ends, by who knows better
         self.end: float | None = None  # of the last step: what comes between two phases belongs to neither
 
@@ -115,6 +122,8 @@ class _Walk:
         self.to(self.done + 1)
 
     def to(self, done: int, left: float | None = None) -> None:
+        if self._kept == self.done and self.elapsed < _INSTANT * done:
+            self._kept = done
         self.done = done
         self._told = None if left is None else time.monotonic() + left
         if done >= self.total > 0:  # nobody knows how many there will be where the total is 0
@@ -125,12 +134,14 @@ class _Walk:
         return (self.end or time.monotonic()) - self.start
 
     def left(self) -> str:
-        """Blocks are alike, so the mean so far is the best guess; nothing is known before the first."""
-        if self.done >= self.total or not (self.done or self._told):
-            return ""
-        left = self.elapsed / max(1, self.done) * (self.total - self.done)
+        """Steps are alike, so the mean so far is the best guess; nothing is known before the first."""
+        made = self.done - self._kept
         if self._told is not None:
             left = max(0.0, self._told - time.monotonic())
+        elif self.done >= self.total or not made:
+            return ""
+        else:
+            left = self.elapsed / made * (self.total - self.done)
         return f"about {duration(left)} left"
 
     def summary(self) -> str:

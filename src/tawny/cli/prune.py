@@ -94,6 +94,8 @@ def prune(
         if not speaks():  # what follows is done by the first of several processes
             return
         if evaluate is not None:
+            words = ["tawny", "eval", str(out), "--text", evaluate, "--against", model]
+            console.note(f"{out} is complete; what follows is measured again by `{shlex.join(words)}`")
             record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
             record.evaluation["pruned"] |= {"sparsity": record.sparsity, "rounded": record.rounded}
             record.generated = _samples(console, model, out, evaluate)

@@ -207,8 +207,11 @@ class Training:
     def _tell(self) -> None:
         """How far it is and how long it will still take; the minutes know, and else the speed of what was done."""
         standing, settings = self.standing, self.settings
-        if self._ends is not None:
-            self.progress.at(math.floor(100 * self._share()), self._ends - self._elapsed())
+        ends = math.inf if self._ends is None else self._ends - self._elapsed()
+        far = standing.step if self._ends is None else math.floor(100 * self._share())
+        if not standing.step:
+            if self._ends is not None:
+                self.progress.at(far, ends)
             return
         steps = self.steps - standing.step
         left = steps * self.clock.seconds["train"] / standing.step
@@ -219,7 +222,7 @@ class Training:
                 missing = min(missing, len(self.teacher.missing(range(self.reading.training))))
             a_token = standing.teacher_seconds / max(1, standing.teacher_tokens)
             left += a_token * missing * settings.seqlen / self.processes.size
-        self.progress.at(standing.step, left)
+        self.progress.at(far, min(left, ends))
 
     def _elapsed(self) -> float:
         return self.processes.same(self.standing.seconds + time.perf_counter() - self._begun)
@@ -470,7 +473,8 @@ class Training:
         return total
 
     def _losses(self, windows: list[int]) -> Losses:
-        rows = self.processes.share(windows)
+        rows, begun = self.processes.share(windows), time.perf_counter()
+        told = not self.standing.measured and self._ends is None  # a phase of its own
         if self.teacher is not None:
             self._make(rows)
         with self.clock("measure"):
@@ -483,6 +487,10 @@ class Training:
                     continue
                 samples = self.reading.take(some)
                 total.add(self._distil(samples, self.student.hidden(samples.inputs), some, None)[0])
+                if told:
+                    done = min((turn + 1) * size, len(rows))
+                    left = (time.perf_counter() - begun) / done * (len(rows) - done)
+                    self.progress.at(round(done / len(rows) * len(windows)), left)
             return self.processes.add_losses(total)
 
     def _save(self) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 __all__ = ["fit"]
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -217,7 +218,7 @@ def _fit(
     found = _measured(session, samples, searched, sizes, output.work)
     keep_measured(output.work, of, journal.state["once"])
     # To another folder: `--overwrite` would clear what was measured before a misspelt text is refused.
-    again = f"to another --out, with --measured {output.out}, nothing is measured again"
+    again = f"to another --out, with --measured {shlex.quote(str(output.out))}, nothing is measured again"
     table = Table(job, sizes, room, found)
     try:
         finalists = table.finalists()
@@ -348,7 +349,7 @@ def _speed(
     if memory is not None and resident_memory() + loaded_bytes(folder) > memory:
         warnings.append(
             f"its speed was not measured: the whole model does not fit into the {size(memory)} that were given; "
-            f"`tawny bench {session.record.out}` measures it"
+            f"`tawny bench {shlex.quote(str(session.record.out))}` measures it"
         )
         return None
     asked = target.speed
@@ -356,8 +357,9 @@ def _speed(
     found = made.decode_tokens_per_second
     if found < asked:
         warnings.append(
-            f"it writes {found:.1f} tokens a second, fewer than the {asked:g} that were asked for: repeat with "
-            f"--speed {asked * asked / found:.3g} --measured {session.record.out}, which measures nothing again"
+            f"it writes {found:.1f} tokens a second, fewer than the {asked:g} that were asked for: repeat to another --out "
+            f"with --speed {asked * asked / found:.3g} --measured {shlex.quote(str(session.record.out))}, which measures nothing "
+            "again"
         )
     told = {"asked": asked, "measured": found, "quartiles": list(made.decode_quartiles)}
     return {**told, "threads": made.threads, "kernel": made.kernel, "assumes": room.pace.told()}

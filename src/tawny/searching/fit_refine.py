@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["Moves", "refine"]
 
+import math
 import random
 import shutil
 from collections.abc import Mapping
@@ -97,7 +98,12 @@ def _refined(
         hidden = _solve(session, moves, store, samples, searched, clock, count)
         measured = Measured(store.folder / "scores.jsonl")
         divergence = Divergence(session.job, store, searched, hidden, session.progress, measured)
-        session.progress.phase("refining by measured KL", 0, "rounds")
+        session.progress.phase("refining by measured KL", 100, "percent of its time")
+
+        def step(_: str) -> None:
+            part = min(1.0, clock.elapsed / seconds) if seconds else 1.0
+            session.progress.at(math.floor(100 * part), max(0.0, seconds - clock.elapsed))
+
         windows = range(len(searched))
         outcome = evolve(
             moves,
@@ -109,7 +115,7 @@ def _refined(
             deciding=windows,
             seed=session.job.recipe.seed,
             stopped=clock.stopped,
-            step=session.progress.step,
+            step=step,
         )
     except NumericalError:  # goes on without, and no other walk would clear this one
         journal.forget(WALK)

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 __all__ = ["Found", "search"]
 
+import itertools
 import json
 import math
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -229,9 +231,19 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
         divergence = Divergence(job, store, held_out, solved.hidden, session.progress, measured)
         rounds = 2 + math.ceil(settings.trials / settings.offspring)
         session.progress.phase("trying allocations", rounds, "rounds")
+        begun, numbers = time.perf_counter(), itertools.count(1)
+
+        def step(text: str) -> None:
+            if settings.seconds is None:
+                session.progress.step(text)
+                return
+            done = next(numbers)
+            left = (time.perf_counter() - begun) / done * max(0, rounds - done)
+            session.progress.at(done, min(left, max(0.0, settings.seconds - session.clock.elapsed)))
 
         def prove(allocations: Sequence[Allocation], windows: Sequence[int]) -> Iterator[float]:
-            session.progress.phase("pruning finalists", len(allocations) * len(job.stack))
+            unknown = sum(measured.proof(allocation) is None for allocation in allocations)
+            session.progress.phase("pruning finalists", unknown * len(job.stack))
             for number, allocation in enumerate(allocations, 1):
                 known = measured.proof(allocation)
                 if known is None:
@@ -261,7 +273,7 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
             deciding=deciding or windows,
             seed=recipe.seed,
             stopped=lambda: _over(settings, session.clock.elapsed),
-            step=session.progress.step,
+            step=step,
             prove=prove,
             finalists=settings.finalists,
         )
