@@ -5,7 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tawny
-from tawny.calibration.context import check_context, context_of, hard_context_of
+from tawny.calibration.context import check_context, context_of, hard_context_of, longest_text
+from tawny.decoding.sampling import Sampler
+from tawny.decoding.scheduler import Request, Scheduler, Usage
 from tawny.errors import RecipeError
 from tests.tiny import FAMILIES, tiny_config, tiny_model, tokens
 
@@ -57,3 +59,30 @@ def test_widths_that_happen_to_be_the_context_are_no_table():
 def test_a_model_without_weights_in_memory_can_be_asked():
     with torch.device("meta"):
         assert hard_context_of(AutoModelForCausalLM.from_config(tiny_config("gpt2"))) == 128
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"), [({}, 128), ({"rope_type": "linear"}, 128), ({"rope_type": "yarn"}, 512)]
+)
+def test_a_model_with_yarn_is_made_for_the_length_of_its_factor(more, expected):
+    """Qwen's cards leave `max_position_embeddings` at the length that was trained."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    model = tiny_model("llama", max_position_embeddings=128, rope_parameters=rope | more)
+    assert context_of(model) == longest_text(model) == expected
+    named = tiny_model("llama", max_position_embeddings=512, rope_parameters=rope | more)
+    assert context_of(named) == 512
+
+
+def test_a_text_ends_where_positions_that_begin_behind_the_padding_do():
+    model = tiny_model("roberta", max_position_embeddings=34, pad_token_id=1, is_decoder=True)
+    assert context_of(model) == 34 and longest_text(model) == 32
+    with torch.inference_mode():
+        scheduler = Scheduler(model, None, 99, 2)
+        heard = [[], []]
+        for number, listener in enumerate(heard):
+            scheduler.submit(Request(tokens(1, 28, number)[0], Sampler(0.0), None), listener.append)
+        while scheduler.busy:
+            scheduler.turn()
+    for events in heard:
+        assert isinstance(events[-1], Usage)
+        assert events[-1].finish == "stop" or events[-1].made == 4

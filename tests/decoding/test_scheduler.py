@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tawny.decoding import opening
+from tawny.decoding.decoder import Decoder
 from tawny.decoding.sampling import Sampler
 from tawny.decoding.scheduler import _CHUNK, Request, Scheduler, Token, Usage
 from tawny.decoding.worker import Full, Worker
@@ -138,6 +139,26 @@ def test_a_broken_text_ends_alone():
             scheduler.turn()
     assert isinstance(heard[1][-1], NumericalError) and len(heard[1]) == 1
     assert texts(heard[0]) == (alone(model(), ready(), CAPACITY, set())[0], Usage("length", 5, 0, 6))
+
+
+def test_a_broken_step_of_texts_that_take_turns_ends_one(monkeypatch):
+    heard, step = [[], []], Decoder.step
+    other = tiny_model("mistral")
+
+    def breaks(self, token):
+        if self.length == 9:
+            raise RuntimeError("broken")
+        return step(self, token)
+
+    monkeypatch.setattr(Decoder, "step", breaks)
+    with torch.inference_mode():
+        scheduler = Scheduler(other, None, CAPACITY, COUNT)
+        scheduler.submit(ready(8), heard[0].append)
+        scheduler.submit(ready(20), heard[1].append)
+        while scheduler.busy:
+            scheduler.turn()
+    assert isinstance(heard[0][-1], RuntimeError)
+    assert isinstance(heard[1][-1], Usage) and heard[1][-1].made
 
 
 def test_likelihoods_of_a_prompt_are_those_of_a_forward():

@@ -15,6 +15,12 @@ from tests.decoding.test_decoder import LEVELS, compiled, packed
 from tests.tiny import BAMBA, tiny_model, tokens
 
 CAPACITY, COUNT = 24, 3
+RECURRENT = {
+    "block_types": ["recurrent", "recurrent", "attention"],
+    "lru_width": 32,
+    "attention_window_size": 8,
+    "head_dim": 8,
+}
 
 
 def alone(model, ids):
@@ -142,3 +148,44 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     sequences = Sequences(model, 8, 1)
     with pytest.raises(UserError, match="expected 1 to 8"):
         sequences.begin(torch.arange(9))
+
+
+@compiled
+def test_a_prompt_that_another_reads_meanwhile_is_not_read_again():
+    """Of texts that begin together, each takes over what any other has read."""
+    model, ids = tiny_model("llama"), tokens(1, 20)[0]
+    read, prefill = [], Decoder.prefill
+
+    def counted(self, part):
+        read.append(len(part))
+        return prefill(self, part)
+
+    with torch.inference_mode(), kernels(model), pytest.MonkeyPatch.context() as patched:
+        sequences = Sequences(model, 32, 3)
+        patched.setattr(Decoder, "prefill", counted)
+        made = [sequences.begin(ids) for _ in range(3)]
+        logits = dict.fromkeys(made)
+        while any(found is None for found in logits.values()):
+            for one in made:
+                if logits[one] is None and (found := sequences.read(one, 5)) is not None:
+                    logits[one] = found.float().clone()
+        assert sum(read) == 20 + 2 and [one.length for one in made] == [20] * 3
+        for found in logits.values():
+            close(found, alone(model, ids))
+        close(
+            sequences.step({made[0]: 5, made[1]: 7})[made[1]].float(),
+            alone(model, torch.cat([ids, torch.tensor([7])])),
+        )
+
+
+def test_a_model_that_keeps_its_state_on_its_modules_has_room_for_one_text():
+    model = tiny_model("recurrent_gemma", **RECURRENT)
+    with torch.inference_mode():
+        sequences = Sequences(model, 16, 4)
+        assert sequences.count == 1
+        one = sequences.begin(tokens(1, 5)[0])
+        sequences.read(one, 9)
+        with pytest.raises(UserError, match="1 places are taken"):
+            sequences.begin(tokens(1, 5)[0])
+        for family in ("bamba", "gemma3_text", "longrope", "phi3"):
+            assert Sequences(model_of(family), 16, 2).count == 2

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tawny
+from tawny.decoding.text import end_tokens
 from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.output import ShardWriter
@@ -36,6 +37,7 @@ def write(
     more: Mapping[str, np.ndarray] = MappingProxyType({}),
     inner: int = INNER,
     experts: int = 0,
+    turn: int | None = None,
     kinds: Sequence[gguf.GGMLQuantizationType] = (),
 ) -> Path:
     """A tiny LLaMA, or Qwen3 with experts; `zeros` are columns of the last down projection that are pruned.
@@ -60,6 +62,8 @@ def write(
     writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (WORDS - 259))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if turn is not None:
+        writer.add_eot_token_id(turn)
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(2)
@@ -284,6 +288,13 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, cache):
         made.rename(folder)
         assert convert_gguf(path) == made
     assert not gone.exists() and all(folder.is_dir() for folder in others)
+
+
+@pytest.mark.parametrize(("turn", "ends"), [(None, 2), (2, 2), (7, [2, 7])])
+def test_the_end_of_a_turn_ends_a_text_too(tmp_path, cache, turn, ends):
+    model = tawny.load(write(tmp_path / "m.gguf", turn=turn))
+    assert model.config.eos_token_id == ends
+    assert end_tokens(model, None) == ({ends} if isinstance(ends, int) else set(ends))
 
 
 def test_experts_that_lack_a_half_of_their_gated_weights_are_refused(tmp_path, cache):

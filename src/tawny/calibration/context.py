@@ -7,7 +7,15 @@ never by a model's name.
 
 from __future__ import annotations
 
-__all__ = ["check_context", "check_ids", "context_of", "hard_context_of", "seqlen_of", "words_of"]
+__all__ = [
+    "check_context",
+    "check_ids",
+    "context_of",
+    "hard_context_of",
+    "longest_text",
+    "seqlen_of",
+    "words_of",
+]
 
 from typing import Any
 
@@ -21,8 +29,16 @@ _EXTRA_ROWS = 2  # OPT's table has two that no token uses
 
 
 def context_of(model: Any) -> int | None:
-    """Tokens the model is made for, by its configuration; None if that does not say."""
-    return _said(model, "max_position_embeddings") or _said(model, _ALIBI)
+    """Tokens the model is made for, by its configuration; None if that does not say.
+
+    YaRN scales the angles of every text, so that a model with it is made for its factor's length, named or not.
+    """
+    said = _said(model, "max_position_embeddings")
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if said and rope.get("rope_type") == "yarn":
+        original = rope.get("original_max_position_embeddings") or said
+        return max(said, int(original * rope.get("factor", 1.0)))
+    return said or _said(model, _ALIBI)
 
 
 def _said(model: Any, name: str) -> int | None:
@@ -47,6 +63,11 @@ def hard_context_of(model: Any) -> int | None:
         if any(table is not None and table.dim() == 2 and table.shape[0] == limit for table in made):
             return limit
     return None
+
+
+def longest_text(model: Any) -> int | None:
+    """Tokens of a prompt and its text together: as many as there are positions for, or the model is made for."""
+    return hard_context_of(model) or context_of(model)
 
 
 def check_context(model: Any, seqlen: int) -> None:

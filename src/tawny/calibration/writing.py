@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.calibration.context import context_of
+from tawny.calibration.context import longest_text
 from tawny.calibration.mixture import OWN, rendered
 from tawny.calibration.text import Text, joined, load_text
 from tawny.errors import RecipeError, TextError
@@ -112,7 +112,7 @@ class Author:
                 "text 'self' is written by a language model, and this one predicts no next token: give a text"
             )
         longest = max(len(start) for start in starts)
-        most = min(LENGTH, context_of(model) or LENGTH) - longest
+        most = min(LENGTH, longest_text(model) or LENGTH) - longest
         length = max(PASSAGE + 1, min(most, math.ceil(tokens / rows)))
         batches = math.ceil(tokens / (rows * length))
         parts = [None if kept is None else kept.with_suffix(f".{batch}.part") for batch in range(batches)]

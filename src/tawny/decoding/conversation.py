@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tawny.calibration.context import context_of
+from tawny.calibration.context import longest_text
 from tawny.decoding import opening
 from tawny.decoding.sampling import Sampler
 from tawny.decoding.scheduler import Event, Request, Scheduler, Token, Usage
@@ -55,7 +55,7 @@ class Conversation:
         self.finish: str | None = None
         with opening.threads(threads):
             self.model = opening.open_model(folder).model
-        most = context_of(self.model)
+        most = longest_text(self.model)
         capacity = min(most or _CONTEXT, _CONTEXT) if context is None else min(context, most or context)
         with opening.ready(self.model) as lock, opening.alone(lock, self.threads):
             self.scheduler = Scheduler(self.model, self.tokenizer, capacity, 1)

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tawny.calibration.context import check_ids, context_of, words_of
+from tawny.calibration.context import check_ids, longest_text, words_of
 from tawny.decoding.sampling import Likelihood, Sampler, likelihood
 from tawny.decoding.sequences import Sequence, Sequences
 from tawny.decoding.text import StopStrings, TextPieces, Tokenizer, end_tokens
@@ -114,10 +114,11 @@ class Scheduler:
     """
 
     def __init__(self, model: Any, tokenizer: Tokenizer | None, capacity: int, count: int) -> None:
-        limit = context_of(model)
-        self.model, self.tokenizer, self.count = model, tokenizer, count
+        limit = longest_text(model)
+        self.model, self.tokenizer = model, tokenizer
         self.capacity = capacity if limit is None else min(capacity, limit)
         self.sequences = Sequences(model, self.capacity, count)
+        self.count = self.sequences.count
         self.ends = end_tokens(model, tokenizer)
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
@@ -190,10 +191,18 @@ class Scheduler:
                 return logits
         if job.sequence is None:
             job.sequence = self.sequences.begin(job.request.ids)
-            job.cached = job.sequence.cached
-        return self.sequences.read(job.sequence, most)
+        read = self.sequences.read(job.sequence, most)
+        job.cached = job.sequence.cached
+        return read
 
     def _step(self, jobs: list[Job]) -> None:
+        if not self.sequences.together:  # what goes wrong with one says nothing of the others
+            for job in jobs:
+                self._step_together([job])
+        else:
+            self._step_together(jobs)
+
+    def _step_together(self, jobs: list[Job]) -> None:
         tokens = {job.sequence: job.last for job in jobs if job.sequence is not None and job.last is not None}
         try:
             made = self.sequences.step(tokens)

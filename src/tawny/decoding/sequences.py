@@ -10,6 +10,7 @@
 - What a sequence that ended has left in its place is the prefix cache. A prompt that begins like the text of any place,
   free or taken, copies what they have in common. The place that was left longest ago is taken first.
 - Other models (sliding windows, state spaces, two sets of rotary angles) have a cache for each sequence and take turns.
+  One that keeps its state on its own modules (RecurrentGemma) has room for one sequence only.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Sequences:
     """Up to `count` sequences of at most `capacity` tokens each. One thread may use it, under `torch.inference_mode()`.
 
     Attributes:
+        count: 1, whatever was asked for, where the model itself keeps the state of a text.
         together: whether a step of several sequences is one call; else they take turns.
         keeps: whether prompts that begin alike share what was read.
         nbytes: memory for keys and values: set aside, or taken as texts grow where each has a cache of its own.
@@ -74,7 +76,8 @@ class Sequences:
     """
 
     def __init__(self, model: Any, capacity: int, count: int) -> None:
-        self.model, self.capacity, self.count = model, capacity, count
+        self.model, self.capacity = model, capacity
+        self.count = count = 1 if count > 1 and _keeps_state(model) else count
         self.nbytes = 0
         self._pool: list[list[Tensor]] | None = self._reserved()
         self._places = [_Place(capacity) for _ in range(count)]
@@ -154,12 +157,29 @@ class Sequences:
 
         A model whose cache is not keys and values alone reads it at once, because not all of them can go on.
         """
+        self._take_over(sequence)
         end = min(sequence.length + most, len(sequence.ids)) if self.keeps else len(sequence.ids)
         part = sequence.ids[sequence.length : end]
         logits = sequence.decoder.prefill(part)
         sequence.length = end
         self._places[sequence.place].add(part, len(part))
         return logits if end == len(sequence.ids) else None
+
+    def _take_over(self, sequence: Sequence) -> None:
+        """Copy what another sequence has read of the same prompt since this one began."""
+        if self._pool is None:
+            return
+        ids, length, place = sequence.ids, sequence.length, self._places[sequence.place]
+        held = [each.common(ids[:-1]) for each in self._places]
+        best = max(range(self.count), key=held.__getitem__)
+        if (end := held[best]) > length:
+            for layer in self._pool:
+                for memory in layer:
+                    memory[sequence.place, length:end] = memory[best, length:end]
+            place.add(ids[length:end], end - length)
+            sequence.decoder.take(self._memory(sequence.place), end)
+            sequence.cached += end - length
+            sequence.length = end
 
     def step(self, tokens: Mapping[Sequence, int]) -> dict[Sequence, Tensor]:
         """Logits `[vocabulary]` of each sequence after one more token of it; the next call may overwrite them.
@@ -186,6 +206,22 @@ class Sequences:
         if place.taken is sequence:
             self._clock += 1
             place.taken, place.left = None, self._clock
+
+
+def _keeps_state(model: Any) -> bool:
+    """Whether a forward leaves what it read on the model's modules, where another text would overwrite it."""
+
+    def left(token: int) -> dict[tuple[int, str], Tensor]:
+        Decoder(model, 1, quick=False).prefill(torch.full((1,), token))
+        return {
+            (number, name): value.clone()
+            for number, module in enumerate(model.modules())
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
+
+    one, other = left(1), left(2)
+    return any(key not in other or not torch.equal(value, other[key]) for key, value in one.items())
 
 
 def _nbytes(layer: Any, capacity: int) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from tawny.calibration.context import check_ids, context_of
+from tawny.calibration.context import check_ids, longest_text
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.sampling import Sampler
@@ -108,7 +108,7 @@ class _Continuation:
             self.tokenizer = tokenizer
             self.ids, self.chat = tokens_of(prompt, tokenizer, chat)
             self.opened = opening.open_model(model)
-        limit = context_of(self.opened.model)
+        limit = longest_text(self.opened.model)
         if limit is not None and len(self.ids) >= limit:
             raise TextError(
                 f"the prompt has {len(self.ids)} tokens and the model's context is {limit}; shorten it"

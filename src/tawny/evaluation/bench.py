@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tawny.calibration.context import context_of
+from tawny.calibration.context import longest_text
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.whole import exchanged
@@ -102,7 +102,7 @@ def bench(
             size = file_bytes(source)
         opened = opening.open_model(source)
         opening.check_predicts(opened.model)
-        limit = context_of(opened.model)
+        limit = longest_text(opened.model)
         if limit is not None and prompt_tokens + _UNTIMED + tokens > limit:
             raise RecipeError(
                 f"{prompt_tokens} + {_UNTIMED} (not timed) + {tokens} tokens are more than the model's context of "

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
-_CACHE_FORMAT = 6
+_CACHE_FORMAT = 7
 # Of Llama 3.1 and later, but for the factor; a GGUF file holds only what comes of it.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -250,6 +250,7 @@ def _write_converted(path: Path, folder: Path) -> None:
         factors = _read_from_tensors(config, {tensor.name: tensor for tensor in reader.tensors})
         _read_attention(config, reader.fields, architecture)
         _read_scaling(config, reader.fields, f"{architecture}.rope", path)
+        _read_ends(config, reader.fields)
     with _refusing(f"{path} holds a tokenizer that transformers cannot read"):  # before the long part
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
@@ -306,6 +307,14 @@ def _write_converted(path: Path, folder: Path) -> None:
     for unwanted in ("quantization_config", "_name_or_path"):
         values.pop(unwanted, None)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _read_ends(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
+    """Let every token end a text that ends one in the file: of a text, of a turn, of a message. transformers reads the first."""
+    names = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    ends = dict.fromkeys(int(fields[name].contents()) for name in names if name in fields)
+    if len(ends) > 1:
+        config.eos_token_id = list(ends)
 
 
 def _target(names: Mapping[str, str], tensor: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tawny.calibration.context import context_of
+from tawny.calibration.context import longest_text
 from tawny.decoding import opening
 from tawny.decoding.text import Tokenizer
 from tawny.decoding.worker import Worker
@@ -172,7 +172,7 @@ def serve(
             opened = opening.open_model(model).model
             opening.check_predicts(opened)
             wanted = context or _CONTEXT
-            capacity = min(wanted, context_of(opened) or wanted)
+            capacity = min(wanted, longest_text(opened) or wanted)
             if context is not None and capacity < context:
                 progress.say(f"a context of {context} tokens is more than the model has; it is {capacity}")
         worker = Worker(
