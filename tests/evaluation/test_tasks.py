@@ -144,6 +144,21 @@ def test_a_live_model_is_asked_with_its_tokenizer_and_nothing_is_kept(model, dat
         evaluate_tasks(live, "rte", task_data=data)
 
 
+def test_a_live_model_its_mode_and_its_tokenizer_stay_as_they_are(data, tmp_path):
+    """lm-eval would tie the head that was trained apart to the embedding again."""
+    folder = tiny_folder(tmp_path / "tied")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.tie_word_embeddings = True
+    head = model.lm_head.weight.detach() * -1
+    model.lm_head.weight = torch.nn.Parameter(head.clone())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    model.train()
+    evaluate_tasks(model, "piqa", task_data=data, tokenizer=tokenizer, limit=2)
+    assert model.training and tokenizer.pad_token is None
+    assert torch.equal(model.lm_head.weight, head) and "tie_weights" not in vars(model)
+
+
 def test_the_progress_has_a_phase_a_task_and_a_step_a_batch(model, data):
     phases, steps, said = [], [], []
 

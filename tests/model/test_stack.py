@@ -15,14 +15,16 @@ from transformers import (
 )
 
 import tawny
-from tawny.errors import CheckpointError, ModelError, NumericalError
+from tawny.calibration.writing import Author
+from tawny.errors import CheckpointError, ModelError, NumericalError, TextError
 from tawny.model.skeleton import open_skeleton
 from tawny.model.stack import Stack, live_stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import find_stack
 from tawny.packed.opening import open_checkpoint, open_stack
-from tests.encoders import tiny_encoder
+from tests.encoders import inputs_for, tiny_encoder
 from tests.tiny import FAMILIES, tiny_model, tokens
+from tests.tokenizer import tiny_tokenizer
 
 
 def recorded_outputs(model, ids, mask=None):
@@ -176,6 +178,46 @@ def test_a_live_model_is_read_in_eval_mode_and_left_in_its_own():
         made.append(model.state_dict())
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
     assert losses[:2] == losses[2:]
+
+
+def test_couplings_and_own_texts_of_a_model_in_training_are_those_of_eval_mode():
+    """Two forwards that drop different numbers would prove no coupling, and another text would be written."""
+    keys = {"sparsity": 0.2, "pattern": "channels+heads", "allocator": "uniform", "solver": "magnitude"}
+    made = []
+    for training in (False, True):
+        model = tiny_model("gpt2").train(training)
+        tawny.prune(model, **keys)
+        written = Author(lambda model=model: model, tiny_tokenizer(), None, 0, 0)._documents(40, 2)
+        made.append((model.state_dict(), written))
+        assert model.training == training
+    assert all(torch.equal(made[0][0][name], made[1][0][name]) for name in made[0][0])
+    assert made[0][1] == made[1][1]
+
+
+def test_an_error_says_what_it_leaves_of_a_live_model():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NumericalError) as caught:
+        tawny.prune(model, sparsity=0.5, solver="wanda", allocator="uniform", calibration=tokens())
+    assert any("linears of the live model are pruned already" in note for note in caught.value.__notes__)
+
+
+def test_a_live_model_with_adapters_is_refused():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="adapters of peft"):
+        tawny.prune(adapted, sparsity=0.5, calibration=tokens())
+
+
+def test_inputs_that_are_no_tensors_are_refused():
+    model = tiny_encoder("vit")
+    inputs = inputs_for(model, 4)
+    for broken in (
+        {name: value.tolist() for name, value in inputs.items()},
+        {name: value.numpy() for name, value in inputs.items()},
+    ):
+        with pytest.raises(TextError, match=r'expected a torch tensor.*return_tensors="pt"'):
+            tawny.prune(model, sparsity=0.5, calibration=broken)
 
 
 def test_a_live_model_gets_its_mode_back_when_a_run_fails(monkeypatch):

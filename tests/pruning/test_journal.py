@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ import tawny
 from tawny.errors import CheckpointError, Interrupted, OutputError
 from tawny.kernels import native
 from tawny.model import output as output_module
+from tawny.model.identity import own_code
 from tawny.progress import Silent
 from tawny.pruning import journal as journal_module
 from tawny.pruning.journal import Journal
+from tawny.solvers import SOLVERS
+from tawny.solvers.wanda import Wanda
 from tests.tiny import tiny_model, tokens
 
 EXEMPT = {"run.json", "README.md", "report.html"}
@@ -318,3 +322,26 @@ def test_what_is_due_follows_what_a_commit_costs(tmp_path):
     assert not journal.due()
     journal._last -= 1.0 / journal_module.SHARE
     assert journal.due()
+
+
+def test_a_run_is_not_gone_on_with_by_another_solver_of_the_users_own(dense, tmp_path, monkeypatch):
+    """Such a class lies in a notebook, and not among our sources."""
+
+    def defined(divisor):
+        namespace = {"Wanda": Wanda, "dataclass": dataclass, "__name__": "notebook"}
+        exec(  # as a cell does
+            "@dataclass(frozen=True)\nclass Own(Wanda):\n    def solve(self, *args, **keys):\n"
+            f"        scale = {divisor}\n        return Wanda.solve(self, *args, **keys)\n",
+            namespace,
+        )
+        return namespace["Own"]
+
+    def run(cls, steps):
+        monkeypatch.setitem(SOLVERS, "own", cls)
+        interrupted(dense, tmp_path / "out", steps=steps, solver="own")
+
+    run(defined(1), 5)
+    with pytest.raises(OutputError, match="own"):
+        run(defined(2), 99)
+    assert own_code(defined(1)()) == own_code(defined(1)()) != own_code(defined(2)())
+    assert own_code(Wanda()) == {}

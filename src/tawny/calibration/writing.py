@@ -34,7 +34,7 @@ from tawny.calibration.text import Text, joined, load_text
 from tawny.errors import RecipeError, TextError
 from tawny.model import durable
 from tawny.model.source import cache_folder
-from tawny.model.structure import predicts_tokens
+from tawny.model.structure import evaluating, predicts_tokens
 from tawny.process_group import ProcessGroup
 from tawny.progress import Progress, silent
 from tawny.words import size
@@ -121,7 +121,7 @@ class Author:
         made: list[str] = []
         ends = _end_tokens(model, self.tokenizer)
         gpus = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=gpus), torch.no_grad():
+        with torch.random.fork_rng(devices=gpus), torch.no_grad(), evaluating(model):
             for batch, part in enumerate(parts):
                 if part is not None and part.exists():
                     made += json.loads(part.read_text(encoding="utf-8"))

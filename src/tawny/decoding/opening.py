@@ -23,7 +23,7 @@ from tawny.decoding.swapped import kernels
 from tawny.errors import ModelError, RecipeError
 from tawny.machine import resident_memory
 from tawny.model.structure import evaluating, predicts_tokens
-from tawny.packed.opening import load
+from tawny.packed.opening import load, without_bars
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,18 @@ def open_model(source: Path | nn.Module, dtype: str | None = None) -> Opened:
     """A folder (dense or packed), in its own dtype or another, or a live model as it is."""
     if isinstance(source, nn.Module):
         return Opened(source, resident_memory())
-    _import_code(source)
-    before = resident_memory()
-    return Opened(load(source, dtype=dtype), before)
+    with without_bars():  # they would run through the text
+        _import_code(source)
+        before = resident_memory()
+        return Opened(load(source, dtype=dtype), before)
 
 
 def _import_code(folder: Path) -> None:
     """Import what opening the model will import, so that memory measured afterwards is the model's."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import logging
 
     from tawny.model.skeleton import model_class, read_config
 
-    logging.disable_progress_bar()  # it would run through the text
     with contextlib.suppress(Exception):  # whatever is wrong with the folder, opening it says so better
         config = read_config(folder)
         model_class(config)

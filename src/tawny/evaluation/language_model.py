@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ask", "batch_sizes", "language_model"]
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,15 @@ def language_model(
     if tokenizer is None and folder is not None:
         tokenizer = load_tokenizer(folder)
     keys = {"backend": "causal", "batch_size": "auto", "softmax_dtype": torch.float32}
-    with quiet():
-        lm = Watched(pretrained=model, tokenizer=tokenizer, **keys)
+    # lm-eval ties head and embedding, whatever is stored, and gives the tokenizer a padding token.
+    tied, model.tie_weights = vars(model).get("tie_weights"), lambda *_, **__: None
+    try:
+        with quiet():
+            lm = Watched(pretrained=model, tokenizer=copy.deepcopy(tokenizer), **keys)
+    finally:
+        del model.tie_weights
+        if tied is not None:
+            model.tie_weights = tied
     lm.tokens = batch_tokens or _affordable_tokens(model)
     return lm
 

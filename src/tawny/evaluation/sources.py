@@ -17,7 +17,7 @@ from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.model.structure import predicts_tokens
-from tawny.packed.opening import load, open_stack
+from tawny.packed.opening import load, open_stack, without_bars
 from tawny.precision import DTYPES, forward_dtype
 from tawny.process_group import ProcessGroup
 from tawny.progress import Progress, silent
@@ -54,10 +54,8 @@ def compute_dtype(compute: str, device: str = "cpu") -> torch.dtype:
 
 def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The whole model in a folder, dense or packed, for forwards in `dtype`."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return load(folder, dtype=dtype, device=device)
+    with without_bars():
+        return load(folder, dtype=dtype, device=device)
 
 
 def reads_on(source: str | Path | nn.Module) -> bool:

@@ -50,6 +50,7 @@ from tawny.kernels.native import kernel_name
 from tawny.machine import check_device, device_name, machine
 from tawny.model.identity import code_identity
 from tawny.model.source import cache_folder, resolve
+from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
@@ -195,23 +196,24 @@ def evaluate_tasks(
     identity = fingerprint(folder) if cache and folder is not None else ""
     computing = [str(dtype), device_name(device), kernel_name(), machine()["cpu"]]
     done: list[TaskResult] = []
-    for name, (loaded, origin) in zip(names, documents, strict=True):
-        began, known = time.perf_counter(), MEANING.get(name, name)
-        question = _fingerprint(loaded["tasks"], limit, computing)
-        key = hashlib.sha256(f"{identity}\0{question}".encode()).hexdigest()[:32]
-        kept = cache_folder() / "tasks" / f"{key}.json"
-        found = _kept(kept, name) if identity else None
-        if found is None:
-            if lm is None:
-                progress.say(f"opening the model for {len(names)} task{'s' * (len(names) > 1)}")
-                lm = language_model(source, folder, dtype, device, tokenizer, batch_tokens)
-            lm.progress, lm.label = progress, name
-            found = _result(name, known, ask(lm, loaded, limit), loaded["tasks"], origin)
-            found = replace(found, fingerprint=question, seconds=time.perf_counter() - began)
-            if identity:
-                _keep(kept, found)
-        done.append(found)
-        progress.say(_line(found))
+    with evaluating(source) if isinstance(source, nn.Module) else contextlib.nullcontext():
+        for name, (loaded, origin) in zip(names, documents, strict=True):
+            began, known = time.perf_counter(), MEANING.get(name, name)
+            question = _fingerprint(loaded["tasks"], limit, computing)
+            key = hashlib.sha256(f"{identity}\0{question}".encode()).hexdigest()[:32]
+            kept = cache_folder() / "tasks" / f"{key}.json"
+            found = _kept(kept, name) if identity else None
+            if found is None:
+                if lm is None:
+                    progress.say(f"opening the model for {len(names)} task{'s' * (len(names) > 1)}")
+                    lm = language_model(source, folder, dtype, device, tokenizer, batch_tokens)
+                lm.progress, lm.label = progress, name
+                found = _result(name, known, ask(lm, loaded, limit), loaded["tasks"], origin)
+                found = replace(found, fingerprint=question, seconds=time.perf_counter() - began)
+                if identity:
+                    _keep(kept, found)
+            done.append(found)
+            progress.say(_line(found))
     alike = all(task.metric == "acc" for task in done)
     return TaskResults(
         source=str(source) if folder is not None else type(source).__name__,

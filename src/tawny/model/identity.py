@@ -8,13 +8,16 @@ from __future__ import annotations
 __all__ = [
     "code_identity",
     "model_identity",
+    "own_code",
     "source_identity",
     "tensor_digest",
     "tokens_identity",
 ]
 
 import hashlib
+import sys
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -97,6 +100,32 @@ def code_identity(*more: str) -> dict[str, str]:
         for path in sorted(x for x in files if x.suffix in _SOURCES):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return {**versions(), "sources": digest.hexdigest()}
+
+
+def own_code(*parts: object) -> dict[str, str]:
+    """A hash of what classes from elsewhere compute, which a notebook may change between two runs; nothing of Tawny's."""
+    digest, found = hashlib.sha256(), False
+    for cls in (cls for part in parts for cls in type(part).__mro__):
+        if cls.__module__.partition(".")[0] in {"tawny", *sys.stdlib_module_names}:
+            continue
+        for name, value in sorted(vars(cls).items()):
+            plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+            plain = plain.fget if isinstance(plain, property) else plain
+            if isinstance(plain, FunctionType):
+                found = True
+                digest.update(f"{cls.__qualname__}.{name}\0".encode())
+                _add_code(digest, plain.__code__)
+    return {"own": digest.hexdigest()} if found else {}
+
+
+def _add_code(digest: Any, code: CodeType) -> None:
+    digest.update(code.co_code + repr((code.co_names, code.co_varnames)).encode())
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            _add_code(digest, constant)
+        else:  # the order of a set is another in each process
+            plain = sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
+            digest.update(repr(plain).encode())
 
 
 def _hash(data: bytes) -> str:

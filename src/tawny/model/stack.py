@@ -7,7 +7,7 @@ computes what the model's own forward does, with the weights of one block in mem
 
 from __future__ import annotations
 
-__all__ = ["MASK", "TOKENS", "Call", "Inputs", "Stack", "chunks_of", "live_stack"]
+__all__ = ["MASK", "TOKENS", "Call", "Inputs", "Stack", "check_tensors", "chunks_of", "live_stack"]
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tawny.errors import CheckpointError, ModelError, first_line
+from tawny.errors import CheckpointError, ModelError, TextError, first_line
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import Linear, linears_of
 from tawny.model.replay import MASK, TOKENS, Call, Inputs, Replay, named
@@ -31,6 +31,20 @@ if TYPE_CHECKING:
 def _is_of_types(error: RuntimeError) -> bool:
     """Whether torch refuses to compute with tensors of several types."""
     return any(words in str(error) for words in ("scalar type", "same dtype"))
+
+
+def check_tensors(given: Mapping[str, Any]) -> None:
+    """Refuse inputs that are lists or arrays, such as a processor gives that was not asked for tensors.
+
+    Raises:
+        TextError: names the first of them.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TextError(
+                f"{name} is of type {type(value).__name__}; expected a torch tensor: ask a processor or tokenizer for "
+                'return_tensors="pt"'
+            )
 
 
 class Stack:
@@ -296,7 +310,12 @@ class Stack:
         return self._replay.begin(named(inputs))[0].clone()
 
     def positions(self, inputs: Mapping[str, Tensor]) -> int:
-        """How many hidden states a sample makes, in front of the first block."""
+        """How many hidden states a sample makes, in front of the first block.
+
+        Raises:
+            TextError: an input is no tensor.
+        """
+        check_tensors(inputs)
         return int(self._replay.begin({name: value[:1] for name, value in inputs.items()})[0].shape[1])
 
     def calls(self, inputs: Inputs) -> list[Call]:

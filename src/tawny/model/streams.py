@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tawny.errors import NumericalError, TextError
 from tawny.model import durable
-from tawny.model.stack import MASK, TOKENS, Call, Stack, chunks_of
+from tawny.model.stack import MASK, TOKENS, Call, Stack, check_tensors, chunks_of
 from tawny.model.tensorfile import TensorWriter, entries, read_tensor, read_tensors, write_tensors
 
 # Tokens a forward takes at once: enough rows for full-speed matrix products, few enough that the activations
@@ -69,6 +69,7 @@ class Samples:
     ) -> None:
         named = dict(given) if isinstance(given, Mapping) else {TOKENS: given}
         named |= {} if mask is None else {MASK: mask}
+        check_tensors(named)
         if TOKENS in named:
             _check_tokens(named[TOKENS], named.get(MASK))
             named[TOKENS] = named[TOKENS].to(torch.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "Blocks",
+    "adapters",
     "check_unshared",
     "evaluating",
     "find_blocks",
@@ -22,9 +23,11 @@ __all__ = [
 
 import contextlib
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +121,12 @@ def _widths(blocks: nn.ModuleList) -> frozenset[int]:
     shapes = [set(shape) for block in blocks for shape in products_of(block)]
     counts = Counter(size for shape in shapes for size in shape)
     return frozenset(size for size, count in counts.items() if count > len(shapes) / 2)
+
+
+def adapters(model: nn.Module) -> list[Any]:
+    """peft's layers inside a model; none if peft was never imported."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return [m for m in model.modules() if isinstance(m, peft.BaseTunerLayer)] if peft else []
 
 
 def staying_dense(model: nn.Module, blocks: Blocks) -> list[str]:

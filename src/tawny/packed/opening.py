@@ -7,9 +7,10 @@ out with a weight that no file holds: transformers would fill it with random num
 
 from __future__ import annotations
 
-__all__ = ["load", "loaded_bytes", "open_checkpoint", "open_stack"]
+__all__ = ["load", "loaded_bytes", "open_checkpoint", "open_stack", "without_bars"]
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def open_stack(
     dtype = compute or forward_dtype(device)
     checkpoint.zero_biases = bool(changes)
     return Stack(open_skeleton(folder, dtype, changes), checkpoint, dtype, device)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers and the hub draw no bars: stderr belongs to our own progress."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @opens_models

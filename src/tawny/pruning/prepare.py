@@ -26,7 +26,7 @@ from tawny.model.couplings import Coupling, couple
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.source import resolve
 from tawny.model.stack import Stack, live_stack
-from tawny.model.structure import predicts_tokens, staying_dense
+from tawny.model.structure import adapters, predicts_tokens, staying_dense
 from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
@@ -289,6 +289,11 @@ def _check_live(recipe: Recipe, stack: Stack) -> None:
     if any(isinstance(module, PackedLinear) for module in stack.model.modules()):
         raise ModelError(
             f"the live {type(stack.model).__name__} is packed: what is packed is not pruned or profiled; load the dense model"
+        )
+    if adapters(stack.model):
+        raise ModelError(
+            f"the live {type(stack.model).__name__} carries adapters of peft, whose factors are no weights to prune: "
+            "merge_and_unload() them first"
         )
     own = str(stack.compute).removeprefix("torch.")
     compute = None if recipe.compute == "auto" else recipe.compute

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 __all__ = ["prune"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,14 @@ def prune(
     overwrite: bool = False,
     memory: str | int | None = None,
     tokenizer: Any = None,
-    calibration: Tensor | tuple[Tensor, Tensor] | Samples | str | list[str] | None = None,
+    calibration: Tensor
+    | tuple[Tensor, Tensor]
+    | Mapping[str, Tensor]
+    | Samples
+    | str
+    | Path
+    | Sequence[str | Path]
+    | None = None,
     author: str | Path | None = None,
     trust_remote_code: bool = False,
     **keys: Any,

@@ -39,7 +39,7 @@ from tawny.errors import (
 from tawny.evaluation.sources import author_of
 from tawny.kernels.native import kernel_name
 from tawny.machine import device_name, machine, peak_memory, versions
-from tawny.model.identity import code_identity, model_identity, tensor_digest, tokens_identity
+from tawny.model.identity import code_identity, model_identity, own_code, tensor_digest, tokens_identity
 from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, revision_of
 from tawny.model.stack import TOKENS, Stack
@@ -171,6 +171,8 @@ def open_session(
     leaving = ExitStack()
     try:
         _check_shared(recipe, ranks)
+        if isinstance(source, nn.Module):  # forwards compare models, and write text, before the first block
+            leaving.enter_context(evaluating(source))
         job = prepare(recipe, source, progress, ranks.device, changes=purpose.changes)
         purpose.check(job)
         if place_to_write is not None:
@@ -238,24 +240,32 @@ def open_session(
     except LostProcess as error:
         raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
     except KeyboardInterrupt as error:
-        changed = len(record.linears) if isinstance(source, nn.Module) else 0
-        left = f"the source is untouched and {_kept(journal)}"
-        if changed:
-            left = f"{changed} linears of the live model are pruned already: load it anew"
+        left = _changed(source, record) or f"the source is untouched and {_kept(journal)}"
         raise Interrupted(f"stopped by Ctrl-C; {left}") from error
-    except NumericalError:  # fails again: there is nothing to go on with
+    except NumericalError as error:  # fails again: there is nothing to go on with
         if begun and target is not None:
             target.discard()
+        if changed := _changed(source, record):
+            error.add_note(changed)
         raise
-    except UserError:  # a full disk, a file out of reach: that can be mended
+    except UserError as error:  # a full disk, a file out of reach: that can be mended
         if begun and journal.has_progress:
             progress.say(f"{_kept(journal)}, once it can")
+        if changed := _changed(source, record):
+            error.add_note(changed)
         raise
     finally:
         ranks.deafen()
         leaving.close()
         if target is not None:
             target.release() if journal.has_progress or (journal.found and not begun) else target.discard()
+
+
+def _changed(source: str | Path | nn.Module, record: Record) -> str:
+    """What a run that ended early did to a live model, or ""."""
+    if not isinstance(source, nn.Module) or not record.linears:
+        return ""
+    return f"{len(record.linears)} linears of the live model are pruned already: load it anew"
 
 
 def open_output(out: Path, overwrite: bool, source: str | Path | nn.Module) -> OpensPlace:
@@ -343,7 +353,7 @@ def _identify(job: Job, journal: Journal, ranks: Ranks, record: Record) -> None:
         return
     journal.require("recipe", record.recipe)
     journal.require("model", model_identity(job.folder))
-    journal.require("code", code_identity())
+    journal.require("code", code_identity() | own_code(job.allocator, job.solver))
     here = {key: record.machine[key] for key in ("cpu", "threads")}
     here |= {"processes": ranks.size, "kernel": kernel_name(), "compute": record.compute}
     if job.stack.device.type == "cuda":

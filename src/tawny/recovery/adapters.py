@@ -6,20 +6,13 @@ sparsity of 0 % (`lora-reprune` in benchmarks/results/recovery.json). Here the p
 
 from __future__ import annotations
 
-__all__ = ["adapters", "mask_adapter"]
+__all__ = ["mask_adapter"]
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-
-def adapters(model: nn.Module) -> list[Any]:
-    """peft's layers inside a model; none if peft was never imported."""
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    return [m for m in model.modules() if isinstance(m, peft.BaseTunerLayer)] if peft else []
 
 
 def mask_adapter(layer: Any, alive: Callable[[], Callable[[Tensor], Tensor] | None]) -> Callable[[], None]:

@@ -168,7 +168,7 @@ def read(
         check_given("text", text)
         about: dict[str, Any] = {"name": "tokens"}
         name, shares = "the tokens given", [1.0]
-        parts = [_parted(Samples(text).tokens, settings.eval_windows, held_out is not None)]
+        parts = [_parted(Samples(text).tokens.cpu(), settings.eval_windows, held_out is not None)]
     else:
         loaded = load_texts(settings.text, "calibration", tokenizer, own)
         tokens = [tokenise(one, tokenizer, settings.bos, around=around) for one in loaded.texts]
@@ -185,7 +185,7 @@ def read(
         held_out = torch.cat(kept)[interleaved([len(one) for one in kept])]
     each = [windows for windows, _ in parts]
     _check_held_out(held_out, int(each[0].shape[1]))
-    held_out = held_out[: settings.eval_windows]
+    held_out = held_out[: settings.eval_windows].cpu()
     count = sum(map(len, each))
     if count < settings.batch:
         raise TextError(
@@ -246,7 +246,7 @@ def read_given(settings: Recovery, given: Samples, held_out: Samples | None) -> 
         )
     held_out = held_out.first(settings.eval_windows)
     both = Samples(
-        {name: torch.cat([value, held_out.inputs[name]]) for name, value in given.inputs.items()},
+        {name: torch.cat([value.cpu(), held_out.inputs[name].cpu()]) for name, value in given.inputs.items()},
         seqlen=given.seqlen,
     )
     about = {

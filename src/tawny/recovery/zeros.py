@@ -33,7 +33,8 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from tawny.errors import ModelError
-from tawny.recovery.adapters import adapters, mask_adapter
+from tawny.model.structure import adapters
+from tawny.recovery.adapters import mask_adapter
 from tawny.recovery.sharding import here
 
 
