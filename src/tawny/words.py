@@ -16,11 +16,12 @@ __all__ = [
     "score_text",
     "share_text",
     "size",
+    "unique_ends",
 ]
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Metrics of tasks that are shares of the questions.
@@ -45,6 +46,19 @@ def size(count: float) -> str:
     while count >= 999.5 and len(units) > 1:
         count, units = count / 1000, units[1:]
     return f"{count:.0f} {units[0]}" if count >= 99.5 or units[0] == "B" else f"{count:.3g} {units[0]}"
+
+
+def unique_ends(names: Sequence[str]) -> list[str]:
+    """Of each dotted name as few of its last parts as no other name ends with."""
+    parts = [name.split(".") for name in names]
+
+    def end(own: list[str]) -> str:
+        others = [each for each in parts if each != own]
+        counts = range(1, len(own) + 1)
+        alone = (n for n in counts if all(each[-n:] != own[-n:] for each in others))
+        return ".".join(own[-next(alone, len(own)) :])
+
+    return [end(own) for own in parts]
 
 
 def percent(share: float, digits: int = 2) -> str:

@@ -407,3 +407,40 @@ def test_a_full_disk_under_the_teachers_hidden_states_is_told_in_a_line(pair, tm
     monkeypatch.setattr(Teacher, "_walk", full)
     with pytest.raises(OutputError, match="disk is full"):
         recover_pair(pair, tmp_path / "out")
+
+
+def values_of(folder):
+    return {one["values"] for one in json.loads((folder / INDEX).read_text())["linears"].values()}
+
+
+def test_norms_keep_the_grid_that_a_recovery_before_trained_for(pair, tmp_path):
+    recover_pair(pair, tmp_path / "int4", values="int4", tokens=24 * 4)
+    recover_pair(pair, tmp_path / "norms", source=tmp_path / "int4", train="norms", tokens=24 * 4)
+    recover_pair(pair, tmp_path / "again", source=tmp_path / "norms", train="norms", tokens=24 * 4)
+    tawny.pack(tmp_path / "again", tmp_path / "packed")
+    assert values_of(tmp_path / "packed") == {"int4"}
+    with pytest.raises(RecipeError, match="off the grid of int4"):
+        recover_pair(pair, tmp_path / "lora", source=tmp_path / "again", train="lora")
+
+
+def test_head_and_kind_of_a_recipe_outlive_a_recovery_of_the_dense_folder(pair, tmp_path):
+    solved_for(pair, tmp_path / "solved", {"kind": "int4", "head": "int8"})
+    recover_pair(pair, tmp_path / "out", source=tmp_path / "solved", tokens=24 * 4)
+    tawny.pack(tmp_path / "out", tmp_path / "packed")
+    index = json.loads((tmp_path / "packed" / INDEX).read_text())["linears"]
+    kinds = {("layers" in name, one["values"]) for name, one in index.items()}
+    assert kinds == {(True, "int4"), (False, "int8")}
+
+
+def test_the_record_of_another_kind_names_the_kind_that_was_trained(pair, tmp_path):
+    solved_for(pair, tmp_path / "solved", {"kind": "int4"})
+    recover_pair(pair, tmp_path / "out", source=tmp_path / "solved", values="int6", tokens=24 * 4)
+    assert set(json.loads((tmp_path / "out" / "run.json").read_text())["values"].values()) == {"int6"}
+    assert "int6" in (tmp_path / "out" / "README.md").read_text().partition("# ")[2].partition("\n")[0]
+
+
+def test_a_folder_packed_in_another_kind_than_its_own_several_keeps_that_one(pair, tmp_path):
+    solved_for(pair, tmp_path / "solved", {"mean": 3.5, "of": ["int3", "int4"]})
+    tawny.pack(tmp_path / "solved", tmp_path / "packed", "int8")
+    recover_pair(pair, tmp_path / "out", source=tmp_path / "packed", tokens=24 * 4)
+    assert values_of(tmp_path / "out") == {"int8"}

@@ -23,6 +23,9 @@ def rounded(kinds: list[str], pruned: bool):
     made["packed"] = {"values": kinds[0], "head": "int6", "bytes": 50_000, "source_bytes": 200_000}
     for linear in linears:
         linear["target"] = 0.5 if pruned else 0.0
+        linear["zeros"] *= pruned
+    made["zeros"] *= pruned
+    made["sparsity"] *= pruned
     return made
 
 
@@ -40,6 +43,17 @@ FIT = {
         {"name": "bits by the linear", "bytes": 4_900_000, "bits": 4.41, "kl": 0.125, "kl_stderr": 0.01},
     ],
 }
+
+
+ASKED = {"budget": 5_000_000, "held_out": {"reactions": 4, "deciding": 32, "tokens": 256}}
+
+
+def test_zeros_of_a_model_that_was_pruned_before_are_told():
+    made = rounded(["int4"], False)
+    for linear in made["linears"]:
+        linear["zeros"] = linear["shape"][0] * linear["shape"][1] // 2
+    made["sparsity"] = 0.5
+    assert form_of(made).title == "50.0 % sparse, int4"
 
 
 def test_a_range_of_kinds_goes_by_their_bits():
@@ -77,7 +91,10 @@ def test_bits_are_a_mean_over_weights_not_over_linears():
 def test_a_model_that_lost_no_weight_is_not_called_sparse():
     made = rounded(["int8", "int3"], False)
     card, page = model_card(made), Page(render_report(made))
-    assert ", all by rounding" in card and "on the grid of int3 to int8" in card and "bit mask" not in card
+    assert "0 of " in card and "were removed (0.00%)" in card and "are zero" not in card
+    assert "on the grid of int3 to int8" in card and "bit mask" not in card
+    trained = model_card(made | {"zeros": 9, "recovery": {"settings": {}}}, recovery={"settings": {}})
+    assert ", all by rounding" in trained
     assert "None was removed" in page.text and "were removed" not in page.text
     assert page.all("table", id="heat-bits") and not page.all("table", id="heat-sparsity")
     pruned = Page(render_report(rounded(["int4"], True)))
@@ -93,5 +110,10 @@ def test_the_page_of_a_fit_shows_what_was_compared_and_the_time_of_all():
     assert "1 h 30 min" in page.text and "Not measured" not in model_card(made)
     resumed = Page(render_report(made | {"fit": FIT | {"resumed": 1}}))
     assert "1 h 30 min" not in resumed.text and "to solve what was chosen" in resumed.text
+    told = Page(render_report(made | {"fit": FIT | {"warnings": ["packing took 9 MB"], **ASKED}}))
+    assert "packing took 9 MB" in told.text and "asked for 5 MB" in told.text
+    assert "judged on 32 windows of 256 tokens" in told.text
+    assert "Judged on 32 windows of 256 tokens" in model_card(made | {"fit": FIT | ASKED})
+    assert "Made in 1 h 30 min" in model_card(made)
     del made["fit"]["winner"], made["fit"]["seconds"]  # a folder of an earlier version
     assert "KL from dense 0.1250" in Page(render_report(made)).text

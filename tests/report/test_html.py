@@ -300,3 +300,24 @@ def test_every_prune_writes_its_report_and_it_can_be_made_again(tmp_path):
     file = run["files"]["model.safetensors"]
     weights = tmp_path / "out" / "model.safetensors"
     assert file["bytes"] == weights.stat().st_size and len(file["sha256"]) == 64
+
+
+def test_columns_of_linears_with_the_same_last_name_are_told_apart():
+    made = record()
+    names = {"self_attn.q_proj": "attention.output.dense", "self_attn.k_proj": "intermediate.dense"}
+    for linear in made["linears"]:
+        for old, new in names.items():
+            linear["name"] = linear["name"].replace(old, new)
+    page = Page(render_report(made))
+    assert {"output.dense", "intermediate.dense"} <= set(page.words)
+
+
+def test_training_that_helped_in_some_blocks_is_told_as_that():
+    made = record() | {
+        "refined": [
+            {"best_epoch": 0, "also": [], "before": 1.0, "after": 1.0},
+            {"best_epoch": 2, "also": [], "before": 1.0, "after": 0.5},
+        ]
+    }
+    assert "helped in 1 of 2 blocks" in Page(render_report(made)).text
+    assert "helped in 1 of 2 blocks" in model_card(made)

@@ -121,6 +121,20 @@ def test_members_that_are_zero_already_leave_first():
         assert not solver.choose(coupled, 2).keep[[2, 5]].any()
 
 
+def test_what_was_pruned_before_stays_pruned_and_the_rest_makes_up_for_it():
+    coupled, X = problem(8, 2)
+    gone = torch.rand(coupled.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    coupled.weight[gone] = 0
+    for solver in SOLVERS:
+        made = solver.choose(coupled, 3)
+        assert not made.weight[gone].any()
+    obs = Obs().choose(coupled, 3)
+    plain = torch.zeros_like(obs.weight)
+    kept = coupled.columns[obs.keep].flatten()
+    plain[:, kept] = coupled.weight[:, kept]
+    assert lost(coupled, X, obs.weight, obs.shift) < 0.9 * lost(coupled, X, plain, None)
+
+
 def test_numbers_that_are_not_finite_and_options_out_of_range_are_refused():
     coupled, _ = problem(4, 1)
     coupled.weight[0, 0] = torch.nan

@@ -69,9 +69,10 @@ class Samples:
     ) -> None:
         named = dict(given) if isinstance(given, Mapping) else {TOKENS: given}
         named |= {} if mask is None else {MASK: mask}
-        check_tensors(named)
         if TOKENS in named:
             _check_tokens(named[TOKENS], named.get(MASK))
+        check_tensors(named)
+        if TOKENS in named:
             named[TOKENS] = named[TOKENS].to(torch.int64)
             seqlen = int(named[TOKENS].shape[1])
         if seqlen is None or len({len(value) for value in named.values()}) != 1:

@@ -393,9 +393,12 @@ def solved_for(folder: Path) -> tuple[Values, dict[str, str]]:
     """The values that a folder was pruned or recovered for, and each linear's kind, as far as `run.json` says so."""
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        trained = (run.get("recovery") or {}).get("settings", {})
+        trained = (run.get("recovery") or {}).get("grid") or {}
+        trained = trained or (run.get("recovery") or {}).get("settings", {})
         if trained.get("values"):  # `tawny recover` trained through another grid, or through the same
-            return Values(trained["values"], trained.get("group_size")), {}
+            ends = (run.get("recipe") or {}).get("values") or {}
+            head, embedding = ends.get("head"), ends.get("embedding")
+            return Values(trained["values"], trained.get("group_size"), head=head, embedding=embedding), {}
         values, kinds = load_recipe(folder / "run.json").values, run.get("values") or {}
     except (RecipeError, OSError, ValueError, AttributeError):
         return Values(), {}

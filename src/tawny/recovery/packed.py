@@ -21,6 +21,7 @@ from tawny.model.identity import source_identity, tensor_digest
 from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer
 from tawny.packed.convert import pack, solved_for, unpack
+from tawny.packed.folder import PackedFolder
 from tawny.progress import Progress
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
@@ -84,13 +85,21 @@ def check_factors(settings: Recovery, kinds: Iterable[str], what: str) -> None:
         )
 
 
+def _is_packed_as_solved(folder: Path) -> bool:
+    """Whether each linear of a packed folder has the kind that it was solved for."""
+    packed, (_, kinds) = PackedFolder(folder), solved_for(folder)
+    return all(packed.linears[name].values == kind for name, kind in kinds.items() if name in packed.linears)
+
+
 def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. Integers are trained through their grid."""
     settings, progress, overwrite = request.settings, request.progress, request.overwrite
     check_values(settings, folder)
     kind = _packing(folder)
     group, few = kind.get("group"), kind_of(kind["values"]).bits < 8
-    several = several_kinds(settings, folder, progress)  # else all linears have one
+    # Else all linears have one.
+    as_solved = _is_packed_as_solved(folder)
+    several = several_kinds(settings, folder, progress) if as_solved else {}
     alike = kind_of(kind["values"]).scaled and (few or group is None) and not several
     if alike and settings.trains_survivors:
         settings = Recovery.make(settings, values=kind["values"], group_size=group)
@@ -119,7 +128,7 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         record.source, record.out = str(request.source), str(out)
         draw(record, after, progress)
         # What has several kinds is packed as its record says, trained through them or left on them.
-        untrained = not settings.trains_survivors and kind["values"] in solved_for(folder)[0].of
+        untrained = not settings.trains_survivors and bool(solved_for(folder)[0].of) and as_solved
         values, group = (None, None) if several or untrained else (kind["values"], kind.get("group"))
         ends: dict[str, Any] = {key: kind.get(key) for key in ("head", "embedding")}
         pack(after, packed, values, group, **ends, overwrite=True, progress=progress)

@@ -32,7 +32,7 @@ from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.output import OutputFolder, check_place, spare, unfinished
 from tawny.model.resumable import WorkFolder
-from tawny.model.source import resolve
+from tawny.model.source import resolve, revision_of
 from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.record import RecoveryRecord
@@ -221,6 +221,8 @@ def tell_run(
         # Of those that pruning chose; training knows all of the model's.
         run["zeros"] = sum(entry["zeros"] for entry in run["linears"])
         run["sparsity"] = run["zeros"] / max(1, run["prunable"])
+    if kind := record.settings.get("values"):
+        run["values"] = {entry["name"]: kind for entry in run.get("linears", [])}
     _put_run(folder, run, record, run.get("rounded") or {})
 
 
@@ -239,6 +241,7 @@ def retell(
         run["out"] = record.out
         if source is not None:
             run["source"] = source
+            run["revision"] = "" if base is None else revision_of(base)
         # Nothing is known of it where another version made the folder on the way.
         _put_run(folder, run, record, run.get("recovery", {}).get("rounded", run.get("rounded") or {}))
     if run is not None and base is not None:
@@ -257,9 +260,14 @@ def _run_of(folder: Path) -> dict[str, Any] | None:
 
 def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord, rounded: Mapping[str, Any]) -> None:
     """Put the summary of a recovery into `run.json`; `rounded` is how the model was when the recovery measured it."""
-    told = record.to_dict()
+    told, earlier = record.to_dict(), run.get("recovery") or {}
     run["recovery"] = finite({key: told[key] for key in _SUMMARY})
     run["recovery"]["rounded"] = dict(rounded)
+    if (
+        record.settings.get("train") == "norms"
+    ):  # weights stay on the grid that an earlier recovery trained them for
+        trained = earlier.get("grid") or earlier.get("settings", {})
+        run["recovery"]["grid"] = {key: trained.get(key) for key in ("values", "group_size")}
     _put(folder / _RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
 

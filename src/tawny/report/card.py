@@ -9,7 +9,9 @@ from __future__ import annotations
 __all__ = [
     "CARD",
     "ENDS",
+    "afterwards",
     "front_matter",
+    "judged_on",
     "model_card",
     "opening",
     "packed_note",
@@ -170,33 +172,38 @@ def recovery_words(recovery: Mapping[str, Any], how: str = "Trained after prunin
 
 def _what(record: Mapping[str, Any], form: Form, recovered: bool) -> str:
     recipe = record["recipe"]
+    # Of a grid, only what was removed is counted, until a recovery counts all zeros.
+    went = "were removed" if form.kinds and not recovered else "are zero"
     zeros = (
-        f"{record['zeros']:,} of {record['prunable']:,} prunable weights are zero ({record['sparsity']:.2%})"
+        f"{record['zeros']:,} of {record['prunable']:,} prunable weights {went} ({record['sparsity']:.2%})"
     )
     if whole_kind(record) == "blocks":
         how = choice_of_blocks(record, mark="`")
     elif form.pruned:
         how = f"Allocated by `{recipe['allocator']['name']}`, solved by `{recipe['solver']['name']}`, pattern `{recipe['pattern']}`"
     else:
-        zeros += ", all by rounding" if record["zeros"] else ""
+        zeros += ", all by rounding" if recovered and record["zeros"] else ""
         how = f"Solved by `{recipe['solver']['name']}`"
     if form.kinds:
         how += f", on the grid of {range_of(form.kinds.values())} ({form.bits:.2f} bits each)"
+    if then := afterwards(record):
+        how += f"; the survivors were {then}"
     return (
-        f"{zeros}; the model has {record['parameters']:,} parameters in all. {how}{_afterwards(record)}. "
+        f"{zeros}; the model has {record['parameters']:,} parameters in all. {how}. "
         f"{_untouched(record, recovered)}"
     ).rstrip()
 
 
-def _afterwards(record: Mapping[str, Any]) -> str:
-    """What was done to the survivors once the mask was chosen."""
+def afterwards(record: Mapping[str, Any]) -> str:
+    """What was done to the survivors once the mask was chosen, behind "were"; "" if nothing was."""
     steps = ["refitted by least squares"] if record["recipe"].get("refit") else []
-    if record.get("refined"):
-        epochs = record["recipe"]["refine"]["epochs"]
+    if made := record.get("refined"):
+        better = sum(block["best_epoch"] > 0 for block in made)
         steps.append(
-            f"trained block by block for {epochs} epoch{'s' * (epochs != 1)} to give the dense outputs"
+            f"trained block by block to give the dense outputs, which helped in {better} of {len(made)} blocks and was kept "
+            "there"
         )
-    return f"; the survivors were {' and '.join(steps)}" if steps else ""
+    return " and ".join(steps)
 
 
 def _untouched(record: Mapping[str, Any], recovered: bool) -> str:
@@ -294,6 +301,14 @@ def _rounded(record: Mapping[str, Any], what: str) -> str:
     return f" {what} measured before it was rounded to {', '.join(parts)}."
 
 
+def judged_on(fit: Mapping[str, Any]) -> str:
+    """The windows that the finalists of a fit were compared on; "" in a record that does not say."""
+    held = fit.get("held_out") or {}
+    if not held.get("deciding"):
+        return ""
+    return f"{held['deciding']} windows of {held['tokens']:,} tokens held out of the calibration text"
+
+
 def _fit(fit: Mapping[str, Any]) -> str:
     """What the model was chosen from, where `tawny fit` made it."""
     rows = ["| | bytes | bits a weight | KL from dense |", "|---|---|---|---|"]
@@ -303,6 +318,7 @@ def _fit(fit: Mapping[str, Any]) -> str:
     table = "\n".join(rows)
     speed = fit["speed"]
     aim, more = ("speed", [f"Assumed: {speed['assumes']}"]) if speed else ("size", [])
+    more += [f"Judged on {judged}"] if (judged := judged_on(fit)) else []
     more += [each for each in (fit["refined"], *fit["warnings"]) if each]
     told = "".join(f"\n\n{_inline(line[0].upper() + line[1:])}." for line in more)
     return f"## Chosen for its {aim}\n\n{_inline(fit['says'])}; {_inline(fit['zeros'])}.\n\n{table}{told}"
@@ -323,6 +339,9 @@ def _trace(record: Mapping[str, Any]) -> str:
         lines.append("No calibration text was needed.")
     if record.get("revision"):
         lines.append(f"Base model at revision `{record['revision']}`.")
+    fit = record.get("fit") or {}
+    if fit.get("seconds") and not fit.get("resumed"):  # of a fit that went on, the last part alone is known
+        seconds = fit["seconds"]
     spent = duration(seconds.get("total", sum(seconds.values())))
     lines.append(
         f"Made in {spent} with {', '.join(f'{k} {v}' for k, v in record['versions'].items())} on "
@@ -330,7 +349,8 @@ def _trace(record: Mapping[str, Any]) -> str:
     )
     for name, file in record.get("files", {}).items():
         lines.append(f"`{name}`: {size(file['bytes'])}, sha256 `{file['sha256']}`.")
+    what = "Removed" if form_of(record).kinds and not record.get("recovery") else "Sparsity"
     lines.append(
-        f"Sparsity {percent(record['sparsity'])}; every linear's is in `run.json`, drawn in `report.html`."
+        f"{what} {percent(record['sparsity'])}; every linear's is in `run.json`, drawn in `report.html`."
     )
     return "## How it was made\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -39,6 +39,11 @@ class Line:
     cells: tuple[Cell, ...]
 
 
+def _differ(models: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether models have other tokenizers, so that none agrees with the next token of another."""
+    return any("agreement" in model.get("errors", {}) for model in models)
+
+
 def lines_of(result: Mapping[str, Any]) -> list[Line]:
     """Every line that at least one model has a number for."""
     models: Sequence[Mapping[str, Any]] = result["models"]
@@ -58,10 +63,12 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
     add("sparsity", "", lambda m: (m["sparsity"], percent(m["sparsity"])))
     add("files", "", lambda m: (m["file_bytes"], size(m["file_bytes"])), "lower", _times)
     add("resident memory", "", lambda m: (m["resident_bytes"], size(m["resident_bytes"])), "lower", _times)
-    add("perplexity", "", _perplexity, "lower", _times)
     # Where tokenizers differ, perplexities mislead.
-    if any("agreement" in model.get("errors", {}) for model in models):
+    if _differ(models):
+        add("perplexity", "", _perplexity)
         add("bits per byte", "", _bits_per_byte, "lower", _times)
+    else:
+        add("perplexity", "", _perplexity, "lower", _times)
     first = models[0]["name"]
     add(f"KL from {first}", "nats a token", lambda m: _agreed(m, "kl", kl_text), "lower")
     add(f"same next token as {first}", "%", lambda m: _agreed(m, "top1", share_text), "higher")
@@ -176,6 +183,8 @@ def caption(result: Mapping[str, Any]) -> list[str]:
     text = next((m["perplexity"] for m in models if "perplexity" in m), None)
     if text is not None:
         said.append(f"Perplexity on {text['text']}: {text['recipe']}. ± is the standard error over windows.")
+        if _differ(models):
+            said.append("Tokenizers differ, and perplexities with them: compare the bits per byte.")
     features = next((m["features"] for m in models if "features" in m), None)
     if features is not None:
         said.append(

@@ -62,19 +62,21 @@ class DepthRow:
         return [when for when, count in counts.items() if count is not None]
 
 
-def depth_figure(rows: Sequence[DepthRow], *, prefix: str, width: int, target: float, M: float) -> Markup:
+def depth_figure(
+    rows: Sequence[DepthRow], *, prefix: str, width: int, target: float | None, M: float, error: str
+) -> Markup:
     """An inline SVG `width` units wide, made to be shown about that many pixels wide.
 
     Args:
         rows: the blocks, in order.
         prefix: put before every id, so that several pictures fit into one page.
-        target: the sparsity of the whole, drawn as a line.
+        target: the sparsity of the whole, drawn as a line; None where nothing was removed.
         M: multiple of the mean above which a score is an outlier.
+        error: title of the last panel.
     """
-    panels: list[tuple[str, Callable[[Any], None]]] = [
-        ("Sparsity, %", partial(_sparsity, rows=rows, target=target)),
-        ("Error, % of the output lost", partial(_error, rows=rows)),
-    ]
+    panels: list[tuple[str, Callable[[Any], None]]] = [(error, partial(_error, rows=rows))]
+    if target is not None:
+        panels.insert(0, ("Sparsity, %", partial(_sparsity, rows=rows, target=target)))
     if any(row.counted for row in rows):
         panels.insert(0, (f"Outliers, % of weights above {M:g} × the mean", partial(_outliers, rows=rows)))
     limits = (rows[0].block - 0.5, rows[-1].block + 0.5)
@@ -125,6 +127,7 @@ def draw_panels(
         for (title, draw), axis in zip(panels, axes, strict=True):
             draw(axis)
             shown = title if width > 600 else title.partition(until)[0]
+            shown += ", logarithmic" if axis.get_yscale() == "log" else ""
             axis.set_title(shown, loc="left", fontsize="medium", pad=8)
             axis.grid(axis="y", linewidth=0.8)
             axis.set_axisbelow(True)
@@ -142,7 +145,10 @@ def draw_panels(
 def log_scale(axis: Any, values: Sequence[float], ratio: float) -> None:
     """A logarithmic axis where values differ by more than `ratio`; it has no place for zeros."""
     if values and min(values) > 0 and max(values) > ratio * min(values):
+        from matplotlib.ticker import LogLocator
+
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(lambda value, _: "")
 
@@ -190,7 +196,8 @@ def _sparsity(axis: Any, rows: Sequence[DepthRow], target: float) -> None:
     axis.axhline(100 * target, color=PALETTE["soft"], linewidth=1, linestyle=(0, (4, 3)))
     axis.plot(x, values, "o", color=PALETTE["accent"], markersize=4.5)
     spread = max(2.0, *(abs(value - 100 * target) for value in values))
-    axis.set_ylim(100 * target - 1.25 * spread, 100 * target + 1.25 * spread)
+    low, high = 100 * target - 1.25 * spread, 100 * target + 1.25 * spread
+    axis.set_ylim(max(low, -4.0), min(high, 104.0))
 
 
 def _error(axis: Any, rows: Sequence[DepthRow]) -> None:

@@ -26,11 +26,11 @@ from markupsafe import Markup
 from tawny.kinds import KINDS, kind_of, range_of
 from tawny.recipe.files import dump_yaml
 from tawny.record import measured_numbers
-from tawny.report.card import ENDS, opening, recovery_words, rounded_since
+from tawny.report.card import ENDS, afterwards, judged_on, opening, recovery_words, rounded_since
 from tawny.report.figures import WIDTHS, DepthRow, depth_figure
 from tawny.report.form import Form, choice_of_blocks, form_of, samples_shown, whole_kind
 from tawny.report.pages import render, write_beside
-from tawny.words import begun, duration, kl_text, percent, perplexity_text, size
+from tawny.words import begun, duration, kl_text, percent, perplexity_text, size, unique_ends
 
 NAME = "report.html"
 _PHASES = {
@@ -73,12 +73,12 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         len(set(form.kinds.values())) > 1
     )
     heat += [_heat(record["linears"], "sparsity", "Sparsity, %", _linear_scale)] * form.pruned
-    heat.append(_heat(record["linears"], "error", "Error, % of the output lost", _log_scale))
+    heat.append(_heat(record["linears"], "error", error_title(record["linears"]), _log_scale))
     return {
         "title": f"{_name(record)}, {form.title}",
         "summary": _summary(record, form),
         "tiles": _tiles(record, form),
-        "warnings": record["warnings"],
+        "warnings": [*record["warnings"], *(record.get("fit") or {}).get("warnings", [])],
         "asked": _asked(record, form),
         "M": f"{M:g}",
         "blocks": blocks,
@@ -94,6 +94,7 @@ def _view(record: Mapping[str, Any]) -> dict[str, Any]:
         "comparison": _comparison(record),
         "generated": record.get("generated", []),
         "phases": _phases(record["seconds"]),
+        "cost": "To solve what was chosen" if record.get("fit") else "Time and memory",
         "memory": _memory(record),
         "load": opening(record, repr(str(record["out"] or "DIR"))),
         "command": _command(record),
@@ -123,6 +124,8 @@ def _summary(record: Mapping[str, Any], form: Form) -> str:
         text += f", pattern {recipe['pattern']}." if ":" in str(recipe["pattern"]) else "."
     else:
         text = f"{recipe['solver']['name']} solved {record['prunable']:,} weights of {blocks} blocks{grid}. None was removed."
+    if then := afterwards(record):
+        text += f" The survivors were {then}."
     return f"{text} {recovery_words(record['recovery'])}" if record.get("recovery") else text
 
 
@@ -200,6 +203,9 @@ def _fit(fit: Mapping[str, Any]) -> dict[str, Any] | None:
     if not fit:
         return None
     facts = [("chosen", fit["says"]), ("zeros", fit["zeros"])]
+    if fit.get("budget") and not fit["speed"]:
+        facts.insert(0, ("asked for", size(fit["budget"])))
+    facts += [("judged on", judged)] if (judged := judged_on(fit)) else []
     facts += [("refined", fit["refined"])] if fit["refined"] else []
     facts += [("assumed", fit["speed"]["assumes"])] if fit["speed"] else []
     rows = [
@@ -271,7 +277,14 @@ def depth_of(record: Mapping[str, Any], *, width: int, prefix: str = "depth") ->
     """The picture of a record: outliers, sparsity and error over depth."""
     M = record.get("outlier_M") or 5.0
     rows = _blocks(record, M)
-    return depth_figure(rows, prefix=prefix, width=width, target=record["sparsity"], M=M)
+    return depth_figure(
+        rows,
+        prefix=prefix,
+        width=width,
+        target=record["sparsity"] if form_of(record).pruned else None,
+        M=M,
+        error=error_title(record["linears"]),
+    )
 
 
 # --- linears ---------------------------------------------------------------------------------------------
@@ -307,7 +320,10 @@ def _heat(
     parts = [role.split(".") for role in roles]
     columns = zip(*(each[:-1] for each in parts), strict=False)
     common = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))  # the path of the blocks
-    heads = [{"name": ".".join(each[common:]), "short": each[-1]} for each in parts]
+    heads = [
+        {"name": ".".join(each[common:]), "short": short}
+        for each, short in zip(parts, unique_ends(roles), strict=True)
+    ]
     return {"key": key, "title": title, "roles": heads, "rows": rows}
 
 
@@ -336,6 +352,12 @@ def _error_kind(linears: Sequence[Mapping[str, Any]]) -> str:
         "weights": "of the weights alone; no inputs were seen",
     }
     return "; ".join(words.get(kind, kind) for kind in dict.fromkeys(x["error_kind"] for x in linears))
+
+
+def error_title(linears: Sequence[Mapping[str, Any]]) -> str:
+    """What the errors are shares of; those of a block are the mean of its linears'."""
+    alone = all(x["error_kind"] == "weights" for x in linears)
+    return "Error of linears, % of the weights lost" if alone else "Error of linears, % of their output lost"
 
 
 # --- numbers ---------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tawny.words import unique_ends
+
 # Okabe and Ito's colours, told apart by every kind of eye, without the yellow that paper swallows; markers and dashes
 # repeat what the colour says, for prints in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#44AA99")
@@ -114,7 +116,7 @@ def _draw_bits(axes: Any, roles: Mapping[str, Mapping[str, Sequence[float | None
             told = f"{number:.3g}" + (f"\n−{zeros:.0%}" if zeros else "")
             style = {"fontsize": 5.5 if zeros else 7, "color": "white" if number > 5 else "black"}
             axes.text(x, y, told, ha="center", va="center", **style)
-    axes.set_yticks(range(len(roles)), [name.rpartition(".")[2] for name in roles])
+    axes.set_yticks(range(len(roles)), unique_ends(list(roles)))
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.figure.colorbar(drawn, ax=axes, label="bits of a survivor", extend="max", shrink=0.8)

@@ -196,7 +196,7 @@ def finish(
     beside = folder.with_suffix(".yaml")
     if beside.exists():
         shutil.copyfile(beside, folder / ALLOCATION)
-    _own(folder, output, told)
+    _own(folder, output, told, record.memory_before)
     for suffix in (".png", ".svg"):
         path = folder / f"fit{suffix}"
         or_say(path, partial(plot_fit, told, path), session.progress)
@@ -209,7 +209,7 @@ def finish(
     return fitted
 
 
-def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any]) -> None:
+def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any], memory_before: int) -> None:
     """Let record and recipe name what will be there, and let record, card and page tell of the fit."""
     path = folder / "run.json"
     plain = json.loads(path.read_text(encoding="utf-8"))
@@ -226,11 +226,13 @@ def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any]) -> None:
         "lead",
         "lead_stderr",
         "finalists",
+        "held_out",
         "warnings",
         "seconds",
         "resumed",
     )
     plain |= {"out": str(output.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
+    plain |= {"peak_memory": told["peak_memory"], "memory_before": memory_before}
     write_beside(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
     write_beside(folder / "recipe.yaml", dump_recipe(Recipe.from_mapping(plain["recipe"])))
     refresh(folder)

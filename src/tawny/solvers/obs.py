@@ -25,8 +25,10 @@ from torch import Tensor
 from tawny.calibration.statistics import Needs
 from tawny.errors import NumericalError, check_option
 from tawny.solvers.base import input_hessian, require_finite
+from tawny.solvers.grid import ACCIDENTS
 from tawny.solvers.inverse import invert, with_damping
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, input_moments
+from tawny.solvers.refit import refit
 
 __all__ = ["Obs"]
 
@@ -81,6 +83,10 @@ class Obs(MemberSolver):
         if removed:
             factor_KK = torch.linalg.cholesky(H_II[kept_K][:, kept_K])
             weight_OI[:, kept_K] = torch.cholesky_solve((W_OI @ H_II[:, kept_K]).T, factor_KK).T
+            if int((W_OI == 0).sum()) > ACCIDENTS * W_OI.numel():  # what was pruned before stays pruned
+                free_OI = torch.zeros_like(W_OI, dtype=torch.bool)
+                free_OI[:, kept_K] = W_OI[:, kept_K] != 0
+                weight_OI, _ = refit(W_OI, free_OI, H_II, start=weight_OI, damp=0.0)
         else:
             weight_OI.copy_(W_OI)
         require_finite(weight_OI, "pruned weight")
