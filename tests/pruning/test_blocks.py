@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tawny
 from tawny.errors import ModelError, RecipeError
+from tawny.pruning import blocks as blocks_module
 from tests.reference import blocks
 from tests.tiny import tiny_model, tokens
 
@@ -110,3 +112,13 @@ def test_what_cannot_leave_is_refused_in_one_line():
     ):
         with pytest.raises((ModelError, RecipeError), match=said):
             tawny.prune(tiny_model(family), **KEYS, **keys)
+
+
+def test_a_block_that_still_fits_leaves_where_a_better_one_is_too_large():
+    """A small dense block among large ones of experts: 36 are wanted, and 60 are nearer to that than none."""
+    solver = SimpleNamespace(again=0)
+    session = SimpleNamespace(job=SimpleNamespace(block_solver=solver))
+    found = {"gone": [], "scores": [[0, 0.9], [1, 0.1], [2, 0.2]], "over": False}
+    made = blocks_module._next(session, {0: 60, 1: 100, 2: 100}, 36.0, found)
+    assert made["gone"] == [0] and not made["over"]
+    assert blocks_module._next(session, {0: 60, 1: 100, 2: 100}, 36.0, made)["over"]

@@ -535,3 +535,37 @@ def test_the_verb_shows_a_fit_in_both_forms(dense, fitted, tmp_path, run, monkey
     words = ("fit", dense, "--bits", 9, "--out", tmp_path / "x", "--calibration", "wiki")
     assert json.loads(run(*words, "--json")[1])["winner"] == fitted.winner
     assert fitted.winner in " ".join(run(*words)[1].split())
+
+
+def test_a_linear_that_breaks_the_model_down_costs_the_others_nothing():
+    """It is measured alone, and its block and role are measured without it."""
+    names = [f"{block}.{role}" for block in range(4) for role in ("q", "up", "down")]
+    linears = [SimpleNamespace(name=name, block=int(name[0])) for name in names]
+    true = {name: 0.001 * (1 + number) for number, name in enumerate(names)} | {"1.down": math.inf}
+
+    def divergence(sets, _):
+        return [sum(true[n] for n, level in zip(names, each, strict=True) if level) for each in sets]
+
+    divergence.held_out = [0]
+    asked = type("Asked", (), {"held_out": [0], "__call__": staticmethod(divergence)})()
+    measures = {
+        name: SimpleNamespace(whole=true[name] if math.isfinite(true[name]) else 50.0) for name in names
+    }
+    session = SimpleNamespace(job=SimpleNamespace(linears=linears), progress=silent)
+    found = measuring.react(session, asked, measures)
+    for name in names:
+        if name != "1.down":
+            assert found[name] == pytest.approx(true[name], rel=0.2)
+    assert found["1.down"] >= 10
+
+
+def test_a_linear_that_is_sparse_already_runs_as_one_with_a_mask():
+    info = SimpleNamespace(numel=1000)
+    pace = SimpleNamespace(slower={"int4@0.0": 1.0, "int4@0.5": 2.0, "int4@0.7": 3.0})
+    sizes = SimpleNamespace(linear=lambda info, sparsity, kind, group, zeros, far: 10)
+    read = fit_speed.ReadPerToken(sizes, pace)
+    costs = [
+        read.linear(info, sparsity, "int4", zeros=zeros)
+        for sparsity, zeros in [(0, 0), (0, 5), (0, 600), (0.5, 0), (0.5, 800)]
+    ]
+    assert costs == [10, 10, 20, 20, 30]

@@ -92,6 +92,19 @@ def test_equal_experts_of_a_block_lose_equally_many():
     assert len(seen) > 2
 
 
+def test_experts_that_were_given_unequal_shares_lose_their_mean():
+    experts = tuple(
+        LinearInfo(f"b0.experts.{n}.{role}", (100, 16), 0, coupling=f"b0.experts.{n}.down", members=100)
+        for n in range(4)
+        for role in ("up", "down")
+    )
+    space = make_member_space(experts + linears(2, 16, 2, 100)[4:], 0.5, 11)
+    wish = {x.name: 0.5 for x in space.linears}
+    for n, share in enumerate((0.8, 0.4, 0.4, 0.4)):
+        wish |= {f"b0.experts.{n}.{role}": share for role in ("up", "down")}
+    assert space.within(wish) == space.within(dict.fromkeys(wish, 0.5))
+
+
 def test_where_nothing_can_come_back_nothing_moves():
     for infos, target in ((linears(2, 16, 3, 60), 0.0), (linears(1, 16, 1, 1), 0.0)):
         space = make_member_space(infos, target, 7)

@@ -81,12 +81,15 @@ def _next(session: Session, sizes: dict[int, int], wanted: float, found: dict[st
     if len(stay) == 1 or left < min(sizes[index] for index in stay) / 2:
         return over
     order = sorted(stay, key=lambda index: (scores.get(index, 0.0), index))
-    if not scores or solver.again:
-        order = order[: solver.again] if scores else order
+    small = [
+        index for index in order if left >= sizes[index] / 2
+    ]  # others would take the model past the budget
+    if not scores:
         scores |= _apart(session, gone, order)
-    best = min(order, key=lambda index: (scores[index], index))
-    if left < sizes[best] / 2:
-        return over
+    elif solver.again:
+        small = small[: solver.again]
+        scores |= _apart(session, gone, small)
+    best = min(small, key=lambda index: (scores[index], index))
     return {"gone": [*gone, best], "scores": sorted(map(list, scores.items())), "over": False}
 
 

@@ -47,7 +47,7 @@ def form_of(record: Mapping[str, Any]) -> Form:
     total = sum(size[name] for name in kinds if name in size)
     bits = sum(size[name] * kind_of(kind).bits for name, kind in kinds.items() if name in size)
     # Until a recovery counts what is rounded to 0, too, zeros beside kinds were removed, now or before this run.
-    removed = not record.get("recovery") and any(x["zeros"] > 0 for x in linears)
+    removed = not record.get("recovery") and any(x.get("zeros") for x in linears)
     pruned = not kinds or removed or any(x["target"] > 0 for x in linears)
     return Form(record["sparsity"], pruned, kinds, bits / total if total else 0.0)
 

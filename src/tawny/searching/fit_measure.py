@@ -176,11 +176,11 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
     block = {x.name: x.block for x in linears}
     role = {x.name: re.sub(r"\d+", "*", x.name) for x in linears}
     sets: dict[tuple[str, Any], tuple[int, ...]] = {}
-    for key in dict.fromkeys(("block", each) for each in block.values()):
-        sets[key] = tuple(PROBED * (x.block == key[1]) for x in linears)
-    for named in dict.fromkeys(("role", each) for each in role.values()):
-        sets[named] = tuple(PROBED * (role[x.name] == named[1]) for x in linears)
     alone = far_from_role({name: measured.whole for name, measured in measures.items()}, role)
+    for key in dict.fromkeys(("block", each) for each in block.values()):
+        sets[key] = tuple(PROBED * (x.block == key[1] and x.name not in alone) for x in linears)
+    for named in dict.fromkeys(("role", each) for each in role.values()):
+        sets[named] = tuple(PROBED * (role[x.name] == named[1] and x.name not in alone) for x in linears)
     for name in alone:
         sets["linear", name] = tuple(PROBED * (x.name == name) for x in linears)
     order = sorted(set(sets.values()))
@@ -198,9 +198,6 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
         for key, levels in sets.items()
     }
     own = {name: known["linear", name] for name in alone}
-    for name, value in own.items():
-        known["block", block[name]] = max(0.0, known["block", block[name]] - value)
-        known["role", role[name]] = max(0.0, known["role", role[name]] - value)
     others = reactions(
         {name: measured.whole for name, measured in measures.items() if name not in own},
         block,

@@ -29,7 +29,8 @@ from tawny.packed.format import PackedTensor
 from tawny.packed.linear import DenseLinear, PackedLinear
 from tawny.progress import Progress
 from tawny.searching.fit_bytes import PackedSize
-from tawny.searching.fit_measure import Level, levels
+from tawny.searching.fit_measure import SPARSITIES, Level, levels
+from tawny.solvers.grid import ACCIDENTS
 
 _STREAMED = 256_000_000  # bytes that no cache holds
 _WEIGHTS = 1 << 20  # of the matrix whose copies are multiplied
@@ -183,7 +184,10 @@ class ReadPerToken:
         zeros: int = 0,
         far: bool = False,
     ) -> float:
-        slower = self._pace.slower[_key(Level(sparsity, kind))]
+        # A weight that is sparse already is packed with a mask, whatever is removed.
+        held = zeros / info.numel if zeros > ACCIDENTS * info.numel else 0.0
+        run_as = max(s for s in SPARSITIES if s <= max(sparsity, held))
+        slower = self._pace.slower[_key(Level(run_as, kind))]
         return slower * self._sizes.linear(info, sparsity, kind, group, zeros, far)
 
     def of_head(self, kind: str | None) -> float:

@@ -123,14 +123,18 @@ class MemberSpace(Levelled):
     def nearest(self, allocation: Allocation) -> Levels:
         """The levels that follow an allocation most closely within the budget."""
         wishes = [
-            (allocation[self.linears[unit.places[0]].name] * unit.members - unit.base) / unit.step
-            for unit in self.units
+            (self._share(allocation, unit) * unit.members - unit.base) / unit.step for unit in self.units
         ]
         levels = [
             max(unit.low, min(unit.high, round(wish))) for unit, wish in zip(self.units, wishes, strict=True)
         ]
         low, high = [unit.low for unit in self.units], [unit.high for unit in self.units]
         return self._of_linears(repaired(levels, wishes, self._steps, low, high))
+
+    def _share(self, allocation: Allocation, unit: _Unit) -> float:
+        """What an allocation takes of a unit: equal experts may be given unequal shares."""
+        parts = [self.linears[place] for place in unit.places]
+        return sum(allocation[x.name] * x.numel for x in parts) / sum(x.numel for x in parts)
 
     def mutated(self, levels: Levels, chance: random.Random) -> Levels:
         """One to three couplings move by a level, and others, by chance, so that the budget is met again."""
