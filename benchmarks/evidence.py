@@ -157,6 +157,7 @@ def cell(args: argparse.Namespace, name: str, texts: dict[str, str]) -> dict[str
             "perplexity": against.perplexity.perplexity,
             "stderr": against.perplexity.stderr,
             "kl": against.kl,
+            "kl_stderr": against.kl_stderr,
             "top1": against.top1,
         }
     # A recovery keeps the record of its pruning, with another peak.

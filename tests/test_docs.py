@@ -124,8 +124,12 @@ def test_the_study_of_owl_answers_each_question_from_its_cells(readme):
 
 
 def test_the_first_table_says_in_rows_what_the_results_say(readme):
-    def cell(wiki, code):
-        texts = {"wiki": {"perplexity": wiki}, "other": {}, "code": {"perplexity": code}}
+    def cell(wiki, code, unsure=0.1):
+        texts = {
+            "wiki": {"perplexity": wiki, "stderr": unsure * wiki},
+            "other": {},
+            "code": {"perplexity": code, "stderr": 0.1 * code},
+        }
         return {"bytes": 4e9, "decode_tokens_per_second": 5.0, "texts": texts}
 
     evidence = {
@@ -133,7 +137,7 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
         "cells": {
             "dense": cell(10.0, 5.0),
             "official-owl-sparsegpt-70:0.5": cell(18.0, 8.0),
-            "official-owl-sparsegpt-70:0.6": cell(30.0, 15.0),
+            "official-owl-sparsegpt-70:0.6": cell(30.0, 15.0, unsure=0.4),
             "fast:0.5": cell(15.0, 7.0),
             "fast:0.5:int8": cell(15.0, 7.0) | {"bytes": 1.3e9, "decode_tokens_per_second": 16.5},
             "fast:0.6": cell(25.0, 11.0),
@@ -181,7 +185,7 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     }
     made = readme["glance"](evidence, recovery, decode, frontier).splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ", 1)[1] for line in made if line.startswith("| ")}
-    assert rows["| OWL and SparseGPT, as their authors run them"] == "1.80, 1.60 | 3.00, 3.00 |"
+    assert rows["| OWL and SparseGPT, as their authors run them"] == "1.80, 1.60 | 3.0 ± 1.2, 3.00 |"
     assert rows["| `tawny prune`"] == "1.50, 1.40 | 2.50, 2.20 |"
     assert "| `tawny prune -c best`" not in rows  # not measured
     assert rows["| `tawny prune -c best`, then 40 minutes of `tawny recover`"] == "1.20, 1.10 | – |"

@@ -24,7 +24,8 @@ def evidence(result: Mapping[str, Any]) -> str:
     limits = sorted({cell["limit"] for cell in cells.values() if "limit" in cell})
     lines = [
         f"Calibration: {setting['samples']} × {setting['seqlen']} tokens, half wiki and half code. Measured on {setting['windows']} windows of "
-        f"{setting['eval_seqlen']} tokens of each text. × is of the dense model.\n",
+        f"{setting['eval_seqlen']} tokens of each text. × is of the dense model, with its standard "
+        "error where that is more than a fifth.\n",
         f"| | file | {' | '.join(heads)} | KL on {texts[0]} | KL on {texts[-1]} | {'seven tasks | ' if limits else ''}decode, tokens/s "
         "| prefill, tokens/s | made in | peak memory |",
         f"|---|---|{'---|' * len(texts)}---|---|{'---|' if limits else ''}---|---|---|---|",
@@ -32,9 +33,8 @@ def evidence(result: Mapping[str, Any]) -> str:
     for name, cell in cells.items():
         quality = []
         for text in texts:
-            value = cell["texts"][text]["perplexity"]
-            shown = f"{value:.2f}" if name == "dense" else f"{value / dense[text]['perplexity']:.2f}"
-            quality.append(shown)
+            found = cell["texts"][text]
+            quality.append(f"{found['perplexity']:.2f}" if name == "dense" else times(found, dense[text]))
         kl = [
             f"{cell['texts'][text]['kl']:.3f}" if name != "dense" else "0" for text in (texts[0], texts[-1])
         ]
@@ -56,6 +56,12 @@ def evidence(result: Mapping[str, Any]) -> str:
         f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads but where one is said, beside other work. One seed.{tasks} Dates stand in the file.</sub>\n"
     )
     return "\n".join(lines)
+
+
+def times(found: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """A perplexity as a multiple of the dense one, with its standard error where that is more than a fifth of it."""
+    ratio, share = found["perplexity"] / dense["perplexity"], found["stderr"] / found["perplexity"]
+    return f"{ratio:.2f}" if share <= 0.2 else f"{ratio:.1f} ± {ratio * share:.1f}"
 
 
 def _named(name: str) -> str:

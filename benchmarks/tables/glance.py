@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tables.evidence import times
 from tables.shared import SHAPE_NAMES
 from tables.speed import baseline_of, speed
 from tawny.words import kl_text
@@ -56,11 +57,7 @@ def glance(
 
     def quality(cell: Mapping[str, Any]) -> str:
         """On the first text and on the last."""
-        lost = (
-            cell["texts"][text]["perplexity"] / dense["texts"][text]["perplexity"]
-            for text in (texts[0], texts[-1])
-        )
-        return ", ".join(f"{times:.2f}" for times in lost)
+        return ", ".join(times(cell["texts"][text], dense["texts"][text]) for text in (texts[0], texts[-1]))
 
     def size(cell: Mapping[str, Any]) -> str:
         return f"{cell['bytes'] / 1e9:.2f} GB"

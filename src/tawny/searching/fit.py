@@ -7,7 +7,7 @@
 3. Up to four finalists are pruned and packed like any other model (fit_finalists.py): zeros and bits for each linear, bits alone for each
    linear, and the best of the uniform ones that fit. What each linear gets is an allocation file, so the recipe of the
    winner makes it again.
-4. They are compared on held-out text that took no part so far. The nearest to the dense model wins; uniform wins ties
+4. They are compared on held-out text that took no part so far. The nearest to the dense model wins; of equals uniform wins
    (fit_result.py).
 
 The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text.
@@ -250,7 +250,7 @@ def _fit(
     lead, stderr = lead_over_uniform(finalists, rows, winner)
     others = [rows[i] for i in order[1:]]
     ahead, unsure = apart(rows[winner], others[0]) if others else (0.0, 0.0)
-    if ahead < unsure:
+    if ahead < 2 * unsure:
         warnings.append(
             f"{len(deciding)} windows of {deciding.shape[1]} held-out tokens do not tell the first two finalists apart: "
             f"{ahead:.5f} ± {unsure:.5f} nats a token; give a longer text, or more fit.deciding"
