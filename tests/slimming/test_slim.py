@@ -12,6 +12,7 @@ import tawny
 from tawny.errors import ModelError
 from tawny.model import own_blocks
 from tawny.progress import Silent
+from tawny.report.card import front_matter
 from tests.tiny import FAMILIES, tiny_model, tokens, with_outliers
 
 KEYS = {"sparsity": 0.3, "pattern": "channels+heads"}
@@ -309,3 +310,22 @@ def test_what_cannot_spend_a_budget_in_a_pattern_says_so_in_one_line(dense, tmp_
         code, _, err = run(verb, dense, "--out", tmp_path / "found.yaml", *more)
         assert code == 2 and err.count("error:") == 1 and said in err, err
         assert not (tmp_path / "found.yaml").exists()
+
+
+def test_the_card_keeps_licence_and_base_model_and_a_kind_is_told(dense, tmp_path):
+    """Of what is pruned again, the card would else be without them."""
+    (dense / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/base\n---\n\n# Dense\n")
+    pruned(dense, tmp_path / "pruned")
+    run = json.loads((tmp_path / "pruned" / "run.json").read_text())
+    run["recovery"] = {"settings": {"values": "int8"}}  # as `tawny recover --values int8` tells
+    (tmp_path / "pruned" / "run.json").write_text(json.dumps(run))
+    said = []
+    progress = Silent()
+    progress.say = said.append
+    tawny.slim(tmp_path / "pruned", tmp_path / "slim", progress=progress)
+    card = (tmp_path / "slim" / "README.md").read_text()
+    assert front_matter(card)["license"] == "apache-2.0" and front_matter(card)["base_model"] == "org/base"
+    assert "# slim\n" in card and "parameters are left" in card
+    assert any("was solved for int8" in line and "--values" in line for line in said)
+    tawny.prune(tmp_path / "slim", tmp_path / "again", sparsity=0.5, solver="magnitude", allocator="uniform")
+    assert front_matter((tmp_path / "again" / "README.md").read_text())["license"] == "apache-2.0"

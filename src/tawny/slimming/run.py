@@ -32,10 +32,12 @@ from tawny.model.source import resolve
 from tawny.model.stack import Stack
 from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
+from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress, silent
 from tawny.slimming.depth import renumbered
 from tawny.slimming.widths import config_of_block, described, key_of_text, settings_of_block
+from tawny.words import size
 
 # transformers multiplies experts together only where a row is whole times 16 bytes: 8 numbers of two bytes.
 _ALIGNED = 8
@@ -131,10 +133,30 @@ def slim(
             seconds=round(time.perf_counter() - started, 3),
         )
         output.write_text("slim.json", json.dumps(report.to_dict(), indent=2) + "\n")
+        output.write_text("README.md", _card(folder, report))
+        if kinds := solved_for(folder)[0].names:
+            progress.say(
+                f"{source} was solved for {', '.join(kinds)}: give `tawny pack` that as --values, it reads no record here"
+            )
         output.finish()
     finally:
         output.discard()
     return report
+
+
+def _card(folder: Path, report: Slimmed) -> str:
+    """What was cut, behind the metadata of the source's card: its licence and its base model are those of the result."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    front = text[: text.find("\n---\n", 4) + 5] if text.startswith("---\n") else ""
+    blocks = f", {len(report.dropped)} blocks among them" if report.dropped else ""
+    opens = "transformers" if report.same_widths else "`tawny.load`"
+    return (
+        f"{front}\n# {Path(report.out).name}\n\n"
+        f"`tawny slim` cut out what was zero in {Path(report.source).name}{blocks}: {report.parameters:,} of "
+        f"{report.source_parameters:,} parameters are left ({size(report.bytes)} of {size(report.source_bytes)}). "
+        f"{opens} opens it. `slim.json` holds the widths.\n"
+    ).lstrip("\n")
 
 
 def _cut(
