@@ -562,10 +562,38 @@ def test_a_linear_that_breaks_the_model_down_costs_the_others_nothing():
 def test_a_linear_that_is_sparse_already_runs_as_one_with_a_mask():
     info = SimpleNamespace(numel=1000)
     pace = SimpleNamespace(slower={"int4@0.0": 1.0, "int4@0.5": 2.0, "int4@0.7": 3.0})
-    sizes = SimpleNamespace(linear=lambda info, sparsity, kind, group, zeros, far: 10)
+    sizes = SimpleNamespace(linear=lambda *_: 10)
     read = fit_speed.ReadPerToken(sizes, pace)
     costs = [
         read.linear(info, sparsity, "int4", zeros=zeros)
         for sparsity, zeros in [(0, 0), (0, 5), (0, 600), (0.5, 0), (0.5, 800)]
     ]
     assert costs == [10, 10, 20, 20, 30]
+
+
+@pytest.mark.parametrize(("kind", "zero_rows"), [("int4", 0), ("int3", 0), ("int2", 0), ("int2", 3)])
+def test_bytes_of_masks_are_kept_only_where_a_kind_rounds_enough_to_zero(kind, zero_rows, tmp_path):
+    """Else a part of the size that was asked for is never spent."""
+    model = tiny_model("llama", dtype=torch.bfloat16, **SHAPE)
+    for linear in (x for x in model.model.layers.modules() if isinstance(x, torch.nn.Linear)):
+        linear.weight.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        linear.weight.data[:zero_rows] = 0
+    model.save_pretrained(tmp_path / "dense")
+    recipe = resolve_recipe(
+        {"allocator": "uniform", "solver": "magnitude", "sparsity": 0.0}, values={"kind": kind}
+    )
+    job = prepare(recipe, tmp_path / "dense", silent, "cpu")
+    tawny.prune(tmp_path / "dense", tmp_path / "pruned", recipe=recipe)
+    tawny.pack(tmp_path / "pruned", tmp_path / "packed")
+    pruned = tawny.load(tmp_path / "pruned")
+    sizes, planned, reserved = PackedSize(job), 0, 0
+    for x in job.linears:
+        rounds = float((pruned.get_submodule(x.name).weight == 0).float().mean())
+        zeros = zero_rows * x.shape[1]
+        planned += sizes.linear(x, 0.0, kind, zeros=zeros, rounds=rounds)
+        reserved += sizes.linear(x, 0.0, kind, zeros=zeros)
+    rest = sizes.rest + sizes.of_head(None) + sizes.of_embedding(None)
+    packed = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    packed += (tmp_path / "packed" / INDEX).stat().st_size
+    assert packed <= rest + planned <= rest + reserved
+    assert (planned < 0.97 * reserved) == (kind in ("int4", "int3"))

@@ -60,6 +60,7 @@ from tawny.solvers.grid import Grid, best_scales, largest, project, refit_scales
 VERSION = 4
 READABLE = (1, 2, 3, 4)
 MOVED = ("int4", "int3")
+COINCIDENCE = 1e-3  # share of zeros up to which a grid without 0 may move them
 _ON_GRID = 0.5  # share of groups that rounding in 16 bits hides at most; of weights that were not solved it is nearly all
 _LIKELY = 16  # tries that find nearly all groups of a weight that was solved for int8
 _LOOKED_AT = 1 << 14  # weights that tell whether all were solved on the grid
@@ -150,7 +151,7 @@ def cheaper_whole(density: float, values: str) -> bool:
     A grid without zero moves them by half a step. One in a thousand is a coincidence; more are a mask, and are kept.
     """
     kind = KINDS[values]
-    least = 1e-3 if kind.scaled and 0 not in kind.grid else 1 / kind.bits
+    least = COINCIDENCE if kind.scaled and 0 not in kind.grid else 1 / kind.bits
     return 1 - density < least
 
 

@@ -33,6 +33,7 @@ from tawny.pruning.prepare import Job
 from tawny.solvers.grid import ACCIDENTS
 
 _SHARD = "packed-00001-of-00001.safetensors"
+_NEARLY = 0.85  # a solve moves the share of zeros that rounding makes
 _REST = 2048  # metadata, shards, and the padding of headers
 
 
@@ -111,18 +112,23 @@ class PackedSize:
         group: int | None = None,
         zeros: int = 0,
         far: bool = False,
+        rounds: float = 1.0,
     ) -> int:
         """Bytes of one linear and of what names it; an integer that rounds to 0 may make it a little smaller.
 
         Args:
             zeros: that the weight has already; more than a few are kept.
             far: scales of a row may lie too far apart for eight bits.
+            rounds: share of the weights that the kind rounds to 0; 1 where that is not known.
         """
         removed = removed_count(info.numel, sparsity)
         if zeros > ACCIDENTS * info.numel:
             removed = max(removed, zeros)
         kept = info.numel - removed
-        return self._packed(info.name, info.shape, kept, kind, group, self._sources[info.name], far=far)
+        few = zeros / info.numel if 0 not in KINDS[kind].grid else rounds
+        return self._packed(
+            info.name, info.shape, kept, kind, group, self._sources[info.name], far=far, rounds=few
+        )
 
     def of_embedding(self, kind: str | None) -> int:
         """Bytes of an embedding that shares no weight with the head; None leaves it as it is."""
@@ -148,6 +154,7 @@ class PackedSize:
         sources: Sequence[str],
         embedding: str | None = None,
         far: bool = False,
+        rounds: float | None = None,
     ) -> int:
         numel = shape[0] * shape[1]
         whole = format.cheaper_whole(kept / numel, kind)
@@ -166,10 +173,14 @@ class PackedSize:
             whole,
             KINDS[kind].bits < 8 and not far,
         )
-        if not whole or KINDS[kind].bits == 8 or 0 not in KINDS[kind].grid:
+        if not whole or KINDS[kind].bits == 8:
             return self._weighs(entry)
-        # So many weights may be rounded to 0 that they get a mask.
-        masked = replace(entry, nnz=numel - numel // KINDS[kind].bits, whole=False)
+        # So many weights may become 0 that they get a mask: by rounding, or in rows that are 0 where a grid has none.
+        least = 1 / KINDS[kind].bits if 0 in KINDS[kind].grid else format.COINCIDENCE
+        likely = float(0 in KINDS[kind].grid) if rounds is None else rounds
+        if likely < _NEARLY * least:
+            return self._weighs(entry)
+        masked = replace(entry, nnz=numel - math.ceil(least * numel), whole=False)
         return max(self._weighs(entry), self._weighs(masked))
 
     def _weighs(self, entry: PackedLinearEntry) -> int:

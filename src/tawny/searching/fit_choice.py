@@ -94,7 +94,8 @@ class Table:
 
     def _takes(self, limit: Limit, x: LinearInfo, level: Level, group: int | None = None) -> float:
         found = self.found.measures[x.name]
-        return limit.linear(x, level.sparsity, level.kind, group, found.had, found.far)
+        rounds = found.rounds.get(level.kind, 1.0)
+        return limit.linear(x, level.sparsity, level.kind, group, found.had, found.far, rounds)
 
     def _ends(self, limit: Limit, head: str | None, embedding: str | None) -> float:
         return limit.of_head(head) + limit.of_embedding(embedding or head)

@@ -32,7 +32,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -57,6 +57,7 @@ from tawny.searching.fit_bytes import PackedSize
 from tawny.searching.levels import WALK, LevelStore, key_of
 from tawny.searching.rehearsal import rehearsing
 from tawny.solvers.base import Solution, on_grid, reconstruction_error
+from tawny.solvers.grid import largest
 from tawny.solvers.wanda import Wanda
 
 KINDS_TRIED = tuple(sorted((kind.name for kind in scaled_kinds()), key=lambda name: -KINDS[name].bits))
@@ -65,6 +66,7 @@ PROBE = "int4"  # far enough from the dense model to be measured, near enough fo
 PROBED = 1  # its number in the store
 _ROWS = 96  # of a linear that are solved at each level; up to twice as many where they are few
 TOGETHER = 8  # models that go through the blocks together, and the most linears that are measured alone
+_APART = 96  # times the smallest group of a row: 2⁷ is what eight bits hold, and a solve moves scales
 _FAR = 4  # times the median error of its role, or a share of it
 
 
@@ -90,7 +92,8 @@ class Measures:
         zeros: by sparsity.
         whole: of the probe, on all rows.
         had: zeros of the weight as it came, a number.
-        far: a group dwarfs others of its row, so scales take 16 bits (`Grid.suiting`).
+        far: groups of a row lie so far apart that scales take, or may take, 16 bits (`Grid.suiting`, kernels/scales.py).
+        rounds: by kind, the share of weights that are rounded to 0; empty where an earlier version measured.
     """
 
     bits: Mapping[str, float]
@@ -98,6 +101,7 @@ class Measures:
     whole: float
     had: int
     far: bool
+    rounds: Mapping[str, float] = field(default_factory=dict)
 
     def relative(self, level: Level) -> float:
         """The error of a level, as a multiple of the probe's."""
@@ -158,7 +162,11 @@ def _rounded(
         return on_grid(Solution(W, kept), values.grid(kind).suiting(W_OI), known).weight
 
     block.session.progress.detail(f"rounding {linear.name}", 0, 0)
-    bits = {kind: reconstruction_error(W_RI, rounded(W_RI, kind), H_II) for kind in KINDS_TRIED}
+    bits, rounds = {}, {}
+    for kind in KINDS_TRIED:
+        made = rounded(W_RI, kind)
+        bits[kind] = reconstruction_error(W_RI, made, H_II)
+        rounds[kind] = float((made == 0).float().mean())
     zeros = {
         str(share): reconstruction_error(W_RI, Wanda().solve(W_RI, known, job.pattern, share).weight, H_II)
         for share in SPARSITIES
@@ -166,8 +174,12 @@ def _rounded(
     }
     probe_OI = rounded(W_OI, PROBE)
     whole, had = reconstruction_error(W_OI, probe_OI, H_II), int((W_OI == 0).sum())
-    far = values.grid(PROBE).suiting(W_OI).long
-    return {"bits": bits, "zeros": zeros, "whole": whole, "had": had, "far": far}, probe_OI
+    grid = values.grid(PROBE).suiting(W_OI)
+    ends_OS = largest(W_OI, grid).abs()
+    low_O = ends_OS.where(ends_OS > 0, torch.inf).amin(1)
+    far = grid.long or bool((ends_OS.amax(1) > _APART * low_O).any())
+    told = {"bits": bits, "zeros": zeros, "whole": whole, "had": had, "far": far, "rounds": rounds}
+    return told, probe_OI
 
 
 def react(session: Session, divergence: Divergence, measures: Mapping[str, Measures]) -> dict[str, float]:

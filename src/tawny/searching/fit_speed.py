@@ -183,12 +183,13 @@ class ReadPerToken:
         group: int | None = None,
         zeros: int = 0,
         far: bool = False,
+        rounds: float = 1.0,
     ) -> float:
         # A weight that is sparse already is packed with a mask, whatever is removed.
         held = zeros / info.numel if zeros > ACCIDENTS * info.numel else 0.0
         run_as = max(s for s in SPARSITIES if s <= max(sparsity, held))
         slower = self._pace.slower[_key(Level(run_as, kind))]
-        return slower * self._sizes.linear(info, sparsity, kind, group, zeros, far)
+        return slower * self._sizes.linear(info, sparsity, kind, group, zeros, far, rounds)
 
     def of_head(self, kind: str | None) -> float:
         slower = self._pace.slower[DENSE if kind is None else _key(Level(0.0, kind))]

@@ -73,6 +73,7 @@ class Limit(Protocol):
         group: int | None = None,
         zeros: int = 0,
         far: bool = False,
+        rounds: float = 1.0,
     ) -> float: ...
 
     def of_head(self, kind: str | None) -> float: ...
