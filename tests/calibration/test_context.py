@@ -69,6 +69,10 @@ def test_a_model_with_yarn_is_made_for_the_length_of_its_factor(more, expected):
     rope = {"rope_type": "default", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
     model = tiny_model("llama", max_position_embeddings=128, rope_parameters=rope | more)
     assert context_of(model) == longest_text(model) == expected
+    if more:
+        unsaid = tiny_model("llama", max_position_embeddings=128, rope_parameters=rope | more)
+        unsaid.config.rope_parameters["factor"] = None
+        assert context_of(unsaid) == 128
     named = tiny_model("llama", max_position_embeddings=512, rope_parameters=rope | more)
     assert context_of(named) == 512
 

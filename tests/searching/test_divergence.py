@@ -61,7 +61,9 @@ def test_what_is_known_of_a_window_is_not_measured_again(tmp_path):
     path.write_bytes(whole[:-20])
     cut = Measured(path)
     assert cut.lacking(one, [0, 1, 3]) == (0, 3)
-    cut.prove({"a": 0.5}, float("inf"))
+    cut.prove({"a": 0.5}, float("inf"), [])
+    cut.prove({"a": 0.7}, 0.25, [0.2, 0.3])
+    assert Measured(path).proven({"a": 0.7}) == [0.2, 0.3] and Measured(path).proof({"a": 0.7}) == 0.25
     assert Measured(path).proof({"a": 0.5}) == float("inf") and Measured(path).proof({"a": 0.6}) is None
     assert Measured(path).lacking(one, [1]) == ()
 

@@ -340,6 +340,7 @@ def test_a_proof_is_the_divergence_of_the_model_that_pruning_makes(
         p, q = (model(window[None]).logits.log_softmax(-1) for model in models)
     assert min(proofs) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
     assert f"{len(proofs)} of them pruned in earnest" in found.says
+    assert found.margin_stderr is None  # one window tells nothing of chance
     if found.solver == found.recipe["solver"]["name"]:  # no other one's solutions stood for its own
         # Linears were solved behind uniform blocks: put together from these solutions, uniform is what a run makes.
         assert found.trials[0]["verdict"] == pytest.approx(found.trials[0]["proof"], rel=1e-4)
@@ -379,6 +380,14 @@ def test_a_live_model_is_dense_again_when_a_finalist_breaks_down_and_uniform_win
     broken = [trial["name"] for trial in found.trials if trial["broke_down"]]
     shown = {row["name"] for row in rows if row["proof"] == "broke down"}
     assert broken and shown == set(broken)
+
+
+def test_a_lead_over_uniform_has_an_error_where_several_windows_decide():
+    found = search(tiny_model("llama"), calibration=tokens(40, 24), **{"search.trials": 30})
+    assert found.winner != "uniform" and found.held_out["deciding"] == 8
+    assert found.margin_stderr > 0 and f"{found.margin:.1%} ± {found.margin_stderr:.1%} nearer" in found.says
+    unsure = found.margin < 2 * found.margin_stderr
+    assert any("do not tell the winner from uniform" in line for line in found.warnings) == unsure
 
 
 def test_finalists_can_be_left_out():
@@ -500,7 +509,7 @@ def test_a_sparsity_that_leaves_nothing_to_search_is_said(dense, changes):
 
 def test_a_record_of_broken_models_is_json(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(Divergence, "__call__", lambda self, some, windows: [math.inf] * len(some))
-    monkeypatch.setattr(Divergence, "judge", lambda self, stream, windows: math.inf)
+    monkeypatch.setattr(Divergence, "judge", lambda self, stream, windows: (math.inf, []))
     search(dense, tmp_path / "a.yaml")
     found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert found["margin"] == 0 and found["trials"][0]["divergence"] is None

@@ -312,9 +312,10 @@ def test_what_cannot_spend_a_budget_in_a_pattern_says_so_in_one_line(dense, tmp_
         assert not (tmp_path / "found.yaml").exists()
 
 
-def test_the_card_keeps_licence_and_base_model_and_a_kind_is_told(dense, tmp_path):
+@pytest.mark.parametrize("behind", ["\n\n# Dense\n", "  \n# Dense", ""])
+def test_the_card_keeps_licence_and_base_model_and_a_kind_is_told(dense, tmp_path, behind):
     """Of what is pruned again, the card would else be without them."""
-    (dense / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/base\n---\n\n# Dense\n")
+    (dense / "README.md").write_text(f"---\nlicense: apache-2.0\nbase_model: org/base\n---{behind}")
     pruned(dense, tmp_path / "pruned")
     run = json.loads((tmp_path / "pruned" / "run.json").read_text())
     run["recovery"] = {"settings": {"values": "int8"}}  # as `tawny recover --values int8` tells

@@ -37,7 +37,7 @@ def context_of(model: Any) -> int | None:
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     if said and rope.get("rope_type") == "yarn":
         original = rope.get("original_max_position_embeddings") or said
-        return max(said, int(original * rope.get("factor", 1.0)))
+        return max(said, int(original * (rope.get("factor") or 1.0)))
     return said or _said(model, _ALIBI)
 
 

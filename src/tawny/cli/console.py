@@ -135,7 +135,11 @@ class _Walk:
 
     def left(self) -> str:
         """Steps are alike, so the mean so far is the best guess; nothing is known before the first."""
+        if self.done >= self.total > 0:
+            return ""
         made = self.done - self._kept
+        if not made and self.elapsed > _QUIET_SECONDS:  # steps are short, and not known from before
+            made = self.done
         if self._told is not None:
             left = max(0.0, self._told - time.monotonic())
         elif self.done >= self.total or not made:

@@ -145,6 +145,7 @@ class Worker:
             with opening.ready(self.model) as lock, torch.inference_mode(), opening.threads(self.threads):
                 with lock:  # it tries the model out, through hooks that other forwards must not meet
                     self._scheduler = self._make()
+                    self.places = self._scheduler.count
                 self._started.put(None)
                 while not self._closed:
                     self._listen()

@@ -32,6 +32,8 @@ PACKAGED = "smollm2"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
 _CACHE_FORMAT = 7
+_DECODED = 1 << 24  # weights of a file that are decoded at a time
+_SHARD = 250_000_000  # bytes of a converted file: as many are held until it is written
 # Of Llama 3.1 and later, but for the factor; a GGUF file holds only what comes of it.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -232,7 +234,7 @@ def _refusing(what: str) -> AbstractContextManager[None]:
 def _write_converted(path: Path, folder: Path) -> None:
     import numpy as np
     import torch
-    from gguf import GGUFReader, dequantize
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
@@ -268,17 +270,19 @@ def _write_converted(path: Path, folder: Path) -> None:
     missing: dict[str, set[str]] = {}
     for tensor in reader.tensors:
         missing.setdefault(_target(names, tensor.name), set()).add(tensor.name)
-    writer, fused = ShardWriter(folder), False
+    writer, fused = ShardWriter(folder, _SHARD), False
     for tensor in reader.tensors:
         with _refusing(f"{path} cannot be converted: tensor {tensor.name!r}"):
             result = processor.process(
-                weights=dequantize(tensor.data, tensor.tensor_type),
+                weights=_dequantised(tensor),
                 name=tensor.name,
                 tensor_key_mapping=names,
                 parsed_parameters=parsed,
             )
         if result.name in names:
-            writer.add({names[result.name]: torch.from_numpy(np.array(result.weights)).to(torch.bfloat16)})
+            # Copied only where it is a view of the file.
+            held_RC = np.require(result.weights, requirements=("C", "W", "E"))
+            writer.add({names[result.name]: torch.from_numpy(held_RC).to(torch.bfloat16)})
         # What has no name is kept by the processor.
         elif result.name is not None and tensor.name != "rope_freqs.weight":
             raise CheckpointError(
@@ -315,6 +319,22 @@ def _read_ends(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
     ends = dict.fromkeys(int(fields[name].contents()) for name in names if name in fields)
     if len(ends) > 1:
         config.eos_token_id = list(ends)
+
+
+def _dequantised(tensor: Any) -> Any:
+    """A tensor of the file in float32, some rows at a time: decoding takes several times as much as it gives."""
+    import numpy as np
+    from gguf import dequantize
+
+    data, rows = tensor.data, max(1, len(tensor.data) * _DECODED // max(1, int(tensor.n_elements)))
+    first = dequantize(data[:rows], tensor.tensor_type)
+    if rows >= len(data):
+        return first
+    made = np.empty((len(data), *first.shape[1:]), first.dtype)
+    made[:rows] = first
+    for start in range(rows, len(data), rows):
+        made[start : start + rows] = dequantize(data[start : start + rows], tensor.tensor_type)
+    return made
 
 
 def _target(names: Mapping[str, str], tensor: str) -> str:

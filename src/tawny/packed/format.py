@@ -250,7 +250,7 @@ def _rows(
         if whole:
             return {**made, "values": bits_GBRC.flatten()}
     counts, masks = kept_GBRC.flatten(1).sum(1), bits_to_masks(kept_GBRC)
-    return {**made, "masks": masks, "counts": counts, "values": bits_GBRC[kept_GBRC]}
+    return {**made, "masks": masks, "counts": counts, "values": bits_GBRC.flatten()[kept_GBRC.flatten()]}
 
 
 def _cast(W_OI: Tensor, kind: Kind) -> Tensor:

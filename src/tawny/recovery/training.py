@@ -473,10 +473,11 @@ class Training:
         return total
 
     def _losses(self, windows: list[int]) -> Losses:
-        rows, begun = self.processes.share(windows), time.perf_counter()
+        rows = self.processes.share(windows)
         told = not self.standing.measured and self._ends is None  # a phase of its own
         if self.teacher is not None:
             self._make(rows)
+        begun = time.perf_counter()
         with self.clock("measure"):
             total = Losses()
             size = self.settings.micro_batch or self.settings.batch

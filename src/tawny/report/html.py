@@ -357,7 +357,7 @@ def _error_kind(linears: Sequence[Mapping[str, Any]]) -> str:
 def error_title(linears: Sequence[Mapping[str, Any]]) -> str:
     """What the errors are shares of; those of a block are the mean of its linears'."""
     alone = all(x["error_kind"] == "weights" for x in linears)
-    return "Error of linears, % of the weights lost" if alone else "Error of linears, % of their output lost"
+    return "Linears' error, % of the weights lost" if alone else "Linears' error, % of their output lost"
 
 
 # --- numbers ---------------------------------------------------------------------------------------------

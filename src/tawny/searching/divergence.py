@@ -114,9 +114,10 @@ class Divergence:
             found = self._compare(stream, rows, parts)
             self.measured.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
 
-    def judge(self, stream: Stream, windows: Sequence[int]) -> float:
-        """The score of a model that the numbered windows have gone through: `stream` is behind its last block."""
-        return mean(self._compare(stream, windows, [_Part([0], list(stream.hidden))])[0])
+    def judge(self, stream: Stream, windows: Sequence[int]) -> tuple[float, list[float]]:
+        """The score of a model that the numbered windows have gone through, and on each: `stream` is behind its last block."""
+        found = self._compare(stream, windows, [_Part([0], list(stream.hidden))])[0]
+        return mean(found), [mean([each]) for each in found]
 
     def parts(self) -> list[slice]:
         """The tokens of a window, so many at a time that their logits stay small."""

@@ -28,6 +28,7 @@ from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.report.pages import write_beside
 from tawny.searching.fit_choice import Finalist
+from tawny.searching.measured import lead
 from tawny.words import size
 
 
@@ -128,9 +129,4 @@ def lead_over_uniform(
     uniform = next((row for row in rows if row["uniform"]), None)
     if uniform is None or finalists[winner].uniform is not None or not uniform["kl"]:
         return 0.0, 0.0
-    # A ratio of two means over the same windows: by the delta method, uniform's own error counts with its sign.
-    ours, theirs = (torch.tensor(row["kl_by_window"], dtype=torch.float64) for row in (rows[winner], uniform))
-    kept = float(ours.mean() / theirs.mean())
-    left = ours - kept * theirs
-    stderr = float(left.std()) / math.sqrt(len(left)) / float(theirs.mean()) if len(left) > 1 else 0.0
-    return 1 - kept, stderr
+    return lead(rows[winner]["kl_by_window"], uniform["kl_by_window"])

@@ -7,7 +7,7 @@ mean is the same whether its windows were measured together, apart, or before a 
 
 from __future__ import annotations
 
-__all__ = ["Measured", "Sums", "mean"]
+__all__ = ["Measured", "Sums", "lead", "mean"]
 
 import hashlib
 import json
@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tawny.allocation.profile import Allocation
 from tawny.model.durable import writing
@@ -43,6 +45,18 @@ def mean(parts: Iterable[Sums]) -> float:
     return found if math.isfinite(found) else math.inf
 
 
+def lead(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """How much nearer the first model is than the second, as a share, with the standard error, over the same windows.
+
+    A ratio of two means, by the delta method: what both have in common takes nothing from being sure.
+    """
+    first, second = (torch.tensor(each, dtype=torch.float64) for each in (ours, theirs))
+    kept = float(first.mean() / second.mean())
+    left = first - kept * second
+    stderr = float(left.std()) / math.sqrt(len(left)) / float(second.mean()) if len(left) > 1 else 0.0
+    return 1 - kept, stderr
+
+
 class Measured:
     """Divergences by candidate and window, and the proofs of finalists.
 
@@ -57,6 +71,7 @@ class Measured:
         self.path, self.tokens = path, 0
         self._windows: dict[tuple[str, int], Sums] = {}
         self._proofs: dict[str, float] = {}
+        self._proven: dict[str, list[float]] = {}
         if path is not None and path.exists():
             self._read(path)
 
@@ -84,10 +99,14 @@ class Measured:
         """The divergence of the model that was pruned so, if it has been measured."""
         return self._proofs.get(_key(sorted(allocation.items())))
 
-    def prove(self, allocation: Allocation, score: float) -> None:
+    def proven(self, allocation: Allocation) -> list[float]:
+        """The same on each window; empty where it broke down or an earlier version measured."""
+        return self._proven.get(_key(sorted(allocation.items())), [])
+
+    def prove(self, allocation: Allocation, score: float, by_window: Sequence[float]) -> None:
         key = _key(sorted(allocation.items()))
-        self._proofs[key] = score
-        self._append({"proof": [key, score]})
+        self._proofs[key], self._proven[key] = score, list(by_window)
+        self._append({"proof": [key, score, list(by_window)]})
 
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:
@@ -107,7 +126,8 @@ class Measured:
                 for key, window, tokens, sums in found.get("scores", ()):
                     self._windows[key, window] = Sums(tokens, tuple(sums))
                 if "proof" in found:
-                    self._proofs[found["proof"][0]] = found["proof"][1]
+                    key, self._proofs[key], *rest = found["proof"]
+                    self._proven[key] = rest[0] if rest else []
                 self.tokens = found["tokens"]
                 if not line.endswith(b"\n"):
                     break

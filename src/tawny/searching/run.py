@@ -57,7 +57,7 @@ from tawny.searching.cost import SearchDemand, held_back, searched_windows, solv
 from tawny.searching.divergence import Divergence
 from tawny.searching.evolution import Outcome, Proposal, Trial, evolve
 from tawny.searching.levels import WALK, LevelStore, level_dtype, solve_levels
-from tawny.searching.measured import Measured
+from tawny.searching.measured import Measured, lead
 from tawny.searching.member_space import AnySpace, space_of
 from tawny.searching.output import USE, SearchOutput, open_search
 from tawny.searching.rehearsal import rehearse
@@ -74,6 +74,8 @@ class Found:
         allocation: `{linear: sparsity}`, which meets the budget to the weight.
         winner: what it comes from: an allocator with its strengths, and how often that was refined.
         margin: how much nearer to the dense model than uniform it is, as a share of uniform's divergence.
+        margin_stderr: standard error of the margin over the windows that decided; None where none was proven, or one
+            window decided.
         says: the winner and its margin, in one line.
         cut_short: why not everything was tried, or "".
         trials: everything tried: name, divergence, windows, and for the last few verdict and proof.
@@ -89,6 +91,7 @@ class Found:
     allocation: Allocation
     winner: str
     margin: float
+    margin_stderr: float | None
     says: str
     cut_short: str
     solver: str
@@ -229,17 +232,22 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
             session, space, store, solver=solver, survey=survey, samples=samples, held_out=held_out
         )
         divergence = Divergence(job, store, held_out, solved.hidden, session.progress, measured)
+        before = measured.tokens
         rounds = 2 + math.ceil(settings.trials / settings.offspring)
         session.progress.phase("trying allocations", rounds, "rounds")
-        begun, numbers = time.perf_counter(), itertools.count(1)
+        known, begun, numbers = 0, time.perf_counter(), itertools.count(1)
 
         def step(text: str) -> None:
+            nonlocal known, begun
             if settings.seconds is None:
                 session.progress.step(text)
                 return
-            done = next(numbers)
-            left = (time.perf_counter() - begun) / done * max(0, rounds - done)
-            session.progress.at(done, min(left, max(0.0, settings.seconds - session.clock.elapsed)))
+            done, rest = next(numbers), max(0.0, settings.seconds - session.clock.elapsed)
+            if measured.tokens == before:  # a round that an earlier run measured
+                known, begun = done, time.perf_counter()
+            else:
+                rest = min(rest, (time.perf_counter() - begun) / (done - known) * max(0, rounds - done))
+            session.progress.at(done, rest)
 
         def prove(allocations: Sequence[Allocation], windows: Sequence[int]) -> Iterator[float]:
             unknown = sum(measured.proof(allocation) is None for allocation in allocations)
@@ -247,13 +255,14 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
             for number, allocation in enumerate(allocations, 1):
                 known = measured.proof(allocation)
                 if known is None:
+                    by_window: list[float] = []
                     known = math.inf  # a model that breaks down loses
                     with suppress(NumericalError):
                         name = f"{number} of {len(allocations)}"
                         behind = rehearse(session, allocation, samples, divergence.samples(windows), name)
-                        known = divergence.judge(behind, windows)
+                        known, by_window = divergence.judge(behind, windows)
                         del behind  # its hidden states, before the next walk
-                    measured.prove(allocation, known)
+                    measured.prove(allocation, known, by_window)
                 yield known
 
         def proposals() -> Iterator[Proposal]:
@@ -279,13 +288,23 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
         )
     winner = outcome.winner
     allocation = winner.allocation or space.allocation(winner.levels)  # a proposal is not rounded to levels
+    stderr, warnings = None, list(solved.warnings)
+    proven = [measured.proven(each) for each in (allocation, space.allocation(space.uniform))]
+    if winner is not outcome.uniform and min(map(len, proven)) > 1:
+        _, stderr = lead(*proven)
+        if outcome.margin < 2 * stderr:
+            warnings.append(
+                f"{len(deciding)} windows of {held_out.seqlen} held-out tokens do not tell the winner from uniform: "
+                f"{outcome.margin:.1%} ± {stderr:.1%} nearer; give a longer text, or more search.windows"
+            )
     pictured = _pictured(settings, space, outcome) | {"found": allocation}
     begun = _begun(session)
     return {
         "allocation": allocation,
         "winner": _named(winner),
         "margin": outcome.margin,
-        "says": _says(outcome, space),
+        "margin_stderr": stderr,
+        "says": _says(outcome, space, stderr),
         "cut_short": outcome.cut_short,
         "solver": name_of_solver,
         "levels": dict(zip(("from", "to"), space.reach, strict=True))
@@ -297,7 +316,7 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
         "trials": [_row(trial) for trial in outcome.trials],
         "blocks": {name: block_sparsities(a, solved.profile) for name, a in pictured.items()},
         "profile": list(solved.profile.measures),
-        "warnings": solved.warnings,
+        "warnings": warnings,
     }
 
 
@@ -386,7 +405,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _says(outcome: Outcome, space: AnySpace) -> str:
+def _says(outcome: Outcome, space: AnySpace, stderr: float | None) -> str:
     """The winner and its margin over uniform, in one line."""
     winner, uniform = outcome.winner, outcome.uniform
     tail = f"; {outcome.cut_short}" if outcome.cut_short else ""
@@ -397,7 +416,7 @@ def _says(outcome: Outcome, space: AnySpace) -> str:
     if winner is uniform:
         return f"uniform wins: none of {len(outcome.trials)} allocations came nearer to the dense model{proven}{tail}"
     return (
-        f"{_named(winner)} wins: {outcome.margin:.1%} nearer to the dense model than uniform "
+        f"{_named(winner)} wins: {outcome.margin:.1%}{'' if stderr is None else f' ± {stderr:.1%}'} nearer to the dense model than uniform "
         f"(divergence {winner.last_word:.4f} against {uniform.last_word:.4f} nats a token, "
         f"{len(outcome.trials)} tried{proven}){tail}"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["Slimmed", "slim"]
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -148,7 +149,8 @@ def _card(folder: Path, report: Slimmed) -> str:
     """What was cut, behind the metadata of the source's card: its licence and its base model are those of the result."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    front = text[: text.find("\n---\n", 4) + 5] if text.startswith("---\n") else ""
+    found = re.match(r"---[ \t]*\n.*?\n---[ \t]*(?=\n|\Z)", text, re.DOTALL)
+    front = f"{found[0]}\n" if found else ""
     blocks = f", {len(report.dropped)} blocks among them" if report.dropped else ""
     opens = "transformers" if report.same_widths else "`tawny.load`"
     return (

@@ -83,9 +83,10 @@ class Obs(MemberSolver):
         if removed:
             factor_KK = torch.linalg.cholesky(H_II[kept_K][:, kept_K])
             weight_OI[:, kept_K] = torch.cholesky_solve((W_OI @ H_II[:, kept_K]).T, factor_KK).T
-            if int((W_OI == 0).sum()) > ACCIDENTS * W_OI.numel():  # what was pruned before stays pruned
+            stays_OK = W_OI[:, kept_K] != 0
+            if int((~stays_OK).sum()) > ACCIDENTS * stays_OK.numel():  # what was pruned before stays pruned
                 free_OI = torch.zeros_like(W_OI, dtype=torch.bool)
-                free_OI[:, kept_K] = W_OI[:, kept_K] != 0
+                free_OI[:, kept_K] = stays_OK
                 weight_OI, _ = refit(W_OI, free_OI, H_II, start=weight_OI, damp=0.0)
         else:
             weight_OI.copy_(W_OI)
