@@ -11,7 +11,7 @@ NAMES = {
     "best": "`tawny prune -c best`",
     "sparsegpt": "SparseGPT, uniform",
     "official-owl-sparsegpt-70": "official OWL + SparseGPT",
-    "2:4": "2:4",
+    "2:4": "`tawny prune -p 2:4 -a uniform`",
 }
 
 
