@@ -78,7 +78,7 @@ def glance(
     return (
         "\n".join(lines)
         + f"\n\n<sub>Calibrated on {setting['samples']} × {setting['seqlen']} tokens, half of each, measured on {setting['windows']} × "
-        f"{setting['eval_seqlen']} of each. No calibration saw the measured code. Decoded on two CPU threads; the dense baseline uses our own tuned kernels."
+        f"{setting['eval_seqlen']} of each. No calibration saw the measured code. ± is the standard error, where it is more than a fifth. Decoded on two CPU threads; the dense baseline uses our own tuned kernels."
         f"{_trained(recovery)}{_large_shape(decode['measurements'])}</sub>\n\n{_same_bytes(frontier_qwen)}"
     )
 

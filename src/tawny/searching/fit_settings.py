@@ -118,9 +118,8 @@ class FitDemand:
         phases["packing head and embedding"] = packing
         for name, parts in self.finalist.phases(spill=spill, held=held).items():
             phases[f"finalists, {name}"] = {**parts, "the model that measured": ends}
-        # The dense model, and a finalist whose head and embedding stay packed, in eight bits at most.
-        models = ends + ends // stack.compute.itemsize
-        judging = {"the two models": models, "hidden_states": 2 * self.judged, "logits": 4 * LOGIT_BYTES}
+        # The dense model, and a finalist whose head and embedding are decoded for the walk.
+        judging = {"the two models": 2 * ends, "hidden_states": 2 * self.judged, "logits": 4 * LOGIT_BYTES}
         phases["judging"] = {
             **base,
             "head": stack.late_bytes,
