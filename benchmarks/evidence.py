@@ -98,8 +98,9 @@ def main() -> None:
     if args.speed:
         models = {name: place(args, name) for name in results["cells"]}
         models = {name: path for name, path in models.items() if path.exists()}
-        for name, found in speeds_of(models, args.llama, PROMPT, TOKENS, ROUNDS, args.threads).items():
-            keep(name, found)
+        made = speeds_of(models, args.llama, PROMPT, TOKENS, ROUNDS, args.threads)
+        for name, found in made.items():
+            keep(name, found | {"dense_decode": made["dense"]["decode_tokens_per_second"]})
         return
     for name in args.cells:
         if name.startswith("llama:") and not args.llama:
@@ -160,11 +161,12 @@ def cell(args: argparse.Namespace, name: str, texts: dict[str, str]) -> dict[str
             "kl_stderr": against.kl_stderr,
             "top1": against.top1,
         }
-    # A recovery keeps the record of its pruning, with another peak.
+    # A recovery keeps the record of its pruning, with another peak; what is packed keeps both, and its own is not known.
+    kept = ("sparsity",) if name.count(":") == 2 else ("sparsity", "peak_memory")
     for record in ("run.json", "recover.json"):
         if (folder / record).is_file():
             told = json.loads((folder / record).read_text(encoding="utf-8"))
-            found |= {key: told[key] for key in ("sparsity", "peak_memory")}
+            found |= {key: told[key] for key in kept}
     return found
 
 

@@ -45,6 +45,8 @@ def evidence(result: Mapping[str, Any]) -> str:
             f"{cell[key]:.1f}" if key in cell else "–"
             for key in ("decode_tokens_per_second", "prefill_tokens_per_second")
         ]
+        if name != "dense" and speeds[0] != "–":
+            speeds[0] += f" ({speed_up(cell, cells['dense']):.1f} ×)"
         made = f"{cell['seconds'] / 60:.0f} min" if cell["seconds"] > 30 else "–"
         if made != "–" and cell["measured"]["seconds"]["threads"] == 1:
             made += ", one thread"
@@ -53,9 +55,15 @@ def evidence(result: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(row)} |")
     tasks = f" Tasks: the mean of {limits[-1]} documents each." if limits else ""
     lines.append(
-        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads but where one is said, beside other work. One seed.{tasks} Dates stand in the file.</sub>\n"
+        f"\n<sub>{result['machine']['cpu']}, {result['machine']['threads']} threads but where one is said, beside other work. One seed.{tasks} Decoding × is of the dense model in the same run. Dates stand in the file.</sub>\n"
     )
     return "\n".join(lines)
+
+
+def speed_up(cell: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
+    """Decoding, as a multiple of the dense model in the same run."""
+    key = "decode_tokens_per_second"
+    return float(cell[key] / cell.get("dense_decode", dense[key]))
 
 
 def times(found: Mapping[str, Any], dense: Mapping[str, Any]) -> str:

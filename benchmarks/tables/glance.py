@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tables.evidence import times
+from tables.evidence import speed_up, times
 from tables.shared import SHAPE_NAMES
 from tables.speed import baseline_of, speed
 from tawny.words import kl_text
@@ -62,9 +62,8 @@ def glance(
     def size(cell: Mapping[str, Any]) -> str:
         return f"{cell['bytes'] / 1e9:.2f} GB"
 
-    def speed_up(cell: Mapping[str, Any]) -> str:
-        key = "decode_tokens_per_second"
-        return f"{cell[key] / dense[key]:.1f}" if key in cell else "–"
+    def faster(cell: Mapping[str, Any]) -> str:
+        return f"{speed_up(cell, dense):.1f}" if "decode_tokens_per_second" in cell else "–"
 
     rows = [row(name, pattern, quality) for pattern, name in _MODELS.items()]
     unmeasured = "|" + " – |" * len(_SPARSITIES)
@@ -73,7 +72,7 @@ def glance(
         f"|---|{'---|' * len(_SPARSITIES)}",
         *(shown for shown in rows if not shown.endswith(unmeasured)),
         row(f"file size, packed in int8 (dense: {size(dense)})", _PACKED, size),
-        row("decoding speed, packed in int8, × dense", _PACKED, speed_up),
+        row("decoding speed, packed in int8, × dense", _PACKED, faster),
     ]
     return (
         "\n".join(lines)
