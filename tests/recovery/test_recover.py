@@ -151,65 +151,68 @@ def test_a_slow_teacher_is_asked_for_no_more_than_the_minutes_have_room_for(monk
     assert all(len(rows) == 1 for rows in held_out) and 0 < len(ahead) <= 5 * 4
 
 
+class Timed(Silent):
+    """A clock whose every step takes 0.5 s, and what the last phase was told: when it is, and how long it takes still."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.told, gradients = 0.0, [], Training._gradients
+
+        def trained(training, rows):
+            self.now += 0.5
+            return gradients(training, rows)
+
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(Training, "_gradients", trained)
+        monkeypatch.setattr(training, "time", clock)
+        monkeypatch.setattr("tawny.record.time", clock)
+
+    def phase(self, name, total, unit="blocks"):
+        self.told.clear()
+
+    def at(self, done, left):
+        self.told.append((self.now, left))
+
+
 @pytest.mark.parametrize("seconds", [0.6, 6.0, 60.0])
 def test_time_given_is_time_trained_and_a_tenth_measures(monkeypatch, seconds):
-    """Forwards of a window take 0.1 s, steps 0.5 s: 64 held-out windows would take all of the shorter times."""
+    """Forwards of a window take 0.1 s: 64 held-out windows would take all of the shorter times."""
     dense, pruned = dense_and_pruned()
-    losses, gradients, now, left = Training._losses, Training._gradients, [0.0], []
+    timed, losses = Timed(monkeypatch), Training._losses
 
     def measured(self, windows):
-        now[0] += 0.1 * len(windows)
+        timed.now += 0.1 * len(windows)
         return losses(self, windows)
 
-    def trained(self, rows):
-        now[0] += 0.5
-        return gradients(self, rows)
-
-    class Sees(Silent):
-        def phase(self, name, total, unit="blocks"):
-            left.clear()
-
-        def at(self, done, seconds_left):
-            left.append((seconds_left, now[0]))
-
     monkeypatch.setattr(Training, "_losses", measured)
-    monkeypatch.setattr(Training, "_gradients", trained)
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    keys = {"minutes": seconds / 60, "tokens": "1M", "eval_windows": 64, "eval_every": 2, "progress": Sees()}
+    keys = {"minutes": seconds / 60, "tokens": "1M", "eval_windows": 64, "eval_every": 2, "progress": timed}
     record = recover_live(pruned, dense, text=tokens(24), held_out=tokens(64, seed=1), **keys)
-    measuring = now[0] - 0.5 * record.steps
-    assert record.stopped == "minutes" and now[0] <= max(seconds, 0.7) + 1e-6
+    measuring = timed.now - 0.5 * record.steps
+    assert record.stopped == "minutes" and timed.now <= max(seconds, 0.7) + 1e-6
     assert 0.5 * record.steps >= 0.8 * seconds - 0.5 and record.steps >= 1
     assert measuring <= max(0.1 * seconds, 0.2) + 1e-6, "one window at the start and at the end is the least"
-    assert all(told + when == pytest.approx(seconds) for told, when in left[:-1])
+    assert all(when + left == pytest.approx(seconds) for when, left in timed.told[:-1])
 
 
 def test_the_time_left_of_a_run_by_tokens_is_right_from_the_first_step(monkeypatch):
     dense, pruned = dense_and_pruned()
-    make, gradients, now, told = Teacher.make, Training._gradients, [0.0], []
+    timed, make = Timed(monkeypatch), Teacher.make
 
     def asked(self, rows, progress):
-        now[0] += 0.1 * len(self.missing(rows))
+        timed.now += 0.1 * len(self.missing(rows))
         make(self, rows, progress)
 
-    def trained(self, rows):
-        now[0] += 0.5
-        return gradients(self, rows)
-
-    class Sees(Silent):
-        def phase(self, name, total, unit="blocks"):
-            told.clear()
-
-        def at(self, done, left):
-            told.append(now[0] + left)
-
     monkeypatch.setattr(Teacher, "make", asked)
-    monkeypatch.setattr(Training, "_gradients", trained)
-    clock = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(training, "time", clock)
-    monkeypatch.setattr("tawny.record.time", clock)
-    recover_live(pruned, dense, text=tokens(24), held_out=tokens(4, seed=1), progress=Sees())
-    assert len(told) == 6 and told == pytest.approx([now[0]] * 6)
+    recover_live(pruned, dense, text=tokens(24), held_out=tokens(4, seed=1), progress=timed)
+    assert len(timed.told) == 6
+    assert [when + left for when, left in timed.told] == pytest.approx([timed.now] * 6)
+
+
+def test_minutes_that_outlast_the_tokens_promise_no_longer_run(monkeypatch):
+    dense, pruned = dense_and_pruned()
+    timed = Timed(monkeypatch)
+    recover_live(pruned, dense, text=tokens(24), held_out=tokens(4, seed=1), minutes=600, progress=timed)
+    (_, first), *later = timed.told
+    assert first == 36_000 and max(left for _, left in later) < 60
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -983,26 +986,3 @@ def test_a_folder_packed_in_few_bits_is_trained_through_its_grid(pair, tmp_path)
 def test_few_bits_that_make_no_sense_are_refused(keys, words):
     with pytest.raises(UserError, match=words):
         tawny.Recovery.make(**keys)
-
-
-def test_minutes_that_outlast_the_tokens_promise_no_longer_run(monkeypatch):
-    dense, pruned = dense_and_pruned()
-    gradients, now, left = Training._gradients, [0.0], []
-
-    def trained(self, rows):
-        now[0] += 0.5
-        return gradients(self, rows)
-
-    class Sees(Silent):
-        def phase(self, name, total, unit="blocks"):
-            left.clear()
-
-        def at(self, done, seconds):
-            left.append(seconds)
-
-    monkeypatch.setattr(Training, "_gradients", trained)
-    clock = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(training, "time", clock)
-    monkeypatch.setattr("tawny.record.time", clock)
-    recover_live(pruned, dense, text=tokens(24), held_out=tokens(4, seed=1), minutes=600, progress=Sees())
-    assert left[0] == 36_000 and max(left[1:]) < 60

@@ -393,8 +393,8 @@ def solved_for(folder: Path) -> tuple[Values, dict[str, str]]:
     """The values that a folder was pruned or recovered for, and each linear's kind, as far as `run.json` says so."""
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        trained = (run.get("recovery") or {}).get("grid") or {}
-        trained = trained or (run.get("recovery") or {}).get("settings", {})
+        recovery = run.get("recovery") or {}
+        trained = recovery.get("grid") or recovery.get("settings", {})
         if trained.get("values"):  # `tawny recover` trained through another grid, or through the same
             ends = (run.get("recipe") or {}).get("values") or {}
             head, embedding = ends.get("head"), ends.get("embedding")

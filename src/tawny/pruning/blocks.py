@@ -81,9 +81,8 @@ def _next(session: Session, sizes: dict[int, int], wanted: float, found: dict[st
     if len(stay) == 1 or left < min(sizes[index] for index in stay) / 2:
         return over
     order = sorted(stay, key=lambda index: (scores.get(index, 0.0), index))
-    small = [
-        index for index in order if left >= sizes[index] / 2
-    ]  # others would take the model past the budget
+    # Larger ones would take the model farther past the budget than it is before it.
+    small = [index for index in order if left >= sizes[index] / 2]
     if not scores:
         scores |= _apart(session, gone, order)
     elif solver.again:

@@ -305,7 +305,8 @@ def text_or_tokens(calibration: Any) -> tuple[dict[str, Any], Any]:
     """`calibration` as recipe keys where it names a text or several, and as tokens where it is those."""
     if isinstance(calibration, str | Path):
         return {"calibration.text": str(calibration)}, None
-    if isinstance(calibration, list) and all(isinstance(one, str | Path) for one in calibration):
+    several = isinstance(calibration, list | tuple) and len(calibration) > 0
+    if several and all(isinstance(one, str | Path) for one in calibration):
         return {"calibration.text": [str(one) for one in calibration]}, None
     return {}, calibration
 

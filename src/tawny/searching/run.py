@@ -24,7 +24,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -232,22 +232,8 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
             session, space, store, solver=solver, survey=survey, samples=samples, held_out=held_out
         )
         divergence = Divergence(job, store, held_out, solved.hidden, session.progress, measured)
-        before = measured.tokens
         rounds = 2 + math.ceil(settings.trials / settings.offspring)
         session.progress.phase("trying allocations", rounds, "rounds")
-        known, begun, numbers = 0, time.perf_counter(), itertools.count(1)
-
-        def step(text: str) -> None:
-            nonlocal known, begun
-            if settings.seconds is None:
-                session.progress.step(text)
-                return
-            done, rest = next(numbers), max(0.0, settings.seconds - session.clock.elapsed)
-            if measured.tokens == before:  # a round that an earlier run measured
-                known, begun = done, time.perf_counter()
-            else:
-                rest = min(rest, (time.perf_counter() - begun) / (done - known) * max(0, rounds - done))
-            session.progress.at(done, rest)
 
         def prove(allocations: Sequence[Allocation], windows: Sequence[int]) -> Iterator[float]:
             unknown = sum(measured.proof(allocation) is None for allocation in allocations)
@@ -282,7 +268,7 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
             deciding=deciding or windows,
             seed=recipe.seed,
             stopped=lambda: _over(settings, session.clock.elapsed),
-            step=step,
+            step=_telling(session, settings, measured, rounds),
             prove=prove,
             finalists=settings.finalists,
         )
@@ -318,6 +304,25 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
         "profile": list(solved.profile.measures),
         "warnings": warnings,
     }
+
+
+def _telling(session: Session, settings: Settings, measured: Measured, rounds: int) -> Callable[[str], None]:
+    """What is told after each round: rounds end when time is up, and those that an earlier run measured took none."""
+    if settings.seconds is None:
+        return session.progress.step
+    most, before, numbers = settings.seconds, measured.tokens, itertools.count(1)
+    known, begun = 0, time.perf_counter()
+
+    def step(_: str) -> None:
+        nonlocal known, begun
+        done, left = next(numbers), max(0.0, most - session.clock.elapsed)
+        if measured.tokens == before:
+            known, begun = done, time.perf_counter()
+        else:
+            left = min(left, (time.perf_counter() - begun) / (done - known) * max(0, rounds - done))
+        session.progress.at(done, left)
+
+    return step
 
 
 @contextmanager
