@@ -152,7 +152,7 @@ def _card(folder: Path, report: Slimmed) -> str:
     found = re.match(r"---[ \t]*\n.*?\n---[ \t]*(?=\n|\Z)", text, re.DOTALL)
     front = f"{found[0]}\n" if found else ""
     blocks = f", {len(report.dropped)} blocks among them" if report.dropped else ""
-    opens = "transformers" if report.same_widths else "`tawny.load`"
+    opens = "Plain transformers" if report.same_widths else "`tawny.load`"
     return (
         f"{front}\n# {Path(report.out).name}\n\n"
         f"`tawny slim` cut out what was zero in {Path(report.source).name}{blocks}: {report.parameters:,} of "
