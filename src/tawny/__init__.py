@@ -77,6 +77,11 @@ __all__ = [
 # Module → the public names that live there.
 _NAMES = {
     "tawny.allocation.profile": "Profile",
+    "tawny.choosing.fit": "fit",
+    "tawny.choosing.fit_plan": "FitPlan plan_fit",
+    "tawny.choosing.fit_result": "Fitted",
+    "tawny.choosing.fit_settings": "FitSettings",
+    "tawny.choosing.run": "Found search",
     "tawny.decoding.stream": "Generation Piece generate stream",
     "tawny.errors": "TawnyError UserError",
     "tawny.evaluation.accuracy": "Accuracy accuracy",
@@ -104,11 +109,6 @@ _NAMES = {
     "tawny.recovery.run": "recover",
     "tawny.recovery.settings": "Recovery",
     "tawny.recovery.zeros": "SparsityCallback keep_sparsity merge_adapter",
-    "tawny.searching.fit": "fit",
-    "tawny.searching.fit_plan": "FitPlan plan_fit",
-    "tawny.searching.fit_result": "Fitted",
-    "tawny.searching.fit_settings": "FitSettings",
-    "tawny.searching.run": "Found search",
     "tawny.serving.server": "Server serve",
     "tawny.slimming.run": "Slimmed slim",
 }
@@ -116,6 +116,11 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names.spl
 
 if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
+    from tawny.choosing.fit import fit
+    from tawny.choosing.fit_plan import FitPlan, plan_fit
+    from tawny.choosing.fit_result import Fitted
+    from tawny.choosing.fit_settings import FitSettings
+    from tawny.choosing.run import Found, search
     from tawny.decoding.stream import Generation, Piece, generate, stream
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.accuracy import Accuracy, accuracy
@@ -143,11 +148,6 @@ if TYPE_CHECKING:
     from tawny.recovery.run import recover
     from tawny.recovery.settings import Recovery
     from tawny.recovery.zeros import SparsityCallback, keep_sparsity, merge_adapter
-    from tawny.searching.fit import fit
-    from tawny.searching.fit_plan import FitPlan, plan_fit
-    from tawny.searching.fit_result import Fitted
-    from tawny.searching.fit_settings import FitSettings
-    from tawny.searching.run import Found, search
     from tawny.serving.server import Server, serve
     from tawny.slimming.run import Slimmed, slim
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import tawny
+from tawny.choosing.fit_bytes import PackedSize
 from tawny.packed.folder import PackedFolder
 from tawny.progress import Silent, silent
 from tawny.pruning.prepare import prepare
 from tawny.recipe.schema import Recipe
-from tawny.searching.fit_bytes import PackedSize
 from tests.tiny import tiny_model, tokens
 
 

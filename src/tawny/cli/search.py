@@ -63,7 +63,7 @@ def search(
         recipe, own = given.without(["allocator"], "a search chooses").parted("search.")
         chosen = recipe.recipe(device=device)
         import tawny
-        from tawny.searching.settings import Settings
+        from tawny.choosing.settings import Settings
 
         settings = Settings.make(**{"trials": trials, "budget": budget} | own)
         with console.progress() as progress:

@@ -31,6 +31,7 @@ from tawny.model.streams import Samples
 _DECIDING = (
     "allocation",
     "calibration",
+    "choosing",
     "kernels",
     "kinds.py",
     "model",
@@ -40,7 +41,6 @@ _DECIDING = (
     "patterns.py",
     "precision.py",
     "recipe",
-    "searching",
 )
 _SOURCES = {".py", ".cpp", ".h"}
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tawny.allocation.profile import LinearInfo
+from tawny.choosing.fit_choice import ZEROS_GAIN, Finalist, Table
+from tawny.choosing.fit_measure import Level
 from tawny.kinds import KINDS
 from tawny.machine import peak_memory
 from tawny.model.output import OutputFolder
@@ -27,8 +29,6 @@ from tawny.record import finite
 from tawny.report.pages import or_say, write_beside
 from tawny.report.plot import plot_fit
 from tawny.report.publish import refresh
-from tawny.searching.fit_choice import ZEROS_GAIN, Finalist, Table
-from tawny.searching.fit_measure import Level
 from tawny.words import kl_text, percent, size
 
 ALLOCATION = "allocation.yaml"

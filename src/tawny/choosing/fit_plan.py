@@ -15,6 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tawny.calibration.context import check_context
+from tawny.choosing.fit_bytes import PackedSize
+from tawny.choosing.fit_choice import Finalist, Found, Table
+from tawny.choosing.fit_kept import found_in, read_measured
+from tawny.choosing.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures
+from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits, parted, probes_bytes
+from tawny.choosing.fit_speed import measured_pace
+from tawny.choosing.fit_target import Target, room_for, smallest
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
 from tawny.model.trust import opens_models
@@ -23,13 +30,6 @@ from tawny.pruning.memory_plan import Load, available, parse_size, place
 from tawny.pruning.plan import forward_seconds, load_of, seconds_of
 from tawny.pruning.prepare import Job, notices, prepare
 from tawny.recipe.schema import Recipe
-from tawny.searching.fit_bytes import PackedSize
-from tawny.searching.fit_choice import Finalist, Found, Table
-from tawny.searching.fit_kept import found_in, read_measured
-from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures
-from tawny.searching.fit_settings import FitSettings, demand_of_fit, few_bits, parted, probes_bytes
-from tawny.searching.fit_speed import measured_pace
-from tawny.searching.fit_target import Target, room_for, smallest
 
 # Of a linear's output, as a multiple of what int3 loses; by plain rounding, and by Wanda (docs/log/fit.md, q_proj).
 _BITS = {"int8": 0.006, "int6": 0.024, "int5": 0.095, "int4": 0.24, "int3": 1.0, "int2": 4.85}

@@ -22,20 +22,20 @@ from typing import Any
 import torch
 
 from tawny.allocation.profile import Allocation
+from tawny.choosing.divergence import Divergence
+from tawny.choosing.evolution import evolve
+from tawny.choosing.fit_choice import Finalist, Table
+from tawny.choosing.fit_measure import KINDS_TRIED, TOGETHER, Level
+from tawny.choosing.levels import LevelStore, key_of
+from tawny.choosing.measured import Measured
+from tawny.choosing.rehearsal import rehearsing
+from tawny.choosing.space import Levels
 from tawny.errors import NumericalError
 from tawny.model.durable import writing
 from tawny.model.streams import Samples, Stream
 from tawny.model.tensorfile import TensorWriter
 from tawny.pruning.session import Session
 from tawny.pruning.walk import walk_blocks
-from tawny.searching.divergence import Divergence
-from tawny.searching.evolution import evolve
-from tawny.searching.fit_choice import Finalist, Table
-from tawny.searching.fit_measure import KINDS_TRIED, TOGETHER, Level
-from tawny.searching.levels import LevelStore, key_of
-from tawny.searching.measured import Measured
-from tawny.searching.rehearsal import rehearsing
-from tawny.searching.space import Levels
 from tawny.words import duration
 
 WALK = "refining"  # what the journal calls it

@@ -15,6 +15,11 @@ import yaml
 import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.allocation.profile import Profile
+from tawny.choosing import levels as levels_module
+from tawny.choosing import run as module
+from tawny.choosing.candidates import _BLENDS, allocators_to_try
+from tawny.choosing.divergence import Divergence
+from tawny.choosing.settings import FAMILIES, Settings
 from tawny.cli.search import search_tables
 from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError, TextError
 from tawny.model.streams import Samples, repeated_tokens
@@ -22,11 +27,6 @@ from tawny.progress import Silent
 from tawny.pruning import session as session_module
 from tawny.pruning.block import LoadedBlock
 from tawny.pruning.journal import Journal
-from tawny.searching import levels as levels_module
-from tawny.searching import run as module
-from tawny.searching.candidates import _BLENDS, allocators_to_try
-from tawny.searching.divergence import Divergence
-from tawny.searching.settings import FAMILIES, Settings
 from tawny.solvers import SOLVERS
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike

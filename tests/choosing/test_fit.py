@@ -13,6 +13,16 @@ import torch
 
 import tawny
 from tawny.allocation.knapsack import reactions
+from tawny.choosing import fit as module
+from tawny.choosing import fit_finalists, fit_refine, fit_speed
+from tawny.choosing import fit_measure as measuring
+from tawny.choosing.divergence import Divergence
+from tawny.choosing.fit_bytes import PackedSize
+from tawny.choosing.fit_choice import Found, Table
+from tawny.choosing.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures, far_from_role
+from tawny.choosing.fit_result import _zeros_told
+from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits
+from tawny.choosing.fit_target import Room
 from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
 from tawny.packed.folder import INDEX, PackedFolder
@@ -22,16 +32,6 @@ from tawny.pruning import session as session_module
 from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
-from tawny.searching import fit as module
-from tawny.searching import fit_finalists, fit_refine, fit_speed
-from tawny.searching import fit_measure as measuring
-from tawny.searching.divergence import Divergence
-from tawny.searching.fit_bytes import PackedSize
-from tawny.searching.fit_choice import Found, Table
-from tawny.searching.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures, far_from_role
-from tawny.searching.fit_result import _zeros_told
-from tawny.searching.fit_settings import FitSettings, demand_of_fit, few_bits
-from tawny.searching.fit_target import Room
 from tests.model.formats import FORMATS, quantised
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Protocol
 
 from tawny.allocation.budget import Allocation
-from tawny.searching.space import Levels
+from tawny.choosing.space import Levels
 
 # Divergence of each candidate on the numbered windows. Candidates come together because they share work.
 Evaluate = Callable[[Sequence[Levels], Sequence[int]], Sequence[float]]

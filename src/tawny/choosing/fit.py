@@ -28,6 +28,29 @@ from typing import Any
 from torch import Tensor, nn
 
 from tawny.calibration.windows import TokenisedText, held_out_windows
+from tawny.choosing.divergence import Divergence
+from tawny.choosing.fit_bytes import PackedSize
+from tawny.choosing.fit_choice import Finalist, Found, Table
+from tawny.choosing.fit_finalists import apart, judge, lead_over_uniform, make
+from tawny.choosing.fit_kept import REACTIONS, found_in, keep_measured, read_measured, take_measured
+from tawny.choosing.fit_measure import (
+    measure,
+    react,
+    react_ends,
+)
+from tawny.choosing.fit_refine import refine
+from tawny.choosing.fit_result import Fitted, finish
+from tawny.choosing.fit_settings import (
+    FitSettings,
+    demand_of_fit,
+    few_bits,
+    parted,
+    probes_bytes,
+)
+from tawny.choosing.fit_speed import Pace, measured_pace
+from tawny.choosing.fit_target import Room, Target, check_target, room_for
+from tawny.choosing.levels import WALK, LevelStore, level_dtype
+from tawny.choosing.measured import Measured
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.bench import bench
 from tawny.machine import resident_memory
@@ -52,29 +75,6 @@ from tawny.pruning.session import (
 )
 from tawny.recipe.schema import Recipe
 from tawny.record import finite
-from tawny.searching.divergence import Divergence
-from tawny.searching.fit_bytes import PackedSize
-from tawny.searching.fit_choice import Finalist, Found, Table
-from tawny.searching.fit_finalists import apart, judge, lead_over_uniform, make
-from tawny.searching.fit_kept import REACTIONS, found_in, keep_measured, read_measured, take_measured
-from tawny.searching.fit_measure import (
-    measure,
-    react,
-    react_ends,
-)
-from tawny.searching.fit_refine import refine
-from tawny.searching.fit_result import Fitted, finish
-from tawny.searching.fit_settings import (
-    FitSettings,
-    demand_of_fit,
-    few_bits,
-    parted,
-    probes_bytes,
-)
-from tawny.searching.fit_speed import Pace, measured_pace
-from tawny.searching.fit_target import Room, Target, check_target, room_for
-from tawny.searching.levels import WALK, LevelStore, level_dtype
-from tawny.searching.measured import Measured
 from tawny.words import size
 
 _PACE = "pace"  # what the journal calls it

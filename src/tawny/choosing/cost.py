@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tawny.calibration.statistics import Needs, most
+from tawny.choosing.candidates import surveyed
+from tawny.choosing.settings import Settings
 from tawny.errors import RecipeError
 from tawny.model.streams import Samples
 from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load, held_bytes
 from tawny.pruning.prepare import Job, demand_of
-from tawny.searching.candidates import surveyed
-from tawny.searching.settings import Settings
 from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tawny.choosing.fit_choice import Finalist
+from tawny.choosing.measured import lead
 from tawny.evaluation.agreement import agreement
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import file_bytes
@@ -27,8 +29,6 @@ from tawny.pruning.session import (
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.report.pages import write_beside
-from tawny.searching.fit_choice import Finalist
-from tawny.searching.measured import lead
 from tawny.words import size
 
 

@@ -23,6 +23,9 @@ from tawny.allocation.joint import Survey
 from tawny.allocation.profile import Profile
 from tawny.calibration.observe import Stage, observe
 from tawny.calibration.statistics import Statistics
+from tawny.choosing.member_space import AnySpace
+from tawny.choosing.rehearsal import dense_again, rehearsing
+from tawny.choosing.space import Choice
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
@@ -36,9 +39,6 @@ from tawny.pruning.prepare import profile_count
 from tawny.pruning.profiling import LazyWeights, measured, places, with_stages
 from tawny.pruning.session import Session
 from tawny.pruning.walk import walk_blocks
-from tawny.searching.member_space import AnySpace
-from tawny.searching.rehearsal import dense_again, rehearsing
-from tawny.searching.space import Choice
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 

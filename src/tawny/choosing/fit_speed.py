@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.profile import LinearInfo
+from tawny.choosing.fit_bytes import PackedSize
+from tawny.choosing.fit_measure import SPARSITIES, Level, levels
 from tawny.errors import MissingFeature
 from tawny.kernels import native
 from tawny.packed import format
 from tawny.packed.format import PackedTensor
 from tawny.packed.linear import DenseLinear, PackedLinear
 from tawny.progress import Progress
-from tawny.searching.fit_bytes import PackedSize
-from tawny.searching.fit_measure import SPARSITIES, Level, levels
 from tawny.solvers.grid import ACCIDENTS
 
 _STREAMED = 256_000_000  # bytes that no cache holds

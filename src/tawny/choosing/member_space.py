@@ -19,8 +19,8 @@ import torch
 
 from tawny.allocation.budget import Allocation, whole_members
 from tawny.allocation.profile import LinearInfo, Profile
+from tawny.choosing.space import Choice, Levelled, Levels, Space, make_space, repaired
 from tawny.pruning.prepare import Job
-from tawny.searching.space import Choice, Levelled, Levels, Space, make_space, repaired
 
 
 @dataclass(frozen=True)

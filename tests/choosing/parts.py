@@ -6,6 +6,8 @@ import torch
 
 import tawny
 from tawny.allocation.joint import Joint, Survey
+from tawny.choosing.levels import LevelStore, Solved, solve_levels
+from tawny.choosing.member_space import AnySpace, space_of
 from tawny.model.streams import Samples
 from tawny.pruning.journal import Journal
 from tawny.pruning.prepare import Job, prepare
@@ -13,8 +15,6 @@ from tawny.pruning.ranks import Ranks
 from tawny.pruning.session import Session
 from tawny.recipe.merge import resolve_recipe
 from tawny.record import Clock, Record
-from tawny.searching.levels import LevelStore, Solved, solve_levels
-from tawny.searching.member_space import AnySpace, space_of
 from tests.tiny import tokens
 
 

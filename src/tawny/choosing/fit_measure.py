@@ -41,6 +41,10 @@ from torch import Tensor
 
 from tawny.allocation.knapsack import reactions
 from tawny.calibration.statistics import Statistics
+from tawny.choosing.divergence import Divergence, Reference
+from tawny.choosing.fit_bytes import PackedSize
+from tawny.choosing.levels import WALK, LevelStore, key_of
+from tawny.choosing.rehearsal import rehearsing
 from tawny.errors import NumericalError
 from tawny.kinds import KINDS, scaled_kinds
 from tawny.model.durable import writing
@@ -52,10 +56,6 @@ from tawny.packed.choice import pack_end
 from tawny.pruning.block import LoadedBlock
 from tawny.pruning.session import Session
 from tawny.pruning.walk import walk_blocks
-from tawny.searching.divergence import Divergence, Reference
-from tawny.searching.fit_bytes import PackedSize
-from tawny.searching.levels import WALK, LevelStore, key_of
-from tawny.searching.rehearsal import rehearsing
 from tawny.solvers.base import Solution, on_grid, reconstruction_error
 from tawny.solvers.grid import largest
 from tawny.solvers.wanda import Wanda

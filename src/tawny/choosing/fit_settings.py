@@ -11,15 +11,15 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from tawny.choosing.cost import SearchDemand
+from tawny.choosing.fit_measure import TOGETHER
+from tawny.choosing.levels import level_dtype
+from tawny.choosing.settings import seconds_in
 from tawny.errors import RecipeError
 from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load
 from tawny.pruning.prepare import Job, demand_of
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe, validated
-from tawny.searching.cost import SearchDemand
-from tawny.searching.fit_measure import TOGETHER
-from tawny.searching.levels import level_dtype
-from tawny.searching.settings import seconds_in
 
 _FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.allocation.profile import LinearInfo
+from tawny.choosing.evolution import Proposal, evolve
+from tawny.choosing.space import make_space
 from tawny.patterns import NM, Unstructured
-from tawny.searching.evolution import Proposal, evolve
-from tawny.searching.space import make_space
 
 
 def linears(blocks: int = 4, shapes=((8, 8), (8, 8), (4, 8), (24, 8))) -> tuple[LinearInfo, ...]:

@@ -11,7 +11,7 @@ import torch
 import tawny
 from tawny.allocation import Dlp
 from tawny.model.stack import Stack, live_stack
-from tests.searching.parts import solved_levels
+from tests.choosing.parts import solved_levels
 from tests.tiny import tiny_model, tokens
 
 LEVELS = {"count": 3, "windows": 2}

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tawny.choosing.cost import candidates_at_once
+from tawny.choosing.levels import LevelStore
+from tawny.choosing.measured import Measured, Sums, mean
+from tawny.choosing.space import Levels
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.prepare import Job
-from tawny.searching.cost import candidates_at_once
-from tawny.searching.levels import LevelStore
-from tawny.searching.measured import Measured, Sums, mean
-from tawny.searching.space import Levels
 
 _CACHED_BYTES = 8_000_000  # of float32 logits that softmax and product read again before they leave the cache
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tawny.choosing.fit_choice import Found
+from tawny.choosing.fit_measure import Measures
 from tawny.errors import RecipeError
 from tawny.model import durable
 from tawny.model.output import MEASURED, unfinished
 from tawny.pruning.journal import Journal
-from tawny.searching.fit_choice import Found
-from tawny.searching.fit_measure import Measures
 
 REACTIONS = "reactions"  # what the journal calls it
 

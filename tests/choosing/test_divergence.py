@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import tawny
+from tawny.choosing import divergence as module
+from tawny.choosing.divergence import Divergence, Reference
+from tawny.choosing.measured import Measured
 from tawny.model.streams import Samples, Stream
-from tawny.searching import divergence as module
-from tawny.searching.divergence import Divergence, Reference
-from tawny.searching.measured import Measured
-from tests.searching.parts import solved_levels
+from tests.choosing.parts import solved_levels
 from tests.tiny import tiny_model
 
 

@@ -11,17 +11,17 @@ from itertools import product
 
 from tawny.allocation.knapsack import choose
 from tawny.allocation.profile import LinearInfo
-from tawny.errors import RecipeError
-from tawny.kinds import KINDS
-from tawny.pruning.prepare import Job
-from tawny.searching.fit_bytes import PackedSize
-from tawny.searching.fit_measure import (
+from tawny.choosing.fit_bytes import PackedSize
+from tawny.choosing.fit_measure import (
     KINDS_TRIED,
     Level,
     Measures,
     levels,
 )
-from tawny.searching.fit_target import Limit, Room
+from tawny.choosing.fit_target import Limit, Room
+from tawny.errors import RecipeError
+from tawny.kinds import KINDS
+from tawny.pruning.prepare import Job
 
 ZEROS_GAIN = 0.03  # of the expected divergence; less is no more than chance (docs/log/fit.md)
 _DOUBLED = (

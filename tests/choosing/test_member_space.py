@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import tawny
 from tawny.allocation.budget import whole_members
 from tawny.allocation.profile import LinearInfo, Profile
+from tawny.choosing.member_space import make_member_space
 from tawny.errors import RecipeError
 from tawny.model.stack import live_stack
-from tawny.searching.member_space import make_member_space
-from tests.searching.parts import solved_levels
+from tests.choosing.parts import solved_levels
 from tests.tiny import tiny_model, tokens
 
 

@@ -35,6 +35,16 @@ from torch import Tensor, nn
 
 from tawny.allocation.profile import Allocation
 from tawny.calibration.windows import TokenisedText, held_out_windows
+from tawny.choosing.candidates import allocators_to_try, surveyed
+from tawny.choosing.cost import SearchDemand, held_back, searched_windows, solver_of_levels
+from tawny.choosing.divergence import Divergence
+from tawny.choosing.evolution import Outcome, Proposal, Trial, evolve
+from tawny.choosing.levels import WALK, LevelStore, level_dtype, solve_levels
+from tawny.choosing.measured import Measured, lead
+from tawny.choosing.member_space import AnySpace, space_of
+from tawny.choosing.output import USE, SearchOutput, open_search
+from tawny.choosing.rehearsal import rehearse
+from tawny.choosing.settings import Settings, parted
 from tawny.errors import NumericalError, RecipeError, TextError
 from tawny.machine import peak_memory
 from tawny.model import durable
@@ -52,16 +62,6 @@ from tawny.recipe.merge import changes_from, resolve_recipe
 from tawny.recipe.schema import Recipe, as_list, default_name
 from tawny.record import finite
 from tawny.report.pages import or_say
-from tawny.searching.candidates import allocators_to_try, surveyed
-from tawny.searching.cost import SearchDemand, held_back, searched_windows, solver_of_levels
-from tawny.searching.divergence import Divergence
-from tawny.searching.evolution import Outcome, Proposal, Trial, evolve
-from tawny.searching.levels import WALK, LevelStore, level_dtype, solve_levels
-from tawny.searching.measured import Measured, lead
-from tawny.searching.member_space import AnySpace, space_of
-from tawny.searching.output import USE, SearchOutput, open_search
-from tawny.searching.rehearsal import rehearse
-from tawny.searching.settings import Settings, parted
 
 _DRAWN_M = "5"
 

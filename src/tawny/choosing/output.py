@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from tawny.choosing.settings import Settings
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import locked, writing
@@ -15,7 +16,6 @@ from tawny.model.output import unfinished
 from tawny.model.resumable import JOURNAL, named, refuse_foreign
 from tawny.pruning.journal import Journal
 from tawny.pruning.ranks import Ranks
-from tawny.searching.settings import Settings
 
 # What a folder may hold that a search may throw away.
 _OURS = {"lock", JOURNAL, f"{JOURNAL}.tmp", "levels", "hidden", "picture.png", "picture.svg"}

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from tawny.allocation.profile import Allocation
+from tawny.choosing.space import Levels
 from tawny.model.durable import writing
-from tawny.searching.space import Levels
 
 
 @dataclass(frozen=True)

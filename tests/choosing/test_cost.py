@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import tawny
+from tawny.choosing.cost import SearchDemand, solver_of_levels
+from tawny.choosing.settings import Settings
 from tawny.model.streams import Samples
 from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import prepare
 from tawny.recipe.merge import resolve_recipe
-from tawny.searching.cost import SearchDemand, solver_of_levels
-from tawny.searching.settings import Settings
 from tawny.solvers import SOLVERS
 from tests.tiny import tiny_model, tokens
 
