@@ -6,8 +6,8 @@ import torch
 
 import tawny
 from tawny.allocation.joint import Joint, Survey
-from tawny.choosing.levels import LevelStore, Solved, solve_levels
 from tawny.choosing.member_space import AnySpace, space_of
+from tawny.choosing.solving import LevelStore, Solved, solve_levels
 from tawny.model.streams import Samples
 from tawny.pruning.journal import Journal
 from tawny.pruning.prepare import Job, prepare

@@ -8,7 +8,7 @@ import torch
 import tawny
 from tawny.choosing import divergence as module
 from tawny.choosing.divergence import Divergence, Reference
-from tawny.choosing.measured import Measured
+from tawny.choosing.scores import Measured
 from tawny.model.streams import Samples, Stream
 from tests.choosing.parts import solved_levels
 from tests.tiny import tiny_model

@@ -13,16 +13,17 @@ import torch
 
 import tawny
 from tawny.allocation.knapsack import reactions
+from tawny.choosing import finalists as finalists_module
 from tawny.choosing import fit as module
-from tawny.choosing import fit_finalists, fit_refine, fit_speed
-from tawny.choosing import fit_measure as measuring
+from tawny.choosing import measuring, refining
+from tawny.choosing import pace as pace_module
 from tawny.choosing.divergence import Divergence
-from tawny.choosing.fit_bytes import PackedSize
-from tawny.choosing.fit_choice import Found, Table
-from tawny.choosing.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures, far_from_role
-from tawny.choosing.fit_result import _zeros_told
 from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits
-from tawny.choosing.fit_target import Room
+from tawny.choosing.fitted import _zeros_told
+from tawny.choosing.limit import Room
+from tawny.choosing.measuring import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures, far_from_role
+from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.table import Found, Table
 from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
 from tawny.packed.folder import INDEX, PackedFolder
@@ -64,10 +65,10 @@ def test_a_lead_that_is_the_same_in_every_window_is_sure():
         {"uniform": True, "kl": 1.6 / 3, "kl_by_window": theirs},
         {"uniform": False, "kl": 0.96 / 3, "kl_by_window": [0.6 * each for each in theirs]},
     ]
-    lead, stderr = fit_finalists.lead_over_uniform([uniform, other], rows, 1)
+    lead, stderr = finalists_module.lead_over_uniform([uniform, other], rows, 1)
     assert (lead, stderr) == (pytest.approx(0.4), pytest.approx(0, abs=1e-12))
     rows[1]["kl_by_window"][0] += 0.1
-    assert fit_finalists.lead_over_uniform([uniform, other], rows, 1)[1] > 0.01
+    assert finalists_module.lead_over_uniform([uniform, other], rows, 1)[1] > 0.01
 
 
 def test_the_model_fits_and_is_the_nearest_of_the_finalists(dense, fitted):
@@ -107,7 +108,7 @@ def test_a_fit_that_was_stopped_goes_on_and_gives_the_same(dense, fitted, tmp_pa
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for home, place in ((module, "react_ends"), (fit_finalists, "pack")):
+    for home, place in ((module, "react_ends"), (finalists_module, "pack")):
         with monkeypatch.context() as patched:
             patched.setattr(home, place, stop)
             with pytest.raises(Interrupted, match="kept"):
@@ -198,9 +199,11 @@ def test_a_plan_says_what_would_come_out(dense, fitted, run):
 
 
 def test_a_speed_becomes_bytes_that_a_token_reads(dense, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit_speed, "_STREAMED", 1_000_000)
-    monkeypatch.setattr(fit_speed, "_WEIGHTS", 1 << 14)
-    pace = fit_speed.measured_pace(prepare(resolve_recipe(sparsity=0), dense, silent, "cpu").linears, silent)
+    monkeypatch.setattr(pace_module, "_STREAMED", 1_000_000)
+    monkeypatch.setattr(pace_module, "_WEIGHTS", 1 << 14)
+    pace = pace_module.measured_pace(
+        prepare(resolve_recipe(sparsity=0), dense, silent, "cpu").linears, silent
+    )
     assert pace.bandwidth > 0 and min(pace.slower.values()) >= 1
     pace = replace(pace, bandwidth=2e6, slower=dict.fromkeys(pace.slower, 1.0))
     monkeypatch.setattr(module, "measured_pace", lambda *_: pace)
@@ -226,8 +229,8 @@ def test_an_embedding_of_its_own_takes_bytes_of_the_file_and_one_row_of_a_token(
     sizes = PackedSize(prepare(resolve_recipe(sparsity=0), tmp_path / "dense", silent, "cpu"))
     for kind in (None, "int8", "int4"):
         assert 0.9 < sizes.of_embedding(kind) / sizes.of_head(kind) < 1.1
-    pace = fit_speed.Pace(1.0, {fit_speed.DENSE: 1.0, "int8@0.0": 1.0}, (1, 1), 1, "")
-    read = fit_speed.ReadPerToken(sizes, pace)
+    pace = pace_module.Pace(1.0, {pace_module.DENSE: 1.0, "int8@0.0": 1.0}, (1, 1), 1, "")
+    read = pace_module.ReadPerToken(sizes, pace)
     assert read.of_head("int8") == sizes.of_head("int8") and read.of_embedding("int8") == 0
     made = tawny.fit(tmp_path / "dense", tmp_path / "fitted", bits=9, **KEYS)
     assert made.bytes <= made.budget
@@ -286,7 +289,7 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     journal = SimpleNamespace(
         once=lambda *_: {"kinds": dict.fromkeys(measures, "int2")}, forget=lambda _: None
     )
-    refined, _ = fit_refine.refine(SimpleNamespace(journal=journal), table, 1.0, None, None, None, tmp_path)
+    refined, _ = refining.refine(SimpleNamespace(journal=journal), table, 1.0, None, None, None, tmp_path)
     assert refined is not None and (refined.embedding, refined.takes) == ("int3", best.takes)
     with pytest.raises(RecipeError, match=f"give --size {math.ceil(table.least)}, or more"):
         Table(job, sizes, Room(sizes, table.least / 2), found).finalists()
@@ -314,7 +317,7 @@ def test_refining_that_breaks_down_loses_nothing(dense, fitted, tmp_path, monkey
         return judge(*arguments, **keys)
 
     judge = module.judge
-    monkeypatch.setattr(fit_refine, "evolve", breaks)
+    monkeypatch.setattr(refining, "evolve", breaks)
     monkeypatch.setattr(module, "judge", cleared)
     keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
     made = tawny.fit(dense, tmp_path / "made", bits=9, **keys)
@@ -359,7 +362,7 @@ def half_removed(levels):
 
 
 def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit_refine, "_TRIALS", 20)  # here they end it, and not time
+    monkeypatch.setattr(refining, "_TRIALS", 20)  # here they end it, and not time
     keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
     whole = tawny.fit(dense, tmp_path / "whole", bits=9, **keys)
     told = whole.refined.split("KL ")[1].split(" on ")[0].split(" → ")
@@ -380,7 +383,7 @@ def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fit
         with pytest.raises(Interrupted):
             tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
     with monkeypatch.context() as patched:  # while its solutions are removed, some of which are gone
-        patched.setattr(fit_refine.shutil, "rmtree", lambda levels, **_: half_removed(levels))
+        patched.setattr(refining.shutil, "rmtree", lambda levels, **_: half_removed(levels))
         with pytest.raises(Interrupted):
             tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
     resumed = tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
@@ -563,7 +566,7 @@ def test_a_linear_that_is_sparse_already_runs_as_one_with_a_mask():
     info = SimpleNamespace(numel=1000)
     pace = SimpleNamespace(slower={"int4@0.0": 1.0, "int4@0.5": 2.0, "int4@0.7": 3.0})
     sizes = SimpleNamespace(linear=lambda *_: 10)
-    read = fit_speed.ReadPerToken(sizes, pace)
+    read = pace_module.ReadPerToken(sizes, pace)
     costs = [
         read.linear(info, sparsity, "int4", zeros=zeros)
         for sparsity, zeros in [(0, 0), (0, 5), (0, 600), (0.5, 0), (0.5, 800)]

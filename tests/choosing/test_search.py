@@ -15,8 +15,8 @@ import yaml
 import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.allocation.profile import Profile
-from tawny.choosing import levels as levels_module
-from tawny.choosing import run as module
+from tawny.choosing import search as module
+from tawny.choosing import solving
 from tawny.choosing.candidates import _BLENDS, allocators_to_try
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.settings import FAMILIES, Settings
@@ -225,7 +225,7 @@ def test_what_was_written_after_the_journal_takes_no_room_from_the_rest(dense, t
     stray = levels / f"{len(list(levels.glob('*.safetensors'))):05d}.safetensors"
     stray.write_bytes(b"begun")
     asked = []
-    monkeypatch.setattr(levels_module, "free_bytes", lambda _: asked.append(stray.exists()) or 10**12)
+    monkeypatch.setattr(solving, "free_bytes", lambda _: asked.append(stray.exists()) or 10**12)
     search(dense, out)
     assert asked == [False]
 
@@ -425,7 +425,7 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
         search(dense, sparsity=None, **bits)
     with pytest.raises(TextError, match="at least 2 samples"):
         search(tiny_model("llama"), calibration=tokens(1, 24))
-    monkeypatch.setattr(levels_module, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(solving, "free_bytes", lambda folder: 1000)
     with pytest.raises(OutputError, match=r"fewer search\.levels"):
         search(dense, tmp_path / "out.yaml")
     with pytest.raises(RecipeError, match=r"cannot hold this run.*at least"):

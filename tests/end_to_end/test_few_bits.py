@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tawny
-from tawny.choosing.fit_bytes import PackedSize
+from tawny.choosing.packed_size import PackedSize
 from tawny.packed.folder import PackedFolder
 from tawny.progress import Silent, silent
 from tawny.pruning.prepare import prepare

@@ -1,4 +1,4 @@
-"""How far a model that is put together from solutions of levels.py is from the dense one.
+"""How far a model that is put together from solutions of solving.py is from the dense one.
 
 A candidate costs one forward of the held-out windows: its weights are read from the disk block by block, and candidates
 that agree on the first blocks go through them together. Memory is that of pruning: one block and hidden states.
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tawny.choosing.cost import candidates_at_once
-from tawny.choosing.levels import LevelStore
-from tawny.choosing.measured import Measured, Sums, mean
+from tawny.choosing.demand import candidates_at_once
+from tawny.choosing.scores import Measured, Sums, mean
+from tawny.choosing.solving import LevelStore
 from tawny.choosing.space import Levels
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack

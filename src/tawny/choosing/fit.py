@@ -1,14 +1,14 @@
 """`tawny fit`: the best model of a size. Read it from `fit` down.
 
-1. One walk measures what each kind and each sparsity costs each linear, and how the output reacts (fit_measure.py).
-2. Levels are chosen under the bytes that are left beside what cannot change (fit_choice.py, on
-   allocation/knapsack.py and fit_bytes.py).
-   With a budget of time they are refined by measured divergence (fit_refine.py).
-3. Up to four finalists are pruned and packed like any other model (fit_finalists.py): zeros and bits for each linear, bits alone for each
+1. One walk measures what each kind and each sparsity costs each linear, and how the output reacts (measuring.py).
+2. Levels are chosen under the bytes that are left beside what cannot change (table.py, on
+   allocation/knapsack.py and packed_size.py).
+   With a budget of time they are refined by measured divergence (refining.py).
+3. Up to four finalists are pruned and packed like any other model (finalists.py): zeros and bits for each linear, bits alone for each
    linear, and the best of the uniform ones that fit. What each linear gets is an allocation file, so the recipe of the
    winner makes it again.
 4. They are compared on held-out text that took no part so far. The nearest to the dense model wins; of equals uniform wins
-   (fit_result.py).
+   (fitted.py).
 
 The held-out windows are drawn, with the recipe's seed, from what the calibration windows leave of the text.
 """
@@ -29,17 +29,7 @@ from torch import Tensor, nn
 
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.choosing.divergence import Divergence
-from tawny.choosing.fit_bytes import PackedSize
-from tawny.choosing.fit_choice import Finalist, Found, Table
-from tawny.choosing.fit_finalists import apart, judge, lead_over_uniform, make
-from tawny.choosing.fit_kept import REACTIONS, found_in, keep_measured, read_measured, take_measured
-from tawny.choosing.fit_measure import (
-    measure,
-    react,
-    react_ends,
-)
-from tawny.choosing.fit_refine import refine
-from tawny.choosing.fit_result import Fitted, finish
+from tawny.choosing.finalists import apart, judge, lead_over_uniform, make
 from tawny.choosing.fit_settings import (
     FitSettings,
     demand_of_fit,
@@ -47,10 +37,20 @@ from tawny.choosing.fit_settings import (
     parted,
     probes_bytes,
 )
-from tawny.choosing.fit_speed import Pace, measured_pace
-from tawny.choosing.fit_target import Room, Target, check_target, room_for
-from tawny.choosing.levels import WALK, LevelStore, level_dtype
-from tawny.choosing.measured import Measured
+from tawny.choosing.fitted import Fitted, finish
+from tawny.choosing.kept import REACTIONS, found_in, keep_measured, read_measured, take_measured
+from tawny.choosing.limit import Room, Target, check_target, room_for
+from tawny.choosing.measuring import (
+    measure,
+    react,
+    react_ends,
+)
+from tawny.choosing.pace import Pace, measured_pace
+from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.refining import refine
+from tawny.choosing.scores import Measured
+from tawny.choosing.solving import WALK, LevelStore, level_dtype
+from tawny.choosing.table import Finalist, Found, Table
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.bench import bench
 from tawny.machine import resident_memory

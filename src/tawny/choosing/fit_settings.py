@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from tawny.choosing.cost import SearchDemand
-from tawny.choosing.fit_measure import TOGETHER
-from tawny.choosing.levels import level_dtype
+from tawny.choosing.demand import SearchDemand
+from tawny.choosing.measuring import TOGETHER
 from tawny.choosing.settings import seconds_in
+from tawny.choosing.solving import level_dtype
 from tawny.errors import RecipeError
 from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load
 from tawny.pruning.prepare import Job, demand_of

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tawny.choosing.fit_choice import Found
-from tawny.choosing.fit_measure import Measures
+from tawny.choosing.measuring import Measures
+from tawny.choosing.table import Found
 from tawny.errors import RecipeError
 from tawny.model import durable
 from tawny.model.output import MEASURED, unfinished

@@ -42,9 +42,9 @@ from torch import Tensor
 from tawny.allocation.knapsack import reactions
 from tawny.calibration.statistics import Statistics
 from tawny.choosing.divergence import Divergence, Reference
-from tawny.choosing.fit_bytes import PackedSize
-from tawny.choosing.levels import WALK, LevelStore, key_of
+from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.rehearsal import rehearsing
+from tawny.choosing.solving import WALK, LevelStore, key_of
 from tawny.errors import NumericalError
 from tawny.kinds import KINDS, scaled_kinds
 from tawny.model.durable import writing

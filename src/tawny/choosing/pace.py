@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.fit_bytes import PackedSize
-from tawny.choosing.fit_measure import SPARSITIES, Level, levels
+from tawny.choosing.measuring import SPARSITIES, Level, levels
+from tawny.choosing.packed_size import PackedSize
 from tawny.errors import MissingFeature
 from tawny.kernels import native
 from tawny.packed import format

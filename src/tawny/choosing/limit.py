@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.fit_bytes import PackedSize
-from tawny.choosing.fit_measure import KINDS_TRIED, levels
-from tawny.choosing.fit_speed import Pace, ReadPerToken, check_kernels
+from tawny.choosing.measuring import KINDS_TRIED, levels
+from tawny.choosing.pace import Pace, ReadPerToken, check_kernels
+from tawny.choosing.packed_size import PackedSize
 from tawny.errors import RecipeError
 from tawny.pruning.memory_plan import parse_size
 from tawny.pruning.prepare import Job

@@ -1,6 +1,6 @@
 """`tawny search`: solve at several levels once, try allocations on held-out text, refine the best.
 
-1. One walk through the dense model: statistics, what candidates measure, every linear solved at every level (levels.py).
+1. One walk through the dense model: statistics, what candidates measure, every linear solved at every level (solving.py).
 2. Uniform, then each candidate allocator over a grid of strengths, its defaults first (candidates.py).
 3. Switches of budget between blocks and linears, generation by generation (evolution.py).
 4. The last few and uniform on windows that took no part so far.
@@ -36,15 +36,15 @@ from torch import Tensor, nn
 from tawny.allocation.profile import Allocation
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.choosing.candidates import allocators_to_try, surveyed
-from tawny.choosing.cost import SearchDemand, held_back, searched_windows, solver_of_levels
+from tawny.choosing.demand import SearchDemand, held_back, searched_windows, solver_of_levels
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.evolution import Outcome, Proposal, Trial, evolve
-from tawny.choosing.levels import WALK, LevelStore, level_dtype, solve_levels
-from tawny.choosing.measured import Measured, lead
 from tawny.choosing.member_space import AnySpace, space_of
 from tawny.choosing.output import USE, SearchOutput, open_search
 from tawny.choosing.rehearsal import rehearse
+from tawny.choosing.scores import Measured, lead
 from tawny.choosing.settings import Settings, parted
+from tawny.choosing.solving import WALK, LevelStore, level_dtype, solve_levels
 from tawny.errors import NumericalError, RecipeError, TextError
 from tawny.machine import peak_memory
 from tawny.model import durable

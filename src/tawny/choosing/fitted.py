@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.fit_choice import ZEROS_GAIN, Finalist, Table
-from tawny.choosing.fit_measure import Level
+from tawny.choosing.measuring import Level
+from tawny.choosing.table import ZEROS_GAIN, Finalist, Table
 from tawny.kinds import KINDS
 from tawny.machine import peak_memory
 from tawny.model.output import OutputFolder

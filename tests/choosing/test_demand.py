@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tawny
-from tawny.choosing.cost import SearchDemand, solver_of_levels
+from tawny.choosing.demand import SearchDemand, solver_of_levels
 from tawny.choosing.settings import Settings
 from tawny.model.streams import Samples
 from tawny.pruning.memory_plan import Load

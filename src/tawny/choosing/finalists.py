@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.choosing.fit_choice import Finalist
-from tawny.choosing.measured import lead
+from tawny.choosing.scores import lead
+from tawny.choosing.table import Finalist
 from tawny.evaluation.agreement import agreement
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import file_bytes

@@ -24,12 +24,12 @@ import torch
 from tawny.allocation.profile import Allocation
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.evolution import evolve
-from tawny.choosing.fit_choice import Finalist, Table
-from tawny.choosing.fit_measure import KINDS_TRIED, TOGETHER, Level
-from tawny.choosing.levels import LevelStore, key_of
-from tawny.choosing.measured import Measured
+from tawny.choosing.measuring import KINDS_TRIED, TOGETHER, Level
 from tawny.choosing.rehearsal import rehearsing
+from tawny.choosing.scores import Measured
+from tawny.choosing.solving import LevelStore, key_of
 from tawny.choosing.space import Levels
+from tawny.choosing.table import Finalist, Table
 from tawny.errors import NumericalError
 from tawny.model.durable import writing
 from tawny.model.streams import Samples, Stream

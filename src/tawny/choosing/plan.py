@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tawny.calibration.context import check_context
-from tawny.choosing.fit_bytes import PackedSize
-from tawny.choosing.fit_choice import Finalist, Found, Table
-from tawny.choosing.fit_kept import found_in, read_measured
-from tawny.choosing.fit_measure import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures
 from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits, parted, probes_bytes
-from tawny.choosing.fit_speed import measured_pace
-from tawny.choosing.fit_target import Target, room_for, smallest
+from tawny.choosing.kept import found_in, read_measured
+from tawny.choosing.limit import Target, room_for, smallest
+from tawny.choosing.measuring import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures
+from tawny.choosing.pace import measured_pace
+from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.table import Finalist, Found, Table
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
 from tawny.model.trust import opens_models

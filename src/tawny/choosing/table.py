@@ -11,14 +11,14 @@ from itertools import product
 
 from tawny.allocation.knapsack import choose
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.fit_bytes import PackedSize
-from tawny.choosing.fit_measure import (
+from tawny.choosing.limit import Limit, Room
+from tawny.choosing.measuring import (
     KINDS_TRIED,
     Level,
     Measures,
     levels,
 )
-from tawny.choosing.fit_target import Limit, Room
+from tawny.choosing.packed_size import PackedSize
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
 from tawny.pruning.prepare import Job
