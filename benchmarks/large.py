@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, shape: str, blocks: int | None = None, *, hol
     from transformers import LlamaConfig
 
     from tawny.model.checkpoint import INDEX
-    from tawny.model.output import index_of, shard_names
+    from tawny.model.shards import index_of, shard_names
     from tawny.model.tensorfile import TensorWriter
 
     hidden, intermediate, full, heads, shared, vocabulary = SHAPES[shape]

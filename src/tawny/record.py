@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,32 +138,6 @@ def measured_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
             for name, measured in record["evaluation"].items()
         },
     }
-
-
-class Clock:
-    """Adds up wall time by phase, and in all since it was made."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
-
-    def go_on(self, seconds: Mapping[str, float]) -> None:
-        """Count what a run that was stopped took before, by phase and as `total`."""
-        self.seconds.update(seconds)
-        self._started -= self.seconds.pop("total", 0.0)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds in all."""
-        return time.perf_counter() - self._started
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def weight_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -9,12 +9,13 @@ from tawny.allocation.joint import Joint, Survey
 from tawny.choosing.member_space import AnySpace, space_of
 from tawny.choosing.solving import LevelStore, Solved, solve_levels
 from tawny.model.streams import Samples
-from tawny.pruning.journal import Journal
 from tawny.pruning.prepare import Job, prepare
-from tawny.pruning.ranks import Ranks
 from tawny.pruning.session import Session
 from tawny.recipe.merge import resolve_recipe
-from tawny.record import Clock, Record
+from tawny.record import Record
+from tawny.run.journal import Journal
+from tawny.run.ranks import Ranks
+from tawny.run.run import Clock, Run
 from tests.tiny import tokens
 
 
@@ -38,18 +39,14 @@ def solved_levels(
     store = LevelStore(folder, space.bytes_in(torch.float32), torch.float32)
     samples, held_out = Samples(tokens(4, 24)), Samples(tokens(windows, 16, seed=9))
     session = Session(
+        run=Run(Journal(None), Ranks(alone=True), tawny.progress.silent, Clock()),
         job=job,
         samples=samples,
         held_out=None,
         placement=None,
         place=None,
         output=None,
-        journal=Journal(None),
-        ranks=Ranks(alone=True),
-        progress=tawny.progress.silent,
         record=Record(),
-        clock=Clock(),
-        hidden=None,
     )
     with torch.no_grad():
         solved = solve_levels(

@@ -26,7 +26,7 @@ from tawny.model.streams import Samples, repeated_tokens
 from tawny.progress import Silent
 from tawny.pruning import session as session_module
 from tawny.pruning.block import LoadedBlock
-from tawny.pruning.journal import Journal
+from tawny.run.journal import Journal
 from tawny.solvers import SOLVERS
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike

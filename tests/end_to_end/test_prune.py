@@ -13,13 +13,13 @@ import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.calibration.windows import sample_windows, tokenise
 from tawny.errors import Interrupted, ModelError, NumericalError, OutputError, PatternError, RecipeError
-from tawny.model import output
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.linears import linears_of
 from tawny.model.skeleton import read_config
 from tawny.model.structure import find_stack
 from tawny.progress import Silent
 from tawny.pruning import block as pruning_block
+from tawny.run import output
 from tawny.solvers import SOLVERS
 from tests.reference import official_flow
 from tests.tiny import FAMILIES, tiny_model, tokens

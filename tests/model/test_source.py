@@ -20,7 +20,7 @@ import tawny
 from tawny.decoding.text import end_tokens
 from tawny.errors import CheckpointError, ModelError
 from tawny.model.checkpoint import Checkpoint
-from tawny.model.output import ShardWriter
+from tawny.model.shards import ShardWriter
 from tawny.model.source import convert_gguf, load_tokenizer
 from tests.tiny import tiny_model
 
@@ -257,7 +257,7 @@ def test_other_scaling_of_rotary_positions_is_refused_before_the_weights_are_con
 ):
     path = write(tmp_path / "m.gguf", rope=told, more=more)
     monkeypatch.setattr(
-        "tawny.model.output.ShardWriter.add", lambda *_: pytest.fail("a tensor was converted")
+        "tawny.model.shards.ShardWriter.add", lambda *_: pytest.fail("a tensor was converted")
     )
     with pytest.raises(
         CheckpointError, match=rf"m\.gguf scales .*{said}.*; expected the type none"

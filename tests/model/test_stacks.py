@@ -16,8 +16,8 @@ from tawny.model.stack import live_stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import find_blocks
 from tawny.progress import Silent
-from tawny.pruning import journal as journal_module
 from tawny.pruning import session as session_module
+from tawny.run import journal as journal_module
 from tests.encoders import inputs_for, tiny_encoder
 from tests.reference import official_flow
 

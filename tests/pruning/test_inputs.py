@@ -10,7 +10,7 @@ import torch
 
 import tawny
 from tawny.errors import Interrupted, ModelError, OutputError, RecipeError, TextError
-from tests.pruning.test_journal import PressesCtrlC
+from tests.run.test_journal import PressesCtrlC
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer
 
@@ -116,7 +116,7 @@ def test_a_live_model_that_was_stopped_is_said_to_be_changed():
 
 
 def test_a_live_model_does_not_throw_away_what_another_run_has_finished(tmp_path, monkeypatch):
-    from tawny.pruning import journal
+    from tawny.run import journal
 
     monkeypatch.setattr(journal, "SHARE", float("inf"))
     tiny_model("llama").save_pretrained(tmp_path / "dense")

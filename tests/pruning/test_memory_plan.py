@@ -17,13 +17,13 @@ from tawny.errors import RecipeError
 from tawny.model.linears import linears_of
 from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.packed.opening import open_stack
-from tawny.pruning import journal as journal_module
 from tawny.pruning import session as session_module
 from tawny.pruning.memory_plan import Load, parse_size, peak, sharing_inputs
 from tawny.pruning.prepare import demand_of, prepare
 from tawny.recipe.merge import resolve_recipe
+from tawny.run import journal as journal_module
 from tawny.solvers.sparsegpt import SparseGPT
-from tests.pruning.test_journal import PressesCtrlC, files
+from tests.run.test_journal import PressesCtrlC, files
 from tests.tiny import tiny_model, tokens
 
 OPTIONS = {"sparsity": 0.6, "solver": "sparsegpt", "allocator": "owl"}

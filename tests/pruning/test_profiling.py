@@ -15,7 +15,7 @@ from tawny.errors import Interrupted, RecipeError
 from tawny.model.stack import live_stack
 from tawny.progress import Silent
 from tawny.pruning import plan as plan_module
-from tawny.pruning.journal import Journal
+from tawny.run.journal import Journal
 from tests.encoders import tiny_encoder
 from tests.tiny import tiny_model, tokens
 from tests.tokenizer import tiny_tokenizer

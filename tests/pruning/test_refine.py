@@ -15,11 +15,11 @@ from tawny.errors import Interrupted, RecipeError, TextError
 from tawny.model.checkpoint import Checkpoint
 from tawny.packed import format
 from tawny.progress import Silent
-from tawny.pruning import journal
 from tawny.pruning import plan as plan_module
 from tawny.pruning import refine as refining
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe, Refine
+from tawny.run import journal
 from tests.end_to_end.test_prune import prunable
 from tests.tiny import tiny_model, tokens
 

@@ -20,7 +20,6 @@ from tawny.calibration.mixture import Mixture
 from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText
 from tawny.errors import ModelError, NumericalError, OutputError, RecipeError, TextError, UserError
-from tawny.model.output import OutputFolder
 from tawny.progress import Silent
 from tawny.record import weight_files
 from tawny.recovery import dense as dense_module
@@ -31,6 +30,7 @@ from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
 from tawny.report.publish import refresh
 from tawny.report.push import push
+from tawny.run.output import OutputFolder
 from tests.recovery.models import (
     RECIPE,
     SHORT,

@@ -15,12 +15,12 @@ from torch import nn
 
 import tawny
 from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError
-from tawny.model.resumable import WorkFolder
 from tawny.packed.folder import INDEX
 from tawny.recovery import training
 from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
+from tawny.run.resumable import WorkFolder
 from tests.recovery.models import (
     RECIPE,
     dense_and_pruned,

@@ -9,8 +9,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 import tawny
 from tawny.errors import CheckpointError, MissingFeature, OutputError
-from tawny.model import output
 from tawny.report.push import push
+from tawny.run import output
 from tests.tiny import tiny_model, tokens
 
 

@@ -268,7 +268,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(dense, tmp_path, monkeypatch):
 
     kept = pruning._commit
     monkeypatch.setattr(pruning, "_commit", stop)
-    monkeypatch.setattr("tawny.pruning.journal.Journal.due", lambda self: True)
+    monkeypatch.setattr("tawny.run.journal.Journal.due", lambda self: True)
     with pytest.raises(tawny.errors.Interrupted):
         pruned(dense, tmp_path / "cut")
     monkeypatch.undo()

@@ -68,7 +68,7 @@ def make(
     if folder.exists():
         return folder
     folder.parent.mkdir(exist_ok=True)
-    dense, progress = folder.with_suffix(".dense"), session.progress
+    dense, progress = folder.with_suffix(".dense"), session.run.progress
     if not dense.exists():
         progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
         given = samples if session.held_out is None else None
@@ -95,7 +95,7 @@ def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) 
     assert source is not None
     recipe = session.job.recipe
     found = agreement(
-        folder, source, deciding, compute=recipe.compute, device=recipe.device, progress=session.progress
+        folder, source, deciding, compute=recipe.compute, device=recipe.device, progress=session.run.progress
     )
     taken = file_bytes(folder) + (folder / INDEX).stat().st_size
     return {

@@ -55,7 +55,6 @@ from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.bench import bench
 from tawny.machine import resident_memory
 from tawny.model.identity import tensor_digest
-from tawny.model.resumable import place_of
 from tawny.model.streams import Samples
 from tawny.model.trust import opens_models
 from tawny.packed import format
@@ -75,6 +74,7 @@ from tawny.pruning.session import (
 )
 from tawny.recipe.schema import Recipe
 from tawny.record import finite
+from tawny.run.resumable import place_of
 from tawny.words import size
 
 _PACE = "pace"  # what the journal calls it
@@ -205,12 +205,12 @@ def _fit(
     earlier: Mapping[str, Any] | None,
 ) -> Fitted:
     """Steps 1 to 4."""
-    job, journal, output = session.job, session.journal, session.output
+    job, journal, output = session.job, session.run.journal, session.output
     assert output is not None
     sizes = PackedSize(job)
     room = _room(session, sizes, target)
     samples, searched, deciding = _split(session, settings)
-    of = {key: session.journal.identity.get(key) for key in ("recipe", "model", "text")}
+    of = {key: session.run.journal.identity.get(key) for key in ("recipe", "model", "text")}
     of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), "packed format": format.VERSION}
     if earlier is not None:
         take_measured(journal, earlier, of)
@@ -229,7 +229,7 @@ def _fit(
         refined = _refined(session, settings, table, samples, searched, output.work, finalists)
     except NumericalError as error:  # what was measured is not lost with it
         warnings.append(f"refining broke down and takes no part: {error}")
-    session.progress.say(
+    session.run.progress.say(
         f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {'; '.join(x.name for x in finalists)}"
     )
     finalists, rows, folders, broken = _judged(session, finalists, samples, deciding, memory, tokenizer)
@@ -289,11 +289,11 @@ def _judged(
     broken: list[str] = []
     for number, finalist in enumerate(finalists, 1):
         folder = session.output.work / "finalists" / str(number)
-        with session.clock(f"finalist {number}"):
+        with session.run.clock(f"finalist {number}"):
             try:
                 make(session, folder, finalist, samples, memory, tokenizer)
                 asked = partial(judge, session, folder, finalist, deciding)
-                row = session.journal.once(f"finalist {number}", asked)
+                row = session.run.journal.once(f"finalist {number}", asked)
             except NumericalError as error:
                 broken.append(f"{finalist.name} breaks down and takes no part: {error}")
             else:
@@ -316,22 +316,22 @@ def _refined(
     """Step 2, where time is given: one more finalist, and what came of it."""
     if settings.seconds is None:
         return ""
-    with session.clock("refining"):
+    with session.run.clock("refining"):
         made, told = refine(
             session, table, settings.seconds, samples, searched, level_dtype(session.job.stack), work
         )
     finalists += [made] if made is not None else []
-    session.progress.say(told["says"])
+    session.run.progress.say(told["says"])
     return str(told["says"])
 
 
 def _room(session: Session, sizes: PackedSize, target: Target) -> Room:
     """What may be spent. A pace is measured once, so that a fit that goes on decides alike."""
-    journal, job = session.journal, session.job
+    journal, job = session.run.journal, session.job
     kept = journal.state.get("once", {}).get(_PACE)
 
     def pace() -> Pace:
-        return measured_pace(job.linears, session.progress) if kept is None else Pace.from_mapping(kept)
+        return measured_pace(job.linears, session.run.progress) if kept is None else Pace.from_mapping(kept)
 
     room = room_for(job, sizes, target, pace)
     if room.pace is not None:
@@ -353,7 +353,7 @@ def _speed(
         )
         return None
     asked = target.speed
-    made = bench(folder, prompt_tokens=_PROMPT, tokens=_DECODED, rounds=3, progress=session.progress)
+    made = bench(folder, prompt_tokens=_PROMPT, tokens=_DECODED, rounds=3, progress=session.run.progress)
     found = made.decode_tokens_per_second
     if found < asked:
         warnings.append(
@@ -367,17 +367,17 @@ def _speed(
 
 def _measured(session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path) -> Found:
     """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
-    job, journal = session.job, session.journal
+    job, journal = session.job, session.run.journal
     if REACTIONS not in journal.state.get("once", {}):
         store = LevelStore(
             work / "levels", probes_bytes(job), level_dtype(job.stack), kept=journal.walk(WALK)[0]
         )
         try:
-            with session.clock("levels"):
+            with session.run.clock("levels"):
                 measures, hidden = measure(session, store, samples, searched)
             measured = Measured(store.folder / "scores.jsonl")
-            divergence = Divergence(job, store, searched, hidden, session.progress, measured)
-            with session.clock("reactions"):
+            divergence = Divergence(job, store, searched, hidden, session.run.progress, measured)
+            with session.run.clock("reactions"):
                 reactions = react(session, divergence, measures)
                 ends = react_ends(session, sizes, divergence)
         finally:

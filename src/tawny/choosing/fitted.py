@@ -18,7 +18,6 @@ from tawny.choosing.measuring import Level
 from tawny.choosing.table import ZEROS_GAIN, Finalist, Table
 from tawny.kinds import KINDS
 from tawny.machine import peak_memory
-from tawny.model.output import OutputFolder
 from tawny.pruning.prepare import Job
 from tawny.pruning.session import (
     Session,
@@ -29,6 +28,7 @@ from tawny.record import finite
 from tawny.report.pages import or_say, write_beside
 from tawny.report.plot import plot_fit
 from tawny.report.publish import refresh
+from tawny.run.output import OutputFolder
 from tawny.words import kl_text, percent, size
 
 ALLOCATION = "allocation.yaml"
@@ -158,7 +158,7 @@ def finish(
     held_out: Mapping[str, int],
 ) -> Fitted:
     """Make the winner's folder the output."""
-    job, output, clock, record = session.job, session.output, session.clock, session.record
+    job, output, clock, record = session.job, session.output, session.run.clock, session.record
     assert output is not None
     chosen = finalists[winner]
     clock.seconds["total"] = clock.elapsed
@@ -199,7 +199,7 @@ def finish(
     _own(folder, output, told, record.memory_before)
     for suffix in (".png", ".svg"):
         path = folder / f"fit{suffix}"
-        or_say(path, partial(plot_fit, told, path), session.progress)
+        or_say(path, partial(plot_fit, told, path), session.run.progress)
     text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_beside(folder / "fit.json", text)
     for path in output.partial.iterdir():  # the folder itself stays: without it the run would look delivered

@@ -13,8 +13,8 @@ from tawny.choosing.measuring import Measures
 from tawny.choosing.table import Found
 from tawny.errors import RecipeError
 from tawny.model import durable
-from tawny.model.output import MEASURED, unfinished
-from tawny.pruning.journal import Journal
+from tawny.run.journal import Journal
+from tawny.run.output import MEASURED, unfinished
 
 REACTIONS = "reactions"  # what the journal calls it
 

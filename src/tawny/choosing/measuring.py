@@ -121,7 +121,7 @@ def measure(
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
-    journal, stack = session.journal, session.job.stack
+    journal, stack = session.run.journal, session.job.stack
     done, found = journal.walk(WALK)
     errors: dict[str, Any] = found.get("errors", {})
     rehearsal = rehearsing(session, samples, journal)
@@ -132,7 +132,7 @@ def measure(
         session.note_cost()
         journal.commit(WALK, blocks, {"errors": errors}, {**streams, "held_out": dense})
 
-    session.progress.phase("measuring what bits and zeros cost", len(stack) - done)
+    session.run.progress.phase("measuring what bits and zeros cost", len(stack) - done)
     for block in walk_blocks(rehearsal, {}, WALK, commit):
         dense.advance(block.index)
         path = store.path(block.index)
@@ -161,7 +161,7 @@ def _rounded(
         kept = torch.ones_like(W, dtype=torch.bool)
         return on_grid(Solution(W, kept), values.grid(kind).suiting(W_OI), known).weight
 
-    block.session.progress.detail(f"rounding {linear.name}", 0, 0)
+    block.session.run.progress.detail(f"rounding {linear.name}", 0, 0)
     bits, rounds = {}, {}
     for kind in KINDS_TRIED:
         made = rounded(W_RI, kind)
@@ -198,11 +198,11 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
     order = sorted(set(sets.values()))
     windows = range(len(divergence.held_out))
     parts = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
-    session.progress.phase("measuring how the output reacts", len(parts), "rounds")
+    session.run.progress.phase("measuring how the output reacts", len(parts), "rounds")
     found: dict[tuple[int, ...], float] = {}
     for number, part in enumerate(parts, 1):
         found |= zip(part, divergence(part, windows), strict=True)
-        session.progress.step(f"round {number}")
+        session.run.progress.step(f"round {number}")
     # A model that broke down is far worse than any that did not, and shares cannot be of infinity.
     most = max((value for value in found.values() if math.isfinite(value)), default=1.0)
     known = {
@@ -245,7 +245,7 @@ def react_ends(session: Session, size: PackedSize, divergence: Divergence) -> di
     found: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
     names = {"head": size.head, "embedding": size.embedding}
     kinds = len(KINDS_TRIED) * sum(name is not None for name in names.values())
-    session.progress.phase("rounding head and embedding", kinds, "kinds")
+    session.run.progress.phase("rounding head and embedding", kinds, "kinds")
     stack.logits(samples.tokens[:1, :1], divergence.hidden[:1, :1])  # a head of its own is read now
     for end, name in names.items():
         module: Any = None if name is None else stack.model.get_submodule(name)
@@ -259,7 +259,7 @@ def react_ends(session: Session, size: PackedSize, divergence: Divergence) -> di
                     hidden = _through(session, samples, size.tied or name, made)
                 head = module if end == "head" else None
                 found[end][kind] = _divergence(session, divergence, hidden, head, made)
-            session.progress.step(f"{end} {kind}")
+            session.run.progress.step(f"{end} {kind}")
     return found
 
 

@@ -12,10 +12,10 @@ from tawny.choosing.settings import Settings
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import locked, writing
-from tawny.model.output import unfinished
-from tawny.model.resumable import JOURNAL, named, refuse_foreign
-from tawny.pruning.journal import Journal
-from tawny.pruning.ranks import Ranks
+from tawny.run.journal import Journal
+from tawny.run.output import unfinished
+from tawny.run.ranks import Ranks
+from tawny.run.resumable import JOURNAL, named, refuse_foreign
 
 # What a folder may hold that a search may throw away.
 _OURS = {"lock", JOURNAL, f"{JOURNAL}.tmp", "levels", "hidden", "picture.png", "picture.svg"}

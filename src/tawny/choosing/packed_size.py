@@ -23,7 +23,7 @@ from tawny.errors import ModelError
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.linears import is_plain
-from tawny.model.output import SHARD_BYTES
+from tawny.model.shards import SHARD_BYTES
 from tawny.model.tensorfile import NAMES
 from tawny.packed import format
 from tawny.packed.folder import PackedLinearEntry

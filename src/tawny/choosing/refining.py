@@ -66,7 +66,7 @@ def refine(
     start = table.chosen(table.room.budget, _NAME, zeros=False)
     if start is None:  # only zeros are small enough
         return None, {"says": "nothing to refine: only zeros make the model that small"}
-    journal = session.journal
+    journal = session.run.journal
     told = journal.once(
         "refined", partial(_refined, session, table, start, seconds, samples, searched, dtype, work)
     )
@@ -88,7 +88,7 @@ def _refined(
     dtype: torch.dtype,
     work: Path,
 ) -> dict[str, Any]:
-    journal = session.journal
+    journal = session.run.journal
     moves = Moves(table, start)
     count = sum(len(each) for each in moves.allowed)
     size = sum(x.numel * len(each) for x, each in zip(table.linears, moves.allowed, strict=True))
@@ -97,12 +97,12 @@ def _refined(
     try:
         hidden = _solve(session, moves, store, samples, searched, clock, count)
         measured = Measured(store.folder / "scores.jsonl")
-        divergence = Divergence(session.job, store, searched, hidden, session.progress, measured)
-        session.progress.phase("refining by measured KL", 100, "percent of its time")
+        divergence = Divergence(session.job, store, searched, hidden, session.run.progress, measured)
+        session.run.progress.phase("refining by measured KL", 100, "percent of its time")
 
         def step(_: str) -> None:
             part = min(1.0, clock.elapsed / seconds) if seconds else 1.0
-            session.progress.at(math.floor(100 * part), max(0.0, seconds - clock.elapsed))
+            session.run.progress.at(math.floor(100 * part), max(0.0, seconds - clock.elapsed))
 
         windows = range(len(searched))
         outcome = evolve(
@@ -146,18 +146,18 @@ class _Clock:
     """Says when time is over. A round that was begun is made, also by a run that goes on."""
 
     def __init__(self, session: Session, seconds: float) -> None:
-        self._session, self._most = session, seconds
-        kept = session.journal.state.setdefault(WALK, {"seconds": 0.0, "rounds": 0})
+        self._run, self._most = session.run, seconds
+        kept = self._run.journal.state.setdefault(WALK, {"seconds": 0.0, "rounds": 0})
         self._before, self._rounds = float(kept["seconds"]), int(kept["rounds"])
-        self._begun, self._asked = session.clock.elapsed, 0
+        self._begun, self._asked = self._run.clock.elapsed, 0
 
     @property
     def elapsed(self) -> float:
-        return self._before + self._session.clock.elapsed - self._begun
+        return self._before + self._run.clock.elapsed - self._begun
 
     def note(self) -> None:
         """Into the journal, which whoever calls this writes."""
-        self._session.journal.state[WALK] = {"seconds": self.elapsed, "rounds": self._rounds}
+        self._run.journal.state[WALK] = {"seconds": self.elapsed, "rounds": self._rounds}
 
     def stopped(self) -> str:
         """Asked before each round."""
@@ -166,7 +166,7 @@ class _Clock:
                 return "time was over"
             self._rounds += 1
             self.note()
-            self._session.journal.save()
+            self._run.journal.save()
         self._asked += 1
         return ""
 
@@ -181,7 +181,7 @@ def _solve(
     count: int,
 ) -> torch.Tensor:
     """Every linear at the kinds that it may get, into the store; the dense model's last hidden states."""
-    journal, stack = session.journal, session.job.stack
+    journal, stack = session.run.journal, session.job.stack
     done, _ = journal.walk(WALK)
     rehearsal = rehearsing(session, samples, journal)
     dense = Stream(stack, searched, depth=done, saved=journal.hidden(WALK, "held_out"))
@@ -192,7 +192,7 @@ def _solve(
         clock.note()
         journal.commit(WALK, blocks, {}, {**streams, "held_out": dense})
 
-    session.progress.phase(f"solving at {count} kinds", len(stack) - done)
+    session.run.progress.phase(f"solving at {count} kinds", len(stack) - done)
     zeros = dict.fromkeys((x.name for x in session.job.linears), 0.0)
     for block in walk_blocks(rehearsal, zeros, WALK, commit):
         dense.advance(block.index)

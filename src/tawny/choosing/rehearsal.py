@@ -18,10 +18,10 @@ from tawny.errors import NumericalError
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress, Silent
 from tawny.pruning.block import LoadedBlock
-from tawny.pruning.journal import Journal
 from tawny.pruning.session import Session
 from tawny.pruning.walk import solve_stage, walk_blocks
 from tawny.record import Record
+from tawny.run.journal import Journal
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 
@@ -60,11 +60,10 @@ def rehearsing(
     return replace(
         session,
         job=replace(session.job, recipe=recipe, solver=solver or session.job.solver),
+        run=replace(session.run, journal=journal, progress=_Steps(session.run.progress, name)),
         samples=samples,
-        journal=journal,
         output=None,
         record=Record(),
-        progress=_Steps(session.progress, name),
     )
 
 
@@ -96,7 +95,7 @@ def rehearse(
 
 def forget_spilled(session: Session) -> None:
     """Remove the hidden states of a rehearsal that were kept on disk."""
-    spilled = session.spill(WALK)
+    spilled = session.run.spill(WALK)
     for left in [] if spilled is None else spilled.parent.glob(f"{spilled.name}.*"):
         left.unlink(missing_ok=True)
 

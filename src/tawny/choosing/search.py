@@ -48,7 +48,6 @@ from tawny.choosing.solving import WALK, LevelStore, level_dtype, solve_levels
 from tawny.errors import NumericalError, RecipeError, TextError
 from tawny.machine import peak_memory
 from tawny.model import durable
-from tawny.model.resumable import place_of
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
 from tawny.patterns import Blocks, Rank
@@ -62,6 +61,7 @@ from tawny.recipe.merge import changes_from, resolve_recipe
 from tawny.recipe.schema import Recipe, as_list, default_name
 from tawny.record import finite
 from tawny.report.pages import or_say
+from tawny.run.resumable import place_of
 
 _DRAWN_M = "5"
 
@@ -187,8 +187,8 @@ def search(
         calibration=given,
         alone=True,
     ) as session:
-        with session.clock("search"):
-            found = session.journal.once("search", lambda: _search(session, settings))
+        with session.run.clock("search"):
+            found = session.run.journal.once("search", lambda: _search(session, settings))
         made = _found(session, settings, found, None if out is None else str(out))
         if session.place is not None:
             _write(made, session)
@@ -196,8 +196,8 @@ def search(
 
 
 def _found(session: Session, settings: Settings, found: dict[str, Any], out: str | None) -> Found:
-    record, clock = session.record, session.clock
-    session.progress.say(found["says"])
+    record, clock = session.record, session.run.clock
+    session.run.progress.say(found["says"])
     clock.seconds["total"] = clock.elapsed
     return Found(
         recipe=record.recipe,
@@ -227,17 +227,17 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
     name_of_solver, solver = solver_of_levels(settings, job)
     survey = surveyed(settings.families)
     with _level_store(session, space) as store:
-        measured = Measured(None if session.journal.folder is None else store.folder / "scores.jsonl")
+        measured = Measured(None if session.run.journal.folder is None else store.folder / "scores.jsonl")
         solved = solve_levels(
             session, space, store, solver=solver, survey=survey, samples=samples, held_out=held_out
         )
-        divergence = Divergence(job, store, held_out, solved.hidden, session.progress, measured)
+        divergence = Divergence(job, store, held_out, solved.hidden, session.run.progress, measured)
         rounds = 2 + math.ceil(settings.trials / settings.offspring)
-        session.progress.phase("trying allocations", rounds, "rounds")
+        session.run.progress.phase("trying allocations", rounds, "rounds")
 
         def prove(allocations: Sequence[Allocation], windows: Sequence[int]) -> Iterator[float]:
             unknown = sum(measured.proof(allocation) is None for allocation in allocations)
-            session.progress.phase("pruning finalists", unknown * len(job.stack))
+            session.run.progress.phase("pruning finalists", unknown * len(job.stack))
             for number, allocation in enumerate(allocations, 1):
                 known = measured.proof(allocation)
                 if known is None:
@@ -267,7 +267,7 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
             windows=windows,
             deciding=deciding or windows,
             seed=recipe.seed,
-            stopped=lambda: _over(settings, session.clock.elapsed),
+            stopped=lambda: _over(settings, session.run.clock.elapsed),
             step=_telling(session, settings, measured, rounds),
             prove=prove,
             finalists=settings.finalists,
@@ -309,18 +309,18 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
 def _telling(session: Session, settings: Settings, measured: Measured, rounds: int) -> Callable[[str], None]:
     """What is told after each round: rounds end when time is up, and those that an earlier run measured took none."""
     if settings.seconds is None:
-        return session.progress.step
+        return session.run.progress.step
     most, before, numbers = settings.seconds, measured.tokens, itertools.count(1)
     known, begun = 0, time.perf_counter()
 
     def step(_: str) -> None:
         nonlocal known, begun
-        done, left = next(numbers), max(0.0, most - session.clock.elapsed)
+        done, left = next(numbers), max(0.0, most - session.run.clock.elapsed)
         if measured.tokens == before:
             known, begun = done, time.perf_counter()
         else:
             left = min(left, (time.perf_counter() - begun) / (done - known) * max(0, rounds - done))
-        session.progress.at(done, left)
+        session.run.progress.at(done, left)
 
     return step
 
@@ -328,17 +328,17 @@ def _telling(session: Session, settings: Settings, measured: Measured, rounds: i
 @contextmanager
 def _level_store(session: Session, space: AnySpace) -> Iterator[LevelStore]:
     """Room for the solutions beside the output; where a journal is kept, they outlive a search that was stopped."""
-    kept = session.journal.folder
+    kept = session.run.journal.folder
     folder = kept or Path(tempfile.mkdtemp(prefix="tawny-"))
     dtype = level_dtype(session.job.stack)
     count = len(space.levels)
-    session.progress.say(
+    session.run.progress.say(
         f"the search solves each linear at {count} level{'s' * (count > 1)} from {space.told(space.low)} to "
         f"{space.told(space.high)}: {space.bytes_in(dtype) / 1e9:.2g} GB in {folder} until it is over"
     )
     try:
         store = LevelStore(
-            folder / "levels", space.bytes_in(dtype), dtype, kept=session.journal.walk(WALK)[0]
+            folder / "levels", space.bytes_in(dtype), dtype, kept=session.run.journal.walk(WALK)[0]
         )
         try:
             yield store
@@ -447,7 +447,7 @@ def _write(found: Found, session: Session) -> None:
         durable.replace(made, place.out.with_suffix(suffix))
 
     for suffix in (".png", ".svg"):
-        or_say(out.with_suffix(suffix), partial(draw, suffix), session.progress)
+        or_say(out.with_suffix(suffix), partial(draw, suffix), session.run.progress)
     told = json.dumps(finite(found.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     lines = [
         f"# {found.says}",

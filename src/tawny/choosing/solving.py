@@ -164,7 +164,7 @@ def solve_levels(
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
-    job, journal = session.job, session.journal
+    job, journal = session.job, session.run.journal
     stack = job.stack
     done, found = journal.walk(WALK)
     measures: list[dict[str, Any]] = found.get("measures", [])
@@ -187,7 +187,7 @@ def solve_levels(
         journal.commit(WALK, blocks, told, kept)
 
     uniform = {x.name: space.sparsity(i, 0) for i, x in enumerate(space.linears)}
-    session.progress.phase("solving at each level", len(stack) - done)
+    session.run.progress.phase("solving at each level", len(stack) - done)
     for block in walk_blocks(rehearsal, uniform, WALK, commit):
         with dense_again(block):
             dense.advance(block.index)
@@ -227,14 +227,14 @@ def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None
     with writing(path), TensorWriter(path, specs) as writer:
         for stage, statistics in block.stages():
             solve = _weights if stage.coupling is None else _members
-            session.progress.detail("solving", done, len(specs))
+            session.run.progress.detail("solving", done, len(specs))
             for linear, level, weight_OI in solve(block, stage, statistics, choices):
                 writer.write(key_of(linear, level), weight_OI.to(store.dtype).cpu())
                 if level == 0:
                     stack.set_weight(linear, weight_OI)
                 del weight_OI  # before the next one is made
                 done += 1
-                session.progress.detail("solving", done, len(specs))
+                session.run.progress.detail("solving", done, len(specs))
 
 
 def _weights(

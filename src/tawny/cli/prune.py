@@ -111,10 +111,10 @@ def _prune_and_pack(
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
     import tawny
     from tawny.errors import OutputError
-    from tawny.model.output import check_place
-    from tawny.model.resumable import named
     from tawny.model.source import resolve
     from tawny.report.publish import publish
+    from tawny.run.output import check_place
+    from tawny.run.resumable import named
 
     out = named(out)
     dense = out.with_name(out.name + ".dense")

@@ -28,10 +28,10 @@ from tawny.exporting.tokenizer import Key, keys_of_folder, keys_of_gguf
 from tawny.model import durable
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.durable import writing
-from tawny.model.output import same_place
 from tawny.model.source import gguf_behind, resolve
 from tawny.packed.opening import open_checkpoint
 from tawny.progress import Progress, silent
+from tawny.run.output import same_place
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tawny.errors import UserError, nearest
 from tawny.exporting.gguf import ExportReport, export_gguf
-from tawny.model.resumable import place_of
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
+from tawny.run.resumable import place_of
 
 EXPORTERS = {"gguf": export_gguf}
 

@@ -239,7 +239,7 @@ def _write_converted(path: Path, folder: Path) -> None:
     from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
     from tawny.model.checkpoint import Checkpoint
-    from tawny.model.output import ShardWriter
+    from tawny.model.shards import ShardWriter
     from tawny.model.skeleton import build_skeleton, possible
 
     with _refusing(f"{path} cannot be opened as a GGUF model"):

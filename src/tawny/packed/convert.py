@@ -25,8 +25,7 @@ from tawny.kinds import KINDS, kind_of, range_of
 from tawny.model.checkpoint import Checkpoint, Unit, file_bytes, is_packed, weight_paths
 from tawny.model.durable import writing
 from tawny.model.linears import Linear, is_plain, linears_of
-from tawny.model.output import OutputFolder, index_of
-from tawny.model.resumable import place_of
+from tawny.model.shards import index_of
 from tawny.model.source import resolve
 from tawny.model.structure import find_blocks, staying_dense
 from tawny.model.tensorfile import DTYPES, header_for, raw
@@ -42,6 +41,8 @@ from tawny.progress import Progress, silent
 from tawny.recipe.files import load_recipe
 from tawny.recipe.schema import Values
 from tawny.record import weight_files
+from tawny.run.output import OutputFolder
+from tawny.run.resumable import place_of
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.

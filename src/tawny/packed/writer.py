@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tawny.model.durable import writing
-from tawny.model.output import ShardWriter
+from tawny.model.shards import ShardWriter
 from tawny.model.tensorfile import entries, raw
 from tawny.packed import format
 from tawny.packed.folder import INDEX, METHOD, PackedLinearEntry

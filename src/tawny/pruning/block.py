@@ -64,8 +64,10 @@ class LoadedBlock:
     def aim(self) -> None:
         """Let the dense samples pass, before anything is pruned: their outputs are what refining aims at."""
         if self.dense is not None:
-            with self.session.clock("forward"):
-                self.dense.advance(self.index, lambda: self.session.progress.detail("dense outputs", 0, 0))
+            with self.session.run.clock("forward"):
+                self.dense.advance(
+                    self.index, lambda: self.session.run.progress.detail("dense outputs", 0, 0)
+                )
 
     def stages(self) -> Iterator[tuple[Stage, Mapping[str, Statistics]]]:
         """The stages and what they saw: all of the dense block at once, or each behind the ones already pruned."""
@@ -78,7 +80,7 @@ class LoadedBlock:
             return
         seen = self._observe(self.linears, "none" if order == "data" else self.job.needs)
         if order != "data":
-            with self.session.clock("outliers"):
+            with self.session.run.clock("outliers"):
                 self.outliers.see(self.linears, seen.statistics, dense=True)
         if order == "data" and can_suspend(seen.stages, self.linears) and self._may_hold():
             yield from self._lockstep(self.stream, seen.stages)
@@ -132,7 +134,7 @@ class LoadedBlock:
         def step() -> None:
             nonlocal done
             done += 1
-            self.session.progress.detail("observing", done, total)
+            self.session.run.progress.detail("observing", done, total)
 
         walk = in_lockstep(
             stream,
@@ -140,17 +142,17 @@ class LoadedBlock:
             stages,
             self.job.needs,
             finish=finish,
-            exact=self.session.ranks.several,
+            exact=self.session.run.ranks.several,
             step=step,
         )
         while True:
-            with self.session.clock("forward"):
+            with self.session.run.clock("forward"):
                 item = next(walk, None)
             if item is None:
                 return
             self.stage = stages.index(item[0])
-            with self.session.clock("exchange"):
-                self.session.ranks.add(item[1])
+            with self.session.run.clock("exchange"):
+                self.session.run.ranks.add(item[1])
             yield item
             item[1].clear()
 
@@ -162,14 +164,14 @@ class LoadedBlock:
         def step() -> None:
             nonlocal done
             done += 1
-            self.session.progress.detail("observing", done, total)
+            self.session.run.progress.detail("observing", done, total)
 
-        with self.session.clock("observe"):
+        with self.session.run.clock("observe"):
             seen = observe(
-                self.stream, self.index, linears, needs, exact=self.session.ranks.several, step=step
+                self.stream, self.index, linears, needs, exact=self.session.run.ranks.several, step=step
             )
-        with self.session.clock("exchange"):
-            self.session.ranks.add(seen.statistics)
+        with self.session.run.clock("exchange"):
+            self.session.run.ranks.add(seen.statistics)
         return seen
 
     def solution(
@@ -183,7 +185,7 @@ class LoadedBlock:
         job, session, notes, measured = self.job, self.session, {}, None
         grid = self._grid(linear)
         try:
-            with session.clock("solve"):
+            with session.run.clock("solve"):
                 solution: Solution = job.weight_solver.solve(
                     W_OI,
                     statistics,
@@ -197,7 +199,7 @@ class LoadedBlock:
             if measured is not None and measured[0] > 0:
                 assert statistics is not None and statistics.hessian is not None
                 notes["before_refit"] = measured[0]
-                with session.clock("refit"):
+                with session.run.clock("refit"):
                     refitted, left = refit(W_OI, solution.mask, statistics.hessian, start=solution.weight)
                 better = self.measure(W_OI, refitted, statistics, left)
                 # Its damped objective and the error here are not quite the same thing.
@@ -222,7 +224,9 @@ class LoadedBlock:
             session.record.warnings.append(
                 f"{linear.name} saw no calibration token; its weights alone decided"
             )
-        session.progress.detail(f"solving {linear.name.removeprefix(job.stack.name(self.index) + '.')}", 0, 0)
+        session.run.progress.detail(
+            f"solving {linear.name.removeprefix(job.stack.name(self.index) + '.')}", 0, 0
+        )
         solution, measured, more = self.solution(linear, W_OI, known, target)
         lost, kind = measured or self.measure(W_OI, solution.weight, known, solution.lost)
         low = isinstance(job.budget_pattern, Rank)
@@ -287,7 +291,7 @@ class LoadedBlock:
     def measure(
         self, W_OI: Tensor, pruned_OI: Tensor, statistics: Statistics | None, lost: float | None = None
     ) -> tuple[float, str]:
-        with self.session.clock("error"):
+        with self.session.run.clock("error"):
             return relative_error(W_OI, pruned_OI, statistics, lost)
 
     def _prepare(self, statistics: Statistics | None) -> Any:
@@ -304,7 +308,7 @@ class LoadedBlock:
         job, session, self._prepared = self.job, self.session, None
         if self.stream is None or self.dense is None or not self.linears or self.leaves:
             return
-        with session.clock("refine"):
+        with session.run.clock("refine"):
             made = refine(
                 job.stack,
                 self.index,
@@ -314,7 +318,7 @@ class LoadedBlock:
                 self.solved,
                 job.recipe.refine,
                 job.recipe.seed,
-                step=lambda done, total: session.progress.detail("refining", done, total),
+                step=lambda done, total: session.run.progress.detail("refining", done, total),
                 dtype=DTYPES[job.recipe.dtype] if job.recipe.dtype else None,
                 kinds=self._few_bits(),
             )
@@ -339,12 +343,12 @@ class LoadedBlock:
         self._count_outliers()
         if self.stream is None or self._advanced or self.index == len(self.job.stack) - 1:
             return
-        with self.session.clock("forward"):
-            self.stream.advance(self.index, lambda: self.session.progress.detail("advancing", 0, 0))
+        with self.session.run.clock("forward"):
+            self.stream.advance(self.index, lambda: self.session.run.progress.detail("advancing", 0, 0))
 
     def _count_outliers(self) -> None:
         """Note in the record how many outliers every linear of the block had and has."""
-        with self.session.clock("outliers"):
+        with self.session.run.clock("outliers"):
             before, after = self.outliers.before, self.outliers.after(self.linears)
         for entry in self.session.record.linears:
             if entry.name in after:
@@ -355,7 +359,7 @@ class LoadedBlock:
         job, session = self.job, self.session
         if session.output is None or job.stack.checkpoint is None:
             return
-        with session.clock("write"):
+        with session.run.clock("write"):
             tensors: dict[str, Tensor] = {}
             for unit in job.stack.checkpoint.units_of(job.stack.name(self.index)):
                 parameters = {name: job.stack.stored[name] for name in unit.targets}

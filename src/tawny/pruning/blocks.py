@@ -28,9 +28,9 @@ from tawny.model.stack import TOKENS, Stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import head_of, input_of
 from tawny.pruning.block import LoadedBlock
-from tawny.pruning.journal import BLOCKS
 from tawny.pruning.memory_plan import LOGIT_BYTES
 from tawny.pruning.session import Session
+from tawny.run.journal import BLOCKS
 from tawny.solvers.blocks import BlockSolver
 
 
@@ -40,7 +40,7 @@ def choose_blocks(session: Session) -> Allocation:
     Raises:
         RecipeError: no block would be left, or the solver compares what the model does not give.
     """
-    job, journal = session.job, session.journal
+    job, journal = session.job, session.run.journal
     if job.block_solver.compares == "logits" and not _says_words(job.stack):
         raise RecipeError(
             f"solver {job.recipe.solver.name} compares what a model says of each token, and {type(job.stack.model).__name__} says "
@@ -56,14 +56,16 @@ def choose_blocks(session: Session) -> Allocation:
         )
     _, found = journal.walk(BLOCKS)
     found = found or {"gone": [], "scores": [], "over": False}
-    session.progress.phase(
+    session.run.progress.phase(
         "choosing blocks", max(1, round(wanted / max(sizes.values())) - len(found["gone"]))
     )
     while not found["over"]:
-        found = session.ranks.same(_next(session, sizes, wanted, found) if session.ranks.first else {})
+        found = session.run.ranks.same(
+            _next(session, sizes, wanted, found) if session.run.ranks.first else {}
+        )
         journal.commit(BLOCKS, len(found["gone"]), found, {})
         if not found["over"]:
-            session.progress.step(job.stack.name(found["gone"][-1]))
+            session.run.progress.step(job.stack.name(found["gone"][-1]))
     gone = set(found["gone"])
     return {x.name: float(i in gone) for i, linears in enumerate(job.by_block) for x in linears}
 
@@ -102,7 +104,7 @@ def _apart(session: Session, gone: Collection[int], candidates: Collection[int])
     dense = [hidden.clone() for hidden in stream.hidden]  # some blocks change what they are given
     found: dict[int, float] = {}
     for index in range(len(stack)):
-        session.progress.detail(f"trying block {index}", index, len(stack))
+        session.run.progress.detail(f"trying block {index}", index, len(stack))
         with stack.block(index):
             if solver.compares == "logits":
                 dense = _through(stream, index, dense)

@@ -43,10 +43,10 @@ def solve_members(block: LoadedBlock, coupling: Coupling, statistics: Mapping[st
     session, stack, start = block.session, block.job.stack, time.perf_counter()
     consumer = coupling.consumer
     block.outliers.see(coupling.linears, statistics, dense=False)
-    session.progress.detail(f"solving {consumer.name.removeprefix(stack.name(block.index) + '.')}", 0, 0)
+    session.run.progress.detail(f"solving {consumer.name.removeprefix(stack.name(block.index) + '.')}", 0, 0)
     seen = seen_by(block, coupling, statistics)
     removed = round(block.allocation[consumer.name] * coupling.members)
-    with session.clock("solve"):
+    with session.run.clock("solve"):
         made = without_members(block, coupling, seen, removed)
     made.set_biases(block, coupling)
     if block.job.member_solver.wants_bias and removed and stack.bias(consumer) is None:

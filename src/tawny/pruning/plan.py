@@ -22,7 +22,7 @@ from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import OWN, load_texts, parse_texts
 from tawny.calibration.text import NAMED_TEXTS
 from tawny.evaluation.sources import author_of
-from tawny.model.output import SHARD_BYTES
+from tawny.model.shards import SHARD_BYTES
 from tawny.model.source import load_tokenizer
 from tawny.model.stack import TOKENS, Stack
 from tawny.model.structure import input_of

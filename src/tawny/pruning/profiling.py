@@ -92,7 +92,7 @@ def profile_walk(session: Session, measuring: Measuring) -> Profile:
     Raises:
         NumericalError: a weight is NaN or infinite; names the linear.
     """
-    job, journal, ranks = session.job, session.journal, session.ranks
+    job, journal, ranks = session.job, session.run.journal, session.run.ranks
     stack, samples = job.stack, session.samples
     done, found = journal.walk(WALK)
     stages: dict[str, str] = found.get("stages", {})
@@ -108,9 +108,9 @@ def profile_walk(session: Session, measuring: Measuring) -> Profile:
                 ranks.part(shared),
                 depth=done,
                 saved=journal.hidden(WALK),
-                spill=session.spill(WALK),
+                spill=session.run.spill(WALK),
             )
-        session.progress.phase("profiling", len(stack) - done)
+        session.run.progress.phase("profiling", len(stack) - done)
         for index in range(done, len(stack)):
             last = index == len(stack) - 1
             with torch.no_grad(), stack.block(index):
@@ -136,7 +136,7 @@ def profile_walk(session: Session, measuring: Measuring) -> Profile:
             if last or journal.due():
                 kept = {} if last or stream is None else {"pruned": stream}
                 journal.commit(WALK, index + 1, {"stages": stages, "measures": measures}, kept)
-            session.progress.step(stack.name(index))
+            session.run.progress.step(stack.name(index))
     return Profile(with_stages(job.linears, stages), tuple(measures))
 
 

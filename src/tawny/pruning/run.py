@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tawny.allocation.profile import Allocation
 from tawny.errors import RecipeError
 from tawny.machine import peak_memory
-from tawny.model.resumable import place_of
 from tawny.model.source import resolve
 from tawny.model.streams import Samples, Stream
 from tawny.model.trust import opens_models
@@ -35,6 +34,7 @@ from tawny.pruning.writing import write_pages, write_rest
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.record import LinearRecord, Record, weight_files
+from tawny.run.resumable import place_of
 
 WALK = "prune"  # what the journal calls it
 
@@ -123,16 +123,16 @@ def _allocate(session: Session) -> Allocation:
     job, record = session.job, session.record
     if job.recipe.refine.epochs and session.samples is not None:
         holds_out(len(session.samples), job.recipe.refine, job.recipe.seed)  # refuses a single sample
-    with session.clock("profile"):
+    with session.run.clock("profile"):
         profile = profile_walk(session, job.allocator)
     samples = session.samples
     warnings = notices(job, 0 if samples is None else len(samples) * samples.seqlen)
     if job.chooses_blocks:
-        with session.clock("choose"):
+        with session.run.clock("choose"):
             record.allocation = choose_blocks(session)
     else:
         record.allocation, record.values = spend(job, profile, warnings)
-    if session.journal.walk(WALK)[0] == 0:  # later, the finished blocks bring them along
+    if session.run.journal.walk(WALK)[0] == 0:  # later, the finished blocks bring them along
         record.warnings += warnings
     if profile.measures:
         record.profile = {"blocks": list(profile.measures)}
@@ -141,7 +141,7 @@ def _allocate(session: Session) -> Allocation:
 
 def _take_up(session: Session) -> None:
     """Read from the journal what an earlier run recorded of the blocks that it finished."""
-    _, found = session.journal.walk(WALK)
+    _, found = session.run.journal.walk(WALK)
     session.record.linears = [LinearRecord.from_dict(entry) for entry in found.get("linears", [])]
     session.record.warnings += found.get("warnings", [])
     session.record.refined = found.get("refined", [])
@@ -158,11 +158,11 @@ def _commit(session: Session, blocks: int, streams: Mapping[str, Stream | None])
         "refined": record.refined,
     }
     session.note_cost()
-    session.journal.commit(WALK, blocks, found, streams)
+    session.run.journal.commit(WALK, blocks, found, streams)
 
 
 def _finish(session: Session) -> Record:
-    record, output, clock = session.record, session.output, session.clock
+    record, output, clock = session.record, session.output, session.run.clock
     record.zeros = sum(entry.zeros for entry in record.linears)
     record.sparsity = record.zeros / max(1, record.prunable)
     assert len({entry.name for entry in record.linears}) == sum(map(len, session.job.by_block))

@@ -40,13 +40,11 @@ from tawny.evaluation.sources import author_of
 from tawny.kernels.native import kernel_name
 from tawny.machine import device_name, machine, peak_memory, versions
 from tawny.model.identity import code_identity, model_identity, own_code, tensor_digest, tokens_identity
-from tawny.model.output import OutputFolder, check_savable, unfinished
 from tawny.model.source import load_tokenizer, revision_of
 from tawny.model.stack import TOKENS, Stack
 from tawny.model.streams import Samples
 from tawny.model.structure import evaluating, input_of, predicts_tokens
 from tawny.progress import Progress, silent
-from tawny.pruning.journal import Journal
 from tawny.pruning.memory_plan import (
     Demanding,
     Load,
@@ -57,9 +55,12 @@ from tawny.pruning.memory_plan import (
     place,
 )
 from tawny.pruning.prepare import Job, prepare
-from tawny.pruning.ranks import Ranks, is_lost
 from tawny.recipe.schema import Recipe
-from tawny.record import Clock, Record
+from tawny.record import Record
+from tawny.run.journal import Journal
+from tawny.run.output import OutputFolder, check_savable, unfinished
+from tawny.run.ranks import Ranks, is_lost
+from tawny.run.run import Clock, Run
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ OpensPlace = Callable[[Path | None, Ranks], tuple[Unfinished | None, Journal]]
 
 @dataclass(frozen=True)
 class Session:
-    """One run: what it works on, where it writes, and what it has recorded so far.
+    """What a run works on, where it writes, and what it has recorded so far.
 
     Attributes:
         samples: calibration; None where nothing is calibrated.
@@ -109,33 +110,25 @@ class Session:
         placement: what is kept in memory and what on disk; None where nothing was placed.
         place: where it writes; None where nothing is written.
         output: the same where that is a checkpoint folder.
-        hidden: folder of hidden states that are not kept in memory; None where all of them are.
         beside: the tokenizer or processor of a live model, which is written beside it; None where nobody gave one, and
             where the source's files are carried along.
     """
 
+    run: Run
     job: Job
     samples: Samples | None
     held_out: Tensor | None
     placement: Placement | None
     place: Unfinished | None
     output: OutputFolder | None
-    journal: Journal
-    ranks: Ranks
-    progress: Progress
     record: Record
-    clock: Clock
-    hidden: Path | None
     beside: Any = None
-
-    def spill(self, walk: str, stream: str = "pruned") -> Path | None:
-        """Where the hidden states of a walk are kept, if not in memory."""
-        return self.hidden and self.hidden / f"{walk}.{stream}{self.journal.suffix}"
 
     def note_cost(self) -> None:
         """Tell the journal what the run has taken so far, before it is written."""
-        self.journal.state["seconds"] = {**self.clock.seconds, "total": self.clock.elapsed}
-        self.journal.state["peak_memory"] = max(peak_memory(), self.record.peak_memory)
+        state, clock = self.run.journal.state, self.run.clock
+        state["seconds"] = {**clock.seconds, "total": clock.elapsed}
+        state["peak_memory"] = max(peak_memory(), self.record.peak_memory)
 
 
 @contextmanager
@@ -212,21 +205,8 @@ def open_session(
             home = journal.folder or Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
             hidden = home / "hidden"
             hidden.mkdir(exist_ok=True)
-        session = Session(
-            job,
-            samples,
-            held_out,
-            placement,
-            target,
-            output,
-            journal,
-            ranks,
-            progress,
-            record,
-            clock,
-            hidden,
-            beside,
-        )
+        run = Run(journal, ranks, progress, clock, hidden)
+        session = Session(run, job, samples, held_out, placement, target, output, record, beside)
         _begin(session, overwrite)
         begun = True
         with torch.no_grad(), evaluating(job.stack.model):
@@ -364,7 +344,7 @@ def _identify(job: Job, journal: Journal, ranks: Ranks, record: Record) -> None:
 
 def _begin(session: Session, overwrite: bool) -> None:
     """From here on what is finished is kept."""
-    journal, ranks, record = session.journal, session.ranks, session.record
+    journal, ranks, record = session.run.journal, session.run.ranks, session.record
     if journal.folder is None:
         return
     if ranks.first:
@@ -374,10 +354,10 @@ def _begin(session: Session, overwrite: bool) -> None:
         journal.begin(overwrite=overwrite)
     journal.state = ranks.same(journal.state)
     record.resumed = journal.state["resumed"]
-    session.clock.go_on(journal.state.get("seconds", {}))
+    session.run.clock.go_on(journal.state.get("seconds", {}))
     record.peak_memory = int(journal.state.get("peak_memory", 0))
     if journal.has_progress:
-        session.progress.say(f"going on with {journal.folder}, behind {journal.kept_words()}")
+        session.run.progress.say(f"going on with {journal.folder}, behind {journal.kept_words()}")
 
 
 def _kept(journal: Journal) -> str:

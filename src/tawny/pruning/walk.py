@@ -28,7 +28,7 @@ def walk_blocks(
     Args:
         walk: what the journal calls this walk; `commit` keeps it under that name.
     """
-    job, journal, clock = session.job, session.journal, session.clock
+    job, journal, clock = session.job, session.run.journal, session.run.clock
     done, _ = journal.walk(walk)
     count = len(job.stack)
     refining = job.recipe.refine.epochs > 0
@@ -38,7 +38,7 @@ def walk_blocks(
         with clock("forward"):
             stream = _stream(session, walk, "pruned", done)
             dense = _stream(session, walk, "dense", done) if refining else None
-    session.progress.phase("pruning", count - done)
+    session.run.progress.phase("pruning", count - done)
     for index in range(done, count):
         last = index == count - 1
         with clock("read"):
@@ -48,14 +48,14 @@ def walk_blocks(
         if last or journal.due():
             with clock("write"):
                 commit(index + 1, {} if last else {"pruned": stream, "dense": dense})
-        session.progress.step(job.stack.name(index))
+        session.run.progress.step(job.stack.name(index))
 
 
 def _stream(session: Session, walk: str, name: str, done: int) -> Stream:
     assert session.samples is not None
-    saved, spill = session.journal.hidden(walk, name), session.spill(walk, name)
+    saved, spill = session.run.journal.hidden(walk, name), session.run.spill(walk, name)
     return Stream(
-        session.job.stack, session.ranks.part(session.samples), depth=done, saved=saved, spill=spill
+        session.job.stack, session.run.ranks.part(session.samples), depth=done, saved=saved, spill=spill
     )
 
 
@@ -68,7 +68,7 @@ def solve_stage(block: LoadedBlock, stage: Stage, statistics: Mapping[str, Stati
         return remove_block(block)
     if stage.coupling is not None:
         return solve_members(block, stage.coupling, statistics)
-    ranks, exact = block.session.ranks, block.job.needs == "hessian"
+    ranks, exact = block.session.run.ranks, block.job.needs == "hessian"
     costs = [x.numel * x.shape[1] + x.shape[1] ** 3 / 3 if exact else x.numel for x in stage.linears]
     owners = ranks.owners(costs)
     for linear, owner in zip(stage.linears, owners, strict=True):
@@ -84,13 +84,13 @@ def _exchange(
     """Send every solved weight of a stage to all ranks, as it is stored, and put the records together."""
     session, stack = block.session, block.job.stack
     record, names = session.record, {linear.name for linear in stage.linears}
-    with session.clock("exchange"):
+    with session.run.clock("exchange"):
         for linear, owner in zip(stage.linears, owners, strict=True):
-            if owner != session.ranks.rank and linear.name in statistics:
+            if owner != session.run.ranks.rank and linear.name in statistics:
                 block.outliers.see([linear], {linear.name: statistics[linear.name]}, dense=False)
-            stack.set_weight(linear, session.ranks.send(stack.stored_weight(linear), owner))
+            stack.set_weight(linear, session.run.ranks.send(stack.stored_weight(linear), owner))
         own = [asdict(entry) for entry in record.linears if entry.name in names]
-        told = session.ranks.all_of((own, record.warnings[block.warned :]))
+        told = session.run.ranks.all_of((own, record.warnings[block.warned :]))
     known = {entry["name"]: LinearRecord.from_dict(entry) for entries, _ in told for entry in entries}
     record.linears = [entry for entry in record.linears if entry.name not in names]
     record.linears += [known[linear.name] for linear in stage.linears]

@@ -22,7 +22,7 @@ def write_rest(session: Session) -> None:
     assert session.output is not None
     if session.job.folder is not None and session.job.stack.checkpoint is not None:
         session.record.bytes = session.output.assemble(
-            session.journal.once("shards", lambda: _plan_shards(session))
+            session.run.journal.once("shards", lambda: _plan_shards(session))
         )
         session.output.carry(session.job.folder)
         _say_settings(session)
@@ -45,8 +45,8 @@ def write_pages(session: Session) -> None:
         base = card.read_text(encoding="utf-8-sig", errors="replace") if card and card.is_file() else ""
         output.write_text(CARD, model_card(record, front_matter(base)))
 
-    or_say(output.partial / CARD, write_card, session.progress)
-    or_say(output.partial / NAME, lambda: write_report(record, output.partial), session.progress)
+    or_say(output.partial / CARD, write_card, session.run.progress)
+    or_say(output.partial / NAME, lambda: write_report(record, output.partial), session.run.progress)
 
 
 def _plan_shards(session: Session) -> list[dict[str, Any]]:

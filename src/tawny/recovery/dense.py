@@ -19,8 +19,6 @@ from tawny.calibration.text import Text
 from tawny.errors import Interrupted, ModelError, RecipeError
 from tawny.evaluation.sources import author_of, compute_dtype
 from tawny.machine import free_memory, peak_memory
-from tawny.model.output import OutputFolder, check_savable
-from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import TOKENS, Stack, live_stack
 from tawny.model.streams import Samples
@@ -28,7 +26,6 @@ from tawny.model.structure import evaluating, input_of, predicts_tokens
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress, silent
-from tawny.record import Clock
 from tawny.recovery.crops import PIXELS, crops_of
 from tawny.recovery.data import Reading, check_given, read, read_given, written_tokens
 from tawny.recovery.processes import Processes
@@ -38,6 +35,9 @@ from tawny.recovery.student import LEAST_SPARSITY, Student
 from tawny.recovery.teacher import check_not_own_teacher, check_teacher, check_tokenizers, is_own_teacher
 from tawny.recovery.training import Training
 from tawny.recovery.writing import check_apart
+from tawny.run.output import OutputFolder, check_savable
+from tawny.run.resumable import WorkFolder
+from tawny.run.run import Clock
 from tawny.words import size
 
 # What lies in OUT.recovery: states, the best weights, parts to be joined, the teacher's hidden states and their index.

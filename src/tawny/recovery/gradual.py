@@ -18,8 +18,6 @@ from typing import Any
 from tawny.calibration.mixture import check_texts, texts_identity
 from tawny.errors import NumericalError, RecipeError
 from tawny.model.identity import source_identity
-from tawny.model.output import unfinished
-from tawny.model.resumable import WorkFolder, place_of
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -33,6 +31,8 @@ from tawny.recovery.record import RecoveryRecord, draw, failure_of, left_behind
 from tawny.recovery.run import recover
 from tawny.recovery.settings import Recovery
 from tawny.recovery.writing import check_apart, claim, deliver, retell
+from tawny.run.output import unfinished
+from tawny.run.resumable import WorkFolder, place_of
 
 
 @opens_models

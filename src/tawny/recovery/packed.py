@@ -18,7 +18,6 @@ from tawny.evaluation.sources import reads_on
 from tawny.kinds import kind_of
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.identity import source_identity, tensor_digest
-from tawny.model.resumable import WorkFolder
 from tawny.model.source import load_tokenizer
 from tawny.packed.convert import pack, solved_for, unpack
 from tawny.packed.folder import PackedFolder
@@ -29,6 +28,7 @@ from tawny.recovery.record import RecoveryRecord, draw, failure_of, left_behind
 from tawny.recovery.settings import Recovery
 from tawny.recovery.teacher import check_not_own_teacher, is_own_teacher
 from tawny.recovery.writing import check_apart, claim, deliver, is_made, retell
+from tawny.run.resumable import WorkFolder
 
 
 def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[str, str]:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tawny.errors import TextError
 from tawny.kinds import kind_of
 from tawny.model.checkpoint import is_packed
-from tawny.model.resumable import place_of
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
@@ -31,6 +30,7 @@ from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.packed import check_grid, recover_packed, several_kinds
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
+from tawny.run.resumable import place_of
 
 
 @opens_models

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tawny.errors import OutputError
-from tawny.model.resumable import WorkFolder
 from tawny.recovery.coordinates import Coordinates
 from tawny.recovery.processes import Processes
+from tawny.run.resumable import WorkFolder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _OF_EACH = ("step", *_MOMENTS)  # an expert without a token in some step has made fewer than the others

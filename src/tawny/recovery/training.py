@@ -21,13 +21,10 @@ from tawny.calibration.context import hard_context_of
 from tawny.errors import Interrupted, NumericalError
 from tawny.machine import machine, peak_memory, versions
 from tawny.model.identity import source_identity
-from tawny.model.output import OutputFolder
-from tawny.model.resumable import WorkFolder
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples
 from tawny.model.structure import predicts_tokens
 from tawny.progress import Progress
-from tawny.record import Clock
 from tawny.recovery.data import Reading
 from tawny.recovery.objective import Losses, chunk_tokens, distil, match
 from tawny.recovery.processes import Processes
@@ -37,6 +34,9 @@ from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.student import Student
 from tawny.recovery.teacher import WALK_TOKENS, Teacher
 from tawny.recovery.writing import card, tell_run, write
+from tawny.run.output import OutputFolder
+from tawny.run.resumable import WorkFolder
+from tawny.run.run import Clock
 from tawny.words import counted, quality_text
 
 _BETAS = (0.9, 0.95)

@@ -30,8 +30,6 @@ from torch import Tensor, nn
 
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.output import OutputFolder, check_place, spare, unfinished
-from tawny.model.resumable import WorkFolder
 from tawny.model.source import resolve, revision_of
 from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
@@ -39,6 +37,8 @@ from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
 from tawny.report.card import CARD, front_matter, model_card, packed_note, recovery_words
+from tawny.run.output import OutputFolder, check_place, spare, unfinished
+from tawny.run.resumable import WorkFolder
 
 _OUTSIDE = "outside"
 _RUN = "run.json"

@@ -26,9 +26,7 @@ from tawny.errors import ModelError, UserError
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.couplings import Coupling, find_couplings, probe_of
 from tawny.model.linears import Linear
-from tawny.model.output import OutputFolder
 from tawny.model.own_blocks import KEY
-from tawny.model.resumable import place_of
 from tawny.model.source import resolve
 from tawny.model.stack import Stack
 from tawny.model.structure import evaluating
@@ -36,6 +34,8 @@ from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress, silent
+from tawny.run.output import OutputFolder
+from tawny.run.resumable import place_of
 from tawny.slimming.depth import renumbered
 from tawny.slimming.widths import config_of_block, described, key_of_text, settings_of_block
 from tawny.words import size

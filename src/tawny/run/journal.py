@@ -1,4 +1,4 @@
-"""How far a pruning run has come: its walks through the blocks, in the journal of `OUT.partial` (model/resumable.py).
+"""How far a pruning run has come: its walks through the blocks, in the journal of `OUT.partial` (run/resumable.py).
 
 A commit makes block files and hidden states durable first, then replaces the journal. Between two commits nothing is
 relied on; it is done again, to the same bytes. A commit costs what writing the hidden states costs, so one is made
@@ -15,10 +15,10 @@ from typing import Any, final
 
 from tawny.errors import OutputError
 from tawny.model.durable import writing
-from tawny.model.resumable import JOURNAL, Resumable
 from tawny.model.streams import Stream
 from tawny.process_group import ProcessGroup
-from tawny.pruning.ranks import Ranks
+from tawny.run.ranks import Ranks
+from tawny.run.resumable import JOURNAL, Resumable
 
 # The walk of a search, which solves at several levels; and the choice of whole blocks that leave.
 LEVELS = "levels"

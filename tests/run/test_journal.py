@@ -17,11 +17,11 @@ import torch
 import tawny
 from tawny.errors import CheckpointError, Interrupted, OutputError
 from tawny.kernels import native
-from tawny.model import output as output_module
 from tawny.model.identity import own_code
 from tawny.progress import Silent
-from tawny.pruning import journal as journal_module
-from tawny.pruning.journal import Journal
+from tawny.run import journal as journal_module
+from tawny.run import output as output_module
+from tawny.run.journal import Journal
 from tawny.solvers import SOLVERS
 from tawny.solvers.wanda import Wanda
 from tests.tiny import tiny_model, tokens

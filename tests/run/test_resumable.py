@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tawny.errors import OutputError
-from tawny.model.resumable import JOURNAL, WorkFolder
+from tawny.run.resumable import JOURNAL, WorkFolder
 
 
 def folder(tmp_path):

@@ -11,8 +11,8 @@ import torch
 
 from tawny.errors import OutputError
 from tawny.model import checkpoint as checkpoint_module
-from tawny.model.output import OutputFolder
 from tawny.packed.opening import open_stack
+from tawny.run.output import OutputFolder
 from tests.tiny import tiny_model
 
 WEIGHT = {"weight": torch.arange(6.0).view(2, 3)}

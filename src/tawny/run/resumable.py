@@ -5,7 +5,7 @@ to, and what is finished. Files are durable before the journal names them, and t
 Whatever kills the process, the journal names only what is whole on the disk. If the identity differs, the run is refused
 with what differs; identities are made in identity.py.
 
-`Resumable` is the journal. Pruning keeps one in `OUT.partial`, which model/output.py makes (pruning/journal.py).
+`Resumable` is the journal. Pruning keeps one in `OUT.partial`, which run/output.py makes (run/journal.py).
 A `WorkFolder` is a folder of its own, `OUT.KIND`. It was made by Tawny only if its journal says so and every name in it is one
 that Tawny gives; any other folder is the user's and is refused, never cleared. One process at a time may hold it.
 """

@@ -10,8 +10,8 @@ import pytest
 
 from tawny.errors import OutputError
 from tawny.model import durable
-from tawny.model.output import OutputFolder, spare
-from tawny.model.resumable import place_of
+from tawny.run.output import OutputFolder, spare
+from tawny.run.resumable import place_of
 
 
 def model_in(folder: Path) -> Path:

@@ -12,14 +12,14 @@ import torch
 from tawny.errors import UserError
 from tawny.model.checkpoint import Checkpoint
 from tawny.model.streams import Samples
-from tawny.pruning.ranks import Ranks
+from tawny.run.ranks import Ranks
 from tests.tiny import tiny_model, tokens
 from tests.torchrun import torchrun
 
 SCRIPT = """
 import os, signal, sys
 import tawny
-from tawny.pruning import journal
+from tawny.run import journal
 from tawny.cli.common import console_for
 from tawny.progress import Silent
 from tests.tiny import tokens
