@@ -37,6 +37,8 @@ class Kind:
         exact: types of a checkpoint, as safetensors calls them, of which no bit is lost.
         grid: the integers that a survivor is rounded to, ascending; a scale belongs to them. Empty for floats.
         groups: how many columns a scale may cover, None for the whole row; the first is the usual one.
+        error: of a linear's output by plain rounding, as a multiple of what int3 loses (docs/log/fit.md, q_proj). A kind with a grid
+            has one: `tawny plan --size` goes by it.
     """
 
     name: str
@@ -48,6 +50,11 @@ class Kind:
     exact: tuple[str, ...] = ()
     grid: tuple[int, ...] = ()
     groups: tuple[int | None, ...] = (None,)
+    error: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scaled and not self.error:
+            raise ValueError(f"kind {self.name} rounds to a grid: its row needs the `error` that this makes")
 
     @property
     def scaled(self) -> bool:
@@ -150,10 +157,10 @@ def half_steps(levels: tuple[int, ...]) -> Tensor:
     return table[torch.bucketize(inside, (table[1:] + table[:-1]) / 2)]
 
 
-def _few(name: str, help: str, code: int, grid: Iterable[int]) -> Kind:
+def _few(name: str, help: str, code: int, grid: Iterable[int], error: float) -> Kind:
     grid = tuple(grid)
     bits = (len(grid) - 1).bit_length()
-    return Kind(name, help, bits, "uint8", code, 0.0, grid=grid, groups=(32, 64, 128))
+    return Kind(name, help, bits, "uint8", code, 0.0, grid=grid, groups=(32, 64, 128), error=error)
 
 
 # The grids of few bits lose least of a linear, dense and pruned, with a scale that may be negative (docs/log/few-bits.md). They
@@ -178,12 +185,13 @@ KINDS: dict[str, Kind] = {
             0.0,
             grid=tuple(range(-127, 128)),
             groups=(None, 32, 64, 128),
+            error=0.006,
         ),
-        _few("int6", "three eighths of the bytes", 6, range(-28, 36)),
-        _few("int5", "a third of the bytes", 7, range(-14, 18)),
-        _few("int4", "a quarter of the bytes; best when solved (`tawny prune --values`)", 4, _INT4),
-        _few("int3", "a fifth of the bytes; only when solved", 5, _INT3),
-        _few("int2", "a seventh of the bytes; only when solved, with zeros", 8, _INT2),
+        _few("int6", "three eighths of the bytes", 6, range(-28, 36), 0.024),
+        _few("int5", "a third of the bytes", 7, range(-14, 18), 0.095),
+        _few("int4", "a quarter of the bytes; best when solved (`tawny prune --values`)", 4, _INT4, 0.24),
+        _few("int3", "a fifth of the bytes; only when solved", 5, _INT3, 1.0),
+        _few("int2", "a seventh of the bytes; only when solved, with zeros", 8, _INT2, 4.85),
     )
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 import tawny
 from tawny.errors import UserError
-from tawny.kinds import KINDS, Kind, kind_of
+from tawny.kinds import KINDS, Kind, kind_of, scaled_kinds
 from tawny.packed.format import pack, unpack
 from tawny.packed.linear import PackedLinear
 from tests.packed.cases import python, uneven
@@ -26,6 +28,7 @@ TOY = Kind(
     0.3,
     grid=tuple(range(-4, 4)),
     groups=(64, 32),
+    error=1.1,
 )
 
 
@@ -77,22 +80,36 @@ def test_a_registered_kind_is_refused_like_any_other_where_it_does_not_fit(toy):
         kind_of(toy, 128)
 
 
-def test_the_help_lists_a_registered_kind():
-    code = """
+COMMAND_LINE = """
 import sys
 from tawny.kinds import KINDS, Kind
-KINDS["toy3"] = Kind("toy3", "eight in three bytes", 3, "uint8", None, 0.3, grid=tuple(range(-4, 4)), groups=(64,))
-sys.argv = ["tawny", sys.argv[1], "--help"]
+KINDS["toy3"] = Kind("toy3", "eight in three bytes", 3, "uint8", None, 0.3, grid=tuple(range(-4, 4)), groups=(64,), error=1.1)
 from tawny.__main__ import main
 main()
 """
+
+
+def test_the_help_lists_a_registered_kind():
     for verb, expected in {
         "pack": "toy3 (eight in three bytes)",
         "prune": "int2, toy3",
         "recover": "int2, toy3",
     }.items():
-        run = python(code, verb)
+        run = python(COMMAND_LINE, verb, "--help")
         assert expected in " ".join(run.stdout.split()), run.stdout + run.stderr
+
+
+def test_a_plan_of_a_size_counts_a_registered_kind(tmp_path):
+    dense = saved(tmp_path / "dense", "qwen2", hidden_size=64)
+    run = python(COMMAND_LINE, "plan", str(dense), "--size", "1GB", "--seqlen", "24", "--json")
+    assert "toy3" in [row["kind"] for row in json.loads(run.stdout)["kinds"]], run.stdout + run.stderr
+
+
+def test_a_kind_with_a_grid_says_what_rounding_to_it_loses():
+    scaled = scaled_kinds()
+    assert sorted(scaled, key=lambda kind: kind.error) == sorted(scaled, key=lambda kind: -kind.bits)
+    with pytest.raises(ValueError, match="its row needs the `error`"):
+        replace(KINDS["int4"], error=0.0)
 
 
 def test_the_page_of_the_format_and_the_table_say_the_same():

@@ -31,8 +31,7 @@ from tawny.pruning.plan import forward_seconds, load_of, seconds_of
 from tawny.pruning.prepare import Job, notices, prepare
 from tawny.recipe.schema import Recipe
 
-# Of a linear's output, as a multiple of what int3 loses; by plain rounding, and by Wanda (docs/log/fit.md, q_proj).
-_BITS = {"int8": 0.006, "int6": 0.024, "int5": 0.095, "int4": 0.24, "int3": 1.0, "int2": 4.85}
+# Of a linear's output by Wanda, as a multiple of what int3 loses by rounding (docs/log/fit.md, q_proj).
 _ZEROS = {0.5: 1.68, 0.7: 5.21}
 # Seconds a weight, two threads: of rounding a sample of rows to every kind and the whole to one, and of packing.
 _ROUNDING, _PACKING = 5e-7, 1e-7
@@ -144,12 +143,13 @@ def plan_fit(
 def _alike(job: Job, sizes: PackedSize) -> Found:
     """As if every weight mattered alike."""
     zeros = {str(share): _ZEROS[share] for share in SPARSITIES if share}
-    measures = {x.name: Measures(_BITS, zeros, _BITS["int4"], 0, False) for x in job.linears}
+    bits = {kind: KINDS[kind].error for kind in KINDS_TRIED}
+    measures = {x.name: Measures(bits, zeros, bits["int4"], 0, False) for x in job.linears}
     head, embedding = (
-        {kind: _BITS[kind] * numel for kind in KINDS_TRIED} if numel else {}
+        {kind: bits[kind] * numel for kind in KINDS_TRIED} if numel else {}
         for numel in (sizes.head_numel, sizes.embedding_numel)
     )
-    reactions = {x.name: _BITS["int4"] * x.numel for x in job.linears}
+    reactions = {x.name: bits["int4"] * x.numel for x in job.linears}
     return Found(measures, reactions, head, embedding)
 
 
