@@ -115,9 +115,9 @@ def measured() -> str:
     three, larger = (cells["int3:64:0 alps 0"]["texts"]["wiki"]["kl"] for cells in (small, large))
     return (
         f"in a file this small, bits alone lose less: four bits without zeros are {bits['bytes'] / 1e6:.0f} MB and "
-        f"{bits['texts']['wiki']['kl']:.2f} nats a token from the dense model (docs/results.md#divergence-against-bytes)\n"
+        f"{bits['texts']['wiki']['kl']:.2f} nats a token from the dense model (docs/results/frontier.md)\n"
         f"larger models lose less, too: at three bits SmolLM2 (135 million weights) is {three:.2f} nats from its dense model,\n"
-        f"and Qwen2.5-Coder (1.5 billion) is {larger:.2f} (docs/results.md#few-bits)"
+        f"and Qwen2.5-Coder (1.5 billion) is {larger:.2f} (docs/results/few-bits.md)"
     )
 
 

@@ -5,7 +5,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from tawny.recipe.files import load_recipe
@@ -13,10 +12,18 @@ from tawny.recipe.files import load_recipe
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/models.md"])
-def test_the_tables_of_a_page_are_made_from_the_committed_results(readme, name):
-    page = (ROOT / name).read_text(encoding="utf-8")
-    assert readme["render"](page, name) == page, "stale: run `make docs`"
+def test_the_tables_of_a_page_are_made_from_the_committed_results(readme):
+    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme["TABLES"]}
+    stale = [name for name, page in pages.items() if readme["render"](page, name) != page]
+    assert not stale, "run `make docs`"
+
+
+def test_every_page_of_results_stands_in_its_index(readme):
+    folder = ROOT / "docs" / "results"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in folder.iterdir()} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == pages
+    assert pages <= {Path(name).name for name in readme["TABLES"]}
 
 
 def study(cells):

@@ -99,8 +99,8 @@ def _same_bytes(frontier: Mapping[str, Any]) -> str:
         + f"\n\n<sub>Qwen2.5-Coder-1.5B, all from the same dense model. KL is of {setting['windows']} windows of "
         f"{setting['eval_seqlen']} tokens of `wiki` and of WikiText-2. Fits are calibrated on `wiki`; "
         "llama.cpp got no importance matrix. The fit of 4.13 bits is an older one, and Q4_K_M and Q3_K_M were judged in bfloat16 "
-        "([more](docs/results.md#the-same-on-qwen25-coder-15b)). Settings, errors, other texts and models: "
-        "[results](docs/results.md).</sub>\n"
+        "([more](docs/results/frontier.md#the-same-on-qwen25-coder-15b)). Settings, errors, other texts and models: "
+        "[results](docs/results/README.md).</sub>\n"
     )
 
 

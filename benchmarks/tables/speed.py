@@ -142,7 +142,7 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> str:
             f". In SmolLM2 they are large: at 70 %, the packed int8 file is {plain / dense:.0%} of the dense file, and "
             f"{headed / dense:.0%} with `--head int8`"
         )
-    lines.append(head + ". [Why is it not faster?](why-not-faster.md)")
+    lines.append(head + ". [Why is it not faster?](../why-not-faster.md)")
     return " ".join(lines) + "\n"
 
 
