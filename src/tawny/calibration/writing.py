@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.calibration.context import longest_text
 from tawny.calibration.mixture import OWN, rendered
 from tawny.calibration.text import Text, joined, load_text
 from tawny.errors import RecipeError, TextError
 from tawny.model import durable
+from tawny.model.context import longest_text
 from tawny.model.source import cache_folder
 from tawny.model.structure import evaluating, predicts_tokens
 from tawny.process_group import ProcessGroup

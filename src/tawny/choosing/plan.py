@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tawny.calibration.context import check_context
 from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits, parted, probes_bytes
 from tawny.choosing.kept import found_in, read_measured
 from tawny.choosing.limit import Target, room_for, smallest
@@ -24,6 +23,7 @@ from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.table import Finalist, Found, Table
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
+from tawny.model.context import check_context
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import Load, available, parse_size, place

@@ -173,10 +173,10 @@ def _made_for(dense: Path, out: Path) -> dict[str, Any] | None:
 
 def _windows(model: str, text: str, recipe: Recipe) -> int:
     """How many windows to compare on; asked before the work, since too short a text should not cost a whole run."""
-    from tawny.calibration.context import check_context
     from tawny.calibration.mixture import check_texts
     from tawny.evaluation.perplexity import count_windows
     from tawny.evaluation.sources import reads_on
+    from tawny.model.context import check_context
     from tawny.model.source import load_tokenizer, resolve
     from tawny.packed.opening import open_stack
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from tawny.calibration.context import longest_text
 from tawny.decoding import opening
 from tawny.decoding.sampling import Sampler
 from tawny.decoding.scheduler import Event, Request, Scheduler, Token, Usage
 from tawny.decoding.text import Message, check_prompt, tokens_of
 from tawny.errors import TextError
+from tawny.model.context import longest_text
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent

@@ -24,11 +24,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tawny.calibration.context import check_ids, longest_text, words_of
 from tawny.decoding.sampling import Likelihood, Sampler, likelihood
 from tawny.decoding.sequences import Sequence, Sequences
 from tawny.decoding.text import StopStrings, TextPieces, Tokenizer, end_tokens
 from tawny.errors import TextError
+from tawny.model.context import check_ids, longest_text, words_of
 
 # Tokens of a prompt that are read in one turn: beside texts that wait for their next token, and where there are none.
 _CHUNK, _ALONE = 64, 512

@@ -26,7 +26,6 @@ from typing import Any
 
 from torch import nn
 
-from tawny.calibration.context import check_ids, longest_text
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.sampling import Sampler
@@ -34,6 +33,7 @@ from tawny.decoding.text import Prompt, TextPieces, Tokenizer, check_prompt, end
 from tawny.errors import RecipeError, TextError
 from tawny.kernels.native import kernel_name
 from tawny.machine import peak_memory
+from tawny.model.context import check_ids, longest_text
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent

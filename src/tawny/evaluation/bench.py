@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tawny.calibration.context import longest_text
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.whole import exchanged
 from tawny.errors import RecipeError
 from tawny.kernels.native import kernel_name
 from tawny.model.checkpoint import file_bytes
+from tawny.model.context import longest_text
 from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.packed.linear import PackedLinear

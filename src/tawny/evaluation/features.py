@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import check_ids, seqlen_of
 from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import Texts, load_texts
 from tawny.calibration.windows import SEED_APART, evaluation_windows, tokenise
@@ -37,6 +36,7 @@ from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.hidden_states import stream_through
 from tawny.evaluation.sources import open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
+from tawny.model.context import check_ids, seqlen_of
 from tawny.model.stack import TOKENS, Stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating, input_of, predicts_tokens

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import hard_context_of, words_of
 from tawny.decoding import opening
 from tawny.errors import RecipeError
 from tawny.evaluation.bench import quartiles
 from tawny.kernels.native import kernel_name
 from tawny.model.checkpoint import file_bytes
+from tawny.model.context import hard_context_of, words_of
 from tawny.model.source import resolve
 from tawny.model.structure import evaluating, input_of, pixels_for
 from tawny.model.trust import opens_models

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.mixture import Mixture, Texts, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import SEED_APART, check_windows, evaluation_windows, texts_of, tokenise
@@ -34,6 +33,7 @@ from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.hidden_states import kept_stream
 from tawny.evaluation.sources import author_of, open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
+from tawny.model.context import check_context, check_ids
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.model.structure import evaluating, predicts_tokens

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
-from tawny.calibration.context import check_context, check_ids, seqlen_of
 from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import Mixture, in_words, load_texts
 from tawny.calibration.text import Text
@@ -39,6 +38,7 @@ from tawny.errors import (
 from tawny.evaluation.sources import author_of
 from tawny.kernels.native import kernel_name
 from tawny.machine import device_name, machine, peak_memory, versions
+from tawny.model.context import check_context, check_ids, seqlen_of
 from tawny.model.identity import code_identity, model_identity, own_code, tensor_digest, tokens_identity
 from tawny.model.source import load_tokenizer, revision_of
 from tawny.model.stack import TOKENS, Stack

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tawny.calibration.context import check_context, check_ids
 from tawny.calibration.inputs import processor_for
 from tawny.calibration.mixture import in_words
 from tawny.calibration.text import Text
 from tawny.errors import Interrupted, ModelError, RecipeError
 from tawny.evaluation.sources import author_of, compute_dtype
 from tawny.machine import free_memory, peak_memory
+from tawny.model.context import check_context, check_ids
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import TOKENS, Stack, live_stack
 from tawny.model.streams import Samples

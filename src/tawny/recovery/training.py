@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tawny.calibration.context import hard_context_of
 from tawny.errors import Interrupted, NumericalError
 from tawny.machine import machine, peak_memory, versions
+from tawny.model.context import hard_context_of
 from tawny.model.identity import source_identity
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 import torch
 
-from tawny.calibration.context import words_of
 from tawny.decoding.sampling import Constraint, Likelihood, Sampler
 from tawny.decoding.scheduler import Request, Token, Usage
 from tawny.decoding.text import TextPieces, decode, end_tokens, tokens_of
 from tawny.errors import CheckpointError, one_line
+from tawny.model.context import words_of
 from tawny.serving.grammar import Form, Grammars, of_schema
 from tawny.serving.protocol import (
     ChatMessage,

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tawny.calibration.context import longest_text
 from tawny.decoding import opening
 from tawny.decoding.text import Tokenizer
 from tawny.decoding.worker import Worker
 from tawny.errors import MissingFeature, RecipeError, TawnyError, UserError, first_line
+from tawny.model.context import longest_text
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent

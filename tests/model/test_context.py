@@ -5,10 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tawny
-from tawny.calibration.context import check_context, context_of, hard_context_of, longest_text
 from tawny.decoding.sampling import Sampler
 from tawny.decoding.scheduler import Request, Scheduler, Usage
 from tawny.errors import RecipeError
+from tawny.model.context import check_context, context_of, hard_context_of, longest_text
 from tests.tiny import FAMILIES, tiny_config, tiny_model, tokens
 
 TABLES = {"gpt2", "opt"}
