@@ -15,6 +15,7 @@ __all__ = [
     "DTYPES",
     "bfloat16_products",
     "cast",
+    "compute_dtype",
     "forward_dtype",
     "lost_in",
     "native_dtype",
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawny.errors import NumericalError
+from tawny.errors import NumericalError, RecipeError
 
 # The dtypes that can be asked for by name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,6 +76,19 @@ def forward_dtype(device: str | torch.device) -> torch.dtype:
     if not str(device).startswith("cuda"):
         return native_dtype()
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+
+def compute_dtype(compute: str, device: str = "cpu") -> torch.dtype:
+    """The dtype of forwards that a name stands for; `auto` is what the device multiplies natively.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    if compute == "auto":
+        return forward_dtype(device)
+    if compute not in DTYPES:
+        raise RecipeError(f"compute {compute!r} is unknown; give auto, {', '.join(DTYPES)}")
+    return DTYPES[compute]
 
 
 def rounds_products() -> bool:

@@ -103,7 +103,7 @@ def compare(
         ModelError: no model, one that is there twice, or none that could be opened.
         TextError, RecipeError, MissingFeature: what was asked for cannot be asked of any model.
     """
-    from tawny.evaluation.sources import compute_dtype  # not where a process of its own would load it
+    from tawny.precision import compute_dtype  # not where a process of its own would load it
 
     start = time.perf_counter()
     named = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]

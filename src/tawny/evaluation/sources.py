@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from tawny.calibration.writing import Author
-from tawny.errors import ModelError, RecipeError
+from tawny.errors import ModelError
 from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.model.structure import predicts_tokens
 from tawny.packed.opening import load, open_stack, without_bars
-from tawny.precision import DTYPES, forward_dtype
+from tawny.precision import compute_dtype
 from tawny.process_group import ProcessGroup
 from tawny.progress import Progress, silent
 
@@ -37,19 +37,6 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)  # goes on with this one
     return digest.hexdigest()
-
-
-def compute_dtype(compute: str, device: str = "cpu") -> torch.dtype:
-    """The dtype of forwards behind its name; `auto` is what the device multiplies natively.
-
-    Raises:
-        RecipeError: an unknown name.
-    """
-    if compute == "auto":
-        return forward_dtype(device)
-    if compute not in DTYPES:
-        raise RecipeError(f"compute {compute!r} is unknown; give auto, {', '.join(DTYPES)}")
-    return DTYPES[compute]
 
 
 def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:

@@ -36,7 +36,7 @@ from torch import nn
 
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.language_model import ask, language_model
-from tawny.evaluation.sources import compute_dtype, fingerprint, reads_on
+from tawny.evaluation.sources import fingerprint, reads_on
 from tawny.evaluation.task_config import (
     FEWSHOT_SEED,
     MEANING,
@@ -52,6 +52,7 @@ from tawny.model.identity import code_identity
 from tawny.model.source import cache_folder, resolve
 from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
+from tawny.precision import compute_dtype
 from tawny.progress import Progress, silent
 
 

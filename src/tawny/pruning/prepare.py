@@ -19,7 +19,6 @@ from torch import nn
 from tawny.allocation.profile import Allocator, LinearInfo
 from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
-from tawny.evaluation.sources import compute_dtype
 from tawny.model.biases import bias_settings
 from tawny.model.checkpoint import file_bytes, is_packed
 from tawny.model.couplings import Coupling, couple
@@ -31,6 +30,7 @@ from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
 from tawny.patterns import NM, AnyPattern, Blocks, Members, Pattern, Rank, Unstructured, check_pattern
+from tawny.precision import compute_dtype
 from tawny.progress import Progress
 from tawny.pruning.memory_plan import Demand, Load
 from tawny.recipe.schema import Recipe

@@ -16,7 +16,7 @@ from tawny.calibration.inputs import processor_for
 from tawny.calibration.mixture import in_words
 from tawny.calibration.text import Text
 from tawny.errors import Interrupted, ModelError, RecipeError
-from tawny.evaluation.sources import author_of, compute_dtype
+from tawny.evaluation.sources import author_of
 from tawny.machine import free_memory, peak_memory
 from tawny.model.context import check_context, check_ids
 from tawny.model.source import load_tokenizer, resolve
@@ -25,6 +25,7 @@ from tawny.model.streams import Samples
 from tawny.model.structure import evaluating, input_of, predicts_tokens
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
+from tawny.precision import compute_dtype
 from tawny.progress import Progress, silent
 from tawny.recovery.crops import PIXELS, crops_of
 from tawny.recovery.data import Reading, check_given, read, read_given, written_tokens
