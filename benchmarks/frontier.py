@@ -34,12 +34,13 @@ from gguf import GGUFReader
 from turns import speeds_of
 
 import tawny
-from tawny.evaluation.sources import load_tokenizer, open_model, resolve
 from tawny.kinds import kind_of
 from tawny.machine import machine, versions
 from tawny.model.checkpoint import Checkpoint, file_bytes
 from tawny.model.durable import write
+from tawny.model.source import load_tokenizer, resolve
 from tawny.packed.folder import INDEX
+from tawny.packed.opening import load_quietly
 
 UNIFORM = [
     "int8::0",
@@ -144,7 +145,7 @@ def write_source(model: str, source: Path) -> None:
     """The scaled model, in the type of the checkpoint."""
     folder = resolve(model)
     dtypes = {Checkpoint(folder).dtype_of(key) for key in Checkpoint(folder).files}
-    live = open_model(folder, max(dtypes, key=lambda dtype: dtype.itemsize))
+    live = load_quietly(folder, max(dtypes, key=lambda dtype: dtype.itemsize))
     scale_channels(live)
     live.save_pretrained(source)
     load_tokenizer(folder).save_pretrained(source)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 import tawny
-from tawny.calibration import writing
 from tawny.calibration.mixture import load_texts, parse_texts, texts_identity
 from tawny.calibration.windows import (
     Part,
@@ -22,7 +21,8 @@ from tawny.calibration.windows import (
     shared_out,
     tokenise,
 )
-from tawny.calibration.writing import Author
+from tawny.decoding import author as writing
+from tawny.decoding.author import Author
 from tawny.errors import RecipeError, TextError
 from tawny.pruning import session as session_module
 from tests.tiny import tiny_model

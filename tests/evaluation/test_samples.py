@@ -5,7 +5,7 @@ import pytest
 import tawny
 from tawny.calibration.text import Text
 from tawny.evaluation import samples
-from tawny.evaluation.sources import open_model
+from tawny.packed.opening import load_quietly
 from tawny.precision import native_dtype
 from tawny.progress import Silent
 from tests.tiny import tiny_model
@@ -50,7 +50,7 @@ def test_both_models_answer_every_prompt(tmp_path, monkeypatch):
     assert [sample["prompt"] for sample in made] == ["ab cd", "ef"]
     for sample in made:
         for name in ("dense", "pruned"):
-            model = open_model(tmp_path / name, native_dtype())
+            model = load_quietly(tmp_path / name, native_dtype())
             alone = tawny.generate(
                 model, sample["prompt"], max_tokens=5, chat=False, tokenizer=tiny_tokenizer()
             )

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import tawny
-from tawny.calibration.writing import Author
+from tawny.decoding.author import Author
 from tawny.errors import CheckpointError, ModelError, NumericalError, TextError
 from tawny.model.skeleton import open_skeleton
 from tawny.model.stack import Stack, live_stack

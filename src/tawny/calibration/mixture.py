@@ -3,7 +3,7 @@
     wiki                                     a named text, all of it
     wiki=0.4 code.jsonl=0.4 self=0.2         so much of what is read comes from each
     chat:talks.jsonl                         messages, rendered by the model's chat template
-    self                                     text that the dense model writes (writing.py)
+    self                                     text that the dense model writes (decoding/author.py)
     images:DIR, sample                       pictures, for models that see (pictures.py)
 
 What this file promises:

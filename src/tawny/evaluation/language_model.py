@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from tawny.errors import MissingFeature
-from tawny.evaluation.sources import open_model
 from tawny.evaluation.task_config import INSTALL, quiet
 from tawny.machine import free_memory, total_memory
 from tawny.model.source import load_tokenizer
+from tawny.packed.opening import load_quietly
 from tawny.progress import Progress, silent
 
 _BATCH_TOKENS = 2048  # full-speed matrix products whose activations still fit the last-level cache
@@ -35,7 +35,7 @@ def language_model(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise MissingFeature(f"zero-shot tasks need lm-eval's model class ({error}): {INSTALL}") from None
-    model = source if folder is None else open_model(folder, dtype, device)
+    model = source if folder is None else load_quietly(folder, dtype, device)
 
     class Watched(HFLM):  # type: ignore[misc]
         progress: Progress = silent

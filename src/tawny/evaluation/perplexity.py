@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from tawny.calibration.mixture import Mixture, Texts, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import SEED_APART, check_windows, evaluation_windows, texts_of, tokenise
+from tawny.decoding.author import author_of
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.hidden_states import kept_stream
-from tawny.evaluation.sources import author_of, open_stack_of, shared_tokenizer
+from tawny.evaluation.sources import open_stack_of, shared_tokenizer
 from tawny.machine import peak_memory
 from tawny.model.context import check_context, check_ids
 from tawny.model.stack import Stack

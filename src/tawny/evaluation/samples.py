@@ -9,10 +9,9 @@ from pathlib import Path
 
 from tawny.calibration.text import Text
 from tawny.decoding.stream import generate
-from tawny.evaluation.sources import open_model
 from tawny.machine import free_memory
 from tawny.model.source import load_tokenizer, resolve
-from tawny.packed.opening import loaded_bytes
+from tawny.packed.opening import load_quietly, loaded_bytes
 from tawny.precision import native_dtype
 from tawny.progress import Progress, silent
 
@@ -53,7 +52,7 @@ def text_samples(
     samples = [{"prompt": prompt} for prompt in prompts]
     for name, folder in folders.items():
         progress.say(f"letting the {name} model write")
-        tokenizer, model = load_tokenizer(folder), open_model(folder, native_dtype())
+        tokenizer, model = load_tokenizer(folder), load_quietly(folder, native_dtype())
         for sample in samples:
             made = generate(model, sample["prompt"], max_tokens=tokens, chat=False, tokenizer=tokenizer)
             sample[name] = " ".join(made.text.split())

@@ -1,48 +1,19 @@
-"""What every measurement needs of a model: how it is opened, its tokenizer, and a fingerprint of its bytes."""
+"""What every measurement needs of a model: its stack of blocks, and one tokenizer for all."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tawny.calibration.writing import Author
 from tawny.errors import ModelError
-from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import Stack, live_stack
 from tawny.model.structure import predicts_tokens
-from tawny.packed.opening import load, open_stack, without_bars
+from tawny.packed.opening import open_stack
 from tawny.precision import compute_dtype
-from tawny.process_group import ProcessGroup
-from tawny.progress import Progress, silent
-
-# Written beside the weights, and no part of what the model computes.
-_NOT_THE_MODEL = {"run.json", "journal.json", "report.json"}
-_PART_OF_THE_MODEL = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the weights, configuration, tokenizer and code in a folder: same fingerprint, same model."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in _PART_OF_THE_MODEL or path.name in _NOT_THE_MODEL or not path.is_file():
-            continue
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # goes on with this one
-    return digest.hexdigest()
-
-
-def open_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The whole model in a folder, dense or packed, for forwards in `dtype`."""
-    with without_bars():
-        return load(folder, dtype=dtype, device=device)
 
 
 def reads_on(source: str | Path | nn.Module) -> bool:
@@ -54,28 +25,6 @@ def reads_on(source: str | Path | nn.Module) -> bool:
     if isinstance(source, nn.Module):
         return predicts_tokens(source)
     return bool(model_class(read_config(resolve(source))) is AutoModelForCausalLM)
-
-
-def author_of(
-    model: Path | nn.Module,
-    tokenizer: Any,
-    seed: int,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    *,
-    memory: int | None = None,
-    group: ProcessGroup | None = None,
-    progress: Progress = silent,
-) -> Author:
-    """Who writes the text `self`: the model in a folder, opened when it is asked, or a live one."""
-    if isinstance(model, nn.Module):
-        held = sum(p.numel() * p.element_size() for p in model.parameters())
-        return Author(lambda: model, tokenizer, None, held, seed, memory, group, progress)
-    size = file_bytes(model) if is_packed(model) else Checkpoint(model).bytes_in(dtype)
-    opened = partial(open_model, model, dtype, device)
-    return Author(
-        opened, tokenizer, lambda: f"{fingerprint(model)} {dtype}", size, seed, memory, group, progress
-    )
 
 
 def open_stack_of(

@@ -36,7 +36,7 @@ from torch import nn
 
 from tawny.errors import ModelError, RecipeError
 from tawny.evaluation.language_model import ask, language_model
-from tawny.evaluation.sources import fingerprint, reads_on
+from tawny.evaluation.sources import reads_on
 from tawny.evaluation.task_config import (
     FEWSHOT_SEED,
     MEANING,
@@ -48,7 +48,7 @@ from tawny.evaluation.task_config import (
 )
 from tawny.kernels.native import kernel_name
 from tawny.machine import check_device, device_name, machine
-from tawny.model.identity import code_identity
+from tawny.model.identity import code_identity, fingerprint
 from tawny.model.source import cache_folder, resolve
 from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models

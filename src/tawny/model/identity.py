@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "code_identity",
+    "fingerprint",
     "model_identity",
     "own_code",
     "source_identity",
@@ -43,6 +44,9 @@ _DECIDING = (
     "recipe",
 )
 _SOURCES = {".py", ".cpp", ".h"}
+# Written beside the weights, and no part of what the model computes.
+_NOT_THE_MODEL = {"run.json", "journal.json", "report.json"}
+_PART_OF_THE_MODEL = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 
 
 def source_identity(model: str | Path | nn.Module | None) -> dict[str, Any] | None:
@@ -72,6 +76,18 @@ def model_identity(folder: Path) -> dict[str, Any]:
         elif path.suffix in (".json", ".model", ".txt", ".jinja", ".py") and path.is_file():
             found[path.name] = _hash(path.read_bytes())
     return found
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the weights, configuration, tokenizer and code in a folder: same fingerprint, same model."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _PART_OF_THE_MODEL or path.name in _NOT_THE_MODEL or not path.is_file():
+            continue
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # goes on with this one
+    return digest.hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> hashlib._Hash:

@@ -7,7 +7,7 @@ out with a weight that no file holds: transformers would fill it with random num
 
 from __future__ import annotations
 
-__all__ = ["load", "loaded_bytes", "open_checkpoint", "open_stack", "without_bars"]
+__all__ = ["load", "load_quietly", "loaded_bytes", "open_checkpoint", "open_stack", "without_bars"]
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -145,6 +145,12 @@ def load(
         )
     model.requires_grad_(False)
     return model.eval().to(device)
+
+
+def load_quietly(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The whole model in a folder, dense or packed, for forwards in `dtype`; no bars are drawn."""
+    with without_bars():
+        return load(folder, dtype=dtype, device=device)
 
 
 def _decoded(folder: Path, dtype: torch.dtype | None, device: str) -> Any:

@@ -20,7 +20,7 @@ from tawny.allocation.profile import Allocation, LinearInfo, Profile
 from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import OWN, load_texts, parse_texts
 from tawny.calibration.text import NAMED_TEXTS
-from tawny.evaluation.sources import author_of
+from tawny.decoding.author import author_of
 from tawny.model.context import seqlen_of
 from tawny.model.shards import SHARD_BYTES
 from tawny.model.source import load_tokenizer

@@ -25,6 +25,7 @@ from tawny.calibration.inputs import read_inputs
 from tawny.calibration.mixture import Mixture, in_words, load_texts
 from tawny.calibration.text import Text
 from tawny.calibration.windows import TokenisedText, sample_windows, tokenise
+from tawny.decoding.author import author_of
 from tawny.errors import (
     Interrupted,
     LostProcess,
@@ -35,7 +36,6 @@ from tawny.errors import (
     TextError,
     UserError,
 )
-from tawny.evaluation.sources import author_of
 from tawny.kernels.native import kernel_name
 from tawny.machine import device_name, machine, peak_memory, versions
 from tawny.model.context import check_context, check_ids, seqlen_of

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tawny.calibration.inputs import processor_for
 from tawny.calibration.mixture import in_words
 from tawny.calibration.text import Text
+from tawny.decoding.author import author_of
 from tawny.errors import Interrupted, ModelError, RecipeError
-from tawny.evaluation.sources import author_of
 from tawny.machine import free_memory, peak_memory
 from tawny.model.context import check_context, check_ids
 from tawny.model.source import load_tokenizer, resolve

@@ -14,7 +14,7 @@ written, so that a run that is stopped goes on with the next one.
 
 from __future__ import annotations
 
-__all__ = ["Author"]
+__all__ = ["Author", "author_of"]
 
 import gc
 import hashlib
@@ -22,19 +22,23 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tawny.calibration.mixture import OWN, rendered
 from tawny.calibration.text import Text, joined, load_text
 from tawny.errors import RecipeError, TextError
 from tawny.model import durable
+from tawny.model.checkpoint import Checkpoint, file_bytes, is_packed
 from tawny.model.context import longest_text
+from tawny.model.identity import fingerprint
 from tawny.model.source import cache_folder
 from tawny.model.structure import evaluating, predicts_tokens
+from tawny.packed.opening import load_quietly
 from tawny.process_group import ProcessGroup
 from tawny.progress import Progress, silent
 from tawny.words import size
@@ -171,6 +175,28 @@ class Author:
                 "text 'self' begins with BOS or with the chat template's start, and this tokenizer has neither: give another text"
             )
         return starts
+
+
+def author_of(
+    model: Path | nn.Module,
+    tokenizer: Any,
+    seed: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    memory: int | None = None,
+    group: ProcessGroup | None = None,
+    progress: Progress = silent,
+) -> Author:
+    """Who writes the text `self`: the model in a folder, opened when it is asked, or a live one."""
+    if isinstance(model, nn.Module):
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        return Author(lambda: model, tokenizer, None, held, seed, memory, group, progress)
+    size = file_bytes(model) if is_packed(model) else Checkpoint(model).bytes_in(dtype)
+    opened = partial(load_quietly, model, dtype, device)
+    return Author(
+        opened, tokenizer, lambda: f"{fingerprint(model)} {dtype}", size, seed, memory, group, progress
+    )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
