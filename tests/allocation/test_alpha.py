@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tawny.allocation import Alpha
 from tawny.allocation.alpha import NO_TAIL, _starts_around_peak, hill_alpha, spectrum
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError
 from tests.reference import allocators as reference
 from tests.reference import alpha as slow
 
@@ -99,5 +99,3 @@ def test_it_measures_every_linear_of_a_block_without_statistics() -> None:
     assert measured["alpha"]["a"] == pytest.approx(measured["alpha"]["b"])
     with pytest.raises(NumericalError, match="up_proj"):
         Alpha().measure({"up_proj": (W * torch.nan, None)})
-    with pytest.raises(RecipeError, match="epsilon"):
-        Alpha(epsilon=2)

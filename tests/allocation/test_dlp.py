@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tawny.allocation import Dlp, Profile
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError
 from tests.reference import allocators as reference
 from tests.reference.problems import lifelike
 
@@ -76,5 +76,3 @@ def test_what_cannot_be_used_is_refused() -> None:
     W, statistics = lifelike(4, 8)
     with pytest.raises(NumericalError, match="o_proj"):
         Dlp().measure({"o_proj": (W * torch.inf, statistics)})
-    with pytest.raises(RecipeError, match="alpha"):
-        Dlp(alpha=-0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 
@@ -54,9 +53,6 @@ def test_numbers_are_taken_as_they_are_and_a_wrong_mean_is_refused_with_the_righ
     ):
         allocate('"*": 0.6')
     assert set(allocate('"*": 0.6', tolerance=0.2).values()) == {0.6}
-    for wrong in ({"tolerance": math.nan}, {"tolerance": -1}, {"step": 0}):
-        with pytest.raises(RecipeError, match=rf"allocator\.{next(iter(wrong))} is .*expected"):
-            allocate('"*": 0.6', **wrong)
 
 
 def test_evopress_levels_become_weights_more_or_less(allocate) -> None:

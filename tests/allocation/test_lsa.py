@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tawny.allocation import LinearInfo, Lsa, Profile
 from tawny.allocation.lsa import half_removal_error
 from tawny.calibration.statistics import Statistics
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError
 from tawny.kernels import native
 from tests.reference import allocators as reference
 from tests.reference.lsa import half_removal_error_by_trial
@@ -156,5 +156,3 @@ def test_measures_are_named_and_what_cannot_be_used_is_refused() -> None:
         Lsa().measure({"gate_proj": (W, statistics)})
     with pytest.raises(ValueError, match="Hessian"):
         Lsa().measure({"q": (W, None)})
-    with pytest.raises(RecipeError, match="alpha"):
-        Lsa(alpha=3)

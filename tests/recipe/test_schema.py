@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from tawny.allocation import ALLOCATORS
+from tawny.checked import plain_key
 from tawny.errors import PatternError, RecipeError
 from tawny.recipe.merge import resolve_recipe
-from tawny.recipe.schema import Recipe, plain_key
+from tawny.recipe.schema import Recipe
 from tawny.solvers import SOLVERS
 from tests.recipe.recipes import ALLOCATORS_ALONE, refusal
 
@@ -28,7 +30,7 @@ def test_owl_shares_bits_unless_another_is_named():
 
 @pytest.mark.parametrize("key", ["samples", "seed", "refine", "refine.lr", "lambda"])
 def test_a_truth_is_no_number(key):
-    with pytest.raises(RecipeError, match=f"{key}.*[Tt]rue given, expected a"):
+    with pytest.raises(RecipeError, match=f"{key}.*is True; expected a"):
         resolve_recipe(sparsity=0.5, allocator="owl", overrides=[f"{key}=true"])
 
 
@@ -67,6 +69,36 @@ def test_a_fingerprint_is_the_same_on_every_machine():
     # Written down, so that a change of the format is noticed: it would orphan every interrupted run.
     recipe = resolve_recipe(sparsity=0.5, allocator="uniform", solver="magnitude", text="wiki")
     assert recipe.fingerprint() == "b73061136880fd434269b29188a3b0ffd3973d6ab922a4344c18e89cc059492c"
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "option", "values"),
+    [
+        ("solver", "alps", "rho", [0, 1e30, 1e-320, math.nan]),
+        ("solver", "alps", "damp", [0, 1e36]),
+        ("solver", "alps", "iterations", [-1, 2**31]),
+        ("solver", "alps", "steps", [10**20]),
+        ("solver", "sparsegpt", "damp", [-0.1, math.nan, 1e308]),
+        ("solver", "sparsegpt", "group", [0, 10**20 - 1]),
+        ("solver", "obs", "group", [0]),
+        ("solver", "ria", "a", [-1]),
+        ("solver", "divergence", "again", [0]),
+        ("allocator", "owl", "M", [0, math.nan, math.inf]),
+        ("allocator", "owl", "lambda", [-0.1, math.nan]),
+        ("allocator", "alpha", "epsilon", [2]),
+        ("allocator", "dlp", "alpha", [-0.1]),
+        ("allocator", "lsa", "alpha", [3, math.nan, "much"]),
+        ("allocator", "atp", "beta", [-0.01, math.nan, math.inf]),
+        ("allocator", "file", "tolerance", [-1, math.nan]),
+        ("allocator", "file", "step", [0]),
+        ("allocator", "file", "path", [""]),
+    ],
+)
+def test_an_option_out_of_range_is_refused_with_what_was_expected(section, name, option, values):
+    more = {"path": "a"} if name == "file" else {}
+    for value in values:
+        with pytest.raises(RecipeError, match=rf"^{section}\.{option} is .*; expected (a|the|half) "):
+            resolve_recipe(sparsity=0.5, **{section: {"name": name, **more, option: value}})
 
 
 @pytest.mark.parametrize("value", [1, 1.0, -0.1, 60, "nan", "inf", "much", [0.5]])

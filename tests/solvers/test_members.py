@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tawny.calibration.statistics import Accumulator, Statistics
-from tawny.errors import NumericalError, RecipeError
+from tawny.errors import NumericalError
 from tawny.solvers import Flap, Magnitude, Obs, Wanda
 from tawny.solvers.members import Coupled, Producer
 from tests.reference import members
@@ -135,11 +135,9 @@ def test_what_was_pruned_before_stays_pruned_and_the_rest_makes_up_for_it():
     assert lost(coupled, X, obs.weight, obs.shift) < 0.9 * lost(coupled, X, plain, None)
 
 
-def test_numbers_that_are_not_finite_and_options_out_of_range_are_refused():
+def test_numbers_that_are_not_finite_are_refused():
     coupled, _ = problem(4, 1)
     coupled.weight[0, 0] = torch.nan
     for solver in SOLVERS:
         with pytest.raises(NumericalError, match="weight"):
             solver.choose(coupled, 1)
-    with pytest.raises(RecipeError, match=r"solver\.group"):
-        Obs(group=0)

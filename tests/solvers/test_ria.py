@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tawny.calibration.statistics import Statistics
-from tawny.errors import RecipeError
 from tawny.patterns import NM, Unstructured
 from tawny.solvers import Wanda
 from tawny.solvers.ria import RIA
@@ -47,8 +46,3 @@ def test_weights_of_inputs_that_never_fire_go_first_and_the_smaller_before_the_l
     assert RIA().solve(W, unseen, NM(2, 4), 0.5).weight.tolist() == [[9, 8, 0, 0]]
     heard = Statistics(3, torch.tensor([0, 1, 1, 1], dtype=torch.float64), None)
     assert RIA().solve(W, heard, Unstructured(), 0.25).weight.tolist() == [[0, 8, 1, 2]]
-
-
-def test_a_power_out_of_range_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"solver\.a"):
-        RIA(a=-1)

@@ -25,14 +25,15 @@ __all__ = ["Alpha", "hill_alpha", "spectrum"]
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import Allocator, LinearInfo, Linears, Profile
-from tawny.errors import NumericalError, check_option
+from tawny.errors import NumericalError
 
 Fit = Literal["mid", "peak"]
 NO_TAIL = 100.0
@@ -91,19 +92,14 @@ class Alpha(Allocator):
     averaged over a block (or per linear).
 
     Raises:
-        RecipeError: an option is out of range.
         NumericalError: a weight is not finite.
     """
 
     fit: Fit = "peak"
-    epsilon: float = 0.3
+    epsilon: Annotated[float, Field(ge=0, le=1, description="the half width of a band, in [0, 1]")] = 0.3
     granularity: Literal["block", "linear"] = "block"
     compat: Literal["official"] | None = None
     measures_weights: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        within = 0 <= self.epsilon <= 1
-        check_option(within, "allocator.epsilon", self.epsilon, "the half width of a band, in [0, 1]")
 
     def work(self, linears: Sequence[LinearInfo]) -> float:
         """Float32 operations that take as long as the spectra of these: `WWᵀ` in float64 and its eigenvalues."""

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 __all__ = ["Atp", "largest_beta"]
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import Allocator, Profile
 from tawny.allocation.scores import half_band
-from tawny.errors import RecipeError, check_option
+from tawny.errors import RecipeError
 
 
 def largest_beta(target: float, blocks: int) -> float:
@@ -39,11 +41,10 @@ class Atp(Allocator):
         RecipeError: beta is outside [0, min(2S, 2 − 2S)/(L − 1)] for a sparsity S over L blocks.
     """
 
-    beta: float | None = None
-
-    def __post_init__(self) -> None:
-        legal = self.beta is None or 0 <= self.beta < math.inf
-        check_option(legal, "allocator.beta", self.beta, "a step that is not negative, such as 0.01")
+    beta: Annotated[
+        float | None,
+        Field(ge=0, allow_inf_nan=False, description="a step that is not negative, such as 0.01"),
+    ] = None
 
     def allocate(self, profile: Profile, target: float) -> Allocation:
         first, blocks = profile.span.start, len(profile.span)

@@ -20,9 +20,8 @@ import torch
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import Allocator, Linears, Profile, largest
-from tawny.allocation.scores import band, exact_quantile, score_sets, wanda_scores
+from tawny.allocation.scores import HalfBand, band, exact_quantile, score_sets, wanda_scores
 from tawny.calibration.statistics import Needs
-from tawny.errors import check_option
 
 
 @dataclass(frozen=True)
@@ -32,19 +31,14 @@ class Dlp(Allocator):
     Chen 2025 (2505.23807), with `I_l = 1 − med(A_l)/Σ med(A)`.
 
     Raises:
-        RecipeError: an option is out of range.
         NumericalError: a weight or an input is not finite.
         ValueError: no column norms were given.
     """
 
-    alpha: float = 0.15
+    alpha: HalfBand = 0.15
     statistic: Literal["median", "mean"] = "median"
     needs: ClassVar[Needs] = "norms"
     measures_weights: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        within = 0 <= self.alpha <= 1
-        check_option(within, "allocator.alpha", self.alpha, "half the band of sparsities, in [0, 1]")
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """A weight and its scores in float32, their bits twice, and 64-bit bins to count them by; measured."""

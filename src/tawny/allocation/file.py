@@ -36,12 +36,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
+from pydantic import Field
 
 from tawny.allocation.profile import Allocation, Allocator, Profile
-from tawny.errors import RecipeError, check_option, nearest, short
+from tawny.errors import RecipeError, nearest, short
 from tawny.kinds import KINDS, names_of, scaled_kinds
 from tawny.patterns import removed_count
 
@@ -222,20 +223,15 @@ class File(Allocator):
         RecipeError: the file cannot be read, does not fit the model, has changed, or misses the mean.
     """
 
-    path: str
-    step: int | None = None
-    tolerance: float = 1e-3
+    path: Annotated[
+        str, Field(min_length=1, description="the name of a YAML or JSON file: -o allocator.path=FILE")
+    ]
+    step: Annotated[int | None, Field(ge=1, description="a number of weights")] = None
+    tolerance: Annotated[float, Field(ge=0, le=1, description="a share in [0, 1]")] = 1e-3
     sha256: str | None = None  # of the file; filled in when the recipe is made
     as_given: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise RecipeError(
-                "path is empty, expected the name of a YAML or JSON file: -o allocator.path=FILE"
-            )
-        within = 0 <= self.tolerance <= 1  # nan is not
-        check_option(within, "allocator.tolerance", self.tolerance, "a share in [0, 1]")
-        check_option(self.step is None or self.step >= 1, "allocator.step", self.step, "a number of weights")
         if self.sha256 is None and os.path.isfile(self.path):  # noqa: PTH113 - never raises, whatever the name
             # A file that is not there is reported when it is read: a recipe can be shown without it.
             object.__setattr__(self, "sha256", hashlib.sha256(self._bytes()).hexdigest())

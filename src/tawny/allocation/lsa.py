@@ -29,9 +29,9 @@ from torch import Tensor
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import Allocator, Linears, Profile, largest
-from tawny.allocation.scores import band, half_band
+from tawny.allocation.scores import HalfBand, band, half_band
 from tawny.calibration.statistics import Needs
-from tawny.errors import NumericalError, check_option
+from tawny.errors import NumericalError
 from tawny.kernels.ops import remove_half
 
 _TILE = 2048  # rows whose scores, weights and scratch (1 MB each) share a core's cache
@@ -95,19 +95,14 @@ class Lsa(Allocator):
     (linears with a common input) or a linear.
 
     Raises:
-        RecipeError: an option is out of range.
         NumericalError: a weight or an input is not finite.
         ValueError: no Hessian was given.
     """
 
-    alpha: float | None = None
+    alpha: HalfBand | None = None
     granularity: Literal["block", "group", "linear"] = "block"
     needs: ClassVar[Needs] = "hessian"
     measures_weights: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        within = self.alpha is None or 0 <= self.alpha <= 1
-        check_option(within, "allocator.alpha", self.alpha, "half the band of sparsities, in [0, 1]")
 
     def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Linears that share their input as one weight, and what was removed of it: twice the largest, as gate and up are."""

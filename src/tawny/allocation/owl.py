@@ -18,9 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tawny.allocation import budget
@@ -49,8 +50,8 @@ class Owl(Allocator):
         ValueError: no column norms were given.
     """
 
-    M: float = 5.0
-    lambda_: float = 0.08
+    M: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a positive number, such as 5")] = 5.0
+    lambda_: Annotated[float, Field(ge=0, le=1, description="a number in [0, 1], such as 0.08")] = 0.08
     reverse: bool = False
     granularity: Granularity = "block"
     compat: Literal["official"] | None = None
@@ -63,9 +64,6 @@ class Owl(Allocator):
         return self.M
 
     def __post_init__(self) -> None:
-        check_option(0 < self.M < math.inf, "allocator.M", self.M, "a positive number, such as 5")
-        within = 0 <= self.lambda_ <= 1
-        check_option(within, "allocator.lambda", self.lambda_, "a number in [0, 1], such as 0.08")
         legal = self.compat != "official" or self.granularity == "block"
         known = "block, the only one that the official code knows: leave compat out"
         check_option(legal, "allocator.granularity", self.granularity, known)

@@ -11,6 +11,7 @@ Shapes: O = out, I = in.
 from __future__ import annotations
 
 __all__ = [
+    "HalfBand",
     "band",
     "column_sums",
     "count_above",
@@ -25,8 +26,10 @@ __all__ = [
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tawny.allocation.profile import Linears
@@ -35,6 +38,7 @@ from tawny.errors import NumericalError
 
 Score = Callable[[Tensor, Statistics | None], Tensor]
 BINS = 1 << 16  # sign bit always 0, so half of them stay empty
+HalfBand = Annotated[float, Field(ge=0, le=1, description="half the band of sparsities, in [0, 1]")]
 _LOW = BINS - 1
 _HALF_BANDS = (0.06, 0.02, 0.04, 0.02, 0.04, 0.10, 0.15, 0.12)  # at sparsity 0.1, 0.2, …, 0.8
 _PART = 1 << 18  # weights at a time, so that what is made of them stays in a core's cache

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from tawny.checked import checked
 from tawny.choosing.demand import SearchDemand
 from tawny.choosing.measuring import TOGETHER
 from tawny.choosing.settings import seconds_in
@@ -19,7 +20,7 @@ from tawny.errors import RecipeError
 from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load
 from tawny.pruning.prepare import Job, demand_of
 from tawny.recipe.merge import resolve_recipe
-from tawny.recipe.schema import Recipe, validated
+from tawny.recipe.schema import Recipe
 
 _FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
 
@@ -57,7 +58,7 @@ def parted(
 ) -> tuple[Recipe, FitSettings]:
     """The recipe of all that is not chosen here, and what finalists are judged by."""
     own = {key.removeprefix("fit."): value for key, value in keys.items() if key.startswith("fit.")}
-    settings = validated(FitSettings, {**(asdict(settings) if settings else {}), **own}, "fit key", "fit")
+    settings = checked(FitSettings, {**(asdict(settings) if settings else {}), **own}, "fit key", "fit")
     _ = settings.seconds
     return _base(recipe, {key: value for key, value in keys.items() if not key.startswith("fit.")}), settings
 

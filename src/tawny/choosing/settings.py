@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from tawny.checked import checked
 from tawny.errors import RecipeError, nearest
-from tawny.recipe.schema import validated
 
 # Whose strengths are tried beside uniform, which always is.
 FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha", "blend")
@@ -62,7 +62,7 @@ class Settings:
         from tawny.solvers import SOLVERS
 
         given = {key: value for key, value in keys.items() if value is not None}
-        made = validated(cls, {**(asdict(base) if base else {}), **given}, "search key", "search")
+        made = checked(cls, {**(asdict(base) if base else {}), **given}, "search key", "search")
         if made.levels % 2 == 0:
             raise RecipeError(
                 f"search.levels is {made.levels}; expected an odd number: as many below the target as above it"

@@ -12,8 +12,9 @@ from typing import Any
 
 from tawny.allocation import ALLOCATORS
 from tawny.calibration.text import NAMED_TEXTS
+from tawny.checked import option_keys
 from tawny.recipe.files import named_recipes
-from tawny.recipe.schema import SECTIONS, Recipe, option_keys
+from tawny.recipe.schema import SECTIONS, Recipe
 from tawny.solvers import BLOCK_SOLVERS, MEMBER_SOLVERS, RANK_SOLVERS, SOLVERS
 
 _PATTERNS = {

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
+from tawny.checked import show
 from tawny.errors import RecipeError, nearest, one_line
-from tawny.recipe.schema import Recipe, show
+from tawny.recipe.schema import Recipe
 
 
 def load_recipe(path: str | Path) -> Recipe:

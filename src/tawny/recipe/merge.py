@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from tawny.checked import option_keys, plain_key, suggest
 from tawny.errors import RecipeError, nearest
 from tawny.recipe.files import parse_yaml, read_mapping
 from tawny.recipe.schema import (
@@ -26,11 +27,8 @@ from tawny.recipe.schema import (
     as_section,
     default_name,
     lift_refit,
-    option_keys,
-    plain_key,
     registry,
     section_keys,
-    suggest,
     top_level_keys,
     unknown_name,
 )

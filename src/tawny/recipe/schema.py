@@ -22,31 +22,28 @@ merge.py puts a recipe together from a base and changes; files.py reads and writ
 
 from __future__ import annotations
 
-__all__ = ["Calibration", "Choice", "Recipe", "Refine", "Values", "option_keys", "validated"]
+__all__ = ["Calibration", "Choice", "Recipe", "Refine", "Values"]
 
 import dataclasses
 import hashlib
 import json
-import keyword
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tawny.calibration.mixture import parse_texts
-from tawny.errors import RecipeError, TawnyError, check_option, nearest, short
+from tawny.checked import adapter, checked, option_keys, plain_key, refuse_unknown, show, suggest
+from tawny.errors import RecipeError, check_option, nearest
 from tawny.kinds import kind_of, names_of, scaled_kinds
 
 if TYPE_CHECKING:
     from tawny.patterns import AnyPattern
     from tawny.solvers.grid import Grid
-
-T = TypeVar("T")
 
 Storage = Literal["float32", "bfloat16", "float16"]
 _DTYPE_ALIASES = {
@@ -217,7 +214,7 @@ class Recipe:
             home = next((section for section in SECTIONS if key in section_keys(section)), None)
             if home is not None and key not in top_level_keys():
                 raise RecipeError(f"{key} belongs under {home}: in a recipe ({home}: {{{key}: ...}})")
-        _refuse_unknown(values, top_level_keys(), "recipe key")
+        refuse_unknown(values, top_level_keys(), "recipe key")
         if values.get("version", 1) != 1:
             raise RecipeError(
                 f"version {show(values['version'])} of recipes is unknown to this Tawny, which reads 1"
@@ -228,13 +225,13 @@ class Recipe:
             raise RecipeError(f"compat: {show(compat)} given, expected official or nothing")
         lift_refit(values)
         for section, kind in SECTIONS.items():
-            values[section] = validated(kind, as_section(section, values.get(section)), "recipe key", section)
+            values[section] = checked(kind, as_section(section, values.get(section)), "recipe key", section)
         for section in NAMED:
             given = as_section(section, values.get(section))
             values[section] = _choice(section, given, compat, default_name(section, values))
         values["values"] = _with_kinds(values["values"], values["allocator"])
         values["pattern"], values["sparsity"] = _pattern_and_sparsity(values)
-        made = validated(cls, values, "recipe key")
+        made = checked(cls, values, "recipe key")
         names = ", ".join(made.values.names)
         if names and made.refit:
             raise RecipeError(
@@ -249,7 +246,7 @@ class Recipe:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON and YAML types, every default spelled out."""
-        plain: dict[str, Any] = TypeAdapter(Recipe).dump_python(self, mode="json")
+        plain: dict[str, Any] = adapter(Recipe).dump_python(self, mode="json")
         for section in NAMED:
             options = dict(plain[section]["options"])
             if options.get("compat", self.compat) == self.compat:
@@ -348,16 +345,6 @@ def section_keys(section: str, name: Any = None) -> list[str]:
     return [] if kind is None else list(option_keys(kind))
 
 
-def option_keys(kind: Any) -> dict[str, str]:
-    """Recipe key → field name of a dataclass, of a solver or allocator for example; its fields are its options."""
-    return {plain_key(field.name): field.name for field in dataclasses.fields(kind) if field.init}
-
-
-def plain_key(field: str) -> str:
-    """The recipe key of a field: `lambda_` is only called so because Python owns the word."""
-    return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field
-
-
 def as_section(section: str, value: Any) -> dict[str, Any]:
     """A section as a mapping: a bare value is its shorthand, and the path of an allocation is the allocator `file`."""
     if value is None:
@@ -400,7 +387,7 @@ def _choice(section: str, given: dict[str, Any], compat: Any, default: str) -> C
     known = option_keys(registry(section)[name])
     if "compat" in known and given.get("compat") is None:
         given["compat"] = compat
-    built = validated(registry(section)[name], given, f"option of {section} {name!r}", section)
+    built = checked(registry(section)[name], given, f"option of {section} {name!r}", section)
     return Choice(name, {field: getattr(built, field) for field in known.values()})
 
 
@@ -508,69 +495,3 @@ def _share(value: Any) -> float | None:
     if not 0 <= number < 1:
         raise RecipeError(f"sparsity {show(value)} is not a number in [0, 1): give a share such as 0.6")
     return number
-
-
-# --- validation ------------------------------------------------------------------------------------------
-
-
-def validated(kind: type[T], values: Mapping[str, Any], what: str, section: str = "") -> T:
-    """An instance of a dataclass, made from plain values.
-
-    Args:
-        kind: a dataclass whose annotations pydantic understands.
-        values: by key; those left out have their defaults.
-        what: a key is called in errors, such as `recipe key`.
-        section: stands before the key in errors.
-
-    Raises:
-        RecipeError: one line for the first key that is unknown, or whose value does not fit.
-    """
-    known = option_keys(kind)
-    given = {plain_key(str(key)): value for key, value in values.items()}
-    if len(given) < len(values):
-        twice = sorted({str(key) for key in values} - given.keys())
-        raise RecipeError(
-            f"{section and f'{section}.'}{plain_key(twice[0])} is given twice, also as {twice[0]}"
-        )
-    _refuse_unknown(given, known, what, section and f"{section}.")
-    try:
-        made: T = TypeAdapter(kind).validate_python({known[key]: value for key, value in given.items()})
-    except ValidationError as error:
-        raise RecipeError(_one_line(error, section)) from None
-    except TawnyError as error:
-        raise RecipeError(str(error)) from None  # a class names its own fields, as `allocator.M`
-    for key, value in given.items():  # to pydantic `true` is the number 1
-        if isinstance(value, bool) and not isinstance(vars(made)[known[key]], bool):
-            raise RecipeError(f"{section and f'{section}.'}{key}: {show(value)} given, expected a number")
-    return made
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], what: str, prefix: str = "") -> None:
-    known = list(known)
-    for key in given:
-        if key not in known:
-            raise RecipeError(f"{prefix}{key} is not a known {what}{suggest(str(key), known)}")
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The nearest of the known names in brackets, or all of them."""
-    names = list(known)
-    folded = {name.lower(): name for name in names}  # `m` and `Lambda` are as near as it gets
-    if word.lower() in folded:
-        return f" (did you mean {folded[word.lower()]!r}?)"
-    return nearest(word, names) or (f" (known: {', '.join(names)})" if names else " (it has no options)")
-
-
-def _one_line(error: ValidationError, prefix: str = "") -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    # The branch of a union leaves parts in the location that are no key.
-    parts = [str(p) for p in first["loc"] if isinstance(p, int) or re.fullmatch(r"[A-Za-z_]\w*", str(p))]
-    place = ".".join(filter(None, [prefix, *map(plain_key, parts)]))
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{place} is missing: give it a value (-o {place}=…)"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {show(first['input'])} given, {message[:1].lower()}{message[1:]}"
-
-
-def show(value: Any) -> str:
-    return short(repr(value))

@@ -17,9 +17,10 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tawny.calibration.mixture import OWN, parse_texts
+from tawny.checked import checked
 from tawny.errors import RecipeError
 from tawny.kinds import kind_of, scaled_kinds
-from tawny.recipe.schema import TextNames, validated
+from tawny.recipe.schema import TextNames
 
 # Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
 LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
@@ -115,7 +116,7 @@ class Recovery:
         """
         values = dict(base) if isinstance(base, Mapping) else {} if base is None else dataclasses.asdict(base)
         values.update({key: value for key, value in keys.items() if value is not None})
-        made = validated(cls, values, "recovery key")
+        made = checked(cls, values, "recovery key")
         if made.values is not None and made.values not in (names := [kind.name for kind in scaled_kinds()]):
             raise RecipeError(f"values: {made.values!r} given, expected {' or '.join(map(repr, names))}")
         if made.group_size is not None and (made.values is None or kind_of(made.values).bits == 8):

@@ -39,13 +39,13 @@ Shapes: O = out, I = in, R and C = rows of a chunk, P = rows of a part of one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from tawny.errors import check_option
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
@@ -65,6 +65,9 @@ _GRID_RHO, _GRID_GROWTH, _GRID_STEPS = 0.2, 1.35, 36
 _GRID_CHECK = 6  # steps between two looks at what is lost, in the second half
 
 
+Steps = Annotated[int, Field(ge=0, lt=2**31, description="a count below 2**31")]
+
+
 @dataclass(frozen=True)
 class Alps(Solver):
     """ADMM finds mask and weights together, then the survivors are refitted; better than sparsegpt, and slower.
@@ -72,15 +75,16 @@ class Alps(Solver):
     min ‖X(W − Ŵ)‖² s.t. the pattern, Meng et al. 2024 (2406.07831).
 
     Raises:
-        RecipeError: an option is out of range.
         NumericalError: a number is not finite, or the Hessian has no Cholesky factor even with 1000 times the damping.
         ValueError: no Hessian was given.
     """
 
-    damp: float = 0.01
-    rho: float = 0.1
-    iterations: int = 300
-    steps: int = 4  # of conjugate gradients; the paper's 10 lower the loss by another 0.01 %
+    damp: Annotated[float, Field(gt=0, le=1e6, description="a positive number up to 1e6, such as 0.01")] = (
+        0.01
+    )
+    rho: Annotated[float, Field(ge=1e-6, le=1e6, description="a number in [1e-6, 1e6], such as 0.1")] = 0.1
+    iterations: Steps = 300
+    steps: Steps = 4  # of conjugate gradients; the paper's 10 lower the loss by another 0.01 %
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
@@ -101,13 +105,6 @@ class Alps(Solver):
         if wide(out, width):
             return Work(tall=3.0, square=1.6, rounded=39.0, passes=2800.0)
         return Work(tall=3.0, square=4.4, rounded=36.0, passes=2800.0)
-
-    def __post_init__(self) -> None:
-        damping = "a positive number up to 1e6, such as 0.01"
-        check_option(0 < self.damp <= 1e6, "solver.damp", self.damp, damping)
-        check_option(1e-6 <= self.rho <= 1e6, "solver.rho", self.rho, "a number in [1e-6, 1e6], such as 0.1")
-        for name, count in (("iterations", self.iterations), ("steps", self.steps)):
-            check_option(0 <= count < 2**31, f"solver.{name}", count, "a count below 2**31")
 
     def workspace(self, out: int, width: int) -> int:
         """While the mask is looked for, or while it is refitted and judged, whichever takes more; measured.

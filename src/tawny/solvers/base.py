@@ -11,9 +11,10 @@ else, once, and `solve` accepts the result for each of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tawny.calibration.statistics import Needs, Statistics
@@ -22,6 +23,8 @@ from tawny.patterns import NM, Pattern, Scope, keep_mask, removed_count
 from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project
 
 __all__ = [
+    "Columns",
+    "Damp",
     "Needs",
     "Seen",
     "Solution",
@@ -37,6 +40,10 @@ __all__ = [
 ]
 
 
+Damp = Annotated[float, Field(ge=0, le=1e6, description="a number in [0, 1e6], such as 0.01")]
+Columns = Annotated[
+    int, Field(ge=1, lt=2**31, description="a positive number of columns below 2**31, such as 128")
+]
 Seen = Statistics | None  # what calibration saw of a linear's inputs, for the solvers that need it
 _PANEL = 1024  # columns of H that an energy multiplies at once
 _DAMP = 0.01  # share of the mean that every input counts: those that never fired need a scale, too

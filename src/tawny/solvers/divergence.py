@@ -8,12 +8,12 @@ block (influence.py) knows neither what later blocks make of a change, nor that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from tawny.errors import check_option
 from tawny.solvers.blocks import BlockSolver
 
 __all__ = ["Divergence"]
@@ -26,18 +26,10 @@ class Divergence(BlockSolver):
     KL(dense ‖ without it), measured on `tokens` of the calibration; after each, the `again` best are measured anew.
     """
 
-    tokens: int = 1024
-    again: int = 8
+    tokens: Annotated[int, Field(ge=1, lt=2**31, description="a positive number, such as 1024")] = 1024
+    again: Annotated[int, Field(ge=1, lt=2**31, description="a positive number of blocks, such as 8")] = 8
 
     compares: ClassVar[Literal["block", "logits"]] = "logits"
-
-    def __post_init__(self) -> None:
-        check_option(
-            1 <= self.tokens < 2**31, "solver.tokens", self.tokens, "a positive number, such as 1024"
-        )
-        check_option(
-            1 <= self.again < 2**31, "solver.again", self.again, "a positive number of blocks, such as 8"
-        )
 
     def apart(self, with_TX: Tensor, without_TX: Tensor) -> Tensor:
         p, q = with_TX.float().log_softmax(-1), without_TX.float().log_softmax(-1)

@@ -8,12 +8,12 @@ leave together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from tawny.errors import check_option
 from tawny.solvers.blocks import BlockSolver
 
 __all__ = ["Influence"]
@@ -26,14 +26,9 @@ class Influence(BlockSolver):
     1 − mean cosine of a block's inputs and outputs, Men et al. 2024 (2403.03853).
     """
 
-    tokens: int = 8192
+    tokens: Annotated[int, Field(ge=1, lt=2**31, description="a positive number, such as 8192")] = 8192
 
     compares: ClassVar[Literal["block", "logits"]] = "block"
-
-    def __post_init__(self) -> None:
-        check_option(
-            1 <= self.tokens < 2**31, "solver.tokens", self.tokens, "a positive number, such as 8192"
-        )
 
     def apart(self, with_TX: Tensor, without_TX: Tensor) -> Tensor:
         return 1 - torch.nn.functional.cosine_similarity(with_TX.float(), without_TX.float(), dim=-1)

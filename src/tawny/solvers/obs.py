@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from tawny.calibration.statistics import Needs
-from tawny.errors import NumericalError, check_option
-from tawny.solvers.base import input_hessian, require_finite
+from tawny.errors import NumericalError
+from tawny.solvers.base import Columns, Damp, input_hessian, require_finite
 from tawny.solvers.grid import ACCIDENTS
 from tawny.solvers.inverse import invert, with_damping
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, input_moments
@@ -42,13 +42,12 @@ class Obs(MemberSolver):
     Cost tr(W_S [(H⁻¹)_SS]⁻¹ W_Sᵀ), H = XᵀX + damp·mean(diag)·I, Kurtić et al. 2023 (2302.04089).
 
     Raises:
-        RecipeError: an option is out of range.
         NumericalError: a number is not finite, or the Hessian has no inverse even with 1000 times the damping.
         ValueError: no Hessian was given.
     """
 
-    damp: float = 0.01
-    group: int = 16  # columns that leave together
+    damp: Damp = 0.01
+    group: Columns = 16  # that leave together
     bias: bool = False  # give consumers without a bias one
 
     needs: ClassVar[Needs] = "hessian"
@@ -57,11 +56,6 @@ class Obs(MemberSolver):
     @property
     def wants_bias(self) -> bool:
         return self.bias
-
-    def __post_init__(self) -> None:
-        check_option(0 <= self.damp <= 1e6, "solver.damp", self.damp, "a number in [0, 1e6], such as 0.01")
-        columns = "a positive number of columns below 2**31, such as 16"
-        check_option(1 <= self.group < 2**31, "solver.group", self.group, columns)
 
     def choose(self, coupled: Coupled, removed: int) -> Chosen:
         W_OI, columns_GC = coupled.weight, coupled.columns

@@ -16,12 +16,12 @@ Shapes: O = out, I = in.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from tawny.errors import check_option
 from tawny.patterns import Pattern, Scope, zeros_first
 from tawny.solvers.base import (
     Needs,
@@ -45,19 +45,16 @@ class RIA(Solver):
     Score (|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|)·‖X_j‖₂^a, Zhang et al. 2024 (ICLR).
 
     Raises:
-        RecipeError: an option is out of range.
         NumericalError: a weight or an input is not finite.
         ValueError: no column norms were given.
     """
 
-    a: float = 0.5
+    a: Annotated[
+        float, Field(ge=0, le=4, description="a power of the input's norm in [0, 4], such as 0.5")
+    ] = 0.5
 
     needs: ClassVar[Needs] = "norms"
     default_scope: ClassVar[Scope] = "matrix"
-
-    def __post_init__(self) -> None:
-        power = "a power of the input's norm in [0, 4], such as 0.5"
-        check_option(0 <= self.a <= 4, "solver.a", self.a, power)
 
     def workspace(self, out: int, width: int) -> int:
         return 20 * out * width  # measured, what judges the result included

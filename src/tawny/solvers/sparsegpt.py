@@ -43,7 +43,7 @@ from tawny.patterns import (
     rows_removed,
     zeros_first,
 )
-from tawny.solvers.base import Needs, Seen, Solution, Solver, input_hessian, require_finite
+from tawny.solvers.base import Columns, Damp, Needs, Seen, Solution, Solver, input_hessian, require_finite
 from tawny.solvers.grid import Grid, Rounding, best_scales, kept_on_grid
 from tawny.solvers.inverse import with_damping
 
@@ -73,21 +73,15 @@ class SparseGPT(Solver):
     Score w²/U_jj² over groups of columns, H⁻¹ = UᵀU and H = XᵀX + damp·mean(diag)·I, Frantar 2023 (2301.00774).
 
     Raises:
-        RecipeError: an option is out of range.
         NumericalError: a number is not finite, or the Hessian has no Cholesky factor even with 1000 times the damping.
         ValueError: no Hessian was given.
     """
 
-    damp: float = 0.01
-    group: int = 128
+    damp: Damp = 0.01
+    group: Columns = 128
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
-
-    def __post_init__(self) -> None:
-        check_option(0 <= self.damp <= 1e6, "solver.damp", self.damp, "a number in [0, 1e6], such as 0.01")
-        columns = "a positive number of columns below 2**31, such as 128"
-        check_option(1 <= self.group < 2**31, "solver.group", self.group, columns)
 
     def workspace(self, out: int, width: int) -> int:
         return 29 * out * width + 4 * width * width  # measured, what judges the result included

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tawny.errors import NumericalError, check_option
+from tawny.errors import NumericalError
 from tawny.patterns import Pattern, Scope
-from tawny.solvers.base import Needs, Seen, Solution, Solver, input_hessian, require_finite
+from tawny.solvers.base import Damp, Needs, Seen, Solution, Solver, input_hessian, require_finite
 from tawny.solvers.grid import Grid
 
 __all__ = ["Svd"]
@@ -32,18 +32,14 @@ class Svd(Solver):
     H = L Lᵀ = XᵀX + damp·mean(diag)·I, Wang et al. 2024 (2403.07378).
 
     Raises:
-        RecipeError: an option is out of range.
         NumericalError: a number is not finite, or the Hessian has no factor.
         ValueError: no Hessian was given.
     """
 
-    damp: float = 0.01
+    damp: Damp = 0.01
 
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
-
-    def __post_init__(self) -> None:
-        check_option(0 <= self.damp <= 1e6, "solver.damp", self.damp, "a number in [0, 1e6], such as 0.01")
 
     def prepare(self, statistics: Seen) -> Any:
         """L, `[in, in]` lower triangular."""
