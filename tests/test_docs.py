@@ -154,12 +154,17 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     }
     trained = (("one-shot", 0, 50.0), ("recovered", 10, 30.0), ("recovered", 30, 25.0), ("control", 10, 18.0))
     recovery = {
-        "evaluation": {"texts": ["wiki"]},
-        "dense": {"evaluation": {"wiki": {"perplexity": 20.0}}},
+        "evaluation": {"texts": ["wiki", "other.txt"]},
+        "dense": {"evaluation": {"wiki": {"perplexity": 20.0}, "other.txt": {"perplexity": 10.0}}},
         "cells": [
-            {"kind": kind, "minutes": minutes, "sparsity": s, "evaluation": {"wiki": {"perplexity": value}}}
+            {
+                "kind": kind,
+                "minutes": minutes,
+                "sparsity": s,
+                "evaluation": {text: {"perplexity": value} for text in ("wiki", "other.txt")},
+            }
             for kind, minutes, value in trained
-            for s in (0.7, 0.5)
+            for s in ((0.0,) if kind == "control" else (0.7, 0.5))
         ],
     }
     decode = {
@@ -192,7 +197,7 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     }
     made = readme["glance"](evidence, recovery, decode, frontier).splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ", 1)[1] for line in made if line.startswith("| ")}
-    assert rows["| OWL and SparseGPT, as their authors run them"] == "1.80, 1.60 | 3.0 ± 1.2, 3.00 |"
+    assert rows["| OWL and SparseGPT (M = 5, λ = 0.08)"] == "1.80, 1.60 | 3.0 ± 1.2, 3.00 |"
     assert rows["| `tawny prune`"] == "1.50, 1.40 | 2.50, 2.20 |"
     assert "| `tawny prune -c best`" not in rows  # not measured
     assert rows["| `tawny prune -c best`, then 40 minutes of `tawny recover`"] == "1.20, 1.10 | – |"
@@ -202,8 +207,11 @@ def test_the_first_table_says_in_rows_what_the_results_say(readme):
     assert rows["| `tawny fit --bits 4.13`"].endswith("| 19.0 |")
     assert len(rows) == 13  # five claims and six models, and two heads
     (note,) = (line for line in made if "A small model loses more" in line)
-    assert "goes from 2.50 → 1.50 × at 50%, 2.50 → 1.50 × at 70% on `wiki` with 10 minutes of" in note
-    assert "the dense model, trained alike, has 0.90 ×." in note
+    assert (
+        "with 10 minutes of `tawny recover` on `wiki`, SmolLM2-135M goes from 2.50 → 1.50 × at 50%, " in note
+    )
+    assert "2.50 → 1.50 × at 70% on `wiki` (the dense model, trained alike: 0.90 ×); " in note
+    assert "5.00 → 3.00 × at 70% on `other` (the dense model, trained alike: 1.80 ×)." in note
     assert "7B at 70%: 4.00 × (int8 with its head) of the dense speed." in note
 
 

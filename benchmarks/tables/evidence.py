@@ -10,7 +10,7 @@ NAMES = {
     "fast": "`tawny prune` (fast)",
     "best": "`tawny prune -c best`",
     "sparsegpt": "SparseGPT, uniform",
-    "official-owl-sparsegpt-70": "official OWL + SparseGPT",
+    "official-owl-sparsegpt-70": "OWL + SparseGPT (M = 5, λ = 0.08)",
     "2:4": "`tawny prune -p 2:4 -a uniform`",
 }
 
