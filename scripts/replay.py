@@ -7,8 +7,11 @@ environment of its own that borrows the dependencies of this one. A job is a `ta
 sides run it with the same relative paths, files and threads. What is compared:
 
 - Every file: weights, packed folders, configs, allocations. Cards, pages and pictures are exempt (`WORDING`).
-- Every value of `run.json`, of `recover.json` and of what `--json` prints. What a clock, this machine or a sentence says
+- Every value of the records (`RECORDS`) and of what `--json` prints. What a clock, this machine or a sentence says
   is exempt (`EXEMPT`). A key that one side lacks is the same as an empty one. The exit code is a value, too.
+
+A job NAME~N is the job NAME over again, but killed whenever its journal was saved N times, and repeated until it ends:
+on both sides it must also write what the uninterrupted job wrote.
 
 One line is printed for a job, and below it each difference: the file and the key or tensor. The exit code is 1 if
 anything differs or fails. What the jobs wrote stays in build/replay until the next run.
@@ -37,10 +40,10 @@ WORK = ROOT / "build" / "replay"
 INPUTS = WORK / "inputs"
 TOOLS = WORK / "tools"
 MOST = 12  # differences of a job that are printed
-RECORDS = ("run.json", "recover.json")
+RECORDS = ("run.json", "recover.json", "fit.json", "slim.json", "allocation.json")
 WORDING = (".md", ".html", ".svg", ".png")
 EXEMPT = re.compile(
-    r"(.*_)?seconds|.*per_second|date|machine|versions|(.*_)?memory(_.*)?|(resident|peak)_bytes|warnings|says"
+    r"(.*_)?seconds|.*per_second|date|machine|versions|(.*_)?memory(_.*)?|(resident|peak)_bytes|resumed|warnings|says"
 )
 SOLVERS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 ALLOCATORS = ("uniform", "er", "er-plus", "global", "owl", "dlp", "alpha", "atp", "lsa", "blend")
@@ -52,7 +55,7 @@ SETTINGS = {  # Both sides run at once, so their threads must not spin while the
 }
 # A side imports the libraries once and forks for every job: each has a process of its own, and none waits for imports.
 SIDE = """
-import json, os, sys, time
+import json, os, signal, sys, time
 import matplotlib.backends.backend_svg, matplotlib.pyplot, rich.table, torch, tawny
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.llama import modeling_llama
@@ -60,17 +63,32 @@ from tawny.cli import main
 get_checkpoint_conversion_mapping("llama")  # kept from then on
 for name in tawny.__all__:
     getattr(tawny, name)
+
+rename = os.replace
+
+def killing(saves):
+    def replace(old, new, **options):
+        nonlocal saves
+        rename(old, new, **options)
+        saves -= os.path.basename(new) == "journal.json"
+        if not saves:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return replace
+
 for line in sys.stdin:
-    name, words = json.loads(line)
-    start = time.perf_counter()
-    child = os.fork()
-    if not child:
-        for number, ending in ((1, "json"), (2, "err")):
-            os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = ["tawny", *words]
-        main()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps([code, time.perf_counter() - start]), flush=True)
+    name, words, saves = json.loads(line)
+    start, code, kills = time.perf_counter(), -signal.SIGKILL, -1
+    while code == -signal.SIGKILL and kills < 50:
+        kills += 1
+        child = os.fork()
+        if not child:
+            for number, ending in ((1, "json"), (2, "err")):
+                os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.replace = killing(saves) if saves else rename
+            sys.argv = ["tawny", *words]
+            main()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([code, time.perf_counter() - start, kills]), flush=True)
 """
 
 
@@ -89,21 +107,27 @@ def jobs(only: str) -> dict[str, list[str]]:
     made: dict[str, list[str]] = {}
     for line in lines:
         name, _, rest = line.partition(" ")
+        plain, killed, _ = name.partition("~")
+        if killed:
+            made[name] = [re.sub(rf"^{plain}\b", name, word) for word in made[plain]]
+            continue
         rest = re.sub(r"\{(\w+)\}", lambda found: shared[found[1]], rest).strip()
         if name.isupper():
             shared[name] = rest
         elif rest and name != "#":
-            made[name] = [name if word == "@" else word for word in shlex.split(rest)]
+            made[name] = [re.sub("^@", name, word) for word in shlex.split(rest)]
     chosen = {name for name in made if fnmatchcase(name, only)}
     for name in reversed(made):
         if name in chosen:
+            chosen.add(name.partition("~")[0])
             chosen.update(part for word in made[name][1:] for part in re.split("[=/]", word) if part in made)
     return {name: words for name, words in made.items() if name in chosen}
 
 
 def make_inputs() -> None:
-    """Tiny random models, a text and an allocation, for both sides."""
+    """Tiny random models, a text, pictures and an allocation, for both sides."""
     sys.path.insert(0, str(ROOT))
+    from tests.pictures import save_pictures, save_seeing
     from tests.tiny import tiny_model
     from tests.tokenizer import tiny_tokenizer
 
@@ -113,6 +137,8 @@ def make_inputs() -> None:
     for family, changes in (("llama", wide), ("qwen2", {}), ("gpt2", {}), ("mixtral", {})):
         tiny_model(family, **changes).save_pretrained(INPUTS / family)
         tiny_tokenizer().save_pretrained(INPUTS / family)
+    save_seeing(INPUTS / "vit")
+    save_pictures(INPUTS / "pictures", 8)
     shutil.copy(ROOT / "LICENSE", INPUTS / "text.txt")
     wish = "'*': 0.6\nmodel.layers.1.*: 0.5\nmodel.layers.2.*: 0.7\n"
     (INPUTS / "allocation.yaml").write_text(wish, encoding="utf-8")
@@ -178,15 +204,18 @@ class Side:
         )
 
     def begin(self, name: str, words: list[str]) -> None:
-        print(json.dumps([name, [*words, "--json"]]), file=self._process.stdin, flush=True)
+        saves = int(name.partition("~")[2] or 0)
+        if any(word.startswith(f"{name}/") for word in words):
+            (self.folder / name).mkdir()
+        print(json.dumps([name, [*words, "--json"], saves]), file=self._process.stdin, flush=True)
 
-    def end(self) -> tuple[int, float]:
-        """The exit code of the job that was begun, and its seconds."""
+    def end(self) -> tuple[int, float, int]:
+        """The exit code of the job that was begun, its seconds, and how often it was killed."""
         answer = self._process.stdout.readline()
         if not answer:
             sys.exit(f"{self.folder.name}: tawny cannot be imported; the reason stands above")
-        code, seconds = json.loads(answer)
-        return code, seconds
+        code, seconds, kills = json.loads(answer)
+        return code, seconds, kills
 
     def _asked(self, program: str) -> str:
         done = subprocess.run(
@@ -206,11 +235,16 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def text(file: Path, side: Path) -> str:
+    """A file's text without the names that differ between the sides, and between a job and the same one killed."""
+    return re.sub(r"~\d+", "", file.read_text(encoding="utf-8").replace(str(side), ""))
+
+
 def values(file: Path, side: Path) -> dict[str, Any]:
     """What can be told apart in a file: a JSON document's values, or tensors by their bytes; nothing in others."""
     if file.suffix == ".json":
-        text = file.read_text(encoding="utf-8").replace(str(side), "")
-        return dict(leaves(json.loads(text))) if text else {}
+        document = text(file, side)
+        return dict(leaves(json.loads(document))) if document else {}
     found: dict[str, Any] = {}
     if file.suffix == ".safetensors":
         with file.open("rb") as opened:
@@ -224,23 +258,31 @@ def values(file: Path, side: Path) -> dict[str, Any]:
     return found
 
 
-def differences(name: str, base: Path, here: Path) -> Iterator[str]:
-    """A line `FILE: KEY: OLD became NEW` for whatever is not the same after the job of that name."""
-    printed = Path(f"{name}.json")
-    files = {
-        path.relative_to(side) for side in (base, here) for path in (side / name).rglob("*") if path.is_file()
-    }
-    for file in sorted(path for path in {*files, printed} if path.suffix not in WORDING):
-        if not ((base / file).is_file() and (here / file).is_file()):
-            yield f"{file}: only in {'BASE' if (base / file).is_file() else 'the working tree'}"
+def outputs(side: Path, name: str) -> dict[str, Path]:
+    """What a job of that name wrote: files by their paths in its folder, and what it printed, as `printed`."""
+    folder = side / name
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {"printed": side / f"{name}.json", **files}
+
+
+def differences(base: tuple[Path, str], here: tuple[Path, str]) -> Iterator[str]:
+    """A line `FILE: KEY: OLD became NEW` for whatever is not the same after two jobs, each a side's folder and a name."""
+    before, after = outputs(*base), outputs(*here)
+    for file in sorted({*before, *after}):
+        if file.endswith(WORDING):
             continue
-        record = file == printed or file.name in RECORDS
-        if not record and filecmp.cmp(base / file, here / file, shallow=False):
+        if not (file in before and file in after):
+            yield f"{file}: only in {Path(*(base if file in before else here))}"
             continue
-        old, new = values(base / file, base), values(here / file, here)
+        record = file == "printed" or Path(file).name in RECORDS
+        if not record and filecmp.cmp(before[file], after[file], shallow=False):
+            continue
+        if file.endswith(".yaml") and text(before[file], base[0]) == text(after[file], here[0]):
+            continue
+        old, new = values(before[file], base[0]), values(after[file], here[0])
         keys = [key for key in {**old, **new} if repr(old.get(key)) != repr(new.get(key))]
         for key in keys:
-            became = f": {old.get(key)!r} became {new.get(key)!r}" if file.suffix == ".json" else ""
+            became = f": {old.get(key)!r} became {new.get(key)!r}" if before[file].suffix == ".json" else ""
             yield f"{file}: {key}{became}"
         if not record and not keys:
             yield f"{file}: other bytes"
@@ -272,9 +314,14 @@ def main() -> int:
     for name, words in every.items():
         before.begin(name, words)
         after.begin(name, words)
-        (old, past), (new, now) = before.end(), after.end()
+        (old, past, kills), (new, now, again) = before.end(), after.end()
         found = [f"exit code {old} became {new}"] if old != new else []
-        found += differences(name, before.folder, after.folder)
+        found += differences((before.folder, name), (after.folder, name))
+        plain, killed, _ = name.partition("~")
+        if killed:
+            found += ["it ended before it could be killed"] * (not (kills and again))
+            for side in (before.folder, after.folder):
+                found += differences((side, plain), (side, name))
         found = [line for line in found if not any(fnmatchcase(line, glob) for glob in given.accept)]
         if old and new:
             found.append(f"failed on both sides: {after.folder / name}.err says why")
