@@ -49,7 +49,7 @@ from torch import Tensor
 from tawny.kernels import admm
 from tawny.patterns import NM, Pattern, Scope, Unstructured, keep_mask, removed_count, zeros_first
 from tawny.precision import native_dtype
-from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian, require_finite
+from tawny.solvers.base import Needs, Seen, Solution, Solver, Work, input_hessian
 from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project, refit_scales
 from tawny.solvers.inverse import with_damping
 from tawny.solvers.powers import CACHED, CHUNK, ROWS, SMALLEST_RHO, Scaled, parts, waiting_bytes, wide
@@ -130,19 +130,11 @@ class Alps(Solver):
 
         return with_damping(self.damp, len(H_II), attempt)
 
-    def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Seen,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Scaled | None = None,
-        grid: Grid | None = None,
+    def solved(
+        self, W_OI: Tensor, shared: Scaled, pattern: Pattern, sparsity: float, grid: Grid | None
     ) -> Solution:
-        require_finite(W_OI, "weight")
-        scaled = self.prepare(statistics) if prepared is None else prepared
-        solution = self._pruned(W_OI, scaled, pattern, sparsity)
-        return solution if grid is None else self._rounded(W_OI, scaled, solution, grid)
+        solution = self._pruned(W_OI, shared, pattern, sparsity)
+        return solution if grid is None else self._rounded(W_OI, shared, solution, grid)
 
     def _pruned(self, W_OI: Tensor, scaled: Scaled, pattern: Pattern, sparsity: float) -> Solution:
         notes: dict[str, float | int | str] = {"damp": scaled.damp}

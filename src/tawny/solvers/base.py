@@ -25,6 +25,7 @@ from tawny.solvers.grid import Grid, best_scales, kept_on_grid, project
 __all__ = [
     "Columns",
     "Damp",
+    "MaskSolver",
     "Needs",
     "Seen",
     "Solution",
@@ -121,7 +122,43 @@ class Solver(Protocol):
         prepared: Any = None,
         grid: Grid | None = None,
     ) -> Solution:
-        """Prune one weight to `sparsity` (n:m: to what the pattern says), its survivors on `grid` where one is given."""
+        """Prune one weight to `sparsity` (n:m: to what the pattern says), its survivors on `grid` where one is given.
+
+        Args:
+            W_OI: `[out, in]` float32.
+            prepared: what `prepare` made of these statistics, if it was asked already.
+
+        Raises:
+            NumericalError: a weight, or what was seen of the inputs, is not finite.
+        """
+        require_finite(W_OI, "weight")
+        shared = self.prepare(statistics) if prepared is None else prepared
+        solution = self.solved(W_OI, shared, pattern, sparsity, grid)
+        return (
+            solution if grid is None or solution.scales is not None else on_grid(solution, grid, statistics)
+        )
+
+    def solved(
+        self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float, grid: Grid | None
+    ) -> Solution:
+        """`solve` for a finite weight and what `prepare` made. A solver that knows no grid is rounded afterwards."""
+        ...
+
+
+class MaskSolver(Solver, Protocol):
+    """A solver that chooses weights and leaves the others as they are; a new one needs `prepare` and `keep`."""
+
+    def workspace(self, out: int, width: int) -> int:
+        return 20 * out * width  # measured, what judges the result included
+
+    def solved(
+        self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float, grid: Grid | None
+    ) -> Solution:
+        keep_OI = self.keep(W_OI, shared, pattern, sparsity)
+        return Solution(masked(W_OI, keep_OI), keep_OI)
+
+    def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
+        """[out, in] bool: the weights that stay."""
         ...
 
 
@@ -220,10 +257,8 @@ def reconstruction_error(
     return max(lost, 0.0) / whole
 
 
-def on_grid(solution: Solution, grid: Grid | None, statistics: Seen) -> Solution:
+def on_grid(solution: Solution, grid: Grid, statistics: Seen) -> Solution:
     """A solution rounded by the best scales; inputs count by their squared norms where they were seen."""
-    if grid is None:
-        return solution
     W_OI, keep_OI = solution.weight, kept_on_grid(solution.weight, solution.mask)
     weights_I = None
     if statistics is not None and bool(statistics.squared_norms.any()):

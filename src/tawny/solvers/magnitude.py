@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from tawny.patterns import Pattern, Scope
-from tawny.solvers.base import Needs, Seen, Solution, Solver, keep_highest, masked, on_grid, require_finite
-from tawny.solvers.grid import Grid
+from tawny.solvers.base import MaskSolver, Needs, keep_highest, require_finite
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 
 __all__ = ["Magnitude"]
 
 
 @dataclass(frozen=True)
-class Magnitude(Solver, MemberSolver):
+class Magnitude(MaskSolver, MemberSolver):
     """The smallest weights of each matrix go; no data needed.
 
     Score |W_ij|, Han et al. 2015 (1506.02626).
@@ -33,22 +32,9 @@ class Magnitude(Solver, MemberSolver):
     default_scope: ClassVar[Scope] = "matrix"
     looks_at_rows: ClassVar[bool] = False
 
-    def workspace(self, out: int, width: int) -> int:
-        return 20 * out * width  # measured, what judges the result included
-
-    def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Seen,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Any = None,
-        grid: Grid | None = None,
-    ) -> Solution:
-        require_finite(W_OI, "weight")
+    def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
         # Zeros need no special care here: |0| is the lowest score there is.
-        keep_OI = keep_highest(W_OI.abs(), pattern, sparsity, self.default_scope)
-        return on_grid(Solution(masked(W_OI, keep_OI), keep_OI), grid, statistics)
+        return keep_highest(W_OI.abs(), pattern, sparsity, self.default_scope)
 
     def choose(self, coupled: Coupled, removed: int) -> Chosen:
         """Members of the lowest sums of |W| go, over all their rows and columns."""

@@ -23,23 +23,13 @@ from pydantic import Field
 from torch import Tensor
 
 from tawny.patterns import Pattern, Scope, zeros_first
-from tawny.solvers.base import (
-    Needs,
-    Seen,
-    Solution,
-    Solver,
-    input_norms,
-    keep_highest,
-    on_grid,
-    require_finite,
-)
-from tawny.solvers.grid import Grid
+from tawny.solvers.base import MaskSolver, Needs, Seen, input_norms, keep_highest
 
 __all__ = ["RIA"]
 
 
 @dataclass(frozen=True)
-class RIA(Solver):
+class RIA(MaskSolver):
     """Weights with a small share of their row and column, on quiet inputs, go; fast, no update.
 
     Score (|W_ij|/Σ_i|W_ij| + |W_ij|/Σ_j|W_ij|)·‖X_j‖₂^a, Zhang et al. 2024 (ICLR).
@@ -56,31 +46,17 @@ class RIA(Solver):
     needs: ClassVar[Needs] = "norms"
     default_scope: ClassVar[Scope] = "matrix"
 
-    def workspace(self, out: int, width: int) -> int:
-        return 20 * out * width  # measured, what judges the result included
-
     def prepare(self, statistics: Seen) -> Any:
         return input_norms(statistics).pow_(self.a)
 
-    def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Seen,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Any = None,
-        grid: Grid | None = None,
-    ) -> Solution:
-        require_finite(W_OI, "weight")
-        powers_I = self.prepare(statistics) if prepared is None else prepared
+    def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
         size_OI = W_OI.abs()
         # Only rows and columns of zeros have no sum, and their weights' scores are set below.
         shares_I, shares_O = 1 / size_OI.sum(0).clamp_(min=1e-38), 1 / size_OI.sum(1).clamp_(min=1e-38)
         scores_OI = size_OI.mul_(shares_I + shares_O[:, None])
-        silent_I = powers_I == 0
+        silent_I = shared == 0
         if silent_I.any():  # inputs that never fire: first of all, and by their shares among themselves
             scores_OI[:, silent_I] = -1 / scores_OI[:, silent_I]
-        scores_OI.mul_(torch.where(silent_I, 1.0, powers_I))
+        scores_OI.mul_(torch.where(silent_I, 1.0, shared))
         zeros_first(scores_OI, W_OI)
-        keep_OI = keep_highest(scores_OI, pattern, sparsity, self.default_scope)
-        return on_grid(Solution(W_OI.masked_fill(~keep_OI, 0.0), keep_OI), grid, statistics)
+        return keep_highest(scores_OI, pattern, sparsity, self.default_scope)

@@ -112,18 +112,10 @@ class SparseGPT(Solver):
 
         return with_damping(self.damp, len(hessian_II), attempt)
 
-    def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Seen,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Factor | None = None,
-        grid: Grid | None = None,
+    def solved(
+        self, W_OI: Tensor, shared: Factor, pattern: Pattern, sparsity: float, grid: Grid | None
     ) -> Solution:
-        require_finite(W_OI, "weight")
-        factor = self.prepare(statistics) if prepared is None else prepared
-        notes: dict[str, float | int | str] = {"damp": factor.damp, "dead_inputs": int(factor.dead_I.sum())}
+        notes: dict[str, float | int | str] = {"damp": shared.damp, "dead_inputs": int(shared.dead_I.sum())}
         columns = self.group if grid is None or grid.group is None else min(grid.group, W_OI.shape[1])
         if grid is not None:
             self.check_grid(pattern, grid, W_OI.shape[1])
@@ -134,8 +126,8 @@ class SparseGPT(Solver):
             removed = removed_count(W_OI.numel(), sparsity)
             if removed == 0 and grid is None:
                 return Solution(W_OI.clone(), torch.ones_like(W_OI, dtype=torch.bool), notes, 0.0)
-            quota = _quotas(W_OI, factor.dead_I, pattern, removed, columns)
-        weight_OI, keep_OI, lost, scales_OS = self._sweep(W_OI, factor, pattern, quota, columns, grid)
+            quota = _quotas(W_OI, shared.dead_I, pattern, removed, columns)
+        weight_OI, keep_OI, lost, scales_OS = self._sweep(W_OI, shared, pattern, quota, columns, grid)
         require_finite(weight_OI, "pruned weight")
         return Solution(weight_OI, keep_OI, notes, lost, scales_OS)
 

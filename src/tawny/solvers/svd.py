@@ -12,14 +12,14 @@ written dense, for studies of how ranks are shared.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tawny.errors import NumericalError
 from tawny.patterns import Pattern, Scope
-from tawny.solvers.base import Damp, Needs, Seen, Solution, Solver, input_hessian, require_finite
+from tawny.solvers.base import Damp, Needs, Seen, Solution, Solver, input_hessian
 from tawny.solvers.grid import Grid
 
 __all__ = ["Svd"]
@@ -41,10 +41,11 @@ class Svd(Solver):
     needs: ClassVar[Needs] = "hessian"
     default_scope: ClassVar[Scope] = "matrix"
 
-    def prepare(self, statistics: Seen) -> Any:
+    def prepare(self, statistics: Seen) -> Tensor:
         """L, `[in, in]` lower triangular."""
         H_II = input_hessian(statistics).float().clone()
         H_II.diagonal().add_(self.damp * (float(H_II.diagonal().mean()) or 1.0))
+        L_II: Tensor
         L_II, info = torch.linalg.cholesky_ex(H_II)
         if int(info):
             raise NumericalError(
@@ -52,21 +53,13 @@ class Svd(Solver):
             )
         return L_II
 
-    def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Seen,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Any = None,
-        grid: Grid | None = None,
+    def solved(
+        self, W_OI: Tensor, shared: Tensor, pattern: Pattern, sparsity: float, grid: Grid | None
     ) -> Solution:
         """The weight of rank r = (1 − sparsity)·out·in / (out + in), at least 1."""
-        require_finite(W_OI, "weight")
-        L_II = self.prepare(statistics) if prepared is None else prepared
         out, width = W_OI.shape
         rank = max(1, round((1 - sparsity) * out * width / (out + width)))
-        U_OK, s_K, V_KI = torch.linalg.svd(W_OI @ L_II, full_matrices=False)
-        kept_RI = torch.linalg.solve_triangular(L_II, V_KI[:rank], upper=False, left=False)
+        U_OK, s_K, V_KI = torch.linalg.svd(W_OI @ shared, full_matrices=False)
+        kept_RI = torch.linalg.solve_triangular(shared, V_KI[:rank], upper=False, left=False)
         made_OI = (U_OK[:, :rank] * s_K[:rank]) @ kept_RI
         return Solution(made_OI, torch.ones_like(W_OI, dtype=torch.bool), {"rank": rank})

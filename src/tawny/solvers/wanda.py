@@ -15,25 +15,14 @@ import torch
 from torch import Tensor
 
 from tawny.patterns import Pattern, Scope, Unstructured, keep_mask_rows, zeros_first
-from tawny.solvers.base import (
-    Needs,
-    Seen,
-    Solution,
-    Solver,
-    input_norms,
-    keep_highest,
-    masked,
-    on_grid,
-    require_finite,
-)
-from tawny.solvers.grid import Grid
+from tawny.solvers.base import MaskSolver, Needs, Seen, input_norms, keep_highest, require_finite
 from tawny.solvers.members import Chosen, Coupled, MemberSolver, chosen, column_sums_of
 
 __all__ = ["Wanda"]
 
 
 @dataclass(frozen=True)
-class Wanda(Solver, MemberSolver):
+class Wanda(MaskSolver, MemberSolver):
     """Small weights on quiet inputs go, row by row; fast, no update.
 
     Score |W_ij|·‖X_j‖₂, Sun et al. 2023 (2306.11695).
@@ -49,34 +38,19 @@ class Wanda(Solver, MemberSolver):
     default_scope: ClassVar[Scope] = "row"
     looks_at_rows: ClassVar[bool] = True
 
-    def workspace(self, out: int, width: int) -> int:
-        return 20 * out * width  # measured, what judges the result included
-
     def prepare(self, statistics: Seen) -> Any:
         return input_norms(statistics)
 
-    def solve(
-        self,
-        W_OI: Tensor,
-        statistics: Seen,
-        pattern: Pattern,
-        sparsity: float,
-        prepared: Any = None,
-        grid: Grid | None = None,
-    ) -> Solution:
-        require_finite(W_OI, "weight")
-        norms_I = self.prepare(statistics) if prepared is None else prepared
-        scores_OI = W_OI.abs().mul_(norms_I)
+    def keep(self, W_OI: Tensor, shared: Any, pattern: Pattern, sparsity: float) -> Tensor:
+        scores_OI = W_OI.abs().mul_(shared)
         if self.compat == "official" and pattern in (Unstructured(), Unstructured("row")):
             rows, width = W_OI.shape
-            keep_OI = keep_mask_rows(scores_OI, torch.full((rows,), min(width, int(width * sparsity))))
-        else:
-            silent_I = norms_I == 0
-            if silent_I.any():  # inputs that never fire: first of all, and by magnitude among themselves
-                scores_OI[:, silent_I] = -1 / W_OI[:, silent_I].abs()
-            zeros_first(scores_OI, W_OI)
-            keep_OI = keep_highest(scores_OI, pattern, sparsity, self.default_scope)
-        return on_grid(Solution(masked(W_OI, keep_OI), keep_OI), grid, statistics)
+            return keep_mask_rows(scores_OI, torch.full((rows,), min(width, int(width * sparsity))))
+        silent_I = shared == 0
+        if silent_I.any():  # inputs that never fire: first of all, and by magnitude among themselves
+            scores_OI[:, silent_I] = -1 / W_OI[:, silent_I].abs()
+        zeros_first(scores_OI, W_OI)
+        return keep_highest(scores_OI, pattern, sparsity, self.default_scope)
 
     def choose(self, coupled: Coupled, removed: int) -> Chosen:
         """Members of the lowest sums of scores go, over all their rows and columns."""
