@@ -20,8 +20,9 @@ from tawny.choosing import pace as pace_module
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits
 from tawny.choosing.fitted import _zeros_told
+from tawny.choosing.level import KINDS_TRIED, SPARSITIES, UNMEASURED, Level, Measures
 from tawny.choosing.limit import Room
-from tawny.choosing.measuring import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures, far_from_role
+from tawny.choosing.measuring import TOGETHER, far_from_role
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.table import Found, Table
 from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
@@ -278,7 +279,7 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     measures = {x.name: Measures(dict.fromkeys(KINDS_TRIED, 0.0), none, 0.0, 0, False) for x in job.linears}
     little, much = ({kind: i * step for i, kind in enumerate(KINDS_TRIED)} for step in (0.01, 1.0))
     found = Found(measures, dict.fromkeys(measures, 0.0), much, little)
-    least = sum(sizes.linear(x, 0.0, "int2") for x in job.linears)
+    least = sum(sizes.linear(x, Level(0.0, "int2")) for x in job.linears)
     budget = sizes.rest + least + sizes.of_head("int8") + sizes.of_embedding("int3")
     best = Table(job, sizes, Room(sizes, budget), found).chosen(budget, zeros=False)
     assert best is not None and best.bytes <= budget
@@ -344,7 +345,9 @@ def test_a_fit_of_which_nothing_can_be_made_keeps_what_it_measured(dense, fitted
 def test_zeros_are_tried_where_they_promise_enough(dense):
     job = prepare(resolve_recipe(sparsity=0), dense, silent, "cpu")
     sizes = PackedSize(job)
-    budget = sizes.rest + sizes.of_head("int8") + sum(sizes.linear(x, 0.0, "int3") for x in job.linears)
+    budget = (
+        sizes.rest + sizes.of_head("int8") + sum(sizes.linear(x, Level(0.0, "int3")) for x in job.linears)
+    )
     names = {}
     for cost in (0.0, 10.0):
         zeros = {str(share): cost for share in SPARSITIES}
@@ -412,7 +415,7 @@ def test_bytes_are_known_before_packing(family, tmp_path):
         job = prepare(recipe, tmp_path / "dense", silent, "cpu")
         sizes = PackedSize(job)
         planned = sizes.rest + sizes.of_head(head) + sizes.of_embedding(embedding or head)
-        planned += sum(sizes.linear(x, sparsity, kind, group) for x in job.linears)
+        planned += sum(sizes.linear(x, Level(sparsity, kind), group) for x in job.linears)
         tawny.prune(tmp_path / "dense", tmp_path / f"{number}.dense", recipe=recipe)
         made = tawny.pack(tmp_path / f"{number}.dense", tmp_path / str(number))
         assert 0.85 * planned <= made.file_bytes <= planned
@@ -431,7 +434,7 @@ def test_bytes_are_known_where_a_quantised_head_is_decoded(tmp_path):
     sizes = PackedSize(job)
     assert any(key.startswith("lm_head") for key in job.stack.checkpoint.coded) and sizes.head
     planned = sizes.rest + sizes.of_head("int8") + sizes.of_embedding("int8")
-    planned += sum(sizes.linear(x, 0.0, "int4") for x in job.linears)
+    planned += sum(sizes.linear(x, Level(0.0, "int4")) for x in job.linears)
     tawny.prune(tmp_path / "dense", tmp_path / "pruned", recipe=recipe)
     made = tawny.pack(tmp_path / "pruned", tmp_path / "packed")
     assert 0.85 * planned <= made.file_bytes <= planned
@@ -568,7 +571,7 @@ def test_a_linear_that_is_sparse_already_runs_as_one_with_a_mask():
     sizes = SimpleNamespace(linear=lambda *_: 10)
     read = pace_module.ReadPerToken(sizes, pace)
     costs = [
-        read.linear(info, sparsity, "int4", zeros=zeros)
+        read.linear(info, Level(sparsity, "int4"), measures=replace(UNMEASURED, had=zeros))
         for sparsity, zeros in [(0, 0), (0, 5), (0, 600), (0.5, 0), (0.5, 800)]
     ]
     assert costs == [10, 10, 20, 20, 30]
@@ -592,9 +595,9 @@ def test_bytes_of_masks_are_kept_only_where_a_kind_rounds_enough_to_zero(kind, z
     sizes, planned, reserved = PackedSize(job), 0, 0
     for x in job.linears:
         rounds = float((pruned.get_submodule(x.name).weight == 0).float().mean())
-        zeros = zero_rows * x.shape[1]
-        planned += sizes.linear(x, 0.0, kind, zeros=zeros, rounds=rounds)
-        reserved += sizes.linear(x, 0.0, kind, zeros=zeros)
+        known = replace(UNMEASURED, had=zero_rows * x.shape[1])
+        planned += sizes.linear(x, Level(0.0, kind), measures=replace(known, rounds={kind: rounds}))
+        reserved += sizes.linear(x, Level(0.0, kind), measures=known)
     rest = sizes.rest + sizes.of_head(None) + sizes.of_embedding(None)
     packed = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
     packed += (tmp_path / "packed" / INDEX).stat().st_size

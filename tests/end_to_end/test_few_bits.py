@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tawny
+from tawny.choosing.level import UNMEASURED, Level
 from tawny.choosing.packed_size import PackedSize
 from tawny.packed.folder import PackedFolder
 from tawny.progress import Silent, silent
@@ -74,8 +76,10 @@ def test_a_weight_that_dwarfs_others_keeps_long_scales_and_the_planned_bytes(den
     folder = PackedFolder(tmp_path / "packed")
     taken = sum(folder.tensors[f"{name}.{key}"]["bytes"] for key in folder.linears[name].wanted())
     spans = -(-info.shape[1] // 64) * 2  # of 32 columns
-    assert sizes.linear(info, 0.0, "int4", far=True) - sizes.linear(info, 0.0, "int4") < info.shape[0] * spans
-    assert sizes.linear(info, 0.0, "int4", far=True) > taken
+    level = Level(0.0, "int4")
+    far = sizes.linear(info, level, measures=replace(UNMEASURED, far=True))
+    assert far - sizes.linear(info, level) < info.shape[0] * spans
+    assert far > taken
 
 
 def test_the_command_line_packs_what_it_solved(run, dense, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.measuring import Level
+from tawny.choosing.level import Level
 from tawny.choosing.table import ZEROS_GAIN, Finalist, Table
 from tawny.kinds import KINDS
 from tawny.machine import peak_memory

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tawny.choosing.measuring import Measures
+from tawny.choosing.level import Measures
 from tawny.choosing.table import Found
 from tawny.errors import RecipeError
 from tawny.model import durable

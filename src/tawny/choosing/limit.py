@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.measuring import KINDS_TRIED, levels
+from tawny.choosing.level import KINDS_TRIED, UNMEASURED, Level, Measures, levels_tried
 from tawny.choosing.pace import Pace, ReadPerToken, check_kernels
 from tawny.choosing.packed_size import PackedSize
 from tawny.errors import RecipeError
@@ -66,14 +66,7 @@ class Limit(Protocol):
         ...
 
     def linear(
-        self,
-        info: LinearInfo,
-        sparsity: float,
-        kind: str,
-        group: int | None = None,
-        zeros: int = 0,
-        far: bool = False,
-        rounds: float = 1.0,
+        self, info: LinearInfo, level: Level, group: int | None = None, measures: Measures = UNMEASURED
     ) -> float: ...
 
     def of_head(self, kind: str | None) -> float: ...
@@ -144,7 +137,7 @@ def smallest(job: Job, limit: Limit) -> float:
     """The least that a model of these linears takes."""
     ends = (limit.of_head, limit.of_embedding)
     least = limit.rest + sum(min(of(kind) for kind in (None, *KINDS_TRIED)) for of in ends)
-    return least + sum(min(limit.linear(x, l.sparsity, l.kind) for l in levels()) for x in job.linears)
+    return least + sum(min(limit.linear(x, level) for level in levels_tried()) for x in job.linears)
 
 
 def _up(bits: float) -> str:

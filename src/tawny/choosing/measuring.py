@@ -15,24 +15,12 @@ solved here. A solver takes about the same share off all of these errors, and sh
 
 from __future__ import annotations
 
-__all__ = [
-    "KINDS_TRIED",
-    "SPARSITIES",
-    "TOGETHER",
-    "Level",
-    "Measures",
-    "far_from_role",
-    "levels",
-    "measure",
-    "react",
-    "react_ends",
-]
+__all__ = ["TOGETHER", "far_from_role", "measure", "react", "react_ends"]
 
 import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -42,11 +30,11 @@ from torch import Tensor
 from tawny.allocation.knapsack import reactions
 from tawny.calibration.statistics import Statistics
 from tawny.choosing.divergence import Divergence, Reference
+from tawny.choosing.level import KINDS_TRIED, PROBE, SPARSITIES, Measures
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.rehearsal import rehearsing
 from tawny.choosing.solving import WALK, LevelStore, key_of
 from tawny.errors import NumericalError
-from tawny.kinds import KINDS, scaled_kinds
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.streams import Samples, Stream
@@ -60,54 +48,11 @@ from tawny.solvers.base import Solution, on_grid, reconstruction_error
 from tawny.solvers.grid import largest
 from tawny.solvers.wanda import Wanda
 
-KINDS_TRIED = tuple(sorted((kind.name for kind in scaled_kinds()), key=lambda name: -KINDS[name].bits))
-SPARSITIES = (0.0, 0.5, 0.7)  # below, a mask takes more than it saves of any kind but int8
-PROBE = "int4"  # far enough from the dense model to be measured, near enough for errors to add up
 PROBED = 1  # its number in the store
 _ROWS = 96  # of a linear that are solved at each level; up to twice as many where they are few
 TOGETHER = 8  # models that go through the blocks together, and the most linears that are measured alone
 _APART = 96  # times the smallest group of a row: 2⁷ is what eight bits hold, and a solve moves scales
 _FAR = 4  # times the median error of its role, or a share of it
-
-
-@dataclass(frozen=True)
-class Level:
-    """How one linear is stored."""
-
-    sparsity: float
-    kind: str
-
-
-def levels() -> list[Level]:
-    """Those that are tried, the same of each linear."""
-    return [Level(sparsity, kind) for sparsity in SPARSITIES for kind in KINDS_TRIED]
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Relative errors of one linear, on a sample of its rows.
-
-    Attributes:
-        bits: by kind, rounded.
-        zeros: by sparsity.
-        whole: of the probe, on all rows.
-        had: zeros of the weight as it came, a number.
-        far: groups of a row lie so far apart that scales take, or may take, 16 bits (`Grid.suiting`, kernels/scales.py).
-        rounds: by kind, the share of weights that are rounded to 0; empty where an earlier version measured.
-    """
-
-    bits: Mapping[str, float]
-    zeros: Mapping[str, float]
-    whole: float
-    had: int
-    far: bool
-    rounds: Mapping[str, float] = field(default_factory=dict)
-
-    def relative(self, level: Level) -> float:
-        """The error of a level, as a multiple of the probe's."""
-        probe = self.bits[PROBE]
-        zeros = self.zeros[str(level.sparsity)] if level.sparsity else 0.0
-        return (self.bits[level.kind] + zeros) / probe if probe > 0 else 0.0
 
 
 def measure(

@@ -19,7 +19,8 @@ import torch
 
 from tawny.allocation.budget import Allocation, whole_members
 from tawny.allocation.profile import LinearInfo, Profile
-from tawny.choosing.space import Choice, Levelled, Levels, Space, make_space, repaired
+from tawny.choosing.level import Level
+from tawny.choosing.space import Levelled, Levels, Space, make_space, repaired
 from tawny.pruning.prepare import Job
 
 
@@ -72,13 +73,13 @@ class MemberSpace(Levelled):
         unit = self._unit_of[index]
         return range(unit.low, unit.high + 1)
 
-    def choice(self, index: int, level: int) -> Choice:
-        """Of one linear at one level."""
+    def level(self, index: int, number: int) -> Level:
+        """What one linear gets at one level."""
         unit = self._unit_of[index]
-        return Choice(unit.removed(level) / unit.members)
+        return Level(unit.removed(number) / unit.members)
 
     def sparsity(self, index: int, level: int) -> float:
-        return self.choice(index, level).sparsity
+        return self.level(index, level).sparsity
 
     def changes(self, index: int, level: int) -> bool:
         """Whether a linear is another one at a level than in the dense model."""

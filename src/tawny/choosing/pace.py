@@ -14,7 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.measuring import SPARSITIES, Level, levels
+from tawny.choosing.level import SPARSITIES, UNMEASURED, Level, Measures, levels_tried
 from tawny.choosing.packed_size import PackedSize
 from tawny.errors import MissingFeature
 from tawny.kernels import native
@@ -97,7 +97,7 @@ def measured_pace(linears: tuple[LinearInfo, ...], progress: Progress) -> Pace:
         widths[linear.shape[1]] += linear.numel
     columns = widths.most_common(1)[0][0]
     shape = (max(64, _WEIGHTS // columns), columns)
-    every = levels()
+    every = levels_tried()
     progress.phase("measuring the speed of kernels", len(every) + 2, "kernels")
     threads, streamed = torch.get_num_threads(), torch.zeros(_STREAMED // 4)
     # Measured again before each kernel, because other guests of a machine slow memory down for a while: a kernel is compared
@@ -176,20 +176,13 @@ class ReadPerToken:
         self._sizes, self._pace = sizes, pace
 
     def linear(
-        self,
-        info: LinearInfo,
-        sparsity: float,
-        kind: str,
-        group: int | None = None,
-        zeros: int = 0,
-        far: bool = False,
-        rounds: float = 1.0,
+        self, info: LinearInfo, level: Level, group: int | None = None, measures: Measures = UNMEASURED
     ) -> float:
         # A weight that is sparse already is packed with a mask, whatever is removed.
-        held = zeros / info.numel if zeros > ACCIDENTS * info.numel else 0.0
-        run_as = max(s for s in SPARSITIES if s <= max(sparsity, held))
-        slower = self._pace.slower[_key(Level(run_as, kind))]
-        return slower * self._sizes.linear(info, sparsity, kind, group, zeros, far, rounds)
+        held = measures.had / info.numel if measures.had > ACCIDENTS * info.numel else 0.0
+        run_as = max(s for s in SPARSITIES if s <= max(level.sparsity, held))
+        slower = self._pace.slower[_key(replace(level, sparsity=run_as))]
+        return slower * self._sizes.linear(info, level, group, measures)
 
     def of_head(self, kind: str | None) -> float:
         slower = self._pace.slower[DENSE if kind is None else _key(Level(0.0, kind))]

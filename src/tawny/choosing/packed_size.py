@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tawny.allocation.profile import LinearInfo
+from tawny.choosing.level import UNMEASURED, Level, Measures
 from tawny.errors import ModelError
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import Checkpoint
@@ -105,29 +106,28 @@ class PackedSize:
         self.embedding_numel = math.prod(self._table_shape)
 
     def linear(
-        self,
-        info: LinearInfo,
-        sparsity: float,
-        kind: str,
-        group: int | None = None,
-        zeros: int = 0,
-        far: bool = False,
-        rounds: float = 1.0,
+        self, info: LinearInfo, level: Level, group: int | None = None, measures: Measures = UNMEASURED
     ) -> int:
         """Bytes of one linear and of what names it; an integer that rounds to 0 may make it a little smaller.
 
         Args:
-            zeros: that the weight has already; more than a few are kept.
-            far: scales of a row may lie too far apart for eight bits.
-            rounds: share of the weights that the kind rounds to 0; 1 where that is not known.
+            group: columns of a scale; None is the kind's usual number.
+            measures: zeros that the weight has already, which are kept where they are more than a few, how far scales lie apart,
+                and how many weights the kind rounds to 0; all of them where that is not known.
         """
-        removed = removed_count(info.numel, sparsity)
-        if zeros > ACCIDENTS * info.numel:
-            removed = max(removed, zeros)
-        kept = info.numel - removed
-        few = zeros / info.numel if 0 not in KINDS[kind].grid else rounds
+        kind, removed = level.kind, removed_count(info.numel, level.sparsity)
+        if measures.had > ACCIDENTS * info.numel:
+            removed = max(removed, measures.had)
+        few = measures.rounds.get(kind, 1.0) if 0 in KINDS[kind].grid else measures.had / info.numel
         return self._packed(
-            info.name, info.shape, kept, kind, group, self._sources[info.name], far=far, rounds=few
+            info.name,
+            info.shape,
+            info.numel - removed,
+            kind,
+            group,
+            self._sources[info.name],
+            far=measures.far,
+            rounds=few,
         )
 
     def of_embedding(self, kind: str | None) -> int:

@@ -16,8 +16,9 @@ from typing import Any
 
 from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits, parted, probes_bytes
 from tawny.choosing.kept import found_in, read_measured
+from tawny.choosing.level import KINDS_TRIED, SPARSITIES, Level, Measures
 from tawny.choosing.limit import Target, room_for, smallest
-from tawny.choosing.measuring import KINDS_TRIED, SPARSITIES, TOGETHER, Level, Measures
+from tawny.choosing.measuring import TOGETHER
 from tawny.choosing.pace import measured_pace
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.table import Finalist, Found, Table

@@ -23,9 +23,9 @@ from tawny.allocation.joint import Survey
 from tawny.allocation.profile import Profile
 from tawny.calibration.observe import Stage, observe
 from tawny.calibration.statistics import Statistics
+from tawny.choosing.level import Level
 from tawny.choosing.member_space import AnySpace
 from tawny.choosing.rehearsal import dense_again, rehearsing
-from tawny.choosing.space import Choice
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
@@ -43,7 +43,7 @@ from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 
 WALK = "levels"  # what the journal calls it
-_Choices = Mapping[str, Mapping[int, Choice]]  # by linear and level
+_Levels = Mapping[str, Mapping[int, Level]]  # by linear and number
 _Solution = tuple[Linear, int, Tensor]  # a linear, a level, its weight [out, in]
 
 
@@ -213,22 +213,22 @@ def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None
     The block is left pruned uniformly, each stage behind those before it.
     """
     stack, session = block.job.stack, block.session
-    choices = {
-        x.name: {level: space.choice(i, level) for level in space.levels_of(i) if space.changes(i, level)}
+    levels = {
+        x.name: {k: space.level(i, k) for k in space.levels_of(i) if space.changes(i, k)}
         for i, x in enumerate(space.linears)
         if x.block == block.index
     }
     specs = {
         key_of(linear, level): (store.dtype, linear.shape)
         for linear in block.linears
-        for level in choices[linear.name]
+        for level in levels[linear.name]
     }
     done, path = 0, store.path(block.index)
     with writing(path), TensorWriter(path, specs) as writer:
         for stage, statistics in block.stages():
             solve = _weights if stage.coupling is None else _members
             session.run.progress.detail("solving", done, len(specs))
-            for linear, level, weight_OI in solve(block, stage, statistics, choices):
+            for linear, level, weight_OI in solve(block, stage, statistics, levels):
                 writer.write(key_of(linear, level), weight_OI.to(store.dtype).cpu())
                 if level == 0:
                     stack.set_weight(linear, weight_OI)
@@ -238,7 +238,7 @@ def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None
 
 
 def _weights(
-    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], choices: _Choices
+    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], levels: _Levels
 ) -> Iterator[_Solution]:
     """Each linear without some of its weights."""
     for linear in stage.linears:
@@ -248,12 +248,12 @@ def _weights(
             block.session.record.warnings.append(
                 f"{linear.name} saw no calibration token while allocations were tried"
             )
-        for level, choice in choices[linear.name].items():
-            yield linear, level, block.solution(linear, W_OI, known, choice.sparsity)[0].weight
+        for number, level in levels[linear.name].items():
+            yield linear, number, block.solution(linear, W_OI, known, level.sparsity)[0].weight
 
 
 def _members(
-    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], choices: _Choices
+    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], levels: _Levels
 ) -> Iterator[_Solution]:
     """A coupling without some of its members.
 
@@ -261,9 +261,9 @@ def _members(
     """
     coupling = stage.coupling
     assert coupling is not None
-    seen, levels = seen_by(block, coupling, statistics), choices[coupling.consumer.name]
-    for level in sorted(levels, key=lambda level: level == 0):
-        made = without_members(block, coupling, seen, round(levels[level].sparsity * coupling.members))
+    seen, own = seen_by(block, coupling, statistics), levels[coupling.consumer.name]
+    for level in sorted(own, key=lambda level: level == 0):
+        made = without_members(block, coupling, seen, round(own[level].sparsity * coupling.members))
         for linear in coupling.linears:
             yield linear, level, made.weights[linear.name][1]
         if level == 0:

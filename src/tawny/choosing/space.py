@@ -1,8 +1,7 @@
-"""The search space: a candidate is a tuple of levels, one whole number for each linear; `Choice` says what a level does.
+"""The search space: a candidate is a tuple of levels, one whole number for each linear; a space says which `Level` it is.
 
-Only this file, and member_space.py for whole members, know which choices there are. The rest of the room solves choices,
-compares tuples of levels and moves in them. To try more than a sparsity, such as pairs of sparsity and kind, extend `Choice`
-and the spaces.
+Only this file, and member_space.py for whole members, know which levels there are. The rest of the room solves levels,
+compares tuples of them and moves in them.
 
 Level k means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being proportional to
 their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or from one block
@@ -11,7 +10,7 @@ to another of the same shape, keeps the budget to the weight.
 
 from __future__ import annotations
 
-__all__ = ["Choice", "Levelled", "Levels", "Space", "make_space", "repaired"]
+__all__ = ["Levelled", "Levels", "Space", "make_space", "repaired"]
 
 import math
 import random
@@ -22,17 +21,11 @@ import torch
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.profile import LinearInfo
+from tawny.choosing.level import Level
 from tawny.patterns import NM, Pattern
 
 Levels = tuple[int, ...]
 _HIGHEST = 0.99  # sparsity of the last level; a linear without weights is not worth a solution
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one linear gets at one level."""
-
-    sparsity: float
 
 
 @dataclass(frozen=True)
@@ -73,15 +66,15 @@ class Space(Levelled):
     pattern: Pattern
     rounds: bool = False
 
-    def choice(self, index: int, level: int) -> Choice:
-        """Of one linear at one level."""
+    def level(self, index: int, number: int) -> Level:
+        """What one linear gets at one level."""
         if isinstance(self.pattern, NM):
-            return Choice(1.0 - (self.pattern.n - level) / self.pattern.m)
+            return Level(1.0 - (self.pattern.n - number) / self.pattern.m)
         numel = self.linears[index].numel
-        return Choice(min(1.0, max(0.0, self.target + level * self.steps[index] / numel)))
+        return Level(min(1.0, max(0.0, self.target + number * self.steps[index] / numel)))
 
     def sparsity(self, index: int, level: int) -> float:
-        return self.choice(index, level).sparsity
+        return self.level(index, level).sparsity
 
     def changes(self, index: int, level: int) -> bool:
         """Whether a linear is another one at a level than in the dense model."""

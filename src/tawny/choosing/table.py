@@ -11,13 +11,8 @@ from itertools import product
 
 from tawny.allocation.knapsack import choose
 from tawny.allocation.profile import LinearInfo
+from tawny.choosing.level import KINDS_TRIED, Level, Measures, levels_tried
 from tawny.choosing.limit import Limit, Room
-from tawny.choosing.measuring import (
-    KINDS_TRIED,
-    Level,
-    Measures,
-    levels,
-)
 from tawny.choosing.packed_size import PackedSize
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
@@ -79,7 +74,7 @@ class Table:
     """What each level of each linear costs and takes, and of head and embedding."""
 
     def __init__(self, job: Job, sizes: PackedSize, room: Room, found: Found) -> None:
-        self.job, self.sizes, self.linears, self.every = job, sizes, job.linears, levels()
+        self.job, self.sizes, self.linears, self.every = job, sizes, job.linears, levels_tried()
         self.room, self.limit = room, room.limit
         self.found = found
         self.costs = [[self.cost(x.name, level) for level in self.every] for x in self.linears]
@@ -93,9 +88,7 @@ class Table:
         return self.found.reactions[name] * self.found.measures[name].relative(level)
 
     def _takes(self, limit: Limit, x: LinearInfo, level: Level, group: int | None = None) -> float:
-        found = self.found.measures[x.name]
-        rounds = found.rounds.get(level.kind, 1.0)
-        return limit.linear(x, level.sparsity, level.kind, group, found.had, found.far, rounds)
+        return limit.linear(x, level, group, self.found.measures[x.name])
 
     def _ends(self, limit: Limit, head: str | None, embedding: str | None) -> float:
         return limit.of_head(head) + limit.of_embedding(embedding or head)
