@@ -78,10 +78,10 @@ __all__ = [
 _NAMES = {
     "tawny.allocation.profile": "Profile",
     "tawny.choosing.fit": "fit",
-    "tawny.choosing.plan": "FitPlan plan_fit",
     "tawny.choosing.fitted": "Fitted",
-    "tawny.choosing.fit_settings": "FitSettings",
+    "tawny.choosing.plan": "FitPlan plan_fit",
     "tawny.choosing.search": "Found search",
+    "tawny.choosing.settings": "FitSettings",
     "tawny.decoding.stream": "Generation Piece generate stream",
     "tawny.errors": "TawnyError UserError",
     "tawny.evaluation.accuracy": "Accuracy accuracy",
@@ -117,10 +117,10 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names.spl
 if TYPE_CHECKING:
     from tawny.allocation.profile import Profile
     from tawny.choosing.fit import fit
-    from tawny.choosing.fit_settings import FitSettings
     from tawny.choosing.fitted import Fitted
     from tawny.choosing.plan import FitPlan, plan_fit
     from tawny.choosing.search import Found, search
+    from tawny.choosing.settings import FitSettings
     from tawny.decoding.stream import Generation, Piece, generate, stream
     from tawny.errors import TawnyError, UserError
     from tawny.evaluation.accuracy import Accuracy, accuracy

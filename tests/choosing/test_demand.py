@@ -7,7 +7,7 @@ import torch
 
 import tawny
 from tawny.choosing.demand import SearchDemand, solver_of_levels
-from tawny.choosing.settings import Settings
+from tawny.choosing.settings import SearchSettings
 from tawny.model.streams import Samples
 from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import prepare
@@ -36,7 +36,7 @@ def dense(tmp_path_factory):
 )
 def test_statistics_are_those_that_candidates_and_solver_collect(dense, candidates, solver, needed):
     demand = SearchDemand.of(
-        Settings.make(candidates=candidates), job_of(dense, solver=solver), Load(16, 64, 1)
+        SearchSettings.make(candidates=candidates), job_of(dense, solver=solver), Load(16, 64, 1)
     )
     assert demand.collected == needed
     solving = demand.phases(spill=True, held=False)["levels"]
@@ -48,7 +48,7 @@ def test_tokens_that_are_given_and_what_solves_the_levels_decide(dense):
         ids = tokens(*samples) if given else None
         some = None if ids is None else Samples(ids, torch.ones_like(ids) if mask else None)
         return SearchDemand.of(
-            Settings.make(**settings), job_of(dense, **(keys or {})), Load(*samples, 1, some)
+            SearchSettings.make(**settings), job_of(dense, **(keys or {})), Load(*samples, 1, some)
         )
 
     assert demand((512, 128), given=True).levels.samples == 32768 // 128
@@ -71,7 +71,7 @@ def test_tokens_that_are_given_and_what_solves_the_levels_decide(dense):
 
 def test_a_solver_that_stands_for_itself_keeps_its_options(dense):
     job = job_of(dense, solver={"name": "alps", "iterations": 5})
-    name, own = solver_of_levels(Settings.make(proxy="alps"), job)
+    name, own = solver_of_levels(SearchSettings.make(proxy="alps"), job)
     assert name == "alps" and own.iterations == 5
-    name, other = solver_of_levels(Settings.make(proxy="wanda"), job)
+    name, other = solver_of_levels(SearchSettings.make(proxy="wanda"), job)
     assert name == "wanda" and isinstance(other, SOLVERS["wanda"])

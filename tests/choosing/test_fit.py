@@ -17,13 +17,14 @@ from tawny.choosing import finalists as finalists_module
 from tawny.choosing import fit as module
 from tawny.choosing import measuring, refining
 from tawny.choosing import pace as pace_module
+from tawny.choosing.demand import TOGETHER, FitDemand
 from tawny.choosing.divergence import Divergence
-from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits
 from tawny.choosing.fitted import _zeros_told
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, UNMEASURED, Level, Measures
 from tawny.choosing.limit import Room
-from tawny.choosing.measuring import TOGETHER, far_from_role
+from tawny.choosing.measuring import far_from_role, few_bits
 from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.settings import FitSettings
 from tawny.choosing.table import Found, Table
 from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
@@ -298,7 +299,7 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
 
 def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense):
     job = prepare(resolve_recipe(sparsity=0, solver="sparsegpt", refine={"epochs": 1}), dense, silent, "cpu")
-    demand = demand_of_fit(FitSettings(), job, Load(8, 24, 1000))
+    demand = FitDemand.of(FitSettings(), job, Load(8, 24, 1000))
     phases = demand.phases(spill=False, held=False)
     alone = demand.finalist.phases(spill=False, held=False)
     assert "refine" in alone and {f"finalists, {name}" for name in alone} <= phases.keys()

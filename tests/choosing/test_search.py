@@ -19,7 +19,7 @@ from tawny.choosing import search as module
 from tawny.choosing import solving
 from tawny.choosing.candidates import _BLENDS, allocators_to_try
 from tawny.choosing.divergence import Divergence
-from tawny.choosing.settings import FAMILIES, Settings
+from tawny.choosing.settings import FAMILIES, SearchSettings
 from tawny.cli.search import search_tables
 from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError, TextError
 from tawny.model.streams import Samples, repeated_tokens
@@ -448,13 +448,13 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
 )
 def test_settings_out_of_range_are_refused(keys, words):
     with pytest.raises(RecipeError, match=words):
-        Settings.make(**keys)
+        SearchSettings.make(**keys)
 
 
 def test_times_are_read():
     texts = ("90s", "10m", "1.5h", "7", "2 min", 90)
-    assert [Settings.make(budget=text).seconds for text in texts] == [90, 600, 5400, 7, 120, 90]
-    assert Settings.make().seconds is None
+    assert [SearchSettings.make(budget=text).seconds for text in texts] == [90, 600, 5400, 7, 120, 90]
+    assert SearchSettings.make().seconds is None
 
 
 def test_a_budget_of_time_may_cut_the_search_short_and_then_says_so(dense, tmp_path):

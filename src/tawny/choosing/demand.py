@@ -1,8 +1,16 @@
-"""What a search will take, known before it starts: windows, memory and candidates at once."""
+"""What a search and a fit will take, known before they start: windows, memory and candidates at once."""
 
 from __future__ import annotations
 
-__all__ = ["SearchDemand", "candidates_at_once", "held_back", "searched_windows", "solver_of_levels"]
+__all__ = [
+    "TOGETHER",
+    "FitDemand",
+    "SearchDemand",
+    "candidates_at_once",
+    "held_back",
+    "searched_windows",
+    "solver_of_levels",
+]
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +18,7 @@ from typing import Any
 
 from tawny.calibration.statistics import Needs, most
 from tawny.choosing.candidates import surveyed
-from tawny.choosing.settings import Settings
+from tawny.choosing.settings import FitSettings, SearchSettings
 from tawny.errors import RecipeError
 from tawny.model.streams import Samples
 from tawny.pruning.memory_plan import LOGIT_BYTES, Demand, Load, held_bytes
@@ -19,10 +27,17 @@ from tawny.solvers import SOLVERS
 from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 
+TOGETHER = (
+    8  # models of a fit that go through the blocks together, and the most linears that are measured alone
+)
 _HIDDEN_BYTES = 1_000_000_000  # of hidden states of candidates that go through the model together
 
 
-def solver_of_levels(settings: Settings, job: Job) -> tuple[str, Solver | MemberSolver]:
+# Bytes for each weight of a head or an embedding while it is packed, with what comes back of it.
+_PACKED_END = 16
+
+
+def solver_of_levels(settings: SearchSettings, job: Job) -> tuple[str, Solver | MemberSolver]:
     """What makes the solutions that are compared: `proxy`, or what the solver names as quick and alike.
 
     Raises:
@@ -39,12 +54,12 @@ def solver_of_levels(settings: Settings, job: Job) -> tuple[str, Solver | Member
     return (own, job.weight_solver) if other in ("", own) else (other, SOLVERS[other]())
 
 
-def searched_windows(settings: Settings, held_out: int) -> int:
+def searched_windows(settings: SearchSettings, held_out: int) -> int:
     """How many of the held-out windows are searched on; a short text leaves no more than half."""
     return min(settings.windows, held_out - held_out // 2)
 
 
-def held_back(settings: Settings, samples: Samples) -> tuple[int, int]:
+def held_back(settings: SearchSettings, samples: Samples) -> tuple[int, int]:
     """How many windows of how many tokens are kept back of samples that were given; those with a mask are not cut."""
     length = samples.seqlen if samples.mask is not None else min(settings.length, samples.seqlen)
     return min(settings.held_out, len(samples) // 4) or 1, length
@@ -74,7 +89,7 @@ class SearchDemand:
     candidates: int
 
     @classmethod
-    def of(cls, settings: Settings, job: Job, load: Load) -> SearchDemand:
+    def of(cls, settings: SearchSettings, job: Job, load: Load) -> SearchDemand:
         count = min(max(1, math.ceil(settings.tokens / max(1, load.seqlen))), load.samples)
         windows, length = settings.held_out, min(settings.length, load.seqlen)
         if load.given is not None:
@@ -155,6 +170,55 @@ class SearchDemand:
             base = {**base, "head": stack.late_bytes}
             walk = self.finals.walk_phases(base, walked + 2 * self.held_out, held=held)
             phases |= {f"finalists, {name}": parts for name, parts in walk.items()}
+        return phases
+
+
+@dataclass(frozen=True)
+class FitDemand:
+    """A fit as far as memory is concerned.
+
+    Attributes:
+        measuring: the walks that measure, and those that refine.
+        finalist: the prune of a finalist, beside the model that measured, which stays open.
+        judged: bytes of the hidden states that a finalist is judged by.
+    """
+
+    measuring: SearchDemand
+    finalist: Demand
+    judged: int
+
+    @classmethod
+    def of(cls, settings: FitSettings, job: Job, load: Load) -> FitDemand:
+        finalist = demand_of(job, load)
+        walk = replace(finalist, refining=False)
+        window = min(settings.length, load.seqlen) * job.stack.hidden_bytes
+        hidden = settings.windows * window
+        measuring = SearchDemand(walk, None, job.needs, hidden, (2 * TOGETHER + 1) * hidden)
+        return cls(measuring, finalist, settings.deciding * window)
+
+    def held(self) -> int | None:
+        return self.measuring.held()
+
+    def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
+        phases = self.measuring.phases(spill=spill, held=held)
+        if "text" not in phases:
+            return phases
+        stack = self.finalist.stack
+        base = {key: value for key, value in phases["text"].items() if key != "text"}
+        ends = base["embeddings"] + stack.late_bytes
+        largest = max(base["embeddings"], stack.late_bytes) // stack.compute.itemsize
+        packing = {**base, "head": stack.late_bytes, "packing": _PACKED_END * largest}
+        phases["packing head and embedding"] = packing
+        for name, parts in self.finalist.phases(spill=spill, held=held).items():
+            phases[f"finalists, {name}"] = {**parts, "the model that measured": ends}
+        # The dense model, and a finalist whose head and embedding are decoded for the walk.
+        judging = {"the two models": 2 * ends, "hidden_states": 2 * self.judged, "logits": 4 * LOGIT_BYTES}
+        phases["judging"] = {
+            **base,
+            "head": stack.late_bytes,
+            "block": self.finalist.block_bytes(),
+            **judging,
+        }
         return phases
 
 

@@ -28,27 +28,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from tawny.calibration.windows import TokenisedText, held_out_windows
+from tawny.choosing.demand import FitDemand
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.finalists import apart, judge, lead_over_uniform, make
-from tawny.choosing.fit_settings import (
-    FitSettings,
-    demand_of_fit,
-    few_bits,
-    parted,
-    probes_bytes,
-)
 from tawny.choosing.fitted import Fitted, finish
 from tawny.choosing.kept import REACTIONS, found_in, keep_measured, read_measured, take_measured
 from tawny.choosing.limit import Room, Target, check_target, room_for
-from tawny.choosing.measuring import (
-    measure,
-    react,
-    react_ends,
-)
+from tawny.choosing.measuring import few_bits, measure, probes_bytes, react, react_ends
 from tawny.choosing.pace import Pace, measured_pace
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.refining import refine
 from tawny.choosing.scores import Measured
+from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
 from tawny.choosing.solving import WALK, LevelStore, level_dtype
 from tawny.choosing.table import Finalist, Found, Table
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
@@ -132,14 +123,15 @@ def fit(
         raise RecipeError("a fit works in one process, and torchrun started several: run it with one")
     target = Target.of(size, bits, speed)
     named, given = text_or_tokens(calibration)
-    recipe, settings = parted(recipe, settings, {**named, **keys})
+    of_recipe, own = own_keys({**named, **keys}, "fit")
+    recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     earlier = None if measured is None else read_measured(Path(measured))
     with open_session(
         recipe,
         source,
         Purpose(
             samples=True,
-            demand=partial(demand_of_fit, settings),
+            demand=partial(FitDemand.of, settings),
             held_out=partial(_held_out, settings),
             check=partial(check_target, target),
         ),

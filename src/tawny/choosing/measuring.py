@@ -15,7 +15,7 @@ solved here. A solver takes about the same share off all of these errors, and sh
 
 from __future__ import annotations
 
-__all__ = ["TOGETHER", "far_from_role", "measure", "react", "react_ends"]
+__all__ = ["far_from_role", "few_bits", "measure", "probes_bytes", "react", "react_ends"]
 
 import math
 import re
@@ -29,11 +29,12 @@ from torch import Tensor
 
 from tawny.allocation.knapsack import reactions
 from tawny.calibration.statistics import Statistics
+from tawny.choosing.demand import TOGETHER
 from tawny.choosing.divergence import Divergence, Reference
 from tawny.choosing.level import KINDS_TRIED, PROBE, SPARSITIES, Measures
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.rehearsal import rehearsing
-from tawny.choosing.solving import WALK, LevelStore, key_of
+from tawny.choosing.solving import WALK, LevelStore, key_of, level_dtype
 from tawny.errors import NumericalError
 from tawny.model.durable import writing
 from tawny.model.linears import Linear
@@ -42,6 +43,7 @@ from tawny.model.tensorfile import TensorWriter
 from tawny.packed import format
 from tawny.packed.choice import pack_end
 from tawny.pruning.block import LoadedBlock
+from tawny.pruning.prepare import Job
 from tawny.pruning.session import Session
 from tawny.pruning.walk import walk_blocks
 from tawny.solvers.base import Solution, on_grid, reconstruction_error
@@ -49,10 +51,29 @@ from tawny.solvers.grid import largest
 from tawny.solvers.wanda import Wanda
 
 PROBED = 1  # its number in the store
+_FEW_BITS = 20  # different values of 32 neighbours; weights that were never rounded have nearly 32
 _ROWS = 96  # of a linear that are solved at each level; up to twice as many where they are few
-TOGETHER = 8  # models that go through the blocks together, and the most linears that are measured alone
 _APART = 96  # times the smallest group of a row: 2⁷ is what eight bits hold, and a solve moves scales
 _FAR = 4  # times the median error of its role, or a share of it
+
+
+def few_bits(job: Job) -> str:
+    """A warning, or "": the source is itself a model of few bits that was made dense."""
+    first = next(index for index, linears in enumerate(job.by_block) if linears)
+    with job.stack.block(first):
+        W_OI = job.stack.look(job.by_block[first][0])[:64]
+        columns = W_OI.shape[1] // 32 * 32
+        values = W_OI[:, :columns].reshape(-1, 32)
+        survivors = [part for part in (part[part != 0] for part in values) if len(part)]
+        different = [32 * len(torch.unique(part)) / len(part) for part in survivors] or [32]
+    if sum(different) / len(different) > _FEW_BITS:
+        return ""
+    return f"the weights of {job.source} were rounded to few bits before: compare with keeping the file that they came from"
+
+
+def probes_bytes(job: Job) -> int:
+    """Of one rounding of every linear."""
+    return sum(x.numel for x in job.linears) * level_dtype(job.stack).itemsize
 
 
 def measure(

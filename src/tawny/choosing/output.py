@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tawny.choosing.settings import Settings
+from tawny.choosing.settings import SearchSettings
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import locked, writing
@@ -99,7 +99,7 @@ class SearchOutput:
 
 
 def open_search(
-    out: Path, settings: Settings, overwrite: bool
+    out: Path, settings: SearchSettings, overwrite: bool
 ) -> Callable[[Path | None, Ranks], tuple[SearchOutput, Journal]]:
     """Opens the file to write and the journal of an unfinished search; a live module has no journal."""
     if out.suffix.lower() not in _ENDINGS:

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tawny.choosing.fit_settings import FitSettings, demand_of_fit, few_bits, parted, probes_bytes
+from tawny.choosing.demand import TOGETHER, FitDemand
 from tawny.choosing.kept import found_in, read_measured
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, Level, Measures
 from tawny.choosing.limit import Target, room_for, smallest
-from tawny.choosing.measuring import TOGETHER
+from tawny.choosing.measuring import few_bits, probes_bytes
 from tawny.choosing.pace import measured_pace
 from tawny.choosing.packed_size import PackedSize
+from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
 from tawny.choosing.table import Finalist, Found, Table
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
@@ -100,7 +101,8 @@ def plan_fit(
         UserError: as `fit` would, for everything that can be known without work.
     """
     target = Target.of(size, bits, speed)
-    recipe, settings = parted(recipe, settings, keys)
+    of_recipe, own = own_keys(keys, "fit")
+    recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
     found = None if measured is None else found_in(read_measured(Path(measured)))
     job = prepare(recipe, source, progress, recipe.device)
     sizes = PackedSize(job)
@@ -113,7 +115,7 @@ def plan_fit(
     check_context(job.stack.model, recipe.calibration.seqlen)
     limit = parse_size(memory)
     load, notes = load_of(job, limit)
-    placement = place(demand_of_fit(settings, job, load), limit, available(job.stack.device))
+    placement = place(FitDemand.of(settings, job, load), limit, available(job.stack.device))
     checkpoint = job.stack.checkpoint
     assert checkpoint is not None
     dense, probes = checkpoint.bytes_in(None), probes_bytes(job)

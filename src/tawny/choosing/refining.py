@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from tawny.allocation.profile import Allocation
+from tawny.choosing.demand import TOGETHER
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.evolution import evolve
 from tawny.choosing.level import KINDS_TRIED, Level
-from tawny.choosing.measuring import TOGETHER
 from tawny.choosing.rehearsal import rehearsing
 from tawny.choosing.scores import Measured
 from tawny.choosing.solving import LevelStore, key_of

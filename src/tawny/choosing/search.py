@@ -43,7 +43,7 @@ from tawny.choosing.member_space import AnySpace, space_of
 from tawny.choosing.output import USE, SearchOutput, open_search
 from tawny.choosing.rehearsal import rehearse
 from tawny.choosing.scores import Measured, lead
-from tawny.choosing.settings import Settings, parted
+from tawny.choosing.settings import SearchSettings, own_keys
 from tawny.choosing.solving import WALK, LevelStore, level_dtype, solve_levels
 from tawny.errors import NumericalError, RecipeError, TextError
 from tawny.machine import peak_memory
@@ -122,7 +122,7 @@ def search(
     out: str | Path | None = None,
     *,
     recipe: Recipe | None = None,
-    settings: Settings | None = None,
+    settings: SearchSettings | None = None,
     progress: Progress = silent,
     overwrite: bool = False,
     memory: str | int | None = None,
@@ -152,7 +152,7 @@ def search(
     if started_by_torchrun():
         raise RecipeError("a search works in one process, and torchrun started several: run it with one")
     named, given = text_or_tokens(calibration)
-    of_recipe, own = parted({**named, **keys})
+    of_recipe, own = own_keys({**named, **keys}, "search")
     if of_recipe.get("allocator") is not None:
         raise RecipeError("a search finds the allocation itself: leave the allocator out")
     recipe = resolve_recipe(recipe, {"refine.epochs": 0}, **of_recipe, allocator="uniform")
@@ -165,7 +165,7 @@ def search(
         raise RecipeError(
             "a search moves zeros, and values.mean spends the budget in bits: leave values.mean and values.of out, or use a fit"
         )
-    settings = Settings.make(settings, **own)
+    settings = SearchSettings.make(settings, **own)
 
     def held_out(job: Job, tokens: TokenisedText) -> Tensor:
         length = min(recipe.calibration.seqlen, settings.length)
@@ -195,7 +195,7 @@ def search(
         return made
 
 
-def _found(session: Session, settings: Settings, found: dict[str, Any], out: str | None) -> Found:
+def _found(session: Session, settings: SearchSettings, found: dict[str, Any], out: str | None) -> Found:
     record, clock = session.record, session.run.clock
     session.run.progress.say(found["says"])
     clock.seconds["total"] = clock.elapsed
@@ -217,7 +217,7 @@ def _found(session: Session, settings: Settings, found: dict[str, Any], out: str
     )
 
 
-def _search(session: Session, settings: Settings) -> dict[str, Any]:
+def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
     """Steps 1 to 5: what is told of them, and the allocation."""
     job, recipe = session.job, session.job.recipe
     space = space_of(job, settings.levels)
@@ -306,7 +306,9 @@ def _search(session: Session, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _telling(session: Session, settings: Settings, measured: Measured, rounds: int) -> Callable[[str], None]:
+def _telling(
+    session: Session, settings: SearchSettings, measured: Measured, rounds: int
+) -> Callable[[str], None]:
     """What is told after each round: rounds end when time is up, and those that an earlier run measured took none."""
     if settings.seconds is None:
         return session.run.progress.step
@@ -349,7 +351,7 @@ def _level_store(session: Session, space: AnySpace) -> Iterator[LevelStore]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _pictured(settings: Settings, space: AnySpace, outcome: Outcome) -> dict[str, Allocation]:
+def _pictured(settings: SearchSettings, space: AnySpace, outcome: Outcome) -> dict[str, Allocation]:
     """Uniform, and the best that was tried of each family."""
     pictured = {"uniform": space.allocation(space.uniform)}
     for family in settings.families:
@@ -360,7 +362,7 @@ def _pictured(settings: Settings, space: AnySpace, outcome: Outcome) -> dict[str
     return pictured
 
 
-def _split(session: Session, settings: Settings) -> tuple[Samples, Samples]:
+def _split(session: Session, settings: SearchSettings) -> tuple[Samples, Samples]:
     """Calibration samples for the solutions, and held-out windows."""
     assert session.samples is not None
     samples = session.samples
@@ -385,7 +387,7 @@ def _begun(session: Session) -> bool:
     return bool(session.record.text.get("bos"))
 
 
-def _over(settings: Settings, spent: float) -> str:
+def _over(settings: SearchSettings, spent: float) -> str:
     over = settings.seconds is not None and spent > settings.seconds
     return f"the budget of {settings.budget} ended the search" if over else ""
 

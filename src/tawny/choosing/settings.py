@@ -1,18 +1,20 @@
-"""How `tawny search` searches: options beside the recipe, under `search.` (`-o search.trials=40`)."""
+"""How `tawny search` and `tawny fit` go about it: options beside the recipe, under `search.` and `fit.` (`-o search.trials=40`)."""
 
 from __future__ import annotations
 
-__all__ = ["FAMILIES", "Settings", "seconds_in"]
+__all__ = ["FAMILIES", "FitSettings", "SearchSettings", "own_keys", "recipe_of_fit", "seconds_in"]
 
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
 from tawny.checked import checked
 from tawny.errors import RecipeError, nearest
+from tawny.recipe.merge import resolve_recipe
+from tawny.recipe.schema import Recipe
 
 # Whose strengths are tried beside uniform, which always is.
 FAMILIES = ("owl", "dlp", "atp", "lsa", "alpha", "blend")
@@ -20,10 +22,11 @@ DECIDING = 4  # windows to decide on, for each to search on
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 Count = Annotated[int, Field(ge=1)]
+_S = TypeVar("_S")
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """What is tried, and what it is judged by; the ideas are EvoPress's (Sieberling 2025, ICML, 2410.14649).
 
     Attributes:
@@ -53,7 +56,7 @@ class Settings:
     budget: str | float | None = None
 
     @classmethod
-    def make(cls, base: Settings | None = None, /, **keys: Any) -> Settings:
+    def make(cls, base: SearchSettings | None = None, /, **keys: Any) -> SearchSettings:
         """The only door; a key that is None is unset.
 
         Raises:
@@ -61,8 +64,7 @@ class Settings:
         """
         from tawny.solvers import SOLVERS
 
-        given = {key: value for key, value in keys.items() if value is not None}
-        made = checked(cls, {**(asdict(base) if base else {}), **given}, "search key", "search")
+        made = _validated(cls, "search", base, keys)
         if made.levels % 2 == 0:
             raise RecipeError(
                 f"search.levels is {made.levels}; expected an odd number: as many below the target as above it"
@@ -101,6 +103,48 @@ class Settings:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class FitSettings:
+    """What finalists are chosen and judged by.
+
+    Attributes:
+        windows: held-out windows to measure reactions on.
+        deciding: others, to compare finalists on.
+        length: tokens of a window, at most those of a calibration sample. Short ones, because a model reacts most to its
+            embedding and its first blocks where little text has come before.
+        budget: time such as 20m in which the choice is refined by measured divergence; then another run need not give the
+            same bytes. With it, more `windows` pay.
+    """
+
+    windows: Count = 8
+    deciding: Annotated[int, Field(ge=2)] = 32
+    length: Annotated[int, Field(ge=2)] = 256
+    budget: str | float | None = None
+
+    @classmethod
+    def make(cls, base: FitSettings | None = None, /, **keys: Any) -> FitSettings:
+        """As `SearchSettings.make`."""
+        made = _validated(cls, "fit", base, keys)
+        _ = made.seconds
+        return made
+
+    @property
+    def seconds(self) -> float | None:
+        return seconds_in(self.budget, "fit.budget")
+
+
+def own_keys(keys: Mapping[str, Any], verb: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys of the recipe, and those of a verb without their `search.` or `fit.`."""
+    begins = f"{verb}."
+    own = {key.removeprefix(begins): value for key, value in keys.items() if key.startswith(begins)}
+    return {key: value for key, value in keys.items() if not key.startswith(begins)}, own
+
+
+def _validated(cls: type[_S], verb: str, base: Any, keys: Mapping[str, Any]) -> _S:
+    given = {key: value for key, value in keys.items() if value is not None}
+    return checked(cls, {**(asdict(base) if base else {}), **given}, f"{verb} key", verb)
+
+
 def seconds_in(time: str | float | None, key: str) -> float | None:
     """`90s`, `10m`, `1.5h` or a number of seconds.
 
@@ -115,7 +159,26 @@ def seconds_in(time: str | float | None, key: str) -> float | None:
     return float(found[1]) * _UNITS[found[2] or "s"]
 
 
-def parted(keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keys of the recipe, and those of the search without their `search.`."""
-    own = {key.removeprefix("search."): value for key, value in keys.items() if key.startswith("search.")}
-    return {key: value for key, value in keys.items() if not key.startswith("search.")}, own
+def recipe_of_fit(recipe: Recipe | None, keys: Mapping[str, Any]) -> Recipe:
+    """The recipe of all that is not chosen here."""
+    made = resolve_recipe(recipe, **{"sparsity": 0.0, "allocator": "uniform", **keys})
+    chosen = {
+        "sparsity": made.sparsity,
+        "values": made.values.names or made.values.head or made.values.embedding,
+        "dtype": made.dtype,
+        "pattern": made.pattern != "unstructured",
+        "allocator": made.allocator.name != "uniform",
+        "include": made.include,
+        "exclude": made.exclude,
+        "refit": made.refit,
+    }
+    wrong = [key for key, value in chosen.items() if value]
+    if wrong:
+        raise RecipeError(
+            f"a fit chooses zeros and bits of every linear itself: leave {' and '.join(wrong)} out"
+        )
+    if made.make_solver().needs != "hessian":
+        raise RecipeError(
+            f"a fit weighs kinds by their Hessian error, and {made.solver.name} has none: choose alps or sparsegpt"
+        )
+    return made

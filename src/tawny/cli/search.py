@@ -63,9 +63,9 @@ def search(
         recipe, own = given.without(["allocator"], "a search chooses").parted("search.")
         chosen = recipe.recipe(device=device)
         import tawny
-        from tawny.choosing.settings import Settings
+        from tawny.choosing.settings import SearchSettings
 
-        settings = Settings.make(**{"trials": trials, "budget": budget} | own)
+        settings = SearchSettings.make(**{"trials": trials, "budget": budget} | own)
         with console.progress() as progress:
             keys: dict[str, Any] = {"progress": progress, "overwrite": overwrite, "memory": memory}
             found = tawny.search(model, out, recipe=chosen, settings=settings, **keys)
