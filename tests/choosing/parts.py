@@ -6,7 +6,7 @@ import torch
 
 import tawny
 from tawny.allocation.joint import Joint, Survey
-from tawny.choosing.member_space import AnySpace, space_of
+from tawny.choosing.member_space import SparsitySpace, space_of
 from tawny.choosing.solving import LevelStore, Solved, solve_levels
 from tawny.model.streams import Samples
 from tawny.pruning.prepare import Job, prepare
@@ -30,7 +30,7 @@ def solved_levels(
     candidates=None,
     windows=4,
     values=None,
-) -> tuple[Job, AnySpace, LevelStore, Samples, Solved]:
+) -> tuple[Job, SparsitySpace, LevelStore, Samples, Solved]:
     """All blocks at the levels of a search."""
     keys = {"sparsity": sparsity, "pattern": pattern, "solver": solver, "values": values}
     recipe = resolve_recipe(allocator="uniform", **keys)

@@ -17,38 +17,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
 
 from tawny.allocation.budget import Allocation
-from tawny.choosing.space import Levels
+from tawny.choosing.space import Levels, Space
 
 # Divergence of each candidate on the numbered windows. Candidates come together because they share work.
 Evaluate = Callable[[Sequence[Levels], Sequence[int]], Sequence[float]]
 # The same of models that are pruned in earnest, one when it is asked for.
 Prove = Callable[[Sequence[Allocation], Sequence[int]], Iterator[float]]
-
-
-class Moving(Protocol):
-    """What candidates are moved in, such as a `Space`. With `low == high` there is nothing to move."""
-
-    @property
-    def low(self) -> int: ...
-
-    @property
-    def high(self) -> int: ...
-
-    @property
-    def uniform(self) -> Levels:
-        """The baseline, tried first."""
-        ...
-
-    def allocation(self, levels: Levels) -> Allocation: ...
-
-    def nearest(self, allocation: Allocation) -> Levels: ...
-
-    def mutated(self, levels: Levels, chance: random.Random) -> Levels:
-        """Another candidate near this one, within the budget; the same where there is none."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +93,7 @@ class Outcome:
 
 
 def evolve(
-    space: Moving,
+    space: Space,
     proposals: Iterator[Proposal],
     evaluate: Evaluate,
     *,
@@ -191,7 +167,7 @@ def _finite(score: float) -> float:
 class _Hunt:
     """The state of one search: what is known, and the chance that everything is drawn from."""
 
-    space: Moving
+    space: Space
     evaluate: Evaluate
     chance: random.Random
     windows: list[int]

@@ -7,7 +7,7 @@ how many heads should go with the channels.
 
 from __future__ import annotations
 
-__all__ = ["AnySpace", "MemberSpace", "make_member_space", "space_of"]
+__all__ = ["MemberSpace", "SparsitySpace", "make_member_space", "space_of"]
 
 import functools
 import random
@@ -15,12 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from tawny.allocation.budget import Allocation, whole_members
 from tawny.allocation.profile import LinearInfo, Profile
 from tawny.choosing.level import Level
-from tawny.choosing.space import Levelled, Levels, Space, make_space, repaired
+from tawny.choosing.space import Levels, Space, WeightSpace, make_space, repaired
 from tawny.pruning.prepare import Job
 
 
@@ -46,12 +44,16 @@ class _Unit:
 
 
 @dataclass(frozen=True)
-class MemberSpace(Levelled):
+class MemberSpace(Space):
     """Levels of whole members: the linears of a coupling share theirs, and lose at level 0 what uniform removes.
 
     Equal couplings of a block, such as experts, move as one.
+
+    Attributes:
+        target: sparsity of the whole model.
     """
 
+    target: float
     units: tuple[_Unit, ...]
 
     @property
@@ -78,26 +80,10 @@ class MemberSpace(Levelled):
         unit = self._unit_of[index]
         return Level(unit.removed(number) / unit.members)
 
-    def sparsity(self, index: int, level: int) -> float:
-        return self.level(index, level).sparsity
-
-    def changes(self, index: int, level: int) -> bool:
-        """Whether a linear is another one at a level than in the dense model."""
-        return self.sparsity(index, level) > 0
-
     def told(self, level: int) -> str:
         """A level of the coupling with the most members, for a person."""
         unit = self._finest
         return f"{unit.removed(level) / unit.members:.1%}"
-
-    def bytes_in(self, dtype: torch.dtype) -> int:
-        """Bytes that the solutions of all levels take; a level that removes nothing takes none."""
-        return sum(
-            unit.members * unit.weight * dtype.itemsize
-            for unit in self.units
-            for level in range(unit.low, unit.high + 1)
-            if unit.removed(level)
-        )
 
     def excess(self, levels: Levels) -> int:
         """Weights that are removed beyond those of level 0 everywhere."""
@@ -182,10 +168,10 @@ class MemberSpace(Levelled):
         return tuple(made)
 
 
-AnySpace = Space | MemberSpace
+SparsitySpace = WeightSpace | MemberSpace
 
 
-def space_of(job: Job, levels: int) -> AnySpace:
+def space_of(job: Job, levels: int) -> SparsitySpace:
     """The space that a recipe's budget is moved in."""
     if job.couplings:
         return make_member_space(job.linears, job.recipe.sparsity, levels)
@@ -223,4 +209,4 @@ def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: in
     low, high = min(unit.low for unit in units), max(unit.high for unit in units)
     if not (low and high):  # what one coupling gains another loses, so nothing moves
         low, high, units = 0, 0, [replace(unit, low=0, high=0) for unit in units]
-    return MemberSpace(linears, target, low, high, tuple(units))
+    return MemberSpace(linears, low, high, target, tuple(units))

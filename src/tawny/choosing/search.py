@@ -39,7 +39,7 @@ from tawny.choosing.candidates import allocators_to_try, surveyed
 from tawny.choosing.demand import SearchDemand, held_back, searched_windows, solver_of_levels
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.evolution import Outcome, Proposal, Trial, evolve
-from tawny.choosing.member_space import AnySpace, space_of
+from tawny.choosing.member_space import SparsitySpace, space_of
 from tawny.choosing.output import USE, SearchOutput, open_search
 from tawny.choosing.rehearsal import rehearse
 from tawny.choosing.scores import Measured, lead
@@ -328,7 +328,7 @@ def _telling(
 
 
 @contextmanager
-def _level_store(session: Session, space: AnySpace) -> Iterator[LevelStore]:
+def _level_store(session: Session, space: SparsitySpace) -> Iterator[LevelStore]:
     """Room for the solutions beside the output; where a journal is kept, they outlive a search that was stopped."""
     kept = session.run.journal.folder
     folder = kept or Path(tempfile.mkdtemp(prefix="tawny-"))
@@ -351,7 +351,7 @@ def _level_store(session: Session, space: AnySpace) -> Iterator[LevelStore]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _pictured(settings: SearchSettings, space: AnySpace, outcome: Outcome) -> dict[str, Allocation]:
+def _pictured(settings: SearchSettings, space: SparsitySpace, outcome: Outcome) -> dict[str, Allocation]:
     """Uniform, and the best that was tried of each family."""
     pictured = {"uniform": space.allocation(space.uniform)}
     for family in settings.families:
@@ -412,7 +412,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _says(outcome: Outcome, space: AnySpace, stderr: float | None) -> str:
+def _says(outcome: Outcome, space: SparsitySpace, stderr: float | None) -> str:
     """The winner and its margin over uniform, in one line."""
     winner, uniform = outcome.winner, outcome.uniform
     tail = f"; {outcome.cut_short}" if outcome.cut_short else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["LevelStore", "Solved", "level_dtype", "solve_levels"]
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,8 +24,8 @@ from tawny.allocation.profile import Profile
 from tawny.calibration.observe import Stage, observe
 from tawny.calibration.statistics import Statistics
 from tawny.choosing.level import Level
-from tawny.choosing.member_space import AnySpace
 from tawny.choosing.rehearsal import dense_again, rehearsing
+from tawny.choosing.space import Space
 from tawny.errors import OutputError
 from tawny.model import durable
 from tawny.model.durable import writing
@@ -43,7 +43,6 @@ from tawny.solvers.base import Solver
 from tawny.solvers.members import MemberSolver
 
 WALK = "levels"  # what the journal calls it
-_Levels = Mapping[str, Mapping[int, Level]]  # by linear and number
 _Solution = tuple[Linear, int, Tensor]  # a linear, a level, its weight [out, in]
 
 
@@ -141,41 +140,64 @@ class Solved:
     warnings: list[str]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Of the linears, by name: the levels to solve, by number, and the one that the block is left at."""
+
+    levels: Mapping[str, Mapping[int, Level]]
+    left: Mapping[str, int]
+
+    @classmethod
+    def of(cls, space: Space) -> _Wanted:
+        places = list(enumerate(space.linears))
+        return cls(
+            {
+                x.name: {k: space.level(i, k) for k in space.levels_of(i) if space.changes(i, k)}
+                for i, x in places
+            },
+            {x.name: number for (_, x), number in zip(places, space.uniform, strict=True)},
+        )
+
+
 def solve_levels(
     session: Session,
-    space: AnySpace,
+    space: Space,
     store: LevelStore,
     *,
-    solver: Solver | MemberSolver,
-    survey: Survey,
     samples: Samples,
     held_out: Samples,
+    solver: Solver | MemberSolver | None = None,
+    survey: Survey | None = None,
+    walk: str = WALK,
+    note: Callable[[], None] = lambda: None,
 ) -> Solved:
-    """Walk through the model once, behind blocks that are pruned uniformly.
+    """Walk through the model once, behind blocks that are solved at the levels of `space.uniform`.
 
     Args:
         session: its stack is dense before and after; finished blocks are in its journal.
         space: the levels to solve each linear at; its linears are those of the session, in order.
-        solver: of the recipe, or a quicker one.
-        survey: what candidates want to know of the dense model, on as many samples as an allocator alone would see.
         samples: calibration tokens for statistics.
         held_out: windows to compare models on.
+        solver: in place of the recipe's, a quicker one.
+        survey: what candidates want to know of the dense model, on as many samples as an allocator alone would see.
+        walk: what the journal calls it.
+        note: called before the journal is written.
 
     Raises:
         NumericalError: a weight or an activation is not finite; names the linear.
     """
     job, journal = session.job, session.run.journal
     stack = job.stack
-    done, found = journal.walk(WALK)
+    done, found = journal.walk(walk)
     measures: list[dict[str, Any]] = found.get("measures", [])
     stages: dict[str, str] = found.get("stages", {})
     rehearsal = rehearsing(session, samples, journal, solver)
     rehearsal.record.warnings += found.get("warnings", [])
-    dense = Stream(stack, held_out, depth=done, saved=journal.hidden(WALK, "held_out"))
+    dense = Stream(stack, held_out, depth=done, saved=journal.hidden(walk, "held_out"))
     seen: Stream | None = None
-    if survey.needs != "none" and done < len(stack):
+    if survey is not None and survey.needs != "none" and done < len(stack):
         some = samples.first(profile_count(job.recipe, len(samples), samples.seqlen))
-        seen = Stream(stack, some, depth=done, saved=journal.hidden(WALK, "measured"))
+        seen = Stream(stack, some, depth=done, saved=journal.hidden(walk, "measured"))
 
     def commit(blocks: int, streams: Mapping[str, Stream | None]) -> None:
         if journal.folder is None:
@@ -183,54 +205,55 @@ def solve_levels(
         store.settle(blocks)
         kept = {**streams, "held_out": dense, "measured": seen if blocks < len(stack) else None}
         session.note_cost()
+        note()
         told = {"measures": measures, "stages": stages, "warnings": rehearsal.record.warnings}
-        journal.commit(WALK, blocks, told, kept)
+        journal.commit(walk, blocks, told, kept)
 
-    uniform = {x.name: space.sparsity(i, 0) for i, x in enumerate(space.linears)}
+    def look(block: LoadedBlock, survey: Survey) -> None:
+        """What candidates want to know of a dense block."""
+        statistics: Mapping[str, Statistics] = {}
+        if seen is not None:
+            last = block.index == len(stack) - 1
+            observed = observe(seen, block.index, block.linears, survey.needs, advance=not last)
+            stages.update(places(observed.stages))
+            statistics = observed.statistics
+        inputs = LazyWeights(stack, block.linears, statistics)
+        inputs.check_finite()
+        measures.append(measured(survey, inputs, stack.name(block.index)))
+
+    wanted = _Wanted.of(space)
+    before = {x.name: space.sparsity(i, wanted.left[x.name]) for i, x in enumerate(space.linears)}
     session.run.progress.phase("solving at each level", len(stack) - done)
-    for block in walk_blocks(rehearsal, uniform, WALK, commit):
+    for block in walk_blocks(rehearsal, before, walk, commit):
         with dense_again(block):
             dense.advance(block.index)
-            statistics: Mapping[str, Statistics] = {}
-            if seen is not None:
-                last = block.index == len(stack) - 1
-                observed = observe(seen, block.index, block.linears, survey.needs, advance=not last)
-                stages |= places(observed.stages)
-                statistics = observed.statistics
-            inputs = LazyWeights(stack, block.linears, statistics)
-            inputs.check_finite()
-            measures.append(measured(survey, inputs, stack.name(block.index)))
-            del inputs, statistics
-            _solve_block(block, space, store)
+            if survey is not None:
+                look(block, survey)
+            _solve_block(block, wanted, store)
             block.advance()
     profile = Profile(with_stages(job.linears, stages), tuple(measures))
     return Solved(profile, torch.cat(list(dense.hidden)), rehearsal.record.warnings)
 
 
-def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None:
+def _solve_block(block: LoadedBlock, wanted: _Wanted, store: LevelStore) -> None:
     """Every linear of one block at every level that changes something, a tensor at a time onto the disk.
 
-    The block is left pruned uniformly, each stage behind those before it.
+    Each stage is solved behind those before it.
     """
     stack, session = block.job.stack, block.session
-    levels = {
-        x.name: {k: space.level(i, k) for k in space.levels_of(i) if space.changes(i, k)}
-        for i, x in enumerate(space.linears)
-        if x.block == block.index
-    }
     specs = {
-        key_of(linear, level): (store.dtype, linear.shape)
+        key_of(linear, number): (store.dtype, linear.shape)
         for linear in block.linears
-        for level in levels[linear.name]
+        for number in wanted.levels[linear.name]
     }
     done, path = 0, store.path(block.index)
     with writing(path), TensorWriter(path, specs) as writer:
         for stage, statistics in block.stages():
             solve = _weights if stage.coupling is None else _members
             session.run.progress.detail("solving", done, len(specs))
-            for linear, level, weight_OI in solve(block, stage, statistics, levels):
-                writer.write(key_of(linear, level), weight_OI.to(store.dtype).cpu())
-                if level == 0:
+            for linear, number, weight_OI in solve(block, stage, statistics, wanted):
+                writer.write(key_of(linear, number), weight_OI.to(store.dtype).cpu())
+                if number == wanted.left[linear.name]:
                     stack.set_weight(linear, weight_OI)
                 del weight_OI  # before the next one is made
                 done += 1
@@ -238,9 +261,9 @@ def _solve_block(block: LoadedBlock, space: AnySpace, store: LevelStore) -> None
 
 
 def _weights(
-    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], levels: _Levels
+    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], wanted: _Wanted
 ) -> Iterator[_Solution]:
-    """Each linear without some of its weights."""
+    """Each linear without some of its weights, its survivors stored in the kind of the level."""
     for linear in stage.linears:
         W_OI, seen = block.job.stack.weight(linear), statistics.get(linear.name)
         known = block.known(linear, seen)
@@ -248,25 +271,28 @@ def _weights(
             block.session.record.warnings.append(
                 f"{linear.name} saw no calibration token while allocations were tried"
             )
-        for number, level in levels[linear.name].items():
+        for number, level in wanted.levels[linear.name].items():
+            if level.kind:
+                block.session.record.values[linear.name] = level.kind
             yield linear, number, block.solution(linear, W_OI, known, level.sparsity)[0].weight
 
 
 def _members(
-    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], levels: _Levels
+    block: LoadedBlock, stage: Stage, statistics: Mapping[str, Statistics], wanted: _Wanted
 ) -> Iterator[_Solution]:
     """A coupling without some of its members.
 
-    All levels are solved from the dense block, so level 0, which the block is left at, comes last.
+    All levels are solved from the dense block, so the one that the block is left at comes last.
     """
     coupling = stage.coupling
     assert coupling is not None
-    seen, own = seen_by(block, coupling, statistics), levels[coupling.consumer.name]
-    for level in sorted(own, key=lambda level: level == 0):
-        made = without_members(block, coupling, seen, round(own[level].sparsity * coupling.members))
+    name = coupling.consumer.name
+    seen, levels, left = seen_by(block, coupling, statistics), wanted.levels[name], wanted.left[name]
+    for number in sorted(levels, key=lambda number: number == left):
+        made = without_members(block, coupling, seen, round(levels[number].sparsity * coupling.members))
         for linear in coupling.linears:
-            yield linear, level, made.weights[linear.name][1]
-        if level == 0:
+            yield linear, number, made.weights[linear.name][1]
+        if number == left:
             made.set_biases(block, coupling)
 
 

@@ -1,19 +1,20 @@
 """The search space: a candidate is a tuple of levels, one whole number for each linear; a space says which `Level` it is.
 
-Only this file, and member_space.py for whole members, know which levels there are. The rest of the room solves levels,
-compares tuples of them and moves in them.
+Only the spaces know which levels there are: of single weights here, of whole members in member_space.py, of kinds in
+kind_space.py. The rest of the room solves levels, compares tuples of them, and asks a space to move in them.
 
-Level k means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being proportional to
-their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or from one block
-to another of the same shape, keeps the budget to the weight.
+Level k of single weights means that a linear loses `target·n + k·step` of its n weights, the steps of all linears being
+proportional to their sizes (or, for n:m, one n of every m). So moving a level from one linear to another of the same size, or
+from one block to another of the same shape, keeps the budget to the weight.
 """
 
 from __future__ import annotations
 
-__all__ = ["Levelled", "Levels", "Space", "make_space", "repaired"]
+__all__ = ["Levels", "Space", "WeightSpace", "make_space", "repaired"]
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,39 +30,77 @@ _HIGHEST = 0.99  # sparsity of the last level; a linear without weights is not w
 
 
 @dataclass(frozen=True)
-class Levelled:
-    """What every space is: the linears of a model, and the levels that there are.
+class Space(ABC):
+    """The linears of a model, the levels that each may have, and how to move in them within a limit.
 
     Attributes:
         linears: in model order.
-        target: sparsity of the whole model.
-        low, high: the lowest and the highest level of any linear; `low ≤ 0 ≤ high`.
+        low, high: the lowest and the highest level of any linear; where they are the same, nothing can move.
     """
 
     linears: tuple[LinearInfo, ...]
-    target: float
     low: int
     high: int
-
-    @property
-    def uniform(self) -> Levels:
-        return (0,) * len(self.linears)
 
     @property
     def levels(self) -> range:
         return range(self.low, self.high + 1)
 
+    @property
+    def uniform(self) -> Levels:
+        """The baseline, tried first; what the blocks before a linear are solved at."""
+        return (0,) * len(self.linears)
+
+    def levels_of(self, index: int) -> Sequence[int]:
+        """The levels that one linear has; here all of them."""
+        return self.levels
+
+    @abstractmethod
+    def level(self, index: int, number: int) -> Level:
+        """What one linear gets at one level."""
+
+    def sparsity(self, index: int, number: int) -> float:
+        return self.level(index, number).sparsity
+
+    def changes(self, index: int, number: int) -> bool:
+        """Whether a linear is another one at a level than in the dense model."""
+        level = self.level(index, number)
+        return level.sparsity > 0 or bool(level.kind)
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """Bytes that the solutions of all levels take; a level that changes nothing takes none."""
+        return sum(
+            linear.numel * dtype.itemsize
+            for i, linear in enumerate(self.linears)
+            for number in self.levels_of(i)
+            if self.changes(i, number)
+        )
+
+    @abstractmethod
+    def allocation(self, levels: Levels) -> Allocation:
+        """The sparsities of a candidate, within the limit."""
+
+    @abstractmethod
+    def nearest(self, allocation: Allocation) -> Levels:
+        """The levels that follow an allocation most closely within the limit."""
+
+    @abstractmethod
+    def mutated(self, levels: Levels, chance: random.Random) -> Levels:
+        """Another candidate near this one, within the limit; the same where there is none."""
+
 
 @dataclass(frozen=True)
-class Space(Levelled):
+class WeightSpace(Space):
     """Levels of single weights: each linear has all of them, and loses `target` at level 0.
 
     Attributes:
+        target: sparsity of the whole model.
         steps: what one level of each linear is worth, in weights.
         pattern: n:m levels are whole steps of n.
         rounds: solving rounds what it keeps, so that a level that removes nothing changes weights too.
     """
 
+    target: float
     steps: tuple[int, ...]
     pattern: Pattern
     rounds: bool = False
@@ -73,16 +112,8 @@ class Space(Levelled):
         numel = self.linears[index].numel
         return Level(min(1.0, max(0.0, self.target + number * self.steps[index] / numel)))
 
-    def sparsity(self, index: int, level: int) -> float:
-        return self.level(index, level).sparsity
-
-    def changes(self, index: int, level: int) -> bool:
-        """Whether a linear is another one at a level than in the dense model."""
-        return self.rounds or self.sparsity(index, level) > 0
-
-    def levels_of(self, index: int) -> range:
-        """The levels that one linear has; here all of them."""
-        return self.levels
+    def changes(self, index: int, number: int) -> bool:
+        return self.rounds or self.sparsity(index, number) > 0
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -94,15 +125,6 @@ class Space(Levelled):
         if isinstance(self.pattern, NM):
             return f"{self.pattern.n - level}:{self.pattern.m}"
         return f"{self.sparsity(0, level):.1%}" if self.linears else "0%"
-
-    def bytes_in(self, dtype: torch.dtype) -> int:
-        """Bytes that the solutions of all levels take; a level that changes nothing takes none."""
-        return sum(
-            linear.numel * dtype.itemsize
-            for i, linear in enumerate(self.linears)
-            for level in self.levels
-            if self.changes(i, level)
-        )
 
     def excess(self, levels: Levels) -> int:
         """Weights that are removed beyond the budget."""
@@ -213,7 +235,7 @@ def repaired(
 
 def make_space(
     linears: tuple[LinearInfo, ...], pattern: Pattern, target: float, levels: int, *, rounds: bool = False
-) -> Space:
+) -> WeightSpace:
     """As many levels as asked for, half of them on each side of the target, where they fit.
 
     What one linear gains another loses, so where nothing fits on one side only level 0 is left. Levels are spread over half of
@@ -221,7 +243,7 @@ def make_space(
 
     Args:
         levels: an odd number.
-        rounds: as of `Space`.
+        rounds: as of `WeightSpace`.
     """
     half = levels // 2
     if isinstance(pattern, NM):
@@ -237,4 +259,4 @@ def make_space(
         widest = max((s / x.numel for s, x in zip(steps, linears, strict=True)), default=1.0)
         low = -min(half, int(target / widest + 1e-9)) if wanted else 0
         high = min(half, max(0, int((_HIGHEST - target) / widest + 1e-9))) if wanted else 0
-    return Space(linears, target, low if high else 0, high if low else 0, steps, pattern, rounds)
+    return WeightSpace(linears, low if high else 0, high if low else 0, target, steps, pattern, rounds)
