@@ -441,8 +441,8 @@ def test_what_cannot_be_is_said_before_the_work(dense, tmp_path, monkeypatch):
         ({"levels": 1}, "greater than or equal to 3"),
         ({"candidates": "owl,dlpp"}, "did you mean 'dlp'"),
         ({"proxy": "wandaa"}, "did you mean 'wanda'"),
-        ({"repeat": 0.6}, r"search\.repeat: 0\.6"),
-        ({"finalists": 5}, r"search\.finalists: 5"),
+        ({"repeat": 0.6}, r"search\.repeat is 0\.6"),
+        ({"finalists": 5}, r"search\.finalists is 5"),
         ({"trial": 5}, r"search\.trial is not a known search key.*trials"),
     ],
 )
