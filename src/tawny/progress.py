@@ -34,3 +34,20 @@ class Silent:
 
 
 silent: Progress = Silent()
+
+
+class Within(Silent):
+    """A phase inside one step of a longer phase: its steps are details of that step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._name, self._done, self._total = progress, "", 0, 0
+
+    def phase(self, name: str, total: int, unit: str = "blocks") -> None:
+        self._name, self._done, self._total = name, 0, total
+
+    def step(self, text: str) -> None:
+        self._done += 1
+        self._progress.detail(self._name, self._done, self._total)
+
+    def say(self, text: str) -> None:
+        self._progress.say(text)

@@ -24,11 +24,12 @@ from tawny.calibration.inputs import processor_for, skipped
 from tawny.calibration.mixture import Texts, in_words
 from tawny.calibration.pictures import BrokenPicture, pixels_of, whole
 from tawny.errors import ModelError, RecipeError, TextError
+from tawny.evaluation.hidden_states import stream_through
 from tawny.evaluation.labels import Labelled, read_labels
 from tawny.evaluation.sources import open_stack_of
 from tawny.machine import peak_memory
 from tawny.model.stack import Stack
-from tawny.model.streams import Samples, Stream
+from tawny.model.streams import Samples
 from tawny.model.structure import evaluating, input_of
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
@@ -239,10 +240,8 @@ def _check_alike(pixels: list[Tensor]) -> None:
 
 def _likeliest(stack: Stack, pixels: Tensor, classes: int) -> Tensor:
     """The class `[pictures]` with the largest logit."""
-    stream = Stream(stack, Samples({PIXELS: pixels}, seqlen=stack.positions({PIXELS: pixels})))
-    for index in range(len(stack)):
-        with stack.block(index):
-            stream.advance(index)
+    samples = Samples({PIXELS: pixels}, seqlen=stack.positions({PIXELS: pixels}))
+    stream = stream_through(stack, samples, silent, "")
     found = []
     for part, hidden in zip(stream.slices, stream.hidden, strict=True):
         logits = stack.output({PIXELS: pixels[part]}, hidden).get("logits")

@@ -407,16 +407,11 @@ def _sparsity(folder: Path) -> dict[str, Any]:
     """Exact zeros over prunable weights, block by block."""
     import torch
 
+    from tawny.evaluation.inspection import count_zeros
     from tawny.model.checkpoint import is_packed
     from tawny.packed.opening import open_stack
 
-    stack = open_stack(folder, torch.float32)
-    zeros = total = 0
-    for index in range(len(stack)):
-        with stack.block(index):
-            for linear in stack.linears(index):
-                zeros += int((stack.weight(linear) == 0).sum())
-                total += linear.numel
+    zeros, total = count_zeros(open_stack(folder, torch.float32))
     share = zeros / max(1, total)
     # A few zeros are in any model.
     kind = "packed" if is_packed(folder) else "pruned" if share > 0.01 else "dense"

@@ -26,20 +26,17 @@ from tawny.model.source import cache_folder
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
 from tawny.progress import Progress
+from tawny.run.run import Run
+from tawny.run.walk import Advance, walk
 
 KEPT_BYTES = 2 * 10**9
 _WORTH = 3.0  # seconds of a walk that is worth a file
 
 
 def stream_through(stack: Stack, samples: Samples, progress: Progress, phase: str) -> Stream:
-    """Samples behind the last block, whose weights are then the only ones not needed any more."""
-    stream = Stream(stack, samples)
-    progress.phase(phase, len(stack))
-    for index in range(len(stack)):
-        with stack.block(index):
-            stream.advance(index)
-        progress.step(stack.name(index))
-    return stream
+    """Samples behind the last block."""
+    given = {"samples": samples}
+    return walk(Run.unkept(progress), stack, given, [Advance("samples")], phase=phase, ends=given)["samples"]
 
 
 def kept_stream(stack: Stack, folder: Path | None, ids: Tensor, progress: Progress, phase: str) -> Stream:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from tawny.model.checkpoint import file_bytes
 from tawny.model.source import gguf_behind, gguf_form, resolve
+from tawny.model.stack import Stack
 from tawny.model.structure import head_of, staying_dense
 from tawny.model.trust import opens_models
 from tawny.packed.opening import open_stack
 from tawny.patterns import matches
 from tawny.progress import Progress, silent
+from tawny.run.run import Run
+from tawny.run.walk import Block, Visitor, walk
 
 # Tried from the strictest; the first that holds is reported.
 _N_OF_M = [(n, m) for m in (4, 8, 16) for n in range(1, m)]
@@ -99,16 +102,9 @@ def inspect(
     """
     folder = resolve(source, progress.say)
     stack = open_stack(folder, torch.float32)
-    found: list[LinearInspection] = []
-    progress.phase("inspecting", len(stack))
-    for index in range(len(stack)):
-        with stack.block(index):
-            for linear in stack.linears(index):
-                weight = stack.weight(linear)
-                zeros = int((weight == 0).sum())
-                pattern, share = pattern_of(weight, zeros), zeros / linear.numel
-                found.append(LinearInspection(linear.name, linear.shape, zeros, share, pattern, tied(weight)))
-        progress.step(stack.name(index))
+    inspecting = _Inspect()
+    walk(Run.unkept(progress), stack, {}, [inspecting], phase="inspecting")
+    found = inspecting.linears
     prunable = sum(x.shape[0] * x.shape[1] for x in found)
     zeros = sum(x.zeros for x in found)
     assert stack.checkpoint is not None
@@ -126,6 +122,43 @@ def inspect(
         dense=staying_dense(stack.model, stack.structure),
         linears=found,
     )
+
+
+def count_zeros(stack: Stack) -> tuple[int, int]:
+    """Exact zeros of the prunable weights, and how many weights these are."""
+    counting = _Count()
+    walk(Run.unkept(silent), stack, {}, [counting])
+    return counting.zeros, counting.weights
+
+
+@final
+class _Count(Visitor):
+    """Counts zeros."""
+
+    def __init__(self) -> None:
+        self.zeros = self.weights = 0
+
+    def visit(self, block: Block) -> None:
+        for linear in block.stack.linears(block.index):
+            self.zeros += int((block.stack.weight(linear) == 0).sum())
+            self.weights += linear.numel
+
+
+@final
+class _Inspect(Visitor):
+    """Counts what is in every linear."""
+
+    def __init__(self) -> None:
+        self.linears: list[LinearInspection] = []
+
+    def visit(self, block: Block) -> None:
+        for linear in block.stack.linears(block.index):
+            weight = block.stack.weight(linear)
+            zeros = int((weight == 0).sum())
+            pattern, share = pattern_of(weight, zeros), zeros / linear.numel
+            self.linears.append(
+                LinearInspection(linear.name, linear.shape, zeros, share, pattern, tied(weight))
+            )
 
 
 def _tied(model: Any) -> bool:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from tawny.errors import ModelError
+from tawny.evaluation.hidden_states import stream_through
 from tawny.model import durable
 from tawny.model.durable import writing
 from tawny.model.source import resolve
 from tawny.model.stack import Stack
-from tawny.model.streams import Stream
-from tawny.progress import Progress
+from tawny.progress import Progress, Within
 from tawny.recovery.data import Reading
 from tawny.words import counted
 
@@ -116,12 +116,8 @@ class Teacher:
             self._walk(left[start : start + size], progress)
 
     def _walk(self, rows: list[int], progress: Progress) -> None:
-        stream = Stream(self.stack, self.reading.take(rows))
-        blocks = len(self.stack)
-        for index in range(blocks):
-            with self.stack.block(index):
-                stream.advance(index)
-            progress.detail(f"teacher, {len(rows)} {counted(self.reading.about)[0]}", index + 1, blocks)
+        name = f"teacher, {len(rows)} {counted(self.reading.about)[0]}"
+        stream = stream_through(self.stack, self.reading.take(rows), Within(progress), name)
         for part, hidden in zip(stream.slices, stream.hidden, strict=True):
             for row, state_TH in zip(rows[part], hidden, strict=True):
                 kept_TH = state_TH.to("cpu", torch.bfloat16).contiguous()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from tawny.machine import peak_memory
 from tawny.progress import Progress
 from tawny.run.journal import Journal
 from tawny.run.ranks import Ranks
@@ -62,6 +63,17 @@ class Run:
     progress: Progress
     clock: Clock
     hidden: Path | None = None
+
+    @classmethod
+    def unkept(cls, progress: Progress) -> Run:
+        """A run of this process alone that begins anew each time."""
+        return cls(Journal(None), Ranks(alone=True), progress, Clock())
+
+    def note_cost(self) -> None:
+        """Tell the journal what the run has taken so far, before it is written."""
+        state = self.journal.state
+        state["seconds"] = {**self.clock.seconds, "total": self.clock.elapsed}
+        state["peak_memory"] = max(peak_memory(), int(state.get("peak_memory", 0)))
 
     def spill(self, walk: str, stream: str = "pruned") -> Path | None:
         """Where the hidden states of a walk are kept, if not in memory."""

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from tawny.model.couplings import Coupling, find_couplings, probe_of
 from tawny.model.linears import Linear
 from tawny.model.own_blocks import KEY
 from tawny.model.source import resolve
-from tawny.model.stack import Stack
+from tawny.model.stack import TOKENS, Stack
+from tawny.model.streams import Samples
 from tawny.model.structure import evaluating
 from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
@@ -36,6 +37,8 @@ from tawny.packed.opening import open_stack
 from tawny.progress import Progress, silent
 from tawny.run.output import OutputFolder
 from tawny.run.resumable import place_of
+from tawny.run.run import Run
+from tawny.run.walk import Advance, Block, Visitor, walk
 from tawny.slimming.depth import renumbered
 from tawny.slimming.widths import config_of_block, described, key_of_text, settings_of_block
 from tawny.words import size
@@ -108,15 +111,17 @@ def slim(
     output = OutputFolder(place_of(out), overwrite=overwrite, source=folder, given=source)
     try:
         with torch.no_grad(), evaluating(stack.model):
-            widths, dropped, aligned, expected = _cut(stack, output, str(source), progress)
-            blocks = [f"{index:05d}" for index in range(len(stack)) if index not in dropped]
+            cut, expected = _cut(stack, output, str(source), progress)
+            blocks = [f"{index:05d}" for index in range(len(stack)) if index not in cut.dropped]
             total = output.assemble(output.plan_shards(["outside", *blocks]))
             output.carry(folder)
             raw = json.loads((output.partial / "config.json").read_text(encoding="utf-8"))
             key = key_of_text(stack.config, raw)
-            said = described(stack.config.get_text_config(), raw[key] if key else raw, widths, dropped)
+            said = described(
+                stack.config.get_text_config(), raw[key] if key else raw, cut.widths, cut.dropped
+            )
             config = {**raw, key: said} if key else said
-            if not aligned:  # transformers passes on what the top says of it, to every nested part
+            if not cut.aligned:  # transformers passes on what the top says of it, to every nested part
                 config["experts_implementation"] = "eager"
             output.write_text("config.json", json.dumps(config, indent=2) + "\n")
             made, apart = _opened(output.partial, expected, str(source))
@@ -127,8 +132,8 @@ def slim(
             source_parameters=sum(p.numel() for p in stack.model.parameters()),
             bytes=total,
             source_bytes=file_bytes(folder),
-            widths=widths,
-            dropped=dropped,
+            widths=cut.widths,
+            dropped=cut.dropped,
             same_widths=KEY not in said,
             apart=apart,
             seconds=round(time.perf_counter() - started, 3),
@@ -161,60 +166,83 @@ def _card(folder: Path, report: Slimmed) -> str:
     ).lstrip("\n")
 
 
-def _cut(
-    stack: Stack, output: OutputFolder, source: str, progress: Progress
-) -> tuple[list[dict[str, int]], list[int], bool, Tensor]:
+def _cut(stack: Stack, output: OutputFolder, source: str, progress: Progress) -> tuple[_Cut, Tensor]:
     """Write the tensors of every block without its zero members, and the rest.
 
     Returns:
-        The widths of blocks that are left, the numbers of those that are not, whether transformers can multiply all experts of
-        a block together, and what the source computes.
+        What was cut, and what the source computes of a probe.
     """
     checkpoint = stack.checkpoint
     assert checkpoint is not None
-    couplings = find_couplings(stack)
-    widths, dropped, zeros, removed, aligned = [], [], 0, 0, True
-    inside: set[str] = set()
-    probe = probe_of(stack)
-    hidden, calls = stack.enter(probe), stack.calls(probe)
-    progress.phase("cutting", len(stack))
-    for index in range(len(stack)):
-        with stack.block(index):
-            entering, hidden = hidden, stack.forward(index, hidden.clone(), calls[index])
-            units = checkpoint.units_of(stack.name(index))
-            inside.update(key for unit in units for key in unit.sources)
-            if torch.equal(entering, hidden) and not any(
-                bool(stack.look(x).any()) for x in stack.linears(index)
-            ):
-                dropped.append(index)
-                progress.step(stack.name(index))
-                continue
-            parameters = dict(stack.stored)
-            kept = [_kept(stack, coupling) for coupling in couplings[index]]
-            _cut_block(stack, couplings[index], kept, parameters)
-            counts = [int(keep.sum()) for keep in kept]
-            zeros += sum(int((stack.look(x) == 0).sum()) for x in stack.linears(index))
-            experts = [
-                n for x, n in zip(couplings[index], counts, strict=True) if x.consumer.expert is not None
-            ]
-            aligned = aligned and not any(count % _ALIGNED for count in experts)
-            removed += sum(len(keep) - count for keep, count in zip(kept, counts, strict=True))
-            config = config_of_block(stack.config.get_text_config(), index)
-            widths.append(settings_of_block(config, couplings[index], counts))
-            tensors: dict[str, Tensor] = {}
-            for unit in units:
-                tensors |= checkpoint.store(unit, {k: parameters[k] for k in unit.targets}, stack.model)
-            if dropped:
-                tensors = {renumbered(key, index, index - len(dropped)): x for key, x in tensors.items()}
-            output.write_block(f"{index:05d}", tensors)
-        progress.step(stack.name(index))
-    if not removed and not dropped:
+    cut = _Cut(stack, output)
+    computed = _computed(stack, cut, progress, "cutting")
+    if not cut.removed and not cut.dropped:
         raise ModelError(
-            f"{source} holds no channel, head or block that is zero as a whole ({zeros:,} of its weights are zero, one by one): "
+            f"{source} holds no channel, head or block that is zero as a whole ({cut.zeros:,} of its weights are zero, one by one): "
             "prune with -p channels+heads or -p blocks first, or `tawny pack` it"
         )
-    output.write_outside("outside", checkpoint, [key for key in checkpoint.files if key not in inside], None)
-    return widths, dropped, aligned, stack.output(probe, hidden)[0]
+    outside = [key for key in checkpoint.files if key not in cut.inside]
+    output.write_outside("outside", checkpoint, outside, None)
+    return cut, computed
+
+
+def _computed(stack: Stack, visitor: Visitor, progress: Progress, phase: str) -> Tensor:
+    """What a model computes of a probe that the visitor takes through the blocks."""
+    probe = probe_of(stack)
+    given = {"probe": Samples(probe, seqlen=None if TOKENS in probe else stack.positions(probe))}
+    streams = walk(Run.unkept(progress), stack, given, [visitor], phase=phase, ends=given)
+    computed: Tensor = stack.output(probe, streams["probe"].hidden[0])[0]
+    return computed
+
+
+@final
+class _Cut(Visitor):
+    """Writes each block without its zero members; leaves out one whose linears are all zero and that passes on the probe.
+
+    Attributes:
+        widths: of the blocks that are left.
+        dropped: numbers of those that are not.
+        aligned: transformers can multiply all experts of a block together.
+        inside: names of the tensors of all blocks in the source.
+        removed, zeros: members that were cut out, and zero weights of the blocks that are left.
+    """
+
+    def __init__(self, stack: Stack, output: OutputFolder) -> None:
+        self.couplings, self.output = find_couplings(stack), output
+        self.widths: list[dict[str, int]] = []
+        self.dropped: list[int] = []
+        self.aligned = True
+        self.inside: set[str] = set()
+        self.removed = self.zeros = 0
+
+    def visit(self, block: Block) -> None:
+        stack, index, couplings = block.stack, block.index, self.couplings[block.index]
+        checkpoint, probe = stack.checkpoint, block.streams["probe"]
+        assert checkpoint is not None
+        units = checkpoint.units_of(block.name)
+        self.inside.update(key for unit in units for key in unit.sources)
+        entering = probe.hidden[0].clone()  # some blocks change what they are given
+        probe.advance(index)
+        weights = [stack.look(linear) for linear in stack.linears(index)]
+        if torch.equal(entering, probe.hidden[0]) and not any(bool(weight.any()) for weight in weights):
+            self.dropped.append(index)
+            return
+        parameters = dict(stack.stored)
+        kept = [_kept(stack, coupling) for coupling in couplings]
+        _cut_block(stack, couplings, kept, parameters)
+        counts = [int(keep.sum()) for keep in kept]
+        self.zeros += sum(int((weight == 0).sum()) for weight in weights)
+        experts = [n for x, n in zip(couplings, counts, strict=True) if x.consumer.expert is not None]
+        self.aligned = self.aligned and not any(count % _ALIGNED for count in experts)
+        self.removed += sum(len(keep) - count for keep, count in zip(kept, counts, strict=True))
+        config = config_of_block(stack.config.get_text_config(), index)
+        self.widths.append(settings_of_block(config, couplings, counts))
+        tensors: dict[str, Tensor] = {}
+        for unit in units:
+            tensors |= checkpoint.store(unit, {k: parameters[k] for k in unit.targets}, stack.model)
+        if self.dropped:
+            tensors = {renumbered(key, index, index - len(self.dropped)): x for key, x in tensors.items()}
+        self.output.write_block(f"{index:05d}", tensors)
 
 
 def _kept(stack: Stack, coupling: Coupling) -> Tensor:
@@ -279,12 +307,8 @@ def _opened(folder: Path, expected: Tensor, source: str) -> tuple[int, float]:
         raise ModelError(
             f"config.json cannot say the widths or the blocks that {source} would have ({error}); prune channels only, or to another sparsity"
         ) from error
-    probe = probe_of(stack)
-    hidden, calls = stack.enter(probe), stack.calls(probe)
-    for index in range(len(stack)):
-        with stack.block(index):
-            hidden = stack.forward(index, hidden, calls[index])
-    apart = float((stack.output(probe, hidden)[0] - expected).norm() / expected.norm())
+    computed = _computed(stack, Advance("probe"), silent, "")
+    apart = float((computed - expected).norm() / expected.norm())
     if not apart <= _CLOSE:
         raise ModelError(
             f"the slim model computes something else than {source} (its output is {apart:.2g} away): a part of it depends on how many "

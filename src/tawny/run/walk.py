@@ -1,0 +1,152 @@
+"""The one loop over the blocks of a model: load each, let visitors work on it, keep what is finished, drop it.
+
+What is done at a block is said by visitors: they observe, solve, train, measure or write it, in the order they are given in.
+A walk promises:
+
+- The weights of one block are in memory at a time, beside what is outside the blocks.
+- Blocks that an earlier, stopped run finished are skipped. Streams stand where it left them, and visitors get back what they
+  kept, so that the result has the bytes of a walk that was never stopped.
+- The journal names a block only when what visitors made of it is durable.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Advance", "Block", "Visitor", "walk"]
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+from tawny.model.stack import Stack
+from tawny.model.streams import Samples, Stream
+from tawny.run.run import Run
+
+
+@final
+@dataclass(frozen=True)
+class Block:
+    """One loaded block of a walk.
+
+    Attributes:
+        streams: the samples in front of the block, by name; behind it once a visitor has advanced them.
+        wanted: names of the streams that something receives behind the block: of all, or at the end of the walk of those
+            whose end is wanted.
+    """
+
+    run: Run
+    stack: Stack
+    index: int
+    streams: Mapping[str, Stream]
+    wanted: Collection[str]
+
+    @property
+    def name(self) -> str:
+        return self.stack.name(self.index)
+
+
+class Visitor(Protocol):
+    """What is done at every block of a walk; a visitor defines what it needs of this and leaves the rest."""
+
+    def begin(self, kept: Mapping[str, Any]) -> None:
+        """Called before the first block: take up what `keep` gave in the run that is continued; empty in a new one."""
+        return
+
+    def around(self, block: Block) -> AbstractContextManager[None]:
+        """Entered before any visitor has changed the block, and left after all have visited it, or one has failed."""
+        return nullcontext()
+
+    def visit(self, block: Block) -> None:
+        """Called after the visitors named before this one have visited the block."""
+
+    def keep(self, blocks: int) -> Mapping[str, Any]:
+        """What the journal keeps of the first `blocks` blocks, in JSON types; files that belong to it are durable on return."""
+        return {}
+
+
+def walk(
+    run: Run,
+    stack: Stack,
+    samples: Mapping[str, Samples],
+    visitors: Sequence[Visitor],
+    *,
+    name: str = "",
+    phase: str = "",
+    ends: Collection[str] = (),
+) -> Mapping[str, Stream]:
+    """Let the visitors see every block from first to last.
+
+    Args:
+        samples: what goes through the blocks, by name; of several processes each takes its part.
+        name: what the journal calls this walk.
+        phase: what the progress calls it; steps of "" belong to a phase that has begun before.
+        ends: samples whose hidden states behind the last block are wanted; they stay in memory.
+
+    Returns:
+        The streams, behind the last block where that is wanted. Of a walk that an earlier run finished only those.
+
+    Raises:
+        NumericalError: what enters a block is not finite.
+    """
+    done, kept = run.journal.walk(name)
+    count = len(stack)
+    with run.clock("forward"):
+        streams = {
+            key: Stream(
+                stack,
+                run.ranks.part(given),
+                depth=done,
+                saved=run.journal.hidden(name, key),
+                spill=None if key in ends else run.spill(name, key),
+            )
+            for key, given in samples.items()
+            if done < count or key in ends
+        }
+    for visitor in visitors:
+        visitor.begin(kept)
+    if phase:
+        run.progress.phase(phase, count - done)
+    for index in range(done, count):
+        wanted = ends if index == count - 1 else samples
+        with ExitStack() as leaving:
+            with run.clock("read"):
+                stack.load(index)
+            leaving.callback(stack.release, index)
+            block = Block(run, stack, index, streams, wanted)
+            for visitor in visitors:
+                leaving.enter_context(visitor.around(block))
+            for visitor in visitors:
+                visitor.visit(block)
+        if index == count - 1 or run.journal.due():
+            with run.clock("write"):
+                _commit(run, name, index + 1, visitors, {key: streams[key] for key in wanted})
+        run.progress.step(stack.name(index))
+    return streams
+
+
+def _commit(
+    run: Run, name: str, blocks: int, visitors: Sequence[Visitor], streams: Mapping[str, Stream]
+) -> None:
+    if run.journal.folder is None:
+        return
+    found: dict[str, Any] = {}
+    for visitor in visitors:
+        found |= visitor.keep(blocks)
+    run.note_cost()
+    run.journal.commit(name, blocks, found, streams)
+
+
+@final
+class Advance(Visitor):
+    """Gives the next block what this one makes of the named streams, unless another visitor has."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def visit(self, block: Block) -> None:
+        for name in self.names:
+            stream = block.streams.get(name)
+            if stream is None or name not in block.wanted or stream.depth > block.index:
+                continue
+            with block.run.clock("forward"):
+                stream.advance(block.index, lambda: block.run.progress.detail("advancing", 0, 0))
