@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import tawny
-from tawny.cli.recipe_options import SHARED, Given, _spelled_out
+from tawny.cli.recipe_options import Given, _spelled_out
 from tawny.errors import ModelError, NumericalError, OutputError
 from tawny.evaluation.perplexity import Perplexity
 from tawny.record import Record
@@ -125,10 +126,11 @@ def test_every_example_of_the_help_is_a_valid_command_line(tmp_path, monkeypatch
         for line in script["_examples"](command.epilog).splitlines()[1:-1]:
             _, verb, *arguments = shlex.split(line.partition(" | ")[0])
             context = root.commands[verb].make_context(verb, arguments)
-            if SHARED.keys() <= context.params.keys():
-                fits = any(context.params.get(name) is not None for name in ("bytes_", "bits", "speed"))
-                given = {name: context.params[name] for name in SHARED}
-                Given(given | ({"sparsity": 0.0} if fits else {})).recipe()  # a fit finds it
+            shared = [field.name for field in fields(Given)]
+            if set(shared) <= context.params.keys():
+                fits = any(context.params.get(name) is not None for name in ("size", "bits", "speed"))
+                given = {name: context.params[name] for name in shared}
+                Given(**given | ({"sparsity": 0.0} if fits else {})).recipe()  # a fit finds it
 
 
 def test_the_arguments_of_prune_become_a_recipe(run, monkeypatch, tmp_path):

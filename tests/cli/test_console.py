@@ -3,13 +3,15 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
-from tawny.cli import console as module
-from tawny.cli.console import Console, drawn
+from tawny.cli import watching
+from tawny.cli.console import Console
+from tawny.cli.drawing import drawn
 from tawny.cli.eval_ import perplexity_tables
 from tawny.cli.frames import table
 from tawny.cli.inspect import inspection_tables
@@ -46,7 +48,7 @@ def test_piped_progress_is_a_few_plain_lines(capsys, monkeypatch, colour):
     if colour is not None:
         monkeypatch.setenv("FORCE_COLOR", colour)
     clock = iter(range(0, 10_000, 2))  # two seconds pass whenever anybody looks
-    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(watching.time, "monotonic", lambda: float(next(clock)))
     with Console().progress() as progress:
         progress.phase("pruning", 40)
         for index in range(40):
@@ -62,7 +64,7 @@ def test_piped_progress_is_a_few_plain_lines(capsys, monkeypatch, colour):
 
 
 def test_a_phase_of_nobody_knows_how_many_steps_says_how_far_it_is(capsys, monkeypatch):
-    monkeypatch.setattr("tawny.cli.console._QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("tawny.cli.watching._QUIET_SECONDS", 0.0)
     with Console(False).progress() as progress:
         progress.phase("refining", 0, "rounds")
         progress.step("round 1")
@@ -76,8 +78,8 @@ def test_a_terminal_gets_a_bar_an_inner_line_and_a_line_for_each_finished_walk(m
     stream.isatty = lambda: True
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(module.sys, "stderr", stream)
-    monkeypatch.setattr(module, "_INSTANT", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(watching, "_INSTANT", 0.0)
     with Console().progress() as progress:
         progress.phase("pruning", 2)
         progress.step("0")
@@ -193,8 +195,8 @@ def test_a_window_that_is_wide_enough_shows_a_table_with_names_on_a_few_lines(ca
 
 def test_steps_that_an_earlier_run_made_say_nothing_of_the_time_left(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    walk = module._Walk("trying", 12, "rounds")
+    monkeypatch.setattr(watching.time, "monotonic", lambda: now[0])
+    walk = watching.Walk("trying", 12, "rounds")
     for _ in range(6):
         now[0] += 0.001
         walk.step()
@@ -206,7 +208,7 @@ def test_steps_that_an_earlier_run_made_say_nothing_of_the_time_left(monkeypatch
 
 def test_json_keeps_every_letter_where_stdout_is_not_unicode(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="replace")
-    monkeypatch.setattr(module.sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
     console = Console(as_json=True)
     console.result({"text": "owl — 梟"}, no_tables)
     stream.flush()

@@ -214,7 +214,7 @@ def test_a_page_that_cannot_be_made_costs_no_measurement(models, text, tmp_path,
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("tawny.report.comparison.write", full)
+    monkeypatch.setattr("tawny.cli.compare.write", full)
     given = ["--text", text, "--seqlen", 48, "--windows", 1, "--no-speed", "--html", tmp_path / "t.html"]
     for earlier in (None, "yesterday's"):
         if earlier is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts, table
-from tawny.cli.options import DATA, AsJson, Model, Threads, TrustRemoteCode, option
+from tawny.cli.options import DATA, Model, Threads, option
 from tawny.cli.root import verb
 from tawny.words import size
 
@@ -20,6 +21,7 @@ _PATHS = {"blocks": "one C++ call a token", "model": "the model's own forward fo
 )
 def bench(
     model: Model,
+    console: Console,
     prompt_tokens: int = option(
         "--prompt-tokens N",
         "Tokens of the prompt, or of a sentence for an encoder.",
@@ -33,29 +35,25 @@ def bench(
     ),
     rounds: int = option("--rounds N", "Measured rounds, after one to warm up.", DATA, default=5, min=1),
     threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Measure decoding, prefill, memory and file size of MODEL, dense or packed; of an encoder the time of a batch."""
-    with console_for(as_json) as console:
-        import tawny
-        from tawny.errors import RecipeError
-        from tawny.evaluation.sources import reads_on
+    from tawny.errors import RecipeError
+    from tawny.evaluation.sources import reads_on
 
-        decodes = reads_on(model)
-        if tokens is not None and not decodes:
-            raise RecipeError(f"{model} is an encoder and decodes nothing: leave --tokens out")
-        if batch is not None and decodes:
-            raise RecipeError(f"{model} is measured with one text at a time: --batch is for encoders")
-        keys: dict[str, Any] = {"rounds": rounds, "threads": threads}
-        with console.progress() as progress:
-            if decodes:
-                keys |= {"prompt_tokens": prompt_tokens} | ({"tokens": tokens} if tokens else {})
-                measured = tawny.bench(model, progress=progress, **keys).to_dict()
-            else:
-                keys |= {"tokens": prompt_tokens, "batch": batch or 1}
-                measured = tawny.latency(model, progress=progress, **keys).to_dict()
-        console.result(measured, speed_tables if decodes else latency_tables)
+    decodes = reads_on(model)
+    if tokens is not None and not decodes:
+        raise RecipeError(f"{model} is an encoder and decodes nothing: leave --tokens out")
+    if batch is not None and decodes:
+        raise RecipeError(f"{model} is measured with one text at a time: --batch is for encoders")
+    keys: dict[str, Any] = {"rounds": rounds, "threads": threads}
+    with console.progress() as progress:
+        if decodes:
+            keys |= {"prompt_tokens": prompt_tokens} | ({"tokens": tokens} if tokens else {})
+            measured = tawny.bench(model, progress=progress, **keys).to_dict()
+        else:
+            keys |= {"tokens": prompt_tokens, "batch": batch or 1}
+            measured = tawny.latency(model, progress=progress, **keys).to_dict()
+    console.result(measured, speed_tables if decodes else latency_tables)
 
 
 def latency_tables(found: Result) -> list[Frame]:

@@ -9,16 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
+from tawny.cli.console import Console
 from tawny.errors import NumericalError, OutputError, TawnyError
 from tawny.process_group import speaks
-
-if TYPE_CHECKING:
-    from tawny.cli.console import Console
-
 
 _NO_MEMORY = "out of memory: use a shorter --seqlen, and fewer --samples or a smaller -o batch (`tawny plan` estimates a prune)"
 
@@ -26,8 +22,6 @@ _NO_MEMORY = "out of memory: use a shorter --seqlen, and fewer --samples or a sm
 @contextmanager
 def console_for(as_json: bool) -> Iterator[Console]:
     """A console for the body of a verb; whatever goes wrong in it becomes one line and an exit code."""
-    from tawny.cli.console import Console
-
     # The library reports what matters itself; warnings of others are noise between a user and a result.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # their bars would redraw themselves in a file

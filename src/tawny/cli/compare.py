@@ -8,24 +8,15 @@ from typing import Annotated
 
 import typer
 
-from tawny.cli.common import check_file, console_for
-from tawny.cli.eval_ import (
-    DEFAULT_TEXT,
-    TEXT,
-    Bos,
-    Compute,
-    Labels,
-    Limit,
-    NoCache,
-    TaskFolder,
-    Tasks,
-    check_compute,
-    check_useful,
-)
+import tawny
+from tawny.cli.common import check_file
+from tawny.cli.console import Console
+from tawny.cli.eval_ import DEFAULT_TEXT, TEXT, Asked
 from tawny.cli.frames import Frame, Marked, Result, facts
-from tawny.cli.options import OUTPUT, AsJson, Device, Threads, TrustRemoteCode, option, path_named
+from tawny.cli.options import OUTPUT, Threads, option, path_named
 from tawny.cli.root import verb
-from tawny.machine import check_device
+from tawny.report.comparison import caption, failures, lines_of, to_html, to_markdown, write
+from tawny.report.pages import or_say
 from tawny.words import duration
 
 
@@ -41,6 +32,9 @@ def compare(
             metavar="MODEL...", help="Folders (dense or packed), hub ids, .gguf files, or smollm2."
         ),
     ],
+    console: Console,
+    *,
+    asked: Asked,
     text: str | None = option(
         "--text TEXT",
         "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, images:DIR, sample, or none. "
@@ -56,65 +50,42 @@ def compare(
         TEXT,
         min=1,
     ),
-    bos: Bos = None,
-    labels: Labels = None,
-    tasks: Tasks = None,
-    task_data: TaskFolder = None,
-    limit: Limit = None,
-    no_cache: NoCache = False,
     no_speed: bool = option("--no-speed", "Leave prefill and decoding speed out.", OUTPUT, default=False),
     threads: Threads = None,
-    compute: Compute = "auto",
-    device: Device = None,
     markdown: Path | None = option("--markdown FILE", "Also write a .md table.", OUTPUT, parser=path_named),
     html: Path | None = option(
         "--html FILE", "Also write a self-contained .html page.", OUTPUT, parser=path_named
     ),
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Put models side by side: size, memory, quality and speed, each against the first."""
-    with console_for(as_json) as console:
-        check_compute(compute)
-        check_file("--markdown", markdown, ".md")
-        check_file("--html", html, ".html")
-        check_device(device or "cpu")
-        text = text or ("none" if tasks is not None else DEFAULT_TEXT)
-        window = {"--windows": windows, "--seqlen": seqlen, "--bos or --no-bos": bos}
-        check_useful(text != "none", "--text", window)
-        check_useful(tasks is not None, "--tasks", {"--limit": limit, "--task-data": task_data})
-        import tawny
-        from tawny.report.comparison import to_html, to_markdown, write
-        from tawny.report.pages import or_say
-
-        with console.progress() as progress:
-            result = tawny.compare(
-                models,
-                text=None if text == "none" else text,
-                seqlen=seqlen,
-                windows=windows,
-                bos=bos,
-                labels=labels,
-                tasks=tasks,
-                task_data=task_data,
-                limit=limit,
-                speed=not no_speed,
-                threads=threads,
-                compute=compute,
-                device=device or "cpu",
-                cache=not no_cache,
-                progress=progress,
-            ).to_dict()
-            for file, make in ((markdown, to_markdown), (html, to_html)):
-                if file is not None and or_say(file, partial(write, result, file, make), progress):
-                    progress.say(f"written to {file}")
-        console.result(result, compare_tables)
+    check_file("--markdown", markdown, ".md")
+    check_file("--html", html, ".html")
+    text = text or ("none" if asked.tasks is not None else DEFAULT_TEXT)
+    keys = asked.checked(text != "none", {"--windows": windows, "--seqlen": seqlen})
+    with console.progress() as progress:
+        result = tawny.compare(
+            models,
+            text=None if text == "none" else text,
+            seqlen=seqlen,
+            windows=windows,
+            bos=asked.bos,
+            labels=asked.labels,
+            tasks=asked.tasks,
+            task_data=asked.task_data,
+            limit=asked.limit,
+            speed=not no_speed,
+            threads=threads,
+            progress=progress,
+            **keys,
+        ).to_dict()
+        for file, make in ((markdown, to_markdown), (html, to_html)):
+            if file is not None and or_say(file, partial(write, result, file, make), progress):
+                progress.say(f"written to {file}")
+    console.result(result, compare_tables)
 
 
 def compare_tables(result: Result) -> list[Frame]:
     """What `tawny compare` measured: a line a number, a column a model; the best of each line is bold."""
-    from tawny.report.comparison import caption, failures, lines_of
-
     names = [model["name"] for model in result["models"]]
     made = Frame(("", *names), wrapped=range(len(names) + 1))
     for line in lines_of(result):

@@ -10,9 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tawny.cli.common import console_for
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts
-from tawny.cli.options import AsJson
 from tawny.cli.root import verb
 from tawny.machine import cpu_name, free_memory, total_memory
 from tawny.words import size
@@ -25,11 +24,10 @@ _FEATURES = (
 _OPTIONAL = {"datasets": "texts c4, wikitext2 and ptb from the hub: pip install 'tawny[hub]'"}
 
 
-@verb("tawny doctor", "tawny doctor --json", "tawny doctor --json | jq '.cpu.features'")
-def doctor(as_json: AsJson = False) -> None:
+@verb("tawny doctor", "tawny doctor --json", "tawny doctor --json | jq '.cpu.features'", code=False)
+def doctor(console: Console) -> None:
     """Show what this machine has and what is missing, and how to get it."""
-    with console_for(as_json) as console:
-        console.result(examine(), doctor_tables)
+    console.result(examine(), doctor_tables)
 
 
 def doctor_tables(report: Result) -> list[Frame]:

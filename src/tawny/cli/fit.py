@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Result, Shown, facts, parts, table
-from tawny.cli.options import (
-    OUTPUT,
-    AsJson,
-    Device,
-    FitBits,
-    FitBudget,
-    FitMeasured,
-    FitSize,
-    FitSpeed,
-    Memory,
-    Model,
-    TrustRemoteCode,
-    folder_named,
-    option,
-)
+from tawny.cli.options import RECIPE, Aim, Memory, Model, Out, StartOver, option
 from tawny.cli.recipe_options import CHOSEN_BY_FIT, Given, recipe_verb
 from tawny.words import duration, kl_text, percent, size
 
@@ -34,43 +18,30 @@ from tawny.words import duration, kl_text, percent, size
 )
 def fit(
     model: Model,
+    console: Console,
     *,
     given: Given,
-    bytes_: FitSize = None,
-    bits: FitBits = None,
-    speed: FitSpeed = None,
-    measured: FitMeasured = None,
-    budget: FitBudget = None,
-    out: Path = option("--out DIR", "Packed folder to write.", OUTPUT, default=..., parser=folder_named),
-    device: Device = None,
-    memory: Memory = None,
-    overwrite: bool = option(
-        "--overwrite",
-        "Replace a finished folder; discard an unfinished run that began without it.",
-        OUTPUT,
-        default=False,
+    aim: Aim,
+    budget: str | None = option(
+        "--budget TIME", "Refine by measured KL for a time such as 20m; another run may then differ.", RECIPE
     ),
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    out: Out,
+    memory: Memory = None,
+    overwrite: StartOver = False,
 ) -> None:
     """Make the best packed model of a size or speed: bits, and zeros where they pay, are chosen for each linear of MODEL.
 
     What it is judged by is set by -o fit.KEY=VALUE: windows, deciding, length. With --budget, more fit.windows pay.
     """
-    with console_for(as_json) as console:
-        chosen, own = given.of_fit(console.note, device)
-        import tawny
-
-        with console.progress() as progress:
-            keys: dict[str, Any] = {
-                "progress": progress,
-                "overwrite": overwrite,
-                "memory": memory,
-                "measured": measured,
-            }
-            keys |= {f"fit.{key}": value for key, value in ({"budget": budget} | own).items()}
-            fitted = tawny.fit(model, out, size=bytes_, bits=bits, speed=speed, recipe=chosen, **keys)
-        console.result(fitted.to_dict(), fit_tables)
+    recipe, own = given.of_fit(console.note)
+    if budget is not None:
+        own = {"budget": budget} | own
+    with console.progress() as progress:
+        keys = {**vars(aim), **{f"fit.{key}": value for key, value in own.items()}}
+        fitted = tawny.fit(
+            model, out, recipe=recipe, overwrite=overwrite, memory=memory, progress=progress, **keys
+        )
+    console.result(fitted.to_dict(), fit_tables)
 
 
 def fit_tables(fitted: Result) -> list[Shown]:

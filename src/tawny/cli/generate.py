@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts
-from tawny.cli.options import RECIPE, AsJson, Model, Threads, TrustRemoteCode, option, possible_seed
+from tawny.cli.options import RECIPE, Model, Threads, option, possible_seed
 from tawny.cli.root import verb
 from tawny.progress import Silent, silent
 from tawny.words import duration, size
-
-if TYPE_CHECKING:
-    from tawny.cli.console import Console
 
 
 @verb(
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")],
+    console: Console,
     max_tokens: int = option("-n --max-tokens N", "Most tokens to make.", RECIPE, default=128, min=1),
     temperature: float = option("-t --temperature T", "0 takes the likeliest token.", RECIPE, default=0.0),
     top_p: float = option("--top-p P", "Draw from the likeliest P of probability.", RECIPE, default=1.0),
@@ -37,35 +36,31 @@ def generate(
         default=True,
     ),
     threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Continue PROMPT: the text on stdout as it comes, then tokens a second and memory on stderr."""
-    with console_for(as_json) as console:
-        import tawny
 
-        def show(piece: str) -> None:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
 
-        made = tawny.generate(
-            model,
-            sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            chat=None if chat else False,
-            threads=threads,
-            on_text=None if as_json else show,
-            progress=silent if as_json else _Notes(console),
-        ).to_dict()
+    made = tawny.generate(
+        model,
+        sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=None if chat else False,
+        threads=threads,
+        on_text=None if console.as_json else show,
+        progress=silent if console.as_json else _Notes(console),
+    ).to_dict()
 
-        if as_json:
-            console.result(made, generation_tables)
-        else:
-            show("\n")
-            console.aside(generation_tables(made))
+    if console.as_json:
+        console.result(made, generation_tables)
+    else:
+        show("\n")
+        console.aside(generation_tables(made))
 
 
 class _Notes(Silent):

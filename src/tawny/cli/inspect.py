@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts, table
-from tawny.cli.options import AsJson, Model, TrustRemoteCode
+from tawny.cli.options import Model
 from tawny.cli.root import verb
 from tawny.words import percent, size
 
 
 @verb("tawny inspect pruned", "tawny inspect smollm2", "tawny inspect pruned --json | jq '.sparsity'")
-def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False) -> None:
+def inspect(model: Model, console: Console) -> None:
     """Show what a checkpoint really holds, linear by linear: zeros, n:m patterns, ties."""
-    with console_for(as_json) as console:
-        import tawny
-
-        with console.progress() as progress:
-            found = tawny.inspect(model, progress=progress).to_dict()
-        console.result(found, inspection_tables)
+    with console.progress() as progress:
+        found = tawny.inspect(model, progress=progress).to_dict()
+    console.result(found, inspection_tables)
 
 
 def inspection_tables(inspection: Result) -> list[Frame]:

@@ -6,35 +6,33 @@ from typing import Annotated
 
 import typer
 
-from tawny.cli.common import console_for
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, table
-from tawny.cli.options import AsJson
 from tawny.cli.root import verb
 from tawny.errors import UserError, nearest
 
 
-@verb("tawny list", "tawny list solvers", "tawny list allocators --json", name="list")
+@verb("tawny list", "tawny list solvers", "tawny list allocators --json", name="list", code=False)
 def list_(
+    console: Console,
     kind: Annotated[
         str | None,
         typer.Argument(
             metavar="[KIND]", help="recipes, allocators, solvers, patterns, texts or keys. Default: all."
         ),
     ] = None,
-    as_json: AsJson = False,
 ) -> None:
     """List recipes, and what a recipe can name: allocators, solvers, patterns, texts, and its keys."""
-    with console_for(as_json) as console:
-        from tawny.recipe.catalogue import catalogue
+    from tawny.recipe.catalogue import catalogue
 
-        listing = catalogue()
-        if kind is not None:
-            if kind not in listing:
-                raise UserError(
-                    f"nothing of the kind {kind!r} to list{nearest(kind, listing)}: {', '.join(listing)}"
-                )
-            listing = {kind: listing[kind]}
-        console.result(listing, listing_tables)
+    listing = catalogue()
+    if kind is not None:
+        if kind not in listing:
+            raise UserError(
+                f"nothing of the kind {kind!r} to list{nearest(kind, listing)}: {', '.join(listing)}"
+            )
+        listing = {kind: listing[kind]}
+    console.result(listing, listing_tables)
 
 
 def listing_tables(listing: Result) -> list[Frame]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,14 @@ def path_named(text: str) -> Path:
         raise typer.BadParameter(f"{text}: {error}") from None
 
 
+def folder_named(text: str) -> Path:
+    """The folder of `--out`; an empty text would be the one the command runs in."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty; give a folder to write, such as ./pruned")
+    return path_named(text)
+
+
+Out = Annotated[Path, shared("--out DIR", "Folder to write.", OUTPUT, parser=folder_named)]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2 (packaged).")
 ]
@@ -76,33 +85,15 @@ Memory = Annotated[
     ),
 ]
 AsJson = Annotated[bool, shared("--json", "Print one JSON document on stdout.", OUTPUT)]
-FitSize = Annotated[
-    str | None,
-    shared("--size SIZE", "Bytes of the weight files and their index, such as 700MB or 4GB.", RECIPE),
-]
-FitBits = Annotated[
-    float | None,
-    shared("--bits BITS", "The same for each weight, embeddings and head included, such as 4.25.", RECIPE),
-]
-FitSpeed = Annotated[
-    float | None, shared("--speed RATE", "Tokens a second that this machine is to write, such as 20.", RECIPE)
-]
-FitMeasured = Annotated[
-    Path | None,
-    shared(
-        "--measured DIR",
-        "Take what an earlier fit of the same model and text measured.",
-        RECIPE,
-        parser=path_named,
-    ),
-]
-FitBudget = Annotated[
-    str | None,
-    shared(
-        "--budget TIME", "Refine by measured KL for a time such as 20m; another run may then differ.", RECIPE
-    ),
-]
 Overwrite = Annotated[bool, shared("--overwrite", "Replace a finished folder.", OUTPUT)]
+StartOver = Annotated[
+    bool,
+    shared(
+        "--overwrite",
+        "Replace what is finished; discard an unfinished run that began without it.",
+        OUTPUT,
+    ),
+]
 
 
 def _trust(context: typer.Context, asked_for: bool) -> bool:
@@ -121,13 +112,6 @@ TrustRemoteCode = Annotated[
 ]
 
 
-def folder_named(text: str) -> Path:
-    """The folder of `--out`; an empty text would be the one the command runs in."""
-    if not text.strip():
-        raise typer.BadParameter("it is empty; give a folder to write, such as ./pruned")
-    return path_named(text)
-
-
 def packed_values(text: str) -> str:
     """A kind of packed values by name, in capitals or not.
 
@@ -140,3 +124,32 @@ def packed_values(text: str) -> str:
             f"packed values {text!r} are not known{nearest(kind, tuple(KINDS))}; choose one of {names_of(KINDS.values())}"
         )
     return kind
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a fit is to reach, and from which measurements."""
+
+    size: Annotated[
+        str | None,
+        shared("--size SIZE", "Bytes of the weight files and their index, such as 700MB or 4GB.", RECIPE),
+    ] = None
+    bits: Annotated[
+        float | None,
+        shared(
+            "--bits BITS", "The same for each weight, embeddings and head included, such as 4.25.", RECIPE
+        ),
+    ] = None
+    speed: Annotated[
+        float | None,
+        shared("--speed RATE", "Tokens a second that this machine is to reach, such as 20.", RECIPE),
+    ] = None
+    measured: Annotated[
+        Path | None,
+        shared(
+            "--measured DIR",
+            "Take what an earlier fit of the same model and text measured.",
+            RECIPE,
+            parser=path_named,
+        ),
+    ] = None

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts
-from tawny.cli.options import (
-    OUTPUT,
-    RECIPE,
-    AsJson,
-    Model,
-    Overwrite,
-    TrustRemoteCode,
-    folder_named,
-    option,
-    packed_values,
-)
+from tawny.cli.options import RECIPE, Model, Out, Overwrite, option, packed_values
 from tawny.cli.root import verb
 from tawny.kinds import KINDS
 from tawny.words import duration, percent, size
@@ -29,6 +18,7 @@ from tawny.words import duration, percent, size
 )
 def pack(
     model: Model,
+    console: Console,
     *,
     values: str | None = option(
         "--values KIND",
@@ -50,30 +40,25 @@ def pack(
     embedding: str | None = option(
         "--embedding KIND", "Another kind for an embedding that is not the head's weight.", RECIPE
     ),
-    out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),
+    out: Out,
     overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Pack MODEL: a bit mask and the surviving values instead of matrices full of zeros."""
-    with console_for(as_json) as console:
-        import tawny
+    with console.progress() as progress:
+        report = tawny.pack(
+            model,
+            out,
+            None if values is None else packed_values(values),
+            group,
+            None if head is None else packed_values(head),
+            None if embedding is None else packed_values(embedding),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    from tawny.report.publish import refresh
 
-        with console.progress() as progress:
-            report = tawny.pack(
-                model,
-                out,
-                None if values is None else packed_values(values),
-                group,
-                None if head is None else packed_values(head),
-                None if embedding is None else packed_values(embedding),
-                overwrite=overwrite,
-                progress=progress,
-            )
-        from tawny.report.publish import refresh
-
-        refresh(out)
-        console.result(report.to_dict(), pack_tables)
+    refresh(out)
+    console.result(report.to_dict(), pack_tables)
 
 
 def pack_tables(report: Result) -> list[Frame]:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts, parts, table
-from tawny.cli.options import (
-    AsJson,
-    Device,
-    FitBits,
-    FitMeasured,
-    FitSize,
-    FitSpeed,
-    Memory,
-    Model,
-    TrustRemoteCode,
-)
+from tawny.cli.options import Aim, Memory, Model
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.words import duration, percent, size
-
-if TYPE_CHECKING:
-    from tawny.cli.console import Console
 
 
 @recipe_verb(
@@ -32,44 +20,26 @@ if TYPE_CHECKING:
 )
 def plan(
     model: Model,
+    console: Console,
     *,
     given: Given,
-    bytes_: FitSize = None,
-    bits: FitBits = None,
-    speed: FitSpeed = None,
-    measured: FitMeasured = None,
-    device: Device = None,
+    aim: Aim,
     memory: Memory = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Show what the same `tawny prune` would do, and what it would take, without doing it.
 
     With --size, --bits or --speed it is what the same `tawny fit` would do.
     """
-    fits = {"size": bytes_, "bits": bits, "speed": speed, "measured": measured}
-    with console_for(as_json) as console:
-        if any(value is not None for value in fits.values()):
-            console.result(_plan_fit(model, given, fits, device, memory, console), fit_plan_tables)
-            return
-        chosen = given.recipe(device=device)
-        import tawny
-
-        with console.progress() as progress:
-            made = tawny.plan(model, recipe=chosen, memory=memory, progress=progress).to_dict()
-        console.result(made, plan_tables)
-
-
-def _plan_fit(
-    model: str, given: Given, fits: dict[str, Any], device: str | None, memory: str | None, console: Console
-) -> Result:
-    recipe, own = given.of_fit(console.note, device)
-    import tawny
-
-    keys = {f"fit.{key}": value for key, value in own.items()}
+    fits = any(value is not None for value in vars(aim).values())
+    recipe, own = given.of_fit(console.note) if fits else (given.recipe(), {})
     with console.progress() as progress:
-        made = tawny.plan_fit(model, recipe=recipe, memory=memory, progress=progress, **{**fits, **keys})
-    return made.to_dict()
+        keys: dict[str, Any] = {"recipe": recipe, "memory": memory, "progress": progress}
+        if not fits:
+            planned: Any = tawny.plan(model, **keys)
+        else:
+            keys |= {**vars(aim), **{f"fit.{key}": value for key, value in own.items()}}
+            planned = tawny.plan_fit(model, **keys)
+    console.result(planned.to_dict(), fit_plan_tables if fits else plan_tables)
 
 
 def fit_plan_tables(plan: Result) -> list[Frame]:

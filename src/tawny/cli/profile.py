@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from tawny.cli.common import check_file, console_for
+import tawny
+from tawny.cli.common import check_file
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts, table
-from tawny.cli.options import DATA, OUTPUT, RECIPE, AsJson, Device, Model, TrustRemoteCode, option, path_named
+from tawny.cli.options import DATA, OUTPUT, RECIPE, Model, option, path_named
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import bar, duration, percent
 
@@ -23,6 +25,7 @@ SPARSITY = 0.7
 )
 def profile(
     model: Model,
+    console: Console,
     *,
     multiples: list[float] | None = option(
         "-M M", "Outliers are above M times the mean; repeatable. Default: 3, 5, 7, 10.", RECIPE
@@ -39,35 +42,29 @@ def profile(
     ),
     given: Given,
     seed: int | None = option("--seed N", "Chooses the windows. Default: 0.", DATA),
-    device: Device = None,
     plot: Path | None = option("--plot FILE", "Also draw it, as .png or .svg.", OUTPUT, parser=path_named),
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Measure the layerwise outlier distribution (LOD) of MODEL, dense or pruned."""
-    with console_for(as_json) as console:
-        check_file("--plot", plot, ".png", ".svg")
-        chosen = given.recipe(sparsity=sparsity, default_sparsity=SPARSITY, seed=seed, device=device)
-        shown = [name.strip() for name in (allocators or "").split(",") if name.strip()]
-        if not shown and given.names_allocator() and chosen.allocator.name != "owl":
-            shown = [chosen.allocator.name]
-        import tawny
+    check_file("--plot", plot, ".png", ".svg")
+    chosen = given.recipe(sparsity=sparsity, default_sparsity=SPARSITY, seed=seed)
+    shown = [name.strip() for name in (allocators or "").split(",") if name.strip()]
+    if not shown and given.names_allocator() and chosen.allocator.name != "owl":
+        shown = [chosen.allocator.name]
+    with console.progress() as progress:
+        report = tawny.profile(
+            model,
+            recipe=chosen,
+            Ms=multiples or (3, 5, 7, 10),
+            allocators=shown,
+            progress=progress,
+        ).to_dict()
+        if plot is not None:
+            from tawny.report.pages import or_say
+            from tawny.report.plot import plot_profile
 
-        with console.progress() as progress:
-            report = tawny.profile(
-                model,
-                recipe=chosen,
-                Ms=multiples or (3, 5, 7, 10),
-                allocators=shown,
-                progress=progress,
-            ).to_dict()
-            if plot is not None:
-                from tawny.report.pages import or_say
-                from tawny.report.plot import plot_profile
-
-                if or_say(plot, partial(plot_profile, report, plot), progress):
-                    progress.say(f"drawn to {plot}")
-        console.result(report, profile_tables)
+            if or_say(plot, partial(plot_profile, report, plot), progress):
+                progress.say(f"drawn to {plot}")
+    console.result(report, profile_tables)
 
 
 def profile_tables(report: Result) -> list[Frame]:

@@ -9,19 +9,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, Shown, facts, parts, table
-from tawny.cli.options import (
-    OUTPUT,
-    AsJson,
-    Device,
-    Memory,
-    Model,
-    TrustRemoteCode,
-    folder_named,
-    option,
-    packed_values,
-)
+from tawny.cli.options import OUTPUT, Memory, Model, Out, StartOver, option, packed_values
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.cli.tables_of_pruning import allocation_table, recipe_words
 from tawny.errors import UserError
@@ -30,7 +21,6 @@ from tawny.process_group import speaks
 from tawny.words import begun, duration, percent, perplexity_text, size
 
 if TYPE_CHECKING:
-    from tawny.cli.console import Console
     from tawny.progress import Progress
     from tawny.recipe.schema import Recipe
     from tawny.record import Record
@@ -45,19 +35,12 @@ EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few e
 )
 def prune(
     model: Model,
+    console: Console,
     *,
     given: Given,
-    out: Path = option(
-        "--out DIR", "Folder to write the pruned model to.", OUTPUT, default=..., parser=folder_named
-    ),
-    device: Device = None,
+    out: Out,
     memory: Memory = None,
-    overwrite: bool = option(
-        "--overwrite",
-        "Replace a finished folder; discard an unfinished run that began without it.",
-        OUTPUT,
-        default=False,
-    ),
+    overwrite: StartOver = False,
     pack: str | None = option(
         "--pack KIND",
         f"Write a packed folder ({names_of(KINDS.values())}) instead of a dense one; see `tawny pack`. Default: --values.",
@@ -66,50 +49,41 @@ def prune(
     evaluate: str | None = option(
         "--eval TEXT", f"Then compare dense and pruned: perplexity on up to {EVAL_WINDOWS} windows.", OUTPUT
     ),
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Prune MODEL and write it as a Hugging Face checkpoint with real zeros."""
-    with console_for(as_json) as console:
-        chosen = given.recipe(device=device)
-        values = None if pack is None else packed_values(pack)
-        packing = values is not None or bool(chosen.values.names)
-        for end, kind in (("head", chosen.values.head), ("embedding", chosen.values.embedding)):
-            if kind is not None and not packing:
-                raise UserError(f"{end}={kind} is of a packed folder: give --pack or --values, too")
-        windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
-        import tawny
+    chosen = given.recipe()
+    values = None if pack is None else packed_values(pack)
+    packing = values is not None or bool(chosen.values.names)
+    for end, kind in (("head", chosen.values.head), ("embedding", chosen.values.embedding)):
+        if kind is not None and not packing:
+            raise UserError(f"{end}={kind} is of a packed folder: give --pack or --values, too")
+    windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
+    with console.progress() as progress:
+        keys: dict[str, Any] = {
+            "recipe": chosen,
+            "progress": progress,
+            "overwrite": overwrite,
+            "memory": memory,
+        }
+        record = _prune_and_pack(model, out, values, **keys) if packing else tawny.prune(model, out, **keys)
+    if not speaks():  # what follows is done by the first of several processes
+        return
+    if evaluate is not None:
+        words = ["tawny", "eval", str(out), "--text", evaluate, "--against", model]
+        console.note(f"{out} is complete; what follows is measured again by `{shlex.join(words)}`")
+        record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
+        record.evaluation["pruned"] |= {"sparsity": record.sparsity, "rounded": record.rounded}
+        record.generated = _samples(console, model, out, evaluate)
+        from tawny.report.publish import publish
 
-        with console.progress() as progress:
-            keys: dict[str, Any] = {
-                "recipe": chosen,
-                "progress": progress,
-                "overwrite": overwrite,
-                "memory": memory,
-            }
-            if packing:
-                record = _prune_and_pack(model, out, values, **keys)
-            else:
-                record = tawny.prune(model, out, **keys)
-        if not speaks():  # what follows is done by the first of several processes
-            return
-        if evaluate is not None:
-            words = ["tawny", "eval", str(out), "--text", evaluate, "--against", model]
-            console.note(f"{out} is complete; what follows is measured again by `{shlex.join(words)}`")
-            record.evaluation = _compare(console, model, out, evaluate, windows, chosen)
-            record.evaluation["pruned"] |= {"sparsity": record.sparsity, "rounded": record.rounded}
-            record.generated = _samples(console, model, out, evaluate)
-            from tawny.report.publish import publish
-
-            console.note(f"report: {publish(record, out)}")
-        console.result(record.to_dict(), record_tables)
+        console.note(f"report: {publish(record, out)}")
+    console.result(record.to_dict(), record_tables)
 
 
 def _prune_and_pack(
     model: str, out: Path, values: str | None, *, progress: Progress, overwrite: bool, **keys: Any
 ) -> Record:
     """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
-    import tawny
     from tawny.errors import OutputError
     from tawny.model.source import resolve
     from tawny.report.publish import publish
@@ -196,8 +170,6 @@ def _compare(
     console: Console, model: str, out: Path, text: str, windows: int, recipe: Recipe
 ) -> dict[str, Any]:
     """Perplexity of both models on the same windows."""
-    import tawny
-
     measured: dict[str, Any] = {}
     for name, source in (("dense", model), ("pruned", str(out))):
         with console.progress() as progress:

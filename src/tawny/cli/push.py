@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tawny.cli.common import console_for
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts, table
-from tawny.cli.options import OUTPUT, AsJson, option
+from tawny.cli.options import OUTPUT, option
 from tawny.cli.root import verb
 from tawny.words import size
 
@@ -18,29 +18,29 @@ from tawny.words import size
     "tawny push pruned someone/smollm2-owl-50 --dry-run",
     "tawny push pruned someone/smollm2-owl-50 --private",
     "tawny push packed someone/smollm2-owl-50-packed --json",
+    code=False,
 )
 def push(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A folder that prune, pack or recover finished.")
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    console: Console,
     *,
     dry_run: bool = option(
         "--dry-run", "Check the folder and its card and list the files; no network.", OUTPUT, default=False
     ),
     private: bool = option("--private", "Make a new repository private.", OUTPUT, default=False),
     message: str | None = option("--message TEXT", "Of the commit.", OUTPUT),
-    as_json: AsJson = False,
 ) -> None:
     """Upload a finished model to the Hugging Face hub, with its card and report."""
-    with console_for(as_json) as console:
-        from tawny.report.push import push as push_folder
+    from tawny.report.push import push as push_folder
 
-        with console.progress() as progress:
-            report = push_folder(
-                folder, repo, private=private, dry_run=dry_run, message=message, progress=progress
-            ).to_dict()
-        console.result(report, push_tables)
+    with console.progress() as progress:
+        report = push_folder(
+            folder, repo, private=private, dry_run=dry_run, message=message, progress=progress
+        ).to_dict()
+    console.result(report, push_tables)
 
 
 def push_tables(report: Result) -> list[Frame]:

@@ -1,29 +1,25 @@
-"""The options that make a recipe, written once for prune, plan, profile and search.
+"""The options that make a recipe, written once for prune, plan, profile, search and fit.
 
-    @recipe_verb("tawny plan smollm2 -s 0.7", ...)
-    def plan(model: Model, *, given: Given, device: Device = None, as_json: AsJson = False) -> None:
-        recipe = given.recipe(device=device)
-
-`recipe_verb` puts the shared options where `given` stands in the signature, and hands their values over in it.
+@recipe_verb("tawny plan smollm2 -s 0.7", ...)
+def plan(model: Model, *, given: Given, console: Console) -> None:
+    recipe = given.recipe()
 """
 
 from __future__ import annotations
 
-__all__ = ["CHOSEN_BY_FIT", "SHARED", "Given", "recipe_verb"]
+__all__ = ["CHOSEN_BY_FIT", "Given", "recipe_verb"]
 
 import functools
-import inspect
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from inspect import Parameter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer.core import TyperCommand
 
-from tawny.cli import root
-from tawny.cli.options import DATA, RECIPE, RecipeFile, shared
+from tawny.cli.options import DATA, RECIPE, Device, RecipeFile, shared
+from tawny.cli.root import verb
 from tawny.errors import UserError
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
@@ -31,28 +27,34 @@ from tawny.machine import check_device
 if TYPE_CHECKING:
     from tawny.recipe.schema import Recipe
 
-# Parameter → its option, in the order of the help.
-SHARED: dict[str, Any] = {
-    "sparsity": Annotated[
+# Shared options that say what a fit finds out.
+CHOSEN_BY_FIT = ("sparsity", "allocator", "pattern", "values")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the shared options were given, in the order of the help; None is unset."""
+
+    sparsity: Annotated[
         float | None, shared("-s --sparsity SHARE", "Share of weights to remove, in [0, 1).", RECIPE)
-    ],
-    "allocator": Annotated[
+    ] = None
+    allocator: Annotated[
         str | None,
         shared(
             "-a --allocator NAME",
             "How blocks share the budget: a name, or the file of an allocation. Default: atp, or owl for bits of a mean.",
             RECIPE,
         ),
-    ],
-    "solver": Annotated[
+    ] = None
+    solver: Annotated[
         str | None,
         shared(
             "-m --solver NAME",
             "How a linear is pruned. Default: alps; obs for channels and heads, divergence for blocks, svd for rank.",
             RECIPE,
         ),
-    ],
-    "pattern": Annotated[
+    ] = None
+    pattern: Annotated[
         str | None,
         shared(
             "-p --pattern PATTERN",
@@ -60,25 +62,25 @@ SHARED: dict[str, Any] = {
             "Default: unstructured.",
             RECIPE,
         ),
-    ],
-    "values": Annotated[
+    ] = None
+    values: Annotated[
         str | None,
         shared(
             "--values KIND",
             f"Round while solving: {names_of(scaled_kinds(), ' or ')}. No zeros unless -s asks for them.",
             RECIPE,
         ),
-    ],
-    "recipe": RecipeFile,
-    "overrides": Annotated[
+    ] = None
+    base: RecipeFile = None
+    overrides: Annotated[
         list[str] | None,
         shared(
             "-o --option KEY=VALUE",
             "Any other recipe key, such as seed=1 or include=*.mlp.*; repeatable. --KEY VALUE is the same.",
             RECIPE,
         ),
-    ],
-    "calibration": Annotated[
+    ] = None
+    calibration: Annotated[
         list[str] | None,
         shared(
             "--calibration TEXT[=SHARE]",
@@ -86,62 +88,50 @@ SHARED: dict[str, Any] = {
             "models that see; repeatable. Default: c4.",
             DATA,
         ),
-    ],
-    "samples": Annotated[int | None, shared("--samples N", "Windows of text. Default: 128.", DATA)],
-    "seqlen": Annotated[int | None, shared("--seqlen N", "Tokens a window. Default: 2048.", DATA)],
-}
-
-# Shared options that say what a fit finds out.
-CHOSEN_BY_FIT = ("sparsity", "allocator", "pattern", "values")
-
-
-@dataclass(frozen=True)
-class Given:
-    """The values of the shared options; None is unset."""
-
-    values: Mapping[str, Any]  # by the parameters of SHARED
+    ] = None
+    samples: Annotated[int | None, shared("--samples N", "Windows of text. Default: 128.", DATA)] = None
+    seqlen: Annotated[int | None, shared("--seqlen N", "Tokens a window. Default: 2048.", DATA)] = None
+    device: Device = None
 
     def recipe(self, *, default_sparsity: float | None = None, **keys: Any) -> Recipe:
         """The recipe of the file, then the named options and `keys`, then `-o`."""
         from tawny.recipe.merge import resolve_recipe
 
-        named = dict(self.values)
-        base, overrides = named.pop("recipe"), named.pop("overrides") or ()
+        named = vars(self) | keys
+        base, overrides = named.pop("base"), named.pop("overrides") or ()
         named["calibration.text"] = named.pop("calibration") or None
         for key in ("samples", "seqlen"):  # bare, an allocator's option might have the same name
             named[f"calibration.{key}"] = named.pop(key)
-        made = resolve_recipe(base, overrides, default_sparsity=default_sparsity, **named, **keys)
-        check_device(made.device)
-        return made
+        recipe = resolve_recipe(base, overrides, default_sparsity=default_sparsity, **named)
+        check_device(recipe.device)
+        return recipe
 
     def overridden(self) -> list[str]:
         """The keys that -o gives."""
         from tawny.recipe.merge import parse_override
 
-        return [parse_override(text)[0] for text in self.values["overrides"] or ()]
+        return [parse_override(text)[0] for text in self.overrides or ()]
 
     def names_allocator(self) -> bool:
         """Whether a file or an -o says which allocator it is."""
         from tawny.recipe.files import read_mapping
 
-        base = self.values["recipe"]
-        in_file = base is not None and read_mapping(base).get("allocator") is not None
+        in_file = self.base is not None and read_mapping(self.base).get("allocator") is not None
         return in_file or not {"allocator", "allocator.name"}.isdisjoint(self.overridden())
 
-    def without(self, names: Collection[str], why: str) -> Given:
-        """Without options that mean nothing here.
+    def refuse(self, names: Collection[str], why: str) -> None:
+        """Refuse options that mean nothing here.
 
         Raises:
             UserError: one of them was given, as an option or by -o.
         """
-        wrong = [f"--{name}" for name in names if self.values.get(name) is not None]
+        wrong = [f"--{name}" for name in names if vars(self)[name] is not None]
         wrong += [f"-o {key}" for key in self.overridden() if key.partition(".")[0] in names]
         if wrong:
             raise UserError(f"{why} {' and '.join(wrong)} itself: leave it out")
-        return Given({name: value for name, value in self.values.items() if name not in names})
 
-    def of_fit(self, note: Callable[[str], None], device: str | None) -> tuple[Recipe, dict[str, Any]]:
-        """The recipe of a fit and its own settings; `note` is told what of the file has no say.
+    def of_fit(self, note: Callable[[str], None]) -> tuple[Recipe, dict[str, Any]]:
+        """The recipe of a fit and its own settings; `note` is told what of the file is not used.
 
         Raises:
             UserError: an option says what a fit finds out.
@@ -149,49 +139,24 @@ class Given:
         from tawny.recipe.files import read_mapping
         from tawny.recipe.schema import as_section
 
-        rest, own = self.without(CHOSEN_BY_FIT, "a fit chooses").parted("fit.")
+        self.refuse(CHOSEN_BY_FIT, "a fit chooses")
+        rest, own = self.parted("fit.")
         plain: dict[str, Any] = {"sparsity": 0.0, "allocator": "uniform", "pattern": "unstructured"}
-        base = self.values["recipe"]
-        said = {} if base is None else {**read_mapping(base)}
+        said = {} if self.base is None else {**read_mapping(self.base)}
         said["allocator"] = as_section("allocator", said.get("allocator")).get("name")
         unused = [key for key, value in plain.items() if said.get(key) not in (None, value)]
         if unused:
-            note(f"a fit chooses {' and '.join(unused)} itself: what {base} says of that is not used")
-        return rest.recipe(device=device, **plain), own
+            note(f"a fit chooses {' and '.join(unused)} itself: what {self.base} says of that is not used")
+        return rest.recipe(**plain), own
 
     def parted(self, prefix: str) -> tuple[Given, dict[str, Any]]:
         """Without the overrides whose keys begin with `prefix`, and those, without it."""
         from tawny.recipe.merge import parse_override
 
-        every = self.values["overrides"] or ()
+        every = self.overrides or ()
         own = dict(parse_override(text.removeprefix(prefix)) for text in every if text.startswith(prefix))
         rest = [text for text in every if not text.startswith(prefix)]
-        return Given({**self.values, "overrides": rest}), own
-
-
-def recipe_verb(
-    *examples: str, without: Collection[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a verb that takes a recipe: its parameter `given` becomes the shared options but those in `without`."""
-    options = {name: kind for name, kind in SHARED.items() if name not in without}
-
-    def register(verb: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(verb)
-        def command(**values: Any) -> None:
-            verb(given=Given({name: values.pop(name) for name in options}), **values)
-
-        parameters: list[Parameter] = []
-        for parameter in inspect.signature(verb, eval_str=True).parameters.values():
-            if parameter.name != "given":
-                parameters.append(parameter)
-                continue
-            for name, kind in options.items():
-                parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        root.verb(*examples, cls=RecipeCommand)(command)
-        return command
-
-    return register
+        return replace(self, overrides=rest), own
 
 
 class RecipeCommand(TyperCommand):
@@ -225,3 +190,7 @@ def _is_slip(name: str, known: set[str]) -> bool:
     from tawny.recipe.merge import bare_keys
 
     return name[2:].replace("-", "_") not in bare_keys()
+
+
+# Registers a verb that takes a recipe; see `verb`.
+recipe_verb = functools.partial(verb, cls=RecipeCommand)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts, parts, table
-from tawny.cli.options import (
-    OUTPUT,
-    RECIPE,
-    AsJson,
-    Device,
-    RecipeFile,
-    TrustRemoteCode,
-    folder_named,
-    option,
-)
+from tawny.cli.options import RECIPE, Device, Out, RecipeFile, StartOver, option
 from tawny.cli.root import verb
 from tawny.kinds import names_of, scaled_kinds
 from tawny.machine import check_device
@@ -34,13 +25,14 @@ TRAINING = "Training"
 )
 def recover(
     model: Annotated[str, typer.Argument(metavar="PRUNED", help="Folder of a pruned model.")],
+    console: Console,
     *,
     teacher: str | None = option(
         "--teacher DENSE",
         "The dense model: folder, hub id, .gguf file, or smollm2. Needed unless -o kl=0.",
         RECIPE,
     ),
-    out: Path = option("--out DIR", "Folder to write to.", OUTPUT, default=..., parser=folder_named),
+    out: Out,
     train: str | None = option(
         "--train WHAT",
         "survivors, norms (and biases), or lora (masked, then merged). Default: survivors.",
@@ -71,42 +63,35 @@ def recover(
     seqlen: int | None = option("--seqlen N", "Tokens a window. Default: 512.", TRAINING),
     lr: float | None = option("--lr RATE", "Highest learning rate.", TRAINING),
     device: Device = None,
-    overwrite: bool = option(
-        "--overwrite", "Replace a finished folder, discard an unfinished run.", OUTPUT, default=False
-    ),
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    overwrite: StartOver = False,
 ) -> None:
     """Train a pruned model against the dense one; every zero stays zero. Stopped runs go on when repeated."""
-    with console_for(as_json) as console:
-        from tawny.errors import RecipeError
-        from tawny.recipe.merge import parse_override
-        from tawny.recovery.settings import Recovery
+    from tawny.errors import RecipeError
+    from tawny.recipe.merge import parse_override
+    from tawny.recovery.settings import Recovery
 
-        if recipe is not None and through is None:
-            raise RecipeError(
-                f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
-            )
-        named = dict(parse_override(given) for given in overrides or ())
-        keys: dict[str, Any] = {
-            "train": train,
-            "values": values,
-            "text": text or None,
-            "tokens": tokens,
-        }
-        keys |= {"minutes": minutes, "seqlen": seqlen, "lr": lr, "device": device}
-        settings = Recovery.make({key: value for key, value in keys.items() if value is not None} | named)
-        check_device(settings.device)
-        import tawny
-
-        with console.progress() as progress:
-            how: dict[str, Any] = {"settings": settings, "progress": progress, "overwrite": overwrite}
-            if through is None:
-                record = tawny.recover(model, teacher, out, **how)
-            else:
-                steps = _sparsities(through)
-                record = tawny.recover_gradually(model, teacher or model, out, steps, recipe=recipe, **how)
-        console.result(record.to_dict(), recovery_tables)
+    if recipe is not None and through is None:
+        raise RecipeError(
+            f"-c {recipe} says how to prune, and without --through nothing is pruned: add --through LIST or leave it out"
+        )
+    named = dict(parse_override(given) for given in overrides or ())
+    keys: dict[str, Any] = {
+        "train": train,
+        "values": values,
+        "text": text or None,
+        "tokens": tokens,
+    }
+    keys |= {"minutes": minutes, "seqlen": seqlen, "lr": lr, "device": device}
+    settings = Recovery.make({key: value for key, value in keys.items() if value is not None} | named)
+    check_device(settings.device)
+    with console.progress() as progress:
+        how: dict[str, Any] = {"settings": settings, "progress": progress, "overwrite": overwrite}
+        if through is None:
+            record = tawny.recover(model, teacher, out, **how)
+        else:
+            steps = _sparsities(through)
+            record = tawny.recover_gradually(model, teacher or model, out, steps, recipe=recipe, **how)
+    console.result(record.to_dict(), recovery_tables)
 
 
 def _sparsities(text: str) -> list[float]:

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Result, Shown, facts, parts, table
-from tawny.cli.options import (
-    OUTPUT,
-    RECIPE,
-    AsJson,
-    Device,
-    Memory,
-    Model,
-    TrustRemoteCode,
-    option,
-    path_named,
-)
+from tawny.cli.options import OUTPUT, RECIPE, Memory, Model, StartOver, option, path_named
 from tawny.cli.recipe_options import Given, recipe_verb
 from tawny.words import duration, percent, size
 
@@ -32,6 +22,7 @@ _SHOWN = 5  # of everything that was tried
 )
 def search(
     model: Model,
+    console: Console,
     *,
     given: Given,
     trials: int | None = option("--trials N", "Allocations to try in all. Default: 160.", RECIPE),
@@ -43,33 +34,31 @@ def search(
         default=...,
         parser=path_named,
     ),
-    device: Device = None,
     memory: Memory = None,
-    overwrite: bool = option(
-        "--overwrite",
-        "Replace a finished file; discard an unfinished search that began without it.",
-        OUTPUT,
-        default=False,
-    ),
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    overwrite: StartOver = False,
 ) -> None:
     """Try allocations on MODEL and write the best one, for `tawny prune -a FILE`. Uniform wins ties.
 
     More of the search is set by -o search.KEY=VALUE: offspring, levels, candidates, finalists, windows, length, repeat,
     tokens, proxy.
     """
-    with console_for(as_json) as console:
-        recipe, own = given.without(["allocator"], "a search chooses").parted("search.")
-        chosen = recipe.recipe(device=device)
-        import tawny
-        from tawny.choosing.settings import SearchSettings
+    given.refuse(["allocator"], "a search chooses")
+    rest, own = given.parted("search.")
+    recipe = rest.recipe()
+    from tawny.choosing.settings import SearchSettings
 
-        settings = SearchSettings.make(**{"trials": trials, "budget": budget} | own)
-        with console.progress() as progress:
-            keys: dict[str, Any] = {"progress": progress, "overwrite": overwrite, "memory": memory}
-            found = tawny.search(model, out, recipe=chosen, settings=settings, **keys)
-        console.result(found.to_dict(), search_tables)
+    settings = SearchSettings.make(**{"trials": trials, "budget": budget} | own)
+    with console.progress() as progress:
+        found = tawny.search(
+            model,
+            out,
+            recipe=recipe,
+            settings=settings,
+            memory=memory,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    console.result(found.to_dict(), search_tables)
 
 
 def search_tables(found: Result) -> list[Shown]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 
-from tawny.cli.common import console_for
-from tawny.cli.options import RECIPE, Model, Threads, TrustRemoteCode, option
+import tawny
+from tawny.cli.console import Console
+from tawny.cli.options import RECIPE, Model, Threads, option
 from tawny.cli.root import verb
 
 _NETWORK = "Network"
@@ -16,9 +17,11 @@ _NETWORK = "Network"
     "tawny serve packed",
     "tawny serve smollm2 --port 9000 --max-sequences 4 --context 2048",
     "tawny serve packed --host 0.0.0.0 --api-key $KEY",
+    document=False,
 )
 def serve(
     model: Model,
+    console: Console,
     host: str = option("--host HOST", "Where to listen.", _NETWORK, default="127.0.0.1"),
     port: int = option("--port N", "0 takes any that is free.", _NETWORK, default=8000, min=0, max=65535),
     api_key: str = option("--api-key KEY", "What clients must send.", _NETWORK, envvar="TAWNY_API_KEY"),
@@ -36,36 +39,32 @@ def serve(
         "--timeout SECONDS", "A request may take, waiting included.", RECIPE, default=600.0
     ),
     threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve MODEL over the OpenAI protocol, with a chat page at /. Ctrl-C ends it."""
-    with console_for(False) as console:
-        import tawny
+    with console.progress() as progress:
+        server = tawny.serve(
+            model,
+            host=host,
+            port=port,
+            api_key=api_key,
+            allow_open=allow_open,
+            max_sequences=max_sequences,
+            context=context,
+            queue=queue,
+            timeout=timeout,
+            threads=threads,
+            log=console.note,
+            progress=progress,
+        )
 
-        with console.progress() as progress:
-            server = tawny.serve(
-                model,
-                host=host,
-                port=port,
-                api_key=api_key,
-                allow_open=allow_open,
-                max_sequences=max_sequences,
-                context=context,
-                queue=queue,
-                timeout=timeout,
-                threads=threads,
-                log=console.note,
-                progress=progress,
-            )
+    def ready() -> None:
+        for line in server.described():
+            console.note(line)
 
-        def ready() -> None:
-            for line in server.described():
-                console.note(line)
-
-        if threading.current_thread() is threading.main_thread():
-            # The server hands a signal on once it has ended; SIGTERM should end the program as Ctrl-C does.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            server.run(ready)
-        except KeyboardInterrupt:
-            console.note("ended")
+    if threading.current_thread() is threading.main_thread():
+        # The server hands a signal on once it has ended; SIGTERM should end the program as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        server.run(ready)
+    except KeyboardInterrupt:
+        console.note("ended")

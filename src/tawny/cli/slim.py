@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts
-from tawny.cli.options import OUTPUT, AsJson, Model, Overwrite, TrustRemoteCode, folder_named, option
+from tawny.cli.options import Model, Out, Overwrite
 from tawny.cli.root import verb
 from tawny.words import duration, size
 
@@ -18,21 +17,15 @@ from tawny.words import duration, size
 )
 def slim(
     model: Model,
+    console: Console,
     *,
-    out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),
+    out: Out,
     overwrite: Overwrite = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
 ) -> None:
     """Cut the zero channels, heads and blocks out of MODEL, and write the smaller dense checkpoint."""
-    with console_for(as_json) as console:
-        import tawny
-
-        with console.progress() as progress:
-            report = tawny.slim(
-                model, out, overwrite=overwrite, progress=progress, trust_remote_code=trust_remote_code
-            )
-        console.result(report.to_dict(), slim_tables)
+    with console.progress() as progress:
+        report = tawny.slim(model, out, overwrite=overwrite, progress=progress)
+    console.result(report.to_dict(), slim_tables)
 
 
 def slim_tables(report: Result) -> list[Frame]:

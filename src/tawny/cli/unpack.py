@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tawny.cli.common import console_for
+import tawny
+from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts
-from tawny.cli.options import OUTPUT, AsJson, Overwrite, folder_named, option
+from tawny.cli.options import Out, Overwrite
 from tawny.cli.root import verb
 from tawny.words import duration, size
 
@@ -18,26 +18,24 @@ from tawny.words import duration, size
     "tawny unpack packed --out dense",
     "tawny unpack owner/packed-model --out dense",
     "tawny unpack packed --out dense --overwrite --json",
+    code=False,
 )
 def unpack(
     packed: Annotated[
         str, typer.Argument(metavar="PACKED", help="Folder or hub id that `tawny pack` wrote.")
     ],
+    console: Console,
     *,
-    out: Path = option("--out DIR", "Folder to write.", OUTPUT, default=..., parser=folder_named),
+    out: Out,
     overwrite: Overwrite = False,
-    as_json: AsJson = False,
 ) -> None:
     """Write the dense checkpoint PACKED was made from; plain transformers opens it."""
-    with console_for(as_json) as console:
-        import tawny
+    with console.progress() as progress:
+        report = tawny.unpack(packed, out, overwrite=overwrite, progress=progress)
+    from tawny.report.publish import refresh
 
-        with console.progress() as progress:
-            report = tawny.unpack(packed, out, overwrite=overwrite, progress=progress)
-        from tawny.report.publish import refresh
-
-        refresh(out)
-        console.result(report.to_dict(), unpack_tables)
+    refresh(out)
+    console.result(report.to_dict(), unpack_tables)
 
 
 def unpack_tables(report: Result) -> list[Frame]:
