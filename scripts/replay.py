@@ -10,8 +10,8 @@ sides run it with the same relative paths, files and threads. What is compared:
 - Every value of the records (`RECORDS`) and of what `--json` prints. What a clock, this machine or a sentence says
   is exempt (`EXEMPT`). A key that one side lacks is the same as an empty one. The exit code is a value, too.
 
-A job NAME~N is the job NAME over again, but killed whenever its journal was saved N times, and repeated until it ends:
-on both sides it must also write what the uninterrupted job wrote.
+A job NAME~N is the job NAME over again, but killed whenever its journal was saved N times before there is a result, and
+repeated until it ends: on both sides it must also write what the uninterrupted job wrote.
 
 One line is printed for a job, and below it each difference: the file and the key or tensor. The exit code is 1 if
 anything differs or fails. What the jobs wrote stays in build/replay until the next run.
@@ -66,13 +66,14 @@ for name in tawny.__all__:
 
 rename = os.replace
 
-def killing(saves):
+def killing(saves, out):
     def replace(old, new, **options):
         nonlocal saves
         rename(old, new, **options)
-        saves -= os.path.basename(new) == "journal.json"
-        if not saves:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if os.path.basename(new) == "journal.json" and not os.path.exists(out):
+            saves -= 1
+            if not saves:
+                os.kill(os.getpid(), signal.SIGKILL)
     return replace
 
 for line in sys.stdin:
@@ -84,7 +85,8 @@ for line in sys.stdin:
         if not child:
             for number, ending in ((1, "json"), (2, "err")):
                 os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.replace = killing(saves) if saves else rename
+            if saves:
+                os.replace = killing(saves, words[words.index("--out") + 1])
             sys.argv = ["tawny", *words]
             main()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
