@@ -98,7 +98,6 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed $(VENV)/.packaged
 	@test -f "$(TEXT)" || { echo "make bench TEXT=PATH.txt: give a second text to measure on, for the committed tables wikitext-2.tokenised.valid.txt" >&2; exit 2; }
 	$(BIN)/python benchmarks/prune_speed.py
-	$(BIN)/python benchmarks/sizes.py
 	$(BIN)/python benchmarks/recipes.py --text wiki --text "$(TEXT)"
 	$(BIN)/python benchmarks/allocators.py --text wiki --text "$(TEXT)"
 	$(BIN)/python benchmarks/solvers.py --text wiki --text "$(TEXT)"
@@ -108,7 +107,6 @@ bench: $(VENV)/.installed $(VENV)/.packaged
 	$(BIN)/python benchmarks/recovery.py --other "$(TEXT)" --recipe recipes/fast.yaml --samples 64
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/readme.py

@@ -3,17 +3,14 @@
 A results file holds the setting that all its cells share (model, calibration, evaluation) and the cells by the recipe
 keys in which they differ. It is written after every cell, so a study can be stopped and taken up again, and two
 questions that need the same cell share it. Several processes may fill one file, each with cells of its own (other
-seeds, other solvers). `auto` is what `tawny.search` finds; it is kept in NAME.searches.json beside the results, and given to the same cell as a
-file when that is made again, which gives the same bytes; the time of the search counts in it. Delete it when the search
-itself has changed. Times are wall times of `tawny.prune`, and its own phases; a cell says on which CPU and with how many
-threads.
+seeds, other solvers). `auto` is what `tawny.search` finds; the time of the search counts in it. Times are wall times of
+`tawny.prune`, and its own phases; a cell says on which CPU and with how many threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import fcntl
 import functools
 import json
@@ -22,14 +19,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import ROOT, keep, measured, parser_of
+
 import tawny
 from tawny.evaluation.perplexity import Windows, windows_of
-from tawny.machine import machine, versions
-from tawny.model.durable import write
 from tawny.model.source import load_tokenizer, resolve
 from tawny.recipe.merge import parse_override, resolve_recipe
 
@@ -38,9 +34,7 @@ Keys = dict[str, Any]
 
 def parser_for(description: str | None, results: str) -> argparse.ArgumentParser:
     """The sizes that every study takes as arguments."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(description, results)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--calibration", default="wiki")
     parser.add_argument("--samples", type=int, default=32)
@@ -51,19 +45,7 @@ def parser_for(description: str | None, results: str) -> argparse.ArgumentParser
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", type=int, default=None, help="stop after so many new cells")
     parser.add_argument("--minutes", type=float, default=None, help="begin no cell after so many minutes")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / results)
     return parser
-
-
-@dataclass(frozen=True)
-class Search:
-    """What the search of a cell found; it took `seconds`."""
-
-    allocation: dict[str, float]
-    winner: str
-    seconds: float
-    cpu: str
-    setting: dict[str, Any]  # the model and the calibration
 
 
 class Cells:
@@ -80,7 +62,6 @@ class Cells:
         self.args = args
         self.started = time.monotonic()
         self.made = 0
-        self.kept = args.results.with_suffix(".searches.json")
         setting: dict[str, Any] = {
             "model": Path(args.model).name,
             "calibration": {"text": args.calibration, "samples": args.samples, "seqlen": args.seqlen},
@@ -92,7 +73,6 @@ class Cells:
         }
         if any(windows.bos for windows in self.windows.values()):
             setting["evaluation"]["bos"] = True
-        self.searched_on = {key: setting[key] for key in ("model", "calibration")}
         self.results: dict[str, Any] = {**setting, "dense": None, "cells": {}}
         if args.results.exists():
             self.results = json.loads(args.results.read_text(encoding="utf-8"))
@@ -105,29 +85,11 @@ class Cells:
     def save(self) -> None:
         """Write the file, with the cells that others have put there since it was read."""
         path = self.args.results
-        self.results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
         with _alone(path):
             if path.exists():
                 theirs = json.loads(path.read_text(encoding="utf-8"))
-                for key in {"cells", "recovered"} & (theirs.keys() | self.results.keys()):
-                    self.results[key] = theirs.get(key, {}) | self.results.get(key, {})
-            write(path, (json.dumps(self.results, indent=1) + "\n").encode())
-
-    def searches(self) -> dict[str, Search]:
-        """What searches on this model and calibration found, by the names of their cells."""
-        if not self.kept.exists():
-            return {}
-        found = json.loads(self.kept.read_text(encoding="utf-8"))
-        return {name: Search(**each) for name, each in found.items() if each["setting"] == self.searched_on}
-
-    def keep(self, name: str, search: Search) -> None:
-        """Add a search to those kept, each on a line of its own."""
-        with _alone(self.kept):
-            found = {**self.searches(), name: search}
-            lines = (
-                f"{json.dumps(name)}: {json.dumps(asdict(each))}" for name, each in sorted(found.items())
-            )
-            write(self.kept, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+                self.results["cells"] = theirs["cells"] | self.results["cells"]
+            keep(path, self.results)
 
     def dense(self) -> dict[str, Any]:
         return {"evaluation": self.evaluate(self.args.model), "lod": self.lod(self.args.model)}
@@ -163,28 +125,27 @@ class Cells:
             }
             recipe = None
             if "recipe" in keys:
-                path = Path(__file__).parents[1] / "recipes" / f"{keys['recipe']}.yaml"
+                path = ROOT / "recipes" / f"{keys['recipe']}.yaml"
                 recipe = resolve_recipe(path, options | dict(map(parse_override, keys["changes"])))
                 options = {}
             search = None
             if options.get("allocator") == "auto":
                 del options["allocator"]
-                search = self.searches().get(name_of(keys)) or self.search(name_of(keys), options)
+                search = tawny.search(args.model, **options)
                 path = folder / "allocation.json"
                 path.write_text(json.dumps(search.allocation), encoding="utf-8")
                 options = {k: v for k, v in options.items() if not k.startswith("search.")}
                 options["allocator"] = str(path)
-                start = time.perf_counter()
             record = tawny.prune(args.model, folder / "out", recipe=recipe, **options)
-            seconds, phases, cpu = time.perf_counter() - start, record.seconds, record.machine["cpu"]
+            seconds, phases = time.perf_counter() - start, record.seconds
             if search is not None:
-                seconds, phases = seconds + search.seconds, {**phases, "search": search.seconds}
-                cpu = cpu if cpu == search.cpu else f"{search.cpu} (search), {cpu}"
+                phases = {**phases, "search": search.seconds["total"]}
             made = {
                 **keys,
                 "seconds": seconds,
                 "threads": record.machine["threads"],
-                "cpu": cpu,
+                "cpu": record.machine["cpu"],
+                "measured": measured(),
                 "phases": phases,
                 "bos": bool(record.text.get("bos")),  # of its samples; that of its windows is in the setting
                 "achieved": record.sparsity,
@@ -199,14 +160,6 @@ class Cells:
         numbers = ", ".join(f"{k} {v['perplexity']:.2f}" for k, v in made["evaluation"].items())
         print(f"{name_of(keys)}: {numbers} ({made['seconds']:.0f} s)", flush=True)
         return made
-
-    def search(self, name: str, options: Mapping[str, Any]) -> Search:
-        """Search an allocation for a cell, and keep it."""
-        found = tawny.search(self.args.model, **options)
-        seconds, cpu = found.seconds["total"], found.machine["cpu"]
-        search = Search(found.allocation, found.winner, seconds, cpu, self.searched_on)
-        self.keep(name, search)
-        return search
 
     def evaluate(self, model: str) -> dict[str, dict[str, Any]]:
         made = {}

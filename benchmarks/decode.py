@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import math
@@ -41,6 +40,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import keep, parser_of, spread
+from shapes import SHAPES as LLAMAS
 from torch import Tensor, nn
 
 import tawny
@@ -49,7 +50,7 @@ from tawny.decoding.step import find_blocks
 from tawny.decoding.swapped import kernels
 from tawny.kernels import native
 from tawny.kernels.native import kernel_name
-from tawny.machine import cpu_name, machine, resident_memory, versions
+from tawny.machine import cpu_name, resident_memory
 from tawny.model.checkpoint import file_bytes
 from tawny.model.linears import linears_of
 from tawny.model.skeleton import build_skeleton
@@ -60,26 +61,11 @@ from tawny.packed.install import install_experts
 from tawny.packed.linear import PackedLinear
 
 SPARSITIES = [0.5, 0.6, 0.7, 0.8]
-RESULTS = Path(__file__).parent / "results" / "decode.json"
 SHARED = 4  # blocks of a `dense shared` model that have memory of their own
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {},
-    "1.1b": {
-        "num_hidden_layers": 22,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    "7b": {
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
+    "1.1b": LLAMAS["1.1b"].settings,
+    "7b": LLAMAS["7b"].settings,
     "qwen3-moe": {
         "model_type": "qwen3_moe",
         "num_hidden_layers": 2,
@@ -300,16 +286,8 @@ class Variant:
         }
         for name, values in (("decode", self.decode), ("prefill", self.prefill)):
             if values:
-                made[f"{name}_tokens_per_second"] = round(statistics.median(values), 3)
-                made[f"{name}_quartiles"] = quartiles(values)
+                made[f"{name}_tokens_per_second"], made[f"{name}_quartiles"] = spread(values)
         return made
-
-
-def quartiles(values: list[float]) -> list[float]:
-    if len(values) < 2:
-        return [round(values[0], 3)] * 2
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [round(low, 3), round(high, 3)]
 
 
 def build(shape: str, settings: dict[str, int], cell: Cell, folder: Path) -> Variant:
@@ -397,17 +375,7 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
     fresh = {identity(row) for row in rows}
     kept = [row for row in read(path) if identity(row) not in fresh] + rows
     kept.sort(key=lambda r: (list(SHAPES).index(r["shape"]), r["threads"], r["group"]))
-    head = {
-        "machine": machine(),
-        "versions": versions(),
-        "kernel": kernel_name(),
-        "date": datetime.date.today().isoformat(),
-    }
-    lines = ",\n  ".join(json.dumps(row) for row in kept)
-    beside = path.with_suffix(".new")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n  {lines}\n ]\n}}\n')
-    beside.replace(path)
+    keep(path, {"kernel": kernel_name(), "measurements": kept})
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -430,15 +398,12 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "decode.json")
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="repeatable; default: all")
     parser.add_argument("--threads", default=str(os.cpu_count() or 1), help="comma separated")
     parser.add_argument("--only", type=int, help="stop after so many new groups")
     parser.add_argument("--again", action="store_true", help="measure what is in the results, too")
     parser.add_argument("--quick", action="store_true", help="a tiny shape in place of each; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--folder", type=Path, help="where pruned and packed smollm2 are kept between runs")
     parser.add_argument("--group", help=argparse.SUPPRESS)  # a child: shape,number,threads
     options = parser.parse_args()

@@ -11,8 +11,6 @@ over rounds, one round of all models behind the other. A tiny run: `--rounds 2 -
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import tempfile
 import time
@@ -20,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import keep, parser_of
 
 import tawny
 from tawny.evaluation.latency import inputs_for
-from tawny.machine import machine, versions
-from tawny.model.durable import write
 from tawny.model.stack import TOKENS
 from tawny.model.structure import evaluating, input_of
 
-RESULTS = Path(__file__).parent / "results" / "encoder_speed.json"
 PACKED: dict[str, dict[str, Any]] = {
     "50 %, bf16": {"sparsity": 0.5, "pack": "bf16"},
     "50 %, int8": {"sparsity": 0.5, "pack": "int8"},
@@ -37,21 +33,17 @@ PACKED: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "encoder_speed.json")
     parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 128, 196, 512])
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     results: dict[str, Any] = {"rounds": args.rounds, "models": {}}
     for named in args.model:
         name, _, folder = named.partition("=")
         with tempfile.TemporaryDirectory(prefix="tawny-speed-") as work:
             results["models"][name] = measure(name, folder, Path(work), args)
-    results |= {"machine": machine(), "versions": versions(), "date": datetime.date.today().isoformat()}
-    write(args.results, (json.dumps(results, indent=1) + "\n").encode())
+    keep(args.results, results)
 
 
 def measure(name: str, folder: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -16,8 +16,6 @@ What Tawny refuses is recorded with its message; an exception that is not Tawny'
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import importlib
 import json
 import tempfile
@@ -26,107 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families_tiny import with_outliers
+from families_tiny import TINY, with_outliers
+from harness import RESULTS, keep, parser_of
 from torch import Tensor
 
 import tawny
 from tawny.errors import TawnyError, first_line
-from tawny.machine import machine, versions
-from tawny.model.durable import write
 from tawny.model.stack import Stack, live_stack
 
-RESULTS = Path(__file__).parent / "results" / "encoders.json"
 SPARSITY, TOLERANCE = 0.5, 1e-4
 
-TEXT = {
-    "vocab_size": 256,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-}
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
-SWIN = {
-    "image_size": 32,
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 4],
-    "window_size": 4,
-}
-CONVNEXT = {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2, "image_size": 32}
-CONVNEXT |= {"layer_scale_init_value": 0.5}
-FOCALNET = {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "focal_levels": [2, 2]}
-PYRAMID = {"hidden_sizes": [16, 32, 64, 128], "num_attention_heads": [1, 2, 4, 8], "image_size": 64}
-SPEECH = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-_CONVOLVED = {
-    "conv_dim": (32, 32),
-    "conv_stride": (5, 2),
-    "conv_kernel": (10, 3),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-}
-
 # Family → the module and class of its model in transformers, and what makes it tiny.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert": ("bert.BertModel", TEXT),
-    "bert, masked": ("bert.BertForMaskedLM", TEXT),
-    "bert, classes": ("bert.BertForSequenceClassification", {**TEXT, "num_labels": 7}),
-    "roberta": ("roberta.RobertaModel", TEXT),
-    "distilbert": (
-        "distilbert.DistilBertModel",
-        {**TEXT, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
-    ),
-    "mpnet": ("mpnet.MPNetModel", TEXT),
-    "modernbert": ("modernbert.ModernBertModel", {**TEXT, "pad_token_id": 0}),
-    "electra": ("electra.ElectraModel", {**TEXT, "embedding_size": 32}),
-    "albert": ("albert.AlbertModel", {**TEXT, "embedding_size": 16}),
-    "deberta-v2": ("deberta_v2.DebertaV2Model", TEXT),
-    "t5 encoder": (
-        "t5.T5EncoderModel",
-        {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4},
-    ),
-    "clip text": ("clip.CLIPTextModel", TEXT),
-    "siglip text": ("siglip.SiglipTextModel", TEXT),
-    "vit": ("vit.ViTModel", VISION),
-    "vit, classes": ("vit.ViTForImageClassification", {**VISION, "num_labels": 7}),
-    "deit": ("deit.DeiTModel", VISION),
-    "dinov2": ("dinov2.Dinov2Model", {**VISION, "mlp_ratio": 2}),
-    "dinov3": ("dinov3_vit.DINOv3ViTModel", VISION),
-    "beit": ("beit.BeitModel", {**VISION, "use_relative_position_bias": True}),
-    "clip vision": ("clip.CLIPVisionModel", VISION),
-    "siglip vision": ("siglip.SiglipVisionModel", VISION),
-    "swin": ("swin.SwinModel", SWIN),
-    "swinv2": ("swinv2.Swinv2Model", SWIN),
-    "swin, classes": ("swin.SwinForImageClassification", {**SWIN, "num_labels": 7}),
-    "convnext": ("convnext.ConvNextModel", CONVNEXT),
-    "convnextv2": ("convnextv2.ConvNextV2Model", CONVNEXT),
-    "focalnet": ("focalnet.FocalNetModel", {**FOCALNET, "focal_windows": [3, 3]}),
-    "pvt": ("pvt.PvtModel", PYRAMID),
-    "pvt v2": ("pvt_v2.PvtV2Model", PYRAMID),
-    "segformer": ("segformer.SegformerModel", PYRAMID),
-    "whisper encoder": (
-        "whisper.WhisperEncoder",
-        {
-            "d_model": 32,
-            "encoder_layers": 3,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 48,
-            "max_source_positions": 16,
-            "num_mel_bins": 8,
-        },
-    ),
-    "wav2vec2": ("wav2vec2.Wav2Vec2Model", {**SPEECH, **_CONVOLVED}),
-    "hubert": ("hubert.HubertModel", {**SPEECH, **_CONVOLVED}),
-}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = TINY["encoders"]
 
 
 class Wrong(Exception):
@@ -220,14 +129,12 @@ def tried(family: str, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="*", choices=list(FAMILIES))
     parser.add_argument("--json", type=Path, help="results file; with --only, other families in it are kept")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    path = args.json or (None if args.only else RESULTS)
+    path = args.json or (None if args.only else RESULTS / "encoders.json")
     rows: dict[str, dict[str, Any]] = {}
     if args.only and path is not None and path.exists():
         rows = {row["family"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
@@ -236,13 +143,7 @@ def main() -> None:
             rows[family] = tried(family, Path(work))
         print(json.dumps(rows[family]), flush=True)
     if path is not None:
-        result = {
-            "machine": machine(),
-            "versions": versions(),
-            "date": str(datetime.date.today()),
-            "rows": [rows[family] for family in FAMILIES if family in rows],
-        }
-        write(path, (json.dumps(result, indent=1) + "\n").encode())
+        keep(path, {"rows": [rows[family] for family in FAMILIES if family in rows]})
 
 
 if __name__ == "__main__":

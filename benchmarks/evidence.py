@@ -18,7 +18,6 @@ is not what would be lost against the published weights.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import pydoc_data.topics
@@ -30,16 +29,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from frontier import QUANTISE
-from turns import speeds_of
+from harness import begun, keep, measured, parser_of
+from turns import quantise, speeds_of
 
 import tawny
-from tawny.machine import machine, versions
 from tawny.model.checkpoint import file_bytes
-from tawny.model.durable import write
 from tawny.model.source import resolve
 
-HERE = Path(__file__).parent
 CELLS = [
     "dense",
     *(f"{recipe}:0.5" for recipe in ("fast", "official-owl-sparsegpt-70", "sparsegpt", "best")),
@@ -59,9 +55,7 @@ PROMPT, TOKENS, ROUNDS = 512, 24, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "evidence.json")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -74,24 +68,18 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="documents a task")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "evidence.json")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     keys = ("samples", "seqlen", "eval_seqlen", "windows")
     setting = {key: getattr(args, key) for key in keys}
     setting |= {"model": Path(args.model).name, "text": Path(args.text).name}
-    results: dict[str, Any] = {"setting": setting, "cells": {}}
-    if args.results.exists():
-        results = json.loads(args.results.read_text(encoding="utf-8"))
-        if results["setting"] != setting:
-            raise SystemExit(f"{args.results} holds another setting; give another --results")
+    results = begun(args.results, setting, cells={})
 
-    def keep(name: str, found: dict[str, Any]) -> None:
-        about = {"cpu": machine()["cpu"], "threads": args.threads, "date": str(datetime.date.today())}
+    def add(name: str, found: dict[str, Any]) -> None:
+        about = measured(threads=args.threads)
         results["cells"].setdefault(name, {}).update(found)
         results["cells"][name].setdefault("measured", {}).update(dict.fromkeys(found, about))
-        results.update(machine=machine(), versions=versions())
-        write(args.results, (json.dumps(results, indent=1) + "\n").encode())
+        keep(args.results, results)
         print(name, json.dumps(found), flush=True)
 
     texts = write_texts(args)
@@ -100,18 +88,18 @@ def main() -> None:
         models = {name: path for name, path in models.items() if path.exists()}
         made = speeds_of(models, args.llama, PROMPT, TOKENS, ROUNDS, args.threads)
         for name, found in made.items():
-            keep(name, found | {"dense_decode": made["dense"]["decode_tokens_per_second"]})
+            add(name, found | {"dense_decode": made["dense"]["decode_tokens_per_second"]})
         return
     for name in args.cells:
         if name.startswith("llama:") and not args.llama:
             continue
         if "texts" not in results["cells"].get(name, {}):
-            keep(name, cell(args, name, texts))
+            add(name, cell(args, name, texts))
         if args.tasks and "tasks" not in results["cells"][name]:
             folder = str(place(args, name))
             found = tawny.evaluate_tasks(folder, "owl7", limit=args.tasks)
             told = found.to_dict()
-            keep(name, {key: told[key] for key in ("tasks", "mean", "limit")} | {"mean_stderr": found.stderr})
+            add(name, {key: told[key] for key in ("tasks", "mean", "limit")} | {"mean_stderr": found.stderr})
 
 
 def write_texts(args: argparse.Namespace) -> dict[str, str]:
@@ -176,15 +164,7 @@ def make(args: argparse.Namespace, name: str, folder: Path) -> None:
     calibration += ["--samples", str(args.samples), "--seqlen", str(args.seqlen)]
     head, _, rest = name.partition(":")
     if head == "llama":
-        whole = args.work / "source.gguf"
-        if not whole.exists():
-            tawny.export(args.model, whole, to="gguf")
-        begun = folder.with_suffix(".partial")
-        subprocess.run(
-            [args.llama, "-c", QUANTISE, whole, begun, rest], check=True, stderr=subprocess.DEVNULL
-        )
-        begun.rename(folder)
-        return
+        return quantise(args.llama, args.model, folder, rest)
     if name.count(":") == 2:  # a finished model, packed
         base, kind = name.rsplit(":", 1)
         dense = place(args, base)

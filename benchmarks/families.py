@@ -24,9 +24,7 @@ exception that is not Tawny's own is an error, with the exception's first line.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
 import json
 import multiprocessing
 import re
@@ -43,19 +41,17 @@ from typing import Any
 import torch
 import transformers
 from families_tiny import NotTried, logits_of, said, tiny_model, tokens
+from harness import RESULTS, keep, parser_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import tawny
 from tawny.errors import TawnyError, first_line
-from tawny.machine import machine, versions
-from tawny.model.durable import write
 from tawny.model.linears import Linear, linears_of
 from tawny.model.structure import find_stack
 from tawny.packed.linear import PackedLinear
 
-RESULTS = Path(__file__).parent / "results" / "families.json"
 SPARSITY = 0.5
 TOLERANCE = 10.0
 GENERATED = 24  # tokens
@@ -309,9 +305,7 @@ def run(family: str, seconds: float, gigabytes: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these families")
     parser.add_argument(
         "--json", type=Path, default=None, help="results file; with --only, families in it are kept"
@@ -328,7 +322,7 @@ def main() -> None:
     # What all need is imported once, before the first of them is a process of its own.
     with tempfile.TemporaryDirectory() as scratch:
         measure("llama", Path(scratch), lambda _: None)
-    path = args.json or (None if args.only else RESULTS)
+    path = args.json or (None if args.only else RESULTS / "families.json")
     families: dict[str, Any] = {}
     if args.only and path is not None and path.exists():
         families = json.loads(path.read_text(encoding="utf-8"))["families"]
@@ -338,19 +332,8 @@ def main() -> None:
         said = "; ".join(f"{step}: {_short(told)}" for step, told in steps.items())
         print(f"{name} ({made['seconds']:.1f} s): {said}", flush=True)
         if path is not None:
-            keep(families, path)
-
-
-def keep(families: Mapping[str, Any], path: Path) -> None:
-    result = {
-        "sparsity": SPARSITY,
-        "tolerance": TOLERANCE,
-        "families": dict(sorted(families.items())),
-        "machine": machine(),
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
-    }
-    write(path, (json.dumps(result, indent=1) + "\n").encode())
+            whole = {"sparsity": SPARSITY, "tolerance": TOLERANCE, "families": dict(sorted(families.items()))}
+            keep(path, whole)
 
 
 def _short(told: Mapping[str, Any]) -> str:

@@ -12,18 +12,15 @@ A tiny run: `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --kinds int4
 
 from __future__ import annotations
 
-import datetime
-import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from cells import parser_for
+from harness import begun, keep, measured
 
 import tawny
-from tawny.machine import machine, versions
-from tawny.model.durable import write
 
 KINDS = ["int4:32:0", "int4:64:0", "int4:128:0", "int3:64:0", "int4:64:0.5", "int3:64:0.5"]
 
@@ -36,48 +33,32 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder to work and to keep models in")
     parser.set_defaults(samples=16)
     args = parser.parse_args()
-    results = begun(args)
+    keys = ("calibration", "samples", "seqlen", "eval_seqlen", "windows")
+    setting = {key: getattr(args, key) for key in keys}
+    setting |= {"model": args.name or Path(args.model).name, "texts": [Path(text).name for text in args.text]}
+    results = begun(args.results, setting, cells={})
     for kind in args.kinds:
         for solver in args.solvers:
             for seed in args.seeds:
                 name = f"{kind} {solver} {seed}"
                 if name not in results["cells"]:
                     results["cells"][name] = made = cell(args, kind, solver, seed)
-                    keep(args, results)
+                    keep(args.results, results)
                     shown = ", ".join(
                         f"{k} KL {v['kl']:.3f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()
                     )
                     print(f"{name}: {made['bits']:.2f} bits, {made['seconds']:.0f} s, {shown}", flush=True)
 
 
-def begun(args: Any, *more: str) -> dict[str, Any]:
-    """What the results file holds of this setting: the usual sizes and the arguments `more`."""
-    keys = ("calibration", "samples", "seqlen", "eval_seqlen", "windows", *more)
-    setting = {key: getattr(args, key) for key in keys}
-    setting |= {"model": args.name or Path(args.model).name, "texts": [Path(text).name for text in args.text]}
-    if not args.results.exists():
-        return {"setting": setting, "cells": {}}
-    results: dict[str, Any] = json.loads(args.results.read_text(encoding="utf-8"))
-    if results["setting"] != setting:
-        raise SystemExit(f"{args.results} holds another setting; give another --results")
-    return results
-
-
-def keep(args: Any, results: dict[str, Any]) -> None:
-    results |= {"machine": machine(), "versions": versions(), "date": str(datetime.date.today())}
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    write(args.results, (json.dumps(results, indent=1) + "\n").encode())
-
-
-def cell(args: Any, kind: str, solver: str, seed: int, **recipe: Any) -> dict[str, Any]:
+def cell(args: Any, kind: str, solver: str, seed: int) -> dict[str, Any]:
     values, group, sparsity = kind.split(":")
-    recipe.setdefault("values", {"kind": values, "group_size": int(group)})
     folder = Path(tempfile.mkdtemp(prefix="tawny-bits-"))
     dense = folder / "dense" if args.work is None else args.work / f"{kind} {solver} {seed}"  # may be stopped
     try:
         record = tawny.prune(
             args.model,
             dense,
+            values={"kind": values, "group_size": int(group)},
             sparsity=float(sparsity),
             solver=solver,
             seed=seed,
@@ -86,7 +67,6 @@ def cell(args: Any, kind: str, solver: str, seed: int, **recipe: Any) -> dict[st
                 f"calibration.{k}": v
                 for k, v in (("text", args.calibration), ("samples", args.samples), ("seqlen", args.seqlen))
             },
-            **recipe,
         )
         report = tawny.pack(dense, folder / "packed", head="int8")
         packed = [linear for linear in report.linears if linear.name in record.allocation]
@@ -100,12 +80,12 @@ def cell(args: Any, kind: str, solver: str, seed: int, **recipe: Any) -> dict[st
                 windows=args.windows,
                 compute="float32",
             )
-            measured = {
+            texts[Path(text).name] = {
                 "kl": found.kl,
                 "kl_stderr": found.kl_stderr,
                 "perplexity": found.perplexity.perplexity,
+                "dense": found.dense.perplexity,
             }
-            texts[Path(text).name] = {**measured, "dense": found.dense.perplexity}
         if args.work is not None and solver == "alps" and not (args.work / kind).exists():
             shutil.move(folder / "packed", args.work / kind)
         shutil.rmtree(dense)
@@ -114,8 +94,7 @@ def cell(args: Any, kind: str, solver: str, seed: int, **recipe: Any) -> dict[st
             "bytes": report.file_bytes,
             "seconds": record.seconds["total"],
             "solve_seconds": record.seconds.get("solve", 0.0),
-            "cpu": record.machine["cpu"],
-            "threads": record.machine["threads"],
+            **measured(),
             "mean_error": sum(x.error for x in record.linears) / len(record.linears),
             "texts": texts,
         }

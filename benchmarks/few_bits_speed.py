@@ -13,7 +13,6 @@ holds the last run of each shape on each CPU.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import sys
@@ -22,12 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import SHAPES, spread, write_gguf
-from turns import answer, in_turn, of_gguf, of_model
+from harness import keep, measured, parser_of
+from shapes import SHAPES, write_gguf
+from turns import answer, in_turn, of_gguf, of_model, rates
 
-RESULTS = Path(__file__).parent / "results" / "few_bits_speed.json"
 OURS = ["int4:32:0", "int4:128:0", "int4:64:0.5", "int3:64:0"]
-THEIRS = ["Q4_0", "Q4_K_M", "Q3_K_M"]
+THEIRS = ["Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M"]
 EFFORT = {"1.1b": (512, 24, 5), "7b": (512, 8, 3), "quick": (16, 4, 2)}  # prompt, tokens, rounds
 
 
@@ -48,16 +47,9 @@ def ours(kind: str, shape: str, threads: int) -> Iterator[tuple[float, float]]:
     torch.set_num_threads(threads)
     prompt, tokens, _ = EFFORT[shape]
     values, group, sparsity = kind.split(":")
-    size = SHAPES[shape]
-    settings = {
-        "hidden_size": size["hidden"],
-        "intermediate_size": size["inner"],
-        "num_hidden_layers": size["blocks"],
-        "num_attention_heads": size["heads"],
-        "num_key_value_heads": size["kv"],
-        "vocab_size": size["vocabulary"],
-    }
-    model = random_model(settings, Cell(kind, float(sparsity), "bf16", values, "int8", int(group)))
+    model = random_model(
+        SHAPES[shape].settings, Cell(kind, float(sparsity), "bf16", values, "int8", int(group))
+    )
     yield tensor_bytes(model), 0.0
     yield from of_model(model, prompt, tokens)
 
@@ -73,9 +65,7 @@ def compare(names: list[str], shape: str, threads: int, llama: str) -> list[dict
     rows = []
     for name, (size, _) in sizes.items():
         row: dict[str, Any] = {"name": name, "shape": shape, "threads": threads, "bytes": int(size)}
-        for what, count, column in (("prefill", prompt, 0), ("decode", tokens, 1)):
-            median, quartiles = spread([count / times[column] for times in seconds[name]])
-            row[f"{what}_tokens_per_second"], row[f"{what}_quartiles"] = median, quartiles
+        row |= rates(seconds[name], prompt, tokens)
         print(
             f"{shape} {name}: {row['bytes'] / 1e9:.2f} GB, decode {row['decode_tokens_per_second']:.2f}, "
             f"prefill {row['prefill_tokens_per_second']:.1f} tokens/s",
@@ -86,22 +76,19 @@ def compare(names: list[str], shape: str, threads: int, llama: str) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "few_bits_speed.json")
     parser.add_argument("--llama", help="interpreter with llama-cpp-python")
-    parser.add_argument("--shape", action="append", choices=list(SHAPES))
+    parser.add_argument("--shape", action="append", choices=list(EFFORT))
     parser.add_argument("--names", nargs="+", default=[*THEIRS, *OURS])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="a tiny shape; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         run = theirs if args.child in THEIRS else ours
         return answer(run(args.child, args.shape[0], args.threads))
     from tawny.kernels.native import kernel_name
-    from tawny.machine import cpu_name, machine, versions
+    from tawny.machine import cpu_name
 
     cpu = f"{cpu_name()}, kernels {kernel_name()}"
     for shape in ["quick"] if args.quick else args.shape or ["1.1b", "7b"]:
@@ -110,13 +97,8 @@ def main() -> None:
             continue
         kept = json.loads(args.results.read_text()) if args.results.exists() else {"rows": []}
         kept["rows"] = [row for row in kept["rows"] if (row["cpu"], row["shape"]) != (cpu, shape)]
-        about = {"cpu": cpu, "date": str(datetime.date.today())}
-        made = {
-            "rows": kept["rows"] + [row | about for row in rows],
-            "machine": machine(),
-            "versions": versions(),
-        }
-        args.results.write_text(json.dumps(made, indent=1) + "\n")
+        about = measured(threads=args.threads, cpu=cpu)
+        keep(args.results, {"rows": kept["rows"] + [row | about for row in rows]})
 
 
 if __name__ == "__main__":

@@ -17,27 +17,23 @@ A tiny run:
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cells import parser_for
 from fair_start import scale_channels
 from gguf import GGUFReader
-from turns import speeds_of
+from harness import begun, keep, measured
+from turns import quantise, speeds_of
 
 import tawny
 from tawny.kinds import kind_of
-from tawny.machine import machine, versions
 from tawny.model.checkpoint import Checkpoint, file_bytes
-from tawny.model.durable import write
 from tawny.model.source import load_tokenizer, resolve
 from tawny.packed.folder import INDEX
 from tawny.packed.opening import load_quietly
@@ -56,14 +52,6 @@ THEIRS = [
     f"llama:{kind}"
     for kind in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_XS", "IQ3_XXS")
 ]
-# Run by the interpreter with llama-cpp-python: from one file to another, of a type.
-QUANTISE = """
-import ctypes, sys, llama_cpp
-_, source, out, kind = sys.argv
-params = llama_cpp.llama_model_quantize_default_params()
-params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
-sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
-"""
 ZEROS = [f"{kind}:{share}" for share in (0.3, 0.5, 0.6) for kind in ("bf16:", "int8:", "int4:32", "int3:32")]
 PROMPT, TOKENS, ROUNDS = 512, 24, 3
 CELLS = ["fit:2.5", "fit:3", "fit:3.5", "fit:4", "fit:4.5", "fit:6", *UNIFORM, *ZEROS]
@@ -85,11 +73,7 @@ def main() -> None:
     setting = {key: getattr(args, key) for key in keys}
     setting |= {"model": Path(args.model).name, "texts": [Path(text).name for text in args.text]}
     setting |= {"channels": "scaled, log-normal 0.1, seed 0"}
-    results: dict[str, Any] = {"setting": setting, "cells": {}}
-    if args.results.exists():
-        results = json.loads(args.results.read_text(encoding="utf-8"))
-        if results["setting"] != setting:
-            raise SystemExit(f"{args.results} holds another setting; give another --results")
+    results = begun(args.results, setting, cells={})
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tawny-frontier-")))
         if args.speed:
@@ -108,12 +92,10 @@ def main() -> None:
             results["cells"][name] = made = cell(args, source, name, folder)
             if args.work is None and folder.exists():
                 shutil.rmtree(folder)
-            results |= {"machine": machine(), "versions": versions(), "date": str(datetime.date.today())}
-            args.results.parent.mkdir(parents=True, exist_ok=True)
             if args.results.exists():  # another run may have added cells meanwhile
                 theirs = json.loads(args.results.read_text(encoding="utf-8"))["cells"]
                 results["cells"] = theirs | results["cells"]
-            keep(args, results)
+            keep(args.results, results)
             shown = ", ".join(
                 f"{k} KL {v['kl']:.4f} ppl {v['perplexity']:.2f}" for k, v in made["texts"].items()
             )
@@ -125,18 +107,14 @@ def place(work: Path, name: str) -> Path:
     return work / (f"{name[6:]}.gguf" if name.startswith("llama:") else name)
 
 
-def keep(args: Any, results: Mapping[str, Any]) -> None:
-    write(args.results, (json.dumps(results, indent=1) + "\n").encode())
-
-
 def measure_speeds(args: Any, results: dict[str, Any]) -> None:
     """Of the cells whose models are there; the results say when and where, which may differ from the cells'."""
     models = {name: place(args.work, name) for name in results["cells"]}
     models = {name: path for name, path in models.items() if path.exists()}
     found = speeds_of(models, args.llama, PROMPT, TOKENS, ROUNDS, args.threads)
-    about = {"cpu": machine()["cpu"], "threads": args.threads, "date": str(datetime.date.today())}
+    about = measured(threads=args.threads)
     results["speeds"] = {"cells": found, "prompt": PROMPT, "tokens": TOKENS, **about}
-    keep(args, results)
+    keep(args.results, results)
     for name, speeds in found.items():
         print(f"{name}: {speeds['decode_tokens_per_second']:.1f} tokens/s", flush=True)
 
@@ -158,11 +136,11 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
     more: dict[str, Any] = {}
     base, recovered, minutes = name.partition("+")
     if recovered:
-        begun = place(folder.parent, base)
-        if not begun.exists():
-            cell(args, source, base, begun)
+        start = place(folder.parent, base)
+        if not start.exists():
+            cell(args, source, base, start)
         if not folder.exists():
-            tawny.recover(begun, source, folder, text=args.calibration, minutes=float(minutes))
+            tawny.recover(start, source, folder, text=args.calibration, minutes=float(minutes))
         seconds = 60 * float(minutes)
     elif name.startswith("fit:"):
         if not folder.exists():
@@ -175,14 +153,7 @@ def cell(args: Any, source: Path, name: str, folder: Path) -> dict[str, Any]:
     elif name.startswith("llama:"):
         start = time.perf_counter()
         if not folder.exists():
-            whole = folder.with_name("source.gguf")
-            if not whole.exists():
-                tawny.export(source, whole, to="gguf")
-            begun = folder.with_suffix(".partial")
-            subprocess.run(
-                [args.llama, "-c", QUANTISE, whole, begun, name[6:]], check=True, stderr=subprocess.DEVNULL
-            )
-            begun.rename(folder)
+            quantise(args.llama, source, folder, name[6:])
         seconds = time.perf_counter() - start
     else:
         kind, group, sparsity = name.split(":")

@@ -19,12 +19,7 @@ variant there. The results are written after each case, and a case that is in th
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from functools import cache
@@ -32,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import RESULTS, keep, parser_of, spread
 from torch import Tensor
 
 from tawny.kernels import native
-from tawny.kernels.native import kernel_name
 from tawny.kernels.ops import DENSE_DIRECT
 from tawny.packed.format import PackedTensor, pack
 from tawny.packed.linear import DenseLinear, PackedLinear
@@ -54,7 +49,6 @@ PACKED = {
     "packed f32": ("f32", None),
 }
 FEW = {"packed int4": (0.0, 0.5), "packed int3": (0.0,)}  # sparsities, for any number of columns
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
 
 
 def cache_bytes() -> int:
@@ -64,22 +58,6 @@ def cache_bytes() -> int:
         text = path.read_text().strip()
         found.append(int(text.rstrip("KM")) * (1024 if text.endswith("K") else 2**20))
     return max(found, default=32 * 2**20)
-
-
-def machine() -> dict[str, Any]:
-    name = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "last_level_cache": cache_bytes(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "kernel": kernel_name(),
-    }
 
 
 Call = Callable[[Tensor], Any]
@@ -220,15 +198,15 @@ def measure(
 def _row(
     key: dict[str, Any], name: str, sparsity: float | None, size: int, times: list[float]
 ) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    middle, quartiles = spread([1e6 * time for time in times], 2)
     return key | {
         "variant": name,
         "sparsity": sparsity,
         "bytes": size,
-        "microseconds": round(middle * 1e6, 2),
-        "quartiles": [round(low * 1e6, 2), round(high * 1e6, 2)],
+        "microseconds": middle,
+        "quartiles": quartiles,
         "rounds": len(times),
-        "gigabytes_per_second": round(size / middle / 1e9, 2),
+        "gigabytes_per_second": round(size / middle / 1e3, 2),
     }
 
 
@@ -269,13 +247,7 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
             r["sparsity"] or 0,
         ),
     )
-    result = {"machine": machine(), "date": datetime.date.today().isoformat(), "measurements": measurements}
-    lines = ",\n  ".join(json.dumps(row) for row in measurements)
-    head = json.dumps({k: v for k, v in result.items() if k != "measurements"}, indent=1)[:-2]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(f'{head},\n "measurements": [\n  {lines}\n ]\n}}\n')
-    beside.replace(path)
+    keep(path, {"measurements": measurements}, last_level_cache=cache_bytes(), torch=torch.__version__)
 
 
 def measured(path: Path | None) -> dict[tuple[Any, ...], set[float]]:
@@ -293,9 +265,7 @@ def rounds_for(columns: int, most: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--columns", default=",".join(map(str, COLUMNS)))
@@ -306,14 +276,12 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="two small shapes, 1, 16 and 64 columns, 3 rounds"
     )
-    parser.add_argument(
-        "--results", type=Path, help=f"default: {RESULTS.name} beside this script; none with --quick"
-    )
+    parser.add_argument("--results", type=Path, help="default: results/kernels.json; none with --quick")
     options = parser.parse_args()
     if options.quick:
         options.shapes, options.columns, options.rounds = "576x1536,130x70", "1,16,64", 3
         options.sparsities = "0.1,0.5,0.7"
-    path = options.results or (None if options.quick else RESULTS)
+    path = options.results or (None if options.quick else RESULTS / "kernels.json")
     keep = set(options.variants.split(",")) if options.variants else None
     begin = time.perf_counter()
     for text in options.shapes.split(","):

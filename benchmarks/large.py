@@ -13,24 +13,15 @@ headers and holes and takes no room on the disk.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-# hidden, intermediate, blocks, heads, key/value heads, vocabulary
-SHAPES = {
-    "tiny": (64, 176, 4, 4, 4, 512),
-    "135m": (576, 1536, 30, 9, 3, 49152),
-    "1.1b": (2048, 5632, 22, 32, 4, 32000),
-    "7b": (4096, 11008, 32, 32, 32, 32000),
-    "70b": (8192, 28672, 80, 64, 8, 32000),
-}
+import harness
+from shapes import SHAPES
 
 
 def write_checkpoint(folder: Path, shape: str, blocks: int | None = None, *, holes: bool = False) -> Path:
@@ -42,20 +33,14 @@ def write_checkpoint(folder: Path, shape: str, blocks: int | None = None, *, hol
     from tawny.model.shards import index_of, shard_names
     from tawny.model.tensorfile import TensorWriter
 
-    hidden, intermediate, full, heads, shared, vocabulary = SHAPES[shape]
-    count = blocks or full
+    sizes = SHAPES[shape]
+    hidden, vocabulary, count = sizes.hidden, sizes.vocabulary, blocks or sizes.blocks
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    narrow = hidden // heads * shared
     linears = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (narrow, hidden),
-        "self_attn.v_proj": (narrow, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
+        f"{'mlp' if name in ('gate', 'up', 'down') else 'self_attn'}.{name}_proj": size
+        for name, size in sizes.linears.items()
     }
     shards: list[dict[str, tuple[int, ...]]] = [
         {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)},
@@ -84,13 +69,8 @@ def write_checkpoint(folder: Path, shape: str, blocks: int | None = None, *, hol
                 writer.write(key, value.to(torch.bfloat16))
     (folder / INDEX).write_bytes(index_of({n: list(s) for n, s in zip(names, shards, strict=True)}, total))
     LlamaConfig(
+        **{**sizes.settings, "num_hidden_layers": count},
         architectures=["LlamaForCausalLM"],
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=count,
-        num_attention_heads=heads,
-        num_key_value_heads=shared,
-        vocab_size=vocabulary,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         dtype="bfloat16",
@@ -101,14 +81,11 @@ def write_checkpoint(folder: Path, shape: str, blocks: int | None = None, *, hol
 def prune_once(arguments: argparse.Namespace, model: Path, out: Path, solver: str) -> dict[str, Any]:
     """One pruning in a process of its own."""
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, __file__, "--child", str(model), str(out), solver]
-    command += ["--memory", arguments.memory, "--sparsity", str(arguments.sparsity)]
-    command += ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
+    command = [sys.executable, __file__, "--child", model, out, solver]
+    command += ["--memory", arguments.memory, "--sparsity", arguments.sparsity]
+    command += ["--samples", arguments.samples, "--seqlen", arguments.seqlen]
     start = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"pruning with {solver} failed (exit code {done.returncode})")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = harness.child(command)
     result["wall"] = round(time.perf_counter() - start, 1)
     result["written"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out, ignore_errors=True)
@@ -179,9 +156,7 @@ def plan_of(arguments: argparse.Namespace, solver: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser_of(__doc__, "large.json")
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--blocks", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--solver", action="append", help="default: wanda and sparsegpt")
@@ -193,15 +168,14 @@ def main() -> None:
     parser.add_argument(
         "--work", default="/tmp/tawny-large", help="for the checkpoint; 14 GB for 7b, and as much to write"
     )
-    parser.add_argument("--json", default=str(HERE / "results" / "large.json"))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)
         return
     solvers = arguments.solver or ["wanda", "sparsegpt"]
-    key = f"{arguments.shape}-{arguments.blocks or SHAPES[arguments.shape][2]}"
-    path = Path(arguments.json)
+    key = f"{arguments.shape}-{arguments.blocks or SHAPES[arguments.shape].blocks}"
+    path = arguments.results
     results = json.loads(path.read_text()) if path.is_file() else {}
     entry = results.setdefault(key, {})
     model = write_checkpoint(Path(arguments.work) / key, arguments.shape, arguments.blocks)
@@ -210,8 +184,7 @@ def main() -> None:
             entry.setdefault("plan", {})[solver] = plan_of(arguments, solver)
         made = prune_once(arguments, model, Path(arguments.work) / f"{key}-out", solver)
         made["arguments"] = {k: getattr(arguments, k) for k in ("memory", "sparsity", "samples", "seqlen")}
-        made["date"] = datetime.date.today().isoformat()
-        entry[solver] = made
+        entry[solver] = made | harness.origin()
         print(
             f"{key}, owl + {solver}: {made['seconds']['total']:.0f} s, peak {made['peak_memory'] / 1e9:.2f} GB "
             f"(estimated {made['memory']['estimate'] / 1e9:.2f}, budget {arguments.memory}), {made['sparsity']:.4f}"

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
+
+import harness
 
 PEAK_SIZE = 2048
 
@@ -194,11 +193,8 @@ def child(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, who: str, solver: str, ids: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", who, "--solver", solver, "--ids", ids]
-    command += ["--model", args.model, "--sparsity", str(args.sparsity), "--threads", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{who} {solver} failed:\n{done.stderr}")
-    made: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    command += ["--model", args.model, "--sparsity", args.sparsity, "--threads", args.threads]
+    made: dict[str, Any] = harness.child(command)
     print(
         f"{who:9} {solver:10} {made['seconds']:7.1f} s  {made['memory'] / 1e6:7.0f} MB above idle", flush=True
     )
@@ -263,9 +259,7 @@ def profile_subset(args: argparse.Namespace, windows: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser_of(__doc__, "prune_speed.json")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", default="wiki")
     parser.add_argument("--samples", type=int, default=32)
@@ -274,9 +268,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--solvers", nargs="+", default=["wanda", "sparsegpt"])
-    parser.add_argument(
-        "--results", type=Path, default=Path(__file__).parent / "results" / "prune_speed.json"
-    )
     parser.add_argument("--child", choices=["official", "tawny"], help=argparse.SUPPRESS)
     parser.add_argument("--solver", help=argparse.SUPPRESS)
     parser.add_argument("--ids", help=argparse.SUPPRESS)
@@ -288,7 +279,6 @@ def main() -> None:
 
     from tawny.calibration.text import load_text
     from tawny.calibration.windows import sample_windows, tokenise
-    from tawny.machine import machine, versions
     from tawny.model.source import load_tokenizer, resolve
 
     text = load_text(args.text, "calibration")
@@ -331,8 +321,7 @@ def main() -> None:
                 f"{results['solvers'][solver]['unavoidable_share']:.0%} of the time is unavoidable matrix products",
                 flush=True,
             )
-    results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
-    args.results.write_text(json.dumps(results, indent=1) + "\n")
+    harness.keep(args.results, results)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ calibration are this script's. The same command goes on where a run was stopped 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cells import Cells, Keys, parser_for
+from harness import ROOT
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = ROOT / "recipes"
 PRODUCTS = ["official-owl-sparsegpt-70", "fast", "best"]
 
 

@@ -5,36 +5,28 @@
     python benchmarks/recovery.py … --sparsity 0.5 --minutes 60 --kind recovered
 
 A cell is one model: `one-shot` (pruned), `reconstructed` (with three epochs a block), `recovered` (masked distillation for
-M minutes, the teacher's forwards and all measurements included), `lora-reprune` (what people do: a LoRA without a mask
-for M minutes, merged, pruned again with the same recipe), and the `control` (the dense model trained for M minutes like the
-pruned ones, because training on a text also adapts to it). Each is measured on every text: perplexity, KL and first choices
+M minutes, the teacher's forwards and all measurements included), and the `control` (the dense model trained for M minutes like
+the pruned ones, because training on a text also adapts to it). Each is measured on every text: perplexity, KL and first choices
 against the dense model; and packed: size and decoding speed. Finished cells are not repeated, a stopped recovery goes on
 where it was, so a run can be stopped at any time. `--speeds` measures size and speed of the dense model and of every model
-that `--keep` left, one behind the other, on a machine that does nothing else: ratios between rows of other runs say little.
-`step` is a training step beside plain transformers training of the same model: peak memory above the bare interpreter and
-tokens a second, each in a process of its own.
+that `--keep` left, one after the other, on a machine that does nothing else: ratios between rows of other runs say little.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import math
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from harness import keep, parser_of
+
 import tawny
-from tawny.machine import machine, versions
 from tawny.progress import Silent
 
-RESULTS = Path(__file__).parent / "results" / "recovery.json"
-KINDS = ("one-shot", "reconstructed", "recovered", "lora-reprune", "control")
+KINDS = ("one-shot", "reconstructed", "recovered", "control")
 SHIPPED = ("one-shot", "reconstructed", "recovered")  # with their zeros: size and speed are of these
 EPOCHS = 3  # of block reconstruction
 
@@ -108,139 +100,13 @@ def recover(source: str, out: Path, minutes: float, args: argparse.Namespace, **
     return {key: record[key] for key in (*kept, "settings", "stopped", "start", "best", "measured")}
 
 
-def lora_then_reprune(
-    source: str, out: Path, sparsity: float, minutes: float, args: argparse.Namespace
-) -> dict[str, Any]:
-    """An adapter as peft makes it, trained on next tokens, merged into the zeros, and pruned again."""
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tawny.model.source import load_tokenizer, resolve
-    from tawny.precision import native_dtype
-    from tawny.recovery.data import read
-
-    settings = tawny.Recovery.make(
-        text=args.text, tokens="1000M", **dict(item.split("=", 1) for item in args.option)
-    )
-    reading = read(settings, load_tokenizer(resolve(source)))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=native_dtype())
-    model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    peak = 1e-3
-    optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=0.0)
-    start, step = time.perf_counter(), 0
-    while (share := (time.perf_counter() - start) / (60 * minutes)) < 1:
-        warm = min(1.0, share / 0.05)
-        for group in optimiser.param_groups:
-            group["lr"] = peak * warm * 0.5 * (1 + math.cos(math.pi * share))
-        ids = reading.windows[reading.rows(step)]
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        step += 1
-    merged = args.scratch / "merged"
-    shutil.rmtree(merged, ignore_errors=True)
-    model.merge_and_unload().save_pretrained(merged)
-    load_tokenizer(resolve(source)).save_pretrained(merged)
-    densified = tawny.inspect(merged).sparsity
-    shutil.rmtree(out, ignore_errors=True)
-    seconds = prune(str(merged), out, sparsity, args)
-    shutil.rmtree(merged)
-    return {
-        "steps": step,
-        "tokens": step * settings.batch * settings.seqlen,
-        "merged_sparsity": densified,
-        "reprune": seconds,
-    }
-
-
-# --- a step beside plain transformers ----------------------------------------------------------------------------
-
-
-def child(args: argparse.Namespace) -> None:
-    """One process, one way of training; prints its memory and speed."""
-    import torch
-    import transformers  # noqa: F401 - belongs to the baseline of both sides
-    from transformers import AutoModelForCausalLM
-
-    import tawny.recovery.run
-    from tawny.machine import peak_memory
-    from tawny.model.source import resolve
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    windows = torch.load(args.ids, weights_only=True)
-    steps, batch = args.steps, args.step_batch
-    idle = peak_memory()
-    if args.child == "tawny":
-        with_eval = {"text": windows[: steps * batch], "held_out": windows[:1]}
-        record = tawny.recover(
-            args.pruned,
-            args.model,
-            args.scratch / "step",
-            settings={"tokens": steps * batch * windows.shape[1], "batch": batch, "eval_every": 10**6},
-            overwrite=True,
-            **with_eval,
-        )
-        speed, teacher = record.tokens_per_second, record.seconds["teacher"]
-        shutil.rmtree(args.scratch / "step")
-    else:
-        folder, teacher = resolve(args.pruned), 0.0
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        times = []
-        for step in range(steps):
-            start = time.perf_counter()
-            ids = windows[step * batch : (step + 1) * batch]
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.child == "plain-bfloat16"):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            times.append(time.perf_counter() - start)
-        speed = steps * batch * windows.shape[1] / sum(times)
-    print(
-        json.dumps({"memory": peak_memory() - idle, "tokens_per_second": speed, "teacher_seconds": teacher})
-    )
-
-
-def step_beside_plain(pruned: str, args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from tawny.model.source import load_tokenizer, resolve
-    from tawny.recovery.data import read
-
-    settings = tawny.Recovery.make(text=args.text, batch=args.step_batch, seqlen=args.step_seqlen)
-    ids = args.scratch / "ids.pt"
-    windows = read(settings, load_tokenizer(resolve(args.model))).windows
-    torch.save(windows[: args.steps * args.step_batch + 1].clone(), ids)
-    made: dict[str, Any] = {"batch": args.step_batch, "seqlen": args.step_seqlen, "steps": args.steps}
-    for who in ("plain-float32", "plain-bfloat16", "tawny"):
-        command = [sys.executable, __file__, "--child", who, "--ids", str(ids), "--pruned", pruned]
-        command += ["--model", args.model, "--scratch", str(args.scratch), "--steps", str(args.steps)]
-        command += ["--step-batch", str(args.step_batch), "--threads", str(args.threads or 0)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{who} failed:\n{done.stderr}")
-        made[who] = json.loads(done.stdout.strip().splitlines()[-1])
-        print(
-            f"  {who}: {made[who]['memory'] / 1e6:.0f} MB, {made[who]['tokens_per_second']:.0f} tokens/s",
-            flush=True,
-        )
-    return made
-
-
 # --- all of it -----------------------------------------------------------------------------------------------------
 
 
 def wanted(args: argparse.Namespace) -> list[dict[str, Any]]:
     cells = [{"kind": k, "sparsity": s, "minutes": 0} for k in KINDS[:2] for s in args.sparsity]
     # Long runs last: what is there after an hour should say something about every sparsity.
-    for minutes, kind in itertools.product(args.minutes, ("recovered", "lora-reprune", "control")):
+    for minutes, kind in itertools.product(args.minutes, ("recovered", "control")):
         sparsities = [0.0] if kind == "control" else args.sparsity
         cells += [{"kind": kind, "sparsity": s, "minutes": minutes} for s in sparsities]
     return [cell for cell in cells if cell["kind"] in args.kind]
@@ -265,8 +131,6 @@ def make(cell: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         more["prune_seconds"] = prune(args.model, one_shot, sparsity, args)
         if kind == "recovered":
             more["recovery"] = recover(str(one_shot), out, minutes, args)
-        elif kind == "lora-reprune":
-            more["lora"] = lora_then_reprune(str(one_shot), out, sparsity, minutes, args)
     made = {
         **cell,
         **more,
@@ -281,9 +145,7 @@ def make(cell: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "recovery.json")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument(
         "--text", default="wiki", help="to calibrate and train on; its other part is measured on"
@@ -305,27 +167,15 @@ def main() -> None:
     parser.add_argument("--eval-seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5, help="of the decoding speed; 0 leaves it out")
-    parser.add_argument(
-        "--steps", type=int, default=8, help="of the step beside plain transformers; 0 leaves it out"
-    )
     parser.add_argument("--prompt-tokens", type=int, default=128, help="in front of what is decoded")
-    parser.add_argument("--step-batch", type=int, default=4)
-    parser.add_argument("--step-seqlen", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
         "--scratch", type=Path, default=Path("recovery-bench"), help="pruned models and states"
     )
     parser.add_argument("--keep", action="store_true", help="keep recovered models in --scratch")
     parser.add_argument("--speeds", action="store_true", help="measure sizes and speeds again, and stop")
     parser.add_argument("--only", type=int, default=None, help="stop after so many new cells")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    for hidden in ("--child", "--ids", "--pruned"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.texts = [args.text, *args.other]
-    if args.child:
-        child(args)
-        return
     args.scratch.mkdir(parents=True, exist_ok=True)
     setting = {
         "model": args.model,
@@ -338,48 +188,35 @@ def main() -> None:
         },
         "options": args.option,
     }
-    results: dict[str, Any] = {**setting, "dense": None, "step": None, "cells": []}
+    results: dict[str, Any] = {**setting, "dense": None, "cells": []}
     if args.results.exists():
         results = json.loads(args.results.read_text(encoding="utf-8"))
     if any(results[key] != value for key, value in setting.items()):
         raise SystemExit(f"{args.results} holds another setting; give another --results")
-
-    def save() -> None:
-        results.update(machine=machine(), versions=versions(), date=datetime.date.today().isoformat())
-        beside = args.results.with_suffix(".tmp")
-        beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        beside.replace(args.results)
-
     if results["dense"] is None:
         print("dense", flush=True)
         results["dense"] = {"evaluation": measure(args.model, args)}
         if args.rounds:
             results["dense"]["packed"] = packed(args.model, args)
-        save()
+        keep(args.results, results)
     if args.speeds:
         results["dense"]["packed"] = packed(args.model, args)
         for cell in results["cells"]:
             if cell["kind"] in SHIPPED and place(cell, args).exists():
                 cell["packed"] = packed(str(place(cell, args)), args)
-        save()
+        keep(args.results, results)
         return
     done = {(cell["kind"], cell["sparsity"], cell["minutes"]) for cell in results["cells"]}
     left = [c for c in wanted(args) if (c["kind"], c["sparsity"], c["minutes"]) not in done]
     for cell in left[: args.only]:
         print(f"{cell['kind']} {cell['sparsity']:.0%} {cell['minutes']:g} min", flush=True)
         results["cells"].append(make(cell, args))
-        save()
+        keep(args.results, results)
         for text, value in results["cells"][-1]["evaluation"].items():
             print(
                 f"  {text}: perplexity {value['perplexity']:.2f}, KL {value['kl']:.3f}, top-1 {value['top1']:.1%}",
                 flush=True,
             )
-    if results["step"] is None and args.steps and args.only is None:
-        sparsity = args.sparsity[0]
-        prune(args.model, args.scratch / f"one-shot-{sparsity:g}", sparsity, args)
-        results["step"] = {"sparsity": sparsity}
-        results["step"] |= step_beside_plain(str(args.scratch / f"one-shot-{sparsity:g}"), args)
-        save()
 
 
 if __name__ == "__main__":

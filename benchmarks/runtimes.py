@@ -12,7 +12,6 @@ quick solver prunes.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import keep, parser_of
 
 import tawny
 from tawny.calibration.text import load_text
 from tawny.evaluation.samples import prompts_from
-from tawny.machine import machine, versions
 from tawny.model.source import load_tokenizer
 
 TIE = 0.05
@@ -92,16 +91,11 @@ def measure(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
             "tie": TIE,
             "rows": rows,
             "llama_cpp_python": llama_cpp.__version__,
-            "machine": {**machine(), "threads": args.threads},
-            "versions": versions(),
-            "date": datetime.date.today().isoformat(),
         }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "runtimes.json")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--solver", default="wanda")
@@ -112,12 +106,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "runtimes.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         for result in measure(args, args.work or Path(work)):
-            text = json.dumps(result, indent=1, ensure_ascii=False)
-            args.results.write_text(text + "\n", encoding="utf-8")
+            keep(args.results, result, threads=args.threads)
 
 
 if __name__ == "__main__":

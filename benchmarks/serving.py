@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import http.client
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import SHAPES, TINY, Cell, quartiles, random_model, real_folder
+from decode import SHAPES, TINY, Cell, random_model, real_folder
+from harness import keep, parser_of, spread
+from turns import Child
 
-RESULTS = Path(__file__).parent / "results" / "serving.json"
 CELLS = {
     "dense bf16": Cell("dense bf16"),
     "packed bf16": Cell("packed bf16", 0.7, values="bf16"),
@@ -158,33 +157,6 @@ def first_tokens(address: str, words: int, chance: random.Random) -> tuple[float
 # --- the run -----------------------------------------------------------------------------------------------------------------
 
 
-class Child:
-    """A process that answers lines with JSON."""
-
-    def __init__(self, *command: object) -> None:
-        command = tuple(map(str, command))
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.told = self._read()
-
-    def ask(self, line: str) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process ended with exit code {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
-
-
 def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     words = {"smollm2": 49152, "quick": TINY["vocab_size"]}.get(shape) or SHAPES[shape]["vocab_size"]
     chance = random.Random(0)
@@ -194,13 +166,13 @@ def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[
             made = Child(sys.executable, __file__, "--child", shape, variant, folder, options.threads)
             servers[variant] = stack.enter_context(contextlib.closing(made))
         if options.llama_python and shape == "1.1b":
-            from peers import SHAPES as GGUF_SHAPES
-            from peers import write_gguf
+            from shapes import SHAPES as LLAMAS
+            from shapes import write_gguf
 
             for kind in ("Q8_0", "Q4_0"):
                 path = folder / f"{shape}-{kind}.gguf"
                 if not path.exists():
-                    write_gguf(path, GGUF_SHAPES[shape], kind)
+                    write_gguf(path, LLAMAS[shape], kind)
                 batch = Path(__file__).with_name("llama_batch.py")
                 made = Child(
                     options.llama_python, batch, path, options.threads, SHORT, options.tokens, max(COUNTS)
@@ -216,12 +188,14 @@ def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[
             for count in options.count:
                 for name, server in servers.items():
                     row = rows[name, count]
-                    row["served"].append(served(server.told["address"], count, options.tokens, words, chance))
+                    row["served"].append(
+                        served(server.first["address"], count, options.tokens, words, chance)
+                    )
                     row["bare"].append(server.ask(f"{count} {options.tokens}"))
                 for name, peer in peers.items():
                     rows[name, count]["bare"].append(peer.ask(f"{count}"))
             for name, server in servers.items():
-                firsts[name].append(first_tokens(server.told["address"], words, chance))
+                firsts[name].append(first_tokens(server.first["address"], words, chance))
             print(f"{shape}: round {number} of {options.rounds}", file=sys.stderr, flush=True)
         memory = {name: server.ask("") for name, server in servers.items()}
     common = {"shape": shape, "threads": options.threads, "rounds": options.rounds, "tokens": options.tokens}
@@ -230,19 +204,14 @@ def measure(shape: str, options: argparse.Namespace, folder: Path) -> list[dict[
         found: dict[str, Any] = common | {"variant": name, "requests": count}
         for key, values in row.items():
             if values:
-                found[f"{key}_tokens_per_second"] = middle(values[1:])
-                found[f"{key}_quartiles"] = quartiles(values[1:])
+                found[f"{key}_tokens_per_second"], found[f"{key}_quartiles"] = spread(values[1:])
         if name in servers and count == 1:
             for key, seconds in zip(("cold", "cached"), zip(*firsts[name][1:], strict=True), strict=True):
-                found[f"first_token_{key}_seconds"] = middle(seconds)
-                found[f"first_token_{key}_quartiles"] = quartiles(list(seconds))
+                middle, quartiles = spread(seconds, 4)
+                found |= {f"first_token_{key}_seconds": middle, f"first_token_{key}_quartiles": quartiles}
             found["resident_bytes"] = memory[name]
         made_rows.append(found)
     return made_rows
-
-
-def middle(values: Any) -> float:
-    return round(float(torch.tensor(values, dtype=torch.float64).quantile(0.5)), 4)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -262,9 +231,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "serving.json")
     parser.add_argument(
         "--shape", action="append", choices=["smollm2", "1.1b"], help="repeatable; default: both"
     )
@@ -275,7 +242,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where models are kept between runs")
     parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")
     parser.add_argument("--quick", action="store_true", help="a tiny shape; nothing is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -284,7 +250,6 @@ def main() -> None:
     if options.quick:
         options.tokens, options.rounds = 8, 1
     from tawny.kernels.native import kernel_name
-    from tawny.machine import machine, versions
 
     with tempfile.TemporaryDirectory(prefix="tawny-serving-") as temporary:
         folder = options.folder or Path(temporary)
@@ -303,13 +268,7 @@ def main() -> None:
                 made = {tuple(row[key] for key in keys) for row in rows}
                 kept = [row for row in before["measurements"] if tuple(row[key] for key in keys) not in made]
                 rows += [{"measured": about} | row for row in kept]
-            head = {"machine": machine(), "versions": versions(), "kernel": kernel_name()}
-            head["date"] = datetime.date.today().isoformat()
-            lines = ",\n  ".join(json.dumps(row) for row in rows)
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(
-                f'{json.dumps(head, indent=1)[:-2]},\n "measurements": [\n  {lines}\n ]\n}}\n'
-            )
+            keep(options.results, {"kernel": kernel_name(), "measurements": rows})
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ Memory is read after a first minute (or a tenth of the time), which fills caches
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import collections
-import datetime
 import json
 import random
 import subprocess
@@ -28,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "soak.json"
+from harness import ROOT, keep, parser_of
+
 CLIENTS, WELL_BEHAVED = 64, 16
 PROMPTS = [f"Text number {number}, and " + "so on " * (7 * number % 90) for number in range(24)]
 
@@ -190,11 +188,8 @@ async def soak(port: int, process: int, minutes: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "soak.json")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tawny-soak-") as temporary:
         folder = Path(temporary) / "model"
@@ -220,12 +215,8 @@ def main() -> int:
             for line in lines[3:]
             if not line.startswith(("POST ", "GET ", "ended", "socket.send() raised exception."))
         ][:20]
-    from tawny.machine import machine, versions
-
-    made |= {"machine": machine(), "versions": versions(), "date": datetime.date.today().isoformat()}
+    keep(options.results, made)
     print(json.dumps(made, indent=1))
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(made, indent=1) + "\n")
     wrong = (
         any("WRONG" in key for key in made["seen"]) or made["growth"] > 0.05 or made["unexpected_log_lines"]
     )

@@ -4,8 +4,6 @@
     python benchmarks/structured.py --text wiki --text other.txt --pattern blocks --allocator uniform --solver divergence influence
     python benchmarks/structured.py --text wiki --text other.txt --pattern rank --solver svd
     python benchmarks/structured.py --text wiki --text other.txt --speed --samples 32 --seqlen 1024 --results speed.json
-    python benchmarks/structured.py --text wiki --text other.txt --sparsity 0.2 --recover 30 --solver obs --allocator uniform
-    python benchmarks/structured.py --text wiki --text other.txt --sparsity 0.3 --equal
 
 Cells are made sparsity by sparsity; the same command goes on (see cells.py). A tiny run:
 `--samples 4 --seqlen 128 --eval-seqlen 128 --windows 2 --sparsity 0.2 --solver flap --allocator uniform`.
@@ -13,15 +11,11 @@ Cells are made sparsity by sparsity; the same command goes on (see cells.py). A 
 `--speed` wants a quiet machine. It slims the model at the last sparsity with one width for all blocks, and times prompts of 512 tokens
 and single tokens in plain transformers beside the dense model, in turns. Beside the gain stands what fewer bytes of
 weights that a token reads would give alone, and for prompts fewer operations. Then it times one pass of obs beside one of SparseGPT.
-
-`--recover MINUTES` trains each wanted cell on the calibration text, and measures it again. `--equal` asks what the bytes of a slim
-model in int8 buy otherwise, in Tawny's decoder: single zeros in int8, and fewer bits without zeros. It wants a quiet machine, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import shutil
 import statistics
@@ -31,17 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cells, Keys, name_of, parser_for
+from cells import Cells, Keys, parser_for
+from harness import origin
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import tawny
-from tawny.kinds import KINDS, scaled_kinds
-from tawny.machine import machine
 
 SOLVERS = ["obs", "flap", "wanda", "magnitude"]
 ALLOCATORS = ["uniform", "owl"]
 PROMPT, TOKENS = 512, 32
-BITS_OF_SCALE = 0.25  # one byte for 32 columns
 PASSES = (("obs", "channels+heads"), ("sparsegpt", "unstructured"))
 
 
@@ -57,16 +49,8 @@ def main() -> None:
         "--passes", action=argparse.BooleanOptionalAction, default=True, help="with --speed: time a pass, too"
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--recover", type=float, metavar="MINUTES", help="train the wanted cells, and measure again"
-    )
-    parser.add_argument("--equal", action="store_true", help="compare with what else fits the same bytes")
     args = parser.parse_args()
     cells = Cells(args)
-    if args.equal:
-        cells.results["equal"] = equal(args)
-        cells.save()
-        return
     if args.speed:
         cells.results["speed"] = speed(args)
         cells.save()
@@ -77,93 +61,7 @@ def main() -> None:
             args.seeds, args.pattern, args.sparsity, args.allocator, args.solver
         )
     ]
-    if args.recover is None:
-        cells.run(wanted)
-        return
-    for keys in wanted:
-        name = name_of({**keys, "minutes": args.recover})
-        if name not in cells.results.setdefault("recovered", {}):
-            cells.results["recovered"][name] = recovered(cells, keys)
-            cells.save()
-
-
-def recovered(cells: Cells, keys: Keys) -> dict[str, Any]:
-    """A cell that is trained on the calibration text for so many minutes."""
-    args = cells.args
-    folder = Path(tempfile.mkdtemp(prefix="tawny-recovered-"))
-    try:
-        tawny.prune(args.model, folder / "pruned", **options_of(args), **keys)
-        before = cells.evaluate(str(folder / "pruned"))
-        record = tawny.recover(
-            folder / "pruned",
-            args.model,
-            folder / "out",
-            text=args.calibration,
-            minutes=args.recover,
-            seqlen=args.seqlen,
-        )
-        after = cells.evaluate(str(folder / "out"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    told = ", ".join(f"{text} {found['perplexity']:.2f}" for text, found in after.items())
-    print(f"{name_of(keys)}, recovered: {told}", flush=True)
-    used = machine()
-    return {
-        **keys,
-        "minutes": args.recover,
-        "steps": record.steps,
-        "cpu": used["cpu"],
-        "threads": used["threads"],
-        "before": before,
-        "evaluation": after,
-    }
-
-
-def equal(args: argparse.Namespace) -> dict[str, Any]:
-    """A slim model in int8 beside single zeros in int8 and whole weights of fewer bits, at most its bytes."""
-    sparsity = args.sparsity[-1]
-    # A mask takes one bit a weight, so an eighth more zeros make up for it.
-    zeros = sparsity + 1 / KINDS["int8"].bits
-    fewer = max(
-        (kind for kind in scaled_kinds() if kind.bits + BITS_OF_SCALE <= KINDS["int8"].bits * (1 - sparsity)),
-        key=lambda kind: kind.bits,
-    ).name
-    folder = Path(tempfile.mkdtemp(prefix="tawny-equal-"))
-    made = {"slim": folder / "slim"}
-    try:
-        keys = options_of(args)
-        tawny.prune(
-            args.model,
-            folder / "1",
-            pattern="channels+heads",
-            solver="obs",
-            allocator="uniform",
-            sparsity=sparsity,
-            **keys,
-        )
-        tawny.slim(folder / "1", made["slim"])
-        tawny.prune(args.model, folder / "2", sparsity=zeros, values="int8", **keys)
-        tawny.prune(args.model, folder / "3", sparsity=0.0, values=fewer, **keys)
-        for source, name, values in (
-            (made["slim"], "slim-int8", "int8"),
-            (folder / "2", f"{zeros:.1%}-zeros-int8", "int8"),
-            (folder / "3", f"no-zeros-{fewer}", fewer),
-        ):
-            made[name] = folder / name
-            tawny.pack(source, made[name], values, head="int8")
-        compared = [
-            tawny.compare(
-                [args.model, *made.values()],
-                text=text,
-                seqlen=args.eval_seqlen,
-                windows=args.windows,
-                speed=not number,
-            ).to_dict()
-            for number, text in enumerate(args.text)
-        ]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return {"sparsity": sparsity, "compare": compared}
+    cells.run(wanted)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,8 +96,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "passes": passes,
         "samples": args.samples,
         "seqlen": args.seqlen,
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
+        **origin(),
     }
 
 

@@ -8,6 +8,7 @@ interpreter that has the runtime can be:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -16,35 +17,61 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peers import spread
+from harness import spread
+
+
+class Child:
+    """A process that answers lines with JSON; `first` is what it says when it is ready."""
+
+    def __init__(self, *command: object) -> None:
+        words = list(map(str, command))
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.first = self._read()
+
+    def ask(self, line: str = "go") -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
 
 
 def in_turn(
-    commands: Mapping[str, Sequence[str]], rounds: int
+    commands: Mapping[str, Sequence[object]], rounds: int
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """What each child said first, and in `rounds` turns behind one that warms up."""
-    running = {
-        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name, command in commands.items()
-    }
-    first: dict[str, Any] = {}
-    said: dict[str, list[Any]] = {name: [] for name in commands}
-    try:
-        for number in range(rounds + 2):
+    """What each child said first, and in `rounds` turns after one that warms up."""
+    with contextlib.ExitStack() as stack:
+        running = {
+            name: stack.enter_context(contextlib.closing(Child(*command)))
+            for name, command in commands.items()
+        }
+        said: dict[str, list[Any]] = {name: [] for name in commands}
+        for _ in range(rounds + 1):
             for name, process in running.items():
-                assert process.stdin is not None and process.stdout is not None
-                if number:
-                    process.stdin.write("go\n")
-                    process.stdin.flush()
-                line = json.loads(process.stdout.readline() or f'"{name} ended early"')
-                if number == 0:
-                    first[name] = line
-                elif number > 1:
-                    said[name].append(line)
-    finally:
-        for process in running.values():
-            process.kill()
-    return first, said
+                said[name].append(process.ask())
+        return {name: process.first for name, process in running.items()}, {
+            name: lines[1:] for name, lines in said.items()
+        }
+
+
+def rates(seconds: Sequence[Sequence[float]], prompt: int, tokens: int) -> dict[str, Any]:
+    """Tokens a second of the turns of one model, with quartiles."""
+    found: dict[str, Any] = {}
+    for what, count, column in (("prefill", prompt, 0), ("decode", tokens, 1)):
+        median, quartiles = spread([count / turn[column] for turn in seconds])
+        found |= {f"{what}_tokens_per_second": median, f"{what}_quartiles": quartiles}
+    return found
 
 
 def speeds_of(
@@ -61,15 +88,35 @@ def speeds_of(
         if theirs and llama is None:
             continue
         runtime = [llama, __file__, "llama"] if theirs else [sys.executable, __file__, "tawny"]
-        commands[name] = list(map(str, [*runtime, model, prompt, tokens, threads]))
+        commands[name] = [*runtime, model, prompt, tokens, threads]
     _, seconds = in_turn(commands, rounds)
-    found: dict[str, dict[str, Any]] = {}
-    for name, turns in seconds.items():
-        for what, count, column in (("prefill", prompt, 0), ("decode", tokens, 1)):
-            median, quartiles = spread([count / turn[column] for turn in turns])
-            found.setdefault(name, {})[f"{what}_tokens_per_second"] = median
-            found[name][f"{what}_quartiles"] = quartiles
-    return found
+    return {name: rates(turns, prompt, tokens) for name, turns in seconds.items()}
+
+
+# Run by the interpreter with llama-cpp-python: from one file to another, of a type.
+QUANTISE = """
+import ctypes, sys, llama_cpp
+_, source, out, kind = sys.argv
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
+"""
+
+
+def quantise(llama: str, model: str | Path, out: Path, kind: str) -> None:
+    """llama.cpp's own file of a type, without an importance matrix; `source.gguf`, the whole model, lies beside it.
+
+    Args:
+        llama: the interpreter of an environment that has llama-cpp-python.
+    """
+    import tawny
+
+    whole, unfinished = out.with_name("source.gguf"), out.with_suffix(".partial")
+    if not whole.exists():
+        tawny.export(model, whole, to="gguf")
+    command = [llama, "-c", QUANTISE, whole, unfinished, kind]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    unfinished.rename(out)
 
 
 def answer(lines: Iterator[Any]) -> None:

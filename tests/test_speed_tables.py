@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import tawny
+from tawny.machine import cpu_features
+from tests.conftest import BENCHMARKS
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"machine": {"cpu": "a processor", "threads": 2}, "date": "2026-01-01"}
@@ -115,7 +121,7 @@ def test_a_table_without_results_says_which_benchmark_makes_it(readme, tmp_path,
 
 def test_a_gguf_of_random_weights_has_the_shape_asked_for(tmp_path):
     gguf = pytest.importorskip("gguf")
-    script = runpy.run_path(str(ROOT / "benchmarks" / "peers.py"))
+    script = runpy.run_path(str(ROOT / "benchmarks" / "shapes.py"))
     script["write_gguf"](tmp_path / "m.gguf", script["SHAPES"]["quick"], "Q4_0")
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert len(tensors) == 3 + 2 * 9
@@ -124,11 +130,32 @@ def test_a_gguf_of_random_weights_has_the_shape_asked_for(tmp_path):
     assert tensors["token_embd.weight"].n_bytes == 512 * 256 * 9 // 16
 
 
-@pytest.mark.parametrize("script", ["decode", "kernels", "peers"])
+@pytest.mark.parametrize("script", ["decode", "kernels", "few_bits_speed"])
 def test_a_benchmark_explains_itself(script):
     path = ROOT / "benchmarks" / f"{script}.py"
     done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--quick" in done.stdout and "--results" in done.stdout
+
+
+def test_results_say_where_they_came_from(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    harness = importlib.import_module("harness")
+    harness.keep(tmp_path / "made.json", {"measurements": [{"a": 1}, {"a": 2}]}, threads=7)
+    made = json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))
+    assert made["measurements"] == [{"a": 1}, {"a": 2}] and made["machine"]["threads"] == 7
+    assert (
+        made["machine"]["products"] in ("float32", "bfloat16") and made["machine"]["flags"] == cpu_features()
+    )
+    assert made["versions"]["tawny"] == tawny.__version__ and made["date"]
+    checkout = Path(tawny.__file__).is_relative_to(ROOT / "src") and (ROOT / ".git").exists()
+    assert not checkout or re.fullmatch("[0-9a-f]{40}(-dirty)?", made["commit"])
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_no_script_describes_the_machine_itself(path):
+    assert path.stem == "harness" or not re.search(
+        r"\b(machine|versions)\(\)", path.read_text(encoding="utf-8")
+    )
 
 
 SCRIPTS = [

@@ -179,6 +179,7 @@ def _cells_of(result: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Mappin
         "seconds",
         "threads",
         "cpu",
+        "measured",
         "phases",
         "achieved",
         "mean_error",
@@ -319,44 +320,9 @@ def structured(result: Mapping[str, Any]) -> str:
     ):  # of zeros, which it makes none
         apart = max(abs(c["achieved"] - c["sparsity"]) for c in cells if c["pattern"] == pattern)
         parts.append(f"Sparsities of {pattern} are met to {apart:.2%} at most.\n")
-    if result.get("recovered"):
-        parts.append(_recovered(result))
     if result.get("speed"):
         parts.append(_slim_speed(result["speed"]))
-    if result.get("equal"):
-        parts.append(_equal_bytes(result["equal"]))
     return "\n".join(parts) + f"\n{machine_and_note(result)}"
-
-
-def _recovered(result: Mapping[str, Any]) -> str:
-    """Perplexity before and after training."""
-    texts = result["evaluation"]["texts"]
-    lines = [
-        f"Trained on {result['calibration']['text']} with `tawny recover`, perplexity before and after:\n",
-        f"| pattern | solver | allocator | sparsity | minutes | {' | '.join(texts)} |",
-        f"|---|---|---|---|---|{'---|' * len(texts)}",
-    ]
-    for cell in result["recovered"].values():
-        named = " | ".join(cell[key] for key in ("pattern", "solver", "allocator"))
-        shown = (
-            f"{plus_minus(cell['before'][text])} → **{plus_minus(cell['evaluation'][text])}**"
-            for text in texts
-        )
-        many = "thread" if cell["threads"] == 1 else "threads"
-        minutes = f"{cell['minutes']:g}, {cell['threads']} {many}"
-        lines.append(f"| {named} | {cell['sparsity']:.0%} | {minutes} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _equal_bytes(equal: Mapping[str, Any]) -> str:
-    """The slim model beside what else fits its bytes."""
-    from tawny.report.comparison import to_markdown
-
-    parts = [
-        f"Slim at {equal['sparsity']:.0%} in our decoder, beside single zeros and fewer bits in at most the same bytes. Head and embedding of packed ones "
-        "are int8:\n"
-    ]
-    return "\n".join(parts + [to_markdown(compared) for compared in equal["compare"]])
 
 
 def _slim_speed(speed: Mapping[str, Any]) -> str:

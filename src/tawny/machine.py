@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "check_device",
+    "cpu_features",
     "cpu_name",
     "device_name",
     "free_memory",
@@ -28,6 +29,11 @@ from typing import Any
 
 from tawny.errors import MissingFeature
 
+# The instructions that forwards and kernels can make use of, as Linux names them (macOS has other names).
+_FEATURES = (
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx512_vbmi2"),
+    *("amx_tile", "amx_bf16", "asimd", "bf16", "sve"),
+)
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # The files of version 2 and of version 1, and what their statistics call files that may be dropped.
 _LIMITS = (
@@ -125,6 +131,17 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The instructions that forwards and kernels can make use of, by their names in /proc/cpuinfo; none where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    present = set(flags.partition(":")[2].split())
+    return [name for name in _FEATURES if name in present]
 
 
 def versions() -> dict[str, str]:

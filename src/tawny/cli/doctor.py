@@ -13,14 +13,9 @@ from typing import Any
 from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.root import verb
-from tawny.machine import cpu_name, free_memory, total_memory
+from tawny.machine import cpu_features, cpu_name, free_memory, total_memory
 from tawny.words import size
 
-# The instructions that forwards and kernels can make use of, as Linux names them (macOS has other names).
-_FEATURES = (
-    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_vbmi2"),
-    *("amx_tile", "amx_bf16", "asimd", "bf16", "sve"),
-)
 _OPTIONAL = {"datasets": "texts c4, wikitext2 and ptb from the hub: pip install 'tawny[hub]'"}
 
 
@@ -77,18 +72,8 @@ def _cpu() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": threads,
-        "features": _features(),
+        "features": cpu_features(),
     }
-
-
-def _features() -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    present = set(flags.partition(":")[2].split())
-    return [name for name in _FEATURES if name in present]
 
 
 def _devices() -> list[str]:
