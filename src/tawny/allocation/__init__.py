@@ -12,6 +12,7 @@ from tawny.allocation.global_ import Global
 from tawny.allocation.lsa import Lsa
 from tawny.allocation.owl import Owl, measure_outliers
 from tawny.allocation.profile import Allocation, Allocator, LinearInfo, Profile
+from tawny.allocation.registry import SINGLE
 from tawny.allocation.uniform import Uniform
 
 __all__ = [
@@ -34,16 +35,4 @@ __all__ = [
     "measure_outliers",
 ]
 
-ALLOCATORS: dict[str, type[Allocator]] = {
-    "uniform": Uniform,
-    "er": Er,
-    "er-plus": ErPlus,
-    "global": Global,
-    "owl": Owl,
-    "dlp": Dlp,
-    "alpha": Alpha,
-    "atp": Atp,
-    "lsa": Lsa,
-    "blend": Blend,
-    "file": File,
-}
+ALLOCATORS: dict[str, type[Allocator]] = {**SINGLE, "blend": Blend, "file": File}

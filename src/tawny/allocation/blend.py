@@ -12,12 +12,13 @@ from __future__ import annotations
 __all__ = ["Blend"]
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from tawny.allocation.budget import Allocation, exact
 from tawny.allocation.joint import Joint
 from tawny.allocation.profile import Allocator, LinearInfo, Linears, Profile
+from tawny.allocation.registry import SINGLE
 from tawny.calibration.statistics import Needs
 from tawny.errors import RecipeError, check_option, nearest
 
@@ -34,12 +35,11 @@ class Blend(Allocator):
     of: str = "atp,alpha"
 
     def __post_init__(self) -> None:
-        known = _blendable()
         different = 0 < len(self.names) == len(set(self.names))
         check_option(different, "allocator.of", repr(self.of), "different allocators, such as atp,alpha")
         for name in self.names:
-            if name not in known:
-                raise RecipeError(f"allocator.of names {name!r}{nearest(name, known)}: {', '.join(known)}")
+            if name not in SINGLE:
+                raise RecipeError(f"allocator.of names {name!r}{nearest(name, SINGLE)}: {', '.join(SINGLE)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,8 +47,7 @@ class Blend(Allocator):
 
     @property
     def members(self) -> Joint:
-        known = _blendable()
-        return Joint({name: known[name]() for name in self.names})
+        return Joint({name: SINGLE[name]() for name in self.names})
 
     @property
     def needs(self) -> Needs:
@@ -77,14 +76,3 @@ class Blend(Allocator):
         ]
         mean = {info.name: sum(one[info.name] for one in made) / len(made) for info in profile.linears}
         return exact(mean, profile.sizes, target)
-
-
-def _blendable() -> dict[str, type[Allocator]]:
-    """All that decide from a profile, without an option that must be given."""
-    from tawny.allocation import ALLOCATORS
-
-    def alone(kind: Any) -> bool:
-        must = any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind))
-        return not must and kind is not Blend
-
-    return {name: kind for name, kind in ALLOCATORS.items() if alone(kind)}
