@@ -8,7 +8,7 @@ import torch
 import tawny
 from tawny.choosing import divergence as module
 from tawny.choosing.divergence import Divergence, Reference
-from tawny.choosing.scores import Measured
+from tawny.choosing.scores import Scores
 from tawny.model.streams import Samples, Stream
 from tests.choosing.parts import solved_levels
 from tests.tiny import tiny_model
@@ -44,7 +44,7 @@ def test_a_score_is_the_divergence_of_the_whole_model_put_together_by_hand(tmp_p
 def test_what_is_known_of_a_window_is_not_measured_again(tmp_path):
     job, space, store, held_out, solved = solved_levels(tiny_model("llama"), tmp_path / "levels")
     path = tmp_path / "scores.jsonl"
-    scores = Measured(path)
+    scores = Scores(path)
     scorer = Divergence(job, store, held_out, solved.hidden, tawny.progress.silent, scores)
     one, other = space.uniform, (1, -1, *space.uniform[2:])
     scorer([one, other], [1])
@@ -53,19 +53,19 @@ def test_what_is_known_of_a_window_is_not_measured_again(tmp_path):
     assert scores.tokens == 3 * spent
     assert scorer([other], [3, 0]) == scorer([other], [3, 0])
     assert scores.tokens == 3 * spent
-    again = Measured(path)
+    again = Scores(path)
     assert [again.mean(levels, [0, 1, 3]) for levels in (one, other)] == found
     assert again.tokens == scores.tokens and again.lacking(one, [2, 3]) == (2,)
     # A line that was cut off counts for nothing, and what comes after it is read again.
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    cut = Measured(path)
+    cut = Scores(path)
     assert cut.lacking(one, [0, 1, 3]) == (0, 3)
     cut.prove({"a": 0.5}, float("inf"), [])
     cut.prove({"a": 0.7}, 0.25, [0.2, 0.3])
-    assert Measured(path).proven({"a": 0.7}) == [0.2, 0.3] and Measured(path).proof({"a": 0.7}) == 0.25
-    assert Measured(path).proof({"a": 0.5}) == float("inf") and Measured(path).proof({"a": 0.6}) is None
-    assert Measured(path).lacking(one, [1]) == ()
+    assert Scores(path).proven({"a": 0.7}) == [0.2, 0.3] and Scores(path).proof({"a": 0.7}) == 0.25
+    assert Scores(path).proof({"a": 0.5}) == float("inf") and Scores(path).proof({"a": 0.6}) is None
+    assert Scores(path).lacking(one, [1]) == ()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -86,7 +86,7 @@ def test_candidates_that_share_blocks_score_as_they_would_alone_and_cost_less(tm
     base = space.uniform
     others = [tuple(k + (i == place) for i, k in enumerate(base)) for place in (0, 9, len(base) - 1)]
     together = scorer([base, *others, base], [0, 1, 2])
-    spent, scorer.measured = scorer.measured.tokens, Measured()
+    spent, scorer.measured = scorer.measured.tokens, Scores()
     assert together == [scorer([one], [0, 1, 2])[0] for one in (base, *others, base)]
     assert spent < scorer.measured.tokens
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -20,12 +20,13 @@ from tawny.choosing import pace as pace_module
 from tawny.choosing.demand import TOGETHER, FitDemand
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.fitted import _zeros_told
+from tawny.choosing.kept import Measured
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, UNMEASURED, Level, Measures
 from tawny.choosing.limit import Room
 from tawny.choosing.measuring import far_from_role, few_bits
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings
-from tawny.choosing.table import Found, Table
+from tawny.choosing.table import Table
 from tawny.errors import Interrupted, NumericalError, RecipeError, TextError, UserError
 from tawny.kinds import KINDS
 from tawny.packed.folder import INDEX, PackedFolder
@@ -62,15 +63,15 @@ def weights(folder):
 
 def test_a_lead_that_is_the_same_in_every_window_is_sure():
     theirs = [0.2, 0.5, 0.9]
-    uniform, other = (SimpleNamespace(uniform=kind) for kind in ("int4", None))
     rows = [
         {"uniform": True, "kl": 1.6 / 3, "kl_by_window": theirs},
         {"uniform": False, "kl": 0.96 / 3, "kl_by_window": [0.6 * each for each in theirs]},
     ]
-    lead, stderr = finalists_module.lead_over_uniform([uniform, other], rows, 1)
+    uniform, other = (SimpleNamespace(row=row) for row in rows)
+    lead, stderr = finalists_module.lead_over_uniform(other, [uniform, other])
     assert (lead, stderr) == (pytest.approx(0.4), pytest.approx(0, abs=1e-12))
     rows[1]["kl_by_window"][0] += 0.1
-    assert finalists_module.lead_over_uniform([uniform, other], rows, 1)[1] > 0.01
+    assert finalists_module.lead_over_uniform(other, [uniform, other])[1] > 0.01
 
 
 def test_the_model_fits_and_is_the_nearest_of_the_finalists(dense, fitted):
@@ -279,22 +280,22 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     none = {str(share): 0.0 for share in SPARSITIES}
     measures = {x.name: Measures(dict.fromkeys(KINDS_TRIED, 0.0), none, 0.0, 0, False) for x in job.linears}
     little, much = ({kind: i * step for i, kind in enumerate(KINDS_TRIED)} for step in (0.01, 1.0))
-    found = Found(measures, dict.fromkeys(measures, 0.0), much, little)
+    found = Measured(measures, dict.fromkeys(measures, 0.0), much, little)
     least = sum(sizes.linear(x, Level(0.0, "int2")) for x in job.linears)
     budget = sizes.rest + least + sizes.of_head("int8") + sizes.of_embedding("int3")
-    best = Table(job, sizes, Room(sizes, budget), found).chosen(budget, zeros=False)
+    best = Table(job, Room(sizes, budget), found).chosen(budget, zeros=False)
     assert best is not None and best.bytes <= budget
     assert (best.head, best.embedding) == ("int8", "int3")
     assert best.expected == pytest.approx(little["int3"])
-    table = Table(job, sizes, Room(sizes, budget), found)
+    table = Table(job, Room(sizes, budget), found)
     assert [each.head for each in table.finalists()] == ["int8"]
     journal = SimpleNamespace(
         once=lambda *_: {"kinds": dict.fromkeys(measures, "int2")}, forget=lambda _: None
     )
-    refined, _ = refining.refine(SimpleNamespace(journal=journal), table, 1.0, None, None, None, tmp_path)
+    refined, _ = refining.refine(SimpleNamespace(journal=journal), table, 1.0, None, None, tmp_path)
     assert refined is not None and (refined.embedding, refined.takes) == ("int3", best.takes)
     with pytest.raises(RecipeError, match=f"give --size {math.ceil(table.least)}, or more"):
-        Table(job, sizes, Room(sizes, table.least / 2), found).finalists()
+        Table(job, Room(sizes, table.least / 2), found).finalists()
 
 
 def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense):
@@ -318,9 +319,9 @@ def test_refining_that_breaks_down_loses_nothing(dense, fitted, tmp_path, monkey
         assert not (tmp_path / "made.partial" / "levels").exists()
         return judge(*arguments, **keys)
 
-    judge = module.judge
+    judge = finalists_module.judge
     monkeypatch.setattr(refining, "evolve", breaks)
-    monkeypatch.setattr(module, "judge", cleared)
+    monkeypatch.setattr(finalists_module, "judge", cleared)
     keys = {"measured": dense.parent / "fitted", **KEYS, "fit.budget": "1h"}
     made = tawny.fit(dense, tmp_path / "made", bits=9, **keys)
     assert made.finalists == fitted.finalists and made.refined == ""
@@ -333,7 +334,7 @@ def test_a_fit_of_which_nothing_can_be_made_keeps_what_it_measured(dense, fitted
 
     out = tmp_path / "made"
     with monkeypatch.context() as patched:
-        patched.setattr(module, "make", breaks)
+        patched.setattr(finalists_module, "make", breaks)
         with pytest.raises(
             RecipeError, match=r"NaN in block 1: give a larger size.* with --measured .* again"
         ):
@@ -354,8 +355,8 @@ def test_zeros_are_tried_where_they_promise_enough(dense):
         zeros = {str(share): cost for share in SPARSITIES}
         bits = {kind: float(i) for i, kind in enumerate(KINDS_TRIED)}
         measures = {x.name: Measures(bits, zeros, 1.0, 0, False) for x in job.linears}
-        found = Found(measures, dict.fromkeys(measures, 1.0), {"int8": 0.0}, {})
-        names[cost] = [each.name for each in Table(job, sizes, Room(sizes, budget), found).finalists()]
+        found = Measured(measures, dict.fromkeys(measures, 1.0), {"int8": 0.0}, {})
+        names[cost] = [each.name for each in Table(job, Room(sizes, budget), found).finalists()]
     assert names[0.0][:2] == ["zeros and bits by the linear", "bits by the linear"]
     assert not any("zeros" in name for name in names[10.0])
 
@@ -446,9 +447,9 @@ def test_why_there_are_no_zeros_is_said_as_it_was(dense):
     plain, sparse = (
         SimpleNamespace(levels={x.name: Level(share, "int4") for x in job.linears}) for share in (0.0, 0.5)
     )
-    assert "less than 3 %" in _zeros_told(job, [plain], 0)
-    assert "farther from the dense one" in _zeros_told(job, [sparse, plain], 1)
-    assert _zeros_told(job, [plain, sparse], 1).startswith("zeros in 14 of 14 linears")
+    assert "less than 3 %" in _zeros_told(job, plain, [plain])
+    assert "farther from the dense one" in _zeros_told(job, plain, [sparse, plain])
+    assert _zeros_told(job, sparse, [plain, sparse]).startswith("zeros in 14 of 14 linears")
 
 
 def test_held_out_text_that_decides_by_one_window_is_too_little(dense, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tawny.choosing.demand import candidates_at_once
-from tawny.choosing.scores import Measured, Sums, mean
+from tawny.choosing.scores import Scores, WindowSums, mean
 from tawny.choosing.solving import LevelStore
 from tawny.choosing.space import Levels
 from tawny.model.linears import Linear
@@ -82,11 +82,11 @@ class Divergence:
         held_out: Samples,
         hidden: Tensor,
         progress: Progress,
-        measured: Measured | None = None,
+        measured: Scores | None = None,
     ) -> None:
         self.stack, self.by_block, self.store, self.progress = job.stack, job.by_block, store, progress
         self.held_out, self.hidden = held_out, hidden
-        self.measured = measured or Measured()
+        self.measured = measured or Scores()
         vocabulary = int(job.stack.config.get_text_config().vocab_size)
         self._tokens_at_once = max(16, LOGIT_BYTES // (4 * vocabulary))
 
@@ -158,9 +158,11 @@ class Divergence:
                         self.progress.detail(f"block {index}", done, total)
         return parts
 
-    def _compare(self, stream: Stream, rows: Sequence[int], parts: Sequence[_Part]) -> dict[int, list[Sums]]:
+    def _compare(
+        self, stream: Stream, rows: Sequence[int], parts: Sequence[_Part]
+    ) -> dict[int, list[WindowSums]]:
         """Divergence of each candidate on each window; the dense logits of some tokens are made once for all of them."""
-        made: list[list[Sums]] = [[] for _ in parts]
+        made: list[list[WindowSums]] = [[] for _ in parts]
         tokens = stream.samples.tokens
         for chunk, window in enumerate(stream.slices):
             for row in range(window.start, window.stop):
@@ -176,7 +178,7 @@ class Divergence:
                         kept = lost if valid is None else lost[valid[some].to(lost.device)]
                         sums[number].append(float(kept.sum(dtype=torch.float64)))
                 for found, values in zip(made, sums, strict=True):
-                    found.append(Sums(count, tuple(values)))
+                    found.append(WindowSums(count, tuple(values)))
         return {i: found for part, found in zip(parts, made, strict=True) for i in part.members}
 
 

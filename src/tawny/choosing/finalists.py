@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["apart", "judge", "lead_over_uniform", "make"]
+__all__ = ["Judged", "apart", "judge_all", "lead_over_uniform"]
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from tawny.choosing.scores import lead
 from tawny.choosing.table import Finalist
+from tawny.errors import NumericalError
 from tawny.evaluation.agreement import agreement
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import file_bytes
@@ -30,6 +33,51 @@ from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.report.pages import write_beside
 from tawny.words import size
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A finalist that was made.
+
+    Attributes:
+        folder: the packed model.
+        row: of the table of finalists: size, divergence from the dense model, and what of it was expected.
+    """
+
+    finalist: Finalist
+    folder: Path
+    row: dict[str, Any]
+
+    def order(self, allowed: float) -> tuple[bool, float, bool]:
+        """By which the best comes first: those of the size that is allowed, the nearest, of equals uniform."""
+        return self.row["bytes"] > allowed, self.row["kl"], self.finalist.uniform is None
+
+
+def judge_all(
+    session: Session,
+    finalists: Sequence[Finalist],
+    samples: Samples,
+    deciding: Tensor,
+    memory: str | int | None,
+    tokenizer: Any,
+) -> tuple[list[Judged], list[str]]:
+    """Each finalist made and compared once; a line on each that broke down and takes no part."""
+    output, run = session.output, session.run
+    assert output is not None
+    judged, broken = [], []
+    for number, finalist in enumerate(finalists, 1):
+        folder = output.work / "finalists" / str(number)
+        with run.clock(f"finalist {number}"):
+            try:
+                make(session, folder, finalist, samples, memory, tokenizer)
+                judging = partial(judge, session, folder, finalist, deciding)
+                row = run.journal.once(f"finalist {number}", judging)
+            except NumericalError as error:
+                broken.append(f"{finalist.name} breaks down and takes no part: {error}")
+            else:
+                judged.append(Judged(finalist, folder, row))
+        session.note_cost()
+    return judged, broken
 
 
 def _recipe_of(session: Session, finalist: Finalist, folder: Path) -> Recipe:
@@ -63,10 +111,10 @@ def make(
     samples: Samples,
     memory: str | int | None,
     tokenizer: Any,
-) -> Path:
+) -> None:
     """The packed folder of a finalist: pruned in earnest, packed, and not done again."""
     if folder.exists():
-        return folder
+        return
     folder.parent.mkdir(exist_ok=True)
     dense, progress = folder.with_suffix(".dense"), session.run.progress
     if not dense.exists():
@@ -86,7 +134,6 @@ def make(
         )
     pack(dense, folder, progress=progress)
     shutil.rmtree(dense)
-    return folder
 
 
 def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) -> dict[str, Any]:
@@ -116,17 +163,15 @@ def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) 
     }
 
 
-def apart(better: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
-    """How far a row is ahead of another in nats a token, and the standard error of that, over the same windows."""
-    apart = torch.tensor(other["kl_by_window"]) - torch.tensor(better["kl_by_window"])
-    return float(apart.mean()), float(apart.std()) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
+def apart(better: Judged, other: Judged) -> tuple[float, float]:
+    """How far one is ahead of another in nats a token, and the standard error of that, over the same windows."""
+    ahead = torch.tensor(other.row["kl_by_window"]) - torch.tensor(better.row["kl_by_window"])
+    return float(ahead.mean()), float(ahead.std()) / math.sqrt(len(ahead)) if len(ahead) > 1 else 0.0
 
 
-def lead_over_uniform(
-    finalists: Sequence[Finalist], rows: Sequence[Mapping[str, Any]], winner: int
-) -> tuple[float, float]:
-    """Of the winner over the best uniform one, as a share of its divergence, with the standard error."""
-    uniform = next((row for row in rows if row["uniform"]), None)
-    if uniform is None or finalists[winner].uniform is not None or not uniform["kl"]:
+def lead_over_uniform(best: Judged, judged: Sequence[Judged]) -> tuple[float, float]:
+    """Of the best over the best uniform one, as a share of its divergence, with the standard error."""
+    uniform = next((each.row for each in judged if each.row["uniform"]), None)
+    if uniform is None or best.row["uniform"] or not uniform["kl"]:
         return 0.0, 0.0
-    return lead(rows[winner]["kl_by_window"], uniform["kl_by_window"])
+    return lead(best.row["kl_by_window"], uniform["kl_by_window"])

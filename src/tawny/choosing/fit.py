@@ -30,18 +30,18 @@ from torch import Tensor, nn
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.choosing.demand import FitDemand
 from tawny.choosing.divergence import Divergence
-from tawny.choosing.finalists import apart, judge, lead_over_uniform, make
-from tawny.choosing.fitted import Fitted, finish
-from tawny.choosing.kept import REACTIONS, found_in, keep_measured, read_measured, take_measured
+from tawny.choosing.finalists import apart, judge_all
+from tawny.choosing.fitted import Fitted, deliver, tell
+from tawny.choosing.kept import REACTIONS, Measured, keep_measured, read_measured, take_measured
 from tawny.choosing.limit import Room, Target, check_target, room_for
 from tawny.choosing.measuring import few_bits, measure, probes_bytes, react, react_ends
 from tawny.choosing.pace import Pace, measured_pace
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.refining import refine
-from tawny.choosing.scores import Measured
+from tawny.choosing.scores import Scores
 from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
 from tawny.choosing.solving import WALK, LevelStore, level_dtype
-from tawny.choosing.table import Finalist, Found, Table
+from tawny.choosing.table import Finalist, Table
 from tawny.errors import ModelError, NumericalError, RecipeError, TextError
 from tawny.evaluation.bench import bench
 from tawny.machine import resident_memory
@@ -199,19 +199,18 @@ def _fit(
     """Steps 1 to 4."""
     job, journal, output = session.job, session.run.journal, session.output
     assert output is not None
-    sizes = PackedSize(job)
-    room = _room(session, sizes, target)
+    room = _room(session, target)
     samples, searched, deciding = _split(session, settings)
-    of = {key: session.run.journal.identity.get(key) for key in ("recipe", "model", "text")}
+    of = {key: journal.identity.get(key) for key in ("recipe", "model", "text")}
     of |= {"held-out text": tensor_digest(searched.tokens).hexdigest(), "packed format": format.VERSION}
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
-    found = _measured(session, samples, searched, sizes, output.work)
+    measured = _measured(session, samples, searched, room.sizes, output.work)
     keep_measured(output.work, of, journal.state["once"])
     # To another folder: `--overwrite` would clear what was measured before a misspelt text is refused.
     again = f"to another --out, with --measured {shlex.quote(str(output.out))}, nothing is measured again"
-    table = Table(job, sizes, room, found)
+    table = Table(job, room, measured)
     try:
         finalists = table.finalists()
     except RecipeError as error:
@@ -221,79 +220,40 @@ def _fit(
         refined = _refined(session, settings, table, samples, searched, output.work, finalists)
     except NumericalError as error:  # what was measured is not lost with it
         warnings.append(f"refining broke down and takes no part: {error}")
-    session.run.progress.say(
-        f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {'; '.join(x.name for x in finalists)}"
-    )
-    finalists, rows, folders, broken = _judged(session, finalists, samples, deciding, memory, tokenizer)
-    if not finalists:
+    names = "; ".join(each.name for each in finalists)
+    session.run.progress.say(f"{len(finalists)} finalist{'s' * (len(finalists) > 1)}: {names}")
+    judged, broken = judge_all(session, finalists, samples, deciding, memory, tokenizer)
+    if not judged:
         raise RecipeError(f"{'; '.join(broken)}: give a larger size, or more calibration; {again}")
+    allowed = room.file_bytes or math.inf
+    best, *others = sorted(judged, key=lambda each: each.order(allowed))
     warnings += broken
-    allowed = room.budget if target.speed is None else math.inf
-    order = sorted(
-        range(len(rows)),
-        key=lambda i: (rows[i]["bytes"] > allowed, rows[i]["kl"], finalists[i].uniform is None),
-    )
-    winner = order[0]
-    if rows[winner]["bytes"] > allowed:
+    if best.row["bytes"] > allowed:
         warnings.append(
-            f"packing took {size(rows[winner]['bytes'])}, more than the {size(int(allowed))} that were asked for"
+            f"packing took {size(best.row['bytes'])}, more than the {size(int(allowed))} that were asked for"
         )
-    speed = _speed(session, room, target, folders[winner], parse_size(memory), warnings)
-    lead, stderr = lead_over_uniform(finalists, rows, winner)
-    others = [rows[i] for i in order[1:]]
-    ahead, unsure = apart(rows[winner], others[0]) if others else (0.0, 0.0)
+    speed = _speed(session, room, target, best.folder, parse_size(memory), warnings)
+    ahead, unsure = apart(best, others[0]) if others else (0.0, 0.0)
     if ahead < 2 * unsure:
         warnings.append(
             f"{len(deciding)} windows of {deciding.shape[1]} held-out tokens do not tell the first two finalists apart: "
             f"{ahead:.5f} ± {unsure:.5f} nats a token; give a longer text, or more fit.deciding"
         )
-    keep_measured(folders[winner], of, journal.state["once"])
-    return finish(
+    keep_measured(best.folder, of, journal.state["once"])
+    held_out = {"reactions": len(searched), "deciding": len(deciding), "tokens": searched.seqlen}
+    fitted = tell(
         session,
-        asdict(settings),
-        finalists,
-        rows,
-        winner,
-        folders[winner],
-        None if target.speed else int(room.budget),
-        speed,
-        refined,
+        settings,
         table,
-        (lead, stderr),
-        warnings,
-        {"reactions": len(searched), "deciding": len(deciding), "tokens": searched.seqlen},
+        best,
+        judged,
+        refined=refined,
+        speed=speed,
+        held_out=held_out,
+        warnings=warnings,
     )
-
-
-def _judged(
-    session: Session,
-    finalists: list[Finalist],
-    samples: Samples,
-    deciding: Tensor,
-    memory: str | int | None,
-    tokenizer: Any,
-) -> tuple[list[Finalist], list[dict[str, Any]], list[Path], list[str]]:
-    """Step 3: those that could be made, what was measured of them, their folders, and a line on each that broke down."""
-    assert session.output is not None
-    judged: list[Finalist] = []
-    rows: list[dict[str, Any]] = []
-    folders: list[Path] = []
-    broken: list[str] = []
-    for number, finalist in enumerate(finalists, 1):
-        folder = session.output.work / "finalists" / str(number)
-        with session.run.clock(f"finalist {number}"):
-            try:
-                make(session, folder, finalist, samples, memory, tokenizer)
-                asked = partial(judge, session, folder, finalist, deciding)
-                row = session.run.journal.once(f"finalist {number}", asked)
-            except NumericalError as error:
-                broken.append(f"{finalist.name} breaks down and takes no part: {error}")
-            else:
-                judged.append(finalist)
-                rows.append(row)
-                folders.append(folder)
-        session.note_cost()
-    return judged, rows, folders, broken
+    deliver(session, fitted, best.folder)
+    return fitted
 
 
 def _refined(
@@ -309,15 +269,13 @@ def _refined(
     if settings.seconds is None:
         return ""
     with session.run.clock("refining"):
-        made, told = refine(
-            session, table, settings.seconds, samples, searched, level_dtype(session.job.stack), work
-        )
-    finalists += [made] if made is not None else []
+        finalist, told = refine(session, table, settings.seconds, samples, searched, work)
+    finalists += [finalist] if finalist is not None else []
     session.run.progress.say(told["says"])
     return str(told["says"])
 
 
-def _room(session: Session, sizes: PackedSize, target: Target) -> Room:
+def _room(session: Session, target: Target) -> Room:
     """What may be spent. A pace is measured once, so that a fit that goes on decides alike."""
     journal, job = session.run.journal, session.job
     kept = journal.state.get("once", {}).get(_PACE)
@@ -325,7 +283,7 @@ def _room(session: Session, sizes: PackedSize, target: Target) -> Room:
     def pace() -> Pace:
         return measured_pace(job.linears, session.run.progress) if kept is None else Pace.from_mapping(kept)
 
-    room = room_for(job, sizes, target, pace)
+    room = room_for(job, target, pace)
     if room.pace is not None:
         plain = asdict(room.pace)
         journal.once(_PACE, lambda: plain)
@@ -357,7 +315,9 @@ def _speed(
     return {**told, "threads": made.threads, "kernel": made.kernel, "assumes": room.pace.told()}
 
 
-def _measured(session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path) -> Found:
+def _measured(
+    session: Session, samples: Samples, searched: Samples, sizes: PackedSize, work: Path
+) -> Measured:
     """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
     job, journal = session.job, session.run.journal
     if REACTIONS not in journal.state.get("once", {}):
@@ -367,8 +327,8 @@ def _measured(session: Session, samples: Samples, searched: Samples, sizes: Pack
         try:
             with session.run.clock("levels"):
                 measures, hidden = measure(session, store, samples, searched)
-            measured = Measured(store.folder / "scores.jsonl")
-            divergence = Divergence(job, store, searched, hidden, session.run.progress, measured)
+            scores = Scores(store.folder / "scores.jsonl")
+            divergence = Divergence(job, store, searched, hidden, session.run.progress, scores)
             with session.run.clock("reactions"):
                 reactions = react(session, divergence, measures)
                 ends = react_ends(session, sizes, divergence)
@@ -378,4 +338,4 @@ def _measured(session: Session, samples: Samples, searched: Samples, sizes: Pack
         journal.once(REACTIONS, lambda: finite({"measures": plain, "reactions": reactions, **ends}))
         journal.forget(WALK)
         store.remove()
-    return found_in(journal.state["once"])
+    return Measured.kept_in(journal.state["once"])

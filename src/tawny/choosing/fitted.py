@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Fitted", "finish"]
+__all__ = ["Fitted", "deliver", "tell"]
 
 import json
 import re
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tawny.allocation.profile import LinearInfo
+from tawny.choosing.finalists import Judged, lead_over_uniform
 from tawny.choosing.level import Level
+from tawny.choosing.settings import FitSettings
 from tawny.choosing.table import ZEROS_GAIN, Finalist, Table
 from tawny.kinds import KINDS
 from tawny.machine import peak_memory
 from tawny.pruning.prepare import Job
-from tawny.pruning.session import (
-    Session,
-)
+from tawny.pruning.session import Session
 from tawny.recipe.files import dump_recipe
 from tawny.recipe.schema import Recipe
 from tawny.record import finite
@@ -81,11 +81,10 @@ class Fitted:
         return asdict(self)
 
 
-def _zeros_told(job: Job, finalists: Sequence[Finalist], winner: int) -> str:
+def _zeros_told(job: Job, finalist: Finalist, others: Sequence[Finalist]) -> str:
     """Where zeros were used."""
-    finalist = finalists[winner]
     with_zeros = [x for x in job.linears if finalist.levels[x.name].sparsity]
-    if not with_zeros and any(level.sparsity for other in finalists for level in other.levels.values()):
+    if not with_zeros and any(level.sparsity for other in others for level in other.levels.values()):
         return "no zeros: the model with zeros that was made is farther from the dense one"
     if not with_zeros:
         return f"no zeros: at this size they are expected to gain less than {percent(ZEROS_GAIN, 0)} over bits alone"
@@ -100,19 +99,18 @@ def _zeros_told(job: Job, finalists: Sequence[Finalist], winner: int) -> str:
     )
 
 
-def _told(
-    finalists: Sequence[Finalist],
-    rows: Sequence[Mapping[str, Any]],
-    winner: int,
+def _says(
+    best: Judged,
+    judged: Sequence[Judged],
     lead: tuple[float, float],
     speed: Mapping[str, Any] | None,
 ) -> str:
-    row = rows[winner]
+    row = best.row
     head = f"{row['name']}: {size(row['bytes'])}, {row['bits']:.3f} bits a weight, KL {kl_text(row['kl'], row['kl_stderr'])}"
     if speed is not None:
         head += f", {speed['measured']:.1f} tokens a second where {speed['asked']:g} were asked for"
-    uniform = next((other for other in rows if other["uniform"]), None)
-    if finalists[winner].uniform is not None:
+    uniform = next((each.row for each in judged if each.row["uniform"]), None)
+    if row["uniform"]:
         return f"{head}; nothing that fits came nearer to the dense model"
     if uniform is None:
         return f"{head}; no uniform model took part"
@@ -142,61 +140,65 @@ def _roles(job: Job, finalist: Finalist) -> dict[str, dict[str, list[float | Non
     }
 
 
-def finish(
+def tell(
     session: Session,
-    settings: Mapping[str, Any],
-    finalists: Sequence[Finalist],
-    rows: Sequence[dict[str, Any]],
-    winner: int,
-    folder: Path,
-    budget: int | None,
-    speed: dict[str, Any] | None,
-    refined: str,
+    settings: FitSettings,
     table: Table,
-    lead: tuple[float, float],
-    warnings: Sequence[str],
+    best: Judged,
+    judged: Sequence[Judged],
+    *,
+    refined: str,
+    speed: dict[str, Any] | None,
     held_out: Mapping[str, int],
+    warnings: Sequence[str],
 ) -> Fitted:
-    """Make the winner's folder the output."""
+    """The record of a fit, of which `best` is the output."""
     job, output, clock, record = session.job, session.output, session.run.clock, session.record
     assert output is not None
-    chosen = finalists[winner]
+    chosen, measured = best.finalist, table.measured
+    lead = lead_over_uniform(best, judged)
     clock.seconds["total"] = clock.elapsed
-    fitted = Fitted(
+    return Fitted(
         source=job.source,
         out=str(output.out),
         recipe=job.recipe.to_mapping(),
-        settings=dict(settings),
-        budget=budget,
+        settings=asdict(settings),
+        budget=table.room.file_bytes,
         speed=speed,
         refined=refined,
-        bytes=rows[winner]["bytes"],
-        bits=rows[winner]["bits"],
+        bytes=best.row["bytes"],
+        bits=best.row["bits"],
         winner=chosen.name,
-        says=_told(finalists, rows, winner, lead, speed),
-        zeros=_zeros_told(job, finalists, winner),
+        says=_says(best, judged, lead, speed),
+        zeros=_zeros_told(job, chosen, [each.finalist for each in judged]),
         lead=lead[0],
         lead_stderr=lead[1],
-        finalists=list(rows),
+        finalists=[each.row for each in judged],
         roles=_roles(job, chosen),
         curve=table.curve(),
         linears={
-            x.name: {**asdict(chosen.levels[x.name]), "expected": table.cost(x.name, chosen.levels[x.name])}
-            for x in job.linears
+            name: {**asdict(level), "expected": table.cost(name, level)}
+            for name, level in ((x.name, chosen.levels[x.name]) for x in job.linears)
         },
-        head=table.found.head,
-        embedding=table.found.embedding,
+        head=measured.head,
+        embedding=measured.embedding,
         held_out=dict(held_out),
         warnings=list(warnings),
         seconds={phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
         peak_memory=max(peak_memory(), record.peak_memory),
         resumed=record.resumed,
     )
+
+
+def deliver(session: Session, fitted: Fitted, folder: Path) -> None:
+    """Make a finalist's folder the output."""
+    output = session.output
+    assert output is not None
     told = finite(fitted.to_dict())
     beside = folder.with_suffix(".yaml")
     if beside.exists():
         shutil.copyfile(beside, folder / ALLOCATION)
-    _own(folder, output, told, record.memory_before)
+    _own(folder, output, told, session.record.memory_before)
     for suffix in (".png", ".svg"):
         path = folder / f"fit{suffix}"
         or_say(path, partial(plot_fit, told, path), session.run.progress)
@@ -206,7 +208,6 @@ def finish(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.replace(output.partial)
     output.finish()
-    return fitted
 
 
 def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any], memory_before: int) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["REACTIONS", "found_in", "keep_measured", "read_measured", "take_measured"]
+__all__ = ["REACTIONS", "Measured", "keep_measured", "read_measured", "take_measured"]
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tawny.choosing.level import Measures
-from tawny.choosing.table import Found
 from tawny.errors import RecipeError
 from tawny.model import durable
 from tawny.run.journal import Journal
@@ -19,15 +19,31 @@ from tawny.run.output import MEASURED, unfinished
 REACTIONS = "reactions"  # what the journal calls it
 
 
-def found_in(kept: Mapping[str, Any]) -> Found:
-    """What a journal or a file holds, to choose from."""
-    found = kept[REACTIONS]
-    measures = {name: Measures(**each) for name, each in found["measures"].items()}
-    head, embedding = (
-        {kind: value for kind, value in found[end].items() if value is not None}
-        for end in ("head", "embedding")
-    )
-    return Found(measures, found["reactions"], head, embedding)
+@dataclass(frozen=True)
+class Measured:
+    """What a fit measured of a model, to choose from.
+
+    Attributes:
+        measures: of each linear.
+        reactions: of each linear, what it adds to the output's divergence when it is rounded to the probe; nats a token.
+        head, embedding: by kind, what rounding it adds; no embedding where it shares its weight with the head.
+    """
+
+    measures: dict[str, Measures]
+    reactions: dict[str, float]
+    head: dict[str, float]
+    embedding: dict[str, float]
+
+    @classmethod
+    def kept_in(cls, journal: Mapping[str, Any]) -> Measured:
+        """What a journal or a file holds."""
+        kept = journal[REACTIONS]
+        measures = {name: Measures(**each) for name, each in kept["measures"].items()}
+        head, embedding = (
+            {kind: value for kind, value in kept[end].items() if value is not None}
+            for end in ("head", "embedding")
+        )
+        return cls(measures, kept["reactions"], head, embedding)
 
 
 def keep_measured(folder: Path, of: Mapping[str, Any], kept: Mapping[str, Any]) -> None:

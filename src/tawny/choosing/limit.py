@@ -7,6 +7,7 @@ __all__ = ["Limit", "Room", "Target", "check_target", "room_for"]
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from tawny.allocation.profile import LinearInfo
@@ -85,12 +86,22 @@ class Room:
         pace: of a speed.
     """
 
-    limit: Limit
+    sizes: PackedSize
     budget: float
     pace: Pace | None = None
 
+    @cached_property
+    def limit(self) -> Limit:
+        """What linears, head and embedding take of the budget."""
+        return self.sizes if self.pace is None else ReadPerToken(self.sizes, self.pace)
 
-def room_for(job: Job, sizes: PackedSize, target: Target, pace: Callable[[], Pace]) -> Room:
+    @property
+    def file_bytes(self) -> int | None:
+        """That were asked for; None where a speed was."""
+        return int(self.budget) if self.pace is None else None
+
+
+def room_for(job: Job, target: Target, pace: Callable[[], Pace]) -> Room:
     """
     Args:
         pace: measures the machine, where a speed is asked for.
@@ -98,17 +109,18 @@ def room_for(job: Job, sizes: PackedSize, target: Target, pace: Callable[[], Pac
     Raises:
         RecipeError: nothing is that small or that fast; says what is.
     """
+    sizes = PackedSize(job)
     if target.speed is None:
         return Room(sizes, _bytes(job, sizes, target))
     measured = pace()
-    limit = ReadPerToken(sizes, measured)
-    fastest = measured.bandwidth / smallest(job, limit)
+    room = Room(sizes, measured.budget(target.speed), measured)
+    fastest = measured.bandwidth / smallest(job, room.limit)
     if target.speed > fastest:
         raise RecipeError(
             f"{job.source} cannot write {target.speed:g} tokens a second on this machine: with the quickest kind in every linear "
             f"it writes at most {_down(fastest)}; give --speed {_down(fastest)}, or less"
         )
-    return Room(limit, measured.budget(target.speed), measured)
+    return room
 
 
 def check_target(target: Target, job: Job) -> None:

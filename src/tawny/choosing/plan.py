@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from tawny.choosing.demand import TOGETHER, FitDemand
-from tawny.choosing.kept import found_in, read_measured
+from tawny.choosing.kept import Measured, read_measured
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, Level, Measures
 from tawny.choosing.limit import Target, room_for, smallest
 from tawny.choosing.measuring import few_bits, probes_bytes
 from tawny.choosing.pace import measured_pace
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.settings import FitSettings, own_keys, recipe_of_fit
-from tawny.choosing.table import Finalist, Found, Table
+from tawny.choosing.table import Finalist, Table
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
 from tawny.model.context import check_context
@@ -103,13 +103,12 @@ def plan_fit(
     target = Target.of(size, bits, speed)
     of_recipe, own = own_keys(keys, "fit")
     recipe, settings = recipe_of_fit(recipe, of_recipe), FitSettings.make(settings, **own)
-    found = None if measured is None else found_in(read_measured(Path(measured)))
+    known = None if measured is None else Measured.kept_in(read_measured(Path(measured)))
     job = prepare(recipe, source, progress, recipe.device)
-    sizes = PackedSize(job)
-    room = room_for(job, sizes, target, lambda: measured_pace(job.linears, progress))
-    if found is not None and set(found.measures) != {x.name for x in job.linears}:
+    room = room_for(job, target, lambda: measured_pace(job.linears, progress))
+    if known is not None and set(known.measures) != {x.name for x in job.linears}:
         raise RecipeError(f"what {measured} holds was measured of another model than {source}")
-    table = Table(job, sizes, room, found or _alike(job, sizes))
+    table = Table(job, room, known or _alike(job, room.sizes))
     finalists = table.finalists()
     best = min(finalists, key=lambda each: each.expected)
     check_context(job.stack.model, recipe.calibration.seqlen)
@@ -129,11 +128,11 @@ def plan_fit(
         settings=asdict(settings),
         parameters=job.parameters,
         asked=asdict(target),
-        budget=None if target.speed else int(room.budget),
-        smallest=int(smallest(job, sizes)),
+        budget=room.file_bytes,
+        smallest=int(smallest(job, room.sizes)),
         kinds=[_kind(table, kind) for kind in KINDS_TRIED],
-        chosen=_chosen(job, sizes, best),
-        expected=None if found is None else best.expected,
+        chosen=_chosen(job, room.sizes, best),
+        expected=None if known is None else best.expected,
         assumes="" if room.pace is None else room.pace.told(),
         finalists=[each.name for each in finalists],
         memory={"peak": placement.peak, "smallest": placement.smallest, **placement.parts},
@@ -143,7 +142,7 @@ def plan_fit(
     )
 
 
-def _alike(job: Job, sizes: PackedSize) -> Found:
+def _alike(job: Job, sizes: PackedSize) -> Measured:
     """As if every weight mattered alike."""
     zeros = {str(share): _ZEROS[share] for share in SPARSITIES if share}
     bits = {kind: KINDS[kind].error for kind in KINDS_TRIED}
@@ -153,7 +152,7 @@ def _alike(job: Job, sizes: PackedSize) -> Found:
         for numel in (sizes.head_numel, sizes.embedding_numel)
     )
     reactions = {x.name: bits["int4"] * x.numel for x in job.linears}
-    return Found(measures, reactions, head, embedding)
+    return Measured(measures, reactions, head, embedding)
 
 
 def _kind(table: Table, kind: str) -> dict[str, Any]:

@@ -17,15 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tawny.choosing.demand import TOGETHER
 from tawny.choosing.divergence import Divergence
 from tawny.choosing.evolution import evolve
 from tawny.choosing.kind_space import make_kind_space
 from tawny.choosing.level import Level
-from tawny.choosing.scores import Measured
-from tawny.choosing.solving import LevelStore, solve_levels
+from tawny.choosing.scores import Scores
+from tawny.choosing.solving import LevelStore, level_dtype, solve_levels
 from tawny.choosing.table import Finalist, Table
 from tawny.errors import NumericalError
 from tawny.model.streams import Samples
@@ -38,13 +36,7 @@ _TRIALS = 1_000_000  # time ends it
 
 
 def refine(
-    session: Session,
-    table: Table,
-    seconds: float,
-    samples: Samples,
-    searched: Samples,
-    dtype: torch.dtype,
-    work: Path,
+    session: Session, table: Table, seconds: float, samples: Samples, searched: Samples, work: Path
 ) -> tuple[Finalist | None, dict[str, Any]]:
     """A finalist that is nearer to the dense model on the windows that are searched on; None where nothing was.
 
@@ -60,9 +52,8 @@ def refine(
     if start is None:  # only zeros are small enough
         return None, {"says": "nothing to refine: only zeros make the model that small"}
     journal = session.run.journal
-    told = journal.once(
-        "refined", partial(_refined, session, table, start, seconds, samples, searched, dtype, work)
-    )
+    moving = partial(_refined, session, table, start, seconds, samples, searched, work)
+    told = journal.once("refined", moving)
     journal.forget(WALK)
     shutil.rmtree(work / "levels", ignore_errors=True)  # a fit that is stopped before this goes on
     if told["kinds"] is None:
@@ -78,18 +69,17 @@ def _refined(
     seconds: float,
     samples: Samples,
     searched: Samples,
-    dtype: torch.dtype,
     work: Path,
 ) -> dict[str, Any]:
-    journal = session.run.journal
+    journal, dtype = session.run.journal, level_dtype(session.job.stack)
     space = make_kind_space(table, start)
     store = LevelStore(work / "levels", space.bytes_in(dtype), dtype, kept=journal.walk(WALK)[0])
-    clock = _Clock(session, seconds)
+    clock = _Deadline(session, seconds)
     try:
         solved = solve_levels(
             session, space, store, samples=samples, held_out=searched, walk=WALK, note=clock.note
         )
-        scores = Measured(store.folder / "scores.jsonl")
+        scores = Scores(store.folder / "scores.jsonl")
         divergence = Divergence(session.job, store, searched, solved.hidden, session.run.progress, scores)
         session.run.progress.phase("refining by measured KL", 100, "percent of its time")
 
@@ -135,7 +125,7 @@ def _refined(
     }
 
 
-class _Clock:
+class _Deadline:
     """Says when time is over. A round that was begun is made, also by a run that goes on."""
 
     def __init__(self, session: Session, seconds: float) -> None:

@@ -7,7 +7,7 @@ mean is the same whether its windows were measured together, apart, or before a 
 
 from __future__ import annotations
 
-__all__ = ["Measured", "Sums", "lead", "mean"]
+__all__ = ["Scores", "WindowSums", "lead", "mean"]
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ from tawny.model.durable import writing
 
 
 @dataclass(frozen=True)
-class Sums:
+class WindowSums:
     """The divergence of one model on one window, in nats: of so many tokens, some at a time."""
 
     tokens: int
     sums: tuple[float, ...]
 
 
-def mean(parts: Iterable[Sums]) -> float:
+def mean(parts: Iterable[WindowSums]) -> float:
     """Nats a token; infinite where a model has broken down."""
     total, tokens = 0.0, 0
     for part in parts:
@@ -57,7 +57,7 @@ def lead(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     return 1 - kept, stderr
 
 
-class Measured:
+class Scores:
     """Divergences by candidate and window, and the proofs of finalists.
 
     Args:
@@ -69,7 +69,7 @@ class Measured:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.tokens = path, 0
-        self._windows: dict[tuple[str, int], Sums] = {}
+        self._windows: dict[tuple[str, int], WindowSums] = {}
         self._proofs: dict[str, float] = {}
         self._proven: dict[str, list[float]] = {}
         if path is not None and path.exists():
@@ -85,7 +85,7 @@ class Measured:
         key = _key(levels)
         return mean(self._windows[key, window] for window in windows)
 
-    def keep(self, found: Mapping[Levels, Mapping[int, Sums]]) -> None:
+    def keep(self, found: Mapping[Levels, Mapping[int, WindowSums]]) -> None:
         """What was measured, by candidate and window."""
         rows = []
         for levels, by_window in found.items():
@@ -124,7 +124,7 @@ class Measured:
             for line in path.read_bytes().splitlines(keepends=True):
                 found = json.loads(line)
                 for key, window, tokens, sums in found.get("scores", ()):
-                    self._windows[key, window] = Sums(tokens, tuple(sums))
+                    self._windows[key, window] = WindowSums(tokens, tuple(sums))
                 if "proof" in found:
                     key, self._proofs[key], *rest = found["proof"]
                     self._proven[key] = rest[0] if rest else []

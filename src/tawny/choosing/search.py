@@ -42,7 +42,7 @@ from tawny.choosing.evolution import Outcome, Proposal, Trial, evolve
 from tawny.choosing.member_space import SparsitySpace, space_of
 from tawny.choosing.output import USE, SearchOutput, open_search
 from tawny.choosing.rehearsal import rehearse
-from tawny.choosing.scores import Measured, lead
+from tawny.choosing.scores import Scores, lead
 from tawny.choosing.settings import SearchSettings, own_keys
 from tawny.choosing.solving import WALK, LevelStore, level_dtype, solve_levels
 from tawny.errors import NumericalError, RecipeError, TextError
@@ -227,7 +227,7 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
     name_of_solver, solver = solver_of_levels(settings, job)
     survey = surveyed(settings.families)
     with _level_store(session, space) as store:
-        measured = Measured(None if session.run.journal.folder is None else store.folder / "scores.jsonl")
+        measured = Scores(None if session.run.journal.folder is None else store.folder / "scores.jsonl")
         solved = solve_levels(
             session, space, store, solver=solver, survey=survey, samples=samples, held_out=held_out
         )
@@ -307,7 +307,7 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
 
 
 def _telling(
-    session: Session, settings: SearchSettings, measured: Measured, rounds: int
+    session: Session, settings: SearchSettings, measured: Scores, rounds: int
 ) -> Callable[[str], None]:
     """What is told after each round: rounds end when time is up, and those that an earlier run measured took none."""
     if settings.seconds is None:

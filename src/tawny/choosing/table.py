@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Finalist", "Found", "Table"]
+__all__ = ["Finalist", "Table"]
 
 import math
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from itertools import product
 
 from tawny.allocation.knapsack import choose
 from tawny.allocation.profile import LinearInfo
-from tawny.choosing.level import KINDS_TRIED, Level, Measures, levels_tried
+from tawny.choosing.kept import Measured
+from tawny.choosing.level import KINDS_TRIED, Level, levels_tried
 from tawny.choosing.limit import Limit, Room
-from tawny.choosing.packed_size import PackedSize
 from tawny.errors import RecipeError
 from tawny.kinds import KINDS
 from tawny.pruning.prepare import Job
@@ -62,40 +62,31 @@ def _coarser(kind: str, group: int | None) -> float:
     return 1.0 if group is None or usual is None else _DOUBLED ** math.log2(group / usual)
 
 
-@dataclass(frozen=True)
-class Found:
-    measures: dict[str, Measures]
-    reactions: dict[str, float]
-    head: dict[str, float]
-    embedding: dict[str, float]  # empty where it shares its weight with the head
-
-
 class Table:
     """What each level of each linear costs and takes, and of head and embedding."""
 
-    def __init__(self, job: Job, sizes: PackedSize, room: Room, found: Found) -> None:
-        self.job, self.sizes, self.linears, self.every = job, sizes, job.linears, levels_tried()
-        self.room, self.limit = room, room.limit
-        self.found = found
+    def __init__(self, job: Job, room: Room, measured: Measured) -> None:
+        self.job, self.linears, self.every = job, job.linears, levels_tried()
+        self.room, self.limit, self.measured = room, room.limit, measured
         self.costs = [[self.cost(x.name, level) for level in self.every] for x in self.linears]
         self.takes = [[self._takes(self.limit, x, level) for level in self.every] for x in self.linears]
-        self.heads: list[str | None] = [None, *found.head]
-        self.head_costs = [0.0, *found.head.values()]
-        self.embeddings: list[str | None] = [*(found.embedding or [None])]
-        self.embedding_costs = [*(found.embedding.values() or [0.0])]
+        self.heads: list[str | None] = [None, *measured.head]
+        self.head_costs = [0.0, *measured.head.values()]
+        self.embeddings: list[str | None] = [*(measured.embedding or [None])]
+        self.embedding_costs = [*(measured.embedding.values() or [0.0])]
 
     def cost(self, name: str, level: Level) -> float:
-        return self.found.reactions[name] * self.found.measures[name].relative(level)
+        return self.measured.reactions[name] * self.measured.measures[name].relative(level)
 
     def _takes(self, limit: Limit, x: LinearInfo, level: Level, group: int | None = None) -> float:
-        return limit.linear(x, level, group, self.found.measures[x.name])
+        return limit.linear(x, level, group, self.measured.measures[x.name])
 
     def _ends(self, limit: Limit, head: str | None, embedding: str | None) -> float:
         return limit.of_head(head) + limit.of_embedding(embedding or head)
 
     def _lost_by_ends(self, head: str | None, embedding: str | None) -> float:
         lost = self.head_costs[self.heads.index(head)]
-        return lost + self.found.embedding.get(embedding or head or "", 0.0)
+        return lost + self.measured.embedding.get(embedding or head or "", 0.0)
 
     def chosen(self, budget: float, name: str = "", *, zeros: bool) -> Finalist | None:
         """The least cost that fits; None where nothing does."""
@@ -131,7 +122,7 @@ class Table:
             limit.rest
             + self._ends(limit, head, embedding)
             + sum(self._takes(limit, x, of[x.name], group) for x in self.linears)
-            for limit in (self.sizes, self.limit)
+            for limit in (self.room.sizes, self.limit)
         )
         return Finalist(name, of, group, head, embedding, int(size), takes, expected)
 
@@ -140,7 +131,7 @@ class Table:
         found = []
         ends = [
             (self._lost_by_ends(*kinds), self._ends(self.limit, *kinds), kinds)
-            for kinds in product(self.heads, [None, *self.found.embedding])
+            for kinds in product(self.heads, [None, *self.measured.embedding])
         ]
         for kind in KINDS_TRIED:
             of = dict.fromkeys((x.name for x in self.linears), Level(0.0, kind))
