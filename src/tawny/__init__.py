@@ -22,7 +22,6 @@ __all__ = [
     "FitPlan",
     "FitSettings",
     "Fitted",
-    "Found",
     "Generation",
     "Inspection",
     "Latency",
@@ -34,6 +33,7 @@ __all__ = [
     "Record",
     "Recovery",
     "RecoveryRecord",
+    "Searched",
     "Server",
     "Slimmed",
     "SparsityCallback",
@@ -80,7 +80,8 @@ _NAMES = {
     "tawny.choosing.fit": "fit",
     "tawny.choosing.fitted": "Fitted",
     "tawny.choosing.plan": "FitPlan plan_fit",
-    "tawny.choosing.search": "Found search",
+    "tawny.choosing.search": "search",
+    "tawny.choosing.searched": "Searched",
     "tawny.choosing.settings": "FitSettings",
     "tawny.decoding.stream": "Generation Piece generate stream",
     "tawny.errors": "TawnyError UserError",
@@ -119,7 +120,8 @@ if TYPE_CHECKING:
     from tawny.choosing.fit import fit
     from tawny.choosing.fitted import Fitted
     from tawny.choosing.plan import FitPlan, plan_fit
-    from tawny.choosing.search import Found, search
+    from tawny.choosing.search import search
+    from tawny.choosing.searched import Searched
     from tawny.choosing.settings import FitSettings
     from tawny.decoding.stream import Generation, Piece, generate, stream
     from tawny.errors import TawnyError, UserError

@@ -19,6 +19,7 @@ from tawny.choosing import search as module
 from tawny.choosing import solving
 from tawny.choosing.candidates import _BLENDS, allocators_to_try
 from tawny.choosing.divergence import Divergence
+from tawny.choosing.output import SearchOutput
 from tawny.choosing.settings import FAMILIES, SearchSettings
 from tawny.cli.search import search_tables
 from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError, TextError
@@ -256,7 +257,7 @@ def test_no_file_of_the_model_is_ever_replaced(dense, monkeypatch):
 
 def test_a_search_that_was_killed_between_its_files_goes_on(dense, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(module.SearchOutput, "finish", _interrupts)
+        patch.setattr(SearchOutput, "finish", _interrupts)
         search(dense, tmp_path / "a.yaml")
     assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.png", "a.svg", "a.yaml.partial"]
     assert search(dense, tmp_path / "a.yaml").resumed == 1

@@ -6,6 +6,7 @@ __all__ = ["SearchOutput", "open_search"]
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from tawny.choosing.settings import SearchSettings
@@ -122,7 +123,7 @@ def open_search(
             output = SearchOutput(out, overwrite=journal.consent, keep=journal.found, source=folder)
             journal.reload()
             journal.start_over = output.start_over if overwrite else None
-        journal.require("search", settings.to_mapping())
+        journal.require("search", asdict(settings))
         return output, journal
 
     return opened

@@ -99,9 +99,6 @@ class SearchSettings:
         """The budget: `90s`, `10m`, `1.5h` or a number of seconds."""
         return seconds_in(self.budget, "search.budget")
 
-    def to_mapping(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class FitSettings:
