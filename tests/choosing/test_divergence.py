@@ -36,7 +36,6 @@ def test_a_score_is_the_divergence_of_the_whole_model_put_together_by_hand(tmp_p
         q = model(ids).logits.double().log_softmax(-1)
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     assert score == pytest.approx(expected, rel=1e-4)
-    store.close()
     store.remove()
     assert not (tmp_path / "levels").exists()
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 __all__ = ["Divergence", "Reference"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +120,15 @@ class Divergence:
         found = self._compare(stream, windows, [_Part([0], list(stream.hidden))])[0]
         return mean(found), [mean([each]) for each in found]
 
-    def parts(self) -> list[slice]:
+    def of_hidden(
+        self, hidden: Tensor, head: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> float:
+        """The score of a model on all windows, from its `[windows, tokens, hidden]`, with another head inside `head()`."""
+        windows = range(len(self.held_out))
+        return mean(self._window(number, [hidden[number]], head)[0] for number in windows)
+
+    @property
+    def _pieces(self) -> list[slice]:
         """The tokens of a window, so many at a time that their logits stay small."""
         step = self._tokens_at_once
         return [slice(start, start + step) for start in range(0, self.held_out.seqlen, step)]
@@ -161,25 +170,35 @@ class Divergence:
     def _compare(
         self, stream: Stream, rows: Sequence[int], parts: Sequence[_Part]
     ) -> dict[int, list[WindowSums]]:
-        """Divergence of each candidate on each window; the dense logits of some tokens are made once for all of them."""
-        made: list[list[WindowSums]] = [[] for _ in parts]
-        tokens = stream.samples.tokens
+        """Divergence of each candidate on each of the numbered windows, which went through the model in this order."""
+        sums: list[list[WindowSums]] = [[] for _ in parts]
         for chunk, window in enumerate(stream.slices):
             for row in range(window.start, window.stop):
-                valid = None if stream.samples.mask is None else stream.samples.mask[row].bool()
-                count = tokens.shape[1] if valid is None else int(valid.sum())
-                sums: list[list[float]] = [[] for _ in parts]
-                for some in self.parts():
-                    ids = tokens[row : row + 1, some]
-                    dense = Reference(self.stack.logits(ids, self.hidden[rows[row], some][None])[0])
-                    for number, part in enumerate(parts):
-                        hidden = part.hidden[chunk][row - window.start, some][None]
-                        lost = dense.divergence(self.stack.logits(ids, hidden)[0])
-                        kept = lost if valid is None else lost[valid[some].to(lost.device)]
-                        sums[number].append(float(kept.sum(dtype=torch.float64)))
-                for found, values in zip(made, sums, strict=True):
-                    found.append(WindowSums(count, tuple(values)))
-        return {i: found for part, found in zip(parts, made, strict=True) for i in part.members}
+                hidden = [part.hidden[chunk][row - window.start] for part in parts]
+                for own, here in zip(sums, self._window(rows[row], hidden), strict=True):
+                    own.append(here)
+        return {i: own for part, own in zip(parts, sums, strict=True) for i in part.members}
+
+    def _window(
+        self,
+        number: int,
+        hidden: Sequence[Tensor],
+        head: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> list[WindowSums]:
+        """Divergence of models on a window, from their `[tokens, hidden]`; dense logits are made once for all of them."""
+        tokens, mask = self.held_out.tokens[number], self.held_out.mask
+        valid = None if mask is None else mask[number].bool()
+        count = len(tokens) if valid is None else int(valid.sum())
+        sums: list[list[float]] = [[] for _ in hidden]
+        for some in self._pieces:
+            ids = tokens[None, some]
+            dense = Reference(self.stack.logits(ids, self.hidden[number, some][None])[0])
+            for own, states in zip(sums, hidden, strict=True):
+                with head():
+                    lost = dense.divergence(self.stack.logits(ids, states[some][None])[0])
+                kept = lost if valid is None else lost[valid[some].to(lost.device)]
+                own.append(float(kept.sum(dtype=torch.float64)))
+        return [WindowSums(count, tuple(own)) for own in sums]
 
 
 class _Assembled:

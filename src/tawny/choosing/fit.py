@@ -321,10 +321,8 @@ def _measured(
     """Step 1, and what outputs, head and embedding say to it; what is measured once is kept."""
     job, journal = session.job, session.run.journal
     if REACTIONS not in journal.state.get("once", {}):
-        store = LevelStore(
-            work / "levels", probes_bytes(job), level_dtype(job.stack), kept=journal.walk(WALK)[0]
-        )
-        try:
+        dtype, probed = level_dtype(job.stack), journal.walk(WALK)[0]
+        with LevelStore(work / "levels", probes_bytes(job), dtype, kept=probed) as store:
             with session.run.clock("levels"):
                 measures, hidden = measure(session, store, samples, searched)
             scores = Scores(store.folder / "scores.jsonl")
@@ -332,8 +330,6 @@ def _measured(
             with session.run.clock("reactions"):
                 reactions = react(session, divergence, measures)
                 ends = react_ends(session, sizes, divergence)
-        finally:
-            store.close()
         plain = {name: asdict(each) for name, each in measures.items()}
         journal.once(REACTIONS, lambda: finite({"measures": plain, "reactions": reactions, **ends}))
         journal.forget(WALK)

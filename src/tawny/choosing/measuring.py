@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from tawny.allocation.knapsack import reactions
 from tawny.calibration.statistics import Statistics
 from tawny.choosing.demand import TOGETHER
-from tawny.choosing.divergence import Divergence, Reference
+from tawny.choosing.divergence import Divergence
 from tawny.choosing.level import KINDS_TRIED, PROBE, SPARSITIES, Measures
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.rehearsal import rehearsing
@@ -223,8 +224,8 @@ def react_ends(session: Session, size: PackedSize, divergence: Divergence) -> di
                 hidden = divergence.hidden
                 if end == "embedding" or size.tied:
                     hidden = _through(session, samples, size.tied or name, made)
-                head = module if end == "head" else None
-                found[end][kind] = _divergence(session, divergence, hidden, head, made)
+                head = partial(_weight, module, made) if end == "head" else nullcontext
+                found[end][kind] = max(0.0, divergence.of_hidden(hidden, head))
             session.run.progress.step(f"{end} {kind}")
     return found
 
@@ -238,24 +239,6 @@ def _through(session: Session, samples: Samples, embedding: str | None, made: Te
             with stack.block(index):
                 stream.advance(index)
     return torch.cat(list(stream.hidden))
-
-
-def _divergence(
-    session: Session, divergence: Divergence, hidden: Tensor, head: torch.nn.Module | None, made: Tensor
-) -> float:
-    """From the dense model, of other hidden states, and of another head where one is given."""
-    stack, tokens, total = session.job.stack, divergence.held_out.tokens, 0.0
-    mask = divergence.held_out.mask
-    counted = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    for row in range(len(tokens)):
-        for some in divergence.parts():
-            ids = tokens[row : row + 1, some]
-            dense = Reference(stack.logits(ids, divergence.hidden[row, some][None])[0])
-            with nullcontext() if head is None else _weight(head, made):
-                lost = dense.divergence(stack.logits(ids, hidden[row, some][None])[0])
-            total += float(lost[counted[row, some].to(lost.device)].sum(dtype=torch.float64))
-    value = total / max(1, int(counted.sum()))
-    return max(0.0, value) if math.isfinite(value) else math.inf
 
 
 @contextmanager

@@ -76,36 +76,35 @@ def _refined(
     store = LevelStore(work / "levels", space.bytes_in(dtype), dtype, kept=journal.walk(WALK)[0])
     clock = _Deadline(session, seconds)
     try:
-        solved = solve_levels(
-            session, space, store, samples=samples, held_out=searched, walk=WALK, note=clock.note
-        )
-        scores = Scores(store.folder / "scores.jsonl")
-        divergence = Divergence(session.job, store, searched, solved.hidden, session.run.progress, scores)
-        session.run.progress.phase("refining by measured KL", 100, "percent of its time")
+        with store:
+            solved = solve_levels(
+                session, space, store, samples=samples, held_out=searched, walk=WALK, note=clock.note
+            )
+            scores = Scores(store.folder / "scores.jsonl")
+            divergence = Divergence(session.job, store, searched, solved.hidden, session.run.progress, scores)
+            session.run.progress.phase("refining by measured KL", 100, "percent of its time")
 
-        def step(_: str) -> None:
-            part = min(1.0, clock.elapsed / seconds) if seconds else 1.0
-            session.run.progress.at(math.floor(100 * part), max(0.0, seconds - clock.elapsed))
+            def step(_: str) -> None:
+                part = min(1.0, clock.elapsed / seconds) if seconds else 1.0
+                session.run.progress.at(math.floor(100 * part), max(0.0, seconds - clock.elapsed))
 
-        windows = range(len(searched))
-        outcome = evolve(
-            space,
-            iter(()),
-            divergence,
-            trials=_TRIALS,
-            offspring=TOGETHER,
-            windows=windows,
-            deciding=windows,
-            seed=session.job.recipe.seed,
-            stopped=clock.stopped,
-            step=step,
-        )
+            windows = range(len(searched))
+            outcome = evolve(
+                space,
+                iter(()),
+                divergence,
+                trials=_TRIALS,
+                offspring=TOGETHER,
+                windows=windows,
+                deciding=windows,
+                seed=session.job.recipe.seed,
+                stopped=clock.stopped,
+                step=step,
+            )
     except NumericalError:  # goes on without, and no other walk would clear this one
         journal.forget(WALK)
         store.remove()
         raise
-    finally:
-        store.close()
     before, after = outcome.uniform.last_word, outcome.winner.last_word
     tried = len(outcome.trials) - 1
     says = f"refined for {duration(clock.elapsed)}: {tried} models tried, KL {before:.4f} → {after:.4f} on windows searched on"

@@ -19,13 +19,12 @@ __all__ = ["search"]
 
 import itertools
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -246,25 +245,15 @@ def _telling(
 @contextmanager
 def _level_store(session: Session, space: SparsitySpace) -> Iterator[LevelStore]:
     """Room for the solutions beside the output; where a journal is kept, they outlive a search that was stopped."""
-    kept = session.run.journal.folder
-    folder = kept or Path(tempfile.mkdtemp(prefix="tawny-"))
-    dtype = level_dtype(session.job.stack)
-    count = len(space.levels)
-    session.run.progress.say(
-        f"the search solves each linear at {count} level{'s' * (count > 1)} from {space.told(space.low)} to "
-        f"{space.told(space.high)}: {space.bytes_in(dtype) / 1e9:.2g} GB in {folder} until it is over"
-    )
-    try:
-        store = LevelStore(
-            folder / "levels", space.bytes_in(dtype), dtype, kept=session.run.journal.walk(WALK)[0]
+    journal, dtype, count = session.run.journal, level_dtype(session.job.stack), len(space.levels)
+    size = space.bytes_in(dtype)
+    with ExitStack() as leaving:
+        folder = journal.folder or Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
+        session.run.progress.say(
+            f"the search solves each linear at {count} level{'s' * (count > 1)} from {space.told(space.low)} to "
+            f"{space.told(space.high)}: {size / 1e9:.2g} GB in {folder} until it is over"
         )
-        try:
-            yield store
-        finally:
-            store.close()
-    finally:
-        if kept is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        yield leaving.enter_context(LevelStore(folder / "levels", size, dtype, kept=journal.walk(WALK)[0]))
 
 
 def _split(session: Session, settings: SearchSettings) -> tuple[Samples, Samples]:

@@ -113,7 +113,10 @@ class LevelStore:
             self._file.close()
         self._file, self._entries = None, {}
 
-    def close(self) -> None:
+    def __enter__(self) -> LevelStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Let go of the files."""
         self._turn()
 
