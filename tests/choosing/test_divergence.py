@@ -7,7 +7,7 @@ import torch
 
 import tawny
 from tawny.choosing import divergence as module
-from tawny.choosing.divergence import Divergence, Reference
+from tawny.choosing.divergence import Reference, Scorer
 from tawny.choosing.scores import Scores
 from tawny.model.streams import Samples, Stream
 from tests.choosing.parts import solved_levels
@@ -17,7 +17,7 @@ from tests.tiny import tiny_model
 def test_a_score_is_the_divergence_of_the_whole_model_put_together_by_hand(tmp_path):
     model = tiny_model("llama")
     job, space, store, held_out, solved = solved_levels(model, tmp_path / "levels")
-    scorer = Divergence(job, store, held_out, solved.hidden, tawny.progress.silent)
+    scorer = Scorer(job, store, held_out, solved.hidden, tawny.progress.silent)
     levels = tuple((i % 5) - 2 for i in range(len(space.linears)))
     [score] = scorer([levels], [3, 1])
     ids = held_out.tokens[[3, 1]]
@@ -44,7 +44,7 @@ def test_what_is_known_of_a_window_is_not_measured_again(tmp_path):
     job, space, store, held_out, solved = solved_levels(tiny_model("llama"), tmp_path / "levels")
     path = tmp_path / "scores.jsonl"
     scores = Scores(path)
-    scorer = Divergence(job, store, held_out, solved.hidden, tawny.progress.silent, scores)
+    scorer = Scorer(job, store, held_out, solved.hidden, tawny.progress.silent, scores)
     one, other = space.uniform, (1, -1, *space.uniform[2:])
     scorer([one, other], [1])
     spent = scores.tokens
@@ -81,13 +81,13 @@ def test_candidates_that_share_blocks_score_as_they_would_alone_and_cost_less(tm
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     job, space, store, held_out, solved = solved_levels(model, tmp_path / "levels")
-    scorer = Divergence(job, store, held_out, solved.hidden, tawny.progress.silent)
+    scorer = Scorer(job, store, held_out, solved.hidden, tawny.progress.silent)
     base = space.uniform
     others = [tuple(k + (i == place) for i, k in enumerate(base)) for place in (0, 9, len(base) - 1)]
     together = scorer([base, *others, base], [0, 1, 2])
-    spent, scorer.measured = scorer.measured.tokens, Scores()
+    spent, scorer.scores = scorer.scores.tokens, Scores()
     assert together == [scorer([one], [0, 1, 2])[0] for one in (base, *others, base)]
-    assert spent < scorer.measured.tokens
+    assert spent < scorer.scores.tokens
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -100,7 +100,7 @@ def test_padding_does_not_count_in_a_score(tmp_path):
         ids[:, 12:], mask[:, 12:] = filler, 0
         padded = Samples(ids, mask)
         hidden = _dense_hidden(job.stack, padded)
-        scorer = Divergence(job, store, padded, hidden, tawny.progress.silent)
+        scorer = Scorer(job, store, padded, hidden, tawny.progress.silent)
         scores.append(scorer([space.uniform], [0, 1])[0])
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 

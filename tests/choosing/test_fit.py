@@ -18,7 +18,7 @@ from tawny.choosing import fit as module
 from tawny.choosing import measuring, refining
 from tawny.choosing import pace as pace_module
 from tawny.choosing.demand import TOGETHER, FitDemand
-from tawny.choosing.divergence import Divergence
+from tawny.choosing.divergence import Scorer
 from tawny.choosing.fitted import _zeros_told
 from tawny.choosing.kept import Measured
 from tawny.choosing.level import KINDS_TRIED, SPARSITIES, UNMEASURED, Level, Measures
@@ -260,14 +260,14 @@ def test_linears_whose_errors_are_far_from_their_role_are_measured_alone(dense, 
 
 
 def test_a_probe_that_breaks_the_model_down_is_the_worst_of_all(dense, tmp_path, monkeypatch):
-    measure, calls = Divergence.__call__, []
+    measure, calls = Scorer.__call__, []
 
     def breaking(self, candidates, windows):
         calls.append(len(candidates))
         made = measure(self, candidates, windows)
         return [math.inf, *made[1:]] if len(calls) == 1 else made
 
-    monkeypatch.setattr(Divergence, "__call__", breaking)
+    monkeypatch.setattr(Scorer, "__call__", breaking)
     fitted = tawny.fit(dense, tmp_path / "fitted", bits=9, **KEYS)
     known = json.loads((tmp_path / "fitted" / "measured.json").read_text())["reactions"]["reactions"]
     assert fitted.bytes and all(math.isfinite(value) for value in known.values()) and max(known.values()) > 1
@@ -375,7 +375,7 @@ def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fit
     assert whole.finalists[: len(fitted.finalists)] == fitted.finalists
     assert all(row["bytes"] <= whole.budget for row in whole.finalists)
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["fit"]["refined"] == whole.refined
-    calls, judge = [], Divergence._measure
+    calls, judge = [], Scorer._measure
 
     def stop(*given):
         calls.append(given)
@@ -384,7 +384,7 @@ def test_time_refines_the_choice_and_a_fit_that_goes_on_refines_alike(dense, fit
         judge(*given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Divergence, "_measure", stop)
+        patched.setattr(Scorer, "_measure", stop)
         with pytest.raises(Interrupted):
             tawny.fit(dense, tmp_path / "resumed", bits=9, **keys)
     with monkeypatch.context() as patched:  # while its solutions are removed, some of which are gone

@@ -18,7 +18,7 @@ from tawny.allocation.profile import Profile
 from tawny.choosing import search as module
 from tawny.choosing import solving
 from tawny.choosing.candidates import _BLENDS, allocators_to_try
-from tawny.choosing.divergence import Divergence
+from tawny.choosing.divergence import Scorer
 from tawny.choosing.output import SearchOutput
 from tawny.choosing.settings import FAMILIES, SearchSettings
 from tawny.cli.search import search_tables
@@ -152,9 +152,9 @@ def test_a_search_that_was_stopped_goes_on_and_gives_the_same(
     if spilled:
         monkeypatch.setattr(session_module, "available", lambda _: 0)
     monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
-    scored, measure = [], Divergence._measure
+    scored, measure = [], Scorer._measure
     monkeypatch.setattr(
-        Divergence, "_measure", lambda self, some, rows: scored.append(1) or measure(self, some, rows)
+        Scorer, "_measure", lambda self, some, rows: scored.append(1) or measure(self, some, rows)
     )
     began = time.perf_counter()
     whole = search(dense, tmp_path / "whole.yaml", **options)
@@ -509,8 +509,8 @@ def test_a_sparsity_that_leaves_nothing_to_search_is_said(dense, changes):
 
 
 def test_a_record_of_broken_models_is_json(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(Divergence, "__call__", lambda self, some, windows: [math.inf] * len(some))
-    monkeypatch.setattr(Divergence, "judge", lambda self, stream, windows: (math.inf, []))
+    monkeypatch.setattr(Scorer, "__call__", lambda self, some, windows: [math.inf] * len(some))
+    monkeypatch.setattr(Scorer, "judge", lambda self, stream, windows: (math.inf, []))
     search(dense, tmp_path / "a.yaml")
     found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert found["margin"] == 0 and found["trials"][0]["divergence"] is None

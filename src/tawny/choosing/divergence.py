@@ -6,7 +6,7 @@ that agree on the first blocks go through them together. Memory is that of pruni
 
 from __future__ import annotations
 
-__all__ = ["Divergence", "Reference"]
+__all__ = ["Reference", "Scorer"]
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -61,19 +61,19 @@ def _cached(logits_TV: Tensor) -> list[slice]:
 
 
 @dataclass
-class _Part:
+class _Agreeing:
     """Candidates that have agreed on all blocks so far, and their hidden states, one tensor a chunk."""
 
     members: list[int]
     hidden: list[Tensor]
 
 
-class Divergence:
+class Scorer:
     """`evaluate` of a search: the mean divergence from the dense model, a token, on held-out windows.
 
     Args:
         hidden: `[windows, tokens, hidden]` behind the dense model's last block.
-        measured: what is known already, and where what is measured is kept.
+        scores: what is known already, and where what is measured is kept.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class Divergence:
         held_out: Samples,
         hidden: Tensor,
         progress: Progress,
-        measured: Scores | None = None,
+        scores: Scores | None = None,
     ) -> None:
         self.stack, self.by_block, self.store, self.progress = job.stack, job.by_block, store, progress
         self.held_out, self.hidden = held_out, hidden
-        self.measured = measured or Scores()
+        self.scores = scores or Scores()
         vocabulary = int(job.stack.config.get_text_config().vocab_size)
         self._tokens_at_once = max(16, LOGIT_BYTES // (4 * vocabulary))
 
@@ -96,11 +96,11 @@ class Divergence:
         """The score of each candidate on the numbered windows; infinite where a model has broken down."""
         lacking: dict[tuple[int, ...], list[Levels]] = {}
         for levels in dict.fromkeys(candidates):
-            lacking.setdefault(self.measured.lacking(levels, windows), []).append(levels)
+            lacking.setdefault(self.scores.lacking(levels, windows), []).append(levels)
         for rows, some in lacking.items():
             if rows:
                 self._measure(some, rows)
-        return [self.measured.mean(levels, windows) for levels in candidates]
+        return [self.scores.mean(levels, windows) for levels in candidates]
 
     def _measure(self, candidates: Sequence[Levels], rows: Sequence[int]) -> None:
         """Each candidate on the numbered windows."""
@@ -113,11 +113,11 @@ class Divergence:
             stream = Stream(self.stack, samples)
             parts = self._walk(stream, dict(enumerate(some)))
             found = self._compare(stream, rows, parts)
-            self.measured.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
+            self.scores.keep({some[i]: dict(zip(rows, sums, strict=True)) for i, sums in found.items()})
 
     def judge(self, stream: Stream, windows: Sequence[int]) -> tuple[float, list[float]]:
         """The score of a model that the numbered windows have gone through, and on each: `stream` is behind its last block."""
-        found = self._compare(stream, windows, [_Part([0], list(stream.hidden))])[0]
+        found = self._compare(stream, windows, [_Agreeing([0], list(stream.hidden))])[0]
         return mean(found), [mean([each]) for each in found]
 
     def of_hidden(
@@ -137,14 +137,14 @@ class Divergence:
         """The numbered windows."""
         return self.held_out.take(list(windows))
 
-    def _walk(self, stream: Stream, candidates: Mapping[int, Levels]) -> list[_Part]:
+    def _walk(self, stream: Stream, candidates: Mapping[int, Levels]) -> list[_Agreeing]:
         """Hidden states of all candidates behind the last block."""
-        parts = [_Part(list(candidates), list(stream.hidden))]
+        parts = [_Agreeing(list(candidates), list(stream.hidden))]
         first = 0
         for index, linears in enumerate(self.by_block):
             here = slice(first, first + len(linears))
             first += len(linears)
-            by_levels: dict[Levels, list[tuple[_Part, list[int]]]] = {}
+            by_levels: dict[Levels, list[tuple[_Agreeing, list[int]]]] = {}
             for part in parts:
                 split: dict[Levels, list[int]] = {}
                 for i in part.members:
@@ -161,14 +161,14 @@ class Divergence:
                             self.stack.forward(index, hidden, stream.call(index, chunk))
                             for chunk, hidden in enumerate(part.hidden)
                         ]
-                        parts.append(_Part(members, made))
-                        self.measured.tokens += stream.samples.tokens.numel()
+                        parts.append(_Agreeing(members, made))
+                        self.scores.tokens += stream.samples.tokens.numel()
                         done += 1
                         self.progress.detail(f"block {index}", done, total)
         return parts
 
     def _compare(
-        self, stream: Stream, rows: Sequence[int], parts: Sequence[_Part]
+        self, stream: Stream, rows: Sequence[int], parts: Sequence[_Agreeing]
     ) -> dict[int, list[WindowSums]]:
         """Divergence of each candidate on each of the numbered windows, which went through the model in this order."""
         sums: list[list[WindowSums]] = [[] for _ in parts]

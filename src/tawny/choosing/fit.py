@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.choosing.demand import FitDemand
-from tawny.choosing.divergence import Divergence
+from tawny.choosing.divergence import Scorer
 from tawny.choosing.finalists import apart, judge_all
 from tawny.choosing.fitted import Fitted, deliver, tell
 from tawny.choosing.kept import REACTIONS, Measured, keep_measured, read_measured, take_measured
@@ -326,10 +326,10 @@ def _measured(
             with session.run.clock("levels"):
                 measures, hidden = measure(session, store, samples, searched)
             scores = Scores(store.folder / "scores.jsonl")
-            divergence = Divergence(job, store, searched, hidden, session.run.progress, scores)
+            scorer = Scorer(job, store, searched, hidden, session.run.progress, scores)
             with session.run.clock("reactions"):
-                reactions = react(session, divergence, measures)
-                ends = react_ends(session, sizes, divergence)
+                reactions = react(session, scorer, measures)
+                ends = react_ends(session, sizes, scorer)
         plain = {name: asdict(each) for name, each in measures.items()}
         journal.once(REACTIONS, lambda: finite({"measures": plain, "reactions": reactions, **ends}))
         journal.forget(WALK)

@@ -31,7 +31,7 @@ from torch import Tensor
 from tawny.allocation.knapsack import reactions
 from tawny.calibration.statistics import Statistics
 from tawny.choosing.demand import TOGETHER
-from tawny.choosing.divergence import Divergence
+from tawny.choosing.divergence import Scorer
 from tawny.choosing.level import KINDS_TRIED, PROBE, SPARSITIES, Measures
 from tawny.choosing.packed_size import PackedSize
 from tawny.choosing.rehearsal import rehearsing
@@ -149,7 +149,7 @@ def _rounded(
     return told, probe_OI
 
 
-def react(session: Session, divergence: Divergence, measures: Mapping[str, Measures]) -> dict[str, float]:
+def react(session: Session, scorer: Scorer, measures: Mapping[str, Measures]) -> dict[str, float]:
     """Step 2: what each linear, at its probe, adds to the output's divergence; nats a token."""
     linears = session.job.linears
     block = {x.name: x.block for x in linears}
@@ -163,12 +163,12 @@ def react(session: Session, divergence: Divergence, measures: Mapping[str, Measu
     for name in alone:
         sets["linear", name] = tuple(PROBED * (x.name == name) for x in linears)
     order = sorted(set(sets.values()))
-    windows = range(len(divergence.held_out))
+    windows = range(len(scorer.held_out))
     parts = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
     session.run.progress.phase("measuring how the output reacts", len(parts), "rounds")
     found: dict[tuple[int, ...], float] = {}
     for number, part in enumerate(parts, 1):
-        found |= zip(part, divergence(part, windows), strict=True)
+        found |= zip(part, scorer(part, windows), strict=True)
         session.run.progress.step(f"round {number}")
     # A model that broke down is far worse than any that did not, and shares cannot be of infinity.
     most = max((value for value in found.values() if math.isfinite(value)), default=1.0)
@@ -203,17 +203,17 @@ def far_from_role(errors: Mapping[str, float], role: Mapping[str, str]) -> list[
 
 
 @torch.no_grad()
-def react_ends(session: Session, size: PackedSize, divergence: Divergence) -> dict[str, dict[str, float]]:
+def react_ends(session: Session, size: PackedSize, scorer: Scorer) -> dict[str, dict[str, float]]:
     """Step 3: the divergence with the head rounded to each kind, and with an embedding of its own; nats a token.
 
     A kind of the `head` is that of an embedding which is tied to it, too.
     """
-    stack, samples = session.job.stack, divergence.held_out
+    stack, samples = session.job.stack, scorer.held_out
     found: dict[str, dict[str, float]] = {"head": {}, "embedding": {}}
     names = {"head": size.head, "embedding": size.embedding}
     kinds = len(KINDS_TRIED) * sum(name is not None for name in names.values())
     session.run.progress.phase("rounding head and embedding", kinds, "kinds")
-    stack.logits(samples.tokens[:1, :1], divergence.hidden[:1, :1])  # a head of its own is read now
+    stack.logits(samples.tokens[:1, :1], scorer.hidden[:1, :1])  # a head of its own is read now
     for end, name in names.items():
         module: Any = None if name is None else stack.model.get_submodule(name)
         for kind in () if module is None else KINDS_TRIED:
@@ -221,11 +221,11 @@ def react_ends(session: Session, size: PackedSize, divergence: Divergence) -> di
             with suppress(NumericalError):
                 W = module.weight.detach()
                 made = format.unpack(pack_end(W, kind, str(name)), W.dtype).to(W.device)
-                hidden = divergence.hidden
+                hidden = scorer.hidden
                 if end == "embedding" or size.tied:
                     hidden = _through(session, samples, size.tied or name, made)
                 head = partial(_weight, module, made) if end == "head" else nullcontext
-                found[end][kind] = max(0.0, divergence.of_hidden(hidden, head))
+                found[end][kind] = max(0.0, scorer.of_hidden(hidden, head))
             session.run.progress.step(f"{end} {kind}")
     return found
 

@@ -23,7 +23,7 @@ from tawny.pruning.prepare import Job
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _Coupled:
     """One coupling: at level k it loses `base + k·step` of its members.
 
     Attributes:
@@ -54,7 +54,7 @@ class MemberSpace(Space):
     """
 
     target: float
-    units: tuple[_Unit, ...]
+    units: tuple[_Coupled, ...]
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -63,11 +63,11 @@ class MemberSpace(Space):
         return unit.removed(unit.low) / unit.members, unit.removed(unit.high) / unit.members
 
     @property
-    def _finest(self) -> _Unit:
+    def _finest(self) -> _Coupled:
         return max(self.units, key=lambda unit: unit.members)
 
     @functools.cached_property
-    def _unit_of(self) -> dict[int, _Unit]:
+    def _unit_of(self) -> dict[int, _Coupled]:
         return {place: unit for unit in self.units for place in unit.places}
 
     def levels_of(self, index: int) -> range:
@@ -118,7 +118,7 @@ class MemberSpace(Space):
         low, high = [unit.low for unit in self.units], [unit.high for unit in self.units]
         return self._of_linears(repaired(levels, wishes, self._steps, low, high))
 
-    def _share(self, allocation: Allocation, unit: _Unit) -> float:
+    def _share(self, allocation: Allocation, unit: _Coupled) -> float:
         """What an allocation takes of a unit: equal experts may be given unequal shares."""
         parts = [self.linears[place] for place in unit.places]
         return sum(allocation[x.name] * x.numel for x in parts) / sum(x.numel for x in parts)
@@ -205,7 +205,7 @@ def make_member_space(linears: tuple[LinearInfo, ...], target: float, levels: in
         step = max(1, round(0.5 * min(target, 1 - target) * members / half)) if half else 1
         low, high = -min(half, base // step), min(half, (members - 1 - base) // step)
         weight = sum(linears[place].numel for place in some) // members
-        units.append(_Unit(tuple(some), members, weight, base, step, low, high))
+        units.append(_Coupled(tuple(some), members, weight, base, step, low, high))
     low, high = min(unit.low for unit in units), max(unit.high for unit in units)
     if not (low and high):  # what one coupling gains another loses, so nothing moves
         low, high, units = 0, 0, [replace(unit, low=0, high=0) for unit in units]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tawny.choosing.demand import TOGETHER
-from tawny.choosing.divergence import Divergence
+from tawny.choosing.divergence import Scorer
 from tawny.choosing.evolution import evolve
 from tawny.choosing.kind_space import make_kind_space
 from tawny.choosing.level import Level
@@ -81,7 +81,7 @@ def _refined(
                 session, space, store, samples=samples, held_out=searched, walk=WALK, note=clock.note
             )
             scores = Scores(store.folder / "scores.jsonl")
-            divergence = Divergence(session.job, store, searched, solved.hidden, session.run.progress, scores)
+            scorer = Scorer(session.job, store, searched, solved.hidden, session.run.progress, scores)
             session.run.progress.phase("refining by measured KL", 100, "percent of its time")
 
             def step(_: str) -> None:
@@ -92,7 +92,7 @@ def _refined(
             outcome = evolve(
                 space,
                 iter(()),
-                divergence,
+                scorer,
                 trials=_TRIALS,
                 offspring=TOGETHER,
                 windows=windows,

@@ -34,7 +34,7 @@ from tawny.allocation.profile import Allocation, Profile
 from tawny.calibration.windows import TokenisedText, held_out_windows
 from tawny.choosing.candidates import allocators_to_try, surveyed
 from tawny.choosing.demand import SearchDemand, held_back, searched_windows, solver_of_levels
-from tawny.choosing.divergence import Divergence
+from tawny.choosing.divergence import Scorer
 from tawny.choosing.evolution import Proposal, evolve
 from tawny.choosing.member_space import SparsitySpace, space_of
 from tawny.choosing.output import open_search
@@ -151,13 +151,13 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
             session, space, store, samples=samples, held_out=held_out, solver=solver, survey=survey
         )
         scores = Scores(None if run.journal.folder is None else store.folder / "scores.jsonl")
-        divergence = Divergence(job, store, held_out, solved.hidden, run.progress, scores)
+        scorer = Scorer(job, store, held_out, solved.hidden, run.progress, scores)
         rounds = 2 + math.ceil(settings.trials / settings.offspring)
         run.progress.phase("trying allocations", rounds, "rounds")
         outcome = evolve(
             space,
             _proposals(settings, job, space, survey, solved.profile),
-            divergence,
+            scorer,
             trials=settings.trials,
             offspring=settings.offspring,
             windows=windows,
@@ -165,7 +165,7 @@ def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
             seed=job.recipe.seed,
             stopped=lambda: _over(settings, run.clock.elapsed),
             step=_telling(session, settings, scores, rounds),
-            prove=partial(_prove, session, samples, divergence),
+            prove=partial(_prove, session, samples, scorer),
             finalists=settings.finalists,
         )
     repeated = repeated_tokens(held_out.seqlen, settings.repeat, begun=_begun(session))
@@ -199,12 +199,12 @@ def _proposals(
 def _prove(
     session: Session,
     samples: Samples,
-    divergence: Divergence,
+    scorer: Scorer,
     allocations: Sequence[Allocation],
     windows: Sequence[int],
 ) -> Iterator[float]:
     """The divergence of each model that is pruned in earnest, one when it is asked for."""
-    scores = divergence.measured
+    scores = scorer.scores
     unknown = sum(scores.proof(allocation) is None for allocation in allocations)
     session.run.progress.phase("pruning finalists", unknown * len(session.job.stack))
     for number, allocation in enumerate(allocations, 1):
@@ -214,8 +214,8 @@ def _prove(
             known = math.inf  # a model that breaks down loses
             with suppress(NumericalError):
                 name = f"{number} of {len(allocations)}"
-                behind = rehearse(session, allocation, samples, divergence.samples(windows), name)
-                known, by_window = divergence.judge(behind, windows)
+                behind = rehearse(session, allocation, samples, scorer.samples(windows), name)
+                known, by_window = scorer.judge(behind, windows)
                 del behind  # its hidden states, before the next walk
             scores.prove(allocation, known, by_window)
         yield known
