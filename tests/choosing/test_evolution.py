@@ -34,7 +34,23 @@ def towards(goal, noise=0.0):
     return evaluate
 
 
+@pytest.fixture
+def space():
+    return make_space(linears(), Unstructured(), 0.5, 11)
+
+
+def tilted(space):
+    """An allocation that takes more from later blocks."""
+    return {x.name: 0.35 + 0.1 * x.block for x in space.linears}
+
+
 OPTIONS = {"trials": 200, "offspring": 8, "windows": range(8), "deciding": range(8, 16)}
+
+
+def evolved(space, evaluate, offers=(), **options):
+    """What comes of a search in which these allocations are proposed, by name."""
+    proposals = (Proposal(name, wish) for name, wish in offers)
+    return evolve(space, proposals, evaluate, **{**OPTIONS, **options})
 
 
 @settings(max_examples=30, deadline=None)
@@ -93,52 +109,45 @@ def test_levels_that_nothing_can_be_exchanged_for_are_left_out(pattern, target):
     assert list(make_space(linears(), pattern, target, 11).levels) == [0]
 
 
-def test_the_search_walks_to_the_goal_and_repeats_itself():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
+def test_the_search_walks_to_the_goal_and_repeats_itself(space):
     chance = random.Random(3)
     goal = space.uniform
     for _ in range(12):
         goal = space.mutated(goal, chance)
-    found = [evolve(space, iter([]), towards(goal), **OPTIONS) for _ in range(2)]
+    found = [evolved(space, towards(goal)) for _ in range(2)]
     first = found[0]
     assert first == found[1]
     start = towards(goal)([space.uniform], [0])[0]
     assert first.winner.verdict < 1 + 0.3 * (start - 1)
     assert first.generations == sorted(first.generations, reverse=True)
     assert len(first.trials) <= OPTIONS["trials"] and first.cut_short == ""
-    assert first != evolve(space, iter([]), towards(goal), **{**OPTIONS, "seed": 1})
+    assert first != evolved(space, towards(goal), seed=1)
 
 
-def test_uniform_wins_where_nothing_is_better_and_is_scored_as_finely():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
+def test_uniform_wins_where_nothing_is_better_and_is_scored_as_finely(space):
     evaluate = towards(space.uniform)
-    other = Proposal("tilted", {x.name: 0.35 + 0.1 * x.block for x in space.linears})
-    found = evolve(space, iter([other]), evaluate, **OPTIONS)
+    found = evolved(space, evaluate, [("tilted", tilted(space))])
     assert found.winner is found.uniform and found.margin == 0
     assert found.uniform.windows == 8 and evaluate.calls[-1][1] == list(range(8, 16))
     assert space.uniform in evaluate.calls[-1][0]
 
 
-def test_a_proposal_that_is_already_best_is_kept_as_it_was_given():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
-    wish = {x.name: 0.35 + 0.1 * x.block for x in space.linears}
-    offers = iter([Proposal("tilted", wish), Proposal("again", wish)])
-    found = evolve(space, offers, towards(space.nearest(wish)), **{**OPTIONS, "trials": 40})
+def test_a_proposal_that_is_already_best_is_kept_as_it_was_given(space):
+    wish = tilted(space)
+    found = evolved(space, towards(space.nearest(wish)), [("tilted", wish), ("again", wish)], trials=40)
     assert found.winner.name == "tilted" and found.winner.allocation == wish and found.margin > 0
     assert [trial.name for trial in found.trials].count("tilted") == 1
     assert "again" not in {trial.name for trial in found.trials}
 
 
 @pytest.mark.parametrize("trials", [1, 2, 3])
-def test_no_more_is_tried_than_was_asked_for(trials):
-    space = make_space(linears(), Unstructured(), 0.5, 11)
-    offers = iter([Proposal(f"p{i}", {x.name: 0.35 + 0.01 * i for x in space.linears}) for i in range(9)])
-    found = evolve(space, offers, towards(space.uniform), **{**OPTIONS, "trials": trials})
+def test_no_more_is_tried_than_was_asked_for(trials, space):
+    offers = [(f"p{i}", {x.name: 0.35 + 0.01 * i for x in space.linears}) for i in range(9)]
+    found = evolved(space, towards(space.uniform), offers, trials=trials)
     assert len(found.trials) <= trials
 
 
-def test_an_allocation_is_held_where_there_are_solutions_for_it():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
+def test_an_allocation_is_held_where_there_are_solutions_for_it(space):
     low, high = space.sparsity(0, space.low), space.sparsity(0, space.high)
     gentle = {x.name: 0.3 + 0.4 * (x.block > 1) for x in space.linears}
     assert space.within(gentle) == gentle
@@ -151,58 +160,47 @@ def test_an_allocation_is_held_where_there_are_solutions_for_it():
     assert set(mixed.within(steep).values()) <= {0.25, 0.5, 0.75}
 
 
-def test_a_margin_is_a_number_when_a_model_has_broken_down():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
-    wish = {x.name: 0.35 + 0.1 * x.block for x in space.linears}
+def test_a_margin_is_a_number_when_a_model_has_broken_down(space):
+    wish = tilted(space)
 
     def evaluate(candidates, windows):
         return [1.0 if levels == space.nearest(wish) else float("inf") for levels in candidates]
 
-    found = evolve(space, iter([Proposal("tilted", wish)]), evaluate, **{**OPTIONS, "trials": 2})
+    found = evolved(space, evaluate, [("tilted", wish)], trials=2)
     assert found.winner.name == "tilted" and found.margin == 1.0
-    assert (
-        evolve(space, iter([]), lambda c, w: [float("nan")] * len(c), **{**OPTIONS, "trials": 2}).margin == 0
-    )
+    assert evolved(space, lambda some, _: [float("nan")] * len(some), trials=2).margin == 0
 
 
-def test_few_tokens_come_first_and_only_the_best_see_all_of_them():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
+def test_few_tokens_come_first_and_only_the_best_see_all_of_them(space):
     evaluate = towards(space.mutated(space.uniform, random.Random(1)), noise=0.1)
-    evolve(space, iter([]), evaluate, **OPTIONS)
+    evolved(space, evaluate)
     seen = {2: 0, 4: 0, 8: 0}
     for candidates, windows in evaluate.calls:
         seen[len(windows)] += len(candidates)
     assert seen[2] > seen[4] > 0 and seen[2] > 3 * seen[8]
 
 
-def test_time_that_runs_out_is_said_and_still_gives_the_best_so_far():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
-    wish = {x.name: 0.35 + 0.1 * x.block for x in space.linears}
-    offers = iter([Proposal(f"p{i}", wish) for i in range(100)])
-    found = evolve(space, offers, towards(space.nearest(wish)), **OPTIONS, stopped=lambda: "out of time")
+def test_time_that_runs_out_is_said_and_still_gives_the_best_so_far(space):
+    wish = tilted(space)
+    offers = [(f"p{i}", wish) for i in range(100)]
+    found = evolved(space, towards(space.nearest(wish)), offers, stopped=lambda: "out of time")
     assert found.cut_short.startswith("out of time after 2 of 200")
     assert found.winner.name == "p0" and found.generations == []
 
 
-def test_a_broken_model_loses_to_every_other():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
-
+def test_a_broken_model_loses_to_every_other(space):
     def evaluate(candidates, windows):
         return [1.0 if levels == space.uniform else float("nan") for levels in candidates]
 
-    found = evolve(space, iter([]), evaluate, **{**OPTIONS, "trials": 30})
+    found = evolved(space, evaluate, trials=30)
     assert found.winner is found.uniform
 
 
 @pytest.mark.parametrize("shapes", [((8, 8),), ((8, 8), (4, 8), (16, 8))])
 def test_a_model_in_which_nothing_can_be_switched_ends_with_uniform(shapes):
     space = make_space(linears(1, shapes), Unstructured(), 0.5, 11)
-    found = evolve(space, iter([]), towards(space.uniform), **OPTIONS)
+    found = evolved(space, towards(space.uniform))
     assert found.winner is found.uniform
-
-
-def tilted(space):
-    return {x.name: 0.35 + 0.1 * x.block for x in space.linears}
 
 
 def proving(scores, seen):
@@ -216,27 +214,18 @@ def proving(scores, seen):
     return prove
 
 
-def search_for_tilted(scores, stopped=lambda seen: ""):
+def search_for_tilted(space, scores, stopped=lambda seen: ""):
     """Uniform and the proposal that is best by `evaluate`, both pruned in earnest; what was found, and what was asked."""
-    space = make_space(linears(), Unstructured(), 0.5, 11)
     wish, seen = tilted(space), []
-    found = evolve(
-        space,
-        iter([Proposal("tilted", wish)]),
-        towards(space.nearest(wish)),
-        **{**OPTIONS, "trials": 2},
-        stopped=lambda: stopped(seen),
-        prove=proving(scores, seen),
-        finalists=3,
-    )
-    return space, found, seen
+    keys = {"stopped": lambda: stopped(seen), "prove": proving(scores, seen), "finalists": 3}
+    return evolved(space, towards(space.nearest(wish)), [("tilted", wish)], trials=2, **keys), seen
 
 
 @pytest.mark.parametrize(
     ("scores", "winner"), [([2.0, 1.0], "tilted"), ([1.0, 2.0], "uniform"), ([1.0, float("nan")], "uniform")]
 )
-def test_what_was_pruned_in_earnest_has_the_last_word(scores, winner):
-    space, found, seen = search_for_tilted(scores)
+def test_what_was_pruned_in_earnest_has_the_last_word(scores, winner, space):
+    found, seen = search_for_tilted(space, scores)
     assert [w for _, w in seen] == [list(range(8, 16))] * 2 and seen[1][0] == tilted(space)
     assert seen[0][0] == space.allocation(space.uniform)
     assert found.winner.name == winner and found.uniform.proof == scores[0]
@@ -246,19 +235,15 @@ def test_what_was_pruned_in_earnest_has_the_last_word(scores, winner):
 
 
 @pytest.mark.parametrize(("finalists", "proven"), [(0, 0), (1, 2), (2, 3), (9, 5)])
-def test_as_many_are_pruned_in_earnest_as_asked_for_and_uniform(finalists, proven):
-    space = make_space(linears(), Unstructured(), 0.5, 11)
+def test_as_many_are_pruned_in_earnest_as_asked_for_and_uniform(finalists, proven, space):
     goal = space.nearest(tilted(space))
     chance = random.Random(7)
     for _ in range(30):  # away from all that is proposed, so that switches find something better
         goal = space.mutated(goal, chance)
-    offers = iter(
-        [Proposal(f"p{i}", {x.name: 0.5 + (x.block - 1.5) * i / 50 for x in space.linears}) for i in range(6)]
-    )
+    offers = [(f"p{i}", {x.name: 0.5 + (x.block - 1.5) * i / 50 for x in space.linears}) for i in range(6)]
     seen: list = []
-    found = evolve(
-        space, offers, towards(goal), **OPTIONS, prove=proving(range(9, 0, -1), seen), finalists=finalists
-    )
+    prove = proving(range(9, 0, -1), seen)
+    found = evolved(space, towards(goal), offers, prove=prove, finalists=finalists)
     assert len(seen) == proven
     told = [trial for trial in found.trials if trial.proof is not None]
     assert len(told) == proven
@@ -269,36 +254,22 @@ def test_as_many_are_pruned_in_earnest_as_asked_for_and_uniform(finalists, prove
 
 
 @pytest.mark.parametrize("finalists", [0, 2])
-def test_what_will_be_pruned_in_earnest_is_chosen_on_some_of_the_windows_that_decide(finalists):
-    space = make_space(linears(), Unstructured(), 0.5, 11)
-    score, asked, seen = towards(space.nearest(tilted(space))), [], []
-
-    def evaluate(candidates, windows):
-        asked.append(list(windows))
-        return score(candidates, windows)
-
-    options = {**OPTIONS, "trials": 2, "deciding": range(8, 40)}
-    offers = iter([Proposal("tilted", tilted(space))])
-    evolve(space, offers, evaluate, **options, prove=proving([2.0, 1.0], seen), finalists=finalists)
-    assert asked[-1] == list(range(8, 16 if finalists else 40))
+def test_what_will_be_pruned_in_earnest_is_chosen_on_some_of_the_windows_that_decide(finalists, space):
+    evaluate, seen = towards(space.nearest(tilted(space))), []
+    keys = {"trials": 2, "deciding": range(8, 40), "prove": proving([2.0, 1.0], seen), "finalists": finalists}
+    evolved(space, evaluate, [("tilted", tilted(space))], **keys)
+    assert evaluate.calls[-1][1] == list(range(8, 16 if finalists else 40))
     assert [w for _, w in seen] == [list(range(8, 40))] * finalists
 
 
-def test_a_search_that_was_cut_short_is_decided_on_all_windows_that_decide():
-    space = make_space(linears(), Unstructured(), 0.5, 11)
-    score, asked = towards(space.nearest(tilted(space))), []
-
-    def evaluate(candidates, windows):
-        asked.append(list(windows))
-        return score(candidates, windows)
-
-    options = {**OPTIONS, "deciding": range(8, 40), "prove": proving([], []), "finalists": 3}
-    offers = iter([Proposal("tilted", tilted(space))])
-    evolve(space, offers, evaluate, **options, stopped=lambda: "out of time")
-    assert asked[-1] == list(range(8, 40))
+def test_a_search_that_was_cut_short_is_decided_on_all_windows_that_decide(space):
+    evaluate = towards(space.nearest(tilted(space)))
+    keys = {"deciding": range(8, 40), "prove": proving([], []), "finalists": 3}
+    evolved(space, evaluate, [("tilted", tilted(space))], stopped=lambda: "out of time", **keys)
+    assert evaluate.calls[-1][1] == list(range(8, 40))
 
 
-def test_finalists_that_there_is_no_time_for_are_decided_on_solutions():
-    _, found, seen = search_for_tilted([1.0, 2.0], stopped=lambda seen: "out of time" if seen else "")
+def test_finalists_that_there_is_no_time_for_are_decided_on_solutions(space):
+    found, seen = search_for_tilted(space, [1.0, 2.0], stopped=lambda seen: "out of time" if seen else "")
     assert len(seen) == 1 and all(trial.proof is None for trial in found.trials)
     assert found.winner.name == "tilted" and "before its finalists" in found.cut_short
