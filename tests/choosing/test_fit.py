@@ -52,6 +52,29 @@ def dense(tmp_path_factory):
     return folder
 
 
+def prepared(folder, **keys):
+    """The job of a model that nothing is removed from."""
+    return prepare(resolve_recipe(**{"sparsity": 0.0, "allocator": "uniform", **keys}), folder, silent, "cpu")
+
+
+@pytest.fixture(scope="module")
+def job(dense):
+    return prepared(dense)
+
+
+def saved(folder, family="llama"):
+    """A tiny model with an embedding of its own."""
+    tiny_model(family, dtype=torch.bfloat16, **SHAPE).save_pretrained(folder)
+    return folder
+
+
+def size_of(sizes, job, kind, head=None, embedding=None, group=None, sparsity=0.0):
+    """What packing a whole model is planned to take."""
+    level = Level(sparsity, kind)
+    ends = sizes.rest + sizes.of_head(head) + sizes.of_embedding(embedding or head)
+    return ends + sum(sizes.linear(x, level, group) for x in job.linears)
+
+
 @pytest.fixture(scope="module")
 def fitted(dense):
     return tawny.fit(dense, dense.parent / "fitted", bits=9, **KEYS)
@@ -201,19 +224,17 @@ def test_a_plan_says_what_would_come_out(dense, fitted, run):
     assert code == 2 and "a fit chooses --sparsity itself" in err
 
 
-def test_a_speed_becomes_bytes_that_a_token_reads(dense, fitted, tmp_path, monkeypatch):
+def test_a_speed_becomes_bytes_that_a_token_reads(dense, job, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(pace_module, "_STREAMED", 1_000_000)
     monkeypatch.setattr(pace_module, "_WEIGHTS", 1 << 14)
-    pace = pace_module.measured_pace(
-        prepare(resolve_recipe(sparsity=0), dense, silent, "cpu").linears, silent
-    )
+    pace = pace_module.measured_pace(job.linears, silent)
     assert pace.bandwidth > 0 and min(pace.slower.values()) >= 1
     pace = replace(pace, bandwidth=2e6, slower=dict.fromkeys(pace.slower, 1.0))
     monkeypatch.setattr(module, "measured_pace", lambda *_: pace)
     measured = {"measured": dense.parent / "fitted", **KEYS}
     quick = tawny.fit(dense, tmp_path / "quick", speed=20, **measured)
     assert quick.budget is None and quick.speed["asked"] == 20 and quick.speed["measured"] > 0
-    assert quick.bytes < 2e6 / 20 + PackedSize(prepare(resolve_recipe(sparsity=0), dense, silent, "cpu")).rest
+    assert quick.bytes < 2e6 / 20 + PackedSize(job).rest
     assert "where 20 were asked for" in quick.says and "attention" in quick.speed["assumes"]
     monkeypatch.setattr(module, "resident_memory", lambda: 10**12)
     bounded = tawny.fit(dense, tmp_path / "bounded", speed=20, memory="900GB", **measured)
@@ -228,8 +249,7 @@ def test_a_speed_becomes_bytes_that_a_token_reads(dense, fitted, tmp_path, monke
 
 
 def test_an_embedding_of_its_own_takes_bytes_of_the_file_and_one_row_of_a_token(tmp_path):
-    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "dense")
-    sizes = PackedSize(prepare(resolve_recipe(sparsity=0), tmp_path / "dense", silent, "cpu"))
+    sizes = PackedSize(prepared(saved(tmp_path / "dense")))
     for kind in (None, "int8", "int4"):
         assert 0.9 < sizes.of_embedding(kind) / sizes.of_head(kind) < 1.1
     pace = pace_module.Pace(1.0, {pace_module.DENSE: 1.0, "int8@0.0": 1.0}, (1, 1), 1, "")
@@ -274,8 +294,7 @@ def test_a_probe_that_breaks_the_model_down_is_the_worst_of_all(dense, tmp_path,
 
 
 def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
-    tiny_model("llama", dtype=torch.bfloat16, **SHAPE).save_pretrained(tmp_path / "dense")
-    job = prepare(resolve_recipe(sparsity=0), tmp_path / "dense", silent, "cpu")
+    job = prepared(saved(tmp_path / "dense"))
     sizes = PackedSize(job)
     none = {str(share): 0.0 for share in SPARSITIES}
     measures = {x.name: Measures(dict.fromkeys(KINDS_TRIED, 0.0), none, 0.0, 0, False) for x in job.linears}
@@ -292,14 +311,15 @@ def test_head_and_embedding_get_kinds_of_their_own(tmp_path):
     journal = SimpleNamespace(
         once=lambda *_: {"kinds": dict.fromkeys(measures, "int2")}, forget=lambda _: None
     )
-    refined, _ = refining.refine(SimpleNamespace(journal=journal), table, 1.0, None, None, tmp_path)
+    session = SimpleNamespace(run=SimpleNamespace(journal=journal))
+    refined, _ = refining.refine(session, table, 1.0, None, None, tmp_path)
     assert refined is not None and (refined.embedding, refined.takes) == ("int3", best.takes)
     with pytest.raises(RecipeError, match=f"give --size {math.ceil(table.least)}, or more"):
         Table(job, Room(sizes, table.least / 2), found).finalists()
 
 
 def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense):
-    job = prepare(resolve_recipe(sparsity=0, solver="sparsegpt", refine={"epochs": 1}), dense, silent, "cpu")
+    job = prepared(dense, solver="sparsegpt", refine={"epochs": 1})
     demand = FitDemand.of(FitSettings(), job, Load(8, 24, 1000))
     phases = demand.phases(spill=False, held=False)
     alone = demand.finalist.phases(spill=False, held=False)
@@ -344,12 +364,9 @@ def test_a_fit_of_which_nothing_can_be_made_keeps_what_it_measured(dense, fitted
     assert again.finalists == fitted.finalists and not (tmp_path / "made.partial").exists()
 
 
-def test_zeros_are_tried_where_they_promise_enough(dense):
-    job = prepare(resolve_recipe(sparsity=0), dense, silent, "cpu")
+def test_zeros_are_tried_where_they_promise_enough(job):
     sizes = PackedSize(job)
-    budget = (
-        sizes.rest + sizes.of_head("int8") + sum(sizes.linear(x, Level(0.0, "int3")) for x in job.linears)
-    )
+    budget = size_of(sizes, job, "int3", "int8") - sizes.of_embedding("int8")
     names = {}
     for cost in (0.0, 10.0):
         zeros = {str(share): cost for share in SPARSITIES}
@@ -410,15 +427,11 @@ def test_bytes_are_known_before_packing(family, tmp_path):
         ]
     ):
         embedding = None if model.config.tie_word_embeddings else embedding
-        recipe = resolve_recipe(
-            {"allocator": "uniform", "solver": "magnitude", "sparsity": sparsity},
-            values={"kind": kind, "group_size": group, "head": head, "embedding": embedding},
-        )
-        job = prepare(recipe, tmp_path / "dense", silent, "cpu")
+        values = {"kind": kind, "group_size": group, "head": head, "embedding": embedding}
+        job = prepared(tmp_path / "dense", solver="magnitude", sparsity=sparsity, values=values)
         sizes = PackedSize(job)
-        planned = sizes.rest + sizes.of_head(head) + sizes.of_embedding(embedding or head)
-        planned += sum(sizes.linear(x, Level(sparsity, kind), group) for x in job.linears)
-        tawny.prune(tmp_path / "dense", tmp_path / f"{number}.dense", recipe=recipe)
+        planned = size_of(sizes, job, kind, head, embedding, group, sparsity)
+        tawny.prune(tmp_path / "dense", tmp_path / f"{number}.dense", recipe=job.recipe)
         made = tawny.pack(tmp_path / f"{number}.dense", tmp_path / str(number))
         assert 0.85 * planned <= made.file_bytes <= planned
         tensors = sum(x.bytes for x in made.linears)
@@ -428,22 +441,16 @@ def test_bytes_are_known_before_packing(family, tmp_path):
 
 def test_bytes_are_known_where_a_quantised_head_is_decoded(tmp_path):
     quantised(tmp_path / "dense", FORMATS["GPTQ, 8 bits"])
-    recipe = resolve_recipe(
-        {"allocator": "uniform", "solver": "magnitude", "sparsity": 0.0},
-        values={"kind": "int4", "head": "int8"},
-    )
-    job = prepare(recipe, tmp_path / "dense", silent, "cpu")
+    job = prepared(tmp_path / "dense", solver="magnitude", values={"kind": "int4", "head": "int8"})
     sizes = PackedSize(job)
     assert any(key.startswith("lm_head") for key in job.stack.checkpoint.coded) and sizes.head
-    planned = sizes.rest + sizes.of_head("int8") + sizes.of_embedding("int8")
-    planned += sum(sizes.linear(x, Level(0.0, "int4")) for x in job.linears)
-    tawny.prune(tmp_path / "dense", tmp_path / "pruned", recipe=recipe)
+    planned = size_of(sizes, job, "int4", "int8")
+    tawny.prune(tmp_path / "dense", tmp_path / "pruned", recipe=job.recipe)
     made = tawny.pack(tmp_path / "pruned", tmp_path / "packed")
     assert 0.85 * planned <= made.file_bytes <= planned
 
 
-def test_why_there_are_no_zeros_is_said_as_it_was(dense):
-    job = prepare(resolve_recipe(sparsity=0), dense, silent, "cpu")
+def test_why_there_are_no_zeros_is_said_as_it_was(job):
     plain, sparse = (
         SimpleNamespace(levels={x.name: Level(share, "int4") for x in job.linears}) for share in (0.0, 0.5)
     )
@@ -534,7 +541,7 @@ def test_only_what_was_rounded_is_told_to_have_been(sparsity, kind):
     keys = {"solver": "magnitude", "allocator": "uniform", "sparsity": sparsity}
     if kind or sparsity:
         tawny.prune(model, calibration=TOKENS, values=kind, **keys)
-    job = prepare(resolve_recipe({"sparsity": 0.0, "allocator": "uniform"}), model, silent, "cpu")
+    job = prepared(model)
     assert bool(few_bits(job)) == (kind is not None)
 
 
@@ -559,7 +566,7 @@ def test_a_linear_that_breaks_the_model_down_costs_the_others_nothing():
     measures = {
         name: SimpleNamespace(whole=true[name] if math.isfinite(true[name]) else 50.0) for name in names
     }
-    session = SimpleNamespace(job=SimpleNamespace(linears=linears), progress=silent)
+    session = SimpleNamespace(job=SimpleNamespace(linears=linears), run=SimpleNamespace(progress=silent))
     found = measuring.react(session, asked, measures)
     for name in names:
         if name != "1.down":
@@ -587,11 +594,8 @@ def test_bytes_of_masks_are_kept_only_where_a_kind_rounds_enough_to_zero(kind, z
         linear.weight.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
         linear.weight.data[:zero_rows] = 0
     model.save_pretrained(tmp_path / "dense")
-    recipe = resolve_recipe(
-        {"allocator": "uniform", "solver": "magnitude", "sparsity": 0.0}, values={"kind": kind}
-    )
-    job = prepare(recipe, tmp_path / "dense", silent, "cpu")
-    tawny.prune(tmp_path / "dense", tmp_path / "pruned", recipe=recipe)
+    job = prepared(tmp_path / "dense", solver="magnitude", values={"kind": kind})
+    tawny.prune(tmp_path / "dense", tmp_path / "pruned", recipe=job.recipe)
     tawny.pack(tmp_path / "pruned", tmp_path / "packed")
     pruned = tawny.load(tmp_path / "pruned")
     sizes, planned, reserved = PackedSize(job), 0, 0
