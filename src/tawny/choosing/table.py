@@ -70,10 +70,9 @@ class Table:
         self.room, self.limit, self.measured = room, room.limit, measured
         self.costs = [[self.cost(x.name, level) for level in self.every] for x in self.linears]
         self.takes = [[self._takes(self.limit, x, level) for level in self.every] for x in self.linears]
-        self.heads: list[str | None] = [None, *measured.head]
-        self.head_costs = [0.0, *measured.head.values()]
-        self.embeddings: list[str | None] = [*(measured.embedding or [None])]
-        self.embedding_costs = [*(measured.embedding.values() or [0.0])]
+        # By kind what it costs; of None the head stays as it is, and the embedding shares its weight with the head.
+        self.heads = dict[str | None, float]([(None, 0.0), *measured.head.items()])
+        self.embeddings = dict[str | None, float](measured.embedding.items()) or {None: 0.0}
 
     def cost(self, name: str, level: Level) -> float:
         return self.measured.reactions[name] * self.measured.measures[name].relative(level)
@@ -85,25 +84,21 @@ class Table:
         return limit.of_head(head) + limit.of_embedding(embedding or head)
 
     def _lost_by_ends(self, head: str | None, embedding: str | None) -> float:
-        lost = self.head_costs[self.heads.index(head)]
-        return lost + self.measured.embedding.get(embedding or head or "", 0.0)
+        return self.heads[head] + self.measured.embedding.get(embedding or head or "", 0.0)
 
     def chosen(self, budget: float, name: str = "", *, zeros: bool) -> Finalist | None:
         """The least cost that fits; None where nothing does."""
         usable = [i for i, level in enumerate(self.every) if zeros or not level.sparsity]
         costs = [[item[i] for i in usable] for item in self.costs]
         taken = [[float(item[i]) for i in usable] for item in self.takes]
-        heads = [float(self.limit.of_head(kind)) for kind in self.heads]
-        embeddings = [float(self.limit.of_embedding(kind)) for kind in self.embeddings]
-        picked = choose(
-            [*costs, self.head_costs, self.embedding_costs],
-            [*taken, heads, embeddings],
-            budget - self.limit.rest,
-        )
+        taken.append([float(self.limit.of_head(kind)) for kind in self.heads])
+        taken.append([float(self.limit.of_embedding(kind)) for kind in self.embeddings])
+        costs += [[*self.heads.values()], [*self.embeddings.values()]]
+        picked = choose(costs, taken, budget - self.limit.rest)
         if picked is None:
             return None
         of = {x.name: self.every[usable[p]] for x, p in zip(self.linears, picked, strict=False)}
-        return self.finalist(name, of, None, self.heads[picked[-2]], self.embeddings[picked[-1]])
+        return self.finalist(name, of, None, [*self.heads][picked[-2]], [*self.embeddings][picked[-1]])
 
     def finalist(
         self,
