@@ -49,7 +49,6 @@ from tawny.model.trust import opens_models
 from tawny.patterns import Blocks, Rank
 from tawny.process_group import started_by_torchrun
 from tawny.progress import Progress, silent
-from tawny.pruning.memory_plan import Load
 from tawny.pruning.prepare import Job
 from tawny.pruning.profiling import allocate
 from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
@@ -108,19 +107,14 @@ def search(
             "a search moves zeros, and values.mean spends the budget in bits: leave values.mean and values.of out, or use a fit"
         )
     settings = SearchSettings.make(settings, **own)
-
-    def held_out(job: Job, tokens: TokenisedText) -> Tensor:
-        length = min(recipe.calibration.seqlen, settings.length)
-        wanted = recipe.calibration
-        return held_out_windows(tokens, wanted.samples, wanted.seqlen, recipe.seed, length, settings.held_out)
-
-    def demand(job: Job, load: Load) -> SearchDemand:
-        return SearchDemand.of(settings, job, load)
-
     with open_session(
         recipe,
         source,
-        Purpose(samples=True, demand=demand, held_out=held_out),
+        Purpose(
+            samples=True,
+            demand=partial(SearchDemand.of, settings),
+            held_out=partial(_held_out, settings),
+        ),
         progress,
         place_to_write=None if out is None else open_search(place_of(out), settings, overwrite),
         overwrite=overwrite,
@@ -135,6 +129,11 @@ def search(
         if session.place is not None:
             write(searched, session)
         return searched
+
+
+def _held_out(settings: SearchSettings, job: Job, tokens: TokenisedText) -> Tensor:
+    wanted, length = job.recipe.calibration, min(job.recipe.calibration.seqlen, settings.length)
+    return held_out_windows(tokens, wanted.samples, wanted.seqlen, job.recipe.seed, length, settings.held_out)
 
 
 def _search(session: Session, settings: SearchSettings) -> dict[str, Any]:
