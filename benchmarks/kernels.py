@@ -12,7 +12,7 @@ or a noisy neighbour falls on all of them. Every variant walks over copies of it
 four times the last-level cache for one column, and the cache itself for many. A time is the median over rounds of the
 mean over copies; quartiles stand beside it. `columns` is the number of activation vectors (tokens).
 
-Past so many columns as `DENSE_DIRECT` our dense kernel hands over to torch's product, so `torch bf16` is the only dense
+Past so many columns as `dense_direct()` our dense kernel hands over to torch's product, so `torch bf16` is the only dense
 variant there. The results are written after each case, and a case that is in them is not measured again unless
 `--again` says so.
 """
@@ -31,7 +31,7 @@ from harness import RESULTS, keep, parser_of, spread
 from torch import Tensor
 
 from tawny.kernels import native
-from tawny.kernels.ops import DENSE_DIRECT
+from tawny.kernels.ops import dense_direct
 from tawny.packed.format import PackedTensor, pack
 from tawny.packed.linear import DenseLinear, PackedLinear
 
@@ -121,7 +121,7 @@ def variants(
 
         return make
 
-    if columns <= DENSE_DIRECT:
+    if columns <= dense_direct():
         add("dense bf16", None, 2 * numel, lambda: DenseLinear(W_bf16.clone()), x_bf16)
         add("dense f32", None, 4 * numel, lambda: DenseLinear(W_OI.clone()), x)
     add("torch bf16", None, 2 * numel, torch_linear(W_bf16), x_bf16)

@@ -13,9 +13,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from tawny import precision
+from tawny.cpu import PRODUCTS
+from tawny.kernels import native
+
 torch.set_num_threads(1)
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def pytest_report_header():
+    return f"kernels: {', '.join(native.available())}; products: {', '.join(PRODUCTS)}; here {precision.products()}"
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +33,14 @@ def gradients():
     enabled = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert enabled, "gradients were left off"
+
+
+@pytest.fixture(params=PRODUCTS)
+def products(request, monkeypatch):
+    """How matrices are multiplied: as on each kind of CPU in turn, in processes that a test starts, too."""
+    monkeypatch.setenv("TAWNY_CPU", f"kernel={native.kernel_name()} products={request.param}")
+    with precision.force(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -7,12 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tawny import precision
 from tawny.calibration.statistics import Accumulator
-from tawny.precision import bfloat16_products, native_dtype, rounds_products
-
-HARDWARE = pytest.mark.skipif(
-    not rounds_products(), reason="this CPU has no AMX, or this torch cannot be told to use it"
-)
+from tawny.precision import bfloat16_products
 
 
 def product(size: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -21,21 +18,33 @@ def product(size: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return A, B, A @ B
 
 
-@HARDWARE
-def test_inside_factors_are_rounded_and_outside_they_are_not() -> None:
+FORMS = {
+    "mm": lambda A, B: A @ B,
+    "inference": torch.inference_mode()(lambda A, B: A @ B),
+    "linear": lambda A, B: torch.nn.functional.linear(A, B.T),
+    "addmm_": lambda A, B: torch.zeros(len(A), len(A)).addmm_(A, B),
+    "bmm": lambda A, B: (A[None] @ B[None])[0],
+    "out": lambda A, B: torch.mm(A, B, out=torch.empty(len(A), len(A))),
+}
+
+
+@pytest.mark.parametrize("multiply", FORMS.values(), ids=FORMS)
+def test_inside_factors_are_rounded_and_outside_they_are_not(products: str, multiply) -> None:
+    """By the CPU where it has AMX, by hand elsewhere; where nothing is rounded, nothing changes."""
     A, B, outside = product()
     with bfloat16_products():
-        inside = A @ B
+        inside = multiply(A, B)
     rounded = A.bfloat16().double() @ B.bfloat16().double()
-    assert torch.allclose(inside.double(), rounded, atol=1e-4)
-    assert not torch.allclose(inside, outside, atol=1e-4)
+    assert torch.allclose(inside.double(), rounded if products == "amx" else outside.double(), atol=1e-4)
+    assert torch.allclose(inside, outside, atol=1e-4) == (products != "amx")
     assert torch.equal(A @ B, outside)
 
 
 def test_an_error_inside_leaves_products_as_they_were(monkeypatch) -> None:
     switch = SimpleNamespace(fp32_precision="none")
     monkeypatch.setattr(torch.backends.mkldnn, "matmul", switch, raising=False)
-    monkeypatch.setattr("tawny.precision.rounds_products", lambda: True)
+    monkeypatch.setattr("tawny.precision.products", lambda: "amx")
+    monkeypatch.setattr("tawny.precision._amx", lambda: True)
     with bfloat16_products(False):
         assert switch.fp32_precision == "none"
     with pytest.raises(ZeroDivisionError), bfloat16_products():
@@ -46,7 +55,7 @@ def test_an_error_inside_leaves_products_as_they_were(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [48, 1100])
-def test_hessians_are_as_exact_as_float32_sums_are(dtype: torch.dtype, width: int) -> None:
+def test_hessians_are_as_exact_as_float32_sums_are(products: str, dtype: torch.dtype, width: int) -> None:
     X = torch.randn(200, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     accumulator = Accumulator(width, "hessian")
     for chunk in X.split(70):
@@ -58,18 +67,21 @@ def test_hessians_are_as_exact_as_float32_sums_are(dtype: torch.dtype, width: in
 @pytest.mark.parametrize(
     ("amx", "bf16", "fp16", "expected"),
     [
-        (True, True, True, torch.bfloat16),
+        (True, True, True, "amx"),
         # A hypervisor hides AMX, and the other unit is slower than float32.
-        (False, True, True, torch.float32),
-        (False, True, False, torch.bfloat16),
-        (False, False, False, torch.float32),
+        (False, True, True, "float32"),
+        (False, True, False, "bfloat16"),
+        (False, False, False, "float32"),
     ],
 )
-def test_bfloat16_is_native_where_it_is_faster(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, bf16: bool, fp16: bool, expected: torch.dtype
+def test_products_are_in_bfloat16_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, bf16: bool, fp16: bool, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": fp16}, raising=False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
-    assert native_dtype.__wrapped__() is expected
+    told = SimpleNamespace(matmul=SimpleNamespace(fp32_precision="none"))
+    monkeypatch.setattr(torch.backends, "mkldnn", told)
+    monkeypatch.setattr("tawny.precision._amx", precision._amx.__wrapped__)
+    assert precision._fastest() == expected

@@ -7,6 +7,9 @@ oneDNN keeps them float32 whatever it is allowed, measured on an AMD EPYC.
 
 Intel's processors since Sapphire Rapids have both, and hypervisors often hide AMX. What is left multiplies bfloat16 at
 0.5 to 0.7 times the speed of float32 (docs/log/native-products.md). Theirs is the only AVX512-BF16 so far that comes with AVX512-FP16.
+
+So there are three kinds of CPU, the keys of `cpu.PRODUCTS`, and everything that depends on the CPU's products asks
+`products`. TAWNY_CPU makes any CPU pass for one of each kind: where there is no AMX, its rounding is done by hand.
 """
 
 from __future__ import annotations
@@ -16,20 +19,24 @@ __all__ = [
     "bfloat16_products",
     "cast",
     "compute_dtype",
+    "force",
     "forward_dtype",
     "lost_in",
     "native_dtype",
+    "products",
     "rounds_products",
 ]
 
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tawny.cpu import asked
 from tawny.errors import NumericalError, RecipeError
 
 # The dtypes that can be asked for by name.
@@ -62,13 +69,52 @@ def lost_in(value: Tensor, made: Tensor) -> float | None:
 
 
 @functools.cache
-def native_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it faster than float32, else float32."""
+def _amx() -> bool:
+    """Whether the CPU has AMX, and this torch can be told to round the factors of products for it."""
+    told = hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
+    return told and torch.cpu._is_amx_tile_supported()
+
+
+def _fastest() -> str:
+    """The products that suit this CPU best."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 cannot tell
     avx512 = torch.cpu._is_avx512_bf16_supported() and not capabilities.get("avx512_fp16", False)
     fast = avx512 or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast and supported is not None and supported() else torch.float32
+    if not (fast and supported is not None and supported()):
+        return "float32"
+    return "amx" if _amx() else "bfloat16"
+
+
+_products: str | None = None
+
+
+def products() -> str:
+    """How matrices are multiplied here: a key of `cpu.PRODUCTS`."""
+    global _products
+    if _products is None:
+        _products = asked().products or _fastest()
+    return _products
+
+
+@contextlib.contextmanager
+def force(wanted: str) -> Iterator[None]:
+    """Multiply like another CPU inside the block: for tests and benchmarks, not for threads running at the same time.
+
+    Args:
+        wanted: a key of `cpu.PRODUCTS`.
+    """
+    global _products
+    before, _products = products(), wanted
+    try:
+        yield
+    finally:
+        _products = before
+
+
+def native_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it faster than float32, else float32."""
+    return torch.float32 if products() == "float32" else torch.bfloat16
 
 
 def forward_dtype(device: str | torch.device) -> torch.dtype:
@@ -92,9 +138,8 @@ def compute_dtype(compute: str, device: str = "cpu") -> torch.dtype:
 
 
 def rounds_products() -> bool:
-    """Whether `bfloat16_products` makes a difference: the CPU has AMX, and this torch can be told to use it."""
-    told = hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
-    return told and torch.cpu._is_amx_tile_supported() and native_dtype() == torch.bfloat16
+    """Whether `bfloat16_products` makes a difference."""
+    return products() == "amx"
 
 
 @contextlib.contextmanager
@@ -106,6 +151,10 @@ def bfloat16_products(wanted: bool = True) -> Iterator[None]:
     if not wanted or not rounds_products():
         yield
         return
+    if not _amx():
+        with _RoundedByHand():  # type: ignore[no-untyped-call]
+            yield
+        return
     switch: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to type checkers
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
@@ -113,3 +162,19 @@ def bfloat16_products(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         switch.fp32_precision = before
+
+
+class _RoundedByHand(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What AMX does to products of float32 matrices, on a CPU without it: slow, for `products=amx` in tests."""
+
+    _FACTORS: ClassVar[dict[str, slice]] = {
+        **dict.fromkeys(("mm", "bmm", "matmul", "linear"), slice(0, 2)),
+        **dict.fromkeys(("addmm", "baddbmm"), slice(1, 3)),
+    }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        factors = self._FACTORS.get(func.__name__.partition(".")[0].rstrip("_"))
+        if factors and all(x.dtype is torch.float32 and x.device.type == "cpu" for x in args[factors]):
+            args = list(args)
+            args[factors] = [x.bfloat16().float() for x in args[factors]]
+        return func(*args, **(kwargs or {}))

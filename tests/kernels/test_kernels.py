@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tawny.cpu import PRODUCTS
 from tawny.errors import UserError
 from tawny.kernels import native, ops, reference
 from tawny.kinds import KINDS as TABLE
@@ -24,6 +25,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = native.available()
 # one rounding of the result; int8 values may use 16-bit integer activations
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# of the weight, where it is written out in this type
+EXPANDED = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
 @pytest.fixture(params=KERNELS)
@@ -61,12 +64,12 @@ def agree(packed, x, bias=None):
     if TABLE[packed.values].scaled:
         largest = x.double().abs().amax(-1, keepdim=True)
         allowed = allowed + largest / 32767 * 0.51 * W.abs().sum(1)
-    # Expanding for a matrix product rounds the weight to the activations' type; so do tiles of int8 with group scales.
-    expanded = native.kernel_name() == "torch" or x.numel() > ops.DIRECT * packed.shape[1]
-    if expanded or packed.group:
-        allowed = (
-            allowed + {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[x.dtype] * magnitude
-        )
+    if (
+        native.kernel_name() == "torch" or packed.group
+    ):  # tiles of int8 with group scales are written out, too
+        allowed = allowed + EXPANDED[x.dtype] * magnitude
+    elif x.numel() > ops._most_direct(packed.weight) * packed.shape[1]:
+        allowed = allowed + EXPANDED[ops._computed_in(x.dtype)] * magnitude
     if x.dtype is torch.float16:
         allowed = allowed + 1e-7  # subnormal results
     worst = ((y.double() - exact).abs() / allowed).max().item() if y.numel() else 0.0
@@ -98,7 +101,7 @@ def test_whole_integers_agree_are_expanded_and_looked_up(kernel, values, group):
 
 
 @pytest.mark.parametrize("values,group", KINDS)
-def test_every_kernel_agrees_for_any_number_of_tokens(kernel, values, group):
+def test_every_kernel_agrees_for_any_number_of_tokens(kernel, products, values, group):
     packed = stored((37, 250), None, values, group)
     bias = torch.randn(37)
     for dtype in DTYPES:
@@ -107,7 +110,7 @@ def test_every_kernel_agrees_for_any_number_of_tokens(kernel, values, group):
 
 
 @pytest.mark.parametrize("values,group", KINDS)
-def test_prefill_by_expanding_agrees_in_one_chunk_and_in_many(kernel, values, group, monkeypatch):
+def test_prefill_by_expanding_agrees_in_one_chunk_and_in_many(kernel, products, values, group, monkeypatch):
     monkeypatch.setattr(ops, "_most_direct", lambda weight: 4)
     packed = stored((201, 130), None, values, group)
     bias = torch.randn(201)
@@ -192,7 +195,7 @@ def test_a_dense_product_does_not_depend_on_the_number_of_threads(kernel, dtype)
         order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
         half = weight((rows, columns), 0.0).to(dtype)
         W = torch.cat([half, half[:, order]], 1)
-        for tokens in range(1, ops.DENSE_DIRECT + 1):
+        for tokens in range(1, ops.dense_direct() + 1):
             half = activations(tokens, columns, dtype)
             x = torch.cat([half, -half[:, order]], 1)
             for stored, transposed in ((W, False), (W.T.contiguous(), True)):
@@ -219,9 +222,9 @@ def test_a_whole_weight_gives_the_bits_of_a_masked_one(kernel, values, group):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_many_tokens_are_multiplied_as_exactly_as_few(kernel, dtype):
+def test_many_tokens_are_multiplied_as_exactly_as_few(kernel, products, dtype):
     """Past the kernel's own tokens, whatever type the product is computed in, and over more rows than one part holds."""
-    rows, columns, tokens = 1100, 2051, ops.DENSE_DIRECT + 3
+    rows, columns, tokens = 1100, 2051, ops.dense_direct() + 3
     W, x = weight((rows, columns), 0.0).to(dtype), activations(tokens, columns, dtype)
     bias = activations(1, rows, dtype)[0]
     exact = x.double() @ W.double().T + bias.double()
@@ -357,11 +360,13 @@ def test_an_unknown_kernel_is_refused_with_the_nearest_name():
         pass
 
 
-def test_the_environment_forces_a_kernel():
-    code = "from tawny.kernels.native import kernel_name; print(kernel_name())"
-    for name in ("torch", KERNELS[0]):
-        run = python(code, TAWNY_KERNEL=name)
-        assert run.stdout.strip() == name, run.stderr
+def test_every_combination_that_this_cpu_can_run_is_tested(request):
+    """Each kernel with each way of multiplying; the header of the run lists them."""
+    cases = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    run = {(case["kernel"], case["products"]) for case in cases if {"kernel", "products"} <= case.keys()}
+    if not run:
+        pytest.skip("the tests of the kernels were left out")
+    assert run == set(itertools.product(native.available(), PRODUCTS))
 
 
 def test_a_library_without_our_kernels_is_refused():
@@ -385,5 +390,5 @@ packed.tensors["values"] = packed.tensors["values"][: packed.nnz].clone()  # no 
 PackedLinear(packed)(torch.randn(1, 64).bfloat16())
 """
     for kernel in KERNELS[:-2]:  # portable code reads no whole vectors
-        run = python(code, TAWNY_KERNEL=kernel)
+        run = python(code, TAWNY_CPU=f"kernel={kernel}")
         assert run.returncode != 0 and "AddressSanitizer" in run.stderr

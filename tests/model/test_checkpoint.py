@@ -93,7 +93,8 @@ def test_two_that_the_configuration_ties_are_two_where_they_differ(tmp_path):
     with torch.no_grad():
         found, wanted = open_stack(tmp_path, torch.float32).whole()(tokens()).logits, model(tokens()).logits
     torch.testing.assert_close(found, wanted)
-    assert tawny.evaluate(tmp_path, tokens()).loss == pytest.approx(tawny.evaluate(model, tokens()).loss)
+    loss = tawny.evaluate(tmp_path, tokens(), compute="float32").loss
+    assert loss == pytest.approx(tawny.evaluate(model, tokens()).loss)
     assert not tawny.inspect(tmp_path).tied_head
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     assert tawny.inspect(tmp_path / "tied").tied_head

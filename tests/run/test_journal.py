@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import tawny
+from tawny import precision
+from tawny.cpu import PRODUCTS
 from tawny.errors import CheckpointError, Interrupted, OutputError
 from tawny.kernels import native
 from tawny.model.identity import own_code
@@ -190,6 +192,9 @@ def test_another_model_other_kernels_and_another_allocation_file_are_refused(den
         prune(dense, tmp_path / "out", **options)
     (dense / "config.json").write_text(config)
     with native.force("torch"), pytest.raises(OutputError, match=r'machine kernel was .*, now "torch"'):
+        prune(dense, tmp_path / "out", **options)
+    other = next(name for name in PRODUCTS if name != precision.products())
+    with precision.force(other), pytest.raises(OutputError, match=f'machine products was .*, now "{other}"'):
         prune(dense, tmp_path / "out", **options)
     assert prune(dense, tmp_path / "out", **options).resumed == 1
 

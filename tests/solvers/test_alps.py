@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tawny import precision
 from tawny.calibration.statistics import Statistics
 from tawny.errors import NumericalError
 from tawny.kernels import native
@@ -21,10 +22,10 @@ from tests.reference.problems import lifelike
 PATTERNS = [Unstructured(), Unstructured("row"), NM(2, 4)]
 
 
+@precision.force("float32")  # and an inverse for every penalty
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
-def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float, monkeypatch) -> None:
+def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float) -> None:
     W, statistics = lifelike(32, 48)
-    monkeypatch.setattr(inverses, "native_dtype", lambda: torch.float32)  # and an inverse for every penalty
     found = Alps().solve(W, statistics, Unstructured(), sparsity).mask
     wanted = admm_mask(W, statistics.hessian, removed_count(W.numel(), sparsity))
     # float32 against float64: a few weights at the threshold may differ
@@ -33,7 +34,9 @@ def test_it_finds_the_support_of_the_iteration_in_the_paper(sparsity: float, mon
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
-def test_it_loses_less_than_sparsegpt_even_when_that_is_refitted(pattern, sparsity: float) -> None:
+def test_it_loses_less_than_sparsegpt_even_when_that_is_refitted(
+    products: str, pattern, sparsity: float
+) -> None:
     if isinstance(pattern, NM):
         sparsity = 0.5
     W, statistics = lifelike(64, 96)
@@ -45,7 +48,7 @@ def test_it_loses_less_than_sparsegpt_even_when_that_is_refitted(pattern, sparsi
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_loss_it_reports_is_the_loss(pattern) -> None:
+def test_the_loss_it_reports_is_the_loss(products: str, pattern) -> None:
     W, statistics = lifelike(24, 32)
     solution = Alps().solve(W, statistics, pattern, 0.5)
     assert solution.lost == pytest.approx(energy(W - solution.weight, statistics.hessian), rel=1e-3)
@@ -164,10 +167,10 @@ def test_the_polynomial_of_an_inverse_is_within_its_bound(a: float) -> None:
     assert np.abs(1 - (1 + x) * shares(x)).max() == pytest.approx(bound, rel=1e-6, abs=1e-12)
 
 
+@precision.force("bfloat16")
 @pytest.mark.parametrize("powers", [4, 2])
 @pytest.mark.parametrize("grown", [0.04, 0.2, 1.0, 1.1, 1.9, 3.4, 3.5, 13.0])
 def test_one_inverse_serves_all_penalties_near_it(grown: float, powers: int, monkeypatch) -> None:
-    monkeypatch.setattr(inverses, "native_dtype", lambda: torch.bfloat16)
     if powers == 2:  # as if it were too large for more
         monkeypatch.setattr(inverses, "_KEPT", 0)
     _, statistics = lifelike(20, 48)
@@ -184,9 +187,9 @@ def test_one_inverse_serves_all_penalties_near_it(grown: float, powers: int, mon
     assert max(len(made) for made in scaled.made.values()) in (1, powers)
 
 
+@precision.force("float32")
 @pytest.mark.parametrize("rows", [3, 70, 140, 141, 400])
-def test_a_factor_multiplies_like_an_inverse(rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(inverses, "native_dtype", lambda: torch.float32)
+def test_a_factor_multiplies_like_an_inverse(rows: int) -> None:
     _, statistics = lifelike(20, 280)
     scaled = Alps().prepare(statistics)
     right = torch.randn(rows, 280, generator=torch.Generator().manual_seed(rows))
@@ -205,20 +208,18 @@ def test_few_inverses_and_bfloat16_lose_no_more(monkeypatch) -> None:
     for rows, columns in ((96, 192), (160, 64)):
         W, statistics = lifelike(rows, columns)
         losses = []
-        for dtype, kept in ((torch.float32, 1 << 28), (torch.bfloat16, 1 << 28), (torch.bfloat16, 0)):
-            monkeypatch.setattr(inverses, "native_dtype", lambda dtype=dtype: dtype)
+        for products, kept in (("float32", 1 << 28), ("bfloat16", 1 << 28), ("bfloat16", 0)):
             monkeypatch.setattr(inverses, "_KEPT", kept)
-            solution = Alps().solve(W, statistics, Unstructured(), 0.6)
+            with precision.force(products):
+                solution = Alps().solve(W, statistics, Unstructured(), 0.6)
             losses.append(reconstruction_error(W, solution.weight, statistics.hessian))
         assert len(set(losses)) == 3
         assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inverses_that_were_dropped_are_made_again_as_they_were(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(inverses, "native_dtype", lambda: dtype)
+def test_inverses_that_were_dropped_are_made_again_as_they_were(products: str, monkeypatch) -> None:
     W, statistics = lifelike(24, 40)
-    solutions = []
+    solutions, dtype = [], precision.native_dtype()
     one = (1 if dtype is torch.float32 else inverses._DEGREE + 1) * 40 * 40 * dtype.itemsize
     for kept in (1 << 28, one):
         monkeypatch.setattr(inverses, "_KEPT", kept)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tawny import precision
 from tawny.errors import NumericalError
 from tawny.patterns import NM, Unstructured
 from tawny.solvers import Magnitude, SparseGPT, Wanda
@@ -60,14 +61,14 @@ def test_zeros_stay_and_the_objective_never_rises(seed: int, sparsity: float, st
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_rounded_factors_gain_as_much_in_few_steps(steps: int, monkeypatch) -> None:
+def test_rounded_factors_gain_as_much_in_few_steps(steps: int) -> None:
     W, statistics = lifelike(48, 64)
     H = statistics.hessian
     mask = Wanda().solve(W, statistics, Unstructured(), 0.6).mask
     before = objective(W, W * mask, H, 0.01)
     exact = objective(W, refit(W, mask, H, steps=steps), H, 0.01)
-    monkeypatch.setattr("tawny.solvers.refit.native_dtype", lambda: torch.bfloat16)
-    weight, lost = refit_and_judge(W, mask, H, steps=steps, rounded=True)
+    with precision.force("bfloat16"):
+        weight, lost = refit_and_judge(W, mask, H, steps=steps, rounded=True)
     rounded = objective(W, weight, H, 0.01)
     assert rounded != exact
     assert before - rounded == pytest.approx(before - exact, rel=2e-3)

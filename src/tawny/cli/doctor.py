@@ -13,6 +13,7 @@ from typing import Any
 from tawny.cli.console import Console
 from tawny.cli.frames import Frame, Result, facts
 from tawny.cli.root import verb
+from tawny.errors import MissingFeature, UserError
 from tawny.machine import cpu_features, cpu_name, free_memory, total_memory
 from tawny.words import size
 
@@ -89,14 +90,19 @@ def _kernels() -> dict[str, Any]:
     """The compiled kernels of packed models; without them they run in plain torch, slowly."""
     try:
         from tawny.kernels import native
+        from tawny.precision import products
 
         return {
             "available": list(native.available()),
             "chosen": native.kernel_name(),
+            "products": products(),
             "missing_because": native.why_not_native(),
         }
+    except (UserError, MissingFeature):  # of TAWNY_CPU
+        raise
     except Exception as error:
-        return {"available": [], "chosen": None, "missing_because": f"{type(error).__name__}: {error}"}
+        broken = f"{type(error).__name__}: {error}"
+        return {"available": [], "chosen": None, "products": None, "missing_because": broken}
 
 
 def _packaged() -> dict[str, str | None]:
@@ -128,7 +134,9 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     check("memory", f"{size(memory['total'])}, {size(memory['available'])} available")
     check("disk", f"{size(report['disk']['free'])} free in {report['disk']['folder']}")
     kernels, why = report["kernels"], report["kernels"]["missing_because"]
-    compiled = f"{', '.join(kernels['available'])}; {kernels['chosen']} is used"
+    compiled = (
+        f"{', '.join(kernels['available'])}; {kernels['chosen']} is used, products in {kernels['products']}"
+    )
     remedy = f"packed models run slowly in plain torch ({why}): reinstall tawny with a C++ compiler"
     check("kernels", None if why else compiled, remedy)
     for name, found in report["optional"].items():

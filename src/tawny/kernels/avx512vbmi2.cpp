@@ -49,7 +49,7 @@ void prepare(int32_t form, const void* x, int32_t kind, int64_t tokens, int64_t 
 // ---------------------------------------------------------------------------------------------- bfloat16, direct
 
 template <int S, int T, bool FIRST = true>
-TAWNY_LOOP void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t step) {
+NOINLINE void direct_bf16(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t step) {
     __m512 sum[S][4][T];
     const uint8_t* values[S];
     const uint64_t* masks[S];

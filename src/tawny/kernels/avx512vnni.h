@@ -147,7 +147,7 @@ inline __attribute__((always_inline)) __m128i reduce_four(__m512i a, __m512i b, 
 }
 
 template <int S, bool SPAN>
-TAWNY_LOOP void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
+NOINLINE void direct_int8(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
     __m512i high[S][4], low[S][4];
     __m512 sum[S][4];
     const uint8_t* values[S];

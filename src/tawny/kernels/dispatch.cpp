@@ -39,7 +39,7 @@ int32_t supported() {
     found |= 2;
     uint32_t a71 = 0, b71, c71, d71;
     if (a7 >= 1) __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71);
-#if defined(TAWNY_AVXVNNI)
+#if defined(HAVE_AVXVNNI)
     if (a71 & (1u << 4)) found |= 4;
 #endif
     if (!(zmm && (b7 & (1u << 16)))) return found;  // F
@@ -60,7 +60,7 @@ const Kernels* choose(int32_t level) {
         case 0: return tawny_portable();
 #if defined(__x86_64__)
         case 1: return tawny_avx2();
-#if defined(TAWNY_AVXVNNI)
+#if defined(HAVE_AVXVNNI)
         case 2: return tawny_avxvnni();
 #endif
         case 3: return tawny_avx512f();

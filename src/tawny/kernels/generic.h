@@ -92,7 +92,7 @@ inline void store(const Output& out, int64_t token, int64_t row, float value) {
 }
 
 // A loop over a group is a function of its own, so that the choice among kinds does not share its registers.
-#define TAWNY_LOOP __attribute__((noinline))
+#define NOINLINE __attribute__((noinline))
 
 constexpr int value_size(int kind) { return kind == F32 ? 4 : 2; }  // of a float
 
@@ -305,7 +305,7 @@ struct Generic {
     }
 
     template <int KIND, int S, int T>
-    TAWNY_LOOP static void direct(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
+    NOINLINE static void direct(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
         V sum[S][4][T];
         const int64_t groups[2] = {first, second};
         typename Trait<KIND>::Place values[2] = {values_of<KIND>(p, first), values_of<KIND>(p, second)};
@@ -362,7 +362,7 @@ struct Generic {
     }
 
     template <int T>
-    TAWNY_LOOP static void multiply(const Packed& p, const float* tile, const Input& x, const Output& out, int64_t group,
+    NOINLINE static void multiply(const Packed& p, const float* tile, const Input& x, const Output& out, int64_t group,
                                     int64_t t0) {
         V sum[4][T];
 #pragma GCC unroll 4
@@ -429,7 +429,7 @@ struct Generic {
     }
 
     template <int KIND>
-    TAWNY_LOOP static void expand_rows(const Packed& p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
+    NOINLINE static void expand_rows(const Packed& p, int64_t from, int64_t to, void* out, int32_t kind, int64_t stride) {
         int64_t size = value_size(kind);
         for (int64_t g = from; g < to; g++) {
             auto values = values_of<KIND>(p, g);
@@ -455,7 +455,7 @@ struct Generic {
 
     // 16 bits written as they are stored: arithmetic would set a bit of each NaN.
     template <int KIND>
-    TAWNY_LOOP static void copy_rows(const Packed& p, int64_t from, int64_t to, uint16_t* out, int64_t stride) {
+    NOINLINE static void copy_rows(const Packed& p, int64_t from, int64_t to, uint16_t* out, int64_t stride) {
         for (int64_t g = from; g < to; g++) {
             const uint8_t* value = values_of<KIND>(p, g).at;
             const uint64_t* masks = p.masks + g * p.blocks * 4;

@@ -100,7 +100,7 @@ struct Integers {
     }
 
     template <int KIND>
-    TAWNY_LOOP static void unpack_chunks(const uint8_t* chunks, int64_t count, int8_t* out) {
+    NOINLINE static void unpack_chunks(const uint8_t* chunks, int64_t count, int8_t* out) {
         constexpr int size = Trait<KIND>::bits * 8;
         Bytes levels = table<KIND>();
         for (int64_t i = 0; i < count; i++) {
@@ -139,7 +139,7 @@ struct Integers {
             return from;
         }
 
-        TAWNY_LOOP const int8_t* next(int64_t blocks) {
+        NOINLINE const int8_t* next(int64_t blocks) {
             const int8_t* from = survivors(blocks);
             if (!masks) {
                 for (int64_t i = 0; KIND == INT8 && i < blocks * 256; i += 64) I::prefetch(from + i + STRIP * 256);
@@ -241,7 +241,7 @@ struct Integers {
 
     // A strip times T tokens, R rows at a time: four sums of integers and four of floats leave registers for the rest.
     template <int R, int T, bool HALF>
-    TAWNY_LOOP static void multiply(const int8_t* strip, int64_t blocks, int64_t together, const float* scales, const int16_t* x,
+    NOINLINE static void multiply(const int8_t* strip, int64_t blocks, int64_t together, const float* scales, const int16_t* x,
                                     int64_t step, V* sum, int64_t tokens, int64_t count) {
         for (int r0 = 0; r0 < 4; r0 += R)
             for (int64_t t0 = 0; t0 < count; t0 += T) {
@@ -263,7 +263,7 @@ struct Integers {
 
     // One token, straight from the chunks of a whole weight: S groups that lie far apart.
     template <int KIND, bool HALF, int S>
-    TAWNY_LOOP static void one(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
+    NOINLINE static void one(const Packed& p, const Input& x, const Output& out, int64_t first, int64_t second) {
         constexpr int size = Trait<KIND>::bits * 8;
         const int64_t groups[2] = {first, second};
         V sum[S][4];
@@ -317,7 +317,7 @@ struct Integers {
 
     // One token with a masked strip: each survivor goes from its byte to the product without being written.
     template <bool HALF>
-    TAWNY_LOOP static void one_masked(const int8_t* survivors, const uint64_t* masks, int64_t blocks, int64_t together,
+    NOINLINE static void one_masked(const int8_t* survivors, const uint64_t* masks, int64_t blocks, int64_t together,
                                       const float* scales, const int16_t* x, V* sum) {
         for (int64_t b = 0, end; b < blocks; b = end, scales += HALF ? 8 : 4) {
             end = HALF ? b + 1 : b + together < blocks ? b + together : blocks;

@@ -50,7 +50,7 @@ struct Lanes {
 
     // sum[r] += row r of a strip, times the P tokens of x, whose blocks lie `step` bytes apart.
     template <int P, bool HALF>
-    TAWNY_LOOP static void multiply(const int8_t* strip, int64_t blocks, int64_t together, const float* scales,
+    NOINLINE static void multiply(const int8_t* strip, int64_t blocks, int64_t together, const float* scales,
                                     const uint8_t* x, int64_t step, Total* sum) {
         constexpr int Q = 8 / P, STEPS = 2 * P, SPANS = HALF ? 2 : 1, CHAINS = HALF ? 1 : I::chains;
         Total total[4] = {sum[0], sum[1], sum[2], sum[3]};

@@ -4,15 +4,14 @@ The library has a C ABI and is called through ctypes (a few microseconds, less t
 no OpenMP runtime: `GOMP_parallel` is taken from the one that torch loaded, whatever file name its wheel gave it, so
 that there is one pool of threads in the process and `torch.set_num_threads` rules both.
 
-`TAWNY_KERNEL=avx512vbmi2|avx512vnni|avx512f|avxvnni|avx2|neon|portable|torch` forces a choice; otherwise the best the CPU and the operating
-system support. `torch` is the fallback in plain torch, also used when the library was not built.
+The best kernel that the CPU and the operating system support is used, or the best that TAWNY_CPU leaves (cpu.py). `torch` is
+the fallback in plain torch, also used when the library was not built.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "EXPANDING",
-    "LEVELS",
     "available",
     "check",
     "chosen",
@@ -36,11 +35,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tawny.cpu import KERNELS, asked
 from tawny.errors import MissingFeature, TawnyError, UserError, nearest
 from tawny.kernels import reference
 
-# Index = level in the library.
-LEVELS = ("portable", "avx2", "avxvnni", "avx512f", "avx512vnni", "avx512vbmi2", "neon")
 EXPANDING = ("avx512vnni", "avx512vbmi2")  # they spread bytes by a mask in one instruction
 ABI = 12
 _ERRORS = {1: "no kernel is chosen", 2: "an argument is out of range", 3: "out of memory"}
@@ -125,10 +123,27 @@ def why_not_native() -> str | None:
 
 @cache
 def available() -> tuple[str, ...]:
-    """Kernels this CPU can run, best first; `torch` is always last."""
+    """Kernels that can be used here, best first; `torch` is always last.
+
+    Raises:
+        UserError, MissingFeature: TAWNY_CPU asks for one that is unknown, or that cannot run here.
+    """
     found, _ = _load()
     bits = found.tawny_supported() if found else 0
-    return (*[name for level, name in reversed(list(enumerate(LEVELS))) if bits >> level & 1], "torch")
+    names = (*[name for level, name in reversed(list(enumerate(KERNELS))) if bits >> level & 1], "torch")
+    best = asked().kernel or names[0]
+    _check_runs(best, names)
+    return names[names.index(best) :]
+
+
+def _check_runs(kernel: str, names: tuple[str, ...]) -> None:
+    if kernel not in (*KERNELS, "torch"):
+        raise UserError(
+            f"{kernel!r} is not a kernel{nearest(kernel, (*KERNELS, 'torch'))}; this machine has {', '.join(names)}"
+        )
+    if kernel not in names:
+        reason = why_not_native() or "the CPU or the operating system lacks it, or TAWNY_CPU leaves it out"
+        raise MissingFeature(f"kernel {kernel!r} cannot run here ({reason}); available: {', '.join(names)}")
 
 
 _choice: str | None = None
@@ -138,25 +153,15 @@ def kernel_name() -> str:
     """The kernel in use."""
     global _choice
     if _choice is None:
-        _choice = _choose(os.environ.get("TAWNY_KERNEL") or None)
+        _choice = _choose(available()[0])
     return _choice
 
 
-def _choose(wanted: str | None) -> str:
-    if wanted is not None and wanted not in (*LEVELS, "torch"):
-        raise UserError(
-            f"TAWNY_KERNEL={wanted!r} is no kernel{nearest(wanted, (*LEVELS, 'torch'))}; "
-            f"this machine has {', '.join(available())}"
-        )
-    if wanted is not None and wanted not in available():
-        reason = why_not_native() or "the CPU or the operating system lacks it"
-        raise MissingFeature(
-            f"kernel {wanted!r} cannot run here ({reason}); available: {', '.join(available())}"
-        )
-    name = wanted or available()[0]
+def _choose(name: str) -> str:
+    _check_runs(name, available())
     found, _ = _load()
     if name != "torch" and found is not None:
-        raise_for(found.tawny_choose(LEVELS.index(name)), f"kernel {name!r}")
+        raise_for(found.tawny_choose(KERNELS.index(name)), f"kernel {name!r}")
     return name
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "FLOATS",
     "Call",
     "check_bias",
+    "dense_direct",
     "dense_linear",
     "expand",
     "gather_rows",
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 import ctypes
-import functools
 import math
 import sys
 import threading
@@ -43,8 +43,6 @@ from tawny.kernels.layout import ROWS, Weight
 from tawny.precision import native_dtype
 
 DIRECT = 32  # tokens a compiled kernel takes; more go through expand-then-GEMM
-# The same for dense weights: past it torch's product is faster.
-DENSE_DIRECT = DIRECT if native_dtype() is torch.float32 else 4
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # activations and results, by their C code
 
 
@@ -227,7 +225,11 @@ def _buffer(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     return kept[:count].view(dtype).view(rows, cols)
 
 
-@functools.cache
+def dense_direct() -> int:
+    """The same as `DIRECT` for dense weights: past it torch's product is faster."""
+    return DIRECT if native_dtype() is torch.float32 else 4
+
+
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     """The type in which torch multiplies matrices of this type fastest."""
     return torch.float32 if native_dtype() is torch.float32 else dtype
@@ -274,8 +276,9 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
         and x.device.type == weight.device.type == "cpu"
         and native.chosen()
     )
-    widened = tokens > DENSE_DIRECT and _computed_in(x.dtype) is not x.dtype
-    if not (fits and tokens > 0 and (tokens <= DENSE_DIRECT or widened)):
+    direct = tokens <= dense_direct()
+    widened = not direct and _computed_in(x.dtype) is not x.dtype
+    if not (fits and tokens > 0 and (direct or widened)):
         return torch.nn.functional.linear(x, weight.T if transposed else weight, bias)
     x = x.contiguous()
     bias = _readable(bias, rows, x.dtype)

@@ -44,6 +44,7 @@ from tawny.model.source import load_tokenizer, revision_of
 from tawny.model.stack import TOKENS, Stack
 from tawny.model.streams import Samples
 from tawny.model.structure import evaluating, input_of, predicts_tokens
+from tawny.precision import products
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import (
     Demanding,
@@ -336,7 +337,8 @@ def _identify(job: Job, journal: Journal, ranks: Ranks, record: Record) -> None:
     journal.require("model", model_identity(job.folder))
     journal.require("code", code_identity() | own_code(job.allocator, job.solver))
     here = {key: record.machine[key] for key in ("cpu", "threads")}
-    here |= {"processes": ranks.size, "kernel": kernel_name(), "compute": record.compute}
+    here |= {"processes": ranks.size, "kernel": kernel_name()}
+    here |= {"compute": record.compute, "products": products()}
     if job.stack.device.type == "cuda":
         here["device"] = device_name(job.stack.device)
     journal.require("machine", here)
