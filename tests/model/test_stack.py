@@ -104,6 +104,33 @@ def test_streamed_blocks_equal_the_models_own_forward(family, masked, tmp_path):
     torch.testing.assert_close(torch.cat(made)[real], logits[real], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_model_that_forgot_what_is_outside_its_blocks_computes_the_same(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    stack, ids = open_stack(tmp_path, torch.float32), tokens(2, 12)
+    parameters = sum(p.numel() for p in stack.model.parameters())
+    hidden = stack.enter(ids)
+    before, first = stack.logits(ids, hidden), stack.calls(ids)[0]
+    with torch.no_grad(), stack.block(0):
+        given = stack.forward(0, hidden.clone(), first)
+        assert stack.walks_alone(ids)
+        stack.forget_outside()
+        assert torch.equal(stack.forward(0, hidden.clone(), stack.calls(ids)[0]), given)
+    assert all(p.is_meta for p in stack.model.parameters())
+    assert sum(p.numel() for p in stack.model.parameters()) == parameters
+    assert torch.equal(stack.logits(ids, hidden), before)
+    stack.forget_outside()
+    assert torch.equal(stack.enter(ids), hidden)
+    stack.forget_outside()
+    assert not any(p.is_meta for p in stack.whole().parameters())
+
+
+def test_a_live_model_forgets_nothing():
+    model = tiny_model("llama")
+    live_stack(model).forget_outside()
+    assert not any(p.is_meta for p in model.parameters())
+
+
 def test_routers_compute_in_float32_as_transformers_keeps_them(tmp_path):
     keys = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
     keys |= {"v_head_dim": 8}

@@ -17,9 +17,11 @@ from tawny.errors import RecipeError
 from tawny.model.linears import linears_of
 from tawny.model.streams import OnDisk, Samples, Stream
 from tawny.packed.opening import open_stack
+from tawny.pruning import run as run_module
 from tawny.pruning import session as session_module
 from tawny.pruning.memory_plan import Load, parse_size, peak, sharing_inputs
 from tawny.pruning.prepare import demand_of, prepare
+from tawny.pruning.walk import solve_stage
 from tawny.recipe.merge import resolve_recipe
 from tawny.run import journal as journal_module
 from tawny.solvers.sparsegpt import SparseGPT
@@ -199,6 +201,35 @@ def test_states_of_every_token_are_counted(tmp_path):
         stack, demand = first_block(folder, solver="wanda", seqlen=512)
         forward[state] = demand.phases(spill=True, held=False)["observe"]["forward"]
     assert forward[24] - forward[8] >= 3 * 4 * stack.config.intermediate_size * 16 * 2048
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # with a head of its own, and with one that is tied
+def test_embedding_and_head_are_no_part_of_the_walks(tmp_path, monkeypatch, family):
+    tiny_model(family).save_pretrained(tmp_path / "dense")
+    stack, demand = first_block(tmp_path / "dense", allocator="owl", solver="sparsegpt", seqlen=24)
+    phases = demand.phases(spill=False, held=True)
+    outside = sum(p.numel() for p in stack.model.get_input_embeddings().parameters())
+    for name, parts in phases.items():
+        assert (parts["embeddings"] > outside) == (name in ("text", "read", "embed")), name
+    here = []
+
+    def walked(block, *rest):
+        here.append([p for p in block.job.stack.model.parameters() if not p.is_meta])
+        return solve_stage(block, *rest)
+
+    monkeypatch.setattr(run_module, "solve_stage", walked)
+    tawny.prune(tmp_path / "dense", tmp_path / "out", **OPTIONS, calibration=tokens())
+    names = {linear.name for linear in linears_of(stack.blocks[0], stack.name(0))}
+    assert here and all(len(some) == len(here[0]) >= len(names) for some in here)
+    assert all(len(p) != 256 for some in here for p in some)  # words
+
+
+def test_a_mask_or_data_that_blocks_are_called_with_keeps_the_embedding(dense):
+    ids = tokens()
+    recipe = resolve_recipe(None, sparsity=0.5, allocator="uniform")
+    job = prepare(recipe, dense, tawny.progress.silent, "cpu")
+    assert demand_of(job, Load(*ids.shape, 0, given=Samples(ids))).alone
+    assert not demand_of(job, Load(*ids.shape, 0, given=Samples(ids, torch.ones_like(ids)))).alone
 
 
 def test_what_an_allocator_takes_is_counted_for_its_block():

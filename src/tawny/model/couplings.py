@@ -29,7 +29,7 @@ from tawny.model.stack import TOKENS, Call, Stack
 from tawny.model.structure import input_of, pixels_for
 from tawny.patterns import MemberKind
 
-__all__ = ["Coupling", "Rows", "couple", "find_couplings", "probe_of"]
+__all__ = ["Coupling", "Rows", "couple", "find_couplings", "probe_of", "some_tokens"]
 
 _TOKENS = 64  # a ReLU that is silent for a random token is so for all of them once in 2⁶⁴
 _CLOSE = 1e-2  # of the largest output: what rounding to bfloat16 may change
@@ -113,10 +113,13 @@ def probe_of(stack: Stack) -> dict[str, Tensor]:
     Raises:
         ModelError: it takes neither tokens nor pixels of a known size.
     """
-    if input_of(stack.model) != TOKENS:
-        return pixels_for(stack.model, 1)
+    return some_tokens(stack, _TOKENS) if input_of(stack.model) == TOKENS else pixels_for(stack.model, 1)
+
+
+def some_tokens(stack: Stack, count: int) -> dict[str, Tensor]:
+    """Token ids `[1, count]`, spread over the vocabulary."""
     vocabulary = int(stack.config.get_text_config().vocab_size)
-    return {TOKENS: (torch.arange(_TOKENS) * 7919 % vocabulary)[None]}
+    return {TOKENS: (torch.arange(count) * 7919 % vocabulary)[None]}
 
 
 def find_couplings(stack: Stack) -> list[list[Coupling]]:

@@ -123,13 +123,24 @@ def _itself(hidden: Tensor) -> Tensor:
 class Replay:
     """Runs a model's own forward with stand-ins for its blocks.
 
+    Args:
+        ready: called before the model's own forward runs.
+
     Attributes:
         items: how many items a block returns; 0 stands for hidden states alone.
         shapes: of the hidden states in front of each block, `[batch, positions, width]`, of what was captured last.
     """
 
-    def __init__(self, model: Any, blocks: Blocks, compute: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        blocks: Blocks,
+        compute: torch.dtype,
+        device: torch.device,
+        ready: Callable[[], None],
+    ) -> None:
         self.model, self.blocks, self.compute, self.device = model, blocks, compute, device
+        self._ready = ready
         self.items = 0
         self.shapes: list[torch.Size] = []
         self._checked = False
@@ -149,6 +160,11 @@ class Replay:
     def calls(self, inputs: Mapping[str, Tensor]) -> list[Call]:
         """What each block is called with for these inputs."""
         return self._calls.get(_shapes(inputs)) or self.begin(inputs)[1]
+
+    def keeps(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether the calls of all inputs of this shape are known, without the model's own forward."""
+        self.calls(inputs)
+        return _shapes(inputs) in self._calls
 
     @torch.no_grad()
     def _capture(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
@@ -408,6 +424,7 @@ class Replay:
 
     def _call_model(self, inputs: Mapping[str, Tensor], model: Any = None) -> Any:
         """The model's own forward, or that of a part of it, without a cache."""
+        self._ready()
         model = self.model if model is None else model
         parts = [model, getattr(model, "base_model", model)]
         caching = any("use_cache" in inspect.signature(part.forward).parameters for part in parts)

@@ -12,7 +12,7 @@ __all__ = ["MASK", "TOKENS", "Call", "Inputs", "Stack", "check_tensors", "chunks
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,15 +66,20 @@ class Stack:
         self.structure = find_blocks(model)
         self.blocks = self.structure.modules
         self.stored: dict[str, Tensor] = {}
+        self._outside: list[Unit] = []
         self._late: list[Unit] = []
+        self._forgotten = False  # what is in no block
         self._fused = any(linear.expert is not None for i in range(len(self)) for linear in self.linears(i))
         self._running = 0  # forwards of fused experts that have begun and not ended
         self._configs = self._configurations()
         self._experts_before: list[str | None] = []
-        self._replay = Replay(model, self.structure, compute, self.device)
+        self._replay = Replay(model, self.structure, compute, self.device, self._recall)
         if checkpoint is not None:
             checkpoint.map_to(model)
             self._move_buffers()
+            inside = {id(unit) for i in range(len(self)) for unit in checkpoint.units_of(self.name(i))}
+            self._outside = [unit for unit in checkpoint.units if id(unit) not in inside]
+            self._untie(self._outside)
             self._load_outside()
             model.requires_grad_(False)  # a live model stays as trainable as its owner left it
 
@@ -142,13 +147,11 @@ class Stack:
         return next(kept, self.compute)
 
     def _load_outside(self) -> None:
-        """Embeddings and norm: everything that is in no block, and stays in memory; the head waits for `tail`."""
+        """Embeddings and norm: everything that is in no block; the head waits for `tail`."""
         assert self.checkpoint is not None
-        inside = {id(unit) for i in range(len(self)) for unit in self.checkpoint.units_of(self.name(i))}
-        outside = [unit for unit in self.checkpoint.units if id(unit) not in inside]
-        self._untie(outside)
-        self._late = [unit for unit in outside if unit.converter is None and unit.targets[0] == self._head()]
-        for unit in outside:
+        head = self._head()
+        self._late = [unit for unit in self._outside if unit.converter is None and unit.targets[0] == head]
+        for unit in self._outside:
             if unit not in self._late:
                 self._assign(self.checkpoint.load(unit, self.model))
         if not self._late:
@@ -159,6 +162,29 @@ class Stack:
                 raise CheckpointError(
                     f"{self.checkpoint.folder} lacks weights outside the blocks, first {name!r}"
                 )
+        self._forgotten = False
+
+    def walks_alone(self, inputs: Inputs) -> bool:
+        """Whether blocks run without anything that is outside them, once inputs of this shape are embedded.
+
+        They do where all are in one stack, and each is called alike for all inputs of one shape.
+        """
+        return len(self.structure.starts) == 1 and self._replay.keeps(named(inputs))
+
+    def forget_outside(self) -> None:
+        """Drop what is in no block, such as embeddings and head; the model's own forward reads it again.
+
+        A live model keeps it.
+        """
+        if self.checkpoint is None:
+            return
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        _drop(module for module in self.model.modules() if id(module) not in inside)
+        self._forgotten = True
+
+    def _recall(self) -> None:
+        if self._forgotten:
+            self._load_outside()
 
     def _untie(self, outside: list[Unit]) -> None:
         """Two that the configuration ties, and that are stored apart and differ, are two: so transformers has it."""
@@ -183,6 +209,7 @@ class Stack:
         for index in range(len(self)):
             self.load(index)
         self.stored = {}
+        self._recall()
         self._load_late()
         return self.model
 
@@ -216,10 +243,7 @@ class Stack:
         if self.checkpoint is None:
             return
         self.stored = {}
-        for module in self.blocks[index].modules():
-            for leaf, value in module._parameters.items():
-                if value is not None:
-                    module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+        _drop(self.blocks[index].modules())
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -388,10 +412,22 @@ class Stack:
 
     def output(self, inputs: Inputs, hidden_BTH: Tensor, part: Any = None) -> Any:
         """What the model gives, or a part of it that holds all blocks, from the last block's output."""
+        self._recall()
         self._load_late()
         # A slice of one sample's tokens keeps the stride of the whole, for which torch would copy the head's weight each time.
         hidden_BTH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).view(hidden_BTH.shape)
         return self._replay.output(named(inputs), hidden_BTH, part)
+
+
+def _drop(modules: Iterable[nn.Module]) -> None:
+    """Free the weights of modules; what several of them share stays shared."""
+    dropped: dict[nn.Parameter, nn.Parameter] = {}
+    for module in modules:
+        for leaf, value in module._parameters.items():
+            if value is not None:
+                if value not in dropped:
+                    dropped[value] = nn.Parameter(value.to("meta"), requires_grad=False)
+                module._parameters[leaf] = dropped[value]
 
 
 def live_stack(model: nn.Module) -> Stack:

@@ -120,6 +120,7 @@ class Demand:
         in_data_order: stages see the pruned ones before them.
         refining: every block is trained after it was pruned.
         compared: tokens that candidates of blocks that leave are compared on; 0 where no such choice is made.
+        alone: blocks run without what is outside them, which is dropped once the samples are embedded.
     """
 
     stack: Stack
@@ -134,20 +135,23 @@ class Demand:
     in_data_order: bool
     refining: bool
     compared: int = 0
+    alone: bool = False
 
     def phases(self, *, spill: bool, held: bool) -> dict[str, dict[str, int]]:
-        """Parts of each phase; those of every phase are the interpreter and what is outside the blocks."""
+        """Parts of each phase; the interpreter is there in every one, what is outside the blocks in all but those of walks."""
         stack = self.stack
         outside = outside_bytes(stack)
         base = {"interpreter": max(resident_memory() - outside, 0) or _INTERPRETER, "embeddings": outside}
         if not self._flat:
             return {"open": base}
         phases = {"text": {**base, "text": self.characters * _TOKENISING}}
+        phases["read"] = {**base, "conversion": _stored_apart(stack)}
+        walked = {**base, "embeddings": 0} if self.alone else base
         if self.measuring.measures_weights:
             kept = min(self.profiled, self.samples) * self.seqlen * stack.hidden_bytes
             observed = self.measuring.needs != "none"
             phases["profile"] = {
-                **base,
+                **walked,
                 "block": self.block_bytes(),
                 "hidden_states": kept if observed and not spill else 0,
                 "forward": max(self.forward_bytes() if observed else 0, self.measuring_bytes()),
@@ -157,21 +161,24 @@ class Demand:
             states = (len(stack) + 3) * self.compared * stack.hidden_bytes
             parts = {"block": self.block_bytes(), "hidden_states": states, "forward": self.forward_bytes()}
             if cast(BlockSolver, self.solver).compares == "logits":
-                base = {**base, "head": stack.late_bytes}  # opened to compare, and kept
+                walked = base = {**base, "head": stack.late_bytes}  # opened to compare, and kept
                 parts["logits"] = 4 * LOGIT_BYTES
             phases["choose"] = {**base, **parts}
         hidden = 0
         if self.needs != "none" or self.refining:
             hidden = 0 if spill else self.samples * self.seqlen * stack.hidden_bytes
-        walk = self.walk_phases(base, hidden * (2 if self.refining else 1), held=held)
+        hidden *= 2 if self.refining else 1
+        if hidden and self.alone:
+            phases["embed"] = {**base, "hidden_states": hidden, "forward": self.embedding_bytes()}
+        walk = self.walk_phases(walked, hidden, held=held)
         phases |= walk
         if self.refining:
             solved = 4 * max(sum(x.numel for x in linears) for linears in self.by_block)
             for name in ("observe" if self.needs != "none" else "solve", "solve"):
                 phases[name]["solved"] = solved
-            refine = {"block": self.block_bytes(), "hidden_states": 2 * hidden}
+            refine = {"block": self.block_bytes(), "hidden_states": hidden}
             refine |= {"held": walk["solve"]["held"]} if "held" in walk["solve"] else {}
-            phases["refine"] = {**base, **refine, "refine": self._refine_bytes() + solved}
+            phases["refine"] = {**walked, **refine, "refine": self._refine_bytes() + solved}
         return phases
 
     def walk_phases(self, base: Mapping[str, int], hidden: int, *, held: bool) -> dict[str, dict[str, int]]:
@@ -222,6 +229,10 @@ class Demand:
         # Three float32 states of a state-space layer at every token, where no kernel keeps them apart: made together.
         states = 3 * 4 * max(map(states_of, self.stack.structure.modules), default=0)
         return chunk * (4 * self.stack.hidden_bytes + widest * (4 + 3 * compute) + states) + attention
+
+    def embedding_bytes(self) -> int:
+        """For one chunk of samples: what the model makes of tokens, and what enters the first block."""
+        return 3 * self._chunk_samples() * self.seqlen * self.stack.hidden_bytes + self._mask_bytes()
 
     def measuring_bytes(self) -> int:
         return max(self.measuring.workspace([x.shape for x in linears]) for linears in self.by_block)
@@ -365,6 +376,15 @@ def _gigabytes(size: int) -> str:
 def outside_bytes(stack: Stack) -> int:
     """Bytes of the parameters that are in memory now, outside the blocks."""
     return sum(p.numel() * p.element_size() for p in stack.model.parameters() if not p.is_meta)
+
+
+def _stored_apart(stack: Stack) -> int:
+    """Bytes of the largest parameter outside the blocks as its file has it, while it is converted to another type."""
+    checkpoint = stack.checkpoint
+    if checkpoint is None or checkpoint.storage_dtype == stack.compute:
+        return 0
+    largest = max((p.numel() for p in stack.model.parameters() if not p.is_meta), default=0)
+    return largest * checkpoint.storage_dtype.itemsize
 
 
 def held_bytes(stack: Stack, by_block: Mapping[int, Sequence[Linear]], tokens: int) -> int:

@@ -21,11 +21,11 @@ from tawny.calibration.statistics import Needs
 from tawny.errors import ModelError, RecipeError
 from tawny.model.biases import bias_settings
 from tawny.model.checkpoint import file_bytes, is_packed
-from tawny.model.couplings import Coupling, couple
+from tawny.model.couplings import Coupling, couple, some_tokens
 from tawny.model.linears import Linear, check_selection, check_writable, select
 from tawny.model.source import resolve
-from tawny.model.stack import Stack, live_stack
-from tawny.model.structure import adapters, predicts_tokens, staying_dense
+from tawny.model.stack import TOKENS, Stack, live_stack
+from tawny.model.structure import adapters, input_of, predicts_tokens, staying_dense
 from tawny.packed.install import check_ends
 from tawny.packed.linear import PackedLinear
 from tawny.packed.opening import open_stack
@@ -276,7 +276,21 @@ def demand_of(job: Job, load: Load) -> Demand:
         in_data_order=job.recipe.order == "data",
         refining=job.recipe.refine.epochs > 0,
         compared=_compared(job, load) if job.chooses_blocks else 0,
+        alone=_walks_alone(job, load),
     )
+
+
+def _walks_alone(job: Job, load: Load) -> bool:
+    """Whether the walks of a run need what is outside the blocks only until samples are embedded, as far as is known before any."""
+    stack = job.stack
+    if stack.checkpoint is None or job.removes_blocks:  # one that leaves is tried out
+        return False
+    if not job.needs_samples:
+        return True
+    if load.given is not None:
+        return stack.walks_alone(load.given.first(1).inputs)
+    # Outside the blocks of what sees or hears there is little.
+    return input_of(stack.model) == TOKENS and stack.walks_alone(some_tokens(stack, load.seqlen))
 
 
 def _compared(job: Job, load: Load) -> int:

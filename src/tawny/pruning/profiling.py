@@ -110,6 +110,9 @@ def profile_walk(session: Session, measuring: Measuring) -> Profile:
                 saved=journal.hidden(WALK),
                 spill=session.run.spill(WALK),
             )
+            stream.leave_outside()
+        else:
+            stack.forget_outside()
         session.run.progress.phase("profiling", len(stack) - done)
         for index in range(done, len(stack)):
             last = index == len(stack) - 1

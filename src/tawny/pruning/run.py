@@ -1,6 +1,6 @@
 """Prune a model block by block. This file is the job; read it from `prune` down.
 
-Only one block's weights are in memory at a time, beside embeddings and head. The calibration samples walk through
+Only one block's weights are in memory at a time; embeddings leave once the samples are embedded. The samples walk through
 the stack with the pruning: each block is observed on the outputs of the already pruned blocks before it, solved,
 and run again to give the next one its inputs. No forward is run whose result nobody uses. What is finished is
 kept in a journal, and the same command goes on from it.

@@ -38,6 +38,9 @@ def walk_blocks(
         with clock("forward"):
             stream = _stream(session, walk, "pruned", done)
             dense = _stream(session, walk, "dense", done) if refining else None
+            stream.leave_outside()
+    else:
+        job.stack.forget_outside()
     session.run.progress.phase("pruning", count - done)
     for index in range(done, count):
         last = index == count - 1
