@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 import tawny
-from tawny.serving import app as app_module
+from tawny.serving import running as running_module
 from tawny.serving.answers import Service
 from tawny.serving.grammar import Grammars
 from tawny.serving.protocol import ChatRequest, CompletionRequest, Refused
@@ -228,9 +228,9 @@ def test_a_client_that_reads_nothing_does_not_outlast_the_time_it_has():
         async def receive():
             await asyncio.Event().wait()
 
-        deadline = asyncio.get_running_loop().time() - app_module._LAST_WORDS
+        deadline = asyncio.get_running_loop().time() - running_module._LAST_WORDS
         running = SimpleNamespace(deadline=deadline, late=lambda: ended.append("late"))
-        stream = app_module._Streamed(running, None, lambda: ended.append("done"))
+        stream = running_module.Streamed(running, None, lambda: ended.append("done"))
         stream.body_iterator = chunks()
         await asyncio.wait_for(stream({"type": "http"}, receive, stuck), 20)
         return ended
