@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -212,7 +213,17 @@ def test_whoever_waits_to_be_prepared_takes_a_place_and_whoever_has_gone_is_not_
         go.set()
         assert first.result(60)[0] == second.result(60)[0] == 200
         wait(lambda: any(" 499 " in line for line in log))
+        assert _cancelled(server) == 1
+        with socket.create_connection((host, int(port)), timeout=20) as gone:  # in the middle of its body
+            gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body[:9]}".encode())
+        wait(lambda: _cancelled(server) == 2)
     assert prepared == [["first"], ["second"]]
+
+
+def _cancelled(server):
+    return float(
+        re.search(r'requests_total{finish="cancelled"} (\S+)', ask(server, "GET", "/metrics")[1].decode())[1]
+    )
 
 
 def test_a_client_that_reads_nothing_does_not_outlast_the_time_it_has():

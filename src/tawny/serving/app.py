@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from tawny.decoding import scheduler
@@ -95,7 +96,7 @@ class Desk:
         begin, deadline = time.monotonic(), asyncio.get_running_loop().time() + self.timeout
         prepared = await self._prepared(prepare, request, deadline)
         if prepared is None:
-            return Response(status_code=_LEFT)
+            return self.left()
         requests, answer = prepared
         with self._room():
             running = Running(self.worker, self.metrics, requests, begin, deadline)
@@ -114,6 +115,11 @@ class Desk:
             made.cancel()
             gone.cancel()
             done()
+
+    def left(self) -> Response:
+        """Of a request whose client has gone before anything was made for it, which counts here."""
+        self.metrics.failed("cancelled")
+        return Response(status_code=_LEFT)
 
     async def _prepared(self, prepare: Prepare, request: Request, deadline: float) -> Prepared | None:
         """What to ask the worker for; None when the client has gone. What waits here waits for the worker, too."""
@@ -219,8 +225,10 @@ async def _invalid(_: Request, error: Exception) -> Response:
     return _refusal(explain(error.errors()))
 
 
-async def _http(_: Request, error: Exception) -> Response:
+async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ClientDisconnect):  # in the middle of its body
+        return _desk(request).left()
     return _refusal(Refused(str(error.detail), error.status_code))
 
 
