@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import openai
@@ -26,6 +27,7 @@ import torch
 import tawny
 from tawny.errors import UserError
 from tawny.progress import Silent
+from tawny.serving.web import Connection
 from tawny.words import size
 from tests.serving.tiny import byte_tokenizer, served_model
 from tests.tiny import BAMBA, tiny_model
@@ -372,6 +374,35 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(server, monkeypatch):
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         assert b" 408 " in slow.recv(100)
+
+
+@pytest.mark.parametrize(
+    "sent", ["", "GET /health HTTP/1.1\r\nHo", "GET /health HTTP/1.1\r\nHost: {}\r\n\r\n"]
+)
+def test_a_connection_that_asks_for_nothing_more_is_closed(server, monkeypatch, sent):
+    monkeypatch.setattr("tawny.serving.web._IDLE", 0.2)
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as idle:
+        idle.sendall(sent.format(host).encode())
+        answer = b"".join(iter(partial(idle.recv, 4096), b""))  # until the server closes
+    assert (b" 200 " in answer) == ("{}" in sent)
+
+
+def test_a_request_that_takes_longer_than_an_idle_connection_may_is_answered(server, monkeypatch):
+    monkeypatch.setattr("tawny.serving.web._IDLE", 0.01)
+    with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+        made = client.completions.create(**GREEDY, prompt="owl", max_tokens=200)
+    assert made.usage.completion_tokens == 200
+
+
+def test_a_connection_whose_client_reads_nothing_of_the_rest_is_cut():
+    done = []
+    transport = SimpleNamespace(is_closing=lambda: True, abort=lambda: done.append("cut"))
+    loop = SimpleNamespace(call_later=lambda *_: None)
+    connection = SimpleNamespace(cycle=None, transport=transport, loop=loop, _seen=None)
+    connection._close_if_idle = partial(Connection._close_if_idle, connection)
+    connection._close_if_idle()
+    assert done == ["cut"]
 
 
 def test_nobody_listens_to_the_world_without_a_key(model, tokenizer):

@@ -1,8 +1,8 @@
-"""uvicorn's server, which ends running texts before it ends itself."""
+"""uvicorn's server, which ends running texts before it ends itself, and closes connections that ask for nothing."""
 
 from __future__ import annotations
 
-__all__ = ["Web"]
+__all__ = ["Connection", "Web"]
 
 import asyncio
 import logging
@@ -11,8 +11,39 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+_IDLE = 30  # seconds that a connection may ask for nothing, or for less than a whole head
 _GRACE, _LAST = 3, 2  # seconds in which running texts may end, and then in which their clients are told
+
+
+_Protocol: Any = AutoHTTPProtocol
+
+
+class Connection(_Protocol):  # type: ignore[misc]
+    """One that is closed where it has no request in progress for long.
+
+    uvicorn looks at the time only between an answer and the first byte that follows it. So a client that sends nothing at
+    first, or half a head, would hold its connection for ever, and so would one that does not read the end of an answer.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._seen = (True, self.cycle)  # whether the last request was over, and which it was: none so far
+        self._look = self.loop.call_later(_IDLE, self._close_if_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._look.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_idle(self) -> None:
+        seen = (self.cycle is None or self.cycle.response_complete, self.cycle)
+        if self.transport.is_closing():
+            self.transport.abort()  # the client does not read
+        elif seen[0] and seen == self._seen:
+            self.timeout_keep_alive_handler()
+        self._seen = seen
+        self._look = self.loop.call_later(_IDLE, self._close_if_idle)
 
 
 class Web(uvicorn.Server):
@@ -25,6 +56,8 @@ class Web(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
+                timeout_keep_alive=_IDLE,
                 lifespan="off",
                 ws="none",
                 log_config=None,
