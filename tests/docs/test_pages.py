@@ -85,15 +85,17 @@ def test_every_error_message_of_the_troubleshooting_page_exists():
 
 def test_the_allocator_of_the_guide_works(monkeypatch):
     from tawny.allocation import ALLOCATORS
+    from tawny.allocation.registry import SINGLE
 
     page = (ROOT / "docs" / "add-an-allocator.md").read_text(encoding="utf-8")
     first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(first.splitlines()) <= 40
     space: dict = {"__name__": "example"}
     exec(compile(first, "add-an-allocator.md", "exec", dont_inherit=True), space)
-    monkeypatch.setattr("tawny.allocation.ALLOCATORS", ALLOCATORS)
-    monkeypatch.setitem(ALLOCATORS, "unequal", None)
-    exec(second, {"ALLOCATORS": ALLOCATORS, "Unequal": space["Unequal"]})
+    registered: dict = {}
+    exec(second, {"SINGLE": registered, "Unequal": space["Unequal"]})
+    assert set(registered) == {"unequal"} and set(SINGLE) < set(ALLOCATORS)
+    monkeypatch.setitem(ALLOCATORS, "unequal", registered["unequal"])
     options = {"sparsity": 0.6, "solver": "wanda", "compute": "float32", "calibration": tokens()}
     made = {
         strength: tawny.prune(
