@@ -1,6 +1,6 @@
 """Samples of what a model takes in the place of tokens: the loader of its batches.
 
-This is the one place that asks what a model takes. Behind it there are samples.
+`model/structure.py` says what a model takes, and this is the one place that reads it from files. After it there are samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tawny.errors import ModelError
 from tawny.model.source import load_processor
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples
-from tawny.model.structure import input_of
+from tawny.model.structure import PIXELS, input_of
 
 
 def read_inputs(
@@ -58,7 +58,7 @@ def read_inputs(
 def processor_for(stack: Stack, folder: Path | None, given: Texts, processor: Any = None) -> Any:
     """The image processor of a model that is to see the pictures of `given`; raises as `read_inputs` does."""
     name = input_of(stack.model)
-    if name != "pixel_values":
+    if name != PIXELS:
         raise ModelError(
             f"{type(stack.model).__name__} takes {name}, which no file is read as: give tensors from Python, {{{name!r}: tensor}}"
         )

@@ -27,6 +27,7 @@ from tawny.calibration.mixture import SAMPLE, Source
 from tawny.calibration.windows import interleaved, shared_out
 from tawny.errors import MissingFeature, TextError, first_line
 from tawny.machine import in_package
+from tawny.model.structure import PIXELS
 
 # A crop's side, as a share of the picture's shorter one.
 _SMALLEST = 0.6
@@ -175,5 +176,5 @@ def crop(path: Path, generator: torch.Generator) -> Any:
 
 def pixels_of(picture: Any, processor: Any) -> Tensor:
     """A picture as the model takes it, `[channels, height, width]` float32."""
-    made: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    made: Tensor = processor(images=picture, return_tensors="pt")[PIXELS][0]
     return made.float()

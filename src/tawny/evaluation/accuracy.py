@@ -30,11 +30,10 @@ from tawny.evaluation.sources import open_stack_of
 from tawny.machine import peak_memory
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples
-from tawny.model.structure import evaluating, input_of
+from tawny.model.structure import PIXELS, evaluating, input_of
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
 
-PIXELS = "pixel_values"
 PART = 128  # pictures in memory at once
 
 

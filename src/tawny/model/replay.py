@@ -13,7 +13,7 @@ several stacks each depends on the last hidden states of the one before alone: o
 
 from __future__ import annotations
 
-__all__ = ["MASK", "TOKENS", "Call", "Inputs", "Replay", "named"]
+__all__ = ["Call", "Inputs", "Replay", "named"]
 
 import contextlib
 import inspect
@@ -27,10 +27,8 @@ import torch
 from torch import Tensor
 
 from tawny.errors import ModelError
-from tawny.model.structure import Blocks, head_of
+from tawny.model.structure import TOKENS, Blocks, head_of
 
-# What a model's forward calls its token ids and their mask.
-TOKENS, MASK = "input_ids", "attention_mask"
 # Token ids, or tensors by the names that the model's forward gives them.
 Inputs = Tensor | Mapping[str, Tensor]
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tawny.errors import CheckpointError, ModelError, TextError, first_line
 from tawny.model.checkpoint import Checkpoint, Unit
 from tawny.model.linears import Linear, linears_of
-from tawny.model.replay import MASK, TOKENS, Call, Inputs, Replay, named
-from tawny.model.structure import check_unshared, find_blocks
+from tawny.model.replay import Call, Inputs, Replay, named
+from tawny.model.structure import MASK, TOKENS, check_unshared, find_blocks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -8,6 +8,9 @@ stacks, one behind the other (Swin, ConvNeXt). Experts are such lists too, but a
 from __future__ import annotations
 
 __all__ = [
+    "MASK",
+    "PIXELS",
+    "TOKENS",
     "Blocks",
     "adapters",
     "check_unshared",
@@ -35,6 +38,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from tawny.errors import ModelError
 from tawny.model.linears import linears_of, products_of, prunable_numel
+
+# What a model's forward calls its token ids and their mask, and pictures.
+TOKENS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,7 @@ def input_of(model: nn.Module) -> str:
     """What the model's forward calls its main input: `input_ids`, `pixel_values`, `input_features`, …"""
     from transformers import PreTrainedModel
 
-    return str(model.main_input_name) if isinstance(model, PreTrainedModel) else "input_ids"
+    return str(model.main_input_name) if isinstance(model, PreTrainedModel) else TOKENS
 
 
 def predicts_tokens(model: nn.Module) -> bool:
@@ -193,7 +199,7 @@ def predicts_tokens(model: nn.Module) -> bool:
 
     if not isinstance(model, PreTrainedModel) or not type(model).__module__.startswith("transformers."):
         return True
-    return input_of(model) == "input_ids" and bool(model.can_generate())
+    return input_of(model) == TOKENS and bool(model.can_generate())
 
 
 def pixels_for(model: nn.Module, count: int) -> dict[str, Tensor]:
@@ -204,7 +210,7 @@ def pixels_for(model: nn.Module, count: int) -> dict[str, Tensor]:
     """
     config, name = getattr(model, "config", None), input_of(model)
     size = getattr(config, "image_size", None)
-    if name != "pixel_values" or size is None:
+    if name != PIXELS or size is None:
         raise ModelError(
             f"{type(model).__name__} takes {name} in a shape that is not known here; only models that take tokens, or pixels whose "
             "image_size their configuration says, can be probed"

@@ -22,6 +22,7 @@ from torch import nn
 
 from tawny.errors import UserError
 from tawny.model.linears import is_plain
+from tawny.model.structure import TOKENS
 from tawny.packed.embedding import serve_from
 from tawny.packed.expert_loop import IMPLEMENTATION, can_run
 from tawny.packed.experts import PackedExperts
@@ -62,7 +63,7 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 def ends_of(model: Any) -> tuple[str | None, str | None, bool]:
     """Module path of the head (None if it has none) and of the embedding of tokens, and whether they share a weight."""
     head, inside, embedding = model.get_output_embeddings(), None, None
-    if model.main_input_name == "input_ids":
+    if model.main_input_name == TOKENS:
         embedding = model.get_input_embeddings()
         inside = _name_of(model, embedding)
     if head is None:

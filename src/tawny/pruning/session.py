@@ -43,7 +43,7 @@ from tawny.model.identity import code_identity, model_identity, own_code, tensor
 from tawny.model.source import load_tokenizer, revision_of
 from tawny.model.stack import TOKENS, Stack
 from tawny.model.streams import Samples
-from tawny.model.structure import evaluating, input_of, predicts_tokens
+from tawny.model.structure import PIXELS, evaluating, input_of, predicts_tokens
 from tawny.precision import products
 from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import (
@@ -307,7 +307,7 @@ def _check_shared(recipe: Recipe, ranks: Ranks) -> None:
 def _new_record(job: Job, output: OutputFolder | None, memory_before: int, readable: bool) -> Record:
     """`readable`: what reads the model's inputs, such as a tokenizer, will lie in the folder."""
     model = job.stack.model
-    readers = {TOKENS: ["AutoTokenizer"], "pixel_values": ["AutoImageProcessor"]}
+    readers = {TOKENS: ["AutoTokenizer"], PIXELS: ["AutoImageProcessor"]}
     kind = "AutoModelForCausalLM" if predicts_tokens(model) else type(model).__name__
     return Record(
         opens=[kind, *(readers.get(input_of(model), []) if readable else [])],

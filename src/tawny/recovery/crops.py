@@ -27,10 +27,10 @@ from tawny.calibration.pictures import BrokenPicture, crop, pictures_in, pixels_
 from tawny.calibration.windows import SEED_APART, interleaved, shared_out
 from tawny.errors import TextError
 from tawny.model.streams import Samples
+from tawny.model.structure import PIXELS
 from tawny.recovery.data import Order
 from tawny.recovery.settings import Recovery
 
-PIXELS = "pixel_values"
 _HELD_OUT = 8  # of so many pictures one is held out, as long as there are fewer than crops to measure on
 
 

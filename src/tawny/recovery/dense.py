@@ -22,12 +22,12 @@ from tawny.model.context import check_context, check_ids
 from tawny.model.source import load_tokenizer, resolve
 from tawny.model.stack import TOKENS, Stack, live_stack
 from tawny.model.streams import Samples
-from tawny.model.structure import evaluating, input_of, predicts_tokens
+from tawny.model.structure import PIXELS, evaluating, input_of, predicts_tokens
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.precision import compute_dtype
 from tawny.progress import Progress, silent
-from tawny.recovery.crops import PIXELS, crops_of
+from tawny.recovery.crops import crops_of
 from tawny.recovery.data import Reading, check_given, read, read_given, written_tokens
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord
