@@ -110,6 +110,13 @@ class Record:
     def to_json(self) -> str:
         return json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """From a `run.json` that this version wrote."""
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        del plain["record_version"]
+        return cls(**{**plain, "linears": [LinearRecord.from_dict(entry) for entry in plain["linears"]]})
+
 
 def finite(value: Any) -> Any:
     """The same with infinity and NaN as None: JSON has no word for them."""

@@ -332,11 +332,11 @@ def test_memory_counts_what_finalists_take_beside_the_model_that_measured(dense)
 
 def test_refining_that_breaks_down_loses_nothing(dense, fitted, tmp_path, monkeypatch):
     def breaks(*_, **__):
-        assert list((tmp_path / "made.partial" / "levels").iterdir())
+        assert list((tmp_path / "made.partial" / "steps" / "levels").iterdir())
         raise NumericalError("NaN in block 1")
 
     def cleared(*arguments, **keys):
-        assert not (tmp_path / "made.partial" / "levels").exists()
+        assert not (tmp_path / "made.partial" / "steps" / "levels").exists()
         return judge(*arguments, **keys)
 
     judge = finalists_module.judge

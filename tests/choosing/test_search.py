@@ -16,10 +16,9 @@ import tawny
 from tawny.allocation import ALLOCATORS
 from tawny.allocation.profile import Profile
 from tawny.choosing import search as module
-from tawny.choosing import solving
+from tawny.choosing import searched, solving
 from tawny.choosing.candidates import _BLENDS, allocators_to_try
 from tawny.choosing.divergence import Scorer
-from tawny.choosing.output import SearchOutput
 from tawny.choosing.settings import FAMILIES, SearchSettings
 from tawny.cli.search import search_tables
 from tawny.errors import Interrupted, NumericalError, OutputError, RecipeError, TextError
@@ -191,7 +190,7 @@ def test_an_unfinished_search_is_gone_on_with_only_by_the_same_one(dense, tmp_pa
     interrupted(dense, out)
     with pytest.raises(OutputError, match="trials was 12, now 13"):
         search(dense, out, **{"search.trials": 13})
-    lost = tmp_path / "out.yaml.partial" / "levels" / "00000.safetensors"
+    lost = tmp_path / "out.yaml.partial" / "steps" / "levels" / "00000.safetensors"
     kept = lost.read_bytes()
     lost.unlink()
     with pytest.raises(OutputError, match=r"00000.safetensors, which an unfinished search goes on from, is"):
@@ -213,7 +212,7 @@ def test_a_live_model_takes_no_unfinished_search_with_it(dense, tmp_path, monkey
     monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
     out = tmp_path / "out.yaml"
     interrupted(dense, out)
-    with pytest.raises(OutputError, match="which a live model cannot go on with"):
+    with pytest.raises(OutputError, match="holds an unfinished run: repeat its command"):
         search(tiny_model("llama"), out)
     assert search(dense, out).resumed == 1
 
@@ -222,7 +221,7 @@ def test_what_was_written_after_the_journal_takes_no_room_from_the_rest(dense, t
     monkeypatch.setattr(Journal, "due", lambda self: self.folder is not None)
     out = tmp_path / "out.yaml"
     interrupted(dense, out)
-    levels = tmp_path / "out.yaml.partial" / "levels"
+    levels = tmp_path / "out.yaml.partial" / "steps" / "levels"
     stray = levels / f"{len(list(levels.glob('*.safetensors'))):05d}.safetensors"
     stray.write_bytes(b"begun")
     asked = []
@@ -257,7 +256,7 @@ def test_no_file_of_the_model_is_ever_replaced(dense, monkeypatch):
 
 def test_a_search_that_was_killed_between_its_files_goes_on(dense, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(SearchOutput, "finish", _interrupts)
+        patch.setattr(searched, "deliver_allocation", _interrupts)
         search(dense, tmp_path / "a.yaml")
     assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.png", "a.svg", "a.yaml.partial"]
     assert search(dense, tmp_path / "a.yaml").resumed == 1

@@ -85,7 +85,7 @@ def test_a_weight_that_dwarfs_others_keeps_long_scales_and_the_planned_bytes(den
 def test_the_command_line_packs_what_it_solved(run, dense, tmp_path):
     words = ("-m", "magnitude", "-a", "uniform", "--values", "int3", "--head", "int8")
     code, out, err = run("prune", dense, "--out", tmp_path / "packed", *words, "--json")
-    assert code == 0 and "only rounded" not in err and not (tmp_path / "packed.dense").exists()
+    assert code == 0 and "only rounded" not in err and not (tmp_path / "packed.partial").exists()
     assert json.loads(out)["packed"]["values"] == "int3"
     code, _, err = run("pack", dense, "--out", tmp_path / "rounded", "--values", "int3")
     assert code == 0 and "linears were only rounded" in err

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,9 @@ PRUNE = ("-s", 0.7, "-a", "uniform", "-m", "magnitude")
 
 def interrupt(monkeypatch):
     """Ctrl-C, as soon as packing begins."""
-    monkeypatch.setattr(tawny, "pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(
+        "tawny.pruning.packing.pack", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
 
 
 def lines(folder):
@@ -114,17 +114,17 @@ def test_prune_with_pack_refuses_before_work_and_never_hides_a_half(run, dense, 
     assert code == 2 and "exists" in err
     packed.rmdir()
     code, _, err = run("prune", dense, "--out", packed, *PRUNE, "--pack", "int7")
-    assert code == 2 and "int8" in err and not (tmp_path / "packed.dense").exists()
+    assert code == 2 and "int8" in err and not (tmp_path / "packed.partial").exists()
 
     interrupt(monkeypatch)
     code, _, _ = run("prune", dense, "--out", packed, *PRUNE, "--pack", "bf16")
-    assert code == 1 and (tmp_path / "packed.dense").exists() and not packed.exists()
+    assert code == 1 and (tmp_path / "packed.partial" / "steps" / "dense").exists() and not packed.exists()
 
 
 def test_prune_with_pack_never_replaces_its_source_and_refuses_what_packing_would(
     run, dense, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tawny, "prune", lambda *_, **__: pytest.fail("pruned for nothing"))
+    monkeypatch.setattr("tawny.pruning.packing.prune", lambda *_, **__: pytest.fail("pruned for nothing"))
     before = {path.name: path.read_bytes() for path in dense.iterdir()}
     words = (*PRUNE, "--pack", "bf16", "--overwrite")
     code, _, err = run("prune", dense, "--out", dense, *words)
@@ -140,7 +140,7 @@ def test_prune_with_pack_never_replaces_its_source_and_refuses_what_packing_woul
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "journal.json").write_text("{}")
     code, _, err = run("prune", dense, "--out", tmp_path / "run", *words[:-1])
-    assert code == 2 and "holds an unfinished run" in err and (tmp_path / "run.partial").exists()
+    assert code == 2 and "is damaged" in err and (tmp_path / "run.partial").exists()
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     code, _, err = run("prune", dense, "--out", tmp_path / "link", *words)
     assert code == 2 and "is a link to nothing" in err
@@ -154,38 +154,16 @@ def test_prune_with_pack_never_replaces_its_source_and_refuses_what_packing_woul
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
-@pytest.mark.parametrize("made", ["by others", "by tawny", "by tawny for another run"])
-def test_a_folder_of_the_users_beside_the_packed_one_is_never_touched(run, dense, tmp_path, made, overwrite):
-    beside = tmp_path / "packed.dense"
-    if made == "by others":
-        saved(beside)
-    else:
-        tawny.prune(dense, beside, sparsity=0.5, allocator="uniform", solver="magnitude")
-    if made == "by tawny for another run":
-        record = json.loads((beside / "run.json").read_text())
-        (beside / "run.json").write_text(json.dumps({**record, "packed": {"into": str(tmp_path / "other")}}))
-    before = {path.name: path.read_bytes() for path in beside.iterdir()}
-    code, _, err = run("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16", *overwrite)
-    *_, line = err.splitlines()
-    assert code == 2 and line.startswith("error: ") and "packed.dense exists and is not what" in line
-    assert {path.name: path.read_bytes() for path in beside.iterdir()} == before
-    assert not (tmp_path / "packed").exists()
-
-
-@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
-def test_a_run_stopped_while_packing_says_how_to_go_on(run, dense, tmp_path, monkeypatch, overwrite):
-    words = ("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16")
+def test_a_run_stopped_while_packing_is_continued_by_the_same_command(
+    run, dense, tmp_path, monkeypatch, overwrite
+):
+    words = ("prune", dense, "--out", tmp_path / "packed", *PRUNE, "--pack", "bf16", *overwrite)
     with monkeypatch.context() as stopped:
         interrupt(stopped)
-        assert run(*words, *overwrite)[0] == 1
-    code, _, err = run(*words, *overwrite)  # the same command must not throw its own work away
-    assert code == 2 and "tawny pack" in err
-    told = shlex.split(err.split("`")[1])
-    code, _, err = run(*told[1:3], "--out", tmp_path / "by hand", *told[5:])
-    assert code == 0 and json.loads((tmp_path / "by hand" / "run.json").read_text())["packed"]["values"], err
-    assert (tmp_path / "packed.dense").is_dir()
-    if overwrite:
-        assert told[-1] == "--overwrite"
-        shutil.rmtree(tmp_path / "packed.dense")  # as it says
-    code, _, _ = run(*words, "--overwrite")
-    assert code == 0 and not (tmp_path / "packed.dense").exists()
+        assert run(*words)[0] == 1
+    code, _, err = run(*words[: -1 - len(overwrite)], "int8")
+    assert code == 2 and 'values was "bf16", now "int8"' in err
+    monkeypatch.setattr("tawny.pruning.packing.prune", lambda *_, **__: pytest.fail("pruned again"))
+    code, _, err = run(*words)
+    assert code == 0 and [path.name for path in tmp_path.iterdir() if path.name != "dense"] == ["packed"], err
+    assert json.loads((tmp_path / "packed" / "run.json").read_text())["out"] == str(tmp_path / "packed")

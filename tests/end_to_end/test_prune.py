@@ -19,7 +19,7 @@ from tawny.model.skeleton import read_config
 from tawny.model.structure import find_stack
 from tawny.progress import Silent
 from tawny.pruning import block as pruning_block
-from tawny.run import output
+from tawny.run import writer
 from tawny.solvers import SOLVERS
 from tests.reference import official_flow
 from tests.tiny import FAMILIES, tiny_model, tokens
@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_clear_line(dense, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(output, "write_tensors", full)
+    monkeypatch.setattr(writer, "write_tensors", full)
     with pytest.raises(OutputError, match="disk is full"):
         tawny.prune(dense, tmp_path / "out", **PLAIN)
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import tawny
 from tawny.errors import Interrupted, OutputError, TextError
 from tawny.recovery.dense import recover_dense
 from tawny.recovery.training import Training
+from tawny.run.place import Workplace
 from tests.recovery.models import RECIPE, folder_keys, recover_pair, stopped
 
 
@@ -69,17 +70,18 @@ def test_the_teacher_is_never_replaced(pair, packed, dense, tmp_path, kind, over
     assert snapshot(dense) == before
 
 
-@pytest.mark.parametrize("suffix", ["recovery", "unpacked", "stages", "partial"])
-def test_a_teacher_beside_out_is_not_taken_for_what_a_run_left_there(pair, packed, tmp_path, suffix):
-    teacher = tmp_path / f"out.{suffix}"
+@pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
+def test_a_teacher_beside_out_is_not_taken_for_what_a_run_left_there(pair, packed, tmp_path, kind):
+    teacher = tmp_path / "out.partial"
     shutil.copytree(pair[0], teacher)
     before = snapshot(teacher)
     with pytest.raises(OutputError, match="is the teacher itself"):
-        if suffix == "stages":
+        if kind == "steps":
             steps(pair, pair[0], teacher, tmp_path / "out", overwrite=True)
         else:
-            source = packed if suffix == "unpacked" else pair[1]
-            recover_pair(pair, tmp_path / "out", source, teacher, overwrite=True)
+            recover_pair(
+                pair, tmp_path / "out", packed if kind == "packed" else pair[1], teacher, overwrite=True
+            )
     assert snapshot(teacher) == before
 
 
@@ -103,21 +105,17 @@ def test_a_source_inside_out_is_not_replaced_with_it(pair, tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("content", ["notes.txt", "state.safetensors", "0-recovered/a.txt", "before/a.txt"])
-@pytest.mark.parametrize("suffix", ["recovery", "unpacked", "stages"])
-def test_a_folder_of_the_users_is_neither_used_nor_cleared(
-    pair, packed, tmp_path, suffix, content, overwrite
-):
-    foreign = tmp_path / f"out.{suffix}"
+@pytest.mark.parametrize("kind", ["plain", "packed", "steps"])
+def test_a_folder_of_the_users_is_neither_used_nor_cleared(pair, packed, tmp_path, kind, content, overwrite):
+    foreign = tmp_path / "out.partial"
     (foreign / content).parent.mkdir(parents=True)
     (foreign / content).write_text("of a person")
     before = snapshot(foreign)
-    said = r"(which no run of Tawny put there|this Tawny did not make it).*another --out"
-    with pytest.raises(OutputError, match=said):
-        if suffix == "stages":
+    with pytest.raises(OutputError, match=r"which no run of Tawny put there; .*another --out"):
+        if kind == "steps":
             steps(pair, pair[0], pair[0], tmp_path / "out", overwrite=overwrite)
         else:
-            source = pair[1] if suffix == "recovery" else packed
-            recover_pair(pair, tmp_path / "out", source, overwrite=overwrite)
+            recover_pair(pair, tmp_path / "out", pair[1] if kind == "plain" else packed, overwrite=overwrite)
     assert snapshot(foreign) == before and not (tmp_path / "out").exists()
 
 
@@ -125,18 +123,18 @@ def test_a_file_that_came_in_meanwhile_is_left_when_the_run_is_over(pair, tmp_pa
     measure = Training._measure
 
     def noting(self):
-        (tmp_path / "out.recovery" / "notes.txt").write_text("of a person")
+        (tmp_path / "out.partial" / "notes.txt").write_text("of a person")
         measure(self)
 
     monkeypatch.setattr(Training, "_measure", noting)
     recover_pair(pair, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out.recovery").iterdir()] == ["notes.txt"]
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["notes.txt"]
 
 
 def test_an_empty_folder_is_used(pair, tmp_path):
-    (tmp_path / "out.recovery").mkdir()
+    (tmp_path / "out.partial").mkdir()
     recover_pair(pair, tmp_path / "out")
-    assert not (tmp_path / "out.recovery").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("kind", ["steps", "packed"])
@@ -160,10 +158,12 @@ def test_nothing_of_another_model_is_trained(pair, packed, tmp_path, monkeypatch
     def dies(request):
         raise MemoryError
 
-    monkeypatch.setattr("tawny.recovery.packed.recover_dense", dies)
-    with pytest.raises(MemoryError):
-        recover_pair(pair, tmp_path / "out", packed)
-    assert (tmp_path / "out.unpacked" / "before").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("tawny.recovery.packed.recover_dense", dies)
+        patched.setattr(Workplace, "__exit__", lambda self, *_: self.release())
+        with pytest.raises(MemoryError):
+            recover_pair(pair, tmp_path / "out", packed)
+    assert (tmp_path / "out.partial" / "steps" / "unpacked").exists()
 
     def noting(request):
         seen.append((request.source / "model.safetensors").read_bytes())
@@ -176,11 +176,11 @@ def test_nothing_of_another_model_is_trained(pair, packed, tmp_path, monkeypatch
 
 
 def test_an_identity_that_cannot_be_read_clears_nothing(pair, tmp_path):
-    (tmp_path / "out.recovery").mkdir()
-    (tmp_path / "out.recovery" / "journal.json").write_text('{"tawny": "something else"}')
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal.json").write_text('{"tawny": "something else"}')
     with pytest.raises(OutputError, match="is damaged"):
-        recover_pair(pair, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out.recovery" / "journal.json").exists()
+        recover_pair(pair, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "journal.json").exists()
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_another_packed_model_or_other_settings_are_refused(pair, packed, tmp_pa
         recover_pair(pair, out, packed, lr=2e-3)
     record = recover_pair(pair, out, tmp_path / "pkB", overwrite=True)
     assert record.sparsity == pytest.approx(0.7, abs=1e-3)
-    assert not (tmp_path / "out.unpacked").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["repeated", "without --overwrite"])
@@ -280,11 +280,17 @@ def test_overwrite_discards_a_run_that_began_without_it(pair, tmp_path, monkeypa
     assert where == [0]
 
 
-def test_an_unfinished_pruning_run_is_not_cleared_by_a_recovery_in_steps(pair, packed, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "journal.json").write_text("{}")
-    with pytest.raises(OutputError, match="holds an unfinished run"):
-        steps(pair, pair[0], pair[0], tmp_path / "out")
-    with pytest.raises(OutputError, match="holds an unfinished run"):
-        recover_pair(pair, tmp_path / "out", packed)
-    assert (tmp_path / "out.partial" / "journal.json").exists()
+def test_an_unfinished_pruning_run_is_not_cleared_by_a_recovery(pair, packed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("tawny.pruning.run.write_pages", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Interrupted):
+            tawny.prune(pair[0], out, recipe=RECIPE)
+    for source in (packed, pair[1]):
+        with pytest.raises(
+            OutputError, match=r'holds an unfinished run that differs .verb was "prune", now "recover'
+        ):
+            recover_pair(pair, out, source)
+    with pytest.raises(OutputError, match='verb was "prune", now "recover --through"'):
+        steps(pair, pair[0], pair[0], out)
+    assert tawny.prune(pair[0], out, recipe=RECIPE).resumed == 1

@@ -30,7 +30,7 @@ from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
 from tawny.report.publish import refresh
 from tawny.report.push import push
-from tawny.run.output import OutputFolder
+from tawny.run.place import Workplace
 from tests.recovery.models import (
     RECIPE,
     SHORT,
@@ -164,7 +164,7 @@ class Timed(Silent):
         clock = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(Training, "_gradients", trained)
         monkeypatch.setattr(training, "time", clock)
-        monkeypatch.setattr("tawny.record.time", clock)
+        monkeypatch.setattr("tawny.run.run.time", clock)
 
     def phase(self, name, total, unit="blocks"):
         self.told.clear()
@@ -232,7 +232,7 @@ def test_a_folder_is_recovered_into_a_folder_that_transformers_opens(pair, tmp_p
     assert told["best"] == record.best and len(told["curve"]) == 9 and told["teacher"] == dense
     assert (out / "run.json").is_file() and "## Recovered" in (out / "README.md").read_text()
     assert tawny.inspect(out).sparsity == pytest.approx(record.sparsity)
-    assert not (tmp_path / "out.recovery").exists() and not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.partial").exists()
     # what was measured in memory is what the folder gives
     reading = read(tawny.Recovery.make(**folder_keys(pair)), AutoTokenizer.from_pretrained(dense))
     measured = tawny.evaluate(out, reading.windows[reading.held_out], compute="float32")
@@ -581,7 +581,7 @@ def test_a_recovered_model_that_is_packed_says_what_was_not_measured(pair, tmp_p
 
 def no_way_there(folder):
     """Whether nothing that a person reads names a folder that was gone before the run was over."""
-    gone = (".stages", ".unpacked", "-pruned", "-recovered", "before, recovered", "after, recovered")
+    gone = (".partial", "-pruned", "-recovered", "unpacked, recovered", "trained, recovered")
     texts = [(folder / name).read_text() for name in ("README.md", "report.html", "run.json", "recover.json")]
     return not any(word in text for text in texts for word in gone)
 
@@ -615,21 +615,18 @@ def test_pruning_in_steps_ends_at_the_last_sparsity(pair, tmp_path):
 def test_a_last_step_that_cannot_be_delivered_is_not_lost(pair, tmp_path, monkeypatch):
     keys = {"recipe": RECIPE, "settings": folder_keys(pair)}
 
-    def busy(self):
+    def busy(self, made):
         if self.out.name == "out":
             raise OutputError("device or resource busy")
-        finish(self)
+        deliver(self, made)
 
-    finish = OutputFolder.finish
+    deliver = Workplace.deliver
     with monkeypatch.context() as patched:
-        patched.setattr(OutputFolder, "finish", busy)
+        patched.setattr(Workplace, "deliver", busy)
         with pytest.raises(OutputError, match="busy"):
             tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
-    assert (tmp_path / "out.stages" / "1-recovered" / "recover.json").is_file()
-    # Killed there: nothing was put back, and nobody tidied up.
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.stages" / "1-recovered").rename(tmp_path / "out.partial" / "checkpoint")
-    monkeypatch.setattr("tawny.recovery.gradual.recover", None)  # nothing is trained again
+    assert (tmp_path / "out.partial" / "steps" / "1-recovered" / "recover.json").is_file()
+    monkeypatch.setattr("tawny.recovery.gradual.carry_out", None)  # nothing is trained again
     record = tawny.recover_gradually(pair[0], pair[0], tmp_path / "out", [0.4, 0.6], **keys)
     assert [round(stage["sparsity"], 2) for stage in record.stages] == [0.4, 0.6]
     # As told before, not the sum of sums: the second step reads twice as many as the first.
@@ -707,7 +704,7 @@ def test_several_processes_give_the_curve_of_one(pair, tmp_path, processes, more
         expected = {**one, "seconds": other.get("seconds")} if "seconds" in one else one
         assert other == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(weights(tmp_path / "all"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-4)
-    assert not (tmp_path / "all.recovery").exists()
+    assert not (tmp_path / "all.partial").exists()
 
 
 def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair, tmp_path):
@@ -723,7 +720,7 @@ def test_a_sharded_run_goes_on_from_the_newest_state_that_every_process_has(pair
     )
     call = call_of(pair, tmp_path / "parts", **keys)
     assert as_torchrun(tmp_path, 2, dying + call)
-    assert (tmp_path / "parts.recovery" / "state-1-2.safetensors").exists()
+    assert (tmp_path / "parts.partial" / "steps" / "training" / "state-1-2.safetensors").exists()
     assert not (tmp_path / "parts").exists()
     # Four would begin anew beside the parts of two.
     assert "repeat that command" in as_torchrun(tmp_path, 4, call)

@@ -20,7 +20,6 @@ from tawny.recovery import training
 from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.teacher import Teacher
 from tawny.recovery.training import Training
-from tawny.run.resumable import WorkFolder
 from tests.recovery.models import (
     RECIPE,
     dense_and_pruned,
@@ -52,7 +51,7 @@ def slowly(monkeypatch):
         monkeypatch.setattr(Training, "_gradients", trained)
         monkeypatch.setattr(Teacher, "make", taught)
         monkeypatch.setattr(training, "time", clock)
-        monkeypatch.setattr("tawny.record.time", clock)
+        monkeypatch.setattr("tawny.run.run.time", clock)
         return now
 
     return slow
@@ -81,7 +80,7 @@ def test_a_result_that_cannot_be_written_loses_no_step(pair, tmp_path, monkeypat
     record = recover_pair(pair, tmp_path / "parts", eval_every=50)
     assert record.curve == whole.curve and record.best["loss"] == whole.best["loss"]
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert same[0] == same[1] and not (tmp_path / "parts.recovery").exists()
+    assert same[0] == same[1] and not (tmp_path / "parts.partial").exists()
 
 
 def test_steps_that_nothing_measured_before_the_minutes_were_over_are_measured(pair, tmp_path, monkeypatch):
@@ -130,13 +129,11 @@ class One:
 
 
 def test_each_tensor_gets_its_own_count_of_steps_back_where_its_optimiser_wants_it(tmp_path):
-    work = WorkFolder(tmp_path / "out", "recovery", ("state*.safetensors",))
-    work.open({}, overwrite=False)
 
     def shelf(device):
         one = One(device)
         optimiser = torch.optim.AdamW(one.tensors.values(), fused=True)
-        return one, optimiser, Shelf(work, [one], optimiser, None)
+        return one, optimiser, Shelf(tmp_path, [one], optimiser, None)
 
     one, optimiser, kept = shelf("cpu")
     for names in ("ab", "b"):
@@ -154,10 +151,8 @@ def test_each_tensor_gets_its_own_count_of_steps_back_where_its_optimiser_wants_
 
 
 def test_the_best_weights_are_those_that_the_state_names(tmp_path):
-    work = WorkFolder(tmp_path / "out", "recovery", ("state*.safetensors", "best*.safetensors"))
-    work.open({}, overwrite=False)
     one = One("cpu")
-    kept = Shelf(work, [one], torch.optim.AdamW(one.tensors.values()), None)
+    kept = Shelf(tmp_path, [one], torch.optim.AdamW(one.tensors.values()), None)
 
     def best(step, saves=True):
         with torch.no_grad():
@@ -171,24 +166,22 @@ def test_the_best_weights_are_those_that_the_state_names(tmp_path):
     kept.restore_best(int(kept.load().best["step"]))
     assert one.tensors["a"].tolist() == [3.0] * 3
     best(5)
-    assert sorted(path.name for path in work.path.glob("*.safetensors")) == [
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         "best-5.safetensors",
         "state-5.safetensors",
     ]
 
 
 def test_the_state_that_a_run_goes_on_from_is_no_part_of_memory(tmp_path):
-    work = WorkFolder(tmp_path / "out", "recovery", ("state*.safetensors",))
-    work.open({}, overwrite=False)
     one = One("cpu")
     optimiser = torch.optim.AdamW(one.tensors.values())
     for tensor in one.tensors.values():
         tensor.grad = torch.ones(3)
     optimiser.step()
-    kept = Shelf(work, [one], optimiser, None)
+    kept = Shelf(tmp_path, [one], optimiser, None)
     kept.save(Standing(step=1))
     kept.load()
-    state = (work.path / "state-1.safetensors").resolve()
+    state = (tmp_path / "state-1.safetensors").resolve()
     assert str(state) not in Path("/proc/self/maps").read_text()
 
 

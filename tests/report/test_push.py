@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 import tawny
 from tawny.errors import CheckpointError, MissingFeature, OutputError
 from tawny.report.push import push
-from tawny.run import output
+from tawny.run import writer
 from tests.tiny import tiny_model, tokens
 
 
@@ -136,7 +136,7 @@ def test_weights_that_nobody_could_open_are_refused(out, hub, tmp_path, monkeypa
     (tmp_path / "packed" / "packed.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"packed\.safetensors\.index\.json is missing or not an index"):
         push(tmp_path / "packed", "someone/model")
-    monkeypatch.setattr(output, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 30_000)
     tawny.prune(out, tmp_path / "shards", sparsity=0.5, solver="magnitude", allocator="uniform")
     push(tmp_path / "shards", "someone/model", dry_run=True)
     index = tmp_path / "shards" / "model.safetensors.index.json"

@@ -22,7 +22,7 @@ from tawny.kernels import native
 from tawny.model.identity import own_code
 from tawny.progress import Silent
 from tawny.run import journal as journal_module
-from tawny.run import output as output_module
+from tawny.run import writer as writer_module
 from tawny.run.journal import Journal
 from tawny.solvers import SOLVERS
 from tawny.solvers.wanda import Wanda
@@ -36,7 +36,7 @@ OPTIONS = {"sparsity": 0.6, "solver": "sparsegpt", "allocator": "owl", "compute"
 def dense(tmp_path, monkeypatch):
     # Every block is committed, and the little model has several shards.
     monkeypatch.setattr(journal_module, "SHARE", float("inf"))
-    monkeypatch.setattr(output_module, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(writer_module, "SHARD_BYTES", 30_000)
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
 
@@ -257,7 +257,7 @@ def test_a_single_flipped_digit_of_the_journal_is_noticed(dense, tmp_path):
 
 def test_a_missing_journal_or_missing_hidden_states_are_said(dense, tmp_path):
     interrupted(dense, tmp_path / "out")
-    (state,) = (tmp_path / "out.partial" / "hidden").glob("prune*")
+    (state,) = (tmp_path / "out.partial" / "steps" / "hidden").glob("prune*")
     kept = state.read_bytes()
     state.unlink()
     with pytest.raises(OutputError, match=r"prune\.pruned\.00002\.safetensors.* is missing"):
@@ -289,7 +289,9 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_is_finished(dense, tmp_path,
     with pytest.raises(OutputError, match="disk is full" if code == errno.ENOSPC else "read-only"):
         prune(dense, tmp_path / "out")
     monkeypatch.setattr(os, "fsync", sync)
-    assert Journal(tmp_path / "out.partial").has_progress and not list(tmp_path.rglob("*.tmp"))
+    journal = Journal(tmp_path / "out.partial")
+    journal.load()
+    assert journal.has_progress and not list(tmp_path.rglob("*.tmp"))
     assert prune(dense, tmp_path / "out").resumed == 1
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -319,7 +321,6 @@ def test_a_folder_with_foreign_files_is_never_cleared(dense, tmp_path):
 
 
 def test_what_is_due_follows_what_a_commit_costs(tmp_path):
-    (tmp_path / "hidden").mkdir()
     journal = Journal(tmp_path)
     journal.begin()
     journal.commit("prune", 1, {}, {})

@@ -12,7 +12,8 @@ import torch
 from tawny.errors import OutputError
 from tawny.model import checkpoint as checkpoint_module
 from tawny.packed.opening import open_stack
-from tawny.run.output import OutputFolder
+from tawny.run.writer import CheckpointWriter
+from tests.run.test_place import claimed
 from tests.tiny import tiny_model
 
 WEIGHT = {"weight": torch.arange(6.0).view(2, 3)}
@@ -53,24 +54,24 @@ def test_reading_ahead_touches_the_file_and_survives_one_that_is_gone(tmp_path, 
 
 
 def test_a_written_block_has_its_name_once_the_folder_has_settled(tmp_path):
-    folder = OutputFolder(tmp_path / "out")
+    folder = CheckpointWriter(claimed(tmp_path / "out"))
     folder.write_block("00000", WEIGHT)
     folder.settle()
     assert folder.block_path("00000").is_file()
     assert [path.name for path in folder.block_path("00000").parent.iterdir()] == ["00000.safetensors"]
-    folder.discard()
+    folder.place.discard()
 
 
 def test_shards_are_planned_from_blocks_that_are_whole(tmp_path):
-    folder = OutputFolder(tmp_path / "out")
+    folder = CheckpointWriter(claimed(tmp_path / "out"))
     folder.write_block("00000", WEIGHT)
     (shard,) = folder.plan_shards(["00000"])
     assert shard["tensors"] == [["00000", "weight"]] and folder.assemble([shard]) == 24
-    folder.discard()
+    folder.place.discard()
 
 
 def test_a_disk_that_fills_up_behind_the_work_is_said_when_it_is_waited_for(tmp_path, monkeypatch):
-    folder = OutputFolder(tmp_path / "out")
+    folder = CheckpointWriter(claimed(tmp_path / "out"))
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -81,4 +82,4 @@ def test_a_disk_that_fills_up_behind_the_work_is_said_when_it_is_waited_for(tmp_
         folder.settle()
     assert not list(folder.block_path("00000").parent.iterdir())
     folder.settle()  # said once
-    folder.discard()
+    folder.place.discard()

@@ -48,8 +48,9 @@ class Notes(Visitor):
 
 
 def kept_run(folder):
+    folder.mkdir(exist_ok=True)
     journal = Journal(folder)
-    (folder / "hidden").mkdir(parents=True, exist_ok=True)
+    journal.load()
     journal.begin()
     return Run(journal, Ranks(alone=True), silent, Clock())
 
@@ -98,7 +99,7 @@ def test_a_walk_that_failed_goes_on_as_one_that_did_not(fails, tmp_path, monkeyp
     assert "samples" not in streams["continued"]  # it was over before the last of them began
     pairs = zip(streams["whole"]["others"].hidden, streams["continued"]["others"].hidden, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert len(list((tmp_path / "continued" / "hidden").iterdir())) == 1
+    assert len(list((tmp_path / "continued" / "steps" / "hidden").iterdir())) == 1
 
 
 def test_a_phase_is_told_block_by_block_and_a_walk_without_one_adds_its_steps_to_the_phase_before():

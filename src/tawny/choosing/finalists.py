@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["Judged", "apart", "judge_all", "lead_over_uniform"]
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +21,9 @@ from tawny.evaluation.agreement import agreement
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import file_bytes
 from tawny.model.streams import Samples
-from tawny.packed.convert import pack
 from tawny.packed.folder import INDEX
 from tawny.patterns import removed_count
-from tawny.pruning.run import prune
+from tawny.pruning.packing import prune_and_pack
 from tawny.pruning.session import (
     Session,
 )
@@ -62,11 +60,11 @@ def judge_all(
     tokenizer: Any,
 ) -> tuple[list[Judged], list[str]]:
     """Each finalist made and compared once; a line on each that broke down and takes no part."""
-    output, run = session.output, session.run
-    assert output is not None
+    place, run = session.place, session.run
+    assert place is not None
     judged, broken = [], []
     for number, finalist in enumerate(finalists, 1):
-        folder = output.work / "finalists" / str(number)
+        folder = place.steps / "finalists" / str(number)
         with run.clock(f"finalist {number}"):
             try:
                 make(session, folder, finalist, samples, memory, tokenizer)
@@ -116,24 +114,18 @@ def make(
     if folder.exists():
         return
     folder.parent.mkdir(exist_ok=True)
-    dense, progress = folder.with_suffix(".dense"), session.run.progress
-    if not dense.exists():
-        progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
-        given = samples if session.held_out is None else None
-        recipe = _recipe_of(session, finalist, folder)
-        source = session.job.folder
-        assert source is not None
-        prune(
-            source,
-            dense,
-            recipe=recipe,
-            progress=progress,
-            memory=memory,
-            tokenizer=tokenizer,
-            calibration=given,
-        )
-    pack(dense, folder, progress=progress)
-    shutil.rmtree(dense)
+    session.run.progress.say(f"making {finalist.name} ({size(finalist.bytes)})")
+    source = session.job.folder
+    assert source is not None
+    prune_and_pack(
+        source,
+        folder,
+        recipe=_recipe_of(session, finalist, folder),
+        progress=session.run.progress,
+        memory=memory,
+        tokenizer=tokenizer,
+        calibration=samples if session.held_out is None else None,
+    )
 
 
 def judge(session: Session, folder: Path, finalist: Finalist, deciding: Tensor) -> dict[str, Any]:

@@ -55,17 +55,14 @@ from tawny.progress import Progress, silent
 from tawny.pruning.memory_plan import parse_size
 from tawny.pruning.prepare import Job
 from tawny.pruning.session import (
-    OpensPlace,
     Purpose,
     Session,
-    Unfinished,
-    open_output,
     open_session,
     text_or_tokens,
 )
 from tawny.recipe.schema import Recipe
 from tawny.record import finite
-from tawny.run.resumable import place_of
+from tawny.run.place import Workplace, place_of
 from tawny.words import size
 
 _PACE = "pace"  # what the journal calls it
@@ -134,26 +131,16 @@ def fit(
             demand=partial(FitDemand.of, settings),
             held_out=partial(_held_out, settings),
             check=partial(check_target, target),
+            identity={"verb": "fit", "fit": {**asdict(target), **asdict(settings)}},
         ),
         progress,
-        place_to_write=_place(place_of(out), overwrite, source, {**asdict(target), **asdict(settings)}),
+        place=Workplace(place_of(out)),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,
         calibration=given,
     ) as session:
         return _fit(session, settings, target, memory, tokenizer, earlier)
-
-
-def _place(out: Path, overwrite: bool, source: str | Path, asked: Mapping[str, Any]) -> OpensPlace:
-    inner = open_output(out, overwrite, source)
-
-    def opened(folder: Path | None, ranks: Any) -> tuple[Unfinished | None, Any]:
-        place, journal = inner(folder, ranks)
-        journal.require("fit", asked)
-        return place, journal
-
-    return opened
 
 
 def _held_out(settings: FitSettings, job: Job, tokens: TokenisedText) -> Tensor:
@@ -197,8 +184,8 @@ def _fit(
     earlier: Mapping[str, Any] | None,
 ) -> Fitted:
     """Steps 1 to 4."""
-    job, journal, output = session.job, session.run.journal, session.output
-    assert output is not None
+    job, journal, place = session.job, session.run.journal, session.place
+    assert place is not None
     room = _room(session, target)
     samples, searched, deciding = _split(session, settings)
     of = {key: journal.identity.get(key) for key in ("recipe", "model", "text")}
@@ -206,10 +193,10 @@ def _fit(
     if earlier is not None:
         take_measured(journal, earlier, of)
     warnings = [line for line in [journal.once("few bits", lambda: few_bits(job))] if line]
-    measured = _measured(session, samples, searched, room.sizes, output.work)
-    keep_measured(output.work, of, journal.state["once"])
+    measured = _measured(session, samples, searched, room.sizes, place.steps)
+    keep_measured(place.steps, of, journal.state["once"])
     # To another folder: `--overwrite` would clear what was measured before a misspelt text is refused.
-    again = f"to another --out, with --measured {shlex.quote(str(output.out))}, nothing is measured again"
+    again = f"to another --out, with --measured {shlex.quote(str(place.out))}, nothing is measured again"
     table = Table(job, room, measured)
     try:
         finalists = table.finalists()
@@ -217,7 +204,7 @@ def _fit(
         raise RecipeError(f"{error}; {again}") from None
     refined = ""
     try:
-        refined = _refined(session, settings, table, samples, searched, output.work, finalists)
+        refined = _refined(session, settings, table, samples, searched, place.steps, finalists)
     except NumericalError as error:  # what was measured is not lost with it
         warnings.append(f"refining broke down and takes no part: {error}")
     names = "; ".join(each.name for each in finalists)

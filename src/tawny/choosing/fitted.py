@@ -28,7 +28,7 @@ from tawny.record import finite
 from tawny.report.pages import or_say, write_beside
 from tawny.report.plot import plot_fit
 from tawny.report.publish import refresh
-from tawny.run.output import OutputFolder
+from tawny.run.place import Workplace
 from tawny.words import kl_text, percent, size
 
 ALLOCATION = "allocation.yaml"
@@ -153,14 +153,14 @@ def tell(
     warnings: Sequence[str],
 ) -> Fitted:
     """The record of a fit, of which `best` is the output."""
-    job, output, clock, record = session.job, session.output, session.run.clock, session.record
-    assert output is not None
+    job, place, clock, record = session.job, session.place, session.run.clock, session.record
+    assert place is not None
     chosen, measured = best.finalist, table.measured
     lead = lead_over_uniform(best, judged)
     clock.seconds["total"] = clock.elapsed
     return Fitted(
         source=job.source,
-        out=str(output.out),
+        out=str(place.out),
         recipe=job.recipe.to_mapping(),
         settings=asdict(settings),
         budget=table.room.file_bytes,
@@ -192,31 +192,28 @@ def tell(
 
 def deliver(session: Session, fitted: Fitted, folder: Path) -> None:
     """Make a finalist's folder the output."""
-    output = session.output
-    assert output is not None
+    place = session.place
+    assert place is not None
     told = finite(fitted.to_dict())
     beside = folder.with_suffix(".yaml")
     if beside.exists():
         shutil.copyfile(beside, folder / ALLOCATION)
-    _own(folder, output, told, session.record.memory_before)
+    _own(folder, place, told, session.record.memory_before)
     for suffix in (".png", ".svg"):
         path = folder / f"fit{suffix}"
         or_say(path, partial(plot_fit, told, path), session.run.progress)
     text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_beside(folder / "fit.json", text)
-    for path in output.partial.iterdir():  # the folder itself stays: without it the run would look delivered
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.replace(output.partial)
-    output.finish()
+    place.deliver(folder)
 
 
-def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any], memory_before: int) -> None:
+def _own(folder: Path, place: Workplace, told: Mapping[str, Any], memory_before: int) -> None:
     """Let record and recipe name what will be there, and let record, card and page tell of the fit."""
     path = folder / "run.json"
     plain = json.loads(path.read_text(encoding="utf-8"))
     allocator = plain["recipe"]["allocator"]
     if "path" in allocator:
-        allocator["path"] = str(output.out / ALLOCATION)
+        allocator["path"] = str(place.out / ALLOCATION)
     kept = (
         "budget",
         "speed",
@@ -232,7 +229,7 @@ def _own(folder: Path, output: OutputFolder, told: Mapping[str, Any], memory_bef
         "seconds",
         "resumed",
     )
-    plain |= {"out": str(output.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
+    plain |= {"out": str(place.out), "source": told["source"], "fit": {key: told[key] for key in kept}}
     plain |= {"peak_memory": told["peak_memory"], "memory_before": memory_before}
     write_beside(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
     write_beside(folder / "recipe.yaml", dump_recipe(Recipe.from_mapping(plain["recipe"])))

@@ -14,9 +14,10 @@ from tawny.choosing.level import Measures
 from tawny.errors import RecipeError
 from tawny.model import durable
 from tawny.run.journal import Journal
-from tawny.run.output import MEASURED, unfinished
+from tawny.run.place import unfinished
 
 REACTIONS = "reactions"  # what the journal calls it
+MEASURED = "measured.json"
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ def read_measured(folder: Path) -> dict[str, Any]:
     path = folder / MEASURED
     try:
         kept = json.loads(
-            (path if path.exists() else unfinished(folder) / MEASURED).read_text(encoding="utf-8")
+            (path if path.exists() else unfinished(folder) / "steps" / MEASURED).read_text(encoding="utf-8")
         )
         return {"of": dict(kept["of"]), REACTIONS: dict(kept[REACTIONS])}
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(
-            f"measured {str(folder)!r} is no folder that `tawny fit` made; give one, which holds a {MEASURED}"
+            f"measured {str(folder)!r} was not made by `tawny fit`; give a folder that was, which holds a {MEASURED}"
         ) from None
 
 

@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,13 +38,14 @@ from tawny.choosing.demand import SearchDemand, held_back, searched_windows, sol
 from tawny.choosing.divergence import Scorer
 from tawny.choosing.evolution import Proposal, evolve
 from tawny.choosing.member_space import SparsitySpace, space_of
-from tawny.choosing.output import open_search
+from tawny.choosing.output import accepts_allocation
 from tawny.choosing.rehearsal import rehearse
 from tawny.choosing.scores import Scores
 from tawny.choosing.searched import Searched, facts_of, tell, write
 from tawny.choosing.settings import SearchSettings, own_keys
 from tawny.choosing.solving import WALK, LevelStore, level_dtype, solve_levels
 from tawny.errors import NumericalError, RecipeError, TextError
+from tawny.model.source import resolve
 from tawny.model.streams import Samples, repeated_tokens
 from tawny.model.trust import opens_models
 from tawny.patterns import Blocks, Rank
@@ -54,7 +56,7 @@ from tawny.pruning.profiling import allocate
 from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
-from tawny.run.resumable import place_of
+from tawny.run.place import Workplace, place_of
 
 
 @opens_models
@@ -107,6 +109,7 @@ def search(
             "a search moves zeros, and values.mean spends the budget in bits: leave values.mean and values.of out, or use a fit"
         )
     settings = SearchSettings.make(settings, **own)
+    read = None if isinstance(source, nn.Module) else resolve(source, progress.say)
     with open_session(
         recipe,
         source,
@@ -114,9 +117,11 @@ def search(
             samples=True,
             demand=partial(SearchDemand.of, settings),
             held_out=partial(_held_out, settings),
+            identity={"verb": "search", "search": asdict(settings)},
+            writes_checkpoint=False,
         ),
         progress,
-        place_to_write=None if out is None else open_search(place_of(out), settings, overwrite),
+        place=None if out is None else Workplace(place_of(out), partial(accepts_allocation, read)),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,
@@ -247,7 +252,10 @@ def _level_store(session: Session, space: SparsitySpace) -> Iterator[LevelStore]
     journal, dtype, count = session.run.journal, level_dtype(session.job.stack), len(space.levels)
     size = space.bytes_in(dtype)
     with ExitStack() as leaving:
-        folder = journal.folder or Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
+        if session.place is None or journal.folder is None:
+            folder = Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
+        else:
+            folder = session.place.steps
         session.run.progress.say(
             f"the search solves each linear at {count} level{'s' * (count > 1)} from {space.told(space.low)} to "
             f"{space.told(space.high)}: {size / 1e9:.2g} GB in {folder} until it is over"

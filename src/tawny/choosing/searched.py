@@ -15,7 +15,7 @@ from typing import Any
 from tawny.allocation.profile import Allocation
 from tawny.choosing.evolution import Outcome, Trial
 from tawny.choosing.member_space import SparsitySpace
-from tawny.choosing.output import USE, SearchOutput
+from tawny.choosing.output import USE, deliver_allocation
 from tawny.choosing.scores import Scores, lead
 from tawny.choosing.settings import SearchSettings
 from tawny.choosing.solving import Solved
@@ -191,13 +191,14 @@ def _says(outcome: Outcome, space: SparsitySpace, stderr: float | None) -> str:
 
 def write(searched: Searched, session: Session) -> None:
     """The allocation, everything that was tried, and a picture; the allocation comes last, so that it means all is there."""
-    assert isinstance(session.place, SearchOutput)
-    place, out = session.place, session.place.out
+    place = session.place
+    assert place is not None
+    out = place.out
 
     def draw(suffix: str) -> None:
         from tawny.report.plot import plot_allocations
 
-        made = place.work / f"picture{suffix}"
+        made = place.steps / f"picture{suffix}"
         plot_allocations(
             searched.blocks,
             made,
@@ -216,7 +217,7 @@ def write(searched: Searched, session: Session) -> None:
         f"{USE} MODEL {_options(searched, session.job)} -a {shlex.quote(out.name)} --out DIR",
         *(f"{name}: {value!r}" for name, value in searched.allocation.items()),
     ]
-    place.finish(told, "\n".join(lines) + "\n")
+    deliver_allocation(place, told, "\n".join(lines) + "\n")
 
 
 def _options(searched: Searched, job: Job) -> str:

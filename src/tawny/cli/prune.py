@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +18,7 @@ from tawny.process_group import speaks
 from tawny.words import begun, duration, percent, perplexity_text, size
 
 if TYPE_CHECKING:
-    from tawny.progress import Progress
     from tawny.recipe.schema import Recipe
-    from tawny.record import Record
 
 EVAL_WINDOWS = 20  # of `tawny prune --eval`; enough for a standard error, few enough to wait for
 
@@ -58,6 +53,8 @@ def prune(
         if kind is not None and not packing:
             raise UserError(f"{end}={kind} is of a packed folder: give --pack or --values, too")
     windows = 0 if evaluate is None else _windows(model, evaluate, chosen)
+    from tawny.pruning.packing import prune_and_pack
+
     with console.progress() as progress:
         keys: dict[str, Any] = {
             "recipe": chosen,
@@ -65,7 +62,13 @@ def prune(
             "overwrite": overwrite,
             "memory": memory,
         }
-        record = _prune_and_pack(model, out, values, **keys) if packing else tawny.prune(model, out, **keys)
+        if packing:
+            record = prune_and_pack(model, out, values, **keys)
+            if speaks():
+                unpack = f"tawny unpack {shlex.quote(str(out))}"
+                progress.say(f"the dense checkpoint was removed; `{unpack}` writes it again")
+        else:
+            record = tawny.prune(model, out, **keys)
     if not speaks():  # what follows is done by the first of several processes
         return
     if evaluate is not None:
@@ -78,71 +81,6 @@ def prune(
 
         console.note(f"report: {publish(record, out)}")
     console.result(record.to_dict(), record_tables)
-
-
-def _prune_and_pack(
-    model: str, out: Path, values: str | None, *, progress: Progress, overwrite: bool, **keys: Any
-) -> Record:
-    """Prune into `OUT.dense`, pack that into `out`, and remove it: unpacking gives it back."""
-    from tawny.errors import OutputError
-    from tawny.model.source import resolve
-    from tawny.report.publish import publish
-    from tawny.run.output import check_place
-    from tawny.run.resumable import named
-
-    out = named(out)
-    dense = out.with_name(out.name + ".dense")
-    # Packing opens the pruned model: it would not know MODEL, and would look at OUT only after the pruning.
-    if speaks():
-        check_place(out, overwrite=overwrite, source=resolve(model, progress.say), given=model)
-    # --overwrite was said of OUT alone.
-    made = _made_for(dense, out) if os.path.lexists(dense) else {}
-    if made is None:
-        raise OutputError(
-            f"{dense} exists and is not what an earlier run made to be packed into {out}, which needs this place for "
-            "the pruned model: move it away or choose another --out"
-        )
-    # Begun with --overwrite, the same command has it again, and must not throw that work away.
-    if made and (made.get("overwrite") or not overwrite):
-        again = "".join(
-            [f" --values {values}" if values is not None else "", " --overwrite" if overwrite else ""]
-        )
-        over = "remove that folder to start over" if made.get("overwrite") else "--overwrite starts over"
-        raise OutputError(
-            f"{dense} is the pruned model of a run that was stopped while packing: `tawny pack {shlex.quote(str(dense))} --out "
-            f"{shlex.quote(str(out))}{again}` goes on, {over}"
-        )
-    record = tawny.prune(model, dense, progress=progress, overwrite=overwrite, **keys)
-    if not speaks():
-        return record
-    _mark(dense, out, overwrite)
-    report = tawny.pack(dense, out, values, overwrite=overwrite, progress=progress)
-    shutil.rmtree(dense)
-    progress.say(f"the dense checkpoint was removed; `tawny unpack {shlex.quote(str(out))}` writes it again")
-    record.out, record.bytes = str(out), report.bytes
-    stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    record.packed, record.files, record.rounded = stored["packed"], stored["files"], stored["rounded"]
-    publish(record, out)
-    return record
-
-
-def _mark(dense: Path, out: Path, overwrite: bool) -> None:
-    """Say in the `run.json` of `OUT.dense` what the folder is for; packing puts its own entry there."""
-    from tawny.report.pages import write_beside
-
-    path = dense / "run.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["packed"] = {"into": str(out.absolute()), "overwrite": overwrite}
-    write_beside(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-def _made_for(dense: Path, out: Path) -> dict[str, Any] | None:
-    """What `_mark` said in `dense`; None if it is not for `out`."""
-    try:
-        told: dict[str, Any] = json.loads((dense / "run.json").read_text(encoding="utf-8"))["packed"]
-        return told if told["into"] == str(out.absolute()) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _windows(model: str, text: str, recipe: Recipe) -> int:

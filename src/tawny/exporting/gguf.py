@@ -31,7 +31,7 @@ from tawny.model.durable import writing
 from tawny.model.source import gguf_behind, resolve
 from tawny.packed.opening import open_checkpoint
 from tawny.progress import Progress, silent
-from tawny.run.output import same_place
+from tawny.run.place import same_place
 
 
 @dataclass(frozen=True)

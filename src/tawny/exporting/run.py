@@ -10,7 +10,7 @@ from tawny.errors import UserError, nearest
 from tawny.exporting.gguf import ExportReport, export_gguf
 from tawny.model.trust import opens_models
 from tawny.progress import Progress, silent
-from tawny.run.resumable import place_of
+from tawny.run.place import place_of
 
 EXPORTERS = {"gguf": export_gguf}
 

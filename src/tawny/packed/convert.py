@@ -41,8 +41,8 @@ from tawny.progress import Progress, silent
 from tawny.recipe.files import load_recipe
 from tawny.recipe.schema import Values
 from tawny.record import weight_files
-from tawny.run.output import OutputFolder
-from tawny.run.resumable import place_of
+from tawny.run.place import Workplace, place_of
+from tawny.run.writer import CheckpointWriter
 
 _DENSE_INDEX = "model.safetensors.index.json"
 # What a pruning run leaves beside the weights belongs to the packed model as well.
@@ -317,9 +317,14 @@ def pack(
     if is_packed(folder):
         raise CheckpointError(f"{source} is packed already; `tawny unpack` it first to pack it another way")
     record = _record_of(folder)
-    output = OutputFolder(place_of(out), overwrite=overwrite, source=folder, given=source)
-    try:
-        writer = PackedWriter(output.partial)
+    with Workplace(place_of(out)) as place:
+        place.claim(
+            overwrite=overwrite,
+            reads=[("model", folder), ("model", Path(source).expanduser())],
+            continues=False,
+        )
+        output = CheckpointWriter(place)
+        writer = PackedWriter(output.folder)
         files = weight_paths(folder)  # one without tensors, too: the index names it
         for path in files:
             if path.parent != folder or path.suffix != ".safetensors":
@@ -351,17 +356,15 @@ def pack(
         tell(progress, len(work.linears) - len(dense), len(dense), len(work.untouched), work.rounded)
         for line in staying_dense(work.model, work.blocks):
             progress.say(line)
-        PackedFolder(output.partial)  # nothing that cannot be opened looks finished
-        output.finish()
-    finally:
-        output.discard()
+        PackedFolder(output.folder)  # nothing that cannot be opened looks finished
+        output.deliver()
     return PackReport(
         source=str(source),
         out=str(out),
         **choice.told,
         bytes=total,
         source_bytes=work.source_bytes,
-        file_bytes=file_bytes(output.out) + (output.out / INDEX).stat().st_size,
+        file_bytes=file_bytes(output.place.out) + (output.place.out / INDEX).stat().st_size,
         packed=len(work.linears) - len(dense),
         dense=len(dense),
         untouched=work.untouched,
@@ -432,14 +435,19 @@ def unpack(
     if not is_packed(folder):
         raise CheckpointError(f"{source} is not a packed folder; there is nothing to unpack")
     packed, record = PackedFolder(folder), _record_of(folder)
-    output = OutputFolder(place_of(out), overwrite=overwrite, source=folder, given=source)
-    total = 0
-    try:
+    with Workplace(place_of(out)) as place:
+        place.claim(
+            overwrite=overwrite,
+            reads=[("model", folder), ("model", Path(source).expanduser())],
+            continues=False,
+        )
+        output = CheckpointWriter(place)
+        total = 0
         for part in packed.source:
             name, text = part["file"], part["header"]
             entries = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
             progress.phase(f"unpacking {name}", len(entries), "tensors")
-            with writing(output.partial / name), (output.partial / name).open("wb") as file:
+            with writing(output.folder / name), (output.folder / name).open("wb") as file:
                 header = text.encode()
                 file.write(len(header).to_bytes(8, "little") + header)
                 for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
@@ -448,15 +456,13 @@ def unpack(
                     total += entry["data_offsets"][1] - entry["data_offsets"][0]
                     progress.step(key)
         if packed.source_index is not None:
-            with writing(output.partial / _DENSE_INDEX):
-                (output.partial / _DENSE_INDEX).write_bytes(packed.source_index.encode())
+            with writing(output.folder / _DENSE_INDEX):
+                (output.folder / _DENSE_INDEX).write_bytes(packed.source_index.encode())
         _carry(output, folder, None)
         _card(output, folder, None)
         if record is not None:
             _record(output, record, {}, total, {})
-        output.finish()
-    finally:
-        output.discard()
+        output.deliver()
     return UnpackReport(
         source=str(source),
         out=str(out),
@@ -478,7 +484,7 @@ def _dense(packed: PackedFolder, key: str, header: dict[str, Any]) -> Tensor:
     return found
 
 
-def _carry(output: OutputFolder, folder: Path, method: dict[str, Any] | None) -> None:
+def _carry(output: CheckpointWriter, folder: Path, method: dict[str, Any] | None) -> None:
     """What lies beside the weights; the configuration says how they are packed."""
     output.carry(folder, _ALSO_CARRIED)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -501,16 +507,20 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _record(
-    output: OutputFolder, record: dict[str, Any], packed: dict[str, Any], total: int, rounded: dict[str, Any]
+    output: CheckpointWriter,
+    record: dict[str, Any],
+    packed: dict[str, Any],
+    total: int,
+    rounded: dict[str, Any],
 ) -> None:
     """The record of a run, with the files that now hold its weights."""
     record["packed"] = {**packed, "ratio": total / max(1, packed["source_bytes"])} if packed else {}
-    record["bytes"], record["files"] = total, weight_files(output.partial)
-    record["out"], record["rounded"] = str(output.out), {**record.get("rounded", {}), **rounded}
+    record["bytes"], record["files"] = total, weight_files(output.folder)
+    record["out"], record["rounded"] = str(output.place.out), {**record.get("rounded", {}), **rounded}
     output.write_text("run.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def _card(output: OutputFolder, folder: Path, note: str | None) -> None:
+def _card(output: CheckpointWriter, folder: Path, note: str | None) -> None:
     """A packed folder's card says how it is opened; the card of the dense one does not."""
     path = folder / "README.md"
     # A mark in front would hide the metadata, and a byte that is no UTF-8 is no reason not to pack.
@@ -524,4 +534,4 @@ def _card(output: OutputFolder, folder: Path, note: str | None) -> None:
     if text:
         output.write_text("README.md", text)
     elif path.is_file():
-        (output.partial / "README.md").unlink(missing_ok=True)
+        (output.folder / "README.md").unlink(missing_ok=True)

@@ -28,13 +28,13 @@ from tawny.pruning.blocks import choose_blocks
 from tawny.pruning.prepare import demand_of, notices
 from tawny.pruning.profiling import profile_walk, spend
 from tawny.pruning.refine import holds_out
-from tawny.pruning.session import Purpose, Session, open_output, open_session, text_or_tokens
+from tawny.pruning.session import Purpose, Session, open_session, text_or_tokens
 from tawny.pruning.walk import solve_stage, walk_blocks
 from tawny.pruning.writing import write_pages, write_rest
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
 from tawny.record import LinearRecord, Record, weight_files
-from tawny.run.resumable import place_of
+from tawny.run.place import Workplace, place_of
 
 WALK = "prune"  # what the journal calls it
 
@@ -98,9 +98,13 @@ def prune(
     with open_session(
         recipe,
         source,
-        Purpose(demand=demand_of, author=None if author is None else resolve(author, progress.say)),
+        Purpose(
+            demand=demand_of,
+            author=None if author is None else resolve(author, progress.say),
+            identity={"verb": "prune"},
+        ),
         progress,
-        place_to_write=None if out is None else open_output(place_of(out), overwrite, source),
+        place=None if out is None else Workplace(place_of(out)),
         overwrite=overwrite,
         memory=memory,
         tokenizer=tokenizer,
@@ -170,12 +174,12 @@ def _finish(session: Session) -> Record:
         with clock("write"):
             write_rest(session)
         with clock("hash"):
-            record.files = weight_files(output.partial)
+            record.files = weight_files(output.folder)
     record.peak_memory = max(peak_memory(), record.peak_memory)
     clock.seconds["total"] = clock.elapsed
     record.seconds = {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()}
     if output is not None:
         output.write_text("run.json", record.to_json())
         write_pages(session)
-        output.finish()
+        output.deliver()
     return record

@@ -6,16 +6,16 @@ up whatever happens after: nothing unfinished looks finished, and nothing that w
 
 from __future__ import annotations
 
-__all__ = ["Purpose", "Session", "Unfinished", "open_output", "open_session", "text_or_tokens"]
+__all__ = ["Purpose", "Session", "open_session", "text_or_tokens"]
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from tawny.errors import (
     LostProcess,
     ModelError,
     NumericalError,
-    OutputError,
     RecipeError,
     TextError,
     UserError,
@@ -53,15 +52,18 @@ from tawny.pruning.memory_plan import (
     available,
     give_back,
     parse_size,
-    place,
+)
+from tawny.pruning.memory_plan import (
+    place as place_in_memory,
 )
 from tawny.pruning.prepare import Job, prepare
 from tawny.recipe.schema import Recipe
 from tawny.record import Record
 from tawny.run.journal import Journal
-from tawny.run.output import OutputFolder, check_savable, unfinished
+from tawny.run.place import Workplace, models_read
 from tawny.run.ranks import Ranks, is_lost
 from tawny.run.run import Clock, Run
+from tawny.run.writer import CheckpointWriter, check_savable
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Purpose:
         held_out: windows that are kept out of the calibration, from the tokens of the text.
         check: refuses what the verb cannot do with this model, before any text is read.
         author: the model that writes the text `self`; None: the source.
+        identity: what the run is beside its recipe, model, text and machine.
+        writes_checkpoint: whether OUT is a checkpoint.
     """
 
     samples: bool | None = None
@@ -83,22 +87,8 @@ class Purpose:
     held_out: Callable[[Job, TokenisedText], Tensor] | None = None
     check: Callable[[Job], None] = lambda _: None
     author: Path | None = None
-
-
-class Unfinished(Protocol):
-    """A place to write, and what is unfinished in it. At most one process holds it."""
-
-    def release(self) -> None:
-        """Let another process go on with what is unfinished."""
-        ...
-
-    def discard(self) -> None:
-        """Throw away what is unfinished."""
-        ...
-
-
-# Opens the place to write, and the journal of what is in it, from the folder of the source.
-OpensPlace = Callable[[Path | None, Ranks], tuple[Unfinished | None, Journal]]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    writes_checkpoint: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ class Session:
         held_out: windows of the text that calibration leaves, where the purpose asks for them.
         placement: what is kept in memory and what on disk; None where nothing was placed.
         place: where it writes; None where nothing is written.
-        output: the same where that is a checkpoint folder.
+        output: what writes a checkpoint there, in the first process.
         beside: the tokenizer or processor of a live model, which is written beside it; None where nobody gave one, and
             where the source's files are carried along.
     """
@@ -120,8 +110,8 @@ class Session:
     samples: Samples | None
     held_out: Tensor | None
     placement: Placement | None
-    place: Unfinished | None
-    output: OutputFolder | None
+    place: Workplace | None
+    output: CheckpointWriter | None
     record: Record
     beside: Any = None
 
@@ -139,7 +129,7 @@ def open_session(
     purpose: Purpose,
     progress: Progress,
     *,
-    place_to_write: OpensPlace | None = None,
+    place: Workplace | None = None,
     overwrite: bool = False,
     memory: str | int | None = None,
     tokenizer: Any = None,
@@ -149,137 +139,129 @@ def open_session(
     """Everything that can be checked before work is checked; whatever happens after, the place to write is left in order.
 
     Args:
-        place_to_write: opens the output and the journal of what is in it, from the folder of the source; None: nothing is
-            written.
+        place: where to write; None: nothing is written.
         memory: peak bytes that may not be passed.
         calibration: tokens `[samples, tokens]`, `(tokens, attention mask)`, or tensors by the names of the model's inputs;
             None: windows of the recipe's text, or its pictures.
         alone: do not share the work with the processes that torchrun started.
     """
     before = peak_memory()
-    target: Unfinished | None = None
-    journal, begun = Journal(None), False
-    record = Record()
-    ranks = Ranks(recipe.device, alone=alone or isinstance(source, nn.Module))
-    progress = progress if ranks.first else silent
-    leaving = ExitStack()
-    try:
+    live = isinstance(source, nn.Module)
+    ranks = Ranks(recipe.device, alone=alone or live)
+    run = Run(Journal(None), ranks, progress if ranks.first else silent, Clock())
+    ending = _Ending(source, run)
+    with ending, ExitStack() as leaving:
         _check_shared(recipe, ranks)
         if isinstance(source, nn.Module):  # forwards compare models, and write text, before the first block
+            if place is not None:
+                check_savable(source)
             leaving.enter_context(evaluating(source))
-        job = prepare(recipe, source, progress, ranks.device, changes=purpose.changes)
+        job = prepare(recipe, source, run.progress, ranks.device, changes=purpose.changes)
         purpose.check(job)
-        if place_to_write is not None:
-            target, journal = place_to_write(job.folder, ranks)
+        if place is not None:
+            if ranks.first:
+                leaving.enter_context(place)
+                reads = models_read(model=source)
+                place.claim(overwrite=overwrite, reads=reads, continues=not live)
+                run = replace(run, journal=place.journal)
+            run.journal.join(ranks, place.path if ranks.size > 1 else None)
+            ending.run = run
+        leaving.callback(ranks.deafen)
         budget = parse_size(memory)
-        if budget is not None and job.folder is None:
+        if budget is not None and live:
             raise RecipeError("a live model is in memory already: memory=… is for checkpoints on disk")
-        output = target if isinstance(target, OutputFolder) else None
-        beside = tokenizer if job.folder is None and isinstance(tokenizer, PushToHubMixin) else None
-        record = _new_record(job, output, before, readable=job.folder is not None or beside is not None)
-        clock = Clock()
-        if ranks.first:
-            _identify(job, journal, ranks, record)
+        beside = tokenizer if live and isinstance(tokenizer, PushToHubMixin) else None
+        record = ending.record = _new_record(job, place, before, readable=not live or beside is not None)
+        if ranks.first and place is not None:
+            _identify(job, place, purpose, run, record)
 
         def placed(load: Load) -> Placement | None:
             if purpose.demand is None or job.folder is None:
                 return None
             share = replace(load, samples=ranks.largest_part(load.samples, load.seqlen))
-            made = place(purpose.demand(job, share), budget, available(job.stack.device))
+            placement = place_in_memory(purpose.demand(job, share), budget, available(job.stack.device))
             record.memory = {
                 "budget": budget,
-                "estimate": made.peak,
-                "hidden_states": "disk" if made.spill else "memory",
-                "parts": dict(made.parts),
+                "estimate": placement.peak,
+                "hidden_states": "disk" if placement.spill else "memory",
+                "parts": dict(placement.parts),
             }
-            return made
+            return placement
 
         samples, held_out, placement = None, None, None
         if job.needs_samples if purpose.samples is None else purpose.samples:
             samples, held_out, placement = _calibration(
-                job, purpose, tokenizer, calibration, placed, progress, record, clock, budget, ranks
+                job, purpose, tokenizer, calibration, placed, run, record, budget
             )
         else:
             placement = placed(Load(0, 0, 0))
-        hidden = None
+        if run.journal.folder is not None and place is not None:
+            _begin(run, place, record, samples, held_out)
         if placement is not None and placement.spill:
-            home = journal.folder or Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
-            hidden = home / "hidden"
-            hidden.mkdir(exist_ok=True)
-        run = Run(journal, ranks, progress, clock, hidden)
-        session = Session(run, job, samples, held_out, placement, target, output, record, beside)
-        _begin(session, overwrite)
-        begun = True
+            run = replace(run, hidden=_hidden(run, place, leaving))
+        ending.begun = True
+        output = (
+            None
+            if place is None or not purpose.writes_checkpoint or not ranks.first
+            else CheckpointWriter(place)
+        )
         with torch.no_grad(), evaluating(job.stack.model):
-            yield session
+            try:
+                yield Session(run, job, samples, held_out, placement, place, output, record, beside)
+            except NumericalError:  # fails again: there is nothing to go on with
+                if place is not None:
+                    place.discard()
+                raise
         ranks.close()
-    except RuntimeError as error:
+
+
+def _hidden(run: Run, place: Workplace | None, leaving: ExitStack) -> Path:
+    """The folder of hidden states that are not kept in memory."""
+    if place is None or run.journal.folder is None:
+        return Path(leaving.enter_context(TemporaryDirectory(prefix="tawny-")))
+    folder = place.steps / "hidden"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@final
+class _Ending:
+    """Says what is left of a run that ends early."""
+
+    def __init__(self, source: str | Path | nn.Module, run: Run) -> None:
+        self.source, self.run, self.record, self.begun = source, run, Record(), False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        ranks = self.run.ranks
         ranks.deafen()
-        if ranks.size == 1 or not is_lost(error):
-            raise
-        raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
-    except LostProcess as error:
-        raise LostProcess(f"a process of this run was lost, and so it ended; {_kept(journal)}") from error
-    except KeyboardInterrupt as error:
-        left = _changed(source, record) or f"the source is untouched and {_kept(journal)}"
-        raise Interrupted(f"stopped by Ctrl-C; {left}") from error
-    except NumericalError as error:  # fails again: there is nothing to go on with
-        if begun and target is not None:
-            target.discard()
-        if changed := _changed(source, record):
+        lost = isinstance(error, LostProcess) or (
+            isinstance(error, RuntimeError) and ranks.size > 1 and is_lost(error)
+        )
+        if lost:
+            raise LostProcess(f"a process of this run was lost, and so it ended; {self._kept}") from error
+        changed = ""
+        if isinstance(self.source, nn.Module) and self.record.linears:
+            changed = f"{len(self.record.linears)} linears of the live model are pruned already: load it anew"
+        if isinstance(error, KeyboardInterrupt):
+            left = changed or f"the source is untouched and {self._kept}"
+            raise Interrupted(f"stopped by Ctrl-C; {left}") from error
+        if not isinstance(error, NumericalError | UserError):
+            return
+        # A full disk or a file out of reach can be mended.
+        if isinstance(error, UserError) and self.begun and self.run.journal.has_progress:
+            self.run.progress.say(f"{self._kept}, once it can")
+        if changed:
             error.add_note(changed)
-        raise
-    except UserError as error:  # a full disk, a file out of reach: that can be mended
-        if begun and journal.has_progress:
-            progress.say(f"{_kept(journal)}, once it can")
-        if changed := _changed(source, record):
-            error.add_note(changed)
-        raise
-    finally:
-        ranks.deafen()
-        leaving.close()
-        if target is not None:
-            target.release() if journal.has_progress or (journal.found and not begun) else target.discard()
 
-
-def _changed(source: str | Path | nn.Module, record: Record) -> str:
-    """What a run that ended early did to a live model, or ""."""
-    if not isinstance(source, nn.Module) or not record.linears:
-        return ""
-    return f"{len(record.linears)} linears of the live model are pruned already: load it anew"
-
-
-def open_output(out: Path, overwrite: bool, source: str | Path | nn.Module) -> OpensPlace:
-    """The folder to write and the journal of what is in it already; a live module has no journal."""
-    given = None if isinstance(source, nn.Module) else source
-    if isinstance(source, nn.Module):
-        check_savable(source)
-    work = unfinished(out)
-
-    def opened(folder: Path | None, ranks: Ranks) -> tuple[OutputFolder | None, Journal]:
-        if not ranks.first:
-            output, journal = None, Journal(None)
-        elif folder is None and not overwrite and Journal(work).found:
-            raise OutputError(
-                f"{work} holds an unfinished run, and a live model cannot go on with one: finish that, pass overwrite=True, "
-                "or choose another out"
-            )
-        elif folder is None:
-            output, journal = OutputFolder(out, overwrite=overwrite), Journal(None)
-        elif (found := Journal.to_go_on_with(work, overwrite)) is None:
-            output = OutputFolder(out, overwrite=True, source=folder, given=given)
-            journal = Journal(work)
-        else:
-            journal = found
-            # Who consented to replace a finished folder when the run was started need not do so again to go on.
-            consent, keep = journal.consent, journal.found
-            output = OutputFolder(out, overwrite=consent, source=folder, given=given, keep=keep)
-            journal.reload()
-            journal.start_over = output.start_over if overwrite else None
-        journal.join(ranks, work if ranks.size > 1 else None)
-        return output, journal
-
-    return opened
+    @property
+    def _kept(self) -> str:
+        journal = self.run.journal
+        if not journal.has_progress:
+            return "nothing was finished yet"
+        return f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
 
 
 def text_or_tokens(calibration: Any) -> tuple[dict[str, Any], Any]:
@@ -304,7 +286,7 @@ def _check_shared(recipe: Recipe, ranks: Ranks) -> None:
 # --- the record and the journal --------------------------------------------------------------------------------
 
 
-def _new_record(job: Job, output: OutputFolder | None, memory_before: int, readable: bool) -> Record:
+def _new_record(job: Job, place: Workplace | None, memory_before: int, readable: bool) -> Record:
     """`readable`: what reads the model's inputs, such as a tokenizer, will lie in the folder."""
     model = job.stack.model
     readers = {TOKENS: ["AutoTokenizer"], PIXELS: ["AutoImageProcessor"]}
@@ -315,7 +297,7 @@ def _new_record(job: Job, output: OutputFolder | None, memory_before: int, reada
         source=job.source,
         revision=revision_of(job.folder) if job.folder else "",
         outlier_M=job.allocator.outlier_M,
-        out=str(output.out) if output else None,
+        out=None if place is None else str(place.out),
         versions=versions(),
         machine=machine(),
         compute=str(job.stack.compute).removeprefix("torch."),
@@ -325,47 +307,44 @@ def _new_record(job: Job, output: OutputFolder | None, memory_before: int, reada
     )
 
 
-def _identify(job: Job, journal: Journal, ranks: Ranks, record: Record) -> None:
-    """Tell the journal what the bytes of this run depend on, as far as it is known before any data is read.
+def _identify(job: Job, place: Workplace, purpose: Purpose, run: Run, record: Record) -> None:
+    """Say what the bytes of this run depend on, as far as it is known before any data is read.
 
     Raises:
         OutputError: an unfinished run in the same place is another one.
     """
-    if journal.folder is None or job.folder is None:
+    if job.folder is None:
         return
-    journal.require("recipe", record.recipe)
-    journal.require("model", model_identity(job.folder))
-    journal.require("code", code_identity() | own_code(job.allocator, job.solver))
     here = {key: record.machine[key] for key in ("cpu", "threads")}
-    here |= {"processes": ranks.size, "kernel": kernel_name()}
+    here |= {"processes": run.ranks.size, "kernel": kernel_name()}
     here |= {"compute": record.compute, "products": products()}
     if job.stack.device.type == "cuda":
         here["device"] = device_name(job.stack.device)
-    journal.require("machine", here)
+    place.require(
+        **purpose.identity,
+        recipe=record.recipe,
+        model=model_identity(job.folder),
+        code=code_identity() | own_code(job.allocator, job.solver),
+        machine=here,
+    )
 
 
-def _begin(session: Session, overwrite: bool) -> None:
+def _begin(
+    run: Run, place: Workplace, record: Record, samples: Samples | None, held_out: Tensor | None
+) -> None:
     """From here on what is finished is kept."""
-    journal, ranks, record = session.run.journal, session.run.ranks, session.record
-    if journal.folder is None:
-        return
+    journal, ranks = run.journal, run.ranks
     if ranks.first:
-        journal.require("text", tokens_identity(session.samples))
-        if session.held_out is not None:
-            journal.require("held-out text", tensor_digest(session.held_out).hexdigest())
-        journal.begin(overwrite=overwrite)
+        place.require(text=tokens_identity(samples))
+        if held_out is not None:
+            place.require(**{"held-out text": tensor_digest(held_out).hexdigest()})
+        place.begin()
     journal.state = ranks.same(journal.state)
     record.resumed = journal.state["resumed"]
-    session.run.clock.go_on(journal.state.get("seconds", {}))
+    run.clock.go_on(journal.state.get("seconds", {}))
     record.peak_memory = int(journal.state.get("peak_memory", 0))
     if journal.has_progress:
-        session.run.progress.say(f"going on with {journal.folder}, behind {journal.kept_words()}")
-
-
-def _kept(journal: Journal) -> str:
-    if not journal.has_progress:
-        return "nothing was finished yet"
-    return f"{journal.kept_words()} are kept in {journal.folder}: the same command goes on from there"
+        run.progress.say(f"going on with {journal.folder}, after {journal.kept_words()}")
 
 
 # --- calibration -----------------------------------------------------------------------------------------------
@@ -377,11 +356,9 @@ def _calibration(
     tokenizer: Any,
     given: Any,
     placed: Callable[[Load], Placement | None],
-    progress: Progress,
+    run: Run,
     record: Record,
-    clock: Clock,
     budget: int | None,
-    ranks: Ranks,
 ) -> tuple[Samples, Tensor | None, Placement | None]:
     """The samples: tokens that were given, or seeded windows of the recipe's text.
 
@@ -392,6 +369,7 @@ def _calibration(
         TextError: what was given is no tokens.
     """
     wanted, model = job.recipe.calibration, job.stack.model
+    progress, clock, ranks = run.progress, run.clock, run.ranks
     predicts, kind = predicts_tokens(model), input_of(model)
     if purpose.held_out is not None and not predicts:
         raise ModelError(

@@ -27,10 +27,10 @@ def write_rest(session: Session) -> None:
         session.output.carry(session.job.folder)
         _say_settings(session)
     else:
-        session.job.stack.model.save_pretrained(session.output.partial)
+        session.job.stack.model.save_pretrained(session.output.folder)
         if session.beside is not None:
-            session.beside.save_pretrained(session.output.partial)
-        session.record.bytes = sum(p.stat().st_size for p in session.output.partial.glob("*.safetensors"))
+            session.beside.save_pretrained(session.output.folder)
+        session.record.bytes = sum(p.stat().st_size for p in session.output.folder.glob("*.safetensors"))
         session.record.storage = str(session.job.stack.compute).removeprefix("torch.")
     session.output.write_text("recipe.yaml", dump_recipe(session.job.recipe))
 
@@ -45,8 +45,8 @@ def write_pages(session: Session) -> None:
         base = card.read_text(encoding="utf-8-sig", errors="replace") if card and card.is_file() else ""
         output.write_text(CARD, model_card(record, front_matter(base)))
 
-    or_say(output.partial / CARD, write_card, session.run.progress)
-    or_say(output.partial / NAME, lambda: write_report(record, output.partial), session.run.progress)
+    or_say(output.folder / CARD, write_card, session.run.progress)
+    or_say(output.folder / NAME, lambda: write_report(record, output.folder), session.run.progress)
 
 
 def _plan_shards(session: Session) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def _say_settings(session: Session) -> None:
     session.record.storage = session.job.recipe.dtype or str(checkpoint.storage_dtype).removeprefix("torch.")
     if session.job.recipe.dtype is None and not session.job.settings:
         return
-    path = session.output.partial / "config.json"
+    path = session.output.folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if session.job.recipe.dtype is not None:
         config.pop("torch_dtype", None)

@@ -35,20 +35,11 @@ from tawny.recovery.settings import SEEING_RATE, Recovery
 from tawny.recovery.student import LEAST_SPARSITY, Student
 from tawny.recovery.teacher import check_not_own_teacher, check_teacher, check_tokenizers, is_own_teacher
 from tawny.recovery.training import Training
-from tawny.recovery.writing import check_apart
-from tawny.run.output import OutputFolder, check_savable
-from tawny.run.resumable import WorkFolder
+from tawny.run.place import Workplace, models_read, unfinished
 from tawny.run.run import Clock
+from tawny.run.writer import check_savable
 from tawny.words import size
 
-# What lies in OUT.recovery: states, the best weights, parts to be joined, the teacher's hidden states and their index.
-_SHELVED = (
-    "state*.safetensors",
-    "best*.safetensors",
-    "last*.safetensors",
-    "teacher-*.bin",
-    "teacher-*.json",
-)
 _STEP_BYTES = 12  # of a trained number, from the first step on: its gradient and two moments
 
 
@@ -69,7 +60,7 @@ class Request:
 
 
 def recover_dense(request: Request) -> RecoveryRecord:
-    """`recover` for what is not packed."""
+    """`recover` for what is not packed; of a loss that became NaN the record knows, once a better model is written."""
     before = peak_memory()
     _check_wanted(request)
     settings = request.settings
@@ -77,19 +68,17 @@ def recover_dense(request: Request) -> RecoveryRecord:
         try:
             training = _open(request, processes, ending)
             training.record.memory_before = before
-            failure = training.train()
-            record = training.finish(failure)
-            if failure is not None:
+            training.train()
+            record = training.finish()
+            if record.failure is not None:
                 processes.wait()  # the error of one process ends them all: not before the first has written
         except KeyboardInterrupt as error:
             left = "this training has saved no state yet, and the same command begins it anew"
-            if request.out is not None and _work(request.out).worth_keeping():
+            if request.out is not None and any((unfinished(request.out) / "steps").glob("training/state*")):
                 left = "the same command goes on from the last state it saved"
             if isinstance(request.source, nn.Module):
                 left = "the model has the best weights measured so far, and the same call begins anew"
             raise Interrupted(f"stopped by Ctrl-C; {left}") from error
-    if failure is not None:
-        raise failure
     return record
 
 
@@ -107,14 +96,15 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
             "because all of them take part in every forward"
         )
     folder = None if isinstance(source, nn.Module) else resolve(source, request.progress.say)
-    work: WorkFolder | None = None
-    if out is not None:
-        work = _work(out)
-        check_apart(work, {"model": source, "teacher": teacher})
-        ending.enter_context(work)
-        if folder is None:  # a live model's run leaves nothing to go on from
-            work = None
+    place = None if out is None else Workplace(out)
+    if place is not None:
+        if folder is None:
             check_savable(source)
+        ending.enter_context(place)
+        if processes.first:
+            reads = models_read(model=source, teacher=teacher)
+            # A live model's run leaves nothing to go on from.
+            place.claim(overwrite=request.overwrite, reads=reads, continues=folder is not None)
     own = is_own_teacher(folder, teacher)
     rounded = settings.values is not None and not (folder and solved_for(folder)[0].names)
     check_not_own_teacher(own and not (settings.control or rounded))
@@ -126,13 +116,6 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
         ending.enter_context(evaluating(teacher_stack.model))
     dense = None if teacher is None or isinstance(teacher, nn.Module) else resolve(teacher)
     reader = _reader(request, stack, folder, dense)
-    output: OutputFolder | None = None
-    if out is not None and processes.first:
-        if work is not None:
-            work.check()
-        consent = request.overwrite or (work is not None and work.consent)
-        output = OutputFolder(out, overwrite=consent, source=folder)
-        ending.callback(output.discard)
     if not predicts_tokens(stack.model):
         _check_encoder(stack, teacher_stack)
     clock = Clock()
@@ -149,12 +132,12 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     check_not_own_teacher(own and student.sparsity >= LEAST_SPARSITY)
     _tell_memory(student, settings, request.progress)
     training = Training(
-        settings, student, teacher_stack, reading, processes, output, folder, request.progress, clock
+        settings, student, teacher_stack, reading, processes, place, folder, request.progress, clock
     )
     training.record.source = str(source) if folder else type(source).__name__
     if teacher is not None:
         training.record.teacher = str(teacher) if dense is not None else type(teacher).__name__
-    training.shelve(work, request.overwrite)
+    training.shelve()
     ending.push(lambda _, error, __: training.give_up(error))
     return training
 
@@ -172,10 +155,6 @@ def _tell_memory(student: Student, settings: Recovery, progress: Progress) -> No
         progress.say(
             f"gradients and moments will take {size(needed)}, and {size(free)} of memory are free{less}"
         )
-
-
-def _work(out: Path) -> WorkFolder:
-    return WorkFolder(out, "recovery", _SHELVED, kept=("state*.safetensors",))
 
 
 def _reader(request: Request, stack: Stack, folder: Path | None, dense: Path | None) -> Any:

@@ -25,14 +25,14 @@ from tawny.pruning.run import prune
 from tawny.recipe.files import read_mapping
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
+from tawny.recovery.dense import Request
 from tawny.recovery.packed import check_factors
 from tawny.recovery.processes import Processes
-from tawny.recovery.record import RecoveryRecord, draw, failure_of, left_behind
-from tawny.recovery.run import recover
+from tawny.recovery.record import RecoveryRecord, draw
+from tawny.recovery.run import carry_out
 from tawny.recovery.settings import Recovery
-from tawny.recovery.writing import check_apart, claim, deliver, retell
-from tawny.run.output import unfinished
-from tawny.run.resumable import WorkFolder, place_of
+from tawny.recovery.writing import retell
+from tawny.run.place import Workplace, models_read, place_of
 
 
 @opens_models
@@ -64,10 +64,10 @@ def recover_gradually(
 
     Raises:
         RecipeError: the sparsities do not rise.
-        NumericalError: the loss of a step became NaN; its best model so far stays in `OUT.stages`.
-        OutputError: `OUT.stages` holds the steps of another run, or `out` cannot be written.
+        NumericalError: the loss of a step became NaN; its best model so far stays in `OUT.partial`.
+        OutputError: `OUT.partial` holds the steps of another run, or `out` cannot be written.
     """
-    target = place_of(out)
+    place = Workplace(place_of(out))
     if not sparsities or sorted(set(sparsities)) != list(sparsities):
         raise RecipeError(
             f"gradual sparsities {list(sparsities)} do not rise; expected such as 0.4,0.55,0.65,0.7"
@@ -77,10 +77,6 @@ def recover_gradually(
     folder = resolve(source, progress.say)
     recipes = _recipes(recipe, chosen, sparsities)
     check_factors(chosen, recipes[0].values.names, "what each step prunes")
-    work = WorkFolder(
-        target, "stages", ("[0-9]-pruned", "[0-9]-recovered", "[0-9][0-9]-pruned", "[0-9][0-9]-recovered")
-    )
-    check_apart(work, {"model": source, "teacher": teacher})
     identity = {
         "sparsities": list(sparsities),
         "recipe": recipes[0].to_mapping() | {"sparsity": None},
@@ -91,43 +87,37 @@ def recover_gradually(
     }
 
     def begin() -> None:
-        claim(work, identity, overwrite, folder)
-        last, moved = work.path / f"{len(recipes) - 1}-recovered", unfinished(target) / "checkpoint"
-        killed = work.state.get("delivering") and not last.exists()  # amid `deliver`
-        if killed and (moved / "recover.json").is_file():
-            moved.rename(last)
+        place.claim(overwrite=overwrite, reads=models_read(model=source, teacher=teacher))
+        place.require(verb="recover --through", **identity)
+        place.begin()
 
     whole = len(recipes) * (len(recipes) + 1) / 2
     stages: list[dict[str, Any]] = []
-    with Processes(chosen.device) as processes, work:
+    with Processes(chosen.device) as processes, place:
         processes.once(begin)
-        with work.unless_empty():
-            here = folder
-            for number, recipe in enumerate(recipes):
-                share = (number + 1) / whole
-                pruned, recovered = work.path / f"{number}-pruned", work.path / f"{number}-recovered"
-                progress.say(f"step {number + 1} of {len(recipes)}: {recipe.sparsity:.0%}")
-                part = dataclasses.replace(
-                    chosen,
-                    tokens=max(1, round(chosen.tokens * share)),
-                    minutes=None if chosen.minutes is None else chosen.minutes * share,
-                )
-                if processes.same(not pruned.exists() and not recovered.exists()):
-                    prune(here, pruned, recipe=recipe, progress=progress, author=teacher)
-                if processes.same(not recovered.exists()):
-                    with left_behind(recovered):
-                        recover(pruned, teacher, recovered, settings=part, progress=progress)
-                processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
-                record = RecoveryRecord.read(recovered / "recover.json")
-                if failure := failure_of(record):  # told again when it is repeated, and no step follows
-                    raise NumericalError(f"step {number + 1} of {len(recipes)}, in {recovered}: {failure}")
-                kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
-                # The last one's record is that of all, once it was told.
-                stages.append(
-                    record.stages[-1] if record.stages else {key: getattr(record, key) for key in kept}
-                )
-                here = recovered
-        record.stages, record.source, record.out = stages, str(source), str(target)
+        here = folder
+        for number, recipe in enumerate(recipes):
+            share = (number + 1) / whole
+            pruned, recovered = (place.steps / f"{number}-{name}" for name in ("pruned", "recovered"))
+            progress.say(f"step {number + 1} of {len(recipes)}: {recipe.sparsity:.0%}")
+            part = dataclasses.replace(
+                chosen,
+                tokens=max(1, round(chosen.tokens * share)),
+                minutes=None if chosen.minutes is None else chosen.minutes * share,
+            )
+            if processes.same(not pruned.exists() and not recovered.exists()):
+                prune(here, pruned, recipe=recipe, progress=progress, author=teacher)
+            if processes.same(not recovered.exists()):
+                carry_out(Request(pruned, teacher, recovered, part, progress))
+            processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
+            record = RecoveryRecord.read(recovered / "recover.json")
+            if record.failure is not None:  # told again when it is repeated, and no step follows
+                raise NumericalError(f"step {number + 1} of {len(recipes)}, in {recovered}: {record.failure}")
+            kept = ("sparsity", "tokens", "steps", "start", "best", "seconds", "warnings")
+            # The last one's record is that of all, once it was told.
+            stages.append(record.stages[-1] if record.stages else {key: getattr(record, key) for key in kept})
+            here = recovered
+        record.stages, record.source, record.out = stages, str(source), str(place.out)
         record.settings |= {"tokens": chosen.tokens, "minutes": chosen.minutes}
         record.tokens = sum(stage["tokens"] for stage in stages)
         record.seconds = _sums([stage["seconds"] for stage in stages])
@@ -135,7 +125,7 @@ def recover_gradually(
         def end() -> None:
             retell(here, record, source=str(source), base=folder)
             draw(record, here, progress)
-            deliver(here, work, overwrite, folder)
+            place.deliver(here)
 
         processes.once(end)
     return record

@@ -24,11 +24,11 @@ from tawny.packed.folder import PackedFolder
 from tawny.progress import Progress
 from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.processes import Processes
-from tawny.recovery.record import RecoveryRecord, draw, failure_of, left_behind
+from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
 from tawny.recovery.teacher import check_not_own_teacher, is_own_teacher
-from tawny.recovery.writing import check_apart, claim, deliver, is_made, retell
-from tawny.run.resumable import WorkFolder
+from tawny.recovery.writing import is_made, retell
+from tawny.run.place import Workplace, models_read
 
 
 def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[str, str]:
@@ -93,7 +93,7 @@ def _is_packed_as_solved(folder: Path) -> bool:
 
 def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. Integers are trained through their grid."""
-    settings, progress, overwrite = request.settings, request.progress, request.overwrite
+    settings, progress = request.settings, request.progress
     check_values(settings, folder)
     kind = _packing(folder)
     group, few = kind.get("group"), kind_of(kind["values"]).bits < 8
@@ -105,10 +105,9 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         settings = Recovery.make(settings, values=kind["values"], group_size=group)
     if request.text is None and request.tokenizer is None and reads_on(folder):
         load_tokenizer(folder)  # before a copy is made of it, which a message would name
-    work = WorkFolder(out, "unpacked", ("before", "after", "packed"), kept=("after*", "packed*"))
-    check_apart(work, {"model": request.source, "teacher": request.teacher})
     check_not_own_teacher(is_own_teacher(folder, request.teacher))
-    before, after, packed = (work.path / name for name in ("before", "after", "packed"))
+    place = Workplace(out)
+    unpacked, trained, packed = (place.steps / name for name in ("unpacked", "trained", "packed"))
     text, held_out = request.text, request.held_out
     identity = {
         "model": source_identity(folder),
@@ -119,37 +118,36 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     }
 
     def begin() -> None:
-        claim(work, identity, overwrite, folder)
-        if not before.exists():
-            unpack(folder, before, progress=progress)
+        reads = models_read(model=request.source, teacher=request.teacher)
+        place.claim(overwrite=request.overwrite, reads=reads)
+        place.require(verb="recover packed", **identity)
+        place.begin()
+        place.folder("unpacked", lambda made: unpack(folder, made, progress=progress))
 
     def end() -> None:
-        record = RecoveryRecord.read(after / "recover.json")
+        record = RecoveryRecord.read(trained / "recover.json")
         record.source, record.out = str(request.source), str(out)
-        draw(record, after, progress)
+        draw(record, trained, progress)
         # What has several kinds is packed as its record says, trained through them or left on them.
         untrained = not settings.trains_survivors and bool(solved_for(folder)[0].of) and as_solved
         values, group = (None, None) if several or untrained else (kind["values"], kind.get("group"))
         ends: dict[str, Any] = {key: kind.get(key) for key in ("head", "embedding")}
-        pack(after, packed, values, group, **ends, overwrite=True, progress=progress)
+        place.folder("packed", lambda made: pack(trained, made, values, group, **ends, progress=progress))
         record.bytes = file_bytes(packed)
         # What packing changed is told by the card too, unless a person wrote it.
-        retell(packed, record, base=packed if is_made(after) else None)
-        deliver(packed, work, overwrite, folder)
+        retell(packed, record, base=packed if is_made(trained) else None)
+        place.deliver(packed)
 
-    with Processes(settings.device) as processes, work:
+    with Processes(settings.device) as processes, place:
         processes.once(begin)
-        if processes.same(not after.exists()):
-            wanted = replace(
-                request, source=before, out=after, settings=settings, overwrite=False, kinds=several
+        if processes.same(not trained.exists()):
+            recover_dense(
+                replace(
+                    request, source=unpacked, out=trained, settings=settings, overwrite=False, kinds=several
+                )
             )
-            with work.unless_empty(), left_behind(after):
-                recover_dense(wanted)
         processes.once(end)
-    record = RecoveryRecord.read(out / "recover.json")
-    if failure := failure_of(record):
-        raise failure
-    return record
+    return RecoveryRecord.read(out / "recover.json")
 
 
 def _packing(folder: Path) -> dict[str, Any]:

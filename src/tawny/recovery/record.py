@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["NAN", "RecoveryRecord", "draw", "failure_of", "left_behind"]
+__all__ = ["NAN", "RecoveryRecord", "draw"]
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,28 +70,18 @@ class RecoveryRecord:
     def to_json(self) -> str:
         return json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
 
+    @property
+    def failure(self) -> NumericalError | None:
+        """The error of a training that ended early and left its best model, however often it is asked for."""
+        if self.stopped != "nan":
+            return None
+        said = (line for line in self.warnings if line.startswith(NAN))
+        return NumericalError(next(said, f"{NAN} nan"))
+
     @classmethod
     def read(cls, path: Path) -> RecoveryRecord:
         """From a `recover.json`; what is null there is NaN here, since infinity and NaN cannot be told apart."""
         return cls(**known(json.loads(path.read_text(encoding="utf-8"))))
-
-
-def failure_of(record: RecoveryRecord) -> NumericalError | None:
-    """The error of a training that ended early and left its best model, to be told however often it is repeated."""
-    if record.stopped != "nan":
-        return None
-    said = (line for line in record.warnings if line.startswith(NAN))
-    return NumericalError(next(said, f"{NAN} nan"))
-
-
-@contextmanager
-def left_behind(folder: Path) -> Iterator[None]:
-    """Inside, a training that failed and yet wrote its best model is no error yet: `failure_of` has it from the record."""
-    try:
-        yield
-    except NumericalError:
-        if not folder.exists():
-            raise
 
 
 def draw(record: RecoveryRecord, folder: Path, progress: Progress) -> None:

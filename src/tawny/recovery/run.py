@@ -10,7 +10,7 @@ model (dense.py).
 
 from __future__ import annotations
 
-__all__ = ["recover"]
+__all__ = ["carry_out", "recover"]
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,7 +30,7 @@ from tawny.recovery.dense import Request, recover_dense
 from tawny.recovery.packed import check_grid, recover_packed, several_kinds
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
-from tawny.run.resumable import place_of
+from tawny.run.place import place_of
 
 
 @opens_models
@@ -81,13 +81,23 @@ def recover(
     if isinstance(given, Tensor) and given.dim() == 2 and 0 not in given.shape:
         chosen = Recovery.make(chosen, seqlen=int(given.shape[1]))
     place = None if out is None else place_of(out)
-    request = Request(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)
-    if place is not None and not isinstance(source, nn.Module):
+    record = carry_out(
+        Request(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)
+    )
+    if record.failure is not None:
+        raise record.failure
+    return record
+
+
+def carry_out(request: Request) -> RecoveryRecord:
+    """`recover`, but a loss that became NaN is no error once a better model is written: `failure` of the record has it."""
+    source, out, settings, progress = request.source, request.out, request.settings, request.progress
+    if out is not None and not isinstance(source, nn.Module):
         folder = resolve(source, progress.say)
-        check_grid(chosen, folder)
+        check_grid(settings, folder)
         if is_packed(folder):
-            return recover_packed(request, folder, place)
-        request = replace(request, settings=_on_its_grid(chosen, folder, progress))
+            return recover_packed(request, folder, out)
+        request = replace(request, settings=_on_its_grid(settings, folder, progress))
         request = replace(request, kinds=several_kinds(request.settings, folder, progress))
     return recover_dense(request)
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 __all__ = ["Shelf", "Standing"]
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from tawny.errors import OutputError
+from tawny.model import durable
 from tawny.recovery.coordinates import Coordinates
 from tawny.recovery.processes import Processes
-from tawny.run.resumable import WorkFolder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _OF_EACH = ("step", *_MOMENTS)  # an expert without a token in some step has made fewer than the others
@@ -55,21 +56,21 @@ class Standing:
 
 
 class Shelf:
-    """The tensors in `OUT.recovery`: the state to go on from and the best weights so far.
+    """The tensors of a training in `OUT.partial`: the state to go on from and the best weights so far.
 
     Args:
-        work: None keeps the best weights in memory and nothing else.
+        folder: of the states; None keeps the best weights in memory and nothing else.
         parts: the processes, where each keeps a part of its own.
     """
 
     def __init__(
         self,
-        work: WorkFolder | None,
+        folder: Path | None,
         coordinates: Sequence[Coordinates],
         optimiser: torch.optim.Optimizer,
         parts: Processes | None,
     ) -> None:
-        self.work, self.parts, self.coordinates = work, parts, coordinates
+        self.folder, self.parts, self.coordinates = folder, parts, coordinates
         self.optimiser = optimiser
         self._tag = "" if parts is None else f"-{parts.rank}"
         self._best: dict[str, torch.Tensor] = {}
@@ -99,7 +100,7 @@ class Shelf:
         return Standing(**json.loads(found["standing"]))
 
     def save(self, standing: Standing) -> None:
-        if self.work is None:
+        if self.folder is None:
             return
         tensors = self._tensors()
         for name, tensor in self._tensors().items():
@@ -107,7 +108,7 @@ class Shelf:
                 tensors |= {f"{name}|{key}": state[key] for key in _OF_EACH}
         metadata = {"standing": json.dumps(asdict(standing))}
         before = self._kept("state")
-        self.work.write_tensors(name := f"state{self._tag}-{standing.step}.safetensors", tensors, metadata)
+        self._write(name := f"state{self._tag}-{standing.step}.safetensors", tensors, metadata)
         if self.parts is not None:
             self.parts.wait()  # an older part goes when every newer one is there
         best = f"best{self._tag}-{(standing.best or {}).get('step', 0):.0f}.safetensors"
@@ -117,7 +118,7 @@ class Shelf:
 
     def _state(self) -> Path | None:
         """The file to go on from. Of parts the newest that every process has, for a crash may come between two writes."""
-        if self.work is None:
+        if self.folder is None:
             return None
         mine = {int(path.stem.rpartition("-")[2]): path for path in self._kept("state")}
         everybodys = [list(mine)] if self.parts is None else self.parts.all_of(list(mine))
@@ -125,18 +126,18 @@ class Shelf:
         return mine[max(common)] if common else None
 
     def _kept(self, what: str) -> list[Path]:
-        assert self.work is not None
-        return list(self.work.path.glob(f"{what}{self._tag}-*.safetensors"))
+        assert self.folder is not None
+        return list(self.folder.glob(f"{what}{self._tag}-*.safetensors"))
 
     def join(self) -> Callable[[str], torch.Tensor]:
         """From the parts of all processes the whole vector of a name, for the first process to write."""
-        assert self.work is not None and self.parts is not None
+        assert self.folder is not None and self.parts is not None
         mine = {
             name: tensor for one in self.coordinates if one.sharded for name, tensor in one.tensors.items()
         }
-        self.work.write_tensors(f"last{self._tag}.safetensors", mine)
+        self._write(f"last{self._tag}.safetensors", mine)
         ranks = self.parts.all_of(self.parts.rank)
-        paths = [self.work.path / f"last-{rank}.safetensors" for rank in ranks]
+        paths = [self.folder / f"last-{rank}.safetensors" for rank in ranks]
 
         def whole(name: str) -> torch.Tensor:
             pieces = []
@@ -150,17 +151,27 @@ class Shelf:
     def keep_best(self, step: int) -> None:
         """The weights of this step; an older file goes when a state names this one."""
         tensors = self._tensors()
-        if self.work is None:
+        if self.folder is None:
             self._best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         else:
-            self.work.write_tensors(f"best{self._tag}-{step}.safetensors", tensors)
+            self._write(f"best{self._tag}-{step}.safetensors", tensors)
 
     def restore_best(self, step: int) -> None:
-        if self.work is None:
+        if self.folder is None:
             self._put_back(self._best.__getitem__)
         else:
-            with safe_open(self.work.path / f"best{self._tag}-{step}.safetensors", framework="pt") as file:
+            with safe_open(self.folder / f"best{self._tag}-{step}.safetensors", framework="pt") as file:
                 self._put_back(file.get_tensor)
+
+    def _write(
+        self, name: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        assert self.folder is not None
+        path = self.folder / name
+        with durable.writing(path), durable.beside(path) as temporary:
+            save_file(
+                {key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata
+            )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor for one in self.coordinates for name, tensor in one.tensors.items()}

@@ -34,9 +34,9 @@ from tawny.recovery.state import Shelf, Standing
 from tawny.recovery.student import Student
 from tawny.recovery.teacher import WALK_TOKENS, Teacher
 from tawny.recovery.writing import card, tell_run, write
-from tawny.run.output import OutputFolder
-from tawny.run.resumable import WorkFolder
+from tawny.run.place import Workplace
 from tawny.run.run import Clock
+from tawny.run.writer import CheckpointWriter
 from tawny.words import counted, quality_text
 
 _BETAS = (0.9, 0.95)
@@ -59,13 +59,13 @@ class Training:
         teacher: Stack | None,
         reading: Reading,
         processes: Processes,
-        output: OutputFolder | None,
+        place: Workplace | None,
         folder: Path | None,
         progress: Progress,
         clock: Clock,
     ) -> None:
         self.settings, self.student, self.reading = settings, student, reading
-        self.processes, self.output, self.progress = processes, output, progress
+        self.processes, self.place, self.progress = processes, place, progress
         self._teacher_stack, self.folder = teacher, folder
         self.teacher: Teacher | None = None
         self.clock = clock
@@ -108,10 +108,11 @@ class Training:
                 "levels now, which training may change; prune more to keep them"
             )
 
-    def shelve(self, work: WorkFolder | None, overwrite: bool) -> None:
-        """Find the state of an earlier run, and the teacher's hidden states it made."""
-        teacher = self._teacher_stack
-        if work is not None:
+    def shelve(self) -> None:
+        """Find the state of an earlier run, and the teacher's hidden states it made. A live model's run leaves none."""
+        teacher, place = self._teacher_stack, None if self.folder is None else self.place
+        folder = None if place is None else place.steps / "training"
+        if place is not None and folder is not None:
             known: Path | nn.Module | None = None
             if teacher is not None:
                 known = teacher.checkpoint.folder if teacher.checkpoint else teacher.model
@@ -122,26 +123,32 @@ class Training:
                 "text": self.reading.about["tokens_sha256"],
                 "processes": self.processes.size,
             }
-            self.processes.once(lambda: work.open(identity, overwrite))
+
+            def begin() -> None:
+                place.require(verb="recover", **identity)
+                place.begin()
+                folder.mkdir(exist_ok=True)
+
+            self.processes.once(begin)
         parts = self.processes if self.processes.sharded else None
-        self.shelf = Shelf(work, self.student.coordinates, self.optimiser, parts)
+        self.shelf = Shelf(folder, self.student.coordinates, self.optimiser, parts)
         if found := self.shelf.load():
             self.standing, self._saved = found, found.step
             text = self.clock.seconds["text"]
             self.clock.go_on(found.phases)
             self.clock.seconds["text"] = text + found.phases.get("text", 0.0)
             self.progress.say(
-                f"going on after step {found.step} of {self.steps}; remove {work and work.path} to start over instead"
+                f"going on after step {found.step} of {self.steps}; remove {place and place.path} to start over instead"
             )
         if teacher is not None:
-            cache = None if work is None else work.path / f"teacher-{self.processes.rank}.bin"
+            cache = None if folder is None else folder / f"teacher-{self.processes.rank}.bin"
             self.teacher = Teacher(teacher, self.reading, cache)
             self.teacher.share(self.student.stack)
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
-    def train(self) -> NumericalError | None:
-        """Step until the budget is spent; an error that leaves something worth writing is returned, not raised."""
+    def train(self) -> None:
+        """Step until the budget is spent; an error that leaves something worth writing is recorded, not raised."""
         if not self.standing.measured:
             what = counted(self.reading.about)[0]
             self.progress.phase("measuring", len(self.reading.held_out), f"held-out {what}")
@@ -159,7 +166,7 @@ class Training:
                         raise
                     self.record.stopped = "nan"
                     self.record.warnings.append(str(error))
-                    return error
+                    return
                 at = self.standing.step
                 over = self._over()
                 due = at % self.settings.eval_every == 0 and self._affords_measuring()
@@ -289,7 +296,7 @@ class Training:
     def _left(self) -> str:
         """What a run that is stopped leaves."""
         best = self.standing.best
-        if self.shelf.work is not None:
+        if self.shelf.folder is not None:
             return "the same command goes on from there"
         assert best is not None
         return f"the model has the best weights measured, of step {best['step']:.0f}, and the same call begins anew"
@@ -297,7 +304,7 @@ class Training:
     def _kept(self) -> str:
         best = self.standing.best
         if best is None or best["step"] == 0:
-            live = ", and the model is as it was there" if self.shelf.work is None else ""
+            live = ", and the model is as it was there" if self.shelf.folder is None else ""
             return f"nothing better than the start was reached, and nothing is written{live}"
         return f"the best model so far, of step {best['step']:.0f}, is kept"
 
@@ -506,14 +513,14 @@ class Training:
 
     def give_up(self, error: object) -> None:
         """After an error, leave a live model with its best weights: no folder has better ones."""
-        if error is not None and self.shelf.work is None and self.standing.best is not None:
+        if error is not None and self.shelf.folder is None and self.standing.best is not None:
             self.shelf.restore_best(int(self.standing.best["step"]))
 
-    def finish(self, failure: NumericalError | None) -> RecoveryRecord:
+    def finish(self) -> RecoveryRecord:
         """Go back to the best weights, count the zeros, write."""
         record, standing, settings = self.record, self.standing, self.settings
         best = standing.best
-        if best is not None and self._keeps and (failure is not None or best["step"] != standing.step):
+        if best is not None and self._keeps and (record.failure is not None or best["step"] != standing.step):
             self.shelf.restore_best(int(best["step"]))
         if best is not None and best["step"] == 0 and standing.step:
             record.warnings.append(
@@ -531,10 +538,12 @@ class Training:
         if self.teacher is not None:
             record.teacher_bytes = standing.teacher_tokens * self.teacher.bytes_per_token
         whole = self.shelf.join() if self.processes.sharded else None
-        if self.output is not None:
+        output = None
+        if self.place is not None and self.processes.first:
+            output = CheckpointWriter(self.place, anew=True)
             with self.clock("write"):
-                record.out = str(self.output.out)
-                record.bytes = write(self.output, self.student, self.folder, whole)
+                record.out = str(self.place.out)
+                record.bytes = write(output, self.student, self.folder, whole)
         if trained := self.clock.seconds.get("train", 0.0):
             record.tokens_per_second = record.tokens / trained
         record.seconds = {phase: round(seconds, 3) for phase, seconds in self.clock.seconds.items()}
@@ -542,24 +551,22 @@ class Training:
         total = standing.seconds + time.perf_counter() - self._begun + self.clock.seconds["text"]
         record.seconds["total"] = round(total, 3)
         record.peak_memory = peak_memory()
-        if self.output is not None:
-            self.output.write_text("recover.json", record.to_json())
+        if output is not None:
+            output.write_text("recover.json", record.to_json())
             # Where each process has its rows only, the zeros are as many as before.
             zeros = None if self.processes.sharded else self.student.count_zeros_each()
             settings = self.settings
             off_grid = settings.train != "norms" and not (settings.values or self.student.kinds)
-            tell_run(self.output.partial, record, zeros, off_grid=off_grid)
-            self.output.write_text("README.md", card(record, self.folder, self.output.partial))
-            draw(record, self.output.partial, self.progress)
-            self.output.finish()
-            if self.shelf.work is not None:
-                self.shelf.work.discard()
+            tell_run(output.folder, record, zeros, off_grid=off_grid)
+            output.write_text("README.md", card(record, self.folder, output.folder))
+            draw(record, output.folder, self.progress)
+            output.deliver()
         return record
 
     @property
     def _keeps(self) -> bool:
         """Whether this process keeps weights of its own: the first one for all, or each its part."""
-        return self.processes.first or self.shelf.work is None or self.processes.sharded
+        return self.processes.first or self.shelf.folder is None or self.processes.sharded
 
     def _count_trained(self) -> int:
         parts = sum(t.numel() for t in self._parts)

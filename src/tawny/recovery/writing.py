@@ -8,9 +8,6 @@ from __future__ import annotations
 
 __all__ = [
     "card",
-    "check_apart",
-    "claim",
-    "deliver",
     "is_made",
     "retell",
     "tell_run",
@@ -26,19 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tawny.model import durable
 from tawny.model.durable import writing
-from tawny.model.source import resolve, revision_of
+from tawny.model.source import revision_of
 from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
 from tawny.report.card import CARD, front_matter, model_card, packed_note, recovery_words
-from tawny.run.output import OutputFolder, check_place, spare, unfinished
-from tawny.run.resumable import WorkFolder
+from tawny.run.writer import CheckpointWriter
 
 _OUTSIDE = "outside"
 _RUN = "run.json"
@@ -62,47 +58,12 @@ _SUMMARY = (
 )
 
 
-def check_apart(work: WorkFolder, models: Mapping[str, str | Path | nn.Module | None]) -> None:
-    """Raise an OutputError if replacing or clearing a place would take one of `models` with it, by what each is called."""
-    places = [work.out, unfinished(work.out), work.path]
-    for what, model in models.items():
-        if model is not None and not isinstance(model, nn.Module):
-            spare(places, resolve(model), what)
-            if (given := Path(model).expanduser()).exists():  # a .gguf file, which a folder was made of
-                spare(places, given, what)
-
-
-def claim(work: WorkFolder, identity: Mapping[str, Any], overwrite: bool, source: Path) -> None:
-    """Open the folder of a run, unless OUT is taken or cannot be written to; what is unfinished there stays."""
-    work.check()
-    consent = overwrite or work.consent
-    check_place(work.out, overwrite=consent, source=source)
-    work.open(identity, overwrite)
-
-
-def deliver(made: Path, work: WorkFolder, overwrite: bool, source: Path) -> None:
-    """Give a finished folder the name OUT; what stands there goes only when the new one is in its place."""
-    output = OutputFolder(work.out, overwrite=overwrite or work.consent, source=source)
-    try:
-        work.state["delivering"] = True  # from here on `made` may be at the other place
-        work.save()
-        with writing(work.out):
-            output.partial.rmdir()
-            made.rename(output.partial)
-        output.finish()
-    except BaseException:
-        # Hours of training, which `discard` would take along.
-        if output.partial.exists() and not made.exists():
-            output.partial.rename(made)
-        raise
-    finally:
-        output.discard()
-    work.discard()
-
-
 @torch.no_grad()
 def write(
-    output: OutputFolder, student: Student, folder: Path | None, whole: Callable[[str], Tensor] | None = None
+    output: CheckpointWriter,
+    student: Student,
+    folder: Path | None,
+    whole: Callable[[str], Tensor] | None = None,
 ) -> int:
     """Write the model; returns the bytes of its tensors. Tensors keep the dtype they are stored in.
 
@@ -111,8 +72,8 @@ def write(
     """
     stack = student.stack
     if folder is None or stack.checkpoint is None:
-        stack.model.save_pretrained(output.partial)
-        return sum(path.stat().st_size for path in output.partial.glob("*.safetensors"))
+        stack.model.save_pretrained(output.folder)
+        return sum(path.stat().st_size for path in output.folder.glob("*.safetensors"))
     checkpoint = stack.checkpoint
     trained: dict[str, list[Coordinates]] = {}
     for one in student.coordinates:

@@ -35,10 +35,10 @@ from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
 from tawny.packed.opening import open_stack
 from tawny.progress import Progress, silent
-from tawny.run.output import OutputFolder
-from tawny.run.resumable import place_of
+from tawny.run.place import Workplace, place_of
 from tawny.run.run import Run
 from tawny.run.walk import Advance, Block, Visitor, walk
+from tawny.run.writer import CheckpointWriter
 from tawny.slimming.depth import renumbered
 from tawny.slimming.widths import config_of_block, described, key_of_text, settings_of_block
 from tawny.words import size
@@ -108,14 +108,19 @@ def slim(
             f"{source} is a model of several stacks, whose config.json cannot say the widths or blocks that are left; `tawny pack` "
             "makes it smaller instead"
         )
-    output = OutputFolder(place_of(out), overwrite=overwrite, source=folder, given=source)
-    try:
+    with Workplace(place_of(out)) as place:
+        place.claim(
+            overwrite=overwrite,
+            reads=[("model", folder), ("model", Path(source).expanduser())],
+            continues=False,
+        )
+        output = CheckpointWriter(place)
         with torch.no_grad(), evaluating(stack.model):
             cut, expected = _cut(stack, output, str(source), progress)
             blocks = [f"{index:05d}" for index in range(len(stack)) if index not in cut.dropped]
             total = output.assemble(output.plan_shards(["outside", *blocks]))
             output.carry(folder)
-            raw = json.loads((output.partial / "config.json").read_text(encoding="utf-8"))
+            raw = json.loads((output.folder / "config.json").read_text(encoding="utf-8"))
             key = key_of_text(stack.config, raw)
             said = described(
                 stack.config.get_text_config(), raw[key] if key else raw, cut.widths, cut.dropped
@@ -124,7 +129,7 @@ def slim(
             if not cut.aligned:  # transformers passes on what the top says of it, to every nested part
                 config["experts_implementation"] = "eager"
             output.write_text("config.json", json.dumps(config, indent=2) + "\n")
-            made, apart = _opened(output.partial, expected, str(source))
+            made, apart = _opened(output.folder, expected, str(source))
         report = Slimmed(
             source=str(source),
             out=str(out),
@@ -144,9 +149,7 @@ def slim(
             progress.say(
                 f"{source} was solved for {', '.join(kinds)}: give `tawny pack` that as --values, it reads no record here"
             )
-        output.finish()
-    finally:
-        output.discard()
+        output.deliver()
     return report
 
 
@@ -166,7 +169,7 @@ def _card(folder: Path, report: Slimmed) -> str:
     ).lstrip("\n")
 
 
-def _cut(stack: Stack, output: OutputFolder, source: str, progress: Progress) -> tuple[_Cut, Tensor]:
+def _cut(stack: Stack, output: CheckpointWriter, source: str, progress: Progress) -> tuple[_Cut, Tensor]:
     """Write the tensors of every block without its zero members, and the rest.
 
     Returns:
@@ -207,7 +210,7 @@ class _Cut(Visitor):
         removed, zeros: members that were cut out, and zero weights of the blocks that are left.
     """
 
-    def __init__(self, stack: Stack, output: OutputFolder) -> None:
+    def __init__(self, stack: Stack, output: CheckpointWriter) -> None:
         self.couplings, self.output = find_couplings(stack), output
         self.widths: list[dict[str, int]] = []
         self.dropped: list[int] = []

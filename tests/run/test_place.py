@@ -1,8 +1,11 @@
+"""The place of a run: what may be written, cleared and continued."""
+
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -10,8 +13,18 @@ import pytest
 
 from tawny.errors import OutputError
 from tawny.model import durable
-from tawny.run.output import OutputFolder, spare
-from tawny.run.resumable import place_of
+from tawny.run.journal import JOURNAL
+from tawny.run.place import Workplace, place_of, spare
+from tawny.run.writer import CheckpointWriter
+
+
+def claimed(
+    out: Path, *, source: Path | None = None, overwrite: bool = False, continues: bool = False
+) -> Workplace:
+    place = Workplace(out)
+    reads = [] if source is None else [("model", source)]
+    place.claim(overwrite=overwrite, reads=reads, continues=continues)
+    return place
 
 
 def model_in(folder: Path) -> Path:
@@ -28,7 +41,7 @@ def test_a_folder_that_holds_the_source_is_never_replaced(inside, tmp_path):
     if inside != ".":
         model_in(source)
     with pytest.raises(OutputError, match=r"is the model itself|holds the model"):
-        OutputFolder(tmp_path / "m", overwrite=True, source=source)
+        claimed(tmp_path / "m", overwrite=True, source=source)
     assert (source / "model.safetensors").read_bytes() == b"weights"
 
 
@@ -37,16 +50,16 @@ def test_a_link_to_the_source_or_around_it_is_refused_as_well(tmp_path):
     (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "m")
     with pytest.raises(OutputError, match="holds the model"):
-        OutputFolder(tmp_path / "link", overwrite=True, source=source)
+        claimed(tmp_path / "link", overwrite=True, source=source)
     (tmp_path / "other").symlink_to(source)
     with pytest.raises(OutputError, match="holds the model"):
-        OutputFolder(tmp_path / "m", overwrite=True, source=tmp_path / "other")
+        claimed(tmp_path / "m", overwrite=True, source=tmp_path / "other")
 
 
 def test_a_source_that_lies_in_the_unfinished_folder_is_not_cleared(tmp_path):
     source = model_in(tmp_path / "m.partial" / "checkpoint")
     with pytest.raises(OutputError, match=r"m\.partial holds the model"):
-        OutputFolder(tmp_path / "m", source=source)
+        claimed(tmp_path / "m", source=source)
     assert (source / "model.safetensors").is_file()
 
 
@@ -54,7 +67,7 @@ def test_a_folder_beside_or_inside_the_source_may_be_replaced(tmp_path):
     source = model_in(tmp_path / "m")
     for out in (tmp_path / "m-pruned", source / "pruned"):
         model_in(out)
-        OutputFolder(out, overwrite=True, source=source).discard()
+        claimed(out, overwrite=True, source=source).discard()
         assert (out / "config.json").is_file() and (source / "model.safetensors").is_file()
 
 
@@ -63,20 +76,20 @@ def test_a_folder_without_a_name_of_its_own_can_be_written(tmp_path, monkeypatch
     (tmp_path / "here" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(OutputError, match="here exists"):
-        OutputFolder(Path())
-    output = OutputFolder(Path(), overwrite=True)
-    assert output.work == tmp_path / "here.partial"
+        claimed(Path())
+    output = claimed(Path(), overwrite=True)
+    assert output.path == tmp_path / "here.partial"
     output.discard()
-    assert not output.work.exists()
+    assert not output.path.exists()
     monkeypatch.chdir(tmp_path / "here" / "below")
-    output = OutputFolder(Path(".."), overwrite=True)
-    assert (output.out, output.work) == (tmp_path / "here", tmp_path / "here.partial")
+    output = claimed(Path(".."), overwrite=True)
+    assert (output.out, output.path) == (tmp_path / "here", tmp_path / "here.partial")
     output.discard()
 
 
 def test_the_root_is_refused_in_one_line():
     with pytest.raises(OutputError, match=r"^/ is the root of the file system; choose a folder"):
-        OutputFolder(Path("/"), overwrite=True)
+        claimed(Path("/"), overwrite=True)
 
 
 def test_an_unfinished_run_is_only_cleared_by_consent(tmp_path):
@@ -84,24 +97,25 @@ def test_an_unfinished_run_is_only_cleared_by_consent(tmp_path):
     journal.parent.mkdir()
     journal.write_text("{}")
     with pytest.raises(OutputError, match="holds an unfinished run: repeat its command"):
-        OutputFolder(tmp_path / "out")
+        claimed(tmp_path / "out")
     assert journal.exists()
-    OutputFolder(tmp_path / "out", keep=True).release()
+    with pytest.raises(OutputError, match="is damaged"):
+        claimed(tmp_path / "out", continues=True)
     assert journal.exists()
-    OutputFolder(tmp_path / "out", overwrite=True).discard()
+    claimed(tmp_path / "out", overwrite=True).discard()
     assert not journal.parent.exists()
 
 
 def test_a_name_that_links_to_nothing_is_refused_at_once(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "unmounted")
     with pytest.raises(OutputError, match=r"out is a link to nothing \(.*unmounted\)"):
-        OutputFolder(tmp_path / "out", overwrite=True)
+        claimed(tmp_path / "out", overwrite=True)
 
 
 def test_what_is_replaced_comes_back_where_the_new_folder_cannot_take_its_name(tmp_path, monkeypatch):
     old = model_in(tmp_path / "out")
-    output = OutputFolder(tmp_path / "out", overwrite=True)
-    model_in(output.partial / "new")
+    output = claimed(tmp_path / "out", overwrite=True)
+    made = model_in(output.steps / "checkpoint")
     move = Path.replace
 
     def stopped(path: Path, target: Path) -> Path:
@@ -111,10 +125,10 @@ def test_what_is_replaced_comes_back_where_the_new_folder_cannot_take_its_name(t
 
     monkeypatch.setattr(Path, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
-        output.finish()
+        output.deliver(made)
     output.discard()
     assert (old / "model.safetensors").read_bytes() == b"weights"
-    assert not output.work.exists()
+    assert not output.path.exists()
 
 
 def test_links_to_nothing_and_folders_in_a_source_are_not_carried(tmp_path):
@@ -122,9 +136,10 @@ def test_links_to_nothing_and_folders_in_a_source_are_not_carried(tmp_path):
     (source / "gone.json").symlink_to(tmp_path / "nothing")
     (source / "folder.json").mkdir()
     (source / "slim.json").write_text("{}")
-    output = OutputFolder(tmp_path / "out", source=source)
-    output.carry(source)
-    assert sorted(path.name for path in output.partial.iterdir()) == ["config.json"]
+    output = claimed(tmp_path / "out", source=source)
+    writer = CheckpointWriter(output)
+    writer.carry(source)
+    assert sorted(path.name for path in writer.folder.iterdir()) == ["config.json"]
     output.discard()
 
 
@@ -132,9 +147,10 @@ def test_further_chat_templates_are_carried(tmp_path):
     source = model_in(tmp_path / "source")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
-    output = OutputFolder(tmp_path / "out", source=source)
-    output.carry(source)
-    assert (output.partial / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+    output = claimed(tmp_path / "out", source=source)
+    writer = CheckpointWriter(output)
+    writer.carry(source)
+    assert (writer.folder / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     output.discard()
 
 
@@ -165,9 +181,9 @@ def test_a_file_system_without_locks_is_written_to_without_one(tmp_path, monkeyp
     monkeypatch.setattr(fcntl, "flock", flock)
     if held:
         with pytest.raises(OutputError, match="another process is writing"):
-            OutputFolder(tmp_path / "out")
+            claimed(tmp_path / "out")
     else:
-        OutputFolder(tmp_path / "out").discard()
+        claimed(tmp_path / "out").discard()
 
 
 @pytest.mark.parametrize(("code", "raises"), [(errno.EINVAL, False), (errno.EIO, True)])
@@ -183,3 +199,90 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch, code
     else:
         durable.write(tmp_path / "x", b"data")
     assert (tmp_path / "x").read_bytes() == b"data"
+
+
+# --- a run that is continued -----------------------------------------------------------------------------------------
+
+
+def begun(tmp_path, **identity):
+    with Workplace(tmp_path / "out") as place:
+        place.claim()
+        place.require(**identity)
+        place.begin()
+        place.folder("0-made", lambda path: (path.mkdir(), (path / "hours").write_text("of work")))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_process_works_in_is_neither_gone_on_with_nor_discarded(tmp_path, overwrite):
+    begun(tmp_path)
+    with Workplace(tmp_path / "out") as works, Workplace(tmp_path / "out") as other:
+        works.claim()
+        with pytest.raises(OutputError, match="another process is writing"):
+            other.claim(overwrite=overwrite)
+        other.discard()
+        assert (works.steps / "0-made" / "hours").exists()
+    with Workplace(tmp_path / "out") as place:
+        place.claim(overwrite=overwrite)
+        assert (place.steps / "0-made").exists() == (not overwrite)
+        place.discard()
+    assert not place.path.exists()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_is_half_discarded_is_begun_anew(tmp_path, monkeypatch, ends):
+    begun(tmp_path, seed=0)
+    place = Workplace(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            if ends:
+                place.claim()
+                place.discard()
+            else:
+                place.claim(overwrite=True)
+    place.release()
+    assert (place.path / JOURNAL).exists() and (place.steps / "0-made").exists()
+    with Workplace(tmp_path / "out") as again:
+        again.claim()
+        assert not (again.steps / "0-made").exists()
+
+
+def test_what_was_half_written_goes_before_a_run_goes_on(tmp_path):
+    begun(tmp_path)
+    half = tmp_path / "out.partial" / "steps" / "1-made.tmp"
+    half.write_text("half a state")
+    with Workplace(tmp_path / "out") as place:
+        place.claim()
+        assert not half.exists() and (place.steps / "0-made" / "hours").exists()
+
+
+def test_files_of_the_user_stay(tmp_path):
+    begun(tmp_path)
+    with Workplace(tmp_path / "out") as place:
+        place.claim()
+        (place.path / "notes.txt").write_text("mine")
+        place.discard()
+        assert [path.name for path in place.path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_died_as_it_was_delivered_is_over(tmp_path):
+    begun(tmp_path)
+    place = Workplace(tmp_path / "out")
+    place.claim()
+    place.journal.state["delivering"] = "0-made"
+    place.journal.save()
+    (place.steps / "0-made").replace(tmp_path / "out")
+    place.release()
+    with pytest.raises(OutputError, match="out exists"):
+        Workplace(tmp_path / "out").claim()
+    assert not place.path.exists()
+
+
+@pytest.mark.parametrize("ending", ["recovery", "unpacked", "stages", "dense.partial"])
+def test_a_run_that_an_earlier_version_began_is_named(tmp_path, ending):
+    earlier = tmp_path / f"out.{ending}"
+    earlier.mkdir()
+    (earlier / JOURNAL).write_text("{}")
+    with pytest.raises(OutputError, match=rf"{ending} holds a run that an earlier version of Tawny began"):
+        Workplace(tmp_path / "out").claim()
+    assert [path.name for path in tmp_path.iterdir()] == [earlier.name]
