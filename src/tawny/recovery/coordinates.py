@@ -161,6 +161,7 @@ class Factors:
     def __init__(self, linear: Linear, parameter: nn.Parameter, stored: Tensor, rank: int, seed: int) -> None:
         self.name, self.linear, self.parameter = linear.name, linear, parameter
         self.decayed: list[nn.Parameter] = []
+        self.unmasked: dict[str, int] = {}
         self.sharded = False
         self.base_OI = linear.view(stored.detach().to(parameter.device)).clone()
         out, columns = self.base_OI.shape

@@ -122,7 +122,7 @@ def _open(request: Request, processes: Processes, ending: ExitStack) -> Training
     with clock("text"):
         reading = _reading(request, stack, teacher_stack, dense, reader, processes)
     # What is not made of tokens is as long as its model makes it.
-    slow = settings.lr is None and settings.train == "survivors" and input_of(stack.model) == PIXELS
+    slow = settings.lr is None and settings.method.weights == "trained" and input_of(stack.model) == PIXELS
     width = next((linear.shape[1] for i in range(len(stack)) for linear in stack.linears(i)), 0)
     settings = Recovery.make(
         settings, seqlen=reading.seqlen, lr=SEEING_RATE if slow else settings.rate_for(width)
@@ -150,7 +150,7 @@ def _tell_memory(student: Student, settings: Recovery, progress: Progress) -> No
     needed = sum(_STEP_BYTES * t.numel() for one in student.coordinates for t in one.tensors.values())
     if needed > free:
         less = "; -o checkpointing=true takes less of what comes beside them"
-        if settings.trains_survivors and not settings.values:
+        if settings.method.weights == "trained" and not settings.values:
             less = "; -o train=lora or -o train=norms takes less"
         progress.say(
             f"gradients and moments will take {size(needed)}, and {size(free)} of memory are free{less}"

@@ -23,6 +23,7 @@ from tawny.packed.convert import pack, solved_for, unpack
 from tawny.packed.folder import PackedFolder
 from tawny.progress import Progress
 from tawny.recovery.dense import Request, recover_dense
+from tawny.recovery.methods import METHODS
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
 from tawny.recovery.settings import Recovery
@@ -37,7 +38,7 @@ def several_kinds(settings: Recovery, folder: Path, progress: Progress) -> dict[
     int8 in groups is left out: its scales follow the largest weight, and are not found again once it has moved.
     """
     solved, kinds = solved_for(folder)
-    if not solved.of or not settings.trains_survivors or settings.values is not None:
+    if not solved.of or settings.method.weights != "trained" or settings.values is not None:
         return {}
     if settings.shard:
         raise RecipeError(
@@ -78,10 +79,12 @@ def check_values(settings: Recovery, folder: Path) -> None:
 def check_factors(settings: Recovery, kinds: Iterable[str], what: str) -> None:
     """Raise a RecipeError for factors whose product would leave a grid of few bits; packing would then undo the training."""
     few = sorted(name for name in kinds if kind_of(name).bits < 8)
-    if few and settings.train == "lora":
+    if few and settings.method.weights == "added to":
+        through = [f"train={name}" for name, method in METHODS.items() if method.weights == "trained"]
+        beside = [f"train={name}" for name, method in METHODS.items() if method.weights == "kept"]
         raise RecipeError(
-            f"train=lora would move {what} off the grid of {', '.join(few)}: expected train=survivors, which is trained "
-            "through the grid, or train=norms"
+            f"train={settings.train} would move {what} off the grid of {', '.join(few)}: expected {' or '.join(through)}, which is "
+            f"trained through the grid, or {' or '.join(beside)}"
         )
 
 
@@ -101,7 +104,7 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
     as_solved = _is_packed_as_solved(folder)
     several = several_kinds(settings, folder, progress) if as_solved else {}
     alike = kind_of(kind["values"]).scaled and (few or group is None) and not several
-    if alike and settings.trains_survivors:
+    if alike and settings.method.weights == "trained":
         settings = Recovery.make(settings, values=kind["values"], group_size=group)
     if request.text is None and request.tokenizer is None and reads_on(folder):
         load_tokenizer(folder)  # before a copy is made of it, which a message would name
@@ -129,7 +132,7 @@ def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
         record.source, record.out = str(request.source), str(out)
         draw(record, trained, progress)
         # What has several kinds is packed as its record says, trained through them or left on them.
-        untrained = not settings.trains_survivors and bool(solved_for(folder)[0].of) and as_solved
+        untrained = settings.method.weights != "trained" and bool(solved_for(folder)[0].of) and as_solved
         values, group = (None, None) if several or untrained else (kind["values"], kind.get("group"))
         ends: dict[str, Any] = {key: kind.get(key) for key in ("head", "embedding")}
         place.folder("packed", lambda made: pack(trained, made, values, group, **ends, progress=progress))

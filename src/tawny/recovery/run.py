@@ -106,7 +106,7 @@ def _on_its_grid(settings: Recovery, folder: Path, progress: Progress) -> Recove
     """The settings, with the values and the group that a dense folder was solved for, where it was."""
     solved, _ = solved_for(folder)
     kind, group = solved.kind, solved.group_size
-    if kind is None or not settings.trains_survivors or settings.values not in (None, kind):
+    if kind is None or settings.method.weights != "trained" or settings.values not in (None, kind):
         return settings
     if kind_of(kind).bits == 8 and group is not None:
         return settings  # whose scales follow the largest weight, and are not found again once it has moved

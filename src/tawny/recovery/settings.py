@@ -7,7 +7,7 @@ Like a recipe it refuses an unknown key with its nearest neighbour and spells ou
 
 from __future__ import annotations
 
-__all__ = ["LEARNING_RATES", "SEEING_RATE", "Recovery"]
+__all__ = ["SEEING_RATE", "Recovery"]
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,9 +21,8 @@ from tawny.checked import checked
 from tawny.errors import RecipeError
 from tawny.kinds import kind_of, scaled_kinds
 from tawny.recipe.schema import TextNames
+from tawny.recovery.methods import METHODS, Method
 
-# Peaks of the cosine where none is given: low-rank factors and norms are few and bear more.
-LEARNING_RATES = {"survivors": 3e-4, "norms": 2e-3, "lora": 1e-3}
 # Inputs of a linear up to which survivors bear that rate. Steps of AdamW move all weights alike, so that an output moves by the
 # rate times the width (2203.03466), and weights of wide linears are smaller: at 1,536 a third of it did harm
 # (docs/log/learning-rate.md).
@@ -46,6 +45,9 @@ Count = Annotated[int, BeforeValidator(_count)]
 # Infinity and NaN are no JSON, and no setting either.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Trained = Annotated[
+    str, Field(pattern=f"^({'|'.join(METHODS)})$", description=" or ".join(map(repr, METHODS)))
+]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -53,7 +55,7 @@ class Recovery:
     """How a pruned model is trained. `Recovery.make` makes one and says what is wrong in one line.
 
     Attributes:
-        train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask.
+        train: all `survivors` with norms and biases, `norms` (and biases) alone, or `lora` factors behind the mask (methods.py).
         text: what is read, one text or several in shares; a named text has a part of its own to be measured on, any other
             gives its end for that. Of pictures some files are held out.
         strict: refuse the first picture that cannot be read, instead of skipping it.
@@ -79,7 +81,7 @@ class Recovery:
         shard: of several processes each keeps its rows of the blocks only (FSDP2), for models that one cannot hold.
     """
 
-    train: Literal["survivors", "norms", "lora"] = "survivors"
+    train: Trained = "survivors"
     text: TextNames = "c4"
     bos: bool | None = None
     strict: bool = False
@@ -125,39 +127,42 @@ class Recovery:
             )
         if made.values is not None:
             kind_of(made.values, made.group_size)
-        if made.values and made.train != "survivors":
-            raise RecipeError(f"values={made.values} rounds surviving weights; it goes with train=survivors")
+        method = made.method
+        trained = " or ".join(name for name, one in METHODS.items() if one.weights == "trained")
+        if made.values and method.weights != "trained":
+            raise RecipeError(f"values={made.values} rounds surviving weights; it goes with train={trained}")
         if made.kl == 0 and any(source.spec == OWN for source in parse_texts(made.text)):
             raise RecipeError(
                 "kl=0 opens no dense model, and text 'self' is written by it: give another text, or kl of more than 0"
             )
-        if made.weight_decay and made.train != "survivors":
+        if made.weight_decay and method.weights != "trained":
             raise RecipeError(
                 f"weight_decay={made.weight_decay:g} is of surviving weights, and train={made.train} trains none of them: leave it "
-                "out, or give train=survivors"
+                f"out, or give train={trained}"
             )
-        if made.shard and (made.train == "lora" or made.values):
+        if made.shard and (not method.by_rows or made.values):
+            by_rows = " or ".join(name for name, one in METHODS.items() if one.by_rows)
             raise RecipeError(
-                "shard=true trains rows where they lie; it goes with train=survivors or norms, and no values"
+                f"shard=true trains rows where they lie; it goes with train={by_rows}, and no values"
             )
         if (made.micro_batch or 1) > made.batch:
             raise RecipeError(f"micro_batch={made.micro_batch} is more than batch={made.batch}")
         return made
 
     @property
-    def trains_survivors(self) -> bool:
-        """Whether surviving weights themselves are trained, where they are: what values may be given for."""
-        return self.train == "survivors"
+    def method(self) -> Method:
+        """What is trained, and how."""
+        return METHODS[self.train]
 
     def rate_for(self, width: int) -> float | None:
         """The highest rate for a model whose first linear has so many inputs; None is the default as it is."""
-        if self.lr is not None or self.train != "survivors" or width <= _WIDTH:
+        if self.lr is not None or self.method.weights != "trained" or width <= _WIDTH:
             return self.lr
-        return float(f"{LEARNING_RATES[self.train] * (_WIDTH / width) ** 2:.2g}")
+        return float(f"{self.method.rate * (_WIDTH / width) ** 2:.2g}")
 
     @property
     def learning_rate(self) -> float:
-        return LEARNING_RATES[self.train] if self.lr is None else self.lr
+        return self.method.rate if self.lr is None else self.lr
 
     @property
     def steps(self) -> int:

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint as run_again
 from tawny.errors import ModelError
 from tawny.model.linears import Linear
 from tawny.model.stack import Inputs, Stack
-from tawny.recovery.coordinates import Coordinates, Factors, Survivors, attach
+from tawny.recovery.coordinates import Coordinates, Survivors, attach
+from tawny.recovery.methods import Covering
 from tawny.recovery.processes import Processes
 from tawny.recovery.settings import Recovery
 from tawny.recovery.sharding import here, rows_of, shard
@@ -84,29 +85,22 @@ class Student:
     def sparsity(self) -> float:
         return sum(self.zeros.values()) / self.prunable
 
-    def _cover_linears(self, linears: list[Linear], stored: Any) -> None:
+    def _cover_linears(self, linears: list[Linear], stored: Mapping[str, Tensor]) -> None:
         settings = self.settings
-        if settings.train == "norms":
-            return
-        if settings.train == "lora":
-            for linear in linears:
-                parameter = getattr(linear.module, linear.parameter)
-                seed = settings.seed * 100_003 + len(self.coordinates)
-                self.coordinates.append(Factors(linear, parameter, stored[linear.key], settings.rank, seed))
-            return
-        for key in dict.fromkeys(linear.key for linear in linears):
-            members = [linear for linear in linears if linear.key == key]
-            parameter = getattr(members[0].module, members[0].parameter)
-            wanted = {x.name: settings.values or self.kinds.get(x.name) for x in members}
-            values = {name: kind for name, kind in wanted.items() if kind is not None}
-            how: dict[str, Any] = {"linears": members, "values": values, "group": settings.group_size}
-            one = Survivors(key, parameter, stored[key], masked=True, **how)
-            self.coordinates.append(one)
-            # A few zeros are chance, as in a dense model.
-            numel = {linear.name: linear.numel for linear in members}
-            self.unmasked += sum(n for x, n in one.unmasked.items() if n >= LEAST_SPARSITY * numel[x])
-            if values:
-                one.write()
+        wanted = {x.name: settings.values or self.kinds.get(x.name) for x in linears}
+        values = {name: kind for name, kind in wanted.items() if kind is not None}
+        seed = settings.seed * 100_003 + len(self.coordinates)
+        of = Covering(stored, values, settings.group_size, settings.rank, seed)
+        covered = settings.method.cover(linears, of)
+        self.coordinates += covered
+        # A few zeros are chance, as in a dense model.
+        numel = {linear.name: linear.numel for linear in linears}
+        self.unmasked += sum(
+            count
+            for one in covered
+            for name, count in one.unmasked.items()
+            if count >= LEAST_SPARSITY * numel[name]
+        )
 
     def _cover_small(self, small: dict[str, tuple[nn.Parameter, Tensor]]) -> None:
         """Norms and biases: vectors, whole."""

@@ -556,7 +556,7 @@ class Training:
             # Where each process has its rows only, the zeros are as many as before.
             zeros = None if self.processes.sharded else self.student.count_zeros_each()
             settings = self.settings
-            off_grid = settings.train != "norms" and not (settings.values or self.student.kinds)
+            off_grid = settings.method.weights != "kept" and not (settings.values or self.student.kinds)
             tell_run(output.folder, record, zeros, off_grid=off_grid)
             output.write_text("README.md", card(record, self.folder, output.folder))
             draw(record, output.folder, self.progress)

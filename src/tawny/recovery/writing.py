@@ -30,6 +30,7 @@ from tawny.model.durable import writing
 from tawny.model.source import revision_of
 from tawny.record import finite, weight_files
 from tawny.recovery.coordinates import Coordinates, Factors
+from tawny.recovery.methods import METHODS
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.sharding import filled
 from tawny.recovery.student import Student
@@ -224,9 +225,10 @@ def _put_run(folder: Path, run: dict[str, Any], record: RecoveryRecord, rounded:
     told, earlier = record.to_dict(), run.get("recovery") or {}
     run["recovery"] = finite({key: told[key] for key in _SUMMARY})
     run["recovery"]["rounded"] = dict(rounded)
+    method = METHODS.get(record.settings.get("train", ""))
     if (
-        record.settings.get("train") == "norms"
-    ):  # weights stay on the grid that an earlier recovery trained them for
+        method is not None and method.weights == "kept"
+    ):  # on the grid that an earlier recovery trained them for
         trained = earlier.get("grid") or earlier.get("settings", {})
         run["recovery"]["grid"] = {key: trained.get(key) for key in ("values", "group_size")}
     _put(folder / _RUN, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
