@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tawny.decoding import opening
 from tawny.decoding.decoder import Decoder
 from tawny.decoding.sampling import Sampler
-from tawny.decoding.scheduler import _CHUNK, Request, Scheduler, Token, Usage
+from tawny.decoding.scheduler import _CHUNK, Scheduler, TextRequest, Token, Usage
 from tawny.decoding.worker import Full, Worker
 from tawny.errors import Interrupted, NumericalError, TextError, UserError
 from tests.reference.scheduler import alone
@@ -34,7 +34,7 @@ def texts(events):
 
 def ready(length=5, seed=0, most=6, temperature=0.0):
     """A request, made anew: a sampler serves one text."""
-    return Request(tokens(1, length, seed)[0], Sampler(temperature, seed=seed), most)
+    return TextRequest(tokens(1, length, seed)[0], Sampler(temperature, seed=seed), most)
 
 
 orders = st.one_of(
@@ -134,7 +134,7 @@ def test_a_broken_text_ends_alone():
     with torch.inference_mode():
         scheduler = Scheduler(model(), None, CAPACITY, COUNT)
         scheduler.submit(ready(), heard[0].append)
-        scheduler.submit(Request(tokens(1, 4)[0], Breaks(), 5), heard[1].append)
+        scheduler.submit(TextRequest(tokens(1, 4)[0], Breaks(), 5), heard[1].append)
         while scheduler.busy:
             scheduler.turn()
     assert isinstance(heard[1][-1], NumericalError) and len(heard[1]) == 1
@@ -165,7 +165,7 @@ def test_likelihoods_of_a_prompt_are_those_of_a_forward():
     ids, heard = tokens(1, 9)[0], []
     with torch.inference_mode():
         scheduler = Scheduler(model(), None, CAPACITY, COUNT)
-        scheduler.submit(Request(ids, Sampler(), 3, likelihoods=2, of_prompt=True), heard.append)
+        scheduler.submit(TextRequest(ids, Sampler(), 3, likelihoods=2, of_prompt=True), heard.append)
         while scheduler.busy:
             scheduler.turn()
         logs = model()(input_ids=ids[None]).logits[0].log_softmax(-1)
@@ -198,7 +198,7 @@ def test_a_worker_serves_threads_refuses_what_is_too_much_and_ends_at_once():
         assert worker.running == worker.waiting == 0
         slow = Slow()
         ends = [[], []]
-        orders = worker.submit([Request(tokens(1, 4)[0], slow, 70)], [ends[0].append])
+        orders = worker.submit([TextRequest(tokens(1, 4)[0], slow, 70)], [ends[0].append])
         assert slow.entered.wait(20)
         worker.submit([ready()], [ends[1].append])
         with pytest.raises(Full, match="1 requests wait and 1 may"):
@@ -211,7 +211,7 @@ def test_a_worker_serves_threads_refuses_what_is_too_much_and_ends_at_once():
             time.sleep(0.001)
         assert slow.calls == 1, "a cancelled text made another step"
         last = []
-        worker.submit([Request(tokens(1, 4)[0], Sampler(), 100)], [last.append])
+        worker.submit([TextRequest(tokens(1, 4)[0], Sampler(), 100)], [last.append])
     assert isinstance(last[-1], Interrupted | Usage)
     with pytest.raises(Interrupted):
         worker.submit([ready()], [listen])

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tawny
 from tawny.decoding.sampling import Sampler
-from tawny.decoding.scheduler import Request, Scheduler, Usage
+from tawny.decoding.scheduler import Scheduler, TextRequest, Usage
 from tawny.errors import RecipeError
 from tawny.model.context import check_context, context_of, hard_context_of, longest_text
 from tests.tiny import FAMILIES, tiny_config, tiny_model, tokens
@@ -84,7 +84,7 @@ def test_a_text_ends_where_positions_that_begin_behind_the_padding_do():
         scheduler = Scheduler(model, None, 99, 2)
         heard = [[], []]
         for number, listener in enumerate(heard):
-            scheduler.submit(Request(tokens(1, 28, number)[0], Sampler(0.0), None), listener.append)
+            scheduler.submit(TextRequest(tokens(1, 28, number)[0], Sampler(0.0), None), listener.append)
         while scheduler.busy:
             scheduler.turn()
     for events in heard:

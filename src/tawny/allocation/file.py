@@ -25,7 +25,7 @@ number must keep a whole n of every m weights of its linear.
 
 from __future__ import annotations
 
-__all__ = ["Entry", "File", "read_entries", "resolve"]
+__all__ = ["AllocationLine", "File", "read_entries", "resolve"]
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ _SECTIONS = {"allocation": "'\"*\": 0.7'", "values": "'\"*\": int4'"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class AllocationLine:
     """One line: a name or a glob, the number as it was written, and where."""
 
     pattern: str
@@ -59,7 +59,9 @@ class Entry:
     where: str
 
 
-def read_entries(text: str, name: str = "the allocation", section: str = "allocation") -> list[Entry]:
+def read_entries(
+    text: str, name: str = "the allocation", section: str = "allocation"
+) -> list[AllocationLine]:
     """The lines of a YAML, JSON or EvoPress text, in order; a key or a section that is given twice is refused.
 
     Args:
@@ -70,7 +72,7 @@ def read_entries(text: str, name: str = "the allocation", section: str = "alloca
         entries = _from_yaml(text, name, section)
     if not entries and section == "allocation":
         raise RecipeError(f"{name} is empty, expected lines such as '\"*\": 0.7'")
-    first: dict[str, Entry] = {}
+    first: dict[str, AllocationLine] = {}
     for entry in entries:
         if entry.pattern in first:
             raise RecipeError(
@@ -117,7 +119,7 @@ def _no_number(where: str, pattern: str, what: str, section: str = "allocation")
     return RecipeError(f"{where}: {short(pattern)} has {what}, expected {expected}")
 
 
-def _from_json(text: str, name: str, section: str) -> list[Entry] | None:
+def _from_json(text: str, name: str, section: str) -> list[AllocationLine] | None:
     try:
         pairs = json.loads(text, object_pairs_hook=_Object)
     except (ValueError, RecursionError):
@@ -136,10 +138,10 @@ def _from_json(text: str, name: str, section: str) -> list[Entry] | None:
     for key, value in pairs:
         if isinstance(value, list):
             raise _no_number(name, key, "a list or a mapping", section)
-    return [Entry(key, str(value), name) for key, value in pairs]
+    return [AllocationLine(key, str(value), name) for key, value in pairs]
 
 
-def _from_yaml(text: str, name: str, section: str) -> list[Entry]:
+def _from_yaml(text: str, name: str, section: str) -> list[AllocationLine]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -170,14 +172,16 @@ def _from_yaml(text: str, name: str, section: str) -> list[Entry]:
         if not isinstance(value, yaml.ScalarNode):
             raise _no_number(where, key.value, "a list or a mapping", section)
         # As it was written: YAML would make 1:30 a number and 70% a text.
-        entries.append(Entry(key.value, value.value, where))
+        entries.append(AllocationLine(key.value, value.value, where))
     return entries
 
 
-def resolve(entries: Sequence[Entry], profile: Profile, section: str = "allocation") -> dict[str, Entry]:
+def resolve(
+    entries: Sequence[AllocationLine], profile: Profile, section: str = "allocation"
+) -> dict[str, AllocationLine]:
     """Which line of a section speaks for which linear."""
     names = [linear.name for linear in profile.linears]
-    chosen: dict[str, Entry] = {}
+    chosen: dict[str, AllocationLine] = {}
     for exact in (False, True):
         for entry in entries:
             hits = [n for n in names if (entry.pattern == n if exact else fnmatchcase(n, entry.pattern))]
@@ -196,14 +200,14 @@ def resolve(entries: Sequence[Entry], profile: Profile, section: str = "allocati
     return chosen
 
 
-def _number(entry: Entry) -> float:
+def _number(entry: AllocationLine) -> float:
     try:
         return float(entry.text)
     except ValueError:
         raise _no_number(entry.where, entry.pattern, short(repr(entry.text))) from None
 
 
-def _are_levels(entries: Sequence[Entry], path: str) -> bool:
+def _are_levels(entries: Sequence[AllocationLine], path: str) -> bool:
     """EvoPress writes whole numbers that add up to 0 into a .txt; a sparsity is never negative."""
     values = [_number(entry) for entry in entries]
     whole = all(
@@ -247,7 +251,7 @@ class File(Allocator):
         chosen = resolve(entries, profile, "values") if entries else {}
         return {name: chosen[name].text for name in profile.sizes if name in chosen}
 
-    def _kinds(self) -> list[Entry]:
+    def _kinds(self) -> list[AllocationLine]:
         entries = read_entries(self._checked_text(), self.path, "values")
         for entry in entries:
             if not (entry.text in KINDS and KINDS[entry.text].scaled):

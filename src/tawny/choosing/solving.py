@@ -32,7 +32,7 @@ from tawny.model.durable import writing
 from tawny.model.linears import Linear
 from tawny.model.stack import Stack
 from tawny.model.streams import Samples, Stream
-from tawny.model.tensorfile import Entry, TensorWriter, entries, free_bytes, read_tensor
+from tawny.model.tensorfile import TensorEntry, TensorWriter, entries, free_bytes, read_tensor
 from tawny.pruning.block import LoadedBlock
 from tawny.pruning.members import seen_by, without_members
 from tawny.pruning.prepare import profile_count
@@ -84,7 +84,7 @@ class LevelStore:
                 f"{free / 1e9:.1f} GB free: choose another place, or fewer search.levels in a search"
             )
         self._file: IO[bytes] | None = None
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, TensorEntry] = {}
 
     def path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"

@@ -11,7 +11,7 @@ import torch
 
 from tawny.decoding import opening
 from tawny.decoding.sampling import Sampler
-from tawny.decoding.scheduler import Event, Request, Scheduler, Token, Usage
+from tawny.decoding.scheduler import Event, Scheduler, TextRequest, Token, Usage
 from tawny.decoding.text import Message, check_prompt, tokens_of
 from tawny.errors import TextError
 from tawny.model.context import longest_text
@@ -72,7 +72,7 @@ class Conversation:
         ids = self._ids({"role": "user", "content": text})
         events: list[Event] = []
         answer = ""
-        job = self.scheduler.submit(Request(ids, self.choose, self.max_tokens), events.append)
+        job = self.scheduler.submit(TextRequest(ids, self.choose, self.max_tokens), events.append)
         try:
             with opening.ready(self.model) as lock:
                 while self.scheduler.busy:

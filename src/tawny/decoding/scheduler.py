@@ -15,7 +15,7 @@ quick. What goes wrong in one text ends that text alone. One thread may use a sc
 
 from __future__ import annotations
 
-__all__ = ["Job", "Listener", "Request", "Scheduler", "Token", "Usage"]
+__all__ = ["Listener", "ScheduledText", "Scheduler", "TextRequest", "Token", "Usage"]
 
 from collections import deque
 from collections.abc import Callable
@@ -36,7 +36,7 @@ _LOGITS = 1 << 29  # numbers that the likelihoods of a prompt may be made of at 
 
 
 @dataclass(frozen=True)
-class Request:
+class TextRequest:
     """One text to be made.
 
     ids: its prompt `[tokens]`.
@@ -87,10 +87,12 @@ Event = list[Likelihood | None] | Token | Usage | Exception
 Listener = Callable[[Event], None]
 
 
-class Job:
+class ScheduledText:
     """A request that waits or runs."""
 
-    def __init__(self, request: Request, listener: Listener, room: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, request: TextRequest, listener: Listener, room: int, tokenizer: Tokenizer | None
+    ) -> None:
         self.request, self.tell = request, listener
         self.room = room if request.most is None else min(room, request.most)
         self.finish = "length" if self.room == request.most else "context"
@@ -120,14 +122,14 @@ class Scheduler:
         self.sequences = Sequences(model, self.capacity, count)
         self.count = self.sequences.count
         self.ends = end_tokens(model, tokenizer)
-        self.waiting: deque[Job] = deque()
-        self.running: list[Job] = []
+        self.waiting: deque[ScheduledText] = deque()
+        self.running: list[ScheduledText] = []
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def check(self, request: Request) -> None:
+    def check(self, request: TextRequest) -> None:
         """Refuse what cannot be made; any thread may ask.
 
         Raises:
@@ -143,13 +145,13 @@ class Scheduler:
             )
         check_ids(self.model, request.ids)
 
-    def submit(self, request: Request, listener: Listener) -> Job:
+    def submit(self, request: TextRequest, listener: Listener) -> ScheduledText:
         """Let a request that was checked wait for its turn."""
-        job = Job(request, listener, self.capacity - len(request.ids), self.tokenizer)
+        job = ScheduledText(request, listener, self.capacity - len(request.ids), self.tokenizer)
         self.waiting.append(job)
         return job
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ScheduledText) -> None:
         """Forget a request, wherever it is; its listener is told nothing more."""
         if not job.over:
             if job in self.waiting:
@@ -181,7 +183,7 @@ class Scheduler:
         if growing:
             self._step(growing)
 
-    def _read(self, job: Job, most: int) -> Tensor | None:
+    def _read(self, job: ScheduledText, most: int) -> Tensor | None:
         """Logits `[vocabulary]` after the whole prompt, if this chunk was its last."""
         if job.asks:
             found, logits = _likelihoods(self.model, job.request.ids, job.request.likelihoods or 0)
@@ -195,14 +197,14 @@ class Scheduler:
         job.cached = job.sequence.cached
         return read
 
-    def _step(self, jobs: list[Job]) -> None:
+    def _step(self, jobs: list[ScheduledText]) -> None:
         if not self.sequences.together:  # what goes wrong with one says nothing of the others
             for job in jobs:
                 self._step_together([job])
         else:
             self._step_together(jobs)
 
-    def _step_together(self, jobs: list[Job]) -> None:
+    def _step_together(self, jobs: list[ScheduledText]) -> None:
         tokens = {job.sequence: job.last for job in jobs if job.sequence is not None and job.last is not None}
         try:
             made = self.sequences.step(tokens)
@@ -217,7 +219,7 @@ class Scheduler:
             except Exception as error:
                 self._fail(job, error)
 
-    def _take(self, job: Job, logits: Tensor) -> None:
+    def _take(self, job: ScheduledText, logits: Tensor) -> None:
         """Choose the next token, and tell it, or how the text ended."""
         if job.room == 0:
             return self._end(job, job.finish)
@@ -235,7 +237,7 @@ class Scheduler:
         elif job.made == job.room:
             self._end(job, job.finish)
 
-    def _end(self, job: Job, finish: str) -> None:
+    def _end(self, job: ScheduledText, finish: str) -> None:
         if not job.stops.found:
             rest = job.stops.add(job.text.rest())
             if rest := rest + job.stops.rest():
@@ -243,11 +245,11 @@ class Scheduler:
         self._leave(job)
         job.tell(Usage("stop" if job.stops.found else finish, len(job.request.ids), job.cached, job.made))
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, job: ScheduledText, error: Exception) -> None:
         self._leave(job)
         job.tell(error)
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: ScheduledText) -> None:
         job.over = True
         if job in self.running:
             self.running.remove(job)

@@ -79,13 +79,13 @@ class _Token(ctypes.Structure):
     _fields_ = _fields(_Size, "place position")
 
 
-class _Other(Exception):
+class _UnusualShape(Exception):
     """The model is not of the usual shape."""
 
 
 def _need(condition: object) -> None:
     if not condition:
-        raise _Other
+        raise _UnusualShape
 
 
 def find_blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -122,7 +122,7 @@ class Step:
             return None
         try:
             return Step(model, memory)
-        except (_Other, ModelError, AttributeError, TypeError):
+        except (_UnusualShape, ModelError, AttributeError, TypeError):
             return None
 
     def __init__(self, model: Any, memory: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -10,7 +10,7 @@ made is the last.
 
 from __future__ import annotations
 
-__all__ = ["Full", "Order", "Worker"]
+__all__ = ["Full", "Submission", "Worker"]
 
 import threading
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tawny.decoding import opening
-from tawny.decoding.scheduler import Event, Job, Listener, Request, Scheduler, Usage
+from tawny.decoding.scheduler import Event, Listener, ScheduledText, Scheduler, TextRequest, Usage
 from tawny.errors import Interrupted, UserError
 
 
@@ -29,12 +29,12 @@ class Full(UserError):
     """As many requests wait as may."""
 
 
-class Order:
+class Submission:
     """A request that the worker was given."""
 
-    def __init__(self, request: Request, listener: Listener) -> None:
+    def __init__(self, request: TextRequest, listener: Listener) -> None:
         self.request, self.listener = request, listener
-        self.job: Job | None = None
+        self.job: ScheduledText | None = None
         self.over = False
 
 
@@ -114,7 +114,7 @@ class Worker:
             waiting = max(0, before - self.places)
             raise Full(f"{waiting} requests wait and {self.queue} may; try again later")
 
-    def submit(self, requests: Sequence[Request], listeners: Sequence[Listener]) -> list[Order]:
+    def submit(self, requests: Sequence[TextRequest], listeners: Sequence[Listener]) -> list[Submission]:
         """All of them, or none.
 
         Raises:
@@ -129,12 +129,12 @@ class Worker:
                 raise Interrupted("the server ends")
             self.check_room(len(requests))
             self._pending += len(requests)
-            orders = [Order(*each) for each in zip(requests, listeners, strict=True)]
+            orders = [Submission(*each) for each in zip(requests, listeners, strict=True)]
             for order in orders:
                 self._calls.put(partial(self._start, order))
         return orders
 
-    def cancel(self, orders: Sequence[Order]) -> None:
+    def cancel(self, orders: Sequence[Submission]) -> None:
         """Forget orders, wherever they are; their listeners are told nothing more."""
         self._calls.put(partial(self._stop, orders))
 
@@ -168,7 +168,7 @@ class Worker:
         except Empty:
             pass
 
-    def _start(self, order: Order) -> None:
+    def _start(self, order: Submission) -> None:
         def tell(event: Event) -> None:
             if isinstance(event, Usage | Exception):
                 self._end(order)
@@ -176,13 +176,13 @@ class Worker:
 
         order.job = self.scheduler.submit(order.request, tell)
 
-    def _stop(self, orders: Sequence[Order]) -> None:
+    def _stop(self, orders: Sequence[Submission]) -> None:
         for order in orders:
             if not order.over and order.job is not None:
                 self.scheduler.cancel(order.job)
                 self._end(order)
 
-    def _end(self, order: Order) -> None:
+    def _end(self, order: Submission) -> None:
         order.over = True
         with self._counting:
             self._pending -= 1

@@ -17,7 +17,7 @@ from __future__ import annotations
 __all__ = [
     "DIRECT",
     "FLOATS",
-    "Call",
+    "KernelCall",
     "check_bias",
     "dense_direct",
     "dense_linear",
@@ -140,7 +140,7 @@ def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
             return place[: last - first]
 
         return _multiply_in_parts(x, rows, bias, write)
-    y = Call(weight)(x, bias)
+    y = KernelCall(weight)(x, bias)
     assert y is not None
     return y
 
@@ -149,7 +149,7 @@ def _addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
     return tuple([tensor.data_ptr() for tensor in tensors if tensor is not None])
 
 
-class Call:
+class KernelCall:
     """The product with one packed weight with everything looked up beforehand: the path of eager decoding.
 
     It keeps the tensors whose addresses it uses alive; `fits` says whether they are still the module's own.

@@ -22,7 +22,7 @@ import torch
 
 from tawny.errors import CheckpointError, short
 from tawny.model.quantised import Coded, read_quantised, settings_of
-from tawny.model.tensorfile import DTYPES, NAMES, Entry, entries, natural, read_tensor
+from tawny.model.tensorfile import DTYPES, NAMES, TensorEntry, entries, natural, read_tensor
 from tawny.precision import DTYPES as FLOATS
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ PACKED_INDEX = "packed.safetensors.index.json"
 _PIECE = 1 << 20
 
 
-def _touch(places: list[tuple[Path, Entry]]) -> None:
+def _touch(places: list[tuple[Path, TensorEntry]]) -> None:
     piece = bytearray(_PIECE)
     with contextlib.suppress(OSError):
         for path, place in places:
@@ -92,11 +92,11 @@ class Checkpoint:
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self.places: dict[str, Entry] = {}
+        self.places: dict[str, TensorEntry] = {}
         self.coded: dict[str, Coded] = {}
         self.units: list[Unit] = []
         self._parameters: set[str] = set()
-        self._parts: dict[str, tuple[Path, Entry]] = {}
+        self._parts: dict[str, tuple[Path, TensorEntry]] = {}
         for path in weight_paths(folder):
             for key, entry in sorted(entries(path).items()):  # of which what is copied keeps the order
                 self.files[key] = path
@@ -206,7 +206,7 @@ class Checkpoint:
                 tensors[key] = self._read(key, self.files[key], self.places[key])
         return tensors
 
-    def _read(self, key: str, path: Path, entry: Entry) -> torch.Tensor:
+    def _read(self, key: str, path: Path, entry: TensorEntry) -> torch.Tensor:
         if entry.dtype not in DTYPES:
             raise self._unknown(key, entry.dtype)
         try:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tawny.errors import ModelError
-from tawny.model.structure import TOKENS, Blocks, head_of
+from tawny.model.structure import TOKENS, BlockList, head_of
 
 # Token ids, or tensors by the names that the model's forward gives them.
 Inputs = Tensor | Mapping[str, Tensor]
@@ -132,7 +132,7 @@ class Replay:
     def __init__(
         self,
         model: Any,
-        blocks: Blocks,
+        blocks: BlockList,
         compute: torch.dtype,
         device: torch.device,
         ready: Callable[[], None],

@@ -11,7 +11,7 @@ __all__ = [
     "MASK",
     "PIXELS",
     "TOKENS",
-    "Blocks",
+    "BlockList",
     "adapters",
     "check_unshared",
     "evaluating",
@@ -44,7 +44,7 @@ TOKENS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockList:
     """The blocks of a model, in the order they lie in it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Blocks:
         return name.startswith(tuple(f"{block}." for block in self.names))
 
 
-def find_blocks(model: nn.Module) -> Blocks:
+def find_blocks(model: nn.Module) -> BlockList:
     """The blocks of `model`, of one stack or several.
 
     Raises:
@@ -90,7 +90,7 @@ def find_blocks(model: nn.Module) -> Blocks:
         for index in range(len(blocks))
     ]
     lengths = [len(blocks) for blocks in stacks.values()]
-    return Blocks(
+    return BlockList(
         path,
         names,
         [block for blocks in stacks.values() for block in blocks],
@@ -135,7 +135,7 @@ def adapters(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, peft.BaseTunerLayer)] if peft else []
 
 
-def staying_dense(model: nn.Module, blocks: Blocks) -> list[str]:
+def staying_dense(model: nn.Module, blocks: BlockList) -> list[str]:
     """One line that names what is not pruned in a model of several stacks: convolutions, and linears between the stacks.
 
     Empty for a model of one stack, whose other weights are embeddings, norms and heads.

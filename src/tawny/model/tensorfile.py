@@ -41,7 +41,7 @@ _COPY = 1 << 24
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor lies in a file, in bytes from its start."""
 
     dtype: str
@@ -54,10 +54,12 @@ class Entry:
         return self.stop - self.start
 
 
-def _entry(value: Mapping[str, Any], base: int) -> Entry:
+def _entry(value: Mapping[str, Any], base: int) -> TensorEntry:
     """One item of a header; `base` is where the data begins."""
     start, stop = value["data_offsets"]
-    return Entry(value["dtype"], tuple(map(index, value["shape"])), base + index(start), base + index(stop))
+    return TensorEntry(
+        value["dtype"], tuple(map(index, value["shape"])), base + index(start), base + index(stop)
+    )
 
 
 def natural(key: str) -> list[tuple[int, int | str]]:
@@ -65,7 +67,7 @@ def natural(key: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]
 
 
-def entries(path: Path) -> dict[str, Entry]:
+def entries(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a file, in the order of its header.
 
     Raises:
@@ -95,7 +97,7 @@ def entries(path: Path) -> dict[str, Entry]:
     return found
 
 
-def _layout(specs: Mapping[str, tuple[str, Sequence[int], int]]) -> tuple[bytes, dict[str, Entry]]:
+def _layout(specs: Mapping[str, tuple[str, Sequence[int], int]]) -> tuple[bytes, dict[str, TensorEntry]]:
     """Header and places of tensors given as (dtype, shape, bytes); wider dtypes first, so that all are aligned."""
     order = sorted(specs, key=lambda name: -_width(specs[name][0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -169,7 +171,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             writer.write(name, value)
 
 
-def read_tensor(file: IO[bytes], entry: Entry) -> Tensor:
+def read_tensor(file: IO[bytes], entry: TensorEntry) -> Tensor:
     """A tensor of its own memory."""
     made = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     file.seek(entry.start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Choice", "LinearForm", "experts_by_parameter", "is_changed", "pack_end", "tell"]
+__all__ = ["LinearForm", "PackingKinds", "experts_by_parameter", "is_changed", "pack_end", "tell"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ def _sparsity(W: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PackingKinds:
     """The kinds that a person asked for; those that do not exist are refused before any work is done.
 
     Attributes:

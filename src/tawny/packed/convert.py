@@ -31,7 +31,7 @@ from tawny.model.structure import find_blocks, staying_dense
 from tawny.model.tensorfile import DTYPES, header_for, raw
 from tawny.model.trust import opens_models
 from tawny.packed import format
-from tawny.packed.choice import Choice, LinearForm, experts_by_parameter, is_changed, pack_end, tell
+from tawny.packed.choice import LinearForm, PackingKinds, experts_by_parameter, is_changed, pack_end, tell
 from tawny.packed.folder import INDEX, METHOD, PackedFolder, PackedLinearEntry, header_of
 from tawny.packed.format import PackedTensor
 from tawny.packed.install import check_ends, ends_of, table_of
@@ -97,10 +97,10 @@ class UnpackReport:
         return asdict(self)
 
 
-class _Packing:
+class _FolderPacking:
     """One checkpoint on its way into a packed folder."""
 
-    def __init__(self, folder: Path, writer: PackedWriter, choice: Choice) -> None:
+    def __init__(self, folder: Path, writer: PackedWriter, choice: PackingKinds) -> None:
         from tawny.model.skeleton import open_skeleton
 
         self.writer, self.choice = writer, choice
@@ -311,7 +311,7 @@ def pack(
     """
     started = time.perf_counter()
     if values is not None:
-        Choice(values, group, head, embedding)  # refused before anything is fetched
+        PackingKinds(values, group, head, embedding)  # refused before anything is fetched
     folder = resolve(source, progress.say)
     choice = _choice(folder, values, group, head, embedding)
     if is_packed(folder):
@@ -331,7 +331,7 @@ def pack(
                 raise CheckpointError(
                     f"{folder}: its index names {str(path)!r}; expected *.safetensors in the folder: save it again"
                 )
-        work = _Packing(folder, writer, choice)
+        work = _FolderPacking(folder, writer, choice)
         progress.phase("packing", len(work.blocks))
         for name, block in zip(work.blocks.names, work.blocks.modules, strict=True):
             work.block(name, block)
@@ -411,14 +411,14 @@ def solved_for(folder: Path) -> tuple[Values, dict[str, str]]:
 
 def _choice(
     folder: Path, values: str | None, group: int | None, head: str | None, embedding: str | None
-) -> Choice:
+) -> PackingKinds:
     """What is asked for, and where nobody asked for values, what the folder was solved for."""
     solved, kinds = solved_for(folder)
     head, embedding = head or solved.head, embedding or solved.embedding
     if values is not None and (values, len(solved.names)) != (solved.kind, 1):
-        return Choice(values, group, head, embedding)
+        return PackingKinds(values, group, head, embedding)
     most = max(solved.names, key=lambda name: kind_of(name).bits, default="bf16")
-    return Choice(most, solved.group_size if group is None else group, head, embedding, kinds)
+    return PackingKinds(most, solved.group_size if group is None else group, head, embedding, kinds)
 
 
 def unpack(

@@ -26,7 +26,7 @@ from tawny.errors import CheckpointError, UserError
 from tawny.kinds import KINDS
 from tawny.model.checkpoint import METHOD, Checkpoint
 from tawny.model.checkpoint import PACKED_INDEX as INDEX
-from tawny.model.tensorfile import DTYPES, NAMES, Entry
+from tawny.model.tensorfile import DTYPES, NAMES, TensorEntry
 from tawny.model.tensorfile import entries as tensors_in
 from tawny.packed import checking, format
 from tawny.packed.format import PackedTensor
@@ -385,7 +385,7 @@ class PackedFolder:
             if found:
                 raise self._refuse(next(iter(found)), f"is in {shard} and not in the index")
 
-    def _check_place(self, name: str, found: Entry | None) -> None:
+    def _check_place(self, name: str, found: TensorEntry | None) -> None:
         entry = self.tensors[name]
         if found is None:
             raise self._refuse(name, f"is not in {entry['shard']}")

@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
         told = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
         empty = torch.empty(0, packed.shape[1], dtype=told, device="cpu")
         self.register_buffer("weight", empty, persistent=False)
-        self._call: ops.Call | None = None
+        self._call: ops.KernelCall | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Module, values: str = "bf16", group: int | None = None) -> PackedLinear:
@@ -132,14 +132,14 @@ class PackedLinear(nn.Module):
             return nn.functional.linear(x, W_OI, None if bias is None else bias.to(x.dtype))
         return operators.packed_linear(x, weight, bias)
 
-    def _prepare(self) -> ops.Call | None:
+    def _prepare(self) -> ops.KernelCall | None:
         """Look everything up once, and again after a buffer was replaced; None for what no compiled kernel reads."""
         weight = self.packed.weight
         compiled = ops.readable(weight)
-        self._call = ops.Call(weight) if compiled else None
+        self._call = ops.KernelCall(weight) if compiled else None
         return self._call
 
-    def prepared(self) -> ops.Call | None:
+    def prepared(self) -> ops.KernelCall | None:
         """The compiled call with this weight, for code that makes many of them; None without one."""
         if not native.chosen():
             return None

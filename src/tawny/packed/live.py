@@ -18,7 +18,7 @@ from torch import nn
 from tawny.errors import ModelError, NumericalError, UserError
 from tawny.model.linears import Linear, is_plain, linears_of
 from tawny.model.structure import find_blocks, staying_dense
-from tawny.packed.choice import Choice, experts_by_parameter, pack_end, tell
+from tawny.packed.choice import PackingKinds, experts_by_parameter, pack_end, tell
 from tawny.packed.experts import PackedExperts
 from tawny.packed.format import PackedTensor
 from tawny.packed.install import (
@@ -65,7 +65,7 @@ def pack_model(
         UserError: unknown values or group, no linear head to pack, or no embedding of its own.
         NumericalError: a weight is not finite, or too large for the kind.
     """
-    choice = Choice(values, group, head, embedding)
+    choice = PackingKinds(values, group, head, embedding)
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise ModelError(f"parameter {meta!r} of the model is on the meta device; load its weights first")
@@ -77,7 +77,7 @@ def pack_model(
     blocks = find_blocks(model)
     check_ends(model, head, embedding)
     _check_head(model, head)
-    work = _Packing(model, choice)
+    work = _LivePacking(model, choice)
     progress.phase("packing", len(blocks))
     try:
         for name, block in zip(blocks.names, blocks.modules, strict=True):
@@ -113,10 +113,10 @@ def _check_head(model: Any, values: str | None) -> None:
         )
 
 
-class _Packing:
+class _LivePacking:
     """One model on its way, and how many of its linears went which way."""
 
-    def __init__(self, model: Any, choice: Choice) -> None:
+    def __init__(self, model: Any, choice: PackingKinds) -> None:
         self.model, self.choice = model, choice
         self.packed = self.dense = 0
         self.untouched: set[str] = set()
@@ -174,7 +174,7 @@ def _over(old: nn.Module, dtype: torch.dtype, packed: PackedTensor) -> PackedLin
     return PackedLinear(packed, None if bias is None else bias.detach(), dtype)
 
 
-def _keep_from_saving(model: Any, choice: Choice) -> None:
+def _keep_from_saving(model: Any, choice: PackingKinds) -> None:
     """Make `save_pretrained` refuse: its file would open elsewhere with random weights."""
     from transformers import PreTrainedModel
 

@@ -22,7 +22,7 @@ merge.py puts a recipe together from a base and changes; files.py reads and writ
 
 from __future__ import annotations
 
-__all__ = ["Calibration", "Choice", "Recipe", "Refine", "Values"]
+__all__ = ["Calibration", "Recipe", "Refine", "Selection", "Values"]
 
 import dataclasses
 import hashlib
@@ -79,7 +79,7 @@ Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 
 
 @dataclass(frozen=True, config=_CONFIG)
-class Choice:
+class Selection:
     """One name of a registry and the options of its class, all of them, defaults included."""
 
     name: str
@@ -176,8 +176,8 @@ class Recipe:
     """Everything that decides the result. Make one with `Recipe.from_mapping` or `load_recipe`."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)]
-    allocator: Choice
-    solver: Choice
+    allocator: Selection
+    solver: Selection
     pattern: str = "unstructured"
     calibration: Calibration = Field(default_factory=Calibration)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -380,7 +380,7 @@ def lift_refit(values: dict[str, Any]) -> None:
         values["solver"] = given
 
 
-def _choice(section: str, given: dict[str, Any], compat: Any, default: str) -> Choice:
+def _choice(section: str, given: dict[str, Any], compat: Any, default: str) -> Selection:
     name = given.pop("name", None) or default
     if not isinstance(name, str) or name not in registry(section):
         raise unknown_name(section, name)
@@ -388,7 +388,7 @@ def _choice(section: str, given: dict[str, Any], compat: Any, default: str) -> C
     if "compat" in known and given.get("compat") is None:
         given["compat"] = compat
     built = checked(registry(section)[name], given, f"option of {section} {name!r}", section)
-    return Choice(name, {field: getattr(built, field) for field in known.values()})
+    return Selection(name, {field: getattr(built, field) for field in known.values()})
 
 
 def fingerprint_of(mapping: Mapping[str, Any]) -> str:
@@ -398,7 +398,7 @@ def fingerprint_of(mapping: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _with_kinds(values: Values, allocator: Choice) -> Values:
+def _with_kinds(values: Values, allocator: Selection) -> Values:
     """The values with the kinds that an allocation file names, where nothing else says any."""
     if values.kind is not None or values.mean is not None:
         return values

@@ -28,7 +28,7 @@ from tawny.calibration.windows import SEED_APART, interleaved, shared_out
 from tawny.errors import TextError
 from tawny.model.streams import Samples
 from tawny.model.structure import PIXELS
-from tawny.recovery.data import Order
+from tawny.recovery.data import ReadingOrder
 from tawny.recovery.settings import Recovery
 
 _HELD_OUT = 8  # of so many pictures one is held out, as long as there are fewer than crops to measure on
@@ -47,7 +47,7 @@ class Crops:
 
     files: list[Path]
     measured: list[Path]
-    order: Order
+    order: ReadingOrder
     batch: int
     training: int
     seed: int
@@ -132,7 +132,7 @@ def crops_of(
     made = Crops(
         files,
         [held[place] for place in interleaved(most)],
-        Order([len(some) for some in trained], shares, settings.seed),
+        ReadingOrder([len(some) for some in trained], shares, settings.seed),
         settings.batch,
         0,
         settings.seed,

@@ -8,7 +8,15 @@ reads what an uninterrupted one would have.
 
 from __future__ import annotations
 
-__all__ = ["Order", "Reading", "Windows", "check_given", "read", "read_given", "written_tokens"]
+__all__ = [
+    "Reading",
+    "ReadingOrder",
+    "TrainingWindows",
+    "check_given",
+    "read",
+    "read_given",
+    "written_tokens",
+]
 
 import hashlib
 import math
@@ -76,7 +84,7 @@ class Reading(Protocol):
 
 
 @dataclass
-class Order:
+class ReadingOrder:
     """Which of what is trained on comes when: each source in seeded epochs of its own, and all by turns.
 
     Args:
@@ -112,11 +120,11 @@ class Order:
 
 
 @dataclass
-class Windows:
+class TrainingWindows:
     """Samples to train on and, behind them, samples held out; a row names one of either."""
 
     samples: Samples
-    order: Order
+    order: ReadingOrder
     batch: int
     about: dict[str, Any]
     passes: ClassVar[bool] = False
@@ -154,7 +162,7 @@ def read(
     held_out: Tensor | None = None,
     own: Callable[[float], Text] | None = None,
     around: bool = False,
-) -> Windows:
+) -> TrainingWindows:
     """The windows of a text, of several or of given tokens `[windows, seqlen]`.
 
     Args:
@@ -200,8 +208,8 @@ def read(
     each = [_spread(windows, max(1, n)) for windows, n in zip(each, most, strict=True)]
     both = torch.cat([*each, held_out])
     about["tokens_sha256"] = hashlib.sha256(both.contiguous().numpy().tobytes()).hexdigest()
-    order = Order(list(map(len, each)), shares, settings.seed)
-    return Windows(Samples(both), order, settings.batch, about)
+    order = ReadingOrder(list(map(len, each)), shares, settings.seed)
+    return TrainingWindows(Samples(both), order, settings.batch, about)
 
 
 def _spread(windows: Tensor, most: int) -> Tensor:
@@ -225,7 +233,7 @@ def _check_read(loaded: Mixture, each: Sequence[Tensor]) -> None:
             )
 
 
-def read_given(settings: Recovery, given: Samples, held_out: Samples | None) -> Windows:
+def read_given(settings: Recovery, given: Samples, held_out: Samples | None) -> TrainingWindows:
     """Samples that were given by the names of a model's inputs, for models that predict no token.
 
     Raises:
@@ -257,7 +265,7 @@ def read_given(settings: Recovery, given: Samples, held_out: Samples | None) -> 
         "tokens_sha256": tokens_identity(both),
         "counted": ["samples", "positions"],
     }
-    return Windows(both, Order([len(given)], [1.0], settings.seed), settings.batch, about)
+    return TrainingWindows(both, ReadingOrder([len(given)], [1.0], settings.seed), settings.batch, about)
 
 
 def written_tokens(settings: Recovery, share: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Request", "recover_dense"]
+__all__ = ["RecoveryRequest", "recover_dense"]
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -44,7 +44,7 @@ _STEP_BYTES = 12  # of a trained number, from the first step on: its gradient an
 
 
 @dataclass(frozen=True)
-class Request:
+class RecoveryRequest:
     """What is recovered, against what, into what, and how; see `recover`."""
 
     source: str | Path | nn.Module
@@ -59,7 +59,7 @@ class Request:
     kinds: Mapping[str, str] = field(default_factory=dict)  # of each linear, where it was solved for several
 
 
-def recover_dense(request: Request) -> RecoveryRecord:
+def recover_dense(request: RecoveryRequest) -> RecoveryRecord:
     """`recover` for what is not packed; of a loss that became NaN the record knows, once a better model is written."""
     before = peak_memory()
     _check_wanted(request)
@@ -82,7 +82,7 @@ def recover_dense(request: Request) -> RecoveryRecord:
     return record
 
 
-def _open(request: Request, processes: Processes, ending: ExitStack) -> Training:
+def _open(request: RecoveryRequest, processes: Processes, ending: ExitStack) -> Training:
     """Check and open all that a training works on; `ending` cleans up, whatever happens after."""
     source, teacher, out, settings = request.source, request.teacher, request.out, request.settings
     if settings.batch < processes.size:
@@ -157,7 +157,7 @@ def _tell_memory(student: Student, settings: Recovery, progress: Progress) -> No
         )
 
 
-def _reader(request: Request, stack: Stack, folder: Path | None, dense: Path | None) -> Any:
+def _reader(request: RecoveryRequest, stack: Stack, folder: Path | None, dense: Path | None) -> Any:
     """The tokenizer of a model that reads, or the image processor of one that sees; None where tensors were given."""
     if request.text is not None:
         return request.tokenizer
@@ -176,7 +176,7 @@ def _reader(request: Request, stack: Stack, folder: Path | None, dense: Path | N
 
 
 def _reading(
-    request: Request,
+    request: RecoveryRequest,
     stack: Stack,
     teacher: Stack | None,
     dense: Path | None,
@@ -255,7 +255,7 @@ def _check_encoder(stack: Stack, teacher: Stack | None) -> None:
         )
 
 
-def _check_wanted(request: Request) -> None:
+def _check_wanted(request: RecoveryRequest) -> None:
     """Refuse what cannot be done, before anything is opened."""
     live = isinstance(request.source, nn.Module)
     if request.teacher is None and request.settings.kl > 0:
@@ -270,7 +270,7 @@ def _check_wanted(request: Request) -> None:
         raise RecipeError("shard=true reads a model part by part: give a folder instead of a live module")
 
 
-def _stacks(request: Request, folder: Path | None) -> tuple[Stack, Stack | None]:
+def _stacks(request: RecoveryRequest, folder: Path | None) -> tuple[Stack, Stack | None]:
     """Both models; of a teacher on disk only what lies outside its blocks is read."""
     source, teacher, settings = request.source, request.teacher, request.settings
     compute = compute_dtype(settings.compute, settings.device)

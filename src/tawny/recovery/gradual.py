@@ -25,7 +25,7 @@ from tawny.pruning.run import prune
 from tawny.recipe.files import read_mapping
 from tawny.recipe.merge import resolve_recipe
 from tawny.recipe.schema import Recipe
-from tawny.recovery.dense import Request
+from tawny.recovery.dense import RecoveryRequest
 from tawny.recovery.packed import check_factors
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
@@ -108,7 +108,7 @@ def recover_gradually(
             if processes.same(not pruned.exists() and not recovered.exists()):
                 prune(here, pruned, recipe=recipe, progress=progress, author=teacher)
             if processes.same(not recovered.exists()):
-                carry_out(Request(pruned, teacher, recovered, part, progress))
+                carry_out(RecoveryRequest(pruned, teacher, recovered, part, progress))
             processes.once(partial(shutil.rmtree, pruned, ignore_errors=True))
             record = RecoveryRecord.read(recovered / "recover.json")
             if record.failure is not None:  # told again when it is repeated, and no step follows

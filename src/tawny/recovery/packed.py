@@ -22,7 +22,7 @@ from tawny.model.source import load_tokenizer
 from tawny.packed.convert import pack, solved_for, unpack
 from tawny.packed.folder import PackedFolder
 from tawny.progress import Progress
-from tawny.recovery.dense import Request, recover_dense
+from tawny.recovery.dense import RecoveryRequest, recover_dense
 from tawny.recovery.methods import METHODS
 from tawny.recovery.processes import Processes
 from tawny.recovery.record import RecoveryRecord, draw
@@ -94,7 +94,7 @@ def _is_packed_as_solved(folder: Path) -> bool:
     return all(packed.linears[name].values == kind for name, kind in kinds.items() if name in packed.linears)
 
 
-def recover_packed(request: Request, folder: Path, out: Path) -> RecoveryRecord:
+def recover_packed(request: RecoveryRequest, folder: Path, out: Path) -> RecoveryRecord:
     """`recover` for a packed folder. Integers are trained through their grid."""
     settings, progress = request.settings, request.progress
     check_values(settings, folder)

@@ -26,7 +26,7 @@ from tawny.model.source import resolve
 from tawny.model.trust import opens_models
 from tawny.packed.convert import solved_for
 from tawny.progress import Progress, silent
-from tawny.recovery.dense import Request, recover_dense
+from tawny.recovery.dense import RecoveryRequest, recover_dense
 from tawny.recovery.packed import check_grid, recover_packed, several_kinds
 from tawny.recovery.record import RecoveryRecord
 from tawny.recovery.settings import Recovery
@@ -82,14 +82,14 @@ def recover(
         chosen = Recovery.make(chosen, seqlen=int(given.shape[1]))
     place = None if out is None else place_of(out)
     record = carry_out(
-        Request(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)
+        RecoveryRequest(source, teacher, place, chosen, progress, overwrite, tokenizer, given, held_out)
     )
     if record.failure is not None:
         raise record.failure
     return record
 
 
-def carry_out(request: Request) -> RecoveryRecord:
+def carry_out(request: RecoveryRequest) -> RecoveryRecord:
     """`recover`, but a loss that became NaN is no error once a better model is written: `failure` of the record has it."""
     source, out, settings, progress = request.source, request.out, request.settings, request.progress
     if out is not None and not isinstance(source, nn.Module):

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 import torch
 
 from tawny.decoding.sampling import Constraint, Likelihood, Sampler
-from tawny.decoding.scheduler import Request, Token, Usage
+from tawny.decoding.scheduler import TextRequest, Token, Usage
 from tawny.decoding.text import TextPieces, decode, end_tokens, tokens_of
 from tawny.errors import CheckpointError, one_line
 from tawny.model.context import words_of
-from tawny.serving.grammar import Form, Grammars, of_schema
+from tawny.serving.grammar import Grammars, GrammarState, of_schema
 from tawny.serving.protocol import (
     ChatMessage,
     ChatRequest,
@@ -102,7 +102,7 @@ class Service:
             said = f"the prompt has {tokens} tokens and the context is {self.capacity}"
             raise Refused(f"{said}; shorten it", param=param, code=_TOO_LONG)
 
-    def chat(self, asked: ChatRequest) -> tuple[list[Request], Answer]:
+    def chat(self, asked: ChatRequest) -> tuple[list[TextRequest], Answer]:
         """
         Raises:
             Refused: the model or the template cannot do what is asked.
@@ -127,7 +127,7 @@ class Service:
         self._check_room(len(ids), "messages")
         constraint = self._constraint(asked)
         requests = [
-            Request(
+            TextRequest(
                 ids,
                 self._sampler(asked, ids, number, constraint and constraint.copy()),
                 asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
@@ -139,7 +139,7 @@ class Service:
         ]
         return requests, _Chat(self, asked, calls)
 
-    def complete(self, asked: CompletionRequest) -> tuple[list[Request], Answer]:
+    def complete(self, asked: CompletionRequest) -> tuple[list[TextRequest], Answer]:
         """
         Raises:
             Refused: the model cannot do what is asked.
@@ -163,7 +163,7 @@ class Service:
             text = prompt if isinstance(prompt, str) else decode(self.tokenizer, prompt, special=True)
             prompts += [(text, ids.tolist())] * asked.n
             requests += [
-                Request(
+                TextRequest(
                     ids,
                     self._sampler(asked, ids, number, None),
                     asked.max_tokens,
@@ -208,7 +208,7 @@ class Service:
             prompt=prompt,
         )
 
-    def _constraint(self, asked: ChatRequest) -> Form | Watched | None:
+    def _constraint(self, asked: ChatRequest) -> GrammarState | Watched | None:
         wanted = asked.response_format
         if wanted is not None and wanted.type != "text":
             described = wanted.json_schema

@@ -42,7 +42,7 @@ _LEFT = 499  # what the log says of a request whose client did not wait; nobody 
 # The page is one file: nothing is fetched from elsewhere, and no other site may frame it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
 
-Prepared = tuple[list[scheduler.Request], Answer]
+Prepared = tuple[list[scheduler.TextRequest], Answer]
 Prepare = Callable[[], Prepared]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Form", "Grammars", "bounded", "of_schema"]
+__all__ = ["GrammarState", "Grammars", "bounded", "of_schema"]
 
 from typing import Any
 
@@ -50,7 +50,7 @@ class Grammars:
             raise Refused(f"the model's tokenizer cannot hold a text to a form: {error}") from None
         self.words = words
 
-    def form(self, grammar: str, param: str) -> Form:
+    def form(self, grammar: str, param: str) -> GrammarState:
         """A new text of this grammar.
 
         Raises:
@@ -65,18 +65,18 @@ class Grammars:
         if matcher.is_error():
             said = matcher.get_error().strip().splitlines() or ["unknown"]
             raise Refused(f"'{param}' describes what cannot be followed: {said[0]}", param=param)
-        return Form(matcher, self.tokenizer, self.words)
+        return GrammarState(matcher, self.tokenizer, self.words)
 
 
-class Form:
+class GrammarState:
     """What one text may still be; a `Constraint` of the sampler."""
 
     def __init__(self, matcher: Any, tokenizer: Any, words: int) -> None:
         self.matcher, self.tokenizer, self.words = matcher, tokenizer, words
 
-    def copy(self) -> Form:
+    def copy(self) -> GrammarState:
         """The same text apart, without reading the grammar again."""
-        return Form(self.matcher.deep_copy(), self.tokenizer, self.words)
+        return GrammarState(self.matcher.deep_copy(), self.tokenizer, self.words)
 
     def starts_with(self, text: str) -> bool:
         """Take a text that is there already, if it may stand at the beginning."""

@@ -42,7 +42,7 @@ class Running:
         self,
         worker: Worker,
         metrics: Metrics,
-        requests: list[scheduler.Request],
+        requests: list[scheduler.TextRequest],
         begin: float,
         deadline: float,
     ) -> None:

@@ -6,7 +6,7 @@ The name of the model or of the format is never asked. A template whose argument
 
 from __future__ import annotations
 
-__all__ = ["Beginning", "Call", "CallFormat", "Watched"]
+__all__ = ["Beginning", "CallFormat", "ToolCall", "Watched"]
 
 import json
 import re
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tawny.decoding.text import TextPieces
 from tawny.errors import first_line
-from tawny.serving.grammar import Form, Grammars, bounded
+from tawny.serving.grammar import Grammars, GrammarState, bounded
 from tawny.serving.protocol import Function, Refused
 
 _NAMES = ("tawny_first", "tawny_second")
@@ -34,7 +34,7 @@ def _no_constant(word: str) -> None:
 _RAW = json.JSONDecoder(parse_constant=_no_constant)
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     name: str
     arguments: str  # JSON
 
@@ -116,7 +116,7 @@ class CallFormat:
         special = any(word in piece for word in tokenizer.all_special_tokens for piece in pieces)
         return CallFormat(begin, middle, between, end, special)
 
-    def parse(self, text: str) -> tuple[str, list[Call]]:
+    def parse(self, text: str) -> tuple[str, list[ToolCall]]:
         """The text before the first call, and the calls."""
         begin, middle = _pattern(self.begin), _pattern(self.middle)
         between = None if self.between is None else _pattern(self.between)
@@ -131,7 +131,7 @@ class CallFormat:
             except (ValueError, RecursionError):
                 break
             # As the model wrote them: written anew, 1e400 would be no JSON.
-            calls.append(Call(name, text[named.end() : at]))
+            calls.append(ToolCall(name, text[named.end() : at]))
             following = between and (between.match(text, at) or begin.search(text, at))
             if following is None:
                 break
@@ -251,7 +251,7 @@ class _Writer:
 class Watched:
     """A text that is free until it begins a call, and then keeps the form of calls; a `Constraint` of the sampler."""
 
-    def __init__(self, begin: str, form: Form, tokenizer: Any) -> None:
+    def __init__(self, begin: str, form: GrammarState, tokenizer: Any) -> None:
         self.begin, self.form = begin, form
         self.beginning = Beginning(begin)
         self.pieces = TextPieces(tokenizer, special=True)

@@ -25,7 +25,7 @@ from tawny.model.quantised.coded import Coded, Reader, Stored
 from tawny.model.quantised.compressed_tensors import compressed_tensors
 from tawny.model.quantised.floats import fp8, modelopt, mxfp4
 from tawny.model.quantised.integers import awq, gptq
-from tawny.model.tensorfile import Entry
+from tawny.model.tensorfile import TensorEntry
 
 READERS: dict[str, Reader] = {
     "awq": awq,
@@ -73,7 +73,10 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 
 def read_quantised(
-    folder: Path, settings: Mapping[str, Any], entries: Mapping[str, Entry], read: Callable[[str], Tensor]
+    folder: Path,
+    settings: Mapping[str, Any],
+    entries: Mapping[str, TensorEntry],
+    read: Callable[[str], Tensor],
 ) -> tuple[dict[str, Coded], set[str]]:
     """The float tensors of a quantised checkpoint that are made from stored ones, and names of stored tensors that are no weights.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tawny.errors import CheckpointError
-from tawny.model.tensorfile import Entry
+from tawny.model.tensorfile import TensorEntry
 
 Parts = Mapping[str, Tensor]
 _FLOATS = {"F16", "BF16", "F32", "F64"}
@@ -72,17 +72,17 @@ class Stored:
     """
 
     folder: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     settings: Mapping[str, Any]
     read: Callable[[str], Tensor]
 
-    def ending(self, suffix: str) -> Iterator[tuple[str, Entry]]:
+    def ending(self, suffix: str) -> Iterator[tuple[str, TensorEntry]]:
         """Tensors whose names end so, by what stands before it."""
         for name, entry in self.entries.items():
             if name.endswith(suffix):
                 yield name.removesuffix(suffix), entry
 
-    def need(self, name: str, dtypes: Sequence[str], shape: Sequence[int] | None = None) -> Entry:
+    def need(self, name: str, dtypes: Sequence[str], shape: Sequence[int] | None = None) -> TensorEntry:
         """A tensor that must be there, of one of these dtypes and of this shape.
 
         Raises:
@@ -97,7 +97,7 @@ class Stored:
             raise self.refused(name, f"has shape {list(found.shape)}, the tensors beside it {list(shape)}")
         return found
 
-    def scale(self, name: str, shape: Sequence[int] | None = None) -> Entry:
+    def scale(self, name: str, shape: Sequence[int] | None = None) -> TensorEntry:
         """A scale in a float type, as `need` finds it."""
         return self.need(name, sorted(_FLOATS), shape)
 
